@@ -1,0 +1,7 @@
+"""``python3 -m bigq``."""
+
+import sys
+
+from bigq.cli import main
+
+sys.exit(main())

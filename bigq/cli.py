@@ -1,0 +1,180 @@
+"""The command line: arguments to configs, results to stdout, errors to one line on stderr and an exit code.
+
+Exit codes: 0 done, 2 usage, 3 bad model or data, 4 environment (memory, disk, device), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from bigq import __version__
+from bigq.errors import BigqError
+
+if TYPE_CHECKING:
+    from bigq.config import JobConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        status: int = args.command(args)
+    except BigqError as error:
+        print(f"bigq: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("bigq: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bigq", description="GPTQ quantization of language models far larger than the machine.")
+    parser.add_argument("--version", action="version", version=f"bigq {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_quantize(commands.add_parser("quantize", help="quantize a model", formatter_class=argparse.ArgumentDefaultsHelpFormatter))
+    _add_eval(
+        commands.add_parser(
+            "eval", help="perplexity of a model, and its distance to another", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+    )
+    _add_demo(commands.add_parser("demo", help="quantize the tiny model that ships with bigq, and show what it costs"))
+    return parser
+
+
+def _add_quantize(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help="folder with safetensors shards, or hub id (owner/name[@revision])")
+    p.add_argument("out", metavar="OUT", help="output folder; holding an interrupted run of the same job, it is gone on with")
+    how = p.add_argument_group("how weights are quantized")
+    how.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 8))
+    how.add_argument("--group-size", type=int, default=128, help="inputs that share a scale; -1 for the whole row")
+    how.add_argument("--sym", action=argparse.BooleanOptionalAction, default=True, help="fixed zero point in the middle")
+    how.add_argument("--asym", dest="sym", action="store_false", default=argparse.SUPPRESS, help="find a zero point with each scale")
+    how.add_argument("--act-order", action="store_true", help="quantize columns by decreasing Hessian diagonal, groups as they are")
+    how.add_argument("--damping", type=float, default=0.01, help="fraction of the mean Hessian diagonal added to it")
+    how.add_argument("--mse", action="store_true", help="grid search for the scales with the least rounding error")
+    how.add_argument("--method", default="gptq", choices=("gptq", "rtn"), help="rtn: plain rounding to nearest, no calibration")
+    how.add_argument(
+        "--true-sequential",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Linears see the quantized ones before them in the block",
+    )
+    how.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="REGEX:key=value,…",
+        help="override bits, group_size, sym, act_order, damping or mse for matching Linears",
+    )
+    how.add_argument("--skip", action="append", default=[], metavar="REGEX", help="leave matching Linears as they are")
+    how.add_argument("--format", default="gptq", choices=("gptq", "gptq_v2"))
+    data = p.add_argument_group("calibration")
+    data.add_argument(
+        "--calibration", default="c4", metavar="FILE|c4|builtin", help="text, JSONL with a text field, or token ids in safetensors"
+    )
+    data.add_argument("--samples", type=int, default=128)
+    data.add_argument("--seqlen", type=int, help="tokens per sample; 2048 or the model's limit if not given")
+    data.add_argument("--seed", type=int, default=0)
+    _add_machine(p)
+
+
+def _add_eval(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help="original model or output of bigq: folder or hub id")
+    p.add_argument("--data", required=True, metavar="FILE|builtin", help="text, JSONL with a text field, or token ids in safetensors")
+    p.add_argument("--baseline", metavar="MODEL", help="also compare with this model: KL divergence per token and top-1 agreement")
+    p.add_argument("--seqlen", type=int, help="tokens per row; 2048 or the model's limit if not given")
+    p.add_argument("--samples", type=int, help="rows to evaluate; all of the text if not given")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_machine(p)
+
+
+def _add_machine(p: argparse.ArgumentParser) -> None:
+    machine = p.add_argument_group("machine")
+    machine.add_argument("--batch", type=int, default=8, help="rows that go through a block at once")
+    machine.add_argument("--device", default="auto", help="cuda:0, cpu or auto")
+    machine.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the forward passes; auto is the checkpoint's",
+    )
+    machine.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
+    machine.add_argument("--quiet", action="store_true", help="no progress, no summary")
+    p.set_defaults(command=_run_quantize if p.prog.endswith("quantize") else _run_eval)
+
+
+def _add_demo(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--out", default="bigq-demo", help="folder for the quantized models (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="cuda:0, cpu or auto")
+    p.set_defaults(command=_run_demo)
+
+
+def job_config(args: argparse.Namespace) -> JobConfig:
+    """The job that ``bigq quantize`` arguments describe. Raises UsageError."""
+    from bigq.config import JobConfig
+    from bigq.scheme import QuantScheme, Rule
+
+    scheme = QuantScheme(
+        bits=args.bits, group_size=args.group_size, symmetric=args.sym, act_order=args.act_order, damping=args.damping, mse=args.mse
+    )
+    return JobConfig(
+        scheme=scheme,
+        rules=(*(Rule(pattern, None) for pattern in args.skip), *(Rule.parse(text) for text in args.rule)),
+        method=args.method,
+        format=args.format,
+        true_sequential=args.true_sequential,
+        calibration=args.calibration,
+        samples=args.samples,
+        seqlen=args.seqlen,
+        seed=args.seed,
+        batch=args.batch,
+        device=args.device,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        quiet=args.quiet,
+    )
+
+
+def _run_quantize(args: argparse.Namespace) -> int:
+    config = job_config(args)
+    from bigq.sched.pipeline import quantize
+
+    report = quantize(args.model, args.out, config)
+    if not args.quiet:
+        print(report.summary())
+    return 0
+
+
+def _run_eval(args: argparse.Namespace) -> int:
+    from bigq.sched.evaluate import EvalConfig, evaluate
+
+    config = EvalConfig(
+        data=args.data,
+        seqlen=args.seqlen,
+        samples=args.samples,
+        batch=args.batch,
+        device=args.device,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        quiet=args.quiet,
+    )
+    result = evaluate(args.model, config, baseline=args.baseline)
+    values = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
+    if args.json:
+        print(json.dumps(values))
+    else:
+        for name, value in values.items():
+            print(f"{name.replace('_', ' '):20} {value:.6g}" if isinstance(value, float) else f"{name.replace('_', ' '):20} {value}")
+    return 0
+
+
+def _run_demo(args: argparse.Namespace) -> int:
+    from bigq.demo import demo
+
+    return demo(args.out, args.device)

@@ -1,0 +1,82 @@
+"""What a job is asked to do, as one frozen value; the command line and the Python API both build it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from bigq.errors import UsageError
+from bigq.scheme import QuantScheme, Rule
+
+METHODS = ("gptq", "rtn")
+FORMATS = ("gptq", "gptq_v2")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+#: Fields that decide the output's bytes: a resumed job must have them as they were.
+FROZEN_FIELDS = (
+    "scheme",
+    "rules",
+    "method",
+    "format",
+    "true_sequential",
+    "calibration",
+    "samples",
+    "seqlen",
+    "seed",
+    "batch",
+    "dtype",
+    "trust_remote_code",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobConfig:
+    """One quantization job.
+
+    scheme, rules: how Linears are quantized, and which ones otherwise or not at all.
+    method: "gptq", or "rtn" for plain rounding to nearest (no calibration).
+    format: "gptq" (v1) or "gptq_v2".
+    true_sequential: solve a block's Linears level by level, each seeing the quantized ones before it.
+    calibration: a file, "c4" or "builtin"; samples rows of seqlen tokens, drawn by seed.
+        seqlen None means 2048 or the model's limit, whichever is less.
+    batch: calibration rows that go through a block at once.
+    device: "auto", "cpu" or "cuda:N". dtype: of the forward passes; "auto" is the checkpoint's own.
+    """
+
+    scheme: QuantScheme = field(default_factory=QuantScheme)
+    rules: tuple[Rule, ...] = ()
+    method: str = "gptq"
+    format: str = "gptq"
+    true_sequential: bool = True
+    calibration: str = "c4"
+    samples: int = 128
+    seqlen: int | None = None
+    seed: int = 0
+    batch: int = 8
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("--method", self.method, METHODS),
+            ("--format", self.format, FORMATS),
+            ("--dtype", self.dtype, DTYPES),
+        ):
+            if value not in allowed:
+                raise UsageError(f"{name} {value}: must be one of {', '.join(allowed)}")
+        for name, number in (("--samples", self.samples), ("--batch", self.batch), ("--seqlen", self.seqlen)):
+            if number is not None and number < 1:
+                raise UsageError(f"{name} {number}: must be at least 1")
+
+    @property
+    def base_scheme(self) -> QuantScheme:
+        """The scheme with what the output format demands of it."""
+        return dataclasses.replace(self.scheme, min_zero=1 if self.format == "gptq" else 0)
+
+    def frozen(self) -> dict[str, Any]:
+        """The fields that decide the output's bytes, as plain JSON values."""
+        whole = dataclasses.asdict(self)
+        return {name: whole[name] for name in FROZEN_FIELDS}

@@ -1,0 +1,90 @@
+"""Writing safetensors shards piece by piece: the header first, then each tensor's bytes, hashed on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bigq.io.atomic import atomic_file
+from bigq.io.index import DTYPE_NAMES, TensorInfo
+from bigq.io.reader import as_bytes, iter_chunks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputTensor:
+    """A tensor to be written; ``chunks`` yields its bytes when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[memoryview]]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> OutputTensor:
+        """A tensor that is in memory, on any device."""
+
+        def chunks() -> Iterator[memoryview]:
+            host = tensor.cpu().contiguous()
+            yield as_bytes(host)
+
+        return cls(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), chunks=chunks)
+
+    @classmethod
+    def copy_of(cls, info: TensorInfo) -> OutputTensor:
+        """A tensor of the source, copied from shard to shard without being held whole."""
+        return cls(name=info.name, dtype=info.dtype, shape=info.shape, chunks=lambda: iter_chunks(info))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRecord:
+    """A shard as written: what the journal keeps of it."""
+
+    file: str
+    size: int
+    sha256: str
+    tensors: tuple[str, ...]
+
+
+def write_shard(path: Path, tensors: Sequence[OutputTensor]) -> ShardRecord:
+    """Write a shard atomically and durably. Raises ResourceError where the disk refuses."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for t in tensors:
+        header[t.name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
+        offset += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    size = 0
+    with atomic_file(path) as file:
+        for piece in _pieces(text, tensors):
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
+    assert size == 8 + len(text) + offset, f"{path}: wrote {size} bytes instead of {8 + len(text) + offset}"
+    return ShardRecord(file=path.name, size=size, sha256=digest.hexdigest(), tensors=tuple(t.name for t in tensors))
+
+
+def _pieces(header: bytes, tensors: Sequence[OutputTensor]) -> Iterator[bytes | memoryview]:
+    yield struct.pack("<Q", len(header)) + header
+    for t in tensors:
+        yield from t.chunks()
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

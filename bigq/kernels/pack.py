@@ -1,0 +1,49 @@
+"""Codes to 32-bit words and back.
+
+A stream of b-bit codes along the first dimension, least significant bits first: code i occupies bits
+``[i·b, (i+1)·b)`` of the stream. For 2, 4 and 8 bits no code straddles a word; for 3 bits 32 codes fill 3 words,
+with codes 10 and 21 split across a boundary (``10 | 1 | 10 | 1 | 10``).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [k, ...] below ``2**bits`` → int32 words [k·bits/32, ...]. k·bits is a multiple of 32."""
+    per_cycle, words_per_cycle = _cycle(bits)
+    k = codes.shape[0]
+    assert k % per_cycle == 0, f"{k} codes of {bits} bits do not fill whole words"
+    cycles = codes.reshape(k // per_cycle, per_cycle, *codes.shape[1:])
+    words = torch.zeros(k // per_cycle, words_per_cycle, *codes.shape[1:], dtype=torch.int32, device=codes.device)
+    for i in range(per_cycle):
+        code = cycles[:, i].to(torch.int32)
+        word, shift = divmod(i * bits, 32)
+        words[:, word] |= code << shift
+        if shift + bits > 32:
+            words[:, word + 1] |= code >> (32 - shift)
+    return words.reshape(-1, *codes.shape[1:])
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """int32 words [k·bits/32, ...] → uint8 codes [k, ...]; the inverse of ``pack``."""
+    per_cycle, words_per_cycle = _cycle(bits)
+    cycles = words.reshape(-1, words_per_cycle, *words.shape[1:])
+    codes = torch.empty(cycles.shape[0], per_cycle, *words.shape[1:], dtype=torch.uint8, device=words.device)
+    for i in range(per_cycle):
+        word, shift = divmod(i * bits, 32)
+        code = (cycles[:, word] >> shift) & ((1 << min(bits, 32 - shift)) - 1)
+        if shift + bits > 32:
+            code = code | ((cycles[:, word + 1] & ((1 << (shift + bits - 32)) - 1)) << (32 - shift))
+        codes[:, i] = code.to(torch.uint8)
+    return codes.reshape(-1, *words.shape[1:])
+
+
+def _cycle(bits: int) -> tuple[int, int]:
+    """The shortest run of codes that fills whole words: (codes, words)."""
+    words = bits // math.gcd(bits, 32)
+    return words * 32 // bits, words

@@ -1,0 +1,1 @@
+"""Running a job: paging blocks, replaying activations, solving, committing. Read ``pipeline`` first."""

@@ -1,0 +1,252 @@
+"""One block: which Linears share an input, in which order they depend on each other, and solving them.
+
+Both are found by experiment on one probe. Groups are Linears that receive the same tensor. Poisoning a group's output
+with NaN shows whose inputs it reaches; a group's level is the length of the longest such chain before it. Solving goes
+level by level, each replaying the calibration set through what is already quantized ("true-sequential").
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigq.arch import block_linears
+from bigq.errors import NumericsError
+from bigq.kernels.syrk import finite
+from bigq.report import Clock
+from bigq.sched.activations import ActivationStore
+from bigq.sched.capture import BlockCall, StopForward, all_replaced
+from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.skeleton import linear_weight, set_linear_weight
+from bigq.solver.gptq import solve
+from bigq.solver.hessian import HessianSum, factorize
+from bigq.solver.rtn import round_to_nearest
+
+#: Linears with fewer inputs or outputs than this are gates of some kind and stay as they are.
+SMALLEST = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Linears, by their name in the block, that share one input; ``level`` 0 depends on no other group."""
+
+    names: tuple[str, ...]
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    """The groups of a block in order of execution, and the Linears that stay as they are."""
+
+    groups: tuple[Group, ...]
+    left_out: tuple[str, ...]
+
+    def levels(self, true_sequential: bool) -> list[list[Group]]:
+        if not true_sequential:
+            return [list(self.groups)]
+        depth = max((g.level for g in self.groups), default=-1) + 1
+        return [[g for g in self.groups if g.level == level] for level in range(depth)]
+
+
+def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> BlockPlan:
+    """Find the groups of a loaded block and their levels from one probe [B, T, d]."""
+    linears = block_linears(block)
+    groups = _groups(block, linears, hidden, call)
+    reached = [_poison(block, linears, groups, i, hidden, call) for i in range(len(groups))]
+    levels = [0] * len(groups)
+    for _ in groups:
+        for i, targets in enumerate(reached):
+            for t in targets:
+                levels[t] = max(levels[t], levels[i] + 1)
+    used = {name for group in groups for name in group}
+    return BlockPlan(
+        tuple(Group(tuple(names), level) for names, level in zip(groups, levels, strict=True)),
+        tuple(name for name in linears if name not in used),
+    )
+
+
+def _groups(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, call: BlockCall) -> list[list[str]]:
+    """Names of Linears by shared input, in order of first call."""
+    inputs: list[Tensor] = []
+    members: list[list[str]] = []
+    calls: dict[str, int] = {}
+    unfit: set[str] = set()
+
+    def hook(name: str) -> Callable[..., None]:
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            x = args[0]
+            calls[name] = calls.get(name, 0) + 1
+            if not isinstance(output, Tensor) or output.shape[:-1] != x.shape[:-1]:
+                unfit.add(name)
+            for known, group in zip(inputs, members, strict=True):
+                if _same_tensor(x, known):
+                    group.append(name)
+                    return
+            inputs.append(x)
+            members.append([name])
+
+        return after
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in linears.items()]
+    try:
+        call.run(block, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    unfit |= {name for name, count in calls.items() if count > 1}
+    unfit |= {name for name, module in linears.items() if min(linear_weight(module).shape) < SMALLEST}
+    return [kept for group in members if (kept := [name for name in group if name not in unfit])]
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether two live tensors are views of the same memory in the same shape and state."""
+    return (a.data_ptr(), a.shape, a.stride(), a._version) == (b.data_ptr(), b.shape, b.stride(), b._version)
+
+
+def _poison(
+    block: nn.Module, linears: Mapping[str, nn.Module], groups: list[list[str]], poisoned: int, hidden: Tensor, call: BlockCall
+) -> set[int]:
+    """The groups whose input turns NaN when the outputs of group ``poisoned`` do."""
+    names = [name for group in groups for name in group]
+    group_of = {name: i for i, group in enumerate(groups) for name in group}
+    reached: set[int] = set()
+
+    def make(k: int) -> Callable[[Tensor], Tensor]:
+        name, module = names[k], linears[names[k]]
+
+        def forward(x: Tensor) -> Tensor:
+            if bool(torch.isnan(x).any()):
+                reached.add(group_of[name])
+            y: Tensor = type(module).forward(module, x)
+            return torch.full_like(y, float("nan")) if group_of[name] == poisoned else y
+
+        return forward
+
+    with all_replaced([linears[name] for name in names], make):
+        call.run(block, hidden)
+    return reached - {poisoned}
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """One Linear done: its full module name, its codes, and how long its Hessian, factor and solve took (seconds)."""
+
+    name: str
+    weight: QuantizedWeight
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockJob:
+    """What solving a block needs: the loaded block, its plan, and the scheme of every Linear to quantize.
+
+    prefix: the block's module path. schemes: by name in the block; Linears that are absent stay as they are.
+    """
+
+    index: int
+    prefix: str
+    block: nn.Module
+    plan: BlockPlan
+    schemes: Mapping[str, QuantScheme]
+    device: torch.device
+    clock: Clock
+
+
+def solve_block(job: BlockJob, store: ActivationStore, true_sequential: bool) -> Iterator[Solved]:
+    """Quantize a block's Linears with GPTQ, level by level. On return each holds its dequantized codes.
+
+    Raises NumericsError, naming the Linear, where activations or Hessians are not finite.
+    """
+    linears = block_linears(job.block)
+    for level in job.plan.levels(true_sequential):
+        wanted = [Group(kept, g.level) for g in level if (kept := tuple(n for n in g.names if n in job.schemes))]
+        if not wanted:
+            continue
+        sums = _capture(job, linears, wanted, store)
+        for group in wanted:
+            yield from _solve_group(job, linears, group, sums.pop(group.names))
+
+
+def _capture(
+    job: BlockJob, linears: Mapping[str, nn.Module], groups: list[Group], store: ActivationStore
+) -> dict[tuple[str, ...], HessianSum]:
+    """Replay the calibration set until every wanted Linear has seen its input; one Hessian sum per group.
+
+    The wanted Linears do not compute: nothing that they reach is needed before they are quantized.
+    """
+    sums = {g.names: HessianSum(linear_weight(linears[g.names[0]]).shape[1], job.device) for g in groups}
+    leader = {g.names[0]: sums[g.names] for g in groups}
+    names = [name for g in groups for name in g.names]
+    waiting: set[str] = set()
+
+    def make(k: int) -> Callable[[Tensor], Tensor]:
+        name = names[k]
+        outputs = linear_weight(linears[name]).shape[0]
+
+        def forward(x: Tensor) -> Tensor:
+            if name in leader:
+                with job.clock.phase("hessian"):
+                    leader[name].add(x)
+            waiting.discard(name)
+            if not waiting:
+                raise StopForward
+            return x.new_zeros(*x.shape[:-1], outputs)
+
+        return forward
+
+    with all_replaced([linears[name] for name in names], make), job.clock.phase("replay"):
+        for _, hidden, call in store.batches(job.index, job.device):
+            waiting.update(names)
+            with contextlib.suppress(StopForward):
+                call.run(job.block, hidden)
+    return sums
+
+
+def _solve_group(job: BlockJob, linears: Mapping[str, nn.Module], group: Group, total: HessianSum) -> Iterator[Solved]:
+    """Factor a group's Hessian once and solve its Linears together, as far as their schemes agree."""
+    with job.clock.phase("hessian"):
+        h = total.finish()
+    kinds = sorted({(job.schemes[n].act_order, job.schemes[n].damping) for n in group.names})
+    for act_order, damping in kinds:
+        label = ", ".join(f"{job.prefix}.{n}" for n in group.names)
+        with job.clock.phase("factor") as factor_time:
+            own = h if (act_order, damping) == kinds[-1] else h.clone()
+            factor = factorize(own, act_order=act_order, damping=damping, name=label)
+        alike: dict[QuantScheme, list[str]] = {}
+        for name in group.names:
+            scheme = job.schemes[name]
+            if (scheme.act_order, scheme.damping) == (act_order, damping):
+                alike.setdefault(scheme, []).append(name)
+        for scheme, names in alike.items():
+            with job.clock.phase("solve") as solve_time:
+                results = solve([linear_weight(linears[n]) for n in names], factor, scheme, label)
+            seconds = {"factor": factor_time.seconds, "solve": solve_time.seconds}
+            for name, result in zip(names, results, strict=True):
+                set_linear_weight(linears[name], result.dequantize(linear_weight(linears[name]).dtype))
+                yield Solved(f"{job.prefix}.{name}", result, seconds)
+
+
+def round_block(job: BlockJob) -> Iterator[Solved]:
+    """Quantize a block's Linears by rounding to nearest."""
+    linears = block_linears(job.block)
+    for name, scheme in job.schemes.items():
+        with job.clock.phase("solve") as solve_time:
+            result = round_to_nearest(linear_weight(linears[name]), scheme, f"{job.prefix}.{name}")
+        yield Solved(f"{job.prefix}.{name}", result, {"solve": solve_time.seconds})
+
+
+def propagate(index: int, block: nn.Module, store: ActivationStore, device: torch.device, name: str) -> None:
+    """Replay the whole block; its outputs overwrite its inputs. Raises NumericsError where an output is not finite."""
+    for lo, hidden, call in store.batches(index, device):
+        output = call.run(block, hidden)
+        if not finite(output):
+            raise NumericsError(
+                f"{name}: its outputs are not finite (NaN or Inf) for calibration rows from {lo} on; "
+                "try another --dtype (bfloat16 has more range than float16)"
+            )
+        store.put(lo, output)

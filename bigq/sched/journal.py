@@ -1,0 +1,142 @@
+"""The record of a job in its output folder: what was asked for, and which shards are committed.
+
+    OUT/.bigq/job.json        the request, frozen when the job starts
+    OUT/.bigq/journal.jsonl   one line per committed shard, appended and flushed after the shard itself is durable
+    OUT/.bigq/lock            held by the running job
+
+A job that finds both goes on behind the last committed block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigq.errors import ResourceError, UsageError
+from bigq.io.atomic import TEMP_SUFFIX, sync_folder, write_bytes, write_json
+from bigq.io.index import read_json_object
+from bigq.io.writer import ShardRecord, file_sha256
+
+STATE_FOLDER = ".bigq"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """One committed shard. unit: "rest-0", "block-17", …; linears: the records of what was quantized in it."""
+
+    unit: str
+    shard: ShardRecord
+    linears: tuple[Mapping[str, Any], ...]
+
+    def to_line(self) -> bytes:
+        value = {
+            "unit": self.unit,
+            "file": self.shard.file,
+            "size": self.shard.size,
+            "sha256": self.shard.sha256,
+            "tensors": self.shard.tensors,
+            "linears": self.linears,
+        }
+        return (json.dumps(value) + "\n").encode()
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Commit | None:
+        """None where the line was torn by a crash."""
+        try:
+            value = json.loads(line)
+            shard = ShardRecord(file=value["file"], size=value["size"], sha256=value["sha256"], tensors=tuple(value["tensors"]))
+            return cls(unit=value["unit"], shard=shard, linears=tuple(value["linears"]))
+        except (ValueError, KeyError, TypeError):
+            return None
+
+
+class Journal:
+    """The job of an output folder, locked for this process while open."""
+
+    def __init__(self, out: Path, request: Mapping[str, Any], units: list[str]) -> None:
+        """Begin a job in ``out`` or take up the one that is there.
+
+        request: what decides the output's bytes. units: the shards to commit, in order.
+        Raises UsageError where the folder belongs to something else, to another request or to a running job.
+        """
+        self.out = out
+        self._state = out / STATE_FOLDER
+        self._path = self._state / "journal.jsonl"
+        self._begin(request)
+        self.commits = self._surviving(units)
+
+    def _begin(self, request: Mapping[str, Any]) -> None:
+        job = self._state / "job.json"
+        try:
+            if self.out.exists() and not self.out.is_dir():
+                raise UsageError(f"{self.out}: OUT is a file; name a folder")
+            if self.out.is_dir() and not self._state.is_dir() and any(self.out.iterdir()):
+                raise UsageError(f"{self.out}: OUT is not empty and holds no job of bigq; choose another folder, or empty it")
+            self._state.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self._state / "lock", "w")
+        except OSError as error:
+            raise ResourceError(f"{self.out}: cannot be used as output folder: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{self.out}: another bigq job is writing to this folder; wait for it or stop it") from None
+        if job.exists():
+            _require_same(self.out, read_json_object(job), json.loads(json.dumps(request)))
+        else:
+            write_json(job, request)
+
+    def _surviving(self, units: list[str]) -> list[Commit]:
+        """The commits that are whole and in order; the journal is cut behind them, leftover temp files go."""
+        for leftover in [*self.out.glob("*" + TEMP_SUFFIX), *self._state.glob("*" + TEMP_SUFFIX)]:
+            leftover.unlink()
+        commits: list[Commit] = []
+        lines = self._path.read_bytes().splitlines() if self._path.exists() else []
+        for unit, line in zip(units, lines, strict=False):
+            commit = Commit.from_line(line)
+            if commit is None or commit.unit != unit or not self._intact(commit.shard):
+                break
+            commits.append(commit)
+        if len(commits) < len(lines):
+            write_bytes(self._path, b"".join(c.to_line() for c in commits))
+        return commits
+
+    def _intact(self, shard: ShardRecord) -> bool:
+        path = self.out / shard.file
+        return path.is_file() and path.stat().st_size == shard.size and file_sha256(path) == shard.sha256
+
+    def commit(self, commit: Commit) -> None:
+        """Append a commit durably; its shard is already on disk."""
+        try:
+            with open(self._path, "ab") as file:
+                file.write(commit.to_line())
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(self._state)
+        except OSError as error:
+            raise ResourceError(f"cannot write {self._path}: {error.strerror}; free some space and run the command again") from error
+        self.commits.append(commit)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._lock.close()
+
+
+def _require_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise UsageError naming the first setting in which a job differs from the one that the folder holds."""
+    for section in now:
+        old, new = before.get(section), now[section]
+        if isinstance(new, dict) and isinstance(old, dict):
+            for key in new:
+                if old.get(key) != new[key]:
+                    raise UsageError(
+                        f"{out}: holds a job with {section} {key} = {old.get(key)!r}, now it is {new[key]!r}; "
+                        "run it as it was begun, or choose another folder"
+                    )
+        elif old != new:
+            raise UsageError(f"{out}: holds a job with another {section} ({old!r}, now {new!r}); choose another folder")

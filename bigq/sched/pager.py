@@ -1,0 +1,232 @@
+"""Brings parameters of the skeleton to life, one block at a time, and puts them back to meta.
+
+A parameter comes from a checkpoint tensor of its own, or, in a packed checkpoint, from the codes of its Linear.
+Knows nothing of activations or of solving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigq import skeleton
+from bigq.arch import find_blocks
+from bigq.errors import CheckpointError, UnsupportedModelError
+from bigq.io.gptq_format import unpack_linear
+from bigq.io.index import Checkpoint, TensorInfo, read_json_object
+from bigq.io.reader import read_rows, read_tensor
+from bigq.scheme import QuantScheme, Rule, dequantize, scheme_for
+
+
+class Pager:
+    """A model on meta whose parts can be loaded and evicted.
+
+    model, blocks_path, blocks: the skeleton. dtype: of the forward passes. device: where loaded parts live.
+    sources: parameter or buffer name → the checkpoint's tensor. packed: weight name → prefix of its packed tensors.
+    """
+
+    def __init__(self, folder: Path, *, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False) -> None:
+        config_json = read_json_object(folder / "config.json")
+        self.folder = folder
+        self.device = device
+        self.config = skeleton.load_config(folder, trust_remote_code=trust_remote_code)
+        self.checkpoint = Checkpoint.open(folder)
+        self.quantization: dict[str, Any] | None = config_json.get("quantization_config")
+        self.dtype = skeleton.compute_dtype(self.config, dtype, (t.dtype for t in self.checkpoint.tensors.values()))
+        self.model = skeleton.build(self.config, self.dtype, trust_remote_code=trust_remote_code)
+        self.blocks_path, self.blocks = find_blocks(self.model)
+        self.packed = self._packed_linears()
+        self._name_sources()
+        self._meta = dict(self.model.named_parameters(remove_duplicate=False))
+        self._forced = skeleton.forced_dtypes(self.model, self.dtype, self._meta)
+        self._check_complete()
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+
+    def _packed_linears(self) -> dict[str, str]:
+        prefixes = [name.removesuffix(".qweight") for name in self.checkpoint if name.endswith(".qweight")]
+        if self.quantization is None:
+            return {}
+        method = self.quantization.get("quant_method")
+        if method != "gptq" or not prefixes:
+            raise UnsupportedModelError(
+                f"{self.folder}: is already quantized ({method}); bigq reads fp32, fp16 and bf16 checkpoints and its own gptq output"
+            )
+        renamed = skeleton.map_names(self.model, [f"{p}.weight" for p in prefixes])
+        return {target: name.removesuffix(".weight") for name, target in renamed.items()}
+
+    def _name_sources(self) -> None:
+        renamed = skeleton.map_names(self.model, self.checkpoint)
+        self.sources: dict[str, TensorInfo] = {target: self.checkpoint[name] for name, target in renamed.items()}
+        by_object = {}
+        for name, param in self.model.named_parameters(remove_duplicate=False):
+            if name in self.sources:
+                by_object[id(param)] = self.sources[name]
+        for name, param in self.model.named_parameters(remove_duplicate=False):
+            if name not in self.sources and id(param) in by_object:
+                self.sources[name] = by_object[id(param)]
+
+    def _check_complete(self) -> None:
+        for name, param in self._meta.items():
+            if name in self.packed:
+                continue
+            if name not in self.sources:
+                raise CheckpointError(
+                    f"{self.folder}: tensor {name} is missing from the checkpoint; fetch it again, or correct config.json"
+                )
+            info = self.sources[name]
+            if info.shape != tuple(param.shape):
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name} has shape {list(info.shape)}, but config.json makes it {list(param.shape)}; "
+                    "the two belong to different models"
+                )
+            if not info.dtype.is_floating_point or info.dtype.itemsize == 1:
+                raise UnsupportedModelError(f"{info.file}: tensor {info.name} is {info.dtype}; bigq reads fp32, fp16 and bf16 sources")
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        module = self.model.get_input_embeddings()  # type: ignore[operator]
+        if not isinstance(module, nn.Embedding):
+            raise UnsupportedModelError(f"{type(self.model).__name__}: its input embedding is a {type(module).__name__}")
+        return module
+
+    @property
+    def head(self) -> nn.Module:
+        module = self.model.get_output_embeddings()  # type: ignore[operator]
+        if not isinstance(module, nn.Module):
+            raise UnsupportedModelError(f"{type(self.model).__name__}: has no output head")
+        return module
+
+    def block_names(self, i: int) -> list[str]:
+        """Names of the parameters and persistent buffers of block i."""
+        prefix = f"{self.blocks_path}.{i}."
+        return [name for name in self.model.state_dict() if name.startswith(prefix)]
+
+    def rest_names(self) -> list[str]:
+        """Names of all parameters and persistent buffers outside the blocks, embedding and head."""
+        prefix = f"{self.blocks_path}."
+        large = {id(p) for m in (self.embedding, self.head) for p in m.parameters()}
+        return [
+            name
+            for name in self.model.state_dict()
+            if not name.startswith(prefix) and (name not in self._meta or id(self._meta[name]) not in large)
+        ]
+
+    def load_block(self, i: int) -> nn.Module:
+        """Bring block i to the device."""
+        for name in self.block_names(i):
+            self._load(name)
+        block = self.blocks[i]
+        assert isinstance(block, nn.Module)
+        return block
+
+    def evict_block(self, i: int) -> None:
+        for name in self.block_names(i):
+            self._evict(name)
+
+    @contextlib.contextmanager
+    def rest_loaded(self) -> Iterator[None]:
+        """Everything outside blocks, embedding and head: norms, position embeddings, projections."""
+        names = self.rest_names()
+        try:
+            for name in names:
+                self._load(name)
+            yield
+        finally:
+            for name in names:
+                self._evict(name)
+
+    @contextlib.contextmanager
+    def head_loaded(self) -> Iterator[None]:
+        names = [name for name in self._meta if self._owner(name)[0] is self.head]
+        try:
+            for name in names:
+                self._load(name)
+            yield
+        finally:
+            for name in names:
+                self._evict(name)
+
+    @contextlib.contextmanager
+    def embedding_rows(self, ids: Tensor) -> Iterator[None]:
+        """Let the input embedding work for the tokens that occur in ``ids``, having read only their rows."""
+        embedding = self.embedding
+        name = next(n for n, m in self.model.named_modules() if m is embedding) + ".weight"
+        tokens = ids.unique()
+        rows = self.to_device(name, read_rows(self.sources[name], tokens))
+        places = torch.searchsorted(tokens, torch.arange(int(tokens[-1]) + 1)).to(self.device)
+        padding, embedding.padding_idx = embedding.padding_idx, None
+        embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+        with replaced_forward(embedding, lambda x: type(embedding).forward(embedding, places[x])):
+            yield
+        embedding._parameters["weight"] = self._meta[name]
+        embedding.padding_idx = padding
+
+    def to_device(self, name: str, tensor: Tensor) -> Tensor:
+        """Cast a parameter's stored values to what the model computes with, and move them."""
+        dtype = self._forced.get(name, self._meta[name].dtype)
+        return tensor.to(device=self.device, dtype=dtype)
+
+    def dequantized(self, name: str) -> Tensor:
+        """The weight of a packed Linear, [outputs, inputs], in the compute dtype."""
+        assert self.quantization is not None
+        scheme, version = self.packed_scheme(name)
+        prefix = self.packed[name]
+        codes, scales, zeros = unpack_linear(prefix, lambda n: read_tensor(self.checkpoint[n]), scheme.bits, version)
+        return dequantize(codes.to(self.device), scales.to(self.device), zeros.to(self.device), self.dtype)
+
+    def packed_scheme(self, name: str) -> tuple[QuantScheme, int]:
+        """(scheme, format version) of a packed weight, from the checkpoint's quantization config."""
+        config = self.quantization
+        assert config is not None
+        rules = []
+        for pattern, said in (config.get("dynamic") or {}).items():
+            rules.append(Rule(pattern[2:] if pattern[:2] in ("+:", "-:") else pattern, None if pattern.startswith("-:") else said))
+        base = QuantScheme(bits=config["bits"], group_size=config["group_size"], symmetric=config.get("sym", True))
+        scheme = scheme_for(name.removesuffix(".weight"), base, tuple(rules))
+        if scheme is None:
+            raise CheckpointError(f"{self.folder}: {name} is packed although the quantization config leaves it out")
+        return scheme, 2 if config.get("checkpoint_format") == "gptq_v2" else 1
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        path, _, leaf = name.rpartition(".")
+        return self.model.get_submodule(path), leaf
+
+    def _load(self, name: str) -> None:
+        module, leaf = self._owner(name)
+        if name not in self._meta:
+            if name in self.sources:
+                module._buffers[leaf] = read_tensor(self.sources[name]).to(self.device)
+            return
+        if name in self.packed:
+            weight = self.dequantized(name)
+            value = weight.T.contiguous() if skeleton.stored_transposed(module) else weight
+        else:
+            value = self.to_device(name, read_tensor(self.sources[name]))
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def _evict(self, name: str) -> None:
+        if name in self._meta:
+            module, leaf = self._owner(name)
+            module._parameters[leaf] = self._meta[name]
+
+
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let one module instance run ``forward`` instead of its own."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = before

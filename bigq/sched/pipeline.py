@@ -1,0 +1,364 @@
+"""The job: a list of blocks, each a transaction.
+
+    load block i → find its Hessians and solve it, level by level → replay it quantized → commit its shard → evict
+
+Weights of one block are in memory at a time. What lies outside the blocks is copied from shard to shard first, so that
+a damaged embedding or a full disk is found before hours of work. config.json comes last: a folder that loads is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bigq
+from bigq import skeleton
+from bigq.arch import block_linears
+from bigq.calibration import calibration_rows, require_vocabulary
+from bigq.config import JobConfig
+from bigq.errors import UnsupportedModelError, UsageError
+from bigq.io.atomic import write_bytes, write_json
+from bigq.io.gptq_format import pack_linear, quantization_config, require_packable, unpack_linear
+from bigq.io.hub import resolve_model
+from bigq.io.index import INDEX_NAME, TensorInfo, read_header, read_json_object
+from bigq.io.reader import read_tensor
+from bigq.io.writer import OutputTensor, write_shard
+from bigq.report import Clock, LinearRecord, Progress, Report, device_memory_peak, host_memory_peak
+from bigq.sched.activations import ActivationStore
+from bigq.sched.block import BlockJob, BlockPlan, Solved, plan_block, propagate, round_block, solve_block
+from bigq.sched.capture import OutputForm, check_streamable, first_input, record_calls
+from bigq.sched.device import choose_device, memory_errors
+from bigq.sched.journal import STATE_FOLDER, Commit, Journal
+from bigq.sched.memory import return_freed_memory
+from bigq.sched.pager import Pager
+from bigq.scheme import QuantScheme, dequantize, scheme_for
+from bigq.skeleton import linear_weight
+
+DEFAULT_SEQLEN = 2048
+#: Tensors outside the blocks are gathered into shards of at most this size (a larger tensor has one of its own).
+REST_SHARD_BYTES = 5 * 10**9
+#: Length of the random rows on which a model's structure is probed.
+PROBE_TOKENS = 16
+
+
+def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Report:
+    """Quantize a model folder or hub id into the folder ``out``; goes on where an interrupted run of the same job ended.
+
+    Raises UsageError, DataError or ResourceError (see ``bigq.errors``); then ``out`` holds no config.json.
+    """
+    config = config or JobConfig()
+    started = time.monotonic()
+    device = choose_device(config.device)
+    folder, out = resolve_model(model), Path(out).expanduser()
+    _refuse_nesting(folder, out)
+    return_freed_memory()
+    skeleton.silence()
+    with torch.no_grad(), memory_errors(device):
+        pager = Pager(folder, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+        if pager.packed:
+            raise UnsupportedModelError(f"{folder}: is already quantized; give the original model")
+        rows = _calibration(pager, config)
+        request = {
+            "settings": config.frozen(),
+            "source": pager.checkpoint.fingerprint,
+            "config": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
+            "calibration_tokens": None if rows is None else hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+        }
+        rest = _rest_shards(pager)
+        units = [f"rest-{i}" for i in range(len(rest))] + [f"block-{i}" for i in range(len(pager.blocks))]
+        with contextlib.closing(Journal(out, request, units)) as journal, Progress(len(pager.blocks), device, config.quiet) as progress:
+            job = _Job(pager, config, journal, rest, progress, Clock(device))
+            job.run(rows)
+            job.finish()
+    resumed = job.resumed
+    return Report(
+        out=str(out),
+        blocks=len(pager.blocks),
+        linears=tuple(record for commit in journal.commits for record in commit.linears),
+        seconds=time.monotonic() - started,
+        seconds_by_phase=job.clock.seconds,
+        source_bytes=sum(t.nbytes for t in pager.checkpoint.tensors.values()),
+        output_bytes=sum(commit.shard.size for commit in journal.commits),
+        host_peak_bytes=host_memory_peak(),
+        device_peak_bytes=device_memory_peak(device),
+        resumed_blocks=resumed,
+        left_out=job.left_out,
+    )
+
+
+def activations_for(pager: Pager, rows: Tensor, batch: int, form: OutputForm) -> ActivationStore:
+    """Embed the rows [N, T] and record how blocks are called; what blocks 0 … will be replayed on."""
+    store: ActivationStore | None = None
+    with pager.rest_loaded(), pager.embedding_rows(rows):
+        for lo in range(0, len(rows), batch):
+            ids = rows[lo : lo + batch].to(pager.device)
+            hidden, _ = first_input(pager.model, pager.blocks, ids)
+            if store is None:
+                store = ActivationStore(len(rows), rows.shape[1], hidden.shape[-1], hidden.dtype, batch, pager.device)
+            if len(ids) not in store.calls:
+                store.calls[len(ids)] = record_calls(pager.model, pager.blocks, ids, form)
+            store.put(lo, hidden)
+    assert store is not None
+    return store
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A short random batch at the entrance of the blocks; what the structure of a model is found out with."""
+
+    hidden: Tensor
+    calls: list[Any]
+    form: OutputForm
+
+
+def probe_model(pager: Pager) -> Probe:
+    """Run a few random tokens through the model's own forward to see how its blocks are called and what they return.
+
+    Loads block 0. Raises UnsupportedModelError where the model cannot be streamed block by block.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = pager.embedding.num_embeddings
+    length = min(PROBE_TOKENS, skeleton.max_positions(pager.config) or PROBE_TOKENS)
+    ids = torch.randint(0, vocabulary, (2, 1, length), generator=generator)
+    with pager.rest_loaded(), pager.embedding_rows(ids):
+        ids = ids.to(pager.device)
+        hidden, call = first_input(pager.model, pager.blocks, ids[0])
+        block = pager.load_block(0)
+        form = OutputForm.of(block(hidden, *call.args, **call.kwargs))
+        check_streamable(pager.model, pager.blocks, ids, form)
+        calls = record_calls(pager.model, pager.blocks, ids[0], form)
+    return Probe(hidden, calls, form)
+
+
+@dataclass(slots=True)
+class _Job:
+    """One run of a job: what its steps share."""
+
+    pager: Pager
+    config: JobConfig
+    journal: Journal
+    rest: list[list[TensorInfo]]
+    progress: Progress
+    clock: Clock
+    left_out: tuple[str, ...] = ()
+    resumed: int = 0
+
+    def run(self, rows: Tensor | None) -> None:
+        """Commit every shard that is not committed yet."""
+        done = len(self.journal.commits)
+        for i in range(done, len(self.rest)):
+            self.progress.phase("copying what stays as it is")
+            with self.clock.phase("copy"):
+                self._commit(f"rest-{i}", [OutputTensor.copy_of(info) for info in self.rest[i]], [])
+        self.resumed = max(0, done - len(self.rest))
+        with self.clock.phase("probe"):
+            probe = probe_model(self.pager)
+        store = None
+        if rows is not None and self.resumed < len(self.pager.blocks):
+            with self.clock.phase("embed"):
+                store = activations_for(self.pager, rows, self.config.batch, probe.form)
+        plans: dict[Any, BlockPlan] = {}
+        for i in range(len(self.pager.blocks)):
+            self._block(i, probe, plans, store)
+
+    def _block(self, i: int, probe: Probe, plans: dict[Any, BlockPlan], store: ActivationStore | None) -> None:
+        started = time.monotonic()
+        prefix = f"{self.pager.blocks_path}.{i}"
+        self.progress.phase(f"block {i + 1} load")
+        with self.clock.phase("load"):
+            block = self.pager.load_block(i)
+        shape = tuple((name, type(m).__name__, linear_weight(m).shape) for name, m in block_linears(block).items())
+        if shape not in plans:
+            with self.clock.phase("probe"):
+                plans[shape] = plan_block(block, probe.hidden, probe.calls[i])
+        plan = plans[shape]
+        self.left_out += tuple(f"{prefix}.{name}" for name in plan.left_out)
+        job = BlockJob(
+            index=i,
+            prefix=prefix,
+            block=block,
+            plan=plan,
+            schemes=self._schemes(prefix, block, plan),
+            device=self.pager.device,
+            clock=self.clock,
+        )
+        if i < self.resumed:
+            if store is not None:
+                self._restore(job)
+        else:
+            records = self._solve_and_commit(job, store)
+        last = i == len(self.pager.blocks) - 1
+        if store is not None and not last:
+            self.progress.phase(f"block {i + 1} replay")
+            with self.clock.phase("replay"):
+                propagate(i, block, store, self.pager.device, prefix)
+        self.pager.evict_block(i)
+        if i < self.resumed:
+            self.progress.block_skipped()
+        else:
+            worst = max(records, key=lambda r: r.relative_error, default=None)
+            named = None if worst is None else (worst.name.removeprefix(prefix + "."), worst.relative_error)
+            self.progress.block_done(i, time.monotonic() - started, named)
+
+    def _schemes(self, prefix: str, block: torch.nn.Module, plan: BlockPlan) -> dict[str, QuantScheme]:
+        """The scheme of each Linear of a block that will be quantized. Raises UsageError where a shape does not fit."""
+        schemes = {}
+        for name, module in block_linears(block).items():
+            scheme = scheme_for(f"{prefix}.{name}", self.config.base_scheme, self.config.rules)
+            if scheme is not None and name not in plan.left_out:
+                m, n = linear_weight(module).shape
+                require_packable(f"{prefix}.{name}", m, n, scheme)
+                schemes[name] = scheme
+        return schemes
+
+    def _solve_and_commit(self, job: BlockJob, store: ActivationStore | None) -> list[LinearRecord]:
+        self.progress.phase(f"block {job.index + 1} solve")
+        packed: dict[str, dict[str, Tensor]] = {}
+        records: list[LinearRecord] = []
+        solving: Iterator[Solved] = round_block(job) if store is None else solve_block(job, store, self.config.true_sequential)
+        for solved in solving:
+            source = self.pager.sources[f"{solved.name}.weight"].name
+            with self.clock.phase("pack"):
+                packed[source] = pack_linear(source.removesuffix(".weight"), solved.weight, self._version)
+            records.append(_record(solved))
+        tensors = []
+        for name in self._source_names(job.prefix):
+            if name in packed:
+                tensors += [OutputTensor.of(n, t) for n, t in packed[name].items()]
+            else:
+                tensors.append(OutputTensor.copy_of(self.pager.checkpoint[name]))
+        self.progress.phase(f"block {job.index + 1} write")
+        with self.clock.phase("write"):
+            self._commit(f"block-{job.index}", tensors, records)
+        return records
+
+    def _restore(self, job: BlockJob) -> None:
+        """Give a block that an earlier run committed the weights that it was committed with."""
+        finished = _FinishedBlock(self.journal.out, self.journal.commits[len(self.rest) + job.index])
+        for name, scheme in job.schemes.items():
+            source = self.pager.sources[f"{job.prefix}.{name}.weight"].name.removesuffix(".weight")
+            module = job.block.get_submodule(name)
+            weight = finished.weight(source, scheme.bits, self._version, linear_weight(module).dtype)
+            skeleton.set_linear_weight(module, weight.to(self.pager.device))
+
+    def _source_names(self, prefix: str) -> list[str]:
+        """Checkpoint names of a block's tensors, in the checkpoint's order."""
+        own = {info.name for name, info in self.pager.sources.items() if name.startswith(prefix + ".")}
+        return [name for name in self.pager.checkpoint if name in own]
+
+    @property
+    def _version(self) -> int:
+        return 2 if self.config.format == "gptq_v2" else 1
+
+    def _commit(self, unit: str, tensors: list[OutputTensor], records: list[LinearRecord]) -> None:
+        number = len(self.journal.commits) + 1
+        total = len(self.rest) + len(self.pager.blocks)
+        shard = write_shard(self.journal.out / f"model-{number:05d}-of-{total:05d}.safetensors", tensors)
+        self.journal.commit(Commit(unit=unit, shard=shard, linears=tuple(r.to_json() for r in records)))
+
+    def finish(self) -> None:
+        """Write what makes the folder loadable: side files, quantize_config.json, the index, and last config.json."""
+        source, out, config = self.pager.folder, self.journal.out, self.config
+        lines = [_json_line(record) for commit in self.journal.commits for record in commit.linears]
+        write_bytes(out / STATE_FOLDER / "linears.jsonl", b"".join(lines))
+        for path in sorted(source.iterdir()):
+            if path.is_file() and _is_side_file(path.name):
+                shutil.copyfile(path, out / path.name)
+        meta = {
+            "quantizer": [f"bigq:{bigq.__version__}"],
+            "method": config.method,
+            "true_sequential": config.true_sequential,
+            "mse": config.scheme.mse,
+        }
+        quantization = quantization_config(config.scheme, config.rules, self._version, self.left_out, meta)
+        write_json(out / "quantize_config.json", quantization)
+        weight_map = {name: commit.shard.file for commit in self.journal.commits for name in commit.shard.tensors}
+        total = sum(commit.shard.size for commit in self.journal.commits)
+        write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(out / "config.json", read_json_object(source / "config.json") | {"quantization_config": quantization})
+
+
+class _FinishedBlock:
+    """The packed Linears of a committed block."""
+
+    def __init__(self, out: Path, commit: Commit) -> None:
+        self._tensors, _ = read_header(out / commit.shard.file)
+
+    def weight(self, prefix: str, bits: int, version: int, dtype: torch.dtype) -> Tensor:
+        return dequantize(*unpack_linear(prefix, lambda n: read_tensor(self._tensors[n]), bits, version), dtype)
+
+
+def _calibration(pager: Pager, config: JobConfig) -> Tensor | None:
+    """The calibration rows [N, T]; None where the method does not look at any."""
+    limit = skeleton.max_positions(pager.config)
+    if config.seqlen is not None and limit is not None and config.seqlen > limit:
+        raise UsageError(f"--seqlen {config.seqlen}: the model has {limit} positions; use --seqlen {limit} or less")
+    if config.method == "rtn":
+        return None
+    rows = calibration_rows(
+        config.calibration,
+        pager.folder,
+        samples=config.samples,
+        seqlen=config.seqlen or min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN),
+        seed=config.seed,
+        trust_remote_code=config.trust_remote_code,
+    )
+    require_vocabulary(rows, pager.embedding.num_embeddings)
+    return rows
+
+
+def _rest_shards(pager: Pager) -> list[list[TensorInfo]]:
+    """The tensors outside the blocks (and those that the model has no place for), gathered into shards."""
+    in_blocks = {info.name for name, info in pager.sources.items() if name.startswith(pager.blocks_path + ".")}
+    shards: list[list[TensorInfo]] = []
+    size = 0
+    for name, info in pager.checkpoint.tensors.items():
+        if name in in_blocks:
+            continue
+        if not shards or size + info.nbytes > REST_SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(info)
+        size += info.nbytes
+    return shards
+
+
+def _record(solved: Solved) -> LinearRecord:
+    m, n = solved.weight.codes.shape
+    return LinearRecord(
+        name=solved.name,
+        bits=solved.weight.scheme.bits,
+        group_size=solved.weight.scheme.group_size,
+        shape=(m, n),
+        loss=solved.weight.loss,
+        relative_error=solved.weight.relative_error,
+        damping=solved.weight.damping,
+        seconds=solved.seconds,
+    )
+
+
+def _refuse_nesting(source: Path, out: Path) -> None:
+    a, b = source.resolve(), out.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise UsageError(f"{out}: OUT and MODEL ({source}) must be folders apart from each other")
+
+
+def _is_side_file(name: str) -> bool:
+    """Whether a file of the source belongs beside any checkpoint of it: tokenizer, licence, generation config, code."""
+    if name in ("config.json", "quantize_config.json") or name.startswith("."):
+        return False
+    return not name.endswith((".safetensors", ".index.json", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx"))
+
+
+def _json_line(value: Any) -> bytes:
+    return (json.dumps(value) + "\n").encode()

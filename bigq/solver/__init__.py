@@ -1,0 +1,1 @@
+"""The math of quantizing one Linear: pure functions of tensors."""

@@ -1,0 +1,184 @@
+"""GPTQ (Frantar et al. 2022) for all the rows of one weight, left-looking and without an inverse.
+
+With ``H = R·Rᵀ`` (R upper), ``U = R⁻¹`` is the factor that GPTQ spreads errors with. Let ``E = W − Q`` be the
+error of the columns quantized so far. For the next columns G = [a, b) the weight that GPTQ would have reached is
+
+    W'_G = W_G + (E[:, :a] · R[:a, G]) · U_GG,     U_GG = R_GG⁻¹
+
+so each block of columns is corrected once, when its turn comes, and only small triangles are ever inverted. The
+algorithm keeps E in W's storage: a column of W gives way to its error as soon as it is quantized.
+
+Weights are kept transposed, [n, m], one input's weights contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bigq.errors import NumericsError, UsageError
+from bigq.kernels.cholesky import upper_inverse
+from bigq.kernels.gptq_block import gptq_block_
+from bigq.kernels.syrk import finite
+from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.solver.grid import find_grid
+from bigq.solver.hessian import Factor, factorize
+
+#: Columns corrected at once by a matrix product, where the group size does not ask for more.
+BLOCK = 128
+
+#: Columns between which errors are spread one at a time; further columns of the block get them as one product.
+#: 2816 columns of 1024 rows take 0.19 s so on two cores, against 0.36 s with rank-one updates of the whole block.
+SUB_BLOCK = 32
+
+
+def solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str = "the Linear") -> list[QuantizedWeight]:
+    """Quantize the weights [m_i, n] of Linears that share an input, in one pass over their stacked rows.
+
+    Computes in the dtype of the factor (fp32 or fp64). Raises NumericsError where something is not finite, UsageError
+    where the group size does not divide n.
+    """
+    natural = _stack_transposed(weights, factor)
+    n = natural.shape[0]
+    width = scheme.group_width(n)
+    group_of = torch.arange(n, device=natural.device) // width
+    static = scheme.act_order or width == n
+    grid = _Grid.static(natural, width, scheme) if static else _Grid.empty(natural, width)
+    work = natural
+    if factor.perm is not None:
+        work, group_of = natural[factor.perm], group_of[factor.perm]
+    del natural
+    energy = _energy(work, factor.r)
+    codes, loss = _quantize_columns(work, factor.r, grid, scheme, None if static else width, group_of)
+    if factor.perm is not None:
+        codes = torch.empty_like(codes).index_copy_(0, factor.perm, codes)
+    if not bool(torch.isfinite(loss).all()):
+        raise NumericsError(f"{name}: the solve produced NaN or Inf")
+    rows = [w.shape[0] for w in weights]
+    parts = zip(
+        codes.split(rows, 1), grid.scale.split(rows, 1), grid.zero.split(rows, 1), loss.split(rows), energy.split(rows), strict=True
+    )
+    return [
+        QuantizedWeight(
+            codes=part_codes.T,
+            scales=scale.T.to(torch.float16),
+            zeros=zero.T.to(torch.uint8),
+            scheme=scheme,
+            loss=float(part_loss.sum()),
+            energy=float(part_energy.sum()),
+            damping=factor.damping,
+        )
+        for part_codes, scale, zero, part_loss, part_energy in parts
+    ]
+
+
+def quantize_linear(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> QuantizedWeight:
+    """Quantize one Linear with GPTQ.
+
+    weight: [m, n], any floating type. hessian: symmetric [n, n], ``2/T · XᵀX`` of the layer's inputs (any positive
+    multiple gives the same codes); it is not changed. Computes in fp64 where either is fp64, else in fp32.
+
+    Raises NumericsError where a value is not finite or H cannot be factored, UsageError where shapes or the
+    group size do not fit.
+    """
+    m, n = weight.shape
+    if hessian.shape != (n, n):
+        raise UsageError(f"weight is {m} × {n}, so the Hessian must be {n} × {n}, not {tuple(hessian.shape)}")
+    if not finite(weight):
+        raise NumericsError("the weight contains NaN or Inf")
+    dtype = torch.float64 if torch.float64 in (weight.dtype, hessian.dtype) else torch.float32
+    factor = factorize(hessian.to(dtype, copy=True), act_order=scheme.act_order, damping=scheme.damping)
+    return solve([weight.to(hessian.device)], factor, scheme)[0]
+
+
+@dataclass(slots=True)
+class _Grid:
+    """scale, zero: [G, m] in the working dtype; filled group by group unless found beforehand."""
+
+    scale: Tensor
+    zero: Tensor
+
+    @classmethod
+    def empty(cls, work: Tensor, width: int) -> _Grid:
+        shape = (work.shape[0] // width, work.shape[1])
+        return cls(work.new_empty(shape), work.new_empty(shape))
+
+    @classmethod
+    def static(cls, natural: Tensor, width: int, scheme: QuantScheme) -> _Grid:
+        """Scales from the original weights, before any error is spread."""
+        grid = cls.empty(natural, width)
+        for g in range(grid.scale.shape[0]):
+            grid.scale[g], grid.zero[g] = find_grid(natural[g * width : (g + 1) * width], scheme)
+        return grid
+
+
+def _stack_transposed(weights: list[Tensor], factor: Factor) -> Tensor:
+    """The stacked weights as [n, Σm] in the factor's dtype, dead inputs zeroed, in natural order."""
+    n = factor.r.shape[0]
+    work = torch.empty(n, sum(w.shape[0] for w in weights), dtype=factor.r.dtype, device=factor.r.device)
+    lo = 0
+    for w in weights:
+        work[:, lo : lo + w.shape[0]] = w.T
+        lo += w.shape[0]
+    work[factor.dead] = 0
+    return work
+
+
+def _energy(work: Tensor, r: Tensor) -> Tensor:
+    """``w·H·wᵀ = ‖w·R‖²`` of every row w before anything is quantized, fp64 [m]. Costs as much as the error products."""
+    n = work.shape[0]
+    total = torch.zeros(work.shape[1], dtype=torch.float64, device=work.device)
+    for a in range(0, n, BLOCK):
+        b = min(a + BLOCK, n)
+        corner = r[a:b, a:b].triu()
+        part = corner.T @ work[a:b]
+        if a:
+            part.addmm_(r[:a, a:b].T, work[:a])
+        total += part.square_().sum(0)
+    return total
+
+
+def _quantize_columns(
+    work: Tensor, r: Tensor, grid: _Grid, scheme: QuantScheme, width: int | None, group_of: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loop over blocks of columns. work [n, m] is overwritten by the error W − Q.
+
+    width: the group size where scales are found on the way (natural order), None where the grid is complete.
+    group_of: int64 [n], the group of each column in the order of work.
+    Returns codes uint8 [n, m] in the order of work, and the loss of each row, fp64 [m].
+    """
+    n, m = work.shape
+    codes = torch.empty(n, m, dtype=torch.uint8, device=work.device)
+    loss = torch.zeros(m, dtype=torch.float64, device=work.device)
+    block, sub_block = _block_sizes(width)
+    half = 2.0 ** (scheme.bits - 1)
+    for a in range(0, n, block):
+        b = min(a + block, n)
+        u = upper_inverse(r[a:b, a:b].triu())
+        target = work[a:b].clone()
+        if a:
+            target.addmm_(u.T, r[:a, a:b].T @ work[:a])
+        for s in range(0, b - a, sub_block):
+            e = min(s + sub_block, b - a)
+            if width is not None and (a + s) % width == 0:
+                g = (a + s) // width
+                grid.scale[g], grid.zero[g] = find_grid(target[s : s + width], scheme)
+            scale, zero = grid.scale[group_of[a + s : a + e]], grid.zero[group_of[a + s : a + e]]
+            low, high = (-half, half - 1) if scheme.symmetric else (-zero, scheme.max_code - zero)
+            steps, errors = gptq_block_(target[s:e], u[s:e, s:e], scale, low, high)
+            target[e:].addmm_(u[s:e, e:].T, errors, alpha=-1)
+            work[a + s : a + e].addcmul_(steps, scale, value=-1)
+            codes[a + s : a + e] = steps.add_(zero)
+            loss += errors.square_().sum(0)
+    return codes, loss
+
+
+def _block_sizes(width: int | None) -> tuple[int, int]:
+    """(columns per block, columns per sub-block): groups never straddle a block, nor sub-blocks a group."""
+    if width is None:
+        return BLOCK, SUB_BLOCK
+    block = width if width > BLOCK else BLOCK // width * width
+    sub_block = next(size for size in (SUB_BLOCK, 16, 8) if width % size == 0)
+    return block, sub_block

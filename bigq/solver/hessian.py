@@ -1,0 +1,88 @@
+"""The Hessian of a Linear's output error, and its factor.
+
+With calibration inputs X [T, n], ``H = 2/T · XᵀX`` (n × n). Linears that read the same input share one Hessian
+and one factor; the factor is an immutable value, so nobody can damp or permute a shared H twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bigq.errors import NumericsError
+from bigq.kernels.cholesky import upper_cholesky_
+from bigq.kernels.syrk import mirror_, restore_upper_, syrk_
+
+#: When the factorization fails, damping is raised tenfold up to the whole mean of the diagonal.
+LADDER_FACTOR = 10.0
+LADDER_TOP = 1.0
+
+
+class HessianSum:
+    """Accumulates XᵀX over batches of activations, upper triangle only, in one fp32 buffer."""
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self._sum = torch.zeros(n, n, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add activations [..., n] of any floating type."""
+        rows = x.reshape(-1, x.shape[-1])
+        syrk_(self._sum, rows)
+        self.tokens += rows.shape[0]
+
+    def finish(self) -> Tensor:
+        """``2/T · XᵀX`` as a full symmetric matrix in the accumulator's own storage. Ends this object's life."""
+        h = self._sum
+        del self._sum
+        h.mul_(2.0 / self.tokens)
+        mirror_(h)
+        return h
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factor:
+    """``H' = R·Rᵀ``, where H' is H in the order ``perm``, with dead inputs made harmless and the diagonal damped.
+
+    r: [n, n], R in the upper triangle; what lies below is not R's.
+    perm: the order in which columns are quantized, int64 [n], or None for the natural order.
+    dead: bool [n] in natural order, inputs that were always 0.
+    damping: the fraction of the mean diagonal that was added.
+    """
+
+    r: Tensor
+    perm: Tensor | None
+    dead: Tensor
+    damping: float
+
+
+def factorize(h: Tensor, *, act_order: bool, damping: float, name: str = "the Linear") -> Factor:
+    """Factor a symmetric H [n, n] (fp32 or fp64). H's storage is taken over; the caller gives it up.
+
+    A failing factorization is tried again with more damping. Raises NumericsError, naming ``name``, where H is
+    not finite or stays indefinite.
+    """
+    diagonal = h.diagonal()
+    if not bool(torch.isfinite(diagonal).all()):
+        raise NumericsError(f"{name}: the calibration inputs are not finite (NaN or Inf in the Hessian)")
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    perm: Tensor | None = None
+    if act_order:
+        perm = torch.argsort(diagonal, descending=True, stable=True)
+        h = h[perm][:, perm]
+    mean = float(h.diagonal().mean())
+    undamped = h.diagonal().clone()
+    while True:
+        h.diagonal().copy_(undamped + damping * mean)
+        if upper_cholesky_(h):
+            return Factor(r=h, perm=perm, dead=dead, damping=damping)
+        if damping >= LADDER_TOP:
+            raise NumericsError(
+                f"{name}: its Hessian is not positive definite even with damping {damping:g}; "
+                "use more calibration samples, or skip this Linear with --skip"
+            )
+        damping = min(damping * LADDER_FACTOR, LADDER_TOP)
+        restore_upper_(h, undamped)

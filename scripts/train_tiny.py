@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""Train the tiny Llama that ships in ``bigq/assets/tiny-llama``.
+
+Text: the Python standard library's own sources, as found next to the interpreter that runs this script
+(PSF licence, redistributable; tests, IDLE and vendored wheels are left out). Files are split by a hash of
+their relative path: 1/32 of them are held out and 1/32 are kept for calibration, the rest is trained on.
+Both small parts are written out as the text files that ship with the package.
+
+The tokenizer is byte-level (token id = byte value, then ``<s>`` and ``</s>``). Training uses AdamW, bf16
+autocast over fp32 master weights and a warm-up / constant / linear-decay schedule, so that a run can be
+stopped and resumed with another ``--steps``.
+
+    python scripts/train_tiny.py --work /tmp/tiny --steps 6000 --out bigq/assets
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import pathlib
+import platform
+import sysconfig
+import time
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+EXCLUDED_DIRS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
+CONFIG = LlamaConfig(
+    vocab_size=258,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
+    bos_token_id=256,
+    eos_token_id=257,
+)
+SHARD_SIZE = "2MB"
+CALIBRATION_BYTES = 160_000
+HELDOUT_BYTES = 80_000
+
+
+def corpus() -> tuple[bytes, bytes, bytes]:
+    """The (train, calibration, held-out) text, in a fixed order of files."""
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    parts: dict[str, list[bytes]] = {"train": [], "calibration": [], "heldout": []}
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if EXCLUDED_DIRS & set(relative.parts):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        bucket = hashlib.sha256(relative.as_posix().encode()).digest()[0] % 32
+        part = {0: "heldout", 1: "calibration"}.get(bucket, "train")
+        parts[part].append(text.encode() + b"\n\n")
+    return b"".join(parts["train"]), excerpts(parts["calibration"], CALIBRATION_BYTES), excerpts(parts["heldout"], HELDOUT_BYTES)
+
+
+def excerpts(files: list[bytes], size: int) -> bytes:
+    """At most an equal share of each file, cut at line ends, so that no single long file dominates."""
+    share = size // len(files)
+    taken = []
+    for text in files:
+        taken.append(text if len(text) <= 2 * share else text[: text.rfind(b"\n", 0, 2 * share) + 1])
+    joined = b"".join(taken)
+    return joined[: joined.rfind(b"\n", 0, size) + 1]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose ids are the bytes of the text; nothing is added at the ends."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spare = iter(range(256, 512))
+    alphabet = {b: chr(b) if b in visible else chr(next(spare)) for b in range(256)}
+    vocab = {alphabet[b]: b for b in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=256)
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Warm-up for 200 steps, constant, then linear to 1 % of the peak over the last 35 %."""
+    decay_from = int(steps * 0.65)
+    if step < 200:
+        return peak * (step + 1) / 200
+    if step < decay_from:
+        return peak
+    return peak * max(0.01, (steps - step) / (steps - decay_from))
+
+
+def perplexity(model: LlamaForCausalLM, text: bytes, seqlen: int) -> float:
+    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    rows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows.split(16):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(row, labels=row).loss
+            total += loss.item() * row.shape[0]
+            count += row.shape[0]
+    return math.exp(total / count)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=pathlib.Path, required=True, help="folder for the resumable training state")
+    parser.add_argument("--out", type=pathlib.Path, help="write the model and the text files here at the end")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+
+    train, calibration, heldout = corpus()
+    print(f"text: {len(train):,} bytes to train on, {len(calibration):,} calibration, {len(heldout):,} held out", flush=True)
+    data = torch.frombuffer(bytearray(train), dtype=torch.uint8)
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(CONFIG).float()
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    state_file, first, seconds = args.work / "state.pt", 0, 0.0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, seconds = state["step"], state["seconds"]
+    forward = torch.compile(model) if args.compile else model
+    started = time.monotonic() - seconds
+
+    for step in range(first, args.steps):
+        generator = torch.Generator().manual_seed(step)
+        starts = torch.randint(0, len(data) - args.seqlen, (args.batch,), generator=generator)
+        batch = torch.stack([data[s : s + args.seqlen] for s in starts.tolist()]).long()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = forward(input_ids=batch, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().reshape(-1, logits.shape[-1]), batch[:, 1:].reshape(-1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % 20 == 0:
+            print(f"step {step + 1} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
+        if (step + 1) % 250 == 0 or step + 1 == args.steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            state["seconds"] = time.monotonic() - started
+            torch.save(state, args.work / "state.tmp")
+            os.replace(args.work / "state.tmp", state_file)
+            print(f"step {step + 1} held-out perplexity {perplexity(model, heldout, args.seqlen):.4f}", flush=True)
+
+    if args.out:
+        target = args.out / "tiny-llama"
+        model.to(torch.bfloat16).save_pretrained(target, max_shard_size=SHARD_SIZE)
+        byte_tokenizer().save_pretrained(target)
+        (args.out / "calibration.txt").write_bytes(calibration)
+        (args.out / "heldout.txt").write_bytes(heldout)
+        origin = {
+            "text": f"Python {platform.python_version()} standard library sources, PSF licence",
+            "steps": args.steps,
+            "tokens": args.steps * args.batch * args.seqlen,
+            "seconds": round(time.monotonic() - started),
+            "command": f"python scripts/train_tiny.py --steps {args.steps} --batch {args.batch} --seqlen {args.seqlen} --lr {args.lr}",
+        }
+        (target / "training.json").write_text(json.dumps(origin, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
