@@ -32,10 +32,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 EXCLUDED_DIRS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
 CONFIG = LlamaConfig(
     vocab_size=258,
-    hidden_size=256,
+    hidden_size=512,
     intermediate_size=768,
-    num_hidden_layers=5,
-    num_attention_heads=4,
+    num_hidden_layers=2,
+    num_attention_heads=8,
     num_key_value_heads=2,
     max_position_embeddings=256,
     tie_word_embeddings=False,
@@ -116,9 +116,10 @@ def main() -> None:
     parser.add_argument("--work", type=pathlib.Path, required=True, help="folder for the resumable training state")
     parser.add_argument("--out", type=pathlib.Path, help="write the model and the text files here at the end")
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--decay", type=float, default=0.0, help="weight decay")
     parser.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -132,7 +133,7 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": args.decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     state_file, first, seconds = args.work / "state.pt", 0, 0.0
     if state_file.exists():
@@ -171,6 +172,8 @@ def main() -> None:
         byte_tokenizer().save_pretrained(target)
         (args.out / "calibration.txt").write_bytes(calibration)
         (args.out / "heldout.txt").write_bytes(heldout)
+        licence = pathlib.Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
+        (args.out / "LICENSE-PSF.txt").write_bytes(licence.read_bytes())
         origin = {
             "text": f"Python {platform.python_version()} standard library sources, PSF licence",
             "steps": args.steps,

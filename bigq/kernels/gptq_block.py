@@ -26,10 +26,12 @@ def gptq_block_(w: Tensor, u: Tensor, scale: Tensor, low: Tensor | float, high: 
         step, error = steps[j], errors[j]
         torch.div(w[j], scale[j], out=step)
         step.round_()
-        if isinstance(low, Tensor) and isinstance(high, Tensor):
+        if isinstance(low, Tensor):
+            assert isinstance(high, Tensor)
             torch.clamp(step, low[j], high[j], out=step)
         else:
-            torch.clamp(step, low, high, out=step)  # type: ignore[call-overload]
+            assert not isinstance(high, Tensor)
+            step.clamp_(low, high)
         torch.mul(step, scale[j], out=error)
         torch.sub(w[j], error, out=error)
         error.mul_(inverse_pivot[j])

@@ -14,12 +14,13 @@ class ActivationStore:
     """Hidden states [N, T, d] in one buffer that outputs overwrite in place.
 
     Rows are replayed in batches of ``batch``, the last one possibly smaller; ``calls`` holds, by batch size, how each
-    block is called.
+    block is called. ``at`` is the first row of the batch that is being replayed.
     """
 
     def __init__(self, rows: int, seqlen: int, width: int, dtype: torch.dtype, batch: int, device: torch.device) -> None:
         self._buffer = torch.empty(rows, seqlen, width, dtype=dtype, device=device)
         self._batch = batch
+        self.at = 0
         self.calls: dict[int, list[BlockCall]] = {}
 
     def spans(self) -> list[tuple[int, int]]:
@@ -30,6 +31,7 @@ class ActivationStore:
     def batches(self, block: int, device: torch.device) -> Iterator[tuple[int, Tensor, BlockCall]]:
         """(first row, hidden states on ``device``, the block's call) for every batch."""
         for lo, hi in self.spans():
+            self.at = lo
             yield lo, self._buffer[lo:hi].to(device), self.calls[hi - lo][block]
 
     def put(self, lo: int, hidden: Tensor) -> None:

@@ -41,13 +41,22 @@ class OutputForm:
 
     extras: tuple[bool, ...] | None
 
+    @staticmethod
+    def fits(output: Any) -> bool:
+        """Whether an output is of one of the two forms."""
+        return isinstance(output, Tensor) or (isinstance(output, tuple) and bool(output) and isinstance(output[0], Tensor))
+
+    @property
+    def has_extras(self) -> bool:
+        return any(self.extras or ())
+
     @classmethod
     def of(cls, output: Any) -> OutputForm:
         if isinstance(output, Tensor):
             return cls(None)
-        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-            return cls(tuple(extra is not None for extra in output[1:]))
-        raise UnsupportedModelError(f"a decoder block returns a {type(output).__name__}; this architecture is not supported")
+        if not cls.fits(output):
+            raise UnsupportedModelError(f"a decoder block returns a {type(output).__name__}; this architecture is not supported")
+        return cls(tuple(extra is not None for extra in output[1:]))
 
     def wrap(self, hidden: Tensor) -> Any:
         """``hidden`` returned as the block would; extra outputs become sentinels."""

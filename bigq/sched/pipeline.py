@@ -35,7 +35,7 @@ from bigq.io.reader import read_tensor
 from bigq.io.writer import OutputTensor, write_shard
 from bigq.report import Clock, LinearRecord, Progress, Report, device_memory_peak, host_memory_peak
 from bigq.sched.activations import ActivationStore
-from bigq.sched.block import BlockJob, BlockPlan, Solved, plan_block, propagate, round_block, solve_block
+from bigq.sched.block import BlockJob, BlockPlan, Memo, Solved, plan_block, propagate, round_block, solve_block
 from bigq.sched.capture import OutputForm, check_streamable, first_input, record_calls
 from bigq.sched.device import choose_device, memory_errors
 from bigq.sched.journal import STATE_FOLDER, Commit, Journal
@@ -191,6 +191,7 @@ class _Job:
             schemes=self._schemes(prefix, block, plan),
             device=self.pager.device,
             clock=self.clock,
+            memo=Memo(),
         )
         if i < self.resumed:
             if store is not None:
@@ -201,7 +202,7 @@ class _Job:
         if store is not None and not last:
             self.progress.phase(f"block {i + 1} replay")
             with self.clock.phase("replay"):
-                propagate(i, block, store, self.pager.device, prefix)
+                propagate(i, block, store, self.pager.device, prefix, job.memo)
         self.pager.evict_block(i)
         if i < self.resumed:
             self.progress.block_skipped()
