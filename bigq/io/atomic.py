@@ -44,6 +44,15 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=False) + "\n").encode())
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a small file's contents. Raises ResourceError."""
+    try:
+        data = source.read_bytes()
+    except OSError as error:
+        raise ResourceError(f"cannot read {source}: {error.strerror}") from error
+    write_bytes(target, data)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

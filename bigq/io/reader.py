@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bigq.errors import CheckpointError, NumericsError
 from bigq.io.index import TensorInfo
-from bigq.kernels.syrk import finite
+from bigq.kernels.finite import finite
 
 CHUNK_BYTES = 16 * 2**20
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 #: Tokens converted to the accumulator's precision at a time, and columns per tile of the triangle.
@@ -44,8 +43,3 @@ def restore_upper_(h: Tensor, diagonal: Tensor) -> None:
         corner.copy_(corner.tril(-1) + corner.tril(-1).T)
         h[:lo, lo:hi] = h[lo:hi, :lo].T
     h.diagonal().copy_(diagonal)
-
-
-def finite(x: Tensor) -> bool:
-    """Whether every element is finite. The sum of a finite tensor's magnitudes cannot be NaN; Inf shows as Inf."""
-    return bool(torch.isfinite(x.abs().max())) if x.numel() else True

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bigq.arch import block_linears
 from bigq.errors import NumericsError
-from bigq.kernels.syrk import finite
+from bigq.kernels.finite import finite
 from bigq.report import Clock
 from bigq.sched.activations import ActivationStore
 from bigq.sched.capture import BlockCall, OutputForm, StopForward, all_replaced, hidden_of

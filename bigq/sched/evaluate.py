@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bigq import skeleton
 from bigq.calibration import evaluation_rows, require_vocabulary
+from bigq.config import default_batch
 from bigq.errors import UsageError
 from bigq.io.hub import resolve_model
 from bigq.report import Progress
@@ -53,7 +54,7 @@ class EvalConfig:
     data: str = "builtin"
     seqlen: int | None = None
     samples: int | None = None
-    batch: int = 8
+    batch: int | None = None
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
@@ -75,7 +76,7 @@ def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | No
         rows = _rows(pagers, config)
         streams = []
         for pager in pagers:
-            streams.append(Stream(pager, rows, config.batch, quiet=config.quiet))
+            streams.append(Stream(pager, rows, config.batch or default_batch(device.type, rows.shape[1]), quiet=config.quiet))
             stack.enter_context(streams[-1].tail_ready())
         totals = _Totals()
         for lo in range(len(rows)):

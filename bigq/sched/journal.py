@@ -72,12 +72,9 @@ class Journal:
         self.commits = self._surviving(units)
 
     def _begin(self, request: Mapping[str, Any]) -> None:
+        require_ours(self.out)
         job = self._state / "job.json"
         try:
-            if self.out.exists() and not self.out.is_dir():
-                raise UsageError(f"{self.out}: OUT is a file; name a folder")
-            if self.out.is_dir() and not self._state.is_dir() and any(self.out.iterdir()):
-                raise UsageError(f"{self.out}: OUT is not empty and holds no job of bigq; choose another folder, or empty it")
             self._state.mkdir(parents=True, exist_ok=True)
             self._lock = open(self._state / "lock", "w")
         except OSError as error:
@@ -125,6 +122,14 @@ class Journal:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._lock.close()
+
+
+def require_ours(out: Path) -> None:
+    """Raise UsageError where ``out`` is neither absent, nor empty, nor the folder of a job."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: OUT is a file; name a folder")
+    if out.is_dir() and not (out / STATE_FOLDER).is_dir() and any(out.iterdir()):
+        raise UsageError(f"{out}: OUT is not empty and holds no job of bigq; choose another folder, or empty it")
 
 
 def _require_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from bigq.arch import block_linears
 from bigq.calibration import calibration_rows, require_vocabulary
 from bigq.config import JobConfig
 from bigq.errors import UnsupportedModelError, UsageError
-from bigq.io.atomic import write_bytes, write_json
+from bigq.io.atomic import copy_file, write_bytes, write_json
 from bigq.io.gptq_format import pack_linear, quantization_config, require_packable, unpack_linear
 from bigq.io.hub import resolve_model
 from bigq.io.index import INDEX_NAME, TensorInfo, read_header, read_json_object
@@ -38,7 +37,7 @@ from bigq.sched.activations import ActivationStore
 from bigq.sched.block import BlockJob, BlockPlan, Memo, Solved, plan_block, propagate, round_block, solve_block
 from bigq.sched.capture import OutputForm, check_streamable, first_input, record_calls
 from bigq.sched.device import choose_device, memory_errors
-from bigq.sched.journal import STATE_FOLDER, Commit, Journal
+from bigq.sched.journal import STATE_FOLDER, Commit, Journal, require_ours
 from bigq.sched.memory import return_freed_memory
 from bigq.sched.pager import Pager
 from bigq.scheme import QuantScheme, dequantize, scheme_for
@@ -61,12 +60,14 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
     device = choose_device(config.device)
     folder, out = resolve_model(model), Path(out).expanduser()
     _refuse_nesting(folder, out)
+    require_ours(out)
     return_freed_memory()
     skeleton.silence()
     with torch.no_grad(), memory_errors(device):
         pager = Pager(folder, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
         if pager.packed:
             raise UnsupportedModelError(f"{folder}: is already quantized; give the original model")
+        config = config.resolved(device_type=device.type, seqlen=_seqlen(pager, config))
         rows = _calibration(pager, config)
         request = {
             "settings": config.frozen(),
@@ -166,6 +167,7 @@ class _Job:
         store = None
         if rows is not None and self.resumed < len(self.pager.blocks):
             with self.clock.phase("embed"):
+                assert self.config.batch is not None
                 store = activations_for(self.pager, rows, self.config.batch, probe.form)
         plans: dict[Any, BlockPlan] = {}
         for i in range(len(self.pager.blocks)):
@@ -274,7 +276,7 @@ class _Job:
         write_bytes(out / STATE_FOLDER / "linears.jsonl", b"".join(lines))
         for path in sorted(source.iterdir()):
             if path.is_file() and _is_side_file(path.name):
-                shutil.copyfile(path, out / path.name)
+                copy_file(path, out / path.name)
         meta = {
             "quantizer": [f"bigq:{bigq.__version__}"],
             "method": config.method,
@@ -299,18 +301,24 @@ class _FinishedBlock:
         return dequantize(*unpack_linear(prefix, lambda n: read_tensor(self._tensors[n]), bits, version), dtype)
 
 
-def _calibration(pager: Pager, config: JobConfig) -> Tensor | None:
-    """The calibration rows [N, T]; None where the method does not look at any."""
-    limit = skeleton.max_positions(pager.config)
-    if config.seqlen is not None and limit is not None and config.seqlen > limit:
+def _seqlen(pager: Pager, config: JobConfig) -> int:
+    """Tokens per calibration row. Raises UsageError where the model has fewer positions than asked for."""
+    limit = skeleton.max_positions(pager.config) or DEFAULT_SEQLEN
+    if config.seqlen is not None and config.seqlen > (skeleton.max_positions(pager.config) or config.seqlen):
         raise UsageError(f"--seqlen {config.seqlen}: the model has {limit} positions; use --seqlen {limit} or less")
+    return config.seqlen or min(DEFAULT_SEQLEN, limit)
+
+
+def _calibration(pager: Pager, config: JobConfig) -> Tensor | None:
+    """The calibration rows [N, T] of a resolved job; None where the method does not look at any."""
     if config.method == "rtn":
         return None
+    assert config.seqlen is not None
     rows = calibration_rows(
         config.calibration,
         pager.folder,
         samples=config.samples,
-        seqlen=config.seqlen or min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN),
+        seqlen=config.seqlen,
         seed=config.seed,
         trust_remote_code=config.trust_remote_code,
     )

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from bigq.errors import NumericsError, UsageError
 from bigq.kernels.cholesky import upper_inverse
+from bigq.kernels.finite import finite
 from bigq.kernels.gptq_block import gptq_block_
-from bigq.kernels.syrk import finite
 from bigq.scheme import QuantizedWeight, QuantScheme
 from bigq.solver.grid import find_grid
 from bigq.solver.hessian import Factor, factorize
@@ -41,17 +41,12 @@ def solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str 
     where the group size does not divide n.
     """
     natural = _stack_transposed(weights, factor)
-    n = natural.shape[0]
-    width = scheme.group_width(n)
-    group_of = torch.arange(n, device=natural.device) // width
-    static = scheme.act_order or width == n
-    grid = _Grid.static(natural, width, scheme) if static else _Grid.empty(natural, width)
-    work = natural
-    if factor.perm is not None:
-        work, group_of = natural[factor.perm], group_of[factor.perm]
+    width = scheme.group_width(natural.shape[0])
+    grid = _Grid.prepare(natural, width, factor.perm, scheme)
+    work = natural if factor.perm is None else natural[factor.perm]
     del natural
     energy = _energy(work, factor.r)
-    codes, loss = _quantize_columns(work, factor.r, grid, scheme, None if static else width, group_of)
+    codes, loss = _quantize_columns(work, factor.r, grid, scheme)
     if factor.perm is not None:
         codes = torch.empty_like(codes).index_copy_(0, factor.perm, codes)
     if not bool(torch.isfinite(loss).all()):
@@ -95,23 +90,37 @@ def quantize_linear(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> Qua
 
 @dataclass(slots=True)
 class _Grid:
-    """scale, zero: [G, m] in the working dtype; filled group by group unless found beforehand."""
+    """scale, zero: [G, m] in the working dtype, for groups of ``width`` inputs.
+
+    perm: the order of columns, None for the natural one. static: found from the original weights before any error is
+    spread; else each group's when the column loop reaches it.
+    """
 
     scale: Tensor
     zero: Tensor
+    width: int
+    perm: Tensor | None
+    static: bool
 
     @classmethod
-    def empty(cls, work: Tensor, width: int) -> _Grid:
-        shape = (work.shape[0] // width, work.shape[1])
-        return cls(work.new_empty(shape), work.new_empty(shape))
-
-    @classmethod
-    def static(cls, natural: Tensor, width: int, scheme: QuantScheme) -> _Grid:
-        """Scales from the original weights, before any error is spread."""
-        grid = cls.empty(natural, width)
-        for g in range(grid.scale.shape[0]):
-            grid.scale[g], grid.zero[g] = find_grid(natural[g * width : (g + 1) * width], scheme)
+    def prepare(cls, natural: Tensor, width: int, perm: Tensor | None, scheme: QuantScheme) -> _Grid:
+        shape = (natural.shape[0] // width, natural.shape[1])
+        static = perm is not None or width == natural.shape[0]
+        grid = cls(natural.new_empty(shape), natural.new_empty(shape), width, perm, static)
+        for g in range(shape[0] if static else 0):
+            grid.find(g, natural[g * width : (g + 1) * width], scheme)
         return grid
+
+    def find(self, g: int, weights: Tensor, scheme: QuantScheme) -> None:
+        self.scale[g], self.zero[g] = find_grid(weights, scheme)
+
+    def columns(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero [hi − lo, m] of columns lo … hi in the order of the loop; in natural order they are of one group."""
+        if self.perm is not None:
+            groups = self.perm[lo:hi] // self.width
+            return self.scale[groups], self.zero[groups]
+        g = lo // self.width
+        return self.scale[g].expand(hi - lo, -1), self.zero[g].expand(hi - lo, -1)
 
 
 def _stack_transposed(weights: list[Tensor], factor: Factor) -> Tensor:
@@ -122,7 +131,8 @@ def _stack_transposed(weights: list[Tensor], factor: Factor) -> Tensor:
     for w in weights:
         work[:, lo : lo + w.shape[0]] = w.T
         lo += w.shape[0]
-    work[factor.dead] = 0
+    if bool(factor.dead.any()):
+        work[factor.dead] = 0
     return work
 
 
@@ -140,19 +150,15 @@ def _energy(work: Tensor, r: Tensor) -> Tensor:
     return total
 
 
-def _quantize_columns(
-    work: Tensor, r: Tensor, grid: _Grid, scheme: QuantScheme, width: int | None, group_of: Tensor
-) -> tuple[Tensor, Tensor]:
+def _quantize_columns(work: Tensor, r: Tensor, grid: _Grid, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     """The loop over blocks of columns. work [n, m] is overwritten by the error W − Q.
 
-    width: the group size where scales are found on the way (natural order), None where the grid is complete.
-    group_of: int64 [n], the group of each column in the order of work.
     Returns codes uint8 [n, m] in the order of work, and the loss of each row, fp64 [m].
     """
     n, m = work.shape
     codes = torch.empty(n, m, dtype=torch.uint8, device=work.device)
     loss = torch.zeros(m, dtype=torch.float64, device=work.device)
-    block, sub_block = _block_sizes(width)
+    block, sub_block = (BLOCK, SUB_BLOCK) if grid.static else _block_sizes(grid.width)
     half = 2.0 ** (scheme.bits - 1)
     for a in range(0, n, block):
         b = min(a + block, n)
@@ -162,10 +168,9 @@ def _quantize_columns(
             target.addmm_(u.T, r[:a, a:b].T @ work[:a])
         for s in range(0, b - a, sub_block):
             e = min(s + sub_block, b - a)
-            if width is not None and (a + s) % width == 0:
-                g = (a + s) // width
-                grid.scale[g], grid.zero[g] = find_grid(target[s : s + width], scheme)
-            scale, zero = grid.scale[group_of[a + s : a + e]], grid.zero[group_of[a + s : a + e]]
+            if not grid.static and (a + s) % grid.width == 0:
+                grid.find((a + s) // grid.width, target[s : s + grid.width], scheme)
+            scale, zero = grid.columns(a + s, a + e)
             low, high = (-half, half - 1) if scheme.symmetric else (-zero, scheme.max_code - zero)
             steps, errors = gptq_block_(target[s:e], u[s:e, s:e], scale, low, high)
             target[e:].addmm_(u[s:e, e:].T, errors, alpha=-1)
@@ -175,10 +180,8 @@ def _quantize_columns(
     return codes, loss
 
 
-def _block_sizes(width: int | None) -> tuple[int, int]:
-    """(columns per block, columns per sub-block): groups never straddle a block, nor sub-blocks a group."""
-    if width is None:
-        return BLOCK, SUB_BLOCK
+def _block_sizes(width: int) -> tuple[int, int]:
+    """(columns per block, columns per sub-block) for groups of ``width``: no group straddles a block, no sub-block a group."""
     block = width if width > BLOCK else BLOCK // width * width
     sub_block = next(size for size in (SUB_BLOCK, 16, 8) if width % size == 0)
     return block, sub_block

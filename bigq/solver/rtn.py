@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bigq.errors import NumericsError
-from bigq.kernels.syrk import finite
+from bigq.kernels.finite import finite
 from bigq.scheme import QuantizedWeight, QuantScheme
 from bigq.solver.grid import find_grid
 
