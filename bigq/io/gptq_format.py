@@ -40,6 +40,8 @@ def pack_linear(prefix: str, weight: QuantizedWeight, version: int) -> dict[str,
     bits = weight.scheme.bits
     groups = weight.scales.shape[1]
     n = weight.codes.shape[1]
+    if version == 1 and bool((weight.zeros == 0).any()):
+        raise ValueError(f"{prefix}: a zero point of 0 cannot be stored in format v1; solve with min_zero=1")
     zeros = weight.zeros if version == 2 else weight.zeros - 1
     return {
         f"{prefix}.qweight": pack(weight.codes.T, bits),
@@ -54,13 +56,15 @@ def unpack_linear(prefix: str, get: Callable[[str], Tensor], bits: int, version:
 
     Raises CheckpointError where shapes disagree or groups are not in natural order.
     """
-    codes = unpack(get(f"{prefix}.qweight"), bits)
-    scales = get(f"{prefix}.scales")
-    zeros = unpack(get(f"{prefix}.qzeros").T.contiguous(), bits)
+    qweight, qzeros, scales = (get(f"{prefix}.{name}") for name in ("qweight", "qzeros", "scales"))
+    if any(t.ndim != 2 for t in (qweight, qzeros, scales)) or qweight.shape[0] * 32 % bits or qzeros.shape[1] * 32 % bits:
+        raise CheckpointError(f"{prefix}: qweight, qzeros or scales is not a matrix of {bits}-bit codes in whole words")
+    codes = unpack(qweight, bits)
+    zeros = unpack(qzeros.T.contiguous(), bits)
     if version == 1:
         zeros = zeros + 1
     k, groups = codes.shape[0], scales.shape[0]
-    if codes.shape[1] != scales.shape[1] or zeros.shape != (scales.shape[1], groups) or k % groups:
+    if codes.shape[1] != scales.shape[1] or zeros.shape != (scales.shape[1], groups) or not groups or k % groups:
         raise CheckpointError(f"{prefix}: qweight, qzeros and scales have shapes that do not belong together")
     natural = torch.arange(k) // (k // groups)
     if not torch.equal(get(f"{prefix}.g_idx").long(), natural):
@@ -79,10 +83,10 @@ def quantization_config(
     dynamic: dict[str, dict[str, Any]] = {f"-:^{_escape(name)}$": {} for name in left_out}
     for rule in rules:
         if rule.overrides is None:
-            dynamic[f"-:{rule.pattern}"] = {}
+            dynamic.setdefault(f"-:{rule.pattern}", {})
         else:
             said = {k: v for k, v in rule.overrides.items() if k in ("bits", "group_size", "sym")}
-            dynamic[f"+:{rule.pattern}"] = said
+            dynamic.setdefault(f"+:{rule.pattern}", said)
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq" if version == 1 else "gptq_v2",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ class Checkpoint:
                 raise CheckpointError(f"{index_path}: {name} is said to lie in {shard!r}, which is not a file name in this folder")
             if shard not in shards:
                 path = folder / shard
-                if not path.exists():
+                if not os.path.exists(path):
                     raise CheckpointError(f"{path}: this shard is named by the index but missing; fetch it again")
                 shards[shard], header = read_header(path)
                 digest.update(header)
@@ -158,7 +159,7 @@ def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
 
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its JSON cannot be read ({error}); the file is damaged") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: its JSON is not an object")
@@ -171,9 +172,10 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int, size: int) 
 
     if not isinstance(entry, dict):
         raise bad("its header entry is not an object")
-    dtype = DTYPES.get(entry.get("dtype", ""))
-    if dtype is None:
-        raise bad(f"dtype {entry.get('dtype')!r} is not one that bigq reads")
+    kind = entry.get("dtype")
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise bad(f"dtype {kind!r} is not one that bigq reads")
+    dtype = DTYPES[kind]
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not isinstance(shape, list) or not all(type(s) is int and s >= 0 for s in shape):
         raise bad(f"shape {shape!r} is not a list of sizes")
@@ -183,7 +185,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int, size: int) 
     if stop > size:
         raise bad(f"ends at byte {stop} of a file of {size} bytes; the file is truncated, fetch it again")
     if stop - start != math.prod(shape) * dtype.itemsize:
-        raise bad(f"{stop - start} bytes do not hold shape {shape} of {entry['dtype']}")
+        raise bad(f"{stop - start} bytes do not hold shape {shape} of {kind}")
     return TensorInfo(name=name, dtype=dtype, shape=tuple(shape), file=path, start=start, stop=stop)
 
 

@@ -22,7 +22,7 @@ CHUNK_BYTES = 16 * 2**20
 
 
 def read_tensor(info: TensorInfo, *, check_finite: bool = True) -> Tensor:
-    """One whole tensor, in host memory. Raises CheckpointError; NumericsError where it holds NaN or Inf."""
+    """One whole tensor, in host memory. Raises CheckpointError; NumericsError where fp16 or wider numbers hold NaN or Inf."""
     tensor = torch.empty(info.shape, dtype=info.dtype)
     with _Descriptor(info.file) as fd:
         _fill(fd, info.file, tensor, info.start)
@@ -37,7 +37,7 @@ def read_rows(info: TensorInfo, rows: Tensor) -> Tensor:
     if rows.numel() and not 0 <= int(rows[0]) <= int(rows[-1]) < limit:
         raise CheckpointError(f"{info.file}: tensor {info.name} has {limit} rows; row {int(rows[-1])} was asked for")
     out = torch.empty(len(rows), *info.shape[1:], dtype=info.dtype)
-    row_bytes = info.nbytes // limit
+    row_bytes = info.nbytes // max(limit, 1)
     breaks = (rows.diff() != 1).nonzero().flatten().add(1).tolist()
     with _Descriptor(info.file) as fd:
         for lo, hi in zip([0, *breaks], [*breaks, len(rows)], strict=True):

@@ -72,7 +72,7 @@ def write_shard(path: Path, tensors: Sequence[OutputTensor]) -> ShardRecord:
             file.write(piece)
             digest.update(piece)
             size += len(piece)
-    assert size == 8 + len(text) + offset, f"{path}: wrote {size} bytes instead of {8 + len(text) + offset}"
+        assert size == 8 + len(text) + offset, f"{path}: wrote {size} bytes instead of {8 + len(text) + offset}"
     return ShardRecord(file=path.name, size=size, sha256=digest.hexdigest(), tensors=tuple(t.name for t in tensors))
 
 

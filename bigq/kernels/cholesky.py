@@ -34,7 +34,8 @@ def upper_cholesky_(h: Tensor) -> bool:
         panel.copy_(torch.linalg.solve_triangular(r.T, panel, upper=False, left=False))
         for a in range(0, lo, BLOCK):
             b = min(a + BLOCK, lo)
-            h[:b, a:b].addmm_(panel[:b], panel[a:b].T, alpha=-1)
+            h[:a, a:b].addmm_(panel[:a], panel[a:b].T, alpha=-1)
+            h[a:b, a:b].sub_((panel[a:b] @ panel[a:b].T).triu_())
     return True
 
 

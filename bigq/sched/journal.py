@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigq.errors import ResourceError, UsageError
+from bigq.errors import BigqError, ResourceError, UsageError
 from bigq.io.atomic import TEMP_SUFFIX, sync_folder, write_bytes, write_json
 from bigq.io.index import read_json_object
 from bigq.io.writer import ShardRecord, file_sha256
@@ -49,6 +49,8 @@ class Commit:
     def from_line(cls, line: bytes) -> Commit | None:
         """None where the line was torn by a crash."""
         try:
+            if not line.endswith(b"\n"):
+                return None
             value = json.loads(line)
             shard = ShardRecord(file=value["file"], size=value["size"], sha256=value["sha256"], tensors=tuple(value["tensors"]))
             return cls(unit=value["unit"], shard=shard, linears=tuple(value["linears"]))
@@ -83,17 +85,21 @@ class Journal:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"{self.out}: another bigq job is writing to this folder; wait for it or stop it") from None
-        if job.exists():
-            _require_same(self.out, read_json_object(job), json.loads(json.dumps(request)))
-        else:
-            write_json(job, request)
+        try:
+            if job.exists():
+                _require_same(self.out, read_json_object(job), json.loads(json.dumps(request)))
+            else:
+                write_json(job, request)
+        except BigqError:
+            self.close()
+            raise
 
     def _surviving(self, units: list[str]) -> list[Commit]:
         """The commits that are whole and in order; the journal is cut behind them, leftover temp files go."""
         for leftover in [*self.out.glob("*" + TEMP_SUFFIX), *self._state.glob("*" + TEMP_SUFFIX)]:
             leftover.unlink()
         commits: list[Commit] = []
-        lines = self._path.read_bytes().splitlines() if self._path.exists() else []
+        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
         for unit, line in zip(units, lines, strict=False):
             commit = Commit.from_line(line)
             if commit is None or commit.unit != unit or not self._intact(commit.shard):
@@ -134,13 +140,13 @@ def require_ours(out: Path) -> None:
 
 def _require_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise UsageError naming the first setting in which a job differs from the one that the folder holds."""
-    for section in now:
-        old, new = before.get(section), now[section]
+    for section in {**before, **now}:
+        old, new = before.get(section), now.get(section)
         if isinstance(new, dict) and isinstance(old, dict):
-            for key in new:
-                if old.get(key) != new[key]:
+            for key in {**old, **new}:
+                if old.get(key) != new.get(key):
                     raise UsageError(
-                        f"{out}: holds a job with {section} {key} = {old.get(key)!r}, now it is {new[key]!r}; "
+                        f"{out}: holds a job with {section} {key} = {old.get(key)!r}, now it is {new.get(key)!r}; "
                         "run it as it was begun, or choose another folder"
                     )
         elif old != new:

@@ -1,0 +1,199 @@
+"""Models and calibration text from the hub: huggingface_hub's real client against a server of our own on 127.0.0.1."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from conftest import Child
+from models import SEQLEN, stored_tensors, word_tokenizer
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+C4 = ("datasets/allenai/c4", "en/c4-train.00000-of-01024.json.gz")
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves folders as repositories: listing, file metadata and files, as the hub's HTTP API does.
+
+    repositories: "owner/name" or "datasets/owner/name" → folder. requests: "METHOD path" of everything asked for.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories: dict[str, Path] = {}
+        self.requests: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def fetched(self) -> set[str]:
+        """Names of the files whose contents were asked for."""
+        return {line.partition(f"/{COMMIT}/")[2] for line in self.requests if line.startswith("GET") and "/resolve/" in line}
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def _answer(self, *, with_body: bool) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.server.requests.append(f"{self.command} /{path}")
+        status, body, headers = self._find(path)
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def _find(self, path: str) -> tuple[int, bytes, dict[str, str]]:
+        for name, folder in self.server.repositories.items():
+            api = f"api/{name}" if name.startswith("datasets/") else f"api/models/{name}"
+            files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+            if path in (f"{api}/revision/main", f"{api}/revision/{COMMIT}", api):
+                value = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
+                return 200, json.dumps(value).encode(), {"Content-Type": "application/json"}
+            if path.startswith(f"{api}/revision/"):
+                return 404, b"{}", {"X-Error-Code": "RevisionNotFound"}
+            if path.startswith(f"{api}/tree/"):
+                tree = [{"type": "file", "path": f, "size": p.stat().st_size, "oid": _digest(p)[:40]} for f, p in files.items()]
+                return 200, json.dumps(tree).encode(), {"Content-Type": "application/json"}
+            for revision in ("main", COMMIT):
+                start = f"{name}/resolve/{revision}/"
+                if path.startswith(start):
+                    file = files.get(path.removeprefix(start))
+                    if file is None:
+                        return 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
+                    return 200, file.read_bytes(), {"ETag": f'"{_digest(file)[:40]}"', "X-Repo-Commit": COMMIT}
+        return 404, b"", {"X-Error-Code": "RepoNotFound"}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture
+def repository(checkpoint: Callable[[str], Path], hub: Hub, tmp_path: Path) -> Path:
+    """A model on the hub, as "owner/tiny": shards, config, tokenizer, card, and pickles of the same weights."""
+    folder = tmp_path / "repository"
+    shutil.copytree(checkpoint("llama"), folder)
+    word_tokenizer().save_pretrained(folder)
+    (folder / "README.md").write_text("a card")
+    (folder / "LICENSE").write_text("terms")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_bytes(b"x")
+    hub.repositories["owner/tiny"] = folder
+    return folder
+
+
+def arguments(model: str, out: Path, calibration: str | Path) -> list[str]:
+    flags = ["--samples", "16", "--seqlen", str(SEQLEN), "--group-size", "32", "--device", "cpu", "--quiet"]
+    return ["-m", "bigq", "quantize", model, str(out), "--calibration", str(calibration), *flags]
+
+
+def test_quantize_from_the_hub_and_again_offline(
+    repository: Path, hub: Hub, environment: dict[str, str], ids_file: Path, child: Child, tmp_path: Path
+) -> None:
+    """The same output as from a local folder. Pickles are never fetched. Once fetched, the hub is not needed."""
+    out, again, local = (tmp_path / name for name in ("out", "again", "local"))
+    done = child(*arguments("owner/tiny", out, ids_file), env=environment)
+    assert done.returncode == 0, done.stderr
+    fetched = hub.fetched()
+    shards = {p.name for p in repository.glob("*.safetensors")}
+    assert len(shards) > 2
+    wanted = {"config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "LICENSE", "README.md"}
+    assert shards | wanted <= fetched
+    assert not any(name.endswith((".bin", ".onnx")) for name in fetched)
+
+    done = child(*arguments("owner/tiny", again, ids_file), env={**environment, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert done.returncode == 0, done.stderr
+    done = child(*arguments(str(repository), local, ids_file), env=environment)
+    assert done.returncode == 0, done.stderr
+    names = sorted(p.name for p in out.iterdir() if p.is_file())
+    assert {"config.json", "tokenizer.json", "LICENSE"} <= set(names)
+    for name in names:
+        assert (out / name).read_bytes() == (again / name).read_bytes(), name
+        assert (out / name).read_bytes() == (local / name).read_bytes(), name
+    assert any(name.endswith(".qweight") for name in stored_tensors(out))
+
+
+def test_unknown_repository_and_unknown_revision(
+    repository: Path, environment: dict[str, str], ids_file: Path, child: Child, tmp_path: Path
+) -> None:
+    for model in ("owner/absent", "owner/tiny@v99"):
+        done = child(*arguments(model, tmp_path / "out", ids_file), env=environment)
+        assert done.returncode == 3, done.stderr
+        lines = done.stderr.splitlines()
+        assert len(lines) == 1 and lines[0].startswith(f"bigq: error: {model}: "), done.stderr
+        assert "no such model" in lines[0]
+        assert not (tmp_path / "out").exists()
+
+
+def test_c4_from_the_hub(repository: Path, hub: Hub, environment: dict[str, str], child: Child, tmp_path: Path) -> None:
+    """The same rows, so the same codes, as from the same file given by its path."""
+    words = [f"w{i}" for i in range(3, 120)]
+    documents = [{"text": " ".join(words[(7 * i + k) % len(words)] for k in range(50)), "url": "x"} for i in range(100)]
+    name, file = C4
+    path = tmp_path / "c4" / file
+    path.parent.mkdir(parents=True)
+    with gzip.open(path, "wt", encoding="utf-8") as out:
+        out.writelines(json.dumps(document) + "\n" for document in documents)
+    hub.repositories[name] = tmp_path / "c4"
+    for calibration, folder in (("c4", "one"), (path, "two")):
+        done = child(*arguments(str(repository), tmp_path / folder, calibration), env=environment)
+        assert done.returncode == 0, done.stderr
+    assert f"GET /{name}/resolve/main/{file}" in hub.requests or f"GET /{name}/resolve/{COMMIT}/{file}" in hub.requests
+    one, two = stored_tensors(tmp_path / "one"), stored_tensors(tmp_path / "two")
+    assert one.keys() == two.keys() and all(one[n].equal(two[n]) for n in one)
+
+
+def test_c4_missing_on_the_hub(repository: Path, environment: dict[str, str], child: Child, tmp_path: Path) -> None:
+    done = child(*arguments(str(repository), tmp_path / "out", "c4"), env=environment)
+    assert done.returncode == 4, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("bigq: error: ") and "allenai/c4" in lines[0], done.stderr
+    assert "--calibration FILE" in lines[0] and "builtin" in lines[0]
+    assert not (tmp_path / "out" / "config.json").exists()

@@ -1,0 +1,125 @@
+"""The promise that the whole program rests on: memory follows the size of a block, not of the model.
+
+Llama-shaped bf16 models of 4 and of 24 blocks of the same width are quantized, each in a child process that reports its
+peak resident set (``ru_maxrss``). A peak is noisy upwards only, so where one looks too large it is measured once more and
+the smaller one counts. The children compute with one thread: how many there are changes time, not this comparison.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Child
+from models import random_ids, save_ids
+from safetensors.torch import save_file
+
+HIDDEN, INNER, HEADS, VOCABULARY = 512, 1408, 8, 512
+FEW, MANY = 4, 24
+#: Weights of one block in bf16.
+BLOCK_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
+
+PROGRAM = """
+import json, resource, sys
+import bigq
+source, out, ids = sys.argv[1:]
+scheme = bigq.QuantScheme(group_size=128)
+config = bigq.JobConfig(scheme=scheme, calibration=ids, samples=8, seqlen=64, device="cpu", quiet=True)
+report = bigq.quantize(source, out, config)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"peak": peak, "told": report.host_peak_bytes, "linears": len(report.linears)}))
+"""
+
+IDLE = """
+import resource
+import bigq.sched.pipeline, transformers.models.llama.modeling_llama
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def random_llama(folder: Path, blocks: int) -> Path:
+    """A checkpoint written tensor by tensor; one shard per block."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(blocks)
+    weight_map: dict[str, str] = {}
+
+    def save(shard: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        tensors = {
+            name: (torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.03).to(torch.bfloat16)
+            for name, shape in shapes.items()
+        }
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shapes, shard))
+
+    ends = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    save("model-rest.safetensors", ends)
+    for i in range(blocks):
+        names = {f"self_attn.{p}_proj.weight": (HIDDEN, HIDDEN) for p in "qkvo"}
+        names |= {f"mlp.{p}_proj.weight": (INNER, HIDDEN) for p in ("gate", "up")}
+        names |= {"mlp.down_proj.weight": (HIDDEN, INNER)}
+        names |= {f"{p}_layernorm.weight": (HIDDEN,) for p in ("input", "post_attention")}
+        save(f"model-{i:02d}.safetensors", {f"model.layers.{i}.{name}": shape for name, shape in names.items()})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "dtype": "bfloat16",
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+Peak = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def peak(child: Child, tmp_path_factory: pytest.TempPathFactory) -> Peak:
+    """blocks → the least peak of that model's runs so far, in bytes; ``again`` adds a run."""
+    folder = tmp_path_factory.mktemp("memory")
+    ids = save_ids(folder / "ids.safetensors", random_ids(8, 64))
+    known: dict[int, list[int]] = {}
+
+    def run(blocks: int) -> int:
+        source = folder / str(blocks)
+        if not source.exists():
+            random_llama(source, blocks)
+        out = folder / f"{blocks}-{len(known.get(blocks, []))}"
+        done = child("-c", PROGRAM, source, out, ids, env={"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert result["linears"] == 7 * blocks
+        assert result["peak"] >= result["told"] > 0.98 * result["peak"]
+        return int(result["peak"])
+
+    def get(blocks: int, again: bool = False) -> int:
+        if again or blocks not in known:
+            known.setdefault(blocks, []).append(run(blocks))
+        return min(known[blocks])
+
+    return get
+
+
+def test_peak_does_not_grow_with_the_number_of_blocks(peak: Peak) -> None:
+    few, many = peak(FEW), peak(MANY)
+    if abs(many - few) >= BLOCK_BYTES:
+        few, many = peak(FEW, again=True), peak(MANY, again=True)
+    assert abs(many - few) < BLOCK_BYTES, f"{few / 2**20:.1f} MiB for {FEW} blocks, {many / 2**20:.1f} MiB for {MANY}"
+
+
+def test_peak_stays_below_the_whole_model(peak: Peak, child: Child) -> None:
+    """Against a process that has only imported everything: what the job adds is less than the model's own size."""
+    idle = child("-c", IDLE)
+    assert idle.returncode == 0, idle.stderr
+    model = MANY * BLOCK_BYTES
+    assert peak(MANY) - int(idle.stdout) < model

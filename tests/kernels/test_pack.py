@@ -1,0 +1,99 @@
+"""Codes in 32-bit words, against a decoder that reads one long Python integer bit by bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigq.kernels.pack import pack, unpack
+
+BITS = [2, 3, 4, 8]
+
+
+def decode(words: list[int], bits: int) -> list[int]:
+    """Code i is made of bits [i·b, (i+1)·b) of the stream; word 0 holds bits 0 to 31."""
+    stream = 0
+    for i, word in enumerate(words):
+        stream |= (word & 0xFFFFFFFF) << (32 * i)
+    return [sum(((stream >> (i * bits + j)) & 1) << j for j in range(bits)) for i in range(32 * len(words) // bits)]
+
+
+def random_codes(bits: int, *shape: int) -> Tensor:
+    return torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+
+
+def word(value: int) -> int:
+    """As torch shows it: signed."""
+    return value - 2**32 if value >= 2**31 else value
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(32,), (32, 1), (96, 7), (256, 3), (64, 2, 5)], ids=str)
+def test_pack_is_what_the_decoder_reads(shape: tuple[int, ...], bits: int) -> None:
+    codes = random_codes(bits, *shape)
+    words = pack(codes, bits)
+    assert words.dtype == torch.int32 and words.shape == (shape[0] * bits // 32, *shape[1:])
+    flat = words.reshape(len(words), -1)
+    decoded = torch.tensor([decode(flat[:, i].tolist(), bits) for i in range(flat.shape[1])], dtype=torch.uint8).T
+    assert torch.equal(decoded.reshape(shape), codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_unpack_is_what_the_decoder_reads(bits: int) -> None:
+    words = torch.randint(-(2**31), 2**31, (3 * bits, 6), generator=torch.Generator().manual_seed(1)).to(torch.int32)
+    codes = unpack(words, bits)
+    assert codes.dtype == torch.uint8 and codes.shape == (96, 6)
+    assert codes.T.tolist() == [decode(words[:, i].tolist(), bits) for i in range(6)]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(32,), (96, 7), (64, 2, 5)], ids=str)
+def test_unpack_inverts_pack(shape: tuple[int, ...], bits: int) -> None:
+    codes = random_codes(bits, *shape)
+    assert torch.equal(unpack(pack(codes, bits), bits), codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_that_are_not_contiguous_are_read_right(bits: int) -> None:
+    codes = random_codes(bits, 5, 64).T
+    assert torch.equal(pack(codes, bits), pack(codes.contiguous(), bits))
+
+
+@pytest.mark.parametrize(
+    ("bits", "code", "words"),
+    [
+        (4, 7, [0x77777777]),
+        (4, 15, [0xFFFFFFFF]),
+        (8, 127, [0x7F7F7F7F]),
+        (8, 128, [0x80808080]),
+        (2, 1, [0x55555555]),
+        (2, 3, [0xFFFFFFFF]),
+        (3, 7, [0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF]),
+        (3, 1, [0x49249249, 0x92492492, 0x24924924]),
+    ],
+)
+def test_constants(bits: int, code: int, words: list[int]) -> None:
+    packed = pack(torch.full((32 * len(words) // bits,), code, dtype=torch.uint8), bits)
+    assert packed.tolist() == [word(w) for w in words]
+
+
+@pytest.mark.parametrize(
+    ("index", "code", "words"),
+    [
+        (9, 0b111, [0x38000000, 0, 0]),
+        (10, 0b001, [0x40000000, 0, 0]),
+        (10, 0b010, [0x80000000, 0, 0]),
+        (10, 0b100, [0, 1, 0]),
+        (10, 0b111, [0xC0000000, 1, 0]),
+        (21, 0b001, [0, 0x80000000, 0]),
+        (21, 0b110, [0, 0, 3]),
+        (21, 0b111, [0, 0x80000000, 3]),
+        (31, 0b111, [0, 0, 0xE0000000]),
+    ],
+)
+def test_three_bit_codes_straddle_words(index: int, code: int, words: list[int]) -> None:
+    codes = torch.zeros(32, dtype=torch.uint8)
+    codes[index] = code
+    assert pack(codes, 3).tolist() == [word(w) for w in words]
+    assert torch.equal(unpack(torch.tensor([word(w) for w in words], dtype=torch.int32), 3), codes)

@@ -1,0 +1,271 @@
+"""GPTQ against a plain textbook version of it: fp64, the inverse formed in three steps, one column at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigq.errors import NumericsError, UsageError
+from bigq.scheme import QuantScheme
+from bigq.solver.gptq import quantize_linear, solve
+from bigq.solver.hessian import factorize
+
+DEAD = (7, 130)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Thousands of tiny operations: waking a second thread for each costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def problem(m: int, n: int, seed: int = 0, dead: tuple[int, ...] = DEAD) -> tuple[Tensor, Tensor]:
+    """An fp64 weight [m, n] and the Hessian of correlated inputs, some of which are always zero."""
+    gen = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n, n, dtype=torch.float64, generator=gen) / n**0.5
+    x = torch.randn(3 * n, n, dtype=torch.float64, generator=gen) @ mix
+    x *= torch.rand(n, dtype=torch.float64, generator=gen) * 3
+    x[:, [d for d in dead if d < n]] = 0
+    return 0.02 * torch.randn(m, n, dtype=torch.float64, generator=gen), 2 / len(x) * x.T @ x
+
+
+def textbook_range_grid(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    top = 2**scheme.bits - 1
+    if scheme.symmetric:
+        scale = (2 * torch.maximum(low.abs(), high) / top).half().double()
+        return scale, torch.full_like(scale, 2 ** (scheme.bits - 1))
+    scale = ((high - low) / top).half().double()
+    return scale, (-low / scale).round().clamp(0, top)
+
+
+def textbook_grid(w: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """Scale, as fp16 stores it, and zero of every row of w [m, g]; with ``mse`` the best of the shrunken ranges."""
+    low, high, top = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0), 2**scheme.bits - 1
+    steps = range(80) if scheme.mse else range(1)
+    grids = [textbook_range_grid((1 - i / 100) * low, (1 - i / 100) * high, scheme) for i in steps]
+    errors = torch.stack(
+        [
+            (((w / s[:, None]).round() + z[:, None]).clamp(0, top) - z[:, None]).mul(s[:, None]).sub(w).abs().pow(2.4).sum(1)
+            for s, z in grids
+        ]
+    )
+    best = errors.min(0, keepdim=True).indices
+    scales, zeros = (torch.stack(part).gather(0, best)[0] for part in zip(*grids, strict=True))
+    return scales, zeros
+
+
+def textbook_gptq(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> tuple[Tensor, float]:
+    """Codes and loss by Frantar et al. 2022, algorithm 1, without any blocking."""
+    w, h, n = weight.double().clone(), hessian.double().clone(), weight.shape[1]
+    dead = h.diag() == 0
+    h[dead, dead] = 1
+    w[:, dead] = 0
+    width = n if scheme.group_size == -1 else scheme.group_size
+    grids = {g: textbook_grid(w[:, g * width : (g + 1) * width], scheme) for g in range(n // width)}
+    perm = torch.argsort(h.diag(), descending=True, stable=True) if scheme.act_order else torch.arange(n)
+    w, h = w[:, perm], h[perm][:, perm]
+    h += scheme.damping * h.diag().mean() * torch.eye(n, dtype=torch.float64)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    u = torch.linalg.cholesky(inverse, upper=True)
+    codes, loss = torch.zeros(w.shape, dtype=torch.uint8), 0.0
+    for j in range(n):
+        column = int(perm[j])
+        if not scheme.act_order and j % width == 0:
+            grids[j // width] = textbook_grid(w[:, j : j + width], scheme)
+        scale, zero = grids[column // width]
+        code = ((w[:, j] / scale).round() + zero).clamp(0, 2**scheme.bits - 1)
+        codes[:, column] = code.to(torch.uint8)
+        error = (w[:, j] - scale * (code - zero)) / u[j, j]
+        loss += float(error.square().sum())
+        w[:, j:] -= error[:, None] * u[j, j:]
+    return codes, loss
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
+@pytest.mark.parametrize("group_size", [-1, 32, 64, 128, 256])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_equal_the_textbook(bits: int, group_size: int, symmetric: bool, act_order: bool) -> None:
+    weight, hessian = problem(16, 256)
+    scheme = QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric, act_order=act_order)
+    codes, loss = textbook_gptq(weight, hessian, scheme)
+    result = quantize_linear(weight, hessian, scheme)
+    assert torch.equal(result.codes, codes)
+    assert result.loss == pytest.approx(loss, rel=1e-9)
+    assert result.scheme == scheme and result.damping == scheme.damping
+    groups = 1 if group_size == -1 else 256 // group_size
+    assert (result.codes.dtype, result.scales.dtype, result.zeros.dtype) == (torch.uint8, torch.float16, torch.uint8)
+    assert result.scales.shape == result.zeros.shape == (16, groups)
+
+
+@pytest.mark.parametrize(
+    ("n", "group_size", "act_order"),
+    [
+        pytest.param(160, 32, False, id="short last block"),
+        pytest.param(160, 32, True, id="short last block, act-order"),
+        pytest.param(200, -1, False, id="whole row of odd length"),
+        pytest.param(200, -1, True, id="whole row of odd length, act-order"),
+        pytest.param(272, 136, False, id="groups wider than a block"),
+        pytest.param(240, 48, False, id="groups that do not fill a block"),
+        pytest.param(136, 8, False, id="smallest groups"),
+        pytest.param(200, 40, True, id="groups of 40, act-order"),
+        pytest.param(8, 8, False, id="one tiny group"),
+    ],
+)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
+def test_odd_widths_equal_the_textbook(n: int, group_size: int, act_order: bool, symmetric: bool) -> None:
+    weight, hessian = problem(12, n, seed=1)
+    scheme = QuantScheme(bits=3, group_size=group_size, symmetric=symmetric, act_order=act_order, damping=0.05)
+    codes, loss = textbook_gptq(weight, hessian, scheme)
+    result = quantize_linear(weight, hessian, scheme)
+    assert torch.equal(result.codes, codes)
+    assert result.loss == pytest.approx(loss, rel=1e-9)
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
+def test_grid_search_equals_the_textbook(symmetric: bool, act_order: bool) -> None:
+    weight, hessian = problem(12, 160, seed=2)
+    scheme = QuantScheme(bits=3, group_size=32, symmetric=symmetric, act_order=act_order, mse=True)
+    result = quantize_linear(weight, hessian, scheme)
+    assert torch.equal(result.codes, textbook_gptq(weight, hessian, scheme)[0])
+    assert not torch.equal(result.codes, textbook_gptq(weight, hessian, dataclasses.replace(scheme, mse=False))[0])
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        QuantScheme(bits=4, group_size=128),
+        QuantScheme(bits=4, group_size=32, symmetric=False, act_order=True),
+        QuantScheme(bits=2, group_size=64, symmetric=False),
+        QuantScheme(bits=3, group_size=-1, act_order=True),
+        QuantScheme(bits=8, group_size=256, symmetric=False),
+    ],
+    ids=lambda s: f"{s.bits}bit-g{s.group_size}",
+)
+def test_fp32_loses_nothing_to_speak_of(scheme: QuantScheme) -> None:
+    """In fp32 some weights near the middle of two codes go the other way; over enough rows the loss stays the same."""
+    weight, hessian = problem(1024, 256, seed=3)
+    result = quantize_linear(weight.float(), hessian.float(), scheme)
+    assert result.loss == pytest.approx(textbook_gptq(weight.float(), hessian.float(), scheme)[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
+def test_loss_and_energy_are_the_quadratic_forms_of_the_result(symmetric: bool, act_order: bool) -> None:
+    weight, hessian = problem(16, 192, seed=4)
+    result = quantize_linear(weight, hessian, QuantScheme(bits=3, group_size=64, symmetric=symmetric, act_order=act_order, damping=0.02))
+    damped = hessian.clone()
+    damped[DEAD, DEAD] = 1
+    damped += 0.02 * damped.trace() / 192 * torch.eye(192, dtype=torch.float64)
+    alive = weight.clone()
+    alive[:, DEAD] = 0
+    scales, zeros = (t.double().repeat_interleave(64, 1) for t in (result.scales, result.zeros))
+    error = alive - scales * (result.codes.double() - zeros)
+    loss, energy = (float(torch.trace(e @ damped @ e.T)) for e in (error, alive))
+    assert result.loss == pytest.approx(loss, rel=1e-9)
+    assert result.energy == pytest.approx(energy, rel=1e-9)
+    assert result.relative_error == pytest.approx(loss / energy, rel=1e-9)
+    assert torch.equal(result.dequantize(torch.float32)[:, DEAD], torch.zeros(16, 2)), "dead inputs keep a weight"
+
+
+def test_relative_error_of_a_zero_weight_is_zero() -> None:
+    _, hessian = problem(4, 64)
+    result = quantize_linear(torch.zeros(4, 64, dtype=torch.float64), hessian, QuantScheme(group_size=32, symmetric=False))
+    assert (result.loss, result.energy, result.relative_error) == (0, 0, 0)
+
+
+def test_gptq_beats_rounding_to_nearest() -> None:
+    """Under the Hessian that GPTQ was given, codes rounded to GPTQ's own kind of grid lose more."""
+    weight, hessian = problem(64, 128, seed=5, dead=())
+    scheme = QuantScheme(bits=3, group_size=128)
+    scale, zero = (t[:, None] for t in textbook_grid(weight, scheme))
+    rounded = weight - scale * (((weight / scale).round() + zero).clamp(0, 7) - zero)
+    result = quantize_linear(weight, hessian, scheme)
+    error = weight - result.dequantize(torch.float64)
+    assert float(((error @ hessian) * error).sum()) < 0.9 * float(((rounded @ hessian) * rounded).sum())
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
+def test_linears_solved_together_equal_those_solved_apart(symmetric: bool, act_order: bool) -> None:
+    weight, hessian = problem(40, 160, seed=6)
+    scheme = QuantScheme(bits=4, group_size=32, symmetric=symmetric, act_order=act_order)
+    parts = list(weight.split([24, 1, 15]))
+    together = solve(parts, factorize(hessian.clone(), act_order=act_order, damping=scheme.damping), scheme)
+    assert len(together) == 3
+    for part, joint in zip(parts, together, strict=True):
+        alone = quantize_linear(part, hessian, scheme)
+        for field in ("codes", "scales", "zeros"):
+            assert torch.equal(getattr(joint, field), getattr(alone, field)), field
+        assert joint.loss == pytest.approx(alone.loss, rel=1e-9)
+        assert joint.energy == pytest.approx(alone.energy, rel=1e-9)
+
+
+@pytest.mark.parametrize("multiple", [0.5, 3.0, 1e4])
+def test_a_multiple_of_the_hessian_gives_the_same_codes(multiple: float) -> None:
+    weight, hessian = problem(16, 128, seed=7, dead=())
+    scheme = QuantScheme(bits=4, group_size=64)
+    one, other = quantize_linear(weight, hessian, scheme), quantize_linear(weight, multiple * hessian, scheme)
+    assert torch.equal(one.codes, other.codes)
+    assert other.loss == pytest.approx(multiple * one.loss, rel=1e-9)
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inputs_are_not_changed(dtype: torch.dtype, act_order: bool) -> None:
+    weight, hessian = (t.to(dtype) for t in problem(8, 160))
+    before = weight.clone(), hessian.clone()
+    quantize_linear(weight, hessian, QuantScheme(group_size=32, act_order=act_order))
+    assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_weights_are_quantized_as_their_exact_values(dtype: torch.dtype) -> None:
+    weight, hessian = (t.float() for t in problem(16, 128))
+    scheme = QuantScheme(group_size=64, symmetric=False)
+    result, exact = (quantize_linear(w, hessian, scheme) for w in (weight.to(dtype), weight.to(dtype).float()))
+    assert torch.equal(result.codes, exact.codes) and torch.equal(result.scales, exact.scales)
+
+
+@pytest.mark.parametrize("shape", [(64, 63), (128, 128), (64,)])
+def test_a_hessian_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match=r"weight is 4 × 64.*Hessian must be 64 × 64, not \(" + str(shape[0])):
+        quantize_linear(torch.randn(4, 64), torch.ones(shape), QuantScheme(group_size=32))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_refused(bad: float) -> None:
+    weight, hessian = problem(4, 64)
+    weight[2, 9] = bad
+    with pytest.raises(NumericsError, match="weight contains NaN or Inf"):
+        quantize_linear(weight, hessian, QuantScheme(group_size=32))
+
+
+@pytest.mark.parametrize("at", [(5, 5), (3, 50)], ids=["on the diagonal", "beside it"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_hessian_that_is_not_finite_is_refused(bad: float, at: tuple[int, int]) -> None:
+    weight, hessian = problem(4, 64)
+    hessian[at] = hessian[at[::-1]] = bad
+    with pytest.raises(NumericsError, match="Hessian"):
+        quantize_linear(weight, hessian, QuantScheme(group_size=32))
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+def test_a_group_size_that_does_not_divide_is_refused(act_order: bool) -> None:
+    weight, hessian = problem(4, 160)
+    with pytest.raises(UsageError, match="group size 48 does not divide 160"):
+        quantize_linear(weight, hessian, QuantScheme(group_size=48, act_order=act_order))
+
+
+def test_a_weight_beyond_fp16_scales_is_refused() -> None:
+    weight, hessian = problem(4, 64)
+    with pytest.raises(NumericsError, match="above fp16's largest"):
+        quantize_linear(weight * 1e9, hessian, QuantScheme(group_size=32))

@@ -1,0 +1,134 @@
+"""The Hessian's sum and its factor, against plain fp64 arithmetic."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigq.errors import NumericsError
+from bigq.solver.hessian import HessianSum, factorize
+
+
+@functools.cache
+def rotation(n: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)))[0]
+
+
+def with_eigenvalues(n: int, lowest: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A symmetric matrix with mean diagonal 1 and one eigenvalue at ``lowest``, the others about between 0.5 and 1.5."""
+    q = rotation(n)
+    values = torch.linspace(0.5, 1.5, n, dtype=torch.float64)
+    values[0] = lowest
+    values[1:] += (n - float(values.sum())) / (n - 1)
+    h = (q * values) @ q.T
+    return ((h + h.T) / 2).to(dtype)
+
+
+def damped(h: Tensor, perm: Tensor | None, damping: float) -> Tensor:
+    """What should have been factored: dead inputs made 1, damping · mean added, in the order of perm; fp64."""
+    h = h.double().clone()
+    diagonal = h.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += damping * float(diagonal.mean())
+    return h if perm is None else h[perm][:, perm]
+
+
+def product(r: Tensor) -> Tensor:
+    upper = r.double().triu()
+    return upper @ upper.T
+
+
+@pytest.mark.parametrize("n", [1, 7, 67, 256, 301, 515])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sum_over_batches_is_the_mean_outer_product(dtype: torch.dtype, n: int) -> None:
+    gen = torch.Generator().manual_seed(n)
+    batches = [torch.randn(*shape, n, generator=gen).to(dtype) for shape in [(2, 37), (1, 1), (5,), (3, 2, 21)]]
+    total = HessianSum(n, torch.device("cpu"))
+    for x in batches:
+        total.add(x)
+    assert total.tokens == 74 + 1 + 5 + 126
+    h = total.finish()
+    rows = torch.cat([x.reshape(-1, n) for x in batches]).double()
+    expected = 2 / len(rows) * rows.T @ rows
+    assert h.dtype == torch.float32 and torch.equal(h, h.T)
+    size = expected.diagonal().sqrt()
+    assert float(((h.double() - expected) / (size[:, None] * size)).abs().max()) < 2e-6
+
+
+def test_an_input_that_is_always_zero_has_an_exactly_zero_row() -> None:
+    total = HessianSum(300, torch.device("cpu"))
+    x = torch.randn(64, 300)
+    x[:, [0, 257]] = 0
+    total.add(x)
+    h = total.finish()
+    assert int((h.diagonal() == 0).sum()) == 2
+    assert not h[[0, 257]].any() and not h[:, [0, 257]].any()
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("n", [1, 5, 256, 300, 520])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 3e-6)])
+def test_factor_multiplies_back_to_the_damped_matrix(dtype: torch.dtype, tolerance: float, n: int, act_order: bool) -> None:
+    h = with_eigenvalues(n, 0.1, dtype) if n > 1 else torch.ones(1, 1, dtype=dtype)
+    if n > 1:
+        size = torch.linspace(1, 3, n, dtype=dtype)[torch.randperm(n, generator=torch.Generator().manual_seed(1))]
+        h *= size[:, None] * size
+    original = h.clone()
+    factor = factorize(h, act_order=act_order, damping=0.01)
+    expected = damped(original, factor.perm, 0.01)
+    assert float((product(factor.r) - expected).abs().max() / expected.abs().max()) < tolerance
+    assert factor.r.dtype == dtype and factor.damping == 0.01 and not factor.dead.any()
+    assert (factor.perm is not None) == act_order
+
+
+def test_act_order_is_by_decreasing_diagonal_and_stable() -> None:
+    h = torch.diag(torch.tensor([1.0, 4.0, 1.0, 9.0, 4.0]))
+    perm = factorize(h, act_order=True, damping=0.01).perm
+    assert perm is not None and perm.tolist() == [3, 1, 4, 0, 2]
+    many = [float(1 + i % 3) for i in range(300)]
+    perm = factorize(torch.diag(torch.tensor(many)), act_order=True, damping=0.01).perm
+    assert perm is not None and perm.tolist() == sorted(range(300), key=lambda i: -many[i])
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+def test_dead_inputs_are_marked_and_made_harmless(act_order: bool) -> None:
+    dead = [0, 4, 299]
+    h = with_eigenvalues(300, 0.1)
+    h[dead], h[:, dead] = 0, 0
+    original = h.clone()
+    factor = factorize(h, act_order=act_order, damping=0.05)
+    assert factor.dead.nonzero().flatten().tolist() == dead, "dead is in natural order"
+    assert torch.allclose(product(factor.r), damped(original, factor.perm, 0.05), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize(
+    ("lowest", "asked", "taken"), [(-0.05, 0.01, 0.1), (-0.05, 0.001, 0.1), (-0.5, 0.01, 1.0), (-0.7, 0.5, 1.0), (-0.005, 0.01, 0.01)]
+)
+@pytest.mark.parametrize("n", [40, 257, 520])
+def test_damping_climbs_until_the_factorization_holds(n: int, lowest: float, asked: float, taken: float, act_order: bool) -> None:
+    """Each try must start from the original matrix, whatever the failed one before it left behind."""
+    h = with_eigenvalues(n, lowest)
+    original = h.clone()
+    factor = factorize(h, act_order=act_order, damping=asked)
+    assert factor.damping == pytest.approx(taken)
+    assert torch.allclose(product(factor.r), damped(original, factor.perm, factor.damping), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+def test_a_matrix_that_stays_indefinite_is_refused_by_name(act_order: bool) -> None:
+    with pytest.raises(NumericsError, match=r"model\.layers\.7\.k: its Hessian is not positive definite even with damping 1;"):
+        factorize(with_eigenvalues(50, -2.0), act_order=act_order, damping=0.01, name="model.layers.7.k")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_refused_by_name(bad: float) -> None:
+    total = HessianSum(32, torch.device("cpu"))
+    x = torch.randn(64, 32)
+    x[10, 3] = bad
+    total.add(x)
+    with pytest.raises(NumericsError, match=r"layer\.q: the calibration inputs are not finite"):
+        factorize(total.finish(), act_order=False, damping=0.01, name="layer.q")
