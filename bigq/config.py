@@ -11,6 +11,7 @@ from bigq.scheme import QuantScheme, Rule
 
 METHODS = ("gptq", "rtn")
 FORMATS = ("gptq", "gptq_v2")
+DEFAULT_SEQLEN = 2048
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 #: Fields that decide the output's bytes: a resumed job must have them as they were.

@@ -151,6 +151,7 @@ class Rule:
             if not equals or key not in _OVERRIDES:
                 raise UsageError(f"--rule {text!r}: {setting!r} is not key=value with a key of {', '.join(_OVERRIDES)}")
             overrides[key] = _parse_value(_OVERRIDES[key], value.strip(), f"--rule {text!r}: {key}")
+        _overridden(QuantScheme(), overrides)
         return cls(pattern, overrides)
 
 
@@ -171,6 +172,10 @@ def scheme_for(name: str, base: QuantScheme, rules: tuple[Rule, ...]) -> QuantSc
         if re.match(rule.pattern, name):
             if rule.overrides is None:
                 return None
-            renamed = {"symmetric" if k == "sym" else k: v for k, v in rule.overrides.items()}
-            return dataclasses.replace(base, **renamed)  # type: ignore[arg-type]
+            return _overridden(base, rule.overrides)
     return base
+
+
+def _overridden(base: QuantScheme, overrides: Mapping[str, int | float | bool]) -> QuantScheme:
+    renamed = {"symmetric" if k == "sym" else k: v for k, v in overrides.items()}
+    return dataclasses.replace(base, **renamed)  # type: ignore[arg-type]

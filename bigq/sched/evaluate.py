@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bigq import skeleton
 from bigq.calibration import evaluation_rows, require_vocabulary
-from bigq.config import default_batch
+from bigq.config import DEFAULT_SEQLEN, default_batch
 from bigq.errors import UsageError
 from bigq.io.hub import resolve_model
 from bigq.report import Progress
@@ -26,7 +26,7 @@ from bigq.sched.capture import OutputForm, all_replaced
 from bigq.sched.device import choose_device, memory_errors
 from bigq.sched.memory import return_freed_memory
 from bigq.sched.pager import Pager
-from bigq.sched.pipeline import DEFAULT_SEQLEN, activations_for, probe_model
+from bigq.sched.probe import activations_for, probe_model
 
 #: Positions whose distributions over the vocabulary are compared at once, in fp32.
 POSITIONS = 128

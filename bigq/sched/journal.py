@@ -28,11 +28,15 @@ STATE_FOLDER = ".bigq"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """One committed shard. unit: "rest-0", "block-17", …; linears: the records of what was quantized in it."""
+    """One committed shard. unit: "rest-0", "block-17", …; linears: the records of what was quantized in it.
+
+    left_out: module names of the block's Linears that stay as they are although no rule says so.
+    """
 
     unit: str
     shard: ShardRecord
     linears: tuple[Mapping[str, Any], ...]
+    left_out: tuple[str, ...] = ()
 
     def to_line(self) -> bytes:
         value = {
@@ -42,6 +46,7 @@ class Commit:
             "sha256": self.shard.sha256,
             "tensors": self.shard.tensors,
             "linears": self.linears,
+            "left_out": self.left_out,
         }
         return (json.dumps(value) + "\n").encode()
 
@@ -53,7 +58,7 @@ class Commit:
                 return None
             value = json.loads(line)
             shard = ShardRecord(file=value["file"], size=value["size"], sha256=value["sha256"], tensors=tuple(value["tensors"]))
-            return cls(unit=value["unit"], shard=shard, linears=tuple(value["linears"]))
+            return cls(unit=value["unit"], shard=shard, linears=tuple(value["linears"]), left_out=tuple(value["left_out"]))
         except (ValueError, KeyError, TypeError):
             return None
 

@@ -24,7 +24,7 @@ import bigq
 from bigq import skeleton
 from bigq.arch import block_linears
 from bigq.calibration import calibration_rows, require_vocabulary
-from bigq.config import JobConfig
+from bigq.config import DEFAULT_SEQLEN, JobConfig
 from bigq.errors import UnsupportedModelError, UsageError
 from bigq.io.atomic import copy_file, write_bytes, write_json
 from bigq.io.gptq_format import pack_linear, quantization_config, require_packable, unpack_linear
@@ -34,20 +34,17 @@ from bigq.io.reader import read_tensor
 from bigq.io.writer import OutputTensor, write_shard
 from bigq.report import Clock, LinearRecord, Progress, Report, device_memory_peak, host_memory_peak
 from bigq.sched.activations import ActivationStore
-from bigq.sched.block import BlockJob, BlockPlan, Memo, Solved, plan_block, propagate, round_block, solve_block
-from bigq.sched.capture import OutputForm, check_streamable, first_input, record_calls
+from bigq.sched.block import SMALLEST, BlockJob, BlockPlan, Memo, Solved, plan_block, propagate, round_block, solve_block
 from bigq.sched.device import choose_device, memory_errors
 from bigq.sched.journal import STATE_FOLDER, Commit, Journal, require_ours
 from bigq.sched.memory import return_freed_memory
 from bigq.sched.pager import Pager
+from bigq.sched.probe import Probe, activations_for, probe_model
 from bigq.scheme import QuantScheme, dequantize, scheme_for
 from bigq.skeleton import linear_weight
 
-DEFAULT_SEQLEN = 2048
 #: Tensors outside the blocks are gathered into shards of at most this size (a larger tensor has one of its own).
 REST_SHARD_BYTES = 5 * 10**9
-#: Length of the random rows on which a model's structure is probed.
-PROBE_TOKENS = 16
 
 
 def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Report:
@@ -93,52 +90,8 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
         host_peak_bytes=host_memory_peak(),
         device_peak_bytes=device_memory_peak(device),
         resumed_blocks=resumed,
-        left_out=job.left_out,
+        left_out=tuple(name for commit in journal.commits for name in commit.left_out),
     )
-
-
-def activations_for(pager: Pager, rows: Tensor, batch: int, form: OutputForm) -> ActivationStore:
-    """Embed the rows [N, T] and record how blocks are called; what blocks 0 … will be replayed on."""
-    store: ActivationStore | None = None
-    with pager.rest_loaded(), pager.embedding_rows(rows):
-        for lo in range(0, len(rows), batch):
-            ids = rows[lo : lo + batch].to(pager.device)
-            hidden, _ = first_input(pager.model, pager.blocks, ids)
-            if store is None:
-                store = ActivationStore(len(rows), rows.shape[1], hidden.shape[-1], hidden.dtype, batch, pager.device)
-            if len(ids) not in store.calls:
-                store.calls[len(ids)] = record_calls(pager.model, pager.blocks, ids, form)
-            store.put(lo, hidden)
-    assert store is not None
-    return store
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """A short random batch at the entrance of the blocks; what the structure of a model is found out with."""
-
-    hidden: Tensor
-    calls: list[Any]
-    form: OutputForm
-
-
-def probe_model(pager: Pager) -> Probe:
-    """Run a few random tokens through the model's own forward to see how its blocks are called and what they return.
-
-    Loads block 0. Raises UnsupportedModelError where the model cannot be streamed block by block.
-    """
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = pager.embedding.num_embeddings
-    length = min(PROBE_TOKENS, skeleton.max_positions(pager.config) or PROBE_TOKENS)
-    ids = torch.randint(0, vocabulary, (2, 1, length), generator=generator)
-    with pager.rest_loaded(), pager.embedding_rows(ids):
-        ids = ids.to(pager.device)
-        hidden, call = first_input(pager.model, pager.blocks, ids[0])
-        block = pager.load_block(0)
-        form = OutputForm.of(block(hidden, *call.args, **call.kwargs))
-        check_streamable(pager.model, pager.blocks, ids, form)
-        calls = record_calls(pager.model, pager.blocks, ids[0], form)
-    return Probe(hidden, calls, form)
 
 
 @dataclass(slots=True)
@@ -151,27 +104,40 @@ class _Job:
     rest: list[list[TensorInfo]]
     progress: Progress
     clock: Clock
-    left_out: tuple[str, ...] = ()
     resumed: int = 0
 
     def run(self, rows: Tensor | None) -> None:
         """Commit every shard that is not committed yet."""
+        self._check_shapes()
         done = len(self.journal.commits)
         for i in range(done, len(self.rest)):
             self.progress.phase("copying what stays as it is")
             with self.clock.phase("copy"):
                 self._commit(f"rest-{i}", [OutputTensor.copy_of(info) for info in self.rest[i]], [])
         self.resumed = max(0, done - len(self.rest))
+        if self.resumed == len(self.pager.blocks):
+            return
         with self.clock.phase("probe"):
             probe = probe_model(self.pager)
         store = None
-        if rows is not None and self.resumed < len(self.pager.blocks):
+        if rows is not None:
             with self.clock.phase("embed"):
                 assert self.config.batch is not None
                 store = activations_for(self.pager, rows, self.config.batch, probe.form)
         plans: dict[Any, BlockPlan] = {}
         for i in range(len(self.pager.blocks)):
-            self._block(i, probe, plans, store)
+            if i >= self.resumed or store is not None:
+                self._block(i, probe, plans, store)
+
+    def _check_shapes(self) -> None:
+        """Raise UsageError before the job starts where a Linear fits neither the format nor its group size."""
+        for i, block in enumerate(self.pager.blocks):
+            for name, module in block_linears(block).items():
+                full = f"{self.pager.blocks_path}.{i}.{name}"
+                scheme = scheme_for(full, self.config.base_scheme, self.config.rules)
+                m, n = linear_weight(module).shape
+                if scheme is not None and min(m, n) >= SMALLEST:
+                    require_packable(full, m, n, scheme)
 
     def _block(self, i: int, probe: Probe, plans: dict[Any, BlockPlan], store: ActivationStore | None) -> None:
         started = time.monotonic()
@@ -184,20 +150,18 @@ class _Job:
             with self.clock.phase("probe"):
                 plans[shape] = plan_block(block, probe.hidden, probe.calls[i])
         plan = plans[shape]
-        self.left_out += tuple(f"{prefix}.{name}" for name in plan.left_out)
         job = BlockJob(
             index=i,
             prefix=prefix,
             block=block,
             plan=plan,
-            schemes=self._schemes(prefix, block, plan),
+            schemes=self._schemes(prefix, plan),
             device=self.pager.device,
             clock=self.clock,
             memo=Memo(),
         )
         if i < self.resumed:
-            if store is not None:
-                self._restore(job)
+            self._restore(job)
         else:
             records = self._solve_and_commit(job, store)
         last = i == len(self.pager.blocks) - 1
@@ -213,16 +177,11 @@ class _Job:
             named = None if worst is None else (worst.name.removeprefix(prefix + "."), worst.relative_error)
             self.progress.block_done(i, time.monotonic() - started, named)
 
-    def _schemes(self, prefix: str, block: torch.nn.Module, plan: BlockPlan) -> dict[str, QuantScheme]:
-        """The scheme of each Linear of a block that will be quantized. Raises UsageError where a shape does not fit."""
-        schemes = {}
-        for name, module in block_linears(block).items():
-            scheme = scheme_for(f"{prefix}.{name}", self.config.base_scheme, self.config.rules)
-            if scheme is not None and name not in plan.left_out:
-                m, n = linear_weight(module).shape
-                require_packable(f"{prefix}.{name}", m, n, scheme)
-                schemes[name] = scheme
-        return schemes
+    def _schemes(self, prefix: str, plan: BlockPlan) -> dict[str, QuantScheme]:
+        """The scheme of each Linear of a block that will be quantized, by its name in the block."""
+        names = [name for group in plan.groups for name in group.names]
+        found = {name: scheme_for(f"{prefix}.{name}", self.config.base_scheme, self.config.rules) for name in names}
+        return {name: scheme for name, scheme in found.items() if scheme is not None}
 
     def _solve_and_commit(self, job: BlockJob, store: ActivationStore | None) -> list[LinearRecord]:
         self.progress.phase(f"block {job.index + 1} solve")
@@ -242,7 +201,7 @@ class _Job:
                 tensors.append(OutputTensor.copy_of(self.pager.checkpoint[name]))
         self.progress.phase(f"block {job.index + 1} write")
         with self.clock.phase("write"):
-            self._commit(f"block-{job.index}", tensors, records)
+            self._commit(f"block-{job.index}", tensors, records, tuple(f"{job.prefix}.{name}" for name in job.plan.left_out))
         return records
 
     def _restore(self, job: BlockJob) -> None:
@@ -263,11 +222,11 @@ class _Job:
     def _version(self) -> int:
         return 2 if self.config.format == "gptq_v2" else 1
 
-    def _commit(self, unit: str, tensors: list[OutputTensor], records: list[LinearRecord]) -> None:
+    def _commit(self, unit: str, tensors: list[OutputTensor], records: list[LinearRecord], left_out: tuple[str, ...] = ()) -> None:
         number = len(self.journal.commits) + 1
         total = len(self.rest) + len(self.pager.blocks)
         shard = write_shard(self.journal.out / f"model-{number:05d}-of-{total:05d}.safetensors", tensors)
-        self.journal.commit(Commit(unit=unit, shard=shard, linears=tuple(r.to_json() for r in records)))
+        self.journal.commit(Commit(unit=unit, shard=shard, linears=tuple(r.to_json() for r in records), left_out=left_out))
 
     def finish(self) -> None:
         """Write what makes the folder loadable: side files, quantize_config.json, the index, and last config.json."""
@@ -283,7 +242,8 @@ class _Job:
             "true_sequential": config.true_sequential,
             "mse": config.scheme.mse,
         }
-        quantization = quantization_config(config.scheme, config.rules, self._version, self.left_out, meta)
+        left_out = tuple(name for commit in self.journal.commits for name in commit.left_out)
+        quantization = quantization_config(config.scheme, config.rules, self._version, left_out, meta)
         write_json(out / "quantize_config.json", quantization)
         weight_map = {name: commit.shard.file for commit in self.journal.commits for name in commit.shard.tensors}
         total = sum(commit.shard.size for commit in self.journal.commits)

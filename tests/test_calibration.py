@@ -1,0 +1,288 @@
+"""Text to rows of token ids: every source, the same rows for the same seed, exact complaints.
+
+The tokenizer makes token i of the word "wi", so that rows can be read back against the text.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from models import FIRST_ID, VOCABULARY, random_ids, save_ids, word_tokenizer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bigq.calibration import calibration_rows, evaluation_rows, require_vocabulary
+from bigq.errors import BigqError, CalibrationError
+
+PERIOD = VOCABULARY - FIRST_ID
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder as far as calibration looks at one."""
+    folder = tmp_path_factory.mktemp("model")
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_with_bos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bos")
+    word_tokenizer(bos=True).save_pretrained(folder)
+    return folder
+
+
+def ids_of(count: int, start: int = 0) -> list[int]:
+    """A long sequence of ids without a short period: i², wrapped."""
+    return [FIRST_ID + (i * i + i // PERIOD) % PERIOD for i in range(start, start + count)]
+
+
+def words(ids: Iterable[int]) -> str:
+    return " ".join(f"w{i}" for i in ids)
+
+
+def text_file(path: Path, ids: list[int], per_line: int = 10) -> Path:
+    lines = [words(ids[i : i + per_line]) + "\n" for i in range(0, len(ids), per_line)]
+    path.write_text("".join(lines))
+    return path
+
+
+def jsonl(path: Path, documents: list[list[int]]) -> Path:
+    data = "".join(json.dumps({"text": words(d), "n": len(d)}) + "\n" for d in documents).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def rows_of(path: Path, model: Path, samples: int = 6, seqlen: int = 16, seed: int = 0) -> Tensor:
+    rows = calibration_rows(str(path), model, samples=samples, seqlen=seqlen, seed=seed)
+    assert rows.dtype == torch.int64 and rows.shape == (samples, seqlen)
+    return rows
+
+
+def is_slice_of(row: Tensor, ids: list[int]) -> bool:
+    return words(row.tolist()) + " " in words(ids) + " "
+
+
+def test_text_is_cut_into_whole_rows(tmp_path: Path, model: Path) -> None:
+    """Rows are stretches of the text at multiples of the length, none twice, in the text's order; nothing is padded."""
+    ids = ids_of(400)
+    rows = rows_of(text_file(tmp_path / "t.txt", ids), model)
+    whole = [ids[i : i + 16] for i in range(0, 400, 16)]
+    places = [whole.index(row) for row in rows.tolist()]
+    assert places == sorted(set(places))
+    assert int(rows.min()) >= FIRST_ID
+
+
+def test_rows_are_drawn_from_all_of_a_moderate_text(tmp_path: Path, model: Path) -> None:
+    """Up to four times the tokens asked for: not just the text's beginning."""
+    ids = ids_of(16 * 24)
+    path = text_file(tmp_path / "t.txt", ids)
+    whole = [ids[i : i + 16] for i in range(0, len(ids), 16)]
+    seen = {whole.index(row) for seed in range(20) for row in rows_of(path, model, seed=seed).tolist()}
+    assert seen == set(range(24))
+
+
+def test_exactly_enough_text_is_enough(tmp_path: Path, model: Path) -> None:
+    ids = ids_of(6 * 16)
+    rows = rows_of(text_file(tmp_path / "t.txt", ids), model)
+    assert rows.flatten().tolist() == ids
+
+
+@pytest.mark.parametrize("kind", ["t.txt", "t.txt.gz", "t.jsonl", "t.jsonl.gz", "t.json"])
+def test_same_seed_same_rows_other_seed_other_rows(kind: str, tmp_path: Path, model: Path) -> None:
+    path = tmp_path / kind
+    if "json" in kind:
+        jsonl(path, [ids_of(30, 30 * i) for i in range(40)])
+    elif kind.endswith(".gz"):
+        path.write_bytes(gzip.compress((words(ids_of(1200)) + "\n").encode()))
+    else:
+        text_file(path, ids_of(1200))
+    one, same, other = (rows_of(path, model, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_gzip_changes_nothing(tmp_path: Path, model: Path) -> None:
+    documents = [ids_of(30, 30 * i) for i in range(40)]
+    plain = rows_of(jsonl(tmp_path / "t.jsonl", documents), model)
+    assert torch.equal(plain, rows_of(jsonl(tmp_path / "t.jsonl.gz", documents), model))
+    text = text_file(tmp_path / "t.txt", ids_of(1200))
+    (tmp_path / "t.txt.gz").write_bytes(gzip.compress(text.read_bytes()))
+    assert torch.equal(rows_of(text, model), rows_of(tmp_path / "t.txt.gz", model))
+
+
+def test_documents_are_packed_one_after_another(tmp_path: Path, model: Path) -> None:
+    """Each document whole, in the order drawn, blank lines passed over; only the last row's rest is dropped."""
+    documents = [ids_of(16, 1000 * i) for i in range(6)]
+    path = jsonl(tmp_path / "t.jsonl", documents)
+    path.write_text(path.read_text().replace("\n", "\n\n  \n"))
+    rows = rows_of(path, model)
+    assert sorted(rows.tolist()) == sorted(documents)
+
+
+def test_documents_are_drawn_from_the_whole_of_a_long_file(tmp_path: Path, model: Path) -> None:
+    """Reservoir sampling: of 4000 documents the last ones are as likely as the first."""
+    documents = [[FIRST_ID + i // 1000] * 16 for i in range(4000)]
+    path = jsonl(tmp_path / "t.jsonl", documents)
+    rows = rows_of(path, model, samples=100)
+    counts = torch.bincount(rows[:, 0], minlength=FIRST_ID + 4)[FIRST_ID:]
+    assert int(counts.min()) >= 10 and int(counts.sum()) == 100
+
+
+def test_short_documents_grow_the_reservoir(tmp_path: Path, model: Path) -> None:
+    """Documents of one word: 1024 of them are not enough for what is asked, and more are taken."""
+    path = jsonl(tmp_path / "t.jsonl", [[i] for i in ids_of(3000)])
+    assert len(rows_of(path, model, samples=150)) == 150
+
+
+def test_special_tokens_once_per_text_and_once_per_document(tmp_path: Path, model_with_bos: Path) -> None:
+    rows = rows_of(text_file(tmp_path / "t.txt", ids_of(16 * 6 - 1)), model_with_bos)
+    assert rows.flatten().tolist() == [1, *ids_of(16 * 6 - 1)]
+    rows = rows_of(jsonl(tmp_path / "t.jsonl", [ids_of(15, 100 * i) for i in range(6)]), model_with_bos)
+    assert rows[:, 0].tolist() == [1] * 6 and int((rows == 1).sum()) == 6
+
+
+def test_text_longer_than_one_piece(tmp_path: Path, model_with_bos: Path) -> None:
+    """Text is tokenized in pieces of 64 K characters; where they meet nothing is lost, doubled or marked as a beginning."""
+    ids = ids_of(40000)
+    path = text_file(tmp_path / "t.txt", ids)
+    assert path.stat().st_size > 2 * 65536
+    rows = evaluation_rows(str(path), model_with_bos, seqlen=100, samples=None)
+    assert rows.flatten().tolist() == [1, *ids][:40000]
+
+
+def test_token_ids_are_taken_in_order(tmp_path: Path, model: Path) -> None:
+    """Prepared ids are the user's own choice: the first rows, shortened from the end, without a tokenizer."""
+    ids = random_ids(10, 20)
+    path = save_ids(tmp_path / "ids.safetensors", ids)
+    assert torch.equal(rows_of(path, tmp_path / "no-model"), ids[:6, :16])
+    assert torch.equal(rows_of(path, model, seed=5), ids[:6, :16])
+    assert torch.equal(rows_of(save_ids(tmp_path / "i32.safetensors", ids.int()), model), ids[:6, :16])
+
+
+@pytest.mark.parametrize("shape", [(-1,), (1, -1)])
+def test_one_long_row_is_cut(tmp_path: Path, model: Path, shape: tuple[int, ...]) -> None:
+    ids = random_ids(1, 6 * 16 + 5)
+    path = save_ids(tmp_path / "ids.safetensors", ids.reshape(shape))
+    assert torch.equal(rows_of(path, model), ids[0, : 6 * 16].view(6, 16))
+
+
+@pytest.mark.parametrize("have", [95, 90, 16, 15, 0])
+def test_too_short_text_says_how_much_is_missing(tmp_path: Path, model: Path, have: int) -> None:
+    """96 tokens are asked for. What does not fill a row does not count."""
+    path = text_file(tmp_path / "t.txt", ids_of(have))
+    missing = 96 - have // 16 * 16
+    with pytest.raises(CalibrationError, match=rf"\b{missing} tokens are missing") as error:
+        rows_of(path, model)
+    assert str(path) in str(error.value)
+    assert f"has {have // 16} rows of 16 tokens, 6 were asked for" in str(error.value)
+
+
+def test_too_few_rows_of_ids(tmp_path: Path, model: Path) -> None:
+    path = save_ids(tmp_path / "ids.safetensors", random_ids(4, 16))
+    with pytest.raises(CalibrationError, match=r"32 tokens are missing.*--samples 4"):
+        rows_of(path, model)
+
+
+def test_rows_of_ids_too_short(tmp_path: Path, model: Path) -> None:
+    path = save_ids(tmp_path / "ids.safetensors", random_ids(9, 15))
+    with pytest.raises(CalibrationError, match=r"15 tokens, 16 were asked for; use --seqlen 15"):
+        rows_of(path, model)
+
+
+@pytest.mark.parametrize("gz", [False, True])
+@pytest.mark.parametrize(
+    "line", ['{"text": "w3"', "plain text", '["w3"]', '{"content": "w3"}', '{"text": 7}', '{"text": null}', "[" * 100000]
+)
+def test_bad_json_line_is_named(tmp_path: Path, model: Path, line: str, gz: bool) -> None:
+    good = json.dumps({"text": words(ids_of(40))})
+    text = "\n".join([*[good] * 6, line, *[good] * 6]) + "\n"
+    path = tmp_path / ("t.jsonl.gz" if gz else "t.jsonl")
+    path.write_bytes(gzip.compress(text.encode()) if gz else text.encode())
+    with pytest.raises(CalibrationError, match=r"line 7\b") as error:
+        rows_of(path, model)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
+def test_invalid_utf8(tmp_path: Path, model: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b'{"text": "' + b"w3 " * 100 + b"\xff\xfe" + b'"}\n')
+    with pytest.raises(CalibrationError, match=re.escape(str(path))):
+        rows_of(path, model)
+
+
+@pytest.mark.parametrize("name", ["t.txt.gz", "t.jsonl.gz"])
+def test_damaged_gzip(tmp_path: Path, model: Path, name: str) -> None:
+    path = tmp_path / name
+    data = gzip.compress((json.dumps({"text": words(ids_of(4000))}) + "\n").encode())
+    for damaged in (b"not gzip at all", data[: len(data) // 2], data[:20] + b"\x00" * 40 + data[60:]):
+        path.write_bytes(damaged)
+        with pytest.raises(CalibrationError, match=re.escape(str(path))):
+            rows_of(path, model)
+
+
+def test_missing_file_and_folder(tmp_path: Path, model: Path) -> None:
+    for path in (tmp_path / "absent.txt", tmp_path):
+        with pytest.raises(CalibrationError, match=r"--calibration .*no such file"):
+            rows_of(path, model)
+
+
+def test_ids_under_another_name(tmp_path: Path, model: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for tensors in ({"ids": random_ids()}, {"input_ids": random_ids().float()}, {"input_ids": random_ids()[None]}):
+        save_file(tensors, path)
+        with pytest.raises(CalibrationError, match="input_ids"):
+            rows_of(path, model)
+    path.write_bytes(b"short")
+    with pytest.raises(BigqError, match=re.escape(str(path))):
+        rows_of(path, model)
+
+
+def test_tokenizer_missing(tmp_path: Path) -> None:
+    path = text_file(tmp_path / "t.txt", ids_of(400))
+    (tmp_path / "m").mkdir()
+    with pytest.raises(CalibrationError, match=r"tokenizer cannot be loaded"):
+        rows_of(path, tmp_path / "m")
+
+
+def test_vocabulary_bounds() -> None:
+    ids = torch.tensor([[0, 5], [9, 3]])
+    require_vocabulary(ids, 10)
+    with pytest.raises(CalibrationError, match=r"0 to 9.* 9\b"):
+        require_vocabulary(ids, 9)
+    with pytest.raises(CalibrationError, match="-1"):
+        require_vocabulary(ids - 1, 10)
+
+
+def test_evaluation_takes_all_rows_in_order(tmp_path: Path, model: Path) -> None:
+    ids = ids_of(105)
+    path = text_file(tmp_path / "t.txt", ids)
+    rows = evaluation_rows(str(path), model, seqlen=10, samples=None)
+    assert rows.shape == (10, 10) and rows.flatten().tolist() == ids[:100]
+    assert torch.equal(evaluation_rows(str(path), model, seqlen=10, samples=3), rows[:3])
+    assert torch.equal(evaluation_rows(str(path), model, seqlen=10, samples=50), rows)
+
+
+def test_evaluation_documents_in_order(tmp_path: Path, model: Path) -> None:
+    documents = [ids_of(7, 50 * i) for i in range(9)]
+    rows = evaluation_rows(str(jsonl(tmp_path / "t.jsonl", documents)), model, seqlen=10, samples=None)
+    assert rows.flatten().tolist() == [i for d in documents for i in d][:60]
+
+
+def test_evaluation_of_less_than_a_row(tmp_path: Path, model: Path) -> None:
+    path = text_file(tmp_path / "t.txt", ids_of(9))
+    with pytest.raises(CalibrationError, match=r"less than one row of 10 tokens"):
+        evaluation_rows(str(path), model, seqlen=10, samples=None)
+
+
+def test_rows_are_parts_of_the_text_with_bos(tmp_path: Path, model_with_bos: Path) -> None:
+    ids = ids_of(1000)
+    rows = rows_of(text_file(tmp_path / "t.txt", ids), model_with_bos)
+    assert all(is_slice_of(row, [1, *ids]) for row in rows)
