@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def _text_tokens(path: Path, tokenizer: Any, limit: int | None) -> list[int]:
                 tokens += tokenizer(text, add_special_tokens=not tokens).input_ids
                 if limit is not None and len(tokens) >= limit:
                     break
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise CalibrationError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     return tokens
 
@@ -169,7 +170,7 @@ def _documents(path: Path) -> Iterator[str]:
                 if not isinstance(record, dict) or not isinstance(record.get("text"), str):
                     raise CalibrationError(f"{path}, line {number}: needs an object with a string field 'text'")
                 yield record["text"]
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise CalibrationError(f"{path}, line {number}: cannot be read as JSONL ({error})") from error
 
 

@@ -114,6 +114,7 @@ def _add_machine(p: argparse.ArgumentParser) -> None:
 def _add_demo(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", default="bigq-demo", help="folder for the quantized models (default: %(default)s)")
     p.add_argument("--device", default="auto", help="cuda:0, cpu or auto")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     p.set_defaults(command=_run_demo)
 
 
@@ -179,4 +180,5 @@ def _run_eval(args: argparse.Namespace) -> int:
 def _run_demo(args: argparse.Namespace) -> int:
     from bigq.demo import demo
 
-    return demo(args.out, args.device)
+    demo(args.out, args.device, as_json=args.json)
+    return 0

@@ -33,8 +33,8 @@ EXCLUDED_DIRS = {"test", "tests", "idle_test", "site-packages", "dist-packages",
 CONFIG = LlamaConfig(
     vocab_size=258,
     hidden_size=512,
-    intermediate_size=768,
-    num_hidden_layers=2,
+    intermediate_size=512,
+    num_hidden_layers=3,
     num_attention_heads=8,
     num_key_value_heads=2,
     max_position_embeddings=256,
@@ -115,10 +115,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=pathlib.Path, required=True, help="folder for the resumable training state")
     parser.add_argument("--out", type=pathlib.Path, help="write the model and the text files here at the end")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--decay", type=float, default=0.0, help="weight decay")
     parser.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
     args = parser.parse_args()

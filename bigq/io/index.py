@@ -24,6 +24,7 @@ from bigq.errors import CheckpointError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
+SAMPLE_BYTES = 64
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -101,6 +102,17 @@ class Checkpoint:
                 raise CheckpointError(f"{folder / shard}: tensor {name} is named by the index but not in the shard; fetch it again")
             tensors[name] = shards[shard][name]
         return cls(folder, tensors, digest.hexdigest())
+
+    def content_fingerprint(self) -> str:
+        """A hash over headers and a few bytes of every tensor: it tells checkpoints of one architecture apart, not single weights."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for name in sorted(self.tensors):
+            info = self.tensors[name]
+            with open(info.file, "rb") as file:
+                for position in (info.start, (info.start + info.stop) // 2, info.stop - SAMPLE_BYTES):
+                    file.seek(max(position, info.start))
+                    digest.update(file.read(min(SAMPLE_BYTES, info.nbytes)))
+        return digest.hexdigest()
 
     def __getitem__(self, name: str) -> TensorInfo:
         try:

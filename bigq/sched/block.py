@@ -256,16 +256,18 @@ def _capture(
 ) -> dict[tuple[str, ...], HessianSum]:
     """Replay the calibration set until every wanted Linear has seen its input; one Hessian sum per group.
 
-    The wanted Linears do not compute: nothing that they reach is needed before they are quantized.
+    Wanted Linears of the deepest level do not compute: what they reach is not looked at.
     """
     sums = {g.names: HessianSum(linear_weight(linears[g.names[0]]).shape[1], job.device) for g in groups}
     leader = {g.names[0]: sums[g.names] for g in groups}
     kept = {shortcut.linear: shortcut for shortcut in keep}
     names = [name for g in groups for name in g.names]
+    deepest = max(g.level for g in groups)
+    feeding = {name for g in groups if g.level < deepest for name in g.names}
     waiting: set[str] = set()
 
     def make(k: int) -> Callable[[Tensor], Tensor]:
-        name = names[k]
+        name, module = names[k], linears[names[k]]
         outputs = linear_weight(linears[name]).shape[0]
 
         def forward(x: Tensor) -> Tensor:
@@ -277,6 +279,9 @@ def _capture(
             waiting.discard(name)
             if not waiting:
                 raise StopForward
+            if name in feeding:
+                y: Tensor = type(module).forward(module, x)
+                return y
             return x.new_zeros(*x.shape[:-1], outputs)
 
         return forward

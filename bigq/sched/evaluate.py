@@ -124,6 +124,8 @@ class Stream:
 
 
 def _rows(pagers: list[Pager], config: EvalConfig) -> Tensor:
+    if config.seqlen == 1:
+        raise UsageError("--seqlen 1: a row of one token predicts nothing; use 2 or more")
     limits = [limit for p in pagers if (limit := skeleton.max_positions(p.config)) is not None]
     if config.seqlen is not None and any(config.seqlen > limit for limit in limits):
         raise UsageError(f"--seqlen {config.seqlen}: the model has {min(limits)} positions; use --seqlen {min(limits)} or less")

@@ -68,7 +68,7 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
         rows = _calibration(pager, config)
         request = {
             "settings": config.frozen(),
-            "source": pager.checkpoint.fingerprint,
+            "source": pager.checkpoint.content_fingerprint(),
             "config": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
             "calibration_tokens": None if rows is None else hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
         }

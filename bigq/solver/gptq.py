@@ -42,7 +42,7 @@ def solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str 
     """
     natural = _stack_transposed(weights, factor)
     width = scheme.group_width(natural.shape[0])
-    grid = _Grid.prepare(natural, width, factor.perm, scheme)
+    grid = _Grid.prepare(natural, width, factor.perm, scheme, name)
     work = natural if factor.perm is None else natural[factor.perm]
     del natural
     energy = _energy(work, factor.r)
@@ -101,18 +101,19 @@ class _Grid:
     width: int
     perm: Tensor | None
     static: bool
+    name: str
 
     @classmethod
-    def prepare(cls, natural: Tensor, width: int, perm: Tensor | None, scheme: QuantScheme) -> _Grid:
+    def prepare(cls, natural: Tensor, width: int, perm: Tensor | None, scheme: QuantScheme, name: str) -> _Grid:
         shape = (natural.shape[0] // width, natural.shape[1])
         static = perm is not None or width == natural.shape[0]
-        grid = cls(natural.new_empty(shape), natural.new_empty(shape), width, perm, static)
+        grid = cls(natural.new_empty(shape), natural.new_empty(shape), width, perm, static, name)
         for g in range(shape[0] if static else 0):
             grid.find(g, natural[g * width : (g + 1) * width], scheme)
         return grid
 
     def find(self, g: int, weights: Tensor, scheme: QuantScheme) -> None:
-        self.scale[g], self.zero[g] = find_grid(weights, scheme)
+        self.scale[g], self.zero[g] = find_grid(weights, scheme, self.name)
 
     def columns(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """Scale and zero [hi − lo, m] of columns lo … hi in the order of the loop; in natural order they are of one group."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from bigq.errors import NumericsError
+from bigq.kernels.finite import finite
 from bigq.scheme import QuantScheme
 
-FP16_MAX = 65504.0
 FP16_TINY = 2.0**-24
 
 #: The grid search of the paper's own code: ranges down to 20 % of the full one in steps of 1 %, errors to the power 2.4.
@@ -20,15 +20,20 @@ MSE_STEPS = 80
 MSE_POWER = 2.4
 
 
-def find_grid(w: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+def find_grid(w: Tensor, scheme: QuantScheme, name: str = "the Linear") -> tuple[Tensor, Tensor]:
     """Scale and zero for groups of weights.
 
     w: [g, ...], g weights in each group. Returns (scale, zero), each [...], in w's dtype, the scale already rounded
-    to fp16 and the zero a whole number. Raises NumericsError where a scale does not fit fp16.
+    to fp16 and the zero a whole number. Raises NumericsError, naming ``name``, where a scale does not fit fp16.
     """
     low = w.amin(0).clamp_(max=0)
     high = w.amax(0).clamp_(min=0)
     scale, zero = _grid_for_range(low, high, scheme)
+    if not finite(scale):
+        raise NumericsError(
+            f"{name}: its weights reach {float(torch.maximum(-low, high).max()):.3g}, which takes a scale "
+            "above fp16's largest number 65504; leave this Linear out with --skip"
+        )
     if not scheme.mse:
         return scale, zero
     best = _rounding_error(w, scale, zero, scheme)
@@ -61,9 +66,7 @@ def _grid_for_range(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Ten
 
 
 def _as_stored(scale: Tensor) -> Tensor:
-    """Round to fp16 and back; an all-zero group gets scale 1, one that would underflow the smallest fp16 number."""
-    if scale.numel() and float(scale.max()) > FP16_MAX:
-        raise NumericsError(f"a group's scale is {float(scale.max()):.3g}, above fp16's largest number {FP16_MAX:g}")
+    """Round to fp16 and back; an all-zero group gets scale 1, one that would underflow the smallest fp16 number, one too large Inf."""
     stored = scale.to(torch.float16).to(scale.dtype)
     stored = torch.where(stored == 0, torch.full_like(stored, FP16_TINY), stored)
     return torch.where(scale == 0, torch.ones_like(stored), stored)

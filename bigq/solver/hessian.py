@@ -66,7 +66,10 @@ def factorize(h: Tensor, *, act_order: bool, damping: float, name: str = "the Li
     """
     diagonal = h.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
-        raise NumericsError(f"{name}: the calibration inputs are not finite (NaN or Inf in the Hessian)")
+        raise NumericsError(
+            f"{name}: the calibration inputs are not finite (NaN or Inf in the Hessian); "
+            "try another --dtype (bfloat16 has more range than float16)"
+        )
     dead = diagonal == 0
     diagonal[dead] = 1
     perm: Tensor | None = None

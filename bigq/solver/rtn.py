@@ -21,7 +21,7 @@ def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "the Linea
     m, n = weight.shape
     width = scheme.group_width(n)
     groups = weight.float().reshape(m, n // width, width).permute(2, 0, 1)
-    scale, zero = find_grid(groups, scheme)
+    scale, zero = find_grid(groups, scheme, name)
     steps = torch.clamp(torch.round(groups / scale), -zero, scheme.max_code - zero)
     codes = (steps + zero).to(torch.uint8).permute(1, 2, 0).reshape(m, n)
     return QuantizedWeight(

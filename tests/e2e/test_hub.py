@@ -16,6 +16,8 @@ import pytest
 from conftest import Child
 from models import SEQLEN, stored_tensors, word_tokenizer
 
+from bigq.cli import main
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 C4 = ("datasets/allenai/c4", "en/c4-train.00000-of-01024.json.gz")
 
@@ -110,7 +112,6 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "OMP_NUM_THREADS": "1",
     }
 
 
@@ -134,6 +135,11 @@ def arguments(model: str, out: Path, calibration: str | Path) -> list[str]:
     return ["-m", "bigq", "quantize", model, str(out), "--calibration", str(calibration), *flags]
 
 
+def quantize_here(model: Path, out: Path, calibration: Path) -> None:
+    """The same job on local files, in this process."""
+    assert main(arguments(str(model), out, calibration)[2:]) == 0
+
+
 def test_quantize_from_the_hub_and_again_offline(
     repository: Path, hub: Hub, environment: dict[str, str], ids_file: Path, child: Child, tmp_path: Path
 ) -> None:
@@ -150,8 +156,7 @@ def test_quantize_from_the_hub_and_again_offline(
 
     done = child(*arguments("owner/tiny", again, ids_file), env={**environment, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"})
     assert done.returncode == 0, done.stderr
-    done = child(*arguments(str(repository), local, ids_file), env=environment)
-    assert done.returncode == 0, done.stderr
+    quantize_here(repository, local, ids_file)
     names = sorted(p.name for p in out.iterdir() if p.is_file())
     assert {"config.json", "tokenizer.json", "LICENSE"} <= set(names)
     for name in names:
@@ -163,13 +168,14 @@ def test_quantize_from_the_hub_and_again_offline(
 def test_unknown_repository_and_unknown_revision(
     repository: Path, environment: dict[str, str], ids_file: Path, child: Child, tmp_path: Path
 ) -> None:
-    for model in ("owner/absent", "owner/tiny@v99"):
-        done = child(*arguments(model, tmp_path / "out", ids_file), env=environment)
-        assert done.returncode == 3, done.stderr
-        lines = done.stderr.splitlines()
-        assert len(lines) == 1 and lines[0].startswith(f"bigq: error: {model}: "), done.stderr
-        assert "no such model" in lines[0]
-        assert not (tmp_path / "out").exists()
+    program = "import sys; from bigq.cli import main; print(*(main(sys.argv[i::2]) for i in (1, 2)))"
+    pairs = zip(*(arguments(model, tmp_path / "out", ids_file)[2:] for model in ("owner/absent", "owner/tiny@v99")), strict=True)
+    done = child("-c", program, *(argument for pair in pairs for argument in pair), env=environment)
+    assert done.stdout == "3 3\n", done.stderr
+    absent, revision = done.stderr.splitlines()
+    assert absent.startswith("bigq: error: owner/absent: ") and "no such model" in absent
+    assert revision.startswith("bigq: error: owner/tiny@v99: ") and "no such model" in revision
+    assert not (tmp_path / "out").exists()
 
 
 def test_c4_from_the_hub(repository: Path, hub: Hub, environment: dict[str, str], child: Child, tmp_path: Path) -> None:
@@ -182,9 +188,9 @@ def test_c4_from_the_hub(repository: Path, hub: Hub, environment: dict[str, str]
     with gzip.open(path, "wt", encoding="utf-8") as out:
         out.writelines(json.dumps(document) + "\n" for document in documents)
     hub.repositories[name] = tmp_path / "c4"
-    for calibration, folder in (("c4", "one"), (path, "two")):
-        done = child(*arguments(str(repository), tmp_path / folder, calibration), env=environment)
-        assert done.returncode == 0, done.stderr
+    done = child(*arguments(str(repository), tmp_path / "one", "c4"), env=environment)
+    assert done.returncode == 0, done.stderr
+    quantize_here(repository, tmp_path / "two", path)
     assert f"GET /{name}/resolve/main/{file}" in hub.requests or f"GET /{name}/resolve/{COMMIT}/{file}" in hub.requests
     one, two = stored_tensors(tmp_path / "one"), stored_tensors(tmp_path / "two")
     assert one.keys() == two.keys() and all(one[n].equal(two[n]) for n in one)

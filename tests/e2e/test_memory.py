@@ -1,13 +1,15 @@
 """The promise that the whole program rests on: memory follows the size of a block, not of the model.
 
 Llama-shaped bf16 models of 4 and of 24 blocks of the same width are quantized, each in a child process that reports its
-peak resident set (``ru_maxrss``). A peak is noisy upwards only, so where one looks too large it is measured once more and
-the smaller one counts. The children compute with one thread: how many there are changes time, not this comparison.
+peak resident set (``ru_maxrss``). The large model is measured twice and the larger peak counts: how much of freed memory
+glibc's heap holds back differs from run to run, and growth must not hide behind a lucky one. The children compute with one
+thread: how many there are changes time, not this comparison.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,46 +82,32 @@ def random_llama(folder: Path, blocks: int) -> Path:
     return folder
 
 
-Peak = Callable[..., int]
-
-
 @pytest.fixture(scope="module")
-def peak(child: Child, tmp_path_factory: pytest.TempPathFactory) -> Peak:
-    """blocks → the least peak of that model's runs so far, in bytes; ``again`` adds a run."""
+def peak(child: Child, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], int]:
+    """blocks → the peak of a run that quantizes the model of so many blocks, in bytes."""
     folder = tmp_path_factory.mktemp("memory")
     ids = save_ids(folder / "ids.safetensors", random_ids(8, 64))
-    known: dict[int, list[int]] = {}
 
     def run(blocks: int) -> int:
         source = folder / str(blocks)
         if not source.exists():
             random_llama(source, blocks)
-        out = folder / f"{blocks}-{len(known.get(blocks, []))}"
-        done = child("-c", PROGRAM, source, out, ids, env={"OMP_NUM_THREADS": "1"})
+        done = child("-c", PROGRAM, source, folder / "out", ids, env={"OMP_NUM_THREADS": "1"})
+        shutil.rmtree(folder / "out")
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
         assert result["linears"] == 7 * blocks
         assert result["peak"] >= result["told"] > 0.98 * result["peak"]
         return int(result["peak"])
 
-    def get(blocks: int, again: bool = False) -> int:
-        if again or blocks not in known:
-            known.setdefault(blocks, []).append(run(blocks))
-        return min(known[blocks])
-
-    return get
+    return run
 
 
-def test_peak_does_not_grow_with_the_number_of_blocks(peak: Peak) -> None:
-    few, many = peak(FEW), peak(MANY)
-    if abs(many - few) >= BLOCK_BYTES:
-        few, many = peak(FEW, again=True), peak(MANY, again=True)
+def test_peak_follows_the_block_and_not_the_model(peak: Callable[[int], int], child: Child) -> None:
+    """20 blocks more cost less than one block's bytes, and all of them together less than 60 % of the model's size over
+    a process that has only imported everything."""
+    few, many = peak(FEW), max(peak(MANY), peak(MANY))
     assert abs(many - few) < BLOCK_BYTES, f"{few / 2**20:.1f} MiB for {FEW} blocks, {many / 2**20:.1f} MiB for {MANY}"
-
-
-def test_peak_stays_below_the_whole_model(peak: Peak, child: Child) -> None:
-    """Against a process that has only imported everything: what the job adds is less than the model's own size."""
     idle = child("-c", IDLE)
     assert idle.returncode == 0, idle.stderr
-    model = MANY * BLOCK_BYTES
-    assert peak(MANY) - int(idle.stdout) < model
+    assert many - int(idle.stdout) < MANY * BLOCK_BYTES * 0.6

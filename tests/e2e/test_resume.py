@@ -446,7 +446,7 @@ def test_killed_process_resumes(tmp_path: Path) -> None:
     ids = save_ids(tmp_path / "ids.safetensors", random_ids())
     out = tmp_path / "out"
     command = [sys.executable, "-m", "bigq", "quantize", str(source), str(out), "--calibration", str(ids), "--samples", "16"]
-    command += ["--seqlen", "40", "--group-size", "32", "--device", "cpu", "--quiet"]
+    command += ["--seqlen", "40", "--group-size", "32", "--batch", "8", "--device", "cpu", "--quiet"]
     journal = out / ".bigq" / "journal.jsonl"
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
         while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
