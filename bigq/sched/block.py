@@ -1,13 +1,8 @@
-"""One block: which Linears share an input, in which order they depend on each other, and solving them.
+"""Solving one block, level by level ("true-sequential"), and replaying it.
 
-All is found by experiment on one probe. Groups are Linears that receive the same tensor. Poisoning a group's output
-with NaN shows whose inputs it reaches; a group's level is the length of the longest such chain before it. Solving goes
-level by level, each replaying the calibration set through what is already quantized ("true-sequential").
-
-Where a module's output is, untouched, that of one of its Linears (attention and its output projection), the module need
-not run again once that Linear is solved: its output follows from the inputs that the Hessian was made of. Keeping those
-costs one hidden state per token and leaves 1.5 forwards of a llama block's Linears and 1 of its attention, instead of
-2.2 and 4.
+Each level replays the calibration set through what is already quantized, up to the inputs of the level's Linears. Modules with a
+shortcut run once: what they return follows from the inputs that the Hessian was made of. Keeping those costs one hidden
+state per token and leaves 1.5 forwards of a llama block's Linears and 1 of its attention, instead of 2.2 and 4.
 """
 
 from __future__ import annotations
@@ -25,153 +20,13 @@ from bigq.errors import NumericsError
 from bigq.kernels.finite import finite
 from bigq.report import Clock
 from bigq.sched.activations import ActivationStore
-from bigq.sched.capture import BlockCall, OutputForm, StopForward, all_replaced, hidden_of
+from bigq.sched.capture import StopForward, all_replaced
+from bigq.sched.structure import BlockPlan, Group, Shortcut
 from bigq.scheme import QuantizedWeight, QuantScheme
 from bigq.skeleton import linear_weight, set_linear_weight
 from bigq.solver.gptq import solve
 from bigq.solver.hessian import HessianSum, factorize
 from bigq.solver.rtn import round_to_nearest
-
-#: Linears with fewer inputs or outputs than this are gates of some kind and stay as they are.
-SMALLEST = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Linears, by their name in the block, that share one input; ``level`` 0 depends on no other group."""
-
-    names: tuple[str, ...]
-    level: int
-
-
-@dataclass(frozen=True, slots=True)
-class Shortcut:
-    """A module whose output is that of the Linear ``linear`` inside it; ``form`` is how it returns it."""
-
-    module: str
-    linear: str
-    form: OutputForm
-
-
-@dataclass(frozen=True, slots=True)
-class BlockPlan:
-    """The groups of a block in order of execution, the Linears that stay as they are, and the modules to run once."""
-
-    groups: tuple[Group, ...]
-    left_out: tuple[str, ...]
-    shortcuts: tuple[Shortcut, ...]
-
-    def levels(self, true_sequential: bool) -> list[list[Group]]:
-        if not true_sequential:
-            return [list(self.groups)]
-        depth = max((g.level for g in self.groups), default=-1) + 1
-        return [[g for g in self.groups if g.level == level] for level in range(depth)]
-
-
-def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> BlockPlan:
-    """Find the groups of a loaded block and their levels from one probe [B, T, d]."""
-    linears = block_linears(block)
-    groups = _groups(block, linears, hidden, call)
-    reached = [_poison(block, linears, groups, i, hidden, call) for i in range(len(groups))]
-    levels = [0] * len(groups)
-    for _ in groups:
-        for i, targets in enumerate(reached):
-            for t in targets:
-                levels[t] = max(levels[t], levels[i] + 1)
-    used = {name for group in groups for name in group}
-    planned = tuple(Group(tuple(names), level) for names, level in zip(groups, levels, strict=True))
-    left_out = tuple(name for name in linears if name not in used)
-    return BlockPlan(planned, left_out, _shortcuts(block, planned, hidden, call))
-
-
-def _groups(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, call: BlockCall) -> list[list[str]]:
-    """Names of Linears by shared input, in order of first call."""
-    inputs: list[Tensor] = []
-    members: list[list[str]] = []
-    calls: dict[str, int] = {}
-    unfit: set[str] = set()
-
-    def hook(name: str) -> Callable[..., None]:
-        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            x = args[0]
-            calls[name] = calls.get(name, 0) + 1
-            if not isinstance(output, Tensor) or output.shape[:-1] != x.shape[:-1]:
-                unfit.add(name)
-            for known, group in zip(inputs, members, strict=True):
-                if _same_tensor(x, known):
-                    group.append(name)
-                    return
-            inputs.append(x)
-            members.append([name])
-
-        return after
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in linears.items()]
-    try:
-        call.run(block, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
-    unfit |= {name for name, count in calls.items() if count > 1}
-    unfit |= {name for name, module in linears.items() if min(linear_weight(module).shape) < SMALLEST}
-    return [kept for group in members if (kept := [name for name in group if name not in unfit])]
-
-
-def _same_tensor(a: Tensor, b: Tensor) -> bool:
-    """Whether two live tensors are views of the same memory in the same shape and state."""
-    return (a.data_ptr(), a.shape, a.stride(), a._version) == (b.data_ptr(), b.shape, b.stride(), b._version)
-
-
-def _poison(
-    block: nn.Module, linears: Mapping[str, nn.Module], groups: list[list[str]], poisoned: int, hidden: Tensor, call: BlockCall
-) -> set[int]:
-    """The groups whose input turns NaN when the outputs of group ``poisoned`` do."""
-    names = [name for group in groups for name in group]
-    group_of = {name: i for i, group in enumerate(groups) for name in group}
-    reached: set[int] = set()
-
-    def make(k: int) -> Callable[[Tensor], Tensor]:
-        name, module = names[k], linears[names[k]]
-
-        def forward(x: Tensor) -> Tensor:
-            if bool(torch.isnan(x).any()):
-                reached.add(group_of[name])
-            y: Tensor = type(module).forward(module, x)
-            return torch.full_like(y, float("nan")) if group_of[name] == poisoned else y
-
-        return forward
-
-    with all_replaced([linears[name] for name in names], make):
-        call.run(block, hidden)
-    return reached - {poisoned}
-
-
-def _shortcuts(block: nn.Module, groups: tuple[Group, ...], hidden: Tensor, call: BlockCall) -> tuple[Shortcut, ...]:
-    """Modules that return a Linear's output untouched, where that Linear is no wider than the hidden states."""
-    level_of = {name: group.level for group in groups for name in group.names}
-    outputs: dict[str, list[Any]] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda _module, _args, output: outputs.setdefault(name, []).append(output)
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in block.named_modules() if name]
-    try:
-        call.run(block, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
-    found: dict[str, Shortcut] = {}
-    for name, results in outputs.items():
-        if name in level_of or len(results) > 1 or not OutputForm.fits(results[0]):
-            continue
-        form = OutputForm.of(results[0])
-        inner = [n for n in level_of if n.startswith(name + ".")]
-        source = next((n for n in inner if outputs[n][0] is hidden_of(results[0])), None)
-        if source is None or form.has_extras or any(level_of[n] > level_of[source] for n in inner):
-            continue
-        if max(linear_weight(block.get_submodule(source)).shape) <= hidden.shape[-1]:
-            found.setdefault(source, Shortcut(name, source, form))
-    return tuple(found.values())
 
 
 @dataclass(frozen=True, slots=True)

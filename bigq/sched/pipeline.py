@@ -34,12 +34,13 @@ from bigq.io.reader import read_tensor
 from bigq.io.writer import OutputTensor, write_shard
 from bigq.report import Clock, LinearRecord, Progress, Report, device_memory_peak, host_memory_peak
 from bigq.sched.activations import ActivationStore
-from bigq.sched.block import SMALLEST, BlockJob, BlockPlan, Memo, Solved, plan_block, propagate, round_block, solve_block
+from bigq.sched.block import BlockJob, Memo, Solved, propagate, round_block, solve_block
 from bigq.sched.device import choose_device, memory_errors
 from bigq.sched.journal import STATE_FOLDER, Commit, Journal, require_ours
 from bigq.sched.memory import return_freed_memory
 from bigq.sched.pager import Pager
 from bigq.sched.probe import Probe, activations_for, probe_model
+from bigq.sched.structure import SMALLEST, BlockPlan, plan_block
 from bigq.scheme import QuantScheme, dequantize, scheme_for
 from bigq.skeleton import linear_weight
 

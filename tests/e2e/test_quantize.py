@@ -42,8 +42,8 @@ from bigq.config import JobConfig
 from bigq.report import Report
 from bigq.sched import block as block_module
 from bigq.sched import pipeline
-from bigq.sched.block import plan_block
 from bigq.sched.pager import Pager
+from bigq.sched.structure import plan_block
 from bigq.scheme import QuantizedWeight, QuantScheme, Rule
 
 GROUP = 32
