@@ -20,7 +20,7 @@ from bigq.scheme import QuantScheme
 MODEL = ASSETS / "tiny-llama"
 BITS = (4, 3, 2)
 METHODS = ("rtn", "gptq")
-GROUP_SIZE = 128
+GROUP_SIZE = -1
 CALIBRATION_ROWS = 256
 HELDOUT_ROWS = 128
 
@@ -67,7 +67,9 @@ def demo(out: str, device: str = "auto", *, as_json: bool = False) -> list[Row]:
         print(json.dumps({"settings": settings, "rows": [row.to_json() for row in rows]}, indent=2))
     else:
         print(table(rows))
-        print(f"\n{rows[0].result.tokens} held-out tokens, groups of {GROUP_SIZE}, {time.monotonic() - started:.0f} s in all")
+        print(
+            f"\n{rows[0].result.tokens} held-out tokens, one scale per row, act-order for gptq, {time.monotonic() - started:.0f} s in all"
+        )
     return rows
 
 

@@ -10,7 +10,7 @@ The tokenizer is byte-level (token id = byte value, then ``<s>`` and ``</s>``). 
 autocast over fp32 master weights and a warm-up / constant / linear-decay schedule, so that a run can be
 stopped and resumed with another ``--steps``.
 
-    python scripts/train_tiny.py --work /tmp/tiny --steps 6000 --out bigq/assets
+    python scripts/train_tiny.py --work /tmp/tiny --steps 6000 --stop-at 2000 --out bigq/assets
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ EXCLUDED_DIRS = {"test", "tests", "idle_test", "site-packages", "dist-packages",
 CONFIG = LlamaConfig(
     vocab_size=258,
     hidden_size=512,
-    intermediate_size=512,
-    num_hidden_layers=3,
+    intermediate_size=768,
+    num_hidden_layers=2,
     num_attention_heads=8,
     num_key_value_heads=2,
     max_position_embeddings=256,
@@ -115,10 +115,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=pathlib.Path, required=True, help="folder for the resumable training state")
     parser.add_argument("--out", type=pathlib.Path, help="write the model and the text files here at the end")
-    parser.add_argument("--steps", type=int, default=1800)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=6000, help="length of the learning-rate schedule")
+    parser.add_argument("--stop-at", type=int, help="end after this many steps of the schedule")
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.0, help="weight decay")
     parser.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
     args = parser.parse_args()
@@ -144,7 +145,8 @@ def main() -> None:
     forward = torch.compile(model) if args.compile else model
     started = time.monotonic() - seconds
 
-    for step in range(first, args.steps):
+    last = min(args.stop_at or args.steps, args.steps)
+    for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
         starts = torch.randint(0, len(data) - args.seqlen, (args.batch,), generator=generator)
         batch = torch.stack([data[s : s + args.seqlen] for s in starts.tolist()]).long()
@@ -159,7 +161,7 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % 20 == 0:
             print(f"step {step + 1} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
-        if (step + 1) % 250 == 0 or step + 1 == args.steps:
+        if (step + 1) % 250 == 0 or step + 1 == last:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             state["seconds"] = time.monotonic() - started
             torch.save(state, args.work / "state.tmp")
@@ -176,10 +178,12 @@ def main() -> None:
         (args.out / "LICENSE-PSF.txt").write_bytes(licence.read_bytes())
         origin = {
             "text": f"Python {platform.python_version()} standard library sources, PSF licence",
-            "steps": args.steps,
-            "tokens": args.steps * args.batch * args.seqlen,
+            "steps": last,
+            "tokens": last * args.batch * args.seqlen,
+            "heldout_perplexity": perplexity(model.float(), heldout, args.seqlen),
             "seconds": round(time.monotonic() - started),
-            "command": f"python scripts/train_tiny.py --steps {args.steps} --batch {args.batch} --seqlen {args.seqlen} --lr {args.lr}",
+            "command": f"python scripts/train_tiny.py --steps {args.steps} --stop-at {last} "
+            f"--batch {args.batch} --seqlen {args.seqlen} --lr {args.lr}",
         }
         (target / "training.json").write_text(json.dumps(origin, indent=2) + "\n")
 
