@@ -21,6 +21,7 @@ from bigq.kernels.finite import finite
 from bigq.report import Clock
 from bigq.sched.activations import ActivationStore
 from bigq.sched.capture import StopForward, all_replaced
+from bigq.sched.memory import return_freed_memory
 from bigq.sched.structure import BlockPlan, Group, Shortcut
 from bigq.scheme import QuantizedWeight, QuantScheme
 from bigq.skeleton import linear_weight, set_linear_weight
@@ -99,8 +100,10 @@ def solve_block(job: BlockJob, store: ActivationStore, true_sequential: bool) ->
         keep = [s for s in job.plan.shortcuts if s.linear in names] if true_sequential else []
         with job.memo.active(job.block, store), job.clock.phase("replay"):
             sums = _capture(job, linears, wanted, store, keep)
+        return_freed_memory()
         for group in wanted:
             yield from _solve_group(job, linears, group, sums.pop(group.names))
+        return_freed_memory()
         with job.clock.phase("replay"):
             for shortcut in keep:
                 job.memo.finish(shortcut, linears[shortcut.linear])

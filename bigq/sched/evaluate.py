@@ -24,7 +24,7 @@ from bigq.sched.activations import ActivationStore
 from bigq.sched.block import propagate
 from bigq.sched.capture import OutputForm, all_replaced
 from bigq.sched.device import choose_device, memory_errors
-from bigq.sched.memory import return_freed_memory
+from bigq.sched.memory import hold_heap, return_freed_memory
 from bigq.sched.pager import Pager
 from bigq.sched.probe import activations_for, probe_model
 
@@ -65,7 +65,7 @@ def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | No
     """Judge a model, original or packed by bigq, on a text. Raises the errors of ``bigq.errors``."""
     config = config or EvalConfig()
     device = choose_device(config.device)
-    return_freed_memory()
+    hold_heap()
     skeleton.silence()
     with torch.no_grad(), memory_errors(device), contextlib.ExitStack() as stack:
         pagers = [
@@ -102,6 +102,7 @@ class Stream:
                 block = pager.load_block(i)
                 propagate(i, block, self._store, pager.device, f"{pager.blocks_path}.{i}")
                 pager.evict_block(i)
+                return_freed_memory()
                 progress.block_skipped()
 
     @contextlib.contextmanager

@@ -37,7 +37,7 @@ from bigq.sched.activations import ActivationStore
 from bigq.sched.block import BlockJob, Memo, Solved, propagate, round_block, solve_block
 from bigq.sched.device import choose_device, memory_errors
 from bigq.sched.journal import STATE_FOLDER, Commit, Journal, require_ours
-from bigq.sched.memory import return_freed_memory
+from bigq.sched.memory import hold_heap, return_freed_memory
 from bigq.sched.pager import Pager
 from bigq.sched.probe import Probe, activations_for, probe_model
 from bigq.sched.structure import SMALLEST, BlockPlan, plan_block
@@ -59,7 +59,7 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
     folder, out = resolve_model(model), Path(out).expanduser()
     _refuse_nesting(folder, out)
     require_ours(out)
-    return_freed_memory()
+    hold_heap()
     skeleton.silence()
     with torch.no_grad(), memory_errors(device):
         pager = Pager(folder, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
@@ -171,6 +171,7 @@ class _Job:
             with self.clock.phase("replay"):
                 propagate(i, block, store, self.pager.device, prefix, job.memo)
         self.pager.evict_block(i)
+        return_freed_memory()
         if i < self.resumed:
             self.progress.block_skipped()
         else:
