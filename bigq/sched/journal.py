@@ -31,12 +31,14 @@ class Commit:
     """One committed shard. unit: "rest-0", "block-17", …; linears: the records of what was quantized in it.
 
     left_out: module names of the block's Linears that stay as they are although no rule says so.
+    source: a hash that tells whether the tensors which the shard was made from are still the same.
     """
 
     unit: str
     shard: ShardRecord
     linears: tuple[Mapping[str, Any], ...]
     left_out: tuple[str, ...] = ()
+    source: str = ""
 
     def to_line(self) -> bytes:
         value = {
@@ -47,6 +49,7 @@ class Commit:
             "tensors": self.shard.tensors,
             "linears": self.linears,
             "left_out": self.left_out,
+            "source": self.source,
         }
         return (json.dumps(value) + "\n").encode()
 
@@ -58,7 +61,9 @@ class Commit:
                 return None
             value = json.loads(line)
             shard = ShardRecord(file=value["file"], size=value["size"], sha256=value["sha256"], tensors=tuple(value["tensors"]))
-            return cls(unit=value["unit"], shard=shard, linears=tuple(value["linears"]), left_out=tuple(value["left_out"]))
+            return cls(
+                unit=value["unit"], shard=shard, linears=tuple(value["linears"]), left_out=tuple(value["left_out"]), source=value["source"]
+            )
         except (ValueError, KeyError, TypeError):
             return None
 

@@ -69,14 +69,14 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
         rows = _calibration(pager, config)
         request = {
             "settings": config.frozen(),
-            "source": pager.checkpoint.content_fingerprint(),
+            "source": pager.checkpoint.fingerprint,
             "config": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
             "calibration_tokens": None if rows is None else hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
         }
         rest = _rest_shards(pager)
         units = [f"rest-{i}" for i in range(len(rest))] + [f"block-{i}" for i in range(len(pager.blocks))]
         with contextlib.closing(Journal(out, request, units)) as journal, Progress(len(pager.blocks), device, config.quiet) as progress:
-            job = _Job(pager, config, journal, rest, progress, Clock(device))
+            job = _Job(pager, config, journal, units, rest, progress, Clock(device))
             job.run(rows)
             job.finish()
     resumed = job.resumed
@@ -102,6 +102,7 @@ class _Job:
     pager: Pager
     config: JobConfig
     journal: Journal
+    units: list[str]
     rest: list[list[TensorInfo]]
     progress: Progress
     clock: Clock
@@ -110,11 +111,12 @@ class _Job:
     def run(self, rows: Tensor | None) -> None:
         """Commit every shard that is not committed yet."""
         self._check_shapes()
+        self._check_committed()
         done = len(self.journal.commits)
         for i in range(done, len(self.rest)):
             self.progress.phase("copying what stays as it is")
             with self.clock.phase("copy"):
-                self._commit(f"rest-{i}", [OutputTensor.copy_of(info) for info in self.rest[i]], [])
+                self._commit([OutputTensor.copy_of(info) for info in self.rest[i]], [])
         self.resumed = max(0, done - len(self.rest))
         if self.resumed == len(self.pager.blocks):
             return
@@ -196,14 +198,14 @@ class _Job:
                 packed[source] = pack_linear(source.removesuffix(".weight"), solved.weight, self._version)
             records.append(_record(solved))
         tensors = []
-        for name in self._source_names(job.prefix):
+        for name in self._sources(len(self.rest) + job.index):
             if name in packed:
                 tensors += [OutputTensor.of(n, t) for n, t in packed[name].items()]
             else:
                 tensors.append(OutputTensor.copy_of(self.pager.checkpoint[name]))
         self.progress.phase(f"block {job.index + 1} write")
         with self.clock.phase("write"):
-            self._commit(f"block-{job.index}", tensors, records, tuple(f"{job.prefix}.{name}" for name in job.plan.left_out))
+            self._commit(tensors, records, tuple(f"{job.prefix}.{name}" for name in job.plan.left_out))
         return records
 
     def _restore(self, job: BlockJob) -> None:
@@ -215,8 +217,20 @@ class _Job:
             weight = finished.weight(source, scheme.bits, self._version, linear_weight(module).dtype)
             skeleton.set_linear_weight(module, weight.to(self.pager.device))
 
-    def _source_names(self, prefix: str) -> list[str]:
-        """Checkpoint names of a block's tensors, in the checkpoint's order."""
+    def _check_committed(self) -> None:
+        """Raise UsageError where a committed shard was made from other weights than the source holds now."""
+        for number, commit in enumerate(self.journal.commits):
+            if commit.source != self.pager.checkpoint.sample(self._sources(number)):
+                raise UsageError(
+                    f"{self.journal.out}: its shard {commit.shard.file} was made from another source than {self.pager.folder} "
+                    "(the weights differ); give the model that the job was begun with, or choose another folder"
+                )
+
+    def _sources(self, number: int) -> list[str]:
+        """Names of the checkpoint's tensors that shard ``number`` is made from, in the checkpoint's order."""
+        if number < len(self.rest):
+            return [info.name for info in self.rest[number]]
+        prefix = f"{self.pager.blocks_path}.{number - len(self.rest)}"
         own = {info.name for name, info in self.pager.sources.items() if name.startswith(prefix + ".")}
         return [name for name in self.pager.checkpoint if name in own]
 
@@ -224,11 +238,13 @@ class _Job:
     def _version(self) -> int:
         return 2 if self.config.format == "gptq_v2" else 1
 
-    def _commit(self, unit: str, tensors: list[OutputTensor], records: list[LinearRecord], left_out: tuple[str, ...] = ()) -> None:
-        number = len(self.journal.commits) + 1
-        total = len(self.rest) + len(self.pager.blocks)
-        shard = write_shard(self.journal.out / f"model-{number:05d}-of-{total:05d}.safetensors", tensors)
-        self.journal.commit(Commit(unit=unit, shard=shard, linears=tuple(r.to_json() for r in records), left_out=left_out))
+    def _commit(self, tensors: list[OutputTensor], records: list[LinearRecord], left_out: tuple[str, ...] = ()) -> None:
+        """Write the next shard and its line in the journal."""
+        number = len(self.journal.commits)
+        shard = write_shard(self.journal.out / f"model-{number + 1:05d}-of-{len(self.units):05d}.safetensors", tensors)
+        source = self.pager.checkpoint.sample(self._sources(number))
+        linears = tuple(r.to_json() for r in records)
+        self.journal.commit(Commit(unit=self.units[number], shard=shard, linears=linears, left_out=left_out, source=source))
 
     def finish(self) -> None:
         """Write what makes the folder loadable: side files, quantize_config.json, the index, and last config.json."""
