@@ -10,7 +10,9 @@ groups of 128, symmetric. CPU figures compare only with those of other programs 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -19,38 +21,38 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import transformers
-from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
-
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = LlamaConfig(
-    vocab_size=4096,
-    hidden_size=1024,
-    intermediate_size=2816,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    max_position_embeddings=2048,
-    tie_word_embeddings=False,
-    bos_token_id=0,
-    eos_token_id=1,
-)
+VOCABULARY = 4096
 ROWS, SEQLEN = 32, 512
 
 
-def make_inputs(work: Path) -> tuple[Path, Path]:
-    """The model folder and the file of token ids (Zipf-distributed), made once."""
-    model, ids = work / "llama-small", work / "tokens.safetensors"
-    if not ids.exists():
-        torch.manual_seed(0)
-        LlamaForCausalLM(CONFIG).to(torch.bfloat16).save_pretrained(model, max_shard_size="45MB")
-        share = 1.0 / torch.arange(1, CONFIG.vocab_size - 3).double() ** 1.1
-        generator = torch.Generator().manual_seed(7)
-        tokens = torch.multinomial(share / share.sum(), ROWS * SEQLEN, replacement=True, generator=generator) + 4
-        save_file({"input_ids": tokens.reshape(ROWS, SEQLEN)}, ids)
-    return model, ids
+def make_inputs(model: Path, ids: Path) -> None:
+    """Write the model folder and the file of token ids (Zipf-distributed).
+
+    Runs in a process of its own: a child's peak memory starts from its parent's, so the measuring one stays small.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(model, max_shard_size="45MB")
+    share = 1.0 / torch.arange(1, VOCABULARY - 3).double() ** 1.1
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.multinomial(share / share.sum(), ROWS * SEQLEN, replacement=True, generator=generator) + 4
+    save_file({"input_ids": tokens.reshape(ROWS, SEQLEN)}, ids)
 
 
 def measure(model: Path, ids: Path, out: Path) -> dict[str, float]:
@@ -74,7 +76,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    model, ids = make_inputs(args.work)
+    model, ids = args.work / "llama-small", args.work / "tokens.safetensors"
+    if not ids.exists():
+        maker = multiprocessing.get_context("spawn").Process(target=make_inputs, args=(model, ids))
+        maker.start()
+        maker.join()
     runs = [measure(model, ids, args.work / "out") for _ in range(args.runs)]
     print(f"{'run':>4} {'wall s':>8} {'CPU s':>8} {'peak MiB':>9}")
     for i, run in enumerate(runs):
@@ -82,8 +88,8 @@ def main() -> None:
     result = {
         "command": "python scripts/bench_small.py --work DIR --json docs/results/bench_small.json",
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "torch": importlib.metadata.version("torch"),
+        "transformers": importlib.metadata.version("transformers"),
         "cores": os.cpu_count(),
         "revision": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
         "runs": runs,
