@@ -1,9 +1,9 @@
 """The promise that the whole program rests on: memory follows the size of a block, not of the model.
 
 Llama-shaped bf16 models of 4 and of 24 blocks of the same width are quantized, each in a child process that reports its
-peak resident set (``ru_maxrss``). The large model is measured twice and the larger peak counts: how much of freed memory
-glibc's heap holds back differs from run to run, and growth must not hide behind a lucky one. The children compute with one
-thread: how many there are changes time, not this comparison.
+peak resident set (VmHWM: ``ru_maxrss`` would begin with the parent's). The large model is measured twice and the larger peak
+counts: how much of freed memory glibc's heap holds back differs from run to run, and growth must not hide behind a lucky one.
+The children compute with one thread: how many there are changes time, not this comparison.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ FEW, MANY = 4, 24
 BLOCK_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
 
 PROGRAM = """
-import json, resource, sys
+import json, re, sys
 import bigq
 source, out, ids = sys.argv[1:]
 scheme = bigq.QuantScheme(group_size=128)
 config = bigq.JobConfig(scheme=scheme, calibration=ids, samples=8, seqlen=64, device="cpu", quiet=True)
 report = bigq.quantize(source, out, config)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 print(json.dumps({"peak": peak, "told": report.host_peak_bytes, "linears": len(report.linears)}))
 """
 
 IDLE = """
-import resource
+import re
 import bigq.sched.pipeline, transformers.models.llama.modeling_llama
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024)
 """
 
 
