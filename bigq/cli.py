@@ -97,7 +97,7 @@ def _add_eval(p: argparse.ArgumentParser) -> None:
 def _add_machine(p: argparse.ArgumentParser) -> None:
     machine = p.add_argument_group("machine")
     machine.add_argument(
-        "--batch", type=int, help="rows that go through a block at once; 8 on a GPU and about 2048 tokens on a CPU if not given"
+        "--batch", type=int, help="rows that go through a block at once; 8 on a GPU and about 1024 tokens on a CPU if not given"
     )
     machine.add_argument("--device", default="auto", help="cuda:0, cpu or auto")
     machine.add_argument(
