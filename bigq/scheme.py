@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from bigq.errors import UsageError
+from bigq.kernels.dequantize import dequantize
+from bigq.kernels.grid import GridSpec
 
 BITS = (2, 3, 4, 8)
 
@@ -52,8 +54,9 @@ class QuantScheme:
             raise UsageError(f"damping={self.damping}: must lie between 0 and 1")
 
     @property
-    def max_code(self) -> int:
-        return (1 << self.bits) - 1
+    def grid(self) -> GridSpec:
+        """What concerns a single group's scale and zero."""
+        return GridSpec(bits=self.bits, symmetric=self.symmetric, min_zero=self.min_zero, mse=self.mse)
 
     def group_width(self, n: int) -> int:
         """Inputs per group for a Linear of n inputs.
@@ -74,7 +77,8 @@ class QuantizedWeight:
     codes: uint8 [m, n]. scales: fp16 [m, G]. zeros: uint8 [m, G].
     loss: Σ over rows of (w−q)ᵀ·H·(w−q), with the damped Hessian that was factored. For round-to-nearest,
         which has no Hessian, H is the identity.
-    energy: the same quadratic form of w itself, so that ``loss / energy`` is the relative output error.
+    energy: the same quadratic form of w itself, so that ``loss / energy`` is the relative output error. Where there
+        are more than 256 rows, GPTQ estimates it from at most 256 evenly spaced ones.
     damping: the damping that the factorization took (the scheme's, or a step up the ladder).
     """
 
@@ -93,23 +97,6 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [m, n] that a reader of the codes sees: computed in fp32, rounded once to ``dtype``."""
         return dequantize(self.codes, self.scales, self.zeros, dtype)
-
-
-def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
-    """``scale · (code − zero)`` for codes [m, n], scales and zeros [m, G]; n is a multiple of G.
-
-    Works through slices of rows, so that the fp32 intermediate stays small beside the result.
-    """
-    m, n = codes.shape
-    groups = scales.shape[1]
-    out = torch.empty(m, n, dtype=dtype, device=codes.device)
-    rows = max(1, 2**20 // n)
-    for lo in range(0, m, rows):
-        part = codes[lo : lo + rows].reshape(-1, groups, n // groups).float()
-        part -= zeros[lo : lo + rows, :, None].float()
-        part *= scales[lo : lo + rows, :, None].float()
-        out[lo : lo + rows] = part.reshape(-1, n).to(dtype)
-    return out
 
 
 _OVERRIDES: Mapping[str, type] = {

@@ -1,15 +1,28 @@
-"""Fixtures that all tests share: one tiny checkpoint per family, built once; calibration ids; child processes."""
+"""Fixtures that all tests share: one tiny checkpoint per family, built once; calibration ids; child processes; Triton.
+
+Where there is no GPU, Triton kernels run in Triton's interpreter, on CPU tensors. It must know before it is imported.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import pkgutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 if importlib.util.find_spec("bigq") is None:
@@ -18,7 +31,32 @@ if importlib.util.find_spec("bigq") is None:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+#: What the environment of tests holds and ordinary commands should not see.
+KEPT_FROM_CHILDREN = ("HF_", "TRANSFORMERS_", "TRITON_INTERPRET")
+
 Child = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+class Largest(TorchDispatchMode):
+    """Counts the elements of the largest tensor that comes to be in memory of its own."""
+
+    def __init__(self, but: Tensor) -> None:
+        super().__init__()
+        self.but, self.elements = but.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() != self.but:
+            self.elements = max(self.elements, out.untyped_storage().nbytes() // out.element_size())
+        return out
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` are skipped where there is none."""
+    if not CUDA:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,10 +94,61 @@ def child() -> Child:
     """Run ``python ARGS…`` in a process of its own, able to import bigq and kept off the network and the user's caches."""
 
     def run(*args: str | Path, env: Mapping[str, str] | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(KEPT_FROM_CHILDREN)}
         paths = os.pathsep.join([str(ROOT), kept.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         environment = kept | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"} | dict(env or {})
         command = [sys.executable, *map(str, args)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where Triton kernels run: the GPU, or the CPU with Triton's interpreter."""
+    return torch.device("cuda" if CUDA else "cpu")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For thousands of tiny operations: waking a second thread for each costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised tensors come filled: with NaN, or with the largest integer."""
+
+    def poison(x: Tensor) -> Tensor:
+        return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max)
+
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+
+
+@pytest.fixture
+def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but fp64 goes through the Triton kernels, in a GPU's memory order, also on the CPU."""
+    pytest.importorskip("triton")
+    import bigq.kernels
+    import bigq.solver
+
+    def use_triton(x: Tensor) -> bool:
+        return x.dtype != torch.float64
+
+    def empty_columns(k: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(m, k, dtype=dtype, device=device).T
+
+    # All modules are imported first: one that came later would keep the replacement.
+    for package in (bigq.kernels, bigq.solver):
+        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+            importlib.import_module(module.name)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("bigq."):
+            for replacement in (use_triton, empty_columns):
+                if hasattr(module, replacement.__name__):
+                    monkeypatch.setattr(module, replacement.__name__, replacement)

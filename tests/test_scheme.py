@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bigq.errors import UsageError
-from bigq.scheme import QuantizedWeight, QuantScheme, Rule, dequantize, scheme_for
+from bigq.kernels.dequantize import dequantize
+from bigq.scheme import QuantizedWeight, QuantScheme, Rule, scheme_for
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_other_dampings_are_refused(damping: float) -> None:
 
 
 def test_group_width_and_max_code() -> None:
-    assert [QuantScheme(bits=b).max_code for b in (2, 3, 4, 8)] == [3, 7, 15, 255]
+    assert [QuantScheme(bits=b).grid.max_code for b in (2, 3, 4, 8)] == [3, 7, 15, 255]
     assert QuantScheme(group_size=-1).group_width(100) == 100
     assert QuantScheme(group_size=64).group_width(192) == 64
     with pytest.raises(UsageError, match="group size 64 does not divide 100"):

@@ -51,25 +51,24 @@ def pack_linear(prefix: str, weight: QuantizedWeight, version: int) -> dict[str,
     }
 
 
-def unpack_linear(prefix: str, get: Callable[[str], Tensor], bits: int, version: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes uint8 [N, K], scales fp16 [N, G], zeros uint8 [N, G]) from the tensors that ``get`` returns by name.
+def read_linear(prefix: str, get: Callable[[str], Tensor], bits: int, version: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(words int32 [K·b/32, N], scales fp16 [N, G], zeros uint8 [N, G]) from the tensors that ``get`` returns by name.
 
     Raises CheckpointError where shapes disagree or groups are not in natural order.
     """
     qweight, qzeros, scales = (get(f"{prefix}.{name}") for name in ("qweight", "qzeros", "scales"))
     if any(t.ndim != 2 for t in (qweight, qzeros, scales)) or qweight.shape[0] * 32 % bits or qzeros.shape[1] * 32 % bits:
         raise CheckpointError(f"{prefix}: qweight, qzeros or scales is not a matrix of {bits}-bit codes in whole words")
-    codes = unpack(qweight, bits)
     zeros = unpack(qzeros.T.contiguous(), bits)
     if version == 1:
         zeros = zeros + 1
-    k, groups = codes.shape[0], scales.shape[0]
-    if codes.shape[1] != scales.shape[1] or zeros.shape != (scales.shape[1], groups) or not groups or k % groups:
+    k, n, groups = qweight.shape[0] * 32 // bits, qweight.shape[1], scales.shape[0]
+    if n != scales.shape[1] or zeros.shape != (n, groups) or not groups or k % groups:
         raise CheckpointError(f"{prefix}: qweight, qzeros and scales have shapes that do not belong together")
     natural = torch.arange(k) // (k // groups)
     if not torch.equal(get(f"{prefix}.g_idx").long(), natural):
         raise CheckpointError(f"{prefix}: its groups are not in natural order (desc_act without static groups), which bigq does not read")
-    return codes.T, scales.T, zeros
+    return qweight, scales.T, zeros
 
 
 def quantization_config(

@@ -6,10 +6,15 @@ Cholesky factor of ``H⁻¹`` that GPTQ (Frantar et al. 2022, algorithm 1) wants
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-BLOCK = 256
+from bigq.kernels.rank_update import rank_update_
+
+#: Columns of a panel. Its diagonal block is factored by the library, all else is products.
+PANEL = 256
 
 
 def upper_cholesky_(h: Tensor) -> bool:
@@ -17,30 +22,38 @@ def upper_cholesky_(h: Tensor) -> bool:
 
     Only the upper triangle is read or written. Returns False, with h's upper triangle spoilt, where h is not
     positive definite in its precision.
+
+    Left-looking: a panel of columns takes in all that lies to its right by one product, then it is done. That writes each
+    element twice, where updating all that remains after each panel would write it n / PANEL times.
     """
     n = h.shape[0]
-    for hi in range(n, 0, -BLOCK):
-        lo = max(0, hi - BLOCK)
-        corner = h[lo:hi, lo:hi]
-        full = corner.triu() + corner.triu(1).T
-        lower, info = torch.linalg.cholesky_ex(full.flip(0, 1))
-        if int(info) != 0:
-            return False
+    failures = []
+    for hi in range(n, 0, -PANEL):
+        lo = max(0, hi - PANEL)
+        panel, corner = h[:hi, lo:hi], h[lo:hi, lo:hi]
+        if hi < n:
+            rank_update_(panel, h[:hi, hi:], h[lo:hi, hi:])
+        # Flipped in both axes, the upper triangle lies where the library looks, and its lower factor is R.
+        lower, failed = torch.linalg.cholesky_ex(corner.flip(0, 1))
+        failures.append(failed)
         r = lower.flip(0, 1)
-        corner.copy_(corner.tril(-1) + r)
-        if lo == 0:
-            break
-        panel = h[:lo, lo:hi]
-        panel.copy_(torch.linalg.solve_triangular(r.T, panel, upper=False, left=False))
-        for a in range(0, lo, BLOCK):
-            b = min(a + BLOCK, lo)
-            h[:a, a:b].addmm_(panel[:a], panel[a:b].T, alpha=-1)
-            h[a:b, a:b].sub_((panel[a:b] @ panel[a:b].T).triu_())
-    return True
+        corner.tril_(-1).add_(r)
+        if lo:
+            above = panel[:lo]
+            above.copy_(torch.linalg.solve_triangular(r.T, above, upper=False, left=False))
+    # Asked once, at the end: on a GPU each question would wait for all the work before it.
+    return not bool(torch.stack(failures).any())
 
 
-def upper_inverse(r: Tensor) -> Tensor:
-    """The inverse of a small upper triangular matrix [k, k]."""
-    eye = torch.eye(r.shape[0], dtype=r.dtype, device=r.device)
-    inverse: Tensor = torch.linalg.solve_triangular(r, eye, upper=True)
-    return inverse
+def diagonal_inverses(r: Tensor, blocks: Sequence[tuple[int, int]]) -> Tensor:
+    """The inverses of diagonal blocks [a, b) of an upper triangular matrix: [number of blocks, k, k], k the widest block.
+
+    A narrower block lies in the upper left corner of its inverse.
+    """
+    k = max(b - a for a, b in blocks)
+    eye = torch.eye(k, dtype=r.dtype, device=r.device)
+    corners = eye.repeat(len(blocks), 1, 1)
+    for corner, (a, b) in zip(corners, blocks, strict=True):
+        corner[: b - a, : b - a] = r[a:b, a:b]
+    inverses: Tensor = torch.linalg.solve_triangular(corners.triu_(), eye, upper=True)
+    return inverses

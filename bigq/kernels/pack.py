@@ -12,12 +12,32 @@ import math
 import torch
 from torch import Tensor
 
+from bigq.kernels.pick import use_triton
+
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [k, ...] below ``2**bits`` → int32 words [k·bits/32, ...]. k·bits is a multiple of 32."""
+    """uint8 codes [k, ...] below ``2**bits`` → int32 words [k·bits/32, ...]. k is a multiple of the codes in a cycle."""
+    assert codes.shape[0] % _cycle(bits)[0] == 0, f"{codes.shape[0]} codes of {bits} bits do not fill whole words"
+    if use_triton(codes) and codes.ndim == 2:
+        from bigq.kernels.pack_triton import pack_triton
+
+        return pack_triton(codes, bits)
+    return pack_reference(codes, bits)
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """int32 words [k·bits/32, ...] → uint8 codes [k, ...]; the inverse of ``pack``."""
+    if use_triton(words) and words.ndim == 2:
+        from bigq.kernels.pack_triton import unpack_triton
+
+        return unpack_triton(words, bits)
+    return unpack_reference(words, bits)
+
+
+def pack_reference(codes: Tensor, bits: int) -> Tensor:
+    """``pack`` in plain torch."""
     per_cycle, words_per_cycle = _cycle(bits)
     k = codes.shape[0]
-    assert k % per_cycle == 0, f"{k} codes of {bits} bits do not fill whole words"
     cycles = codes.reshape(k // per_cycle, per_cycle, *codes.shape[1:])
     words = torch.zeros(k // per_cycle, words_per_cycle, *codes.shape[1:], dtype=torch.int32, device=codes.device)
     for i in range(per_cycle):
@@ -29,8 +49,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return words.reshape(-1, *codes.shape[1:])
 
 
-def unpack(words: Tensor, bits: int) -> Tensor:
-    """int32 words [k·bits/32, ...] → uint8 codes [k, ...]; the inverse of ``pack``."""
+def unpack_reference(words: Tensor, bits: int) -> Tensor:
+    """``unpack`` in plain torch."""
     per_cycle, words_per_cycle = _cycle(bits)
     cycles = words.reshape(-1, words_per_cycle, *words.shape[1:])
     codes = torch.empty(cycles.shape[0], per_cycle, *words.shape[1:], dtype=torch.uint8, device=words.device)

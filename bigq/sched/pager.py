@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from bigq import skeleton
 from bigq.arch import find_blocks
 from bigq.errors import CheckpointError, UnsupportedModelError
-from bigq.io.gptq_format import unpack_linear
+from bigq.io.gptq_format import read_linear
 from bigq.io.index import Checkpoint, TensorInfo, read_json_object
 from bigq.io.reader import read_rows, read_tensor
-from bigq.scheme import QuantScheme, Rule, dequantize, scheme_for
+from bigq.kernels.dequantize import dequantize_packed
+from bigq.scheme import QuantScheme, Rule, scheme_for
 
 
 class Pager:
@@ -179,8 +180,9 @@ class Pager:
         assert self.quantization is not None
         scheme, version = self.packed_scheme(name)
         prefix = self.packed[name]
-        codes, scales, zeros = unpack_linear(prefix, lambda n: read_tensor(self.checkpoint[n]), scheme.bits, version)
-        return dequantize(codes.to(self.device), scales.to(self.device), zeros.to(self.device), self.dtype)
+        stored = read_linear(prefix, lambda n: read_tensor(self.checkpoint[n]), scheme.bits, version)
+        words, scales, zeros = (t.to(self.device) for t in stored)
+        return dequantize_packed(words, scales, zeros, scheme.bits, self.dtype)
 
     def packed_scheme(self, name: str) -> tuple[QuantScheme, int]:
         """(scheme, format version) of a packed weight, from the checkpoint's quantization config."""

@@ -27,11 +27,12 @@ from bigq.calibration import calibration_rows, require_vocabulary
 from bigq.config import DEFAULT_SEQLEN, JobConfig
 from bigq.errors import UnsupportedModelError, UsageError
 from bigq.io.atomic import copy_file, write_bytes, write_json
-from bigq.io.gptq_format import pack_linear, quantization_config, require_packable, unpack_linear
+from bigq.io.gptq_format import pack_linear, quantization_config, read_linear, require_packable
 from bigq.io.hub import resolve_model
 from bigq.io.index import INDEX_NAME, TensorInfo, read_header, read_json_object
 from bigq.io.reader import read_tensor
 from bigq.io.writer import OutputTensor, write_shard
+from bigq.kernels.dequantize import dequantize_packed
 from bigq.report import Clock, LinearRecord, Progress, Report, device_memory_peak, host_memory_peak
 from bigq.sched.activations import ActivationStore
 from bigq.sched.block import BlockJob, Memo, Solved, propagate, round_block, solve_block
@@ -41,7 +42,7 @@ from bigq.sched.memory import hold_heap, return_freed_memory
 from bigq.sched.pager import Pager
 from bigq.sched.probe import Probe, activations_for, probe_model
 from bigq.sched.structure import SMALLEST, BlockPlan, plan_block
-from bigq.scheme import QuantScheme, dequantize, scheme_for
+from bigq.scheme import QuantScheme, scheme_for
 from bigq.skeleton import linear_weight
 
 #: Tensors outside the blocks are gathered into shards of at most this size (a larger tensor has one of its own).
@@ -214,8 +215,8 @@ class _Job:
         for name, scheme in job.schemes.items():
             source = self.pager.sources[f"{job.prefix}.{name}.weight"].name.removesuffix(".weight")
             module = job.block.get_submodule(name)
-            weight = finished.weight(source, scheme.bits, self._version, linear_weight(module).dtype)
-            skeleton.set_linear_weight(module, weight.to(self.pager.device))
+            weight = finished.weight(source, scheme.bits, self._version, linear_weight(module).dtype, self.pager.device)
+            skeleton.set_linear_weight(module, weight)
 
     def _check_committed(self) -> None:
         """Raise UsageError where a committed shard was made from other weights than the source holds now."""
@@ -275,8 +276,10 @@ class _FinishedBlock:
     def __init__(self, out: Path, commit: Commit) -> None:
         self._tensors, _ = read_header(out / commit.shard.file)
 
-    def weight(self, prefix: str, bits: int, version: int, dtype: torch.dtype) -> Tensor:
-        return dequantize(*unpack_linear(prefix, lambda n: read_tensor(self._tensors[n]), bits, version), dtype)
+    def weight(self, prefix: str, bits: int, version: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        stored = read_linear(prefix, lambda n: read_tensor(self._tensors[n]), bits, version)
+        words, scales, zeros = (t.to(device) for t in stored)
+        return dequantize_packed(words, scales, zeros, bits, dtype)
 
 
 def _seqlen(pager: Pager, config: JobConfig) -> int:

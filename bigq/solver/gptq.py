@@ -8,31 +8,41 @@ error of the columns quantized so far. For the next columns G = [a, b) the weigh
 so each block of columns is corrected once, when its turn comes, and only small triangles are ever inverted. The
 algorithm keeps E in W's storage: a column of W gives way to its error as soon as it is quantized.
 
-Weights are kept transposed, [n, m], one input's weights contiguous.
+The product with E has two levels. What lies before a panel of some blocks is taken for the whole panel at once, which
+makes large products; what lies inside the panel, for one block at a time.
+
+Weights are indexed [n, m], inputs first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bigq.errors import NumericsError, UsageError
-from bigq.kernels.cholesky import upper_inverse
+from bigq.kernels.cholesky import diagonal_inverses
+from bigq.kernels.feedback import feedback
 from bigq.kernels.finite import finite
 from bigq.kernels.gptq_block import gptq_block_
+from bigq.kernels.grid import GridSpec, GroupGrid, find_grid
+from bigq.kernels.pick import empty_columns
 from bigq.scheme import QuantizedWeight, QuantScheme
-from bigq.solver.grid import find_grid
 from bigq.solver.hessian import Factor, factorize
 
-#: Columns corrected at once by a matrix product, where the group size does not ask for more.
+#: Columns that the column loop takes at once, at most.
 BLOCK = 128
 
-#: Columns between which errors are spread one at a time; further columns of the block get them as one product.
-#: A compromise: on two CPU cores a solve with 16, 32, 64, 128 takes 0.27, 0.27, 0.22, 0.22 s for 2816 columns of 1024 rows,
-#: but 0.17, 0.21, 0.21, 0.22 s for 1024 columns of 5632 rows.
-SUB_BLOCK = 32
+#: Columns that are corrected by one product for all that lies before them, where groups are not wider.
+PANEL = 512
+
+#: Rows of each weight whose energy is computed, where there are more; their loss then tells that of the others.
+ENERGY_ROWS = 256
+
+#: Elements of a weight that are converted at a time.
+CONVERTED = 2**24
 
 
 def solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str = "the Linear") -> list[QuantizedWeight]:
@@ -41,21 +51,17 @@ def solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str 
     Computes in the dtype of the factor (fp32 or fp64). Raises NumericsError where something is not finite, UsageError
     where the group size does not divide n.
     """
-    natural = _stack_transposed(weights, factor)
-    width = scheme.group_width(natural.shape[0])
-    grid = _Grid.prepare(natural, width, factor.perm, scheme, name)
-    work = natural if factor.perm is None else natural[factor.perm]
-    del natural
-    energy = _energy(work, factor.r)
-    codes, loss = _quantize_columns(work, factor.r, grid, scheme)
+    columns = _Columns.load(weights, factor, scheme)
+    rows = [w.shape[0] for w in weights]
+    energy = [_energy(part, factor.r) for part in columns.work.split(rows, 1)]
+    codes, loss = _quantize_columns(columns, factor.r)
+    if not finite(columns.scale):
+        raise NumericsError(f"{name}: its weights take a scale above fp16's largest number 65504; leave this Linear out with --skip")
+    if not finite(loss):
+        raise NumericsError(f"{name}: the solve produced NaN or Inf")
     if factor.perm is not None:
         codes = torch.empty_like(codes).index_copy_(0, factor.perm, codes)
-    if not bool(torch.isfinite(loss).all()):
-        raise NumericsError(f"{name}: the solve produced NaN or Inf")
-    rows = [w.shape[0] for w in weights]
-    parts = zip(
-        codes.split(rows, 1), grid.scale.split(rows, 1), grid.zero.split(rows, 1), loss.split(rows), energy.split(rows), strict=True
-    )
+    parts = zip(codes.split(rows, 1), columns.scale.split(rows, 1), columns.zero.split(rows, 1), loss.split(rows), energy, strict=True)
     return [
         QuantizedWeight(
             codes=part_codes.T,
@@ -63,7 +69,7 @@ def solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str 
             zeros=zero.T.to(torch.uint8),
             scheme=scheme,
             loss=float(part_loss.sum()),
-            energy=float(part_energy.sum()),
+            energy=_total_energy(part_energy, part_loss),
             damping=factor.damping,
         )
         for part_codes, scale, zero, part_loss, part_energy in parts
@@ -90,100 +96,144 @@ def quantize_linear(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> Qua
 
 
 @dataclass(slots=True)
-class _Grid:
-    """scale, zero: [G, m] in the working dtype, for groups of ``width`` inputs.
+class _Columns:
+    """Stacked weights on their way through the loop.
 
-    perm: the order of columns, None for the natural one. static: found from the original weights before any error is
-    spread; else each group's when the column loop reaches it.
+    work: [n, m] in the working dtype and in the order of the loop; column by column the weights give way to W − Q.
+    group: int32 [n], the group of each column. width: inputs per group. spec: what a group's grid may be.
+    scale, zero: [G, m] in the working dtype.
+    static: they are known from the original weights, before any error is spread; else each group's is found when the
+        loop reaches it, which needs the natural order.
     """
 
+    work: Tensor
+    group: Tensor
+    width: int
+    spec: GridSpec
     scale: Tensor
     zero: Tensor
-    width: int
-    perm: Tensor | None
     static: bool
-    name: str
 
     @classmethod
-    def prepare(cls, natural: Tensor, width: int, perm: Tensor | None, scheme: QuantScheme, name: str) -> _Grid:
-        shape = (natural.shape[0] // width, natural.shape[1])
-        static = perm is not None or width == natural.shape[0]
-        grid = cls(natural.new_empty(shape), natural.new_empty(shape), width, perm, static, name)
-        for g in range(shape[0] if static else 0):
-            grid.find(g, natural[g * width : (g + 1) * width], scheme)
-        return grid
+    def load(cls, weights: list[Tensor], factor: Factor, scheme: QuantScheme) -> _Columns:
+        """Convert weights [m_i, n] of any floating type, some rows at a time; dead inputs become zero."""
+        n, dtype, device = factor.r.shape[0], factor.r.dtype, factor.r.device
+        m = sum(w.shape[0] for w in weights)
+        width = scheme.group_width(n)
+        static = factor.perm is not None or width == n
+        scale = torch.empty(n // width, m, dtype=dtype, device=device)
+        group = torch.arange(n, device=device) if factor.perm is None else factor.perm
+        columns = cls(
+            empty_columns(n, m, dtype, device), (group // width).to(torch.int32), width, scheme.grid, scale, torch.empty_like(scale), static
+        )
+        alive = ~factor.dead
+        all_alive = bool(alive.all())
+        at = 0
+        for rows in (part for w in weights for part in w.split(max(1, CONVERTED // n))):
+            natural = rows.to(dtype) if all_alive else rows.to(dtype) * alive
+            to = slice(at, at + len(rows))
+            if static:
+                columns.scale[:, to], columns.zero[:, to] = find_grid(natural.view(len(rows), -1, width).permute(2, 1, 0), scheme.grid)
+            columns.work[:, to] = natural.T if factor.perm is None else natural[:, factor.perm].T
+            at += len(rows)
+        return columns
 
-    def find(self, g: int, weights: Tensor, scheme: QuantScheme) -> None:
-        self.scale[g], self.zero[g] = find_grid(weights, scheme, self.name)
+    def panels(self) -> Iterator[list[tuple[int, int]]]:
+        """The blocks [a, b) of each panel. A group lies in one block, or where it is wider in one panel and whole blocks."""
+        n = self.work.shape[0]
+        if self.static:
+            group, block = n, BLOCK
+        elif self.width > BLOCK:
+            group, block = self.width, BLOCK
+        else:
+            group = block = BLOCK // self.width * self.width
+        panel = PANEL if self.static else group * max(1, PANEL // group)
+        for lo in range(0, n, panel):
+            hi = min(lo + panel, n)
+            starts = range(lo, hi, group)
+            yield [(a, min(a + block, s + group, hi)) for s in starts for a in range(s, min(s + group, hi), block)]
 
-    def columns(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
-        """Scale and zero [hi − lo, m] of columns lo … hi in the order of the loop; in natural order they are of one group."""
-        if self.perm is not None:
-            groups = self.perm[lo:hi] // self.width
-            return self.scale[groups], self.zero[groups]
-        g = lo // self.width
-        return self.scale[g].expand(hi - lo, -1), self.zero[g].expand(hi - lo, -1)
-
-
-def _stack_transposed(weights: list[Tensor], factor: Factor) -> Tensor:
-    """The stacked weights as [n, Σm] in the factor's dtype, dead inputs zeroed, in natural order."""
-    n = factor.r.shape[0]
-    work = torch.empty(n, sum(w.shape[0] for w in weights), dtype=factor.r.dtype, device=factor.r.device)
-    lo = 0
-    for w in weights:
-        work[:, lo : lo + w.shape[0]] = w.T
-        lo += w.shape[0]
-    if bool(factor.dead.any()):
-        work[factor.dead] = 0
-    return work
+    def grid(self, a: int, b: int) -> GroupGrid:
+        """The grid of columns a … b."""
+        if self.static or self.width > b - a:
+            return GroupGrid(self.spec, self.scale, self.zero, self.group[a:b], False)
+        groups = slice(a // self.width, b // self.width)
+        return GroupGrid(self.spec, self.scale[groups], self.zero[groups], self.group[a:b] - groups.start, True)
 
 
 def _energy(work: Tensor, r: Tensor) -> Tensor:
-    """``w·H·wᵀ = ‖w·R‖²`` of every row w before anything is quantized, fp64 [m]. Costs as much as the error products."""
+    """``w·H·wᵀ = ‖w·R‖²`` of evenly spaced rows w of work [n, m] before anything is quantized, fp64 [at most ENERGY_ROWS].
+
+    All rows would cost as much as the solve itself.
+    """
     n = work.shape[0]
-    total = torch.zeros(work.shape[1], dtype=torch.float64, device=work.device)
-    for a in range(0, n, BLOCK):
-        b = min(a + BLOCK, n)
-        corner = r[a:b, a:b].triu()
-        part = corner.T @ work[a:b]
+    sample = work[:, :: _energy_step(work.shape[1])].contiguous()
+    total = torch.zeros(sample.shape[1], dtype=torch.float64, device=work.device)
+    for a in range(0, n, PANEL):
+        b = min(a + PANEL, n)
+        part = r[a:b, a:b].triu().T @ sample[a:b]
         if a:
-            part.addmm_(r[:a, a:b].T, work[:a])
+            part.addmm_(r[:a, a:b].T, sample[:a])
         total += part.square_().sum(0)
     return total
 
 
-def _quantize_columns(work: Tensor, r: Tensor, grid: _Grid, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    """The loop over blocks of columns. work [n, m] is overwritten by the error W − Q.
+def _energy_step(m: int) -> int:
+    return -(-m // ENERGY_ROWS)
+
+
+def _total_energy(energy: Tensor, loss: Tensor) -> float:
+    """The energy of all rows from that of some: as much larger as their loss [m] is than the loss of those.
+
+    Rows of larger weights have more of both, so this is closer than the number of rows would be.
+    """
+    step = _energy_step(len(loss))
+    of_sample, sampled_loss = float(energy.sum()), float(loss[::step].sum())
+    if step == 1 or sampled_loss == 0:
+        return of_sample * len(loss) / len(energy)
+    return of_sample * float(loss.sum()) / sampled_loss
+
+
+def _quantize_columns(columns: _Columns, r: Tensor) -> tuple[Tensor, Tensor]:
+    """The loop over panels and blocks of columns. ``columns.work`` is overwritten by the error W − Q.
 
     Returns codes uint8 [n, m] in the order of work, and the loss of each row, fp64 [m].
     """
+    work = columns.work
     n, m = work.shape
-    codes = torch.empty(n, m, dtype=torch.uint8, device=work.device)
+    panels = list(columns.panels())
+    inverses = iter(diagonal_inverses(r, [block for panel in panels for block in panel]))
+    codes = empty_columns(n, m, torch.uint8, work.device)
     loss = torch.zeros(m, dtype=torch.float64, device=work.device)
-    block, sub_block = (BLOCK, SUB_BLOCK) if grid.static else _block_sizes(grid.width)
-    half = 2.0 ** (scheme.bits - 1)
-    for a in range(0, n, block):
-        b = min(a + block, n)
-        u = upper_inverse(r[a:b, a:b].triu())
-        target = work[a:b].clone()
-        if a:
-            target.addmm_(u.T, r[:a, a:b].T @ work[:a])
-        for s in range(0, b - a, sub_block):
-            e = min(s + sub_block, b - a)
-            if not grid.static and (a + s) % grid.width == 0:
-                grid.find((a + s) // grid.width, target[s : s + grid.width], scheme)
-            scale, zero = grid.columns(a + s, a + e)
-            low, high = (-half, half - 1) if scheme.symmetric else (-zero, scheme.max_code - zero)
-            steps, errors = gptq_block_(target[s:e], u[s:e, s:e], scale, low, high)
-            target[e:].addmm_(u[s:e, e:].T, errors, alpha=-1)
-            work[a + s : a + e].addcmul_(steps, scale, value=-1)
-            codes[a + s : a + e] = steps.add_(zero)
-            loss += errors.square_().sum(0)
+    spread = empty_columns(max(panel[-1][1] - panel[0][0] for panel in panels), m, work.dtype, work.device)
+    target = empty_columns(BLOCK, m, work.dtype, work.device)
+    for panel in panels:
+        lo, hi = panel[0][0], panel[-1][1]
+        if lo:
+            feedback(r[:lo, lo:hi], work[:lo], out=spread[: hi - lo])
+        for a, b in panel:
+            if not columns.static and columns.width > b - a and a % columns.width == 0:
+                _find_wide(columns, a, spread[a - lo : a - lo + columns.width], lo, r)
+            u = next(inverses)[: b - a, : b - a]
+            corrected = _correct(work, r, u, spread[a - lo : b - lo], (lo, a, b), out=target[: b - a])
+            loss += gptq_block_(corrected, u, work[a:b], codes[a:b], columns.grid(a, b))
     return codes, loss
 
 
-def _block_sizes(width: int) -> tuple[int, int]:
-    """(columns per block, columns per sub-block) for groups of ``width``: no group straddles a block, no sub-block a group."""
-    block = width if width > BLOCK else BLOCK // width * width
-    sub_block = next(size for size in (SUB_BLOCK, 16, 8) if width % size == 0)
-    return block, sub_block
+def _correct(work: Tensor, r: Tensor, u: Tensor, spread: Tensor, at: tuple[int, int, int], out: Tensor) -> Tensor:
+    """Columns a … b as corrected for all before them, where ``spread`` [b − a, m] already holds the product up to ``lo``."""
+    lo, a, b = at
+    if a == 0:
+        return out.copy_(work[a:b])
+    if a > lo:
+        spread.addmm_(r[lo:a, a:b].T, work[lo:a], beta=float(lo > 0))
+    return torch.addmm(work[a:b], u.T, spread, out=out)
+
+
+def _find_wide(columns: _Columns, a: int, spread: Tensor, lo: int, r: Tensor) -> None:
+    """Find the grid of the group of columns that begins at a and is wider than a block. ``spread`` is not changed."""
+    b = a + columns.width
+    u = diagonal_inverses(r, [(a, b)])[0]
+    corrected = _correct(columns.work, r, u, spread.clone(), (lo, a, b), out=torch.empty_like(spread))
+    g = a // columns.width
+    columns.scale[g], columns.zero[g] = find_grid(corrected, columns.spec)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bigq.errors import NumericsError
 from bigq.kernels.cholesky import upper_cholesky_
-from bigq.kernels.syrk import mirror_, restore_upper_, syrk_
+from bigq.kernels.symmetric import mirror_, permute_, restore_upper_
+from bigq.kernels.syrk import syrk_
 
 #: When the factorization fails, damping is raised tenfold up to the whole mean of the diagonal.
 LADDER_FACTOR = 10.0
@@ -75,7 +76,7 @@ def factorize(h: Tensor, *, act_order: bool, damping: float, name: str = "the Li
     perm: Tensor | None = None
     if act_order:
         perm = torch.argsort(diagonal, descending=True, stable=True)
-        h = h[perm][:, perm]
+        permute_(h, perm)
     mean = float(h.diagonal().mean())
     undamped = h.diagonal().clone()
     while True:

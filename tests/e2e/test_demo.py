@@ -20,6 +20,9 @@ def test_demo_shows_gptq_far_below_rounding(tmp_path: Path, capsys: pytest.Captu
         assert gptq["kl"] * 5 <= rtn["kl"], f"{bits} bits: KL {gptq['kl']:.5f} against {rtn['kl']:.5f}"
         assert gptq["perplexity"] < rtn["perplexity"]
         assert gptq["bytes"] < rows["original", 16]["bytes"] * (bits + 1.2) / 16
+    original = rows["original", 16]["perplexity"]
+    assert rows["rtn", 2]["perplexity"] > 2 * original, "the shipped model is too tolerant to show anything"
+    assert rows["gptq", 2]["perplexity"] < 1.1 * original
     assert (tmp_path / "demo" / "gptq-2bit" / "config.json").exists()
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bigq.errors import CheckpointError, UsageError
-from bigq.io.gptq_format import pack_linear, quantization_config, require_packable, unpack_linear
+from bigq.io.gptq_format import pack_linear, quantization_config, read_linear, require_packable
+from bigq.kernels.pack import unpack
 from bigq.scheme import QuantizedWeight, QuantScheme, Rule, scheme_for
 
 BITS = [2, 3, 4, 8]
@@ -86,10 +87,11 @@ def test_symmetric_zeros_are_the_constants_that_readers_know(bits: int, version:
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 @pytest.mark.parametrize("bits", BITS)
-def test_unpack_inverts_pack(bits: int, symmetric: bool, version: int) -> None:
+def test_reading_inverts_packing(bits: int, symmetric: bool, version: int) -> None:
     weight = random_weight(bits, symmetric)
     tensors = pack_linear("x", weight, version)
-    codes, scales, zeros = unpack_linear("x", tensors.__getitem__, bits, version)
+    words, scales, zeros = read_linear("x", tensors.__getitem__, bits, version)
+    codes = unpack(words, bits).T
     assert codes.dtype == zeros.dtype == torch.uint8 and scales.dtype == torch.float16
     assert torch.equal(codes, weight.codes) and torch.equal(scales, weight.scales) and torch.equal(zeros, weight.zeros)
 
@@ -105,7 +107,7 @@ def test_act_order_groups_are_not_read() -> None:
     tensors = pack_linear("layer.q", random_weight(4), 1)
     tensors["layer.q.g_idx"] = tensors["layer.q.g_idx"].flip(0)
     with pytest.raises(CheckpointError, match=r"layer\.q: its groups are not in natural order"):
-        unpack_linear("layer.q", tensors.__getitem__, 4, 1)
+        read_linear("layer.q", tensors.__getitem__, 4, 1)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -127,7 +129,7 @@ def test_shapes_that_disagree_are_refused_by_name(part: str, damage: Callable[[T
     tensors = pack_linear("layer.q", random_weight(bits), 1)
     tensors[f"layer.q.{part}"] = damage(tensors[f"layer.q.{part}"]).contiguous()
     with pytest.raises(CheckpointError, match=r"layer\.q"):
-        unpack_linear("layer.q", tensors.__getitem__, bits, 1)
+        read_linear("layer.q", tensors.__getitem__, bits, 1)
 
 
 @pytest.mark.parametrize(("m", "n", "group_size"), [(32, 32, -1), (64, 256, 128), (96, 160, 32), (32, 96, 48)])

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
+from checks import same_bytes
 from torch import Tensor
 
-from bigq.kernels.cholesky import upper_cholesky_, upper_inverse
+from bigq.kernels import cholesky
+from bigq.kernels.cholesky import diagonal_inverses, upper_cholesky_
+
+pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
 SIZES = [1, 5, 256, 257, 700]
 
@@ -95,9 +100,77 @@ def test_nan_is_told(n: int) -> None:
     assert upper_cholesky_(h) is False
 
 
-@pytest.mark.parametrize("k", [1, 8, 40, 128])
-def test_upper_inverse(k: int) -> None:
-    r = torch.randn(k, k, dtype=torch.float64, generator=torch.Generator().manual_seed(k)).triu() / k**0.5 + 2 * torch.eye(k)
-    inverse = upper_inverse(r)
-    assert torch.allclose(inverse @ r, torch.eye(k, dtype=torch.float64), atol=1e-12)
-    assert torch.equal(inverse, inverse.triu())
+def residual(r: Tensor, h: Tensor) -> float:
+    upper = r.double().triu()
+    return float((upper @ upper.T - h.double()).norm())
+
+
+def own_residual(h: Tensor) -> float:
+    """Torch's own factorization's."""
+    lower = torch.linalg.cholesky(h).double()
+    return float((lower @ lower.T - h.double()).norm())
+
+
+@pytest.mark.usefixtures("triton_path")
+@pytest.mark.parametrize(("n", "panel"), [(5, 256), (257, 256), (520, 256), (300, 100), (200, 32)])
+def test_on_triton_it_is_no_worse_than_torchs_own(n: int, panel: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies below the diagonal is NaN, and stays it."""
+    monkeypatch.setattr(cholesky, "PANEL", panel)
+    h = positive_definite(n, torch.float32).to(device)
+    below = torch.ones(n, n, dtype=torch.bool, device=device).tril(-1)
+    first, second = (h.masked_fill(below, float("nan")) for _ in range(2))
+    assert upper_cholesky_(first) and upper_cholesky_(second)
+    assert residual(first, h) <= 2 * own_residual(h) + 2**-24 * float(h.norm()) / n**0.5
+    assert bool(first[below].isnan().all()) and same_bytes(first, second)
+    first[0, n - 1] += 1e-4
+    assert residual(first, h) > 2 * own_residual(h) + 2**-24 * float(h.norm()) / n**0.5, "the criterion sees nothing"
+
+
+@pytest.mark.usefixtures("triton_path")
+def test_on_triton_an_indefinite_matrix_is_told(device: torch.device) -> None:
+    h = positive_definite(300, torch.float32).to(device)
+    h[0, 0] = -0.1
+    assert upper_cholesky_(h) is False
+
+
+@pytest.mark.parametrize("panel", [1, 7, 64, 300])
+def test_panels_of_any_width_give_the_same_factor(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    h = positive_definite(257, torch.float64)
+    expected = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
+    monkeypatch.setattr(cholesky, "PANEL", panel)
+    assert upper_cholesky_(h)
+    assert torch.allclose(h.triu(), expected, rtol=1e-9, atol=1e-12)
+
+
+def triangular(n: int) -> Tensor:
+    """Upper triangular and well conditioned; NaN below."""
+    gen = torch.Generator().manual_seed(n)
+    r = torch.randn(n, n, dtype=torch.float64, generator=gen).triu() / n**0.5 + 2 * torch.eye(n)
+    return r.masked_fill_(torch.ones(n, n, dtype=torch.bool).tril(-1), float("nan"))
+
+
+@pytest.mark.parametrize(
+    "edges",
+    [(0, 1), (0, 8), (0, 128), (0, 40, 80, 120), (0, 128, 256, 300), (0, 7, 8, 30), (50, 90, 130)],
+    ids=str,
+)
+def test_diagonal_inverses(edges: tuple[int, ...], device: torch.device) -> None:
+    """Blocks of several widths: each in the corner of its own matrix, the rest of which must not disturb it."""
+    blocks = list(itertools.pairwise(edges))
+    r = triangular(300).to(device)
+    inverses = diagonal_inverses(r, blocks)
+    widest = max(b - a for a, b in blocks)
+    assert inverses.shape == (len(blocks), widest, widest)
+    for inverse, (a, b) in zip(inverses, blocks, strict=True):
+        corner = inverse[: b - a, : b - a]
+        eye = torch.eye(b - a, dtype=torch.float64, device=device)
+        assert torch.allclose(corner @ r[a:b, a:b].triu(), eye, rtol=0, atol=1e-12)
+        assert torch.equal(corner, corner.triu())
+
+
+def test_diagonal_inverses_keep_the_type_and_the_factor() -> None:
+    r = triangular(40).float()
+    before = r.clone()
+    inverses = diagonal_inverses(r, [(0, 24), (24, 40)])
+    assert inverses.dtype == torch.float32 and same_bytes(r, before)
+    assert torch.allclose(inverses[1, :16, :16] @ r[24:, 24:].triu(), torch.eye(16), rtol=0, atol=1e-6)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checks import ORDERS, VERSIONS, kernel, same_bytes, stored, untouched
 from torch import Tensor
 
 from bigq.kernels.pack import pack, unpack
+
+pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
 BITS = [2, 3, 4, 8]
 
@@ -97,3 +100,57 @@ def test_three_bit_codes_straddle_words(index: int, code: int, words: list[int])
     codes[index] = code
     assert pack(codes, 3).tolist() == [word(w) for w in words]
     assert torch.equal(unpack(torch.tensor([word(w) for w in words], dtype=torch.int32), 3), codes)
+
+
+def tensor_of_codes(words: Tensor, bits: int) -> Tensor:
+    return torch.tensor([decode(stream, bits) for stream in words.T.tolist()], dtype=torch.uint8, device=words.device).T
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("cycles", "m"), [(1, 1), (1, 65), (3, 64), (5, 63), (4, 5), (9, 2)])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version_packs_what_the_decoder_reads(version: str, bits: int, cycles: int, m: int, order: str, device: torch.device) -> None:
+    """Cycles and rows around the tiles; what lies around the codes is 255."""
+    codes = random_codes(bits, cycles * (32 if bits == 3 else 32 // bits), m).to(device)
+    given = stored(codes, order)
+    words, again = (kernel("pack", version)(given, bits) for _ in range(2))
+    assert words.dtype == torch.int32 and words.shape == (len(codes) * bits // 32, m)
+    assert torch.equal(tensor_of_codes(words, bits), codes) and same_bytes(words, again)
+    assert order != "within a larger one" or untouched(given)
+    codes[-1, -1] ^= 1
+    assert not torch.equal(kernel("pack", version)(codes, bits), words), "the last code makes no difference"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("cycles", "m"), [(1, 1), (1, 65), (3, 64), (5, 63), (9, 2)])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version_unpacks_what_the_decoder_reads(
+    version: str, bits: int, cycles: int, m: int, order: str, device: torch.device
+) -> None:
+    """All bits of the words are random, the sign too."""
+    gen = torch.Generator().manual_seed(cycles)
+    words = torch.randint(-(2**31), 2**31, (cycles * (3 if bits == 3 else 1), m), generator=gen).to(torch.int32).to(device)
+    given = stored(words, order)
+    codes, again = (kernel("unpack", version)(given, bits) for _ in range(2))
+    assert codes.dtype == torch.uint8 and codes.shape == (len(words) * 32 // bits, m)
+    assert torch.equal(codes, tensor_of_codes(words, bits)) and same_bytes(codes, again)
+    assert order != "within a larger one" or untouched(given)
+    words[-1, -1] ^= 1 << 31
+    assert not torch.equal(kernel("unpack", version)(words, bits), codes), "the last bit makes no difference"
+
+
+@pytest.mark.usefixtures("triton_path")
+@pytest.mark.parametrize("shape", [(96,), (96, 5), (32, 2, 3)], ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_on_triton_any_number_of_dimensions_comes_back(bits: int, shape: tuple[int, ...], device: torch.device) -> None:
+    codes = random_codes(bits, *shape).to(device)
+    words = pack(codes, bits)
+    assert torch.equal(words.cpu(), kernel("pack", "reference")(codes.cpu(), bits)) and torch.equal(unpack(words, bits), codes)
+
+
+@pytest.mark.parametrize(("bits", "k"), [(2, 15), (3, 31), (3, 48), (4, 12), (8, 6)])
+def test_codes_that_do_not_fill_words_are_refused(bits: int, k: int) -> None:
+    with pytest.raises(AssertionError, match=f"{k} codes of {bits} bits"):
+        pack(random_codes(bits, k, 2), bits)

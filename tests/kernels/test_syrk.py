@@ -1,15 +1,24 @@
-"""XᵀX into an upper triangle, mirroring it, and taking that back."""
+"""XᵀX into an upper triangle, against fp64 and torch's own fp32 product."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from checks import INTERPRETED, ORDERS, VERSIONS, as_good, kernel, same_bytes, stored, untouched
 from torch import Tensor
 
-from bigq.kernels.finite import finite
-from bigq.kernels.syrk import mirror_, restore_upper_, syrk_
+from bigq.kernels.syrk import syrk_
+
+pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
 SIZES = [1, 3, 255, 256, 257, 300, 700]
+HALVES = [torch.bfloat16, torch.float16]
+
+#: Tokens and inputs around the tiles of both versions; n a multiple of 8 takes the bulk copies, 1160 several groups of tiles.
+SHAPES = [(1, 1), (33, 5), (1, 8), (64, 127), (65, 128), (63, 129), (200, 136), (7, 256), (70, 257), (5, 520), (2, 1160), (3, 1101)]
+
+#: Tensor cores sum in an order and a precision of their own.
+FLOOR = 2.0**-24 if INTERPRETED else 1e-5
 
 
 def activations(tokens: int, n: int, dtype: torch.dtype) -> Tensor:
@@ -62,34 +71,67 @@ def test_tiles_below_the_diagonal_are_left_alone() -> None:
     assert bool((h[600:, :100] == 7.0).all())
 
 
-@pytest.mark.parametrize("n", SIZES)
-def test_mirror_makes_the_matrix_symmetric(n: int) -> None:
-    h = torch.randn(n, n)
-    upper = h.triu()
-    mirror_(h)
-    assert torch.equal(h.triu(), upper) and torch.equal(h, h.T)
+def added(version: str, before: Tensor, x: Tensor, order: str = "by rows") -> Tensor:
+    """What a version makes of a sum that began with ``before``."""
+    h = stored(before, order)
+    kernel("syrk_", version)(h, x)
+    assert order != "within a larger one" or untouched(h)
+    return h
 
 
-@pytest.mark.parametrize("n", SIZES)
-def test_restore_brings_back_what_was_mirrored(n: int) -> None:
-    h = torch.randn(n, n)
-    mirror_(h)
-    before, diagonal = h.clone(), h.diagonal().clone()
-    spoilt = torch.ones(n, n, dtype=torch.bool).triu()
-    h[spoilt] = torch.randn(int(spoilt.sum()))
-    restore_upper_(h, diagonal)
-    assert torch.equal(h, before)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_sixteen_bit_inputs_are_summed_in_fp32(version: str, dtype: torch.dtype, shape: tuple[int, int], device: torch.device) -> None:
+    x = activations(*shape, dtype).to(device)
+    before = activations(shape[1], shape[1], torch.float32).to(device)
+    exact = (before.double() + x.double().T @ x.double()).triu()
+    own = (before + x.float().T @ x.float()).triu()
+    assert as_good(added(version, before, x).triu(), own, exact, floor=FLOOR)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_finite_sees_a_single_bad_element(bad: float, dtype: torch.dtype) -> None:
-    x = torch.full((9, 11), torch.finfo(dtype).max, dtype=dtype)
-    x[0] = -x[0]
-    assert finite(x)
-    x[4, 7] = bad
-    assert not finite(x)
+@pytest.mark.parametrize("where", ["every other column", "unaligned", "wider", "aligned", "stored by columns"])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_inputs_in_any_memory_order_are_read_right(version: str, dtype: torch.dtype, where: str, device: torch.device) -> None:
+    """What lies between them is NaN, and so would be the sum."""
+    plain = activations(70, 136, dtype).to(device)
+    buffer = torch.full((80, 320), float("nan"), dtype=dtype, device=device)
+    views = {
+        "every other column": buffer[:70, 0:272:2],
+        "unaligned": buffer[3:73, 5:141],
+        "wider": buffer[:, :318].flatten()[: 318 * 70].view(70, 318)[:, :136],
+        "aligned": buffer[3:73, 8:144],
+        "stored by columns": buffer.flatten()[: 136 * 75].view(136, 75)[:, 2:72].T,
+    }
+    x = views[where].copy_(plain)
+    h = added(version, torch.zeros(136, 136, device=device), x)
+    assert as_good(h.triu(), (plain.float().T @ plain.float()).triu(), (plain.double().T @ plain.double()).triu(), floor=FLOOR)
 
 
-def test_nothing_is_finite() -> None:
-    assert finite(torch.empty(0, 5))
+@pytest.mark.parametrize("n", [3, 129, 264, 301])
+def test_triton_leaves_alone_all_that_is_not_the_upper_triangle(n: int, device: torch.device) -> None:
+    """Numbers that would change if anything were added to them; NaN that would spread if it were read."""
+    x = activations(20, n, torch.float16).to(device)
+    below = torch.ones(n, n, dtype=torch.bool, device=device).tril(-1)
+    for value in (7.0, float("nan")):
+        h = added("triton", torch.zeros(n, n, device=device).masked_fill_(below, value), x, "within a larger one")
+        assert same_bytes(h[below], torch.full_like(h[below], value))
+        assert not h[~below].isnan().any() and int((h[~below] == 0).sum()) == 0
+
+
+@pytest.mark.parametrize("order", [order for order in ORDERS if order != "by columns"])
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("n", [136, 257])
+def test_the_same_input_gives_the_same_bytes(n: int, version: str, order: str, device: torch.device) -> None:
+    x, before = activations(90, n, torch.bfloat16).to(device), activations(n, n, torch.float32).to(device)
+    assert same_bytes(added(version, before, x, order), added(version, before, x, order))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_criterion_sees_one_changed_input(version: str, device: torch.device) -> None:
+    x = activations(200, 136, torch.float16).to(device)
+    exact, own = (x.to(dtype).T @ x.to(dtype) for dtype in (torch.float64, torch.float32))
+    x[199, 135] += 0.125
+    h = added(version, torch.zeros(136, 136, device=device), x)
+    assert not as_good(h.triu(), own.triu(), exact.triu(), floor=FLOOR)

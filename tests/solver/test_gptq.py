@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
 
 import pytest
 import torch
@@ -11,19 +11,14 @@ from torch import Tensor
 
 from bigq.errors import NumericsError, UsageError
 from bigq.scheme import QuantScheme
-from bigq.solver.gptq import quantize_linear, solve
+from bigq.solver import gptq
+from bigq.solver.gptq import ENERGY_ROWS, PANEL, quantize_linear, solve
 from bigq.solver.hessian import factorize
 
 DEAD = (7, 130)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Thousands of tiny operations: waking a second thread for each costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "poisoned")
 
 
 def problem(m: int, n: int, seed: int = 0, dead: tuple[int, ...] = DEAD) -> tuple[Tensor, Tensor]:
@@ -34,6 +29,14 @@ def problem(m: int, n: int, seed: int = 0, dead: tuple[int, ...] = DEAD) -> tupl
     x *= torch.rand(n, dtype=torch.float64, generator=gen) * 3
     x[:, [d for d in dead if d < n]] = 0
     return 0.02 * torch.randn(m, n, dtype=torch.float64, generator=gen), 2 / len(x) * x.T @ x
+
+
+def cheap_problem(m: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """As ``problem``, for large n: the Hessian of a few common causes and as much noise of each input's own."""
+    gen = torch.Generator().manual_seed(seed)
+    causes = torch.randn(n, 24, dtype=torch.float64, generator=gen)
+    own = 24 * torch.rand(n, dtype=torch.float64, generator=gen) + 1
+    return 0.02 * torch.randn(m, n, dtype=torch.float64, generator=gen), causes @ causes.T + torch.diag(own)
 
 
 def textbook_range_grid(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
@@ -157,6 +160,110 @@ def test_fp32_loses_nothing_to_speak_of(scheme: QuantScheme) -> None:
     assert result.loss == pytest.approx(textbook_gptq(weight.float(), hessian.float(), scheme)[1], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("n", "m", "scheme"),
+    [
+        pytest.param(768, 8, QuantScheme(bits=4, group_size=128, act_order=True), id="static"),
+        pytest.param(768, 6, QuantScheme(bits=3, group_size=-1), id="static, whole rows"),
+        pytest.param(768, 8, QuantScheme(bits=3, group_size=64, symmetric=False), id="dynamic"),
+        pytest.param(768, 8, QuantScheme(bits=4, group_size=384), id="dynamic, two blocks and a half"),
+        pytest.param(1536, 4, QuantScheme(bits=2, group_size=768, symmetric=False), id="dynamic, wider than a panel"),
+        pytest.param(2048, 4, QuantScheme(bits=4, group_size=1024), id="dynamic, twice as wide"),
+    ],
+)
+def test_several_panels_equal_the_textbook(n: int, m: int, scheme: QuantScheme) -> None:
+    assert n > PANEL
+    weight, hessian = cheap_problem(m, n)
+    codes, loss = textbook_gptq(weight, hessian, scheme)
+    result = quantize_linear(weight, hessian, scheme)
+    assert torch.equal(result.codes, codes)
+    assert result.loss == pytest.approx(loss, rel=1e-9)
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize(("block", "panel"), [(16, 48), (32, 64), (16, 160), (24, 1000)])
+@pytest.mark.parametrize("group_size", [-1, 8, 16, 48, 80, 240])
+def test_panels_and_blocks_of_any_width_equal_the_textbook(
+    group_size: int, block: int, panel: int, act_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gptq, "BLOCK", block)
+    monkeypatch.setattr(gptq, "PANEL", panel)
+    weight, hessian = problem(5, 480, seed=8, dead=(7, 100, 479))
+    scheme = QuantScheme(bits=3, group_size=group_size, symmetric=False, act_order=act_order)
+    codes, loss = textbook_result(scheme)
+    result = quantize_linear(weight, hessian, scheme)
+    assert torch.equal(result.codes, codes)
+    assert result.loss == pytest.approx(loss, rel=1e-9)
+
+
+@functools.cache
+def textbook_result(scheme: QuantScheme) -> tuple[Tensor, float]:
+    return textbook_gptq(*problem(5, 480, seed=8, dead=(7, 100, 479)), scheme)
+
+
+TRITON_CASES = [
+    pytest.param(256, 8, QuantScheme(bits=4, group_size=128), id="4bit-g128"),
+    pytest.param(160, 8, QuantScheme(bits=3, group_size=32, symmetric=False), id="3bit-g32-asym"),
+    pytest.param(192, 8, QuantScheme(bits=2, group_size=64, symmetric=False, act_order=True), id="2bit-g64-asym-act-order"),
+    pytest.param(136, 17, QuantScheme(bits=4, group_size=-1), id="4bit-whole-rows"),
+    pytest.param(512, 8, QuantScheme(bits=4, group_size=256), id="4bit-g256"),
+    pytest.param(272, 8, QuantScheme(bits=4, group_size=136, symmetric=False, min_zero=1), id="4bit-g136-asym"),
+    pytest.param(96, 8, QuantScheme(bits=3, group_size=32, mse=True), id="3bit-g32-mse"),
+    pytest.param(240, 9, QuantScheme(bits=8, group_size=48), id="8bit-g48"),
+]
+
+
+@pytest.mark.parametrize(("n", "m", "scheme"), TRITON_CASES)
+def test_on_triton_the_result_is_the_same(
+    n: int, m: int, scheme: QuantScheme, device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    """Plain torch on the CPU, Triton, and the textbook in fp64, of one fp32 weight and Hessian.
+
+    Products are summed in other orders, so a weight near the middle of two codes may go the other way.
+    """
+    weight, hessian = (t.float() for t in problem(m, n, seed=9))
+    own = quantize_linear(weight, hessian, scheme)
+    request.getfixturevalue("triton_path")
+    result = quantize_linear(weight.to(device), hessian.to(device), scheme)
+    assert result.codes.device.type == device.type
+    assert float((result.codes.cpu() == own.codes).double().mean()) >= 0.999
+    assert float((result.scales.cpu() == own.scales).double().mean()) >= 0.99 and torch.equal(result.zeros.cpu(), own.zeros)
+    assert result.loss == pytest.approx(textbook_gptq(weight, hessian, scheme)[1], rel=1e-3)
+    assert result.energy == pytest.approx(own.energy, rel=1e-5)
+
+
+@pytest.mark.usefixtures("triton_path")
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+def test_on_triton_linears_solved_together_equal_those_solved_apart(act_order: bool, device: torch.device) -> None:
+    weight, hessian = (t.float().to(device) for t in problem(12, 64, seed=6))
+    scheme = QuantScheme(bits=4, group_size=32, symmetric=False, act_order=act_order)
+    factor = factorize(hessian.clone(), act_order=act_order, damping=scheme.damping)
+    parts = list(weight.split([3, 1, 8]))
+    for part, joint in zip(parts, solve(parts, factor, scheme), strict=True):
+        alone = quantize_linear(part, hessian, scheme)
+        same = (joint.codes == alone.codes).double().mean()
+        assert float(same) >= 0.999 and torch.equal(joint.scales, alone.scales) and torch.equal(joint.zeros, alone.zeros)
+
+
+@pytest.mark.usefixtures("triton_path")
+def test_on_triton_each_row_gets_its_own_codes(device: torch.device) -> None:
+    """And its own alone: the comparisons above would see a mistake."""
+    weight, hessian = (t.float().to(device) for t in problem(8, 96, seed=9))
+    scheme = QuantScheme(bits=4, group_size=32)
+    one, other = (quantize_linear(w, hessian, scheme) for w in (weight, weight.flip(0)))
+    assert torch.equal(other.codes.flip(0), one.codes)
+    assert float((other.codes == one.codes).double().mean()) < 0.5
+
+
+@pytest.mark.usefixtures("triton_path")
+def test_on_triton_fp64_stays_exact(device: torch.device) -> None:
+    weight, hessian = problem(6, 160)
+    scheme = QuantScheme(bits=3, group_size=32, symmetric=False)
+    codes, loss = textbook_gptq(weight, hessian, scheme)
+    result = quantize_linear(weight.to(device), hessian.to(device), scheme)
+    assert torch.equal(result.codes.cpu(), codes) and result.loss == pytest.approx(loss, rel=1e-9)
+
+
 @pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 def test_loss_and_energy_are_the_quadratic_forms_of_the_result(symmetric: bool, act_order: bool) -> None:
@@ -174,6 +281,63 @@ def test_loss_and_energy_are_the_quadratic_forms_of_the_result(symmetric: bool, 
     assert result.energy == pytest.approx(energy, rel=1e-9)
     assert result.relative_error == pytest.approx(loss / energy, rel=1e-9)
     assert torch.equal(result.dequantize(torch.float32)[:, DEAD], torch.zeros(16, 2)), "dead inputs keep a weight"
+
+
+def energy_by_hand(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> float:
+    n = len(hessian)
+    damped = hessian + scheme.damping * hessian.trace() / n * torch.eye(n, dtype=torch.float64)
+    return float(((weight @ damped) * weight).sum())
+
+
+@pytest.mark.parametrize("m", [1, ENERGY_ROWS // 2, ENERGY_ROWS])
+def test_energy_of_few_rows_is_exact(m: int) -> None:
+    weight, hessian = problem(m, 64, dead=())
+    weight[m // 2 :] *= 3
+    scheme = QuantScheme(group_size=32)
+    assert quantize_linear(weight, hessian, scheme).energy == pytest.approx(energy_by_hand(weight, hessian, scheme), rel=1e-9)
+
+
+@pytest.mark.parametrize("m", [ENERGY_ROWS + 1, 2 * ENERGY_ROWS, 2 * ENERGY_ROWS + 1, 1000])
+@pytest.mark.parametrize("rows", ["alike", "larger at the end", "larger where it does not look"])
+def test_energy_of_many_rows_is_estimated(rows: str, m: int) -> None:
+    """To 10 %, also where the rows looked at are not like the others."""
+    weight, hessian = problem(m, 256, dead=())
+    step = -(-m // ENERGY_ROWS)
+    factors = {"alike": torch.ones(m), "larger at the end": 1 + torch.arange(m) / m, "larger where it does not look": torch.ones(m)}[rows]
+    if rows == "larger where it does not look":
+        factors[torch.arange(m) % step != 0] = 10
+    weight *= factors[:, None]
+    scheme = QuantScheme(group_size=32)
+    energy, exact = quantize_linear(weight, hessian, scheme).energy, energy_by_hand(weight, hessian, scheme)
+    assert energy == pytest.approx(exact, rel=0.1)
+    assert energy != pytest.approx(exact, rel=1e-9), "it was not estimated"
+
+
+@pytest.mark.parametrize("points", [False, True], ids=["with a loss", "without"])
+@pytest.mark.parametrize("m", [ENERGY_ROWS + 1, 4 * ENERGY_ROWS - 1, 700])
+def test_energy_of_equal_rows_is_exact_however_many(m: int, points: bool) -> None:
+    """The rows looked at stand for all, no more and no fewer; also where every weight is on the grid and nothing is lost."""
+    weight, hessian = problem(1, 600, dead=())
+    if points:
+        weight = torch.arange(600, dtype=torch.float64)[None] % 16 - 7.5
+        weight = (weight.round() / 8).clamp(-1, 0.875)
+    weight = weight.expand(m, -1)
+    scheme = QuantScheme(group_size=120, symmetric=False, act_order=True)
+    result = quantize_linear(weight, hessian, scheme)
+    assert result.energy == pytest.approx(energy_by_hand(weight, hessian, scheme), rel=1e-9)
+    assert (result.loss == 0) == points
+
+
+def test_energy_is_of_each_linears_own_rows() -> None:
+    few, many = ENERGY_ROWS - 1, 5 * ENERGY_ROWS
+    weight, hessian = problem(few + many, 256, dead=())
+    weight[:few] *= 5
+    scheme = QuantScheme(group_size=32)
+    factor = factorize(hessian.clone(), act_order=False, damping=scheme.damping)
+    parts = list(weight.split([few, many]))
+    one, other = (result.energy for result in solve(parts, factor, scheme))
+    assert one == pytest.approx(energy_by_hand(parts[0], hessian, scheme), rel=1e-9)
+    assert other == pytest.approx(energy_by_hand(parts[1], hessian, scheme), rel=0.1)
 
 
 def test_relative_error_of_a_zero_weight_is_zero() -> None:

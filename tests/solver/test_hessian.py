@@ -6,9 +6,11 @@ import functools
 
 import pytest
 import torch
+from conftest import Largest
 from torch import Tensor
 
 from bigq.errors import NumericsError
+from bigq.kernels import cholesky, symmetric
 from bigq.solver.hessian import HessianSum, factorize
 
 
@@ -91,6 +93,42 @@ def test_act_order_is_by_decreasing_diagonal_and_stable() -> None:
     many = [float(1 + i % 3) for i in range(300)]
     perm = factorize(torch.diag(torch.tensor(many)), act_order=True, damping=0.01).perm
     assert perm is not None and perm.tolist() == sorted(range(300), key=lambda i: -many[i])
+
+
+@pytest.mark.parametrize("dead", [(), (0, 5)], ids=["alive", "some dead"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [7, 256, 520])
+def test_act_order_factors_the_permuted_matrix(n: int, dtype: torch.dtype, dead: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, and whatever part of the matrix is moved at a time; in the storage that was handed over."""
+    monkeypatch.setattr(symmetric, "MOVED", 100 * n + 1)
+    h = with_eigenvalues(n, 0.2, dtype) * torch.linspace(1, 3, n, dtype=dtype)[shuffled := rotation(n)[0].argsort()].outer(
+        torch.linspace(1, 3, n, dtype=dtype)[shuffled]
+    )
+    h[dead, :], h[:, dead] = 0, 0
+    original = h.clone()
+    factor = factorize(h, act_order=True, damping=0.01)
+    assert factor.perm is not None and factor.perm.tolist() != list(range(n))
+    assert factor.r.data_ptr() == h.data_ptr() and factor.r.shape == (n, n)
+    original[dead, dead] = 1
+    explicit = factorize(original[factor.perm][:, factor.perm], act_order=False, damping=0.01)
+    assert torch.equal(factor.r.triu(), explicit.r.triu())
+    assert not torch.equal(factor.r.triu(), factorize(original, act_order=False, damping=0.01).r.triu())
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+def test_no_second_matrix_is_made(act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more panel of columns at a time is all it takes, with the damping raised once, too."""
+    n = 1100
+    monkeypatch.setattr(symmetric, "MOVED", 100 * n)
+    h = torch.diag(torch.linspace(1, 2, n))
+    h[0, 1] = h[1, 0] = 1.05
+    with Largest(but=h) as largest:
+        factor = factorize(h, act_order=act_order, damping=0.01)
+    assert factor.damping == pytest.approx(0.1) and factor.r.data_ptr() == h.data_ptr()
+    assert 0 < largest.elements <= n * cholesky.PANEL < n * n / 2
+    with Largest(but=h) as largest:
+        h[torch.arange(n)]
+    assert largest.elements == n * n, "it would have been seen"
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])

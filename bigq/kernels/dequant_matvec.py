@@ -1,0 +1,35 @@
+"""Packed weight times a few vectors: what decoding one token at a time is made of.
+
+The weight is read as it is stored, so the time is that of reading it: an eighth (2 bits) to a half (8 bits) of the 16-bit
+weight's. Reading as much as a copy would is the aim; the arithmetic must hide behind it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bigq.kernels.dequantize import dequantize_packed
+from bigq.kernels.pick import use_triton
+
+MAX_VECTORS = 16
+
+
+def dequant_matvec(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """``x·Wᵀ`` in x's type, summed in fp32.
+
+    x: fp16 or bf16 [b, n], b ≤ 16. words: int32 [n·bits/32, m], codes of W [m, n] packed along n. scales: fp16 [G, m];
+    zeros: uint8 [G, m], G a divisor of n: memory order as the checkpoint formats have it.
+    """
+    assert x.shape[0] <= MAX_VECTORS
+    if use_triton(x):
+        from bigq.kernels.dequant_matvec_triton import dequant_matvec_triton, serves
+
+        if serves(x.shape[1] // scales.shape[0], bits):
+            return dequant_matvec_triton(x, words, scales, zeros, bits)
+    return dequant_matvec_reference(x, words, scales, zeros, bits)
+
+
+def dequant_matvec_reference(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """``dequant_matvec`` in plain torch: the whole weight is formed, in fp32."""
+    return (x.float() @ dequantize_packed(words, scales.T, zeros.T, bits, torch.float32).T).to(x.dtype)

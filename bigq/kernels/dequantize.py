@@ -1,0 +1,44 @@
+"""Codes, scales and zeros to weights: ``scale · (code − zero)``, computed in fp32 and rounded once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bigq.kernels.pack import unpack
+from bigq.kernels.pick import use_triton
+
+#: Weights dequantized at a time by the plain version, so that its fp32 intermediate stays small beside the result.
+CHUNK = 2**20
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight [m, n] in ``dtype``. codes: uint8 [m, n]; scales, zeros: [m, G], n a multiple of G."""
+    if use_triton(codes) and dtype != torch.float64:
+        from bigq.kernels.dequantize_triton import dequantize_triton
+
+        return dequantize_triton(codes, scales, zeros, dtype)
+    return dequantize_reference(codes, scales, zeros, dtype)
+
+
+def dequantize_packed(words: Tensor, scales: Tensor, zeros: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The weight [m, n] in ``dtype`` from codes packed along n. words: int32 [n·bits/32, m]; scales, zeros: [m, G]."""
+    if use_triton(words) and dtype != torch.float64:
+        from bigq.kernels.dequantize_triton import dequantize_packed_triton
+
+        return dequantize_packed_triton(words, scales, zeros, bits, dtype)
+    return dequantize_reference(unpack(words, bits).T, scales, zeros, dtype)
+
+
+def dequantize_reference(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
+    """``dequantize`` in plain torch, some rows at a time."""
+    m, n = codes.shape
+    groups = scales.shape[1]
+    out = torch.empty(m, n, dtype=dtype, device=codes.device)
+    rows = max(1, CHUNK // n)
+    for lo in range(0, m, rows):
+        part = codes[lo : lo + rows].reshape(-1, groups, n // groups).float()
+        part -= zeros[lo : lo + rows, :, None].float()
+        part *= scales[lo : lo + rows, :, None].float()
+        out[lo : lo + rows] = part.reshape(-1, n).to(dtype)
+    return out

@@ -1,0 +1,214 @@
+"""``gptq_block`` on a GPU: one launch takes a tile of rows through all the columns of a block.
+
+A program, one warp, holds BM rows × SUB columns of weights in registers. Step j picks column j out of the tile by a masked
+sum, rounds it, and subtracts the outer product of its error and row j of U from what lies to its right. Before a tile of
+columns begins, it takes in the errors of those before it by products, which lie in ``target``. Divisions are IEEE
+and products are never fused with sums, so that the steps are those of the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bigq.kernels.grid import FP16_TINY, GroupGrid, find_grid
+
+MAX_COLUMNS = 128
+ROWS = 16
+
+#: Columns in registers, and warps. A step costs instructions for every column in registers, so they are few, unless groups
+#: are found on the way that neither divide a tile nor are made of whole ones.
+TILE, WARPS = 32, 1
+WHOLE, WHOLE_WARPS = 128, 4
+
+_TINY = tl.constexpr(FP16_TINY)
+#: Adding and subtracting 1.5 · 2²³ rounds a small fp32 number to the nearest integer, halves to even.
+_ROUNDER = tl.constexpr(12582912.0)
+
+
+def gptq_block_triton_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: GroupGrid) -> Tensor:
+    """``gptq_block_`` for fp32; at most 128 columns."""
+    if target.ndim == 2:
+        one = GroupGrid(grid.spec, grid.scale[None], grid.zero[None], grid.group[None], grid.find)
+        return gptq_block_triton_(target[None], u[None], work[None], codes[None], one)[0]
+    k = target.shape[1]
+    assert k <= MAX_COLUMNS
+    if not (grid.find and grid.spec.mse):
+        return _launch(target, u, work, codes, grid)
+    # The search for the best range runs in torch, so each of its groups is a launch of its own.
+    loss = torch.zeros(target.shape[0], target.shape[2], dtype=target.dtype, device=target.device)
+    width = k // grid.scale.shape[1]
+    for g in range(grid.scale.shape[1]):
+        s, e = g * width, (g + 1) * width
+        for scale, zero, columns in zip(grid.scale, grid.zero, target, strict=True):
+            scale[g], zero[g] = find_grid(columns[s:e], grid.spec)
+        given = GroupGrid(grid.spec, grid.scale, grid.zero, grid.group[:, s:e], False)
+        loss += _launch(target[:, s:e], u[:, s:e, s:e], work[:, s:e], codes[:, s:e], given)
+        target[:, e:] -= u[:, s:e, e:].mT @ target[:, s:e]
+    return loss
+
+
+def _launch(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: GroupGrid) -> Tensor:
+    batch, k, m = target.shape
+    spec = grid.spec
+    loss = torch.empty(batch, m, dtype=torch.float32, device=target.device)
+    width = k // grid.scale.shape[1] if grid.find else 0
+    tiled = width == 0 or TILE % width == 0 or width % TILE == 0
+    assert grid.scale.stride() == grid.zero.stride() and target.dtype == work.dtype == u.dtype == torch.float32
+    _gptq_block_kernel[(triton.cdiv(m, ROWS), batch)](
+        target,
+        u,
+        work,
+        codes,
+        grid.scale,
+        grid.zero,
+        grid.group,
+        loss,
+        k,
+        m,
+        *target.stride(),
+        *u.stride(),
+        *work.stride(),
+        *codes.stride(),
+        *grid.scale.stride(),
+        *grid.group.stride(),
+        MAX_CODE=spec.max_code,
+        HALF=2.0 ** (spec.bits - 1),
+        SYMMETRIC=spec.symmetric,
+        MIN_ZERO=spec.min_zero,
+        WIDTH=width,
+        SUB=TILE if tiled else WHOLE,
+        BM=ROWS,
+        num_warps=WARPS if tiled else WHOLE_WARPS,
+        enable_fp_fusion=False,
+    )
+    return loss
+
+
+@triton.jit
+def _round(x):
+    return (x + _ROUNDER) - _ROUNDER
+
+
+@triton.jit
+def _as_stored(scale):
+    stored = scale.to(tl.float16).to(tl.float32)
+    stored = tl.where(stored == 0, _TINY, stored)
+    return tl.where(scale == 0, 1.0, stored)
+
+
+@triton.jit
+def _grid_for_range(low, high, MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr):
+    if SYMMETRIC:
+        scale = _as_stored(tl.div_rn(2.0 * tl.maximum(-low, high), tl.zeros_like(low) + MAX_CODE))
+        zero = tl.zeros_like(low) + HALF
+    else:
+        scale = _as_stored(tl.div_rn(high - low, tl.zeros_like(low) + MAX_CODE))
+        zero = _round(tl.clamp(tl.div_rn(-low, scale), 0.0, MAX_CODE + 0.0))
+        if MIN_ZERO > 0:
+            widened = _as_stored(tl.div_rn(high, tl.zeros_like(low) + (MAX_CODE - MIN_ZERO)))
+            scale = tl.where(zero < MIN_ZERO, tl.maximum(scale, widened), scale)
+            zero = tl.maximum(zero, MIN_ZERO + 0.0)
+    return scale, zero
+
+
+@triton.jit
+def _corrected(target, target_k, u, u_k, u_n, k, row_live, first, last, SUB: tl.constexpr):
+    """Columns ``last`` … ``last + SUB`` of target [BM, ·], corrected for the errors of columns 0 … ``first``."""
+    cols = last + tl.arange(0, SUB)
+    live = row_live[:, None] & (cols < k)[None, :]
+    w = tl.load(target + cols[None, :].to(tl.int64) * target_k, mask=live, other=0.0)
+    for t in range(0, first, SUB):
+        before = t + tl.arange(0, SUB)
+        errors = tl.load(target + before[None, :].to(tl.int64) * target_k, mask=row_live[:, None], other=0.0)
+        spread = tl.load(u + before[:, None] * u_k + cols[None, :] * u_n, mask=(cols < k)[None, :], other=0.0)
+        w -= tl.dot(errors, spread, input_precision="tf32x3")
+    return w
+
+
+@triton.jit
+def _gptq_block_kernel(
+    target, u, work, codes, scale, zero, group, loss,
+    k, m,
+    target_b, target_k, target_m,
+    u_b, u_k, u_n,
+    work_b, work_k, work_m,
+    codes_b, codes_k, codes_m,
+    grid_b, grid_g, grid_m,
+    group_b, group_k,
+    MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr,
+    WIDTH: tl.constexpr, SUB: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1).to(tl.int64)
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    row_live = rows < m
+    target += batch * target_b + rows[:, None] * target_m
+    work += batch * work_b + rows[:, None] * work_m
+    codes += batch * codes_b + rows[:, None] * codes_m
+    scale += batch * grid_b + rows * grid_m
+    zero += batch * grid_b + rows * grid_m
+    group += batch * group_b
+    u += batch * u_b
+    s = tl.zeros((BM,), dtype=tl.float32)
+    z = tl.zeros((BM,), dtype=tl.float32)
+    total = tl.zeros((BM,), dtype=tl.float32)
+
+    for lo in range(0, k, SUB):
+        if WIDTH > SUB:
+            if lo % WIDTH == 0:
+                low = tl.zeros((BM,), dtype=tl.float32)
+                high = tl.zeros((BM,), dtype=tl.float32)
+                for part in range(lo, lo + WIDTH, SUB):
+                    inside = _corrected(target, target_k, u, u_k, u_n, k, row_live, lo, part, SUB)
+                    low = tl.minimum(low, tl.min(inside, 1))
+                    high = tl.maximum(high, tl.max(inside, 1))
+                s, z = _grid_for_range(low, high, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO)
+                tl.store(scale + (lo // WIDTH) * grid_g, s, mask=row_live)
+                tl.store(zero + (lo // WIDTH) * grid_g, z, mask=row_live)
+        w = _corrected(target, target_k, u, u_k, u_n, k, row_live, lo, lo, SUB)
+        inner = tl.arange(0, SUB)
+        cols = lo + inner
+        live = row_live[:, None] & (cols < k)[None, :]
+        steps = tl.zeros((BM, SUB), dtype=tl.float32)
+        scales = tl.zeros((BM, SUB), dtype=tl.float32) + s[:, None]
+        zeros = tl.zeros((BM, SUB), dtype=tl.float32) + z[:, None]
+        for j in range(min(SUB, k - lo)):
+            if WIDTH == 0:
+                at = tl.load(group + (lo + j) * group_k).to(tl.int64) * grid_g
+                s = tl.load(scale + at, mask=row_live, other=1.0)
+                z = tl.load(zero + at, mask=row_live, other=0.0)
+            elif WIDTH <= SUB:
+                if j % WIDTH == 0:
+                    mine = (inner >= j) & (inner < j + WIDTH)
+                    inside = tl.where(mine[None, :], w, 0.0)
+                    low = tl.minimum(tl.min(inside, 1), 0.0)
+                    high = tl.maximum(tl.max(inside, 1), 0.0)
+                    s, z = _grid_for_range(low, high, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO)
+                    tl.store(scale + ((lo + j) // WIDTH) * grid_g, s, mask=row_live)
+                    tl.store(zero + ((lo + j) // WIDTH) * grid_g, z, mask=row_live)
+                    scales = tl.where(mine[None, :], s[:, None], scales)
+                    zeros = tl.where(mine[None, :], z[:, None], zeros)
+            row = tl.load(u + (lo + j) * u_k + cols * u_n, mask=(inner > j) & (cols < k), other=0.0)
+            pivot = tl.div_rn(1.0, tl.load(u + (lo + j) * (u_k + u_n)))
+            here = (inner == j)[None, :]
+            column = tl.sum(tl.where(here, w, 0.0), 1)
+            step = _round(tl.clamp(tl.div_rn(column, s), -z, MAX_CODE - z))
+            error = (column - step * s) * pivot
+            w = tl.where(here, error[:, None], w - error[:, None] * row[None, :])
+            steps = tl.where(here, step[:, None], steps)
+            total += error * error
+
+        if WIDTH == 0:
+            at = tl.load(group + cols * group_k, mask=cols < k, other=0).to(tl.int64) * grid_g
+            scales = tl.load(scale[:, None] + at[None, :], mask=live, other=1.0)
+            zeros = tl.load(zero[:, None] + at[None, :], mask=live, other=0.0)
+        column_at = cols[None, :].to(tl.int64)
+        tl.store(target + column_at * target_k, w, mask=live)
+        before = tl.load(work + column_at * work_k, mask=live, other=0.0)
+        tl.store(work + column_at * work_k, before - steps * scales, mask=live)
+        tl.store(codes + column_at * codes_k, (steps + zeros).to(tl.uint8), mask=live)
+        # The next tile reads errors that other threads of this program have just stored.
+        tl.debug_barrier()
+    tl.store(loss + batch * m + rows, total, mask=row_live)

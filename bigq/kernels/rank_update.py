@@ -1,0 +1,33 @@
+"""``C −= A·Bᵀ`` as a Cholesky factorization needs it: most of its arithmetic, at fp32 accuracy."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bigq.kernels.pick import use_triton
+
+#: Columns of the square at the bottom that the plain version takes at a time.
+TILE = 128
+
+
+def rank_update_(c: Tensor, a: Tensor, b: Tensor) -> None:
+    """Subtract ``a·bᵀ`` from c [m, n] in place; a: [m, k], b: [n, k], fp32 or fp64.
+
+    The last n rows of c make a square, of which only the upper triangle is touched.
+    """
+    if use_triton(c):
+        from bigq.kernels.rank_update_triton import rank_update_triton_
+
+        rank_update_triton_(c, a, b)
+    else:
+        rank_update_reference_(c, a, b)
+
+
+def rank_update_reference_(c: Tensor, a: Tensor, b: Tensor) -> None:
+    """``rank_update_`` in plain torch."""
+    above = c.shape[0] - c.shape[1]
+    c[:above].addmm_(a[:above], b.T, alpha=-1)
+    for lo in range(0, c.shape[1], TILE):
+        hi = min(lo + TILE, c.shape[1])
+        c[above : above + lo, lo:hi].addmm_(a[above : above + lo], b[lo:hi].T, alpha=-1)
+        c[above + lo : above + hi, lo:hi].sub_((a[above + lo : above + hi] @ b[lo:hi].T).triu_())

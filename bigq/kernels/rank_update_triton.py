@@ -1,0 +1,48 @@
+"""``rank_update`` on a GPU: fp32 accuracy from tensor cores.
+
+Each fp32 number is split into two TF32 numbers, big and small; big·big + big·small + small·big leaves out only what lies
+below fp32's own rounding (Ootomo and Yokota 2022). The tensor cores take TF32 with the summed index contiguous, as the
+rows of a factor have it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Rows, columns and depth of a tile.
+TILE = (128, 128, 32)
+
+
+def rank_update_triton_(c: Tensor, a: Tensor, b: Tensor) -> None:
+    """``rank_update_`` for fp32 matrices whose rows are contiguous."""
+    m, n = c.shape
+    assert c.stride(1) == a.stride(1) == b.stride(1) == 1
+    bm, bn, bk = TILE
+    _rank_update_kernel[(triton.cdiv(n, bn), triton.cdiv(m, bm))](
+        c, a, b, m, n, a.shape[1], c.stride(0), a.stride(0), b.stride(0), BM=bm, BN=bn, BK=bk, num_warps=8, num_stages=3
+    )  # fmt: skip
+
+
+@triton.jit
+def _rank_update_kernel(c, a, b, m, n, k, stride_c, stride_a, stride_b, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    i = tl.program_id(1) * BM
+    j = tl.program_id(0) * BN
+    above = m - n
+    if i >= above + j + BN:
+        return
+    rows = i + tl.arange(0, BM)
+    cols = j + tl.arange(0, BN)
+    depth = tl.arange(0, BK)
+    left = a + rows[:, None].to(tl.int64) * stride_a + depth[None, :]
+    right = b + cols[:, None].to(tl.int64) * stride_b + depth[None, :]
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for t in range(0, k, BK):
+        live = (depth < k - t)[None, :]
+        x = tl.load(left + t, mask=(rows < m)[:, None] & live, other=0.0)
+        y = tl.load(right + t, mask=(cols < n)[:, None] & live, other=0.0)
+        acc = tl.dot(x, y.T, acc, input_precision="tf32x3")
+    at = c + rows[:, None].to(tl.int64) * stride_c + cols[None, :]
+    mask = (rows < m)[:, None] & (cols < n)[None, :] & (rows[:, None] - above <= cols[None, :])
+    tl.store(at, tl.load(at, mask=mask) - acc, mask=mask)

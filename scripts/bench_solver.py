@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""How much faster ``bigq.quantize_linear`` is than an eager GPTQ, on this machine's CPU, taken in turn; and TF32's effect.
+
+The speed is that of one weight, 1024 × 2816, 4 bits, groups of 128. The effect on the loss of taking the factors of the
+feedback product as TF32 (what happens on a GPU) or as bf16 (which does not) is measured by rounding them so.
+
+    python scripts/bench_solver.py --json docs/results/bench_solver.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from eager_gptq import eager_gptq
+
+import bigq.solver.gptq as solver
+from bigq.scheme import QuantScheme
+
+M, N = 1024, 2816
+
+
+def problem(m: int, n: int, seed: int, skewed: bool = False) -> tuple[Tensor, Tensor]:
+    """A weight and the Hessian of correlated inputs, fp64; ``skewed`` adds a common direction and four large inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n, n, dtype=torch.float64, generator=generator) / n**0.5
+    x = torch.randn(2 * n, n, dtype=torch.float64, generator=generator) @ mix
+    if skewed:
+        x[:, :4] *= 50
+        x += 5 * torch.randn(n, dtype=torch.float64, generator=generator)
+    return 0.02 * torch.randn(m, n, dtype=torch.float64, generator=generator), 2 / len(x) * x.T @ x
+
+
+def speed(rounds: int) -> dict[str, float]:
+    """Median seconds of both, taken in turn, and their ratio; how far apart their losses are."""
+    weight, hessian = (t.float() for t in problem(M, N, seed=0))
+    scheme = QuantScheme(bits=4, group_size=128)
+    times: dict[str, list[float]] = {"eager": [], "bigq": []}
+    losses: dict[str, float] = {}
+    runs: dict[str, Callable[[], float]] = {
+        "eager": lambda: eager_gptq(weight, hessian, 4, 128)[1],
+        "bigq": lambda: solver.quantize_linear(weight, hessian, scheme).loss,
+    }
+    for _ in range(rounds):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            losses[name] = run()
+            times[name].append(time.perf_counter() - started)
+    eager, ours = (statistics.median(times[name]) for name in ("eager", "bigq"))
+    return {
+        "eager_s": eager,
+        "bigq_s": ours,
+        "ratio": eager / ours,
+        "lowest_ratio_of_a_round": min(a / b for a, b in zip(times["eager"], times["bigq"], strict=True)),
+        "loss_difference": losses["bigq"] / losses["eager"] - 1,
+    }
+
+
+def as_tf32(x: Tensor) -> Tensor:
+    """Round fp32 to 10 bits of mantissa, to nearest, as the tensor cores' conversion does."""
+    bits = x.contiguous().view(torch.int32) + 0x1000
+    return (bits & ~0x1FFF).view(torch.float32)
+
+
+def precision() -> list[dict[str, object]]:
+    """The loss in fp64 of codes solved with rounded feedback products, relative to those solved in fp64."""
+    exact = solver.feedback
+    roundings: dict[str, Callable[[Tensor], Tensor]] = {
+        "fp32": lambda x: x,
+        "tf32": as_tf32,
+        "bf16": lambda x: x.bfloat16().float(),
+    }
+    rows: list[dict[str, object]] = []
+    for skewed in (False, True):
+        weight, hessian = problem(256, 2048, seed=1, skewed=skewed)
+        for scheme in (QuantScheme(bits=4), QuantScheme(bits=2), QuantScheme(bits=4, act_order=True)):
+            damped = hessian + scheme.damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+            reference = solver.quantize_linear(weight, hessian, scheme)
+
+            def loss(codes: solver.QuantizedWeight, damped: Tensor = damped, weight: Tensor = weight) -> float:
+                error = weight - codes.dequantize(torch.float64)
+                return float(((error @ damped) * error).sum())
+
+            row: dict[str, object] = {"inputs": "skewed" if skewed else "plain", "bits": scheme.bits, "act_order": scheme.act_order}
+            for name, rounding in roundings.items():
+
+                def rounded(r: Tensor, errors: Tensor, out: Tensor, rounding: Callable[[Tensor], Tensor] = rounding) -> None:
+                    torch.mm(rounding(r).T, rounding(errors), out=out)
+
+                solver.feedback = rounded
+                try:
+                    result = solver.quantize_linear(weight.float(), hessian.float(), scheme)
+                finally:
+                    solver.feedback = exact
+                row[name] = {
+                    "loss": loss(result) / loss(reference) - 1,
+                    "codes_that_differ": float((result.codes != reference.codes).float().mean()),
+                }
+            rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    figures = {
+        "command": "python scripts/bench_solver.py",
+        "machine": f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}",
+        "speed": speed(args.rounds),
+        "feedback_precision": precision(),
+    }
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

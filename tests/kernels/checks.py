@@ -1,0 +1,67 @@
+"""What the kernel tests have in common: both versions of a kernel, memory layouts, and how near is near enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+#: Triton's interpreter truncates where a GPU rounds fp32 to bf16.
+INTERPRETED = not torch.cuda.is_available()
+
+#: Both versions of a kernel: the plain one is tested like the other.
+VERSIONS = ["reference", "triton"]
+
+#: How a matrix may lie in memory.
+ORDERS = ["by rows", "by columns", "within a larger one"]
+
+
+def kernel(name: str, version: str) -> Callable[..., Any]:
+    """A version of the function ``name``, which may end in ``_`` and lives in the module of that name."""
+    function = f"{name.rstrip('_')}_{version}{'_' if name.endswith('_') else ''}"
+    home = {"unpack": "pack", "dequantize_packed": "dequantize"}.get(name, name.rstrip("_"))
+    module = pytest.importorskip(f"bigq.kernels.{home}{'_triton' if version == 'triton' else ''}")
+    return getattr(module, function)
+
+
+def rubbish(dtype: torch.dtype) -> float:
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
+def stored(x: Tensor, order: str) -> Tensor:
+    """A copy of x in memory of its own. ``within``: each row at a distance, with rubbish between and around; see ``untouched``."""
+    if order == "by rows":
+        return x.clone(memory_format=torch.contiguous_format)
+    if order == "by columns":
+        return x.mT.clone(memory_format=torch.contiguous_format).mT
+    *outer, rows, columns = x.shape
+    buffer = torch.full((*outer, rows + 3, columns + 5), rubbish(x.dtype), dtype=x.dtype, device=x.device)
+    view = buffer[..., 2:-1, 3:-2]
+    return view.copy_(x)
+
+
+def untouched(view: Tensor) -> bool:
+    """Whether all that lies around a view that ``stored`` made within a larger matrix is still rubbish."""
+    assert view._base is not None
+    base = view._base.clone()
+    base.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(rubbish(view.dtype))
+    return bool((base.isnan() if base.is_floating_point() else base == rubbish(base.dtype)).all())
+
+
+def same_bytes(x: Tensor, y: Tensor) -> bool:
+    """Equality that takes NaN for equal to NaN, but no −0 for 0."""
+    return x.dtype == y.dtype and torch.equal(*(t.contiguous().view(torch.uint8) for t in (x, y)))
+
+
+def distance(x: Tensor, exact: Tensor) -> float:
+    """Root mean square of the error, relative to that of the exact values."""
+    x, exact = x.double(), exact.double()
+    return float((x - exact).norm() / exact.norm().clamp(min=1e-300))
+
+
+def as_good(x: Tensor, own: Tensor, exact: Tensor, factor: float = 2.0, floor: float = 2.0**-24) -> bool:
+    """Whether x is hardly further from the exact values than torch's ``own``. Never where x holds NaN."""
+    return x.shape == exact.shape and distance(x, exact) <= factor * distance(own, exact) + floor

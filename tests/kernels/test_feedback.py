@@ -1,0 +1,75 @@
+"""The product that corrects a block of columns for all before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from checks import ORDERS, distance, same_bytes, stored, untouched
+from torch import Tensor
+
+from bigq.kernels.feedback import feedback
+
+pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
+
+
+def operands(a: int, s: int, m: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(a * s * m)
+    return tuple(torch.randn(a, width, dtype=torch.float64, generator=gen).to(device, dtype) for width in (s, m))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (128, 64, 7), (300, 129, 33)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_out_is_overwritten_by_the_product(
+    dtype: torch.dtype, tolerance: float, shape: tuple[int, int, int], order: str, device: torch.device
+) -> None:
+    """What ``out`` held is NaN; r is part of a larger factor. TF32 has a tolerance of its own."""
+    a, s, m = shape
+    r, errors = operands(a, s, m, dtype, device)
+    out = stored(torch.full((s, m), float("nan"), dtype=dtype, device=device), order)
+    feedback(stored(r, "within a larger one"), stored(errors, order), out)
+    exact = r.double().T @ errors.double()
+    tolerance = 1e-3 if r.is_cuda and dtype == torch.float32 else tolerance
+    assert distance(out, exact) < tolerance < distance(1.01 * out, exact)
+    assert order != "within a larger one" or untouched(out)
+
+
+def test_the_same_input_gives_the_same_bytes(device: torch.device) -> None:
+    r, errors = operands(300, 129, 33, torch.float32, device)
+    first, second = (torch.empty(129, 33, device=device) for _ in range(2))
+    feedback(r, errors, first)
+    feedback(r, errors, second)
+    assert same_bytes(first, second)
+
+
+@pytest.fixture
+def tf32() -> Iterator[Any]:
+    """Where torch keeps the flag, which is put back."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    yield matmul
+    matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("is_cuda", [False, True], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("before", [False, True], ids=["off", "on"])
+@pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
+def test_tf32_is_on_for_this_product_alone(is_cuda: bool, before: bool, fails: bool, tf32: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def mm(*_: Any, **__: Any) -> None:
+        seen.append(tf32.allow_tf32)
+        if fails:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch, "mm", mm)
+    tf32.allow_tf32 = before
+    try:
+        feedback(torch.eye(2), SimpleNamespace(is_cuda=is_cuda), torch.eye(2))  # type: ignore[arg-type]
+    except RuntimeError:
+        assert fails
+    assert seen == [is_cuda or before] and tf32.allow_tf32 == before

@@ -1,0 +1,131 @@
+"""Which version of a kernel runs, and that the tests' own way of choosing Triton does choose it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import Child
+from torch import Tensor
+
+from bigq.kernels import pick
+from bigq.kernels.dequant_matvec import dequant_matvec
+from bigq.kernels.dequantize import dequantize, dequantize_packed
+from bigq.kernels.gptq_block import gptq_block_
+from bigq.kernels.grid import GridSpec, GroupGrid
+from bigq.kernels.pack import pack, unpack
+from bigq.kernels.rank_update import rank_update_
+from bigq.kernels.syrk import syrk_
+
+pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
+
+
+def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape, dtype=dtype)
+
+
+def block(dtype: torch.dtype) -> None:
+    scale, group = ones(1, 3, dtype=dtype), torch.zeros(8, dtype=torch.int32)
+    grid = GroupGrid(GridSpec(bits=4, symmetric=True), scale, scale.clone(), group, False)
+    w = ones(8, 3, dtype=dtype)
+    gptq_block_(w, torch.eye(8, dtype=dtype), w.clone(), ones(8, 3, dtype=torch.uint8), grid)
+
+
+def quantized() -> tuple[Tensor, Tensor]:
+    return ones(4, 2, dtype=torch.float16), ones(4, 2, dtype=torch.uint8)
+
+
+def matvec() -> Tensor:
+    return dequant_matvec(ones(1, 64, dtype=torch.float16), ones(8, 2, dtype=torch.int32), *quantized(), 4)
+
+
+#: What a kernel's file for GPUs offers.
+FUNCTIONS = {
+    "syrk": ["syrk_triton_"],
+    "rank_update": ["rank_update_triton_"],
+    "gptq_block": ["gptq_block_triton_"],
+    "pack": ["pack_triton", "unpack_triton"],
+    "dequantize": ["dequantize_triton", "dequantize_packed_triton"],
+    "dequant_matvec": ["dequant_matvec_triton"],
+}
+
+#: A call, and the module and function that serves it on a GPU, or None.
+CALLS: list[tuple[Callable[[], object], str, str | None]] = [
+    (lambda: syrk_(ones(4, 4), ones(3, 4, dtype=torch.float16)), "syrk", "syrk_triton_"),
+    (lambda: syrk_(ones(4, 4), ones(3, 4, dtype=torch.bfloat16)), "syrk", "syrk_triton_"),
+    (lambda: syrk_(ones(4, 4), ones(3, 4)), "syrk", None),
+    (lambda: syrk_(ones(4, 4, dtype=torch.float64), ones(3, 4, dtype=torch.float16)), "syrk", None),
+    (lambda: rank_update_(ones(4, 2), ones(4, 3), ones(2, 3)), "rank_update", "rank_update_triton_"),
+    (lambda: rank_update_(*(ones(*s, dtype=torch.float64) for s in ((4, 2), (4, 3), (2, 3)))), "rank_update", None),
+    (lambda: block(torch.float32), "gptq_block", "gptq_block_triton_"),
+    (lambda: block(torch.float64), "gptq_block", None),
+    (lambda: pack(ones(32, 3, dtype=torch.uint8), 4), "pack", "pack_triton"),
+    (lambda: pack(ones(32, dtype=torch.uint8), 4), "pack", None),
+    (lambda: unpack(ones(4, 3, dtype=torch.int32), 4), "pack", "unpack_triton"),
+    (lambda: unpack(ones(4, dtype=torch.int32), 4), "pack", None),
+    (lambda: dequantize(ones(4, 32, dtype=torch.uint8), *quantized(), torch.bfloat16), "dequantize", "dequantize_triton"),
+    (lambda: dequantize(ones(4, 32, dtype=torch.uint8), *quantized(), torch.float64), "dequantize", None),
+    (lambda: dequantize_packed(ones(4, 4, dtype=torch.int32), *quantized(), 4, torch.float16), "dequantize", "dequantize_packed_triton"),
+    (lambda: dequantize_packed(ones(4, 4, dtype=torch.int32), *quantized(), 4, torch.float64), "dequantize", None),
+    (matvec, "dequant_matvec", "dequant_matvec_triton"),
+]
+
+
+@pytest.mark.parametrize("triton", [False, True], ids=["cpu", "triton path"])
+@pytest.mark.parametrize(("call", "kernel", "served_by"), CALLS, ids=[f"{kernel}-{served_by}" for _, kernel, served_by in CALLS])
+def test_each_call_reaches_its_version(
+    call: Callable[[], object], kernel: str, served_by: str | None, triton: bool, request: pytest.FixtureRequest
+) -> None:
+    """Triton's is replaced by one that only tells: on the CPU no call may reach it, on the fixture's path each of these must."""
+    module = pytest.importorskip(f"bigq.kernels.{kernel}_triton")
+    if triton:
+        request.getfixturevalue("triton_path")
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    reached = []
+    for name in FUNCTIONS[kernel]:
+        monkeypatch.setattr(module, name, lambda *args, name=name: reached.append(name))
+    if kernel == "dequantize":
+        monkeypatch.setattr(sys.modules["bigq.kernels.dequantize"], "unpack", lambda words, bits: ones(32, 4, dtype=torch.uint8))
+    call()
+    assert reached == ([served_by] if triton and served_by else [])
+
+
+def test_the_cpu_and_fp64_are_served_by_plain_torch() -> None:
+    assert not pick.use_triton(torch.ones(2))
+    assert not pick.use_triton(torch.ones(2, dtype=torch.uint8))
+    for dtype in (torch.float32, torch.uint8, torch.float64):
+        on_gpu = SimpleNamespace(is_cuda=True, dtype=dtype)
+        assert pick.use_triton(on_gpu) is (dtype != torch.float64)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_served_by_triton_but_for_fp64() -> None:
+    for dtype, served in ((torch.float32, True), (torch.uint8, True), (torch.bfloat16, True), (torch.float64, False)):
+        assert pick.use_triton(torch.ones(2, device="cuda").to(dtype)) is served
+
+
+def test_columns_lie_as_the_device_wants_them(request: pytest.FixtureRequest) -> None:
+    columns = pick.empty_columns(5, 3, torch.float32, torch.device("cpu"))
+    assert columns.shape == (5, 3) and columns.stride() == (3, 1)
+    request.getfixturevalue("triton_path")
+    from bigq.solver.gptq import empty_columns
+
+    columns = empty_columns(5, 3, torch.uint8, torch.device("cpu"))
+    assert columns.shape == (5, 3) and columns.stride() == (1, 5) and columns.dtype == torch.uint8
+    assert int(columns.min()) == 255, "what is uninitialised is not poisoned"
+
+
+def test_kernels_do_not_load_triton_before_they_need_it(child: Child) -> None:
+    """And an ordinary command is not told to interpret it."""
+    lines = [
+        "import importlib, os, pkgutil, sys, bigq.kernels, bigq.solver.gptq, bigq.scheme",
+        "names = [m.name for m in pkgutil.iter_modules(bigq.kernels.__path__) if not m.name.endswith('_triton')]",
+        "for name in names: importlib.import_module('bigq.kernels.' + name)",
+        "print(len(names) > 8, 'triton' in sys.modules, 'TRITON_INTERPRET' in os.environ)",
+    ]
+    done = child("-c", "\n".join(lines))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "False", "False"]

@@ -1,0 +1,108 @@
+"""``C −= A·Bᵀ`` but for the last square's lower triangle, against fp64 and torch's own fp32 product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checks import INTERPRETED, VERSIONS, as_good, kernel, same_bytes, stored, untouched
+from torch import Tensor
+
+from bigq.kernels.rank_update import rank_update_
+
+pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
+
+#: (m, n, k) around the tiles of the Triton version.
+SHAPES = [
+    (1, 1, 1), (3, 3, 31), (9, 1, 5), (40, 8, 256), (127, 127, 32), (128, 128, 33), (200, 129, 100), (129, 1, 31),
+    (256, 128, 8), (257, 128, 40), (300, 256, 64), (391, 130, 17),
+]  # fmt: skip
+
+#: On tensor cores each factor is split into two TF32 numbers.
+FACTOR = 2.0 if INTERPRETED else 4.0
+
+Matrices = tuple[Tensor, Tensor, Tensor]
+
+
+def matrices(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Matrices:
+    """c [m, n], of the size of the product, a [m, k] and b [n, k]; columns of a and b differ in size."""
+    gen = torch.Generator().manual_seed(m * n * k)
+    sizes = torch.logspace(0, -2, k, dtype=torch.float64)
+    c, a, b = (torch.randn(shape, dtype=torch.float64, generator=gen) for shape in ((m, n), (m, k), (n, k)))
+    return c.to(device, dtype), (a * sizes).to(device, dtype), (b * sizes).to(device, dtype)
+
+
+def live(c: Tensor) -> Tensor:
+    """True where ``rank_update_`` writes."""
+    return torch.ones_like(c, dtype=torch.bool).triu(c.shape[1] - c.shape[0])
+
+
+def updated(version: str, c: Tensor, a: Tensor, b: Tensor, order: str = "by rows") -> Tensor:
+    c, *factors = (stored(x, order) for x in (c, a, b))
+    kernel("rank_update_", version)(c, *factors)
+    assert all(same_bytes(x, y) for x, y in zip(factors, (a, b), strict=True))
+    assert order == "by rows" or all(untouched(x) for x in (c, *factors))
+    return c
+
+
+def product(c: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return c.to(dtype) - a.to(dtype) @ b.to(dtype).T
+
+
+@pytest.mark.parametrize("order", ["by rows", "within a larger one"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_it_is_as_good_as_torchs_own(version: str, shape: tuple[int, int, int], order: str, device: torch.device) -> None:
+    """NaN around the matrices must stay where it is, and that below the diagonal too."""
+    c, a, b = matrices(*shape, torch.float32, device)
+    here = live(c)
+    result = updated(version, c.where(here, float("nan")), a, b, order)
+    assert bool(result[~here].isnan().all())
+    assert as_good(result[here], product(c, a, b, torch.float32)[here], product(c, a, b, torch.float64)[here], FACTOR)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 31), (9, 1, 5), (300, 200, 7)], ids=str)
+def test_fp64_stays_fp64(shape: tuple[int, int, int], device: torch.device) -> None:
+    c, a, b = matrices(*shape, torch.float64, device)
+    expected = torch.where(live(c), c - a @ b.T, c)
+    rank_update_(c, a, b)
+    assert torch.allclose(c, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 31), (200, 129, 100), (300, 256, 64)], ids=str)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_lies_below_the_diagonal_is_left_alone(version: str, shape: tuple[int, int, int], device: torch.device) -> None:
+    c, a, b = matrices(*shape, torch.float32, device)
+    here = live(c)
+    result = updated(version, c, a, b)
+    assert torch.equal(result[~here], c[~here]) and int((~here).sum()) == shape[1] * (shape[1] - 1) // 2
+    assert int((result[here] == c[here]).sum()) == 0
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_panel_of_the_same_matrix_serves(version: str, device: torch.device) -> None:
+    """As the factorization calls it: C, A and B lie in one matrix."""
+    before = torch.randn(300, 300, generator=torch.Generator().manual_seed(0)).to(device)
+    h = before.clone()
+    views = [(x[:170, 40:170], x[:170, 170:], x[40:170, 170:]) for x in (h, before)]
+    kernel("rank_update_", version)(*views[0])
+    c, a, b = views[1]
+    here = live(c)
+    assert as_good(views[0][0][here], product(c, a, b, torch.float32)[here], product(c, a, b, torch.float64)[here], FACTOR)
+    views[0][0][here] = c[here]
+    assert same_bytes(h, before), "something was changed that is not to be"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_same_input_gives_the_same_bytes(version: str, device: torch.device) -> None:
+    operands = matrices(200, 130, 70, torch.float32, device)
+    assert same_bytes(updated(version, *operands), updated(version, *operands))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_criterion_sees_a_last_bit_of_tf32(version: str, device: torch.device) -> None:
+    """Had a factor been rounded to TF32, as a single product on tensor cores would, it would not pass."""
+    c, a, b = matrices(128, 128, 64, torch.float32, device)
+    here = live(c)
+    tf32 = (a.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    result = updated(version, c, tf32, b)
+    assert not as_good(result[here], product(c, a, b, torch.float32)[here], product(c, a, b, torch.float64)[here], FACTOR)

@@ -1,0 +1,48 @@
+"""The scripts that need a GPU or a compiler, as far as they go without one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, Child
+
+
+def test_every_triton_kernel_compiles_for_sm_90_without_spilling(child: Child, tmp_path: Path) -> None:
+    """Triton's interpreter accepts what its compiler does not."""
+    pytest.importorskip("triton")
+    done = child(ROOT / "scripts/compile_sm90.py", "--json", tmp_path / "table.json", env={"TRITON_CACHE_DIR": str(tmp_path)}, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    launches = json.loads((tmp_path / "table.json").read_text())["launches"]
+    kernels = {launch["kernel"] for launch in launches.values()}
+    defined = {
+        line.split("(")[0].removeprefix("def ") for file in (ROOT / "bigq/kernels").glob("*_triton.py") for line in kernel_lines(file)
+    }
+    assert kernels == defined and len(kernels) >= 7
+    assert all(launches[name]["wgmma"] for name in launches if name.startswith(("syrk", "rank_update", "dequant_matvec")))
+
+
+def kernel_lines(file: Path) -> list[str]:
+    """The ``def`` lines of what is launched: functions under @triton.jit whose name ends in _kernel."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [b for a, b in zip(lines, lines[1:], strict=False) if a == "@triton.jit" and "_kernel(" in b]
+
+
+def test_gpu_check_runs_all_its_steps(child: Child, tmp_path: Path) -> None:
+    done = child(ROOT / "scripts/gpu_check.py", "--smoke", "--out", tmp_path, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert result["smoke"] is True
+    for step in ("ceilings", "syrk", "cholesky", "column_loop", "products", "packing", "matvec", "linears", "tests"):
+        assert result[step] and "error" not in result[step], step
+    assert result["tests"]["passed"] and "tests / passed" in done.stdout
+
+
+def test_gpu_check_refuses_to_measure_without_a_gpu(child: Child, tmp_path: Path) -> None:
+    done = child(ROOT / "scripts/gpu_check.py", "--out", tmp_path, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 2 and "--smoke" in done.stderr
+    unknown = child(ROOT / "scripts/gpu_check.py", "--smoke", "--out", tmp_path, "--only", "syrk,speed")
+    assert unknown.returncode == 2 and "speed" in unknown.stderr
+    assert not (tmp_path / "gpu_check.json").exists()
