@@ -75,7 +75,7 @@ def demo(out: str, device: str = "auto", *, as_json: bool = False) -> list[Row]:
 
 
 def demo_config(method: str, bits: int, device: str) -> JobConfig:
-    """The job of one line of the table. fp32 passes, or bf16's own rounding would be an eighth of GPTQ's KL at 4 bits."""
+    """The job of one line of the table. fp32 passes, to show the rounding of weights and not that of bf16 activations."""
     scheme = QuantScheme(bits=bits, group_size=GROUP_SIZE, act_order=True)
     return JobConfig(scheme=scheme, method=method, calibration="builtin", samples=CALIBRATION_ROWS, device=device, dtype=DTYPE, quiet=True)
 

@@ -78,7 +78,7 @@ class QuantizedWeight:
     loss: Σ over rows of (w−q)ᵀ·H·(w−q), with the damped Hessian that was factored. For round-to-nearest,
         which has no Hessian, H is the identity.
     energy: the same quadratic form of w itself, so that ``loss / energy`` is the relative output error. Where there
-        are more than 256 rows, GPTQ estimates it from at most 256 evenly spaced ones.
+        are more than 128 rows, GPTQ estimates it from at most 128 evenly spaced ones.
     damping: the damping that the factorization took (the scheme's, or a step up the ladder).
     """
 

@@ -1,4 +1,8 @@
-"""GPTQ as it is usually written, to measure against: three-step inverse, eager loop over columns. Symmetric groups only."""
+"""GPTQ as existing quantizers run it, to measure against: three-step inverse, eager loop over columns.
+
+Written from the paper's algorithm 1 with the operations that their loops have, one after another: a quantizer that maps to
+codes and back with scale and zero point, a matrix of losses, an outer product for each column. Symmetric groups only.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +13,32 @@ BLOCK = 128
 
 
 def eager_gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int, damping: float = 0.01) -> tuple[Tensor, float]:
-    """The dequantized weight [m, n] and the loss; fp32 throughout, inputs are not changed.
-
-    Frantar et al. 2022, algorithm 1: Cholesky, inverse, Cholesky of the inverse; the errors of a block of 128 columns are
-    applied to all columns behind it at once.
-    """
+    """The dequantized weight [m, n] and the loss; fp32 throughout, inputs are not changed."""
     w, h = weight.float().clone(), hessian.float().clone()
-    n = w.shape[1]
+    m, n = w.shape
     h.diagonal().add_(damping * h.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     u = torch.linalg.cholesky(inverse, upper=True)
-    top = 2.0 ** (bits - 1)
-    loss = torch.zeros((), device=w.device)
-    scale = torch.ones(w.shape[0], device=w.device)
+    top = 2**bits - 1
+    scale, zero = torch.ones(m, 1, device=w.device), torch.full((m, 1), (top + 1) / 2, device=w.device)
+    result, losses = torch.zeros_like(w), torch.zeros_like(w)
     for a in range(0, n, BLOCK):
         b = min(a + BLOCK, n)
-        block, errors, part = w[:, a:b].clone(), torch.zeros_like(w[:, a:b]), u[a:b, a:b]
+        block, part = w[:, a:b].clone(), u[a:b, a:b]
+        quantized, errors, block_losses = (torch.zeros_like(block) for _ in range(3))
         for j in range(b - a):
             if (a + j) % group_size == 0:
-                scale = (block[:, j : j + group_size].abs().amax(1) * (2 / (2 * top - 1))).half().float()
-            column = block[:, j]
-            quantized = (column / scale).round().clamp(-top, top - 1) * scale
-            error = (column - quantized) / part[j, j]
-            loss += error.square().sum()
-            block[:, j:] -= error[:, None] @ part[j : j + 1, j:]
-            w[:, a + j] = quantized
+                reach = block[:, j : j + group_size].abs().amax(1, keepdim=True)
+                scale = (2 * reach / top).half().float()
+            column, pivot = block[:, j], part[j, j]
+            codes = torch.clamp(torch.round(column.unsqueeze(1) / scale) + zero, 0, top)
+            value = (scale * (codes - zero)).flatten()
+            quantized[:, j] = value
+            block_losses[:, j] = (column - value) ** 2 / pivot**2
+            error = (column - value) / pivot
+            block[:, j:] -= error.unsqueeze(1).matmul(part[j, j:].unsqueeze(0))
             errors[:, j] = error
-        w[:, b:] -= errors @ u[a:b, b:]
-    return w, float(loss)
+        result[:, a:b] = quantized
+        losses[:, a:b] = block_losses
+        w[:, b:] -= errors.matmul(u[a:b, b:])
+    return result, float(losses.sum())

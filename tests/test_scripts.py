@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
-
 from conftest import ROOT, Child
 
 
@@ -27,7 +27,7 @@ def test_every_triton_kernel_compiles_for_sm_90_without_spilling(child: Child, t
 def kernel_lines(file: Path) -> list[str]:
     """The ``def`` lines of what is launched: functions under @triton.jit whose name ends in _kernel."""
     lines = file.read_text(encoding="utf-8").splitlines()
-    return [b for a, b in zip(lines, lines[1:], strict=False) if a == "@triton.jit" and "_kernel(" in b]
+    return [b for a, b in itertools.pairwise(lines) if a == "@triton.jit" and "_kernel(" in b]
 
 
 def test_gpu_check_runs_all_its_steps(child: Child, tmp_path: Path) -> None:

@@ -40,9 +40,16 @@ def upper_cholesky_(h: Tensor) -> bool:
         corner.tril_(-1).add_(r)
         if lo:
             above = panel[:lo]
-            above.copy_(torch.linalg.solve_triangular(r.T, above, upper=False, left=False))
+            above.copy_(above @ upper_inverse(r).T)
     # Asked once, at the end: on a GPU each question would wait for all the work before it.
     return not bool(torch.stack(failures).any())
+
+
+def upper_inverse(r: Tensor) -> Tensor:
+    """The inverses of small upper triangular matrices [..., k, k]."""
+    eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
+    inverse: Tensor = torch.linalg.solve_triangular(r, eye, upper=True)
+    return inverse
 
 
 def diagonal_inverses(r: Tensor, blocks: Sequence[tuple[int, int]]) -> Tensor:
@@ -55,5 +62,4 @@ def diagonal_inverses(r: Tensor, blocks: Sequence[tuple[int, int]]) -> Tensor:
     corners = eye.repeat(len(blocks), 1, 1)
     for corner, (a, b) in zip(corners, blocks, strict=True):
         corner[: b - a, : b - a] = r[a:b, a:b]
-    inverses: Tensor = torch.linalg.solve_triangular(corners.triu_(), eye, upper=True)
-    return inverses
+    return upper_inverse(corners.triu_())

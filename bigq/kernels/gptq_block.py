@@ -19,7 +19,21 @@ from bigq.kernels.pick import use_triton
 SUB_BLOCK = 32
 
 
-def gptq_block_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: GroupGrid) -> Tensor:
+class Scratch:
+    """Buffers for the plain version and the views into them that a step needs; making those takes a third of a step's time.
+
+    One serves all blocks of a solve, one at a time.
+    """
+
+    def __init__(self, m: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.columns, self.steps, self.squares = torch.empty(3, SUB_BLOCK, m, dtype=dtype, device=device)
+        self.spread = torch.empty(SUB_BLOCK, SUB_BLOCK, dtype=dtype, device=device)
+        rows = zip(self.columns.unbind(), self.steps.unbind(), self.spread.unbind(), strict=True)
+        #: column j, step j, the columns after j, what column j's error spreads to them
+        self.views = [(column, step, self.columns[j + 1 :], spread[j + 1 :]) for j, (column, step, spread) in enumerate(rows)]
+
+
+def gptq_block_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: GroupGrid, scratch: Scratch | None = None) -> Tensor:
     """Quantize k columns in order (Frantar et al. 2022, algorithm 1, inner loop).
 
     target: fp32 or fp64 [k, m], the weights as corrected for all columns before these; becomes the errors
@@ -30,33 +44,37 @@ def gptq_block_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: Gr
     grid: scales and zeros, found on the way and filled in where ``grid.find``.
     Returns the loss ``Σ_j ((w_j − q_j) / u_jj)²`` of each row, [m].
 
-    All may carry one more leading dimension: several matrices of one shape, each with its own u and grid.
+    All may carry one more leading dimension: several matrices of one shape, each with its own u and grid. ``scratch`` saves
+    time on a CPU where many blocks of m rows follow one another.
     """
     if use_triton(target):
         from bigq.kernels.gptq_block_triton import gptq_block_triton_
 
         return gptq_block_triton_(target, u, work, codes, grid)
-    return gptq_block_reference_(target, u, work, codes, grid)
+    return gptq_block_reference_(target, u, work, codes, grid, scratch)
 
 
-def gptq_block_reference_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: GroupGrid) -> Tensor:
+def gptq_block_reference_(
+    target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: GroupGrid, scratch: Scratch | None = None
+) -> Tensor:
     """``gptq_block_`` in plain torch."""
+    m = target.shape[-1]
+    scratch = scratch or Scratch(m, target.dtype, target.device)
     if target.ndim == 3:
         loss = [
             gptq_block_reference_(
-                target[i], u[i], work[i], codes[i], GroupGrid(grid.spec, grid.scale[i], grid.zero[i], grid.group[i], grid.find)
+                target[i], u[i], work[i], codes[i], GroupGrid(grid.spec, grid.scale[i], grid.zero[i], grid.group[i], grid.find), scratch
             )
             for i in range(target.shape[0])
         ]
         return torch.stack(loss)
-    k, m = target.shape
+    k = target.shape[0]
     spec, width = grid.spec, k // grid.scale.shape[0]
     sub_block = next(size for size in (SUB_BLOCK, 16, 8, 1) if width % size == 0) if grid.find else SUB_BLOCK
     half = 2.0 ** (spec.bits - 1)
     inverse_pivot = u.diagonal().reciprocal()
     spread = u * inverse_pivot[:, None]
-    squares = torch.zeros(sub_block, m, dtype=target.dtype, device=target.device)
-    steps = torch.empty_like(squares)
+    scratch.squares.zero_()
     group = grid.group.tolist()
     for s in range(0, k, sub_block):
         e = min(s + sub_block, k)
@@ -66,34 +84,41 @@ def gptq_block_reference_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor
         index = slice(group[s], group[s] + 1) if len(set(group[s:e])) == 1 else grid.group[s:e]
         scale, zero = grid.scale[index], grid.zero[index]
         low, high = (-half, half - 1) if spec.symmetric else (-zero, spec.max_code - zero)
-        errors, taken = target[s:e], steps[: e - s]
-        _columns(errors, spread[s:e, s:e], scale, low, high, taken)
+        scratch.spread[: e - s, : e - s] = spread[s:e, s:e]
+        errors, steps = scratch.columns[: e - s], scratch.steps[: e - s]
+        _columns(scratch, target[s:e], scale, low, high)
         target[e:].addmm_(spread[s:e, e:].T, errors, alpha=-1)
-        errors.mul_(inverse_pivot[s:e, None])
-        work[s:e].addcmul_(taken, scale, value=-1)
-        codes[s:e] = taken.add_(zero)
-        squares[: e - s].addcmul_(errors, errors)
-    return squares.sum(0)
+        torch.mul(errors, inverse_pivot[s:e, None], out=target[s:e])
+        work[s:e].addcmul_(steps, scale, value=-1)
+        codes[s:e] = steps.add_(zero)
+        scratch.squares[: e - s].addcmul_(target[s:e], target[s:e])
+    total: Tensor = scratch.squares.sum(0)
+    return total
 
 
-def _columns(w: Tensor, spread: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float, steps: Tensor) -> None:
-    """Take a few columns w [k, m] through the loop: w becomes ``w − scale·step``, and steps [k, m] the ``code − zero``.
+def _columns(scratch: Scratch, weights: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float) -> None:
+    """Take a few columns of weights [k, m] through the loop: ``scratch.columns`` becomes ``w − scale·step``, ``scratch.steps``
+    the ``code − zero``. ``scratch.spread`` holds U with each row divided by its diagonal element.
 
-    spread: [k, k], U with each row divided by its diagonal element. scale, and low and high where they are tensors: [k, m],
-    or [1, m] where all columns are of one group. Then w is worked on in units of scale, which saves two operations a column.
+    scale, and low and high where they are tensors: [k, m], or [1, m] where all columns are of one group. Then the loop works in
+    units of scale, which saves two operations a column.
     """
+    k = len(weights)
+    columns = scratch.columns[:k]
     alike = len(scale) == 1
     if alike:
-        w.div_(scale)
-    spread_rows, step_rows = spread.unbind(), steps.unbind()
-    for j, column in enumerate(w.unbind()):
-        step, at = step_rows[j], 0 if alike else j
+        torch.div(weights, scale, out=columns)
+    else:
+        columns.copy_(weights)
+    # Rows of the scratch behind the last column take part in the outer products and are never looked at.
+    for j, (column, step, later, spread) in enumerate(scratch.views[:k]):
         if alike:
             torch.round(column, out=step)
         else:
             torch.div(column, scale[j], out=step).round_()
         if isinstance(low, Tensor):
             assert isinstance(high, Tensor)
+            at = 0 if alike else j
             torch.clamp(step, low[at], high[at], out=step)
         else:
             assert not isinstance(high, Tensor)
@@ -102,7 +127,6 @@ def _columns(w: Tensor, spread: Tensor, scale: Tensor, low: Tensor | float, high
             column.sub_(step)
         else:
             column.addcmul_(step, scale[j], value=-1)
-        if j + 1 < len(step_rows):
-            w[j + 1 :].addr_(spread_rows[j][j + 1 :], column, alpha=-1)
+        later.addr_(spread, column, alpha=-1)
     if alike:
-        w.mul_(scale)
+        columns.mul_(scale)

@@ -26,7 +26,7 @@ from bigq.errors import NumericsError, UsageError
 from bigq.kernels.cholesky import diagonal_inverses
 from bigq.kernels.feedback import feedback
 from bigq.kernels.finite import finite
-from bigq.kernels.gptq_block import gptq_block_
+from bigq.kernels.gptq_block import Scratch, gptq_block_
 from bigq.kernels.grid import GridSpec, GroupGrid, find_grid
 from bigq.kernels.pick import empty_columns
 from bigq.scheme import QuantizedWeight, QuantScheme
@@ -39,7 +39,7 @@ BLOCK = 128
 PANEL = 512
 
 #: Rows of each weight whose energy is computed, where there are more; their loss then tells that of the others.
-ENERGY_ROWS = 256
+ENERGY_ROWS = 128
 
 #: Elements of a weight that are converted at a time.
 CONVERTED = 2**24
@@ -207,6 +207,7 @@ def _quantize_columns(columns: _Columns, r: Tensor) -> tuple[Tensor, Tensor]:
     loss = torch.zeros(m, dtype=torch.float64, device=work.device)
     spread = empty_columns(max(panel[-1][1] - panel[0][0] for panel in panels), m, work.dtype, work.device)
     target = empty_columns(BLOCK, m, work.dtype, work.device)
+    scratch = None if work.is_cuda else Scratch(m, work.dtype, work.device)
     for panel in panels:
         lo, hi = panel[0][0], panel[-1][1]
         if lo:
@@ -216,7 +217,7 @@ def _quantize_columns(columns: _Columns, r: Tensor) -> tuple[Tensor, Tensor]:
                 _find_wide(columns, a, spread[a - lo : a - lo + columns.width], lo, r)
             u = next(inverses)[: b - a, : b - a]
             corrected = _correct(work, r, u, spread[a - lo : b - lo], (lo, a, b), out=target[: b - a])
-            loss += gptq_block_(corrected, u, work[a:b], codes[a:b], columns.grid(a, b))
+            loss += gptq_block_(corrected, u, work[a:b], codes[a:b], columns.grid(a, b), scratch)
     return codes, loss
 
 

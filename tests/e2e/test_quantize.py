@@ -45,6 +45,7 @@ from bigq.sched import pipeline
 from bigq.sched.pager import Pager
 from bigq.sched.structure import plan_block
 from bigq.scheme import QuantizedWeight, QuantScheme, Rule
+from bigq.solver.gptq import ENERGY_ROWS
 
 GROUP = 32
 BATCH = 8
@@ -343,7 +344,9 @@ def test_layer_loss_is_told_right_and_below_rounding_to_nearest(family: str, fam
         h, weight = damped(run.hessian(prefix), matrix(linear_module(model, prefix)), 0.01)
         loss = form(weight - got.weight(torch.float32).double(), h)
         assert run.solved[prefix].loss == pytest.approx(loss, rel=1e-3), prefix
-        assert run.solved[prefix].relative_error == pytest.approx(loss / form(weight, h), rel=1e-3), prefix
+        assert run.solved[prefix].relative_error == pytest.approx(
+            loss / form(weight, h), rel=1e-3 if len(weight) <= ENERGY_ROWS else 0.2
+        ), prefix
         assert loss < form(weight - rounded(weight, 4, GROUP).double(), h), prefix
 
 
