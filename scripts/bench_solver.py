@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """How much faster ``bigq.quantize_linear`` is than an eager GPTQ, on this machine's CPU, taken in turn; and TF32's effect.
 
-The speed is that of one weight, 1024 × 2816, 4 bits, groups of 128. The effect on the loss of taking the factors of the
+The speed is that of one weight, 1024 × 2816, 4 bits, groups of 128; the seconds of its products alone, at the rate that this
+machine reaches in a large one, tell how much faster it could become. The effect on the loss of taking the factors of the
 feedback product as TF32 (what happens on a GPU) or as bf16 (which does not) is measured by rounding them so.
 
     python scripts/bench_solver.py --json docs/results/bench_solver.json
@@ -27,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from eager_gptq import eager_gptq
 
 import bigq.solver.gptq as solver
+from bigq.kernels.cholesky import upper_cholesky_
 from bigq.scheme import QuantScheme
 
 M, N = 1024, 2816
@@ -66,6 +68,38 @@ def speed(rounds: int) -> dict[str, float]:
         "lowest_ratio_of_a_round": min(a / b for a, b in zip(times["eager"], times["bigq"], strict=True)),
         "loss_difference": losses["bigq"] / losses["eager"] - 1,
     }
+
+
+def floor() -> dict[str, float]:
+    """The arithmetic that cannot be avoided, n³/3 for the factor and m·n² for the feedback, at the rate of a large product."""
+    a = torch.randn(N, N)
+    rate = 2 * N**3 / min(seconds(lambda: a @ a) for _ in range(5))
+    return {"product_gflops": rate / 1e9, "factor_s": N**3 / 3 / rate, "feedback_s": M * N**2 / rate}
+
+
+def factor(rounds: int) -> dict[str, float]:
+    """The factorization alone, beside the library's: median seconds and the residual ‖R·Rᵀ − H‖ / ‖H‖."""
+    hessian = problem(1, N, seed=0)[1]
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    single = hessian.float()
+    ours, work, library = [], single.clone(), []
+    for _ in range(rounds):
+        work.copy_(single)
+        ours.append(seconds(lambda: upper_cholesky_(work)))
+        library.append(seconds(lambda: torch.linalg.cholesky(single)))
+    r, lower = work.triu().double(), torch.linalg.cholesky(single).double()
+    return {
+        "bigq_s": statistics.median(ours),
+        "torch_s": statistics.median(library),
+        "residual": float((r @ r.T - hessian).norm() / hessian.norm()),
+        "torch_residual": float((lower @ lower.T - hessian).norm() / hessian.norm()),
+    }
+
+
+def seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
 
 
 def as_tf32(x: Tensor) -> Tensor:
@@ -121,6 +155,8 @@ def main() -> None:
         "command": "python scripts/bench_solver.py",
         "machine": f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}",
         "speed": speed(args.rounds),
+        "floor": floor(),
+        "factor": factor(args.rounds),
         "feedback_precision": precision(),
     }
     text = json.dumps(figures, indent=2)
