@@ -99,6 +99,12 @@ def _add_machine(p: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--batch", type=int, help="rows that go through a block at once; 8 on a GPU and about 1024 tokens on a CPU if not given"
     )
+    machine.add_argument(
+        "--activations",
+        default="auto",
+        choices=("auto", "gpu", "host", "disk"),
+        help="where calibration activations are kept between blocks; auto is the first that has room, disk is a file in OUT",
+    )
     machine.add_argument("--device", default="auto", help="cuda:0, cpu or auto")
     machine.add_argument(
         "--dtype",
@@ -137,6 +143,7 @@ def job_config(args: argparse.Namespace) -> JobConfig:
         seqlen=args.seqlen,
         seed=args.seed,
         batch=args.batch,
+        activations=args.activations,
         device=args.device,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,

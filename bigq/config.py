@@ -12,6 +12,7 @@ from bigq.scheme import QuantScheme, Rule
 METHODS = ("gptq", "rtn")
 FORMATS = ("gptq", "gptq_v2")
 DEFAULT_SEQLEN = 2048
+ACTIVATIONS = ("auto", "gpu", "host", "disk")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 #: Fields that decide the output's bytes: a resumed job must have them as they were.
@@ -42,6 +43,8 @@ class JobConfig:
     calibration: a file, "c4" or "builtin"; samples rows of seqlen tokens, drawn by seed.
         seqlen None means 2048 or the model's limit, whichever is less.
     batch: calibration rows that go through a block at once; None means 8 on a GPU, and on a CPU about 1024 tokens.
+    activations: where calibration activations are kept between blocks: "gpu", "host", "disk", or "auto", the first of them
+        that has room. The output is the same.
     device: "auto", "cpu" or "cuda:N". dtype: of the forward passes; "auto" is the checkpoint's own.
     """
 
@@ -55,6 +58,7 @@ class JobConfig:
     seqlen: int | None = None
     seed: int = 0
     batch: int | None = None
+    activations: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
@@ -65,6 +69,7 @@ class JobConfig:
             ("--method", self.method, METHODS),
             ("--format", self.format, FORMATS),
             ("--dtype", self.dtype, DTYPES),
+            ("--activations", self.activations, ACTIVATIONS),
         ):
             if value not in allowed:
                 raise UsageError(f"{name} {value}: must be one of {', '.join(allowed)}")

@@ -23,6 +23,7 @@ from bigq.sched.activations import ActivationStore
 from bigq.sched.capture import StopForward, all_replaced
 from bigq.sched.memory import return_freed_memory
 from bigq.sched.structure import BlockPlan, Group, Shortcut
+from bigq.sched.tiers import RowBuffer
 from bigq.scheme import QuantizedWeight, QuantScheme
 from bigq.skeleton import linear_weight, set_linear_weight
 from bigq.solver.gptq import solve
@@ -57,21 +58,32 @@ class BlockJob:
 
 
 class Memo:
-    """What modules with a shortcut return, by batch; until their Linear is solved, its inputs."""
+    """What modules with a shortcut return, by batch; until their Linear is solved, its inputs. Kept in the store's tier."""
 
     def __init__(self) -> None:
-        self._values: dict[Shortcut, dict[int, Tensor]] = {}
+        self._kept: dict[Shortcut, _Kept] = {}
         self._finished: list[Shortcut] = []
 
-    def put(self, shortcut: Shortcut, lo: int, x: Tensor) -> None:
-        """Keep the Linear's input for the batch that begins at row ``lo``."""
-        self._values.setdefault(shortcut, {})[lo] = x
+    def put(self, shortcut: Shortcut, store: ActivationStore, x: Tensor) -> None:
+        """Keep the Linear's input for the store's current batch."""
+        lo, hi = store.at
+        if shortcut not in self._kept:
+            self._kept[shortcut] = _Kept.like(x, hi - lo, store)
+        self._kept[shortcut].put(lo, hi, x)
 
-    def finish(self, shortcut: Shortcut, linear: nn.Module) -> None:
+    def finish(self, shortcut: Shortcut, linear: nn.Module, store: ActivationStore) -> None:
         """The Linear is solved: turn its inputs into its outputs, batch by batch."""
-        values = self._values[shortcut]
-        for lo in values:
-            values[lo] = linear(values[lo])
+        inputs = self._kept[shortcut]
+        outputs: _Kept | None = None
+        for lo, hi in store.spans():
+            y = linear(inputs.get(lo, hi))
+            if outputs is None:
+                outputs = inputs if y.numel() == inputs.elements * (hi - lo) else _Kept.like(y, hi - lo, store)
+            outputs.put(lo, hi, y)
+        assert outputs is not None
+        if outputs is not inputs:
+            inputs.buffer.close()
+        self._kept[shortcut] = outputs
         self._finished.append(shortcut)
 
     @contextlib.contextmanager
@@ -80,10 +92,38 @@ class Memo:
 
         def make(i: int) -> Callable[..., Any]:
             shortcut = self._finished[i]
-            return lambda *_args, **_kwargs: shortcut.form.wrap(self._values[shortcut][store.at])
+            return lambda *_args, **_kwargs: shortcut.form.wrap(self._kept[shortcut].get(*store.at))
 
         with all_replaced([block.get_submodule(s.module) for s in self._finished], make):
             yield
+
+    def close(self) -> None:
+        """Give up everything kept."""
+        for kept in self._kept.values():
+            kept.buffer.close()
+        self._kept.clear()
+        self._finished.clear()
+
+
+@dataclass(slots=True)
+class _Kept:
+    """Tensors of a batch as rows of a buffer. shape: of what belongs to one row, whose leading dimension may be folded."""
+
+    buffer: RowBuffer
+    elements: int
+    shape: tuple[int, ...]
+
+    @classmethod
+    def like(cls, x: Tensor, rows: int, store: ActivationStore) -> _Kept:
+        elements = x.numel() // rows
+        return cls(store.buffer(elements, x.dtype), elements, (x.shape[0] // rows, *x.shape[1:]))
+
+    def put(self, lo: int, hi: int, x: Tensor) -> None:
+        self.shape = (x.shape[0] // (hi - lo), *x.shape[1:])
+        self.buffer.put(lo, x.reshape(hi - lo, -1))
+
+    def get(self, lo: int, hi: int) -> Tensor:
+        return self.buffer.get(lo, hi).view((hi - lo) * self.shape[0], *self.shape[1:])
 
 
 def solve_block(job: BlockJob, store: ActivationStore, true_sequential: bool) -> Iterator[Solved]:
@@ -106,7 +146,7 @@ def solve_block(job: BlockJob, store: ActivationStore, true_sequential: bool) ->
         return_freed_memory()
         with job.clock.phase("replay"):
             for shortcut in keep:
-                job.memo.finish(shortcut, linears[shortcut.linear])
+                job.memo.finish(shortcut, linears[shortcut.linear], store)
 
 
 def _capture(
@@ -133,7 +173,7 @@ def _capture(
                 with job.clock.phase("hessian"):
                     leader[name].add(x)
             if name in kept:
-                job.memo.put(kept[name], store.at, x)
+                job.memo.put(kept[name], store, x)
             waiting.discard(name)
             if not waiting:
                 raise StopForward
@@ -145,7 +185,7 @@ def _capture(
         return forward
 
     with all_replaced([linears[name] for name in names], make):
-        for _, hidden, call in store.batches(job.index, job.device):
+        for _, hidden, call in store.batches(job.index):
             waiting.update(names)
             with contextlib.suppress(StopForward):
                 call.run(job.block, hidden)
@@ -185,9 +225,9 @@ def round_block(job: BlockJob) -> Iterator[Solved]:
         yield Solved(f"{job.prefix}.{name}", result, {"solve": solve_time.seconds})
 
 
-def propagate(index: int, block: nn.Module, store: ActivationStore, device: torch.device, name: str, memo: Memo | None = None) -> None:
+def propagate(index: int, block: nn.Module, store: ActivationStore, name: str, memo: Memo | None = None) -> None:
     """Replay the whole block; its outputs overwrite its inputs. Raises NumericsError where an output is not finite."""
-    for lo, hidden, call in store.batches(index, device):
+    for lo, hidden, call in store.batches(index):
         with (memo or Memo()).active(block, store):
             output = call.run(block, hidden)
         if not finite(output):

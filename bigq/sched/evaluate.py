@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from bigq.sched.device import choose_device, memory_errors
 from bigq.sched.memory import hold_heap, return_freed_memory
 from bigq.sched.pager import Pager
 from bigq.sched.probe import activations_for, probe_model
+from bigq.sched.tiers import choose_tier
 
 #: Positions whose distributions over the vocabulary are compared at once, in fp32.
 POSITIONS = 128
@@ -95,12 +98,14 @@ class Stream:
         self._pager, self._rows = pager, rows
         probe = probe_model(pager)
         self._form: OutputForm = probe.form
-        self._store: ActivationStore = activations_for(pager, rows, batch, probe.form)
+        needed = rows.numel() * probe.hidden.shape[-1] * probe.hidden.dtype.itemsize
+        tier = choose_tier("auto", pager.device, needed, Path(tempfile.gettempdir()))
+        self._store: ActivationStore = activations_for(pager, rows, batch, probe.form, tier)
         with Progress(len(pager.blocks), pager.device, quiet) as progress:
             progress.phase(f"{pager.folder.name}")
             for i in range(len(pager.blocks)):
                 block = pager.load_block(i)
-                propagate(i, block, self._store, pager.device, f"{pager.blocks_path}.{i}")
+                propagate(i, block, self._store, f"{pager.blocks_path}.{i}")
                 pager.evict_block(i)
                 return_freed_memory()
                 progress.block_skipped()
@@ -113,7 +118,7 @@ class Stream:
 
     def logits(self, lo: int, hi: int) -> Tensor:
         """Logits [hi − lo, T, V] of some rows, by the model's own forward around its blocks."""
-        hidden = self._store.rows(lo, hi).to(self._pager.device)
+        hidden = self._store.rows(lo, hi)
 
         def make(_: int) -> Any:
             return lambda *args, **kwargs: self._form.wrap(hidden)

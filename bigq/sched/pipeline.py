@@ -42,6 +42,7 @@ from bigq.sched.memory import hold_heap, return_freed_memory
 from bigq.sched.pager import Pager
 from bigq.sched.probe import Probe, activations_for, probe_model
 from bigq.sched.structure import SMALLEST, BlockPlan, plan_block
+from bigq.sched.tiers import Tier, choose_tier
 from bigq.scheme import QuantScheme, scheme_for
 from bigq.skeleton import linear_weight
 
@@ -127,7 +128,7 @@ class _Job:
         if rows is not None:
             with self.clock.phase("embed"):
                 assert self.config.batch is not None
-                store = activations_for(self.pager, rows, self.config.batch, probe.form)
+                store = activations_for(self.pager, rows, self.config.batch, probe.form, self._tier(rows, probe))
         plans: dict[Any, BlockPlan] = {}
         for i in range(len(self.pager.blocks)):
             if i >= self.resumed or store is not None:
@@ -172,7 +173,8 @@ class _Job:
         if store is not None and not last:
             self.progress.phase(f"block {i + 1} replay")
             with self.clock.phase("replay"):
-                propagate(i, block, store, self.pager.device, prefix, job.memo)
+                propagate(i, block, store, prefix, job.memo)
+        job.memo.close()
         self.pager.evict_block(i)
         return_freed_memory()
         if i < self.resumed:
@@ -181,6 +183,11 @@ class _Job:
             worst = max(records, key=lambda r: r.relative_error, default=None)
             named = None if worst is None else (worst.name.removeprefix(prefix + "."), worst.relative_error)
             self.progress.block_done(i, time.monotonic() - started, named)
+
+    def _tier(self, rows: Tensor, probe: Probe) -> Tier:
+        """Where the activations go. A block may keep one more hidden state per token: see ``Memo``."""
+        needed = 2 * rows.numel() * probe.hidden.shape[-1] * probe.hidden.dtype.itemsize
+        return choose_tier(self.config.activations, self.pager.device, needed, self.journal.out / STATE_FOLDER)
 
     def _schemes(self, prefix: str, plan: BlockPlan) -> dict[str, QuantScheme]:
         """The scheme of each Linear of a block that will be quantized, by its name in the block."""

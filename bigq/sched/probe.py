@@ -11,6 +11,7 @@ from bigq import skeleton
 from bigq.sched.activations import ActivationStore
 from bigq.sched.capture import BlockCall, OutputForm, check_streamable, first_input, record_calls
 from bigq.sched.pager import Pager
+from bigq.sched.tiers import Tier
 
 #: Length of the random rows on which a model's structure is probed.
 PROBE_TOKENS = 16
@@ -45,7 +46,7 @@ def probe_model(pager: Pager) -> Probe:
     return Probe(hidden, calls, form)
 
 
-def activations_for(pager: Pager, rows: Tensor, batch: int, form: OutputForm) -> ActivationStore:
+def activations_for(pager: Pager, rows: Tensor, batch: int, form: OutputForm, tier: Tier) -> ActivationStore:
     """Embed the rows [N, T] and record how blocks are called; what blocks 0 … will be replayed on."""
     store: ActivationStore | None = None
     with pager.rest_loaded(), pager.embedding_rows(rows):
@@ -53,7 +54,7 @@ def activations_for(pager: Pager, rows: Tensor, batch: int, form: OutputForm) ->
             ids = rows[lo : lo + batch].to(pager.device)
             hidden, _ = first_input(pager.model, pager.blocks, ids)
             if store is None:
-                store = ActivationStore(len(rows), rows.shape[1], hidden.shape[-1], hidden.dtype, batch, pager.device)
+                store = ActivationStore(len(rows), rows.shape[1], hidden.shape[-1], hidden.dtype, batch, tier)
             if len(ids) not in store.calls:
                 store.calls[len(ids)] = record_calls(pager.model, pager.blocks, ids, form)
             store.put(lo, hidden)

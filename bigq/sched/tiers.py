@@ -1,0 +1,168 @@
+"""Where the hidden states of the calibration rows are kept: on the GPU, in host memory or in a file.
+
+All tiers give the same bytes. A tier makes row buffers; a row is a fixed number of elements. Reads and writes of the disk
+tier happen in a thread of their own, in the order in which they were asked for, so a read sees the writes before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import torch
+from torch import Tensor
+
+from bigq.errors import ResourceError, UsageError
+from bigq.io.reader import as_bytes
+
+#: Batches of a disk buffer whose writing has not ended yet, at most.
+WRITES_IN_FLIGHT = 2
+
+
+class RowBuffer(Protocol):
+    """Rows of equal size, read and overwritten in runs. What was never written is undefined."""
+
+    def get(self, lo: int, hi: int) -> Tensor:
+        """Rows lo … hi, [hi − lo, elements], on the compute device."""
+
+    def put(self, lo: int, rows: Tensor) -> None:
+        """Overwrite the rows from lo on with rows [k, ...] of any device."""
+
+    def ahead(self, lo: int, hi: int) -> None:
+        """These rows will be asked for next."""
+
+    def close(self) -> None:
+        """Give up the memory or the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """kind: "gpu", "host" or "disk". device: where rows are computed with. scratch: the folder of the disk tier's files."""
+
+    kind: str
+    device: torch.device
+    scratch: Path | None = None
+
+    def buffer(self, rows: int, elements: int, dtype: torch.dtype) -> RowBuffer:
+        """Room for rows of that many elements. Raises ResourceError where the disk has none."""
+        if self.kind == "disk":
+            assert self.scratch is not None
+            return _OnDisk(self.scratch, rows, elements, dtype, self.device)
+        return _InMemory(rows, elements, dtype, self.device, on_host=self.kind == "host")
+
+
+def choose_tier(wanted: str, device: torch.device, needed: int, scratch: Path) -> Tier:
+    """The tier asked for, or with "auto" the fastest one that takes ``needed`` bytes without filling more than half of it.
+
+    Raises UsageError for the GPU tier without a GPU.
+    """
+    if wanted == "gpu" and device.type != "cuda":
+        raise UsageError(f"--activations gpu: the job runs on {device}; use host, disk or auto")
+    if wanted == "auto":
+        device_free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        wanted = fastest_tier(needed, device_free, psutil.virtual_memory().available)
+    return Tier(wanted, device, scratch)
+
+
+def fastest_tier(needed: int, device_free: int, host_free: int) -> str:
+    """The first of GPU, host and disk whose free bytes are at least twice those needed; the disk is never asked."""
+    if needed <= device_free // 2:
+        return "gpu"
+    return "host" if needed <= host_free // 2 else "disk"
+
+
+class _InMemory:
+    """One tensor. On a GPU's host it is pinned, and copies are ordered by the device's stream."""
+
+    def __init__(self, rows: int, elements: int, dtype: torch.dtype, device: torch.device, *, on_host: bool) -> None:
+        self._device = device
+        pin = on_host and device.type == "cuda"
+        self._rows = torch.empty(rows, elements, dtype=dtype, device="cpu" if on_host else device, pin_memory=pin)
+
+    def get(self, lo: int, hi: int) -> Tensor:
+        return self._rows[lo:hi].to(self._device, non_blocking=True)
+
+    def put(self, lo: int, rows: Tensor) -> None:
+        self._rows[lo : lo + rows.shape[0]].copy_(rows.reshape(rows.shape[0], -1), non_blocking=True)
+
+    def ahead(self, lo: int, hi: int) -> None:
+        pass
+
+    def close(self) -> None:
+        del self._rows
+
+
+class _OnDisk:
+    """A file without a name: the system removes it with the process, however that ends."""
+
+    def __init__(self, folder: Path, rows: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._folder, self._elements, self._dtype, self._device = folder, elements, dtype, device
+        self._row_bytes = elements * dtype.itemsize
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="activations")
+        self._writes: deque[Future[None]] = deque()
+        self._next: tuple[int, int, Future[Tensor]] | None = None
+        with self._errors():
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
+            os.posix_fallocate(self._file.fileno(), 0, max(1, rows * self._row_bytes))
+
+    def get(self, lo: int, hi: int) -> Tensor:
+        expected, self._next = self._next, None
+        if expected is None or expected[:2] != (lo, hi):
+            expected = (lo, hi, self._pool.submit(self._read, lo, hi))
+        return expected[2].result().to(self._device)
+
+    def put(self, lo: int, rows: Tensor) -> None:
+        if self._next is not None and lo < self._next[1] and self._next[0] < lo + rows.shape[0]:
+            self._next = None
+        host = rows.detach().reshape(rows.shape[0], -1).to("cpu", self._dtype, copy=True)
+        self._writes.append(self._pool.submit(self._write, lo, host))
+        while len(self._writes) > WRITES_IN_FLIGHT:
+            self._writes.popleft().result()
+
+    def ahead(self, lo: int, hi: int) -> None:
+        self._next = (lo, hi, self._pool.submit(self._read, lo, hi))
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._file.close()
+
+    def _read(self, lo: int, hi: int) -> Tensor:
+        rows = torch.empty(hi - lo, self._elements, dtype=self._dtype)
+        view, position, done = as_bytes(rows), lo * self._row_bytes, 0
+        with self._errors():
+            while done < len(view):
+                got = os.preadv(self._file.fileno(), [view[done:]], position + done)
+                if got == 0:
+                    raise ResourceError(f"{self._folder}: the activations' file ends too soon; is something cutting it short?")
+                done += got
+            self._drop(position, len(view))
+        return rows
+
+    def _write(self, lo: int, rows: Tensor) -> None:
+        view, position, done = as_bytes(rows), lo * self._row_bytes, 0
+        with self._errors():
+            while done < len(view):
+                done += os.pwritev(self._file.fileno(), [view[done:]], position + done)
+            # Only clean pages can be dropped; otherwise a whole pass would pile up in memory.
+            os.fdatasync(self._file.fileno())
+            self._drop(position, len(view))
+
+    def _drop(self, position: int, size: int) -> None:
+        os.posix_fadvise(self._file.fileno(), position, size, os.POSIX_FADV_DONTNEED)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ResourceError(
+                f"{self._folder}: keeping activations there failed: {error.strerror}; free some space or use --activations host"
+            ) from error
