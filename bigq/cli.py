@@ -105,6 +105,12 @@ def _add_machine(p: argparse.ArgumentParser) -> None:
         choices=("auto", "gpu", "host", "disk"),
         help="where calibration activations are kept between blocks; auto is the first that has room, disk is a file in OUT",
     )
+    machine.add_argument(
+        "--read-ahead",
+        type=int,
+        metavar="BLOCKS",
+        help="blocks whose weights are read while the one before is computed; 1 on a GPU and 0 on a CPU if not given",
+    )
     machine.add_argument("--device", default="auto", help="cuda:0, cpu or auto")
     machine.add_argument(
         "--dtype",
@@ -144,6 +150,7 @@ def job_config(args: argparse.Namespace) -> JobConfig:
         seed=args.seed,
         batch=args.batch,
         activations=args.activations,
+        read_ahead=args.read_ahead,
         device=args.device,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,

@@ -45,6 +45,8 @@ class JobConfig:
     batch: calibration rows that go through a block at once; None means 8 on a GPU, and on a CPU about 1024 tokens.
     activations: where calibration activations are kept between blocks: "gpu", "host", "disk", or "auto", the first of them
         that has room. The output is the same.
+    read_ahead: blocks whose weights are read while the block before is computed; None means 1 on a GPU, and 0 on a CPU, where
+        reading is a small part of a job and a block's weights are a large part of its memory.
     device: "auto", "cpu" or "cuda:N". dtype: of the forward passes; "auto" is the checkpoint's own.
     """
 
@@ -59,6 +61,7 @@ class JobConfig:
     seed: int = 0
     batch: int | None = None
     activations: str = "auto"
+    read_ahead: int | None = None
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
@@ -76,10 +79,16 @@ class JobConfig:
         for name, number in (("--samples", self.samples), ("--batch", self.batch), ("--seqlen", self.seqlen)):
             if number is not None and number < 1:
                 raise UsageError(f"{name} {number}: must be at least 1")
+        if self.read_ahead is not None and self.read_ahead < 0:
+            raise UsageError(f"--read-ahead {self.read_ahead}: must not be negative")
 
     def resolved(self, *, device_type: str, seqlen: int) -> JobConfig:
         """The same job with nothing left open that the output's bytes depend on."""
         return dataclasses.replace(self, seqlen=seqlen, batch=self.batch or default_batch(device_type, seqlen))
+
+    def blocks_ahead(self, device_type: str) -> int:
+        """``read_ahead`` with nothing left open."""
+        return self.read_ahead if self.read_ahead is not None else int(device_type == "cuda")
 
     @property
     def base_scheme(self) -> QuantScheme:

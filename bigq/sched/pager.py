@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from bigq import skeleton
 from bigq.arch import find_blocks
 from bigq.errors import CheckpointError, UnsupportedModelError
-from bigq.io.gptq_format import read_linear
+from bigq.io.ahead import ReadAhead
+from bigq.io.gptq_format import SUFFIXES, read_linear
 from bigq.io.index import Checkpoint, TensorInfo, read_json_object
 from bigq.io.reader import read_rows, read_tensor
 from bigq.kernels.dequantize import dequantize_packed
@@ -46,6 +47,7 @@ class Pager:
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._forced = skeleton.forced_dtypes(self.model, self.dtype, self._meta)
         self._check_complete()
+        self._ahead: ReadAhead | None = None
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -120,6 +122,29 @@ class Pager:
             if not name.startswith(prefix) and (name not in self._meta or id(self._meta[name]) not in large)
         ]
 
+    def block_tensors(self, i: int) -> list[TensorInfo]:
+        """The checkpoint's tensors that block i is loaded from."""
+        infos: list[TensorInfo] = []
+        for name in self.block_names(i):
+            if name in self.packed:
+                infos += [self.checkpoint[f"{self.packed[name]}.{suffix}"] for suffix in SUFFIXES]
+            elif name in self.sources:
+                infos.append(self.sources[name])
+        return infos
+
+    @contextlib.contextmanager
+    def reading_ahead(self, blocks: int) -> Iterator[None]:
+        """Let ``announce_block`` read up to so many blocks ahead."""
+        largest = max(sum(t.nbytes for t in self.block_tensors(i)) for i in range(len(self.blocks)))
+        with contextlib.closing(ReadAhead(blocks * largest)) as self._ahead:
+            yield
+        self._ahead = None
+
+    def announce_block(self, i: int) -> None:
+        """Block i will be loaded next, if there is one."""
+        if self._ahead is not None and i < len(self.blocks):
+            self._ahead.announce(self.block_tensors(i))
+
     def load_block(self, i: int) -> nn.Module:
         """Bring block i to the device."""
         for name in self.block_names(i):
@@ -180,7 +205,7 @@ class Pager:
         assert self.quantization is not None
         scheme, version = self.packed_scheme(name)
         prefix = self.packed[name]
-        stored = read_linear(prefix, lambda n: read_tensor(self.checkpoint[n]), scheme.bits, version)
+        stored = read_linear(prefix, lambda n: self._read(self.checkpoint[n]), scheme.bits, version)
         words, scales, zeros = (t.to(self.device) for t in stored)
         return dequantize_packed(words, scales, zeros, scheme.bits, self.dtype)
 
@@ -205,14 +230,17 @@ class Pager:
         module, leaf = self._owner(name)
         if name not in self._meta:
             if name in self.sources:
-                module._buffers[leaf] = read_tensor(self.sources[name]).to(self.device)
+                module._buffers[leaf] = self._read(self.sources[name]).to(self.device)
             return
         if name in self.packed:
             weight = self.dequantized(name)
             value = weight.T.contiguous() if skeleton.stored_transposed(module) else weight
         else:
-            value = self.to_device(name, read_tensor(self.sources[name]))
+            value = self.to_device(name, self._read(self.sources[name]))
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def _read(self, info: TensorInfo) -> Tensor:
+        return read_tensor(info) if self._ahead is None else self._ahead.take(info)
 
     def _evict(self, name: str) -> None:
         if name in self._meta:

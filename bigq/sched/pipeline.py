@@ -79,7 +79,8 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
         units = [f"rest-{i}" for i in range(len(rest))] + [f"block-{i}" for i in range(len(pager.blocks))]
         with contextlib.closing(Journal(out, request, units)) as journal, Progress(len(pager.blocks), device, config.quiet) as progress:
             job = _Job(pager, config, journal, units, rest, progress, Clock(device))
-            job.run(rows)
+            with pager.reading_ahead(config.blocks_ahead(device.type)):
+                job.run(rows)
             job.finish()
     resumed = job.resumed
     return Report(
@@ -150,6 +151,7 @@ class _Job:
         self.progress.phase(f"block {i + 1} load")
         with self.clock.phase("load"):
             block = self.pager.load_block(i)
+        self.pager.announce_block(i + 1)
         shape = tuple((name, type(m).__name__, linear_weight(m).shape) for name, m in block_linears(block).items())
         if shape not in plans:
             with self.clock.phase("probe"):
