@@ -35,6 +35,7 @@ from bigq.io.writer import OutputTensor, write_shard
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.report import Clock, LinearRecord, Progress, Report, device_memory_peak, host_memory_peak
 from bigq.sched.activations import ActivationStore
+from bigq.sched.behind import WriteBehind
 from bigq.sched.block import BlockJob, Memo, Solved, propagate, round_block, solve_block
 from bigq.sched.device import choose_device, memory_errors
 from bigq.sched.journal import STATE_FOLDER, Commit, Journal, require_ours
@@ -78,8 +79,8 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
         rest = _rest_shards(pager)
         units = [f"rest-{i}" for i in range(len(rest))] + [f"block-{i}" for i in range(len(pager.blocks))]
         with contextlib.closing(Journal(out, request, units)) as journal, Progress(len(pager.blocks), device, config.quiet) as progress:
-            job = _Job(pager, config, journal, units, rest, progress, Clock(device))
-            with pager.reading_ahead(config.blocks_ahead(device.type)):
+            with contextlib.closing(WriteBehind()) as behind, pager.reading_ahead(config.blocks_ahead(device.type)):
+                job = _Job(pager, config, journal, units, rest, progress, Clock(device), behind)
                 job.run(rows)
             job.finish()
     resumed = job.resumed
@@ -109,6 +110,7 @@ class _Job:
     rest: list[list[TensorInfo]]
     progress: Progress
     clock: Clock
+    behind: WriteBehind
     resumed: int = 0
 
     def run(self, rows: Tensor | None) -> None:
@@ -119,7 +121,7 @@ class _Job:
         for i in range(done, len(self.rest)):
             self.progress.phase("copying what stays as it is")
             with self.clock.phase("copy"):
-                self._commit([OutputTensor.copy_of(info) for info in self.rest[i]], [])
+                self._commit(i, [OutputTensor.copy_of(info) for info in self.rest[i]], [])
         self.resumed = max(0, done - len(self.rest))
         if self.resumed == len(self.pager.blocks):
             return
@@ -134,6 +136,8 @@ class _Job:
         for i in range(len(self.pager.blocks)):
             if i >= self.resumed or store is not None:
                 self._block(i, probe, plans, store)
+        with self.clock.phase("write"):
+            self.behind.wait()
 
     def _check_shapes(self) -> None:
         """Raise UsageError before the job starts where a Linear fits neither the format nor its group size."""
@@ -213,9 +217,10 @@ class _Job:
                 tensors += [OutputTensor.of(n, t) for n, t in packed[name].items()]
             else:
                 tensors.append(OutputTensor.copy_of(self.pager.checkpoint[name]))
+        left_out = tuple(f"{job.prefix}.{name}" for name in job.plan.left_out)
         self.progress.phase(f"block {job.index + 1} write")
         with self.clock.phase("write"):
-            self._commit(tensors, records, tuple(f"{job.prefix}.{name}" for name in job.plan.left_out))
+            self.behind.start(lambda: self._commit(len(self.rest) + job.index, tensors, records, left_out))
         return records
 
     def _restore(self, job: BlockJob) -> None:
@@ -248,9 +253,8 @@ class _Job:
     def _version(self) -> int:
         return 2 if self.config.format == "gptq_v2" else 1
 
-    def _commit(self, tensors: list[OutputTensor], records: list[LinearRecord], left_out: tuple[str, ...] = ()) -> None:
-        """Write the next shard and its line in the journal."""
-        number = len(self.journal.commits)
+    def _commit(self, number: int, tensors: list[OutputTensor], records: list[LinearRecord], left_out: tuple[str, ...] = ()) -> None:
+        """Write shard ``number`` and its line in the journal."""
         shard = write_shard(self.journal.out / f"model-{number + 1:05d}-of-{len(self.units):05d}.safetensors", tensors)
         source = self.pager.checkpoint.sample(self._sources(number))
         linears = tuple(r.to_json() for r in records)
