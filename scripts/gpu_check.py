@@ -15,13 +15,14 @@ nothing about speed and the result says so.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class Bench:
         return statistics.median(times)
 
     def device_seconds(self, run: Callable[[], object], repeats: int = 20) -> float:
-        """The time of a short run without launch and synchronization, from events around many."""
+        """The mean time of a run among several in a row, from events around them: for runs that outlast their launch."""
         if self.device.type != "cuda":
             return self.seconds(run)
         run()
@@ -97,6 +98,22 @@ class Bench:
         end.record()
         torch.cuda.synchronize()
         return float(begin.elapsed_time(end)) / 1e3 / repeats
+
+    def graph_seconds(self, runs: Sequence[Callable[[], object]]) -> float:
+        """The mean device time of short runs, recorded as one CUDA graph: no launches in between.
+
+        Runs that read different memory, more in all than the caches hold, are timed as if each came cold.
+        """
+        if self.device.type != "cuda":
+            return sum(self.seconds(run) for run in runs) / len(runs)
+        for run in runs:
+            run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for run in runs:
+                run()
+        return self.device_seconds(graph.replay, 10) / len(runs)
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, dtype=dtype, device=self.device)
@@ -116,16 +133,23 @@ class Bench:
 
 
 def tests(bench: Bench) -> dict[str, Any]:
-    """The kernel and solver tests on this device."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/kernels", "tests/solver"]
+    """The kernel and solver tests on this device, as many at once as the machine has use for."""
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "tests/kernels", "tests/solver"]
+    if importlib.util.find_spec("xdist") and not bench.smoke:
+        command += ["-n", "8"]
     if bench.smoke:
         command += ["-k", "test_pack"]
     begin = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    lines = done.stdout.strip().splitlines()
+    left = max(30.0, SECONDS - (begin - bench.started))
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=left, check=False)
+        printed, passed = done.stdout + done.stderr[-300:], done.returncode == 0
+    except subprocess.TimeoutExpired as cut:
+        printed, passed = (cut.stdout or b"").decode(errors="replace") + f"\ncut off after {left:.0f} s", False
+    lines = printed.strip().splitlines()
     return {
-        "passed": done.returncode == 0,
-        "summary": lines[-1] if lines else done.stderr[-300:],
+        "passed": passed,
+        "summary": lines[-1] if lines else "",
         "failures": [line for line in lines if line.startswith(("FAILED", "E  "))][:20],
         "seconds": time.monotonic() - begin,
     }
@@ -236,7 +260,7 @@ def column_loop(bench: Bench) -> dict[str, Any]:
             def run(function: Callable[..., Tensor], grid: GroupGrid = grid, buffers: list[Tensor] = buffers) -> None:
                 function(buffers[0], u, buffers[1], buffers[2], grid)
 
-            ours = bench.device_seconds(lambda run=run: run(gptq_block_))
+            ours = bench.graph_seconds([lambda run=run: run(gptq_block_)] * 10)
             plain = bench.seconds(lambda run=run: run(gptq_block_reference_), 1)
             result[f"{m} rows, {bits} bits, {'sym' if symmetric else 'asym'}"] = {"seconds": ours, "torch_s": plain}
     return result
@@ -247,10 +271,12 @@ def products(bench: Bench) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for m, n in ((4096, 4096), (8192, 28672), (14336, 57344)):
         m, n = bench.size(m), bench.size(n)
-        r, errors = bench.randn(n // 2, 512), empty_columns(n // 2, m, torch.float32, bench.device).normal_()
-        out = empty_columns(512, m, torch.float32, bench.device)
+        width = min(512, n // 2)
+        r = torch.empty(n // 2, n, device=bench.device)[:, n // 2 : n // 2 + width].normal_()
+        errors = empty_columns(n // 2, m, torch.float32, bench.device).normal_()
+        out = empty_columns(width, m, torch.float32, bench.device)
         time_of = bench.device_seconds(lambda r=r, errors=errors, out=out: feedback(r, errors, out), 5)
-        result[f"{m} × {n}"] = {"seconds": time_of, "tflops": 2 * m * 512 * (n // 2) / time_of / 1e12}
+        result[f"{m} × {n}"] = {"seconds": time_of, "tflops": 2 * m * width * (n // 2) / time_of / 1e12}
     return result
 
 
@@ -281,26 +307,35 @@ def packing(bench: Bench) -> dict[str, Any]:
 
 
 def matvec(bench: Bench) -> dict[str, Any]:
-    """Packed weight times vectors: GB/s of the packed weight, and how much faster than the fp16 product."""
+    """Packed weight times vectors: GB/s of the packed weight, and how much faster than the fp16 product.
+
+    Copies of the weight, 256 MiB of them at the least, take turns, so that none lies in a cache.
+    """
     result: dict[str, Any] = {}
+    held = 2**20 if bench.smoke else 2**28
     for n in (8192, 16384):
         n = bench.size(n)
-        weight = bench.randn(n, n, dtype=torch.float16)
-        for b in (1, 4, 16):
-            x = bench.randn(b, n, dtype=torch.float16)
-            fp16 = bench.device_seconds(lambda x=x, weight=weight: x @ weight.T, 50)
-            for bits in (2, 3, 4, 8):
-                words = torch.randint(-(2**31), 2**31 - 1, (n * bits // 32, n), dtype=torch.int32, device=bench.device)
-                scales = torch.rand(n // 128, n, device=bench.device).half()
-                zeros = torch.full((n // 128, n), 2 ** (bits - 1), dtype=torch.uint8, device=bench.device)
-                run = bench.device_seconds(lambda x=x, w=words, s=scales, z=zeros, k=bits: dequant_matvec(x, w, s, z, k), 50)
-                moved = words.nbytes + scales.nbytes + zeros.nbytes
-                result[f"{n}², {bits} bits, {b} vectors"] = {"seconds": run, "gbs": moved / run / 1e9, "over_fp16": fp16 / run}
+        weights = [bench.randn(n, n, dtype=torch.float16) for _ in range(-(-held // (2 * n * n)))]
+        xs = {b: bench.randn(b, n, dtype=torch.float16) for b in (1, 4, 16)}
+        fp16 = {b: bench.graph_seconds([lambda x=x, w=w: x @ w.T for w in weights]) for b, x in xs.items()}
+        del weights
+        scales = torch.rand(n // 128, n, device=bench.device).half()
+        for bits in (2, 3, 4, 8):
+            zeros = torch.full((n // 128, n), 2 ** (bits - 1), dtype=torch.uint8, device=bench.device)
+            shape = (n * bits // 32, n)
+            copies = [
+                torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=bench.device)
+                for _ in range(-(-held // (4 * shape[0] * shape[1])))
+            ]
+            moved = copies[0].nbytes + scales.nbytes + zeros.nbytes
+            for b, x in xs.items():
+                run = bench.graph_seconds([lambda x=x, w=w, s=scales, z=zeros, k=bits: dequant_matvec(x, w, s, z, k) for w in copies])
+                result[f"{n}², {bits} bits, {b} vectors"] = {"seconds": run, "gbs": moved / run / 1e9, "over_fp16": fp16[b] / run}
     return result
 
 
 def linears(bench: Bench) -> dict[str, Any]:
-    """Whole Linears: Hessian of 8192 tokens, factor, solve, pack; memory; the eager solve beside the small ones."""
+    """Whole Linears: Hessian of at least 8192 tokens, factor, solve, pack; memory; the eager solve beside the small one."""
     result: dict[str, Any] = {}
     for m, n in ((4096, 4096), (8192, 8192), (8192, 28672), (14336, 57344)):
         m, n = bench.size(m), bench.size(n)
@@ -310,47 +345,105 @@ def linears(bench: Bench) -> dict[str, Any]:
         if n <= 4096:
             row["eager_s"] = bench.seconds(lambda weight=weight, h=h: eager_gptq(weight, h, 4, 128), 1)
             solve([weight], factorize(h.clone(), act_order=False, damping=0.01), SCHEME)  # compiles the kernels
-        held = torch.cuda.memory_allocated() if bench.device.type == "cuda" else 0
+        diagonal = h.diagonal().clone()
         times = []
         for _ in range(3 if n <= 8192 else 1):
             own = h.clone() if n <= 8192 else h
             bench.sync()
-            begin = time.perf_counter()
             if bench.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated() - own.nbytes
+            begin = time.perf_counter()
             factor = factorize(own, act_order=False, damping=0.01)
             bench.sync()
             middle = time.perf_counter()
             solved = solve([weight], factor, SCHEME)[0]
             bench.sync()
             times.append((middle - begin, time.perf_counter() - middle))
+            if bench.device.type == "cuda":
+                row["peak_bytes"] = torch.cuda.max_memory_allocated() - held
+            row["residual"] = residual(factor.r, diagonal, factor.damping)
+            row |= {"damping": factor.damping, "relative_error": solved.relative_error}
+            codes = solved.codes
+            del own, factor, solved
         row["factor_s"], row["solve_s"] = min(times, key=sum)
-        if bench.device.type == "cuda":
-            row["peak_over_h_and_w"] = (torch.cuda.max_memory_allocated() - held + (h.nbytes if n > 8192 else 0)) / (h.nbytes + 4 * m * n)
-        row["relative_error"] = solved.relative_error
-        row["pack_s"] = bench.seconds(lambda solved=solved: pack(solved.codes.T, 4), 1)
+        row["h_and_w_bytes"] = 4 * n * n + 4 * m * n
+        row["pack_s"] = bench.seconds(lambda codes=codes: pack(codes.T, 4), 1)
         result[f"{m} × {n}"] = row
-        del h, own, factor, solved
+        del h, codes
     return result
+
+
+def residual(r: Tensor, diagonal: Tensor, damping: float) -> float:
+    """The largest relative error of some rows of R·Rᵀ against H, which the factor's lower triangle and the diagonal still hold."""
+    n = len(diagonal)
+    worst = 0.0
+    for i in range(n // 7, n, n // 4):
+        row = r[i].clone()
+        row[:i] = 0
+        product = (r[i:, i:].triu() @ row[i:]) if n <= 8192 else torch.cat([part @ row[i:] for part in _upper_rows(r, i)])
+        exact = r[i:, i].clone()
+        exact[0] = diagonal[i] + damping * diagonal.mean()
+        worst = max(worst, relative(product, exact.double()))
+    return worst
+
+
+def _upper_rows(r: Tensor, first: int) -> Iterator[Tensor]:
+    """The rows of R from ``first`` on, [k, n − first] at a time, without what lies below the diagonal."""
+    for lo in range(first, len(r), 2048):
+        yield r[lo : lo + 2048, first:].triu(lo - first)
 
 
 def profile(bench: Bench) -> dict[str, Any]:
-    """Where the solve of 4096 × 4096 and 8192 × 8192 spends the device's time, by kernel."""
+    """Where a solve alone spends the device's time, by kernel, and the column loop's share of it."""
     if bench.device.type != "cuda":
         return {}
     result: dict[str, Any] = {}
-    for n in (4096, 8192):
-        weight, h = 0.02 * bench.randn(n, n, dtype=torch.bfloat16), hessian_of(bench, n)
+    for m, n in ((4096, 4096), (8192, 8192), (8192, 28672)):
+        weight = 0.02 * bench.randn(m, n, dtype=torch.bfloat16)
+        factor = factorize(hessian_of(bench, n, 8192), act_order=False, damping=0.01)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-            solve([weight], factorize(h, act_order=False, damping=0.01), SCHEME)
+            solve([weight], factor, SCHEME)
             bench.sync()
         events = sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)
         total = sum(e.self_device_time_total for e in events)
-        result[str(n)] = {
+        loop = sum(e.self_device_time_total for e in events if "_gptq_block_kernel" in e.key)
+        result[f"{m} × {n}"] = {
             "device_ms": total / 1e3,
+            "column_loop_share": loop / total,
             "kernels": {e.key[:80]: {"ms": e.self_device_time_total / 1e3, "calls": e.count} for e in events[:12]},
         }
+        del factor
     return result
+
+
+def targets(result: dict[str, Any]) -> dict[str, Any]:
+    """What was aimed at, beside what was reached; only what was measured in this run."""
+
+    def ratio(*path: str, over: tuple[str, ...] = ()) -> float | None:
+        values = []
+        for names in (path, over):
+            value: Any = result
+            for name in names:
+                value = value.get(name) if isinstance(value, dict) else None
+            values.append(value if names else 1.0)
+        return values[0] / values[1] if all(isinstance(v, (int, float)) for v in values) else None
+
+    bf16, copy = ("ceilings", "bf16_tflops"), ("ceilings", "copy_gbs")
+    found: dict[str, float | None] = {
+        f"Hessian over bf16 rate, n = {n} (≥ 0.7)": ratio("syrk", n, "tflops", over=bf16) for n in ("8192", "14336", "28672")
+    }
+    for name, aim in (("4096 × 4096", 0.03), ("14336 × 57344", 2.5)):
+        parts = [ratio("linears", name, part) for part in ("factor_s", "solve_s")]
+        found[f"{name}: factor + solve (≤ {aim} s)"] = None if None in parts else sum(part for part in parts if part is not None)
+    found["14336 × 57344: peak over H and W (≤ 1.1)"] = ratio(
+        "linears", "14336 × 57344", "peak_bytes", over=("linears", "14336 × 57344", "h_and_w_bytes")
+    )
+    for name in ("4096 × 4096", "8192 × 28672"):
+        found[f"{name}: column loop's share of the solve (≤ 0.15)"] = ratio("profile", name, "column_loop_share")
+    for name in ("8192², 4 bits, 1 vectors", "16384², 4 bits, 1 vectors", "16384², 4 bits, 16 vectors"):
+        found[f"matvec {name} over copy rate (≥ 0.8)"] = ratio("matvec", name, "gbs", over=copy)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 STEPS: dict[str, Callable[[Bench], dict[str, Any]]] = {
@@ -369,7 +462,7 @@ STEPS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 def machine(bench: Bench) -> dict[str, Any]:
     """Device, driver, versions and revision that the figures belong to."""
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    revision = said("git", "-C", str(ROOT), "rev-parse", "HEAD")
     found: dict[str, Any] = {
         "bigq": bigq.__version__,
         "revision": revision,
@@ -379,8 +472,7 @@ def machine(bench: Bench) -> dict[str, Any]:
     if bench.device.type == "cuda":
         import triton
 
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        driver = said("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader")
         properties = torch.cuda.get_device_properties(bench.device)
         found |= {
             "device": properties.name,
@@ -389,6 +481,14 @@ def machine(bench: Bench) -> dict[str, Any]:
             "triton": triton.__version__,
         }
     return found
+
+
+def said(*command: str) -> str:
+    """What a command prints, or that it is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return f"{command[0]} is not there"
 
 
 def rows(value: object, name: str = "") -> Iterator[tuple[str, str]]:
@@ -416,7 +516,7 @@ def main() -> None:
     result: dict[str, Any] = {"command": f"scripts/gpu_check {' '.join(sys.argv[1:])}", "smoke": args.smoke, "machine": machine(bench)}
     failed = False
     for name in wanted:
-        if time.monotonic() - bench.started > SECONDS - 60:
+        if time.monotonic() - bench.started > SECONDS - 45:
             result[name] = {"left_out": "no time left"}
             continue
         torch.manual_seed(0)
@@ -428,6 +528,7 @@ def main() -> None:
             failed = True
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
+        result["targets"] = targets(result)
         # Written after every step: a run that is cut short keeps what it has.
         result["seconds"] = time.monotonic() - bench.started
         (args.out / "gpu_check.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bigq.kernels.precision import fp32_products
 from bigq.kernels.rank_update import rank_update_
 
 #: Columns of a panel. Its diagonal block is factored by the library, all else is products.
@@ -26,6 +27,11 @@ def upper_cholesky_(h: Tensor) -> bool:
     Left-looking: a panel of columns takes in all that lies to its right by one product, then it is done. That writes each
     element twice, where updating all that remains after each panel would write it n / PANEL times.
     """
+    with fp32_products(h, tf32=False):
+        return _upper_cholesky_(h)
+
+
+def _upper_cholesky_(h: Tensor) -> bool:
     n = h.shape[0]
     failures = []
     for hi in range(n, 0, -PANEL):
@@ -49,7 +55,7 @@ def upper_inverse(r: Tensor) -> Tensor:
     """The inverses of small upper triangular matrices [..., k, k]."""
     eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
     inverse: Tensor = torch.linalg.solve_triangular(r, eye, upper=True)
-    return inverse
+    return inverse.contiguous()
 
 
 def diagonal_inverses(r: Tensor, blocks: Sequence[tuple[int, int]]) -> Tensor:

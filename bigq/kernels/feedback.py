@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from bigq.kernels.precision import fp32_products
+
 
 def feedback(r: Tensor, errors: Tensor, out: Tensor) -> None:
-    """``out = rᵀ·errors``. r: [a, s] part of a factor; errors: [a, m]; out: [s, m]; fp32 or fp64."""
-    with _tensor_cores(errors):
+    """``out = rᵀ·errors``. r: [a, s] part of a factor; errors: [a, m]; out: [s, m]; fp32 (TF32 factors on a GPU) or fp64."""
+    with fp32_products(errors, tf32=True):
         torch.mm(r.T, errors, out=out)
-
-
-@contextlib.contextmanager
-def _tensor_cores(x: Tensor) -> Iterator[None]:
-    """On a GPU, let fp32 products take their factors as TF32."""
-    if not x.is_cuda:
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

@@ -120,7 +120,8 @@ def _corrected(target, target_k, u, u_k, u_n, k, row_live, first, last, SUB: tl.
     cols = last + tl.arange(0, SUB)
     live = row_live[:, None] & (cols < k)[None, :]
     w = tl.load(target + cols[None, :].to(tl.int64) * target_k, mask=live, other=0.0)
-    for t in range(0, first, SUB):
+    # A tile as wide as a block has nothing before it, and compiled as if it had, it would spill.
+    for t in range(0, first if SUB < 128 else 0, SUB):
         before = t + tl.arange(0, SUB)
         errors = tl.load(target + before[None, :].to(tl.int64) * target_k, mask=row_live[:, None], other=0.0)
         spread = tl.load(u + before[:, None] * u_k + cols[None, :] * u_n, mask=(cols < k)[None, :], other=0.0)

@@ -6,6 +6,7 @@ tile lies below the diagonal ends at once. WIDEN is for Triton's interpreter, wh
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,8 +25,9 @@ GROUP = 8
 def syrk_triton_(h: Tensor, x: Tensor) -> None:
     """``syrk_`` for fp16 and bf16 x [tokens, n] on fp32 h: 16-bit products, summed in fp32."""
     tokens, n = x.shape
-    # The bulk copy engine wants rows that begin at multiples of 16 bytes.
-    bulk = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    # The bulk copy engine wants rows that begin at multiples of 16 bytes; the large tile, a data centre GPU's shared memory.
+    large = interpreted(x) or torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    bulk = large and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     bm, bn, bk = SYRK_TILE if bulk else SYRK_TILE_PLAIN
     grid = (triton.cdiv(n, bm) * triton.cdiv(n, bn),)
     left = TensorDescriptor.from_tensor(x, [bk, bm]) if bulk else x

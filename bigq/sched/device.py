@@ -25,6 +25,8 @@ def choose_device(wanted: str) -> torch.device:
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise ResourceError(f"--device {wanted}: this machine has {count} usable CUDA devices; use --device cpu, or check the driver")
+    # Triton launches on the current device.
+    torch.cuda.set_device(device.index or 0)
     return torch.device("cuda", device.index or 0)
 
 

@@ -16,6 +16,7 @@ Weights are indexed [n, m], inputs first.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ from bigq.kernels.finite import finite
 from bigq.kernels.gptq_block import Scratch, gptq_block_
 from bigq.kernels.grid import GridSpec, GroupGrid, find_grid
 from bigq.kernels.pick import empty_columns
+from bigq.kernels.precision import fp32_products
 from bigq.scheme import QuantizedWeight, QuantScheme
 from bigq.solver.hessian import Factor, factorize
 
@@ -51,6 +53,11 @@ def solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str 
     Computes in the dtype of the factor (fp32 or fp64). Raises NumericsError where something is not finite, UsageError
     where the group size does not divide n.
     """
+    with fp32_products(factor.r, tf32=False):
+        return _solve(weights, factor, scheme, name)
+
+
+def _solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str) -> list[QuantizedWeight]:
     columns = _Columns.load(weights, factor, scheme)
     rows = [w.shape[0] for w in weights]
     energy = [_energy(part, factor.r) for part in columns.work.split(rows, 1)]
@@ -91,8 +98,10 @@ def quantize_linear(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> Qua
     if not finite(weight):
         raise NumericsError("the weight contains NaN or Inf")
     dtype = torch.float64 if torch.float64 in (weight.dtype, hessian.dtype) else torch.float32
-    factor = factorize(hessian.to(dtype, copy=True), act_order=scheme.act_order, damping=scheme.damping)
-    return solve([weight.to(hessian.device)], factor, scheme)[0]
+    # Triton launches on the current device, which need not be the one that holds the tensors.
+    with torch.cuda.device(hessian.device) if hessian.is_cuda else contextlib.nullcontext():
+        factor = factorize(hessian.to(dtype, copy=True), act_order=scheme.act_order, damping=scheme.damping)
+        return solve([weight.to(hessian.device)], factor, scheme)[0]
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from checks import ORDERS, distance, same_bytes, stored, untouched
 from torch import Tensor
 
 from bigq.kernels.feedback import feedback
+from bigq.kernels.precision import fp32_products
 
 pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
@@ -47,29 +48,51 @@ def test_the_same_input_gives_the_same_bytes(device: torch.device) -> None:
 
 
 @pytest.fixture
-def tf32() -> Iterator[Any]:
-    """Where torch keeps the flag, which is put back."""
+def precision() -> Iterator[Any]:
+    """Where torch keeps how exactly fp32 matrices are multiplied, which is put back."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
+    before = matmul.fp32_precision
     yield matmul
-    matmul.allow_tf32 = before
+    matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("is_cuda", [False, True], ids=["cpu", "cuda"])
-@pytest.mark.parametrize("before", [False, True], ids=["off", "on"])
+@pytest.mark.parametrize("before", ["ieee", "tf32"])
 @pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
-def test_tf32_is_on_for_this_product_alone(is_cuda: bool, before: bool, fails: bool, tf32: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_on_for_this_product_alone(
+    is_cuda: bool, before: str, fails: bool, precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
 
     def mm(*_: Any, **__: Any) -> None:
-        seen.append(tf32.allow_tf32)
+        seen.append(precision.fp32_precision)
         if fails:
             raise RuntimeError("out of memory")
 
     monkeypatch.setattr(torch, "mm", mm)
-    tf32.allow_tf32 = before
+    precision.fp32_precision = before
     try:
         feedback(torch.eye(2), SimpleNamespace(is_cuda=is_cuda), torch.eye(2))  # type: ignore[arg-type]
     except RuntimeError:
         assert fails
-    assert seen == [is_cuda or before] and tf32.allow_tf32 == before
+    assert seen == ["tf32" if is_cuda else before] and precision.fp32_precision == before
+
+
+@pytest.mark.parametrize("before", ["ieee", "tf32"])
+def test_products_are_exact_where_they_must_be(before: str, precision: Any) -> None:
+    """Whatever the program around bigq has chosen; the two kinds of stretches nest."""
+    gpu: Any = SimpleNamespace(is_cuda=True)
+    precision.fp32_precision = before
+    with fp32_products(gpu, tf32=False):
+        assert precision.fp32_precision == "ieee"
+        with fp32_products(gpu, tf32=True):
+            assert precision.fp32_precision == "tf32"
+        assert precision.fp32_precision == "ieee"
+    assert precision.fp32_precision == before
+
+
+def test_a_program_that_uses_the_older_flag_is_served(precision: Any) -> None:
+    precision.allow_tf32 = True
+    with fp32_products(SimpleNamespace(is_cuda=True), tf32=False):  # type: ignore[arg-type]
+        assert precision.fp32_precision == "ieee"
+    assert precision.fp32_precision == "tf32"
