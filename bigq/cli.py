@@ -111,6 +111,7 @@ def _add_machine(p: argparse.ArgumentParser) -> None:
         metavar="BLOCKS",
         help="blocks whose weights are read while the one before is computed; 1 on a GPU and 0 on a CPU if not given",
     )
+    machine.add_argument("--trace", metavar="FILE", help="write the job's timeline there, for chrome://tracing or ui.perfetto.dev")
     machine.add_argument("--device", default="auto", help="cuda:0, cpu or auto")
     machine.add_argument(
         "--dtype",
@@ -151,6 +152,7 @@ def job_config(args: argparse.Namespace) -> JobConfig:
         batch=args.batch,
         activations=args.activations,
         read_ahead=args.read_ahead,
+        trace=args.trace,
         device=args.device,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,

@@ -47,6 +47,7 @@ class JobConfig:
         that has room. The output is the same.
     read_ahead: blocks whose weights are read while the block before is computed; None means 1 on a GPU, and 0 on a CPU, where
         reading is a small part of a job and a block's weights are a large part of its memory.
+    trace: a file for the job's timeline, as Chrome's trace viewer and Perfetto read it.
     device: "auto", "cpu" or "cuda:N". dtype: of the forward passes; "auto" is the checkpoint's own.
     """
 
@@ -62,6 +63,7 @@ class JobConfig:
     batch: int | None = None
     activations: str = "auto"
     read_ahead: int | None = None
+    trace: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False

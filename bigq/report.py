@@ -17,6 +17,8 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from bigq.trace import Trace
+
 MIB = 2**20
 
 
@@ -28,11 +30,14 @@ class Lap:
 
 
 class Clock:
-    """Seconds by phase. A phase inside another is not counted in the outer one."""
+    """Seconds by phase. A phase inside another is not counted in the outer one. Phases are also lanes of the trace."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, trace: Trace | None = None) -> None:
         self.seconds: dict[str, float] = {}
         self._device = device
+        self._trace = trace or Trace()
+        #: What the job is working on, for the trace.
+        self.subject = ""
         self._inner: list[float] = []
 
     @contextlib.contextmanager
@@ -46,7 +51,9 @@ class Clock:
             yield lap
         finally:
             self._sync()
-            lap.seconds = time.perf_counter() - start
+            end = time.perf_counter()
+            self._trace.add(name, self.subject or name, start, end)
+            lap.seconds = end - start
             own = lap.seconds - self._inner.pop()
             self.seconds[name] = self.seconds.get(name, 0.0) + own
             if self._inner:

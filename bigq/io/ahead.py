@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bigq.io.index import TensorInfo
 from bigq.io.reader import read_tensor
+from bigq.trace import Trace
 
 THREADS = 2
 
@@ -23,8 +24,9 @@ class ReadAhead:
     it is taken. peak: the most bytes that were held so.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, trace: Trace | None = None) -> None:
         self._budget = budget
+        self._trace = trace or Trace()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="read-ahead")
         self._coming: dict[TensorInfo, Future[Tensor]] = {}
         self._held = 0
@@ -37,15 +39,19 @@ class ReadAhead:
                 continue
             self._held += info.nbytes
             self.peak = max(self.peak, self._held)
-            self._coming[info] = self._pool.submit(read_tensor, info)
+            self._coming[info] = self._pool.submit(self._read, info)
 
     def take(self, info: TensorInfo) -> Tensor:
         """The whole tensor, in host memory. Raises what ``read_tensor`` raises."""
         coming = self._coming.pop(info, None)
         if coming is None:
-            return read_tensor(info)
+            return self._read(info)
         self._held -= info.nbytes
         return coming.result()
+
+    def _read(self, info: TensorInfo) -> Tensor:
+        with self._trace.span("read", info.name):
+            return read_tensor(info)
 
     def close(self) -> None:
         """Give up what was not taken. Reads that have begun are waited for."""

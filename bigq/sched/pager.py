@@ -23,6 +23,7 @@ from bigq.io.index import Checkpoint, TensorInfo, read_json_object
 from bigq.io.reader import read_rows, read_tensor
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.scheme import QuantScheme, Rule, scheme_for
+from bigq.trace import Trace
 
 
 class Pager:
@@ -133,10 +134,10 @@ class Pager:
         return infos
 
     @contextlib.contextmanager
-    def reading_ahead(self, blocks: int) -> Iterator[None]:
-        """Let ``announce_block`` read up to so many blocks ahead."""
+    def reading_ahead(self, blocks: int, trace: Trace) -> Iterator[None]:
+        """Let ``announce_block`` read up to so many blocks ahead; all reading is a lane of the trace."""
         largest = max(sum(t.nbytes for t in self.block_tensors(i)) for i in range(len(self.blocks)))
-        with contextlib.closing(ReadAhead(blocks * largest)) as self._ahead:
+        with contextlib.closing(ReadAhead(blocks * largest, trace)) as self._ahead:
             yield
         self._ahead = None
 

@@ -46,6 +46,7 @@ from bigq.sched.structure import SMALLEST, BlockPlan, plan_block
 from bigq.sched.tiers import Tier, choose_tier
 from bigq.scheme import QuantScheme, scheme_for
 from bigq.skeleton import linear_weight
+from bigq.trace import Trace
 
 #: Tensors outside the blocks are gathered into shards of at most this size (a larger tensor has one of its own).
 REST_SHARD_BYTES = 5 * 10**9
@@ -61,6 +62,8 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
     device = choose_device(config.device)
     folder, out = resolve_model(model), Path(out).expanduser()
     _refuse_nesting(folder, out)
+    if config.trace is not None and not Path(config.trace).parent.is_dir():
+        raise UsageError(f"--trace {config.trace}: its folder does not exist; make it first")
     require_ours(out)
     hold_heap()
     skeleton.silence()
@@ -79,9 +82,14 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
         rest = _rest_shards(pager)
         units = [f"rest-{i}" for i in range(len(rest))] + [f"block-{i}" for i in range(len(pager.blocks))]
         with contextlib.closing(Journal(out, request, units)) as journal, Progress(len(pager.blocks), device, config.quiet) as progress:
-            with contextlib.closing(WriteBehind()) as behind, pager.reading_ahead(config.blocks_ahead(device.type)):
-                job = _Job(pager, config, journal, units, rest, progress, Clock(device), behind)
-                job.run(rows)
+            trace = Trace()
+            try:
+                with contextlib.closing(WriteBehind()) as behind, pager.reading_ahead(config.blocks_ahead(device.type), trace):
+                    job = _Job(pager, config, journal, units, rest, progress, Clock(device, trace), behind, trace)
+                    job.run(rows)
+            finally:
+                if config.trace is not None:
+                    write_bytes(Path(config.trace), trace.to_json())
             job.finish()
     resumed = job.resumed
     return Report(
@@ -111,6 +119,7 @@ class _Job:
     progress: Progress
     clock: Clock
     behind: WriteBehind
+    trace: Trace
     resumed: int = 0
 
     def run(self, rows: Tensor | None) -> None:
@@ -152,6 +161,7 @@ class _Job:
     def _block(self, i: int, probe: Probe, plans: dict[Any, BlockPlan], store: ActivationStore | None) -> None:
         started = time.monotonic()
         prefix = f"{self.pager.blocks_path}.{i}"
+        self.clock.subject = prefix
         self.progress.phase(f"block {i + 1} load")
         with self.clock.phase("load"):
             block = self.pager.load_block(i)
@@ -255,10 +265,11 @@ class _Job:
 
     def _commit(self, number: int, tensors: list[OutputTensor], records: list[LinearRecord], left_out: tuple[str, ...] = ()) -> None:
         """Write shard ``number`` and its line in the journal."""
-        shard = write_shard(self.journal.out / f"model-{number + 1:05d}-of-{len(self.units):05d}.safetensors", tensors)
-        source = self.pager.checkpoint.sample(self._sources(number))
-        linears = tuple(r.to_json() for r in records)
-        self.journal.commit(Commit(unit=self.units[number], shard=shard, linears=linears, left_out=left_out, source=source))
+        with self.trace.span("commit", self.units[number]):
+            shard = write_shard(self.journal.out / f"model-{number + 1:05d}-of-{len(self.units):05d}.safetensors", tensors)
+            source = self.pager.checkpoint.sample(self._sources(number))
+            linears = tuple(r.to_json() for r in records)
+            self.journal.commit(Commit(unit=self.units[number], shard=shard, linears=linears, left_out=left_out, source=source))
 
     def finish(self) -> None:
         """Write what makes the folder loadable: side files, quantize_config.json, the index, and last config.json."""

@@ -1,0 +1,61 @@
+"""A timeline of a job, one lane for each kind of work, in the format that Chrome's trace viewer and Perfetto open."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of work. begin, end: seconds since the trace began."""
+
+    lane: str
+    name: str
+    begin: float
+    end: float
+
+
+class Trace:
+    """Collects spans, from any thread."""
+
+    def __init__(self) -> None:
+        self._origin = time.perf_counter()
+        self.spans: list[Span] = []
+
+    def add(self, lane: str, name: str, begin: float, end: float) -> None:
+        """A span by ``time.perf_counter`` at its ends."""
+        self.spans.append(Span(lane, name, begin - self._origin, end - self._origin))
+
+    @contextlib.contextmanager
+    def span(self, lane: str, name: str) -> Iterator[None]:
+        """What runs inside is one span, also where it fails."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(lane, name, begin, time.perf_counter())
+
+    def to_json(self) -> bytes:
+        """Complete events ("X") in microseconds; lanes are named threads of one process, in the order they first appear."""
+        spans = sorted(self.spans, key=lambda span: (span.begin, -span.end))
+        lanes = {lane: number for number, lane in enumerate(dict.fromkeys(span.lane for span in spans), 1)}
+        events: list[dict[str, object]] = [
+            {"name": "thread_name", "ph": "M", "pid": 1, "tid": number, "args": {"name": lane}} for lane, number in lanes.items()
+        ]
+        for span in spans:
+            events.append(
+                {
+                    "name": span.name,
+                    "cat": span.lane,
+                    "ph": "X",
+                    "pid": 1,
+                    "tid": lanes[span.lane],
+                    "ts": round(span.begin * 1e6, 1),
+                    "dur": round((span.end - span.begin) * 1e6, 1),
+                }
+            )
+        return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode() + b"\n"
