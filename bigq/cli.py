@@ -109,7 +109,7 @@ def _add_machine(p: argparse.ArgumentParser) -> None:
         "--read-ahead",
         type=int,
         metavar="BLOCKS",
-        help="blocks whose weights are read while the one before is computed; 1 on a GPU and 0 on a CPU if not given",
+        help="blocks read while the one before is computed and, unless 0, written beside the next; 1 on a GPU, 0 on a CPU if not given",
     )
     machine.add_argument("--trace", metavar="FILE", help="write the job's timeline there, for chrome://tracing or ui.perfetto.dev")
     machine.add_argument("--device", default="auto", help="cuda:0, cpu or auto")

@@ -45,8 +45,9 @@ class JobConfig:
     batch: calibration rows that go through a block at once; None means 8 on a GPU, and on a CPU about 1024 tokens.
     activations: where calibration activations are kept between blocks: "gpu", "host", "disk", or "auto", the first of them
         that has room. The output is the same.
-    read_ahead: blocks whose weights are read while the block before is computed; None means 1 on a GPU, and 0 on a CPU, where
-        reading is a small part of a job and a block's weights are a large part of its memory.
+    read_ahead: blocks whose weights are read while the block before is computed; with 0, finished blocks are not written beside
+        the computation either. None means 1 on a GPU, and 0 on a CPU, where files are a small part of a job's time and blocks
+        in flight a large part of its memory.
     trace: a file for the job's timeline, as Chrome's trace viewer and Perfetto read it.
     device: "auto", "cpu" or "cuda:N". dtype: of the forward passes; "auto" is the checkpoint's own.
     """

@@ -84,7 +84,8 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
         with contextlib.closing(Journal(out, request, units)) as journal, Progress(len(pager.blocks), device, config.quiet) as progress:
             trace = Trace()
             try:
-                with contextlib.closing(WriteBehind()) as behind, pager.reading_ahead(config.blocks_ahead(device.type), trace):
+                ahead = config.blocks_ahead(device.type)
+                with contextlib.closing(WriteBehind(beside=ahead > 0)) as behind, pager.reading_ahead(ahead, trace):
                     job = _Job(pager, config, journal, units, rest, progress, Clock(device, trace), behind, trace)
                     job.run(rows)
             finally:

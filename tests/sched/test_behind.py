@@ -22,7 +22,7 @@ def test_a_step_runs_beside_its_giver_and_after_the_one_before() -> None:
         assert go.wait(10)
         order.append(1)
 
-    with contextlib.closing(WriteBehind()) as behind:
+    with contextlib.closing(WriteBehind(beside=True)) as behind:
         behind.start(first)
         assert order == []
         go.set()
@@ -37,13 +37,23 @@ def test_an_error_comes_out_at_the_next_call_and_once() -> None:
         raise ResourceError("full")
 
     later: list[int] = []
-    with contextlib.closing(WriteBehind()) as behind:
+    with contextlib.closing(WriteBehind(beside=True)) as behind:
         behind.start(broken)
         with pytest.raises(ResourceError, match="full"):
             behind.start(lambda: later.append(1))
         behind.wait()
         behind.start(broken)
     assert later == []
+
+
+def test_without_a_thread_a_step_runs_at_once() -> None:
+    ran: list[int] = []
+    with contextlib.closing(WriteBehind(beside=False)) as behind:
+        behind.start(lambda: ran.append(threading.get_ident()))
+        assert ran == [threading.get_ident()]
+        with pytest.raises(ZeroDivisionError):
+            behind.start(lambda: ran.append(1 // 0))
+        behind.wait()
 
 
 def test_the_next_block_is_solved_while_one_is_written(
@@ -65,7 +75,7 @@ def test_the_next_block_is_solved_while_one_is_written(
     monkeypatch.setattr(pipeline, "write_shard", slow_write)
     monkeypatch.setattr(pipeline, "solve_block", seen)
     config = bigq.JobConfig(
-        scheme=bigq.QuantScheme(group_size=32), calibration=str(ids_file), samples=4, seqlen=40, device="cpu", quiet=True
+        scheme=bigq.QuantScheme(group_size=32), calibration=str(ids_file), samples=4, seqlen=40, read_ahead=1, device="cpu", quiet=True
     )
     report = bigq.quantize(str(checkpoint("llama")), tmp_path / "out", config)
     assert report.blocks > 1 and (tmp_path / "out" / "config.json").exists()
