@@ -143,9 +143,10 @@ class _Job:
                 assert self.config.batch is not None
                 store = activations_for(self.pager, rows, self.config.batch, probe.form, self._tier(rows, probe))
         plans: dict[Any, BlockPlan] = {}
-        for i in range(len(self.pager.blocks)):
-            if i >= self.resumed or store is not None:
-                self._block(i, probe, plans, store)
+        with contextlib.nullcontext() if store is None else contextlib.closing(store):
+            for i in range(len(self.pager.blocks)):
+                if i >= self.resumed or store is not None:
+                    self._block(i, probe, plans, store)
         with self.clock.phase("write"):
             self.behind.wait()
 

@@ -33,6 +33,7 @@ from bigq.kernels.pick import empty_columns
 from bigq.kernels.precision import fp32_products
 from bigq.scheme import QuantizedWeight, QuantScheme
 from bigq.solver.hessian import Factor, factorize
+from bigq.solver.storable import require_storable
 
 #: Columns that the column loop takes at once, at most.
 BLOCK = 128
@@ -62,8 +63,7 @@ def _solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str
     rows = [w.shape[0] for w in weights]
     energy = [_energy(part, factor.r) for part in columns.work.split(rows, 1)]
     codes, loss = _quantize_columns(columns, factor.r)
-    if not finite(columns.scale):
-        raise NumericsError(f"{name}: its weights take a scale above fp16's largest number 65504; leave this Linear out with --skip")
+    require_storable(columns.scale, name)
     if not finite(loss):
         raise NumericsError(f"{name}: the solve produced NaN or Inf")
     if factor.perm is not None:

@@ -9,6 +9,7 @@ from bigq.errors import NumericsError
 from bigq.kernels.finite import finite
 from bigq.kernels.grid import find_grid
 from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.solver.storable import require_storable
 
 
 def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "the Linear") -> QuantizedWeight:
@@ -22,8 +23,7 @@ def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "the Linea
     width = scheme.group_width(n)
     groups = weight.float().reshape(m, n // width, width).permute(2, 0, 1)
     scale, zero = find_grid(groups, scheme.grid)
-    if not finite(scale):
-        raise NumericsError(f"{name}: its weights take a scale above fp16's largest number 65504; leave this Linear out with --skip")
+    require_storable(scale, name)
     steps = torch.clamp(torch.round(groups / scale), -zero, scheme.grid.max_code - zero)
     codes = (steps + zero).to(torch.uint8).permute(1, 2, 0).reshape(m, n)
     return QuantizedWeight(

@@ -143,7 +143,9 @@ def test_every_setting_resumes_to_the_same_bytes(
     assert hashes(out) != whole("llama")
 
 
+@pytest.mark.parametrize("read_ahead", [0, 1], ids=["one thing at a time", "files beside the computation"])
 def test_interrupted_between_every_pair_of_commits(
+    read_ahead: int,
     checkpoint: Callable[[str], Path],
     whole: Callable[..., dict[str, str]],
     ids_file: Path,
@@ -156,9 +158,9 @@ def test_interrupted_between_every_pair_of_commits(
         with monkeypatch.context() as patch:
             stop_after(patch, 1, KeyboardInterrupt())
             with pytest.raises(KeyboardInterrupt):
-                bigq.quantize(str(source), out, job(ids_file))
+                bigq.quantize(str(source), out, job(ids_file, read_ahead=read_ahead))
         assert len(list(out.glob("*.safetensors"))) == done
-    bigq.quantize(str(source), out, job(ids_file))
+    bigq.quantize(str(source), out, job(ids_file, read_ahead=read_ahead))
     assert hashes(out) == whole("llama")
 
 
