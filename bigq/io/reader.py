@@ -6,7 +6,6 @@ mapping alive; a short ``preadv`` is an ordinary error that can be told to the u
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,12 +63,12 @@ def require_finite(tensor: Tensor, info: TensorInfo) -> None:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous host tensor, shared and writable. The caller keeps the tensor alive."""
+    """The memory of a contiguous host tensor, shared and writable; it keeps the tensor alive.
+
+    Not through a ctypes array: its type is made anew for every size and lives in a cycle until the collector comes.
+    """
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
-    size = tensor.numel() * tensor.element_size()
-    if size == 0:
-        return memoryview(b"")
-    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 
 class _Descriptor:

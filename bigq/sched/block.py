@@ -202,6 +202,7 @@ def _solve_group(job: BlockJob, linears: Mapping[str, nn.Module], group: Group, 
         with job.clock.phase("factor") as factor_time:
             own = h if (act_order, damping) == kinds[-1] else h.clone()
             factor = factorize(own, act_order=act_order, damping=damping, name=label)
+            return_freed_memory()
         alike: dict[QuantScheme, list[str]] = {}
         for name in group.names:
             scheme = job.schemes[name]
@@ -210,6 +211,7 @@ def _solve_group(job: BlockJob, linears: Mapping[str, nn.Module], group: Group, 
         for scheme, names in alike.items():
             with job.clock.phase("solve") as solve_time:
                 results = solve([linear_weight(linears[n]) for n in names], factor, scheme, label)
+                return_freed_memory()
             seconds = {"factor": factor_time.seconds, "solve": solve_time.seconds}
             for name, result in zip(names, results, strict=True):
                 set_linear_weight(linears[name], result.dequantize(linear_weight(linears[name]).dtype))
