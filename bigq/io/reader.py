@@ -68,7 +68,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
     Not through a ctypes array: its type is made anew for every size and lives in a cycle until the collector comes.
     """
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 class _Descriptor:
