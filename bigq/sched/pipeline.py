@@ -85,7 +85,8 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
             trace = Trace()
             try:
                 ahead = config.blocks_ahead(device.type)
-                with contextlib.closing(WriteBehind(beside=ahead > 0)) as behind, pager.reading_ahead(ahead, trace):
+                budget = ahead * pager.largest_block_bytes
+                with contextlib.closing(WriteBehind(beside=ahead > 0)) as behind, pager.reading_ahead(budget, trace):
                     job = _Job(pager, config, journal, units, rest, progress, Clock(device, trace), behind, trace)
                     job.run(rows)
             finally:
