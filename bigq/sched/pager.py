@@ -143,11 +143,6 @@ class Pager:
                 infos.append(self.sources[name])
         return infos
 
-    @functools.cached_property
-    def largest_block_bytes(self) -> int:
-        """Bytes in the checkpoint of the block that has most of them."""
-        return max(sum(t.nbytes for t in self.block_tensors(i)) for i in range(len(self.blocks)))
-
     @contextlib.contextmanager
     def reading_ahead(self, budget: int, trace: Trace) -> Iterator[None]:
         """Let ``announce_block`` read so many bytes ahead; all reading is a lane of the trace."""

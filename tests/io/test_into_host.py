@@ -183,7 +183,7 @@ def test_a_job_reads_the_next_block_while_it_solves_one(
 def test_blocks_are_announced_as_far_as_the_budget_reaches(checkpoint: Callable[[str], Path]) -> None:
     pager = Pager(checkpoint("llama"), device=torch.device("cpu"))
     sizes = [sum(t.nbytes for t in pager.block_tensors(i)) for i in range(len(pager.blocks))]
-    assert len(sizes) > 1 and pager.largest_block_bytes == max(sizes)
+    assert len(sizes) > 1
     for budget, expected in ((0, set()), (sizes[0] // 2, {0}), (sizes[0], {0}), (10 * sum(sizes), set(range(len(sizes))))):
         trace = Trace()
         with pager.reading_ahead(budget, trace):
