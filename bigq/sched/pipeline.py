@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import bigq
 from bigq import skeleton
 from bigq.arch import block_linears
 from bigq.calibration import calibration_rows, require_vocabulary
+from bigq.clock import Clock
 from bigq.config import DEFAULT_SEQLEN, JobConfig
 from bigq.errors import UnsupportedModelError, UsageError
 from bigq.io.atomic import copy_file, write_bytes, write_json
@@ -33,8 +34,9 @@ from bigq.io.index import INDEX_NAME, TensorInfo, read_header, read_json_object
 from bigq.io.reader import read_tensor
 from bigq.io.writer import OutputTensor, write_shard
 from bigq.kernels.dequantize import dequantize_packed
-from bigq.report import Clock, LinearRecord, Progress, Report, device_memory_peak, host_memory_peak
+from bigq.report import LinearRecord, Progress, Report, device_memory_peak, host_memory_peak
 from bigq.sched.activations import ActivationStore
+from bigq.sched.batches import Batches, Halving, told
 from bigq.sched.behind import WriteBehind
 from bigq.sched.block import BlockJob, Memo, Solved, propagate, round_block, solve_block
 from bigq.sched.device import choose_device, memory_errors
@@ -82,14 +84,17 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
         rest = _rest_shards(pager)
         units = [f"rest-{i}" for i in range(len(rest))] + [f"block-{i}" for i in range(len(pager.blocks))]
         with contextlib.closing(Journal(out, request, units)) as journal, Progress(len(pager.blocks), device, config.quiet) as progress:
-            trace = Trace()
+            trace = Trace(keep=config.trace is not None)
+            clock = Clock(device, trace)
             try:
                 ahead = config.blocks_ahead(device.type)
                 with contextlib.closing(WriteBehind(beside=ahead > 0)) as behind, pager.reading_ahead(ahead, trace):
-                    job = _Job(pager, config, journal, units, rest, progress, Clock(device, trace), behind, trace)
+                    job = _Job(pager, config, journal, units, rest, progress, clock, behind)
                     job.run(rows)
             finally:
                 if config.trace is not None:
+                    with contextlib.suppress(RuntimeError):  # a device that failed has no more to tell
+                        clock.settle()
                     write_bytes(Path(config.trace), trace.to_json())
             job.finish()
     resumed = job.resumed
@@ -98,13 +103,15 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
         blocks=len(pager.blocks),
         linears=tuple(record for commit in journal.commits for record in commit.linears),
         seconds=time.monotonic() - started,
-        seconds_by_phase=job.clock.seconds,
+        seconds_by_phase=clock.seconds,
         source_bytes=sum(t.nbytes for t in pager.checkpoint.tensors.values()),
         output_bytes=sum(commit.shard.size for commit in journal.commits),
         host_peak_bytes=host_memory_peak(),
         device_peak_bytes=device_memory_peak(device),
         resumed_blocks=resumed,
         left_out=tuple(name for commit in journal.commits for name in commit.left_out),
+        waiting=clock.waiting(),
+        batches=() if rows is None else Batches(config.batch or 1, journal.halvings).used,
     )
 
 
@@ -120,7 +127,6 @@ class _Job:
     progress: Progress
     clock: Clock
     behind: WriteBehind
-    trace: Trace
     resumed: int = 0
 
     def run(self, rows: Tensor | None) -> None:
@@ -141,7 +147,8 @@ class _Job:
         if rows is not None:
             with self.clock.phase("embed"):
                 assert self.config.batch is not None
-                store = activations_for(self.pager, rows, self.config.batch, probe.form, self._tier(rows, probe))
+                batches = Batches(self.config.batch, self.journal.halvings, self._halved)
+                store = activations_for(self.pager, rows, batches, probe, self._tier(rows, probe))
         plans: dict[Any, BlockPlan] = {}
         with contextlib.nullcontext() if store is None else contextlib.closing(store):
             for i in range(len(self.pager.blocks)):
@@ -205,7 +212,11 @@ class _Job:
     def _tier(self, rows: Tensor, probe: Probe) -> Tier:
         """Where the activations go. A block may keep one more hidden state per token: see ``Memo``."""
         needed = 2 * rows.numel() * probe.hidden.shape[-1] * probe.hidden.dtype.itemsize
-        return choose_tier(self.config.activations, self.pager.device, needed, self.journal.out / STATE_FOLDER)
+        return choose_tier(self.config.activations, self.pager.device, needed, self.journal.out / STATE_FOLDER, self.clock)
+
+    def _halved(self, before: int, halving: Halving) -> None:
+        self.progress.say(told(before, halving))
+        self.journal.halve(halving)
 
     def _schemes(self, prefix: str, plan: BlockPlan) -> dict[str, QuantScheme]:
         """The scheme of each Linear of a block that will be quantized, by its name in the block."""
@@ -222,17 +233,19 @@ class _Job:
             source = self.pager.sources[f"{solved.name}.weight"].name
             with self.clock.phase("pack"):
                 packed[source] = pack_linear(source.removesuffix(".weight"), solved.weight, self._version)
-            records.append(_record(solved))
+            records.append(solved.record())
         tensors = []
         for name in self._sources(len(self.rest) + job.index):
             if name in packed:
                 tensors += [OutputTensor.of(n, t) for n, t in packed[name].items()]
             else:
                 tensors.append(OutputTensor.copy_of(self.pager.checkpoint[name]))
-        left_out = tuple(f"{job.prefix}.{name}" for name in job.plan.left_out)
+        left_out = [f"{job.prefix}.{name}" for name in job.plan.left_out]
+        batch = None if store is None else store.batch
+        self.clock.settle()  # the records' seconds become numbers before another thread writes them
         self.progress.phase(f"block {job.index + 1} write")
         with self.clock.phase("write"):
-            self.behind.start(lambda: self._commit(len(self.rest) + job.index, tensors, records, left_out))
+            self.behind.start(lambda: self._commit(len(self.rest) + job.index, tensors, records, left_out, batch))
         return records
 
     def _restore(self, job: BlockJob) -> None:
@@ -265,13 +278,16 @@ class _Job:
     def _version(self) -> int:
         return 2 if self.config.format == "gptq_v2" else 1
 
-    def _commit(self, number: int, tensors: list[OutputTensor], records: list[LinearRecord], left_out: tuple[str, ...] = ()) -> None:
+    def _commit(
+        self, number: int, tensors: list[OutputTensor], records: list[LinearRecord], left_out: Sequence[str] = (), batch: int | None = None
+    ) -> None:
         """Write shard ``number`` and its line in the journal."""
-        with self.trace.span("commit", self.units[number]):
+        unit = self.units[number]
+        with self.clock.trace.span("commit", unit):
             shard = write_shard(self.journal.out / f"model-{number + 1:05d}-of-{len(self.units):05d}.safetensors", tensors)
             source = self.pager.checkpoint.sample(self._sources(number))
             linears = tuple(r.to_json() for r in records)
-            self.journal.commit(Commit(unit=self.units[number], shard=shard, linears=linears, left_out=left_out, source=source))
+            self.journal.commit(Commit(unit=unit, shard=shard, linears=linears, left_out=tuple(left_out), source=source, batch=batch))
 
     def finish(self) -> None:
         """Write what makes the folder loadable: side files, quantize_config.json, the index, and last config.json."""
@@ -347,20 +363,6 @@ def _rest_shards(pager: Pager) -> list[list[TensorInfo]]:
         shards[-1].append(info)
         size += info.nbytes
     return shards
-
-
-def _record(solved: Solved) -> LinearRecord:
-    m, n = solved.weight.codes.shape
-    return LinearRecord(
-        name=solved.name,
-        bits=solved.weight.scheme.bits,
-        group_size=solved.weight.scheme.group_size,
-        shape=(m, n),
-        loss=solved.weight.loss,
-        relative_error=solved.weight.relative_error,
-        damping=solved.weight.damping,
-        seconds=solved.seconds,
-    )
 
 
 def _refuse_nesting(source: Path, out: Path) -> None:
