@@ -189,7 +189,7 @@ def test_a_gpu_waits_between_phases_too(device: Device, hands: Hands) -> None:
         hands.now += 3
     with clock.phase("transfer"):
         hands.now += 1
-    assert clock.waiting() == {"reading weights": 11, "writing": 3, "activations": 1, BETWEEN: 5}
+    assert clock.waiting() == {"reading weights": 11, "writing": 3, "activations": 1, BETWEEN: 4}
 
 
 def test_laps_are_known_when_asked_for_and_not_before(device: Device, hands: Hands) -> None:
