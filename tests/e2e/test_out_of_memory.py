@@ -343,7 +343,7 @@ def fail_at_place(patch: pytest.MonkeyPatch, block: int, step: int, row: int) ->
     patch.setattr(pipeline.Batches, "at", placed)
 
 
-@pytest.mark.parametrize("moment", ["middle of a propagation", "keeping outputs, second batch"])
+@pytest.mark.parametrize("moment", ["first batch of a propagation", "middle of a propagation", "keeping outputs, second batch"])
 def test_with_activations_on_disk_the_same_happens(
     moment: str,
     checkpoint: Callable[[str], Path],
