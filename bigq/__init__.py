@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from bigq.sched.evaluate import Evaluation as Evaluation
     from bigq.sched.evaluate import evaluate as evaluate
     from bigq.sched.pipeline import quantize as quantize
+    from bigq.sched.planner import Plan as Plan
+    from bigq.sched.planning import plan as plan
     from bigq.scheme import QuantizedWeight as QuantizedWeight
     from bigq.scheme import QuantScheme as QuantScheme
     from bigq.scheme import Rule as Rule
@@ -31,11 +33,13 @@ _HOMES = {
     "EvalConfig": "bigq.sched.evaluate",
     "Evaluation": "bigq.sched.evaluate",
     "JobConfig": "bigq.config",
+    "Plan": "bigq.sched.planner",
     "QuantScheme": "bigq.scheme",
     "QuantizedWeight": "bigq.scheme",
     "Report": "bigq.report",
     "Rule": "bigq.scheme",
     "evaluate": "bigq.sched.evaluate",
+    "plan": "bigq.sched.planning",
     "quantize": "bigq.sched.pipeline",
     "quantize_linear": "bigq.solver.gptq",
 }

@@ -38,6 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bigq {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_quantize(commands.add_parser("quantize", help="quantize a model", formatter_class=argparse.ArgumentDefaultsHelpFormatter))
+    _add_plan(
+        commands.add_parser(
+            "plan", help="memory, disk and time that quantizing a model takes", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+    )
     _add_eval(
         commands.add_parser(
             "eval", help="perplexity of a model, and its distance to another", formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -50,6 +55,23 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_quantize(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help="folder with safetensors shards, or hub id (owner/name[@revision])")
     p.add_argument("out", metavar="OUT", help="output folder; holding an interrupted run of the same job, it is gone on with")
+    _add_job(p)
+    _add_machine(p)
+    p.add_argument("--trace", metavar="FILE", help="write the job's timeline there, for chrome://tracing or ui.perfetto.dev")
+    p.set_defaults(command=_run_quantize)
+
+
+def _add_plan(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help="folder (its config.json is enough), or hub id (only config and headers are fetched)")
+    p.add_argument("out", metavar="OUT", nargs="?", default=".", help="where the output would lie; for the free disk space")
+    p.add_argument("--on", default="this", metavar="DEVICE", help="this machine, or plan for a GPU: a100, h100 or h200")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_job(p)
+    _add_machine(p)
+    p.set_defaults(command=_run_plan)
+
+
+def _add_job(p: argparse.ArgumentParser) -> None:
     how = p.add_argument_group("how weights are quantized")
     how.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 8))
     how.add_argument("--group-size", type=int, default=128, help="inputs that share a scale; -1 for the whole row")
@@ -81,7 +103,22 @@ def _add_quantize(p: argparse.ArgumentParser) -> None:
     data.add_argument("--samples", type=int, default=128)
     data.add_argument("--seqlen", type=int, help="tokens per sample; 2048 or the model's limit if not given")
     data.add_argument("--seed", type=int, default=0)
-    _add_machine(p)
+    room = p.add_argument_group("budgets")
+    room.add_argument("--vram", metavar="SIZE", help="device memory the job may take, such as 72GiB; what is free if not given")
+    room.add_argument("--ram", metavar="SIZE", help="host memory it may take; what is free if not given")
+    room.add_argument("--disk", metavar="SIZE", help="disk space it may take where OUT lies; what is free if not given")
+    room.add_argument(
+        "--activations",
+        default="auto",
+        choices=("auto", "gpu", "host", "disk"),
+        help="where calibration activations are kept between blocks; auto is the first that has room, disk is a file in OUT",
+    )
+    room.add_argument(
+        "--read-ahead",
+        type=int,
+        metavar="BLOCKS",
+        help="blocks read while the one before is computed and, unless 0, written beside the next; 1 on a GPU, 0 on a CPU if not given",
+    )
 
 
 def _add_eval(p: argparse.ArgumentParser) -> None:
@@ -92,6 +129,7 @@ def _add_eval(p: argparse.ArgumentParser) -> None:
     p.add_argument("--samples", type=int, help="rows to evaluate; all of the text if not given")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     _add_machine(p)
+    p.set_defaults(command=_run_eval)
 
 
 def _add_machine(p: argparse.ArgumentParser) -> None:
@@ -99,19 +137,6 @@ def _add_machine(p: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--batch", type=int, help="rows that go through a block at once; 8 on a GPU and about 1024 tokens on a CPU if not given"
     )
-    machine.add_argument(
-        "--activations",
-        default="auto",
-        choices=("auto", "gpu", "host", "disk"),
-        help="where calibration activations are kept between blocks; auto is the first that has room, disk is a file in OUT",
-    )
-    machine.add_argument(
-        "--read-ahead",
-        type=int,
-        metavar="BLOCKS",
-        help="blocks read while the one before is computed and, unless 0, written beside the next; 1 on a GPU, 0 on a CPU if not given",
-    )
-    machine.add_argument("--trace", metavar="FILE", help="write the job's timeline there, for chrome://tracing or ui.perfetto.dev")
     machine.add_argument("--device", default="auto", help="cuda:0, cpu or auto")
     machine.add_argument(
         "--dtype",
@@ -121,7 +146,6 @@ def _add_machine(p: argparse.ArgumentParser) -> None:
     )
     machine.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
     machine.add_argument("--quiet", action="store_true", help="no progress, no summary")
-    p.set_defaults(command=_run_quantize if p.prog.endswith("quantize") else _run_eval)
 
 
 def _add_demo(p: argparse.ArgumentParser) -> None:
@@ -135,6 +159,11 @@ def job_config(args: argparse.Namespace) -> JobConfig:
     """The job that ``bigq quantize`` arguments describe. Raises UsageError."""
     from bigq.config import JobConfig
     from bigq.scheme import QuantScheme, Rule
+    from bigq.sizes import parse_size
+
+    def size(flag: str) -> int | None:
+        text = getattr(args, flag)
+        return None if text is None else parse_size(text, f"--{flag}")
 
     scheme = QuantScheme(
         bits=args.bits, group_size=args.group_size, symmetric=args.sym, act_order=args.act_order, damping=args.damping, mse=args.mse
@@ -152,7 +181,10 @@ def job_config(args: argparse.Namespace) -> JobConfig:
         batch=args.batch,
         activations=args.activations,
         read_ahead=args.read_ahead,
-        trace=args.trace,
+        vram=size("vram"),
+        ram=size("ram"),
+        disk=size("disk"),
+        trace=getattr(args, "trace", None),
         device=args.device,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
@@ -167,6 +199,15 @@ def _run_quantize(args: argparse.Namespace) -> int:
     report = quantize(args.model, args.out, config)
     if not args.quiet:
         print(report.summary())
+    return 0
+
+
+def _run_plan(args: argparse.Namespace) -> int:
+    config = job_config(args)
+    from bigq.sched.planning import plan
+
+    result = plan(args.model, args.out, config, args.on)
+    print(json.dumps(result.to_json()) if args.json else result.table())
     return 0
 
 

@@ -42,12 +42,14 @@ class JobConfig:
     true_sequential: solve a block's Linears level by level, each seeing the quantized ones before it.
     calibration: a file, "c4" or "builtin"; samples rows of seqlen tokens, drawn by seed.
         seqlen None means 2048 or the model's limit, whichever is less.
-    batch: calibration rows that go through a block at once; None means 8 on a GPU, and on a CPU about 1024 tokens.
+    batch: calibration rows that go through a block at once; None means 8 on a GPU, and on a CPU about 1024 tokens, or as many
+        as there is memory for.
     activations: where calibration activations are kept between blocks: "gpu", "host", "disk", or "auto", the first of them
         that has room. The output is the same.
     read_ahead: blocks whose weights are read while the block before is computed; with 0, finished blocks are not written beside
         the computation either. None means 1 on a GPU, and 0 on a CPU, where files are a small part of a job's time and blocks
         in flight a large part of its memory.
+    vram, ram, disk: bytes of device memory, host memory and disk space that the job may take; None is what is free.
     trace: a file for the job's timeline, as Chrome's trace viewer and Perfetto read it.
     device: "auto", "cpu" or "cuda:N". dtype: of the forward passes; "auto" is the checkpoint's own.
     """
@@ -64,6 +66,9 @@ class JobConfig:
     batch: int | None = None
     activations: str = "auto"
     read_ahead: int | None = None
+    vram: int | None = None
+    ram: int | None = None
+    disk: int | None = None
     trace: str | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -85,10 +90,6 @@ class JobConfig:
         if self.read_ahead is not None and self.read_ahead < 0:
             raise UsageError(f"--read-ahead {self.read_ahead}: must not be negative")
 
-    def resolved(self, *, device_type: str, seqlen: int) -> JobConfig:
-        """The same job with nothing left open that the output's bytes depend on."""
-        return dataclasses.replace(self, seqlen=seqlen, batch=self.batch or default_batch(device_type, seqlen))
-
     def blocks_ahead(self, device_type: str) -> int:
         """``read_ahead`` with nothing left open."""
         return self.read_ahead if self.read_ahead is not None else int(device_type == "cuda")
@@ -97,6 +98,11 @@ class JobConfig:
     def base_scheme(self) -> QuantScheme:
         """The scheme with what the output format demands of it."""
         return dataclasses.replace(self.scheme, min_zero=1 if self.format == "gptq" else 0)
+
+    @property
+    def format_version(self) -> int:
+        """1 or 2: of the gptq format."""
+        return 2 if self.format == "gptq_v2" else 1
 
     def frozen(self) -> dict[str, Any]:
         """The fields that decide the output's bytes, as plain JSON values."""

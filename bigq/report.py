@@ -17,6 +17,8 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from bigq.sizes import show_size
+
 MIB = 2**20
 
 
@@ -85,6 +87,8 @@ class Report:
     output_bytes: int
     host_peak_bytes: int
     device_peak_bytes: int
+    planned_host_bytes: int
+    planned_device_bytes: int
     resumed_blocks: int
     left_out: tuple[str, ...] = ()
     waiting: Mapping[str, float] = field(default_factory=dict)
@@ -107,14 +111,14 @@ class Report:
         if self.resumed_blocks:
             lines[0] += f" ({self.resumed_blocks} of {self.blocks} blocks were there already)"
         ratio = self.output_bytes / self.source_bytes
-        lines.append(f"  size    {_size(self.source_bytes)} → {_size(self.output_bytes)} ({100 * ratio:.0f} %)")
+        lines.append(f"  size    {show_size(self.source_bytes)} → {show_size(self.output_bytes)} ({100 * ratio:.0f} %)")
         lines.append("  time    " + ", ".join(f"{k} {v:.1f} s" for k, v in sorted(self.seconds_by_phase.items(), key=lambda kv: -kv[1])))
         lines.append("  " + self.waiting_line())
         if len(self.batches) > 1:
             lines.append(f"  batch   {' → '.join(map(str, self.batches))} rows: the device ran out of memory")
-        memory = f"  memory  host peak {_size(self.host_peak_bytes)}"
+        memory = f"  memory  host peak {show_size(self.host_peak_bytes)} (planned {show_size(self.planned_host_bytes)})"
         if self.device_peak_bytes:
-            memory += f", device peak {_size(self.device_peak_bytes)}"
+            memory += f", device peak {show_size(self.device_peak_bytes)} (planned {show_size(self.planned_device_bytes)})"
         lines.append(memory)
         if self.worst is not None:
             lines.append(f"  worst   {self.worst['name']}: relative error {self.worst['relative_error']:.2e}")
@@ -164,18 +168,12 @@ class Progress:
         parts = [f"block {index + 1}/{self.blocks}", f"{seconds:.1f} s"]
         if worst is not None:
             parts.append(f"worst {worst[0]} {worst[1]:.2e}")
-        parts.append(f"host {_size(host_memory())}")
+        parts.append(f"host {show_size(host_memory())}")
         if self.device.type == "cuda":
-            parts.append(f"gpu {_size(torch.cuda.memory_allocated(self.device))}")
+            parts.append(f"gpu {show_size(torch.cuda.memory_allocated(self.device))}")
         parts.append(f"eta {_duration(remaining)}")
         self.say("  ".join(parts))
         self._bar.update()
-
-
-def _size(n: int) -> str:
-    if n < 2**30:
-        return f"{n / MIB:.1f} MiB"
-    return f"{n / 2**30:.2f} GiB"
 
 
 def _duration(seconds: float) -> str:

@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from bigq.errors import CheckpointError, ResourceError
+from bigq.io.index import DTYPES, TensorInfo
 
 #: What a quantization job needs of a hub repository: weights, configs, tokenizer, licence; no pickles.
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md"]
+#: What planning needs of it.
+CONFIG_FILES = ["config.json", "*.py"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 
 
-def resolve_model(model: str, *, metadata_only: bool = False) -> Path:
+def resolve_model(model: str) -> Path:
     """A local folder for MODEL, fetching a hub id (``owner/name`` or ``owner/name@revision``) where it is not a folder.
 
     Raises CheckpointError where it is neither, ResourceError where the hub cannot be reached.
     """
+    return _local_folder(model) or _snapshot(model, MODEL_FILES)
+
+
+def resolve_headers(model: str) -> tuple[Path, dict[str, TensorInfo] | None]:
+    """For planning: a local folder for MODEL and, of a hub id, what the headers of its shards say. No weights are fetched.
+
+    The tensors' files are names, not paths. Raises as ``resolve_model``.
+    """
+    folder = _local_folder(model)
+    if folder is not None:
+        return folder, None
+    import huggingface_hub
+
+    folder = _snapshot(model, CONFIG_FILES)
+    name, _, revision = model.partition("@")
+    with _hub_errors(model):
+        metadata = huggingface_hub.get_safetensors_metadata(name, revision=revision or None)
+    tensors = {}
+    for file, header in metadata.files_metadata.items():
+        for tensor, info in header.tensors.items():
+            if info.dtype not in DTYPES:
+                raise CheckpointError(f"{model}: {file}: tensor {tensor} is of dtype {info.dtype!r}, which is not one that bigq reads")
+            start, stop = info.data_offsets
+            tensors[tensor] = TensorInfo(
+                name=tensor, dtype=DTYPES[info.dtype], shape=tuple(info.shape), file=Path(file), start=start, stop=stop
+            )
+    return folder, tensors
+
+
+def _local_folder(model: str) -> Path | None:
+    """MODEL where it is a folder, None where it is a hub id. Raises CheckpointError where it can be neither."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
@@ -24,17 +60,39 @@ def resolve_model(model: str, *, metadata_only: bool = False) -> Path:
         raise CheckpointError(f"{model}: is a file; MODEL must be a folder of safetensors shards or a hub id")
     if model.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model}: no such folder (and not a hub id like owner/name)")
+    return None
+
+
+def _snapshot(model: str, patterns: list[str]) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     name, _, revision = model.partition("@")
-    patterns = [p for p in MODEL_FILES if not (metadata_only and p == "*.safetensors")]
-    try:
+    with _hub_errors(model):
         return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+
+
+@contextlib.contextmanager
+def _hub_errors(model: str) -> Iterator[None]:
+    """Tell the hub's errors in our terms."""
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+        SafetensorsParsingError,
+    )
+
+    try:
+        yield
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise CheckpointError(
             f"{model}: no such folder, and the hub has no such model (or it is private and you are not logged in)"
         ) from None
+    except NotASafetensorsRepoError:
+        raise CheckpointError(f"{model}: has no safetensors shards; convert it first") from None
+    except SafetensorsParsingError as error:
+        raise CheckpointError(f"{model}: a shard's header cannot be read: {str(error).splitlines()[0]}") from error
     except LocalEntryNotFoundError:
         raise ResourceError(
             f"{model}: no such folder, and the hub cannot be reached to fetch it; download it first or check the network"

@@ -15,7 +15,7 @@ class Halving:
     """From here on no more than ``batch`` rows at once.
 
     block, step: a pass over the rows. Step 0 brings them to the block's entrance (by the embedding, or through the block before);
-    steps 1, 2, … solve it. row: the first row of the pass that it holds for.
+    higher steps, of which not all need be there, solve it. row: the first row of the pass that it holds for.
     """
 
     block: int

@@ -78,7 +78,8 @@ class BlockJob:
 class Memo:
     """What modules with a shortcut return, row by row; until their Linear is solved, its inputs. Kept in the store's tier.
 
-    Rows may be put and got in batches of any size, so a pass that begins anew with a smaller one puts them all again.
+    A pass that begins anew with a smaller batch puts all rows again. Rows serve only passes with the batch that they were made
+    with: a block that is replayed from its shard has no memo, and must come to the same bytes.
     """
 
     def __init__(self) -> None:
@@ -91,6 +92,7 @@ class Memo:
         if shortcut not in self._kept:
             self._kept[shortcut] = _Kept.like(x, hi - lo, store)
         self._kept[shortcut].put(lo, hi, x)
+        self._kept[shortcut].batch = store.batch
 
     def finish(self, shortcut: Shortcut, linear: nn.Module, store: ActivationStore, block: int, step: int) -> None:
         """The Linear is solved: turn its inputs into its outputs, in a pass of the store's."""
@@ -106,6 +108,7 @@ class Memo:
 
         store.in_place(block, step, run)
         assert outputs is not None
+        outputs.batch = inputs.batch if store.batch == inputs.batch else None
         if outputs is not inputs:
             inputs.buffer.close()
         self._kept[shortcut] = outputs
@@ -113,13 +116,14 @@ class Memo:
 
     @contextlib.contextmanager
     def active(self, block: nn.Module, store: ActivationStore) -> Iterator[None]:
-        """Let finished modules return what is kept for the store's current batch instead of running."""
+        """Let finished modules return what is kept for the store's current batch instead of running, as long as it has the same size."""
+        usable = [s for s in self._finished if self._kept[s].batch == store.batch]
 
         def make(i: int) -> Callable[..., Any]:
-            shortcut = self._finished[i]
+            shortcut = usable[i]
             return lambda *_args, **_kwargs: shortcut.form.wrap(self._kept[shortcut].get(*store.at))
 
-        with all_replaced([block.get_submodule(s.module) for s in self._finished], make):
+        with all_replaced([block.get_submodule(s.module) for s in usable], make):
             yield
 
     def close(self) -> None:
@@ -132,11 +136,15 @@ class Memo:
 
 @dataclass(slots=True)
 class _Kept:
-    """Tensors of a batch as rows of a buffer. shape: of what belongs to one row, whose leading dimension may be folded."""
+    """Tensors of a batch as rows of a buffer. shape: of what belongs to one row, whose leading dimension may be folded.
+
+    batch: the rows that went through the block at once to make it; None where that was not the same number for all.
+    """
 
     buffer: RowBuffer
     elements: int
     shape: tuple[int, ...]
+    batch: int | None = None
 
     @classmethod
     def like(cls, x: Tensor, rows: int, store: ActivationStore) -> _Kept:
@@ -157,22 +165,22 @@ def solve_block(job: BlockJob, store: ActivationStore, true_sequential: bool) ->
     Raises NumericsError, naming the Linear, where activations or Hessians are not finite.
     """
     linears = block_linears(job.block)
-    steps = itertools.count(1)
-    for level in job.plan.levels(true_sequential):
+    passes = 1 + len(linears)  # of a level at most: one to capture, one for each shortcut; so a level's number is its own, memo or not
+    for step, level in zip(itertools.count(1, passes), job.plan.levels(true_sequential), strict=False):
         wanted = [Group(kept, g.level) for g in level if (kept := tuple(n for n in g.names if n in job.schemes))]
         if not wanted:
             continue
         names = {name for group in wanted for name in group.names}
         keep = [s for s in job.plan.shortcuts if s.linear in names] if true_sequential else []
-        with job.memo.active(job.block, store), job.clock.phase("replay"):
-            sums = store.afresh(job.index, next(steps), functools.partial(_capture, job, linears, wanted, store, keep))
+        with job.clock.phase("replay"):
+            sums = store.afresh(job.index, step, functools.partial(_capture, job, linears, wanted, store, keep))
         return_freed_memory()
         for group in wanted:
             yield from _solve_group(job, linears, group, sums.pop(group.names))
         return_freed_memory()
         with job.clock.phase("replay"):
-            for shortcut in keep:
-                job.memo.finish(shortcut, linears[shortcut.linear], store, job.index, next(steps))
+            for number, shortcut in enumerate(keep, 1):
+                job.memo.finish(shortcut, linears[shortcut.linear], store, job.index, step + number)
 
 
 def _capture(
@@ -210,7 +218,7 @@ def _capture(
 
         return forward
 
-    with all_replaced([linears[name] for name in names], make):
+    with job.memo.active(job.block, store), all_replaced([linears[name] for name in names], make):
         for hidden, call in store.batches(job.index):
             waiting.update(names)
             with contextlib.suppress(StopForward):

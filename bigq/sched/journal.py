@@ -170,6 +170,15 @@ class Journal:
             self._lock.close()
 
 
+def remembered_batch(out: Path) -> int | None:
+    """The batch of the job that the folder holds; None where it holds none, or none that can be read."""
+    try:
+        batch = read_json_object(out / STATE_FOLDER / "job.json")["settings"]["batch"]
+    except (BigqError, KeyError, TypeError):
+        return None
+    return batch if isinstance(batch, int) and batch > 0 else None
+
+
 def require_ours(out: Path) -> None:
     """Raise UsageError where ``out`` is neither absent, nor empty, nor the folder of a job."""
     if out.exists() and not out.is_dir():

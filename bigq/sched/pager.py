@@ -134,10 +134,9 @@ class Pager:
         return infos
 
     @contextlib.contextmanager
-    def reading_ahead(self, blocks: int, trace: Trace) -> Iterator[None]:
-        """Let ``announce_block`` read up to so many blocks ahead; all reading is a lane of the trace."""
-        largest = max(sum(t.nbytes for t in self.block_tensors(i)) for i in range(len(self.blocks)))
-        with contextlib.closing(ReadAhead(blocks * largest, trace)) as self._ahead:
+    def reading_ahead(self, budget: int, trace: Trace) -> Iterator[None]:
+        """Let ``announce_block`` read so many bytes ahead; all reading is a lane of the trace."""
+        with contextlib.closing(ReadAhead(budget, trace)) as self._ahead:
             yield
         self._ahead = None
 

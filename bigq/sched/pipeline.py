@@ -9,8 +9,8 @@ a damaged embedding or a full disk is found before hours of work. config.json co
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,38 +20,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import bigq
 from bigq import skeleton
 from bigq.arch import block_linears
-from bigq.calibration import calibration_rows, require_vocabulary
 from bigq.clock import Clock
-from bigq.config import DEFAULT_SEQLEN, JobConfig
-from bigq.errors import UnsupportedModelError, UsageError
-from bigq.io.atomic import copy_file, write_bytes, write_json
-from bigq.io.gptq_format import pack_linear, quantization_config, read_linear, require_packable
+from bigq.config import JobConfig
+from bigq.errors import ResourceError, UnsupportedModelError, UsageError
+from bigq.io.atomic import write_bytes
+from bigq.io.gptq_format import pack_linear
 from bigq.io.hub import resolve_model
-from bigq.io.index import INDEX_NAME, TensorInfo, read_header, read_json_object
-from bigq.io.reader import read_tensor
+from bigq.io.index import TensorInfo
 from bigq.io.writer import OutputTensor, write_shard
-from bigq.kernels.dequantize import dequantize_packed
 from bigq.report import LinearRecord, Progress, Report, device_memory_peak, host_memory_peak
 from bigq.sched.activations import ActivationStore
 from bigq.sched.batches import Batches, Halving, told
 from bigq.sched.behind import WriteBehind
 from bigq.sched.block import BlockJob, Memo, Solved, propagate, round_block, solve_block
+from bigq.sched.cost import Choice
 from bigq.sched.device import choose_device, memory_errors
-from bigq.sched.journal import STATE_FOLDER, Commit, Journal, require_ours
+from bigq.sched.finish import FinishedBlock, finish_folder
+from bigq.sched.journal import STATE_FOLDER, Commit, Journal, remembered_batch, require_ours
 from bigq.sched.memory import hold_heap, return_freed_memory
 from bigq.sched.pager import Pager
+from bigq.sched.planning import plan_job
+from bigq.sched.prepare import check_shapes, refuse_nesting, rest_shards, row_length, rows_for
 from bigq.sched.probe import Probe, activations_for, probe_model
-from bigq.sched.structure import SMALLEST, BlockPlan, plan_block
-from bigq.sched.tiers import Tier, choose_tier
+from bigq.sched.structure import BlockPlan, plan_block
+from bigq.sched.tiers import Tier
 from bigq.scheme import QuantScheme, scheme_for
 from bigq.skeleton import linear_weight
 from bigq.trace import Trace
-
-#: Tensors outside the blocks are gathered into shards of at most this size (a larger tensor has one of its own).
-REST_SHARD_BYTES = 5 * 10**9
 
 
 def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Report:
@@ -63,7 +60,7 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
     started = time.monotonic()
     device = choose_device(config.device)
     folder, out = resolve_model(model), Path(out).expanduser()
-    _refuse_nesting(folder, out)
+    refuse_nesting(folder, out)
     if config.trace is not None and not Path(config.trace).parent.is_dir():
         raise UsageError(f"--trace {config.trace}: its folder does not exist; make it first")
     require_ours(out)
@@ -73,31 +70,33 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
         pager = Pager(folder, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
         if pager.packed:
             raise UnsupportedModelError(f"{folder}: is already quantized; give the original model")
-        config = config.resolved(device_type=device.type, seqlen=_seqlen(pager, config))
-        rows = _calibration(pager, config)
-        request = {
-            "settings": config.frozen(),
-            "source": pager.checkpoint.fingerprint,
-            "config": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
-            "calibration_tokens": None if rows is None else hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
-        }
-        rest = _rest_shards(pager)
+        check_shapes(pager, config)
+        config = dataclasses.replace(config, seqlen=row_length(pager.config, config), batch=config.batch or remembered_batch(out))
+        rows = rows_for(pager, config)
+        plan = plan_job(pager, rows, config, out)
+        config = dataclasses.replace(config, batch=plan.choice.batch)
+        rest = rest_shards(pager)
         units = [f"rest-{i}" for i in range(len(rest))] + [f"block-{i}" for i in range(len(pager.blocks))]
-        with contextlib.closing(Journal(out, request, units)) as journal, Progress(len(pager.blocks), device, config.quiet) as progress:
-            trace = Trace(keep=config.trace is not None)
-            clock = Clock(device, trace)
-            try:
-                ahead = config.blocks_ahead(device.type)
-                with contextlib.closing(WriteBehind(beside=ahead > 0)) as behind, pager.reading_ahead(ahead, trace):
-                    job = _Job(pager, config, journal, units, rest, progress, clock, behind)
-                    job.run(rows)
-            finally:
-                if config.trace is not None:
-                    with contextlib.suppress(RuntimeError):  # a device that failed has no more to tell
-                        clock.settle()
-                    write_bytes(Path(config.trace), trace.to_json())
-            job.finish()
-    resumed = job.resumed
+        with Progress(len(pager.blocks), device, config.quiet) as progress:
+            progress.say(plan.brief())
+            if plan.shortages:
+                raise ResourceError(f"{out}: the job does not fit: {'; '.join(plan.shortages)}")
+            with contextlib.closing(Journal(out, _request(pager, config, rows), units)) as journal:
+                trace = Trace(keep=config.trace is not None)
+                clock = Clock(device, trace)
+                try:
+                    with (
+                        contextlib.closing(WriteBehind(beside=plan.choice.beside)) as behind,
+                        pager.reading_ahead(plan.choice.ahead, trace),
+                    ):
+                        job = _Job(pager, config, plan.choice, journal, units, rest, progress, clock, behind)
+                        job.run(rows)
+                finally:
+                    if config.trace is not None:
+                        with contextlib.suppress(RuntimeError):  # a device that failed has no more to tell
+                            clock.settle()
+                        write_bytes(Path(config.trace), trace.to_json())
+                finish_folder(folder, journal, config)
     return Report(
         out=str(out),
         blocks=len(pager.blocks),
@@ -108,11 +107,23 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
         output_bytes=sum(commit.shard.size for commit in journal.commits),
         host_peak_bytes=host_memory_peak(),
         device_peak_bytes=device_memory_peak(device),
-        resumed_blocks=resumed,
+        planned_host_bytes=plan.cost.host,
+        planned_device_bytes=plan.cost.device,
+        resumed_blocks=job.resumed,
         left_out=tuple(name for commit in journal.commits for name in commit.left_out),
         waiting=clock.waiting(),
-        batches=() if rows is None else Batches(config.batch or 1, journal.halvings).used,
+        batches=() if rows is None else Batches(plan.choice.batch, journal.halvings).used,
     )
+
+
+def _request(pager: Pager, config: JobConfig, rows: Tensor | None) -> dict[str, Any]:
+    """What decides the output's bytes."""
+    return {
+        "settings": config.frozen(),
+        "source": pager.checkpoint.fingerprint,
+        "config": hashlib.sha256((pager.folder / "config.json").read_bytes()).hexdigest(),
+        "calibration_tokens": None if rows is None else hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+    }
 
 
 @dataclass(slots=True)
@@ -121,6 +132,7 @@ class _Job:
 
     pager: Pager
     config: JobConfig
+    choice: Choice
     journal: Journal
     units: list[str]
     rest: list[list[TensorInfo]]
@@ -131,7 +143,6 @@ class _Job:
 
     def run(self, rows: Tensor | None) -> None:
         """Commit every shard that is not committed yet."""
-        self._check_shapes()
         self._check_committed()
         done = len(self.journal.commits)
         for i in range(done, len(self.rest)):
@@ -146,9 +157,9 @@ class _Job:
         store = None
         if rows is not None:
             with self.clock.phase("embed"):
-                assert self.config.batch is not None
-                batches = Batches(self.config.batch, self.journal.halvings, self._halved)
-                store = activations_for(self.pager, rows, batches, probe, self._tier(rows, probe))
+                tier = Tier(self.choice.tier, self.pager.device, self.journal.out / STATE_FOLDER, self.clock)
+                batches = Batches(self.choice.batch, self.journal.halvings, self._halved)
+                store = activations_for(self.pager, rows, batches, probe, tier)
         plans: dict[Any, BlockPlan] = {}
         with contextlib.nullcontext() if store is None else contextlib.closing(store):
             for i in range(len(self.pager.blocks)):
@@ -156,16 +167,6 @@ class _Job:
                     self._block(i, probe, plans, store)
         with self.clock.phase("write"):
             self.behind.wait()
-
-    def _check_shapes(self) -> None:
-        """Raise UsageError before the job starts where a Linear fits neither the format nor its group size."""
-        for i, block in enumerate(self.pager.blocks):
-            for name, module in block_linears(block).items():
-                full = f"{self.pager.blocks_path}.{i}.{name}"
-                scheme = scheme_for(full, self.config.base_scheme, self.config.rules)
-                m, n = linear_weight(module).shape
-                if scheme is not None and min(m, n) >= SMALLEST:
-                    require_packable(full, m, n, scheme)
 
     def _block(self, i: int, probe: Probe, plans: dict[Any, BlockPlan], store: ActivationStore | None) -> None:
         started = time.monotonic()
@@ -179,7 +180,7 @@ class _Job:
         if shape not in plans:
             with self.clock.phase("probe"):
                 plans[shape] = plan_block(block, probe.hidden, probe.calls[i])
-        plan = plans[shape]
+        plan = plans[shape] if self.choice.memo else dataclasses.replace(plans[shape], shortcuts=())
         job = BlockJob(
             index=i,
             prefix=prefix,
@@ -209,11 +210,6 @@ class _Job:
             named = None if worst is None else (worst.name.removeprefix(prefix + "."), worst.relative_error)
             self.progress.block_done(i, time.monotonic() - started, named)
 
-    def _tier(self, rows: Tensor, probe: Probe) -> Tier:
-        """Where the activations go. A block may keep one more hidden state per token: see ``Memo``."""
-        needed = 2 * rows.numel() * probe.hidden.shape[-1] * probe.hidden.dtype.itemsize
-        return choose_tier(self.config.activations, self.pager.device, needed, self.journal.out / STATE_FOLDER, self.clock)
-
     def _halved(self, before: int, halving: Halving) -> None:
         self.progress.say(told(before, halving))
         self.journal.halve(halving)
@@ -232,7 +228,7 @@ class _Job:
         for solved in solving:
             source = self.pager.sources[f"{solved.name}.weight"].name
             with self.clock.phase("pack"):
-                packed[source] = pack_linear(source.removesuffix(".weight"), solved.weight, self._version)
+                packed[source] = pack_linear(source.removesuffix(".weight"), solved.weight, self.config.format_version)
             records.append(solved.record())
         tensors = []
         for name in self._sources(len(self.rest) + job.index):
@@ -250,11 +246,11 @@ class _Job:
 
     def _restore(self, job: BlockJob) -> None:
         """Give a block that an earlier run committed the weights that it was committed with."""
-        finished = _FinishedBlock(self.journal.out, self.journal.commits[len(self.rest) + job.index])
+        finished = FinishedBlock(self.journal.out, self.journal.commits[len(self.rest) + job.index])
         for name, scheme in job.schemes.items():
             source = self.pager.sources[f"{job.prefix}.{name}.weight"].name.removesuffix(".weight")
             module = job.block.get_submodule(name)
-            weight = finished.weight(source, scheme.bits, self._version, linear_weight(module).dtype, self.pager.device)
+            weight = finished.weight(source, scheme.bits, self.config.format_version, linear_weight(module).dtype, self.pager.device)
             skeleton.set_linear_weight(module, weight)
 
     def _check_committed(self) -> None:
@@ -274,10 +270,6 @@ class _Job:
         own = {info.name for name, info in self.pager.sources.items() if name.startswith(prefix + ".")}
         return [name for name in self.pager.checkpoint if name in own]
 
-    @property
-    def _version(self) -> int:
-        return 2 if self.config.format == "gptq_v2" else 1
-
     def _commit(
         self, number: int, tensors: list[OutputTensor], records: list[LinearRecord], left_out: Sequence[str] = (), batch: int | None = None
     ) -> None:
@@ -288,95 +280,3 @@ class _Job:
             source = self.pager.checkpoint.sample(self._sources(number))
             linears = tuple(r.to_json() for r in records)
             self.journal.commit(Commit(unit=unit, shard=shard, linears=linears, left_out=tuple(left_out), source=source, batch=batch))
-
-    def finish(self) -> None:
-        """Write what makes the folder loadable: side files, quantize_config.json, the index, and last config.json."""
-        source, out, config = self.pager.folder, self.journal.out, self.config
-        lines = [_json_line(record) for commit in self.journal.commits for record in commit.linears]
-        write_bytes(out / STATE_FOLDER / "linears.jsonl", b"".join(lines))
-        for path in sorted(source.iterdir()):
-            if path.is_file() and _is_side_file(path.name):
-                copy_file(path, out / path.name)
-        meta = {
-            "quantizer": [f"bigq:{bigq.__version__}"],
-            "method": config.method,
-            "true_sequential": config.true_sequential,
-            "mse": config.scheme.mse,
-        }
-        left_out = tuple(name for commit in self.journal.commits for name in commit.left_out)
-        quantization = quantization_config(config.scheme, config.rules, self._version, left_out, meta)
-        write_json(out / "quantize_config.json", quantization)
-        weight_map = {name: commit.shard.file for commit in self.journal.commits for name in commit.shard.tensors}
-        total = sum(commit.shard.size for commit in self.journal.commits)
-        write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-        write_json(out / "config.json", read_json_object(source / "config.json") | {"quantization_config": quantization})
-
-
-class _FinishedBlock:
-    """The packed Linears of a committed block."""
-
-    def __init__(self, out: Path, commit: Commit) -> None:
-        self._tensors, _ = read_header(out / commit.shard.file)
-
-    def weight(self, prefix: str, bits: int, version: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        stored = read_linear(prefix, lambda n: read_tensor(self._tensors[n]), bits, version)
-        words, scales, zeros = (t.to(device) for t in stored)
-        return dequantize_packed(words, scales, zeros, bits, dtype)
-
-
-def _seqlen(pager: Pager, config: JobConfig) -> int:
-    """Tokens per calibration row. Raises UsageError where the model has fewer positions than asked for."""
-    limit = skeleton.max_positions(pager.config) or DEFAULT_SEQLEN
-    if config.seqlen is not None and config.seqlen > (skeleton.max_positions(pager.config) or config.seqlen):
-        raise UsageError(f"--seqlen {config.seqlen}: the model has {limit} positions; use --seqlen {limit} or less")
-    return config.seqlen or min(DEFAULT_SEQLEN, limit)
-
-
-def _calibration(pager: Pager, config: JobConfig) -> Tensor | None:
-    """The calibration rows [N, T] of a resolved job; None where the method does not look at any."""
-    if config.method == "rtn":
-        return None
-    assert config.seqlen is not None
-    rows = calibration_rows(
-        config.calibration,
-        pager.folder,
-        samples=config.samples,
-        seqlen=config.seqlen,
-        seed=config.seed,
-        trust_remote_code=config.trust_remote_code,
-    )
-    require_vocabulary(rows, pager.embedding.num_embeddings)
-    return rows
-
-
-def _rest_shards(pager: Pager) -> list[list[TensorInfo]]:
-    """The tensors outside the blocks (and those that the model has no place for), gathered into shards."""
-    in_blocks = {info.name for name, info in pager.sources.items() if name.startswith(pager.blocks_path + ".")}
-    shards: list[list[TensorInfo]] = []
-    size = 0
-    for name, info in pager.checkpoint.tensors.items():
-        if name in in_blocks:
-            continue
-        if not shards or size + info.nbytes > REST_SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(info)
-        size += info.nbytes
-    return shards
-
-
-def _refuse_nesting(source: Path, out: Path) -> None:
-    a, b = source.resolve(), out.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise UsageError(f"{out}: OUT and MODEL ({source}) must be folders apart from each other")
-
-
-def _is_side_file(name: str) -> bool:
-    """Whether a file of the source belongs beside any checkpoint of it: tokenizer, licence, generation config, code."""
-    if name in ("config.json", "quantize_config.json") or name.startswith("."):
-        return False
-    return not name.endswith((".safetensors", ".index.json", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx"))
-
-
-def _json_line(value: Any) -> bytes:
-    return (json.dumps(value) + "\n").encode()

@@ -54,11 +54,25 @@ class BlockPlan:
         return [[g for g in self.groups if g.level == level] for level in range(depth)]
 
 
-def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> BlockPlan:
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Something that spreads from a tensor to all that is computed from it. put: a tensor like y that has it; on: whether x does."""
+
+    put: Callable[[Tensor], Tensor]
+    on: Callable[[Tensor], bool]
+
+
+#: For real tensors.
+NAN = Mark(lambda y: torch.full_like(y, float("nan")), lambda x: bool(torch.isnan(x).any()))
+#: For tensors without values (meta), where gradients are enabled.
+GRADIENT = Mark(lambda y: y.detach().requires_grad_().clone(), lambda x: x.requires_grad)
+
+
+def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, mark: Mark = NAN) -> BlockPlan:
     """Find the groups of a loaded block and their levels from one probe [B, T, d]."""
     linears = block_linears(block)
     groups = _groups(block, linears, hidden, call)
-    reached = [_poison(block, linears, groups, i, hidden, call) for i in range(len(groups))]
+    reached = [_marked(block, linears, groups, i, hidden, call, mark) for i in range(len(groups))]
     levels = [0] * len(groups)
     for _ in groups:
         for i, targets in enumerate(reached):
@@ -105,13 +119,17 @@ def _groups(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
     """Whether two live tensors are views of the same memory in the same shape and state."""
-    return (a.data_ptr(), a.shape, a.stride(), a._version) == (b.data_ptr(), b.shape, b.stride(), b._version)
+
+    def identity(t: Tensor) -> tuple[Any, ...]:
+        return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t._version
+
+    return identity(a) == identity(b)
 
 
-def _poison(
-    block: nn.Module, linears: Mapping[str, nn.Module], groups: list[list[str]], poisoned: int, hidden: Tensor, call: BlockCall
+def _marked(
+    block: nn.Module, linears: Mapping[str, nn.Module], groups: list[list[str]], source: int, hidden: Tensor, call: BlockCall, mark: Mark
 ) -> set[int]:
-    """The groups whose input turns NaN when the outputs of group ``poisoned`` do."""
+    """The groups whose input is marked when the outputs of group ``source`` are."""
     names = [name for group in groups for name in group]
     group_of = {name: i for i, group in enumerate(groups) for name in group}
     reached: set[int] = set()
@@ -120,16 +138,16 @@ def _poison(
         name, module = names[k], linears[names[k]]
 
         def forward(x: Tensor) -> Tensor:
-            if bool(torch.isnan(x).any()):
+            if mark.on(x):
                 reached.add(group_of[name])
             y: Tensor = type(module).forward(module, x)
-            return torch.full_like(y, float("nan")) if group_of[name] == poisoned else y
+            return mark.put(y) if group_of[name] == source else y
 
         return forward
 
     with all_replaced([linears[name] for name in names], make):
         call.run(block, hidden)
-    return reached - {poisoned}
+    return reached - {source}
 
 
 def _shortcuts(block: nn.Module, groups: tuple[Group, ...], hidden: Tensor, call: BlockCall) -> tuple[Shortcut, ...]:

@@ -71,7 +71,7 @@ class Tier:
         return buffer if self.clock is None else _Timed(buffer, self.clock)
 
 
-def choose_tier(wanted: str, device: torch.device, needed: int, scratch: Path, clock: Clock | None = None) -> Tier:
+def choose_tier(wanted: str, device: torch.device, needed: int, scratch: Path) -> Tier:
     """The tier asked for, or with "auto" the fastest one that takes ``needed`` bytes without filling more than half of it.
 
     Raises UsageError for the GPU tier without a GPU.
@@ -81,7 +81,7 @@ def choose_tier(wanted: str, device: torch.device, needed: int, scratch: Path, c
     if wanted == "auto":
         device_free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
         wanted = fastest_tier(needed, device_free, psutil.virtual_memory().available)
-    return Tier(wanted, device, scratch, clock)
+    return Tier(wanted, device, scratch)
 
 
 def fastest_tier(needed: int, device_free: int, host_free: int) -> str:

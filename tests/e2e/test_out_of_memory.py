@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import bigq
 from bigq.cli import main
@@ -24,6 +25,7 @@ from bigq.sched import block as block_module
 from bigq.sched import pipeline
 from bigq.sched import probe as probe_module
 from bigq.sched.activations import ActivationStore
+from bigq.sched.batches import Halving
 from bigq.sched.capture import BlockCall
 from bigq.sched.journal import Commit, Journal
 from bigq.scheme import QuantScheme
@@ -197,18 +199,19 @@ def test_evaluation_goes_on_too(
 
 
 #: Moment → what fails (a block's call, or the keeping of a shortcut's rows), the which time, and where the job halves:
-#: block, step (0 brings rows to the block's entrance) and row. Every level and every propagation of a block calls it twice.
+#: block, step and row. Step 0 brings rows to the block's entrance; a level's capture is 8 steps (as many as Linears, and one) behind
+#: the one before. Every level and every propagation of a block calls it twice.
 MOMENTS: Mapping[str, tuple[str, int, tuple[int, int, int]]] = {
     "first capture": ("run", 1, (0, 1, 0)),
     "second batch of the first capture": ("run", 2, (0, 1, 0)),
-    "a later level": ("run", 5, (0, 4, 0)),
-    "keeping inputs": ("keep", 2, (0, 2, 0)),
-    "keeping outputs, first batch": ("keep", 3, (0, 3, 0)),
-    "keeping outputs, second batch": ("keep", 4, (0, 3, 8)),
+    "a later level": ("run", 5, (0, 17, 0)),
+    "keeping inputs": ("keep", 2, (0, 9, 0)),
+    "keeping outputs, first batch": ("keep", 3, (0, 10, 0)),
+    "keeping outputs, second batch": ("keep", 4, (0, 10, 8)),
     "first batch of a propagation": ("run", 9, (1, 0, 0)),
     "middle of a propagation": ("run", 10, (1, 0, 8)),
-    "second block": ("run", 14, (1, 2, 0)),
-    "last capture": ("run", 28, (2, 5, 0)),
+    "second block": ("run", 14, (1, 9, 0)),
+    "last capture": ("run", 28, (2, 25, 0)),
 }
 
 
@@ -296,38 +299,60 @@ def test_such_a_job_killed_anywhere_ends_in_the_same_bytes(
     tmp_path: Path,
 ) -> None:
     """Killed right after it has halved, and after each commit; the next run's device has memory enough."""
-    expected = hashes(halved(moment)[0])
-    commit, halve = Journal.commit, Journal.halve
     for kill in ("halving", 1, 2, 3, 4):
         out = tmp_path / str(kill)
-        commits: list[str] = []
+        kill_and_resume(checkpoint("llama"), out, job(ids_file), moment, kill)
+        assert hashes(out) == hashes(halved(moment)[0]), kill
 
-        def killed_committing(self: Journal, record: Commit, kill: Any = kill, commits: list[str] = commits) -> None:
-            commit(self, record)
-            commits.append(record.unit)
-            if len(commits) == kill:
-                raise KeyboardInterrupt
 
-        def killed_halving(self: Journal, halving: Any, kill: Any = kill) -> None:
-            halve(self, halving)
-            if kill == "halving":
-                raise KeyboardInterrupt
+@pytest.mark.parametrize("moment", ["a later level", "keeping outputs, second batch", "middle of a propagation"])
+def test_where_results_depend_much_on_the_batch_too(
+    moment: str, checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished block is replayed without what was kept while it was solved with a larger batch: it must not have been used either."""
+    attention = LlamaAttention.forward
 
-        with pytest.MonkeyPatch.context() as patch:
-            fail_once(patch, *MOMENTS[moment][:2])
-            patch.setattr(Journal, "commit", killed_committing)
-            patch.setattr(Journal, "halve", killed_halving)
-            with pytest.raises(KeyboardInterrupt):
-                bigq.quantize(str(checkpoint("llama")), out, job(ids_file))
-        halved_before = (out / ".bigq" / "batches.json").exists()
-        with pytest.MonkeyPatch.context() as patch:
-            if not halved_before:
-                # It was killed before the device failed: that happens to the second run instead.
-                block, step, row = MOMENTS[moment][2]
-                fail_at_place(patch, block, step, row)
-            report = bigq.quantize(str(checkpoint("llama")), out, job(ids_file))
-        assert report.batches == (8, 4), kill
-        assert hashes(out) == expected, kill
+    def dependent(self: LlamaAttention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return attention(self, hidden_states * (1 + 0.02 * len(hidden_states)), *args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", dependent)
+    with pytest.MonkeyPatch.context() as patch:
+        fail_once(patch, *MOMENTS[moment][:2])
+        bigq.quantize(str(checkpoint("llama")), tmp_path / "out", job(ids_file))
+    bigq.quantize(str(checkpoint("llama")), tmp_path / "plain", job(ids_file))
+    assert hashes(tmp_path / "out") != hashes(tmp_path / "plain")
+    for kill in ("halving", 2, 3):
+        out = tmp_path / str(kill)
+        kill_and_resume(checkpoint("llama"), out, job(ids_file), moment, kill)
+        assert hashes(out) == hashes(tmp_path / "out"), kill
+
+
+def kill_and_resume(source: Path, out: Path, config: JobConfig, moment: str, kill: str | int) -> None:
+    """A job whose device fails at a moment, killed right after it has halved or after so many commits, and then taken up again."""
+    commit, halve = Journal.commit, Journal.halve
+    commits: list[str] = []
+
+    def committing(self: Journal, record: Commit) -> None:
+        commit(self, record)
+        commits.append(record.unit)
+        if len(commits) == kill:
+            raise KeyboardInterrupt
+
+    def halving(self: Journal, place: Halving) -> None:
+        halve(self, place)
+        if kill == "halving":
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        fail_once(patch, *MOMENTS[moment][:2])
+        patch.setattr(Journal, "commit", committing)
+        patch.setattr(Journal, "halve", halving)
+        with pytest.raises(KeyboardInterrupt):
+            bigq.quantize(str(source), out, config)
+    with pytest.MonkeyPatch.context() as patch:
+        if not (out / ".bigq" / "batches.json").exists():  # killed before the device failed: that happens to the second run instead
+            fail_at_place(patch, *MOMENTS[moment][2])
+        assert bigq.quantize(str(source), out, config).batches == (8, 4)
 
 
 def fail_at_place(patch: pytest.MonkeyPatch, block: int, step: int, row: int) -> None:

@@ -1,0 +1,75 @@
+"""How fast a device can be at best: what a plan's times are counted with. Measured where the device is at hand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+#: Bytes per second of a good NVMe disk or parallel file system, where nobody says what the disk gives.
+DISK_RATE = 3e9
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """Rates of a device. products: operations per second of a product in the compute dtype; correcting: of one that spreads GPTQ's
+    errors (TF32 on a GPU, fp32 on a CPU); single: in fp32. copy: bytes per second moved in memory. memory: bytes it has, 0 for the
+    host's own. source: where the figures are from.
+    """
+
+    name: str
+    products: float
+    correcting: float
+    single: float
+    copy: float
+    memory: int
+    source: str
+
+
+#: Dense peaks of data sheets (SXM cards): tensor cores in bf16 and TF32, fp32, memory.
+KNOWN = {
+    "a100": Ceilings("A100 80 GB", 312e12, 156e12, 19.5e12, 2.04e12, 80 * 10**9, "data sheet"),
+    "h100": Ceilings("H100 80 GB", 989e12, 494e12, 67e12, 3.35e12, 80 * 10**9, "data sheet"),
+    "h200": Ceilings("H200 141 GB", 989e12, 494e12, 67e12, 4.8e12, 141 * 10**9, "data sheet"),
+}
+
+
+def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Products of 1024² (a GPU's of 8192²) and a copy of 8 MiB (1 GiB), the best of a few runs: a fraction of a second."""
+    gpu = device.type == "cuda"
+    size = 8192 if gpu else 1024
+    products = {kind: _products(device, kind, size) for kind in {dtype, torch.float32}}
+    correcting = products[torch.float32]
+    if gpu:
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        correcting = _products(device, torch.float32, size)
+        torch.backends.cuda.matmul.allow_tf32 = before
+    source = torch.empty(2**30 if gpu else 2**23, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * source.numel() / _best(device, lambda: target.copy_(source))
+    name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+    memory = torch.cuda.get_device_properties(device).total_memory if gpu else 0
+    return Ceilings(name, products[dtype], correcting, products[torch.float32], copied, memory, "measured now")
+
+
+def _products(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    out = torch.empty_like(a)
+    return 2.0 * size**3 / _best(device, lambda: torch.mm(a, a, out=out))
+
+
+def _best(device: torch.device, run: Callable[[], object]) -> float:
+    """Seconds of the fastest of four runs, the first not counted."""
+    seconds = []
+    for _ in range(4):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])

@@ -1,0 +1,108 @@
+"""Plans for real models and machines: what there is to know is looked up here and handed to the planner."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bigq import skeleton
+from bigq.arch import find_blocks
+from bigq.config import JobConfig
+from bigq.errors import UnsupportedModelError, UsageError
+from bigq.io.hub import resolve_headers
+from bigq.io.index import TensorInfo, read_json_object
+from bigq.report import host_memory
+from bigq.sched.budget import GPU_RESERVE, disk_budget, gpu_budget, host_budget
+from bigq.sched.ceilings import KNOWN, Ceilings, measure
+from bigq.sched.cost import Work
+from bigq.sched.device import choose_device
+from bigq.sched.pager import Pager
+from bigq.sched.planner import Budgets, Plan, make_plan
+from bigq.sched.prepare import row_length
+from bigq.sched.survey import Outline, survey
+from bigq.scheme import QuantScheme, scheme_for
+
+
+def plan(model: str, out: str | Path = ".", config: JobConfig | None = None, on: str = "this") -> Plan:
+    """What quantizing a model folder or hub id takes; no weights are read.
+
+    out: where the output would lie. on: "this" machine, or the GPU to plan for, one of ``ceilings.KNOWN``. A folder needs
+    nothing but a config.json; of a hub id config and headers are fetched.
+    Raises UsageError, DataError or ResourceError.
+    """
+    config = config or JobConfig()
+    if on != "this" and on not in KNOWN:
+        raise UsageError(f"--on {on}: must be this, {', '.join(KNOWN)}")
+    skeleton.silence()
+    folder, tensors = resolve_headers(model)
+    with torch.no_grad():
+        outline, model_config = _outline(folder, tensors, config)
+        seqlen = row_length(model_config, config)
+        shape = survey(outline, seqlen)
+        work = _work(config, config.samples, config.samples * seqlen)
+        device = torch.device("cpu") if on in KNOWN else choose_device(config.device)
+        ceilings = KNOWN[on] if on in KNOWN else measure(device, outline.dtype)
+        on_gpu = bool(ceilings.memory)
+        budgets = _budgets(config, device, Path(out), ceilings)
+        return make_plan(shape, work, config, on_gpu=on_gpu, base=host_memory(), budgets=budgets, ceilings=ceilings)
+
+
+def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path) -> Plan:
+    """The plan of a job that is about to begin in ``out`` or to go on there. Its row length is settled."""
+    assert config.seqlen is not None
+    outline = Outline(
+        model=pager.model,
+        blocks_path=pager.blocks_path,
+        blocks=pager.blocks,
+        dtype=pager.dtype,
+        sources=pager.sources,
+        stored=sum(info.nbytes for info in pager.checkpoint.tensors.values()),
+    )
+    shape = survey(outline, config.seqlen)
+    work = _work(config, 0 if rows is None else len(rows), 0 if rows is None else len(rows.unique()))
+    ceilings = measure(pager.device, pager.dtype)
+    if pager.device.type == "cuda":
+        torch.cuda.empty_cache()
+    budgets = _budgets(config, pager.device, out, ceilings)
+    there = sum(path.stat().st_size for path in out.glob("model-*.safetensors"))
+    budgets = dataclasses.replace(budgets, disk=budgets.disk + there)
+    return make_plan(shape, work, config, on_gpu=pager.device.type == "cuda", base=host_memory(), budgets=budgets, ceilings=ceilings)
+
+
+def _work(config: JobConfig, rows: int, tokens: int) -> Work:
+    def scheme(name: str) -> QuantScheme | None:
+        return scheme_for(name, config.base_scheme, config.rules)
+
+    return Work(rows=rows, tokens=tokens, scheme=scheme, method=config.method, true_sequential=config.true_sequential)
+
+
+def _budgets(config: JobConfig, device: torch.device, out: Path, ceilings: Ceilings) -> Budgets:
+    """What the flags say, else what is free."""
+    vram = gpu_budget(device) if device.type == "cuda" else max(0, ceilings.memory - GPU_RESERVE)
+    return Budgets(
+        device=config.vram if config.vram is not None else vram,
+        host=config.ram if config.ram is not None else host_budget(host_memory()),
+        disk=config.disk if config.disk is not None else disk_budget(out),
+    )
+
+
+def _outline(folder: Path, tensors: dict[str, TensorInfo] | None, config: JobConfig) -> tuple[Outline, object]:
+    """The model of a folder with shards, or of a config and perhaps the headers that belong to it; and its config."""
+    if tensors is None and any(folder.glob("*.safetensors")):
+        pager = Pager(folder, device=torch.device("cpu"), dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+        model_config, dtype, model = pager.config, pager.dtype, pager.model
+        path, blocks, sources = pager.blocks_path, pager.blocks, pager.sources
+        tensors = dict(pager.checkpoint.tensors)
+    else:
+        model_config = skeleton.load_config(folder, trust_remote_code=config.trust_remote_code)
+        dtype = skeleton.compute_dtype(model_config, config.dtype, (t.dtype for t in (tensors or {}).values()))
+        model = skeleton.build(model_config, dtype, trust_remote_code=config.trust_remote_code)
+        path, blocks = find_blocks(model)
+        sources = {target: (tensors or {})[name] for name, target in skeleton.map_names(model, tensors or {}).items()}
+    if "quantization_config" in read_json_object(folder / "config.json"):
+        raise UnsupportedModelError(f"{folder}: is already quantized; give the original model")
+    stored = sum(info.nbytes for info in tensors.values()) if tensors else None
+    return Outline(model=model, blocks_path=path, blocks=blocks, dtype=dtype, sources=sources, stored=stored), model_config

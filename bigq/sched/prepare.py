@@ -1,0 +1,83 @@
+"""What a job finds out before it begins: its calibration rows, its shards, and whether they can be what they are to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from bigq import skeleton
+from bigq.arch import block_linears
+from bigq.calibration import calibration_rows, require_vocabulary
+from bigq.config import DEFAULT_SEQLEN, JobConfig
+from bigq.errors import UsageError
+from bigq.io.gptq_format import require_packable
+from bigq.io.index import TensorInfo
+from bigq.sched.pager import Pager
+from bigq.sched.structure import SMALLEST
+from bigq.scheme import scheme_for
+from bigq.skeleton import linear_weight
+
+#: Tensors outside the blocks are gathered into shards of at most this size (a larger tensor has one of its own).
+REST_SHARD_BYTES = 5 * 10**9
+
+
+def row_length(model_config: object, config: JobConfig) -> int:
+    """Tokens per calibration row. Raises UsageError where the model has fewer positions than asked for."""
+    limit = skeleton.max_positions(model_config)
+    if config.seqlen is None:
+        return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
+    if limit is not None and config.seqlen > limit:
+        raise UsageError(f"--seqlen {config.seqlen}: the model has {limit} positions; use --seqlen {limit} or less")
+    return config.seqlen
+
+
+def rows_for(pager: Pager, config: JobConfig) -> Tensor | None:
+    """The calibration rows [N, T] of a job whose row length is settled; None where the method does not look at any."""
+    if config.method == "rtn":
+        return None
+    assert config.seqlen is not None
+    rows = calibration_rows(
+        config.calibration,
+        pager.folder,
+        samples=config.samples,
+        seqlen=config.seqlen,
+        seed=config.seed,
+        trust_remote_code=config.trust_remote_code,
+    )
+    require_vocabulary(rows, pager.embedding.num_embeddings)
+    return rows
+
+
+def rest_shards(pager: Pager) -> list[list[TensorInfo]]:
+    """The tensors outside the blocks (and those that the model has no place for), gathered into shards."""
+    in_blocks = {info.name for name, info in pager.sources.items() if name.startswith(pager.blocks_path + ".")}
+    shards: list[list[TensorInfo]] = []
+    size = 0
+    for name, info in pager.checkpoint.tensors.items():
+        if name in in_blocks:
+            continue
+        if not shards or size + info.nbytes > REST_SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(info)
+        size += info.nbytes
+    return shards
+
+
+def check_shapes(pager: Pager, config: JobConfig) -> None:
+    """Raise UsageError where a Linear fits neither the format nor its group size."""
+    for i, block in enumerate(pager.blocks):
+        for name, module in block_linears(block).items():
+            full = f"{pager.blocks_path}.{i}.{name}"
+            scheme = scheme_for(full, config.base_scheme, config.rules)
+            m, n = linear_weight(module).shape
+            if scheme is not None and min(m, n) >= SMALLEST:
+                require_packable(full, m, n, scheme)
+
+
+def refuse_nesting(source: Path, out: Path) -> None:
+    """Raise UsageError where one of the two folders lies in the other."""
+    a, b = source.resolve(), out.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise UsageError(f"{out}: OUT and MODEL ({source}) must be folders apart from each other")

@@ -1,0 +1,113 @@
+"""The shape of a model, as plain numbers: all that planning a job needs to know of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A quantity that grows with the rows in a batch: ``fixed + per_row · rows``."""
+
+    fixed: float
+    per_row: float
+
+    def at(self, rows: int) -> int:
+        return max(0, round(self.fixed + self.per_row * rows))
+
+    @classmethod
+    def through(cls, one: float, two: float) -> Rows:
+        """The line through the values for one row and for two."""
+        return cls(2 * one - two, two - one)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """A Linear [m outputs, n inputs], by its name in the block. stored: bytes of its weight in the checkpoint."""
+
+    name: str
+    m: int
+    n: int
+    stored: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupShape:
+    """Linears that share an input, and the level at which they are solved."""
+
+    linears: tuple[LinearShape, ...]
+    level: int
+
+    @property
+    def n(self) -> int:
+        return self.linears[0].n
+
+
+@dataclass(frozen=True, slots=True)
+class MemoShape:
+    """A module whose output is kept once ``linear`` (n inputs, m outputs), inside it, is solved. inside: all its Linears."""
+
+    linear: str
+    m: int
+    n: int
+    inside: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Bytes that a forward takes on its way to the inputs of a level's Linears, beside weights and hidden states.
+
+    peak: the most until then. held: what is still held there.
+    """
+
+    peak: Rows
+    held: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """One kind of block.
+
+    groups: in order of execution. reach: by level. forward: bytes that a whole forward takes. calls: bytes of masks and tables
+    that it is called with. weights: bytes of its parameters in the compute dtype; stored: in the checkpoint; largest_stored:
+    of the largest tensor. attention: floating-point operations per row that are not a Linear's.
+    """
+
+    groups: tuple[GroupShape, ...]
+    reach: tuple[Reach, ...]
+    forward: Rows
+    calls: Rows
+    memos: tuple[MemoShape, ...]
+    weights: int
+    stored: int
+    largest_stored: int
+    attention: float
+
+    @property
+    def linears(self) -> list[LinearShape]:
+        return [linear for group in self.groups for linear in group.linears]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A model to be quantized.
+
+    path: of the list of blocks. blocks: one by one (blocks of a kind share one object). seqlen: tokens of the rows that were looked
+    at. width: of the hidden states; itemsize: bytes of an element in the compute dtype. vocabulary: rows of the embedding;
+    embedding_row: bytes of one in the checkpoint. rest_stored: bytes of all tensors outside the blocks; rest_loaded: of those that
+    an embedding pass needs beside the embedding.
+    """
+
+    path: str
+    blocks: tuple[BlockShape, ...]
+    seqlen: int
+    width: int
+    itemsize: int
+    vocabulary: int
+    embedding_row: int
+    rest_stored: int
+    rest_loaded: int
+
+    @property
+    def stored(self) -> int:
+        return self.rest_stored + sum(block.stored for block in self.blocks)
