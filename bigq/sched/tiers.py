@@ -20,8 +20,10 @@ import psutil
 import torch
 from torch import Tensor
 
+from bigq.clock import Clock
 from bigq.errors import ResourceError, UsageError
 from bigq.io.reader import as_bytes
+from bigq.trace import Trace
 
 #: Batches of a disk buffer whose writing has not ended yet, at most.
 WRITES_IN_FLIGHT = 2
@@ -45,18 +47,28 @@ class RowBuffer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """kind: "gpu", "host" or "disk". device: where rows are computed with. scratch: the folder of the disk tier's files."""
+    """kind: "gpu", "host" or "disk". device: where rows are computed with. scratch: the folder of the disk tier's files.
+
+    clock: times the coming and going of rows that are kept elsewhere than where they are computed with; the disk tier's reads and
+    writes are a lane of its trace.
+    """
 
     kind: str
     device: torch.device
     scratch: Path | None = None
+    clock: Clock | None = None
 
     def buffer(self, rows: int, elements: int, dtype: torch.dtype) -> RowBuffer:
         """Room for rows of that many elements. Raises ResourceError where the disk has none."""
         if self.kind == "disk":
             assert self.scratch is not None
-            return _OnDisk(self.scratch, rows, elements, dtype, self.device)
-        return _InMemory(rows, elements, dtype, self.device, on_host=self.kind == "host")
+            trace = self.clock.trace if self.clock is not None else Trace(keep=False)
+            return self._timed(_OnDisk(self.scratch, rows, elements, dtype, self.device, trace))
+        memory = _InMemory(rows, elements, dtype, self.device, on_host=self.kind == "host")
+        return self._timed(memory) if self.kind == "host" and self.device.type == "cuda" else memory
+
+    def _timed(self, buffer: RowBuffer) -> RowBuffer:
+        return buffer if self.clock is None else _Timed(buffer, self.clock)
 
 
 def choose_tier(wanted: str, device: torch.device, needed: int, scratch: Path) -> Tier:
@@ -77,6 +89,27 @@ def fastest_tier(needed: int, device_free: int, host_free: int) -> str:
     if needed <= device_free // 2:
         return "gpu"
     return "host" if needed <= host_free // 2 else "disk"
+
+
+class _Timed:
+    """A buffer whose rows' coming and going is a phase of its own."""
+
+    def __init__(self, buffer: RowBuffer, clock: Clock) -> None:
+        self._buffer, self._clock = buffer, clock
+
+    def get(self, lo: int, hi: int) -> Tensor:
+        with self._clock.phase("transfer"):
+            return self._buffer.get(lo, hi)
+
+    def put(self, lo: int, rows: Tensor) -> None:
+        with self._clock.phase("transfer"):
+            self._buffer.put(lo, rows)
+
+    def ahead(self, lo: int, hi: int) -> None:
+        self._buffer.ahead(lo, hi)
+
+    def close(self) -> None:
+        self._buffer.close()
 
 
 class _InMemory:
@@ -103,7 +136,8 @@ class _InMemory:
 class _OnDisk:
     """A file without a name: the system removes it with the process, however that ends."""
 
-    def __init__(self, folder: Path, rows: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, folder: Path, rows: int, elements: int, dtype: torch.dtype, device: torch.device, trace: Trace) -> None:
+        self._trace = trace
         self._folder, self._elements, self._dtype, self._device = folder, elements, dtype, device
         self._row_bytes = elements * dtype.itemsize
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="activations")
@@ -137,7 +171,7 @@ class _OnDisk:
     def _read(self, lo: int, hi: int) -> Tensor:
         rows = torch.empty(hi - lo, self._elements, dtype=self._dtype)
         view, position, done = as_bytes(rows), lo * self._row_bytes, 0
-        with self._errors():
+        with self._errors(), self._trace.span("activations", f"read {lo} … {hi}"):
             while done < len(view):
                 got = os.preadv(self._file.fileno(), [view[done:]], position + done)
                 if got == 0:
@@ -148,7 +182,7 @@ class _OnDisk:
 
     def _write(self, lo: int, rows: Tensor) -> None:
         view, position, done = as_bytes(rows), lo * self._row_bytes, 0
-        with self._errors():
+        with self._errors(), self._trace.span("activations", f"write {lo} … {lo + len(rows)}"):
             while done < len(view):
                 done += os.pwritev(self._file.fileno(), [view[done:]], position + done)
             # Only clean pages can be dropped; otherwise a whole pass would pile up in memory.
