@@ -51,13 +51,13 @@ class Limiter(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
-    """How a version of cgroups names things. events: file and key that count kills."""
+    """How a version of cgroups names things. full, kills: files and keys that count how often the limit was reached, and kills."""
 
     limit: str
     swap: str
     peak: str
-    full: tuple[str, str]
-    events: tuple[str, str]
+    full: tuple[tuple[str, str], ...]
+    kills: tuple[str, str]
     anonymous: str
 
 
@@ -65,16 +65,16 @@ V2 = Files(
     limit="memory.max",
     swap="memory.swap.max",
     peak="memory.peak",
-    full=("memory.events", "max"),
-    events=("memory.events", "oom_kill"),
+    full=(("memory.events", "max"),),
+    kills=("memory.events", "oom_kill"),
     anonymous="anon",
 )
 V1 = Files(
     limit="memory.limit_in_bytes",
     swap="memory.memsw.limit_in_bytes",
     peak="memory.max_usage_in_bytes",
-    full=("memory.failcnt", ""),
-    events=("memory.oom_control", "oom_kill"),
+    full=(("memory.failcnt", ""), ("memory.memsw.failcnt", "")),
+    kills=("memory.oom_control", "oom_kill"),
     anonymous="total_rss",
 )
 
@@ -90,8 +90,8 @@ class Seen:
         files = self._files
         self.peak = max(self.peak, _number(group / files.peak))
         self.anonymous = max(self.anonymous, _number(group / "memory.stat", files.anonymous))
-        self.full = max(self.full, _number(group / files.full[0], files.full[1]))
-        self.kills = max(self.kills, _number(group / files.events[0], files.events[1]))
+        self.full = max(self.full, sum(_number(group / name, key) for name, key in files.full))
+        self.kills = max(self.kills, _number(group / files.kills[0], files.kills[1]))
 
     def figures(self) -> dict[str, Any]:
         return {
