@@ -74,7 +74,7 @@ def run_limited(limiter: Limiter, command: Sequence[str], record: Path, log: Pat
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
         child = limiter.start(command, stderr=errors, stdout=errors, cwd=ROOT, env=environment)
     run: dict[str, Any] = {"ended": False, "revision": revision(), "limiter": limiter.name, "limit_bytes": limiter.limit}
-    written = resident = 0.0
+    written, resident = float("-inf"), 0
     try:
         while True:
             # Before waiting: once the child is waited for, its last figures are gone.
@@ -82,7 +82,7 @@ def run_limited(limiter: Limiter, command: Sequence[str], record: Path, log: Pat
             resident = max(resident, status_bytes(child.pid, "VmHWM"))
             cpu = cpu_seconds(child.pid)
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)
-            run |= {"wall_s": time.monotonic() - begun, "vmhwm_bytes": int(resident)} | limiter.figures()
+            run |= {"wall_s": time.monotonic() - begun, "vmhwm_bytes": resident} | limiter.figures()
             if pid:
                 break
             run["cpu_s"] = max(cpu, run.get("cpu_s", 0.0))
@@ -162,7 +162,8 @@ def summary(runs: Sequence[Mapping[str, Any]], report: Mapping[str, Any] | None)
         "limiter": runs[-1]["limiter"],
     }
     found |= {name: max(run[name] for run in runs if name in run) for name in peaks if any(name in run for run in runs)}
-    found |= {name: sum(run.get(name, 0) for run in runs) for name in ("times_full", "kills") if name in runs[-1]}
+    counts = {name: sum(run.get(name, 0) for run in runs) for name in ("times_full", "kills")}
+    found |= {name: count for name, count in counts.items() if count or (name == "kills" and name in runs[-1])}
     if report is not None:
         phases = report["seconds_by_phase"]
         found |= {

@@ -5,9 +5,11 @@ Imports neither torch nor bigq: a child's peak memory starts from its parent's, 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +27,20 @@ def said(*command: str) -> str:
 
 
 def revision() -> str:
-    """The commit that the source tree is at, and whether tracked files differ from it."""
+    """The commit that the source tree is at, and whether tracked files differ from it; without git, a hash of the sources."""
     git = ("git", "-C", str(ROOT))
     commit = said(*git, "rev-parse", "HEAD")
+    if not re.fullmatch("[0-9a-f]{40,64}", commit):
+        return f"no commit known; sources {source_hash()}"
     return f"{commit} with local changes" if said(*git, "status", "--porcelain", "--untracked-files=no") else commit
+
+
+def source_hash() -> str:
+    """SHA-256 over names and contents of bigq's Python files: tells which sources ran where there is no git."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "bigq").rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

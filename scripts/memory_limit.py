@@ -94,12 +94,9 @@ class Seen:
         self.kills = max(self.kills, _number(group / files.kills[0], files.kills[1]))
 
     def figures(self) -> dict[str, Any]:
-        return {
-            "group_peak_bytes": self.peak,
-            "anonymous_peak_bytes": self.anonymous,
-            "times_full": self.full,
-            "kills": self.kills,
-        }
+        found = {"group_peak_bytes": self.peak, "anonymous_peak_bytes": self.anonymous, "kills": self.kills}
+        # Some kernels never count this: a 0 would say more than is known.
+        return found | ({"times_full": self.full} if self.full else {})
 
 
 class Group:
