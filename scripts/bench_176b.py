@@ -328,7 +328,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--work", type=Path, required=True, help="folder for shards and slices")
-    parser.add_argument("--out", type=Path, required=True, help="folder for bench_SHAPE.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for bench_SHAPE.json, and the last slice's trace and log")
     parser.add_argument("--seconds", type=float, default=540.0, help="end this call before so many seconds are over (default: %(default)s)")
     parser.add_argument("--cold", action="store_true", help="drop the block shard from the page cache twice a second")
     parser.add_argument("--continue-from", type=Path, help="an earlier call's result file, where WORK was lost since")
@@ -391,6 +391,9 @@ def main() -> int:
         write_config(shape, own / "model", layers)
         _write_json(own / "ceilings.json", measured_ceilings(args.device, inputs.block, own / "ceilings.log"))
         status = run_slice(own, slice_spec(request, inputs, own, layers, stop_at), save)
+        for name in ("trace.json", "log.txt"):
+            if (own / name).exists():
+                shutil.copy(own / name, args.out / f"bench_{args.shape}.{name}")
     result = save()
     print_table(result)
     if status:

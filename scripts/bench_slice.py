@@ -42,6 +42,8 @@ from bigq.sched.pipeline import quantize
 
 #: Seconds between two times that the block shard is dropped from the page cache (``cold``).
 DROP_SECONDS = 0.5
+#: What committed shards are deleted to keep free on the disk, besides room for some more of them.
+FREE_BYTES = 2 * 10**9
 
 
 def aliased_checkpoint(folder: Path, rest: Sequence[Path], block: Path, blocks_path: str, blocks: int) -> Checkpoint:
@@ -62,8 +64,11 @@ def aliased_checkpoint(folder: Path, rest: Sequence[Path], block: Path, blocks_p
 
 
 def enough_time(now: float, stop_at: float, block_seconds: Sequence[float]) -> bool:
-    """Whether another block like the slowest so far would end in time, with a quarter to spare. Times in seconds."""
-    return now + 1.25 * max(block_seconds) + 2 < stop_at
+    """Whether another block like the slower of the last two would end in time, with a quarter to spare. Times in seconds.
+
+    Not the slowest of all: the first one has kernels compiled.
+    """
+    return now + 1.25 * max(block_seconds[-2:]) + 2 < stop_at
 
 
 def busy_seconds(spans: Iterable[tuple[float, float]]) -> float:
@@ -102,7 +107,6 @@ class Notes:
         self._clock: Clock | None = None
         self._commits: list[float] = []
         self._block_seconds: list[float] = []
-        self._largest = 0
 
     def clock_made(self, clock: Clock) -> None:
         self._clock = clock
@@ -112,12 +116,11 @@ class Notes:
         """A shard is on disk and in the journal."""
         now = time.monotonic()
         self.write(commit.unit, shard_bytes=commit.shard.size)
-        self._largest = max(self._largest, commit.shard.size)
-        if shutil.disk_usage(out).free < 4 * self._largest:
-            _give_up_shards(out)
         if not commit.unit.startswith("block-"):
             self._commits = [now]
             return
+        if shutil.disk_usage(out).free < FREE_BYTES + 3 * commit.shard.size:
+            _give_up_shards(out)
         self._block_seconds.append(now - (self._commits[-1] if self._commits else self._begun))
         self._commits.append(now)
         more = len(self._block_seconds) < self._layers

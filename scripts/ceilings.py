@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import gpu_check
-from facts import drop_from_cache, host, revision, versions
+from facts import drop_from_cache, host, versions
 
 PIECE = 16 * 2**20
 READERS = 4
@@ -64,7 +64,7 @@ def main() -> None:
         "disk_read_gbs": disk_read_gbs(args.file),
         "small_sizes": bench.smoke,
     }
-    machine = host() | versions() | gpu_check.machine(bench) | {"revision": revision()}
+    machine = host() | versions() | gpu_check.machine(bench)
     print(json.dumps({"ceilings": found, "machine": machine}))
 
 

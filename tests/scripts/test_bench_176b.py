@@ -71,7 +71,7 @@ def test_slices_that_were_killed_and_stopped_add_up(child: Child, tmp_path: Path
     written = json.loads((out / "bench_tiny.json").read_text())
     result = written["result"]
     assert result["complete"] and result["blocks_done"] == 5 and result["slices"] == len(written["slices"]) >= 2
-    assert not (job / "slice-000/out").exists()
+    assert not (job / "slice-000/out").exists() and (job / "slice-002").exists() == (out / "bench_tiny.trace.json").exists()
     shares = [Share.of(one["lines"]) for one in written["slices"]]
     assert [share.blocks for share in shares] == [n for n in (killed, 1, 4 - killed) if n]
     assert result["minutes"] * 60 == pytest.approx(result["wall_s"] - sum(share.once for share in shares[1:]))
@@ -144,7 +144,8 @@ def test_a_torn_line_is_no_progress(tmp_path: Path) -> None:
 
 
 def test_the_next_block_must_end_in_time() -> None:
-    assert enough_time(100.0, 113.0, [4.0, 8.0]) and not enough_time(100.0, 112.0, [4.0, 8.0])
+    assert enough_time(100.0, 113.0, [60.0, 4.0, 8.0]) and not enough_time(100.0, 112.0, [60.0, 4.0, 8.0])
+    assert not enough_time(100.0, 112.0, [8.0])
 
 
 def test_rates_and_lanes_by_hand() -> None:

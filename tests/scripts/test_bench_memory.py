@@ -17,7 +17,7 @@ from conftest import ROOT, Child
 sys.path.append(str(ROOT / "scripts"))
 
 from bench_memory import failure, summary
-from memory_limit import make_limiter
+from memory_limit import LIMITERS, make_limiter
 
 SCRIPT = ROOT / "scripts/bench_memory.py"
 TINY = ("--shape", "tiny", "--samples", "4", "--seqlen", "64", "--threads", "1")
@@ -36,8 +36,24 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("work")
 
 
+@pytest.mark.parametrize("kind", LIMITERS)
+def test_a_limiter_stops_a_program_that_takes_too_much_and_no_other(kind: str) -> None:
+    """100 and 400 MB are touched under a limit of 200 MB."""
+    for size, passes in ((10**8, True), (4 * 10**8, False)):
+        try:
+            limiter = make_limiter(2 * 10**8, kind)
+        except OSError as error:
+            pytest.skip(str(error))
+        try:
+            process = limiter.start([sys.executable, "-c", f"len(bytearray({size}))"], stderr=subprocess.DEVNULL)
+            assert (process.wait(60) == 0) == passes
+            assert kind in ("rlimit", "systemd") or limiter.exceeded() != passes  # they see what is sampled
+        finally:
+            limiter.close()
+
+
 def test_a_job_within_the_limit_passes_and_is_verified(child: Child, work: Path, tmp_path: Path) -> None:
-    done = child(SCRIPT, "--work", work, "--limit", str(4 * 10**9), "--json", tmp_path / "r.json", *TINY)
+    done = child(SCRIPT, "--work", work, "--limit", str(4 * 10**9), "--json", tmp_path / "r.json", *TINY, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["ok"] and result["runs"] == 1 and result["output"]["packed_linears"] == 7 * 6
@@ -50,7 +66,7 @@ def test_a_job_within_the_limit_passes_and_is_verified(child: Child, work: Path,
 def test_a_limit_that_is_too_small_is_told_as_a_failure_and_stays_one(child: Child, work: Path, tmp_path: Path) -> None:
     """150 MB: less than torch alone takes."""
     arguments = (SCRIPT, "--work", work, "--limit", str(150 * 10**6), "--json", tmp_path / "r.json", *TINY)
-    done = child(*arguments)
+    done = child(*arguments, timeout=500)
     result = json.loads((tmp_path / "r.json").read_text())
     assert done.returncode == 1 and result["ok"] is False and result["problem"] and result["output"] == {}
     if result["limiter"].startswith("cgroup"):
@@ -72,14 +88,14 @@ def test_a_killed_benchmark_takes_its_child_along_and_goes_on(child: Child, work
     arguments = ["--work", str(work), "--limit", str(limit), *TINY]
     first = subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stderr=subprocess.DEVNULL)
     journal = job / "out/.bigq/journal.jsonl"
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 500
     while not journal.exists() or b"block-" not in journal.read_bytes():
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert not (job / "report.json").exists()
-    done = child(SCRIPT, *arguments, "--json", tmp_path / "r.json")
+    done = child(SCRIPT, *arguments, "--json", tmp_path / "r.json", timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "r.json").read_text())
     parts = [json.loads(path.read_text()) for path in sorted(job.glob("run-*.json"))]
