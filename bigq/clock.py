@@ -188,6 +188,10 @@ class Clock:
         self.settle()
         return dict(self._seconds)
 
+    def seconds_so_far(self) -> dict[str, float]:
+        """By phase, for those that have been read off already. From any thread; waits for nothing."""
+        return dict(self._seconds)
+
     def waiting(self) -> dict[str, float]:
         """Seconds that the compute device waited for files or the host, by cause. Waits for the device.
 

@@ -34,9 +34,9 @@ import torch
 from facts import drop_from_cache, status_bytes
 
 from bigq.cli import build_parser, job_config
+from bigq.clock import Clock
 from bigq.errors import BigqError
 from bigq.io.index import Checkpoint, TensorInfo, read_header
-from bigq.report import Clock
 from bigq.sched.journal import Commit, Journal
 from bigq.sched.pipeline import quantize
 
@@ -148,8 +148,8 @@ class Notes:
 
 
 def phases_so_far(clock: Clock | None) -> dict[str, float]:
-    """Seconds by phase, of phases that have ended."""
-    return {} if clock is None else dict(clock.seconds)
+    """Seconds by phase, of phases that have ended and been read off. A commit runs in a thread of its own, beside the clock's."""
+    return {} if clock is None else clock.seconds_so_far()
 
 
 def _give_up_shards(out: Path) -> None:
