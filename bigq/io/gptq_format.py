@@ -65,8 +65,8 @@ def read_linear(prefix: str, get: Callable[[str], Tensor], bits: int, version: i
     k, n, groups = qweight.shape[0] * 32 // bits, qweight.shape[1], scales.shape[0]
     if n != scales.shape[1] or zeros.shape != (n, groups) or not groups or k % groups:
         raise CheckpointError(f"{prefix}: qweight, qzeros and scales have shapes that do not belong together")
-    natural = torch.arange(k) // (k // groups)
-    if not torch.equal(get(f"{prefix}.g_idx").long(), natural):
+    g_idx = get(f"{prefix}.g_idx")
+    if not torch.equal(g_idx.long(), torch.arange(k, device=g_idx.device) // (k // groups)):
         raise CheckpointError(f"{prefix}: its groups are not in natural order (desc_act without static groups), which bigq does not read")
     return qweight, scales.T, zeros
 

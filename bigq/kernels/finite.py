@@ -12,7 +12,12 @@ def finite(x: Tensor) -> bool:
     The extremes of a tensor show NaN as well as both infinities. On one CPU core 2 Mi bf16 numbers take 0.24 ms so,
     against 26 ms for ``isfinite(x).all()``.
     """
+    return bool(all_finite(x))
+
+
+def all_finite(x: Tensor) -> Tensor:
+    """``finite`` as a bool tensor [] on x's device, which is not waited for."""
     if x.numel() == 0:
-        return True
+        return torch.ones((), dtype=torch.bool, device=x.device)
     low, high = torch.aminmax(x)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return torch.isfinite(low) & torch.isfinite(high)

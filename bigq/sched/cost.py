@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from bigq.io.into_device import least_budget
 from bigq.io.reader import CHUNK_BYTES
 from bigq.kernels.cholesky import PANEL as FACTOR_PANEL
 from bigq.kernels.gptq_block import SUB_BLOCK
@@ -104,14 +105,14 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
     def add(name: str, held: int, flops: Mapping[str, float], moved: float = 0, host: int = 0, *, early: bool = False) -> None:
         """held: on the device that computes. early: before there are hidden states."""
         held += 0 if early else activations.device
-        host += base + choice.ahead + (0 if early else activations.host)
+        host += base + _read_ahead(choice) + (0 if early else activations.host)
         new = Phase(name, held, host, flops, moved) if choice.on_gpu else Phase(name, 0, host + held, flops, moved)
         phases[name] = phases[name].joined(new) if name in phases else new
 
     embedding = min(work.tokens, shape.vocabulary) * shape.embedding_row
     first = shape.blocks[0]
     add("copy", 0, {}, host=CHUNK_BYTES, early=True)
-    add("probe", first.weights + shape.rest_loaded, {}, host=_landing(first, choice), early=True)
+    add("probe", first.weights + _converted(first) + shape.rest_loaded, {}, early=True)
     if work.method != "rtn":
         hidden = work.rows * shape.seqlen * shape.width * shape.itemsize
         add("embed", embedding + shape.rest_loaded + first.calls.at(choice.batch), {}, 2 * hidden, embedding if choice.on_gpu else 0)
@@ -122,7 +123,7 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
         key = (id(block), tuple(schemes.values()))
         if key not in costs:
             costs[key] = BlockCost(shape, work, choice, block, {k: v for k, v in schemes.items() if v is not None})
-        add("load", block.weights + late, {}, block.weights, _landing(block, choice))
+        add("load", block.weights + _converted(block) + late, {}, block.weights)
         for name, held, flops, moved in costs[key].phases():
             add(name, held + late, flops, moved, costs[key].largest_packed if choice.on_gpu else 0)
         # Where it is written beside the computation, a finished block stays until the next one is finished too.
@@ -131,10 +132,14 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
     return Cost(phases=tuple(phases.values()), output=output, scratch=activations.disk, read=shape.stored + embedding)
 
 
-def _landing(block: BlockShape, choice: Choice) -> int:
-    """Host bytes of a tensor between the disk and its place, where it has to be moved or converted and no ring takes it."""
-    stays = not choice.on_gpu and block.stored == block.weights
-    return 0 if stays or choice.ahead else block.largest_stored
+def _read_ahead(choice: Choice) -> int:
+    """Host bytes for weights between the disk and their place: on a GPU's way there is always a ring."""
+    return max(choice.ahead, least_budget()) if choice.on_gpu else choice.ahead
+
+
+def _converted(block: BlockShape) -> int:
+    """Bytes of a tensor as it is stored, beside what it is converted to where it computes."""
+    return block.largest_stored if block.stored != block.weights else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ Knows nothing of activations or of solving.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from bigq import skeleton
 from bigq.arch import find_blocks
 from bigq.errors import CheckpointError, UnsupportedModelError
-from bigq.io.ahead import ReadAhead
+from bigq.io.ahead import ReadAhead, open_read_ahead
 from bigq.io.gptq_format import SUFFIXES, read_linear
 from bigq.io.index import Checkpoint, TensorInfo, read_json_object
 from bigq.io.reader import read_rows, read_tensor
@@ -49,6 +50,7 @@ class Pager:
         self._forced = skeleton.forced_dtypes(self.model, self.dtype, self._meta)
         self._check_complete()
         self._ahead: ReadAhead | None = None
+        self._budget = 0
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -110,8 +112,16 @@ class Pager:
 
     def block_names(self, i: int) -> list[str]:
         """Names of the parameters and persistent buffers of block i."""
-        prefix = f"{self.blocks_path}.{i}."
-        return [name for name in self.model.state_dict() if name.startswith(prefix)]
+        return self._block_names[i]
+
+    @functools.cached_property
+    def _block_names(self) -> list[list[str]]:
+        prefix = f"{self.blocks_path}."
+        found: list[list[str]] = [[] for _ in self.blocks]
+        for name in self.model.state_dict():
+            if name.startswith(prefix):
+                found[int(name.removeprefix(prefix).partition(".")[0])].append(name)
+        return found
 
     def rest_names(self) -> list[str]:
         """Names of all parameters and persistent buffers outside the blocks, embedding and head."""
@@ -136,19 +146,27 @@ class Pager:
     @contextlib.contextmanager
     def reading_ahead(self, budget: int, trace: Trace) -> Iterator[None]:
         """Let ``announce_block`` read so many bytes ahead; all reading is a lane of the trace."""
-        with contextlib.closing(ReadAhead(budget, trace)) as self._ahead:
-            yield
-        self._ahead = None
+        with contextlib.closing(open_read_ahead(self.device, budget, trace)) as self._ahead:
+            self._budget = budget
+            try:
+                yield
+            finally:
+                self._ahead = None
 
     def announce_block(self, i: int) -> None:
-        """Block i will be loaded next, if there is one."""
-        if self._ahead is not None and i < len(self.blocks):
-            self._ahead.announce(self.block_tensors(i))
+        """Block i will be loaded next, if there is one, and then those that follow: they are read as far as the budget allows."""
+        left = self._budget
+        while self._ahead is not None and i < len(self.blocks) and left > 0:
+            tensors = self.block_tensors(i)
+            self._ahead.announce(tensors)
+            left -= sum(t.nbytes for t in tensors)
+            i += 1
 
     def load_block(self, i: int) -> nn.Module:
-        """Bring block i to the device."""
-        for name in self.block_names(i):
-            self._load(name)
+        """Bring block i to the device. Raises CheckpointError or NumericsError."""
+        if self._ahead is not None:
+            self._ahead.announce(self.block_tensors(i))
+        self._load_all(self.block_names(i))
         block = self.blocks[i]
         assert isinstance(block, nn.Module)
         return block
@@ -162,8 +180,7 @@ class Pager:
         """Everything outside blocks, embedding and head: norms, position embeddings, projections."""
         names = self.rest_names()
         try:
-            for name in names:
-                self._load(name)
+            self._load_all(names)
             yield
         finally:
             for name in names:
@@ -173,8 +190,7 @@ class Pager:
     def head_loaded(self) -> Iterator[None]:
         names = [name for name in self._meta if self._owner(name)[0] is self.head]
         try:
-            for name in names:
-                self._load(name)
+            self._load_all(names)
             yield
         finally:
             for name in names:
@@ -228,6 +244,12 @@ class Pager:
         path, _, leaf = name.rpartition(".")
         return self.model.get_submodule(path), leaf
 
+    def _load_all(self, names: list[str]) -> None:
+        for name in names:
+            self._load(name)
+        if self._ahead is not None:
+            self._ahead.check()
+
     def _load(self, name: str) -> None:
         module, leaf = self._owner(name)
         if name not in self._meta:
@@ -242,7 +264,7 @@ class Pager:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     def _read(self, info: TensorInfo) -> Tensor:
-        return read_tensor(info) if self._ahead is None else self._ahead.take(info)
+        return read_tensor(info, keep_cached=False) if self._ahead is None else self._ahead.take(info)
 
     def _evict(self, name: str) -> None:
         if name in self._meta:

@@ -29,6 +29,7 @@ from bigq.io.atomic import write_bytes
 from bigq.io.gptq_format import pack_linear
 from bigq.io.hub import resolve_model
 from bigq.io.index import TensorInfo
+from bigq.io.outgoing import Outgoing
 from bigq.io.writer import OutputTensor, write_shard
 from bigq.report import LinearRecord, Progress, Report, device_memory_peak, host_memory_peak
 from bigq.sched.activations import ActivationStore
@@ -89,7 +90,8 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
                         contextlib.closing(WriteBehind(beside=plan.choice.beside)) as behind,
                         pager.reading_ahead(plan.choice.ahead, trace),
                     ):
-                        job = _Job(pager, config, plan.choice, journal, units, rest, progress, clock, behind)
+                        outgoing = Outgoing(device) if device.type == "cuda" else None
+                        job = _Job(pager, config, plan.choice, journal, units, rest, progress, clock, behind, outgoing)
                         job.run(rows)
                 finally:
                     if config.trace is not None:
@@ -139,6 +141,7 @@ class _Job:
     progress: Progress
     clock: Clock
     behind: WriteBehind
+    outgoing: Outgoing | None
     resumed: int = 0
 
     def run(self, rows: Tensor | None) -> None:
@@ -233,7 +236,7 @@ class _Job:
         tensors = []
         for name in self._sources(len(self.rest) + job.index):
             if name in packed:
-                tensors += [OutputTensor.of(n, t) for n, t in packed[name].items()]
+                tensors += [OutputTensor.of(n, t, self.outgoing) for n, t in packed[name].items()]
             else:
                 tensors.append(OutputTensor.copy_of(self.pager.checkpoint[name]))
         left_out = [f"{job.prefix}.{name}" for name in job.plan.left_out]

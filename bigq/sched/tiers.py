@@ -64,8 +64,9 @@ class Tier:
             assert self.scratch is not None
             trace = self.clock.trace if self.clock is not None else Trace(keep=False)
             return self._timed(_OnDisk(self.scratch, rows, elements, dtype, self.device, trace))
-        memory = _InMemory(rows, elements, dtype, self.device, on_host=self.kind == "host")
-        return self._timed(memory) if self.kind == "host" and self.device.type == "cuda" else memory
+        if self.kind == "host" and self.device.type == "cuda":
+            return self._timed(_OnHost(rows, elements, dtype, self.device))
+        return _InMemory(rows, elements, dtype, self.device)
 
     def _timed(self, buffer: RowBuffer) -> RowBuffer:
         return buffer if self.clock is None else _Timed(buffer, self.clock)
@@ -113,23 +114,70 @@ class _Timed:
 
 
 class _InMemory:
-    """One tensor. On a GPU's host it is pinned, and copies are ordered by the device's stream."""
+    """One tensor where it is computed with."""
 
-    def __init__(self, rows: int, elements: int, dtype: torch.dtype, device: torch.device, *, on_host: bool) -> None:
-        self._device = device
-        pin = on_host and device.type == "cuda"
-        self._rows = torch.empty(rows, elements, dtype=dtype, device="cpu" if on_host else device, pin_memory=pin)
+    def __init__(self, rows: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._rows = torch.empty(rows, elements, dtype=dtype, device=device)
 
     def get(self, lo: int, hi: int) -> Tensor:
-        return self._rows[lo:hi].to(self._device, non_blocking=True)
+        return self._rows[lo:hi]
 
     def put(self, lo: int, rows: Tensor) -> None:
-        self._rows[lo : lo + rows.shape[0]].copy_(rows.reshape(rows.shape[0], -1), non_blocking=True)
+        self._rows[lo : lo + rows.shape[0]].copy_(rows.reshape(rows.shape[0], -1))
 
     def ahead(self, lo: int, hi: int) -> None:
         pass
 
     def close(self) -> None:
+        del self._rows
+
+
+class _OnHost:
+    """Pinned memory of a GPU's host. Rows come and go on a stream of their own, in the order in which they were asked for."""
+
+    def __init__(self, rows: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._device = device
+        self._rows = torch.empty(rows, elements, dtype=dtype, pin_memory=True)
+        self._stream = torch.cuda.Stream(device)
+        self._next: tuple[int, int, Tensor, torch.cuda.Event] | None = None
+
+    def get(self, lo: int, hi: int) -> Tensor:
+        expected, self._next = self._next, None
+        if expected is None or expected[:2] != (lo, hi):
+            expected = (lo, hi, *self._fetch(lo, hi))
+        # Not for the stream: the rows put last may still be on their way out.
+        torch.cuda.current_stream(self._device).wait_event(expected[3])
+        return expected[2]
+
+    def put(self, lo: int, rows: Tensor) -> None:
+        if self._next is not None and lo < self._next[1] and self._next[0] < lo + rows.shape[0]:
+            self._next = None
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            self._rows[lo : lo + rows.shape[0]].copy_(rows.reshape(rows.shape[0], -1), non_blocking=True)
+        rows.record_stream(self._stream)
+
+    def ahead(self, lo: int, hi: int) -> None:
+        self._next = (lo, hi, *self._fetch(lo, hi))
+
+    def _fetch(self, lo: int, hi: int) -> tuple[Tensor, torch.cuda.Event]:
+        """Begin to copy rows to the device: the tensor, and what to wait for before using it.
+
+        Its memory belongs to the current stream, whose earlier work may still use it: the copy waits for that.
+        """
+        target = torch.empty(hi - lo, self._rows.shape[1], dtype=self._rows.dtype, device=self._device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(self._rows[lo:hi], non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(self._stream)
+        target.record_stream(self._stream)
+        return target, arrived
+
+    def close(self) -> None:
+        """The memory may be handed out again at once, so copies end first."""
+        self._next = None
+        self._stream.synchronize()
         del self._rows
 
 

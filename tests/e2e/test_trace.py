@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import bigq
 from bigq.errors import UsageError
-from bigq.io import ahead
-from bigq.io.index import TensorInfo
-from bigq.io.reader import read_tensor
+from bigq.io import pieces
 from bigq.sched import block
 from bigq.trace import Trace
 
@@ -71,9 +68,11 @@ def test_reading_lies_beside_computing(
 ) -> None:
     """A slow disk and slow blocks, about as slow as each other: together they take little longer than the slower of the two."""
 
-    def slow_read(info: TensorInfo) -> torch.Tensor:
-        time.sleep(0.05)
-        return read_tensor(info)
+    read_piece = pieces.read_piece
+
+    def slow_read(*args: Any) -> None:
+        time.sleep(0.1)
+        read_piece(*args)
 
     factorize = block.factorize
 
@@ -81,7 +80,7 @@ def test_reading_lies_beside_computing(
         time.sleep(0.08)
         return factorize(*args, **kwargs)
 
-    monkeypatch.setattr(ahead, "read_tensor", slow_read)
+    monkeypatch.setattr(pieces, "read_piece", slow_read)
     monkeypatch.setattr(block, "factorize", slow_factor)
     bigq.quantize(str(checkpoint("llama")), tmp_path / "out", config(ids_file, trace=str(tmp_path / "trace.json"), read_ahead=1))
     lanes = lanes_of(tmp_path / "trace.json")
@@ -94,7 +93,7 @@ def test_reading_lies_beside_computing(
         assert reads and sum(begin <= b and e <= end for b, e in reads) >= len(reads) / 2, f"{following} was not read during {this}"
     first_load = min(b for b, _, name in lanes["load"] if name == layers[1])
     computing = sum(e - b for lane in ("replay", "factor", "solve", "pack") for b, e, name in lanes[lane] if name != layers[0])
-    reading = sum(e - b for b, e, name in lanes["read"] if name.startswith(tuple(layers[1:]))) / ahead.THREADS
+    reading = sum(e - b for b, e, name in lanes["read"] if name.startswith(tuple(layers[1:]))) / pieces.THREADS
     whole = max(e for _, e, _ in lanes["replay"] + lanes["pack"]) - first_load
     assert whole <= 1.15 * max(computing, reading) + 0.1
 
