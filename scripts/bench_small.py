@@ -32,7 +32,7 @@ def make_inputs(model: Path, ids: Path) -> None:
     Runs in a process of its own: a child's peak memory starts from its parent's, so the measuring one stays small.
     """
     import torch
-    from safetensors.torch import save_file
+    from shapes import write_ids, zipf_ids
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -49,10 +49,7 @@ def make_inputs(model: Path, ids: Path) -> None:
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(model, max_shard_size="45MB")
-    share = 1.0 / torch.arange(1, VOCABULARY - 3).double() ** 1.1
-    generator = torch.Generator().manual_seed(7)
-    tokens = torch.multinomial(share / share.sum(), ROWS * SEQLEN, replacement=True, generator=generator) + 4
-    save_file({"input_ids": tokens.reshape(ROWS, SEQLEN)}, ids)
+    write_ids(ids, zipf_ids(ROWS, SEQLEN, VOCABULARY))
 
 
 def measure(model: Path, ids: Path, out: Path) -> dict[str, float]:

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from eager_gptq import eager_gptq
+from facts import print_table, revision, said
 
 import bigq
 from bigq.kernels.cholesky import upper_cholesky_
@@ -462,10 +463,9 @@ STEPS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 def machine(bench: Bench) -> dict[str, Any]:
     """Device, driver, versions and revision that the figures belong to."""
-    revision = said("git", "-C", str(ROOT), "rev-parse", "HEAD")
     found: dict[str, Any] = {
         "bigq": bigq.__version__,
-        "revision": revision,
+        "revision": revision(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -481,23 +481,6 @@ def machine(bench: Bench) -> dict[str, Any]:
             "triton": triton.__version__,
         }
     return found
-
-
-def said(*command: str) -> str:
-    """What a command prints, or that it is not there."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return f"{command[0]} is not there"
-
-
-def rows(value: object, name: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of nested dicts as lines of a table."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from rows(inner, f"{name} / {key}" if name else str(key))
-    else:
-        yield name, f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
@@ -533,9 +516,7 @@ def main() -> None:
         result["seconds"] = time.monotonic() - bench.started
         (args.out / "gpu_check.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         print(f"{name}: {result['seconds']:.0f} s", file=sys.stderr, flush=True)
-    table = list(rows(result))
-    width = max(len(name) for name, _ in table)
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in table))
+    print_table(result)
     sys.exit(1 if failed else 0)
 
 

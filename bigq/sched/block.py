@@ -121,7 +121,7 @@ class Memo:
 
         def make(i: int) -> Callable[..., Any]:
             shortcut = usable[i]
-            return lambda *_args, **_kwargs: shortcut.form.wrap(self._kept[shortcut].get(*store.at))
+            return lambda *args, **kwargs: shortcut.returns(self._kept[shortcut].get(*store.at), args, kwargs)
 
         with all_replaced([block.get_submodule(s.module) for s in usable], make):
             yield

@@ -22,7 +22,7 @@ from bigq.arch import block_linears
 from bigq.io.index import TensorInfo
 from bigq.sched.capture import BlockCall, OutputForm, all_replaced, first_input, record_calls
 from bigq.sched.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
-from bigq.sched.structure import GRADIENT, BlockPlan, plan_block
+from bigq.sched.structure import BlockPlan, Gradients, plan_block
 from bigq.skeleton import linear_weight
 
 #: Tokens of the row on which the structure is looked at.
@@ -140,7 +140,7 @@ def _stored(outline: Outline, i: int) -> tuple[int, int]:
 
 def _block_shape(outline: Outline, block: nn.Module, i: int, runs: list[_Run], short: _Run) -> BlockShape:
     with torch.enable_grad():
-        plan = plan_block(block, short.hidden, short.calls[i], GRADIENT)
+        plan = plan_block(block, short.hidden, short.calls[i], Gradients())
     prefix = f"{outline.blocks_path}.{i}."
     linears = {
         name: LinearShape(name, linear_weight(module).shape[0], linear_weight(module).shape[1], _bytes(outline, f"{prefix}{name}.weight"))

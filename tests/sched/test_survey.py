@@ -57,6 +57,7 @@ def test_levels_groups_and_shortcuts_are_those_of_the_real_block(pager: Pager, f
                 (g.names, g.level) for g in real.groups
             ]
             assert [memo.linear for memo in block.memos] == [shortcut.linear for shortcut in real.shortcuts]
+            assert len(real.shortcuts) == 1
 
 
 def test_bytes_are_those_of_the_checkpoint(pager: Pager) -> None:

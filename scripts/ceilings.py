@@ -1,0 +1,72 @@
+#!/usr/bin/env python3
+"""What a machine can do at best, as one JSON object on stdout: products, copies, reading a file. On a CPU, at small sizes.
+
+python scripts/ceilings.py --device cuda:0 --file SHARD
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import gpu_check
+from facts import drop_from_cache, host, versions
+
+PIECE = 16 * 2**20
+READERS = 4
+
+
+def disk_read_gbs(path: Path) -> float:
+    """Reading a whole file that the page cache was told to forget, several readers at a time."""
+    size = path.stat().st_size
+    drop_from_cache(path)
+
+    def read(first: int) -> int:
+        buffer, got = bytearray(PIECE), 0
+        with open(path, "rb", buffering=0) as file:
+            for position in range(first * PIECE, size, READERS * PIECE):
+                got += os.preadv(file.fileno(), [buffer], position)
+        return got
+
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(READERS) as pool:
+        total = sum(pool.map(read, range(READERS)))
+    assert total == size, f"{path}: {total} of {size} bytes were read"
+    return size / (time.perf_counter() - begin) / 1e9
+
+
+def host_to_device_gbs(bench: gpu_check.Bench) -> float:
+    """Copying from pinned memory to the device; on a CPU, within memory."""
+    source = torch.empty(bench.size(2**30), dtype=torch.uint8, pin_memory=bench.device.type == "cuda")
+    target = torch.empty_like(source, device=bench.device, pin_memory=False)
+    return source.numel() / bench.device_seconds(lambda: target.copy_(source, non_blocking=True), 10) / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--file", type=Path, required=True, help="a large file on the disk that is read in the benchmark")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    bench = gpu_check.Bench(device, smoke=device.type != "cuda")
+    found = gpu_check.ceilings(bench) | {
+        "host_to_device_gbs": host_to_device_gbs(bench),
+        "disk_read_gbs": disk_read_gbs(args.file),
+        "small_sizes": bench.smoke,
+    }
+    machine = host() | versions() | gpu_check.machine(bench)
+    print(json.dumps({"ceilings": found, "machine": machine}))
+
+
+if __name__ == "__main__":
+    main()
