@@ -101,6 +101,8 @@ def report(**changes: Any) -> Report:
         "output_bytes": 768 * 2**20,
         "host_peak_bytes": 5 * 2**30 + 2**29,
         "device_peak_bytes": 0,
+        "planned_host_bytes": 6 * 2**30,
+        "planned_device_bytes": 3 * 2**30,
         "resumed_blocks": 0,
     }
     return Report(**{**values, **changes})
@@ -108,7 +110,12 @@ def report(**changes: Any) -> Report:
 
 def test_summary_tells_sizes_times_memory_and_the_worst_linear() -> None:
     text = report().summary()
-    for said in ["done in 65.4 s: somewhere/out", "3.00 GiB → 768.0 MiB (25 %)", "solve 60.0 s, read 1.3 s", "host peak 5.50 GiB"]:
+    for said in [
+        "done in 65.4 s: somewhere/out",
+        "3.00 GiB → 768.0 MiB (25 %)",
+        "solve 60.0 s, read 1.3 s",
+        "host peak 5.50 GiB (planned 6.00 GiB)",
+    ]:
         assert said in text
     assert "layers.1.down: relative error 2.00e-02" in text and "layers.1.up" not in text
     assert "device" not in text and "kept" not in text and "already" not in text
@@ -116,7 +123,7 @@ def test_summary_tells_sizes_times_memory_and_the_worst_linear() -> None:
 
 def test_summary_tells_what_only_some_jobs_have() -> None:
     text = report(device_peak_bytes=2**31, resumed_blocks=3, left_out=("a", "b", "c", "d", "e"), linears=()).summary()
-    assert "device peak 2.00 GiB" in text
+    assert "device peak 2.00 GiB (planned 3.00 GiB)" in text
     assert "(3 of 8 blocks were there already)" in text
     assert "kept    5 Linears unquantized: a, b, c, d …" in text
     assert "worst" not in text and report(linears=()).worst is None

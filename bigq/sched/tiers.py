@@ -144,6 +144,7 @@ class _OnHost:
     def get(self, lo: int, hi: int) -> Tensor:
         expected, self._next = self._next, None
         if expected is None or expected[:2] != (lo, hi):
+            expected = None  # memory may have ended: what was fetched for a larger batch goes first
             expected = (lo, hi, *self._fetch(lo, hi))
         # Not for the stream: the rows put last may still be on their way out.
         torch.cuda.current_stream(self._device).wait_event(expected[3])

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 import bigq
-from bigq.io import ahead
+from bigq.io import pieces
 from bigq.io.index import TensorInfo
-from bigq.io.reader import read_tensor
 from bigq.sched import block, pipeline
 from bigq.sched.tiers import _OnDisk
 
@@ -31,13 +30,14 @@ def line_of(report: bigq.Report) -> str:
 def test_a_slow_disk_is_named_unless_reading_is_hidden(
     checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading a block takes about 9 × 20 ms; solving one takes longer, so that two threads can read the next meanwhile."""
+    """Reading a block takes about 9 × 20 ms; solving one takes longer, so that threads can read the next meanwhile."""
     reads: list[str] = []
+    read_piece = pieces.read_piece
 
-    def slow_read(info: TensorInfo) -> torch.Tensor:
+    def slow_read(files: Any, info: TensorInfo, *rest: Any) -> None:
         time.sleep(0.02)
         reads.append(info.name)
-        return read_tensor(info)
+        read_piece(files, info, *rest)
 
     factorize = block.factorize
 
@@ -45,7 +45,7 @@ def test_a_slow_disk_is_named_unless_reading_is_hidden(
         time.sleep(0.1)
         return factorize(*args, **kwargs)
 
-    monkeypatch.setattr(ahead, "read_tensor", slow_read)
+    monkeypatch.setattr(pieces, "read_piece", slow_read)
     monkeypatch.setattr(block, "factorize", slow_factor)
     waited = {}
     for blocks in (0, 1):
