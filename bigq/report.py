@@ -9,60 +9,17 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any, SupportsFloat, TextIO
 
 import psutil
 import torch
 from tqdm import tqdm
 
 from bigq.sizes import show_size
-from bigq.trace import Trace
 
 MIB = 2**20
-
-
-@dataclass(slots=True)
-class Lap:
-    """One timed stretch; ``seconds`` is set when it ends."""
-
-    seconds: float = 0.0
-
-
-class Clock:
-    """Seconds by phase. A phase inside another is not counted in the outer one. Phases are also lanes of the trace."""
-
-    def __init__(self, device: torch.device, trace: Trace | None = None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device = device
-        self._trace = trace or Trace()
-        #: What the job is working on, for the trace.
-        self.subject = ""
-        self._inner: list[float] = []
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[Lap]:
-        """Time what runs inside, waiting for the device at both ends."""
-        lap = Lap()
-        self._sync()
-        start = time.perf_counter()
-        self._inner.append(0.0)
-        try:
-            yield lap
-        finally:
-            self._sync()
-            end = time.perf_counter()
-            self._trace.add(name, self.subject or name, start, end)
-            lap.seconds = end - start
-            own = lap.seconds - self._inner.pop()
-            self.seconds[name] = self.seconds.get(name, 0.0) + own
-            if self._inner:
-                self._inner[-1] += lap.seconds
-
-    def _sync(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 def host_memory() -> int:
@@ -88,7 +45,7 @@ def device_memory_peak(device: torch.device) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearRecord:
-    """How quantizing one Linear went. seconds: the factor and solve of the group that it was solved with."""
+    """How quantizing one Linear went. seconds: the factor and solve of the group that it was solved with, numbers or laps of a clock."""
 
     name: str
     bits: int
@@ -97,7 +54,7 @@ class LinearRecord:
     loss: float
     relative_error: float
     damping: float
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, SupportsFloat]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -108,13 +65,18 @@ class LinearRecord:
             "loss": self.loss,
             "relative_error": self.relative_error,
             "damping": self.damping,
-            "seconds": {k: round(v, 6) for k, v in self.seconds.items()},
+            "seconds": {k: round(float(v), 6) for k, v in self.seconds.items()},
         }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """The outcome of a job. Sizes in bytes, times in seconds."""
+    """The outcome of a job. Sizes in bytes, times in seconds.
+
+    waiting: the seconds that the device which computes waited for files or the host, by cause.
+    batches: how many calibration rows went through a block at once, from the job's beginning on; more than one number where the
+        device ran out of memory and the job went on with fewer. Empty where no rows are needed.
+    """
 
     out: str
     blocks: int
@@ -129,10 +91,19 @@ class Report:
     planned_device_bytes: int
     resumed_blocks: int
     left_out: tuple[str, ...] = ()
+    waiting: Mapping[str, float] = field(default_factory=dict)
+    batches: tuple[int, ...] = ()
 
     @property
     def worst(self) -> Mapping[str, Any] | None:
         return max(self.linears, key=lambda r: float(r["relative_error"]), default=None)
+
+    def waiting_line(self) -> str:
+        """How long the device waited, and for what; causes that are too short to be told are left out."""
+        total = sum(self.waiting.values())
+        line = f"waiting {total:.1f} s of {self.seconds:.1f} s ({100 * total / max(self.seconds, 1e-9):.1f} %)"
+        told = [f"{cause} {s:.1f} s" for cause, s in sorted(self.waiting.items(), key=lambda item: -item[1]) if s >= 0.05]
+        return f"{line}: {', '.join(told)}" if told else line
 
     def summary(self) -> str:
         """The closing lines for a person."""
@@ -142,6 +113,9 @@ class Report:
         ratio = self.output_bytes / self.source_bytes
         lines.append(f"  size    {show_size(self.source_bytes)} → {show_size(self.output_bytes)} ({100 * ratio:.0f} %)")
         lines.append("  time    " + ", ".join(f"{k} {v:.1f} s" for k, v in sorted(self.seconds_by_phase.items(), key=lambda kv: -kv[1])))
+        lines.append("  " + self.waiting_line())
+        if len(self.batches) > 1:
+            lines.append(f"  batch   {' → '.join(map(str, self.batches))} rows: the device ran out of memory")
         memory = f"  memory  host peak {show_size(self.host_peak_bytes)} (planned {show_size(self.planned_host_bytes)})"
         if self.device_peak_bytes:
             memory += f", device peak {show_size(self.device_peak_bytes)} (planned {show_size(self.planned_device_bytes)})"

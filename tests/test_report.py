@@ -1,8 +1,7 @@
-"""Clock, progress lines and the closing summary."""
+"""Progress lines and the closing summary."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import time
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bigq.report import Clock, LinearRecord, Progress, Report, device_memory_peak, host_memory, host_memory_peak
+from bigq.report import LinearRecord, Progress, Report, device_memory_peak, host_memory, host_memory_peak
 
 CPU = torch.device("cpu")
 
@@ -25,56 +24,6 @@ class Hands:
 
     def __call__(self) -> float:
         return self.now
-
-
-@pytest.fixture
-def hands(monkeypatch: pytest.MonkeyPatch) -> Hands:
-    hands = Hands()
-    monkeypatch.setattr(time, "perf_counter", hands)
-    return hands
-
-
-def test_inner_phases_are_not_counted_in_outer_ones(hands: Hands) -> None:
-    clock = Clock(CPU)
-    with clock.phase("solve") as solve:
-        hands.now += 1
-        with clock.phase("read") as read:
-            hands.now += 10
-            with clock.phase("wait"):
-                hands.now += 100
-        hands.now += 2
-        with clock.phase("read"):
-            hands.now += 20
-    assert clock.seconds == {"solve": 3, "read": 30, "wait": 100}
-    assert (solve.seconds, read.seconds) == (133, 110), "a lap is the whole stretch"
-
-
-def test_repeated_phases_add_up(hands: Hands) -> None:
-    clock = Clock(CPU)
-    for seconds in (1, 2, 4):
-        with clock.phase("load"):
-            hands.now += seconds
-        hands.now += 1000
-    assert clock.seconds == {"load": 7}
-
-
-def test_a_phase_inside_itself_is_counted_once(hands: Hands) -> None:
-    clock = Clock(CPU)
-    with clock.phase("a"):
-        hands.now += 1
-        with clock.phase("a"):
-            hands.now += 2
-    assert clock.seconds == {"a": 3}
-
-
-def test_a_phase_that_fails_is_counted_and_leaves_the_nesting_sound(hands: Hands) -> None:
-    clock = Clock(CPU)
-    with clock.phase("outer"):
-        with contextlib.suppress(ValueError), clock.phase("inner"):
-            hands.now += 5
-            raise ValueError
-        hands.now += 1
-    assert clock.seconds == {"inner": 5, "outer": 1}
 
 
 def test_memory_is_that_of_this_process() -> None:
@@ -171,6 +120,17 @@ def test_summary_tells_what_only_some_jobs_have() -> None:
     assert "(3 of 8 blocks were there already)" in text
     assert "kept    5 Linears unquantized: a, b, c, d …" in text
     assert "worst" not in text and report(linears=()).worst is None
+
+
+def test_summary_tells_how_long_the_device_waited_and_for_what() -> None:
+    waiting = {"writing": 0.26, "reading weights": 0.9, "activations": 0.004}
+    assert "\n  waiting 1.2 s of 65.4 s (1.8 %): reading weights 0.9 s, writing 0.3 s\n" in report(waiting=waiting).summary()
+    assert "\n  waiting 0.0 s of 65.4 s (0.0 %)\n" in report().summary()
+
+
+def test_summary_tells_a_batch_that_was_halved() -> None:
+    assert "batch   8 → 4 → 2 rows: the device ran out of memory" in report(batches=(8, 4, 2)).summary()
+    assert "batch" not in report(batches=(8,)).summary()
 
 
 def test_linear_record_is_plain_json() -> None:

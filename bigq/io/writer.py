@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bigq.io.atomic import atomic_file
 from bigq.io.index import DTYPE_NAMES, TensorInfo
+from bigq.io.outgoing import Outgoing
 from bigq.io.reader import as_bytes, iter_chunks
 
 
@@ -31,14 +32,13 @@ class OutputTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor) -> OutputTensor:
-        """A tensor that is in memory, on any device."""
-
-        def chunks() -> Iterator[memoryview]:
-            host = tensor.cpu().contiguous()
-            yield as_bytes(host)
-
-        return cls(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), chunks=chunks)
+    def of(cls, name: str, tensor: Tensor, outgoing: Outgoing | None = None) -> OutputTensor:
+        """A tensor that is in memory; one on a GPU leaves it through ``outgoing``."""
+        tensor = tensor.contiguous()
+        if outgoing is None or not tensor.numel():
+            return cls(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), chunks=lambda: [as_bytes(tensor.cpu())])
+        computed = outgoing.mark()
+        return cls(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), chunks=lambda: outgoing.chunks(tensor, computed))
 
     @classmethod
     def copy_of(cls, info: TensorInfo) -> OutputTensor:

@@ -1,29 +1,41 @@
-"""The hidden states of all calibration rows between two blocks."""
+"""The hidden states of all calibration rows between two blocks, and passes over them.
+
+A pass takes the rows in batches. Where the device runs out of memory the batch is halved and the pass goes on: from its beginning
+if it leaves the rows as they are, and from the batch that failed if it overwrites them, so that no row is overwritten twice.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from bigq.sched.batches import Batches
 from bigq.sched.capture import BlockCall
+from bigq.sched.device import free_memory, out_of_memory
 from bigq.sched.tiers import RowBuffer, Tier
+
+T = TypeVar("T")
 
 
 class ActivationStore:
     """Hidden states [N, T, d] in one buffer of a tier that outputs overwrite in place.
 
-    Rows are replayed in batches of ``batch``, the last one possibly smaller; ``calls`` holds, by batch size, how each
-    block is called. ``at`` are the rows [lo, hi) of the batch that is being replayed.
+    batches: how many rows are replayed at once, by place; the last batch of a pass may be smaller. batch: that of the pass under
+    way. at: the rows [lo, hi) of the batch that is being replayed.
+    record: batch size → how each block is called; asked once per size, as masks and ALiBi depend on it.
     """
 
-    def __init__(self, rows: int, seqlen: int, width: int, dtype: torch.dtype, batch: int, tier: Tier) -> None:
-        self._tier = tier
-        self._count = rows
-        self._buffer = self.buffer(seqlen * width, dtype)
-        self._shape = (seqlen, width)
-        self._batch = batch
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, batches: Batches, tier: Tier, record: Callable[[int], list[BlockCall]]
+    ) -> None:
+        self._tier, self._batches, self._record = tier, batches, record
+        self._count, *row = shape
+        self._row = tuple(row)
+        self._buffer = self.buffer(row[0] * row[1], dtype)
+        self.batch = batches.at(0, 0)
         self.at = (0, 0)
         self.calls: dict[int, list[BlockCall]] = {}
 
@@ -31,19 +43,71 @@ class ActivationStore:
         """Room for something else that has so many elements for every row, in the same tier."""
         return self._tier.buffer(self._count, elements, dtype)
 
-    def spans(self) -> list[tuple[int, int]]:
-        """The batches, as ranges of rows."""
-        return [(lo, min(lo + self._batch, self._count)) for lo in range(0, self._count, self._batch)]
+    def afresh(self, block: int, step: int, run: Callable[[], T]) -> T:
+        """What ``run`` returns, which makes a pass that leaves the rows as they are; run again with half the batch where memory ends.
 
-    def batches(self, block: int) -> Iterator[tuple[int, Tensor, BlockCall]]:
-        """(first row, hidden states on the tier's device, the block's call) for every batch."""
-        spans = self.spans()
-        for i, (lo, hi) in enumerate(spans):
+        block, step: see ``Halving``.
+        """
+        while True:
+            self._use(self._batches.at(block, step))
+            try:
+                return run()
+            except RuntimeError as error:
+                if self.batch == 1 or not out_of_memory(error):
+                    raise
+            self._halve(block, step, 0)
+
+    def in_place(self, block: int, step: int, run: Callable[[int, int], None]) -> None:
+        """Call ``run(lo, hi)`` for one batch after the other; with half of a batch where memory ends, and with smaller ones from there.
+
+        ``run`` may overwrite its rows, and must do so last. block, step: see ``Halving``.
+        """
+        lo = 0
+        while lo < self._count:
+            self._use(self._batches.at(block, step, lo))
+            self.at = lo, min(lo + self.batch, self._count)
+            try:
+                run(*self.at)
+            except RuntimeError as error:
+                if self.batch == 1 or not out_of_memory(error):
+                    raise
+            else:
+                lo = self.at[1]
+                continue
+            self._halve(block, step, lo)
+
+    def _use(self, batch: int) -> None:
+        if batch != self.batch:
+            self.batch = batch
+            self.calls = {size: calls for size, calls in self.calls.items() if size <= batch}
+
+    def _halve(self, block: int, step: int, row: int) -> None:
+        """To be called when the error is forgotten: what its traceback holds would stay in memory."""
+        free_memory(self._tier.device)
+        self._batches.halve(block, step, row)
+
+    def spans(self) -> list[tuple[int, int]]:
+        """The batches of a pass, as ranges of rows."""
+        return [(lo, min(lo + self.batch, self._count)) for lo in range(0, self._count, self.batch)]
+
+    def batches(self, block: int) -> Iterator[tuple[Tensor, BlockCall]]:
+        """(hidden states, the block's call) for every batch of a pass."""
+        for lo, hi in self.spans():
             self.at = lo, hi
-            hidden = self.rows(lo, hi)
-            if i + 1 < len(spans):
-                self._buffer.ahead(*spans[i + 1])
-            yield lo, hidden, self.calls[hi - lo][block]
+            yield self.take(lo, hi), self.call(block, hi - lo)
+
+    def call(self, block: int, size: int) -> BlockCall:
+        """How a block is called with a batch of so many rows."""
+        if size not in self.calls:
+            self.calls[size] = self._record(size)
+        return self.calls[size][block]
+
+    def take(self, lo: int, hi: int) -> Tensor:
+        """Hidden states of a batch; the next one is read meanwhile."""
+        hidden = self.rows(lo, hi)
+        if hi < self._count:
+            self._buffer.ahead(hi, min(hi + self.batch, self._count))
+        return hidden
 
     def put(self, lo: int, hidden: Tensor) -> None:
         """Overwrite the rows from ``lo`` on."""
@@ -51,7 +115,7 @@ class ActivationStore:
 
     def rows(self, lo: int, hi: int) -> Tensor:
         """Hidden states [hi − lo, T, d] on the tier's device."""
-        return self._buffer.get(lo, hi).view(hi - lo, *self._shape)
+        return self._buffer.get(lo, hi).view(hi - lo, *self._row)
 
     def close(self) -> None:
         """Give up the buffer."""

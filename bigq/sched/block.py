@@ -8,6 +8,8 @@ state per token and leaves 1.5 forwards of a llama block's Linears and 1 of its 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from bigq.arch import block_linears
+from bigq.clock import Clock, Lap
 from bigq.errors import NumericsError
 from bigq.kernels.finite import finite
-from bigq.report import Clock
+from bigq.report import LinearRecord
 from bigq.sched.activations import ActivationStore
 from bigq.sched.capture import StopForward, all_replaced
 from bigq.sched.memory import return_freed_memory
@@ -33,11 +36,26 @@ from bigq.solver.rtn import round_to_nearest
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """One Linear done: its full module name, its codes, and how long its Hessian, factor and solve took (seconds)."""
+    """One Linear done: its full module name, its codes, and how long its factor and solve took, known when the clock has settled."""
 
     name: str
     weight: QuantizedWeight
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, Lap]
+
+    def record(self) -> LinearRecord:
+        """What is told of it."""
+        weight = self.weight
+        m, n = weight.codes.shape
+        return LinearRecord(
+            name=self.name,
+            bits=weight.scheme.bits,
+            group_size=weight.scheme.group_size,
+            shape=(m, n),
+            loss=weight.loss,
+            relative_error=weight.relative_error,
+            damping=weight.damping,
+            seconds=self.seconds,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +76,11 @@ class BlockJob:
 
 
 class Memo:
-    """What modules with a shortcut return, by batch; until their Linear is solved, its inputs. Kept in the store's tier."""
+    """What modules with a shortcut return, row by row; until their Linear is solved, its inputs. Kept in the store's tier.
+
+    A pass that begins anew with a smaller batch puts all rows again. Rows serve only passes with the batch that they were made
+    with: a block that is replayed from its shard has no memo, and must come to the same bytes.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[Shortcut, _Kept] = {}
@@ -70,17 +92,23 @@ class Memo:
         if shortcut not in self._kept:
             self._kept[shortcut] = _Kept.like(x, hi - lo, store)
         self._kept[shortcut].put(lo, hi, x)
+        self._kept[shortcut].batch = store.batch
 
-    def finish(self, shortcut: Shortcut, linear: nn.Module, store: ActivationStore) -> None:
-        """The Linear is solved: turn its inputs into its outputs, batch by batch."""
+    def finish(self, shortcut: Shortcut, linear: nn.Module, store: ActivationStore, block: int, step: int) -> None:
+        """The Linear is solved: turn its inputs into its outputs, in a pass of the store's."""
         inputs = self._kept[shortcut]
         outputs: _Kept | None = None
-        for lo, hi in store.spans():
+
+        def run(lo: int, hi: int) -> None:
+            nonlocal outputs
             y = linear(inputs.get(lo, hi))
             if outputs is None:
                 outputs = inputs if y.numel() == inputs.elements * (hi - lo) else _Kept.like(y, hi - lo, store)
             outputs.put(lo, hi, y)
+
+        store.in_place(block, step, run)
         assert outputs is not None
+        outputs.batch = inputs.batch if store.batch == inputs.batch else None
         if outputs is not inputs:
             inputs.buffer.close()
         self._kept[shortcut] = outputs
@@ -88,13 +116,14 @@ class Memo:
 
     @contextlib.contextmanager
     def active(self, block: nn.Module, store: ActivationStore) -> Iterator[None]:
-        """Let finished modules return what is kept for the store's current batch instead of running."""
+        """Let finished modules return what is kept for the store's current batch instead of running, as long as it has the same size."""
+        usable = [s for s in self._finished if self._kept[s].batch == store.batch]
 
         def make(i: int) -> Callable[..., Any]:
-            shortcut = self._finished[i]
+            shortcut = usable[i]
             return lambda *_args, **_kwargs: shortcut.form.wrap(self._kept[shortcut].get(*store.at))
 
-        with all_replaced([block.get_submodule(s.module) for s in self._finished], make):
+        with all_replaced([block.get_submodule(s.module) for s in usable], make):
             yield
 
     def close(self) -> None:
@@ -107,11 +136,15 @@ class Memo:
 
 @dataclass(slots=True)
 class _Kept:
-    """Tensors of a batch as rows of a buffer. shape: of what belongs to one row, whose leading dimension may be folded."""
+    """Tensors of a batch as rows of a buffer. shape: of what belongs to one row, whose leading dimension may be folded.
+
+    batch: the rows that went through the block at once to make it; None where that was not the same number for all.
+    """
 
     buffer: RowBuffer
     elements: int
     shape: tuple[int, ...]
+    batch: int | None = None
 
     @classmethod
     def like(cls, x: Tensor, rows: int, store: ActivationStore) -> _Kept:
@@ -132,21 +165,22 @@ def solve_block(job: BlockJob, store: ActivationStore, true_sequential: bool) ->
     Raises NumericsError, naming the Linear, where activations or Hessians are not finite.
     """
     linears = block_linears(job.block)
-    for level in job.plan.levels(true_sequential):
+    passes = 1 + len(linears)  # of a level at most: one to capture, one for each shortcut; so a level's number is its own, memo or not
+    for step, level in zip(itertools.count(1, passes), job.plan.levels(true_sequential), strict=False):
         wanted = [Group(kept, g.level) for g in level if (kept := tuple(n for n in g.names if n in job.schemes))]
         if not wanted:
             continue
         names = {name for group in wanted for name in group.names}
         keep = [s for s in job.plan.shortcuts if s.linear in names] if true_sequential else []
-        with job.memo.active(job.block, store), job.clock.phase("replay"):
-            sums = _capture(job, linears, wanted, store, keep)
+        with job.clock.phase("replay"):
+            sums = store.afresh(job.index, step, functools.partial(_capture, job, linears, wanted, store, keep))
         return_freed_memory()
         for group in wanted:
             yield from _solve_group(job, linears, group, sums.pop(group.names))
         return_freed_memory()
         with job.clock.phase("replay"):
-            for shortcut in keep:
-                job.memo.finish(shortcut, linears[shortcut.linear], store)
+            for number, shortcut in enumerate(keep, 1):
+                job.memo.finish(shortcut, linears[shortcut.linear], store, job.index, step + number)
 
 
 def _capture(
@@ -184,8 +218,8 @@ def _capture(
 
         return forward
 
-    with all_replaced([linears[name] for name in names], make):
-        for _, hidden, call in store.batches(job.index):
+    with job.memo.active(job.block, store), all_replaced([linears[name] for name in names], make):
+        for hidden, call in store.batches(job.index):
             waiting.update(names)
             with contextlib.suppress(StopForward):
                 call.run(job.block, hidden)
@@ -212,7 +246,7 @@ def _solve_group(job: BlockJob, linears: Mapping[str, nn.Module], group: Group, 
             with job.clock.phase("solve") as solve_time:
                 results = solve([linear_weight(linears[n]) for n in names], factor, scheme, label)
                 return_freed_memory()
-            seconds = {"factor": factor_time.seconds, "solve": solve_time.seconds}
+            seconds = {"factor": factor_time, "solve": solve_time}
             for name, result in zip(names, results, strict=True):
                 set_linear_weight(linears[name], result.dequantize(linear_weight(linears[name]).dtype))
                 yield Solved(f"{job.prefix}.{name}", result, seconds)
@@ -224,17 +258,20 @@ def round_block(job: BlockJob) -> Iterator[Solved]:
     for name, scheme in job.schemes.items():
         with job.clock.phase("solve") as solve_time:
             result = round_to_nearest(linear_weight(linears[name]), scheme, f"{job.prefix}.{name}")
-        yield Solved(f"{job.prefix}.{name}", result, {"solve": solve_time.seconds})
+        yield Solved(f"{job.prefix}.{name}", result, {"solve": solve_time})
 
 
 def propagate(index: int, block: nn.Module, store: ActivationStore, name: str, memo: Memo | None = None) -> None:
     """Replay the whole block; its outputs overwrite its inputs. Raises NumericsError where an output is not finite."""
-    for lo, hidden, call in store.batches(index):
+
+    def run(lo: int, hi: int) -> None:
         with (memo or Memo()).active(block, store):
-            output = call.run(block, hidden)
+            output = store.call(index, hi - lo).run(block, store.take(lo, hi))
         if not finite(output):
             raise NumericsError(
                 f"{name}: its outputs are not finite (NaN or Inf) for calibration rows from {lo} on; "
                 "try another --dtype (bfloat16 has more range than float16)"
             )
         store.put(lo, output)
+
+    store.in_place(index + 1, 0, run)

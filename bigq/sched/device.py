@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 
 import torch
 
 from bigq.errors import ResourceError, UsageError
+from bigq.sched.memory import return_freed_memory
+
+#: How allocations fail that libraries make beside torch's allocator, in words that accelerate does not look for.
+OTHER_WORDS = ("CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -35,11 +40,29 @@ def memory_errors(device: torch.device) -> Iterator[None]:
     """Tell an allocation that failed as a ResourceError."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise ResourceError(f"{device}: out of memory ({str(error).splitlines()[0]}); use a smaller --batch or fewer --samples") from error
+    except torch.OutOfMemoryError as error:
+        said = str(error).partition("\n")[0]
+        raise ResourceError(f"{device}: out of memory ({said}); use fewer --samples, a shorter --seqlen or --activations host") from error
     except MemoryError as error:
         raise ResourceError("the host is out of memory; use fewer --samples or a smaller --batch") from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
         raise ResourceError("the host is out of memory; use fewer --samples or a smaller --batch") from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that an allocation failed, so that a smaller batch may do."""
+    if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OTHER_WORDS):
+        return True
+    from accelerate.utils.memory import should_reduce_batch_size  # imported here: it takes seconds
+
+    return bool(should_reduce_batch_size(error))
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing refers to any more, after an allocation failed."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return_freed_memory()

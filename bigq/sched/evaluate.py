@@ -23,6 +23,7 @@ from bigq.errors import UsageError
 from bigq.io.hub import resolve_model
 from bigq.report import Progress
 from bigq.sched.activations import ActivationStore
+from bigq.sched.batches import Batches, told
 from bigq.sched.block import propagate
 from bigq.sched.capture import OutputForm, all_replaced
 from bigq.sched.device import choose_device, memory_errors
@@ -100,8 +101,9 @@ class Stream:
         self._form: OutputForm = probe.form
         needed = rows.numel() * probe.hidden.shape[-1] * probe.hidden.dtype.itemsize
         tier = choose_tier("auto", pager.device, needed, Path(tempfile.gettempdir()))
-        self._store: ActivationStore = activations_for(pager, rows, batch, probe.form, tier)
         with Progress(len(pager.blocks), pager.device, quiet) as progress:
+            batches = Batches(batch, tell=lambda before, halving: progress.say(told(before, halving)))
+            self._store: ActivationStore = activations_for(pager, rows, batches, probe, tier)
             progress.phase(f"{pager.folder.name}")
             for i in range(len(pager.blocks)):
                 block = pager.load_block(i)

@@ -2,6 +2,7 @@
 
     OUT/.bigq/job.json        the request, frozen when the job starts
     OUT/.bigq/journal.jsonl   one line per committed shard, appended and flushed after the shard itself is durable
+    OUT/.bigq/batches.json    where the device ran out of memory and the job went on with a smaller batch, if it did
     OUT/.bigq/lock            held by the running job
 
 A job that finds both goes on behind the last committed block.
@@ -18,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigq.errors import BigqError, ResourceError, UsageError
+from bigq.errors import BigqError, CheckpointError, ResourceError, UsageError
 from bigq.io.atomic import TEMP_SUFFIX, sync_folder, write_bytes, write_json
 from bigq.io.index import read_json_object
 from bigq.io.writer import ShardRecord, file_sha256
+from bigq.sched.batches import Halving
 
 STATE_FOLDER = ".bigq"
 
@@ -32,6 +34,8 @@ class Commit:
 
     left_out: module names of the block's Linears that stay as they are although no rule says so.
     source: a hash that tells whether the tensors which the shard was made from are still the same.
+    batch: calibration rows that went through the block at once when its last Linears were solved; None where none were needed,
+        and in journals that were begun before it was recorded.
     """
 
     unit: str
@@ -39,6 +43,7 @@ class Commit:
     linears: tuple[Mapping[str, Any], ...]
     left_out: tuple[str, ...] = ()
     source: str = ""
+    batch: int | None = None
 
     def to_line(self) -> bytes:
         value = {
@@ -50,6 +55,7 @@ class Commit:
             "linears": self.linears,
             "left_out": self.left_out,
             "source": self.source,
+            "batch": self.batch,
         }
         return (json.dumps(value) + "\n").encode()
 
@@ -62,7 +68,12 @@ class Commit:
             value = json.loads(line)
             shard = ShardRecord(file=value["file"], size=value["size"], sha256=value["sha256"], tensors=tuple(value["tensors"]))
             return cls(
-                unit=value["unit"], shard=shard, linears=tuple(value["linears"]), left_out=tuple(value["left_out"]), source=value["source"]
+                unit=value["unit"],
+                shard=shard,
+                linears=tuple(value["linears"]),
+                left_out=tuple(value["left_out"]),
+                source=value["source"],
+                batch=value.get("batch"),
             )
         except (ValueError, KeyError, TypeError):
             return None
@@ -82,6 +93,7 @@ class Journal:
         self._path = self._state / "journal.jsonl"
         self._begin(request)
         self.commits = self._surviving(units)
+        self.halvings = self._known_halvings()
 
     def _begin(self, request: Mapping[str, Any]) -> None:
         require_ours(self.out)
@@ -134,6 +146,24 @@ class Journal:
         except OSError as error:
             raise ResourceError(f"cannot write {self._path}: {error.strerror}; free some space and run the command again") from error
         self.commits.append(commit)
+
+    def _known_halvings(self) -> list[Halving]:
+        path = self._state / "batches.json"
+        if not path.exists():
+            return []
+        try:
+            return [Halving(*map(int, numbers)) for numbers in read_json_object(path)["halvings"]]
+        except (KeyError, TypeError, ValueError) as error:
+            self.close()
+            raise CheckpointError(f"{path}: is damaged; begin the job again in an empty folder") from error
+
+    def halve(self, halving: Halving) -> None:
+        """Record durably that the job goes on with a smaller batch from some place on.
+
+        Nothing that comes of it is committed before: a job that is taken up again halves where this one did.
+        """
+        self.halvings.append(halving)
+        write_json(self._state / "batches.json", {"halvings": [h.to_json() for h in self.halvings]})
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

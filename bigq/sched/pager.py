@@ -206,10 +206,12 @@ class Pager:
         places = torch.searchsorted(tokens, torch.arange(int(tokens[-1]) + 1)).to(self.device)
         padding, embedding.padding_idx = embedding.padding_idx, None
         embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
-        with replaced_forward(embedding, lambda x: type(embedding).forward(embedding, places[x])):
-            yield
-        embedding._parameters["weight"] = self._meta[name]
-        embedding.padding_idx = padding
+        try:
+            with replaced_forward(embedding, lambda x: type(embedding).forward(embedding, places[x])):
+                yield
+        finally:
+            embedding._parameters["weight"] = self._meta[name]
+            embedding.padding_idx = padding
 
     def to_device(self, name: str, tensor: Tensor) -> Tensor:
         """Cast a parameter's stored values to what the model computes with, and move them."""

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,18 @@ from torch import Tensor
 
 from bigq import skeleton
 from bigq.arch import block_linears
+from bigq.clock import Clock
 from bigq.config import JobConfig
 from bigq.errors import ResourceError, UnsupportedModelError, UsageError
 from bigq.io.atomic import write_bytes
 from bigq.io.gptq_format import pack_linear
 from bigq.io.hub import resolve_model
 from bigq.io.index import TensorInfo
+from bigq.io.outgoing import Outgoing
 from bigq.io.writer import OutputTensor, write_shard
-from bigq.report import Clock, LinearRecord, Progress, Report, device_memory_peak, host_memory_peak
+from bigq.report import LinearRecord, Progress, Report, device_memory_peak, host_memory_peak
 from bigq.sched.activations import ActivationStore
+from bigq.sched.batches import Batches, Halving, told
 from bigq.sched.behind import WriteBehind
 from bigq.sched.block import BlockJob, Memo, Solved, propagate, round_block, solve_block
 from bigq.sched.cost import Choice
@@ -80,16 +83,20 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
             if plan.shortages:
                 raise ResourceError(f"{out}: the job does not fit: {'; '.join(plan.shortages)}")
             with contextlib.closing(Journal(out, _request(pager, config, rows), units)) as journal:
-                trace = Trace()
+                trace = Trace(keep=config.trace is not None)
+                clock = Clock(device, trace)
                 try:
                     with (
                         contextlib.closing(WriteBehind(beside=plan.choice.beside)) as behind,
                         pager.reading_ahead(plan.choice.ahead, trace),
                     ):
-                        job = _Job(pager, config, plan.choice, journal, units, rest, progress, Clock(device, trace), behind, trace)
+                        outgoing = Outgoing(device) if device.type == "cuda" else None
+                        job = _Job(pager, config, plan.choice, journal, units, rest, progress, clock, behind, outgoing)
                         job.run(rows)
                 finally:
                     if config.trace is not None:
+                        with contextlib.suppress(RuntimeError):  # a device that failed has no more to tell
+                            clock.settle()
                         write_bytes(Path(config.trace), trace.to_json())
                 finish_folder(folder, journal, config)
     return Report(
@@ -97,7 +104,7 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
         blocks=len(pager.blocks),
         linears=tuple(record for commit in journal.commits for record in commit.linears),
         seconds=time.monotonic() - started,
-        seconds_by_phase=job.clock.seconds,
+        seconds_by_phase=clock.seconds,
         source_bytes=sum(t.nbytes for t in pager.checkpoint.tensors.values()),
         output_bytes=sum(commit.shard.size for commit in journal.commits),
         host_peak_bytes=host_memory_peak(),
@@ -106,6 +113,8 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
         planned_device_bytes=plan.cost.device,
         resumed_blocks=job.resumed,
         left_out=tuple(name for commit in journal.commits for name in commit.left_out),
+        waiting=clock.waiting(),
+        batches=() if rows is None else Batches(plan.choice.batch, journal.halvings).used,
     )
 
 
@@ -132,7 +141,7 @@ class _Job:
     progress: Progress
     clock: Clock
     behind: WriteBehind
-    trace: Trace
+    outgoing: Outgoing | None
     resumed: int = 0
 
     def run(self, rows: Tensor | None) -> None:
@@ -151,8 +160,9 @@ class _Job:
         store = None
         if rows is not None:
             with self.clock.phase("embed"):
-                tier = Tier(self.choice.tier, self.pager.device, self.journal.out / STATE_FOLDER)
-                store = activations_for(self.pager, rows, self.choice.batch, probe.form, tier)
+                tier = Tier(self.choice.tier, self.pager.device, self.journal.out / STATE_FOLDER, self.clock)
+                batches = Batches(self.choice.batch, self.journal.halvings, self._halved)
+                store = activations_for(self.pager, rows, batches, probe, tier)
         plans: dict[Any, BlockPlan] = {}
         with contextlib.nullcontext() if store is None else contextlib.closing(store):
             for i in range(len(self.pager.blocks)):
@@ -203,6 +213,10 @@ class _Job:
             named = None if worst is None else (worst.name.removeprefix(prefix + "."), worst.relative_error)
             self.progress.block_done(i, time.monotonic() - started, named)
 
+    def _halved(self, before: int, halving: Halving) -> None:
+        self.progress.say(told(before, halving))
+        self.journal.halve(halving)
+
     def _schemes(self, prefix: str, plan: BlockPlan) -> dict[str, QuantScheme]:
         """The scheme of each Linear of a block that will be quantized, by its name in the block."""
         names = [name for group in plan.groups for name in group.names]
@@ -218,17 +232,19 @@ class _Job:
             source = self.pager.sources[f"{solved.name}.weight"].name
             with self.clock.phase("pack"):
                 packed[source] = pack_linear(source.removesuffix(".weight"), solved.weight, self.config.format_version)
-            records.append(_record(solved))
+            records.append(solved.record())
         tensors = []
         for name in self._sources(len(self.rest) + job.index):
             if name in packed:
-                tensors += [OutputTensor.of(n, t) for n, t in packed[name].items()]
+                tensors += [OutputTensor.of(n, t, self.outgoing) for n, t in packed[name].items()]
             else:
                 tensors.append(OutputTensor.copy_of(self.pager.checkpoint[name]))
-        left_out = tuple(f"{job.prefix}.{name}" for name in job.plan.left_out)
+        left_out = [f"{job.prefix}.{name}" for name in job.plan.left_out]
+        batch = None if store is None else store.batch
+        self.clock.settle()  # the records' seconds become numbers before another thread writes them
         self.progress.phase(f"block {job.index + 1} write")
         with self.clock.phase("write"):
-            self.behind.start(lambda: self._commit(len(self.rest) + job.index, tensors, records, left_out))
+            self.behind.start(lambda: self._commit(len(self.rest) + job.index, tensors, records, left_out, batch))
         return records
 
     def _restore(self, job: BlockJob) -> None:
@@ -257,24 +273,13 @@ class _Job:
         own = {info.name for name, info in self.pager.sources.items() if name.startswith(prefix + ".")}
         return [name for name in self.pager.checkpoint if name in own]
 
-    def _commit(self, number: int, tensors: list[OutputTensor], records: list[LinearRecord], left_out: tuple[str, ...] = ()) -> None:
+    def _commit(
+        self, number: int, tensors: list[OutputTensor], records: list[LinearRecord], left_out: Sequence[str] = (), batch: int | None = None
+    ) -> None:
         """Write shard ``number`` and its line in the journal."""
-        with self.trace.span("commit", self.units[number]):
+        unit = self.units[number]
+        with self.clock.trace.span("commit", unit):
             shard = write_shard(self.journal.out / f"model-{number + 1:05d}-of-{len(self.units):05d}.safetensors", tensors)
             source = self.pager.checkpoint.sample(self._sources(number))
             linears = tuple(r.to_json() for r in records)
-            self.journal.commit(Commit(unit=self.units[number], shard=shard, linears=linears, left_out=left_out, source=source))
-
-
-def _record(solved: Solved) -> LinearRecord:
-    m, n = solved.weight.codes.shape
-    return LinearRecord(
-        name=solved.name,
-        bits=solved.weight.scheme.bits,
-        group_size=solved.weight.scheme.group_size,
-        shape=(m, n),
-        loss=solved.weight.loss,
-        relative_error=solved.weight.relative_error,
-        damping=solved.weight.damping,
-        seconds=solved.seconds,
-    )
+            self.journal.commit(Commit(unit=unit, shard=shard, linears=linears, left_out=tuple(left_out), source=source, batch=batch))

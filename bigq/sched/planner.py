@@ -14,7 +14,7 @@ from bigq.sched.cost import Choice, Cost, Phase, Work, job_cost
 from bigq.sched.shape import ModelShape
 from bigq.sizes import show_size
 
-#: The part of a budget that a way of running a job is let take where another one takes less: estimates are within a tenth.
+#: The part of a memory budget to stay within where that is possible: estimates are within a tenth.
 HEADROOM = 0.9
 
 #: What the libraries come to hold after a job's first products, on a CPU and on the host of a GPU, in bytes.
@@ -131,7 +131,7 @@ class Plan:
 def make_plan(
     shape: ModelShape, work: Work, config: JobConfig, *, on_gpu: bool, base: int, budgets: Budgets, ceilings: Ceilings | None
 ) -> Plan:
-    """The first way of running the job that fits, from the fastest on; where none does, the one that asks for least.
+    """The fastest way of running the job that fits with room to spare; where none does, the one that asks for least.
 
     base: bytes that the process holds before the job. What ``config`` fixes (tier, batch, read-ahead) stays as it says.
     Raises UsageError for activations on a GPU that is not there.
@@ -139,11 +139,11 @@ def make_plan(
     if config.activations == "gpu" and not on_gpu:
         raise UsageError("--activations gpu: the job runs on a CPU; use host, disk or auto")
     base += WARM_GPU if on_gpu else WARM_CPU
-    best: tuple[tuple[int, bool], Choice, Cost] | None = None
+    spare = Budgets(device=int(HEADROOM * budgets.device), host=int(HEADROOM * budgets.host), disk=budgets.disk)
+    best: tuple[tuple[int, int], Choice, Cost] | None = None
     for choice in _choices(shape, work, config, on_gpu):
         cost = job_cost(shape, work, choice, base)
-        tight = cost.device > HEADROOM * budgets.device or cost.host > HEADROOM * budgets.host
-        strain = sum(_over(cost, budgets)), tight
+        strain = sum(_over(cost, budgets)), sum(_over(cost, spare))
         if best is None or strain < best[0]:
             best = strain, choice, cost
         if not any(strain):

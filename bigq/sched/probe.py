@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from bigq import skeleton
 from bigq.sched.activations import ActivationStore
+from bigq.sched.batches import Batches
 from bigq.sched.capture import BlockCall, OutputForm, check_streamable, first_input, record_calls
 from bigq.sched.pager import Pager
 from bigq.sched.tiers import Tier
@@ -46,17 +48,29 @@ def probe_model(pager: Pager) -> Probe:
     return Probe(hidden, calls, form)
 
 
-def activations_for(pager: Pager, rows: Tensor, batch: int, form: OutputForm, tier: Tier) -> ActivationStore:
+def activations_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, tier: Tier) -> ActivationStore:
     """Embed the rows [N, T] and record how blocks are called; what blocks 0 … will be replayed on."""
-    store: ActivationStore | None = None
-    with pager.rest_loaded(), pager.embedding_rows(rows):
-        for lo in range(0, len(rows), batch):
-            ids = rows[lo : lo + batch].to(pager.device)
+
+    def record(size: int) -> list[BlockCall]:
+        """Which tokens does not matter: ``check_streamable`` has made sure."""
+        ids = rows[:1].expand(size, -1)
+        with pager.rest_loaded(), pager.embedding_rows(ids):
+            return record_calls(pager.model, pager.blocks, ids.to(pager.device), probe.form)
+
+    shape = (len(rows), rows.shape[1], probe.hidden.shape[-1])
+    store = ActivationStore(shape, probe.hidden.dtype, batches, tier, record)
+
+    def embed() -> None:
+        for lo, hi in store.spans():
+            ids = rows[lo:hi].to(pager.device)
             hidden, _ = first_input(pager.model, pager.blocks, ids)
-            if store is None:
-                store = ActivationStore(len(rows), rows.shape[1], hidden.shape[-1], hidden.dtype, batch, tier)
             if len(ids) not in store.calls:
-                store.calls[len(ids)] = record_calls(pager.model, pager.blocks, ids, form)
+                store.calls[len(ids)] = record_calls(pager.model, pager.blocks, ids, probe.form)
             store.put(lo, hidden)
-    assert store is not None
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(store.close)
+        with pager.rest_loaded(), pager.embedding_rows(rows):
+            store.afresh(0, 0, embed)
+        stack.pop_all()
     return store

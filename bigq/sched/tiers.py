@@ -20,8 +20,10 @@ import psutil
 import torch
 from torch import Tensor
 
+from bigq.clock import Clock
 from bigq.errors import ResourceError, UsageError
 from bigq.io.reader import as_bytes
+from bigq.trace import Trace
 
 #: Batches of a disk buffer whose writing has not ended yet, at most.
 WRITES_IN_FLIGHT = 2
@@ -45,18 +47,29 @@ class RowBuffer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """kind: "gpu", "host" or "disk". device: where rows are computed with. scratch: the folder of the disk tier's files."""
+    """kind: "gpu", "host" or "disk". device: where rows are computed with. scratch: the folder of the disk tier's files.
+
+    clock: times the coming and going of rows that are kept elsewhere than where they are computed with; the disk tier's reads and
+    writes are a lane of its trace.
+    """
 
     kind: str
     device: torch.device
     scratch: Path | None = None
+    clock: Clock | None = None
 
     def buffer(self, rows: int, elements: int, dtype: torch.dtype) -> RowBuffer:
         """Room for rows of that many elements. Raises ResourceError where the disk has none."""
         if self.kind == "disk":
             assert self.scratch is not None
-            return _OnDisk(self.scratch, rows, elements, dtype, self.device)
-        return _InMemory(rows, elements, dtype, self.device, on_host=self.kind == "host")
+            trace = self.clock.trace if self.clock is not None else Trace(keep=False)
+            return self._timed(_OnDisk(self.scratch, rows, elements, dtype, self.device, trace))
+        if self.kind == "host" and self.device.type == "cuda":
+            return self._timed(_OnHost(rows, elements, dtype, self.device))
+        return _InMemory(rows, elements, dtype, self.device)
+
+    def _timed(self, buffer: RowBuffer) -> RowBuffer:
+        return buffer if self.clock is None else _Timed(buffer, self.clock)
 
 
 def choose_tier(wanted: str, device: torch.device, needed: int, scratch: Path) -> Tier:
@@ -79,19 +92,38 @@ def fastest_tier(needed: int, device_free: int, host_free: int) -> str:
     return "host" if needed <= host_free // 2 else "disk"
 
 
-class _InMemory:
-    """One tensor. On a GPU's host it is pinned, and copies are ordered by the device's stream."""
+class _Timed:
+    """A buffer whose rows' coming and going is a phase of its own."""
 
-    def __init__(self, rows: int, elements: int, dtype: torch.dtype, device: torch.device, *, on_host: bool) -> None:
-        self._device = device
-        pin = on_host and device.type == "cuda"
-        self._rows = torch.empty(rows, elements, dtype=dtype, device="cpu" if on_host else device, pin_memory=pin)
+    def __init__(self, buffer: RowBuffer, clock: Clock) -> None:
+        self._buffer, self._clock = buffer, clock
 
     def get(self, lo: int, hi: int) -> Tensor:
-        return self._rows[lo:hi].to(self._device, non_blocking=True)
+        with self._clock.phase("transfer"):
+            return self._buffer.get(lo, hi)
 
     def put(self, lo: int, rows: Tensor) -> None:
-        self._rows[lo : lo + rows.shape[0]].copy_(rows.reshape(rows.shape[0], -1), non_blocking=True)
+        with self._clock.phase("transfer"):
+            self._buffer.put(lo, rows)
+
+    def ahead(self, lo: int, hi: int) -> None:
+        self._buffer.ahead(lo, hi)
+
+    def close(self) -> None:
+        self._buffer.close()
+
+
+class _InMemory:
+    """One tensor where it is computed with."""
+
+    def __init__(self, rows: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._rows = torch.empty(rows, elements, dtype=dtype, device=device)
+
+    def get(self, lo: int, hi: int) -> Tensor:
+        return self._rows[lo:hi]
+
+    def put(self, lo: int, rows: Tensor) -> None:
+        self._rows[lo : lo + rows.shape[0]].copy_(rows.reshape(rows.shape[0], -1))
 
     def ahead(self, lo: int, hi: int) -> None:
         pass
@@ -100,10 +132,60 @@ class _InMemory:
         del self._rows
 
 
+class _OnHost:
+    """Pinned memory of a GPU's host. Rows come and go on a stream of their own, in the order in which they were asked for."""
+
+    def __init__(self, rows: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._device = device
+        self._rows = torch.empty(rows, elements, dtype=dtype, pin_memory=True)
+        self._stream = torch.cuda.Stream(device)
+        self._next: tuple[int, int, Tensor, torch.cuda.Event] | None = None
+
+    def get(self, lo: int, hi: int) -> Tensor:
+        expected, self._next = self._next, None
+        if expected is None or expected[:2] != (lo, hi):
+            expected = (lo, hi, *self._fetch(lo, hi))
+        # Not for the stream: the rows put last may still be on their way out.
+        torch.cuda.current_stream(self._device).wait_event(expected[3])
+        return expected[2]
+
+    def put(self, lo: int, rows: Tensor) -> None:
+        if self._next is not None and lo < self._next[1] and self._next[0] < lo + rows.shape[0]:
+            self._next = None
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            self._rows[lo : lo + rows.shape[0]].copy_(rows.reshape(rows.shape[0], -1), non_blocking=True)
+        rows.record_stream(self._stream)
+
+    def ahead(self, lo: int, hi: int) -> None:
+        self._next = (lo, hi, *self._fetch(lo, hi))
+
+    def _fetch(self, lo: int, hi: int) -> tuple[Tensor, torch.cuda.Event]:
+        """Begin to copy rows to the device: the tensor, and what to wait for before using it.
+
+        Its memory belongs to the current stream, whose earlier work may still use it: the copy waits for that.
+        """
+        target = torch.empty(hi - lo, self._rows.shape[1], dtype=self._rows.dtype, device=self._device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(self._rows[lo:hi], non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(self._stream)
+        target.record_stream(self._stream)
+        return target, arrived
+
+    def close(self) -> None:
+        """The memory may be handed out again at once, so copies end first."""
+        self._next = None
+        self._stream.synchronize()
+        del self._rows
+
+
 class _OnDisk:
     """A file without a name: the system removes it with the process, however that ends."""
 
-    def __init__(self, folder: Path, rows: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, folder: Path, rows: int, elements: int, dtype: torch.dtype, device: torch.device, trace: Trace) -> None:
+        self._trace = trace
         self._folder, self._elements, self._dtype, self._device = folder, elements, dtype, device
         self._row_bytes = elements * dtype.itemsize
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="activations")
@@ -137,7 +219,7 @@ class _OnDisk:
     def _read(self, lo: int, hi: int) -> Tensor:
         rows = torch.empty(hi - lo, self._elements, dtype=self._dtype)
         view, position, done = as_bytes(rows), lo * self._row_bytes, 0
-        with self._errors():
+        with self._errors(), self._trace.span("activations", f"read {lo} … {hi}"):
             while done < len(view):
                 got = os.preadv(self._file.fileno(), [view[done:]], position + done)
                 if got == 0:
@@ -148,7 +230,7 @@ class _OnDisk:
 
     def _write(self, lo: int, rows: Tensor) -> None:
         view, position, done = as_bytes(rows), lo * self._row_bytes, 0
-        with self._errors():
+        with self._errors(), self._trace.span("activations", f"write {lo} … {lo + len(rows)}"):
             while done < len(view):
                 done += os.pwritev(self._file.fileno(), [view[done:]], position + done)
             # Only clean pages can be dropped; otherwise a whole pass would pile up in memory.

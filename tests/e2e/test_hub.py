@@ -26,6 +26,7 @@ class Hub(ThreadingHTTPServer):
     """Serves folders as repositories: listing, file metadata and files, as the hub's HTTP API does.
 
     repositories: "owner/name" or "datasets/owner/name" → folder. requests: "METHOD path" of everything asked for.
+    ranges: bytes that requests for parts of files were answered with.
     """
 
     daemon_threads = True
@@ -34,6 +35,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, Path] = {}
         self.requests: list[str] = []
+        self.ranges: list[int] = []
 
     @property
     def url(self) -> str:
@@ -61,6 +63,11 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path).strip("/")
         self.server.requests.append(f"{self.command} /{path}")
         status, body, headers = self._find(path)
+        wanted = self.headers.get("Range", "")
+        if status == 200 and wanted.startswith("bytes="):
+            first, last = wanted.removeprefix("bytes=").split("-")
+            status, body = 206, body[int(first) : int(last) + 1]
+            self.server.ranges.append(len(body))
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
@@ -163,6 +170,39 @@ def test_quantize_from_the_hub_and_again_offline(
         assert (out / name).read_bytes() == (again / name).read_bytes(), name
         assert (out / name).read_bytes() == (local / name).read_bytes(), name
     assert any(name.endswith(".qweight") for name in stored_tensors(out))
+
+
+def test_a_plan_fetches_config_and_headers_only(
+    repository: Path, hub: Hub, environment: dict[str, str], child: Child, tmp_path: Path
+) -> None:
+    """The same plan as for the folder itself. Headers here are a few KiB; hardly more than those are fetched of each shard."""
+    flags = ["--json", "--seqlen", "32", "--samples", "4", "--group-size", "32", "--device", "cpu"]
+    plans = []
+    for model in ("owner/tiny", str(repository)):
+        done = child("-m", "bigq", "plan", model, *flags, env=environment)
+        assert done.returncode == 0, done.stderr
+        plans.append(json.loads(done.stdout))
+    for name in ("blocks", "rows", "seqlen", "activations", "batch", "written_bytes", "read_bytes"):
+        assert plans[0][name] == plans[1][name], name
+    assert [[p["phase"], p["flops"]] for p in plans[0]["phases"]] == [[p["phase"], p["flops"]] for p in plans[1]["phases"]]
+    shards = list(repository.glob("*.safetensors"))
+    assert len(hub.ranges) >= len(shards)
+    whole = {line for line in hub.requests if line.startswith("GET") and line.endswith(".safetensors")}
+    assert len(whole) <= len(shards)
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+    assert not any(name.endswith(("tokenizer.json", ".bin", "README.md")) for name in hub.fetched())
+
+
+def test_a_plan_for_what_the_hub_does_not_have(repository: Path, hub: Hub, environment: dict[str, str], child: Child) -> None:
+    for shard in repository.glob("*.safetensors*"):
+        shard.unlink()
+    for model, status, words in (("owner/absent", 3, "no such model"), ("owner/tiny", 3, "no safetensors")):
+        done = child("-m", "bigq", "plan", model, env=environment)
+        assert done.returncode == status, done.stderr
+        assert words in done.stderr.splitlines()[-1]
+    done = child("-m", "bigq", "plan", "owner/tiny", env={**environment, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent"})
+    assert done.returncode == 4, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_unknown_repository_and_unknown_revision(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,106 @@ def test_the_tiers_give_identical_output(family: str, checkpoint: Callable[[str]
         digests.append({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.glob("*.safetensors"))})
         assert not [p for p in (out / ".bigq").iterdir() if "tmp" in p.name]
     assert digests[0] == digests[1] and len(digests[0]) > 1
+
+
+class FakeStream:
+    """A stream of a device that is not there: it tells what waits for what."""
+
+    def __init__(self, name: str, calls: list[str]) -> None:
+        self.name, self.calls = name, calls
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.calls.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.calls.append(f"{self.name} waits for copy {event.number}")
+
+    def synchronize(self) -> None:
+        self.calls.append(f"all of {self.name} awaited")
+
+
+class FakeEvent:
+    made = 0
+
+    def __init__(self) -> None:
+        FakeEvent.made += 1
+        self.number = FakeEvent.made
+
+    def record(self, stream: FakeStream) -> None:
+        assert stream.name == "copies"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a GPU's host tier asks of CUDA, in order; the device's tensors are the host's."""
+    calls: list[str] = []
+    copies, current = FakeStream("copies", calls), FakeStream("compute", calls)
+    on = [current]
+    real_copy, real_empty = torch.Tensor.copy_, torch.empty
+
+    @contextlib.contextmanager
+    def stream(chosen: FakeStream) -> Iterator[None]:
+        on.append(chosen)
+        yield
+        on.pop()
+
+    def copy_(self: torch.Tensor, other: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        if non_blocking:
+            calls.append(f"copy on {on[-1].name}")
+        return real_copy(self, other)
+
+    def empty(*shape: int, pin_memory: bool = False, device: object = None, **how: torch.dtype) -> torch.Tensor:
+        return real_empty(*shape, **how)  # type: ignore[call-overload, no-any-return]
+
+    FakeEvent.made = 0
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: copies)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: on[-1])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: calls.append(f"kept for {stream.name}"))
+    monkeypatch.setattr(torch, "empty", empty)
+    return calls
+
+
+def test_a_gpu_s_host_tier_copies_beside_the_computation(calls: list[str]) -> None:
+    """Computing on rows waits for their own copy alone; every copy waits for what was computed before it was asked for."""
+    buffer = Tier("host", torch.device("cuda")).buffer(4, 3, torch.float32)
+    rows = torch.arange(12.0).view(4, 3)
+    buffer.put(0, rows)
+    assert calls == ["copies waits for compute", "copy on copies", "kept for copies"]
+    calls.clear()
+    assert torch.equal(buffer.get(0, 2), rows[:2])
+    fetched = ["copies waits for compute", "copy on copies", "kept for copies"]
+    assert calls == [*fetched, "compute waits for copy 1"]
+    calls.clear()
+    buffer.ahead(2, 4)
+    buffer.put(0, -rows[:2])
+    assert torch.equal(buffer.get(2, 4), rows[2:])
+    assert calls == [*fetched, *fetched, "compute waits for copy 2"]
+    calls.clear()
+    buffer.ahead(0, 2)
+    buffer.put(1, torch.zeros(1, 3))
+    assert torch.equal(buffer.get(0, 2)[1], torch.zeros(3))
+    assert calls[-1] == "compute waits for copy 4"
+    buffer.close()
+    assert calls[-1] == "all of copies awaited"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["gpu", "host", "disk"])
+def test_rows_go_round_on_a_gpu(kind: str, tmp_path: Path) -> None:
+    device = torch.device("cuda:0")
+    buffer = Tier(kind, device, tmp_path).buffer(6, 1 << 20, torch.float32)
+    expected = torch.randn(6, 1 << 20)
+    for i in range(6):
+        buffer.put(i, expected[i : i + 1].to(device))
+    for _ in range(5):
+        for i in range(6):
+            x = buffer.get(i, i + 1).clone()
+            if i < 5:
+                buffer.ahead(i + 1, i + 2)
+            buffer.put(i, x * 2 + 1)
+        expected = expected * 2 + 1
+    assert torch.equal(torch.cat([buffer.get(i, i + 1).cpu() for i in range(6)]), expected)
+    buffer.close()
