@@ -33,7 +33,7 @@ class CudaCopier:
         try:
             # A thread begins on device 0, where pinning would set up a context of its own.
             with torch.cuda.device(self._device):
-                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+                return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError as error:
             raise ResourceError(
                 f"{size} bytes of host memory cannot be pinned to read ahead through ({str(error).splitlines()[0]}); "

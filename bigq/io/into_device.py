@@ -208,15 +208,14 @@ class IntoDevice:
         """In the releaser's thread, in the order of the copies."""
         try:
             copy.wait()
+            end = time.perf_counter()
+            for span in transfer.was_copied(max(begin, self._copied_until), end):
+                self._trace.add("copy to device", transfer.coming.info.name, *span)
+            self._copied_until = end
+            self._release(part)
         except BaseException as error:
             # The device is lost, and whether it still reads the region unknown: nobody gets it any more.
             self._fail(error)
-            return
-        end = time.perf_counter()
-        for span in transfer.was_copied(max(begin, self._copied_until), end):
-            self._trace.add("copy to device", transfer.coming.info.name, *span)
-        self._copied_until = end
-        self._release(part)
 
     def _fail(self, error: BaseException) -> None:
         """Nothing goes on: who waits for a piece is told."""
