@@ -44,15 +44,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the plans here")
     args = parser.parse_args()
     plans = {name: planned(name, args.on) for name in SHAPES if name != "tiny"}
-    print(
-        f"{'shape':16} {'seconds':>8} {'tier':>6} {'batch':>6} {'GPU GiB':>8} {'host GiB':>9} {'read GB':>8} {'written GB':>11} {'floor min':>10}"
-    )
+    heads = ("shape", "seconds", "tier", "batch", "GPU GiB", "host GiB", "read GB", "written GB", "floor min")
+    print("".join(f"{head:>11}" if i else f"{head:16}" for i, head in enumerate(heads)))
     for name, plan in plans.items():
-        print(
-            f"{name:16} {plan['command_seconds']:>8.1f} {plan['activations']:>6} {plan['batch']:>6} {plan['device_bytes'] / 2**30:>8.1f} "
-            f"{plan['host_bytes'] / 2**30:>9.1f} {plan['read_bytes'] / 1e9:>8.1f} {plan['written_bytes'] / 1e9:>11.1f} "
-            f"{plan['seconds_at_least'] / 60:>10.1f}"
-        )
+        memory = plan["device_bytes"] / 2**30, plan["host_bytes"] / 2**30
+        figures = (*memory, plan["read_bytes"] / 1e9, plan["written_bytes"] / 1e9, plan["seconds_at_least"] / 60)
+        said = (plan["command_seconds"], plan["activations"], plan["batch"])
+        print(f"{name:16}" + "".join(f"{x:>11}" for x in said) + "".join(f"{x:>11.1f}" for x in figures))
     result = {
         "command": f"python scripts/plan_shapes.py --on {args.on} --json docs/results/plan_shapes.json",
         "what": "predictions; times are floors at the data sheet's rates",
