@@ -30,6 +30,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -145,8 +146,9 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
 
 def read_slice(folder: Path) -> dict[str, Any]:
     """All that is known of a slice."""
-    found: dict[str, Any] = {"lines": read_lines(folder)}
-    for name in ("spec", "samples", "ceilings"):
+    spec = json.loads((folder / "spec.json").read_text()) if (folder / "spec.json").exists() else {}
+    found: dict[str, Any] = {"lines": read_lines(folder)} | {name: spec[name] for name in ("launched_at", "layers") if name in spec}
+    for name in ("samples", "ceilings"):
         path = folder / f"{name}.json"
         if path.exists():
             found |= json.loads(path.read_text())
@@ -311,6 +313,15 @@ def earlier_slices(result: Path | None, request: Mapping[str, Any], job: Path) -
     return found + [one for one in in_work if blocks_in(one["lines"]) and one["launched_at"] not in known]
 
 
+def shown_command(request: Mapping[str, Any]) -> str:
+    """The command that makes the same measurement elsewhere."""
+    words = ["scripts/bench_176b"]
+    for name in ("shape", "blocks", "samples", "seqlen", "device"):
+        words += [f"--{name}", str(request[name])]
+    words += ["--cold"] * request["cold"] + ["--work", "DIR", "--out", "DIR"]
+    return shlex.join([*words, *(["--", *request["options"]] if request["options"] else [])])
+
+
 def _tail(path: Path) -> str:
     return "\n".join(path.read_text(errors="replace").splitlines()[-15:])
 
@@ -383,8 +394,8 @@ def main() -> int:
         """Called at every commit: a call that is cut off leaves the figures so far."""
         slices = [*before, *([read_slice(own)] if blocks_in(read_lines(own)) else [])]
         result = result_of(request, shape, inputs, slices)
-        command = f"scripts/bench_176b {' '.join(sys.argv[1:])}"
-        _write_json(args.out / f"bench_{args.shape}.json", {"command": command, "result": result, "slices": slices})
+        written = {"command": shown_command(request), "result": result, "slices": slices}
+        _write_json(args.out / f"bench_{args.shape}.json", written)
         return result
 
     status, layers = 0, request["blocks"] - sum(blocks_in(one["lines"]) for one in before)

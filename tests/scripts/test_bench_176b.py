@@ -76,6 +76,7 @@ def test_slices_that_were_killed_and_stopped_add_up(child: Child, tmp_path: Path
     assert [share.blocks for share in shares] == [n for n in (killed, 1, 4 - killed) if n]
     assert result["minutes"] * 60 == pytest.approx(result["wall_s"] - sum(share.once for share in shares[1:]))
     assert sum(result["seconds_by_phase"].values()) == pytest.approx(result["minutes"] * 60)
+    assert written["command"].endswith("--device cpu --work DIR --out DIR -- --batch 4") and str(tmp_path) not in json.dumps(written)
     assert 0 < result["waiting_share"] < 1 and result["options"] == ["--batch", "4"]
     ((label, minutes),) = result["extrapolated"].items()
     assert "all 6 blocks, from 5 (not measured)" in label
