@@ -23,8 +23,8 @@ from bigq.cli import main
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, UsageError
 from bigq.sched import block as block_module
+from bigq.sched import finish, pipeline
 from bigq.sched import journal as journal_module
-from bigq.sched import pipeline
 from bigq.sched.journal import Commit, Journal
 from bigq.scheme import QuantScheme, Rule
 
@@ -201,7 +201,7 @@ def test_stopped_while_finishing(
 ) -> None:
     """Whatever is written last, config.json comes after it."""
     source, out = checkpoint("llama"), tmp_path / "out"
-    write_json = pipeline.write_json
+    write_json = finish.write_json
 
     def striking(path: Path, value: Any) -> None:
         if path.name == failing:
@@ -209,7 +209,7 @@ def test_stopped_while_finishing(
         write_json(path, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_json", striking)
+        patch.setattr(finish, "write_json", striking)
         with pytest.raises(KeyboardInterrupt):
             bigq.quantize(str(source), out, job(ids_file))
     assert not (out / "config.json").exists()
