@@ -63,16 +63,22 @@ def compute_dtype(config: Any, wanted: str, stored: Iterable[torch.dtype]) -> to
     return next((d for d in stored if d.is_floating_point), torch.float32)
 
 
-def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
-    """The causal language model of a config, parameters on meta, in evaluation mode. Raises UnsupportedModelError."""
+def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False, initialised: bool = True) -> nn.Module:
+    """The causal language model of a config, parameters on meta, in evaluation mode. Raises UnsupportedModelError.
+
+    initialised False: where only shapes matter; buffers that a model fills in as it initialises its weights are undefined.
+    """
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     # Same reason as in load_config: a model's constructor may raise anything for a config that it does not like.
     try:
-        with _parameters_on_meta():
+        with _parameters_on_meta(), contextlib.nullcontext() if initialised else no_init_weights():
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UnsupportedModelError(f"transformers cannot build a causal language model from this config: {_one_line(error)}") from error
+    if not initialised:
+        model.tie_weights()  # type: ignore[operator]
     return model.eval().requires_grad_(False)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from bigq.arch import find_blocks
 from bigq.config import JobConfig
 from bigq.errors import UnsupportedModelError, UsageError
 from bigq.io.hub import resolve_headers
-from bigq.io.index import TensorInfo, read_json_object
+from bigq.io.index import Checkpoint, TensorInfo, read_json_object
 from bigq.report import host_memory
 from bigq.sched.budget import GPU_RESERVE, disk_budget, gpu_budget, host_budget
 from bigq.sched.ceilings import KNOWN, Ceilings, measure
@@ -54,9 +56,8 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path) ->
     """The plan of a job that is about to begin in ``out`` or to go on there. Its row length is settled."""
     assert config.seqlen is not None
     outline = Outline(
-        model=pager.model,
+        model=copy.deepcopy(pager.model),
         blocks_path=pager.blocks_path,
-        blocks=pager.blocks,
         dtype=pager.dtype,
         sources=pager.sources,
         stored=sum(info.nbytes for info in pager.checkpoint.tensors.values()),
@@ -89,20 +90,17 @@ def _budgets(config: JobConfig, device: torch.device, out: Path, ceilings: Ceili
     )
 
 
-def _outline(folder: Path, tensors: dict[str, TensorInfo] | None, config: JobConfig) -> tuple[Outline, object]:
-    """The model of a folder with shards, or of a config and perhaps the headers that belong to it; and its config."""
-    if tensors is None and any(folder.glob("*.safetensors")):
-        pager = Pager(folder, device=torch.device("cpu"), dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-        model_config, dtype, model = pager.config, pager.dtype, pager.model
-        path, blocks, sources = pager.blocks_path, pager.blocks, pager.sources
-        tensors = dict(pager.checkpoint.tensors)
-    else:
-        model_config = skeleton.load_config(folder, trust_remote_code=config.trust_remote_code)
-        dtype = skeleton.compute_dtype(model_config, config.dtype, (t.dtype for t in (tensors or {}).values()))
-        model = skeleton.build(model_config, dtype, trust_remote_code=config.trust_remote_code)
-        path, blocks = find_blocks(model)
-        sources = {target: (tensors or {})[name] for name, target in skeleton.map_names(model, tensors or {}).items()}
+def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: JobConfig) -> tuple[Outline, object]:
+    """The model of a config, and of headers where there are some; and its config. Raises CheckpointError, UnsupportedModelError."""
     if "quantization_config" in read_json_object(folder / "config.json"):
         raise UnsupportedModelError(f"{folder}: is already quantized; give the original model")
-    stored = sum(info.nbytes for info in tensors.values()) if tensors else None
-    return Outline(model=model, blocks_path=path, blocks=blocks, dtype=dtype, sources=sources, stored=stored), model_config
+    if tensors is None and any(folder.glob("*.safetensors")):
+        tensors = Checkpoint.open(folder).tensors
+    tensors = tensors or {}
+    model_config = skeleton.load_config(folder, trust_remote_code=config.trust_remote_code)
+    dtype = skeleton.compute_dtype(model_config, config.dtype, (t.dtype for t in tensors.values()))
+    model = skeleton.build(model_config, dtype, trust_remote_code=config.trust_remote_code, initialised=False)
+    path, _ = find_blocks(model)
+    sources = {target: tensors[name] for name, target in skeleton.map_names(model, tensors).items()}
+    stored = sum(info.nbytes for info in tensors.values()) or None
+    return Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored), model_config

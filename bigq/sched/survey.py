@@ -6,7 +6,6 @@ of NaN as the mark that spreads. What a forward takes in memory is counted as it
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,13 +32,13 @@ _STRUCTURE_TOKENS = 16
 class Outline:
     """A model whose weights need not be there.
 
-    model: the skeleton; blocks_path, blocks: its decoder blocks. dtype: of the forward passes. sources: parameter name → the
-    checkpoint's tensor; parameters without one count in ``dtype``. stored: bytes of all the checkpoint's tensors, if it is known.
+    model: the skeleton, which the survey takes over; blocks_path: of its decoder blocks. dtype: of the forward passes.
+    sources: parameter name → the checkpoint's tensor; parameters without one count in ``dtype``. stored: bytes of all the
+    checkpoint's tensors, if it is known.
     """
 
     model: nn.Module
     blocks_path: str
-    blocks: nn.ModuleList
     dtype: torch.dtype
     sources: Mapping[str, TensorInfo]
     stored: int | None = None
@@ -47,7 +46,7 @@ class Outline:
 
 def survey(outline: Outline, seqlen: int) -> ModelShape:
     """Look at a model for calibration rows of ``seqlen`` tokens. Raises UnsupportedModelError where it cannot be streamed."""
-    model = copy.deepcopy(outline.model).to("meta")
+    model = outline.model.to("meta")
     blocks = model.get_submodule(outline.blocks_path)
     assert isinstance(blocks, nn.ModuleList)
     with torch.no_grad(), _WholeRows():
@@ -57,7 +56,7 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
         kinds: dict[Any, BlockShape] = {}
         shapes = []
         for i, block in enumerate(blocks):
-            key = (_signature(block), tuple(run.call_signature(i) for run in runs), *_stored(outline, i))
+            key = (_signature(block), tuple(run.call_signature(i) for run in runs), *_stored(outline, block, i))
             if key not in kinds:
                 kinds[key] = _block_shape(outline, block, i, runs, short)
             shapes.append(kinds[key])
@@ -130,11 +129,11 @@ def _bytes(outline: Outline, name: str) -> int:
     return info.nbytes if info is not None else outline.model.get_parameter(name).numel() * outline.dtype.itemsize
 
 
-def _stored(outline: Outline, i: int) -> tuple[int, int]:
+def _stored(outline: Outline, block: nn.Module, i: int) -> tuple[int, int]:
     """Bytes of block i in the checkpoint, and of its largest tensor."""
     prefix = f"{outline.blocks_path}.{i}."
-    sizes = [_bytes(outline, prefix + name) for name, _ in outline.blocks[i].named_parameters()]
-    sizes += [info.nbytes for name, _ in outline.blocks[i].named_buffers() if (info := outline.sources.get(prefix + name)) is not None]
+    sizes = [_bytes(outline, prefix + name) for name, _ in block.named_parameters()]
+    sizes += [info.nbytes for name, _ in block.named_buffers() if (info := outline.sources.get(prefix + name)) is not None]
     return sum(sizes), max(sizes)
 
 
@@ -148,7 +147,7 @@ def _block_shape(outline: Outline, block: nn.Module, i: int, runs: list[_Run], s
     }
     groups = tuple(GroupShape(tuple(linears[name] for name in group.names), group.level) for group in plan.groups)
     one, two = (_Watch.forward(block, run, i, plan) for run in runs)
-    stored, largest = _stored(outline, i)
+    stored, largest = _stored(outline, block, i)
     return BlockShape(
         groups=groups,
         reach=tuple(Reach(Rows.through(a[0], b[0]), Rows.through(a[1], b[1])) for a, b in zip(one.levels, two.levels, strict=True)),

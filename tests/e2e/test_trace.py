@@ -87,7 +87,7 @@ def test_reading_lies_beside_computing(
     layers = sorted({name for _, _, name in lanes["solve"]})
     assert len(layers) > 1
     for this, following in itertools.pairwise(layers):
-        begin = min(b for b, _, name in lanes["hessian"] if name == this)
+        begin = max(e for _, e, name in lanes["load"] if name == this)
         end = max(e for _, e, name in lanes["solve"] if name == this)
         reads = [(b, e) for b, e, name in lanes["read"] if name.startswith(following + ".")]
         assert reads and sum(begin <= b and e <= end for b, e in reads) >= len(reads) / 2, f"{following} was not read during {this}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ SEQLEN = 48
 def shape_of(pager: Pager, seqlen: int = SEQLEN) -> ModelShape:
     stored = sum(info.nbytes for info in pager.checkpoint.tensors.values())
     outline = Outline(
-        model=pager.model, blocks_path=pager.blocks_path, blocks=pager.blocks, dtype=pager.dtype, sources=pager.sources, stored=stored
+        model=copy.deepcopy(pager.model), blocks_path=pager.blocks_path, dtype=pager.dtype, sources=pager.sources, stored=stored
     )
     return survey(outline, seqlen)
 
