@@ -155,7 +155,7 @@ def _activations(shape: ModelShape, work: Work, choice: Choice) -> _Activations:
     if work.method == "rtn":
         return _Activations()
     row = shape.seqlen * shape.width * shape.itemsize
-    memos = max((_memo_width(block) for block in shape.blocks), default=0) if choice.memo and work.true_sequential else 0
+    memos = max((_memo_width(block) for block in shape.blocks), default=0) if choice.memo else 0
     kept = work.rows * (row + shape.seqlen * memos * shape.itemsize)
     if choice.tier == "disk":
         # One batch at work, one read ahead, and those on their way to the disk.
@@ -233,10 +233,12 @@ class BlockCost:
         return max(reach.peak.at(self._batch), reach.held.at(self._batch) + widened)
 
     def _factor(self, group: GroupShape, linears: list[LinearShape]) -> int:
+        """Beside the Hessian: what a permutation moves, or the panels; and a copy where schemes need factors of their own."""
         schemes = [self._schemes[linear.name] for linear in linears]
-        moved = FP32 * min(MOVED, group.n * group.n) if any(s.act_order for s in schemes) else 0
-        copies = len({(s.act_order, s.damping) for s in schemes}) - 1
-        return FP32 * (max(moved // FP32, 2 * FACTOR_PANEL * group.n) + (copies > 0) * group.n * group.n)
+        square = group.n * group.n
+        moved = min(MOVED, square) if any(s.act_order for s in schemes) else 0
+        copied = square if len({(s.act_order, s.damping) for s in schemes}) > 1 else 0
+        return FP32 * (max(moved, 2 * FACTOR_PANEL * group.n) + copied)
 
     def _solve(self, group: GroupShape, linears: list[LinearShape]) -> int:
         """Beside the factor: see ``solver.gptq``."""
@@ -260,7 +262,7 @@ class BlockCost:
         """Operations of one pass over the calibration set: up to a level's inputs, or the whole block."""
         level_of = {linear.name: group.level for group in self._block.groups for linear in group.linears}
         skipped: set[str] = set()
-        if self._choice.memo and self._work.true_sequential:
+        if self._choice.memo:
             for memo in self._block.memos:
                 if memo.linear in self._schemes and (level is None or level_of[memo.linear] < level):
                     skipped.update(memo.inside)

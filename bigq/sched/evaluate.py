@@ -100,7 +100,7 @@ class Stream:
         probe = probe_model(pager)
         self._form: OutputForm = probe.form
         needed = rows.numel() * probe.hidden.shape[-1] * probe.hidden.dtype.itemsize
-        tier = choose_tier("auto", pager.device, needed, Path(tempfile.gettempdir()))
+        tier = choose_tier(pager.device, needed, Path(tempfile.gettempdir()))
         with Progress(len(pager.blocks), pager.device, quiet) as progress:
             batches = Batches(batch, tell=lambda before, halving: progress.say(told(before, halving)))
             self._store: ActivationStore = activations_for(pager, rows, batches, probe, tier)

@@ -182,7 +182,8 @@ def _choices(shape: ModelShape, work: Work, config: JobConfig, on_gpu: bool) -> 
     wanted = config.blocks_ahead(kind)
     aheads = (wanted,) if config.read_ahead is not None or not wanted else (wanted, 0)
     largest = max(block.stored for block in shape.blocks)
-    memos = (True, False) if any(block.memos for block in shape.blocks) else (False,)
+    # Only level by level is anything replayed behind a solved Linear.
+    memos = (True, False) if work.true_sequential and any(block.memos for block in shape.blocks) else (False,)
     for tier, ahead, memo, batch in itertools.product(tiers, aheads, memos, batches):
         yield Choice(on_gpu=on_gpu, tier=tier, batch=batch, memo=memo, ahead=ahead * largest, beside=ahead > 0)
 

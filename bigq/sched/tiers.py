@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import psutil
 import torch
 from torch import Tensor
 
 from bigq.clock import Clock
-from bigq.errors import ResourceError, UsageError
+from bigq.errors import ResourceError
 from bigq.io.reader import as_bytes
+from bigq.sched.budget import gpu_budget, host_budget
 from bigq.trace import Trace
 
 #: Batches of a disk buffer whose writing has not ended yet, at most.
@@ -72,17 +72,9 @@ class Tier:
         return buffer if self.clock is None else _Timed(buffer, self.clock)
 
 
-def choose_tier(wanted: str, device: torch.device, needed: int, scratch: Path) -> Tier:
-    """The tier asked for, or with "auto" the fastest one that takes ``needed`` bytes without filling more than half of it.
-
-    Raises UsageError for the GPU tier without a GPU.
-    """
-    if wanted == "gpu" and device.type != "cuda":
-        raise UsageError(f"--activations gpu: the job runs on {device}; use host, disk or auto")
-    if wanted == "auto":
-        device_free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-        wanted = fastest_tier(needed, device_free, psutil.virtual_memory().available)
-    return Tier(wanted, device, scratch)
+def choose_tier(device: torch.device, needed: int, scratch: Path) -> Tier:
+    """The fastest tier that takes ``needed`` bytes without filling more than half of what is free; for what has no plan."""
+    return Tier(fastest_tier(needed, gpu_budget(device), host_budget(resident=0)), device, scratch)
 
 
 def fastest_tier(needed: int, device_free: int, host_free: int) -> str:

@@ -120,6 +120,12 @@ def test_what_is_asked_for_stays_as_it_is() -> None:
         plan(on_gpu=False, activations="gpu")
 
 
+def test_nothing_is_kept_where_no_level_follows_another() -> None:
+    at_once = plan(work=dataclasses.replace(WORK, true_sequential=False), true_sequential=False)
+    assert not at_once.choice.memo
+    assert "not kept" in at_once.brief()
+
+
 def test_activations_and_memo_are_counted_once_each() -> None:
     with_memo = job_cost(SHAPE, WORK, BEST, 0)
     without = job_cost(SHAPE, WORK, dataclasses.replace(BEST, memo=False), 0)

@@ -112,9 +112,12 @@ def test_auto_takes_the_first_tier_with_room(needed: int, device_free: int, host
     assert fastest_tier(needed, device_free, host_free) == tier
 
 
-def test_the_gpu_tier_needs_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--activations gpu"):
-        choose_tier("gpu", CPU, 1, tmp_path)
+def test_without_a_plan_memory_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiers, "host_budget", lambda resident: 20)
+    assert [choose_tier(CPU, needed, tmp_path).kind for needed in (10, 11)] == ["host", "disk"]
+
+
+def test_a_tier_that_there_is_not() -> None:
     with pytest.raises(UsageError, match="--activations ssd: must be one of"):
         bigq.JobConfig(activations="ssd")
 
