@@ -7,7 +7,8 @@
     │   ├── UnsupportedModelError    a sound checkpoint of a kind that bigq does not handle
     │   ├── CalibrationError         calibration or evaluation text that is missing, unreadable or too short
     │   └── NumericsError            NaN or Inf in weights, activations or a Hessian; a factorization that fails
-    └── ResourceError            4   memory, disk, device or network
+    ├── ResourceError            4   memory, disk, device or network
+    └── Stopped                 75   asked to stop by a signal; the same command goes on
 
 Every message names the file, tensor or flag concerned and says what to do about it.
 """
@@ -47,3 +48,7 @@ class NumericsError(DataError):
 
 class ResourceError(BigqError):
     exit_code = 4
+
+
+class Stopped(BigqError):
+    exit_code = 75

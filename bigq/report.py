@@ -139,6 +139,11 @@ class Progress:
     _started: float = field(default_factory=time.monotonic)
     _timed: int = 0
     _bar: Any = None
+    _facts: dict[str, Any] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """How far it got, as plain values: blocks, block (how many are done), phase, eta_seconds. May be asked from another thread."""
+        return {"blocks": self.blocks, **self._facts}
 
     def __enter__(self) -> Progress:
         live = not self.quiet and self.stream.isatty()
@@ -150,6 +155,7 @@ class Progress:
 
     def phase(self, text: str) -> None:
         """What is being done now; seen on a terminal only."""
+        self._facts = {**self._facts, "phase": text}
         self._bar.set_description_str(text)
 
     def say(self, line: str) -> None:
@@ -162,9 +168,12 @@ class Progress:
         self._bar.update()
         self._started = time.monotonic()
 
-    def block_done(self, index: int, seconds: float, worst: tuple[str, float] | None) -> None:
+    def block_done(self, index: int, seconds: float, worst: tuple[str, float] | None, left: int | None = None) -> None:
+        """Block ``index`` is solved; ``left`` are still to be, those behind it if nothing is said."""
+        left = self.blocks - index - 1 if left is None else left
         self._timed += 1
-        remaining = (time.monotonic() - self._started) / self._timed * (self.blocks - index - 1)
+        remaining = (time.monotonic() - self._started) / self._timed * left
+        self._facts = {**self._facts, "block": self.blocks - left, "eta_seconds": round(remaining, 1)}
         parts = [f"block {index + 1}/{self.blocks}", f"{seconds:.1f} s"]
         if worst is not None:
             parts.append(f"worst {worst[0]} {worst[1]:.2e}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from bigq import faults
 from bigq.errors import ResourceError
 
 TEMP_SUFFIX = ".bigq-tmp"
@@ -23,10 +24,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     temp = path.with_name(path.name + TEMP_SUFFIX)
     try:
         with open(temp, "wb") as file:
+            faults.point("file.opened")
             yield file
             file.flush()
+            faults.point("file.written")
             os.fsync(file.fileno())
+        faults.point("file.synced")
         os.replace(temp, path)
+        faults.point("file.renamed")
         sync_folder(path.parent)
     except OSError as error:
         raise ResourceError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
@@ -40,8 +45,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def json_bytes(value: Any) -> bytes:
+    """JSON as it is written to files."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, sort_keys=False) + "\n").encode())
+    write_bytes(path, json_bytes(value))
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from bigq.errors import CheckpointError, NumericsError
+from bigq.errors import CheckpointError, NumericsError, ResourceError
 from bigq.io.index import TensorInfo
 from bigq.kernels.finite import finite
 
@@ -35,6 +35,12 @@ def read_tensor(info: TensorInfo, *, check_finite: bool = True, keep_cached: boo
     if check_finite:
         require_finite(tensor, info)
     return tensor
+
+
+def read_range(info: TensorInfo, memory: Tensor, position: int) -> None:
+    """Fill host memory with a tensor's bytes from byte ``position`` of its file on. Raises CheckpointError, ResourceError."""
+    with opened(info) as fd:
+        fill(fd, info, memory, position)
 
 
 def read_rows(info: TensorInfo, rows: Tensor) -> Tensor:
@@ -83,11 +89,12 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def open_file(info: TensorInfo) -> int:
-    """A file descriptor to read a tensor with. Raises CheckpointError."""
+    """A file descriptor to read a tensor with. Raises CheckpointError where it is not there or not readable, else ResourceError."""
     try:
         return os.open(info.file, os.O_RDONLY)
     except OSError as error:
-        raise CheckpointError(
+        kind = CheckpointError if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)) else ResourceError
+        raise kind(
             f"{info.file}: cannot be opened to read tensor {info.name}: {error.strerror}; is it still there, and readable?"
         ) from error
 
@@ -104,7 +111,7 @@ def opened(info: TensorInfo) -> Iterator[int]:
 def fill(fd: int, info: TensorInfo, memory: Tensor, position: int, stopped: Callable[[], bool] = lambda: False) -> None:
     """Read exactly the bytes of ``memory``, part of a tensor, from byte ``position`` of its file on.
 
-    stopped: asked between reads; what is left is not read once it is true. Raises CheckpointError.
+    stopped: asked between reads; what is left is not read once it is true. Raises CheckpointError, ResourceError where the disk fails.
     """
     view = as_bytes(memory)
     done = 0
@@ -112,9 +119,9 @@ def fill(fd: int, info: TensorInfo, memory: Tensor, position: int, stopped: Call
         try:
             got = os.preadv(fd, [view[done : done + CHUNK_BYTES]], position + done)
         except OSError as error:
-            raise CheckpointError(
+            raise ResourceError(
                 f"{info.file}: reading at byte {position + done} (tensor {info.name}) failed: {error.strerror}; "
-                "check the disk, or fetch the file again"
+                "check the disk, then run the same command again"
             ) from error
         if got == 0:
             raise CheckpointError(

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bigq import faults
+from bigq.errors import ResourceError
 from bigq.io.atomic import atomic_file
 from bigq.io.index import DTYPE_NAMES, TensorInfo
 from bigq.io.outgoing import Outgoing
@@ -69,6 +71,7 @@ def write_shard(path: Path, tensors: Sequence[OutputTensor]) -> ShardRecord:
     size = 0
     with atomic_file(path) as file:
         for piece in _pieces(text, tensors):
+            faults.point("shard.piece")
             file.write(piece)
             digest.update(piece)
             size += len(piece)
@@ -83,8 +86,12 @@ def _pieces(header: bytes, tensors: Sequence[OutputTensor]) -> Iterator[bytes | 
 
 
 def file_sha256(path: Path) -> str:
+    """The hash of a file, read in pieces. Raises ResourceError."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be read: {error.strerror}; check the disk and run the command again") from error
     return digest.hexdigest()

@@ -26,18 +26,26 @@ class ActivationStore:
     batches: how many rows are replayed at once, by place; the last batch of a pass may be smaller. batch: that of the pass under
     way. at: the rows [lo, hi) of the batch that is being replayed.
     record: batch size → how each block is called; asked once per size, as masks and ALiBi depend on it.
+    pause: called before every batch; may raise to end the pass.
     """
 
     def __init__(
         self, shape: tuple[int, int, int], dtype: torch.dtype, batches: Batches, tier: Tier, record: Callable[[int], list[BlockCall]]
     ) -> None:
         self._tier, self._batches, self._record = tier, batches, record
+        self.shape, self.dtype = shape, dtype
         self._count, *row = shape
         self._row = tuple(row)
         self._buffer = self.buffer(row[0] * row[1], dtype)
+        self.pause: Callable[[], None] = lambda: None
         self.batch = batches.at(0, 0)
         self.at = (0, 0)
         self.calls: dict[int, list[BlockCall]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are computed with."""
+        return self._tier.device
 
     def buffer(self, elements: int, dtype: torch.dtype) -> RowBuffer:
         """Room for something else that has so many elements for every row, in the same tier."""
@@ -66,6 +74,7 @@ class ActivationStore:
         while lo < self._count:
             self._use(self._batches.at(block, step, lo))
             self.at = lo, min(lo + self.batch, self._count)
+            self.pause()
             try:
                 run(*self.at)
             except RuntimeError as error:
@@ -94,6 +103,7 @@ class ActivationStore:
         """(hidden states, the block's call) for every batch of a pass."""
         for lo, hi in self.spans():
             self.at = lo, hi
+            self.pause()
             yield self.take(lo, hi), self.call(block, hi - lo)
 
     def call(self, block: int, size: int) -> BlockCall:

@@ -43,6 +43,7 @@ class Choice:
     """How a job is run. on_gpu: where it computes. tier: of the activations. memo: whether modules with a shortcut run once.
 
     ahead: bytes for weights that are read ahead; beside: whether finished blocks are written beside the computation.
+    checkpoints: whether activations are saved now and then.
     """
 
     on_gpu: bool
@@ -51,6 +52,7 @@ class Choice:
     memo: bool
     ahead: int
     beside: bool
+    checkpoints: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,8 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
         # Where it is written beside the computation, a finished block stays until the next one is finished too.
         late = costs[key].packed if choice.beside else 0
         output += costs[key].output
-    return Cost(phases=tuple(phases.values()), output=output, scratch=activations.disk, read=shape.stored + embedding)
+    saved = 2 * work.rows * shape.seqlen * shape.width * shape.itemsize if choice.checkpoints else 0
+    return Cost(phases=tuple(phases.values()), output=output, scratch=activations.disk + saved, read=shape.stored + embedding)
 
 
 def _read_ahead(choice: Choice) -> int:

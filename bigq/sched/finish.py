@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,58 @@ import torch
 from torch import Tensor
 
 import bigq
+from bigq import faults
 from bigq.config import JobConfig
-from bigq.io.atomic import copy_file, write_bytes, write_json
+from bigq.errors import BigqError, ResourceError
+from bigq.io.atomic import copy_file, json_bytes, sync_folder, write_bytes, write_json
 from bigq.io.gptq_format import quantization_config, read_linear
 from bigq.io.index import INDEX_NAME, read_header, read_json_object
 from bigq.io.reader import read_tensor
+from bigq.io.sealed import read_sealed, write_sealed
+from bigq.io.writer import file_sha256
 from bigq.kernels.dequantize import dequantize_packed
-from bigq.sched.journal import STATE_FOLDER, Commit, Journal
+from bigq.sched.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, STATE_FOLDER, Commit, Journal
+
+#: Written before config.json: what a finished folder holds.
+MANIFEST_NAME = "manifest.json"
+#: The job's records that do not change any more when it is finished.
+RECORDS = (JOB_NAME, JOURNAL_NAME, BATCHES_NAME, "linears.jsonl")
+
+
+def is_finished(journal: Journal) -> bool:
+    """Whether every shard is committed and all that was written after the last one is there, unchanged."""
+    if journal.missing:
+        return False
+    try:
+        manifest = read_sealed(journal.out / STATE_FOLDER / MANIFEST_NAME, "")
+        if manifest is None:
+            return False
+        shards = {commit.shard.file for commit in journal.commits}
+        return all(file_sha256(journal.out / name) == entry["sha256"] for name, entry in manifest["files"].items() if name not in shards)
+    except (BigqError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def reopen_folder(out: Path) -> None:
+    """A folder that was finished is not any more: what makes it loadable goes first. Raises ResourceError."""
+    try:
+        for name in ("config.json", INDEX_NAME, f"{STATE_FOLDER}/{MANIFEST_NAME}"):
+            (out / name).unlink(missing_ok=True)
+        sync_folder(out)
+    except OSError as error:
+        raise ResourceError(f"{out}: cannot be written to: {error.strerror}") from error
 
 
 def finish_folder(source: Path, journal: Journal, config: JobConfig) -> None:
-    """Write what makes the folder loadable: side files, quantize_config.json, the index, and last config.json."""
+    """Write what makes the folder loadable: side files, quantize_config.json, the index, a manifest of it all, and last config.json."""
     out = journal.out
+    faults.point("finish.begun")
     lines = [_json_line(record) for commit in journal.commits for record in commit.linears]
     write_bytes(out / STATE_FOLDER / "linears.jsonl", b"".join(lines))
     for path in sorted(source.iterdir()):
         if path.is_file() and _is_side_file(path.name):
             copy_file(path, out / path.name)
+    faults.point("finish.side")
     meta = {
         "quantizer": [f"bigq:{bigq.__version__}"],
         "method": config.method,
@@ -39,7 +75,24 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig) -> None:
     weight_map = {name: commit.shard.file for commit in journal.commits for name in commit.shard.tensors}
     total = sum(commit.shard.size for commit in journal.commits)
     write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    write_json(out / "config.json", read_json_object(source / "config.json") | {"quantization_config": quantization})
+    faults.point("finish.index")
+    final = json_bytes(read_json_object(source / "config.json") | {"quantization_config": quantization})
+    write_sealed(out / STATE_FOLDER / MANIFEST_NAME, {"files": _manifest(journal, final)})
+    faults.point("finish.manifest")
+    write_bytes(out / "config.json", final)
+    faults.point("finish.config")
+
+
+def _manifest(journal: Journal, config_json: bytes) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file of a finished folder, by name."""
+    out = journal.out
+    files = {c.shard.file: {"size": c.shard.size, "sha256": c.shard.sha256} for c in journal.commits}
+    names = [path.name for path in out.iterdir() if path.is_file()] + [f"{STATE_FOLDER}/{name}" for name in RECORDS]
+    for name in sorted(set(names) - set(files) - {"config.json"}):
+        if (out / name).exists():
+            files[name] = {"size": (out / name).stat().st_size, "sha256": file_sha256(out / name)}
+    files["config.json"] = {"size": len(config_json), "sha256": hashlib.sha256(config_json).hexdigest()}
+    return files
 
 
 class FinishedBlock:

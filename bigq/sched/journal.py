@@ -1,47 +1,57 @@
 """The record of a job in its output folder: what was asked for, and which shards are committed.
 
     OUT/.bigq/job.json        the request, frozen when the job starts
+    OUT/.bigq/runs.jsonl      one line per run of the job: versions, machine, and whatever was unusual
     OUT/.bigq/journal.jsonl   one line per committed shard, appended and flushed after the shard itself is durable
     OUT/.bigq/batches.json    where the device ran out of memory and the job went on with a smaller batch, if it did
-    OUT/.bigq/lock            held by the running job
+    OUT/.bigq/lock, owner.json, activations-….safetensors, checkpoints.json: see ``owner`` and ``checkpoint``
 
-A job that finds both goes on behind the last committed block.
+A job that finds these goes on with whatever shard is not committed. Each record carries a checksum: a line that a crash tore or that
+was changed later is as good as absent, so its shard is made again; a request that was changed is refused.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigq.errors import BigqError, CheckpointError, ResourceError, UsageError
-from bigq.io.atomic import TEMP_SUFFIX, sync_folder, write_bytes, write_json
-from bigq.io.index import read_json_object
+from bigq import faults
+from bigq.errors import CheckpointError, ResourceError, UsageError
+from bigq.io.atomic import TEMP_SUFFIX, sync_folder, write_bytes
+from bigq.io.sealed import read_record, read_sealed, seal, unseal, write_sealed
 from bigq.io.writer import ShardRecord, file_sha256
 from bigq.sched.batches import Halving
 
 STATE_FOLDER = ".bigq"
+JOB_NAME = "job.json"
+JOURNAL_NAME = "journal.jsonl"
+RUNS_NAME = "runs.jsonl"
+BATCHES_NAME = "batches.json"
+
+_BEGIN_AGAIN = "restore it from a copy, or begin the job again in an empty folder"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
     """One committed shard. unit: "rest-0", "block-17", …; linears: the records of what was quantized in it.
 
-    left_out: module names of the block's Linears that stay as they are although no rule says so.
+    modified: its file's time of modification, in ns; while that and the size are the same, the shard is not read again to see
+        whether it is whole.
+    left_out: module names of the block's Linears that stay as they are although no rule says so. skipped: those among them that
+        could not be quantized, with the reason.
     source: a hash that tells whether the tensors which the shard was made from are still the same.
-    batch: calibration rows that went through the block at once when its last Linears were solved; None where none were needed,
-        and in journals that were begun before it was recorded.
+    batch: calibration rows that went through the block at once when its last Linears were solved; None where none were needed.
     """
 
     unit: str
     shard: ShardRecord
     linears: tuple[Mapping[str, Any], ...]
+    modified: int = 0
     left_out: tuple[str, ...] = ()
+    skipped: Mapping[str, str] | None = None
     source: str = ""
     batch: int | None = None
 
@@ -51,111 +61,153 @@ class Commit:
             "file": self.shard.file,
             "size": self.shard.size,
             "sha256": self.shard.sha256,
+            "modified": self.modified,
             "tensors": self.shard.tensors,
             "linears": self.linears,
             "left_out": self.left_out,
+            "skipped": self.skipped or {},
             "source": self.source,
             "batch": self.batch,
         }
-        return (json.dumps(value) + "\n").encode()
+        return seal(value, line=True)
 
     @classmethod
     def from_line(cls, line: bytes) -> Commit | None:
-        """None where the line was torn by a crash."""
+        """None where the line was torn by a crash, or is not as it was written."""
+        value = unseal(line, line=True)
+        if value is None:
+            return None
         try:
-            if not line.endswith(b"\n"):
-                return None
-            value = json.loads(line)
             shard = ShardRecord(file=value["file"], size=value["size"], sha256=value["sha256"], tensors=tuple(value["tensors"]))
             return cls(
                 unit=value["unit"],
                 shard=shard,
                 linears=tuple(value["linears"]),
+                modified=value["modified"],
                 left_out=tuple(value["left_out"]),
+                skipped=value["skipped"],
                 source=value["source"],
-                batch=value.get("batch"),
+                batch=value["batch"],
             )
-        except (ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             return None
 
 
 class Journal:
-    """The job of an output folder, locked for this process while open."""
+    """The job of an output folder. The caller owns the folder (see ``owner``)."""
 
-    def __init__(self, out: Path, request: Mapping[str, Any], units: list[str]) -> None:
+    def __init__(self, out: Path, request: Mapping[str, Any], units: list[str], compare: Callable[..., list[str]]) -> None:
         """Begin a job in ``out`` or take up the one that is there.
 
-        request: what decides the output's bytes. units: the shards to commit, in order.
-        Raises UsageError where the folder belongs to something else, to another request or to a running job.
+        request: what decides the output's bytes, and what it is done with. units: the shards to commit, in order.
+        compare: (out, request before, request now) → warnings; raises where the job would be another.
+        Raises UsageError, CheckpointError where what is there is damaged, ResourceError.
         """
         self.out = out
+        self.units = units
         self._state = out / STATE_FOLDER
-        self._path = self._state / "journal.jsonl"
-        self._begin(request)
-        self.commits = self._surviving(units)
+        self._path = self._state / JOURNAL_NAME
+        #: What was unusual about taking the job up.
+        self.notes: list[str] = []
+        self._begin(request, compare)
+        self._committed = self._surviving()
         self.halvings = self._known_halvings()
 
-    def _begin(self, request: Mapping[str, Any]) -> None:
-        require_ours(self.out)
-        job = self._state / "job.json"
-        try:
-            self._state.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self._state / "lock", "w")
-        except OSError as error:
-            raise ResourceError(f"{self.out}: cannot be used as output folder: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{self.out}: another bigq job is writing to this folder; wait for it or stop it") from None
-        try:
-            if job.exists():
-                _require_same(self.out, read_json_object(job), json.loads(json.dumps(request)))
-            else:
-                write_json(job, request)
-        except BigqError:
-            self.close()
-            raise
+    def _begin(self, request: Mapping[str, Any], compare: Callable[..., list[str]]) -> None:
+        before = read_sealed(self._state / JOB_NAME, _BEGIN_AGAIN)
+        if before is not None:
+            self.notes += compare(self.out, before, request)
+        elif self._path.exists():
+            raise CheckpointError(f"{self._state / JOB_NAME}: is missing, so what the job was asked for is unknown; {_BEGIN_AGAIN}")
+        else:
+            write_sealed(self._state / JOB_NAME, request)
+            faults.point("job.written")
 
-    def _surviving(self, units: list[str]) -> list[Commit]:
-        """The commits that are whole and in order; the journal is cut behind them, leftover temp files go."""
+    def _surviving(self) -> dict[str, Commit]:
+        """The commits that are whole, by unit; the journal keeps no others, leftover temp files go."""
         for leftover in [*self.out.glob("*" + TEMP_SUFFIX), *self._state.glob("*" + TEMP_SUFFIX)]:
-            leftover.unlink()
-        commits: list[Commit] = []
-        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
-        for unit, line in zip(units, lines, strict=False):
-            commit = Commit.from_line(line)
-            if commit is None or commit.unit != unit or not self._intact(commit.shard):
-                break
-            commits.append(commit)
-        if len(commits) < len(lines):
-            write_bytes(self._path, b"".join(c.to_line() for c in commits))
-        return commits
+            leftover.unlink(missing_ok=True)
+        lines = (read_record(self._path) or b"").splitlines(keepends=True)
+        found = [Commit.from_line(line) for line in lines]
+        kept: dict[str, Commit] = {}
+        for commit in found:
+            if commit is not None and commit.unit in self.units and commit.shard.file == self.shard_name(self.units.index(commit.unit)):
+                kept[commit.unit] = commit
+        if any(commit is None for commit in found[:-1]):
+            self.notes.append(f"{self._path.name}: lines of it are damaged; their shards are made again")
+        for unit, commit in list(kept.items()):
+            problem = self._problem(commit)
+            if problem is not None:
+                self.notes.append(f"{commit.shard.file}: {problem}; it is made again")
+                del kept[unit]
+        if len(kept) < len(lines):
+            write_bytes(self._path, b"".join(c.to_line() for c in kept.values()))
+        return kept
 
-    def _intact(self, shard: ShardRecord) -> bool:
-        path = self.out / shard.file
-        return path.is_file() and path.stat().st_size == shard.size and file_sha256(path) == shard.sha256
+    def _problem(self, commit: Commit) -> str | None:
+        """What is wrong with a committed shard. One whose size and time are as they were is not read."""
+        path = self.out / commit.shard.file
+        try:
+            there = path.stat(follow_symlinks=False)
+        except OSError as error:
+            return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be looked at ({error.strerror})"
+        if there.st_size != commit.shard.size:
+            return f"has {there.st_size} bytes instead of {commit.shard.size}"
+        if there.st_mtime_ns == commit.modified:
+            return None
+        return None if file_sha256(path) == commit.shard.sha256 else "was changed after it had been written"
+
+    def shard_name(self, number: int) -> str:
+        """The file of unit ``number``."""
+        return f"model-{number + 1:05d}-of-{len(self.units):05d}.safetensors"
+
+    @property
+    def commits(self) -> list[Commit]:
+        """What is committed, in the order of units."""
+        return [self._committed[unit] for unit in self.units if unit in self._committed]
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the units that are not committed."""
+        return [number for number, unit in enumerate(self.units) if unit not in self._committed]
+
+    def committed(self, number: int) -> Commit | None:
+        """The commit of unit ``number``, if there is one."""
+        return self._committed.get(self.units[number])
 
     def commit(self, commit: Commit) -> None:
-        """Append a commit durably; its shard is already on disk."""
+        """Append a commit durably; its shard is already on disk. Raises ResourceError; then the journal is as it was."""
+        line = commit.to_line()
         try:
             with open(self._path, "ab") as file:
-                file.write(commit.to_line())
-                file.flush()
-                os.fsync(file.fileno())
+                end = file.tell()
+                faults.point("journal.opened")
+                try:
+                    file.write(line[: len(line) // 2])
+                    file.flush()
+                    faults.point("journal.half")
+                    file.write(line[len(line) // 2 :])
+                    file.flush()
+                    faults.point("journal.written")
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.ftruncate(file.fileno(), end)
+                    raise
             sync_folder(self._state)
+            faults.point("journal.synced")
         except OSError as error:
             raise ResourceError(f"cannot write {self._path}: {error.strerror}; free some space and run the command again") from error
-        self.commits.append(commit)
+        self._committed[commit.unit] = commit
 
     def _known_halvings(self) -> list[Halving]:
-        path = self._state / "batches.json"
-        if not path.exists():
+        path = self._state / BATCHES_NAME
+        value = read_sealed(path, _BEGIN_AGAIN)
+        if value is None:
             return []
         try:
-            return [Halving(*map(int, numbers)) for numbers in read_json_object(path)["halvings"]]
+            return [Halving(*map(int, numbers)) for numbers in value["halvings"]]
         except (KeyError, TypeError, ValueError) as error:
-            self.close()
-            raise CheckpointError(f"{path}: is damaged; begin the job again in an empty folder") from error
+            raise CheckpointError(f"{path}: is not a list of halvings; {_BEGIN_AGAIN}") from error
 
     def halve(self, halving: Halving) -> None:
         """Record durably that the job goes on with a smaller batch from some place on.
@@ -163,20 +215,28 @@ class Journal:
         Nothing that comes of it is committed before: a job that is taken up again halves where this one did.
         """
         self.halvings.append(halving)
-        write_json(self._state / "batches.json", {"halvings": [h.to_json() for h in self.halvings]})
+        write_sealed(self._state / BATCHES_NAME, {"halvings": [h.to_json() for h in self.halvings]})
+        faults.point("batch.halved")
 
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._lock.close()
+    def record_run(self, run: Mapping[str, Any]) -> None:
+        """Add a line about this run. Raises ResourceError."""
+        path = self._state / RUNS_NAME
+        known = [line for line in (read_record(path) or b"").splitlines(keepends=True) if unseal(line, line=True) is not None]
+        write_bytes(path, b"".join([*known, seal(run, line=True)]))
+        faults.point("run.recorded")
 
 
-def remembered_batch(out: Path) -> int | None:
-    """The batch of the job that the folder holds; None where it holds none, or none that can be read."""
-    try:
-        batch = read_json_object(out / STATE_FOLDER / "job.json")["settings"]["batch"]
-    except (BigqError, KeyError, TypeError):
-        return None
-    return batch if isinstance(batch, int) and batch > 0 else None
+def read_commits(out: Path) -> tuple[list[Commit], int]:
+    """The journal's commits as they stand, and how many of its lines are none. For looking on: no shard is read, nothing repaired."""
+    lines = (read_record(out / STATE_FOLDER / JOURNAL_NAME) or b"").splitlines(keepends=True)
+    found = [Commit.from_line(line) for line in lines]
+    commits = [commit for commit in found if commit is not None]
+    return commits, len(found) - len(commits)
+
+
+def read_job(out: Path) -> dict[str, Any] | None:
+    """The frozen request of the job in a folder; None where there is none. Raises CheckpointError where it is damaged."""
+    return read_sealed(out / STATE_FOLDER / JOB_NAME, _BEGIN_AGAIN)
 
 
 def require_ours(out: Path) -> None:
@@ -185,18 +245,3 @@ def require_ours(out: Path) -> None:
         raise UsageError(f"{out}: OUT is a file; name a folder")
     if out.is_dir() and not (out / STATE_FOLDER).is_dir() and any(out.iterdir()):
         raise UsageError(f"{out}: OUT is not empty and holds no job of bigq; choose another folder, or empty it")
-
-
-def _require_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise UsageError naming the first setting in which a job differs from the one that the folder holds."""
-    for section in {**before, **now}:
-        old, new = before.get(section), now.get(section)
-        if isinstance(new, dict) and isinstance(old, dict):
-            for key in {**old, **new}:
-                if old.get(key) != new.get(key):
-                    raise UsageError(
-                        f"{out}: holds a job with {section} {key} = {old.get(key)!r}, now it is {new.get(key)!r}; "
-                        "run it as it was begun, or choose another folder"
-                    )
-        elif old != new:
-            raise UsageError(f"{out}: holds a job with another {section} ({old!r}, now {new!r}); choose another folder")

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
+import datetime
+import os
+import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,31 +22,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigq import skeleton
+from bigq import faults, skeleton
 from bigq.arch import block_linears
 from bigq.clock import Clock
 from bigq.config import JobConfig
-from bigq.errors import ResourceError, UnsupportedModelError, UsageError
+from bigq.errors import ResourceError, Stopped, UnsupportedModelError, UsageError
 from bigq.io.atomic import write_bytes
 from bigq.io.gptq_format import pack_linear
 from bigq.io.hub import resolve_model
 from bigq.io.index import TensorInfo
 from bigq.io.outgoing import Outgoing
+from bigq.io.stamps import Stamps
 from bigq.io.writer import OutputTensor, write_shard
 from bigq.report import LinearRecord, Progress, Report, device_memory_peak, host_memory_peak
 from bigq.sched.activations import ActivationStore
 from bigq.sched.batches import Batches, Halving, told
 from bigq.sched.behind import WriteBehind
 from bigq.sched.block import BlockJob, Memo, Solved, propagate, round_block, solve_block
+from bigq.sched.checkpoint import Checkpoints
 from bigq.sched.cost import Choice
 from bigq.sched.device import choose_device, memory_errors
-from bigq.sched.finish import FinishedBlock, finish_folder
-from bigq.sched.journal import STATE_FOLDER, Commit, Journal, remembered_batch, require_ours
+from bigq.sched.finish import FinishedBlock, finish_folder, is_finished, reopen_folder
+from bigq.sched.journal import STATE_FOLDER, Commit, Journal, read_job, require_ours
 from bigq.sched.memory import hold_heap, return_freed_memory
+from bigq.sched.owner import Owner, owned, refuse_if_held
 from bigq.sched.pager import Pager
 from bigq.sched.planning import plan_job
 from bigq.sched.prepare import check_shapes, refuse_nesting, rest_shards, row_length, rows_for
-from bigq.sched.probe import Probe, activations_for, probe_model
+from bigq.sched.probe import Probe, embed, probe_model, store_for
+from bigq.sched.request import compare, make_request
+from bigq.sched.stop import Haste, Stop
 from bigq.sched.structure import BlockPlan, plan_block
 from bigq.sched.tiers import Tier
 from bigq.scheme import QuantScheme, scheme_for
@@ -52,28 +59,38 @@ from bigq.skeleton import linear_weight
 from bigq.trace import Trace
 
 
-def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Report:
+def quantize(model: str, out: str | Path, config: JobConfig | None = None, stop: Stop | None = None) -> Report:
     """Quantize a model folder or hub id into the folder ``out``; goes on where an interrupted run of the same job ended.
 
-    Raises UsageError, DataError or ResourceError (see ``bigq.errors``); then ``out`` holds no config.json.
+    config: None means as the job in ``out`` was begun, or the defaults where there is none. stop: asked between steps.
+    Raises UsageError, DataError, ResourceError or Stopped (see ``bigq.errors``); then ``out`` holds no config.json.
     """
-    config = config or JobConfig()
     started = time.monotonic()
+    out = Path(out).expanduser()
+    before = _remembered(out)
+    config = config or before or JobConfig()
+    stop = stop or Stop(config.grace)
     device = choose_device(config.device)
-    folder, out = resolve_model(model), Path(out).expanduser()
+    folder = resolve_model(model)
     refuse_nesting(folder, out)
     if config.trace is not None and not Path(config.trace).parent.is_dir():
         raise UsageError(f"--trace {config.trace}: its folder does not exist; make it first")
     require_ours(out)
+    refuse_if_held(out / STATE_FOLDER)
     hold_heap()
     skeleton.silence()
     with torch.no_grad(), memory_errors(device):
         pager = Pager(folder, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+        stamps = Stamps({folder / "config.json", *(info.file for info in pager.checkpoint.tensors.values())})
         if pager.packed:
             raise UnsupportedModelError(f"{folder}: is already quantized; give the original model")
         check_shapes(pager, config)
-        config = dataclasses.replace(config, seqlen=row_length(pager.config, config), batch=config.batch or remembered_batch(out))
+        config = dataclasses.replace(
+            config, seqlen=row_length(pager.config, config), batch=config.batch or (before.batch if before else None)
+        )
+        stop.check()
         rows = rows_for(pager, config)
+        stop.check()
         plan = plan_job(pager, rows, config, out)
         config = dataclasses.replace(config, batch=plan.choice.batch)
         rest = rest_shards(pager)
@@ -82,7 +99,14 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
             progress.say(plan.brief())
             if plan.shortages:
                 raise ResourceError(f"{out}: the job does not fit: {'; '.join(plan.shortages)}")
-            with contextlib.closing(Journal(out, _request(pager, config, rows), units)) as journal:
+            stop.check()
+            with owned(out / STATE_FOLDER, progress, steal=config.steal_lock) as owner:
+                request = make_request(config, folder, pager.checkpoint.fingerprint, rows, device)
+                journal = Journal(out, request, units, compare)
+                notes = [*owner.notes, *journal.notes]
+                for note in notes:
+                    progress.say(f"warning: {note}")
+                journal.record_run(_this_run(request, plan.choice, len(journal.commits), notes))
                 trace = Trace(keep=config.trace is not None)
                 clock = Clock(device, trace)
                 try:
@@ -91,14 +115,21 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
                         pager.reading_ahead(plan.choice.ahead, trace),
                     ):
                         outgoing = Outgoing(device) if device.type == "cuda" else None
-                        job = _Job(pager, config, plan.choice, journal, units, rest, progress, clock, behind, outgoing)
+                        every = config.checkpoint_every if plan.choice.checkpoints else None
+                        checkpoints = Checkpoints(out / STATE_FOLDER, every, progress.say)
+                        job = _Job(
+                            pager, config, plan.choice, journal, owner, rest, progress, clock, behind, outgoing, checkpoints, stamps, stop
+                        )
                         job.run(rows)
                 finally:
                     if config.trace is not None:
                         with contextlib.suppress(RuntimeError):  # a device that failed has no more to tell
                             clock.settle()
                         write_bytes(Path(config.trace), trace.to_json())
-                finish_folder(folder, journal, config)
+                if not is_finished(journal):
+                    owner.check()
+                    finish_folder(folder, journal, config)
+                checkpoints.discard()
     return Report(
         out=str(out),
         blocks=len(pager.blocks),
@@ -118,67 +149,113 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None) -> Re
     )
 
 
-def _request(pager: Pager, config: JobConfig, rows: Tensor | None) -> dict[str, Any]:
-    """What decides the output's bytes."""
+def _remembered(out: Path) -> JobConfig | None:
+    """What the job in ``out`` was asked for; None where there is none. Raises CheckpointError where it cannot be read."""
+    job = read_job(out)
+    return None if job is None else JobConfig.from_frozen(job.get("settings"))
+
+
+def _this_run(request: Mapping[str, Any], choice: Choice, committed: int, notes: Sequence[str]) -> dict[str, Any]:
+    """What is kept about a run of a job, whatever becomes of it."""
     return {
-        "settings": config.frozen(),
-        "source": pager.checkpoint.fingerprint,
-        "config": hashlib.sha256((pager.folder / "config.json").read_bytes()).hexdigest(),
-        "calibration_tokens": None if rows is None else hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+        "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "versions": request["versions"],
+        "machine": request["machine"],
+        "choice": dataclasses.asdict(choice),
+        "committed": committed,
+        "notes": list(notes),
     }
 
 
 @dataclass(slots=True)
 class _Job:
-    """One run of a job: what its steps share."""
+    """One run of a job: what its steps share.
+
+    entering: the block whose inputs the store holds; None while they are being overwritten.
+    """
 
     pager: Pager
     config: JobConfig
     choice: Choice
     journal: Journal
-    units: list[str]
+    owner: Owner
     rest: list[list[TensorInfo]]
     progress: Progress
     clock: Clock
     behind: WriteBehind
     outgoing: Outgoing | None
+    checkpoints: Checkpoints
+    stamps: Stamps
+    stop: Stop
     resumed: int = 0
+    entering: int | None = None
+    haste: Haste = dataclasses.field(default_factory=Haste)
 
     def run(self, rows: Tensor | None) -> None:
         """Commit every shard that is not committed yet."""
         self._check_committed()
-        done = len(self.journal.commits)
-        for i in range(done, len(self.rest)):
-            self.progress.phase("copying what stays as it is")
-            with self.clock.phase("copy"):
-                self._commit(i, [OutputTensor.copy_of(info) for info in self.rest[i]], [])
-        self.resumed = max(0, done - len(self.rest))
-        if self.resumed == len(self.pager.blocks):
+        missing = self.journal.missing
+        if missing:
+            reopen_folder(self.journal.out)
+        for i in range(len(self.rest)):
+            if i in missing:
+                self.stop.check()
+                self.progress.phase("copying what stays as it is")
+                with self.clock.phase("copy"):
+                    self._commit(i, [OutputTensor.copy_of(info) for info in self.rest[i]], [])
+        wanted = [number - len(self.rest) for number in missing if number >= len(self.rest)]
+        self.resumed = len(self.pager.blocks) - len(wanted)
+        if not wanted:
             return
         with self.clock.phase("probe"):
             probe = probe_model(self.pager)
-        store = None
-        if rows is not None:
-            with self.clock.phase("embed"):
-                tier = Tier(self.choice.tier, self.pager.device, self.journal.out / STATE_FOLDER, self.clock)
-                batches = Batches(self.choice.batch, self.journal.halvings, self._halved)
-                store = activations_for(self.pager, rows, batches, probe, tier)
         plans: dict[Any, BlockPlan] = {}
-        with contextlib.nullcontext() if store is None else contextlib.closing(store):
-            for i in range(len(self.pager.blocks)):
-                if i >= self.resumed or store is not None:
-                    self._block(i, probe, plans, store)
+        if rows is None:
+            for i in wanted:
+                self._block(i, probe, plans, None, last=True)
+        else:
+            self._stream(rows, probe, plans, wanted)
         with self.clock.phase("write"):
             self.behind.wait()
 
-    def _block(self, i: int, probe: Probe, plans: dict[Any, BlockPlan], store: ActivationStore | None) -> None:
-        started = time.monotonic()
+    def _stream(self, rows: Tensor, probe: Probe, plans: dict[Any, BlockPlan], wanted: list[int]) -> None:
+        """Take the calibration rows through the blocks up to the last one that is wanted."""
+        tier = Tier(self.choice.tier, self.pager.device, self.journal.out / STATE_FOLDER, self.clock)
+        batches = Batches(self.choice.batch, self.journal.halvings, self._halved)
+        with contextlib.closing(store_for(self.pager, rows, batches, probe, tier)) as store:
+            self.progress.phase("calibration rows")
+            with self.clock.phase("embed"):
+                self.entering = self.checkpoints.restore(wanted[0], store)
+                if self.entering is None:
+                    embed(self.pager, rows, probe, store)
+                    self.entering = 0
+                faults.point("rows.embedded")
+            store.pause = self._pause
+            try:
+                for _ in range(self.entering):
+                    self.progress.block_skipped()
+                for i in range(self.entering, wanted[-1] + 1):
+                    self._block(i, probe, plans, store, last=i == wanted[-1])
+            except Stopped:
+                self._save_on_leaving(store)
+                raise
+
+    def _block(self, i: int, probe: Probe, plans: dict[Any, BlockPlan], store: ActivationStore | None, *, last: bool) -> None:
         prefix = f"{self.pager.blocks_path}.{i}"
         self.clock.subject = prefix
+        finished = self.journal.committed(len(self.rest) + i)
+        self.haste.begin("solve" if finished is None else "replay")
+        self._pause()
         self.progress.phase(f"block {i + 1} load")
+        started = time.monotonic()
         with self.clock.phase("load"):
             block = self.pager.load_block(i)
-        self.pager.announce_block(i + 1)
+        loading = time.monotonic() - started
+        faults.point("block.loaded")
+        if not last:
+            self.pager.announce_block(i + 1)
         shape = tuple((name, type(m).__name__, linear_weight(m).shape) for name, m in block_linears(block).items())
         if shape not in plans:
             with self.clock.phase("probe"):
@@ -194,24 +271,50 @@ class _Job:
             clock=self.clock,
             memo=Memo(),
         )
-        if i < self.resumed:
-            self._restore(job)
-        else:
+        records: list[LinearRecord] = []
+        if finished is None:
             records = self._solve_and_commit(job, store)
-        last = i == len(self.pager.blocks) - 1
+        else:
+            self._restore(job, finished)
         if store is not None and not last:
             self.progress.phase(f"block {i + 1} replay")
+            self.entering = None
+            began = time.monotonic()
             with self.clock.phase("replay"):
                 propagate(i, block, store, prefix, job.memo)
+            self.entering = i + 1
+            faults.point("block.replayed")
+            # Replayed without what was kept, attention runs again too.
+            again = 2 if plan.shortcuts and finished is None else 1
+            self.checkpoints.replayed(loading + again * (time.monotonic() - began))
         job.memo.close()
         self.pager.evict_block(i)
         return_freed_memory()
-        if i < self.resumed:
+        self.haste.end()
+        if finished is not None:
             self.progress.block_skipped()
         else:
             worst = max(records, key=lambda r: r.relative_error, default=None)
             named = None if worst is None else (worst.name.removeprefix(prefix + "."), worst.relative_error)
-            self.progress.block_done(i, time.monotonic() - started, named)
+            left = sum(number > len(self.rest) + i for number in self.journal.missing)
+            self.progress.block_done(i, time.monotonic() - started, named, left)
+        if store is not None and not last and self.checkpoints.due:
+            self.progress.phase(f"saving activations at block {i + 2}")
+            with self.clock.phase("checkpoint"):
+                self.behind.wait()
+                self.checkpoints.save(i + 1, store)
+
+    def _pause(self) -> None:
+        """Between steps: raise Stopped where asked to stop, unless the block can be finished within the grace."""
+        if self.stop.requested and self.haste.must_leave(self.stop.left):
+            at = "?" if self.entering is None else str(self.entering + 1)
+            raise self.stop.stopped(f"at block {at} of {len(self.pager.blocks)}")
+
+    def _save_on_leaving(self, store: ActivationStore) -> None:
+        """Keep what the job got to, as far as the grace allows."""
+        self.behind.wait()
+        if self.entering is not None and self.checkpoints.expected_seconds(store) < self.stop.left / 2:
+            self.checkpoints.save(self.entering, store)
 
     def _halved(self, before: int, halving: Halving) -> None:
         self.progress.say(told(before, halving))
@@ -233,12 +336,15 @@ class _Job:
             with self.clock.phase("pack"):
                 packed[source] = pack_linear(source.removesuffix(".weight"), solved.weight, self.config.format_version)
             records.append(solved.record())
+            faults.point("linear.solved")
+            self._pause()
         tensors = []
         for name in self._sources(len(self.rest) + job.index):
             if name in packed:
                 tensors += [OutputTensor.of(n, t, self.outgoing) for n, t in packed[name].items()]
             else:
                 tensors.append(OutputTensor.copy_of(self.pager.checkpoint[name]))
+        faults.point("block.solved")
         left_out = [f"{job.prefix}.{name}" for name in job.plan.left_out]
         batch = None if store is None else store.batch
         self.clock.settle()  # the records' seconds become numbers before another thread writes them
@@ -247,9 +353,9 @@ class _Job:
             self.behind.start(lambda: self._commit(len(self.rest) + job.index, tensors, records, left_out, batch))
         return records
 
-    def _restore(self, job: BlockJob) -> None:
+    def _restore(self, job: BlockJob, commit: Commit) -> None:
         """Give a block that an earlier run committed the weights that it was committed with."""
-        finished = FinishedBlock(self.journal.out, self.journal.commits[len(self.rest) + job.index])
+        finished = FinishedBlock(self.journal.out, commit)
         for name, scheme in job.schemes.items():
             source = self.pager.sources[f"{job.prefix}.{name}.weight"].name.removesuffix(".weight")
             module = job.block.get_submodule(name)
@@ -258,8 +364,9 @@ class _Job:
 
     def _check_committed(self) -> None:
         """Raise UsageError where a committed shard was made from other weights than the source holds now."""
-        for number, commit in enumerate(self.journal.commits):
-            if commit.source != self.pager.checkpoint.sample(self._sources(number)):
+        for number in range(len(self.journal.units)):
+            commit = self.journal.committed(number)
+            if commit is not None and commit.source != self.pager.checkpoint.sample(self._sources(number)):
                 raise UsageError(
                     f"{self.journal.out}: its shard {commit.shard.file} was made from another source than {self.pager.folder} "
                     "(the weights differ); give the model that the job was begun with, or choose another folder"
@@ -277,9 +384,20 @@ class _Job:
         self, number: int, tensors: list[OutputTensor], records: list[LinearRecord], left_out: Sequence[str] = (), batch: int | None = None
     ) -> None:
         """Write shard ``number`` and its line in the journal."""
-        unit = self.units[number]
+        unit = self.journal.units[number]
         with self.clock.trace.span("commit", unit):
-            shard = write_shard(self.journal.out / f"model-{number + 1:05d}-of-{len(self.units):05d}.safetensors", tensors)
+            self.owner.check()
+            path = self.journal.out / self.journal.shard_name(number)
+            shard = write_shard(path, tensors)
             source = self.pager.checkpoint.sample(self._sources(number))
-            linears = tuple(r.to_json() for r in records)
-            self.journal.commit(Commit(unit=unit, shard=shard, linears=linears, left_out=tuple(left_out), source=source, batch=batch))
+            self.stamps.require_unchanged()
+            commit = Commit(
+                unit=unit,
+                shard=shard,
+                modified=path.stat().st_mtime_ns,
+                linears=tuple(r.to_json() for r in records),
+                left_out=tuple(left_out),
+                source=source,
+                batch=batch,
+            )
+            self.journal.commit(commit)

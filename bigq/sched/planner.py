@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -109,7 +110,8 @@ class Plan:
             device = show_size(phase.device) if self.choice.on_gpu else "–"
             seconds = f"{self.seconds[phase.name]:.1f} s" if phase.name in self.seconds else "–"
             lines.append(f"  {phase.name:10} {device:>11} {show_size(phase.host):>11} {arithmetic:>14} {seconds:>10}")
-        lines.append(f"  reads {show_size(self.cost.read)}, writes {show_size(self.cost.output)}")
+        scratch = f", and {show_size(self.cost.scratch)} for activations meanwhile" if self.cost.scratch else ""
+        lines.append(f"  reads {show_size(self.cost.read)}, writes {show_size(self.cost.output)}{scratch}")
         if self.ceilings is not None:
             lines.append(
                 f"  takes at least {_minutes(self.total_seconds)} on {self.ceilings.name} (its rates: {self.ceilings.source}) "
@@ -150,6 +152,10 @@ def make_plan(
             break
     assert best is not None
     _, choice, cost = best
+    if config.checkpoint_every is not None and work.method != "rtn":
+        saving = dataclasses.replace(choice, checkpoints=True)
+        if not _over(with_them := job_cost(shape, work, saving, base), budgets)[2]:
+            choice, cost = saving, with_them
     seconds = {} if ceilings is None else {phase.name: phase_seconds(phase, ceilings) for phase in cost.phases}
     return Plan(
         shape=shape,

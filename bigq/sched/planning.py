@@ -21,6 +21,7 @@ from bigq.sched.budget import GPU_RESERVE, disk_budget, gpu_budget, host_budget
 from bigq.sched.ceilings import KNOWN, Ceilings, measure
 from bigq.sched.cost import Work
 from bigq.sched.device import choose_device
+from bigq.sched.journal import STATE_FOLDER
 from bigq.sched.pager import Pager
 from bigq.sched.planner import Budgets, Plan, make_plan
 from bigq.sched.prepare import row_length
@@ -68,7 +69,7 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path) ->
     if pager.device.type == "cuda":
         torch.cuda.empty_cache()
     budgets = _budgets(config, pager.device, out, ceilings)
-    there = sum(path.stat().st_size for path in out.glob("model-*.safetensors"))
+    there = sum(path.stat().st_size for pattern in ("model-*", f"{STATE_FOLDER}/activations-*") for path in out.glob(pattern))
     budgets = dataclasses.replace(budgets, disk=budgets.disk + there)
     return make_plan(shape, work, config, on_gpu=pager.device.type == "cuda", base=host_memory(), budgets=budgets, ceilings=ceilings)
 

@@ -49,7 +49,14 @@ def probe_model(pager: Pager) -> Probe:
 
 
 def activations_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, tier: Tier) -> ActivationStore:
-    """Embed the rows [N, T] and record how blocks are called; what blocks 0 … will be replayed on."""
+    """The rows [N, T] at the entrance of the first block: what blocks 0 … will be replayed on."""
+    store = store_for(pager, rows, batches, probe, tier)
+    embed(pager, rows, probe, store)
+    return store
+
+
+def store_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, tier: Tier) -> ActivationStore:
+    """Room for the hidden states of the rows [N, T], with nothing in it yet."""
 
     def record(size: int) -> list[BlockCall]:
         """Which tokens does not matter: ``check_streamable`` has made sure."""
@@ -58,9 +65,13 @@ def activations_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, 
             return record_calls(pager.model, pager.blocks, ids.to(pager.device), probe.form)
 
     shape = (len(rows), rows.shape[1], probe.hidden.shape[-1])
-    store = ActivationStore(shape, probe.hidden.dtype, batches, tier, record)
+    return ActivationStore(shape, probe.hidden.dtype, batches, tier, record)
 
-    def embed() -> None:
+
+def embed(pager: Pager, rows: Tensor, probe: Probe, store: ActivationStore) -> None:
+    """Bring the rows to the entrance of the first block, and record how blocks are called. Closes the store where that fails."""
+
+    def run() -> None:
         for lo, hi in store.spans():
             ids = rows[lo:hi].to(pager.device)
             hidden, _ = first_input(pager.model, pager.blocks, ids)
@@ -71,6 +82,5 @@ def activations_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, 
     with contextlib.ExitStack() as stack:
         stack.callback(store.close)
         with pager.rest_loaded(), pager.embedding_rows(rows):
-            store.afresh(0, 0, embed)
+            store.afresh(0, 0, run)
         stack.pop_all()
-    return store

@@ -1,0 +1,138 @@
+"""Being asked to stop: by a scheduler that wants its machine back, or a person at the keyboard.
+
+The first SIGTERM, SIGINT or SIGUSR1 asks the job to finish its step, save its activations and leave; after the grace it is over however
+far the job got, which loses no more than the step. A second SIGINT ends it at once. Neither can damage anything: a job may be
+killed at any instant.
+
+Signals are read by a thread of their own from a pipe that the interpreter's C handler writes to, so they are heard even
+while the main thread is inside a factorization of minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from bigq.errors import Stopped
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+INTERRUPTED = 130
+
+
+class Stop:
+    """Whether to stop, and until when. Without ``listening`` nobody ever asks."""
+
+    def __init__(self, grace: float = 60.0) -> None:
+        self.grace = grace
+        self._reason: str | None = None
+        self._deadline = float("inf")
+
+    @property
+    def requested(self) -> bool:
+        return self._reason is not None
+
+    @property
+    def left(self) -> float:
+        """Seconds until the grace is over."""
+        return self._deadline - time.monotonic()
+
+    def request(self, reason: str) -> None:
+        """Ask to stop, unless somebody did before."""
+        if self._reason is None:
+            self._deadline = time.monotonic() + self.grace
+            self._reason = reason
+
+    def check(self) -> None:
+        """Raise Stopped where asked to; for steps that cost nothing to repeat."""
+        if self.requested:
+            raise self.stopped("before the first block was begun")
+
+    def stopped(self, where: str) -> Stopped:
+        """The error that ends the job."""
+        return Stopped(f"{self._reason}: stopped {where}; run the same command again to go on")
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Heed signals; to be used in the main thread of a program of our own. After the grace the process ends here."""
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            os.close(write)
+            thread.join()
+            os.close(read)
+
+    def _listen(self, pipe: int) -> None:
+        while True:
+            wait = None if self._deadline == float("inf") else max(0.0, self.left)
+            ready, _, _ = select.select([pipe], [], [], wait)
+            if not ready:
+                _leave(Stopped.exit_code, f"stopped {self.grace:g} s after {self._reason}; the step under way is lost, nothing else")
+                return
+            numbers = os.read(pipe, 64)
+            if not numbers:
+                return
+            for number in numbers:
+                if number == signal.SIGINT and self.requested:
+                    _leave(INTERRUPTED, "interrupted at once; the step under way is lost, nothing else")
+                if number in SIGNALS and not self.requested:
+                    self.request(signal.Signals(number).name)
+                    _tell(f"{self._reason}: finishing this step and stopping, within {self.grace:g} s; Ctrl-C ends it at once")
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, f"\nbigq: {text}\n".encode())
+
+
+def _leave(code: int, text: str) -> None:
+    _tell(f"{text}; run the same command again to go on")
+    os._exit(code)
+
+
+class Haste:
+    """Whether a block that is under way can be finished in the time that is left, by what others took.
+
+    Kinds of blocks (those to solve, those to replay) take different times; of a kind that was never finished nothing is known.
+    """
+
+    #: Part of the time left that a block may be expected to take.
+    SAFETY = 0.6
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._seconds: dict[str, float] = {}
+        self._kind = ""
+        self._began = 0.0
+        self._staying: bool | None = None
+
+    def begin(self, kind: str) -> None:
+        """A block of a kind is begun."""
+        self._kind, self._began, self._staying = kind, self._now(), None
+
+    def end(self) -> None:
+        """The block is finished: how long it took says how long the next one will take."""
+        self._seconds[self._kind] = self._now() - self._began
+
+    def must_leave(self, left: float) -> bool:
+        """To be asked once it is known that the job is to stop in ``left`` seconds; the answer stays for the block under way."""
+        if self._staying is None:
+            spent = self._now() - self._began
+            typical = self._seconds.get(self._kind)
+            # One that has hardly begun is not worth finishing: what it would bring is lost to nobody.
+            self._staying = typical is not None and spent > 0.1 * typical and typical - spent < self.SAFETY * left
+        return not self._staying
