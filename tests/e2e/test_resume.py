@@ -22,6 +22,7 @@ import bigq
 from bigq.cli import main
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, UsageError
+from bigq.io import atomic
 from bigq.sched import block as block_module
 from bigq.sched import finish, pipeline
 from bigq.sched import journal as journal_module
@@ -201,15 +202,16 @@ def test_stopped_while_finishing(
 ) -> None:
     """Whatever is written last, config.json comes after it."""
     source, out = checkpoint("llama"), tmp_path / "out"
-    write_json = finish.write_json
+    write_bytes = atomic.write_bytes
 
-    def striking(path: Path, value: Any) -> None:
+    def striking(path: Path, data: bytes) -> None:
         if path.name == failing:
             raise KeyboardInterrupt
-        write_json(path, value)
+        write_bytes(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finish, "write_json", striking)
+        patch.setattr(atomic, "write_bytes", striking)
+        patch.setattr(finish, "write_bytes", striking)
         with pytest.raises(KeyboardInterrupt):
             bigq.quantize(str(source), out, job(ids_file))
     assert not (out / "config.json").exists()
@@ -231,14 +233,17 @@ def test_damaged_shard_is_made_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One flipped bit in a committed shard: the job goes back to it."""
+    """One flipped bit in a committed shard: it is made again, and nothing else."""
     source, out = checkpoint("llama"), tmp_path / "out"
     interrupted(source, out, job(ids_file), monkeypatch)
     shard = out / "model-00002-of-00004.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    assert bigq.quantize(str(source), out, job(ids_file)).resumed_blocks == 0
+    with monkeypatch.context() as patch:
+        solved = count_solves(patch)
+        assert bigq.quantize(str(source), out, job(ids_file)).resumed_blocks == 1
+    assert {label.split(".")[2] for label in solved} == {"0", "2"}
     assert hashes(out) == whole("llama")
 
 
@@ -280,18 +285,17 @@ def test_torn_journal_line(
 
 
 CHANGES: list[tuple[str, dict[str, Any]]] = [
-    ("scheme", {"scheme": QuantScheme(group_size=32, bits=3)}),
-    ("scheme", {"scheme": QuantScheme(group_size=32, act_order=True)}),
-    ("scheme", {"scheme": QuantScheme(group_size=32, damping=0.02)}),
-    ("rules", {"rules": RULES}),
-    ("method", {"method": "rtn"}),
-    ("format", {"format": "gptq_v2"}),
-    ("true_sequential", {"true_sequential": False}),
-    ("samples", {"samples": 7}),
-    ("seqlen", {"seqlen": 23}),
-    ("seed", {"seed": 1}),
-    ("batch", {"batch": 4}),
-    ("dtype", {"dtype": "bfloat16"}),
+    ("--bits 3", {"scheme": QuantScheme(group_size=32, bits=3)}),
+    ("--act-order", {"scheme": QuantScheme(group_size=32, act_order=True)}),
+    ("--damping 0.02", {"scheme": QuantScheme(group_size=32, damping=0.02)}),
+    ("--rule", {"rules": RULES}),
+    ("--method rtn", {"method": "rtn"}),
+    ("--format gptq_v2", {"format": "gptq_v2"}),
+    ("--no-true-sequential", {"true_sequential": False}),
+    ("--samples 7", {"samples": 7}),
+    ("--seqlen 23", {"seqlen": 23}),
+    ("--seed 1", {"seed": 1}),
+    ("--dtype bfloat16", {"dtype": "bfloat16"}),
 ]
 
 
@@ -309,7 +313,7 @@ def test_changed_setting_is_refused(
     source, out = checkpoint("llama"), tmp_path / "out"
     interrupted(source, out, job(ids_file), monkeypatch, commits=2)
     before = hashes(out)
-    with pytest.raises(UsageError, match=rf"\b{named}\b") as error:
+    with pytest.raises(UsageError, match=rf"{named}\b") as error:
         bigq.quantize(str(source), out, job(ids_file, **changes))
     assert str(out) in str(error.value)
     assert hashes(out) == before
@@ -475,10 +479,155 @@ def test_two_jobs_in_one_folder(checkpoint: Callable[[str], Path], ids_file: Pat
         commit(self, record)
         if record.unit == "block-1":
             with pytest.raises(UsageError, match="another bigq job") as error:
-                Journal(out, {}, [])
+                bigq.quantize(str(source), out, job(ids_file))
             refused.append(str(error.value))
 
     monkeypatch.setattr(Journal, "commit", meddling)
     bigq.quantize(str(source), out, job(ids_file))
-    assert len(refused) == 1 and str(out) in refused[0]
+    assert len(refused) == 1 and str(out) in refused[0] and str(os.getpid()) in refused[0]
     assert stored_tensors(out)["model.embed_tokens.weight"].shape[0] == VOCABULARY
+
+
+def test_nothing_said_means_as_before(
+    checkpoint: Callable[[str], Path], whole: Callable[..., dict[str, str]], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    interrupted(source, out, job(ids_file, rules=RULES), monkeypatch)
+    bigq.quantize(str(source), out)
+    assert hashes(out) == whole("llama", rules=RULES)
+
+
+def test_another_batch_is_allowed_and_told(
+    checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    interrupted(source, out, job(ids_file), monkeypatch, commits=2)
+    bigq.quantize(str(source), out, job(ids_file, batch=4, quiet=False))
+    assert "--batch was 3" in capsys.readouterr().err
+    runs = [json.loads(line) for line in (out / ".bigq" / "runs.jsonl").read_text().splitlines()]
+    assert [run["committed"] for run in runs] == [0, 2]
+    assert runs[0]["notes"] == [] and any("--batch was 3" in note for note in runs[1]["notes"])
+
+
+@pytest.mark.parametrize("every", [0.0, None, 1e9], ids=["each block", "never", "rarely"])
+@pytest.mark.parametrize("activations", ["host", "disk"])
+def test_saved_activations_spare_the_replay(
+    every: float | None,
+    activations: str,
+    checkpoint: Callable[[str], Path],
+    whole: Callable[..., dict[str, str]],
+    ids_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Interrupted after the second block's shard: with a checkpoint the first block need not be replayed, and the bytes are the same."""
+    source, out = checkpoint("llama"), tmp_path / "out"
+    config = job(ids_file, checkpoint_every=every, activations=activations)
+    interrupted(source, out, config, monkeypatch)
+    saved = [path.name for path in (out / ".bigq").glob("activations-*")]
+    assert saved == (["activations-00001.safetensors"] if every == 0 else [])
+    replayed: list[int] = []
+    propagate = pipeline.propagate
+
+    def counting(index: int, *args: Any) -> None:
+        replayed.append(index)
+        propagate(index, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "propagate", counting)
+        solved = count_solves(patch)
+        bigq.quantize(str(source), out, config)
+    assert replayed == ([1] if every == 0 else [0, 1])
+    assert {label.split(".")[2] for label in solved} == {"2"}
+    assert hashes(out) == whole("llama")
+    assert not list((out / ".bigq").glob("activations-*")) and not (out / ".bigq" / "checkpoints.json").exists()
+
+
+@pytest.mark.parametrize("damage", ["activations", "record", "gone"])
+def test_damaged_checkpoints_cost_time_only(
+    damage: str,
+    checkpoint: Callable[[str], Path],
+    whole: Callable[..., dict[str, str]],
+    ids_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    config = job(ids_file, checkpoint_every=0.0)
+    interrupted(source, out, config, monkeypatch, commits=4)
+    state = out / ".bigq"
+    saved = sorted(state.glob("activations-*"))
+    assert [path.name for path in saved] == ["activations-00001.safetensors", "activations-00002.safetensors"]
+    (out / "model-00004-of-00004.safetensors").unlink()
+    if damage == "gone":
+        saved[1].unlink()
+    else:
+        path = saved[1] if damage == "activations" else state / "checkpoints.json"
+        data = bytearray(path.read_bytes())
+        data[-20] ^= 1
+        path.write_bytes(data)
+    bigq.quantize(str(source), out, config)
+    assert hashes(out) == whole("llama")
+
+
+def test_shard_in_the_middle_is_made_again_alone(
+    checkpoint: Callable[[str], Path], whole: Callable[..., dict[str, str]], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a finished folder too; while it is incomplete, it cannot be loaded."""
+    source, out = checkpoint("llama"), tmp_path / "out"
+    bigq.quantize(str(source), out, job(ids_file))
+    (out / "model-00003-of-00004.safetensors").unlink()
+    with monkeypatch.context() as patch:
+        solved = count_solves(patch)
+        stop_after(patch, 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            bigq.quantize(str(source), out)
+    assert {label.split(".")[2] for label in solved} == {"1"}
+    assert not (out / "config.json").exists() and not (out / "model.safetensors.index.json").exists()
+    bigq.quantize(str(source), out)
+    assert hashes(out) == whole("llama")
+
+
+def test_journal_line_in_the_middle_is_damaged(
+    checkpoint: Callable[[str], Path], whole: Callable[..., dict[str, str]], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    interrupted(source, out, job(ids_file), monkeypatch, commits=4)
+    path = out / ".bigq" / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], lines[1].replace(b"0", b"1", 1), *lines[2:]]))
+    with monkeypatch.context() as patch:
+        solved = count_solves(patch)
+        bigq.quantize(str(source), out, job(ids_file))
+    assert {label.split(".")[2] for label in solved} == {"0"}
+    assert hashes(out) == whole("llama")
+    runs = [json.loads(line) for line in (out / ".bigq" / "runs.jsonl").read_text().splitlines()]
+    assert any("journal.jsonl" in note for note in runs[-1]["notes"])
+
+
+@pytest.mark.parametrize("what", ["shard touched", "shard replaced", "config"])
+def test_source_that_changes_during_the_job(
+    what: str, ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[..., dict[str, str]]
+) -> None:
+    """Nothing that was made from it is committed; put back, the job goes on."""
+    source, out = make_checkpoint(tmp_path / "m", "llama"), tmp_path / "out"
+    victim = source / "config.json" if what == "config" else shard_of(source, "model.layers.1.mlp.down_proj.weight")
+    kept, times = victim.read_bytes(), victim.stat()
+    solve_block = pipeline.solve_block
+
+    def meddling(job: Any, *args: Any) -> Any:
+        if job.index == 1:
+            if what == "shard replaced":
+                victim.unlink()
+            victim.write_bytes(kept)
+        yield from solve_block(job, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "solve_block", meddling)
+        with pytest.raises(CheckpointError, match="changed or replaced while") as error:
+            bigq.quantize(str(source), out, job(ids_file))
+    assert str(victim) in str(error.value)
+    assert [json.loads(line)["unit"] for line in (out / ".bigq" / "journal.jsonl").read_text().splitlines()] == ["rest-0", "block-0"]
+    os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
+    bigq.quantize(str(source), out, job(ids_file))
+    assert hashes(out) == whole("llama")
