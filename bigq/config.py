@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bigq.errors import UsageError
+from bigq.errors import CheckpointError, UsageError
 from bigq.scheme import QuantScheme, Rule
 
 METHODS = ("gptq", "rtn")
@@ -14,8 +16,10 @@ FORMATS = ("gptq", "gptq_v2")
 DEFAULT_SEQLEN = 2048
 ACTIVATIONS = ("auto", "gpu", "host", "disk")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ON_NONFINITE = ("stop", "skip")
 
-#: Fields that decide the output's bytes: a resumed job must have them as they were.
+#: Fields that are kept with a job, so that one which is taken up again has them as they were wherever it does not say otherwise.
+#: What may be said otherwise is in ``bigq.sched.request.CHANGES``.
 FROZEN_FIELDS = (
     "scheme",
     "rules",
@@ -29,6 +33,7 @@ FROZEN_FIELDS = (
     "batch",
     "dtype",
     "trust_remote_code",
+    "on_nonfinite",
 )
 
 
@@ -51,7 +56,13 @@ class JobConfig:
         in flight a large part of its memory.
     vram, ram, disk: bytes of device memory, host memory and disk space that the job may take; None is what is free.
     trace: a file for the job's timeline, as Chrome's trace viewer and Perfetto read it.
+    checkpoint_every: keep activations on disk so often that going on after a kill replays at most about so many seconds of
+        finished blocks; 0 after every block, None never.
+    grace: seconds that the job has after SIGTERM, SIGINT or SIGUSR1 to finish its step.
+    steal_lock: take over the folder of a job that is dead.
     device: "auto", "cpu" or "cuda:N". dtype: of the forward passes; "auto" is the checkpoint's own.
+    on_nonfinite: "stop", or "skip": Linears whose Hessian is not finite or cannot be factored stay unquantized, and tokens that
+        are not finite stay out of the calibration.
     """
 
     scheme: QuantScheme = field(default_factory=QuantScheme)
@@ -70,9 +81,13 @@ class JobConfig:
     ram: int | None = None
     disk: int | None = None
     trace: str | None = None
+    checkpoint_every: float | None = 60.0
+    grace: float = 60.0
+    steal_lock: bool = False
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    on_nonfinite: str = "stop"
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -81,6 +96,7 @@ class JobConfig:
             ("--format", self.format, FORMATS),
             ("--dtype", self.dtype, DTYPES),
             ("--activations", self.activations, ACTIVATIONS),
+            ("--on-nonfinite", self.on_nonfinite, ON_NONFINITE),
         ):
             if value not in allowed:
                 raise UsageError(f"{name} {value}: must be one of {', '.join(allowed)}")
@@ -89,6 +105,11 @@ class JobConfig:
                 raise UsageError(f"{name} {number}: must be at least 1")
         if self.read_ahead is not None and self.read_ahead < 0:
             raise UsageError(f"--read-ahead {self.read_ahead}: must not be negative")
+        every = self.checkpoint_every
+        if every is not None and not (math.isfinite(every) and every >= 0):
+            raise UsageError(f"--checkpoint-every {every:g}: must be a number of seconds, 0 for after every block, or never")
+        if not (math.isfinite(self.grace) and self.grace > 0):
+            raise UsageError(f"--grace {self.grace:g}: must be a number of seconds above 0")
 
     def blocks_ahead(self, device_type: str) -> int:
         """``read_ahead`` with nothing left open."""
@@ -105,9 +126,79 @@ class JobConfig:
         return 2 if self.format == "gptq_v2" else 1
 
     def frozen(self) -> dict[str, Any]:
-        """The fields that decide the output's bytes, as plain JSON values."""
+        """The fields that are kept with a job, as plain JSON values."""
         whole = dataclasses.asdict(self)
         return {name: whole[name] for name in FROZEN_FIELDS}
+
+    @classmethod
+    def from_frozen(cls, settings: Any, where: str = "job.json") -> JobConfig:
+        """The config that ``frozen`` made ``settings`` from; what is not frozen has its default.
+
+        where: the file that they come from, for messages. Raises CheckpointError naming what is missing, unknown or wrong.
+        """
+        try:
+            _require_names("settings", settings, FROZEN_FIELDS)
+            plain = {name: _checked(f"settings.{name}", settings[name], kinds) for name, kinds in _kinds(cls()).items()}
+            scheme = QuantScheme(**_scheme_fields("settings.scheme", settings["scheme"], _SCHEME_KINDS))
+            return cls(scheme=scheme, rules=_rules(settings["rules"]), **plain)
+        except UsageError as error:
+            raise CheckpointError(
+                f"{where}: {error}; the file is damaged, or of another version of bigq: begin the job again in another folder"
+            ) from None
+
+
+_Kinds = tuple[type, ...]
+_SCHEME_KINDS: Mapping[str, _Kinds] = {f.name: (type(f.default),) for f in dataclasses.fields(QuantScheme)}
+
+
+def _kinds(default: JobConfig) -> dict[str, _Kinds]:
+    """The types that frozen fields may have, by their defaults; where that is None, a number or None."""
+    values = {name: getattr(default, name) for name in FROZEN_FIELDS if name not in ("scheme", "rules")}
+    return {name: (int, type(None)) if value is None else (type(value),) for name, value in values.items()}
+
+
+# What follows takes apart JSON values that may be anything, and raises UsageError, which ``from_frozen`` tells with the file.
+
+
+def _require_names(what: str, value: Any, names: Iterable[str]) -> None:
+    """Of ``value``, that it is an object with just these names."""
+    if not isinstance(value, dict):
+        raise UsageError(f"{what} must be an object, not {value!r}")
+    for name in names:
+        if name not in value:
+            raise UsageError(f"{what}.{name} is missing")
+    for name in value:
+        if name not in names:
+            raise UsageError(f"{what}.{name} is not known")
+
+
+def _checked(what: str, value: Any, kinds: _Kinds) -> Any:
+    """``value``, of one of the types; a whole number will do for a float, true and false for neither."""
+    if type(value) not in kinds and not (float in kinds and type(value) is int):
+        raise UsageError(f"{what} cannot be {value!r}")
+    return value
+
+
+def _scheme_fields(what: str, fields: Any, names: Iterable[str]) -> dict[str, Any]:
+    _require_names(what, fields, names)
+    return {name: _checked(f"{what}.{name}", value, _SCHEME_KINDS[name]) for name, value in fields.items()}
+
+
+def _rules(rules: Any) -> tuple[Rule, ...]:
+    if not isinstance(rules, list | tuple):
+        raise UsageError(f"settings.rules must be a list, not {rules!r}")
+    return tuple(_rule(f"settings.rules[{i}]", rule) for i, rule in enumerate(rules))
+
+
+def _rule(what: str, rule: Any) -> Rule:
+    _require_names(what, rule, ("pattern", "overrides"))
+    pattern, overrides = _checked(f"{what}.pattern", rule["pattern"], (str,)), rule["overrides"]
+    if overrides is not None:
+        what = f"{what}.overrides"
+        _checked(what, overrides, (dict,))
+        renamed = {"symmetric" if name == "sym" else name: value for name, value in overrides.items()}
+        QuantScheme(**_scheme_fields(what, renamed, [name for name in _SCHEME_KINDS if name in renamed]))
+    return Rule(pattern, overrides)
 
 
 def default_batch(device_type: str, seqlen: int) -> int:
