@@ -1,6 +1,7 @@
 """The command line: arguments to configs, results to stdout, errors to one line on stderr and an exit code.
 
-Exit codes: 0 done, 2 usage, 3 bad model or data, 4 environment (memory, disk, device), 130 interrupted.
+Exit codes: 0 done, 2 usage, 3 bad model or data, 4 environment (memory, disk, device), 75 stopped by a signal; run the same command
+again, 130 interrupted, 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -9,63 +10,103 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bigq import __version__
-from bigq.errors import BigqError
+from bigq.errors import BigqError, CheckpointError, UsageError
+from bigq.terminal import abandon_broken_streams, flush_results, one_line, prepare_streams, print_result, tell
 
 if TYPE_CHECKING:
     from bigq.config import JobConfig
+    from bigq.scheme import Rule
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    prepare_streams()
     try:
-        status: int = args.command(args)
+        return _run(argv)
+    except BrokenPipeError:
+        abandon_broken_streams()
+        return 128 + signal.SIGPIPE
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        try:
+            args = build_parser().parse_args(argv)
+            if spec := os.environ.get("BIGQ_FAULT"):
+                from bigq import faults
+
+                faults.arm(spec)
+            status: int = args.command(args)
+        finally:
+            flush_results()
     except BigqError as error:
-        print(f"bigq: error: {error}", file=sys.stderr)
+        tell(f"bigq: error: {one_line(str(error))}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("bigq: interrupted; run the same command again to go on", file=sys.stderr)
+        tell("bigq: interrupted; run the same command again to go on")
         return 130
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """Arguments may hold anything, and argparse repeats those that it does not know."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bigq", description="GPTQ quantization of language models far larger than the machine.")
+    parser = _Parser(prog="bigq", description="GPTQ quantization of language models far larger than the machine.")
     parser.add_argument("--version", action="version", version=f"bigq {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_quantize(commands.add_parser("quantize", help="quantize a model", formatter_class=argparse.ArgumentDefaultsHelpFormatter))
-    _add_plan(
-        commands.add_parser(
-            "plan", help="memory, disk and time that quantizing a model takes", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-    )
-    _add_eval(
-        commands.add_parser(
-            "eval", help="perplexity of a model, and its distance to another", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-    )
+    as_before = "Flags that are not given mean as before where OUT holds a job, and else the default."
+    _add_quantize(commands.add_parser("quantize", help="quantize a model", description=f"Quantize a model. {as_before}"))
+    what = "memory, disk and time that quantizing a model takes"
+    _add_plan(commands.add_parser("plan", help=what, description=f"Tell {what}. {as_before}"))
+    _add_eval(commands.add_parser("eval", help="perplexity of a model, and its distance to another"))
+    _add_verify(commands.add_parser("verify", help="check a job's output folder against its record"))
+    _add_status(commands.add_parser("status", help="how far the job of an output folder is"))
     _add_demo(commands.add_parser("demo", help="quantize the tiny model that ships with bigq, and show what it costs"))
     return parser
+
+
+def _option(group: argparse._ActionsContainer, *flags: str, help: str, default: object = None, **how: Any) -> None:
+    """Add a flag that parses to None where it is not given; ``default`` is what that stands for at first, for the help."""
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    group.add_argument(*flags, default=None, help=help if default is None else f"{help} (default: {default})", **how)
 
 
 def _add_quantize(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help="folder with safetensors shards, or hub id (owner/name[@revision])")
     p.add_argument("out", metavar="OUT", help="output folder; holding an interrupted run of the same job, it is gone on with")
     _add_job(p)
-    _add_machine(p)
+    machine = _add_machine(p)
+    _option(
+        machine,
+        "--grace",
+        type=float,
+        metavar="SECONDS",
+        default=60.0,
+        help="after SIGTERM, SIGINT or SIGUSR1 the job has so long to finish its step",
+    )
+    _option(machine, "--steal-lock", action="store_true", default=False, help="take over the folder of a job that is dead")
     p.add_argument("--trace", metavar="FILE", help="write the job's timeline there, for chrome://tracing or ui.perfetto.dev")
     p.set_defaults(command=_run_quantize)
 
 
 def _add_plan(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help="folder (its config.json is enough), or hub id (only config and headers are fetched)")
-    p.add_argument("out", metavar="OUT", nargs="?", default=".", help="where the output would lie; for the free disk space")
-    p.add_argument("--on", default="this", metavar="DEVICE", help="this machine, or plan for a GPU: a100, h100 or h200")
+    p.add_argument("out", metavar="OUT", nargs="?", help="where the output would lie, for the free disk space; here if not given")
+    p.add_argument("--on", default="this", metavar="DEVICE", help="this machine, or plan for a GPU: a100, h100 or h200 (default: this)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     _add_job(p)
     _add_machine(p)
@@ -73,52 +114,72 @@ def _add_plan(p: argparse.ArgumentParser) -> None:
 
 
 def _add_job(p: argparse.ArgumentParser) -> None:
+    switch = argparse.BooleanOptionalAction
     how = p.add_argument_group("how weights are quantized")
-    how.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 8))
-    how.add_argument("--group-size", type=int, default=128, help="inputs that share a scale; -1 for the whole row")
-    how.add_argument("--sym", action=argparse.BooleanOptionalAction, default=True, help="fixed zero point in the middle")
-    how.add_argument("--asym", dest="sym", action="store_false", default=argparse.SUPPRESS, help="find a zero point with each scale")
-    how.add_argument("--act-order", action="store_true", help="quantize columns by decreasing Hessian diagonal, groups as they are")
-    how.add_argument("--damping", type=float, default=0.01, help="fraction of the mean Hessian diagonal added to it")
-    how.add_argument("--mse", action="store_true", help="grid search for the scales with the least rounding error")
-    how.add_argument("--method", default="gptq", choices=("gptq", "rtn"), help="rtn: plain rounding to nearest, no calibration")
+    _option(how, "--bits", type=int, choices=(2, 3, 4, 8), default=4, help="bits per weight")
+    _option(how, "--group-size", type=int, default=128, help="inputs that share a scale; -1 for the whole row")
+    _option(how, "--sym", dest="symmetric", action=switch, default=True, help="fixed zero point in the middle")
     how.add_argument(
-        "--true-sequential",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="Linears see the quantized ones before them in the block",
+        "--asym", dest="symmetric", action="store_false", default=argparse.SUPPRESS, help="find a zero point with each scale, as --no-sym"
     )
-    how.add_argument(
+    _option(how, "--act-order", action=switch, default=False, help="quantize columns by decreasing Hessian diagonal, groups as they are")
+    _option(how, "--damping", type=float, default=0.01, help="fraction of the mean Hessian diagonal added to it")
+    _option(how, "--mse", action=switch, default=False, help="grid search for the scales with the least rounding error")
+    _option(how, "--method", choices=("gptq", "rtn"), default="gptq", help="rtn: plain rounding to nearest, no calibration")
+    _option(how, "--true-sequential", action=switch, default=True, help="Linears see the quantized ones before them in the block")
+    _option(
+        how,
         "--rule",
         action="append",
-        default=[],
         metavar="REGEX:key=value,…",
-        help="override bits, group_size, sym, act_order, damping or mse for matching Linears",
+        help="override bits, group_size, sym, act_order, damping or mse for matching Linears; may be repeated",
     )
-    how.add_argument("--skip", action="append", default=[], metavar="REGEX", help="leave matching Linears as they are")
-    how.add_argument("--format", default="gptq", choices=("gptq", "gptq_v2"))
+    _option(how, "--skip", action="append", metavar="REGEX", help="leave matching Linears as they are; may be repeated")
+    _option(how, "--format", choices=("gptq", "gptq_v2"), default="gptq", help="gptq stores zero points minus one, gptq_v2 as they are")
+    _option(
+        how,
+        "--on-nonfinite",
+        choices=("stop", "skip"),
+        default="stop",
+        help="skip leaves Linears whose Hessian is not finite or cannot be factored unquantized, and tokens that are not finite out of "
+        "the calibration",
+    )
     data = p.add_argument_group("calibration")
-    data.add_argument(
-        "--calibration", default="c4", metavar="FILE|c4|builtin", help="text, JSONL with a text field, or token ids in safetensors"
+    _option(
+        data,
+        "--calibration",
+        metavar="FILE|c4|builtin",
+        default="c4",
+        help="text, JSONL with a text field, or token ids in safetensors",
     )
-    data.add_argument("--samples", type=int, default=128)
-    data.add_argument("--seqlen", type=int, help="tokens per sample; 2048 or the model's limit if not given")
-    data.add_argument("--seed", type=int, default=0)
+    _option(data, "--samples", type=int, default=128, help="rows of tokens")
+    _option(data, "--seqlen", type=int, help="tokens per row; 2048 or the model's limit if not given")
+    _option(data, "--seed", type=int, default=0, help="of the draw of rows")
     room = p.add_argument_group("budgets")
-    room.add_argument("--vram", metavar="SIZE", help="device memory the job may take, such as 72GiB; what is free if not given")
-    room.add_argument("--ram", metavar="SIZE", help="host memory it may take; what is free if not given")
-    room.add_argument("--disk", metavar="SIZE", help="disk space it may take where OUT lies; what is free if not given")
-    room.add_argument(
+    _option(room, "--vram", metavar="SIZE", help="device memory the job may take, such as 72GiB; what is free if not given")
+    _option(room, "--ram", metavar="SIZE", help="host memory it may take; what is free if not given")
+    _option(room, "--disk", metavar="SIZE", help="disk space it may take where OUT lies; what is free if not given")
+    _option(
+        room,
         "--activations",
-        default="auto",
         choices=("auto", "gpu", "host", "disk"),
+        default="auto",
         help="where calibration activations are kept between blocks; auto is the first that has room, disk is a file in OUT",
     )
-    room.add_argument(
+    _option(
+        room,
         "--read-ahead",
         type=int,
         metavar="BLOCKS",
         help="blocks read while the one before is computed and, unless 0, written beside the next; 1 on a GPU, 0 on a CPU if not given",
+    )
+    _option(
+        room,
+        "--checkpoint-every",
+        metavar="SECONDS|never",
+        default=60.0,
+        help="keep activations on disk so often that going on after a kill replays at most about so many seconds of finished blocks; "
+        "0 after every block",
     )
 
 
@@ -126,27 +187,44 @@ def _add_eval(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help="original model or output of bigq: folder or hub id")
     p.add_argument("--data", required=True, metavar="FILE|builtin", help="text, JSONL with a text field, or token ids in safetensors")
     p.add_argument("--baseline", metavar="MODEL", help="also compare with this model: KL divergence per token and top-1 agreement")
-    p.add_argument("--seqlen", type=int, help="tokens per row; 2048 or the model's limit if not given")
-    p.add_argument("--samples", type=int, help="rows to evaluate; all of the text if not given")
+    _option(p, "--seqlen", type=int, help="tokens per row; 2048 or the model's limit if not given")
+    _option(p, "--samples", type=int, help="rows to evaluate; all of the text if not given")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     _add_machine(p)
     p.set_defaults(command=_run_eval)
 
 
-def _add_machine(p: argparse.ArgumentParser) -> None:
+def _add_machine(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     machine = p.add_argument_group("machine")
-    machine.add_argument(
-        "--batch", type=int, help="rows that go through a block at once; 8 on a GPU and about 1024 tokens on a CPU if not given"
+    _option(
+        machine,
+        "--batch",
+        type=int,
+        help="rows that go through a block at once; 8 on a GPU and about 1024 tokens on a CPU if not given",
     )
-    machine.add_argument("--device", default="auto", help="cuda:0, cpu or auto")
-    machine.add_argument(
+    _option(machine, "--device", default="auto", help="cuda:0, cpu or auto")
+    _option(
+        machine,
         "--dtype",
-        default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
         help="of the forward passes; auto is the checkpoint's",
     )
-    machine.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
-    machine.add_argument("--quiet", action="store_true", help="no progress, no summary")
+    run_code = "run model code that comes with the checkpoint"
+    _option(machine, "--trust-remote-code", action=argparse.BooleanOptionalAction, default=False, help=run_code)
+    _option(machine, "--quiet", action="store_true", default=False, help="no progress, no summary")
+    return machine
+
+
+def _add_verify(p: argparse.ArgumentParser) -> None:
+    p.add_argument("out", metavar="OUT", help="output folder of a job, finished or not")
+    p.set_defaults(command=_run_verify)
+
+
+def _add_status(p: argparse.ArgumentParser) -> None:
+    p.add_argument("out", metavar="OUT", help="output folder of a job, running or not")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.set_defaults(command=_run_status)
 
 
 def _add_demo(p: argparse.ArgumentParser) -> None:
@@ -156,50 +234,64 @@ def _add_demo(p: argparse.ArgumentParser) -> None:
     p.set_defaults(command=_run_demo)
 
 
-def job_config(args: argparse.Namespace) -> JobConfig:
-    """The job that ``bigq quantize`` arguments describe. Raises UsageError."""
+def job_config(args: argparse.Namespace, before: object = None) -> JobConfig:
+    """The job that ``bigq quantize`` arguments describe: what is not given is as in ``before``, else the default.
+
+    before: the settings in the job.json of ``args.out``, if it has one. Raises UsageError, CheckpointError (for ``before``).
+    """
     from bigq.config import JobConfig
-    from bigq.scheme import QuantScheme, Rule
+    from bigq.scheme import QuantScheme
     from bigq.sizes import parse_size
 
-    def size(flag: str) -> int | None:
-        text = getattr(args, flag)
-        return None if text is None else parse_size(text, f"--{flag}")
+    base = JobConfig() if before is None else JobConfig.from_frozen(before, f"{args.out}: its job.json")
+    given = _given(args, (f.name for f in dataclasses.fields(JobConfig)))
+    for name in ("vram", "ram", "disk"):
+        if name in given:
+            given[name] = parse_size(given[name], f"--{name}")
+    if "checkpoint_every" in given:
+        given["checkpoint_every"] = _seconds_or_never(given["checkpoint_every"], "--checkpoint-every")
+    scheme = dataclasses.replace(base.scheme, **_given(args, (f.name for f in dataclasses.fields(QuantScheme))))
+    return dataclasses.replace(base, scheme=scheme, rules=_rules(args, base.rules), **given)
 
-    scheme = QuantScheme(
-        bits=args.bits, group_size=args.group_size, symmetric=args.sym, act_order=args.act_order, damping=args.damping, mse=args.mse
-    )
-    return JobConfig(
-        scheme=scheme,
-        rules=(*(Rule(pattern, None) for pattern in args.skip), *(Rule.parse(text) for text in args.rule)),
-        method=args.method,
-        format=args.format,
-        true_sequential=args.true_sequential,
-        calibration=args.calibration,
-        samples=args.samples,
-        seqlen=args.seqlen,
-        seed=args.seed,
-        batch=args.batch,
-        activations=args.activations,
-        read_ahead=args.read_ahead,
-        vram=size("vram"),
-        ram=size("ram"),
-        disk=size("disk"),
-        trace=getattr(args, "trace", None),
-        device=args.device,
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-        quiet=args.quiet,
-    )
+
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the arguments that were given."""
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def _rules(args: argparse.Namespace, before: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The rules as given, those to skip first; of the kind that is not given, those from before."""
+    from bigq.scheme import Rule
+
+    if args.skip is None and args.rule is None:
+        return before
+    skips = (rule for rule in before if rule.overrides is None) if args.skip is None else (Rule(pattern, None) for pattern in args.skip)
+    others = (rule for rule in before if rule.overrides is not None) if args.rule is None else (Rule.parse(text) for text in args.rule)
+    return (*skips, *others)
+
+
+def _seconds_or_never(text: str, flag: str) -> float | None:
+    try:
+        return None if text == "never" else float(text)
+    except ValueError:
+        raise UsageError(f"{flag} {text}: is not a number of seconds; write for instance 60, 0 or never") from None
+
+
+def _settings_before(out: str) -> dict[str, Any] | None:
+    """The settings of the job that OUT holds; None where it holds none. Raises CheckpointError."""
+    from bigq.sched.journal import STATE_FOLDER
+    from bigq.sched.request import frozen_settings
+
+    return frozen_settings(Path(os.path.expanduser(out)) / STATE_FOLDER / "job.json")
 
 
 def _run_quantize(args: argparse.Namespace) -> int:
-    config = job_config(args)
+    config = job_config(args, _settings_before(args.out))
     from bigq.sched.pipeline import quantize
 
     report = quantize(args.model, args.out, config)
     if not args.quiet:
-        print(report.summary())
+        print_result(report.summary())
     return 0
 
 
@@ -208,37 +300,49 @@ def _run_plan(args: argparse.Namespace) -> int:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        config = job_config(args)
+        config = job_config(args, None if args.out is None else _settings_before(args.out))
         from bigq.sched.planning import plan
 
-        result = plan(args.model, args.out, config, args.on)
+        result = plan(args.model, args.out or ".", config, args.on)
     finally:
         if collecting:
             gc.enable()
-    print(json.dumps(result.to_json()) if args.json else result.table())
+    print_result(json.dumps(result.to_json()) if args.json else result.table())
     return 0
 
 
 def _run_eval(args: argparse.Namespace) -> int:
     from bigq.sched.evaluate import EvalConfig, evaluate
 
-    config = EvalConfig(
-        data=args.data,
-        seqlen=args.seqlen,
-        samples=args.samples,
-        batch=args.batch,
-        device=args.device,
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-        quiet=args.quiet,
-    )
+    config = EvalConfig(**_given(args, (f.name for f in dataclasses.fields(EvalConfig))))
     result = evaluate(args.model, config, baseline=args.baseline)
     values = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
     if args.json:
-        print(json.dumps(values))
+        print_result(json.dumps(values))
     else:
         for name, value in values.items():
-            print(f"{name.replace('_', ' '):20} {value:.6g}" if isinstance(value, float) else f"{name.replace('_', ' '):20} {value}")
+            print_result(f"{name.replace('_', ' '):20} {value:.6g}" if isinstance(value, float) else f"{name.replace('_', ' '):20} {value}")
+    return 0
+
+
+def _run_verify(args: argparse.Namespace) -> int:
+    from bigq.sched.verify import verify  # type: ignore[import-not-found, unused-ignore]
+
+    problems = verify(Path(args.out))
+    for problem in problems:
+        print_result(one_line(problem))
+    if problems:
+        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise CheckpointError(f"{args.out}: has {count}; run the command that made it again, or choose another folder")
+    print_result(f"{one_line(args.out)}: sound")
+    return 0
+
+
+def _run_status(args: argparse.Namespace) -> int:
+    from bigq.sched.status import status  # type: ignore[import-not-found, unused-ignore]
+
+    found = status(Path(args.out))
+    print_result(json.dumps(found.to_json()) if args.json else found.text())
     return 0
 
 
