@@ -12,7 +12,6 @@ import gc
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -286,10 +285,15 @@ def _settings_before(out: str) -> dict[str, Any] | None:
 
 
 def _run_quantize(args: argparse.Namespace) -> int:
-    config = job_config(args, _settings_before(args.out))
-    from bigq.sched.pipeline import quantize
+    from bigq.sched.stop import Stop
 
-    report = quantize(args.model, args.out, config)
+    stop = Stop()
+    with stop.listening():
+        config = job_config(args, _settings_before(args.out))
+        stop.grace = config.grace
+        from bigq.sched.pipeline import quantize
+
+        report = quantize(args.model, args.out, config, stop)
     if not args.quiet:
         print_result(report.summary())
     return 0

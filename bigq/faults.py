@@ -4,8 +4,8 @@ The command line arms what the environment variable ``BIGQ_FAULT`` says, and is 
 
     NAME[:COUNT[:ACTION]] [, …]      the COUNT-th time (1) that NAME is passed, do ACTION (kill)
 
-ACTION is ``kill`` (SIGKILL to this process), ``sleep=SECONDS``, or the name of an error number such as ``ENOSPC``, which is
-raised as the operating system would.
+ACTION is ``kill`` (SIGKILL to this process), ``sleep=SECONDS``, ``OOM`` (the device's memory ends), or the name of an error number such
+as ``ENOSPC``, which is raised as the operating system would.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ POINTS = (
     "journal.synced",
     "rows.embedded",
     "block.loaded",
-    "level.captured",
+    "batch.replayed",
     "linear.solved",
     "block.solved",
-    "batch.replayed",
     "block.replayed",
     "checkpoint.begun",
     "checkpoint.written",
@@ -69,7 +68,7 @@ def arm(spec: str) -> None:
         name, _, rest = part.strip().partition(":")
         count, _, action = rest.partition(":")
         action = action or "kill"
-        known = action == "kill" or action in errno.errorcode.values() or action.startswith("sleep=")
+        known = action in ("kill", "OOM", *errno.errorcode.values()) or action.startswith("sleep=")
         if name not in POINTS or not (count or "1").isdigit() or not known:
             raise UsageError(f"BIGQ_FAULT={spec}: {part!r} is no fault that can be made; points are {', '.join(POINTS)}")
         _armed.setdefault(name, []).append(_Fault(int(count or "1"), action))
@@ -81,7 +80,7 @@ def disarm() -> None:
 
 
 def point(name: str) -> None:
-    """A place that is passed. Raises OSError where one was armed for it."""
+    """A place that is passed. Raises OSError, or RuntimeError for memory that ended, where that was armed for it."""
     if _armed:
         _pass(name)
 
@@ -99,6 +98,8 @@ def _pass(name: str) -> None:
             time.sleep(60)
         elif action.startswith("sleep="):
             time.sleep(float(action.removeprefix("sleep=")))
+        elif action == "OOM":
+            raise RuntimeError("CUDA error: out of memory")
         else:
             number = getattr(errno, action)
             raise OSError(number, os.strerror(number))

@@ -18,6 +18,7 @@ import argparse
 import collections
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -34,6 +35,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+os.environ["OMP_NUM_THREADS"] = "1"  # sums of this size gain nothing by threads, and lose much by waiting for each other's
 
 from facts import revision, versions
 
@@ -52,7 +54,10 @@ JOBS: dict[str, tuple[str, str]] = {
     "gpt2, together, read-ahead": ("gpt2", "--no-true-sequential --read-ahead 1 --bits 2 --group-size -1"),
     "gemma2, act-order": ("gemma2", "--act-order --checkpoint-every 0"),
     "llama, rtn, read-ahead": ("llama", "--method rtn --read-ahead 1"),
+    "llama, memory ends": ("llama", "--activations disk --checkpoint-every 0"),
 }
+#: Of one job the device's memory ends at its first batch, as long as it is not on record that it did.
+MEMORY_ENDS = "batch.replayed:1:OOM"
 LAYERS = {"llama": "num_hidden_layers", "gemma2": "num_hidden_layers", "bloom": "n_layer", "gpt2": "n_layer"}
 BLOCKS = 5
 #: How often one job may be killed before it is left to finish.
@@ -94,8 +99,8 @@ def make_inputs(work: Path) -> None:
     save_ids(work / "ids.safetensors", random_ids())
 
 
-def start(arguments: Sequence[str], log: Path, fault: str | None = None) -> int:
-    """Fork a process that runs the command line; its number."""
+def start(arguments: Sequence[str], log: Path, fault: str | None = None, modules: Path | None = None) -> int:
+    """Fork a process that runs the command line; its number. modules: where it leaves the names of what it imported."""
     pid = os.fork()
     if pid:
         return pid
@@ -110,6 +115,8 @@ def start(arguments: Sequence[str], log: Path, fault: str | None = None) -> int:
         from bigq.cli import main
 
         code = main(arguments)
+        if modules is not None:
+            modules.write_text("\n".join(sys.modules))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -167,12 +174,25 @@ class Stress:
         size = "" if "--group-size" in options else " --group-size 32"
         return ["quantize", str(self.work / family), str(out), *f"{common}{size} {options}".split()]
 
+    def faults(self, name: str, out: Path, point: str | None = None) -> str | None:
+        """What to arm for a run of a job."""
+        ends = MEMORY_ENDS if name == "llama, memory ends" and not (out / ".bigq" / "batches.json").exists() else None
+        return ",".join(filter(None, (ends, point))) or None
+
+    def warm_up(self, name: str) -> None:
+        """Import what a job imports on its way."""
+        modules = self.work / "modules"
+        wait(start(self.arguments(name, self.work / "out"), self.work / "log", modules=modules), time.monotonic() + PATIENCE)
+        for module in modules.read_text().split():
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
+
     def reference(self, name: str) -> None:
         """Run a job without kills, twice: its hashes, and how long it takes."""
         for attempt in ("a", "b"):
             out = self.work / "whole" / name.replace(", ", "-").replace(" ", "_") / attempt
             began = time.monotonic()
-            code = wait(start(self.arguments(name, out), self.work / "log"), began + PATIENCE)
+            code = wait(start(self.arguments(name, out), self.work / "log", self.faults(name, out)), began + PATIENCE)
             if code != 0:
                 raise SystemExit(f"{name}: the job fails without any kill (exit code {code}); see {self.work / 'log'}")
             self.seconds[name] = time.monotonic() - began
@@ -222,7 +242,7 @@ class Stress:
         way = self.random.choice(("point", "point", "instant", "SIGTERM")) if killing else "nothing"
         point = next(self.points) if way == "point" else None
         began = time.monotonic()
-        pid = start(self.arguments(name, out), self.work / "log", point)
+        pid = start(self.arguments(name, out), self.work / "log", self.faults(name, out, point))
         if way in ("instant", "SIGTERM"):
             code = wait(pid, began + self.random.uniform(0, 1.1) * self.seconds[name])
             if code is not None:
@@ -239,6 +259,7 @@ class Stress:
     def run(self, seconds: float, kills: int) -> None:
         """Until the time is over or that many kills were made."""
         for name in JOBS:
+            self.warm_up(name)
             self.reference(name)
         began = time.monotonic()
         while time.monotonic() - began < seconds and sum(sum(t.kills.values()) for t in self.tallies.values()) < kills:
@@ -265,8 +286,6 @@ def main() -> int:
     subprocess.run([sys.executable, __file__, "--work", args.work, "--inputs-only"], check=True)
     from transformers import AutoModelForCausalLM  # noqa: F401  for all jobs at once
 
-    import bigq.sched.pipeline
-    import bigq.sched.verify  # noqa: F401
 
     began = time.monotonic()
     stress = Stress(args.work, args.seed)

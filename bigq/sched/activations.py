@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from bigq import faults
 from bigq.sched.batches import Batches
 from bigq.sched.capture import BlockCall
 from bigq.sched.device import free_memory, out_of_memory
@@ -76,6 +77,7 @@ class ActivationStore:
             self.at = lo, min(lo + self.batch, self._count)
             self.pause()
             try:
+                faults.point("batch.replayed")
                 run(*self.at)
             except RuntimeError as error:
                 if self.batch == 1 or not out_of_memory(error):
@@ -104,6 +106,7 @@ class ActivationStore:
         for lo, hi in self.spans():
             self.at = lo, hi
             self.pause()
+            faults.point("batch.replayed")
             yield self.take(lo, hi), self.call(block, hi - lo)
 
     def call(self, block: int, size: int) -> BlockCall:

@@ -59,7 +59,10 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Heed signals; to be used in the main thread of a program of our own. After the grace the process ends here."""
+        """Heed signals, in a program of our own. After the grace the process ends here. In other threads than the main one, nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         read, write = os.pipe()
         os.set_blocking(write, False)
         handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
