@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from bigq.sched.evaluate import EvalConfig as EvalConfig
     from bigq.sched.evaluate import Evaluation as Evaluation
     from bigq.sched.evaluate import evaluate as evaluate
-    from bigq.sched.pipeline import quantize as quantize
     from bigq.sched.planner import Plan as Plan
     from bigq.sched.planning import plan as plan
+    from bigq.sched.run import quantize as quantize
     from bigq.scheme import QuantizedWeight as QuantizedWeight
     from bigq.scheme import QuantScheme as QuantScheme
     from bigq.scheme import Rule as Rule
@@ -40,7 +40,7 @@ _HOMES = {
     "Rule": "bigq.scheme",
     "evaluate": "bigq.sched.evaluate",
     "plan": "bigq.sched.planning",
-    "quantize": "bigq.sched.pipeline",
+    "quantize": "bigq.sched.run",
     "quantize_linear": "bigq.solver.gptq",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605

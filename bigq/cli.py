@@ -291,7 +291,7 @@ def _run_quantize(args: argparse.Namespace) -> int:
     with stop.listening():
         config = job_config(args, _settings_before(args.out))
         stop.grace = config.grace
-        from bigq.sched.pipeline import quantize
+        from bigq.sched.run import quantize
 
         report = quantize(args.model, args.out, config, stop)
     if not args.quiet:

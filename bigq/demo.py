@@ -14,7 +14,7 @@ from bigq.calibration import ASSETS
 from bigq.config import JobConfig
 from bigq.errors import UsageError
 from bigq.sched.evaluate import EvalConfig, Evaluation, evaluate
-from bigq.sched.pipeline import quantize
+from bigq.sched.run import quantize
 from bigq.scheme import QuantScheme
 
 MODEL = ASSETS / "tiny-llama"

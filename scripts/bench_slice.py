@@ -38,7 +38,7 @@ from bigq.clock import Clock
 from bigq.errors import BigqError
 from bigq.io.index import Checkpoint, TensorInfo, read_header
 from bigq.sched.journal import Commit, Journal
-from bigq.sched.pipeline import quantize
+from bigq.sched.run import quantize
 
 #: Seconds between two times that the block shard is dropped from the page cache (``cold``).
 DROP_SECONDS = 0.5

@@ -39,7 +39,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # sums of this size gain nothing by threads
 
 from facts import revision, versions
 
-#: Family, and what the job is run with. Between them: every tier, format, order, kind of rule, with and without files beside the computation.
+#: Family, and what the job is run with: between them every tier, order and kind of rule, with files beside the computation and without.
 JOBS: dict[str, tuple[str, str]] = {
     "llama, host": ("llama", "--activations host --checkpoint-every 0"),
     "llama, disk, act-order, read-ahead": (
@@ -285,7 +285,6 @@ def main() -> int:
     # In a process of its own: what is forked off later must not have computed anything.
     subprocess.run([sys.executable, __file__, "--work", args.work, "--inputs-only"], check=True)
     from transformers import AutoModelForCausalLM  # noqa: F401  for all jobs at once
-
 
     began = time.monotonic()
     stress = Stress(args.work, args.seed)

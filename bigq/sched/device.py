@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator
 
 import torch
@@ -14,11 +15,14 @@ from bigq.sched.memory import return_freed_memory
 #: How allocations fail that libraries make beside torch's allocator, in words that accelerate does not look for.
 OTHER_WORDS = ("CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
+#: Eight buffers of 4 MiB.
+CUBLAS_WORKSPACES = ":4096:8"
+
 
 def choose_device(wanted: str) -> torch.device:
     """ "auto" is the first GPU, else the CPU. Raises UsageError for a malformed name, ResourceError for an absent device."""
     if wanted == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        wanted = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(wanted)
     except RuntimeError:
@@ -32,7 +36,18 @@ def choose_device(wanted: str) -> torch.device:
         raise ResourceError(f"--device {wanted}: this machine has {count} usable CUDA devices; use --device cpu, or check the driver")
     # Triton launches on the current device.
     torch.cuda.set_device(device.index or 0)
+    _fix_workspaces()
     return torch.device("cuda", device.index or 0)
+
+
+def _fix_workspaces() -> None:
+    """Let products be summed in the same order in every run: cuBLAS picks its algorithms by the workspace that it is given.
+
+    One size per stream, as NVIDIA's cuBLAS documentation asks for where results must be reproducible with several streams; read by
+    torch when the first product is taken. cuDNN's trials of algorithms are off, which is torch's default too.
+    """
+    os.putenv("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES)
+    torch.backends.cudnn.benchmark = False
 
 
 @contextlib.contextmanager

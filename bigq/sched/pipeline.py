@@ -10,167 +10,45 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import os
-import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bigq import faults, skeleton
 from bigq.arch import block_linears
 from bigq.clock import Clock
 from bigq.config import JobConfig
-from bigq.errors import ResourceError, Stopped, UnsupportedModelError, UsageError
-from bigq.io.atomic import write_bytes
+from bigq.errors import Stopped, UsageError
 from bigq.io.gptq_format import pack_linear
-from bigq.io.hub import resolve_model
 from bigq.io.index import TensorInfo
 from bigq.io.outgoing import Outgoing
 from bigq.io.stamps import Stamps
 from bigq.io.writer import OutputTensor, write_shard
-from bigq.report import LinearRecord, Progress, Report, device_memory_peak, host_memory_peak
+from bigq.report import LinearRecord, Progress
 from bigq.sched.activations import ActivationStore
 from bigq.sched.batches import Batches, Halving, told
 from bigq.sched.behind import WriteBehind
 from bigq.sched.block import BlockJob, Memo, Solved, propagate, round_block, solve_block
 from bigq.sched.checkpoint import Checkpoints
 from bigq.sched.cost import Choice
-from bigq.sched.device import choose_device, memory_errors
-from bigq.sched.finish import FinishedBlock, finish_folder, is_finished, reopen_folder
-from bigq.sched.journal import STATE_FOLDER, Commit, Journal, read_job, require_ours
-from bigq.sched.memory import hold_heap, return_freed_memory
-from bigq.sched.owner import Owner, owned, refuse_if_held
+from bigq.sched.finish import FinishedBlock, reopen_folder
+from bigq.sched.journal import STATE_FOLDER, Commit, Journal
+from bigq.sched.memory import return_freed_memory
+from bigq.sched.owner import Owner
 from bigq.sched.pager import Pager
-from bigq.sched.planning import plan_job
-from bigq.sched.prepare import check_shapes, refuse_nesting, rest_shards, row_length, rows_for
 from bigq.sched.probe import Probe, embed, probe_model, store_for
-from bigq.sched.request import compare, make_request
 from bigq.sched.stop import Haste, Stop
 from bigq.sched.structure import BlockPlan, plan_block
 from bigq.sched.tiers import Tier
 from bigq.scheme import QuantScheme, scheme_for
 from bigq.skeleton import linear_weight
-from bigq.trace import Trace
-
-
-def quantize(model: str, out: str | Path, config: JobConfig | None = None, stop: Stop | None = None) -> Report:
-    """Quantize a model folder or hub id into the folder ``out``; goes on where an interrupted run of the same job ended.
-
-    config: None means as the job in ``out`` was begun, or the defaults where there is none. stop: asked between steps.
-    Raises UsageError, DataError, ResourceError or Stopped (see ``bigq.errors``); then ``out`` holds no config.json.
-    """
-    started = time.monotonic()
-    out = Path(out).expanduser()
-    before = _remembered(out)
-    config = config or before or JobConfig()
-    stop = stop or Stop(config.grace)
-    device = choose_device(config.device)
-    folder = resolve_model(model)
-    refuse_nesting(folder, out)
-    if config.trace is not None and not Path(config.trace).parent.is_dir():
-        raise UsageError(f"--trace {config.trace}: its folder does not exist; make it first")
-    require_ours(out)
-    refuse_if_held(out / STATE_FOLDER)
-    hold_heap()
-    skeleton.silence()
-    with torch.no_grad(), memory_errors(device):
-        pager = Pager(folder, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-        stamps = Stamps({folder / "config.json", *(info.file for info in pager.checkpoint.tensors.values())})
-        if pager.packed:
-            raise UnsupportedModelError(f"{folder}: is already quantized; give the original model")
-        check_shapes(pager, config)
-        config = dataclasses.replace(
-            config, seqlen=row_length(pager.config, config), batch=config.batch or (before.batch if before else None)
-        )
-        stop.check()
-        rows = rows_for(pager, config)
-        stop.check()
-        plan = plan_job(pager, rows, config, out)
-        config = dataclasses.replace(config, batch=plan.choice.batch)
-        rest = rest_shards(pager)
-        units = [f"rest-{i}" for i in range(len(rest))] + [f"block-{i}" for i in range(len(pager.blocks))]
-        with Progress(len(pager.blocks), device, config.quiet) as progress:
-            progress.say(plan.brief())
-            if plan.shortages:
-                raise ResourceError(f"{out}: the job does not fit: {'; '.join(plan.shortages)}")
-            stop.check()
-            with owned(out / STATE_FOLDER, progress, steal=config.steal_lock) as owner:
-                request = make_request(config, folder, pager.checkpoint.fingerprint, rows, device)
-                journal = Journal(out, request, units, compare)
-                notes = [*owner.notes, *journal.notes]
-                for note in notes:
-                    progress.say(f"warning: {note}")
-                journal.record_run(_this_run(request, plan.choice, len(journal.commits), notes))
-                trace = Trace(keep=config.trace is not None)
-                clock = Clock(device, trace)
-                try:
-                    with (
-                        contextlib.closing(WriteBehind(beside=plan.choice.beside)) as behind,
-                        pager.reading_ahead(plan.choice.ahead, trace),
-                    ):
-                        outgoing = Outgoing(device) if device.type == "cuda" else None
-                        every = config.checkpoint_every if plan.choice.checkpoints else None
-                        checkpoints = Checkpoints(out / STATE_FOLDER, every, progress.say)
-                        job = _Job(
-                            pager, config, plan.choice, journal, owner, rest, progress, clock, behind, outgoing, checkpoints, stamps, stop
-                        )
-                        job.run(rows)
-                finally:
-                    if config.trace is not None:
-                        with contextlib.suppress(RuntimeError):  # a device that failed has no more to tell
-                            clock.settle()
-                        write_bytes(Path(config.trace), trace.to_json())
-                if not is_finished(journal):
-                    owner.check()
-                    finish_folder(folder, journal, config)
-                checkpoints.discard()
-    return Report(
-        out=str(out),
-        blocks=len(pager.blocks),
-        linears=tuple(record for commit in journal.commits for record in commit.linears),
-        seconds=time.monotonic() - started,
-        seconds_by_phase=clock.seconds,
-        source_bytes=sum(t.nbytes for t in pager.checkpoint.tensors.values()),
-        output_bytes=sum(commit.shard.size for commit in journal.commits),
-        host_peak_bytes=host_memory_peak(),
-        device_peak_bytes=device_memory_peak(device),
-        planned_host_bytes=plan.cost.host,
-        planned_device_bytes=plan.cost.device,
-        resumed_blocks=job.resumed,
-        left_out=tuple(name for commit in journal.commits for name in commit.left_out),
-        waiting=clock.waiting(),
-        batches=() if rows is None else Batches(plan.choice.batch, journal.halvings).used,
-    )
-
-
-def _remembered(out: Path) -> JobConfig | None:
-    """What the job in ``out`` was asked for; None where there is none. Raises CheckpointError where it cannot be read."""
-    job = read_job(out)
-    return None if job is None else JobConfig.from_frozen(job.get("settings"))
-
-
-def _this_run(request: Mapping[str, Any], choice: Choice, committed: int, notes: Sequence[str]) -> dict[str, Any]:
-    """What is kept about a run of a job, whatever becomes of it."""
-    return {
-        "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "versions": request["versions"],
-        "machine": request["machine"],
-        "choice": dataclasses.asdict(choice),
-        "committed": committed,
-        "notes": list(notes),
-    }
 
 
 @dataclass(slots=True)
-class _Job:
+class Job:
     """One run of a job: what its steps share.
 
     entering: the block whose inputs the store holds; None while they are being overwritten.

@@ -500,13 +500,13 @@ def evaluation(case: Case, *extra: str) -> list[str]:
 
 
 def test_eval_of_an_unfinished_output(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bigq.sched import pipeline
+    from bigq.sched import run
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "finish_folder", interrupted)
+        patch.setattr(run, "finish_folder", interrupted)
         assert main(case.arguments("--quiet")) == 130
     case.model = case.out
     case.fails_with(evaluation(case), code=3, says=(str(case.out / "config.json"), "missing"))

@@ -42,7 +42,7 @@ print(json.dumps({"peak": peak, "told": report.host_peak_bytes, "linears": len(r
 
 IDLE = """
 import re
-import bigq.sched.pipeline, transformers.models.llama.modeling_llama
+import bigq.sched.run, transformers.models.llama.modeling_llama
 print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024)
 """
 

@@ -14,7 +14,7 @@ import torch
 import bigq
 from bigq.io import pieces
 from bigq.io.index import TensorInfo
-from bigq.sched import block, pipeline
+from bigq.sched import block, pipeline, run
 from bigq.sched.tiers import _OnDisk
 
 
@@ -99,14 +99,14 @@ def test_slow_activations_are_named_and_have_a_lane(
 def test_nothing_is_gathered_for_a_trace_that_nobody_asked_for(
     checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    traces: list[pipeline.Trace] = []
+    traces: list[run.Trace] = []
 
-    class Watched(pipeline.Trace):
+    class Watched(run.Trace):
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
             traces.append(self)
 
-    monkeypatch.setattr(pipeline, "Trace", Watched)
+    monkeypatch.setattr(run, "Trace", Watched)
     for file in (None, str(tmp_path / "trace.json")):
         bigq.quantize(str(checkpoint("llama")), tmp_path / str(file is None), job(ids_file, trace=file))
     assert [bool(trace.spans) for trace in traces] == [False, True]
