@@ -31,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv)
     except BrokenPipeError:
-        abandon_broken_streams()
         return 128 + signal.SIGPIPE
+    finally:
+        abandon_broken_streams()
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -580,7 +580,7 @@ def test_nobody_reads_the_output(arguments: list[str], broken_pipe: int) -> None
 
 def test_nobody_reads_the_errors(broken_pipe: int) -> None:
     assert verifying("verify", "2", stderr=broken_pipe) == (3, b"a\nb\n", None)
-    assert verifying("verify", stderr=broken_pipe)[0] in (2, 141)
+    assert verifying("verify", stderr=broken_pipe) == (2, b"", None)
 
 
 def test_a_full_disk_takes_no_output() -> None:
