@@ -31,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv)
     except BrokenPipeError:
-        abandon_broken_streams()
         return 128 + signal.SIGPIPE
+    finally:
+        abandon_broken_streams()
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -94,7 +95,7 @@ def _add_quantize(p: argparse.ArgumentParser) -> None:
         "--grace",
         type=float,
         metavar="SECONDS",
-        default=60.0,
+        default=60,
         help="after SIGTERM, SIGINT or SIGUSR1 the job has so long to finish its step",
     )
     _option(machine, "--steal-lock", action="store_true", default=False, help="take over the folder of a job that is dead")
@@ -176,7 +177,7 @@ def _add_job(p: argparse.ArgumentParser) -> None:
         room,
         "--checkpoint-every",
         metavar="SECONDS|never",
-        default=60.0,
+        default=60,
         help="keep activations on disk so often that going on after a kill replays at most about so many seconds of finished blocks; "
         "0 after every block",
     )

@@ -47,16 +47,13 @@ def _writing_results() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        abandon_broken_streams()
         raise ResourceError(f"stdout cannot be written: {error.strerror}; free some space or send the output elsewhere") from error
 
 
 def tell(line: str) -> None:
     """A line to stderr, if anybody can be told."""
-    try:
+    with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
-    except OSError:
-        abandon_broken_streams()
 
 
 def prepare_streams() -> None:

@@ -124,7 +124,7 @@ def compare(out: Path, before: Any, now: Mapping[str, Any]) -> list[str]:
 
     Raises UsageError for the first difference that is refused, CheckpointError where ``before`` is no request of this version.
     """
-    old, new = _parts(out, before), _parts(out, json.loads(json.dumps(now)))
+    old, new = _parts(out, before), _parts(out, now)
     changed = {name: change for name, change in CHANGES.items() if name in old and name in new and old[name] != new[name]}
     for name, change in changed.items():
         if change.may is May.REFUSED:
@@ -245,7 +245,7 @@ def make_request(config: JobConfig, folder: Path, fingerprint: str, rows: Tensor
     settings = config.frozen()
     if config.calibration not in NAMED_TEXTS:  # the job may be taken up from another working directory
         settings["calibration"] = os.path.abspath(os.path.expanduser(config.calibration))
-    return {
+    request = {
         "settings": settings,
         "source": fingerprint,
         "config": _sha256(folder / "config.json"),
@@ -255,6 +255,8 @@ def make_request(config: JobConfig, folder: Path, fingerprint: str, rows: Tensor
         "versions": {"bigq": __version__, "python": platform.python_version(), **{name: _installed(name) for name in PACKAGES}},
         "machine": _machine(device),
     }
+    plain: dict[str, Any] = json.loads(json.dumps(request))  # as it will be read again: tuples are lists
+    return plain
 
 
 def code_hashes(folder: Path) -> dict[str, str]:
