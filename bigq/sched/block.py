@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,22 +25,27 @@ from bigq.report import LinearRecord
 from bigq.sched.activations import ActivationStore
 from bigq.sched.capture import StopForward, all_replaced
 from bigq.sched.memory import return_freed_memory
+from bigq.sched.nonfinite import bad_rows, culprit
 from bigq.sched.structure import BlockPlan, Group, Shortcut
 from bigq.sched.tiers import RowBuffer
 from bigq.scheme import QuantizedWeight, QuantScheme
 from bigq.skeleton import linear_weight, set_linear_weight
 from bigq.solver.gptq import solve
-from bigq.solver.hessian import HessianSum, factorize
+from bigq.solver.hessian import OTHER_DTYPE, HessianSum, factorize, finite_tokens
 from bigq.solver.rtn import round_to_nearest
 
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """One Linear done: its full module name, its codes, and how long its factor and solve took, known when the clock has settled."""
+    """One Linear done: its full module name, its codes, and how long its factor and solve took, known when the clock has settled.
+
+    left_out: calibration tokens that were left out of its Hessian because they are not finite.
+    """
 
     name: str
     weight: QuantizedWeight
     seconds: Mapping[str, Lap]
+    left_out: int = 0
 
     def record(self) -> LinearRecord:
         """What is told of it."""
@@ -58,11 +63,21 @@ class Solved:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """One Linear that cannot be quantized and stays as it is: its full module name, and why."""
+
+    name: str
+    reason: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockJob:
     """What solving a block needs: the loaded block, its plan, and the scheme of every Linear to quantize.
 
     prefix: the block's module path. schemes: by name in the block; Linears that are absent stay as they are.
+    on_nonfinite: "stop" with an error where something is not finite or a factorization fails, or "skip" the tokens and the Linears
+        concerned.
     """
 
     index: int
@@ -73,6 +88,7 @@ class BlockJob:
     device: torch.device
     clock: Clock
     memo: Memo
+    on_nonfinite: str = "stop"
 
 
 class Memo:
@@ -159,10 +175,11 @@ class _Kept:
         return self.buffer.get(lo, hi).view((hi - lo) * self.shape[0], *self.shape[1:])
 
 
-def solve_block(job: BlockJob, store: ActivationStore, true_sequential: bool) -> Iterator[Solved]:
-    """Quantize a block's Linears with GPTQ, level by level. On return each holds its dequantized codes.
+def solve_block(job: BlockJob, store: ActivationStore, true_sequential: bool) -> Iterator[Solved | Skipped]:
+    """Quantize a block's Linears with GPTQ, level by level. On return each holds its dequantized codes, or what it held if it was skipped.
 
-    Raises NumericsError, naming the Linear, where activations or Hessians are not finite.
+    Raises NumericsError, naming the Linear, where activations or Hessians are not finite or a factorization fails; nothing of
+    that where the job is to skip them.
     """
     linears = block_linears(job.block)
     passes = 1 + len(linears)  # of a level at most: one to capture, one for each shortcut; so a level's number is its own, memo or not
@@ -190,7 +207,8 @@ def _capture(
 
     Wanted Linears of the deepest level do not compute: what they reach is not looked at.
     """
-    sums = {g.names: HessianSum(linear_weight(linears[g.names[0]]).shape[1], job.device) for g in groups}
+    finite_only = job.on_nonfinite == "skip"
+    sums = {g.names: HessianSum(linear_weight(linears[g.names[0]]).shape[1], job.device, finite_only=finite_only) for g in groups}
     leader = {g.names[0]: sums[g.names] for g in groups}
     kept = {shortcut.linear: shortcut for shortcut in keep}
     names = [name for g in groups for name in g.names]
@@ -226,52 +244,100 @@ def _capture(
     return sums
 
 
-def _solve_group(job: BlockJob, linears: Mapping[str, nn.Module], group: Group, total: HessianSum) -> Iterator[Solved]:
-    """Factor a group's Hessian once and solve its Linears together, as far as their schemes agree."""
-    with job.clock.phase("hessian"):
-        h = total.finish()
+def _solve_group(job: BlockJob, linears: Mapping[str, nn.Module], group: Group, total: HessianSum) -> Iterator[Solved | Skipped]:
+    """Factor a group's Hessian once and solve its Linears together, as far as their schemes agree.
+
+    What fails together is skipped together: readers that fuse Linears (q/k/v, gate/up) want all of them quantized or none.
+    """
+    label = ", ".join(f"{job.prefix}.{n}" for n in group.names)
+    with _skipping(job, group.names, label) as skipped, job.clock.phase("hessian"):
+        h = total.finish(label)
+    if skipped:
+        yield from skipped
+        return
     kinds = sorted({(job.schemes[n].act_order, job.schemes[n].damping) for n in group.names})
     for act_order, damping in kinds:
-        label = ", ".join(f"{job.prefix}.{n}" for n in group.names)
-        with job.clock.phase("factor") as factor_time:
-            own = h if (act_order, damping) == kinds[-1] else h.clone()
-            factor = factorize(own, act_order=act_order, damping=damping, name=label)
-            return_freed_memory()
         alike: dict[QuantScheme, list[str]] = {}
         for name in group.names:
             scheme = job.schemes[name]
             if (scheme.act_order, scheme.damping) == (act_order, damping):
                 alike.setdefault(scheme, []).append(name)
+        with _skipping(job, [n for names in alike.values() for n in names], label) as skipped, job.clock.phase("factor") as factor_time:
+            own = h if (act_order, damping) == kinds[-1] else h.clone()
+            factor = factorize(own, act_order=act_order, damping=damping, name=label)
+            return_freed_memory()
+        if skipped:
+            yield from skipped
+            continue
         for scheme, names in alike.items():
-            with job.clock.phase("solve") as solve_time:
+            with _skipping(job, names, label) as skipped, job.clock.phase("solve") as solve_time:
                 results = solve([linear_weight(linears[n]) for n in names], factor, scheme, label)
                 return_freed_memory()
+            if skipped:
+                yield from skipped
+                continue
             seconds = {"factor": factor_time, "solve": solve_time}
             for name, result in zip(names, results, strict=True):
                 set_linear_weight(linears[name], result.dequantize(linear_weight(linears[name]).dtype))
-                yield Solved(f"{job.prefix}.{name}", result, seconds)
+                yield Solved(f"{job.prefix}.{name}", result, seconds, total.left_out)
 
 
-def round_block(job: BlockJob) -> Iterator[Solved]:
+@contextlib.contextmanager
+def _skipping(job: BlockJob, names: Sequence[str], label: str) -> Iterator[list[Skipped]]:
+    """Where the job is to skip what fails, a NumericsError inside ends there and fills the list that this gives: one for each name.
+
+    label: what the error's message begins with; behind its first semicolon is advice.
+    """
+    skipped: list[Skipped] = []
+    try:
+        yield skipped
+    except NumericsError as error:
+        if job.on_nonfinite != "skip":
+            raise
+        reason = str(error).removeprefix(f"{label}: ").partition(";")[0]
+        skipped += [Skipped(f"{job.prefix}.{name}", reason) for name in names]
+
+
+def round_block(job: BlockJob) -> Iterator[Solved | Skipped]:
     """Quantize a block's Linears by rounding to nearest."""
     linears = block_linears(job.block)
     for name, scheme in job.schemes.items():
-        with job.clock.phase("solve") as solve_time:
-            result = round_to_nearest(linear_weight(linears[name]), scheme, f"{job.prefix}.{name}")
-        yield Solved(f"{job.prefix}.{name}", result, {"solve": solve_time})
+        label = f"{job.prefix}.{name}"
+        with _skipping(job, [name], label) as skipped, job.clock.phase("solve") as solve_time:
+            result = round_to_nearest(linear_weight(linears[name]), scheme, label)
+        if skipped:
+            yield from skipped
+            continue
+        yield Solved(label, result, {"solve": solve_time})
 
 
-def propagate(index: int, block: nn.Module, store: ActivationStore, name: str, memo: Memo | None = None) -> None:
-    """Replay the whole block; its outputs overwrite its inputs. Raises NumericsError where an output is not finite."""
+def propagate(index: int, block: nn.Module, store: ActivationStore, name: str, memo: Memo | None = None, on_nonfinite: str = "stop") -> int:
+    """Replay the whole block; its outputs overwrite its inputs. Returns how many tokens' outputs are not finite: with "stop" none are.
+
+    With "skip" they stay so. A later block's attention hands them on to other tokens of the same row, never to other rows.
+    Raises NumericsError, naming where it began, for outputs that are not finite, or with "skip" where not a single one is finite.
+    """
+    lost = tokens = 0
 
     def run(lo: int, hi: int) -> None:
+        nonlocal lost, tokens
         with (memo or Memo()).active(block, store):
             output = store.call(index, hi - lo).run(block, store.take(lo, hi))
+        here = 0
         if not finite(output):
-            raise NumericsError(
-                f"{name}: its outputs are not finite (NaN or Inf) for calibration rows from {lo} on; "
-                "try another --dtype (bfloat16 has more range than float16)"
-            )
+            if on_nonfinite != "skip":
+                raise NumericsError(
+                    f"{name}: its outputs are not finite (NaN or Inf) for {bad_rows(output, lo)}, beginning with "
+                    f"{culprit(block, store.call(index, hi - lo), store.rows(lo, hi))}; {OTHER_DTYPE}; "
+                    "when quantizing, --on-nonfinite skip goes on without such tokens"
+                )
+            here = int((~finite_tokens(output)).sum())
         store.put(lo, output)
+        lost, tokens = lost + here, tokens + output[..., 0].numel()
 
     store.in_place(index + 1, 0, run)
+    if lost == tokens:
+        raise NumericsError(
+            f"{name}: its outputs are not finite for a single calibration token, so nothing is left to go on with; {OTHER_DTYPE}"
+        )
+    return lost

@@ -32,7 +32,7 @@ from bigq.kernels.grid import GridSpec, GroupGrid, find_grid
 from bigq.kernels.pick import empty_columns
 from bigq.kernels.precision import fp32_products
 from bigq.scheme import QuantizedWeight, QuantScheme
-from bigq.solver.hessian import Factor, factorize
+from bigq.solver.hessian import LEAVE_OUT, Factor, factorize
 from bigq.solver.storable import require_storable
 
 #: Columns that the column loop takes at once, at most.
@@ -63,9 +63,11 @@ def _solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str
     rows = [w.shape[0] for w in weights]
     energy = [_energy(part, factor.r) for part in columns.work.split(rows, 1)]
     codes, loss = _quantize_columns(columns, factor.r)
-    require_storable(columns.scale, name)
-    if not finite(loss):
-        raise NumericsError(f"{name}: the solve produced NaN or Inf")
+    solved = finite(loss)
+    if solved or not bool(torch.isnan(columns.scale).any()):  # a NaN comes from weights as corrected, not as they were
+        require_storable(columns.scale, name)
+    if not solved:
+        raise NumericsError(f"{name}: the solve produced NaN or Inf; use a higher --damping, or {LEAVE_OUT}")
     if factor.perm is not None:
         codes = torch.empty_like(codes).index_copy_(0, factor.perm, codes)
     parts = zip(codes.split(rows, 1), columns.scale.split(rows, 1), columns.zero.split(rows, 1), loss.split(rows), energy, strict=True)

@@ -13,29 +13,67 @@ from torch import Tensor
 
 from bigq.errors import NumericsError
 from bigq.kernels.cholesky import upper_cholesky_
+from bigq.kernels.finite import finite
 from bigq.kernels.symmetric import mirror_, permute_, restore_upper_
-from bigq.kernels.syrk import syrk_
+from bigq.kernels.syrk import CHUNK_TOKENS, syrk_
 
 #: When the factorization fails, damping is raised tenfold up to the whole mean of the diagonal.
 LADDER_FACTOR = 10.0
 LADDER_TOP = 1.0
 
+#: What to do about numbers that overflow, and about a Linear that cannot be solved.
+OTHER_DTYPE = "try another --dtype (bfloat16 has more range than float16)"
+LEAVE_OUT = "leave this Linear as it is with --skip or --on-nonfinite skip"
+
+
+def finite_tokens(x: Tensor) -> Tensor:
+    """Which tokens of activations [..., n] hold neither NaN nor Inf: bool [...].
+
+    The extremes show them, as in ``kernels.finite``, without a mask as large as x. For 2048 × 2816 numbers on two CPU cores they
+    take 0.5 ms (fp32) to 2.4 ms (bf16), ``isfinite(x).all(-1)`` 14 ms.
+    """
+    return torch.isfinite(x.amin(-1)) & torch.isfinite(x.amax(-1))
+
 
 class HessianSum:
-    """Accumulates XᵀX over batches of activations, upper triangle only, in one fp32 buffer."""
+    """Accumulates XᵀX over batches of activations, upper triangle only, in one fp32 buffer.
 
-    def __init__(self, n: int, device: torch.device) -> None:
+    finite_only: leave out tokens that hold NaN or Inf, which asks the device once per batch; otherwise nothing is looked at, and
+    they spoil the sum. tokens: how many were added; left_out: how many were not.
+    """
+
+    def __init__(self, n: int, device: torch.device, *, finite_only: bool = False) -> None:
         self._sum = torch.zeros(n, n, dtype=torch.float32, device=device)
+        self._finite_only = finite_only
         self.tokens = 0
+        self.left_out = 0
 
     def add(self, x: Tensor) -> None:
         """Add activations [..., n] of any floating type."""
         rows = x.reshape(-1, x.shape[-1])
+        if self._finite_only and not finite(rows):
+            self._add_finite(rows)
+            return
         syrk_(self._sum, rows)
         self.tokens += rows.shape[0]
 
-    def finish(self) -> Tensor:
-        """``2/T · XᵀX`` as a full symmetric matrix in the accumulator's own storage. Ends this object's life."""
+    def _add_finite(self, rows: Tensor) -> None:
+        """Add the tokens of [tokens, n] that are finite. The others become 0 in a copy of so many tokens at a time."""
+        keep = finite_tokens(rows)
+        kept = int(keep.sum())
+        if kept:
+            for part, mask in zip(rows.split(CHUNK_TOKENS), keep.split(CHUNK_TOKENS), strict=True):
+                syrk_(self._sum, part.masked_fill(~mask[:, None], 0))
+        self.tokens += kept
+        self.left_out += rows.shape[0] - kept
+
+    def finish(self, name: str = "the Linear") -> Tensor:
+        """``2/T · XᵀX`` as a full symmetric matrix in the accumulator's own storage. Ends this object's life.
+
+        Raises NumericsError, naming ``name``, where no token was added.
+        """
+        if not self.tokens:
+            raise NumericsError(f"{name}: the calibration inputs are not finite for a single token; {OTHER_DTYPE}")
         h = self._sum
         del self._sum
         h.mul_(2.0 / self.tokens)
@@ -68,8 +106,8 @@ def factorize(h: Tensor, *, act_order: bool, damping: float, name: str = "the Li
     diagonal = h.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
         raise NumericsError(
-            f"{name}: the calibration inputs are not finite (NaN or Inf in the Hessian); "
-            "try another --dtype (bfloat16 has more range than float16)"
+            f"{name}: the calibration inputs are not finite, or too large to be squared (NaN or Inf in the Hessian); "
+            f"{OTHER_DTYPE}, or leave such tokens out with --on-nonfinite skip"
         )
     dead = diagonal == 0
     diagonal[dead] = 1
@@ -85,8 +123,7 @@ def factorize(h: Tensor, *, act_order: bool, damping: float, name: str = "the Li
             return Factor(r=h, perm=perm, dead=dead, damping=damping)
         if damping >= LADDER_TOP:
             raise NumericsError(
-                f"{name}: its Hessian is not positive definite even with damping {damping:g}; "
-                "use more calibration samples, or skip this Linear with --skip"
+                f"{name}: its Hessian is not positive definite even with damping {damping:g}; use more calibration samples, or {LEAVE_OUT}"
             )
         damping = min(damping * LADDER_FACTOR, LADDER_TOP)
         restore_upper_(h, undamped)
