@@ -28,7 +28,7 @@ FP32 = 4
 class Work:
     """What a job is to do, whatever the machine. rows: of calibration tokens. scheme: of a Linear by its full module name.
 
-    tokens: different ones among the calibration tokens, or the most there can be.
+    tokens: different ones among the calibration tokens, or the most there can be. on_nonfinite: see ``BlockJob``.
     """
 
     rows: int
@@ -36,6 +36,7 @@ class Work:
     scheme: Callable[[str], QuantScheme | None]
     method: str
     true_sequential: bool
+    on_nonfinite: str = "stop"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,11 +230,12 @@ class BlockCost:
         return [[g for g in self._block.groups if g.level == level] for level in range(len(self._block.reach))]
 
     def _capture(self, level: int, groups: list[GroupShape]) -> int:
-        """Bytes of the forwards that feed a level's Hessians, and of the input in the Hessian's precision."""
+        """Bytes of the forwards that feed a level's Hessians, of the input in the Hessian's precision, and of it without NaN."""
         reach = self._block.reach[level]
         tokens = min(CHUNK_TOKENS, self._batch * self._shape.seqlen)
         widened = 0 if self._choice.on_gpu or self._shape.itemsize == FP32 else FP32 * tokens * max(g.n for g in groups)
-        return max(reach.peak.at(self._batch), reach.held.at(self._batch) + widened)
+        masked = self._shape.itemsize * tokens * max(g.n for g in groups) if self._work.on_nonfinite == "skip" else 0
+        return max(reach.peak.at(self._batch), reach.held.at(self._batch) + widened + masked)
 
     def _factor(self, group: GroupShape, linears: list[LinearShape]) -> int:
         """Beside the Hessian: what a permutation moves, or the panels; and a copy where schemes need factors of their own."""
