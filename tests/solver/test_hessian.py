@@ -10,8 +10,9 @@ from conftest import Largest
 from torch import Tensor
 
 from bigq.errors import NumericsError
-from bigq.kernels import cholesky, symmetric
-from bigq.solver.hessian import HessianSum, factorize
+from bigq.kernels import cholesky, symmetric, syrk
+from bigq.solver import hessian
+from bigq.solver.hessian import HessianSum, factorize, finite_tokens
 
 
 @functools.cache
@@ -170,3 +171,88 @@ def test_inputs_that_are_not_finite_are_refused_by_name(bad: float) -> None:
     total.add(x)
     with pytest.raises(NumericsError, match=r"layer\.q: the calibration inputs are not finite"):
         factorize(total.finish(), act_order=False, damping=0.01, name="layer.q")
+
+
+BAD = {3: float("nan"), 40: float("inf"), 41: float("-inf"), 99: float("nan")}
+
+
+def with_bad_tokens(n: int, dtype: torch.dtype, tokens: int = 100) -> tuple[Tensor, list[int]]:
+    """Activations [tokens, n] of which the tokens of ``BAD`` hold one number that is not finite, and the numbers of the others."""
+    x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    for token, value in BAD.items():
+        x[token, (7 * token) % n] = value
+    return x, [t for t in range(tokens) if t not in BAD]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_finite_tokens(dtype: torch.dtype) -> None:
+    x, good = with_bad_tokens(33, dtype)
+    x[0], x[1] = torch.finfo(dtype).max, torch.finfo(dtype).min
+    x[3], x[40, :2] = float("nan"), torch.tensor([float("nan"), float("inf")])
+    assert finite_tokens(x).nonzero().flatten().tolist() == good
+    assert torch.equal(finite_tokens(x.view(4, 25, 33)), torch.isfinite(x).all(-1).view(4, 25))
+
+
+@pytest.mark.parametrize(("triton", "batch"), [(False, 1), (False, 25), (False, 42), (False, 100), (True, 42), (True, 100)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("n", [7, 48])
+def test_tokens_that_are_not_finite_are_left_out(
+    n: int, dtype: torch.dtype, batch: int, triton: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """However they are spread over batches, and over the copies that they are left out of."""
+    if triton:
+        request.getfixturevalue("triton_path")
+    monkeypatch.setattr(hessian, "CHUNK_TOKENS", 30)
+    x, good = with_bad_tokens(n, dtype)
+    total = HessianSum(n, torch.device("cpu"), finite_only=True)
+    for part in x.split(batch):
+        total.add(part[None])
+    assert (total.tokens, total.left_out) == (96, 4)
+    h = total.finish()
+    rows = x[good].double()
+    expected = 2 / 96 * rows.T @ rows
+    size = expected.diagonal().sqrt()
+    assert float(((h.double() - expected) / (size[:, None] * size)).abs().max()) < 2e-6
+
+
+@pytest.mark.parametrize("triton", [False, True], ids=["plain", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_where_all_is_finite_not_a_bit_changes(dtype: torch.dtype, triton: bool, request: pytest.FixtureRequest) -> None:
+    if triton:
+        request.getfixturevalue("triton_path")
+    sums = [HessianSum(65, torch.device("cpu"), finite_only=asked) for asked in (False, True)]
+    for total in sums:
+        for seed in range(3):
+            total.add(torch.randn(2, 50, 65, generator=torch.Generator().manual_seed(seed)).to(dtype))
+    assert [(t.tokens, t.left_out) for t in sums] == [(300, 0)] * 2
+    assert torch.equal(sums[0].finish(), sums[1].finish())
+
+
+def test_nothing_is_looked_at_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(x: Tensor) -> bool:
+        raise AssertionError("the ordinary path must not wait for an answer")
+
+    monkeypatch.setattr(hessian, "finite", asked)
+    HessianSum(8, torch.device("cpu")).add(torch.randn(5, 8))
+    with pytest.raises(AssertionError, match="ordinary"):
+        HessianSum(8, torch.device("cpu"), finite_only=True).add(torch.randn(5, 8))
+
+
+def test_a_sum_of_no_token_is_refused_by_name() -> None:
+    total = HessianSum(8, torch.device("cpu"), finite_only=True)
+    total.add(torch.full((5, 8), float("nan")))
+    assert (total.tokens, total.left_out) == (0, 5)
+    with pytest.raises(NumericsError, match=r"layer\.q: the calibration inputs are not finite for a single token;"):
+        total.finish("layer.q")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_leaving_tokens_out_takes_one_chunk_of_memory(dtype: torch.dtype) -> None:
+    n, chunk = 40, syrk.CHUNK_TOKENS
+    x = torch.randn(4 * chunk, n).to(dtype)
+    x[5 :: chunk // 2] = float("nan")
+    total = HessianSum(n, torch.device("cpu"), finite_only=True)
+    with Largest(but=x) as largest:
+        total.add(x)
+    assert total.left_out == 8
+    assert 0 < largest.elements <= chunk * n

@@ -1,0 +1,426 @@
+"""Activations that are not finite, and Linears that cannot be solved, one block at a time.
+
+Blocks are those of the tiny checkpoints; what goes wrong in them is put there by hooks and by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import FAMILIES, random_ids
+from torch import Tensor, nn
+
+from bigq.arch import block_linears
+from bigq.clock import Clock
+from bigq.errors import NumericsError
+from bigq.sched import block as block_module
+from bigq.sched.activations import ActivationStore
+from bigq.sched.batches import Batches
+from bigq.sched.block import BlockJob, Memo, Skipped, Solved, propagate, round_block, solve_block
+from bigq.sched.pager import Pager
+from bigq.sched.probe import activations_for, probe_model
+from bigq.sched.structure import plan_block
+from bigq.sched.tiers import Tier
+from bigq.scheme import QuantScheme
+from bigq.skeleton import linear_weight
+from bigq.solver import gptq, hessian
+from bigq.trace import Trace
+
+CPU = torch.device("cpu")
+ROWS, SEQLEN = 7, 20
+NAN = float("nan")
+
+
+@dataclass
+class Bench:
+    """The first block of a model and calibration rows at its entrance."""
+
+    block: nn.Module
+    store: ActivationStore
+    job: BlockJob
+    hessians: dict[str, Tensor] = field(default_factory=dict)
+
+    def poison(self, row: int, token: int, value: float = NAN) -> None:
+        """One number of one token at the block's entrance."""
+        hidden = self.store.rows(row, row + 1).clone()
+        hidden[0, token, 5] = value
+        self.store.put(row, hidden)
+
+    def solve(self) -> tuple[list[Solved], list[Skipped]]:
+        results = list(solve_block(self.job, self.store, True))
+        return [r for r in results if isinstance(r, Solved)], [r for r in results if isinstance(r, Skipped)]
+
+    def propagate(self, on_nonfinite: str = "skip", memo: Memo | None = None) -> int:
+        return propagate(0, self.block, self.store, "model.layers.0", memo, on_nonfinite)
+
+    def outputs(self) -> Tensor:
+        return self.store.rows(0, ROWS).clone()
+
+
+@pytest.fixture
+def bench(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
+    """(family, on_nonfinite, batch, tier, dtype) → a bench; Hessians are recorded by the label that they are factored under."""
+    recorded: dict[str, Tensor] = {}
+    factorize = block_module.factorize
+
+    def recording(h: Tensor, *, name: str, **options: Any) -> Any:
+        recorded[name] = h.clone()
+        return factorize(h, name=name, **options)
+
+    monkeypatch.setattr(block_module, "factorize", recording)
+    with contextlib.ExitStack() as stack, torch.no_grad():
+
+        def make(
+            family: str = "llama",
+            on_nonfinite: str = "skip",
+            batch: int = 3,
+            tier: str = "gpu",
+            dtype: str = "auto",
+            scheme: QuantScheme | None = None,
+        ) -> Bench:
+            pager = Pager(checkpoint(family), device=CPU, dtype=dtype)
+            probe = probe_model(pager)
+            clock = Clock(CPU, Trace(keep=False))
+            store = activations_for(pager, random_ids(ROWS, SEQLEN), Batches(batch), probe, Tier(tier, CPU, tmp_path, clock))
+            stack.callback(store.close)
+            block = pager.load_block(0)
+            plan = plan_block(block, probe.hidden, probe.calls[0])
+            schemes = {name: scheme or QuantScheme(group_size=32) for group in plan.groups for name in group.names}
+            memo = Memo()
+            stack.callback(memo.close)
+            job = BlockJob(
+                index=0,
+                prefix="model.layers.0",
+                block=block,
+                plan=plan,
+                schemes=schemes,
+                device=CPU,
+                clock=clock,
+                memo=memo,
+                on_nonfinite=on_nonfinite,
+            )
+            recorded.clear()
+            return Bench(block, store, job, recorded)
+
+        yield make
+
+
+class Spoilt(nn.Module):
+    """Returns nothing but NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.full_like(x, NAN)
+
+
+@contextlib.contextmanager
+def failing(monkeypatch: pytest.MonkeyPatch, linear: str, module: Any, name: str, broken: Any) -> Iterator[None]:
+    """``module.name`` is ``broken`` while the Hessian of a Linear is factored, or the Linear solved."""
+    inside = {"factorize": block_module.factorize, "solve": block_module.solve}
+    sound = getattr(module, name)
+
+    def wrap(function: Any, label_of: Callable[..., str]) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(module, name, broken if linear in label_of(*args, **kwargs) else sound)
+                return function(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(block_module, "factorize", wrap(inside["factorize"], lambda *args, name, **kwargs: name))
+        patch.setattr(block_module, "solve", wrap(inside["solve"], lambda weights, factor, scheme, label: label))
+        yield
+
+
+# Tokens.
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])
+def test_hessians_are_made_of_the_finite_tokens(family: str, bench: Callable[..., Bench]) -> None:
+    """Those of the first level, whose inputs no solve has changed, against the inputs themselves."""
+    b = bench(family)
+    b.poison(3, 11)
+    b.poison(5, 0, float("inf"))
+    first = b.job.plan.groups[0].names
+    seen: list[Tensor] = []
+    hook = block_linears(b.block)[first[0]].register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
+    for hidden, call in b.store.batches(0):
+        call.run(b.block, hidden)
+    hook.remove()
+    x = torch.cat(seen).double()
+    x = x[torch.isfinite(x).all(-1)]
+    assert len(x) == ROWS * SEQLEN - 2
+    solved, skipped = b.solve()
+    assert not skipped and {s.name.removeprefix("model.layers.0.") for s in solved} == set(b.job.schemes)
+    assert all(s.left_out == 2 for s in solved if s.name.removeprefix("model.layers.0.") in first)
+    assert all(torch.isfinite(linear_weight(module)).all() for module in block_linears(b.block).values())
+    got = b.hessians[", ".join(f"model.layers.0.{n}" for n in first)]
+    assert torch.allclose(got.double(), 2 / len(x) * x.T @ x, rtol=0, atol=1e-5 * float(got.diagonal().max()))
+
+
+@pytest.mark.parametrize("tier", ["gpu", "disk"])
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_the_same_tokens_are_left_out_whatever_the_batch_and_the_tier(batch: int, tier: str, bench: Callable[..., Bench]) -> None:
+    counts, lost = [], []
+    for how in ({"batch": 2, "tier": "gpu"}, {"batch": batch, "tier": tier}):
+        b = bench(**how)
+        b.poison(3, 11)
+        b.poison(6, 19)
+        solved, skipped = b.solve()
+        assert not skipped
+        counts.append({s.name: s.left_out for s in solved})
+        lost.append(b.propagate(memo=b.job.memo))
+    assert counts[0] == counts[1] and lost[0] == lost[1]
+    assert min(counts[0].values()) == 2 and lost[0] >= 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_rows_are_not_reached(family: str, bench: Callable[..., Bench]) -> None:
+    """To the bit; in the row itself the tokens after it are, where attention reaches them, and the count is theirs."""
+    clean = bench(family)
+    assert clean.propagate() == 0
+    b = bench(family)
+    b.poison(4, 8)
+    lost = b.propagate()
+    expected, got = clean.outputs(), b.outputs()
+    others = [r for r in range(ROWS) if r != 4]
+    assert torch.equal(got[others], expected[others])
+    bad = ~torch.isfinite(got[4]).all(-1)
+    assert bad[8] and lost == int(bad.sum())
+
+
+@pytest.mark.usefixtures("triton_path")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_on_the_triton_path(dtype: str, bench: Callable[..., Bench]) -> None:
+    b = bench(dtype=dtype)
+    b.poison(3, 11)
+    solved, skipped = b.solve()
+    assert not skipped and len(solved) == 7 and min(s.left_out for s in solved) == 1
+    assert all(torch.isfinite(linear_weight(module)).all() for module in block_linears(b.block).values())
+    assert 0 < b.propagate(memo=b.job.memo) <= SEQLEN
+
+
+def test_tokens_are_counted_once_where_memory_ends(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that has to be taken again with fewer rows."""
+    b = bench(batch=4)
+    b.poison(5, SEQLEN - 1)
+    expected = bench(batch=4)
+    expected.poison(5, SEQLEN - 1)
+    put, calls = b.store.put, []
+
+    def failing_put(lo: int, hidden: Tensor) -> None:
+        calls.append(lo)
+        if calls == [0, 4]:
+            raise torch.OutOfMemoryError("for a test")
+        put(lo, hidden)
+
+    monkeypatch.setattr(b.store, "put", failing_put)
+    assert b.propagate() == expected.propagate() > 0
+    assert calls == [0, 4, 4, 6]
+
+
+# Linears.
+
+
+def test_a_linear_without_a_finite_token_stays_as_it_is(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    b.block.mlp.act_fn = Spoilt()  # type: ignore[union-attr]
+    before = linear_weight(block_linears(b.block)["mlp.down_proj"]).clone()
+    solved, skipped = b.solve()
+    assert [(s.name, s.reason) for s in skipped] == [
+        ("model.layers.0.mlp.down_proj", "the calibration inputs are not finite for a single token")
+    ]
+    assert len(solved) == 6 and torch.equal(linear_weight(block_linears(b.block)["mlp.down_proj"]), before)
+
+
+def test_a_group_whose_hessian_overflows_stays_as_it_is(bench: Callable[..., Bench]) -> None:
+    """Every token is finite; its square is not."""
+    b = bench()
+    b.block.input_layernorm.weight.mul_(1e25)  # type: ignore[union-attr, operator]
+    solved, skipped = b.solve()
+    assert [s.name.rpartition(".")[2] for s in skipped[:3]] == ["q_proj", "k_proj", "v_proj"]
+    assert all("too large to be squared" in s.reason and ";" not in s.reason for s in skipped[:3])
+
+
+def indefinite(_: Tensor) -> bool:
+    return False
+
+
+def broken_inverses(r: Tensor, blocks: list[tuple[int, int]]) -> Tensor:
+    k = max(b - a for a, b in blocks)
+    return torch.full((len(blocks), k, k), NAN)
+
+
+FAILURES = [
+    pytest.param(hessian, "upper_cholesky_", indefinite, "its Hessian is not positive definite even with damping 1", id="indefinite"),
+    pytest.param(gptq, "diagonal_inverses", broken_inverses, "the solve produced NaN or Inf", id="NaN from the solve"),
+]
+
+
+@pytest.mark.parametrize("scheme", [QuantScheme(group_size=32), QuantScheme(group_size=-1, act_order=True)], ids=["groups", "act-order"])
+@pytest.mark.parametrize(("module", "name", "broken", "reason"), FAILURES)
+@pytest.mark.parametrize(
+    ("family", "linear", "group"),
+    [
+        ("llama", "self_attn.o_proj", ["self_attn.o_proj"]),
+        ("llama", "self_attn.k_proj", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+        ("bloom", "self_attention.dense", ["self_attention.dense"]),
+    ],
+)
+def test_what_cannot_be_solved_stays_as_it_is(
+    family: str,
+    linear: str,
+    group: list[str],
+    module: Any,
+    name: str,
+    broken: Any,
+    reason: str,
+    scheme: QuantScheme,
+    bench: Callable[..., Bench],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With all that would be solved with it. Its shortcut returns what the unquantized Linear does, as a replay without it."""
+    b = bench(family, scheme=scheme)
+    before = {n: linear_weight(m).clone() for n, m in block_linears(b.block).items()}
+    assert b.job.plan.shortcuts
+    with failing(monkeypatch, linear, module, name, broken):
+        solved, skipped = b.solve()
+    assert [(s.name, s.reason) for s in skipped] == [(f"model.layers.0.{n}", reason) for n in group]
+    assert {s.name.removeprefix("model.layers.0.") for s in solved} == set(before) - set(group)
+    for n, m in block_linears(b.block).items():
+        assert torch.equal(linear_weight(m), before[n]) == (n in group)
+    inputs = b.outputs()
+    assert b.propagate(memo=b.job.memo) == 0
+    with_memo = b.outputs()
+    b.store.put(0, inputs)
+    b.propagate()
+    assert torch.equal(b.outputs(), with_memo)
+
+
+@pytest.mark.parametrize(("module", "name", "broken", "reason"), FAILURES)
+def test_a_job_that_stops_names_the_linear(
+    module: Any, name: str, broken: Any, reason: str, bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(on_nonfinite="stop")
+    with failing(monkeypatch, "o_proj", module, name, broken), pytest.raises(NumericsError) as caught:
+        b.solve()
+    said = str(caught.value)
+    assert said.startswith(f"model.layers.0.self_attn.o_proj: {reason}; ")
+    assert "--on-nonfinite skip" in said and "\n" not in said
+
+
+def test_a_job_that_stops_at_a_hessian_names_the_linears(bench: Callable[..., Bench]) -> None:
+    b = bench(on_nonfinite="stop")
+    b.poison(3, 11)
+    with pytest.raises(NumericsError, match=r"^model\.layers\.0\.self_attn\.q_proj, .*v_proj: the calibration inputs are not finite"):
+        b.solve()
+
+
+def test_rules_that_part_a_group_skip_what_fails_alone(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """q has a damping of its own, so a factor of its own: the first to be made, which fails."""
+    b = bench()
+    schemes = dict(b.job.schemes)
+    schemes["self_attn.q_proj"] = QuantScheme(group_size=32, damping=0.001)
+    b.job = BlockJob(**{f: getattr(b.job, f) for f in BlockJob.__slots__} | {"schemes": schemes})  # type: ignore[attr-defined]
+    upper_cholesky_ = hessian.upper_cholesky_
+    calls: list[int] = []
+
+    def first_ladder_fails(h: Tensor) -> bool:
+        calls.append(1)
+        return len(calls) > 4 and upper_cholesky_(h)  # 0.001, 0.01, 0.1, 1
+
+    monkeypatch.setattr(hessian, "upper_cholesky_", first_ladder_fails)
+    solved, skipped = b.solve()
+    assert [s.name for s in skipped] == ["model.layers.0.self_attn.q_proj"]
+    assert len(solved) == 6
+
+
+def test_rounding_skips_a_scale_that_cannot_be_stored(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    linear_weight(block_linears(b.block)["mlp.up_proj"])[3, 5] = 1e7
+    results = list(round_block(b.job))
+    assert [r.name for r in results if isinstance(r, Skipped)] == ["model.layers.0.mlp.up_proj"]
+    assert len(results) == 7
+    stopping = BlockJob(**{f: getattr(b.job, f) for f in BlockJob.__slots__} | {"on_nonfinite": "stop"})  # type: ignore[attr-defined]
+    with pytest.raises(NumericsError, match="above fp16's largest"):
+        list(round_block(stopping))
+
+
+# Outputs.
+
+
+def spoil(b: Bench, module: str, rows: tuple[int, ...], *, before: bool = False) -> None:
+    """From now on a module of the block returns (or is given) an Inf in these rows."""
+
+    def spoilt(x: Tensor) -> Tensor:
+        lo, hi = b.store.at
+        x = x.clone()
+        for row in rows:
+            if lo <= row < hi:
+                x[row - lo, 4, 2] = float("inf")
+        return x
+
+    def after(_m: nn.Module, _args: Any, output: Any) -> Any:
+        return (spoilt(output[0]), *output[1:]) if isinstance(output, tuple) else spoilt(output)
+
+    found = b.block.get_submodule(module)
+    if before:
+        found.register_forward_pre_hook(lambda _, args: (spoilt(args[0]), *args[1:]))
+    else:
+        found.register_forward_hook(after)
+
+
+@pytest.mark.parametrize("memo", [False, True], ids=["plain", "memo"])
+@pytest.mark.parametrize(
+    ("module", "before", "culprit"),
+    [
+        ("mlp.down_proj", False, "what mlp.down_proj returns"),
+        ("mlp.act_fn", False, "what mlp.act_fn returns"),
+        ("mlp.down_proj", True, "what mlp.down_proj is given"),
+        ("post_attention_layernorm", True, "what post_attention_layernorm is given"),
+        ("", False, "the sum that the block returns"),
+    ],
+)
+def test_outputs_name_the_module_and_the_rows(module: str, before: bool, culprit: str, memo: bool, bench: Callable[..., Bench]) -> None:
+    """Those of the first batch that has any."""
+    b = bench()
+    if memo:
+        b.solve()
+    spoil(b, module, (3, 5, 6), before=before)
+    with pytest.raises(NumericsError) as caught:
+        b.propagate("stop", b.job.memo if memo else None)
+    said = str(caught.value)
+    assert said.startswith(f"model.layers.0: its outputs are not finite (NaN or Inf) for calibration rows 3, 5, beginning with {culprit}; ")
+    assert "--dtype" in said and "--on-nonfinite skip" in said and "\n" not in said
+    assert not any(m._forward_hooks or m._forward_pre_hooks for n, m in b.block.named_modules() if n != module), "checks are taken off"
+
+
+def test_inputs_that_are_not_finite_are_told_as_such(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    b.poison(6, 0)
+    with pytest.raises(NumericsError, match=r"for calibration row 6, beginning with what the block is given;"):
+        b.propagate("stop")
+
+
+def test_many_rows_are_told_by_their_number(bench: Callable[..., Bench]) -> None:
+    b = bench(batch=7)
+    spoil(b, "mlp", tuple(range(7)))
+    with pytest.raises(NumericsError, match=r"calibration rows 0, 1, 2, 3, 4, 5 … 6 \(7 rows\), beginning with what mlp returns;"):
+        b.propagate("stop")
+
+
+def test_with_no_finite_token_left_there_is_no_going_on(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    b.block.mlp.act_fn = Spoilt()  # type: ignore[union-attr]
+    with pytest.raises(NumericsError, match=r"^model\.layers\.0: its outputs are not finite for a single calibration token, .*--dtype"):
+        b.propagate()
+    one = bench()
+    for row in range(ROWS - 1):
+        one.poison(row, 0)
+    assert 0 < one.propagate() < ROWS * SEQLEN
