@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ import bigq
 from bigq.config import JobConfig
 from bigq.errors import NumericsError
 from bigq.sched import block as block_module
+from bigq.sched import planning
+from bigq.sched.ceilings import Ceilings, measure
 from bigq.sched.journal import Commit, Journal
 from bigq.scheme import QuantScheme
 from bigq.solver import hessian
@@ -58,12 +60,20 @@ def job(ids: Path, **changes: Any) -> JobConfig:
     return JobConfig(**{**values, **changes})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_plans() -> Iterator[None]:
+    """Plans take the rates of fp32: products of 1024² in fp16 take a CPU 3 s each."""
+
+    def rates(device: torch.device, dtype: torch.dtype) -> Ceilings:
+        return measure(device, torch.float32)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "measure", rates)
+        yield
+
+
 def hashes(out: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir()) if path.is_file()}
-
-
-def shard_hashes(out: Path) -> dict[str, str]:
-    return {name: digest for name, digest in hashes(out).items() if name.endswith(".safetensors")}
 
 
 def commits(out: Path) -> list[dict[str, Any]]:
@@ -112,8 +122,10 @@ def with_packed(source: Path, out: Path) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("scheme", [QuantScheme(group_size=32), QuantScheme(group_size=-1, act_order=True)], ids=["groups", "act-order"])
-@pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [("llama", QuantScheme(group_size=-1, act_order=True)), ("bloom", QuantScheme(group_size=32)), ("gpt2", QuantScheme(group_size=32))],
+)
 def test_where_all_is_finite_the_bytes_are_the_same(
     family: str, scheme: QuantScheme, checkpoint: Callable[[str], Path], ids: Path, tmp_path: Path
 ) -> None:
@@ -150,13 +162,14 @@ def test_one_row_overflows(fragile: Path, ids: Path, tmp_path: Path, capsys: pyt
     assert float((got - original).square().mean()) < 1.5 * float((sound - original).square().mean())
 
 
-@pytest.mark.parametrize("changes", [{"activations": "disk"}, {"read_ahead": 1}, {"ram": 2**40}], ids=str)
+@pytest.mark.parametrize("changes", [{"activations": "disk"}, {"read_ahead": 1}], ids=str)
 def test_how_the_job_is_run_changes_nothing(changes: dict[str, Any], fragile: Path, ids: Path, skipped_run: Path, tmp_path: Path) -> None:
     bigq.quantize(str(fragile), tmp_path / "out", job(ids, quiet=True, **changes))
     assert hashes(tmp_path / "out") == hashes(skipped_run)
 
 
-def interrupted_after(patch: pytest.MonkeyPatch, number: int) -> None:
+def interrupt(number: int, source: Path, out: Path, config: JobConfig) -> None:
+    """Run a job that is stopped right after so many commits."""
     commit, done = Journal.commit, []
 
     def striking(self: Journal, record: Commit) -> None:
@@ -165,14 +178,15 @@ def interrupted_after(patch: pytest.MonkeyPatch, number: int) -> None:
         if len(done) == number:
             raise KeyboardInterrupt
 
-    patch.setattr(Journal, "commit", striking)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "commit", striking)
+        with pytest.raises(KeyboardInterrupt):
+            bigq.quantize(str(source), out, config)
 
 
 @pytest.mark.parametrize("number", [2, 3, 4])
 def test_an_interrupted_job_leaves_out_the_same_tokens(number: int, fragile: Path, ids: Path, skipped_run: Path, tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupted_after(patch, number)
-        bigq.quantize(str(fragile), tmp_path / "out", job(ids, quiet=True))
+    interrupt(number, fragile, tmp_path / "out", job(ids, quiet=True))
     assert bigq.quantize(str(fragile), tmp_path / "out", job(ids, quiet=True)).resumed_blocks == number - 1
     assert hashes(tmp_path / "out") == hashes(skipped_run)
 
@@ -224,17 +238,14 @@ def test_a_linear_that_cannot_be_factored_stays_as_it_is(
     for name in left:
         assert torch.equal(tensors[f"{name}.weight"], original[f"{name}.weight"]) and f"{name}.qweight" not in tensors
     dynamic = json.loads((out / "config.json").read_text())["quantization_config"]["dynamic"]
-    assert [re.fullmatch(pattern.removeprefix("-:"), name) is not None for pattern, name in zip(dynamic, left, strict=True)] == [True] * len(
-        left
-    )
+    assert [re.fullmatch(pattern.removeprefix("-:"), name) is not None for pattern, name in zip(dynamic, left, strict=True)] == [
+        True
+    ] * len(left)
     tokens = random_ids(2, SEQLEN, seed=9)
     assert torch.equal(streamed_logits(out, tokens, 2), logits_of(with_packed(source, out), tokens, 2))
-    for number in (2, 3):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            interrupted_after(patch, number)
-            bigq.quantize(str(source), tmp_path / f"again-{number}", job(ids, dtype="auto", quiet=True))
-        bigq.quantize(str(source), tmp_path / f"again-{number}", job(ids, dtype="auto", quiet=True))
-        assert hashes(tmp_path / f"again-{number}") == hashes(out)
+    interrupt(3, source, tmp_path / "again", job(ids, dtype="auto", quiet=True))
+    bigq.quantize(str(source), tmp_path / "again", job(ids, dtype="auto", quiet=True))
+    assert hashes(tmp_path / "again") == hashes(out)
 
 
 def overflowing(folder: Path, block: int) -> Path:
