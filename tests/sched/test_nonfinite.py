@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from bigq.arch import block_linears
 from bigq.clock import Clock
 from bigq.errors import NumericsError
+from bigq.kernels.syrk import CHUNK_TOKENS
 from bigq.sched import block as block_module
 from bigq.sched.activations import ActivationStore
 from bigq.sched.batches import Batches
 from bigq.sched.block import BlockJob, Memo, Skipped, Solved, propagate, round_block, solve_block
+from bigq.sched.cost import Choice, Work, job_cost
 from bigq.sched.pager import Pager
 from bigq.sched.probe import activations_for, probe_model
+from bigq.sched.shape import BlockShape, GroupShape, LinearShape, ModelShape, Reach, Rows
 from bigq.sched.structure import plan_block
 from bigq.sched.tiers import Tier
 from bigq.scheme import QuantScheme
@@ -424,3 +427,35 @@ def test_with_no_finite_token_left_there_is_no_going_on(bench: Callable[..., Ben
     for row in range(ROWS - 1):
         one.poison(row, 0)
     assert 0 < one.propagate() < ROWS * SEQLEN
+
+
+# The plan.
+
+
+def test_a_plan_counts_the_copy_that_tokens_are_left_out_of() -> None:
+    """At most a chunk of tokens of the level's widest input, beside what the forward holds there."""
+    n, rows, seqlen = 512, 4, 3000
+    reach = Reach(peak=Rows(0, 100), held=Rows(0, 100))
+    block = BlockShape(
+        groups=(GroupShape((LinearShape("up", n, n, 2 * n * n),), 0),),
+        reach=(reach,),
+        forward=Rows(0, 100),
+        calls=Rows(0, 0),
+        memos=(),
+        weights=2 * n * n,
+        stored=2 * n * n,
+        largest_stored=2 * n * n,
+        attention=0.0,
+    )
+    shape = ModelShape(
+        path="layers", blocks=(block,), seqlen=seqlen, width=n, itemsize=2, vocabulary=10, embedding_row=n, rest_stored=0, rest_loaded=0
+    )
+    replay = {}
+    for batch in (1, 4):
+        for how in ("stop", "skip"):
+            work = Work(rows=rows, tokens=10, scheme=lambda _: QuantScheme(), method="gptq", true_sequential=True, on_nonfinite=how)
+            choice = Choice(on_gpu=True, tier="gpu", batch=batch, memo=False, ahead=0, beside=False)
+            cost = job_cost(shape, work, choice, base=0)
+            replay[batch, how] = next(p.device for p in cost.phases if p.name == "replay")
+    assert replay[1, "skip"] - replay[1, "stop"] == 2 * seqlen * n
+    assert replay[4, "skip"] - replay[4, "stop"] == 2 * CHUNK_TOKENS * n
