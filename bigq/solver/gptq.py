@@ -64,7 +64,7 @@ def _solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str
     energy = [_energy(part, factor.r) for part in columns.work.split(rows, 1)]
     codes, loss = _quantize_columns(columns, factor.r)
     solved = finite(loss)
-    if solved or not bool(torch.isnan(columns.scale).any()):  # a NaN comes from weights as corrected, not as they were
+    if solved or bool(torch.isinf(columns.scale).any()):  # without an Inf, NaN among the scales is the solve's
         require_storable(columns.scale, name)
     if not solved:
         raise NumericsError(f"{name}: the solve produced NaN or Inf; use a higher --damping, or {LEAVE_OUT}")
