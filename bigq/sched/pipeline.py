@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from bigq.report import LinearRecord, Progress
 from bigq.sched.activations import ActivationStore
 from bigq.sched.batches import Batches, Halving, told
 from bigq.sched.behind import WriteBehind
-from bigq.sched.block import BlockJob, Memo, Solved, propagate, round_block, solve_block
+from bigq.sched.block import BlockJob, Memo, Skipped, Solved, propagate, round_block, solve_block
 from bigq.sched.checkpoint import Checkpoints
 from bigq.sched.cost import Choice
 from bigq.sched.finish import FinishedBlock, reopen_folder
@@ -148,6 +148,7 @@ class Job:
             device=self.pager.device,
             clock=self.clock,
             memo=Memo(),
+            on_nonfinite=self.config.on_nonfinite,
         )
         records: list[LinearRecord] = []
         if finished is None:
@@ -159,8 +160,10 @@ class Job:
             self.entering = None
             began = time.monotonic()
             with self.clock.phase("replay"):
-                propagate(i, block, store, prefix, job.memo)
+                lost = propagate(i, block, store, prefix, job.memo, self.config.on_nonfinite)
             self.entering = i + 1
+            if lost:
+                self.progress.say(f"block {i + 1}: the outputs of {lost} calibration tokens are not finite; they are left out from here on")
             faults.point("block.replayed")
             # Replayed without what was kept, attention runs again too.
             again = 2 if plan.shortcuts and finished is None else 1
@@ -208,14 +211,23 @@ class Job:
         self.progress.phase(f"block {job.index + 1} solve")
         packed: dict[str, dict[str, Tensor]] = {}
         records: list[LinearRecord] = []
-        solving: Iterator[Solved] = round_block(job) if store is None else solve_block(job, store, self.config.true_sequential)
+        skipped: dict[str, str] = {}
+        lost = 0
+        solving: Iterator[Solved | Skipped] = round_block(job) if store is None else solve_block(job, store, self.config.true_sequential)
         for solved in solving:
+            if isinstance(solved, Skipped):
+                skipped[solved.name] = solved.reason
+                self.progress.say(f"block {job.index + 1}: {solved.name} stays unquantized: {solved.reason}")
+                continue
+            lost = max(lost, solved.left_out)
             source = self.pager.sources[f"{solved.name}.weight"].name
             with self.clock.phase("pack"):
                 packed[source] = pack_linear(source.removesuffix(".weight"), solved.weight, self.config.format_version)
             records.append(solved.record())
             faults.point("linear.solved")
             self._pause()
+        if lost:
+            self.progress.say(f"block {job.index + 1}: up to {lost} calibration tokens are not finite and were left out of a Hessian")
         tensors = []
         for name in self._sources(len(self.rest) + job.index):
             if name in packed:
@@ -223,18 +235,20 @@ class Job:
             else:
                 tensors.append(OutputTensor.copy_of(self.pager.checkpoint[name]))
         faults.point("block.solved")
-        left_out = [f"{job.prefix}.{name}" for name in job.plan.left_out]
+        left_out = [f"{job.prefix}.{name}" for name in job.plan.left_out] + list(skipped)
         batch = None if store is None else store.batch
         self.clock.settle()  # the records' seconds become numbers before another thread writes them
         self.progress.phase(f"block {job.index + 1} write")
         with self.clock.phase("write"):
-            self.behind.start(lambda: self._commit(len(self.rest) + job.index, tensors, records, left_out, batch))
+            self.behind.start(lambda: self._commit(len(self.rest) + job.index, tensors, records, left_out, skipped, batch))
         return records
 
     def _restore(self, job: BlockJob, commit: Commit) -> None:
         """Give a block that an earlier run committed the weights that it was committed with."""
         finished = FinishedBlock(self.journal.out, commit)
         for name, scheme in job.schemes.items():
+            if f"{job.prefix}.{name}" in commit.left_out:
+                continue
             source = self.pager.sources[f"{job.prefix}.{name}.weight"].name.removesuffix(".weight")
             module = job.block.get_submodule(name)
             weight = finished.weight(source, scheme.bits, self.config.format_version, linear_weight(module).dtype, self.pager.device)
@@ -259,7 +273,13 @@ class Job:
         return [name for name in self.pager.checkpoint if name in own]
 
     def _commit(
-        self, number: int, tensors: list[OutputTensor], records: list[LinearRecord], left_out: Sequence[str] = (), batch: int | None = None
+        self,
+        number: int,
+        tensors: list[OutputTensor],
+        records: list[LinearRecord],
+        left_out: Sequence[str] = (),
+        skipped: Mapping[str, str] | None = None,
+        batch: int | None = None,
     ) -> None:
         """Write shard ``number`` and its line in the journal."""
         unit = self.journal.units[number]
@@ -275,6 +295,7 @@ class Job:
                 modified=path.stat().st_mtime_ns,
                 linears=tuple(r.to_json() for r in records),
                 left_out=tuple(left_out),
+                skipped=skipped or {},
                 source=source,
                 batch=batch,
             )

@@ -78,7 +78,14 @@ def _work(config: JobConfig, rows: int, tokens: int) -> Work:
     def scheme(name: str) -> QuantScheme | None:
         return scheme_for(name, config.base_scheme, config.rules)
 
-    return Work(rows=rows, tokens=tokens, scheme=scheme, method=config.method, true_sequential=config.true_sequential)
+    return Work(
+        rows=rows,
+        tokens=tokens,
+        scheme=scheme,
+        method=config.method,
+        true_sequential=config.true_sequential,
+        on_nonfinite=config.on_nonfinite,
+    )
 
 
 def _budgets(config: JobConfig, device: torch.device, out: Path, ceilings: Ceilings) -> Budgets:

@@ -75,7 +75,6 @@ CHANGES: Mapping[str, Change] = {
     "settings.seed": Change(May.REFUSED, "--seed"),
     "settings.dtype": Change(May.REFUSED, "--dtype"),
     "settings.trust_remote_code": Change(May.REFUSED, "--trust-remote-code"),
-    "settings.on_nonfinite": Change(May.REFUSED, "--on-nonfinite"),
     "source": Change(May.REFUSED, "MODEL: the hash of its shards' headers"),
     "config": Change(May.REFUSED, "MODEL: the hash of its config.json"),
     "remote_code": Change(May.REFUSED, "MODEL: leave to run its own code"),
@@ -93,6 +92,8 @@ CHANGES: Mapping[str, Change] = {
     # What a tokenizer makes is compared as tokens, and a text wherever it lies.
     "versions.tokenizers": Change(May.FREE, "tokenizers"),
     "settings.calibration": Change(May.FREE, "--calibration: the path"),
+    # As far as "stop" lets a job come, "skip" does the same.
+    "settings.on_nonfinite": Change(May.FREE, "--on-nonfinite"),
     "model": _free("MODEL: the path"),
     "vram": _free("--vram"),
     "ram": _free("--ram"),

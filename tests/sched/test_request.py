@@ -71,7 +71,6 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("settings.seed", 1, ["--seed 1: ", "with --seed 0;"]),
     ("settings.dtype", "float32", ["--dtype float32: ", "with --dtype auto;"]),
     ("settings.trust_remote_code", False, ["--no-trust-remote-code: ", "with --trust-remote-code;"]),
-    ("settings.on_nonfinite", "skip", ["--on-nonfinite skip: ", "with --on-nonfinite stop;"]),
     ("source", "f" * 64, ["MODEL: ", "shards", "was aaaaaaaaaaaa when", "is ffffffffffff now"]),
     ("config", "f" * 64, ["MODEL: ", "config.json", "was bbbbbbbbbbbb when", "is ffffffffffff now"]),
     ("remote_code", False, ["MODEL: ", "code", "was true when", "is false now"]),
@@ -93,7 +92,11 @@ WARNED: list[tuple[str, Any, str]] = [
     ("versions.triton", "3.9.0", "triton was not there when the job was begun, is 3.9.0 now"),
     ("versions.python", "3.12.0", "Python was 3.11.7 when the job was begun, is 3.12.0 now"),
 ]
-FREE: list[tuple[str, Any]] = [("settings.calibration", "/elsewhere/b.txt"), ("versions.tokenizers", "0.23")]
+FREE: list[tuple[str, Any]] = [
+    ("settings.calibration", "/elsewhere/b.txt"),
+    ("settings.on_nonfinite", "skip"),
+    ("versions.tokenizers", "0.23"),
+]
 
 
 def changed(name: str, value: Any, request: dict[str, Any] = BEFORE) -> dict[str, Any]:
