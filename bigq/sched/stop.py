@@ -116,8 +116,9 @@ class Stop:
 
 
 def _tell(text: str) -> None:
-    with contextlib.suppress(OSError):
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, f"\nbigq: {text}\n".encode())
+    if sys.__stderr__ is not None:  # else number 2 may be any file
+        with contextlib.suppress(OSError, ValueError):
+            os.write(sys.__stderr__.fileno(), f"\nbigq: {text}\n".encode())
 
 
 def _leave(code: int, text: str) -> None:
