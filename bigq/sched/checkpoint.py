@@ -54,11 +54,7 @@ class Checkpoints:
         self._kept = self._recorded()
         self._replay = 0.0
         self._rate = EXPECTED_RATE
-        known = {saved.file for saved in self._kept}
-        for path in state.glob("activations-*.safetensors"):
-            if path.name not in known:
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
+        self._clear()
 
     def _recorded(self) -> list[Saved]:
         try:
@@ -131,9 +127,9 @@ class Checkpoints:
             faults.point("checkpoint.recorded")
         except (OSError, ResourceError) as error:
             self._every = None
-            if path.name not in {saved.file for saved in self._kept}:
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
+            # Whatever the record says now, it names this one; the room that others take is needed for the job itself.
+            self._kept = newest
+            self._clear()
             self._say(f"activations are not saved any more, so a job that is killed replays its finished blocks ({error})")
             return
         self._replay = 0.0
@@ -150,14 +146,20 @@ class Checkpoints:
     def _record(self, kept: list[Saved]) -> None:
         if kept != self._kept:
             write_sealed(self._state / RECORD_NAME, {"kept": [asdict(saved) for saved in kept]})
-            for gone in {saved.file for saved in self._kept} - {saved.file for saved in kept}:
-                (self._state / gone).unlink(missing_ok=True)
             self._kept = kept
+            self._clear()
+
+    def _clear(self) -> None:
+        """Remove the files that are not kept."""
+        known = {saved.file for saved in self._kept}
+        with contextlib.suppress(OSError):
+            for path in self._state.glob("activations-*.safetensors"):
+                if path.name not in known:
+                    path.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove everything: the job is done."""
         self._kept = []
         with contextlib.suppress(OSError):
             (self._state / RECORD_NAME).unlink(missing_ok=True)
-            for path in self._state.glob("activations-*.safetensors"):
-                path.unlink(missing_ok=True)
+            self._clear()
