@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import threading
 import time
@@ -64,14 +65,19 @@ _guard = threading.Lock()
 
 def arm(spec: str) -> None:
     """Let things fail as ``spec`` says. Raises UsageError where it says nothing that can be done."""
-    for part in spec.split(","):
-        name, _, rest = part.strip().partition(":")
-        count, _, action = rest.partition(":")
-        action = action or "kill"
-        known = action in ("kill", "OOM", *errno.errorcode.values()) or action.startswith("sleep=")
-        if name not in POINTS or not (count or "1").isdigit() or not known:
-            raise UsageError(f"BIGQ_FAULT={spec}: {part!r} is no fault that can be made; points are {', '.join(POINTS)}")
-        _armed.setdefault(name, []).append(_Fault(int(count or "1"), action))
+    faults = [_parsed(spec, part.strip()) for part in spec.split(",")]
+    for name, fault in faults:
+        _armed.setdefault(name, []).append(fault)
+
+
+def _parsed(spec: str, part: str) -> tuple[str, _Fault]:
+    name, _, rest = part.partition(":")
+    count, _, action = rest.partition(":")
+    count, action = count or "1", action or "kill"
+    known = action in ("kill", "OOM", *errno.errorcode.values()) or re.fullmatch(r"sleep=[0-9]{1,6}(\.[0-9]+)?", action)
+    if name not in POINTS or not re.fullmatch("[1-9][0-9]{0,8}", count) or not known:
+        raise UsageError(f"BIGQ_FAULT={spec}: {part!r} is no fault that can be made; points are {', '.join(POINTS)}")
+    return name, _Fault(int(count), action)
 
 
 def disarm() -> None:

@@ -5,6 +5,7 @@ The text is canonical, so white space counts too: a sealed object is sound where
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping
@@ -56,14 +57,16 @@ def read_sealed(path: Path, remedy: str) -> dict[str, Any] | None:
     return value
 
 
-def read_record(path: Path) -> bytes | None:
+def read_record(path: Path, attempts: int = 3) -> bytes | None:
     """The bytes of one of a job's own files; None where there is none. Raises ResourceError, CheckpointError where it is absurdly large."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
+        if error.errno == errno.ESTALE and attempts > 1:  # over NFS, one that another machine replaced meanwhile
+            return read_record(path, attempts - 1)
         raise ResourceError(f"{path}: cannot be read: {error.strerror}; check the disk and run the command again") from error
     if len(data) > MAX_BYTES:
         raise CheckpointError(f"{path}: is larger than {MAX_BYTES} bytes, which no record of a job is; choose another folder")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from bigq.errors import CheckpointError
+from bigq.errors import CheckpointError, ResourceError
 
 _Stamp = tuple[int, int, int]
 
@@ -18,7 +18,7 @@ class Stamps:
         self._stamps = {path: _stamp(path) for path in sorted(files)}
 
     def require_unchanged(self) -> None:
-        """Raise CheckpointError, naming the file, where one is no longer what it was."""
+        """Raise CheckpointError, naming the file, where one is no longer what it was; ResourceError where that cannot be told."""
         for path, stamp in self._stamps.items():
             if _stamp(path) != stamp:
                 raise CheckpointError(
@@ -30,6 +30,8 @@ class Stamps:
 def _stamp(path: Path) -> _Stamp | None:
     try:
         there = os.stat(path)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be looked at: {error.strerror}; check the disk and run the command again") from error
     return there.st_size, there.st_mtime_ns, there.st_ino

@@ -54,23 +54,20 @@ class Checkpoints:
         self._kept = self._recorded()
         self._replay = 0.0
         self._rate = EXPECTED_RATE
-        known = {saved.file for saved in self._kept}
-        for path in state.glob("activations-*.safetensors"):
-            if path.name not in known:
-                path.unlink(missing_ok=True)
+        self._clear()
 
     def _recorded(self) -> list[Saved]:
         try:
             value = read_sealed(self._state / RECORD_NAME, "")
             return [] if value is None else [Saved(**entry) for entry in value["kept"]]
-        except (CheckpointError, KeyError, TypeError):
-            self._say("the record of saved activations is damaged; finished blocks are replayed")
+        except (BigqError, KeyError, TypeError):
+            self._say("the record of saved activations is damaged or cannot be read; finished blocks are replayed")
             return []
 
     def restore(self, first: int, store: ActivationStore) -> int | None:
         """Fill the store with the newest hidden states that enter block ``first`` or one before it; that block, or None.
 
-        Files that are not as they were written are passed over.
+        Files that are not as they were written are passed over and removed.
         """
         for saved in sorted(self._kept, key=lambda s: -s.block):
             if saved.block <= first:
@@ -82,12 +79,15 @@ class Checkpoints:
                 except (OSError, BigqError) as error:
                     self._say(f"{path.name}: cannot be read ({error})")
                 self._say(f"{path.name}: is damaged or does not fit; an earlier one is used, or finished blocks are replayed")
+                with contextlib.suppress(OSError, ResourceError):
+                    self._record([other for other in self._kept if other is not saved])
         return None
 
     def _fill(self, path: Path, store: ActivationStore) -> None:
-        info = read_header(path)[0][TENSOR]
-        if info.shape != store.shape or info.dtype != store.dtype:
-            raise CheckpointError(f"holds {list(info.shape)} {info.dtype} instead of {list(store.shape)} {store.dtype}")
+        info = read_header(path)[0].get(TENSOR)
+        if info is None or info.shape != store.shape or info.dtype != store.dtype:
+            held = "no such tensor" if info is None else f"{list(info.shape)} {info.dtype}"
+            raise CheckpointError(f"holds {held} instead of {list(store.shape)} {store.dtype}")
         row = math.prod(info.shape[1:]) * info.dtype.itemsize
         for lo, hi in store.spans():
             rows = torch.empty(hi - lo, *info.shape[1:], dtype=info.dtype)
@@ -109,44 +109,57 @@ class Checkpoints:
 
     def save(self, block: int, store: ActivationStore) -> None:
         """Keep the hidden states that enter a block, unless they are kept already. A disk without room for them is no error."""
-        if self._every is None or any(saved.block == block for saved in self._kept):
+        if self._every is None:
+            return
+        if any(saved.block == block for saved in self._kept):
+            self._replay = 0.0
             return
         started = time.monotonic()
-        faults.point("checkpoint.begun")
         newest = sorted(self._kept, key=lambda s: s.block)[-1:]
+        path = self._state / f"activations-{block:05d}.safetensors"
         try:
+            faults.point("checkpoint.begun")
             # Recorded before the file goes: the record never names one that is not there.
             self._record(newest)
-            shard = self._write(block, store)
+            shard = self._write(path, store)
             faults.point("checkpoint.written")
             self._record([*newest, Saved(block, shard.file, shard.size, shard.sha256)])
             faults.point("checkpoint.recorded")
         except (OSError, ResourceError) as error:
             self._every = None
+            # Whatever the record says now, it names this one; the room that others take is needed for the job itself.
+            self._kept = newest
+            self._clear()
             self._say(f"activations are not saved any more, so a job that is killed replays its finished blocks ({error})")
             return
         self._replay = 0.0
         self._rate = shard.size / max(time.monotonic() - started, 1e-6)
 
-    def _write(self, block: int, store: ActivationStore) -> ShardRecord:
+    def _write(self, path: Path, store: ActivationStore) -> ShardRecord:
         def chunks() -> Iterator[memoryview]:
             for lo, hi in store.spans():
                 yield as_bytes(store.rows(lo, hi).to("cpu").contiguous())
 
         tensor = OutputTensor(name=TENSOR, dtype=store.dtype, shape=store.shape, chunks=chunks)
-        return write_shard(self._state / f"activations-{block:05d}.safetensors", [tensor])
+        return write_shard(path, [tensor])
 
     def _record(self, kept: list[Saved]) -> None:
         if kept != self._kept:
             write_sealed(self._state / RECORD_NAME, {"kept": [asdict(saved) for saved in kept]})
-            for gone in {saved.file for saved in self._kept} - {saved.file for saved in kept}:
-                (self._state / gone).unlink(missing_ok=True)
             self._kept = kept
+            self._clear()
+
+    def _clear(self) -> None:
+        """Remove the files that are not kept."""
+        known = {saved.file for saved in self._kept}
+        with contextlib.suppress(OSError):
+            for path in self._state.glob("activations-*.safetensors"):
+                if path.name not in known:
+                    path.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove everything: the job is done."""
         self._kept = []
         with contextlib.suppress(OSError):
             (self._state / RECORD_NAME).unlink(missing_ok=True)
-            for path in self._state.glob("activations-*.safetensors"):
-                path.unlink(missing_ok=True)
+            self._clear()

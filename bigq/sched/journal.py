@@ -12,9 +12,11 @@ was changed later is as good as absent, so its shard is made again; a request th
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +128,16 @@ class Journal:
     def _surviving(self) -> dict[str, Commit]:
         """The commits that are whole, by unit; the journal keeps no others, leftover temp files go."""
         for leftover in [*self.out.glob("*" + TEMP_SUFFIX), *self._state.glob("*" + TEMP_SUFFIX)]:
-            leftover.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # one that stays is written over, or is told then
+                leftover.unlink(missing_ok=True)
         lines = (read_record(self._path) or b"").splitlines(keepends=True)
         found = [Commit.from_line(line) for line in lines]
         kept: dict[str, Commit] = {}
         for commit in found:
             if commit is not None and commit.unit in self.units and commit.shard.file == self.shard_name(self.units.index(commit.unit)):
                 kept[commit.unit] = commit
-        if any(commit is None for commit in found[:-1]):
+        # A line that a crash tore has no end. That its shard is made again is nothing unusual.
+        if any(commit is None and line.endswith(b"\n") for commit, line in zip(found, lines, strict=True)):
             self.notes.append(f"{self._path.name}: lines of it are damaged; their shards are made again")
         for unit, commit in list(kept.items()):
             problem = self._problem(commit)
@@ -145,12 +149,20 @@ class Journal:
         return kept
 
     def _problem(self, commit: Commit) -> str | None:
-        """What is wrong with a committed shard. One whose size and time are as they were is not read."""
+        """What is wrong with a committed shard. One whose size and time are as they were is not read.
+
+        Raises ResourceError where that cannot be told: a disk that fails for a while must not cost what is committed.
+        """
         path = self.out / commit.shard.file
         try:
             there = path.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            return "is missing"
         except OSError as error:
-            return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be looked at ({error.strerror})"
+            raise ResourceError(
+                f"{path}: cannot be looked at: {error.strerror}; check the disk and run the command again, or remove the file so that "
+                "it is made again"
+            ) from error
         if there.st_size != commit.shard.size:
             return f"has {there.st_size} bytes instead of {commit.shard.size}"
         if there.st_mtime_ns == commit.modified:
@@ -179,15 +191,14 @@ class Journal:
         """Append a commit durably; its shard is already on disk. Raises ResourceError; then the journal is as it was."""
         line = commit.to_line()
         try:
-            with open(self._path, "ab") as file:
+            # Unbuffered: a buffer that could not be written out would be tried again when the file is closed, after the cut.
+            with open(self._path, "ab", buffering=0) as file:
                 end = file.tell()
                 faults.point("journal.opened")
                 try:
-                    file.write(line[: len(line) // 2])
-                    file.flush()
+                    _write_all(file, line[: len(line) // 2])
                     faults.point("journal.half")
-                    file.write(line[len(line) // 2 :])
-                    file.flush()
+                    _write_all(file, line[len(line) // 2 :])
                     faults.point("journal.written")
                     os.fsync(file.fileno())
                 except OSError:
@@ -226,6 +237,11 @@ class Journal:
         faults.point("run.recorded")
 
 
+def _write_all(file: FileIO, data: bytes) -> None:
+    while data:
+        data = data[file.write(data) :]
+
+
 def read_commits(out: Path) -> tuple[list[Commit], int]:
     """The journal's commits as they stand, and how many of its lines are none. For looking on: no shard is read, nothing repaired."""
     lines = (read_record(out / STATE_FOLDER / JOURNAL_NAME) or b"").splitlines(keepends=True)
@@ -240,8 +256,12 @@ def read_job(out: Path) -> dict[str, Any] | None:
 
 
 def require_ours(out: Path) -> None:
-    """Raise UsageError where ``out`` is neither absent, nor empty, nor the folder of a job."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: OUT is a file; name a folder")
-    if out.is_dir() and not (out / STATE_FOLDER).is_dir() and any(out.iterdir()):
+    """Raise UsageError where ``out`` is neither absent, nor empty, nor the folder of a job; ResourceError where it cannot be read."""
+    try:
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"{out}: OUT is a file; name a folder")
+        foreign = out.is_dir() and not (out / STATE_FOLDER).is_dir() and any(out.iterdir())
+    except OSError as error:
+        raise ResourceError(f"{out}: cannot be used as output folder: {error.strerror}") from error
+    if foreign:
         raise UsageError(f"{out}: OUT is not empty and holds no job of bigq; choose another folder, or empty it")

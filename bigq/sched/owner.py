@@ -29,8 +29,8 @@ from typing import IO, Any
 import psutil
 
 from bigq import faults
-from bigq.errors import BigqError, ResourceError, Stopped, UsageError
-from bigq.io.atomic import TEMP_SUFFIX
+from bigq.errors import BigqError, CheckpointError, ResourceError, Stopped, UsageError
+from bigq.io.atomic import TEMP_SUFFIX, sync_folder
 from bigq.io.sealed import read_record
 from bigq.report import Progress
 
@@ -41,6 +41,8 @@ LOCK_NAME = "lock"
 BEAT_SECONDS = 10.0
 #: Heartbeats that a holder on another machine may miss before it is taken for dead.
 MISSED_BEATS = 3
+#: How often a lock is tried that others replace meanwhile.
+LOCK_ATTEMPTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,8 @@ class Holder:
     @classmethod
     def read(cls, state: Path) -> Holder | None:
         """None where nobody ever owned the folder, or where what is written about it cannot be read."""
-        data = read_record(state / OWNER_NAME)
         try:
-            value = json.loads(data or b"")
+            value = json.loads(read_record(state / OWNER_NAME) or b"")
             return cls(
                 token=str(value["token"]),
                 host=str(value["host"]),
@@ -78,7 +79,7 @@ class Holder:
                 outcome=None if value["outcome"] is None else str(value["outcome"]),
                 facts=dict(value["facts"]),
             )
-        except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError, CheckpointError):
             return None
 
     @property
@@ -100,10 +101,12 @@ class Holder:
 
 
 def process_started(pid: int) -> float | None:
-    """When a process began, by a clock that nobody sets: ticks since the machine was booted. None where there is no such process."""
+    """When a process began, by a clock that nobody sets: ticks since the machine was booted. None where no such process runs."""
     try:
-        # What follows the name, which may hold anything, in parentheses; the 22nd field of all.
-        return float(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19])
+        # What follows the name, which may hold anything, in parentheses: the state, and the 22nd field of all.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        # One that ended and that nobody has waited for, as in a container without an init.
+        return None if fields[0] in "ZX" else float(fields[19])
     except FileNotFoundError:
         return None if Path("/proc/self/stat").exists() else _created(pid)
     except (OSError, ValueError, IndexError):
@@ -117,11 +120,17 @@ def _created(pid: int) -> float | None:
         return None
 
 
+#: In the place of a boot's name where the system tells none: what cannot be told apart is not taken for the same.
+_NO_BOOT = uuid.uuid4().hex
+
+
 def this_machine() -> str:
     """Tells machines, their boots and their containers apart."""
     parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    try:
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip() or _NO_BOOT)
+    except OSError:
+        parts.append(_NO_BOOT)
     with contextlib.suppress(OSError):
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
@@ -162,7 +171,7 @@ class Owner:
 
     def _locked(self, steal: bool) -> IO[str]:
         path = self._state / LOCK_NAME
-        while True:
+        for _ in range(LOCK_ATTEMPTS):
             try:
                 lock = open(path, "a")
             except OSError as error:
@@ -175,8 +184,10 @@ class Owner:
                 if not steal or holder is None or holder.alive is not None:
                     raise UsageError(_held(self._state, holder)) from None
                 self.notes.append(f"the folder's lock was stolen from {holder}")
-                with contextlib.suppress(OSError):
-                    path.unlink()
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    raise ResourceError(f"{path}: cannot be removed: {error.strerror}; remove it, or choose another folder") from error
                 continue
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
@@ -188,6 +199,8 @@ class Owner:
                 if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
                     return lock
             lock.close()
+            time.sleep(0.05)
+        raise ResourceError(f"{path}: is replaced again and again; is another job taking the folder? Try again, or choose another folder")
 
     def _outlive(self, holder: Holder | None, steal: bool, say: Callable[[str], None]) -> None:
         """Raise UsageError where the holder before may be alive after all: with locks that reach no further than one machine."""
@@ -228,14 +241,21 @@ class Owner:
                 "facts": dict(self._facts() if facts is None else facts),
             }
             path = self._state / OWNER_NAME
-            temp = path.with_name(path.name + TEMP_SUFFIX)
-            temp.write_text(json.dumps(value, indent=2) + "\n")
-            os.replace(temp, path)
+            # A name of its own: where locks reach nobody, two may be writing.
+            temp = path.with_name(f"{OWNER_NAME}-{self._token}{TEMP_SUFFIX}")
+            try:
+                temp.write_text(json.dumps(value, indent=2) + "\n")
+                os.replace(temp, path)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    temp.unlink()
+                raise
 
     def _keep_beating(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
-            # A disk that is full now may have room at the next beat; the job itself will say so if not.
-            with contextlib.suppress(OSError, BigqError):
+            # A disk that is full now may have room at the next beat; the job itself will say so if not. Whatever else may
+            # happen: a heartbeat that ended would let others take the folder from a job that runs.
+            with contextlib.suppress(Exception):
                 self._look()
                 if self._lost is None:
                     self._write(None)
@@ -278,6 +298,9 @@ def owned(state: Path, progress: Progress, *, steal: bool) -> Iterator[Owner]:
         state.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ResourceError(f"{state.parent}: cannot be used as output folder: {error.strerror}") from error
+    for folder in (state.parent, state.parent.parent):
+        with contextlib.suppress(OSError):  # of a folder above there may be no leave to read
+            sync_folder(folder)
     owner = Owner(state, progress.facts, steal=steal, say=progress.say)
     outcome, facts = "failed", {}
     try:

@@ -18,11 +18,30 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from bigq.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED = 130
+
+#: The handlers that ``listening`` has replaced.
+_replaced: dict[signal.Signals, Any] = {}
+
+
+def _give_back_handlers() -> None:
+    for number, handler in _replaced.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that is not Python's
+
+
+def _forget_in_child() -> None:
+    """A forked process shares the pipe: what it is sent would be heard by this job, and not by itself."""
+    if _replaced:
+        signal.set_wakeup_fd(-1)
+        _give_back_handlers()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 class Stop:
@@ -65,16 +84,18 @@ class Stop:
             return
         read, write = os.pipe()
         os.set_blocking(write, False)
-        handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        # The pipe first: a signal that came in between would be heard by nobody.
         before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            _replaced[number] = signal.signal(number, lambda *_: None)
         thread = threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True)
         thread.start()
         try:
             yield
         finally:
+            _give_back_handlers()
+            _replaced.clear()
             signal.set_wakeup_fd(before)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
             os.close(write)
             thread.join()
             os.close(read)
@@ -98,8 +119,9 @@ class Stop:
 
 
 def _tell(text: str) -> None:
-    with contextlib.suppress(OSError):
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, f"\nbigq: {text}\n".encode())
+    if sys.__stderr__ is not None:  # else number 2 may be any file
+        with contextlib.suppress(OSError, ValueError):
+            os.write(sys.__stderr__.fileno(), f"\nbigq: {text}\n".encode())
 
 
 def _leave(code: int, text: str) -> None:

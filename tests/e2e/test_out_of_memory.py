@@ -20,6 +20,7 @@ import bigq
 from bigq.cli import main
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, ResourceError
+from bigq.io.sealed import unseal
 from bigq.report import Report
 from bigq.sched import block as block_module
 from bigq.sched import pipeline
@@ -44,6 +45,13 @@ def hashes(out: Path) -> dict[str, str]:
 
 def journal_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / ".bigq" / "journal.jsonl").read_text().splitlines()]
+
+
+def halvings_of(out: Path) -> list[list[int]]:
+    value = unseal((out / ".bigq" / "batches.json").read_bytes())
+    assert value is not None and list(value) == ["halvings"]
+    halvings: list[list[int]] = value["halvings"]
+    return halvings
 
 
 def losses(report: Report) -> dict[str, float]:
@@ -129,7 +137,7 @@ def test_a_device_too_small_for_the_embedding(
     report = bigq.quantize(str(checkpoint("opt")), out, job(ids_file))
     assert report.batches == (8, 4, 2)
     assert hashes(out) == hashes(whole("opt", 2)[0])
-    assert json.loads((out / ".bigq" / "batches.json").read_text()) == {"halvings": [[0, 0, 0, 4], [0, 0, 0, 2]]}
+    assert halvings_of(out) == [[0, 0, 0, 4], [0, 0, 0, 2]]
 
 
 def test_one_row_that_does_not_fit_is_an_error(
@@ -146,7 +154,7 @@ def test_one_row_that_does_not_fit_is_an_error(
     monkeypatch.setattr(pipeline, "plan_block", planned)
     with pytest.raises(ResourceError, match=r"cpu: out of memory \(CUDA out of memory.*use fewer --samples"):
         bigq.quantize(str(checkpoint("llama")), out, job(ids_file))
-    assert [h[3] for h in json.loads((out / ".bigq" / "batches.json").read_text())["halvings"]] == [4, 2, 1]
+    assert [h[3] for h in halvings_of(out)] == [4, 2, 1]
 
 
 def test_a_smaller_batch_is_told(
@@ -267,7 +275,7 @@ def test_a_job_goes_on_with_half_the_batch(
     out, report, puts = halved(moment)
     block, step, row = MOMENTS[moment][2]
     assert report.batches == (8, 4)
-    assert json.loads((out / ".bigq" / "batches.json").read_text()) == {"halvings": [[block, step, row, 4]]}
+    assert halvings_of(out) == [[block, step, row, 4]]
     assert [line["batch"] for line in journal_of(out)] == [None, *(4 if i >= block else 8 for i in range(3))]
     require_close(report, whole()[1])
     # Embedding, then blocks 0 and 1: every row exactly once each.
@@ -383,30 +391,6 @@ def test_with_activations_on_disk_the_same_happens(
     fail_once(monkeypatch, *MOMENTS[moment][:2])
     bigq.quantize(str(checkpoint("llama")), tmp_path / "out", job(ids_file, activations="disk"))
     assert hashes(tmp_path / "out") == hashes(halved(moment)[0])
-
-
-def test_a_journal_from_before_batches_were_recorded(
-    checkpoint: Callable[[str], Path], whole: Callable[..., tuple[Path, Report]], ids_file: Path, tmp_path: Path
-) -> None:
-    """Its blocks were done with the job's batch."""
-    out = tmp_path / "out"
-    commit = Journal.commit
-
-    def killed(self: Journal, record: Commit) -> None:
-        commit(self, record)
-        if record.unit == "block-1":
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "commit", killed)
-        with pytest.raises(KeyboardInterrupt):
-            bigq.quantize(str(checkpoint("llama")), out, job(ids_file))
-    lines = journal_of(out)
-    assert all("batch" in line for line in lines)
-    old = [json.dumps({k: v for k, v in line.items() if k != "batch"}) + "\n" for line in lines]
-    (out / ".bigq" / "journal.jsonl").write_text("".join(old))
-    assert bigq.quantize(str(checkpoint("llama")), out, job(ids_file)).resumed_blocks == 2
-    assert hashes(out) == hashes(whole()[0])
 
 
 def test_damaged_batches_are_told(checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path) -> None:
