@@ -175,11 +175,12 @@ class _Verification:
 
     def _records(self) -> None:
         """Records that carry checksums of their own."""
-        for number, line in enumerate(self._lines(_RUNS), 1):
+        runs = self._lines(_RUNS)
+        for number, line in enumerate(runs, 1):
             if unseal(line, line=True) is None:
                 self._say(_RUNS, f"line {number} is damaged or was changed by hand")
-        if self._manifest is not None and _RUNS not in self._there:
-            self._say(_RUNS, "is missing; nothing else tells how the job ran")
+        if self._manifest is not None and not runs and _RUNS not in self._bad:
+            self._say(_RUNS, "is missing or empty; nothing else tells how the job ran")
         self._sealed(_BATCHES)
 
     def _units(self) -> None:
