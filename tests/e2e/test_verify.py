@@ -24,6 +24,8 @@ from bigq.sched.journal import Journal
 from bigq.sched.verify import verify
 from bigq.scheme import QuantScheme, Rule
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 INDEX = "model.safetensors.index.json"
 SHARDS = tuple(f"model-0000{i}-of-00004.safetensors" for i in range(1, 5))
 RECORDS = tuple(f".bigq/{name}" for name in ("job.json", "journal.jsonl", "runs.jsonl", "linears.jsonl", "manifest.json"))
@@ -311,7 +313,7 @@ def test_values_that_no_reader_can_use_are_found(name: str, change: Callable[[to
     file = change_tensor(out, name, change)
     reseal(out)
     (problem,) = verify(out)
-    assert problem.startswith(f"{file}: tensor {name} holds") or problem.startswith(f"{file}: tensor {name} does not number")
+    assert problem.startswith((f"{file}: tensor {name} holds", f"{file}: tensor {name} does not number"))
 
 
 def test_an_index_that_disagrees_is_found(out: Path) -> None:
@@ -431,7 +433,7 @@ def test_an_unfinished_job_says_so_and_what_is_wrong_besides(
     save_file(tensors, out / SHARDS[2], metadata={"format": "pt"})
     problems = verify(out)
     assert problems[0] == unfinished
-    assert any(line.startswith(f"{SHARDS[2]}: was changed") or line.startswith(f"{SHARDS[2]}: has") for line in problems)
+    assert any(line.startswith((f"{SHARDS[2]}: was changed", f"{SHARDS[2]}: has")) for line in problems)
     assert f"{SHARDS[2]}: tensor {name} holds NaN or Inf" in problems
     for file in (f".bigq/{saved.name}", SHARDS[3], "x.bigq-tmp", "model.safetensors"):
         assert any(line.startswith(f"{file}: ") for line in problems), file

@@ -157,7 +157,7 @@ def test_a_packed_linear_with_a_tensor_missing(suffix: str, tmp_path: Path) -> N
 def test_a_header_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"\xff" * 40)
-    with pytest.raises(CheckpointError, match="x.safetensors"):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors"):
         scan_shard(path, 1)
 
 
