@@ -202,8 +202,10 @@ class _Verification:
                 self._say(_JOURNAL, f"commits {commit.unit} in {commit.shard.file}, the place of another")
         if len(totals) > 1 or len(shifts) > 1:
             self._say(_JOURNAL, "commits shards of several jobs, or blocks in each other's files")
-        elif self._manifest is not None and (numbers != set(range(1, max(totals, default=1) + 1)) or shifts - {outside}):
+        elif self._manifest is not None and numbers != set(range(1, max(totals, default=1) + 1)):
             self._say(_JOURNAL, f"commits {len(self._commits)} shards, not all of {max(totals, default=1)}, although the job is finished")
+        elif self._manifest is not None and shifts - {outside}:
+            self._say(_JOURNAL, "commits no block-0 behind what lies outside the blocks")
 
     # Files.
 

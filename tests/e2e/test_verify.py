@@ -296,6 +296,15 @@ def test_a_quantization_config_that_is_not_the_jobs_is_found(file: str, out: Pat
     assert verify(out) == [f"{file}: does not say what the job's record says of how it quantized"]
 
 
+def test_a_model_with_code_of_its_own_is_not_run_unasked(out: Path) -> None:
+    path = out / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}))
+    reseal(out)
+    (problem,) = verify(out)
+    assert "--trust-remote-code" in problem
+
+
 PREFIX = "model.layers.1.mlp"
 VALUES: dict[str, tuple[str, Callable[[torch.Tensor], Any]]] = {
     "NaN scale": (f"{PREFIX}.up_proj.scales", lambda t: t.view(-1)[-1:].fill_(float("nan"))),
@@ -331,28 +340,59 @@ def test_an_index_that_disagrees_is_found(out: Path) -> None:
         assert any(line.startswith(f"{INDEX}: ") for line in verify(out))
 
 
-def test_a_journal_that_disagrees_is_found(out: Path) -> None:
+def reseal_manifest(out: Path, file: str) -> None:
+    """Let the manifest promise one file as it is now."""
+    manifest = unseal((out / ".bigq" / "manifest.json").read_bytes())
+    assert manifest is not None
+    data = (out / file).read_bytes()
+    manifest["files"][file] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    write_sealed(out / ".bigq" / "manifest.json", manifest)
+
+
+def test_an_index_with_another_total_is_found(out: Path) -> None:
+    index = json.loads((out / INDEX).read_text())
+    for metadata in ({"total_size": index["metadata"]["total_size"] - 1}, {}, None):
+        (out / INDEX).write_text(json.dumps({**index, "metadata": metadata}))
+        reseal_manifest(out, INDEX)
+        (problem,) = verify(out)
+        assert problem.startswith(f"{INDEX}: its total_size is not ")
+
+
+Record = dict[str, Any]
+JOURNALS: dict[str, tuple[Callable[[list[Record]], list[Record]], str]] = {
+    "twice": (lambda r: [*r, r[3]], "line 5 commits block-2 once more"),
+    "last missing": (lambda r: r[:3], "commits 3 shards, not all of 4"),
+    "first missing": (lambda r: r[1:], "commits 3 shards, not all of 4"),
+    "middle missing": (lambda r: [r[0], r[1], r[3]], "commits 3 shards, not all of 4"),
+    "another block": (lambda r: [*r[:3], {**r[3], "unit": "block-3"}], "in each other's files"),
+    "later blocks": (lambda r: [r[0], *({**x, "unit": f"block-{i}"} for i, x in enumerate(r[1:], 1))], "no block-0"),
+    "no unit": (lambda r: [*r[:3], {**r[3], "unit": "tail"}], "commits tail in"),
+    "no shard": (lambda r: [*r[:3], {**r[3], "file": "x.safetensors"}], "commits block-2 in x.safetensors"),
+    "another outside": (lambda r: [{**r[0], "unit": "rest-1"}, *r[1:]], "the place of another"),
+    "another total": (lambda r: [*r[:3], {**r[3], "file": "model-00004-of-00005.safetensors"}], "several jobs"),
+    "a Linear missing": (lambda r: [*r[:3], {**r[3], "linears": r[3]["linears"][1:]}], "packed Linears"),
+    "a Linear of other bits": (lambda r: [*r[:3], {**r[3], "linears": [{**x, "bits": 2} for x in r[3]["linears"]]}], "packed Linears"),
+    "Linears without a shape": (lambda r: [*r[:3], {**r[3], "linears": [{}]}], "packed Linears"),
+    "other order": (lambda r: [*r[:3], {**r[3], "tensors": r[3]["tensors"][::-1]}], "their order differs"),
+    "a tensor missing": (lambda r: [*r[:3], {**r[3], "tensors": r[3]["tensors"][1:]}], "is there"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), JOURNALS.values(), ids=JOURNALS)
+def test_a_journal_that_disagrees_is_found(change: Callable[[list[Record]], list[Record]], said: str, out: Path) -> None:
     path = out / ".bigq" / "journal.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True)
-    records = [unseal(line, line=True) or {} for line in lines]
-    for changed in (
-        [*lines, lines[-1]],
-        lines[:-1],
-        lines[1:],
-        [*lines[:2], lines[3]],
-        [*lines[:3], seal({**records[3], "unit": "block-3"}, line=True)],
-        [*lines[:3], seal({**records[3], "unit": "tail"}, line=True)],
-        [seal({**records[0], "unit": "rest-1"}, line=True), *lines[1:]],
-        [*lines[:3], seal({**records[3], "linears": records[3]["linears"][1:]}, line=True)],
-        [*lines[:3], seal({**records[3], "tensors": records[3]["tensors"][::-1]}, line=True)],
-    ):
-        path.write_bytes(b"".join(changed))
-        manifest = unseal((out / ".bigq" / "manifest.json").read_bytes())
-        assert manifest is not None
-        data = path.read_bytes()
-        manifest["files"][".bigq/journal.jsonl"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        write_sealed(out / ".bigq" / "manifest.json", manifest)
-        assert verify(out), changed
+    records = [unseal(line, line=True) or {} for line in path.read_bytes().splitlines(keepends=True)]
+    path.write_bytes(b"".join(seal(record, line=True) for record in change(records)))
+    reseal_manifest(out, ".bigq/journal.jsonl")
+    assert any(said in line for line in verify(out))
+
+
+def test_sizes_are_told(out: Path) -> None:
+    for file in ("tokenizer.txt", SHARDS[1]):
+        size = (out / file).stat().st_size
+        with open(out / file, "ab") as grown:
+            grown.write(b"x")
+        assert any(line.startswith(f"{file}: has {size + 1} bytes, but {size} by .bigq/") for line in verify(out))
 
 
 @pytest.mark.parametrize("file", [SHARDS[0], INDEX, "config.json", ".bigq/journal.jsonl"])
@@ -441,6 +481,19 @@ def test_an_unfinished_job_says_so_and_what_is_wrong_besides(
     (out / "model.safetensors").unlink()
     bigq.quantize(str(source), out, job(ids_file))
     assert verify(out) == []
+
+
+def test_what_a_running_job_is_about_is_left_alone(source: Path, ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that come and go are no leftovers then; whether a holder on another machine runs, nobody can tell at a glance."""
+    out = tmp_path / "out"
+    interrupted(source, out, job(ids_file), 2, monkeypatch)
+    passing = [out / "x.bigq-tmp", out / ".bigq" / "owner.json.bigq-tmp", out / ".bigq" / "activations-00001.safetensors"]
+    for path in passing:
+        path.write_text("")
+    assert len(verify(out)) == 1 + len(passing)
+    owner = json.loads((out / ".bigq" / "owner.json").read_text())
+    (out / ".bigq" / "owner.json").write_text(json.dumps({**owner, "machine": "elsewhere", "outcome": None}))
+    assert verify(out) == [f"{out}: the job is not finished, 2 shards are committed; a job is at it"]
 
 
 def test_a_job_that_was_only_begun(tmp_path: Path) -> None:
