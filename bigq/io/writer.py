@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from bigq import faults
-from bigq.errors import ResourceError
 from bigq.io.atomic import atomic_file
 from bigq.io.index import DTYPE_NAMES, TensorInfo
 from bigq.io.outgoing import Outgoing
 from bigq.io.reader import as_bytes, iter_chunks
+from bigq.io.record import ShardRecord as ShardRecord
+from bigq.io.record import file_sha256 as file_sha256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,16 +49,6 @@ class OutputTensor:
         return cls(name=info.name, dtype=info.dtype, shape=info.shape, chunks=lambda: iter_chunks(info))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardRecord:
-    """A shard as written: what the journal keeps of it."""
-
-    file: str
-    size: int
-    sha256: str
-    tensors: tuple[str, ...]
-
-
 def write_shard(path: Path, tensors: Sequence[OutputTensor]) -> ShardRecord:
     """Write a shard atomically and durably. Raises ResourceError where the disk refuses."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -83,15 +74,3 @@ def _pieces(header: bytes, tensors: Sequence[OutputTensor]) -> Iterator[bytes | 
     yield struct.pack("<Q", len(header)) + header
     for t in tensors:
         yield from t.chunks()
-
-
-def file_sha256(path: Path) -> str:
-    """The hash of a file, read in pieces. Raises ResourceError."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
-    except OSError as error:
-        raise ResourceError(f"{path}: cannot be read: {error.strerror}; check the disk and run the command again") from error
-    return digest.hexdigest()

@@ -23,8 +23,8 @@ from typing import Any
 from bigq import faults
 from bigq.errors import CheckpointError, ResourceError, UsageError
 from bigq.io.atomic import TEMP_SUFFIX, sync_folder, write_bytes
+from bigq.io.record import ShardRecord, file_sha256
 from bigq.io.sealed import read_record, read_sealed, seal, unseal, write_sealed
-from bigq.io.writer import ShardRecord, file_sha256
 from bigq.sched.batches import Halving
 
 STATE_FOLDER = ".bigq"

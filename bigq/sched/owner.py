@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 
@@ -32,7 +32,9 @@ from bigq import faults
 from bigq.errors import BigqError, CheckpointError, ResourceError, Stopped, UsageError
 from bigq.io.atomic import TEMP_SUFFIX, sync_folder
 from bigq.io.sealed import read_record
-from bigq.report import Progress
+
+if TYPE_CHECKING:
+    from bigq.report import Progress
 
 OWNER_NAME = "owner.json"
 LOCK_NAME = "lock"
