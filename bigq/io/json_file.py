@@ -50,26 +50,29 @@ def open_regular(path: Path) -> tuple[BinaryIO, int]:
     return os.fdopen(fd, "rb"), status.st_size
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON file that must hold an object. Raises CheckpointError."""
+def read_json_object(path: Path, *, repeats: bool = False) -> dict[str, Any]:
+    """Parse a JSON file that must hold an object. Raises CheckpointError.
+
+    repeats: whether a name may occur twice in an object (the last one counts).
+    """
     try:
         file, size = open_regular(path)
         with file:
             if size > MAX_JSON_BYTES:
                 raise CheckpointError(f"{path}: has {size} bytes, more than the {MAX_JSON_BYTES} that bigq reads of a JSON file")
-            data = file.read(MAX_JSON_BYTES)
+            data = file.read(size)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    value = parse_object(path, data)
+    value = parse_object(path, data, repeats=repeats)
     if _deeper_than(value, MAX_JSON_DEPTH):
         raise CheckpointError(f"{path}: its JSON cannot be read (nested more than {MAX_JSON_DEPTH} deep); the file is damaged")
     return value
 
 
-def parse_object(path: Path, data: bytes) -> dict[str, Any]:
-    """The object that a file's bytes stand for; no name occurs twice in any object of it. Raises CheckpointError."""
+def parse_object(path: Path, data: bytes, *, repeats: bool = False) -> dict[str, Any]:
+    """The object that a file's bytes stand for; unless ``repeats``, no name occurs twice in any object. Raises CheckpointError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -80,7 +83,7 @@ def parse_object(path: Path, data: bytes) -> dict[str, Any]:
     if sum(data.count(mark) for mark in (b",", b":", b"[", b"{")) > MAX_JSON_VALUES:
         raise CheckpointError(f"{path}: its JSON cannot be read (more than {MAX_JSON_VALUES} values); the file is damaged")
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=None if repeats else unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its JSON cannot be read ({error}); the file is damaged") from None
     if not isinstance(value, dict):
