@@ -99,8 +99,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         if not _is_failure(error):
             raise
         raise CalibrationError(
-            f"{folder}: its tokenizer cannot be loaded ({_reason(error)}); "
-            "add the tokenizer files, or give token ids in a safetensors file"
+            f"{folder}: its tokenizer cannot be loaded ({_reason(error)}); add the tokenizer files, or give token ids in a safetensors file"
         ) from error
     tokenizer.model_max_length = 10**9
     return tokenizer
