@@ -24,6 +24,7 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"layer|block|expert|head|stage|depth|codebook|group|branch|repeat|^n_|^num_|_num_"), 2**20),
     (re.compile(""), 2**63 - 1),
 )
+_PROBABILITY = re.compile(r"drop(out)?(_prob|_rate|_p)?$|(^|_)pdrop$")
 #: Attention that is computed by code which transformers or torch bring along.
 _OWN_ATTENTION = (None, "eager", "sdpa", "flex_attention")
 
@@ -31,7 +32,11 @@ _OWN_ATTENTION = (None, "eager", "sdpa", "flex_attention")
 def require_sane(path: Path, config: dict[str, Any], *, trust_remote_code: bool) -> None:
     """Raise CheckpointError where a number is absurd, UnsupportedModelError where code from elsewhere would be needed."""
     for name, value in _leaves("", config):
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if _PROBABILITY.search(name) and not 0 <= value <= 1:
+            raise CheckpointError(f"{path}: {plain(name)} is {shown(value)}, which is no probability; correct it")
+        if isinstance(value, float):
             continue
         limit = next(most for names, most in _LIMITS if names.search(name))
         if abs(value) > limit:

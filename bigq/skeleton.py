@@ -97,6 +97,9 @@ def build(
         raise UnsupportedModelError(f"transformers cannot build a causal language model from this config: {_one_line(error)}") from error
     if not initialised:
         model.tie_weights()  # type: ignore[operator]
+    for module in model.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):  # it looks at token ids, which a model on meta has none of
+            module.warn_if_padding_and_no_attention_mask = _say_nothing
     return model.eval().requires_grad_(False)
 
 
@@ -191,6 +194,10 @@ def _dtype(value: Any) -> torch.dtype:
             f"the model's dtype is {plain(str(value))}; bigq computes in float32, bfloat16 or float16 (choose one with --dtype)"
         )
     return dtype
+
+
+def _say_nothing(*_: Any) -> None:
+    """In place of a warning."""
 
 
 def _one_line(error: Exception) -> str:

@@ -33,7 +33,7 @@ from facts import print_table
 from mutate import mutate_bytes, mutate_json
 from safetensors.torch import save, save_file
 
-from bigq.calibration import documents
+from bigq.io.texts import documents
 from bigq.errors import BigqError
 from bigq.io.index import INDEX_NAME, Checkpoint, read_header
 from bigq.io.json_file import read_json_object
@@ -125,7 +125,7 @@ def read_config(path: Path) -> None:
 
 def read_documents(path: Path) -> None:
     for text in documents(path):
-        len(text)
+        text.encode()
 
 
 def two_shards(folder: Path) -> None:
