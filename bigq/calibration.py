@@ -6,31 +6,36 @@ Sources: a text file; JSONL (also ``.gz``) with a ``text`` field; token ids in a
 
 from __future__ import annotations
 
-import gzip
-import json
+import contextlib
+import os
 import random
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bigq.errors import CalibrationError
+from bigq.errors import CalibrationError, CheckpointError
 from bigq.io.hub import fetch_dataset_file
 from bigq.io.index import read_header
+from bigq.io.json_file import plain, read_json_object, shown
 from bigq.io.reader import read_tensor
+from bigq.io.texts import documents, text_pieces
 
 ASSETS = Path(__file__).parent / "assets"
 BUILTIN_CALIBRATION = ASSETS / "calibration.txt"
 BUILTIN_HELDOUT = ASSETS / "heldout.txt"
 C4_REPOSITORY, C4_FILE = "allenai/c4", "en/c4-train.00000-of-01024.json.gz"
 
-#: Text is tokenized in pieces of about this many characters, cut at line ends.
-PIECE_CHARS = 65536
 #: Rows are drawn from this many times the tokens asked for, where the text has them.
 SURPLUS = 4
+#: Token ids in a file: 512 MiB of int64.
+MAX_IDS = 2**26
+#: Characters of documents that are held at once to draw from; 1024 long books have less.
+MAX_KEPT_CHARS = 2**29
+#: Bytes of one tokenizer file; the largest published ones have 35 MB.
+MAX_TOKENIZER_BYTES = 2**28
 
 
 def calibration_rows(source: str, model_folder: Path, *, samples: int, seqlen: int, seed: int, trust_remote_code: bool = False) -> Tensor:
@@ -65,7 +70,7 @@ def evaluation_rows(source: str, model_folder: Path, *, seqlen: int, samples: in
     else:
         tokenizer = load_tokenizer(model_folder, trust_remote_code=trust_remote_code)
         limit = None if samples is None else samples * seqlen
-        texts = _documents(path) if _is_jsonl(path) else None
+        texts = documents(path) if _is_jsonl(path) else None
         rows = _pack(_text_tokens(path, tokenizer, limit) if texts is None else _tokens(texts, tokenizer, limit), seqlen)
     if not len(rows):
         raise CalibrationError(f"{path}: holds less than one row of {seqlen} tokens; give more text or a shorter --seqlen")
@@ -85,17 +90,90 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder. Raises CalibrationError."""
     from transformers import AutoTokenizer
 
-    # A damaged or missing tokenizer surfaces as nearly any exception, depending on the tokenizer's class.
+    _check_tokenizer(folder)
+    # A damaged or missing tokenizer surfaces as nearly any exception, depending on the tokenizer's class; a panic of its
+    # Rust part is not even an Exception.
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
         raise CalibrationError(
-            f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {reason}); "
-            "add the tokenizer files, or give token ids in a safetensors file"
+            f"{folder}: its tokenizer cannot be loaded ({_reason(error)}); add the tokenizer files, or give token ids in a safetensors file"
         ) from error
     tokenizer.model_max_length = 10**9
     return tokenizer
+
+
+def _encoded(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=special).input_ids
+    except BaseException as error:  # as in load_tokenizer: tokenizer files that load may still hold nonsense
+        if not _is_failure(error):
+            raise
+        raise CalibrationError(
+            f"the model's tokenizer fails on the text ({_reason(error)}); give token ids in a safetensors file"
+        ) from error
+    return ids
+
+
+def _is_failure(error: BaseException) -> bool:
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {plain(' '.join(str(error).split())[:200])}"
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raise CalibrationError where tokenizer files are too large, or would have transformers open other files or run other code.
+
+    transformers takes the tokenizer's class by name from everything that it exports, classes that unpickle or fetch things
+    among it, and hands what tokenizer_config.json and special_tokens_map.json say to that class, paths of files included.
+    """
+    for path in folder.glob("*"):
+        if path.suffix in (".json", ".model", ".txt", ".spm", ".jinja", ".vocab") and path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise CalibrationError(f"{path}: is larger than the {MAX_TOKENIZER_BYTES} bytes that bigq reads of a tokenizer file")
+    for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            values = read_json_object(path, repeats=True)
+        except CheckpointError as error:
+            raise CalibrationError(str(error)) from None
+        if name != "special_tokens_map.json":
+            _require_tokenizer_class(path, values.get("tokenizer_class"))
+        if name != "config.json":
+            _require_own_files(path, values)
+
+
+def _require_tokenizer_class(path: Path, name: Any) -> None:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+    from transformers.utils.import_utils import DummyObject
+
+    if name is None:
+        return
+    if not isinstance(name, str) or not name.isidentifier():
+        raise CalibrationError(f"{path}: tokenizer_class {shown(name)} is not the name of a class; correct it")
+    for spelling in (name, name.removesuffix("Fast"), name.removesuffix("Fast") + "Fast"):
+        found = tokenizer_class_from_name(spelling)
+        missing_package = isinstance(found, DummyObject)  # which transformers says itself, naming the package
+        if found is not None and not missing_package and not (isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)):
+            raise CalibrationError(f"{path}: tokenizer_class {shown(name)} is not a tokenizer; correct it, or give token ids")
+
+
+def _require_own_files(path: Path, values: Any) -> None:
+    """Raise CalibrationError where a text in a JSON value is the name of a file that is there and not in the folder of ``path``."""
+    left = [values]
+    for value in left:
+        if isinstance(value, (dict, list)):
+            left.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, str) and 0 < len(value) < 4096 and "\0" not in value:
+            with contextlib.suppress(OSError, ValueError):  # a text that is no name of a file
+                if os.path.isfile(value) and path.parent.resolve() not in Path(os.path.abspath(value)).parents:
+                    raise CalibrationError(f"{path}: names a file outside the model's folder, {shown(value)}; take the entry out")
 
 
 def _source_path(source: str, flag: str, builtin: Path) -> Path:
@@ -119,16 +197,21 @@ def _rows_from_ids(path: Path, seqlen: int) -> Tensor:
     info = tensors.get("input_ids")
     if info is None or info.dtype not in (torch.int64, torch.int32) or len(info.shape) not in (1, 2):
         raise CalibrationError(f"{path}: needs a tensor input_ids of int64 or int32, [N, T] or one long row")
+    if info.nbytes > MAX_IDS * info.dtype.itemsize:
+        raise CalibrationError(f"{path}: holds more than {MAX_IDS} token ids, which is more than bigq reads; give fewer rows")
     ids = read_tensor(info).long()
     if ids.ndim == 1 or ids.shape[0] == 1:
-        return _pack(ids.flatten().tolist(), seqlen)
+        return _cut(ids.flatten(), seqlen)
     if ids.shape[1] < seqlen:
         raise CalibrationError(f"{path}: its rows have {ids.shape[1]} tokens, {seqlen} were asked for; use --seqlen {ids.shape[1]}")
     return ids[:, :seqlen].contiguous()
 
 
 def _pack(tokens: Iterable[int], seqlen: int) -> Tensor:
-    flat = torch.tensor(list(tokens), dtype=torch.int64)
+    return _cut(torch.tensor(list(tokens), dtype=torch.int64), seqlen)
+
+
+def _cut(flat: Tensor, seqlen: int) -> Tensor:
     whole = len(flat) // seqlen
     return flat[: whole * seqlen].view(whole, seqlen)
 
@@ -136,15 +219,10 @@ def _pack(tokens: Iterable[int], seqlen: int) -> Tensor:
 def _text_tokens(path: Path, tokenizer: Any, limit: int | None) -> list[int]:
     """Tokens of a text file; special tokens once, at its start."""
     tokens: list[int] = []
-    try:
-        with _open_text(path) as file:
-            while lines := file.readlines(PIECE_CHARS):
-                text = "".join(lines)
-                tokens += tokenizer(text, add_special_tokens=not tokens).input_ids
-                if limit is not None and len(tokens) >= limit:
-                    break
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise CalibrationError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    for text in text_pieces(path):
+        tokens += _encoded(tokenizer, text, special=not tokens)
+        if limit is not None and len(tokens) >= limit:
+            break
     return tokens
 
 
@@ -152,26 +230,10 @@ def _tokens(texts: Iterable[str], tokenizer: Any, limit: int | None) -> list[int
     """Tokens of documents one after another, each with the special tokens that its tokenizer adds."""
     tokens: list[int] = []
     for text in texts:
-        tokens += tokenizer(text).input_ids
+        tokens += _encoded(tokenizer, text, special=True)
         if limit is not None and len(tokens) >= limit:
             break
     return tokens
-
-
-def _documents(path: Path) -> Iterator[str]:
-    """The ``text`` field of every line of a JSONL file."""
-    number = 0
-    try:
-        with _open_text(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                    raise CalibrationError(f"{path}, line {number}: needs an object with a string field 'text'")
-                yield record["text"]
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise CalibrationError(f"{path}, line {number}: cannot be read as JSONL ({error})") from error
 
 
 def _sampled_documents(path: Path, tokenizer: Any, enough: int, seed: int) -> list[int]:
@@ -180,20 +242,18 @@ def _sampled_documents(path: Path, tokenizer: Any, enough: int, seed: int) -> li
     while True:
         draw = random.Random(seed)
         kept: list[str] = []
-        total = 0
-        for total, text in enumerate(_documents(path), 1):
+        total = characters = 0
+        for total, text in enumerate(documents(path), 1):
             if len(kept) < size:
                 kept.append(text)
+                characters += len(text)
             elif (place := draw.randrange(total)) < size:
+                characters += len(text) - len(kept[place])
                 kept[place] = text
+            if characters > MAX_KEPT_CHARS:
+                raise CalibrationError(f"{path}: its documents are too long to draw {size} of them; cut them, or give fewer")
         draw.shuffle(kept)
         tokens = _tokens(kept, tokenizer, enough)
         if len(tokens) >= enough or total <= size:
             return tokens
         size *= 4
-
-
-def _open_text(path: Path) -> Any:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return open(path, encoding="utf-8")

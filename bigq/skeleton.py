@@ -17,26 +17,32 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bigq.errors import CheckpointError, UnsupportedModelError
-from bigq.io.index import read_json_object
+from bigq.errors import BigqError, CheckpointError, UnsupportedModelError
+from bigq.io.json_file import plain, read_json_object, shown
+from bigq.model_config import foreign_attention, require_sane
 
 #: Freshly made tensors above this size go straight to meta: they are parameters on their way to being registered.
 _LARGE_BYTES = 2**28
+#: Buffers are really computed. The largest of a published model, a mask of 8192 positions, has 256 MiB.
+_MAX_BUFFER_BYTES = 2**30
+#: Parameters of a model without a checkpoint to compare with. Llama-3.1-405B has 1137; experts are stored together.
+_MAX_PARAMETERS = 50_000
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a model folder, without its ``quantization_config``. Raises CheckpointError,
     UnsupportedModelError."""
-    raw = read_json_object(folder / "config.json")
+    path = folder / "config.json"
+    raw = read_json_object(path)
     if not isinstance(raw.get("model_type"), str):
-        raise CheckpointError(f"{folder / 'config.json'}: has no model_type, so the architecture is unknown")
+        raise CheckpointError(f"{path}: has no model_type, so the architecture is unknown")
+    require_sane(path, raw, trust_remote_code=trust_remote_code)
+    kind = shown(raw["model_type"])
     if raw.get("auto_map") and not trust_remote_code:
         from transformers import CONFIG_MAPPING
 
         if raw["model_type"] not in CONFIG_MAPPING:
-            raise UnsupportedModelError(
-                f"{folder}: model type {raw['model_type']!r} comes with code of its own; pass --trust-remote-code to run it"
-            )
+            raise UnsupportedModelError(f"{folder}: model type {kind} comes with code of its own; pass --trust-remote-code to run it")
     from transformers import AutoConfig
 
     # transformers raises anything from KeyError to its own validation errors for a config with wrong values.
@@ -44,12 +50,14 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         if "model type" in str(error) or raw["model_type"] in str(error):
-            raise UnsupportedModelError(
-                f"{folder}: transformers does not know model type {raw['model_type']!r}: {_one_line(error)}"
-            ) from error
-        raise CheckpointError(f"{folder / 'config.json'}: is not a valid configuration: {_one_line(error)}") from error
+            raise UnsupportedModelError(f"{folder}: transformers does not know model type {kind}: {_one_line(error)}") from error
+        raise CheckpointError(f"{path}: is not a valid configuration: {_one_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    if foreign_attention(raw) and not trust_remote_code:
+        # Kernels of a hub, and flash attention where it is not installed, would be fetched and run. None is transformers' own choice.
+        config._attn_implementation = None
+        config._experts_implementation = None
     return config
 
 
@@ -63,22 +71,35 @@ def compute_dtype(config: Any, wanted: str, stored: Iterable[torch.dtype]) -> to
     return next((d for d in stored if d.is_floating_point), torch.float32)
 
 
-def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False, initialised: bool = True) -> nn.Module:
-    """The causal language model of a config, parameters on meta, in evaluation mode. Raises UnsupportedModelError.
+def build(
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+    initialised: bool = True,
+    most: int = _MAX_PARAMETERS,
+) -> nn.Module:
+    """The causal language model of a config, parameters on meta, in evaluation mode.
 
     initialised False: where only shapes matter; buffers that a model fills in as it initialises its weights are undefined.
+    most: parameters that it may have. Raises UnsupportedModelError; CheckpointError where it comes to have more, or large buffers.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     # Same reason as in load_config: a model's constructor may raise anything for a config that it does not like.
     try:
-        with _parameters_on_meta(), contextlib.nullcontext() if initialised else no_init_weights():
+        with _parameters_on_meta(most), contextlib.nullcontext() if initialised else no_init_weights():
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except BigqError:
+        raise
     except Exception as error:
         raise UnsupportedModelError(f"transformers cannot build a causal language model from this config: {_one_line(error)}") from error
     if not initialised:
         model.tie_weights()  # type: ignore[operator]
+    for module in model.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):  # it looks at token ids, which a model on meta has none of
+            module.warn_if_padding_and_no_attention_mask = _say_nothing
     return model.eval().requires_grad_(False)
 
 
@@ -170,18 +191,25 @@ def _dtype(value: Any) -> torch.dtype:
     dtype = value if isinstance(value, torch.dtype) else getattr(torch, str(value), None)
     if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UnsupportedModelError(
-            f"the model's dtype is {value}; bigq computes in float32, bfloat16 or float16 (choose one with --dtype)"
+            f"the model's dtype is {plain(str(value))}; bigq computes in float32, bfloat16 or float16 (choose one with --dtype)"
         )
     return dtype
 
 
+def _say_nothing(*_: Any) -> None:
+    """In place of a warning."""
+
+
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    return f"{type(error).__name__}: {text[:300] if text.isprintable() else shown(text)}"
 
 
 class _LargeToMeta(TorchFunctionMode):
-    """Sends large uninitialized or constant tensors to meta, so that they never ask for address space."""
+    """Sends large uninitialized or constant tensors to meta, so that they never ask for address space.
+
+    Other calls that might make a large tensor are tried on meta first. Raises CheckpointError where it would be too large.
+    """
 
     _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 
@@ -191,14 +219,54 @@ class _LargeToMeta(TorchFunctionMode):
             size = kwargs.get("size", args[0] if args and isinstance(args[0], (tuple, list)) else args)
             if all(isinstance(s, int) for s in size) and math.prod(size) * 4 > _LARGE_BYTES:
                 kwargs["device"] = "meta"
+        elif _most_elements((*args, *kwargs.values())) > _MAX_BUFFER_BYTES // 8:
+            _require_affordable(func, args, kwargs)
         return func(*args, **kwargs)
 
 
+def _most_elements(values: Iterable[Any]) -> int:
+    """No call with these arguments makes a tensor of more elements in memory: the product of all sizes and numbers in them."""
+    product = 1
+    for value in values:
+        if isinstance(value, Tensor):
+            product *= 1 if value.is_meta else max(1, value.numel())
+        elif isinstance(value, (tuple, list)):
+            product *= _most_elements(value)
+        elif isinstance(value, (int, float)) and value > 1 and math.isfinite(value):
+            product *= math.ceil(value)
+    return product
+
+
+def _require_affordable(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def on_meta(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(on_meta(v) for v in value)
+        return value.to("meta") if isinstance(value, Tensor) else value
+
+    named = {name: on_meta(value) for name, value in kwargs.items()}
+    if not any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+        named["device"] = "meta"
+    try:
+        result = func(*on_meta(args), **named)
+    except (RuntimeError, TypeError, ValueError):
+        return  # what cannot be tried without making it, or not at all
+    if isinstance(result, Tensor) and result.untyped_storage().nbytes() > _MAX_BUFFER_BYTES:
+        raise CheckpointError(
+            f"config.json makes the model hold a buffer {list(result.shape)} of {result.untyped_storage().nbytes()} bytes; "
+            "its sizes are taken for a mistake, correct them"
+        )
+
+
 @contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def _parameters_on_meta(most: int) -> Iterator[None]:
     register = nn.Module.register_parameter
+    registered = 0
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        nonlocal registered
+        registered += 1
+        if registered > most:
+            raise CheckpointError(f"config.json makes a model of more than {most} tensors, which the checkpoint does not hold; correct it")
         register(self, name, param)
         if param is not None and param.device.type != "meta":
             self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)

@@ -13,6 +13,7 @@ from bigq import faults
 from bigq.errors import ResourceError
 
 TEMP_SUFFIX = ".bigq-tmp"
+COPY_BYTES = 2**20
 
 
 @contextlib.contextmanager
@@ -55,12 +56,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a small file's contents. Raises ResourceError."""
+    """Copy a file's contents, in bounded pieces. Raises ResourceError."""
+    with atomic_file(target) as file:
+        for piece in _pieces(source):
+            file.write(piece)
+
+
+def _pieces(source: Path) -> Iterator[bytes]:
     try:
-        data = source.read_bytes()
+        with open(source, "rb") as file:
+            while piece := file.read(COPY_BYTES):
+                yield piece
     except OSError as error:
         raise ResourceError(f"cannot read {source}: {error.strerror}") from error
-    write_bytes(target, data)
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bigq.errors import CheckpointError, ResourceError
-from bigq.io.index import DTYPES, TensorInfo
+from bigq.io.contained import require_contained
+from bigq.io.index import MAX_SIZE, MAX_TENSORS, TensorInfo, header_entry
+from bigq.io.json_file import plain
 
 #: What a quantization job needs of a hub repository: weights, configs, tokenizer, licence; no pickles.
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md"]
@@ -20,7 +22,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 def resolve_model(model: str) -> Path:
     """A local folder for MODEL, fetching a hub id (``owner/name`` or ``owner/name@revision``) where it is not a folder.
 
-    Raises CheckpointError where it is neither, ResourceError where the hub cannot be reached.
+    All its files lie in it (see ``contained``). Raises CheckpointError where it is neither, or some do not; ResourceError
+    where the hub cannot be reached.
     """
     return _local_folder(model) or _snapshot(model, MODEL_FILES)
 
@@ -39,24 +42,27 @@ def resolve_headers(model: str) -> tuple[Path, dict[str, TensorInfo] | None]:
     name, _, revision = model.partition("@")
     with _hub_errors(model):
         metadata = huggingface_hub.get_safetensors_metadata(name, revision=revision or None)
-    tensors = {}
+    tensors: dict[str, TensorInfo] = {}
     for file, header in metadata.files_metadata.items():
         for tensor, info in header.tensors.items():
-            if info.dtype not in DTYPES:
-                raise CheckpointError(f"{model}: {file}: tensor {tensor} is of dtype {info.dtype!r}, which is not one that bigq reads")
-            start, stop = info.data_offsets
-            tensors[tensor] = TensorInfo(
-                name=tensor, dtype=DTYPES[info.dtype], shape=tuple(info.shape), file=Path(file), start=start, stop=stop
-            )
+            said = {"dtype": info.dtype, "shape": info.shape, "data_offsets": list(info.data_offsets)}
+            tensors[tensor] = header_entry(Path(file), tensor, said, 0, MAX_SIZE)
+        if len(tensors) > MAX_TENSORS:
+            raise CheckpointError(f"{model}: holds more than {MAX_TENSORS} tensors, which is more than bigq reads")
     return folder, tensors
 
 
 def _local_folder(model: str) -> Path | None:
     """MODEL where it is a folder, None where it is a hub id. Raises CheckpointError where it can be neither."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, or of nobody's home, or no name at all
+        raise CheckpointError(f"{plain(model)}: no such folder (and not a hub id like owner/name)") from None
+    if is_folder:
+        require_contained(folder)
         return folder
-    if folder.exists():
+    if is_there:
         raise CheckpointError(f"{model}: is a file; MODEL must be a folder of safetensors shards or a hub id")
     if model.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model}: no such folder (and not a hub id like owner/name)")
@@ -68,7 +74,9 @@ def _snapshot(model: str, patterns: list[str]) -> Path:
 
     name, _, revision = model.partition("@")
     with _hub_errors(model):
-        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    require_contained(folder)
+    return folder
 
 
 @contextlib.contextmanager
@@ -76,6 +84,7 @@ def _hub_errors(model: str) -> Iterator[None]:
     """Tell the hub's errors in our terms."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         NotASafetensorsRepoError,
         RepositoryNotFoundError,
@@ -92,13 +101,18 @@ def _hub_errors(model: str) -> Iterator[None]:
     except NotASafetensorsRepoError:
         raise CheckpointError(f"{model}: has no safetensors shards; convert it first") from None
     except SafetensorsParsingError as error:
-        raise CheckpointError(f"{model}: a shard's header cannot be read: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{model}: a shard's header cannot be read: {plain(str(error).splitlines()[0])}") from error
     except LocalEntryNotFoundError:
         raise ResourceError(
             f"{model}: no such folder, and the hub cannot be reached to fetch it; download it first or check the network"
         ) from None
     except (HfHubHTTPError, OSError) as error:
-        raise ResourceError(f"{model}: fetching it from the hub failed: {str(error).splitlines()[0]}") from error
+        raise ResourceError(f"{model}: fetching it from the hub failed: {plain(str(error).splitlines()[0])}") from error
+    except HFValidationError:
+        raise CheckpointError(f"{model}: no such folder, and not a hub id like owner/name") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        # What huggingface_hub's reading of headers and listings ends in where the other side sends nonsense.
+        raise CheckpointError(f"{model}: what the hub sent of it cannot be read ({type(error).__name__})") from error
 
 
 def fetch_dataset_file(repository: str, filename: str) -> Path:

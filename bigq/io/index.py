@@ -20,11 +20,18 @@ from typing import Any
 import torch
 
 from bigq.errors import CheckpointError
+from bigq.io.json_file import MAX_JSON_BYTES, open_regular, parse_object, plain, shown
+from bigq.io.json_file import read_json_object as read_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000
 SAMPLE_BYTES = 64
+#: Of a whole checkpoint; the largest published ones have some 200,000. One takes about 600 bytes of memory.
+MAX_TENSORS = 1_000_000
+MAX_NAME_CHARACTERS = 1024
+MAX_DIMENSIONS = 8
+#: Sizes and offsets must fit a signed 64-bit number, as in the libraries that tensors are handed to.
+MAX_SIZE = 2**63 - 1
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -86,32 +93,47 @@ class Checkpoint:
         weight_map = read_json_object(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index_path}: has no weight_map; fetch the index again")
+        for name, shard in weight_map.items():
+            if not _is_file_name(shard):
+                raise CheckpointError(
+                    f"{index_path}: {plain(name)} is said to lie in {shown(shard)}, which is not a file name in this folder"
+                )
         digest = hashlib.sha256(json.dumps(weight_map, sort_keys=True).encode())
         shards: dict[str, dict[str, TensorInfo]] = {}
+        home: dict[str, str] = {}
         tensors: dict[str, TensorInfo] = {}
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard:
-                raise CheckpointError(f"{index_path}: {name} is said to lie in {shard!r}, which is not a file name in this folder")
             if shard not in shards:
                 path = folder / shard
                 if not os.path.exists(path):
                     raise CheckpointError(f"{path}: this shard is named by the index but missing; fetch it again")
                 shards[shard], header = read_header(path)
                 digest.update(header)
+                for held in shards[shard]:
+                    if home.setdefault(held, shard) != shard:
+                        raise CheckpointError(f"{path}: tensor {held} is in {home[held]} too; which one is meant cannot be told")
+                if len(home) > MAX_TENSORS:
+                    raise CheckpointError(f"{folder}: holds more than {MAX_TENSORS} tensors, which is more than bigq reads")
             if name not in shards[shard]:
-                raise CheckpointError(f"{folder / shard}: tensor {name} is named by the index but not in the shard; fetch it again")
+                raise CheckpointError(f"{folder / shard}: tensor {plain(name)} is named by the index but not in the shard; fetch it again")
             tensors[name] = shards[shard][name]
         return cls(folder, tensors, digest.hexdigest())
 
     def sample(self, names: Iterable[str]) -> str:
-        """A hash over a few bytes of each of some tensors: it tells models of one architecture apart, not single weights."""
+        """A hash over a few bytes of each of some tensors: it tells models of one architecture apart, not single weights.
+
+        Raises CheckpointError.
+        """
         digest = hashlib.sha256()
         for name in names:
             info = self[name]
-            with open(info.file, "rb") as file:
-                for position in (info.start, (info.start + info.stop) // 2, info.stop - SAMPLE_BYTES):
-                    file.seek(max(position, info.start))
-                    digest.update(file.read(min(SAMPLE_BYTES, info.nbytes)))
+            try:
+                with open(info.file, "rb") as file:
+                    for position in (info.start, (info.start + info.stop) // 2, info.stop - SAMPLE_BYTES):
+                        file.seek(max(position, info.start))
+                        digest.update(file.read(min(SAMPLE_BYTES, info.nbytes)))
+            except OSError as error:
+                raise CheckpointError(f"{info.file}: cannot be read: {error.strerror}; is it still there?") from error
         return digest.hexdigest()
 
     def __getitem__(self, name: str) -> TensorInfo:
@@ -130,75 +152,66 @@ class Checkpoint:
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
     """Parse and check one shard's header. Returns the tensors and the header's bytes. Raises CheckpointError."""
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
+        file, size = open_regular(path)
+        with file:
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise CheckpointError(f"{path}: too short to be a safetensors file; fetch it again")
             (length,) = struct.unpack("<Q", prefix)
-            if length > min(MAX_HEADER_BYTES, size - 8):
+            if length > min(MAX_JSON_BYTES, size - 8):
                 raise CheckpointError(f"{path}: header of {length} bytes in a file of {size}; it is damaged or not safetensors")
             header = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    entries = _parse_json(path, header)
+    entries = parse_object(path, header)
+    _check_metadata(path, entries.pop("__metadata__", {}))
+    if len(entries) > MAX_TENSORS:
+        raise CheckpointError(f"{path}: holds more than {MAX_TENSORS} tensors, which is more than bigq reads")
     data_start = 8 + length
-    tensors = {}
-    for name, entry in entries.items():
-        if name != "__metadata__":
-            tensors[name] = _tensor_info(path, name, entry, data_start, size)
+    tensors = {name: header_entry(path, name, entry, data_start, size) for name, entry in entries.items()}
     _check_layout(path, tensors, data_start, size)
     return tensors, header
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON file that must hold an object. Raises CheckpointError."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    return _parse_json(path, data)
+def _is_file_name(name: Any) -> bool:
+    """Whether a JSON value is the name of a file in a folder, and not a path."""
+    return isinstance(name, str) and name.isprintable() and 0 < len(name) < 256 and name not in (".", "..") and Path(name).name == name
 
 
-def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise CheckpointError(f"{path}: a name occurs twice in its JSON")
-        return result
-
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its JSON cannot be read ({error}); the file is damaged") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: its JSON is not an object")
-    return value
+def _check_metadata(path: Path, metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: its __metadata__ is {shown(metadata)}, not names and texts; the file is damaged")
 
 
-def _tensor_info(path: Path, name: str, entry: Any, data_start: int, size: int) -> TensorInfo:
+def header_entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> TensorInfo:
+    """One tensor's entry in the header of a file of ``size`` bytes, checked by itself. Raises CheckpointError."""
+
     def bad(what: str) -> CheckpointError:
-        return CheckpointError(f"{path}: tensor {name}: {what}")
+        return CheckpointError(f"{path}: tensor {plain(name)}: {what}")
 
+    if not name.isprintable() or len(name) > MAX_NAME_CHARACTERS:
+        raise bad(f"its name is not one of at most {MAX_NAME_CHARACTERS} printable characters")
     if not isinstance(entry, dict):
         raise bad("its header entry is not an object")
     kind = entry.get("dtype")
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise bad(f"dtype {kind!r} is not one that bigq reads")
+        raise bad(f"dtype {shown(kind)} is not one that bigq reads")
     dtype = DTYPES[kind]
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(shape, list) or not all(type(s) is int and s >= 0 for s in shape):
-        raise bad(f"shape {shape!r} is not a list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(o) is int and o >= 0 for o in offsets):
-        raise bad(f"data_offsets {offsets!r} are not two offsets")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
+        raise bad(f"shape {shown(shape)} is not a list of at most {MAX_DIMENSIONS} sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise bad(f"data_offsets {shown(offsets)} are not two offsets")
     start, stop = data_start + offsets[0], data_start + offsets[1]
     if stop > size:
         raise bad(f"ends at byte {stop} of a file of {size} bytes; the file is truncated, fetch it again")
     if stop - start != math.prod(shape) * dtype.itemsize:
         raise bad(f"{stop - start} bytes do not hold shape {shape} of {kind}")
     return TensorInfo(name=name, dtype=dtype, shape=tuple(shape), file=path, start=start, stop=stop)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_SIZE
 
 
 def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], data_start: int, size: int) -> None:

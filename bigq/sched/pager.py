@@ -19,12 +19,16 @@ from bigq import skeleton
 from bigq.arch import find_blocks
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.ahead import ReadAhead, open_read_ahead
+from bigq.io.gptq_config import PackedSchemes
 from bigq.io.gptq_format import SUFFIXES, read_linear
-from bigq.io.index import Checkpoint, TensorInfo, read_json_object
+from bigq.io.index import Checkpoint, TensorInfo
+from bigq.io.json_file import read_json_object, shown
 from bigq.io.reader import read_rows, read_tensor
 from bigq.kernels.dequantize import dequantize_packed
-from bigq.scheme import QuantScheme, Rule, scheme_for
 from bigq.trace import Trace
+
+#: Parameters that are made for each tensor of the checkpoint, at most, before it is clear that some are missing.
+MOST_PARAMETERS = 4
 
 
 class Pager:
@@ -35,14 +39,14 @@ class Pager:
     """
 
     def __init__(self, folder: Path, *, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False) -> None:
-        config_json = read_json_object(folder / "config.json")
         self.folder = folder
         self.device = device
         self.config = skeleton.load_config(folder, trust_remote_code=trust_remote_code)
         self.checkpoint = Checkpoint.open(folder)
-        self.quantization: dict[str, Any] | None = config_json.get("quantization_config")
+        self.schemes: PackedSchemes | None = None
         self.dtype = skeleton.compute_dtype(self.config, dtype, (t.dtype for t in self.checkpoint.tensors.values()))
-        self.model = skeleton.build(self.config, self.dtype, trust_remote_code=trust_remote_code)
+        most = MOST_PARAMETERS * len(self.checkpoint.tensors) + 1000
+        self.model = skeleton.build(self.config, self.dtype, trust_remote_code=trust_remote_code, most=most)
         self.blocks_path, self.blocks = find_blocks(self.model)
         self.packed = self._packed_linears()
         self._name_sources()
@@ -58,13 +62,18 @@ class Pager:
 
     def _packed_linears(self) -> dict[str, str]:
         prefixes = [name.removesuffix(".qweight") for name in self.checkpoint if name.endswith(".qweight")]
-        if self.quantization is None:
+        path = self.folder / "config.json"
+        said = read_json_object(path).get("quantization_config")
+        if said is None:
             return {}
-        method = self.quantization.get("quant_method")
+        if not isinstance(said, dict):
+            raise CheckpointError(f"{path}: quantization_config is {shown(said)}, not an object; fetch it again")
+        method = said.get("quant_method")
         if method != "gptq" or not prefixes:
             raise UnsupportedModelError(
-                f"{self.folder}: is already quantized ({method}); bigq reads fp32, fp16 and bf16 checkpoints and its own gptq output"
+                f"{self.folder}: is already quantized ({shown(method)}); bigq reads fp32, fp16 and bf16 checkpoints and its own gptq output"
             )
+        self.schemes = PackedSchemes.read(path, said)
         renamed = skeleton.map_names(self.model, [f"{p}.weight" for p in prefixes])
         return {target: name.removesuffix(".weight") for name, target in renamed.items()}
 
@@ -82,6 +91,7 @@ class Pager:
     def _check_complete(self) -> None:
         for name, param in self._meta.items():
             if name in self.packed:
+                self._check_packed(name)
                 continue
             if name not in self.sources:
                 raise CheckpointError(
@@ -95,6 +105,19 @@ class Pager:
                 )
             if not info.dtype.is_floating_point or info.dtype.itemsize == 1:
                 raise UnsupportedModelError(f"{info.file}: tensor {info.name} is {info.dtype}; bigq reads fp32, fp16 and bf16 sources")
+
+    def _check_packed(self, name: str) -> None:
+        assert self.schemes is not None
+        bits = self.schemes.scheme(name.removesuffix(".weight")).bits
+        outputs, inputs = skeleton.linear_weight(self._owner(name)[0]).shape
+        qweight, qzeros, scales, g_idx = (self.checkpoint[f"{self.packed[name]}.{suffix}"] for suffix in SUFFIXES)
+        if qweight.shape != (inputs * bits // 32, outputs):
+            raise CheckpointError(
+                f"{qweight.file}: tensor {qweight.name} has shape {list(qweight.shape)}, but config.json makes it "
+                f"{[inputs * bits // 32, outputs]}; the two belong to different models"
+            )
+        if any(info.dtype != torch.int32 for info in (qweight, qzeros, g_idx)) or not scales.dtype.is_floating_point:
+            raise CheckpointError(f"{qweight.file}: tensors of {self.packed[name]} are not of the types that the gptq format has")
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -220,25 +243,12 @@ class Pager:
 
     def dequantized(self, name: str) -> Tensor:
         """The weight of a packed Linear, [outputs, inputs], in the compute dtype."""
-        assert self.quantization is not None
-        scheme, version = self.packed_scheme(name)
+        assert self.schemes is not None
+        scheme = self.schemes.scheme(name.removesuffix(".weight"))
         prefix = self.packed[name]
-        stored = read_linear(prefix, lambda n: self._read(self.checkpoint[n]), scheme.bits, version)
+        stored = read_linear(prefix, lambda n: self._read(self.checkpoint[n]), scheme.bits, self.schemes.version)
         words, scales, zeros = (t.to(self.device) for t in stored)
         return dequantize_packed(words, scales, zeros, scheme.bits, self.dtype)
-
-    def packed_scheme(self, name: str) -> tuple[QuantScheme, int]:
-        """(scheme, format version) of a packed weight, from the checkpoint's quantization config."""
-        config = self.quantization
-        assert config is not None
-        rules = []
-        for pattern, said in (config.get("dynamic") or {}).items():
-            rules.append(Rule(pattern[2:] if pattern[:2] in ("+:", "-:") else pattern, None if pattern.startswith("-:") else said))
-        base = QuantScheme(bits=config["bits"], group_size=config["group_size"], symmetric=config.get("sym", True))
-        scheme = scheme_for(name.removesuffix(".weight"), base, tuple(rules))
-        if scheme is None:
-            raise CheckpointError(f"{self.folder}: {name} is packed although the quantization config leaves it out")
-        return scheme, 2 if config.get("checkpoint_format") == "gptq_v2" else 1
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, leaf = name.rpartition(".")

@@ -1,0 +1,277 @@
+#!/usr/bin/env python3
+"""Feeds mutated files to bigq's readers and holds them to what they promise: only bigq's own errors, in one printable line
+that names the file, and memory in proportion to the file.
+
+    python scripts/fuzz.py --inputs 100000 --out docs/results/fuzz.json
+
+Inputs are shared out evenly among KINDS, half of them mutated as bytes and half as parsed JSON, all drawn from --seed. What
+breaks a promise is written to --keep, and the exit status is 1. A new reader is a new line in KINDS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import struct
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
+
+import torch
+from facts import print_table
+from mutate import mutate_bytes, mutate_json
+from safetensors.torch import save, save_file
+
+from bigq.io.texts import documents
+from bigq.errors import BigqError
+from bigq.io.index import INDEX_NAME, Checkpoint, read_header
+from bigq.io.json_file import read_json_object
+
+#: What a reader may take: so much for any file, and so many bytes for each byte of it.
+BASE_BYTES, BYTES_PER_BYTE = 256 * 1024, 100
+LONGEST_MESSAGE = 1000
+#: Broken promises told of for each kind.
+SHOWN_BROKEN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One reader and what it is fed.
+
+    seeds: sound files, as bytes. read: opens the file at a path; whatever it returns without an error it has also used in the way
+    that bigq goes on to use it. name: of the file in its folder. pack, unpack: between a file's bytes and its JSON value.
+    prepare: makes what else the folder needs.
+    """
+
+    seeds: tuple[bytes, ...]
+    read: Callable[[Path], None]
+    name: str
+    pack: Callable[[Any, bytes], bytes]
+    unpack: Callable[[bytes], Any]
+    prepare: Callable[[Path], None] = lambda folder: None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What came of the inputs of one kind. seconds: of reading them. Peaks in bytes."""
+
+    inputs: int = 0
+    accepted: int = 0
+    seconds: float = 0.0
+    slowest_s: float = 0.0
+    peak_bytes: int = 0
+    peak_input_bytes: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    broken: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "inputs": self.inputs,
+            "accepted": self.accepted,
+            "errors": dict(self.errors.most_common()),
+            "broken": len(self.broken),
+            "seconds": round(self.seconds, 2),
+            "inputs_per_s": round(self.inputs / max(self.seconds, 1e-9)),
+            "slowest_s": round(self.slowest_s, 4),
+            "peak_bytes": self.peak_bytes,
+            "peak_input_bytes": self.peak_input_bytes,
+        }
+
+
+def dumped(value: Any) -> bytes:
+    """JSON of a mutated value, NaN and lone surrogates included."""
+    return json.dumps(value).encode()
+
+
+def shard(header: bytes, data: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def shard_parts(file: bytes) -> tuple[bytes, bytes]:
+    (length,) = struct.unpack("<Q", file[:8])
+    return file[8 : 8 + length], file[8 + length :]
+
+
+def read_shard(path: Path) -> None:
+    tensors, _ = read_header(path)
+    for info in tensors.values():
+        assert 0 <= info.start <= info.stop <= path.stat().st_size, info
+        assert info.nbytes == torch.Size(info.shape).numel() * info.dtype.itemsize, info
+        info.name.encode()
+
+
+def read_index(path: Path) -> None:
+    checkpoint = Checkpoint.open(path.parent)
+    for name in checkpoint:
+        assert checkpoint[name].file.parent == path.parent, name
+    checkpoint.sample(checkpoint)
+
+
+def read_config(path: Path) -> None:
+    """As finish_folder does, what was read is written again."""
+    json.dumps(read_json_object(path) | {"quantization_config": {}}, indent=2).encode()
+
+
+def read_documents(path: Path) -> None:
+    for text in documents(path):
+        text.encode()
+
+
+def two_shards(folder: Path) -> None:
+    save_file({"a": torch.arange(4.0), "b": torch.zeros(2, 2)}, folder / "one.safetensors")
+    save_file({"c": torch.arange(3)}, folder / "two.safetensors")
+
+
+def _shards() -> tuple[bytes, ...]:
+    plain = {"embed.weight": torch.ones(4, 3), "norm.weight": torch.ones(5, dtype=torch.bfloat16), "empty": torch.empty(0, 7)}
+    kinds = {"scalar": torch.tensor(2.5, dtype=torch.float64), "flags": torch.tensor([True, False]), "ids": torch.arange(6).view(1, 2, 3)}
+    return save(plain, metadata={"format": "pt"}), save(kinds)
+
+
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    "eos_token_id": [1, 2],
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+INDEX = {"metadata": {"total_size": 56}, "weight_map": {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}}
+
+KINDS: dict[str, Kind] = {
+    "header": Kind(
+        seeds=_shards(),
+        read=read_shard,
+        name="model.safetensors",
+        pack=lambda value, seed: shard(dumped(value), shard_parts(seed)[1]),
+        unpack=lambda file: json.loads(shard_parts(file)[0]),
+    ),
+    "index": Kind(
+        seeds=(dumped(INDEX),),
+        read=read_index,
+        name=INDEX_NAME,
+        pack=lambda value, seed: dumped(value),
+        unpack=json.loads,
+        prepare=two_shards,
+    ),
+    "config": Kind(
+        seeds=(dumped(CONFIG),), read=read_config, name="config.json", pack=lambda value, seed: dumped(value), unpack=json.loads
+    ),
+    "documents": Kind(
+        seeds=(b'{"text": "some words", "url": "x"}\n\n' * 3,),
+        read=read_documents,
+        name="text.jsonl",
+        pack=lambda value, seed: b"\n".join(dumped(line) for line in value) if isinstance(value, list) else dumped(value),
+        unpack=lambda file: [json.loads(line) for line in file.splitlines() if line],
+    ),
+}
+
+
+def mutated(rng: random.Random, kind: Kind) -> bytes:
+    seed = rng.choice(kind.seeds)
+    if rng.random() < 0.5:
+        return mutate_bytes(rng, seed)
+    return kind.pack(mutate_json(rng, kind.unpack(seed)), seed)
+
+
+def feed(kind: Kind, path: Path, data: bytes, tally: Tally) -> str | None:
+    """Give a reader one file. Returns which promise it broke, if one."""
+    path.write_bytes(data)
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    started = time.perf_counter()
+    said: str | None = None
+    broken: str | None = None
+    try:
+        kind.read(path)
+    except BigqError as error:
+        said = str(error)
+        tally.errors[type(error).__name__] += 1
+    except Exception as error:  # what the fuzzer is there to find
+        broken = f"{type(error).__name__}: {error!r:.200}"
+    seconds = time.perf_counter() - started
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tally.inputs += 1
+    tally.accepted += said is None and broken is None
+    tally.seconds += seconds
+    tally.slowest_s = max(tally.slowest_s, seconds)
+    if peak > tally.peak_bytes:
+        tally.peak_bytes, tally.peak_input_bytes = peak, len(data)
+    if said is not None and not (said.isprintable() and str(path.parent) in said and len(said) < LONGEST_MESSAGE):
+        broken = f"a message that is not one printable line with the file's name: {said!r:.200}"
+    if peak > BASE_BYTES + BYTES_PER_BYTE * len(data):
+        broken = f"{peak} bytes of memory for a file of {len(data)}"
+    return broken
+
+
+def fuzz(kind: Kind, inputs: int, seed: int, keep: Path | None = None) -> Tally:
+    """Feed a reader so many mutated files. What breaks it is told in the tally and written to the folder ``keep``."""
+    rng = random.Random(seed)
+    tally = Tally()
+    was_tracing = tracemalloc.is_tracing()
+    tracemalloc.start()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            kind.prepare(Path(folder))
+            path = Path(folder) / kind.name
+            for _ in range(inputs):
+                data = mutated(rng, kind)
+                broken = feed(kind, path, data, tally)
+                if broken is not None:
+                    tally.broken.append(broken)
+                    if keep is not None:
+                        keep.mkdir(parents=True, exist_ok=True)
+                        (keep / f"{hashlib.sha256(data).hexdigest()[:12]}-{kind.name}").write_bytes(data)
+    finally:
+        if not was_tracing:
+            tracemalloc.stop()
+    return tally
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=100_000, metavar="N", help="how many, over all kinds (default: %(default)s)")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="which readers (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as JSON")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write inputs that broke a reader there")
+    args = parser.parse_args(argv)
+    names = args.kinds.split(",")
+    if unknown := [name for name in names if name not in KINDS]:
+        parser.error(f"--kinds {','.join(unknown)}: must be of {', '.join(KINDS)}")
+    started = time.perf_counter()
+    each = -(-args.inputs // len(names))
+    tallies = {name: fuzz(KINDS[name], each, args.seed, args.keep) for name in names}
+    result = {
+        "inputs": sum(t.inputs for t in tallies.values()),
+        "broken": sum(len(t.broken) for t in tallies.values()),
+        "seconds": round(time.perf_counter() - started, 1),
+        "seed": args.seed,
+        "python": sys.version.split()[0],
+        "memory": "peak of Python's own allocations while one input is read, which all that is read goes through",
+        "kinds": {name: tally.to_json() for name, tally in tallies.items()},
+    }
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    for name, tally in tallies.items():
+        for what in tally.broken[:SHOWN_BROKEN]:
+            print(f"{name}: {what}", file=sys.stderr)
+    print_table(result)
+    return 1 if result["broken"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
