@@ -33,10 +33,10 @@ from facts import print_table
 from mutate import mutate_bytes, mutate_json
 from safetensors.torch import save, save_file
 
-from bigq.io.texts import documents
 from bigq.errors import BigqError
 from bigq.io.index import INDEX_NAME, Checkpoint, read_header
 from bigq.io.json_file import read_json_object
+from bigq.io.texts import documents
 
 #: What a reader may take: so much for any file, and so many bytes for each byte of it.
 BASE_BYTES, BYTES_PER_BYTE = 256 * 1024, 100

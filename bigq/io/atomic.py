@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -35,10 +36,19 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         faults.point("file.renamed")
         sync_folder(path.parent)
     except OSError as error:
-        raise ResourceError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
+        raise ResourceError(f"cannot write {path}: {error.strerror or error}; {remedy(error)}") from error
     finally:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
+
+
+def remedy(error: OSError) -> str:
+    """What a person can do about a file that could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space or choose another folder"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+        return "choose a folder that can be written to"
+    return "check the disk, then run the same command again"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -68,7 +78,7 @@ def _pieces(source: Path) -> Iterator[bytes]:
             while piece := file.read(COPY_BYTES):
                 yield piece
     except OSError as error:
-        raise ResourceError(f"cannot read {source}: {error.strerror}") from error
+        raise ResourceError(f"cannot read {source}: {error.strerror}; check the disk, then run the same command again") from error
 
 
 def sync_folder(folder: Path) -> None:

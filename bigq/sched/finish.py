@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -14,7 +15,7 @@ import bigq
 from bigq import faults
 from bigq.config import JobConfig
 from bigq.errors import BigqError, ResourceError
-from bigq.io.atomic import copy_file, json_bytes, sync_folder, write_bytes, write_json
+from bigq.io.atomic import copy_file, json_bytes, remedy, sync_folder, write_bytes, write_json
 from bigq.io.gptq_format import quantization_config, read_linear
 from bigq.io.index import INDEX_NAME, read_header, read_json_object
 from bigq.io.reader import read_tensor
@@ -50,17 +51,21 @@ def reopen_folder(out: Path) -> None:
             (out / name).unlink(missing_ok=True)
         sync_folder(out)
     except OSError as error:
-        raise ResourceError(f"{out}: cannot be written to: {error.strerror}") from error
+        raise ResourceError(f"{out}: cannot be written to: {error.strerror}; {remedy(error)}") from error
 
 
 def finish_folder(source: Path, journal: Journal, config: JobConfig) -> None:
-    """Write what makes the folder loadable: side files, quantize_config.json, the index, a manifest of it all, and last config.json."""
+    """Write what makes the folder loadable: side files, quantize_config.json, the index, a manifest of it all, and last config.json.
+
+    Raises ResourceError; then there is no config.json.
+    """
     out = journal.out
     faults.point("finish.begun")
+    reopen_folder(out)
     lines = [_json_line(record) for commit in journal.commits for record in commit.linears]
     write_bytes(out / STATE_FOLDER / "linears.jsonl", b"".join(lines))
-    for path in sorted(source.iterdir()):
-        if path.is_file() and _is_side_file(path.name):
+    for path in _files_in(source):
+        if _is_side_file(path.name):
             copy_file(path, out / path.name)
     faults.point("finish.side")
     meta = {
@@ -79,7 +84,13 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig) -> None:
     final = json_bytes(read_json_object(source / "config.json") | {"quantization_config": quantization})
     write_sealed(out / STATE_FOLDER / MANIFEST_NAME, {"files": _manifest(journal, final)})
     faults.point("finish.manifest")
-    write_bytes(out / "config.json", final)
+    try:
+        write_bytes(out / "config.json", final)
+    except ResourceError:
+        # It has its name before that is durable; a job that failed leaves nothing that loads.
+        with contextlib.suppress(OSError):
+            (out / "config.json").unlink(missing_ok=True)
+        raise
     faults.point("finish.config")
 
 
@@ -87,10 +98,10 @@ def _manifest(journal: Journal, config_json: bytes) -> dict[str, dict[str, Any]]
     """Size and hash of every file of a finished folder, by name."""
     out = journal.out
     files = {c.shard.file: {"size": c.shard.size, "sha256": c.shard.sha256} for c in journal.commits}
-    names = [path.name for path in out.iterdir() if path.is_file()] + [f"{STATE_FOLDER}/{name}" for name in RECORDS]
+    records = [path.name for path in _files_in(out / STATE_FOLDER) if path.name in RECORDS]
+    names = [path.name for path in _files_in(out)] + [f"{STATE_FOLDER}/{name}" for name in records]
     for name in sorted(set(names) - set(files) - {"config.json"}):
-        if (out / name).exists():
-            files[name] = {"size": (out / name).stat().st_size, "sha256": file_sha256(out / name)}
+        files[name] = {"size": (out / name).stat().st_size, "sha256": file_sha256(out / name)}
     files["config.json"] = {"size": len(config_json), "sha256": hashlib.sha256(config_json).hexdigest()}
     return files
 
@@ -106,6 +117,14 @@ class FinishedBlock:
         stored = read_linear(prefix, lambda n: read_tensor(self._tensors[n]), bits, version)
         words, scales, zeros = (t.to(device) for t in stored)
         return dequantize_packed(words, scales, zeros, bits, dtype)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """By name. Raises ResourceError."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise ResourceError(f"{folder}: cannot be listed: {error.strerror}; check the disk, then run the same command again") from error
 
 
 def _is_side_file(name: str) -> bool:

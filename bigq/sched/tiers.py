@@ -175,7 +175,10 @@ class _OnHost:
 
 
 class _OnDisk:
-    """A file without a name: the system removes it with the process, however that ends."""
+    """A file without a name: the system removes it with the process, however that ends.
+
+    Once a write failed, nothing can be read any more: the rows there are not those that were put.
+    """
 
     def __init__(self, folder: Path, rows: int, elements: int, dtype: torch.dtype, device: torch.device, trace: Trace) -> None:
         self._trace = trace
@@ -184,9 +187,11 @@ class _OnDisk:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="activations")
         self._writes: deque[Future[None]] = deque()
         self._next: tuple[int, int, Future[Tensor]] | None = None
-        with self._errors():
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
+        self._failed: ResourceError | None = None
+        with self._errors(), contextlib.ExitStack() as undo:
+            self._file = undo.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
             os.posix_fallocate(self._file.fileno(), 0, max(1, rows * self._row_bytes))
+            undo.pop_all()
 
     def get(self, lo: int, hi: int) -> Tensor:
         expected, self._next = self._next, None
@@ -207,9 +212,12 @@ class _OnDisk:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-        self._file.close()
+        with contextlib.suppress(OSError):  # a network file system may tell only now of a write that failed; nobody reads it any more
+            self._file.close()
 
     def _read(self, lo: int, hi: int) -> Tensor:
+        if self._failed is not None:
+            raise self._failed
         rows = torch.empty(hi - lo, self._elements, dtype=self._dtype)
         view, position, done = as_bytes(rows), lo * self._row_bytes, 0
         with self._errors(), self._trace.span("activations", f"read {lo} … {hi}"):
@@ -223,12 +231,16 @@ class _OnDisk:
 
     def _write(self, lo: int, rows: Tensor) -> None:
         view, position, done = as_bytes(rows), lo * self._row_bytes, 0
-        with self._errors(), self._trace.span("activations", f"write {lo} … {lo + len(rows)}"):
-            while done < len(view):
-                done += os.pwritev(self._file.fileno(), [view[done:]], position + done)
-            # Only clean pages can be dropped; otherwise a whole pass would pile up in memory.
-            os.fdatasync(self._file.fileno())
-            self._drop(position, len(view))
+        try:
+            with self._errors(), self._trace.span("activations", f"write {lo} … {lo + len(rows)}"):
+                while done < len(view):
+                    done += os.pwritev(self._file.fileno(), [view[done:]], position + done)
+                # Only clean pages can be dropped; otherwise a whole pass would pile up in memory.
+                os.fdatasync(self._file.fileno())
+                self._drop(position, len(view))
+        except ResourceError as error:
+            self._failed = error
+            raise
 
     def _drop(self, position: int, size: int) -> None:
         os.posix_fadvise(self._file.fileno(), position, size, os.POSIX_FADV_DONTNEED)

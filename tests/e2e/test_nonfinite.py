@@ -231,9 +231,7 @@ def test_a_linear_that_cannot_be_factored_stays_as_it_is(
     for name in left:
         assert f"block 2: {name} stays unquantized: its Hessian is not positive definite even with damping 1\n" in said
     assert [commit["left_out"] for commit in commits(out)] == [[], [], left, []]
-    assert commits(out)[2]["skipped"] == dict.fromkeys(
-        left, "its Hessian is not positive definite even with damping 1"
-    )
+    assert commits(out)[2]["skipped"] == dict.fromkeys(left, "its Hessian is not positive definite even with damping 1")
     tensors, original = stored_tensors(out), stored_tensors(source)
     for name in left:
         assert torch.equal(tensors[f"{name}.weight"], original[f"{name}.weight"]) and f"{name}.qweight" not in tensors
