@@ -37,7 +37,7 @@ POINTS = (
     "journal.synced",
     "rows.embedded",
     "block.loaded",
-    "batch.replayed",
+    "batch.begun",
     "linear.solved",
     "block.solved",
     "block.replayed",

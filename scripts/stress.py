@@ -57,7 +57,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "llama, memory ends": ("llama", "--activations disk --checkpoint-every 0"),
 }
 #: Of one job the device's memory ends at its first batch, as long as it is not on record that it did.
-MEMORY_ENDS = "batch.replayed:1:OOM"
+MEMORY_ENDS = "batch.begun:1:OOM"
 LAYERS = {"llama": "num_hidden_layers", "gemma2": "num_hidden_layers", "bloom": "n_layer", "gpt2": "n_layer"}
 BLOCKS = 5
 #: How often one job may be killed before it is left to finish.

@@ -75,9 +75,8 @@ class ActivationStore:
         while lo < self._count:
             self._use(self._batches.at(block, step, lo))
             self.at = lo, min(lo + self.batch, self._count)
-            self.pause()
             try:
-                faults.point("batch.replayed")
+                self._begin_batch()
                 run(*self.at)
             except RuntimeError as error:
                 if self.batch == 1 or not out_of_memory(error):
@@ -105,9 +104,12 @@ class ActivationStore:
         """(hidden states, the block's call) for every batch of a pass."""
         for lo, hi in self.spans():
             self.at = lo, hi
-            self.pause()
-            faults.point("batch.replayed")
+            self._begin_batch()
             yield self.take(lo, hi), self.call(block, hi - lo)
+
+    def _begin_batch(self) -> None:
+        self.pause()
+        faults.point("batch.begun")
 
     def call(self, block: int, size: int) -> BlockCall:
         """How a block is called with a batch of so many rows."""

@@ -358,7 +358,7 @@ def test_a_disk_that_fails_for_a_while_costs_nothing_that_is_committed(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "stat", no_stat)
-        patch.setattr("bigq.io.writer.open", no_open, raising=False)
+        patch.setattr("bigq.io.record.open", no_open, raising=False)
         with pytest.raises(ResourceError, match=f"^{shard}: cannot be .*: {os.strerror(number)}; check the disk and run the command again"):
             opened(out)
     assert path_of(out).read_bytes() == before and surviving(out) == UNITS[:3]
