@@ -122,7 +122,7 @@ class Rule:
     def __post_init__(self) -> None:
         try:
             re.compile(self.pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UsageError(f"{self.pattern!r} is not a regular expression: {error}") from None
 
     @classmethod

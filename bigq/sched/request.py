@@ -237,6 +237,13 @@ def frozen_settings(job: Path) -> dict[str, Any] | None:
     return settings
 
 
+def require_same_code(out: Path, before: Any, folder: Path) -> None:
+    """Raise UsageError where the Python files of a model's folder are not those that the job in ``out`` was begun with."""
+    old, new = _parts(out, before)["code"], code_hashes(folder)
+    if old != new:
+        raise UsageError(_refusal(out, "code", old, new))
+
+
 def make_request(config: JobConfig, folder: Path, fingerprint: str, rows: Tensor | None, device: torch.device) -> dict[str, Any]:
     """The request of a job whose row length and batch are settled.
 

@@ -29,14 +29,14 @@ from bigq.sched.checkpoint import Checkpoints
 from bigq.sched.cost import Choice
 from bigq.sched.device import choose_device, memory_errors
 from bigq.sched.finish import finish_folder, is_finished
-from bigq.sched.journal import STATE_FOLDER, Journal, read_job, require_ours
+from bigq.sched.journal import STATE_FOLDER, Journal, output_folder, read_job
 from bigq.sched.memory import hold_heap
 from bigq.sched.owner import owned, refuse_if_held
 from bigq.sched.pager import Pager
 from bigq.sched.pipeline import Job
 from bigq.sched.planning import plan_job
 from bigq.sched.prepare import check_shapes, refuse_nesting, rest_shards, row_length, rows_for
-from bigq.sched.request import compare, make_request
+from bigq.sched.request import compare, make_request, require_same_code
 from bigq.sched.stop import Stop
 from bigq.trace import Trace
 
@@ -48,8 +48,9 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None, stop:
     Raises UsageError, DataError, ResourceError or Stopped (see ``bigq.errors``); then ``out`` holds no config.json.
     """
     started = time.monotonic()
-    out = Path(out).expanduser()
-    before = _remembered(out)
+    out = output_folder(out)
+    job_before = read_job(out)
+    before = None if job_before is None else JobConfig.from_frozen(job_before.get("settings"), f"{out}: its job.json")
     config = config or before or JobConfig()
     stop = stop or Stop(config.grace)
     device = choose_device(config.device)
@@ -57,8 +58,9 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None, stop:
     refuse_nesting(folder, out)
     if config.trace is not None and not Path(config.trace).parent.is_dir():
         raise UsageError(f"--trace {config.trace}: its folder does not exist; make it first")
-    require_ours(out)
     refuse_if_held(out / STATE_FOLDER)
+    if job_before is not None and config.trust_remote_code:
+        require_same_code(out, job_before, folder)  # before any of it is run
     hold_heap()
     skeleton.silence()
     with torch.no_grad(), memory_errors(device):
@@ -129,12 +131,6 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None, stop:
         waiting=clock.waiting(),
         batches=() if rows is None else Batches(plan.choice.batch, journal.halvings).used,
     )
-
-
-def _remembered(out: Path) -> JobConfig | None:
-    """What the job in ``out`` was asked for; None where there is none. Raises CheckpointError where it cannot be read."""
-    job = read_job(out)
-    return None if job is None else JobConfig.from_frozen(job.get("settings"))
 
 
 def _this_run(request: Mapping[str, Any], choice: Choice, committed: int, notes: Sequence[str]) -> dict[str, Any]:
