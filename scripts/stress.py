@@ -94,6 +94,9 @@ def make_inputs(work: Path) -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     from models import make_checkpoint, random_ids, save_ids
 
+    from bigq.skeleton import silence
+
+    silence()
     for family in sorted({family for family, _ in JOBS.values()}):
         make_checkpoint(work / family, family, **{LAYERS[family]: BLOCKS})
     save_ids(work / "ids.safetensors", random_ids())
