@@ -20,20 +20,18 @@ import pytest
 from conftest import ROOT
 from models import make_checkpoint
 
-from bigq import faults
+from bigq import faults, quantize
 from bigq.config import JobConfig
 from bigq.errors import BigqError, UsageError
-from bigq.sched.pipeline import quantize
 from bigq.sched.status import RESUMABLE, STATES, Status, status
 from bigq.scheme import QuantScheme
 
 #: One job, as a process of its own: the model, OUT, calibration ids, and what is to go wrong.
 JOB = """
 import sys
-from bigq import faults
-from bigq.errors import BigqError
+from bigq import faults, quantize
 from bigq.config import JobConfig
-from bigq.sched.pipeline import quantize
+from bigq.errors import BigqError
 from bigq.sched.stop import Stop
 from bigq.scheme import QuantScheme
 
