@@ -26,7 +26,7 @@ _LARGE_BYTES = 2**28
 #: Buffers are really computed. The largest of a published model, a mask of 8192 positions, has 256 MiB.
 _MAX_BUFFER_BYTES = 2**30
 #: Parameters of a model without a checkpoint to compare with. Llama-3.1-405B has 1137; experts are stored together.
-_MAX_PARAMETERS = 50_000
+_MAX_PARAMETERS = 20_000
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
