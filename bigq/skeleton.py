@@ -99,7 +99,7 @@ def build(
         model.tie_weights()  # type: ignore[operator]
     for module in model.modules():
         if hasattr(module, "warn_if_padding_and_no_attention_mask"):  # it looks at token ids, which a model on meta has none of
-            module.warn_if_padding_and_no_attention_mask = _say_nothing
+            module.__dict__["warn_if_padding_and_no_attention_mask"] = _say_nothing
     return model.eval().requires_grad_(False)
 
 

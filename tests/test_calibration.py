@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import struct
-import time
 import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bigq.calibration import BUILTIN_CALIBRATION, BUILTIN_HELDOUT, calibration_rows, evaluation_rows, require_vocabulary
 from bigq.errors import BigqError, CalibrationError
-from bigq.io.texts import LONGEST_LINE, PIECE_CHARS, text_pieces
+from bigq.io.texts import LONGEST_LINE, PIECE_CHARS, documents, text_pieces
 
 PERIOD = VOCABULARY - FIRST_ID
 
@@ -340,22 +339,26 @@ def test_a_file_that_is_one_line_takes_little_memory(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["bomb.txt.gz", "bomb.jsonl.gz", "bomb.json.gz"])
-def test_a_gzip_bomb_is_refused(name: str, tmp_path: Path, model: Path) -> None:
-    """2 GiB of one line in 2 MB."""
+def test_a_gzip_bomb_is_refused(name: str, tmp_path: Path) -> None:
+    """A GiB of one line in a MB: what is expanded is bounded, and so is what is held of it."""
     path = tmp_path / name
-    block = gzip.compress(b" " * 2**24)
-    path.write_bytes(gzip.compress(b'{"text": "') + block * 128)
-    started = time.perf_counter()
-    with pytest.raises(CalibrationError, match=r"expands to more than 200 times|is longer than") as error:
-        calibration_rows(str(path), model, samples=2, seqlen=8, seed=0)
-    assert str(path) in str(error.value) and time.perf_counter() - started < 60
+    path.write_bytes(gzip.compress(b'{"text": "') + gzip.compress(b" " * 2**24) * 64)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CalibrationError, match=r"expands to more than 100 times|is longer than") as error:
+            for _ in text_pieces(path) if name == "bomb.txt.gz" else documents(path):
+                pass
+        assert tracemalloc.get_traced_memory()[1] < 6 * 2**24
+    finally:
+        tracemalloc.stop()
+    assert str(path) in str(error.value)
 
 
 def test_text_that_packs_well_is_read(tmp_path: Path, model: Path) -> None:
     """The same line over and over comes to 300 times its size, but not to much."""
     path = tmp_path / "t.txt.gz"
     path.write_bytes(gzip.compress(b"w3 w4 w5\n" * 200_000))
-    assert path.stat().st_size * 200 < 9 * 200_000
+    assert path.stat().st_size * 100 < 9 * 200_000
     assert len(rows_of(path, model)) == 6
 
 
@@ -375,7 +378,9 @@ def test_long_documents_are_not_all_held(tmp_path: Path, model: Path, monkeypatc
         rows_of(jsonl(tmp_path / "t.jsonl", [ids_of(40)] * 20), model)
 
 
-@pytest.mark.parametrize("line", [r'{"text": "\ud800"}', '{"text": ' + "9" * 5000 + "}", '{"a":' * 3000 + "1" + "}" * 3000, '{"text": NaN}'])
+@pytest.mark.parametrize(
+    "line", [r'{"text": "\ud800"}', '{"text": ' + "9" * 5000 + "}", '{"a":' * 3000 + "1" + "}" * 3000, '{"text": NaN}']
+)
 def test_a_hostile_line_is_named(line: str, tmp_path: Path, model: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps({"text": "w3"}) + "\n" + line + "\n")
