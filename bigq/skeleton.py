@@ -26,7 +26,7 @@ _LARGE_BYTES = 2**28
 #: Buffers are really computed. The largest of a published model, a mask of 8192 positions, has 256 MiB.
 _MAX_BUFFER_BYTES = 2**30
 #: Parameters of a model without a checkpoint to compare with. Llama-3.1-405B has 1137; experts are stored together.
-_MAX_PARAMETERS = 50_000
+_MAX_PARAMETERS = 20_000
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -99,7 +99,7 @@ def build(
         model.tie_weights()  # type: ignore[operator]
     for module in model.modules():
         if hasattr(module, "warn_if_padding_and_no_attention_mask"):  # it looks at token ids, which a model on meta has none of
-            module.warn_if_padding_and_no_attention_mask = _say_nothing
+            module.__dict__["warn_if_padding_and_no_attention_mask"] = _say_nothing
     return model.eval().requires_grad_(False)
 
 

@@ -189,9 +189,9 @@ def mutated(rng: random.Random, kind: Kind) -> bytes:
 
 def feed(kind: Kind, path: Path, data: bytes, tally: Tally) -> str | None:
     """Give a reader one file. Returns which promise it broke, if one."""
+    path.unlink(missing_ok=True)  # a file that is written over is flushed to disk by some file systems
     path.write_bytes(data)
-    tracemalloc.reset_peak()
-    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.start()
     started = time.perf_counter()
     said: str | None = None
     broken: str | None = None
@@ -203,7 +203,8 @@ def feed(kind: Kind, path: Path, data: bytes, tally: Tally) -> str | None:
     except Exception as error:  # what the fuzzer is there to find
         broken = f"{type(error).__name__}: {error!r:.200}"
     seconds = time.perf_counter() - started
-    peak = tracemalloc.get_traced_memory()[1] - before
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     tally.inputs += 1
     tally.accepted += said is None and broken is None
     tally.seconds += seconds
@@ -221,23 +222,17 @@ def fuzz(kind: Kind, inputs: int, seed: int, keep: Path | None = None) -> Tally:
     """Feed a reader so many mutated files. What breaks it is told in the tally and written to the folder ``keep``."""
     rng = random.Random(seed)
     tally = Tally()
-    was_tracing = tracemalloc.is_tracing()
-    tracemalloc.start()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            kind.prepare(Path(folder))
-            path = Path(folder) / kind.name
-            for _ in range(inputs):
-                data = mutated(rng, kind)
-                broken = feed(kind, path, data, tally)
-                if broken is not None:
-                    tally.broken.append(broken)
-                    if keep is not None:
-                        keep.mkdir(parents=True, exist_ok=True)
-                        (keep / f"{hashlib.sha256(data).hexdigest()[:12]}-{kind.name}").write_bytes(data)
-    finally:
-        if not was_tracing:
-            tracemalloc.stop()
+    with tempfile.TemporaryDirectory() as folder:
+        kind.prepare(Path(folder))
+        path = Path(folder) / kind.name
+        for _ in range(inputs):
+            data = mutated(rng, kind)
+            broken = feed(kind, path, data, tally)
+            if broken is not None:
+                tally.broken.append(broken)
+                if keep is not None:
+                    keep.mkdir(parents=True, exist_ok=True)
+                    (keep / f"{hashlib.sha256(data).hexdigest()[:12]}-{kind.name}").write_bytes(data)
     return tally
 
 

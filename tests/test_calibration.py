@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
+import shutil
+import struct
+import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,9 +20,11 @@ import torch
 from models import FIRST_ID, VOCABULARY, random_ids, save_ids, word_tokenizer
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from bigq.calibration import calibration_rows, evaluation_rows, require_vocabulary
+from bigq.calibration import BUILTIN_CALIBRATION, BUILTIN_HELDOUT, calibration_rows, evaluation_rows, require_vocabulary
 from bigq.errors import BigqError, CalibrationError
+from bigq.io.texts import LONGEST_LINE, PIECE_CHARS, documents, text_pieces
 
 PERIOD = VOCABULARY - FIRST_ID
 
@@ -286,3 +292,141 @@ def test_rows_are_parts_of_the_text_with_bos(tmp_path: Path, model_with_bos: Pat
     ids = ids_of(1000)
     rows = rows_of(text_file(tmp_path / "t.txt", ids), model_with_bos)
     assert all(is_slice_of(row, [1, *ids]) for row in rows)
+
+
+# Files that mean harm.
+
+
+def test_pieces_of_text_are_those_of_readlines(tmp_path: Path) -> None:
+    """Tokens depend on where text is cut: lines around the length of a piece, and one longer than many."""
+    sizes = [10, PIECE_CHARS - 11, 1, 1, PIECE_CHARS, 5, 3 * PIECE_CHARS, 0, 0, PIECE_CHARS - 1, 2, *range(0, 9000, 7)]
+    path = tmp_path / "t.txt"
+    path.write_text("".join("é" * size + ("\r\n" if size % 3 else "\n") for size in sizes) + "no end", encoding="utf-8", newline="")
+    expected = []
+    with open(path, encoding="utf-8") as file:
+        while lines := file.readlines(PIECE_CHARS):
+            expected.append("".join(lines))
+    assert list(text_pieces(path)) == expected and len(expected) > 5
+    (tmp_path / "t.txt.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert list(text_pieces(tmp_path / "t.txt.gz")) == expected
+
+
+def test_the_builtin_texts_are_cut_as_ever() -> None:
+    for path in (BUILTIN_CALIBRATION, BUILTIN_HELDOUT):
+        with open(path, encoding="utf-8") as file:
+            assert "".join(text_pieces(path)) == file.read()
+
+
+def test_a_line_without_end_is_cut(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigq.io.texts.LONGEST_LINE", 100)
+    path = tmp_path / "t.txt"
+    path.write_text("w3 " * 1000)
+    pieces = list(text_pieces(path))
+    assert max(map(len, pieces)) <= PIECE_CHARS + 100 and "".join(pieces) == "w3 " * 1000
+    assert rows_of(path, model).unique().tolist() == [3]
+
+
+def test_a_file_that_is_one_line_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 MB without a newline, of which no more is held than one line may have."""
+    path = tmp_path / "t.txt"
+    path.write_text("w3 " * 2**20 * 21)
+    tracemalloc.start()
+    try:
+        assert sum(map(len, text_pieces(path))) == 63 * 2**20
+        assert tracemalloc.get_traced_memory()[1] < 6 * LONGEST_LINE
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["bomb.txt.gz", "bomb.jsonl.gz", "bomb.json.gz"])
+def test_a_gzip_bomb_is_refused(name: str, tmp_path: Path) -> None:
+    """A GiB of one line in a MB: what is expanded is bounded, and so is what is held of it."""
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b'{"text": "') + gzip.compress(b" " * 2**24) * 64)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CalibrationError, match=r"expands to more than 100 times|is longer than") as error:
+            for _ in text_pieces(path) if name == "bomb.txt.gz" else documents(path):
+                pass
+        assert tracemalloc.get_traced_memory()[1] < 6 * 2**24
+    finally:
+        tracemalloc.stop()
+    assert str(path) in str(error.value)
+
+
+def test_text_that_packs_well_is_read(tmp_path: Path, model: Path) -> None:
+    """The same line over and over comes to 300 times its size, but not to much."""
+    path = tmp_path / "t.txt.gz"
+    path.write_bytes(gzip.compress(b"w3 w4 w5\n" * 200_000))
+    assert path.stat().st_size * 100 < 9 * 200_000
+    assert len(rows_of(path, model)) == 6
+
+
+def test_a_long_document_is_refused(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = jsonl(tmp_path / "t.jsonl", [ids_of(40)] * 6)
+    size = max(map(len, path.read_text().splitlines(keepends=True)))
+    monkeypatch.setattr("bigq.io.texts.LONGEST_DOCUMENT", size)
+    assert len(rows_of(path, model)) == 6
+    monkeypatch.setattr("bigq.io.texts.LONGEST_DOCUMENT", size - 1)
+    with pytest.raises(CalibrationError, match=rf"line 1: is longer than {size - 1} characters"):
+        rows_of(path, model)
+
+
+def test_long_documents_are_not_all_held(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigq.calibration.MAX_KEPT_CHARS", 1000)
+    with pytest.raises(CalibrationError, match="too long to draw"):
+        rows_of(jsonl(tmp_path / "t.jsonl", [ids_of(40)] * 20), model)
+
+
+@pytest.mark.parametrize(
+    "line", [r'{"text": "\ud800"}', '{"text": ' + "9" * 5000 + "}", '{"a":' * 3000 + "1" + "}" * 3000, '{"text": NaN}']
+)
+def test_a_hostile_line_is_named(line: str, tmp_path: Path, model: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps({"text": "w3"}) + "\n" + line + "\n")
+    with pytest.raises(CalibrationError, match="line 2") as error:
+        rows_of(path, model)
+    assert str(error.value).isprintable()
+
+
+def test_more_token_ids_than_anyone_asks_for(tmp_path: Path, model: Path) -> None:
+    """A sparse file of a terabyte, whose header is sound."""
+    path = tmp_path / "ids.safetensors"
+    header = json.dumps({"input_ids": {"dtype": "I64", "shape": [2**20, 2**17], "data_offsets": [0, 2**40]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    try:
+        os.truncate(path, 8 + len(header) + 2**40)
+    except OSError:
+        pytest.skip("this file system has no files of a terabyte")
+    with pytest.raises(CalibrationError, match="more than 67108864 token ids"):
+        rows_of(path, model)
+
+
+def test_a_tokenizer_that_fails_on_the_text(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panics of a tokenizer's Rust part are no Exceptions; what the user does is not the tokenizer's failure."""
+
+    class PanicException(BaseException):
+        pass
+
+    path = text_file(tmp_path / "t.txt", ids_of(400))
+    raised: list[BaseException] = [PanicException("index out\nof bounds"), TypeError("text"), KeyboardInterrupt()]
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise raised[0]
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", fails)
+    for said in (r"fails on the text \(PanicException: index out of bounds\)", "TypeError: text"):
+        with pytest.raises(CalibrationError, match=said):
+            rows_of(path, model)
+        raised.pop(0)
+    with pytest.raises(KeyboardInterrupt):
+        rows_of(path, model)
+
+
+def test_a_tokenizer_file_beyond_bounds(tmp_path: Path, model: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    with open(folder / "tokenizer.json", "ab") as file:
+        file.truncate(2**29)
+    with pytest.raises(CalibrationError, match=r"tokenizer\.json: is larger than"):
+        rows_of(text_file(tmp_path / "t.txt", ids_of(400)), folder)

@@ -19,7 +19,7 @@ LONGEST_LINE = 2**22
 #: A longer line of JSONL is refused. The longest books have some 2**22 characters.
 LONGEST_DOCUMENT = 2**24
 #: How much gzip may expand: text comes to 3 to 10 times its size, gzip's own limit is 1032. The rest is for short files.
-MOST_EXPANSION, FREE_EXPANSION = 200, 2**26
+MOST_EXPANSION, FREE_EXPANSION = 100, 2**25
 
 
 def text_pieces(path: Path) -> Iterator[str]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import random
 import sys
-import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,13 +23,6 @@ from mutate import mutate_bytes, mutate_json
 CORPUS = sorted((ROOT / "tests" / "corpus").glob("*/*"))
 #: Inputs that one example of hypothesis feeds; examples of each kind; both make 3,000 inputs over all kinds.
 INPUTS, EXAMPLES = 10, 3000 // 10 // len(KINDS)
-
-
-@pytest.fixture
-def tracing() -> Iterator[None]:
-    tracemalloc.start()
-    yield
-    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -60,7 +51,7 @@ def test_a_hundred_thousand_mutated_files_break_no_reader(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_files_that_mutations_start_from_are_sound(name: str, tmp_path: Path, tracing: None) -> None:
+def test_the_files_that_mutations_start_from_are_sound(name: str, tmp_path: Path) -> None:
     kind, tally = KINDS[name], Tally()
     kind.prepare(tmp_path)
     for seed in kind.seeds:
@@ -70,7 +61,7 @@ def test_the_files_that_mutations_start_from_are_sound(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("file", CORPUS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_what_once_broke_a_reader_is_refused(file: Path, tmp_path: Path, tracing: None) -> None:
+def test_what_once_broke_a_reader_is_refused(file: Path, tmp_path: Path) -> None:
     kind, tally = KINDS[file.parent.name], Tally()
     kind.prepare(tmp_path)
     assert feed(kind, tmp_path / kind.name, file.read_bytes(), tally) is None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -312,3 +315,130 @@ def test_any_weight_map_raises_nothing_but_a_checkpoint_error(scratch: Path, wei
         assert str(folder) in said
         return
     assert weight_map == {"a": "one.safetensors"} and set(checkpoint) == {"a"}
+
+
+LONG = "x" * 5000
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "too many dimensions": (shard({"w": entry(shape=[1] * 8 + [2])}, b"x" * 8), "tensor w: shape .* at most 8 sizes"),
+    "millions of dimensions": (shard({"w": entry(shape=[2**62] * 1_000_000)}, b"x" * 8), "tensor w: shape .* at most 8 sizes"),
+    "size beyond 64 bits": (shard({"w": entry(shape=[2**63, 0])}), r"tensor w: shape \[9223372036854775808, 0\]"),
+    "product beyond 64 bits": (shard({"w": entry(shape=[2**62] * 8)}, b"x" * 8), "tensor w: 8 bytes do not hold"),
+    "offsets beyond 64 bits": (shard({"w": entry(2**63, 2**63 + 8)}, b"x" * 8), "tensor w: data_offsets"),
+    "offsets of thousands of digits": (shard({"w": entry(10**4000, 10**4000)}, b"x" * 8), "tensor w: data_offsets"),
+    "boolean offset": (shard({"w": {**entry(), "data_offsets": [False, 8]}}, b"x" * 8), "tensor w: data_offsets"),
+    "NaN": (shard(b'{"w": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, Infinity]}}', b"x" * 8), r"tensor w: shape \[nan\]"),
+    "empty tensor at an odd place": (shard({"v": entry(4, 4, shape=[0]), "w": entry()}, b"x" * 8), "tensor v overlaps"),
+    "empty tensor beyond the end": (shard({"v": entry(9, 9, shape=[0]), "w": entry()}, b"x" * 8), "tensor v: ends at byte"),
+    "name of control characters": (shard({"a\nb\x1b[2J": entry()}, b"x" * 8), "its name is not one of"),
+    "name with NUL": (shard({"a\0b": entry()}, b"x" * 8), "its name is not one of"),
+    "half a surrogate pair": (shard({"\ud800": entry()}, b"x" * 8), "its name is not one of"),
+    "text turned round": (shard({"a\u202eb": entry()}, b"x" * 8), "its name is not one of"),
+    "endless name": (shard({LONG: entry()}, b"x" * 8), "its name is not one of"),
+    "endless dtype": (shard({"w": entry(dtype=LONG)}, b"x" * 8), "tensor w: dtype"),
+    "dtype of control characters": (shard({"w": entry(dtype="\x1b\n")}, b"x" * 8), "tensor w: dtype"),
+    "metadata is a list": (shard({"__metadata__": [1], "w": entry()}, b"x" * 8), r"__metadata__ is \[1\]"),
+    "metadata of numbers": (shard({"__metadata__": {"a": 1}, "w": entry()}, b"x" * 8), "__metadata__ is {'a': 1}"),
+    "metadata is a tensor": (shard({"__metadata__": entry()}, b"x" * 8), "__metadata__ is"),
+    "values without end": (shard(b'{"w": [' + b"0," * 4_000_000 + b"0]}"), "more than 4000000 values"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_header_is_refused_in_one_short_line(kind: str, tmp_path: Path) -> None:
+    data, message = HOSTILE[kind]
+    (tmp_path / SINGLE).write_bytes(data)
+    started = time.perf_counter()
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Checkpoint.open(tmp_path)
+    assert time.perf_counter() - started < 5
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path / SINGLE}: ") and said.isprintable() and len(said) < 800
+
+
+def test_odd_but_sound_headers_are_read(tmp_path: Path) -> None:
+    """Names with separators and other scripts, many dimensions, sizes of nothing, metadata, unknown keys."""
+    header = {
+        "__metadata__": {"format": "pt", "": ""},
+        "../a/b\\c:0": entry(),
+        "тензор 💥": entry(8, 12, shape=[1] * 8, dtype="F32"),
+        "none": entry(12, 12, shape=[0, 2**62, 2**62]),
+        "": {**entry(12, 12, shape=[0]), "extra": [[{}]]},
+    }
+    (tmp_path / SINGLE).write_bytes(shard(header, bytes(12)))
+    infos = Checkpoint.open(tmp_path).tensors
+    assert set(infos) == set(header) - {"__metadata__"}
+    assert infos["none"].shape == (0, 2**62, 2**62) and infos["тензор 💥"].shape == (1,) * 8
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    write_sharded(tmp_path)
+    save_file({"c": torch.arange(3), "a": torch.zeros(1)}, tmp_path / "two.safetensors")
+    with pytest.raises(CheckpointError, match=r"two\.safetensors: tensor a is in one\.safetensors too"):
+        Checkpoint.open(tmp_path)
+
+
+def test_tensors_that_the_index_leaves_out_are_left_out(tmp_path: Path) -> None:
+    write_sharded(tmp_path)
+    write_index(tmp_path, {"a": "one.safetensors"})
+    assert set(Checkpoint.open(tmp_path)) == {"a"}
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\nb", "a\0b", "\x1b[2J", LONG, ".", "..", "", "a/b", "/", None, [], {}, 3, True])
+def test_names_in_an_index_are_told_in_one_short_line(name: Any, tmp_path: Path) -> None:
+    write_sharded(tmp_path)
+    for weight_map in ({"a": name}, {"a": "one.safetensors", str(name): name}, {str(name): "one.safetensors"}):
+        write_index(tmp_path, weight_map)
+        with pytest.raises(CheckpointError) as caught:
+            Checkpoint.open(tmp_path)
+        assert str(caught.value).startswith(str(tmp_path)) and str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
+def test_a_shard_that_is_gone_when_it_is_sampled_is_told(tmp_path: Path) -> None:
+    write_sharded(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    (tmp_path / "two.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"two\.safetensors: cannot be read"):
+        checkpoint.sample(checkpoint)
+
+
+def test_too_many_tensors_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_sharded(tmp_path)
+    monkeypatch.setattr("bigq.io.index.MAX_TENSORS", 2)
+    with pytest.raises(CheckpointError, match="more than 2 tensors"):
+        Checkpoint.open(tmp_path)
+    save_file({name: torch.zeros(1) for name in "abc"}, tmp_path / "three.safetensors")
+    with pytest.raises(CheckpointError, match="more than 2 tensors"):
+        read_header(tmp_path / "three.safetensors")
+
+
+def test_json_is_bounded_before_it_is_read(tmp_path: Path) -> None:
+    """A sparse file of a terabyte; a file nested as deep as Python's parser goes, but not its writer."""
+    path = tmp_path / "config.json"
+    with open(path, "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(CheckpointError, match="has 1099511627776 bytes, more than"):
+        read_json_object(path)
+    path.write_bytes(b'{"a":' * 64 + b"1" + b"}" * 64)
+    assert read_json_object(path)
+    path.write_bytes(b'{"a":' * 65 + b"1" + b"}" * 65)
+    with pytest.raises(CheckpointError, match="nested more than 64 deep"):
+        read_json_object(path)
+
+
+@pytest.mark.parametrize("name", [SINGLE, INDEX, "config.json"])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}: .*not a regular file"):
+        read_json_object(tmp_path / name) if name.endswith("json") else read_header(tmp_path / name)
+
+
+def test_reading_a_header_takes_memory_in_proportion(tmp_path: Path) -> None:
+    """Twenty thousand tensors."""
+    names = {f"model.layers.{i}.weight": entry(8 * i, 8 * i + 8) for i in range(20_000)}
+    (tmp_path / SINGLE).write_bytes(shard(names, bytes(160_000)))
+    tracemalloc.start()
+    try:
+        tensors, header = read_header(tmp_path / SINGLE)
+        assert len(tensors) == 20_000 and tracemalloc.get_traced_memory()[1] < 20 * len(header)
+    finally:
+        tracemalloc.stop()
