@@ -218,6 +218,7 @@ def _add_machine(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 def _add_verify(p: argparse.ArgumentParser) -> None:
     p.add_argument("out", metavar="OUT", help="output folder of a job, finished or not")
+    p.add_argument("--trust-remote-code", action="store_true", help="run model code that is in OUT, to see what its config describes")
     p.set_defaults(command=_run_verify)
 
 
@@ -331,9 +332,9 @@ def _run_eval(args: argparse.Namespace) -> int:
 
 
 def _run_verify(args: argparse.Namespace) -> int:
-    from bigq.sched.verify import verify  # type: ignore[import-not-found, unused-ignore]
+    from bigq.sched.verify import verify
 
-    problems = verify(Path(args.out))
+    problems = verify(Path(args.out), trust_remote_code=args.trust_remote_code)
     for problem in problems:
         print_result(one_line(problem))
     if problems:
@@ -344,7 +345,7 @@ def _run_verify(args: argparse.Namespace) -> int:
 
 
 def _run_status(args: argparse.Namespace) -> int:
-    from bigq.sched.status import status  # type: ignore[import-not-found, unused-ignore]
+    from bigq.sched.status import status
 
     found = status(Path(args.out))
     print_result(json.dumps(found.to_json()) if args.json else found.text())

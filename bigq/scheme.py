@@ -109,6 +109,11 @@ _OVERRIDES: Mapping[str, type] = {
 }
 
 
+#: Of a rule's pattern: characters, and repetitions. Patterns come with checkpoints too, and matching one takes time in the power of its
+#: repetitions.
+MAX_PATTERN, MAX_REPETITIONS = 1000, 6
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """Overrides for the Linears whose module name matches ``pattern`` (``re.match``: from the start).
@@ -120,6 +125,12 @@ class Rule:
     overrides: Mapping[str, int | float | bool] | None
 
     def __post_init__(self) -> None:
+        too_much = len(re.findall(r"[*+{]", self.pattern)) > MAX_REPETITIONS or re.search(r"\)[*+{]", self.pattern)
+        if len(self.pattern) > MAX_PATTERN or too_much:
+            raise UsageError(
+                f"{self.pattern[:MAX_PATTERN]!r} is too long or repeats too much to be matched in bounded time; "
+                f"use at most {MAX_REPETITIONS} of * + {{ and none of them behind a group"
+            )
         try:
             re.compile(self.pattern)
         except (re.error, OverflowError, RecursionError) as error:

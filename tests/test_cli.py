@@ -446,7 +446,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> Non
 def test_verify_of_a_sound_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[Path] = []
 
-    def verify(out: Path) -> list[str]:
+    def verify(out: Path, *, trust_remote_code: bool) -> list[str]:
+        assert not trust_remote_code
         asked.append(out)
         return []
 
@@ -461,7 +462,7 @@ def test_verify_of_a_sound_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_verify_of_a_damaged_folder(
     problems: list[str], count: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in(monkeypatch, "bigq.sched.verify", verify=lambda out: problems)
+    stand_in(monkeypatch, "bigq.sched.verify", verify=lambda out, **_: problems)
     assert main(["verify", "some/out"]) == 3
     output = capsys.readouterr()
     assert output.out.splitlines() == [problem.replace("\x1b", "\\x1b") for problem in problems]
@@ -502,7 +503,7 @@ def test_faults_are_armed_where_the_environment_asks_for_them(monkeypatch: pytes
         armed.append(spec)
 
     stand_in(monkeypatch, "bigq.faults", arm=arm)
-    stand_in(monkeypatch, "bigq.sched.verify", verify=lambda out: [])
+    stand_in(monkeypatch, "bigq.sched.verify", verify=lambda out, **_: [])
     for spec in ("", "kill:3", "nonsense"):
         monkeypatch.setenv("BIGQ_FAULT", spec)
         assert main(["verify", "out"]) == (2 if spec == "nonsense" else 0)
@@ -549,7 +550,7 @@ def test_an_error_is_one_printable_line(flag: str, capsys: pytest.CaptureFixture
 #: A whole program whose command does nothing but print.
 VERIFIES = """
 import sys, types
-sys.modules["bigq.sched.verify"] = types.SimpleNamespace(verify=lambda out: ["a", "b"][: int(str(out))])
+sys.modules["bigq.sched.verify"] = types.SimpleNamespace(verify=lambda out, **_: ["a", "b"][: int(str(out))])
 from bigq.cli import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +24,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     Raises ResourceError where the operating system refuses (disk full, no permission).
     """
-    temp = path.with_name(path.name + TEMP_SUFFIX)
+    # A name of its own each time: a job that was taken for dead, and is not, must not meet the next one's file.
+    temp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMP_SUFFIX}")
     try:
         with open(temp, "wb") as file:
             faults.point("file.opened")
@@ -82,9 +84,12 @@ def _pieces(source: Path) -> Iterator[bytes]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
+    """Make renames in a folder durable, where the file system knows such a thing."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of some network and shared folders
+            raise
     finally:
         os.close(fd)

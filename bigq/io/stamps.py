@@ -8,11 +8,11 @@ from pathlib import Path
 
 from bigq.errors import CheckpointError, ResourceError
 
-_Stamp = tuple[int, int, int]
+_Stamp = tuple[int, int]
 
 
 class Stamps:
-    """Size, time of modification and inode of some files, as they are now."""
+    """Size and time of modification of some files, as they are now."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._stamps = {path: _stamp(path) for path in sorted(files)}
@@ -34,4 +34,4 @@ def _stamp(path: Path) -> _Stamp | None:
         return None
     except OSError as error:
         raise ResourceError(f"{path}: cannot be looked at: {error.strerror}; check the disk and run the command again") from error
-    return there.st_size, there.st_mtime_ns, there.st_ino
+    return there.st_size, there.st_mtime_ns

@@ -111,6 +111,7 @@ class Journal:
         self._path = self._state / JOURNAL_NAME
         #: What was unusual about taking the job up.
         self.notes: list[str] = []
+        self._former: dict[str, str] = {}
         self._begin(request, compare)
         self._committed = self._surviving()
         self.halvings = self._known_halvings()
@@ -143,6 +144,7 @@ class Journal:
             problem = self._problem(commit)
             if problem is not None:
                 self.notes.append(f"{commit.shard.file}: {problem}; it is made again")
+                self._former[unit] = commit.shard.sha256
                 del kept[unit]
         if len(kept) < len(lines):
             write_bytes(self._path, b"".join(c.to_line() for c in kept.values()))
@@ -186,6 +188,10 @@ class Journal:
     def committed(self, number: int) -> Commit | None:
         """The commit of unit ``number``, if there is one."""
         return self._committed.get(self.units[number])
+
+    def differs(self, commit: Commit) -> bool:
+        """Whether the commit is of a shard that had to be made again and did not come out as it was."""
+        return self._former.get(commit.unit, commit.shard.sha256) != commit.shard.sha256
 
     def commit(self, commit: Commit) -> None:
         """Append a commit durably; its shard is already on disk. Raises ResourceError; then the journal is as it was."""
@@ -240,6 +246,14 @@ class Journal:
 def _write_all(file: FileIO, data: bytes) -> None:
     while data:
         data = data[file.write(data) :]
+
+
+def modification_time(path: Path) -> int:
+    """In ns. Raises ResourceError."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be looked at: {error.strerror}; check the disk and run the command again") from error
 
 
 def read_commits(out: Path) -> tuple[list[Commit], int]:

@@ -42,7 +42,7 @@ LOCK_NAME = "lock"
 #: Seconds between heartbeats.
 BEAT_SECONDS = 10.0
 #: Heartbeats that a holder on another machine may miss before it is taken for dead.
-MISSED_BEATS = 3
+MISSED_BEATS = 6
 #: How often a lock is tried that others replace meanwhile.
 LOCK_ATTEMPTS = 20
 

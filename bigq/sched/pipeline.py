@@ -35,7 +35,7 @@ from bigq.sched.block import BlockJob, Memo, Skipped, Solved, propagate, round_b
 from bigq.sched.checkpoint import Checkpoints
 from bigq.sched.cost import Choice
 from bigq.sched.finish import FinishedBlock, reopen_folder
-from bigq.sched.journal import STATE_FOLDER, Commit, Journal
+from bigq.sched.journal import STATE_FOLDER, Commit, Journal, modification_time
 from bigq.sched.memory import return_freed_memory
 from bigq.sched.owner import Owner
 from bigq.sched.pager import Pager
@@ -157,6 +157,7 @@ class Job:
             self._restore(job, finished)
         if store is not None and not last:
             self.progress.phase(f"block {i + 1} replay")
+            self._pause()
             self.entering = None
             began = time.monotonic()
             with self.clock.phase("replay"):
@@ -289,14 +290,20 @@ class Job:
             shard = write_shard(path, tensors)
             source = self.pager.checkpoint.sample(self._sources(number))
             self.stamps.require_unchanged()
+            self.owner.check()
             commit = Commit(
                 unit=unit,
                 shard=shard,
-                modified=path.stat().st_mtime_ns,
+                modified=modification_time(path),
                 linears=tuple(r.to_json() for r in records),
                 left_out=tuple(left_out),
                 skipped=skipped or {},
                 source=source,
                 batch=batch,
             )
+            if self.journal.differs(commit):
+                self.progress.say(
+                    f"warning: {unit} was made again and is not what it was, as its device, batch or versions are others; "
+                    "blocks behind it were solved on what it was before"
+                )
             self.journal.commit(commit)

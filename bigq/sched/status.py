@@ -113,7 +113,7 @@ def status(out: Path) -> Status:
     Records that are damaged are no error: the result says which ones are. Raises UsageError where ``out`` is neither empty nor the
     folder of a job, ResourceError where it cannot be looked at.
     """
-    out = out.expanduser()
+    out = Path(os.path.expanduser(out))
     _require_job(out)
     state = out / STATE_FOLDER
     damaged: list[str] = []

@@ -6,6 +6,7 @@ describes. Every byte is read once. What is found is told and nothing is repaire
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -44,7 +45,7 @@ def verify(out: Path, *, trust_remote_code: bool = False) -> list[str]:
     trust_remote_code: run model code that lies in ``out``, as the job did. Raises UsageError where ``out`` is not the folder of a job,
     ResourceError where it cannot be listed.
     """
-    out = out.expanduser()
+    out = Path(os.path.expanduser(out))
     try:
         if not (out / STATE_FOLDER).is_dir():
             raise UsageError(f"{out}: holds no job of bigq; name the output folder of bigq quantize")
