@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bigq.errors import CheckpointError, UsageError
+from bigq.io.json_file import plain
 from bigq.scheme import QuantScheme, Rule
 
 METHODS = ("gptq", "rtn")
@@ -138,12 +139,12 @@ class JobConfig:
         """
         try:
             _require_names("settings", settings, FROZEN_FIELDS)
-            plain = {name: _checked(f"settings.{name}", settings[name], kinds) for name, kinds in _kinds(cls()).items()}
+            values = {name: _checked(f"settings.{name}", settings[name], kinds) for name, kinds in _kinds(cls()).items()}
             scheme = QuantScheme(**_scheme_fields("settings.scheme", settings["scheme"], _SCHEME_KINDS))
-            return cls(scheme=scheme, rules=_rules(settings["rules"]), **plain)
+            return cls(scheme=scheme, rules=_rules(settings["rules"]), **values)
         except UsageError as error:
             raise CheckpointError(
-                f"{where}: {error}; the file is damaged, or of another version of bigq: begin the job again in another folder"
+                f"{where}: {plain(str(error))}; the file is damaged, or of another version of bigq: begin the job again in another folder"
             ) from None
 
 

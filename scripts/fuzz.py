@@ -33,10 +33,15 @@ from facts import print_table
 from mutate import mutate_bytes, mutate_json
 from safetensors.torch import save, save_file
 
+from bigq.config import JobConfig
 from bigq.errors import BigqError
 from bigq.io.index import INDEX_NAME, Checkpoint, read_header
 from bigq.io.json_file import read_json_object
+from bigq.io.record import ShardRecord
+from bigq.io.sealed import seal
 from bigq.io.texts import documents
+from bigq.sched.journal import Commit, read_commits, read_job
+from bigq.sched.request import compare, make_request
 
 #: What a reader may take: so much for any file, and so many bytes for each byte of it.
 BASE_BYTES, BYTES_PER_BYTE = 256 * 1024, 100
@@ -128,9 +133,35 @@ def read_documents(path: Path) -> None:
         text.encode()
 
 
+def read_journal(path: Path) -> None:
+    """What is read is written as it was read."""
+    commits, damaged = read_commits(path.parent.parent)
+    kept = b"".join(commit.to_line() for commit in commits)
+    assert kept == path.read_bytes() or damaged, "a line is not what was read from it"
+    for commit in commits:
+        assert Path(commit.shard.file).suffix is not None and commit.shard.size == int(commit.shard.size)
+        "".join([*commit.shard.tensors, *commit.left_out, *(commit.skipped or {}).values()])
+
+
+def read_request(path: Path) -> None:
+    job = read_job(path.parent.parent)
+    assert job is not None
+    JobConfig.from_frozen(job.get("settings"), str(path))
+    compare(path.parent, job, REQUEST)
+
+
+def sealed(value: Any, *, line: bool = False) -> bytes:
+    """A mutated record with the checksum that it would have, so that what it says is looked at too."""
+    return seal({k: v for k, v in value.items() if k != "check"}, line=line) if isinstance(value, dict) else dumped(value) + b"\n"
+
+
 def two_shards(folder: Path) -> None:
     save_file({"a": torch.arange(4.0), "b": torch.zeros(2, 2)}, folder / "one.safetensors")
     save_file({"c": torch.arange(3)}, folder / "two.safetensors")
+
+
+def state_folder(folder: Path) -> None:
+    (folder / ".bigq").mkdir()
 
 
 def _shards() -> tuple[bytes, ...]:
@@ -151,6 +182,21 @@ CONFIG = {
 }
 INDEX = {"metadata": {"total_size": 56}, "weight_map": {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}}
 
+REQUEST = make_request(JobConfig(seqlen=64, batch=2), ROOT / "bigq/assets/tiny-llama", "0" * 64, None, torch.device("cpu"))
+COMMITS = [
+    Commit(
+        unit=unit,
+        shard=ShardRecord(file=f"model-{i + 1:05d}-of-00002.safetensors", size=1234, sha256="ab" * 32, tensors=("a.weight", "b.qweight")),
+        linears=({"name": "a", "loss": 0.5, "shape": [2, 3]},),
+        modified=1_700_000_000_000_000_000 + i,
+        left_out=("a.router",),
+        skipped={"a.up": "its Hessian is not finite"},
+        source="cd" * 32,
+        batch=i or None,
+    )
+    for i, unit in enumerate(("rest-0", "block-0"))
+]
+
 KINDS: dict[str, Kind] = {
     "header": Kind(
         seeds=_shards(),
@@ -169,6 +215,22 @@ KINDS: dict[str, Kind] = {
     ),
     "config": Kind(
         seeds=(dumped(CONFIG),), read=read_config, name="config.json", pack=lambda value, seed: dumped(value), unpack=json.loads
+    ),
+    "journal": Kind(
+        seeds=(b"".join(commit.to_line() for commit in COMMITS),),
+        read=read_journal,
+        name=".bigq/journal.jsonl",
+        pack=lambda value, seed: b"".join(sealed(line, line=True) for line in value) if isinstance(value, list) else dumped(value),
+        unpack=lambda file: [json.loads(line) for line in file.splitlines()],
+        prepare=state_folder,
+    ),
+    "request": Kind(
+        seeds=(seal(REQUEST),),
+        read=read_request,
+        name=".bigq/job.json",
+        pack=lambda value, seed: sealed(value),
+        unpack=json.loads,
+        prepare=state_folder,
     ),
     "documents": Kind(
         seeds=(b'{"text": "some words", "url": "x"}\n\n' * 3,),
@@ -232,7 +294,7 @@ def fuzz(kind: Kind, inputs: int, seed: int, keep: Path | None = None) -> Tally:
                 tally.broken.append(broken)
                 if keep is not None:
                     keep.mkdir(parents=True, exist_ok=True)
-                    (keep / f"{hashlib.sha256(data).hexdigest()[:12]}-{kind.name}").write_bytes(data)
+                    (keep / f"{hashlib.sha256(data).hexdigest()[:12]}-{Path(kind.name).name}").write_bytes(data)
     return tally
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,14 +62,16 @@ def read_record(path: Path, attempts: int = 3) -> bytes | None:
     """The bytes of one of a job's own files; None where there is none. Raises ResourceError, CheckpointError where it is absurdly large."""
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            # Not more than there is: memory is taken for as much as is asked for.
+            size = os.fstat(file.fileno()).st_size
+            data = file.read() if size <= MAX_BYTES else None
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         if error.errno == errno.ESTALE and attempts > 1:  # over NFS, one that another machine replaced meanwhile
             return read_record(path, attempts - 1)
         raise ResourceError(f"{path}: cannot be read: {error.strerror}; check the disk and run the command again") from error
-    if len(data) > MAX_BYTES:
+    if data is None:
         raise CheckpointError(f"{path}: is larger than {MAX_BYTES} bytes, which no record of a job is; choose another folder")
     return data
 

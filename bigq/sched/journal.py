@@ -77,22 +77,43 @@ class Commit:
     def from_line(cls, line: bytes) -> Commit | None:
         """None where the line was torn by a crash, or is not as it was written."""
         value = unseal(line, line=True)
-        if value is None:
+        if value is None or not _has_kinds(value):
             return None
-        try:
-            shard = ShardRecord(file=value["file"], size=value["size"], sha256=value["sha256"], tensors=tuple(value["tensors"]))
-            return cls(
-                unit=value["unit"],
-                shard=shard,
-                linears=tuple(value["linears"]),
-                modified=value["modified"],
-                left_out=tuple(value["left_out"]),
-                skipped=value["skipped"],
-                source=value["source"],
-                batch=value["batch"],
-            )
-        except (KeyError, TypeError):
-            return None
+        return cls(
+            unit=value["unit"],
+            shard=ShardRecord(file=value["file"], size=value["size"], sha256=value["sha256"], tensors=tuple(value["tensors"])),
+            linears=tuple(value["linears"]),
+            modified=value["modified"],
+            left_out=tuple(value["left_out"]),
+            skipped=value["skipped"],
+            source=value["source"],
+            batch=value["batch"],
+        )
+
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "unit": (str,),
+    "file": (str,),
+    "size": (int,),
+    "sha256": (str,),
+    "modified": (int,),
+    "tensors": (list,),
+    "linears": (list,),
+    "left_out": (list,),
+    "skipped": (dict,),
+    "source": (str,),
+    "batch": (int, type(None)),
+}
+
+
+def _has_kinds(value: Mapping[str, Any]) -> bool:
+    """Whether a line holds what lines hold."""
+    return (
+        value.keys() == _KINDS.keys()
+        and all(type(value[name]) in kinds for name, kinds in _KINDS.items())
+        and all(isinstance(name, str) for name in [*value["tensors"], *value["left_out"], *value["skipped"].values()])
+        and all(isinstance(record, dict) for record in value["linears"])
+    )
 
 
 class Journal:
