@@ -299,7 +299,22 @@ def test_rows_are_parts_of_the_text_with_bos(tmp_path: Path, model_with_bos: Pat
 
 def test_pieces_of_text_are_those_of_readlines(tmp_path: Path) -> None:
     """Tokens depend on where text is cut: lines around the length of a piece, and one longer than many."""
-    sizes = [10, PIECE_CHARS - 11, 1, 1, PIECE_CHARS, 5, 3 * PIECE_CHARS, 0, 0, PIECE_CHARS - 1, 2, *range(0, 9000, 7)]
+    sizes = [
+        10,
+        PIECE_CHARS - 12,
+        10,
+        PIECE_CHARS - 11,
+        1,
+        1,
+        PIECE_CHARS,
+        5,
+        3 * PIECE_CHARS,
+        0,
+        0,
+        PIECE_CHARS - 1,
+        2,
+        *range(0, 9000, 7),
+    ]
     path = tmp_path / "t.txt"
     path.write_text("".join("é" * size + ("\r\n" if size % 3 else "\n") for size in sizes) + "no end", encoding="utf-8", newline="")
     expected = []

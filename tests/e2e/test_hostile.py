@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from conftest import ROOT, Child
 from models import word_tokenizer
 
 from bigq.calibration import load_tokenizer
 from bigq.cli import main
-from bigq.errors import BigqError, CalibrationError, CheckpointError
+from bigq.errors import BigqError, CalibrationError, CheckpointError, UnsupportedModelError
 from bigq.io.contained import require_contained
 from bigq.io.gptq_config import PackedSchemes
 from bigq.io.hub import resolve_headers, resolve_model
+from bigq.model_config import require_sane
 from bigq.skeleton import build, load_config
 
 #: Address space of a child, in GiB: what importing torch and transformers takes is 3 of them.
@@ -88,6 +90,14 @@ def test_a_link_to_a_link_that_leads_out(model: Path, secret: Path) -> None:
     (model / ".git").mkdir()
     (model / ".git" / "b").symlink_to(secret)
     with pytest.raises(CheckpointError, match="a: is a link out of"):
+        require_contained(model)
+
+
+def test_a_link_to_a_neighbour_of_like_name(model: Path, secret: Path) -> None:
+    neighbour = model.with_name(model.name + "-2")
+    neighbour.mkdir()
+    (model / "vocab.txt").symlink_to(shutil.copy(secret, neighbour / "vocab.txt"))
+    with pytest.raises(CheckpointError, match=r"vocab\.txt: is a link out of"):
         require_contained(model)
 
 
@@ -252,12 +262,19 @@ def test_an_absurd_config_is_refused(kind: str, model: Path, ids_file: Path, cap
     assert not out.exists()
 
 
+def test_code_below_the_top_of_a_config_needs_the_flag() -> None:
+    for config in ({"text_config": {"auto_map": {}}}, {"a": [{"b": {"auto_map": 3}}]}):
+        with pytest.raises(UnsupportedModelError, match="--trust-remote-code"):
+            require_sane(Path("config.json"), config, trust_remote_code=False)
+        require_sane(Path("config.json"), config, trust_remote_code=True)
+
+
 #: Those that transformers would act on at once, for several families; with no weights beside the config there is nothing to compare with.
 EXPENSIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "layers": ("llama", {"num_hidden_layers": 32_768}),
     "layer types": ("gemma3", {"num_hidden_layers": 32_768, "layer_types": None}),
     "labels": ("gpt2", {"num_labels": 2**40}),
-    "sinusoids": ("codegen", {"n_positions": 2**27, "n_ctx": 2**27, "rotary_dim": 64, "n_embd": 64, "n_head": 1, "n_layer": 1}),
+    "sinusoids": ("codegen", {"n_positions": 2**24, "n_ctx": 2**24, "rotary_dim": 64, "n_embd": 64, "n_head": 1, "n_layer": 1}),
     "rotary": ("gptj", {"n_positions": 2**27, "rotary_dim": 2**26, "n_embd": 2**26, "n_head": 1, "n_layer": 1}),
     "mask": ("gpt_neo", {"max_position_embeddings": 2**20, "num_layers": 1, "attention_types": [[["global"], 1]]}),
     "head": ("llama", {"head_dim": 2**27, "num_hidden_layers": 1}),
@@ -365,8 +382,26 @@ def test_a_tokenizer_class_that_is_no_tokenizer_is_refused(name: Any, file: str,
         load_tokenizer(model)
 
 
+def test_what_transformers_exports_is_not_taken_for_a_tokenizer(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes anything of that name. RagRetriever, for one, unpickles, where the packages that it needs are there."""
+    ran = []
+
+    class Unpickler:
+        @classmethod
+        def from_pretrained(cls, *args: Any, **kwargs: Any) -> None:
+            ran.append(args)
+
+    monkeypatch.setattr(transformers, "Unpickler", Unpickler, raising=False)
+    change(model / "config.json", model_type="gpt2")
+    change(model / "tokenizer_config.json", tokenizer_class="Unpickler")
+    transformers.AutoTokenizer.from_pretrained(model)
+    assert len(ran) == 1, "what bigq keeps off is not there any more"
+    with pytest.raises(CalibrationError, match="'Unpickler' is not a tokenizer"):
+        load_tokenizer(model)
+    assert len(ran) == 1
+
+
 def test_no_pickle_is_opened_for_a_tokenizer(model: Path, tmp_path: Path) -> None:
-    """RagRetriever, which transformers exports and would take for a tokenizer, unpickles what lies in the folder."""
     ran = tmp_path / "ran"
     attack = f"cos\nsystem\n(S'touch {ran}'\ntR.".encode()
     for name in (
