@@ -290,13 +290,6 @@ def read_job(out: Path) -> dict[str, Any] | None:
     return read_sealed(out / STATE_FOLDER / JOB_NAME, _BEGIN_AGAIN)
 
 
-def output_folder(out: str | Path) -> Path:
-    """OUT as a path. Raises as ``require_ours``."""
-    path = Path(os.path.expanduser(out))
-    require_ours(path)
-    return path
-
-
 def require_ours(out: Path) -> None:
     """Raise UsageError where ``out`` is neither absent, nor empty, nor the folder of a job; ResourceError where it cannot be read."""
     try:

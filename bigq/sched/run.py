@@ -29,7 +29,7 @@ from bigq.sched.checkpoint import Checkpoints
 from bigq.sched.cost import Choice
 from bigq.sched.device import choose_device, memory_errors
 from bigq.sched.finish import finish_folder, is_finished
-from bigq.sched.journal import STATE_FOLDER, Journal, output_folder, read_job
+from bigq.sched.journal import STATE_FOLDER, Journal, read_job, require_ours
 from bigq.sched.memory import hold_heap
 from bigq.sched.owner import owned, refuse_if_held
 from bigq.sched.pager import Pager
@@ -48,7 +48,7 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None, stop:
     Raises UsageError, DataError, ResourceError or Stopped (see ``bigq.errors``); then ``out`` holds no config.json.
     """
     started = time.monotonic()
-    out = output_folder(out)
+    out = Path(os.path.expanduser(out))
     job_before = read_job(out)
     before = None if job_before is None else JobConfig.from_frozen(job_before.get("settings"), f"{out}: its job.json")
     config = config or before or JobConfig()
@@ -58,6 +58,7 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None, stop:
     refuse_nesting(folder, out)
     if config.trace is not None and not Path(config.trace).parent.is_dir():
         raise UsageError(f"--trace {config.trace}: its folder does not exist; make it first")
+    require_ours(out)
     refuse_if_held(out / STATE_FOLDER)
     if job_before is not None and config.trust_remote_code:
         require_same_code(out, job_before, folder)  # before any of it is run
