@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -391,7 +392,7 @@ def test_what_transformers_exports_is_not_taken_for_a_tokenizer(model: Path, tmp
         def from_pretrained(cls, *args: Any, **kwargs: Any) -> None:
             ran.append(args)
 
-    monkeypatch.setattr(transformers, "Unpickler", Unpickler, raising=False)
+    monkeypatch.setattr(sys.modules["transformers"], "Unpickler", Unpickler, raising=False)
     change(model / "config.json", model_type="gpt2")
     change(model / "tokenizer_config.json", tokenizer_class="Unpickler")
     transformers.AutoTokenizer.from_pretrained(model)
