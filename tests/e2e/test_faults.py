@@ -40,14 +40,14 @@ WRITING = (
     "journal.half",
     "journal.written",
     "journal.synced",
+    "checkpoint.begun",
     "checkpoint.written",
     "checkpoint.recorded",
 )
 #: The others, and why no call of the system fails there.
 NOT_WRITING = {
     **dict.fromkeys(("job.written", "run.recorded", "batch.halved"), "the file is durable already; its own writing has points"),
-    **dict.fromkeys(("rows.embedded", "block.loaded", "batch.replayed", "linear.solved", "block.solved", "block.replayed"), "computing"),
-    "checkpoint.begun": "nothing is written yet",
+    **dict.fromkeys(("rows.embedded", "block.loaded", "batch.begun", "linear.solved", "block.solved", "block.replayed"), "computing"),
     **dict.fromkeys(
         ("finish.begun", "finish.side", "finish.index", "finish.manifest", "finish.config"), "between files, which have points of their own"
     ),
@@ -131,7 +131,7 @@ def test_folder_that_is_finished_anew(job: TinyJob, tmp_path: Path, capsys: pyte
 def test_batch_that_cannot_be_recorded(count: int, job: TinyJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Memory ends, and the disk refuses the record of it: nothing that came of the smaller batch is committed."""
     out, whole = tmp_path / "out", tmp_path / "whole"
-    halved = f"batch.replayed:{count}:OOM"
+    halved = f"batch.begun:{count}:OOM"
     faults.arm(halved)
     bigq.quantize(str(job.source), whole, job.config(quiet=True))
     faults.disarm()
@@ -357,9 +357,6 @@ def test_read_only_mount(read_only: Callable[[str], Path], job: TinyJob, capsys:
     assert hashes(out) == job.expected
 
 
-RAW = pytest.mark.xfail(strict=True, reason="removing what is left over raises as the system does")
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -371,14 +368,11 @@ RAW = pytest.mark.xfail(strict=True, reason="removing what is left over raises a
         ".bigq/runs.jsonl",
         ".bigq/journal.jsonl",
         ".bigq/batches.json",
-        ".bigq/checkpoints.json",
         ".bigq/linears.jsonl",
         ".bigq/manifest.json",
         "config.json",
         "quantize_config.json",
         "model.safetensors.index.json",
-        pytest.param("model-00001-of-00003.safetensors.bigq-tmp", marks=RAW),
-        pytest.param(".bigq/activations-00001.safetensors", marks=RAW),
     ],
 )
 def test_folder_in_a_files_place(name: str, job: TinyJob, tmp_path: Path) -> None:
@@ -390,6 +384,17 @@ def test_folder_in_a_files_place(name: str, job: TinyJob, tmp_path: Path) -> Non
     require_plain(error.value)
     assert str(out) in str(error.value)
     (out / name).rmdir()
+    bigq.quantize(str(job.source), out, job.config(quiet=True))
+    assert hashes(out) == job.expected
+
+
+@pytest.mark.parametrize(
+    "name", [".bigq/checkpoints.json", ".bigq/activations-00001.safetensors", "model-00001-of-00003.safetensors.bigq-tmp"]
+)
+def test_folder_in_the_place_of_what_a_job_can_do_without(name: str, job: TinyJob, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / name).mkdir(parents=True)
+    (out / STATE_FOLDER).mkdir(exist_ok=True)
     bigq.quantize(str(job.source), out, job.config(quiet=True))
     assert hashes(out) == job.expected
 

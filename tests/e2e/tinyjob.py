@@ -20,6 +20,7 @@ import bigq
 from bigq import faults
 from bigq.config import JobConfig
 from bigq.errors import BigqError
+from bigq.io.atomic import TEMP_SUFFIX
 from bigq.report import Report
 from bigq.sched import planning
 from bigq.sched.journal import STATE_FOLDER, read_commits
@@ -54,7 +55,7 @@ def open_below(folder: Path) -> list[str]:
 
 def kind(path: str) -> str:
     """The kind of a file that a job writes: its name without numbers."""
-    name = Path(path).name.removesuffix(".bigq-tmp")
+    name = Path(path).name
     if name.startswith("model-"):
         return "rest shard" if name.startswith("model-00001-") else "block shard"
     return "checkpoint" if name.startswith("activations-") else name
@@ -112,7 +113,7 @@ class TinyJob:
 
     def attempt(self, out: Path, capsys: pytest.CaptureFixture[str], source: Path | None = None, **changes: Any) -> Outcome:
         """Run the job; whatever fails must fail as it should."""
-        before = committed(out)
+        before, temporary = committed(out), temporary_files(out)
         release_by_hand(out)
         capsys.readouterr()
         error, report = None, None
@@ -129,6 +130,7 @@ class TinyJob:
         else:
             require_sound(out, before)
             require_plain(error)
+            assert temporary_files(out) <= temporary, "half of a file still takes room"
         return Outcome(report, error, told)
 
     def complete(self, out: Path, capsys: pytest.CaptureFixture[str]) -> Report:
@@ -138,9 +140,12 @@ class TinyJob:
         assert again.error is None, again.error
         assert again.report is not None
         assert again.report.resumed_blocks == sum(unit.startswith("block-") for unit in there), again.told
-        left = [path.name for path in out.rglob("*") if path.name.endswith(".bigq-tmp") or path.name.startswith("activations-")]
-        assert not left
+        assert not temporary_files(out) and not [*out.rglob("activations-*")]
         return again.report
+
+
+def temporary_files(out: Path) -> set[str]:
+    return {path.name for path in out.rglob(f"*{TEMP_SUFFIX}")}
 
 
 def committed(out: Path) -> list[str]:
@@ -161,7 +166,7 @@ def require_sound(out: Path, committed_before: list[str]) -> None:
     if not (out / STATE_FOLDER).is_dir():
         return
     commits, damaged = read_commits(out)
-    assert damaged <= 1
+    assert not damaged, "a line of the journal is torn"
     assert set(committed_before) <= {commit.unit for commit in commits}
     for commit in commits:
         assert file_hash(out / commit.shard.file) == commit.shard.sha256
