@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigq.errors import UnsupportedModelError
+from bigq.errors import BigqError, UnsupportedModelError
+from bigq.io.json_file import plain
+from bigq.sched.device import out_of_memory
 from bigq.sched.pager import replaced_forward
 
 
@@ -73,6 +75,24 @@ def hidden_of(output: Any) -> Tensor:
     hidden = output if isinstance(output, Tensor) else output[0]
     assert isinstance(hidden, Tensor)
     return hidden
+
+
+@contextlib.contextmanager
+def forward_errors() -> Iterator[None]:
+    """Tell what a model's own forward raises as an UnsupportedModelError; our own errors and memory that ended stay what they are.
+
+    For first tries: a config that a model can be built from may still be one that it cannot run with, and then it may raise anything.
+    """
+    try:
+        yield
+    except (BigqError, MemoryError):
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise UnsupportedModelError(
+            f"the model's own forward fails with this config.json: {type(error).__name__}: {plain(' '.join(str(error).split())[:300])}"
+        ) from error
 
 
 def first_input(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[Tensor, BlockCall]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from bigq import skeleton
 from bigq.sched.activations import ActivationStore
 from bigq.sched.batches import Batches
-from bigq.sched.capture import BlockCall, OutputForm, check_streamable, first_input, record_calls
+from bigq.sched.capture import BlockCall, OutputForm, check_streamable, first_input, forward_errors, record_calls
 from bigq.sched.pager import Pager
 from bigq.sched.tiers import Tier
 
@@ -39,9 +39,11 @@ def probe_model(pager: Pager) -> Probe:
     ids = torch.randint(0, vocabulary, (2, 1, length), generator=generator)
     with pager.rest_loaded(), pager.embedding_rows(ids):
         ids = ids.to(pager.device)
-        hidden, call = first_input(pager.model, pager.blocks, ids[0])
+        with forward_errors():
+            hidden, call = first_input(pager.model, pager.blocks, ids[0])
         block = pager.load_block(0)
-        form = OutputForm.of(block(hidden, *call.args, **call.kwargs))
+        with forward_errors():
+            form = OutputForm.of(block(hidden, *call.args, **call.kwargs))
         check_streamable(pager.model, pager.blocks, ids, form)
         calls = record_calls(pager.model, pager.blocks, ids[0], form)
         pager.evict_block(0)

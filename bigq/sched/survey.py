@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from bigq.arch import block_linears
 from bigq.io.index import TensorInfo
-from bigq.sched.capture import BlockCall, OutputForm, all_replaced, first_input, record_calls
+from bigq.sched.capture import BlockCall, OutputForm, all_replaced, first_input, forward_errors, record_calls
 from bigq.sched.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
 from bigq.sched.structure import BlockPlan, Gradients, plan_block
 from bigq.skeleton import linear_weight
@@ -109,8 +109,9 @@ class _Run:
 
 
 def _form(model: nn.Module, blocks: nn.ModuleList) -> OutputForm:
-    hidden, call = first_input(model, blocks, torch.zeros(1, 2, dtype=torch.long, device="meta"))
-    return OutputForm.of(blocks[0](hidden, *call.args, **call.kwargs))
+    with forward_errors():
+        hidden, call = first_input(model, blocks, torch.zeros(1, 2, dtype=torch.long, device="meta"))
+        return OutputForm.of(blocks[0](hidden, *call.args, **call.kwargs))
 
 
 def _signature(block: nn.Module) -> tuple[Any, ...]:

@@ -13,6 +13,8 @@ from models import FAMILIES, LEVELS, make_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bigq.errors import CheckpointError, UnsupportedModelError
+from bigq.sched.capture import forward_errors
 from bigq.sched.pager import Pager
 from bigq.sched.probe import probe_model
 from bigq.sched.shape import ModelShape
@@ -124,3 +126,13 @@ def test_blocks_that_attend_differently_are_looked_at_apart(tmp_path: Path) -> N
     shape = shape_of(Pager(make_checkpoint(tmp_path / "m", "gemma3"), device=CPU))
     assert shape.blocks[0] is shape.blocks[1]
     assert shape.blocks[0] is not shape.blocks[2]
+
+
+def test_a_forward_that_fails_is_told() -> None:
+    """Whatever it raises; our own errors and memory that ended stay what they are."""
+    with pytest.raises(UnsupportedModelError, match=r"own forward fails .* ValueError: no such head"), forward_errors():
+        raise ValueError("no such\nhead")
+    with pytest.raises(RuntimeError, match="CUDA error: out of memory"), forward_errors():
+        raise RuntimeError("CUDA error: out of memory")
+    with pytest.raises(CheckpointError, match="damaged"), forward_errors():
+        raise CheckpointError("damaged")
