@@ -81,10 +81,12 @@ def copy(job: TinyJob, tmp_path: Path) -> Path:
 
 def spread(count: int, most: int) -> list[int]:
     """At most so many numbers of 1 … count, evenly, with both ends."""
-    return sorted({1 + (count - 1) * i // max(1, most - 1) for i in range(min(most, count))} | {count})
+    most = min(most, count)
+    return sorted({1 + (count - 1) * i // max(1, most - 1) for i in range(most)})
 
 
 def test_every_point_is_known() -> None:
+    assert spread(5, 9) == [1, 2, 3, 4, 5] and spread(9, 3) == [1, 5, 9] and spread(1, 6) == [1]
     assert {*WRITING} | {*NOT_WRITING} == {*faults.POINTS} and not {*WRITING} & {*NOT_WRITING}
 
 
@@ -191,19 +193,15 @@ def test_activations_that_cannot_be_written(read_ahead: int, job: TinyJob, tmp_p
 
 
 def failing_reads(patch: pytest.MonkeyPatch, victim: Path, after: int, number: int) -> None:
-    """Reading a file fails once so many bytes of it were read."""
+    """Of a file no byte can be read from ``after`` on; a read that reaches there is cut short first."""
     preadv = os.preadv
-    done = 0
 
     def failing(fd: int, buffers: Any, offset: int, *flags: int) -> int:
-        nonlocal done
         if os.readlink(f"/proc/self/fd/{fd}") != str(victim):
             return preadv(fd, buffers, offset, *flags)
-        if done >= after:
+        if offset >= after:
             raise OSError(number, os.strerror(number))
-        got = preadv(fd, buffers, offset, *flags)
-        done += got
-        return got
+        return preadv(fd, [memoryview(buffers[0])[: after - offset]], offset, *flags)
 
     patch.setattr(os, "preadv", failing)
 
