@@ -130,7 +130,7 @@ class Checkpoints:
             # Whatever the record says now, it names this one; the room that others take is needed for the job itself.
             self._kept = newest
             self._clear()
-            self._say(f"activations are not saved any more, so a job that is killed replays its finished blocks ({error})")
+            self._say(f"activations are not saved any more, so a job that is killed replays its finished blocks ({_said(error)})")
             return
         self._replay = 0.0
         self._rate = shard.size / max(time.monotonic() - started, 1e-6)
@@ -153,7 +153,7 @@ class Checkpoints:
         """Remove the files that are not kept."""
         known = {saved.file for saved in self._kept}
         with contextlib.suppress(OSError):
-            for path in self._state.glob("activations-*.safetensors"):
+            for path in self._state.glob("activations-*"):
                 if path.name not in known:
                     path.unlink(missing_ok=True)
 
@@ -163,3 +163,7 @@ class Checkpoints:
         with contextlib.suppress(OSError):
             (self._state / RECORD_NAME).unlink(missing_ok=True)
             self._clear()
+
+
+def _said(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

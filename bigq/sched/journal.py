@@ -22,7 +22,7 @@ from typing import Any
 
 from bigq import faults
 from bigq.errors import CheckpointError, ResourceError, UsageError
-from bigq.io.atomic import TEMP_SUFFIX, sync_folder, write_bytes
+from bigq.io.atomic import TEMP_SUFFIX, remedy, sync_folder, write_bytes
 from bigq.io.record import ShardRecord, file_sha256
 from bigq.io.sealed import read_record, read_sealed, seal, unseal, write_sealed
 from bigq.sched.batches import Halving
@@ -297,6 +297,6 @@ def require_ours(out: Path) -> None:
             raise UsageError(f"{out}: OUT is a file; name a folder")
         foreign = out.is_dir() and not (out / STATE_FOLDER).is_dir() and any(out.iterdir())
     except OSError as error:
-        raise ResourceError(f"{out}: cannot be used as output folder: {error.strerror}") from error
+        raise ResourceError(f"{out}: cannot be used as output folder: {error.strerror}; {remedy(error)}") from error
     if foreign:
         raise UsageError(f"{out}: OUT is not empty and holds no job of bigq; choose another folder, or empty it")

@@ -30,7 +30,7 @@ import psutil
 
 from bigq import faults
 from bigq.errors import BigqError, CheckpointError, ResourceError, Stopped, UsageError
-from bigq.io.atomic import TEMP_SUFFIX, sync_folder
+from bigq.io.atomic import TEMP_SUFFIX, remedy, sync_folder
 from bigq.io.sealed import read_record
 
 if TYPE_CHECKING:
@@ -45,6 +45,10 @@ BEAT_SECONDS = 10.0
 MISSED_BEATS = 6
 #: How often a lock is tried that others replace meanwhile.
 LOCK_ATTEMPTS = 20
+
+
+#: Tokens of the folders that this process owns: one that could not write down how its job ended does not own it for ever.
+_owned_here: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,8 @@ class Holder:
             return False
         if not self.here:
             return None
+        if self.pid == os.getpid():
+            return self.token in _owned_here
         return process_started(self.pid) == self.started
 
     def __str__(self) -> str:
@@ -160,13 +166,14 @@ class Owner:
         try:
             faults.point("lock.taken")
             self._outlive(Holder.read(state), steal, say)
+            _owned_here.add(self._token)
             self._write(None)
             faults.point("owner.written")
-        except OSError as error:
+        except BaseException as error:
+            _owned_here.discard(self._token)
             self._lock.close()
-            raise ResourceError(f"{state}: cannot be used as output folder: {error.strerror}") from error
-        except BaseException:
-            self._lock.close()
+            if isinstance(error, OSError):
+                raise unusable(state.parent, error) from error
             raise
         self._thread = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
         self._thread.start()
@@ -177,7 +184,7 @@ class Owner:
             try:
                 lock = open(path, "a")
             except OSError as error:
-                raise ResourceError(f"{self._state.parent}: cannot be used as output folder: {error.strerror}") from error
+                raise unusable(self._state.parent, error) from error
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -278,10 +285,14 @@ class Owner:
         """Say how it ended, and let others in. Never raises."""
         self._ended.set()
         self._thread.join()
+        _owned_here.discard(self._token)
         with contextlib.suppress(OSError, BigqError):
             self._look()
             if self._lost is None:
-                self._write(outcome, facts)
+                try:
+                    self._write(outcome, facts)
+                except OSError:  # without room for a word, there is none: a name that is left would keep others out
+                    (self._state / OWNER_NAME).unlink()
         with contextlib.suppress(OSError):
             self._lock.close()
 
@@ -299,7 +310,7 @@ def owned(state: Path, progress: Progress, *, steal: bool) -> Iterator[Owner]:
     try:
         state.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ResourceError(f"{state.parent}: cannot be used as output folder: {error.strerror}") from error
+        raise unusable(state.parent, error) from error
     for folder in (state.parent, state.parent.parent):
         with contextlib.suppress(OSError):  # of a folder above there may be no leave to read
             sync_folder(folder)
@@ -316,6 +327,11 @@ def owned(state: Path, progress: Progress, *, steal: bool) -> Iterator[Owner]:
         raise
     finally:
         owner.release(outcome, {**progress.facts(), **facts})
+
+
+def unusable(out: Path, error: OSError) -> ResourceError:
+    """What to tell of an output folder that nothing can be written to."""
+    return ResourceError(f"{out}: cannot be used as output folder: {error.strerror}; {remedy(error)}")
 
 
 def _held(state: Path, holder: Holder | None) -> str:

@@ -139,37 +139,39 @@ class Job:
             with self.clock.phase("probe"):
                 plans[shape] = plan_block(block, probe.hidden, probe.calls[i])
         plan = plans[shape] if self.choice.memo else dataclasses.replace(plans[shape], shortcuts=())
-        job = BlockJob(
-            index=i,
-            prefix=prefix,
-            block=block,
-            plan=plan,
-            schemes=self._schemes(prefix, plan),
-            device=self.pager.device,
-            clock=self.clock,
-            memo=Memo(),
-            on_nonfinite=self.config.on_nonfinite,
-        )
         records: list[LinearRecord] = []
-        if finished is None:
-            records = self._solve_and_commit(job, store)
-        else:
-            self._restore(job, finished)
-        if store is not None and not last:
-            self.progress.phase(f"block {i + 1} replay")
-            self._pause()
-            self.entering = None
-            began = time.monotonic()
-            with self.clock.phase("replay"):
-                lost = propagate(i, block, store, prefix, job.memo, self.config.on_nonfinite)
-            self.entering = i + 1
-            if lost:
-                self.progress.say(f"block {i + 1}: the outputs of {lost} calibration tokens are not finite; they are left out from here on")
-            faults.point("block.replayed")
-            # Replayed without what was kept, attention runs again too.
-            again = 2 if plan.shortcuts and finished is None else 1
-            self.checkpoints.replayed(loading + again * (time.monotonic() - began))
-        job.memo.close()
+        with contextlib.closing(Memo()) as memo:
+            job = BlockJob(
+                index=i,
+                prefix=prefix,
+                block=block,
+                plan=plan,
+                schemes=self._schemes(prefix, plan),
+                device=self.pager.device,
+                clock=self.clock,
+                memo=memo,
+                on_nonfinite=self.config.on_nonfinite,
+            )
+            if finished is None:
+                records = self._solve_and_commit(job, store)
+            else:
+                self._restore(job, finished)
+            if store is not None and not last:
+                self.progress.phase(f"block {i + 1} replay")
+                self._pause()
+                self.entering = None
+                began = time.monotonic()
+                with self.clock.phase("replay"):
+                    lost = propagate(i, block, store, prefix, job.memo, self.config.on_nonfinite)
+                self.entering = i + 1
+                if lost:
+                    self.progress.say(
+                        f"block {i + 1}: the outputs of {lost} calibration tokens are not finite; they are left out from here on"
+                    )
+                faults.point("block.replayed")
+                # Replayed without what was kept, attention runs again too.
+                again = 2 if plan.shortcuts and finished is None else 1
+                self.checkpoints.replayed(loading + again * (time.monotonic() - began))
         self.pager.evict_block(i)
         return_freed_memory()
         self.haste.end()

@@ -360,7 +360,6 @@ def test_line_that_finds_no_room_leaves_the_journal_as_it_was(job: TinyJob, disk
     assert path.read_bytes() == before[0]
 
 
-@pytest.mark.xfail(strict=True, reason="the folder's owner is still alive: it is this process, and could not write that it had ended")
 def test_next_job_of_the_same_process(job: TinyJob, disk: SmallDisk) -> None:
     """Who frees some space and calls again need not start Python anew."""
     disk.clear()

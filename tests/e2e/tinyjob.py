@@ -24,7 +24,6 @@ from bigq.io.atomic import TEMP_SUFFIX
 from bigq.report import Report
 from bigq.sched import planning
 from bigq.sched.journal import STATE_FOLDER, read_commits
-from bigq.sched.owner import OWNER_NAME
 from bigq.scheme import QuantScheme
 
 #: The file or folder that an error or a warning is about.
@@ -114,14 +113,13 @@ class TinyJob:
     def attempt(self, out: Path, capsys: pytest.CaptureFixture[str], source: Path | None = None, **changes: Any) -> Outcome:
         """Run the job; whatever fails must fail as it should."""
         before, temporary = committed(out), temporary_files(out)
-        release_by_hand(out)
         capsys.readouterr()
         error, report = None, None
         try:
             report = bigq.quantize(str(source or self.source), out, self.config(**changes))
         except BigqError as raised:
             error = type(raised)(str(raised))  # without its traceback, which holds files without a name
-            kept = [path for path in open_below(out) if not path.endswith("(deleted)")]
+            kept = open_below(out)
             assert not kept, f"what raised keeps files open: {kept}"
         told = capsys.readouterr().err
         assert "Traceback" not in told
@@ -151,13 +149,6 @@ def temporary_files(out: Path) -> set[str]:
 def committed(out: Path) -> list[str]:
     """The units in the journal."""
     return [commit.unit for commit in read_commits(out)[0]] if (out / STATE_FOLDER).is_dir() else []
-
-
-def release_by_hand(out: Path) -> None:
-    """Forget the owner of a folder that could not write down how it ended, as the end of its process would."""
-    path = out / STATE_FOLDER / OWNER_NAME
-    if path.exists():
-        path.unlink()
 
 
 def require_sound(out: Path, committed_before: list[str]) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from slow_copier import SlowCopier
 from torch import Tensor
 
-from bigq.errors import CheckpointError, NumericsError
+from bigq.errors import CheckpointError, NumericsError, ResourceError
 from bigq.io import into_device, pieces
 from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.into_device import IntoDevice, least_budget
@@ -168,7 +168,7 @@ def test_a_disk_error_comes_out_where_the_tensor_is_taken(
     reader = IntoDevice(20 * CHUNK, SlowCopier(0.0005))
     if announced:
         reader.announce([large, *infos])
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors: reading at byte \d+ \(tensor {large.name}\) failed: Input/output"):
+    with pytest.raises(ResourceError, match=rf"model\.safetensors: reading at byte \d+ \(tensor {large.name}\) failed: Input/output"):
         reader.take(large)
     for info in infos:
         if info is not large:

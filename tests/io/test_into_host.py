@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import bigq
-from bigq.errors import CheckpointError, NumericsError
+from bigq.errors import CheckpointError, NumericsError, ResourceError
 from bigq.io import pieces
 from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.into_host import IntoHost
@@ -129,7 +129,7 @@ def test_a_disk_error_names_file_tensor_and_byte(infos: list[TensorInfo], monkey
     for budget in (0, 10**6):
         reader = IntoHost(budget)
         reader.announce(infos)
-        with pytest.raises(CheckpointError, match=rf"model.safetensors: reading at byte {infos[4].start} \(tensor t4\) failed.*fetch"):
+        with pytest.raises(ResourceError, match=rf"model.safetensors: reading at byte {infos[4].start} \(tensor t4\) failed.*same command"):
             reader.take(infos[4])
         reader.close()
 

@@ -261,14 +261,21 @@ def test_a_stopped_process_is_alive(state: Path, process: Callable[[], Process])
 
 
 def test_another_process_with_its_number_is_not_it(state: Path) -> None:
-    """Our own number, of another start."""
-    started = process_started(os.getpid())
-    assert started is not None
-    write_owner(state, machine=this_machine(), pid=os.getpid(), started=started - 1)
+    """The number of a process that lives, with another start, and with its own."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
+        started = process_started(other.pid)
+        assert started is not None
+        write_owner(state, machine=this_machine(), pid=other.pid, started=started - 1)
+        assert "ended without a word" in take(state)[0]
+        write_owner(state, machine=this_machine(), pid=other.pid, started=started)
+        with pytest.raises(UsageError, match=f"process {other.pid} on node7"):
+            take(state)
+        other.kill()
+
+
+def test_a_job_of_this_process_that_could_not_say_how_it_ended_is_over(state: Path) -> None:
+    write_owner(state, machine=this_machine(), pid=os.getpid(), started=process_started(os.getpid()))
     assert "ended without a word" in take(state)[0]
-    write_owner(state, machine=this_machine(), pid=os.getpid(), started=started)
-    with pytest.raises(UsageError, match=f"process {os.getpid()} on node7"):
-        take(state)
 
 
 @pytest.mark.parametrize("pid", [0, -1, 2**31, 2**80, os.getppid()])
