@@ -187,6 +187,7 @@ def _keep_cold(path: Path) -> None:
 
 def main() -> int:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends with the benchmark
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells turn off for what runs in the background
     spec_path = Path(sys.argv[1])
     spec = json.loads(spec_path.read_text())
     folder, block = spec_path.parent, Path(spec["block_shard"])

@@ -59,7 +59,7 @@ SHAPE = ModelShape(
 SCHEME = QuantScheme(bits=4, group_size=128)
 WORK = Work(rows=ROWS, tokens=10000, scheme=lambda _: SCHEME, method="gptq", true_sequential=True)
 HIDDEN = ROWS * SEQLEN * WIDTH * 2
-BEST = Choice(on_gpu=True, tier="gpu", batch=8, memo=True, ahead=block().stored, beside=True)
+BEST = Choice(on_gpu=True, tier="gpu", batch=8, memo=True, ahead=block().stored, beside=True, checkpoints=True)
 
 
 def plan(budgets: Budgets = PLENTY, *, on_gpu: bool = True, work: Work = WORK, **settings: object) -> Plan:
@@ -197,3 +197,13 @@ def test_the_table_and_the_json_tell_the_same() -> None:
     assert all(p.name in table for p in found.cost.phases)
     assert "H100" in table
     assert "at least" in table
+
+
+def test_activations_are_saved_where_the_disk_has_room_for_them_twice() -> None:
+    """Without that room the job runs all the same; asked not to, or with nothing to save, it does not save either."""
+    found = plan()
+    assert found.choice.checkpoints and found.cost.scratch == 2 * HIDDEN
+    short = plan(dataclasses.replace(PLENTY, disk=found.cost.output + 2 * HIDDEN - 1))
+    assert not short.choice.checkpoints and short.cost.scratch == 0 and not short.shortages
+    assert not plan(checkpoint_every=None).choice.checkpoints
+    assert not plan(work=dataclasses.replace(WORK, method="rtn")).choice.checkpoints
