@@ -631,3 +631,18 @@ def test_source_that_changes_during_the_job(
     os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
     bigq.quantize(str(source), out, job(ids_file))
     assert hashes(out) == whole("llama")
+
+
+def test_with_several_threads_too(ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model that is large enough for its products and sums to be shared out between threads."""
+    source = make_checkpoint(tmp_path / "m", "llama", hidden_size=256, intermediate_size=512)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        config = job(ids_file, samples=16, seqlen=40, batch=8)
+        bigq.quantize(str(source), tmp_path / "whole", config)
+        interrupted(source, tmp_path / "out", config, monkeypatch, commits=3)
+        bigq.quantize(str(source), tmp_path / "out", config)
+    finally:
+        torch.set_num_threads(before)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
