@@ -227,6 +227,9 @@ class Stress:
             if code == -signal.SIGKILL:
                 kills += 1
                 tally.kills[said] += 1
+            elif code == -signal.SIGTERM:  # it came before the program listened, or after: as good as a kill
+                kills += 1
+                tally.kills["SIGTERM unheard"] += 1
             elif code == 75:
                 tally.stopped += 1
             else:
