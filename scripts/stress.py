@@ -171,6 +171,13 @@ class Stress:
             for point in self.random.sample(POINTS, len(POINTS)):
                 yield f"{point}:{1 + int(self.random.expovariate(0.4))}"
 
+    def _point(self) -> str:
+        """The next fault point; every second time one at which no job was killed yet."""
+        from bigq.faults import POINTS
+
+        missed = [point for point in POINTS if not any(tally.kills[point] for tally in self.tallies.values())]
+        return f"{self.random.choice(missed)}:1" if missed and self.random.random() < 0.5 else next(self.points)
+
     def arguments(self, name: str, out: Path) -> list[str]:
         family, options = JOBS[name]
         common = f"--calibration {self.work / 'ids.safetensors'} --samples 8 --seqlen 24 --batch 3 --device cpu --quiet"
@@ -246,7 +253,7 @@ class Stress:
         """(what was done to it, exit code)."""
         tally.runs += 1
         way = self.random.choice(("point", "point", "instant", "SIGTERM")) if killing else "nothing"
-        point = next(self.points) if way == "point" else None
+        point = self._point() if way == "point" else None
         began = time.monotonic()
         pid = start(self.arguments(name, out), self.work / "log", self.faults(name, out, point))
         if way in ("instant", "SIGTERM"):
