@@ -278,12 +278,12 @@ def _seconds_or_never(text: str, flag: str) -> float | None:
         raise UsageError(f"{flag} {text}: is not a number of seconds; write for instance 60, 0 or never") from None
 
 
-def _settings_before(out: str) -> dict[str, Any] | None:
+def _settings_before(out: str) -> object:
     """The settings of the job that OUT holds; None where it holds none. Raises CheckpointError."""
-    from bigq.sched.journal import STATE_FOLDER
-    from bigq.sched.request import frozen_settings
+    from bigq.sched.journal import read_job
 
-    return frozen_settings(Path(os.path.expanduser(out)) / STATE_FOLDER / "job.json")
+    job = read_job(Path(os.path.expanduser(out)))
+    return None if job is None else job.get("settings", {})
 
 
 def _run_quantize(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from bigq.sizes import show_size
+from bigq.sizes import show_duration, show_size
 
 MIB = 2**20
 
@@ -180,12 +180,6 @@ class Progress:
         parts.append(f"host {show_size(host_memory())}")
         if self.device.type == "cuda":
             parts.append(f"gpu {show_size(torch.cuda.memory_allocated(self.device))}")
-        parts.append(f"eta {_duration(remaining)}")
+        parts.append(f"eta {show_duration(remaining)}")
         self.say("  ".join(parts))
         self._bar.update()
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

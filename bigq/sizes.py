@@ -24,3 +24,10 @@ def show_size(count: float) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count / 2**20:.1f} MiB"
+
+
+def show_duration(seconds: float) -> str:
+    """Seconds as m:ss, or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -17,8 +17,7 @@ from bigq.io.atomic import atomic_file
 from bigq.io.index import DTYPE_NAMES, TensorInfo
 from bigq.io.outgoing import Outgoing
 from bigq.io.reader import as_bytes, iter_chunks
-from bigq.io.record import ShardRecord as ShardRecord
-from bigq.io.record import file_sha256 as file_sha256
+from bigq.io.record import ShardRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

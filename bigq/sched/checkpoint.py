@@ -22,8 +22,9 @@ from bigq import faults
 from bigq.errors import BigqError, CheckpointError, ResourceError
 from bigq.io.index import read_header
 from bigq.io.reader import as_bytes, read_range
+from bigq.io.record import ShardRecord, file_sha256
 from bigq.io.sealed import read_sealed, write_sealed
-from bigq.io.writer import OutputTensor, ShardRecord, file_sha256, write_shard
+from bigq.io.writer import OutputTensor, write_shard
 from bigq.sched.activations import ActivationStore
 
 RECORD_NAME = "checkpoints.json"

@@ -19,8 +19,8 @@ from bigq.io.atomic import copy_file, json_bytes, remedy, sync_folder, write_byt
 from bigq.io.gptq_format import quantization_config, read_linear
 from bigq.io.index import INDEX_NAME, read_header, read_json_object
 from bigq.io.reader import read_tensor
+from bigq.io.record import file_sha256
 from bigq.io.sealed import read_sealed, write_sealed
-from bigq.io.writer import file_sha256
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.sched.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, STATE_FOLDER, Commit, Journal
 

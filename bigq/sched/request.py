@@ -23,7 +23,7 @@ from torch import Tensor
 from bigq import __version__
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, UsageError
-from bigq.io.json_file import plain, read_json_object
+from bigq.io.json_file import plain
 
 #: The packages whose versions are recorded, besides bigq and Python.
 PACKAGES = ("torch", "transformers", "tokenizers", "triton")
@@ -229,16 +229,6 @@ def _shown(value: Any) -> str:
 
 
 # Gathering: files, versions and the machine.
-
-
-def frozen_settings(job: Path) -> dict[str, Any] | None:
-    """The settings of the job that a job.json was written for; None where there is none. Raises CheckpointError."""
-    if not os.path.exists(job):
-        return None
-    settings = read_json_object(job).get("settings")
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{job}: holds no settings; the file is damaged: begin the job again in another folder")
-    return settings
 
 
 def require_same_code(out: Path, before: Any, folder: Path) -> None:

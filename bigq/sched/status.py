@@ -20,7 +20,7 @@ from bigq.errors import BigqError, ResourceError, UsageError
 from bigq.io.sealed import read_record, unseal
 from bigq.sched.journal import JOB_NAME, JOURNAL_NAME, RUNS_NAME, STATE_FOLDER, Commit, read_commits, read_job
 from bigq.sched.owner import OWNER_NAME, Holder
-from bigq.sizes import show_size
+from bigq.sizes import show_duration, show_size
 
 #: What may be said of a job, and what it means.
 STATES: Mapping[str, str] = {
@@ -95,10 +95,10 @@ class Status:
         if self.phase is not None:
             lines.append(f"  phase     {self.phase}")
         if self.eta_seconds is not None:
-            lines.append(f"  left      about {_duration(self.eta_seconds)}")
+            lines.append(f"  left      about {show_duration(self.eta_seconds)}")
         if self.holder is not None:
             h = self.holder
-            ago = "" if h.heartbeat_age is None else f", {_duration(h.heartbeat_age)} ago"
+            ago = "" if h.heartbeat_age is None else f", {show_duration(h.heartbeat_age)} ago"
             lines.append(f"  process   {h.pid} on {h.host}; heartbeat {h.beats} at {h.last_heartbeat}{ago}")
         if self.said is not None:
             lines.append(f"  said      {self.said}")
@@ -264,9 +264,3 @@ def _seconds(value: Any) -> float | None:
 
 def _words(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -20,7 +20,8 @@ from bigq.io import reader
 from bigq.io.atomic import write_json
 from bigq.io.index import Checkpoint
 from bigq.io.reader import as_bytes
-from bigq.io.writer import OutputTensor, file_sha256, write_shard
+from bigq.io.record import file_sha256
+from bigq.io.writer import OutputTensor, write_shard
 
 DTYPES = [
     torch.float64,

@@ -16,8 +16,8 @@ import pytest
 
 from bigq import faults
 from bigq.errors import BigqError, CheckpointError, ResourceError, UsageError
+from bigq.io.record import ShardRecord
 from bigq.io.sealed import seal, unseal, write_sealed
-from bigq.io.writer import ShardRecord
 from bigq.sched import journal as journal_module
 from bigq.sched.batches import Halving
 from bigq.sched.journal import Commit, Journal, read_commits, read_job, require_ours

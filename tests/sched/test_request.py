@@ -22,7 +22,7 @@ from bigq.cli import build_parser
 from bigq.config import FROZEN_FIELDS, JobConfig
 from bigq.errors import CheckpointError, UsageError
 from bigq.sched import request as request_module
-from bigq.sched.request import CHANGES, May, code_hashes, compare, frozen_settings, make_request
+from bigq.sched.request import CHANGES, May, code_hashes, compare, make_request
 from bigq.scheme import QuantScheme, Rule
 
 OUT = Path("the/OUT")
@@ -332,15 +332,3 @@ def test_the_path_of_the_text_is_kept_whole(folder: Path, tmp_path: Path, monkey
     assert gathered(folder, calibration="texts/a.txt")["settings"]["calibration"] == str(tmp_path / "texts" / "a.txt")
     for named in ("c4", "builtin"):
         assert gathered(folder, calibration=named)["settings"]["calibration"] == named
-
-
-def test_frozen_settings(tmp_path: Path) -> None:
-    job = tmp_path / "job.json"
-    assert frozen_settings(job) is None
-    assert frozen_settings(tmp_path / ("x" * 5000)) is None
-    job.write_text(json.dumps(BEFORE))
-    assert frozen_settings(job) == SETTINGS
-    for damage in ("{", "[]", "{}", '{"settings": 5}'):
-        job.write_text(damage)
-        with pytest.raises(CheckpointError, match=r"job\.json: "):
-            frozen_settings(job)
