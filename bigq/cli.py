@@ -135,7 +135,20 @@ def _add_job(p: argparse.ArgumentParser) -> None:
         help="override bits, group_size, sym, act_order, damping or mse for matching Linears; may be repeated",
     )
     _option(how, "--skip", action="append", metavar="REGEX", help="leave matching Linears as they are; may be repeated")
-    _option(how, "--format", choices=("gptq", "gptq_v2"), default="gptq", help="gptq stores zero points minus one, gptq_v2 as they are")
+    _option(
+        how,
+        "--format",
+        choices=("gptq", "gptq_v2", "compressed-tensors"),
+        default="gptq",
+        help="gptq stores zero points minus one, gptq_v2 as they are",
+    )
+    _option(
+        how,
+        "--scale-bits",
+        type=int,
+        metavar="7…11",
+        help="significant bits of scales; those of the checkpoint's own type (bf16 8, else 11) if not given",
+    )
     _option(
         how,
         "--on-nonfinite",

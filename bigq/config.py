@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bigq.errors import CheckpointError, UsageError
+from bigq.io.formats import FORMATS, Format
 from bigq.io.json_file import plain
 from bigq.scheme import QuantScheme, Rule
 
 METHODS = ("gptq", "rtn")
-FORMATS = ("gptq", "gptq_v2")
 DEFAULT_SEQLEN = 2048
 ACTIVATIONS = ("auto", "gpu", "host", "disk")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -44,7 +44,7 @@ class JobConfig:
 
     scheme, rules: how Linears are quantized, and which ones otherwise or not at all.
     method: "gptq", or "rtn" for plain rounding to nearest (no calibration).
-    format: "gptq" (v1) or "gptq_v2".
+    format: "gptq" (v1), "gptq_v2" or "compressed-tensors".
     true_sequential: solve a block's Linears level by level, each seeing the quantized ones before it.
     calibration: a file, "c4" or "builtin"; samples rows of seqlen tokens, drawn by seed.
         seqlen None means 2048 or the model's limit, whichever is less.
@@ -94,7 +94,7 @@ class JobConfig:
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("--method", self.method, METHODS),
-            ("--format", self.format, FORMATS),
+            ("--format", self.format, tuple(FORMATS)),
             ("--dtype", self.dtype, DTYPES),
             ("--activations", self.activations, ACTIVATIONS),
             ("--on-nonfinite", self.on_nonfinite, ON_NONFINITE),
@@ -119,12 +119,12 @@ class JobConfig:
     @property
     def base_scheme(self) -> QuantScheme:
         """The scheme with what the output format demands of it."""
-        return dataclasses.replace(self.scheme, min_zero=1 if self.format == "gptq" else 0)
+        return dataclasses.replace(self.scheme, min_zero=self.made.min_zero)
 
     @property
-    def format_version(self) -> int:
-        """1 or 2: of the gptq format."""
-        return 2 if self.format == "gptq_v2" else 1
+    def made(self) -> Format:
+        """What ``format`` is the name of."""
+        return FORMATS[self.format]
 
     def frozen(self) -> dict[str, Any]:
         """The fields that are kept with a job, as plain JSON values."""
@@ -149,13 +149,19 @@ class JobConfig:
 
 
 _Kinds = tuple[type, ...]
-_SCHEME_KINDS: Mapping[str, _Kinds] = {f.name: (type(f.default),) for f in dataclasses.fields(QuantScheme)}
+
+
+def _kinds_of(default: Any) -> _Kinds:
+    """The types that a field may have, by its default; where that is None, a number or None."""
+    return (int, type(None)) if default is None else (type(default),)
+
+
+_SCHEME_KINDS: Mapping[str, _Kinds] = {f.name: _kinds_of(f.default) for f in dataclasses.fields(QuantScheme)}
 
 
 def _kinds(default: JobConfig) -> dict[str, _Kinds]:
-    """The types that frozen fields may have, by their defaults; where that is None, a number or None."""
-    values = {name: getattr(default, name) for name in FROZEN_FIELDS if name not in ("scheme", "rules")}
-    return {name: (int, type(None)) if value is None else (type(value),) for name, value in values.items()}
+    """The types that frozen fields may have, by their defaults."""
+    return {name: _kinds_of(getattr(default, name)) for name in FROZEN_FIELDS if name not in ("scheme", "rules")}
 
 
 # What follows takes apart JSON values that may be anything, and raises UsageError, which ``from_frozen`` tells with the file.

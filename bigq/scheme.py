@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigq.errors import UsageError
 from bigq.kernels.dequantize import dequantize
-from bigq.kernels.grid import GridSpec
+from bigq.kernels.grid import FEWEST_SCALE_BITS, SCALE_BITS, GridSpec
 
 BITS = (2, 3, 4, 8)
 
@@ -35,6 +35,9 @@ class QuantScheme:
     damping: fraction of the Hessian's mean diagonal that is added to its diagonal.
     mse: shrink each group's range where that lowers its rounding error (a grid search).
     min_zero: smallest zero point allowed. The ``gptq`` v1 format stores zero − 1 and needs 1.
+    scale_bits: significant bits of a scale, 7 to 11. fp16 has 11; scales of 8 are whole in bf16 too, and those of 7 are fp16 numbers still
+        when they are multiplied by a zero point of 4 bits. None: 11; in a job 8 where the checkpoint is bf16, since readers convert
+        scales to its type.
     """
 
     bits: int = 4
@@ -44,6 +47,7 @@ class QuantScheme:
     damping: float = 0.01
     mse: bool = False
     min_zero: int = 0
+    scale_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -52,11 +56,15 @@ class QuantScheme:
             raise UsageError(f"group_size={self.group_size}: must be -1 or a positive multiple of 8")
         if not 0 < self.damping < 1:
             raise UsageError(f"damping={self.damping}: must lie between 0 and 1")
+        if self.scale_bits is not None and not FEWEST_SCALE_BITS <= self.scale_bits <= SCALE_BITS:
+            raise UsageError(f"scale_bits={self.scale_bits}: must lie between {FEWEST_SCALE_BITS} and {SCALE_BITS}, all that fp16 has")
 
     @property
     def grid(self) -> GridSpec:
         """What concerns a single group's scale and zero."""
-        return GridSpec(bits=self.bits, symmetric=self.symmetric, min_zero=self.min_zero, mse=self.mse)
+        return GridSpec(
+            bits=self.bits, symmetric=self.symmetric, min_zero=self.min_zero, mse=self.mse, scale_bits=self.scale_bits or SCALE_BITS
+        )
 
     def group_width(self, n: int) -> int:
         """Inputs per group for a Linear of n inputs.

@@ -160,6 +160,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or stored_transposed(module)
 
 
+def linears(model: nn.Module) -> tuple[str, ...]:
+    """Module names of every ``nn.Linear`` of a model, in blocks and outside."""
+    return tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+
+
 def stored_transposed(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 

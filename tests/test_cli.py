@@ -42,9 +42,9 @@ def parsed(*arguments: str, before: JobConfig | None = None) -> JobConfig:
         (
             ["quantize"],
             "--bits --group-size --sym --no-sym --asym --act-order --no-act-order --damping --mse --no-mse --method --true-sequential "
-            "--no-true-sequential --rule --skip --format --on-nonfinite --calibration --samples --seqlen --seed --vram --ram --disk "
-            "--activations --read-ahead --checkpoint-every --batch --device --dtype --trust-remote-code --no-trust-remote-code --quiet "
-            "--grace --steal-lock --trace",
+            "--no-true-sequential --rule --skip --format --scale-bits --on-nonfinite --calibration --samples --seqlen --seed --vram --ram "
+            "--disk --activations --read-ahead --checkpoint-every --batch --device --dtype --trust-remote-code --no-trust-remote-code "
+            "--quiet --grace --steal-lock --trace",
         ),
         (["plan"], "--on --json --bits --no-act-order --on-nonfinite --vram --checkpoint-every --batch --device"),
         (["eval"], "--data --baseline --seqlen --samples --json --batch --device --dtype --trust-remote-code --quiet"),
@@ -145,6 +145,7 @@ def test_defaults_in_the_help_are_those_of_the_api(command: str, configs: list[A
         ("--no-trust-remote-code", {}),
         ("--damping 0.05", {"scheme": QuantScheme(damping=0.05)}),
         ("--mse", {"scheme": QuantScheme(mse=True)}),
+        ("--scale-bits 8", {"scheme": QuantScheme(scale_bits=8)}),
         ("--method rtn", {"method": "rtn"}),
         ("--no-true-sequential", {"true_sequential": False}),
         ("--true-sequential", {}),

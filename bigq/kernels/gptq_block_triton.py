@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq.kernels.grid import FP16_TINY, GroupGrid, find_grid
+from bigq.kernels.grid import FP16_TINY, SCALE_BITS, GroupGrid, find_grid
 
 MAX_COLUMNS = 128
 ROWS = 16
@@ -78,6 +78,7 @@ def _launch(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: GroupG
         HALF=2.0 ** (spec.bits - 1),
         SYMMETRIC=spec.symmetric,
         MIN_ZERO=spec.min_zero,
+        DROP=SCALE_BITS - spec.scale_bits,
         WIDTH=width,
         SUB=TILE if tiled else WHOLE,
         BM=ROWS,
@@ -93,22 +94,29 @@ def _round(x):
 
 
 @triton.jit
-def _as_stored(scale):
-    stored = scale.to(tl.float16).to(tl.float32)
+def _as_stored(scale, DROP: tl.constexpr):
+    half = scale.to(tl.float16)
+    if DROP > 0:
+        pattern = half.to(tl.int16, bitcast=True).to(tl.int32)
+        pattern = (pattern + ((1 << (DROP - 1)) - 1) + ((pattern >> DROP) & 1)) >> DROP << DROP
+        half = pattern.to(tl.int16).to(tl.float16, bitcast=True)
+    stored = half.to(tl.float32)
     stored = tl.where(stored == 0, _TINY, stored)
     return tl.where(scale == 0, 1.0, stored)
 
 
 @triton.jit
-def _grid_for_range(low, high, MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr):
+def _grid_for_range(
+    low, high, MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr, DROP: tl.constexpr
+):
     if SYMMETRIC:
-        scale = _as_stored(tl.div_rn(2.0 * tl.maximum(-low, high), tl.zeros_like(low) + MAX_CODE))
+        scale = _as_stored(tl.div_rn(2.0 * tl.maximum(-low, high), tl.zeros_like(low) + MAX_CODE), DROP)
         zero = tl.zeros_like(low) + HALF
     else:
-        scale = _as_stored(tl.div_rn(high - low, tl.zeros_like(low) + MAX_CODE))
+        scale = _as_stored(tl.div_rn(high - low, tl.zeros_like(low) + MAX_CODE), DROP)
         zero = _round(tl.clamp(tl.div_rn(-low, scale), 0.0, MAX_CODE + 0.0))
         if MIN_ZERO > 0:
-            widened = _as_stored(tl.div_rn(high, tl.zeros_like(low) + (MAX_CODE - MIN_ZERO)))
+            widened = _as_stored(tl.div_rn(high, tl.zeros_like(low) + (MAX_CODE - MIN_ZERO)), DROP)
             scale = tl.where(zero < MIN_ZERO, tl.maximum(scale, widened), scale)
             zero = tl.maximum(zero, MIN_ZERO + 0.0)
     return scale, zero
@@ -139,7 +147,7 @@ def _gptq_block_kernel(
     codes_b, codes_k, codes_m,
     grid_b, grid_g, grid_m,
     group_b, group_k,
-    MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr,
+    MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr, DROP: tl.constexpr,
     WIDTH: tl.constexpr, SUB: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
@@ -165,7 +173,7 @@ def _gptq_block_kernel(
                     inside = _corrected(target, target_k, u, u_k, u_n, k, row_live, lo, part, SUB)
                     low = tl.minimum(low, tl.min(inside, 1))
                     high = tl.maximum(high, tl.max(inside, 1))
-                s, z = _grid_for_range(low, high, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO)
+                s, z = _grid_for_range(low, high, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO, DROP)
                 tl.store(scale + (lo // WIDTH) * grid_g, s, mask=row_live)
                 tl.store(zero + (lo // WIDTH) * grid_g, z, mask=row_live)
         w = _corrected(target, target_k, u, u_k, u_n, k, row_live, lo, lo, SUB)
@@ -186,7 +194,7 @@ def _gptq_block_kernel(
                     inside = tl.where(mine[None, :], w, 0.0)
                     low = tl.minimum(tl.min(inside, 1), 0.0)
                     high = tl.maximum(tl.max(inside, 1), 0.0)
-                    s, z = _grid_for_range(low, high, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO)
+                    s, z = _grid_for_range(low, high, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO, DROP)
                     tl.store(scale + ((lo + j) // WIDTH) * grid_g, s, mask=row_live)
                     tl.store(zero + ((lo + j) // WIDTH) * grid_g, z, mask=row_live)
                     scales = tl.where(mine[None, :], s[:, None], scales)

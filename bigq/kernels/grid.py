@@ -13,6 +13,10 @@ from torch import Tensor
 
 FP16_TINY = 2.0**-24
 
+#: Significant bits of fp16, and the fewest that a scale may be rounded to.
+SCALE_BITS = 11
+FEWEST_SCALE_BITS = 7
+
 #: The grid search of the paper's own code: ranges down to 20 % of the full one in steps of 1 %, errors to the power 2.4.
 MSE_STEPS = 80
 MSE_POWER = 2.4
@@ -26,6 +30,7 @@ class GridSpec:
     symmetric: bool
     min_zero: int = 0
     mse: bool = False
+    scale_bits: int = SCALE_BITS
 
     @property
     def max_code(self) -> int:
@@ -75,22 +80,32 @@ def _grid_for_range(low: Tensor, high: Tensor, spec: GridSpec) -> tuple[Tensor, 
     """The grid that spans [low, high], low ≤ 0 ≤ high."""
     if spec.symmetric:
         reach = torch.maximum(-low, high)
-        scale = _as_stored(2 * reach / spec.max_code)
+        scale = _as_stored(2 * reach / spec.max_code, spec.scale_bits)
         return scale, torch.full_like(scale, 2.0 ** (spec.bits - 1))
-    scale = _as_stored((high - low) / spec.max_code)
+    scale = _as_stored((high - low) / spec.max_code, spec.scale_bits)
     zero = torch.round(-low / scale).clamp_(0, spec.max_code)
     if spec.min_zero:
         # A group without negative weights wants zero = 0; where that cannot be stored, it keeps its reach instead.
         raised = zero < spec.min_zero
-        widened = _as_stored(high / (spec.max_code - spec.min_zero))
+        widened = _as_stored(high / (spec.max_code - spec.min_zero), spec.scale_bits)
         scale = torch.where(raised, torch.maximum(scale, widened), scale)
         zero = zero.clamp_(min=spec.min_zero)
     return scale, zero
 
 
-def _as_stored(scale: Tensor) -> Tensor:
-    """Round to fp16 and back; an all-zero group gets scale 1, one that would underflow the smallest fp16 number, one too large Inf."""
-    stored = scale.to(torch.float16).to(scale.dtype)
+def _as_stored(scale: Tensor, bits: int) -> Tensor:
+    """Round to fp16 and there to so many significant bits, and back.
+
+    An all-zero group gets scale 1, one that would underflow the smallest fp16 number, one too large Inf.
+    """
+    half = scale.to(torch.float16)
+    if bits < SCALE_BITS:
+        # To nearest, ties to even, on the bit pattern: a carry out of the fraction is a carry into the exponent, up to Inf.
+        pattern = half.view(torch.int16)
+        drop = SCALE_BITS - bits
+        pattern = (pattern + ((1 << (drop - 1)) - 1) + ((pattern >> drop) & 1)) >> drop << drop
+        half = pattern.view(torch.float16)
+    stored = half.to(scale.dtype)
     stored = torch.where(stored == 0, torch.full_like(stored, FP16_TINY), stored)
     return torch.where(scale == 0, torch.ones_like(stored), stored)
 

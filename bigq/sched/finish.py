@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from bigq import faults
 from bigq.config import JobConfig
 from bigq.errors import BigqError, ResourceError
 from bigq.io.atomic import copy_file, json_bytes, remedy, sync_folder, write_bytes, write_json
-from bigq.io.gptq_format import quantization_config, read_linear
+from bigq.io.formats import Format, Quantization
 from bigq.io.index import INDEX_NAME, read_header, read_json_object
 from bigq.io.reader import read_tensor
 from bigq.io.record import file_sha256
 from bigq.io.sealed import read_sealed, write_sealed
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.sched.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, STATE_FOLDER, Commit, Journal
+from bigq.scheme import QuantScheme, scheme_for
 
 #: Written before config.json: what a finished folder holds.
 MANIFEST_NAME = "manifest.json"
@@ -54,8 +56,10 @@ def reopen_folder(out: Path) -> None:
         raise ResourceError(f"{out}: cannot be written to: {error.strerror}; {remedy(error)}") from error
 
 
-def finish_folder(source: Path, journal: Journal, config: JobConfig) -> None:
-    """Write what makes the folder loadable: side files, quantize_config.json, the index, a manifest of it all, and last config.json.
+def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Sequence[str]) -> None:
+    """Write what makes the folder loadable: side files, the index, a manifest of it all, and last config.json.
+
+    linears: the module names of all Linears of the model.
 
     Raises ResourceError; then there is no config.json.
     """
@@ -74,9 +78,9 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig) -> None:
         "true_sequential": config.true_sequential,
         "mse": config.scheme.mse,
     }
-    left_out = tuple(name for commit in journal.commits for name in commit.left_out)
-    quantization = quantization_config(config.scheme, config.rules, config.format_version, left_out, meta)
-    write_json(out / "quantize_config.json", quantization)
+    quantization = config.made.config(quantization_of(journal.commits, config, linears, meta))
+    if config.made.config_file is not None:
+        write_json(out / config.made.config_file, quantization)
     weight_map = {name: commit.shard.file for commit in journal.commits for name in commit.shard.tensors}
     total = sum(commit.shard.size for commit in journal.commits)
     write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
@@ -94,6 +98,22 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig) -> None:
     faults.point("finish.config")
 
 
+def quantization_of(commits: Iterable[Commit], config: JobConfig, linears: Sequence[str], meta: Mapping[str, Any]) -> Quantization:
+    """What is to be told of a finished job. linears: the module names of all Linears of the model."""
+    commits = list(commits)
+    names = [record["name"] for commit in commits for record in commit.linears]
+    found = {name: scheme_for(name, config.base_scheme, config.rules) for name in names}
+    packed = {name: scheme for name, scheme in found.items() if scheme is not None}
+    return Quantization(
+        scheme=config.base_scheme,
+        rules=config.rules,
+        packed=packed,
+        left_out=tuple(name for commit in commits for name in commit.left_out),
+        others=tuple(name for name in linears if name not in packed),
+        meta=meta,
+    )
+
+
 def _manifest(journal: Journal, config_json: bytes) -> dict[str, dict[str, Any]]:
     """Size and hash of every file of a finished folder, by name."""
     out = journal.out
@@ -109,14 +129,15 @@ def _manifest(journal: Journal, config_json: bytes) -> dict[str, dict[str, Any]]
 class FinishedBlock:
     """The packed Linears of a committed block."""
 
-    def __init__(self, out: Path, commit: Commit) -> None:
+    def __init__(self, out: Path, commit: Commit, format: Format) -> None:
         self._tensors, _ = read_header(out / commit.shard.file)
+        self._format = format
 
-    def weight(self, prefix: str, bits: int, version: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def weight(self, prefix: str, scheme: QuantScheme, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The dequantized weight [m, n] of the Linear whose tensors begin with ``prefix``."""
-        stored = read_linear(prefix, lambda n: read_tensor(self._tensors[n]), bits, version)
+        stored = self._format.read(prefix, lambda n: read_tensor(self._tensors[n]), scheme)
         words, scales, zeros = (t.to(device) for t in stored)
-        return dequantize_packed(words, scales, zeros, bits, dtype)
+        return dequantize_packed(words, scales, zeros, scheme.bits, dtype)
 
 
 def _files_in(folder: Path) -> list[Path]:

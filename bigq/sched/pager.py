@@ -19,8 +19,7 @@ from bigq import skeleton
 from bigq.arch import find_blocks
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.ahead import ReadAhead, open_read_ahead
-from bigq.io.gptq_config import PackedSchemes
-from bigq.io.gptq_format import SUFFIXES, read_linear
+from bigq.io.formats import PackedSchemes, read_schemes
 from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.json_file import read_json_object, shown
 from bigq.io.reader import read_rows, read_tensor
@@ -61,19 +60,17 @@ class Pager:
                     module._buffers[name] = buffer.to(device)
 
     def _packed_linears(self) -> dict[str, str]:
-        prefixes = [name.removesuffix(".qweight") for name in self.checkpoint if name.endswith(".qweight")]
         path = self.folder / "config.json"
         said = read_json_object(path).get("quantization_config")
         if said is None:
             return {}
         if not isinstance(said, dict):
             raise CheckpointError(f"{path}: quantization_config is {shown(said)}, not an object; fetch it again")
-        method = said.get("quant_method")
-        if method != "gptq" or not prefixes:
-            raise UnsupportedModelError(
-                f"{self.folder}: is already quantized ({shown(method)}); bigq reads fp32, fp16 and bf16 checkpoints and its own gptq output"
-            )
-        self.schemes = PackedSchemes.read(path, said)
+        self.schemes = read_schemes(path, said)
+        mark = f".{self.schemes.format.mark}"
+        prefixes = [name.removesuffix(mark) for name in self.checkpoint if name.endswith(mark)]
+        if not prefixes:
+            raise CheckpointError(f"{path}: quantization_config is there, but no tensor is packed; fetch the checkpoint again")
         renamed = skeleton.map_names(self.model, [f"{p}.weight" for p in prefixes])
         return {target: name.removesuffix(".weight") for name, target in renamed.items()}
 
@@ -106,18 +103,31 @@ class Pager:
             if not info.dtype.is_floating_point or info.dtype.itemsize == 1:
                 raise UnsupportedModelError(f"{info.file}: tensor {info.name} is {info.dtype}; bigq reads fp32, fp16 and bf16 sources")
 
+    def packed_tensors(self, name: str) -> list[str]:
+        """Names of the checkpoint's tensors that the packed weight ``name`` lies in."""
+        assert self.schemes is not None
+        symmetric = self.schemes.scheme(name.removesuffix(".weight")).symmetric
+        return [f"{self.packed[name]}.{suffix}" for suffix in self.schemes.format.suffixes(symmetric)]
+
     def _check_packed(self, name: str) -> None:
         assert self.schemes is not None
         bits = self.schemes.scheme(name.removesuffix(".weight")).bits
         outputs, inputs = skeleton.linear_weight(self._owner(name)[0]).shape
-        qweight, qzeros, scales, g_idx = (self.checkpoint[f"{self.packed[name]}.{suffix}"] for suffix in SUFFIXES)
-        if qweight.shape != (inputs * bits // 32, outputs):
+        file = self.checkpoint[self.packed_tensors(name)[0]].file
+        try:
+            packed = self.schemes.format.geometry(self.packed[name], self.checkpoint.tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file}: {error}; fetch it again") from None
+        if (packed.bits, packed.outputs, packed.inputs) != (bits, outputs, inputs):
             raise CheckpointError(
-                f"{qweight.file}: tensor {qweight.name} has shape {list(qweight.shape)}, but config.json makes it "
-                f"{[inputs * bits // 32, outputs]}; the two belong to different models"
+                f"{file}: {self.packed[name]} is packed as {packed}, but config.json makes it {bits} bits, {outputs} × {inputs}; "
+                "the two belong to different models"
             )
-        if any(info.dtype != torch.int32 for info in (qweight, qzeros, g_idx)) or not scales.dtype.is_floating_point:
-            raise CheckpointError(f"{qweight.file}: tensors of {self.packed[name]} are not of the types that the gptq format has")
+
+    @functools.cached_property
+    def linears(self) -> tuple[str, ...]:
+        """Module names of all Linears of the model, in blocks and outside."""
+        return skeleton.linears(self.model)
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -161,7 +171,7 @@ class Pager:
         infos: list[TensorInfo] = []
         for name in self.block_names(i):
             if name in self.packed:
-                infos += [self.checkpoint[f"{self.packed[name]}.{suffix}"] for suffix in SUFFIXES]
+                infos += [self.checkpoint[tensor] for tensor in self.packed_tensors(name)]
             elif name in self.sources:
                 infos.append(self.sources[name])
         return infos
@@ -246,7 +256,7 @@ class Pager:
         assert self.schemes is not None
         scheme = self.schemes.scheme(name.removesuffix(".weight"))
         prefix = self.packed[name]
-        stored = read_linear(prefix, lambda n: self._read(self.checkpoint[n]), scheme.bits, self.schemes.version)
+        stored = self.schemes.format.read(prefix, lambda n: self._read(self.checkpoint[n]), scheme)
         words, scales, zeros = (t.to(self.device) for t in stored)
         return dequantize_packed(words, scales, zeros, scheme.bits, self.dtype)
 

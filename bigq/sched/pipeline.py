@@ -22,7 +22,7 @@ from bigq.arch import block_linears
 from bigq.clock import Clock
 from bigq.config import JobConfig
 from bigq.errors import Stopped, UsageError
-from bigq.io.gptq_format import pack_linear
+from bigq.io.formats import Stored
 from bigq.io.index import TensorInfo
 from bigq.io.outgoing import Outgoing
 from bigq.io.stamps import Stamps
@@ -223,9 +223,10 @@ class Job:
                 self.progress.say(f"block {job.index + 1}: {solved.name} stays unquantized: {solved.reason}")
                 continue
             lost = max(lost, solved.left_out)
-            source = self.pager.sources[f"{solved.name}.weight"].name
+            source = self.pager.sources[f"{solved.name}.weight"]
             with self.clock.phase("pack"):
-                packed[source] = pack_linear(source.removesuffix(".weight"), solved.weight, self.config.format_version)
+                stored, scheme = Stored.of(solved.weight), solved.weight.scheme
+                packed[source.name] = self.config.made.store(source.name.removesuffix(".weight"), stored, scheme, source.dtype)
             records.append(solved.record())
             faults.point("linear.solved")
             self._pause()
@@ -248,13 +249,13 @@ class Job:
 
     def _restore(self, job: BlockJob, commit: Commit) -> None:
         """Give a block that an earlier run committed the weights that it was committed with."""
-        finished = FinishedBlock(self.journal.out, commit)
+        finished = FinishedBlock(self.journal.out, commit, self.config.made)
         for name, scheme in job.schemes.items():
             if f"{job.prefix}.{name}" in commit.left_out:
                 continue
             source = self.pager.sources[f"{job.prefix}.{name}.weight"].name.removesuffix(".weight")
             module = job.block.get_submodule(name)
-            weight = finished.weight(source, scheme.bits, self.config.format_version, linear_weight(module).dtype, self.pager.device)
+            weight = finished.weight(source, scheme, linear_weight(module).dtype, self.pager.device)
             skeleton.set_linear_weight(module, weight)
 
     def _check_committed(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from bigq import skeleton
@@ -11,11 +13,11 @@ from bigq.arch import block_linears
 from bigq.calibration import calibration_rows, require_vocabulary
 from bigq.config import DEFAULT_SEQLEN, JobConfig
 from bigq.errors import UsageError
-from bigq.io.gptq_format import require_packable
 from bigq.io.index import TensorInfo
+from bigq.kernels.grid import SCALE_BITS
 from bigq.sched.pager import Pager
 from bigq.sched.structure import SMALLEST
-from bigq.scheme import scheme_for
+from bigq.scheme import QuantScheme, scheme_for
 from bigq.skeleton import linear_weight
 
 #: Tensors outside the blocks are gathered into shards of at most this size (a larger tensor has one of its own).
@@ -49,6 +51,15 @@ def rows_for(pager: Pager, config: JobConfig) -> Tensor | None:
     return rows
 
 
+def settled_scheme(pager: Pager, config: JobConfig) -> QuantScheme:
+    """The scheme of a job, significant bits of scales and all."""
+    if config.scheme.scale_bits is not None:
+        return config.scheme
+    prefix = pager.blocks_path + "."
+    types = {info.dtype for name, info in pager.sources.items() if name.startswith(prefix) and name.endswith(".weight")}
+    return dataclasses.replace(config.scheme, scale_bits=8 if torch.bfloat16 in types else SCALE_BITS)
+
+
 def rest_shards(pager: Pager) -> list[list[TensorInfo]]:
     """The tensors outside the blocks (and those that the model has no place for), gathered into shards."""
     in_blocks = {info.name for name, info in pager.sources.items() if name.startswith(pager.blocks_path + ".")}
@@ -73,7 +84,7 @@ def check_shapes(pager: Pager, config: JobConfig) -> None:
             scheme = scheme_for(full, config.base_scheme, config.rules)
             m, n = linear_weight(module).shape
             if scheme is not None and min(m, n) >= SMALLEST:
-                require_packable(full, m, n, scheme)
+                config.made.require(full, m, n, scheme, transposed=skeleton.stored_transposed(module))
 
 
 def refuse_nesting(source: Path, out: Path) -> None:

@@ -66,6 +66,7 @@ CHANGES: Mapping[str, Change] = {
     "settings.scheme.damping": Change(May.REFUSED, "--damping"),
     "settings.scheme.mse": Change(May.REFUSED, "--mse"),
     "settings.scheme.min_zero": Change(May.REFUSED, "min_zero"),
+    "settings.scheme.scale_bits": Change(May.REFUSED, "--scale-bits"),
     "settings.rules": Change(May.REFUSED, "--rule/--skip"),
     "settings.method": Change(May.REFUSED, "--method"),
     "settings.format": Change(May.REFUSED, "--format"),

@@ -35,7 +35,7 @@ from bigq.sched.owner import owned, refuse_if_held
 from bigq.sched.pager import Pager
 from bigq.sched.pipeline import Job
 from bigq.sched.planning import plan_job
-from bigq.sched.prepare import check_shapes, refuse_nesting, rest_shards, row_length, rows_for
+from bigq.sched.prepare import check_shapes, refuse_nesting, rest_shards, row_length, rows_for, settled_scheme
 from bigq.sched.request import compare, make_request, require_same_code
 from bigq.sched.stop import Stop
 from bigq.trace import Trace
@@ -71,7 +71,10 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None, stop:
             raise UnsupportedModelError(f"{folder}: is already quantized; give the original model")
         check_shapes(pager, config)
         config = dataclasses.replace(
-            config, seqlen=row_length(pager.config, config), batch=config.batch or (before.batch if before else None)
+            config,
+            seqlen=row_length(pager.config, config),
+            scheme=settled_scheme(pager, config),
+            batch=config.batch or (before.batch if before else None),
         )
         stop.check()
         rows = rows_for(pager, config)
@@ -113,7 +116,7 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None, stop:
                         write_bytes(Path(config.trace), trace.to_json())
                 if not is_finished(journal):
                     owner.check()
-                    finish_folder(folder, journal, config)
+                    finish_folder(folder, journal, config, pager.linears)
                 checkpoints.discard()
     return Report(
         out=str(out),

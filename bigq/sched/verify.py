@@ -16,6 +16,7 @@ from typing import Any
 from bigq.config import JobConfig
 from bigq.errors import BigqError, CheckpointError, ResourceError, UsageError
 from bigq.io.atomic import TEMP_SUFFIX
+from bigq.io.formats import FORMATS, PackedLinear
 from bigq.io.index import INDEX_NAME, read_json_object
 from bigq.io.record import file_sha256
 from bigq.io.sealed import read_record, read_sealed, unseal
@@ -23,7 +24,7 @@ from bigq.sched.checkpoint import RECORD_NAME as CHECKPOINTS_NAME
 from bigq.sched.finish import MANIFEST_NAME, RECORDS
 from bigq.sched.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, RUNS_NAME, STATE_FOLDER, Commit, read_job
 from bigq.sched.owner import LOCK_NAME, OWNER_NAME, Holder
-from bigq.sched.scan import PackedLinear, Scan, scan_shard
+from bigq.sched.scan import Scan, scan_shard
 from bigq.sched.verify_model import config_problems, index_problems, model_problems
 
 # Records, as they are called in what is said.
@@ -33,7 +34,7 @@ _JOB, _JOURNAL, _RUNS, _BATCHES, _MANIFEST, _OWNER, _CHECKPOINTS = (
 #: Of these the manifest does not speak: they may change when a job is finished.
 _LIVING = (_MANIFEST, _RUNS, _OWNER, f"{STATE_FOLDER}/{LOCK_NAME}")
 #: What a finished folder holds besides shards, whatever the model.
-_ALWAYS = (INDEX_NAME, "config.json", "quantize_config.json", _JOB, _JOURNAL, f"{STATE_FOLDER}/linears.jsonl")
+_ALWAYS = (INDEX_NAME, "config.json", _JOB, _JOURNAL, f"{STATE_FOLDER}/linears.jsonl")
 
 _SHARD = re.compile(r"model-(\d{5,})-of-(\d{5,})\.safetensors")
 _UNIT = re.compile(r"(rest|block)-(0|[1-9]\d*)")
@@ -242,7 +243,7 @@ class _Verification:
         if self._there.get(file) is not None:
             try:
                 # Where it is unknown what was asked for: as v2, in which every zero point can be stored.
-                scan = scan_shard(self.out / file, 2 if self._job is None else self._job.format_version)
+                scan = scan_shard(self.out / file, FORMATS["gptq_v2"] if self._job is None else self._job.made)
             except BigqError as error:
                 self._tell(file, error)
         self._compare(file, records, scan)
@@ -257,7 +258,8 @@ class _Verification:
 
     def _files(self, manifest: Mapping[str, Any]) -> None:
         """Everything but shards, against the manifest."""
-        for file in [*_ALWAYS, *sorted(self._shards)]:
+        beside = None if self._job is None else self._job.made.config_file
+        for file in [*_ALWAYS, *([] if beside is None else [beside]), *sorted(self._shards)]:
             if file not in manifest:
                 self._say(_MANIFEST, f"says nothing of {file}")
         for file, entry in manifest.items():
@@ -274,7 +276,8 @@ class _Verification:
             code = any(file.endswith(".py") for file in self._bad)
             if self._job is None or code or self._bad & {INDEX_NAME, "config.json", "quantize_config.json"}:
                 return
-            self._say_all(config_problems(self.out, self._job, left_out))
+            commits = list(self._commits.values())
+            self._say_all(config_problems(self.out, self._job, commits, trust_remote_code=trust_remote_code))
             if not self._bad & {"config.json", "quantize_config.json"}:
                 self._say_all(model_problems(self.out, self._job, left_out, scans, trust_remote_code=trust_remote_code))
         except BigqError as error:

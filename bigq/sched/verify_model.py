@@ -6,7 +6,7 @@ Every function returns problems as (file, what is wrong with it). Knows nothing 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ import torch
 from bigq import skeleton
 from bigq.arch import block_linears
 from bigq.config import JobConfig
-from bigq.io.gptq_format import quantization_config
+from bigq.io.formats import PackedLinear
 from bigq.io.index import INDEX_NAME, read_json_object
+from bigq.sched.finish import quantization_of
+from bigq.sched.journal import Commit
 from bigq.sched.pager import Pager
-from bigq.sched.scan import PackedLinear, Scan
+from bigq.sched.scan import Scan
 from bigq.scheme import scheme_for
 from bigq.skeleton import linear_weight
 
@@ -48,14 +50,23 @@ def index_problems(index: Mapping[str, Any], scans: Mapping[str, Scan], total: i
         yield INDEX_NAME, f"its total_size is not {total}"
 
 
-def config_problems(out: Path, job: JobConfig, left_out: tuple[str, ...]) -> Problems:
-    """Whether config.json and quantize_config.json say how the job quantized. Raises CheckpointError where one cannot be read."""
-    expected = quantization_config(job.scheme, job.rules, job.format_version, left_out, {})
-    for file, key in (("config.json", "quantization_config"), ("quantize_config.json", None)):
+def config_problems(out: Path, job: JobConfig, commits: Sequence[Commit], *, trust_remote_code: bool) -> Problems:
+    """Whether config.json, and what else says it, say how the job quantized. Raises DataError where one cannot be understood."""
+    linears = _linears(out, trust_remote_code=trust_remote_code) if job.made.names_linears else ()
+    expected = job.made.config(quantization_of(commits, job, linears, {}))
+    files = [("config.json", "quantization_config")] + [(file, None) for file in (job.made.config_file,) if file is not None]
+    for file, key in files:
         value = read_json_object(out / file)
         said = value if key is None else value.get(key)
-        if not isinstance(said, dict) or {**said, "meta": {}} != expected:
+        if not isinstance(said, dict) or {**said, "meta": {}} != {**expected, "meta": {}}:
             yield file, "does not say what the job's record says of how it quantized"
+
+
+def _linears(out: Path, *, trust_remote_code: bool) -> tuple[str, ...]:
+    """Module names of all Linears of the model that config.json describes."""
+    skeleton.silence()
+    config = skeleton.load_config(out, trust_remote_code=trust_remote_code)
+    return skeleton.linears(skeleton.build(config, torch.float32, trust_remote_code=trust_remote_code))
 
 
 def model_problems(out: Path, job: JobConfig, left_out: tuple[str, ...], scans: Mapping[str, Scan], *, trust_remote_code: bool) -> Problems:
@@ -68,7 +79,7 @@ def model_problems(out: Path, job: JobConfig, left_out: tuple[str, ...], scans: 
         pager = Pager(out, device=torch.device("cpu"), dtype="float32", trust_remote_code=trust_remote_code)
     linears = {prefix: linear for scan in scans.values() for prefix, linear in scan.linears.items()}
     zeros = {prefix: seen for scan in scans.values() for prefix, seen in scan.zeros.items()}
-    belonging = set()
+    belonging, mark = set(), job.made.mark
     for i, block in enumerate(pager.blocks):
         for name, module in block_linears(block).items():
             full = f"{pager.blocks_path}.{i}.{name}"
@@ -81,14 +92,14 @@ def model_problems(out: Path, job: JobConfig, left_out: tuple[str, ...], scans: 
             belonging.add(prefix)
             m, n = linear_weight(module).shape
             expected = PackedLinear(bits=scheme.bits, outputs=m, inputs=n, groups=n // scheme.group_width(n))
-            file, middle = pager.checkpoint[f"{prefix}.qweight"].file.name, 2 ** (scheme.bits - 1)
+            file, middle = pager.checkpoint[f"{prefix}.{mark}"].file.name, 2 ** (scheme.bits - 1)
             if f"{full}.weight" in pager.sources:
                 yield file, f"tensor {pager.sources[f'{full}.weight'].name} is there although its Linear is packed"
             if prefix not in linears:
                 continue  # its tensors do not belong together, which was said of its shard
             if linears[prefix] != expected:
-                yield file, f"tensor {prefix}.qweight is packed as {linears[prefix]}; the model and the job make it {expected}"
-            elif scheme.symmetric and zeros[prefix] != (middle, middle):
+                yield file, f"tensor {prefix}.{mark} is packed as {linears[prefix]}; the model and the job make it {expected}"
+            elif scheme.symmetric and zeros.get(prefix, (middle, middle)) != (middle, middle):
                 yield file, f"tensor {prefix}.qzeros holds other zero points than {middle}, although the job's are symmetric"
     for prefix in sorted(linears.keys() - belonging):
-        yield pager.checkpoint[f"{prefix}.qweight"].file.name, f"{prefix} is packed, but is no Linear that the job packs"
+        yield pager.checkpoint[f"{prefix}.{mark}"].file.name, f"{prefix} is packed, but is no Linear that the job packs"

@@ -25,7 +25,7 @@ from bigq.calibration import load_tokenizer
 from bigq.cli import main
 from bigq.errors import BigqError, CalibrationError, CheckpointError, UnsupportedModelError
 from bigq.io.contained import require_contained
-from bigq.io.gptq_config import PackedSchemes
+from bigq.io.formats import read_schemes
 from bigq.io.hub import resolve_headers, resolve_model
 from bigq.model_config import require_sane
 from bigq.skeleton import build, load_config
@@ -352,19 +352,19 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
 )
 def test_a_quantization_config_of_nonsense_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="quantization_config") as caught:
-        PackedSchemes.read(Path("config.json"), GPTQ | values)
+        read_schemes(Path("config.json"), GPTQ | values)
     assert str(caught.value).isprintable()
 
 
 def test_a_quantization_config_without_numbers_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no bits"):
-        PackedSchemes.read(Path("config.json"), {"quant_method": "gptq"})
+        read_schemes(Path("config.json"), {"quant_method": "gptq"})
 
 
 def test_what_other_writers_say_of_a_module_is_passed_over() -> None:
     said = GPTQ | {"dynamic": {r"+:.*\.1\..*": {"bits": 8, "desc_act": True, "damp_percent": 0.1}, r"-:.*lm_head": {}}}
-    schemes = PackedSchemes.read(Path("config.json"), said)
-    assert (schemes.scheme("layers.1.x").bits, schemes.scheme("layers.2.x").bits, schemes.version) == (8, 4, 1)
+    schemes = read_schemes(Path("config.json"), said)
+    assert (schemes.scheme("layers.1.x").bits, schemes.scheme("layers.2.x").bits, schemes.format.name) == (8, 4, "gptq")
     with pytest.raises(CheckpointError, match="lm_head is packed although"):
         schemes.scheme("lm_head")
 

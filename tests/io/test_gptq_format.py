@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from bigq.errors import CheckpointError, UsageError
-from bigq.io.gptq_format import pack_linear, quantization_config, read_linear, require_packable
+from bigq.io.formats import FORMATS, Quantization, Stored
 from bigq.kernels.pack import unpack
 from bigq.scheme import QuantizedWeight, QuantScheme, Rule, scheme_for
 
 BITS = [2, 3, 4, 8]
+VERSIONS = {1: FORMATS["gptq"], 2: FORMATS["gptq_v2"]}
 M, N, GROUP = 64, 96, 32
+
+
+def pack_linear(prefix: str, weight: QuantizedWeight, version: int) -> dict[str, Tensor]:
+    return VERSIONS[version].store(prefix, Stored.of(weight), weight.scheme, torch.float16)
+
+
+def read_linear(prefix: str, get: Callable[[str], Tensor], bits: int, version: int) -> Stored:
+    return VERSIONS[version].read(prefix, get, QuantScheme(bits=bits))
+
+
+def require_packable(name: str, m: int, n: int, scheme: QuantScheme) -> None:
+    VERSIONS[1].require(name, m, n, scheme)
+
+
+def quantization_config(
+    scheme: QuantScheme, rules: tuple[Rule, ...], version: int, left_out: tuple[str, ...], meta: dict[str, str]
+) -> dict[str, Any]:
+    told = Quantization(scheme=scheme, rules=rules, packed={}, left_out=left_out, others=("lm_head",), meta=meta)
+    return VERSIONS[version].config(told)
 
 
 def bit_fields(words: list[int], bits: int) -> list[int]:

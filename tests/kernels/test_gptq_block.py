@@ -165,6 +165,19 @@ def test_triton_with_grids_found(k: int, m: int, width: int, bits: int, symmetri
         assert not torch.equal(got["scale"], other["scale"]) and int((got["zero"] == 0).sum() > 0) == 1 - min_zero
 
 
+@pytest.mark.parametrize("scale_bits", [7, 8])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
+def test_triton_with_coarse_scales(symmetric: bool, scale_bits: int, device: torch.device) -> None:
+    """Groups of zeros and groups below fp16 among them."""
+    b = block(32, 6, GridSpec(bits=4, symmetric=symmetric, scale_bits=scale_bits), width=16)
+    b.target[:, 0] = 0
+    b.target[:, 1] *= 1e-9
+    got = check(b, device)
+    steps = got["scale"].half().view(torch.int16) % (1 << (11 - scale_bits))
+    ordinary = (got["scale"] > 2**-20) & got["scale"].isfinite()
+    assert int(ordinary.sum()) >= 6 and bool((steps[ordinary] == 0).all())
+
+
 @pytest.mark.parametrize(
     ("k", "width", "symmetric"),
     [

@@ -87,3 +87,35 @@ def test_min_zero_keeps_a_positive_group_in_reach(bits: int) -> None:
     assert zero.item() == 1
     reach = float(scale) * (2**bits - 2)
     assert reach == pytest.approx(3, rel=2**-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
+@pytest.mark.parametrize("bits", [7, 8, 9, 10, 11])
+def test_scales_have_as_many_significant_bits_as_asked_for(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+    """And are the nearest such number to what fp16 would hold."""
+    w = groups(3).to(dtype)
+    scale, _ = find_grid(w, GridSpec(bits=4, symmetric=symmetric, scale_bits=bits))
+    fine, _ = find_grid(w, GridSpec(bits=4, symmetric=symmetric))
+    for coarse, stored in zip(scale.tolist(), fine.tolist(), strict=True):
+        step = 2.0 ** (math.frexp(stored)[1] - bits)
+        assert coarse == round(stored / step) * step, "Python rounds to even, too"
+    assert len(set(scale.tolist())) > 30, "scales of all sizes"
+    assert torch.equal(scale, fine) == (bits == 11)
+
+
+def test_scales_of_eight_bits_are_whole_in_bf16_and_of_seven_times_a_zero_in_fp16() -> None:
+    w = torch.randn(32, 4000, generator=torch.Generator().manual_seed(1))
+    eight, _ = find_grid(w, GridSpec(bits=4, symmetric=True, scale_bits=8))
+    assert torch.equal(eight.bfloat16().float(), eight)
+    seven, zero = find_grid(w, GridSpec(bits=4, symmetric=False, scale_bits=7))
+    least = seven * zero
+    assert torch.equal(least.half().float(), least)
+    eleven, zero = find_grid(w, GridSpec(bits=4, symmetric=False))
+    assert not torch.equal((eleven * zero).half().float(), eleven * zero), "which takes the coarser scales"
+
+
+def test_rounding_scales_keeps_what_is_out_of_range() -> None:
+    spec = GridSpec(bits=4, symmetric=True, scale_bits=8)
+    w = torch.tensor([[0.0, 1e-9, 65504.0 * 15, 65500.0 * 7.5]]).expand(16, 4)
+    assert find_grid(w, spec)[0].tolist() == [1.0, TINY, math.inf, math.inf], "the last is rounded up out of fp16"

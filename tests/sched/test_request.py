@@ -27,7 +27,16 @@ from bigq.scheme import QuantScheme, Rule
 
 OUT = Path("the/OUT")
 SETTINGS = {
-    "scheme": {"bits": 4, "group_size": 128, "symmetric": True, "act_order": False, "damping": 0.01, "mse": False, "min_zero": 0},
+    "scheme": {
+        "bits": 4,
+        "group_size": 128,
+        "symmetric": True,
+        "act_order": False,
+        "damping": 0.01,
+        "mse": False,
+        "min_zero": 0,
+        "scale_bits": 11,
+    },
     "rules": [{"pattern": "a.*", "overrides": None}, {"pattern": "b", "overrides": {"bits": 8, "sym": False}}],
     "method": "gptq",
     "format": "gptq",
@@ -65,6 +74,7 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("settings.rules", [{"pattern": "c", "overrides": {"damping": 0.5}}], ["--rule 'c:damping=0.5': ", "with --skip 'a.*' --rule "]),
     ("settings.method", "rtn", ["--method rtn: ", "with --method gptq;"]),
     ("settings.format", "gptq_v2", ["--format gptq_v2: ", "with --format gptq;"]),
+    ("settings.scheme.scale_bits", 8, ["--scale-bits 8: ", "with --scale-bits 11;"]),
     ("settings.true_sequential", False, ["--no-true-sequential: ", "with --true-sequential;"]),
     ("settings.samples", 64, ["--samples 64: ", "with --samples 128;"]),
     ("settings.seqlen", 1024, ["--seqlen 1024: ", "with --seqlen 2048;"]),

@@ -12,14 +12,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bigq.errors import CheckpointError
-from bigq.io.gptq_format import pack_linear
+from bigq.io.formats import FORMATS, PackedLinear, Stored
 from bigq.kernels.pack import pack
 from bigq.sched import scan as scan_module
-from bigq.sched.scan import PackedLinear, Scan, scan_shard
+from bigq.sched.scan import Scan, scan_shard
 from bigq.scheme import BITS, QuantizedWeight, QuantScheme
 
 M, N, GROUP = 96, 64, 32
 GROUPS = N // GROUP
+
+VERSIONS = {1: FORMATS["gptq"], 2: FORMATS["gptq_v2"]}
 
 
 def packed(bits: int, version: int, prefix: str = "a.q") -> dict[str, Tensor]:
@@ -37,13 +39,13 @@ def packed(bits: int, version: int, prefix: str = "a.q") -> dict[str, Tensor]:
         energy=1.0,
         damping=0.01,
     )
-    return pack_linear(prefix, weight, version)
+    return VERSIONS[version].store(prefix, Stored.of(weight), weight.scheme, torch.float16)
 
 
 def scanned(folder: Path, tensors: dict[str, Tensor], version: int = 1) -> Scan:
     path = folder / "x.safetensors"
     save_file(tensors, path)
-    scan = scan_shard(path, version)
+    scan = scan_shard(path, VERSIONS[version])
     assert scan.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     return scan
 
@@ -158,7 +160,7 @@ def test_a_header_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"\xff" * 40)
     with pytest.raises(CheckpointError, match=r"x\.safetensors"):
-        scan_shard(path, 1)
+        scan_shard(path, VERSIONS[1])
 
 
 def test_memory_is_a_piece_and_not_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,5 +176,5 @@ def test_memory_is_a_piece_and_not_a_tensor(tmp_path: Path, monkeypatch: pytest.
     big = torch.randn(2**20)
     save_file({"big": big}, tmp_path / "x.safetensors")
     monkeypatch.setattr(torch, "empty", counting)
-    assert scan_shard(tmp_path / "x.safetensors", 1).problems == ()
+    assert scan_shard(tmp_path / "x.safetensors", VERSIONS[1]).problems == ()
     assert max(sizes) == 2**16

@@ -1,4 +1,4 @@
-"""A checkpoint's ``quantization_config``, read back: the scheme of each packed Linear, from JSON that others may have written."""
+"""A ``quantization_config`` of the gptq formats, read back: the scheme of each packed Linear, from JSON that others may have written."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bigq.errors import CheckpointError, UsageError
+from bigq.io.formats.base import Format
 from bigq.io.json_file import plain, shown
 from bigq.scheme import QuantScheme, Rule, scheme_for
 
@@ -17,16 +18,16 @@ _KINDS: Mapping[str, type] = {"bits": int, "group_size": int, "sym": bool}
 
 
 @dataclass(frozen=True, slots=True)
-class PackedSchemes:
-    """version: 1 or 2, of the format."""
+class GptqSchemes:
+    """base: the scheme of Linears that no rule is for."""
 
     path: Path
     base: QuantScheme
     rules: tuple[Rule, ...]
-    version: int
+    format: Format
 
     @classmethod
-    def read(cls, path: Path, config: Mapping[str, Any]) -> PackedSchemes:
+    def read(cls, path: Path, config: Mapping[str, Any], format: Format) -> GptqSchemes:
         """From the ``quantization_config`` of the config.json at ``path``. Raises CheckpointError."""
         dynamic = config.get("dynamic") or {}
         if not isinstance(dynamic, dict) or len(dynamic) > MAX_RULES:
@@ -38,7 +39,7 @@ class PackedSchemes:
         base = _overridden(path, QuantScheme(), said)
         for rule in rules:
             _overridden(path, base, rule.overrides or {})
-        return cls(path, base, rules, 2 if config.get("checkpoint_format") == "gptq_v2" else 1)
+        return cls(path, base, rules, format)
 
     def scheme(self, name: str) -> QuantScheme:
         """Of the packed Linear ``name``. Raises CheckpointError where it should not be packed."""

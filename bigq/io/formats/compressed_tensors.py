@@ -1,0 +1,247 @@
+"""The ``compressed-tensors`` checkpoint format, "pack-quantized", as transformers and vLLM read it.
+
+For a Linear X with K inputs, N outputs, G groups and b bits:
+
+    X.weight_packed       int32 [N, K·b/32]        codes packed along K
+    X.weight_scale        [N, G]                   of the weight's own dtype
+    X.weight_shape        int64 [2]                N, K
+    X.weight_zero_point   int32 [⌈N·b/32⌉, G]      zero points packed along N; only where they are not all in the middle
+
+Codes of 3 bits are packed as one stream of bits, which readers know from version 0.18 on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigq.errors import CheckpointError, UsageError
+from bigq.io.formats.base import Format, PackedLinear, Quantization, Stored, require_tensor
+from bigq.io.formats.gptq import look_at_scales
+from bigq.io.index import TensorInfo
+from bigq.io.json_file import plain, shown
+from bigq.io.reader import read_tensor
+from bigq.kernels.pack import pack, unpack
+from bigq.scheme import BITS, QuantScheme, Rule
+
+#: Targets and names to ignore in one config.
+MAX_NAMES = 1_000_000
+#: Those of them that are patterns: each may have to be tried on every Linear.
+MAX_PATTERNS = 1000
+
+
+class CompressedTensors(Format):
+    """Linears that differ from the others are listed by name, in config groups of their own: who reads them need not agree on patterns."""
+
+    name = "compressed-tensors"
+    mark = "weight_packed"
+    takes_transposed = False
+    names_linears = True
+
+    def suffixes(self, symmetric: bool) -> tuple[str, ...]:
+        always = ("weight_packed", "weight_scale", "weight_shape")
+        return always if symmetric else (*always, "weight_zero_point")
+
+    def store(self, prefix: str, stored: Stored, scheme: QuantScheme, dtype: torch.dtype) -> dict[str, Tensor]:
+        words, scales, zeros = stored
+        exact = scales.to(dtype)
+        if not torch.equal(exact.to(scales.dtype), scales):
+            raise UsageError(
+                f"{prefix}: its scales do not fit {dtype} exactly, the type that readers of {self.name} give them; quantize with --format "
+                f"{self.name} or with --scale-bits 8"
+            )
+        tensors = {
+            f"{prefix}.weight_packed": words.T.contiguous(),
+            f"{prefix}.weight_scale": exact.contiguous(),
+            f"{prefix}.weight_shape": torch.tensor([words.shape[1], words.shape[0] * 32 // scheme.bits], dtype=torch.int64),
+        }
+        if not scheme.symmetric:
+            tensors[f"{prefix}.weight_zero_point"] = pack(zeros, scheme.bits)
+        return tensors
+
+    def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> Stored:
+        bits = scheme.bits
+        packed, scales, shape = (get(f"{prefix}.{name}") for name in self.suffixes(True))
+        if packed.ndim != 2 or scales.ndim != 2 or packed.shape[1] * 32 % bits or len(packed) != len(scales):
+            raise CheckpointError(f"{prefix}: weight_packed and weight_scale are no matrices of {bits}-bit codes and their scales")
+        (m, groups), n = scales.shape, packed.shape[1] * 32 // bits
+        if shape.tolist() != [m, n] or not groups or n % groups:
+            raise CheckpointError(f"{prefix}: weight_packed, weight_scale and weight_shape do not belong together")
+        if scheme.symmetric:
+            zeros = torch.full((m, groups), 2 ** (bits - 1), dtype=torch.uint8, device=packed.device)
+        else:
+            words = get(f"{prefix}.weight_zero_point")
+            if words.shape != (m * bits // 32, groups):
+                raise CheckpointError(f"{prefix}: weight_zero_point and weight_scale have shapes that do not belong together")
+            zeros = unpack(words, bits)
+        return Stored(packed.T, scales, zeros)
+
+    def geometry(self, prefix: str, tensors: Mapping[str, TensorInfo]) -> PackedLinear:
+        packed, scales, shape = (require_tensor(tensors, f"{prefix}.{suffix}") for suffix in self.suffixes(True))
+        zeros = tensors.get(f"{prefix}.weight_zero_point")
+        wrong = CheckpointError(f"tensor {prefix}.weight_packed and those beside it have shapes or dtypes that do not belong together")
+        floats = (torch.float16, torch.bfloat16, torch.float32)
+        if packed.dtype != torch.int32 or shape.dtype != torch.int64 or scales.dtype not in floats or shape.shape != (2,):
+            raise wrong
+        if len(packed.shape) != 2 or len(scales.shape) != 2 or packed.shape[0] != scales.shape[0] or not scales.shape[1]:
+            raise wrong
+        if zeros is not None and (zeros.dtype != torch.int32 or len(zeros.shape) != 2 or zeros.shape[1] != scales.shape[1]):
+            raise wrong
+        # How many bits a code has follows from the number of inputs, which only a value tells.
+        m, n = read_tensor(shape).tolist()
+        bits = packed.shape[1] * 32 // n if n > 0 else 0
+        groups = scales.shape[1]
+        if m != scales.shape[0] or bits not in BITS or packed.shape[1] * 32 != n * bits or n % groups:
+            raise wrong
+        if zeros is not None and zeros.shape[0] * 32 != m * bits:
+            raise wrong
+        return PackedLinear(bits=bits, outputs=m, inputs=n, groups=groups)
+
+    def together(self, suffix: str, info: TensorInfo) -> int:
+        # Three rows of words hold whole 3-bit codes; for other widths any number of rows will do.
+        return 3 * info.shape[1] if suffix == "weight_zero_point" else 1
+
+    def look(self, suffix: str, linear: PackedLinear, piece: Tensor, start: int) -> tuple[str | None, tuple[int, int] | None]:
+        if suffix == "weight_scale":
+            return look_at_scales(piece), None
+        if suffix == "weight_zero_point":
+            low, high = (int(extreme) for extreme in torch.aminmax(unpack(piece.view(-1, linear.groups), linear.bits)))
+            return None, (low, high)
+        return None, None
+
+    def config(self, told: Quantization) -> dict[str, Any]:
+        groups: dict[tuple[int, int, bool], list[str]] = {}
+        for name, scheme in told.packed.items():
+            groups.setdefault(_kind(scheme), []).append(name)
+        usual = (
+            _kind(told.scheme)
+            if _kind(told.scheme) in groups
+            else max(groups, key=lambda kind: len(groups[kind]), default=_kind(told.scheme))
+        )
+        ordered = [kind for kind in groups if kind != usual] + [usual]
+        return {
+            "quant_method": self.name,
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            # Names come before the class that they are of: a reader that takes the first match takes the right one.
+            "config_groups": {
+                f"group_{i}": _config_group(kind, ["Linear"] if kind == usual else groups[kind]) for i, kind in enumerate(ordered)
+            },
+            "ignore": sorted(told.others),
+            "kv_cache_scheme": None,
+        }
+
+
+def _kind(scheme: QuantScheme) -> tuple[int, int, bool]:
+    return scheme.bits, scheme.group_size, scheme.symmetric
+
+
+def _config_group(kind: tuple[int, int, bool], targets: list[str]) -> dict[str, Any]:
+    bits, group_size, symmetric = kind
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "channel" if group_size == -1 else "group",
+        "group_size": None if group_size == -1 else group_size,
+        "dynamic": False,
+        "actorder": None,
+    }
+    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedTensorsSchemes:
+    """A quantization config, read from JSON that others may have written.
+
+    groups: targets and the scheme of each config group. ignore: names and patterns that are not packed.
+    """
+
+    path: Path
+    groups: tuple[tuple[_Targets, QuantScheme], ...]
+    ignore: _Targets
+    format: Format
+
+    @classmethod
+    def read(cls, path: Path, config: Mapping[str, Any], format: Format) -> CompressedTensorsSchemes:
+        """From the ``quantization_config`` of the config.json at ``path``. Raises CheckpointError."""
+        if config.get("format") != "pack-quantized":
+            raise _bad(
+                path, f"format {shown(config.get('format'))} is not one that bigq reads; of compressed-tensors it reads pack-quantized"
+            )
+        groups = config.get("config_groups")
+        if not isinstance(groups, dict) or not groups or len(groups) > MAX_PATTERNS:
+            raise _bad(path, f"config_groups {shown(groups)} is not an object of 1 to {MAX_PATTERNS} groups")
+        return cls(
+            path,
+            tuple(
+                (_Targets.read(path, f"{plain(name)}.targets", _get(group, "targets")), _scheme(path, group))
+                for name, group in groups.items()
+            ),
+            _Targets.read(path, "ignore", config.get("ignore") or []),
+            format,
+        )
+
+    def scheme(self, name: str) -> QuantScheme:
+        if self.ignore.match(name):
+            raise CheckpointError(f"{self.path}: {name} is packed although the quantization config leaves it out")
+        for by_name in (True, False):
+            for targets, scheme in self.groups:
+                if targets.match(name) if by_name else targets.linears:
+                    return scheme
+        raise CheckpointError(f"{self.path}: {name} is packed, but no group of the quantization config has it")
+
+
+@dataclass(frozen=True, slots=True)
+class _Targets:
+    """What some Linears are called. linears: all of them."""
+
+    names: frozenset[str]
+    patterns: tuple[str, ...]
+    linears: bool
+
+    @classmethod
+    def read(cls, path: Path, what: str, value: Any) -> _Targets:
+        if not isinstance(value, list) or len(value) > MAX_NAMES or not all(isinstance(name, str) for name in value):
+            raise _bad(path, f"{what} is {shown(value)}, not a list of names")
+        patterns = [name.removeprefix("re:") for name in value if name.startswith("re:")]
+        if len(patterns) > MAX_PATTERNS:
+            raise _bad(path, f"{what} has {len(patterns)} patterns, more than {MAX_PATTERNS}")
+        try:
+            for pattern in patterns:
+                Rule(pattern, None)
+        except UsageError as error:
+            raise _bad(path, f"{what}: {plain(str(error))}") from None
+        return cls(frozenset(value), tuple(patterns), "Linear" in value)
+
+    def match(self, name: str) -> bool:
+        return name in self.names or any(re.match(pattern, name) for pattern in self.patterns)
+
+
+def _get(group: Any, key: str) -> Any:
+    return group.get(key) if isinstance(group, dict) else None
+
+
+def _scheme(path: Path, group: Any) -> QuantScheme:
+    weights = _get(group, "weights")
+    bits, size, symmetric, strategy = (_get(weights, key) for key in ("num_bits", "group_size", "symmetric", "strategy"))
+    if _get(weights, "type") != "int" or strategy not in ("group", "channel") or type(bits) is not int or type(symmetric) is not bool:
+        raise _bad(path, f"weights {shown(weights)} are none that bigq reads (integers by group or channel)")
+    if _get(group, "input_activations") is not None:
+        raise _bad(path, "has activations quantized, which bigq does not read")
+    if strategy == "group" and type(size) is not int:
+        raise _bad(path, f"group_size is {shown(size)}")
+    try:
+        return QuantScheme(bits=bits, group_size=-1 if strategy == "channel" else size, symmetric=symmetric)
+    except UsageError as error:
+        raise _bad(path, str(error)) from None
+
+
+def _bad(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path}: quantization_config: {what}; fetch it again, or give the original model")

@@ -1,0 +1,148 @@
+"""The ``gptq`` checkpoint format (v1 and v2), as transformers, vLLM, SGLang, TGI and ExLlama read it.
+
+For a Linear X with K inputs, N outputs, G groups and b bits:
+
+    X.qweight  int32 [K·b/32, N]   codes packed down K
+    X.qzeros   int32 [G, N·b/32]   zero points packed along N; v1 stores zero − 1, v2 the zero itself
+    X.scales   fp16  [G, N]
+    X.g_idx    int32 [K]           the group of each input, natural order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigq.errors import CheckpointError
+from bigq.io.formats.base import Format, PackedLinear, Quantization, Stored, natural_groups, require_tensor
+from bigq.io.index import TensorInfo
+from bigq.kernels.finite import finite
+from bigq.kernels.pack import pack, unpack
+from bigq.scheme import BITS, QuantScheme
+
+
+class Gptq(Format):
+    """v1 of the format: zero points are stored minus one, so a zero point of 0 cannot be."""
+
+    name = "gptq"
+    mark = "qweight"
+    min_zero = 1
+    config_file = "quantize_config.json"
+    #: What is added to a zero point where it is stored.
+    shift = -1
+
+    def suffixes(self, symmetric: bool) -> tuple[str, ...]:
+        return ("qweight", "qzeros", "scales", "g_idx")
+
+    def store(self, prefix: str, stored: Stored, scheme: QuantScheme, dtype: torch.dtype) -> dict[str, Tensor]:
+        words, scales, zeros = stored
+        if bool((zeros < self.min_zero).any()):
+            raise ValueError(f"{prefix}: a zero point of 0 cannot be stored in format v1; solve with min_zero=1")
+        n, groups = words.shape[0] * 32 // scheme.bits, scales.shape[1]
+        return {
+            f"{prefix}.qweight": words.contiguous(),
+            f"{prefix}.qzeros": pack(zeros + self.shift, scheme.bits).T.contiguous(),
+            f"{prefix}.scales": scales.to(torch.float16).T.contiguous(),
+            f"{prefix}.g_idx": natural_groups(n, groups, words.device),
+        }
+
+    def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> Stored:
+        bits = scheme.bits
+        qweight, qzeros, scales, g_idx = (get(f"{prefix}.{name}") for name in self.suffixes(scheme.symmetric))
+        if any(t.ndim != 2 for t in (qweight, qzeros, scales)) or qweight.shape[0] * 32 % bits or qzeros.shape[1] * 32 % bits:
+            raise CheckpointError(f"{prefix}: qweight, qzeros or scales is not a matrix of {bits}-bit codes in whole words")
+        zeros = unpack(qzeros.T.contiguous(), bits) - self.shift
+        k, n, groups = qweight.shape[0] * 32 // bits, qweight.shape[1], scales.shape[0]
+        if n != scales.shape[1] or zeros.shape != (n, groups) or not groups or k % groups:
+            raise CheckpointError(f"{prefix}: qweight, qzeros and scales have shapes that do not belong together")
+        if not torch.equal(g_idx.to(torch.int32), natural_groups(k, groups, g_idx.device)):
+            raise CheckpointError(
+                f"{prefix}: its groups are not in natural order (desc_act without static groups), which bigq does not read"
+            )
+        return Stored(qweight, scales.T, zeros)
+
+    def geometry(self, prefix: str, tensors: Mapping[str, TensorInfo]) -> PackedLinear:
+        parts = [require_tensor(tensors, f"{prefix}.{suffix}") for suffix in self.suffixes(True)]
+        qweight, qzeros, scales, g_idx = parts
+        wrong = CheckpointError(
+            f"tensor {prefix}.qweight and its qzeros, scales and g_idx have shapes or dtypes that do not belong together"
+        )
+        if [t.dtype for t in parts] != [torch.int32, torch.int32, torch.float16, torch.int32] or [len(t.shape) for t in parts] != [
+            2,
+            2,
+            2,
+            1,
+        ]:
+            raise wrong
+        m, n, groups = qweight.shape[1], g_idx.shape[0], scales.shape[0]
+        for bits in BITS:
+            if min(m, n, groups) and not n % groups and qweight.shape[0] * 32 == n * bits:
+                if scales.shape == (groups, m) and qzeros.shape[0] == groups and qzeros.shape[1] * 32 == m * bits:
+                    return PackedLinear(bits=bits, outputs=m, inputs=n, groups=groups)
+                raise wrong
+        raise wrong
+
+    def together(self, suffix: str, info: TensorInfo) -> int:
+        return info.shape[1] if suffix == "qzeros" else 1
+
+    def look(self, suffix: str, linear: PackedLinear, piece: Tensor, start: int) -> tuple[str | None, tuple[int, int] | None]:
+        if suffix == "scales":
+            return look_at_scales(piece), None
+        if suffix == "qzeros":
+            return self._look_at_zeros(linear, piece)
+        if suffix == "g_idx":
+            natural = torch.arange(start, start + len(piece)) // (linear.inputs // linear.groups)
+            return None if torch.equal(piece.long(), natural) else "does not number the groups in natural order", None
+        # All that words of qweight can hold are codes, of 3 bits too: 32 of them fill three words.
+        return None, None
+
+    def _look_at_zeros(self, linear: PackedLinear, words: Tensor) -> tuple[str | None, tuple[int, int]]:
+        """Zero points are codes; as v1 stores them less one, the greatest number that fits stands for none."""
+        stored = unpack(words.view(-1, linear.outputs * linear.bits // 32).T.contiguous(), linear.bits)
+        low, high = (int(extreme) - self.shift for extreme in torch.aminmax(stored))
+        wrong = None if high < 2**linear.bits else f"holds zero point {high}, which is no code of {linear.bits} bits"
+        return wrong, (low, high)
+
+    def config(self, told: Quantization) -> dict[str, Any]:
+        """Overrides per module go into ``dynamic``, first match first, as GPTQModel and vLLM read it."""
+        dynamic: dict[str, dict[str, Any]] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in told.left_out}
+        for rule in told.rules:
+            if rule.overrides is None:
+                dynamic.setdefault(f"-:{rule.pattern}", {})
+            else:
+                said = {k: v for k, v in rule.overrides.items() if k in ("bits", "group_size", "sym")}
+                dynamic.setdefault(f"+:{rule.pattern}", said)
+        scheme = told.scheme
+        return {
+            "quant_method": "gptq",
+            "checkpoint_format": self.name,
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "sym": scheme.symmetric,
+            "desc_act": False,
+            "static_groups": scheme.act_order,
+            "lm_head": False,
+            "pack_dtype": "int32",
+            "damp_percent": scheme.damping,
+            "dynamic": dynamic,
+            "meta": dict(told.meta),
+        }
+
+
+class GptqV2(Gptq):
+    """v2: zero points are stored as they are."""
+
+    name = "gptq_v2"
+    min_zero = 0
+    shift = 0
+
+
+def look_at_scales(piece: Tensor) -> str | None:
+    """What is wrong with some scales, if anything."""
+    if not finite(piece):
+        return "holds NaN or Inf"
+    # Groups of zeros get scale 1, and what would round to 0 gets the smallest number of fp16.
+    return None if bool((piece > 0).all()) else "holds a scale that is not above 0"

@@ -1,0 +1,235 @@
+"""The compressed-tensors format, against a decoder written from its definition with Python integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bigq.errors import CheckpointError, UsageError
+from bigq.io.formats import FORMATS, PackedLinear, Quantization, Stored, read_schemes
+from bigq.io.index import read_header
+from bigq.kernels.pack import unpack
+from bigq.scheme import QuantizedWeight, QuantScheme
+
+BITS = [2, 3, 4, 8]
+M, N = 64, 96
+FORMAT = FORMATS["compressed-tensors"]
+
+
+def bit_fields(words: list[int], bits: int) -> list[int]:
+    stream = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words))
+    return [(stream >> (bits * i)) & (2**bits - 1) for i in range(32 * len(words) // bits)]
+
+
+def random_weight(bits: int, symmetric: bool, group_size: int = 32) -> QuantizedWeight:
+    gen = torch.Generator().manual_seed(bits)
+    groups = 1 if group_size == -1 else N // group_size
+    top = 2**bits
+    zeros = torch.full((M, groups), top // 2) if symmetric else torch.randint(0, top, (M, groups), generator=gen)
+    return QuantizedWeight(
+        codes=torch.randint(0, top, (M, N), generator=gen).to(torch.uint8),
+        scales=(torch.rand(M, groups, generator=gen) + 0.01).bfloat16().half(),
+        zeros=zeros.to(torch.uint8),
+        scheme=QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric),
+        loss=0.0,
+        energy=1.0,
+        damping=0.01,
+    )
+
+
+def store(weight: QuantizedWeight, dtype: torch.dtype = torch.bfloat16, prefix: str = "a.q") -> dict[str, Tensor]:
+    return FORMAT.store(prefix, Stored.of(weight), weight.scheme, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("group_size", [-1, 32, 48])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", BITS)
+def test_the_definition_reads_back_what_was_packed(bits: int, symmetric: bool, group_size: int, dtype: torch.dtype) -> None:
+    weight = random_weight(bits, symmetric, group_size)
+    tensors = store(weight, dtype)
+    groups = weight.scales.shape[1]
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "a.q.weight_packed": (torch.int32, (M, N * bits // 32)),
+        "a.q.weight_scale": (dtype, (M, groups)),
+        "a.q.weight_shape": (torch.int64, (2,)),
+    }
+    if not symmetric:
+        expected["a.q.weight_zero_point"] = (torch.int32, (M * bits // 32, groups))
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == expected
+    assert [bit_fields(row, bits) for row in tensors["a.q.weight_packed"].tolist()] == weight.codes.tolist()
+    assert torch.equal(tensors["a.q.weight_scale"].half(), weight.scales)
+    assert tensors["a.q.weight_shape"].tolist() == [M, N]
+    if not symmetric:
+        columns = tensors["a.q.weight_zero_point"].T.tolist()
+        assert [bit_fields(column, bits) for column in columns] == weight.zeros.T.tolist()
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", BITS)
+def test_reading_inverts_packing(bits: int, symmetric: bool) -> None:
+    weight = random_weight(bits, symmetric)
+    words, scales, zeros = FORMAT.read("a.q", store(weight).__getitem__, weight.scheme)
+    assert torch.equal(unpack(words, bits).T, weight.codes)
+    assert torch.equal(scales.half(), weight.scales) and torch.equal(zeros, weight.zeros)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", BITS)
+def test_its_shapes_tell_what_is_packed(bits: int, symmetric: bool, tmp_path: Path) -> None:
+    save_file(store(random_weight(bits, symmetric)), tmp_path / "x.safetensors")
+    tensors, _ = read_header(tmp_path / "x.safetensors")
+    assert FORMAT.geometry("a.q", tensors) == PackedLinear(bits=bits, outputs=M, inputs=N, groups=3)
+
+
+WRONG: list[tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]]] = [
+    ("a scale's column is missing", lambda t: {**t, "a.q.weight_scale": t["a.q.weight_scale"][:-1].clone()}),
+    ("two groups of three inputs each too many", lambda t: {**t, "a.q.weight_scale": torch.ones(M, 5, dtype=torch.bfloat16)}),
+    ("shape is another", lambda t: {**t, "a.q.weight_shape": torch.tensor([M, N + 1])}),
+    ("shape is turned round", lambda t: {**t, "a.q.weight_shape": torch.tensor([N, M])}),
+    ("shape says nothing", lambda t: {**t, "a.q.weight_shape": torch.tensor([M, 0])}),
+    ("words are missing", lambda t: {**t, "a.q.weight_packed": t["a.q.weight_packed"][:, :-1].clone()}),
+    ("words are one row", lambda t: {**t, "a.q.weight_packed": t["a.q.weight_packed"].reshape(-1)}),
+    ("zeros are too few", lambda t: {**t, "a.q.weight_zero_point": t["a.q.weight_zero_point"][:-1].clone()}),
+]
+
+
+@pytest.mark.parametrize("spoil", [spoil for _, spoil in WRONG], ids=[name for name, _ in WRONG])
+def test_tensors_that_do_not_belong_together_are_refused(spoil: Callable[..., Any], tmp_path: Path) -> None:
+    weight = random_weight(4, symmetric=False)
+    tensors = spoil(store(weight))
+    with pytest.raises(CheckpointError, match=r"a\.q"):
+        FORMAT.read("a.q", tensors.__getitem__, weight.scheme)
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"a\.q"):
+        FORMAT.geometry("a.q", read_header(tmp_path / "x.safetensors")[0])
+
+
+@pytest.mark.parametrize("name", ["weight_packed", "weight_scale", "weight_shape"])
+def test_a_missing_tensor_is_named(name: str, tmp_path: Path) -> None:
+    tensors = store(random_weight(4, symmetric=True))
+    del tensors[f"a.q.{name}"]
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=rf"a\.q\.{name} is missing"):
+        FORMAT.geometry("a.q", read_header(tmp_path / "x.safetensors")[0])
+
+
+def test_scales_that_the_type_of_the_model_cannot_hold_are_refused() -> None:
+    weight = random_weight(4, symmetric=True)
+    weight.scales[3, 1] = 1 + 2**-10  # whole in fp16, not in bf16
+    with pytest.raises(UsageError, match=r"a\.q: its scales do not fit torch.bfloat16.*--scale-bits 8"):
+        store(weight)
+    store(weight, torch.float16)
+
+
+def test_linears_stored_transposed_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"h\.c_attn is stored transposed.*--skip 'h\.c_attn\$'"):
+        FORMAT.require("h.c_attn", M, N, QuantScheme(group_size=32), transposed=True)
+    FORMATS["gptq"].require("h.c_attn", M, N, QuantScheme(group_size=32), transposed=True)
+
+
+def told(packed: dict[str, QuantScheme], others: tuple[str, ...] = ("lm_head",), usual: QuantScheme | None = None) -> dict[str, Any]:
+    usual = usual or QuantScheme()
+    return FORMAT.config(Quantization(scheme=usual, rules=(), packed=packed, left_out=(), others=others, meta={"quantizer": "x"}))
+
+
+def test_config_says_what_readers_look_for() -> None:
+    scheme = QuantScheme(bits=3, group_size=64, symmetric=False, act_order=True)
+    assert told({"m.0.q": scheme, "m.0.k": scheme}, ("z", "lm_head"), scheme) == {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 3,
+                    "type": "int",
+                    "symmetric": False,
+                    "strategy": "group",
+                    "group_size": 64,
+                    "dynamic": False,
+                    "actorder": None,
+                },
+                "input_activations": None,
+                "output_activations": None,
+            }
+        },
+        "ignore": ["lm_head", "z"],
+        "kv_cache_scheme": None,
+    }
+
+
+def test_every_linear_reads_back_with_its_own_scheme() -> None:
+    usual, other, channel = QuantScheme(), QuantScheme(bits=8, group_size=32), QuantScheme(bits=2, group_size=-1, symmetric=False)
+    packed = {"m.0.q": usual, "m.0.k": other, "m.1.q": usual, "m.1.k": channel, "m.2.k": other, "m.2.q": usual}
+    schemes = read_schemes(Path("config.json"), told(packed, ("lm_head", "m.2.o")))
+    assert {name: schemes.scheme(name) for name in packed} == packed
+    for name in ("lm_head", "m.2.o"):
+        with pytest.raises(CheckpointError, match=rf"{name} is packed although"):
+            schemes.scheme(name)
+
+
+def test_where_no_linear_has_the_jobs_own_scheme_the_commonest_stands_for_all() -> None:
+    a, b = QuantScheme(bits=8), QuantScheme(bits=2)
+    config = told({"x": a, "y": b, "z": b}, usual=QuantScheme(bits=3))
+    assert [group["targets"] for group in config["config_groups"].values()] == [["x"], ["Linear"]]
+    schemes = read_schemes(Path("config.json"), config)
+    assert [schemes.scheme(name).bits for name in "xyz"] == [8, 2, 2]
+
+
+def test_what_other_writers_say_is_understood() -> None:
+    config = told({"m.0.q": QuantScheme()})
+    config["config_groups"]["group_0"]["targets"] = ["re:.*self_attn.*"]
+    config |= {"version": "0.20.0", "global_compression_ratio": None, "ignore": ["re:.*head"]}
+    schemes = read_schemes(Path("config.json"), config)
+    assert schemes.scheme("m.0.self_attn.q").bits == 4
+    with pytest.raises(CheckpointError, match="no group"):
+        schemes.scheme("m.0.mlp.up")
+    with pytest.raises(CheckpointError, match="leaves it out"):
+        schemes.scheme("lm_head")
+
+
+def changed(**weights: Any) -> dict[str, Any]:
+    config = told({"q": QuantScheme()})
+    config["config_groups"]["group_0"]["weights"] |= weights
+    return config
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        told({"q": QuantScheme()}) | {"format": "float-quantized"},
+        told({"q": QuantScheme()}) | {"config_groups": []},
+        told({"q": QuantScheme()}) | {"config_groups": {}},
+        told({"q": QuantScheme()}) | {"config_groups": {"group_0": ["Linear"]}},
+        told({"q": QuantScheme()}) | {"ignore": "lm_head"},
+        told({"q": QuantScheme()}) | {"ignore": [3]},
+        told({"q": QuantScheme()}) | {"ignore": ["re:("]},
+        told({"q": QuantScheme()}) | {"ignore": ["re:(a+)+b"]},
+        changed(num_bits=5),
+        changed(num_bits=True),
+        changed(type="float"),
+        changed(strategy="tensor"),
+        changed(group_size=None),
+        changed(group_size=7),
+        changed(symmetric="yes"),
+    ],
+)
+def test_a_quantization_config_of_nonsense_is_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="quantization_config") as caught:
+        read_schemes(Path("config.json"), config)
+    assert str(caught.value).isprintable()
+
+
+def test_quantized_activations_are_refused() -> None:
+    config = told({"q": QuantScheme()})
+    config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
+    with pytest.raises(CheckpointError, match="activations"):
+        read_schemes(Path("config.json"), config)
