@@ -120,7 +120,7 @@ class Pager:
             raise CheckpointError(f"{file}: {error}; fetch it again") from None
         if (packed.bits, packed.outputs, packed.inputs) != (bits, outputs, inputs):
             raise CheckpointError(
-                f"{file}: {self.packed[name]} is packed as {packed}, but config.json makes it {bits} bits, {outputs} × {inputs}; "
+                f"{file}: tensor {self.packed_tensors(name)[0]} is packed as {packed}, but config.json makes it {bits} bits, {outputs} × {inputs}; "
                 "the two belong to different models"
             )
 
