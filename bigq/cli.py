@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     what = "memory, disk and time that quantizing a model takes"
     _add_plan(commands.add_parser("plan", help=what, description=f"Tell {what}. {as_before}"))
     _add_eval(commands.add_parser("eval", help="perplexity of a model, and its distance to another"))
+    _add_convert(commands.add_parser("convert", help="re-pack a quantized model in another format, without loss"))
     _add_verify(commands.add_parser("verify", help="check a job's output folder against its record"))
     _add_status(commands.add_parser("status", help="how far the job of an output folder is"))
     _add_demo(commands.add_parser("demo", help="quantize the tiny model that ships with bigq, and show what it costs"))
@@ -235,6 +236,15 @@ def _add_verify(p: argparse.ArgumentParser) -> None:
     p.set_defaults(command=_run_verify)
 
 
+def _add_convert(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help="packed checkpoint, of bigq or others: folder")
+    p.add_argument("out", metavar="OUT", help="folder to write")
+    p.add_argument("--to", required=True, choices=("gptq", "gptq_v2", "compressed-tensors"), help="format to write")
+    p.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
+    p.add_argument("--quiet", action="store_true", help="no progress, no summary")
+    p.set_defaults(command=_run_convert)
+
+
 def _add_status(p: argparse.ArgumentParser) -> None:
     p.add_argument("out", metavar="OUT", help="output folder of a job, running or not")
     p.add_argument("--json", action="store_true", help="print one JSON object")
@@ -354,6 +364,20 @@ def _run_verify(args: argparse.Namespace) -> int:
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise CheckpointError(f"{args.out}: has {count}; run the command that made it again, or choose another folder")
     print_result(f"{one_line(args.out)}: sound")
+    return 0
+
+
+def _run_convert(args: argparse.Namespace) -> int:
+    from bigq.sched.convert import convert
+    from bigq.sizes import show_size
+
+    def ignore(line: str) -> None:
+        pass
+
+    done = convert(args.model, args.out, args.to, trust_remote_code=args.trust_remote_code, tell=ignore if args.quiet else tell)
+    if not args.quiet:
+        sizes = f"{show_size(done.bytes_before)} → {show_size(done.bytes)}"
+        print_result(f"{one_line(args.out)}: {done.linears} Linears, {done.format_before} → {done.format}, {sizes}")
     return 0
 
 

@@ -69,7 +69,7 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Se
     lines = [_json_line(record) for commit in journal.commits for record in commit.linears]
     write_bytes(out / STATE_FOLDER / "linears.jsonl", b"".join(lines))
     for path in _files_in(source):
-        if _is_side_file(path.name):
+        if is_side_file(path.name):
             copy_file(path, out / path.name)
     faults.point("finish.side")
     meta = {
@@ -101,7 +101,7 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Se
 def quantization_of(commits: Iterable[Commit], config: JobConfig, linears: Sequence[str], meta: Mapping[str, Any]) -> Quantization:
     """What is to be told of a finished job. linears: the module names of all Linears of the model."""
     commits = list(commits)
-    names = [record["name"] for commit in commits for record in commit.linears]
+    names = [name for commit in commits for record in commit.linears if isinstance(name := record.get("name"), str)]
     found = {name: scheme_for(name, config.base_scheme, config.rules) for name in names}
     packed = {name: scheme for name, scheme in found.items() if scheme is not None}
     return Quantization(
@@ -148,7 +148,7 @@ def _files_in(folder: Path) -> list[Path]:
         raise ResourceError(f"{folder}: cannot be listed: {error.strerror}; check the disk, then run the same command again") from error
 
 
-def _is_side_file(name: str) -> bool:
+def is_side_file(name: str) -> bool:
     """Whether a file of the source belongs beside any checkpoint of it: tokenizer, licence, generation config, code."""
     if name in ("config.json", "quantize_config.json") or name.startswith("."):
         return False

@@ -120,8 +120,8 @@ class Pager:
             raise CheckpointError(f"{file}: {error}; fetch it again") from None
         if (packed.bits, packed.outputs, packed.inputs) != (bits, outputs, inputs):
             raise CheckpointError(
-                f"{file}: tensor {self.packed_tensors(name)[0]} is packed as {packed}, but config.json makes it {bits} bits, {outputs} × {inputs}; "
-                "the two belong to different models"
+                f"{file}: tensor {self.packed_tensors(name)[0]} is packed as {packed}, but config.json makes it {bits} bits, "
+                f"{outputs} × {inputs}; the two belong to different models"
             )
 
     @functools.cached_property

@@ -22,7 +22,6 @@ from bigq.arch import block_linears
 from bigq.clock import Clock
 from bigq.config import JobConfig
 from bigq.errors import Stopped, UsageError
-from bigq.io.formats import Stored
 from bigq.io.index import TensorInfo
 from bigq.io.outgoing import Outgoing
 from bigq.io.stamps import Stamps
@@ -225,8 +224,7 @@ class Job:
             lost = max(lost, solved.left_out)
             source = self.pager.sources[f"{solved.name}.weight"]
             with self.clock.phase("pack"):
-                stored, scheme = Stored.of(solved.weight), solved.weight.scheme
-                packed[source.name] = self.config.made.store(source.name.removesuffix(".weight"), stored, scheme, source.dtype)
+                packed[source.name] = self.config.made.pack(source.name.removesuffix(".weight"), solved.weight, source.dtype)
             records.append(solved.record())
             faults.point("linear.solved")
             self._pause()

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 import bigq
 from bigq.config import JobConfig
+from bigq.io.formats import Format
 from bigq.report import Report
 from bigq.sched import block as block_module
 from bigq.sched import pipeline
@@ -85,19 +86,19 @@ def job(ids: Path, **changes: Any) -> JobConfig:
 def run_job(source: Path, out: Path, config: JobConfig) -> Run:
     solved: dict[str, QuantizedWeight] = {}
     hessians: dict[str, Tensor] = {}
-    pack_linear, factorize = pipeline.pack_linear, block_module.factorize
+    pack, factorize = Format.pack, block_module.factorize
 
-    def recording_pack(prefix: str, weight: QuantizedWeight, version: int) -> dict[str, Tensor]:
+    def recording_pack(self: Format, prefix: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         assert prefix not in solved
         solved[prefix] = dataclasses.replace(weight, codes=weight.codes.clone(), scales=weight.scales.clone(), zeros=weight.zeros.clone())
-        return pack_linear(prefix, weight, version)
+        return pack(self, prefix, weight, dtype)
 
     def recording_factorize(h: Tensor, *, name: str, **options: Any) -> Any:
         hessians[name] = h.clone()
         return factorize(h, name=name, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "pack_linear", recording_pack)
+        patch.setattr(Format, "pack", recording_pack)
         patch.setattr(block_module, "factorize", recording_factorize)
         report = bigq.quantize(str(source), out, config)
     return Run(source, out, report, solved, hessians)

@@ -104,6 +104,10 @@ class Format(ABC):
     def store(self, prefix: str, stored: Stored, scheme: QuantScheme, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors that stand for ``prefix.weight``. dtype: of the weight that they stand for."""
 
+    def pack(self, prefix: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+        """``store`` for a weight as it was solved."""
+        return self.store(prefix, Stored.of(weight), weight.scheme, dtype)
+
     @abstractmethod
     def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> Stored:
         """From the tensors that ``get`` returns by name. Raises CheckpointError where they do not belong together."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigq.errors import CheckpointError
+from bigq.errors import CheckpointError, UsageError
 from bigq.io.formats.base import Format, PackedLinear, Quantization, Stored, natural_groups, require_tensor
 from bigq.io.index import TensorInfo
 from bigq.kernels.finite import finite
@@ -42,10 +42,13 @@ class Gptq(Format):
         if bool((zeros < self.min_zero).any()):
             raise ValueError(f"{prefix}: a zero point of 0 cannot be stored in format v1; solve with min_zero=1")
         n, groups = words.shape[0] * 32 // scheme.bits, scales.shape[1]
+        half = scales.to(torch.float16)
+        if not torch.equal(half.to(scales.dtype), scales):
+            raise UsageError(f"{prefix}: its scales do not fit fp16 exactly, which is what {self.name} has")
         return {
             f"{prefix}.qweight": words.contiguous(),
             f"{prefix}.qzeros": pack(zeros + self.shift, scheme.bits).T.contiguous(),
-            f"{prefix}.scales": scales.to(torch.float16).T.contiguous(),
+            f"{prefix}.scales": half.T.contiguous(),
             f"{prefix}.g_idx": natural_groups(n, groups, words.device),
         }
 
