@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -40,6 +41,7 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         try:
             args = build_parser().parse_args(argv)
+            args.given = list(sys.argv[1:] if argv is None else argv)
             if spec := os.environ.get("BIGQ_FAULT"):
                 from bigq import faults
 
@@ -295,7 +297,7 @@ def _run_quantize(args: argparse.Namespace) -> int:
         stop.grace = config.grace
         from bigq.sched.run import quantize
 
-        report = quantize(args.model, args.out, config, stop)
+        report = quantize(args.model, args.out, config, stop, command=args.given)
     if not args.quiet:
         print_result(report.summary())
     return 0

@@ -1,7 +1,7 @@
 """The record of a job in its output folder: what was asked for, and which shards are committed.
 
     OUT/.bigq/job.json        the request, frozen when the job starts
-    OUT/.bigq/runs.jsonl      one line per run of the job: versions, machine, and whatever was unusual
+    OUT/.bigq/runs.jsonl      one line per run of the job: versions, machine, and whatever was unusual; when it ends, how it went
     OUT/.bigq/journal.jsonl   one line per committed shard, appended and flushed after the shard itself is durable
     OUT/.bigq/batches.json    where the device ran out of memory and the job went on with a smaller batch, if it did
     OUT/.bigq/lock, owner.json, activations-….safetensors, checkpoints.json: see ``owner`` and ``checkpoint``
@@ -133,6 +133,7 @@ class Journal:
         #: What was unusual about taking the job up.
         self.notes: list[str] = []
         self._former: dict[str, str] = {}
+        self._run: Mapping[str, Any] = {}
         self._begin(request, compare)
         self._committed = self._surviving()
         self.halvings = self._known_halvings()
@@ -258,10 +259,20 @@ class Journal:
 
     def record_run(self, run: Mapping[str, Any]) -> None:
         """Add a line about this run. Raises ResourceError."""
-        path = self._state / RUNS_NAME
-        known = [line for line in (read_record(path) or b"").splitlines(keepends=True) if unseal(line, line=True) is not None]
-        write_bytes(path, b"".join([*known, seal(run, line=True)]))
+        self._run = run
+        write_bytes(self._state / RUNS_NAME, b"".join([*self._runs(), seal(run, line=True)]))
         faults.point("run.recorded")
+
+    def record_end(self, ended: Mapping[str, Any]) -> None:
+        """Complete the line of the run that ``record_run`` told of. Raises ResourceError; then the line is as it was."""
+        begun = seal(self._run, line=True)
+        others = [line for line in self._runs() if line != begun]
+        write_bytes(self._state / RUNS_NAME, b"".join([*others, seal({**self._run, "ended": ended}, line=True)]))
+
+    def _runs(self) -> list[bytes]:
+        """The lines about runs that are sound."""
+        lines = (read_record(self._state / RUNS_NAME) or b"").splitlines(keepends=True)
+        return [line for line in lines if unseal(line, line=True) is not None]
 
 
 def _write_all(file: FileIO, data: bytes) -> None:
