@@ -73,7 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_quantize(commands.add_parser("quantize", help="quantize a model", description=f"Quantize a model. {as_before}"))
     what = "memory, disk and time that quantizing a model takes"
     _add_plan(commands.add_parser("plan", help=what, description=f"Tell {what}. {as_before}"))
-    _add_eval(commands.add_parser("eval", help="perplexity of a model, and its distance to another"))
+    what = "perplexity of a model, and its distance to another"
+    kept = "Where MODEL is the folder of a finished job, the result is kept in its record, for bigq report."
+    _add_eval(commands.add_parser("eval", help=what, description=f"Tell the {what}. {kept}"))
     _add_verify(commands.add_parser("verify", help="check a job's output folder against its record"))
     _add_status(commands.add_parser("status", help="how far the job of an output folder is"))
     _add_demo(commands.add_parser("demo", help="quantize the tiny model that ships with bigq, and show what it costs"))

@@ -24,7 +24,7 @@ from bigq import faults
 from bigq.errors import CheckpointError, ResourceError, UsageError
 from bigq.io.atomic import TEMP_SUFFIX, remedy, sync_folder, write_bytes
 from bigq.io.record import ShardRecord, file_sha256
-from bigq.io.sealed import read_record, read_sealed, seal, unseal, write_sealed
+from bigq.io.sealed import read_record, read_sealed, seal, sound_lines, unseal, write_sealed
 from bigq.sched.batches import Halving
 
 STATE_FOLDER = ".bigq"
@@ -260,19 +260,15 @@ class Journal:
     def record_run(self, run: Mapping[str, Any]) -> None:
         """Add a line about this run. Raises ResourceError."""
         self._run = run
-        write_bytes(self._state / RUNS_NAME, b"".join([*self._runs(), seal(run, line=True)]))
+        path = self._state / RUNS_NAME
+        write_bytes(path, b"".join([*sound_lines(path), seal(run, line=True)]))
         faults.point("run.recorded")
 
     def record_end(self, ended: Mapping[str, Any]) -> None:
         """Complete the line of the run that ``record_run`` told of. Raises ResourceError; then the line is as it was."""
-        begun = seal(self._run, line=True)
-        others = [line for line in self._runs() if line != begun]
-        write_bytes(self._state / RUNS_NAME, b"".join([*others, seal({**self._run, "ended": ended}, line=True)]))
-
-    def _runs(self) -> list[bytes]:
-        """The lines about runs that are sound."""
-        lines = (read_record(self._state / RUNS_NAME) or b"").splitlines(keepends=True)
-        return [line for line in lines if unseal(line, line=True) is not None]
+        path, begun = self._state / RUNS_NAME, seal(self._run, line=True)
+        others = [line for line in sound_lines(path) if line != begun]
+        write_bytes(path, b"".join([*others, seal({**self._run, "ended": ended}, line=True)]))
 
 
 def _write_all(file: FileIO, data: bytes) -> None:

@@ -20,6 +20,7 @@ from bigq.io.index import INDEX_NAME, read_json_object
 from bigq.io.record import file_sha256
 from bigq.io.sealed import read_record, read_sealed, unseal
 from bigq.sched.checkpoint import RECORD_NAME as CHECKPOINTS_NAME
+from bigq.sched.evaluations import EVALUATIONS_NAME
 from bigq.sched.finish import MANIFEST_NAME, RECORDS
 from bigq.sched.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, RUNS_NAME, STATE_FOLDER, Commit, read_job
 from bigq.sched.owner import LOCK_NAME, OWNER_NAME, Holder
@@ -30,8 +31,9 @@ from bigq.sched.verify_model import config_problems, index_problems, model_probl
 _JOB, _JOURNAL, _RUNS, _BATCHES, _MANIFEST, _OWNER, _CHECKPOINTS = (
     f"{STATE_FOLDER}/{name}" for name in (JOB_NAME, JOURNAL_NAME, RUNS_NAME, BATCHES_NAME, MANIFEST_NAME, OWNER_NAME, CHECKPOINTS_NAME)
 )
+_EVALUATIONS = f"{STATE_FOLDER}/{EVALUATIONS_NAME}"
 #: Of these the manifest does not speak: they may change when a job is finished.
-_LIVING = (_MANIFEST, _RUNS, _OWNER, f"{STATE_FOLDER}/{LOCK_NAME}")
+_LIVING = (_MANIFEST, _RUNS, _EVALUATIONS, _OWNER, f"{STATE_FOLDER}/{LOCK_NAME}")
 #: What a finished folder holds besides shards, whatever the model.
 _ALWAYS = (INDEX_NAME, "config.json", "quantize_config.json", _JOB, _JOURNAL, f"{STATE_FOLDER}/linears.jsonl")
 
@@ -177,9 +179,10 @@ class _Verification:
     def _records(self) -> None:
         """Records that carry checksums of their own."""
         runs = self._lines(_RUNS)
-        for number, line in enumerate(runs, 1):
-            if unseal(line, line=True) is None:
-                self._say(_RUNS, f"line {number} is damaged or was changed by hand")
+        for file, lines in ((_RUNS, runs), (_EVALUATIONS, self._lines(_EVALUATIONS))):
+            for number, line in enumerate(lines, 1):
+                if unseal(line, line=True) is None:
+                    self._say(file, f"line {number} is damaged or was changed by hand")
         if self._manifest is not None and not runs and _RUNS not in self._bad:
             self._say(_RUNS, "is missing or empty; nothing else tells how the job ran")
         self._sealed(_BATCHES)
