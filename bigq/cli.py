@@ -78,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_eval(commands.add_parser("eval", help=what, description=f"Tell the {what}. {kept}"))
     _add_verify(commands.add_parser("verify", help="check a job's output folder against its record"))
     _add_status(commands.add_parser("status", help="how far the job of an output folder is"))
+    what = "write what a job did, and how well, as one HTML file or as a model card"
+    _add_report(commands.add_parser("report", help=what, description=f"{what.capitalize()}. Works while the job runs, too."))
     _add_demo(commands.add_parser("demo", help="quantize the tiny model that ships with bigq, and show what it costs"))
     return parser
 
@@ -232,6 +234,14 @@ def _add_status(p: argparse.ArgumentParser) -> None:
     p.set_defaults(command=_run_status)
 
 
+def _add_report(p: argparse.ArgumentParser) -> None:
+    p.add_argument("out", metavar="OUT", help="output folder of a job, finished or not")
+    p.add_argument("--out", dest="file", metavar="FILE", help="where to write the HTML file; OUT-report.html beside OUT if not given")
+    card = "write OUT/README.md, a model card for the hub, in place of the source's; no HTML unless --out is given too"
+    p.add_argument("--model-card", action="store_true", help=card)
+    p.set_defaults(command=_run_report)
+
+
 def _add_demo(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", default="bigq-demo", help="folder for the quantized models (default: %(default)s)")
     p.add_argument("--device", default="auto", help="cuda:0, cpu or auto")
@@ -353,6 +363,17 @@ def _run_status(args: argparse.Namespace) -> int:
 
     found = status(Path(args.out))
     print_result(json.dumps(found.to_json()) if args.json else found.text())
+    return 0
+
+
+def _run_report(args: argparse.Namespace) -> int:
+    from bigq.make_report import write_model_card, write_report
+
+    out = Path(os.path.expanduser(args.out))
+    if args.model_card:
+        print_result(str(write_model_card(out)))
+    if args.file is not None or not args.model_card:
+        print_result(str(write_report(out, None if args.file is None else Path(os.path.expanduser(args.file)))))
     return 0
 
 

@@ -21,7 +21,7 @@ from bigq.io.record import file_sha256
 from bigq.io.sealed import read_record, read_sealed, unseal
 from bigq.sched.checkpoint import RECORD_NAME as CHECKPOINTS_NAME
 from bigq.sched.evaluations import EVALUATIONS_NAME
-from bigq.sched.finish import MANIFEST_NAME, RECORDS
+from bigq.sched.finish import CARD_NAME, MANIFEST_NAME, RECORDS
 from bigq.sched.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, RUNS_NAME, STATE_FOLDER, Commit, read_job
 from bigq.sched.owner import LOCK_NAME, OWNER_NAME, Holder
 from bigq.sched.scan import PackedLinear, Scan, scan_shard
@@ -70,6 +70,7 @@ class _Verification:
         self._job = self._asked()
         self._commits = self._journal()
         self._shards = {commit.shard.file for commit in self._commits.values()}
+        self._free: set[str] = set()
         self._manifest = self._promised()
         self._saved = self._checkpoints()
 
@@ -157,6 +158,7 @@ class _Verification:
         manifest = self._sealed(_MANIFEST)
         if manifest is not None:
             files = manifest.get("files")
+            self._free = {CARD_NAME} if manifest.get("free") == [CARD_NAME] else set()
             if isinstance(files, dict) and all(isinstance(entry, dict) for entry in files.values()):
                 return files
             self._say(_MANIFEST, "is no list of files")
@@ -287,7 +289,7 @@ class _Verification:
         """What nothing accounts for. Other names that begin with a dot are others' business."""
         shards = () if _JOURNAL in self._bad else (".safetensors",)
         promised = (file for file in self._manifest or () if not file.endswith((TEMP_SUFFIX, *shards)))
-        known = {*_LIVING, *self._shards, *promised, *self._saved}
+        known = {*_LIVING, *self._shards, *promised, *self._saved, *self._free}
         if self._manifest is None or self._busy:
             known |= {_CHECKPOINTS, *(f"{STATE_FOLDER}/{name}" for name in RECORDS)}
         for file in sorted(self._there.keys() - known):
