@@ -107,7 +107,8 @@ def _tiles(history: History) -> Iterator[tuple[str, str, str]]:
         yield "worst Linear", f"{worst[0].error:.1e}", f"block {worst[0].block}, {worst[0].name}"
     seconds = [run.seconds for run in history.runs if run.seconds is not None]
     if seconds:
-        yield "time", _duration(sum(seconds)), f"{len(history.runs)} run{'s' if len(history.runs) > 1 else ''}"
+        untold = len(history.runs) - len(seconds)
+        yield "time", _duration(sum(seconds)), _counted(len(history.runs), "run") + (f", {untold} of unknown length" if untold else "")
 
 
 def _done(history: History) -> Markup:
@@ -123,7 +124,9 @@ def _done(history: History) -> Markup:
     if last is not None:
         first = history.runs[0]
         pairs.append(("command", element("code", command(first)) if first.command else UNKNOWN))
-        pairs.append(("begun, last run", f"{first.at}, {last.at}" if first is not last else first.at))
+        pairs.append(("begun", _when(first.at)))
+        if last is not first:
+            pairs.append(("last run", f"{_when(last.at)}; {len(history.runs)} in all"))
         pairs.append(("machine", last.machine))
         pairs.append(("versions", ", ".join(f"{name} {version}" for name, version in last.versions.items()) or UNKNOWN))
     pairs.append(("blocks", _blocks(history)))
@@ -170,7 +173,7 @@ def _quality(history: History) -> Iterator[Markup]:
         example = "bigq eval OUT --data FILE --baseline MODEL"
         yield element("p", "Not evaluated. ", element("code", example), " adds its result here.")
     if history.outdated:
-        yield element("p", f"{history.outdated} evaluations of weights that are not there any more are left out.")
+        yield element("p", f"{_counted(history.outdated, 'evaluation')} of weights that are not there any more: left out.")
 
 
 def _evaluation(judged: Judged) -> list[object]:
@@ -184,7 +187,7 @@ def _evaluation(judged: Judged) -> list[object]:
         f"{100 * (after / before - 1):+.2f} %" if before else "–",
         kl,
         "–" if judged.top1_agreement is None else f"{100 * judged.top1_agreement:.1f} %",
-        judged.at,
+        _when(judged.at),
     ]
 
 
@@ -205,12 +208,14 @@ def _errors(history: History, picture: str | None) -> Iterator[Markup]:
     if raised:
         yield element("p", "The Hessian could not be factored with the damping asked for, so more was used:")
         rows = [[linear.name, linear.block, f"{linear.asked:g}", f"{linear.damping:g}", f"{linear.error:.2e}"] for linear in raised]
-        yield _bounded(f"Damping raised: {len(raised)} Linears", ("Linear", "block", "asked for", "used", "error"), rows, range(1, 5))
+        yield _bounded(
+            f"Damping raised: {_counted(len(raised), 'Linear')}", ("Linear", "block", "asked for", "used", "error"), rows, range(1, 5)
+        )
     else:
         yield element("p", "No Linear needed more damping than asked for.")
     if history.left_out:
         rows = [[left.name, left.block, left.reason] for left in sorted(history.left_out, key=lambda left: left.wanted)]
-        yield _bounded(f"Left unquantized: {len(rows)} Linears", ("Linear", "block", "why"), rows, (1,))
+        yield _bounded(f"Left unquantized: {_counted(len(rows), 'Linear')}", ("Linear", "block", "why"), rows, (1,))
 
 
 def _linear(linear: LinearResult) -> list[object]:
@@ -235,6 +240,9 @@ def _time(history: History, picture: str | None) -> Iterator[Markup]:
         return
     if picture is not None:
         yield element("figure", element("div", Markup(picture), class_="wide", tabindex="0"))
+    if len(timed) < len(history.runs):
+        untold = _counted(len(history.runs) - len(timed), "run")
+        yield element("p", f"Not in this: {untold} without a word on the time, because of a kill or because it still goes on.")
     waiting = sum(sum(run.waiting.values()) for _, run in timed)
     total = sum(run.seconds or 0.0 for _, run in timed)
     yield element(
@@ -279,7 +287,7 @@ def _runs(history: History) -> Iterator[Markup]:
     rows = [
         [
             number,
-            run.at,
+            _when(run.at),
             run.outcome,
             "–" if run.seconds is None else _duration(run.seconds),
             "–" if run.resumed is None else run.resumed,
@@ -289,7 +297,7 @@ def _runs(history: History) -> Iterator[Markup]:
         ]
         for number, run in enumerate(history.runs, 1)
     ]
-    yield _bounded(f"{len(rows)} runs", headings, rows, (3, 4, 5, 6)) if rows else element("p", "No run is recorded.")
+    yield _bounded(_counted(len(rows), "run"), headings, rows, (3, 4, 5, 6)) if rows else element("p", "No run is recorded.")
     told = [
         f"run {number}: {said}" for number, run in enumerate(history.runs, 1) for said in (*run.notes, *([run.said] if run.said else []))
     ]
@@ -300,6 +308,15 @@ def _runs(history: History) -> Iterator[Markup]:
 
 def _blocks(history: History) -> str:
     return f"{history.blocks_done} of {history.blocks or 'an unknown number'} done"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _when(at: str) -> str:
+    """A time as records have it, for people."""
+    return at.replace("T", " ", 1).replace("+00:00", " UTC")
 
 
 def _size(count: int | None) -> str:

@@ -33,7 +33,7 @@ dd code { padding: .05rem .3rem; border-radius: .25rem; background: var(--panel)
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 caption { padding: .2rem 0 .4rem; text-align: left; font-weight: 600; }
 th, td { padding: .28rem .9rem .28rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; white-space: nowrap; }
-td:last-child { white-space: normal; }
+td:last-child:not(.number) { min-width: 11rem; padding-right: 0; white-space: normal; }
 thead th { color: var(--soft); font-weight: 600; }
 tbody th { font-weight: 400; }
 .number { text-align: right; }

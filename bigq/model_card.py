@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from bigq import __version__
 from bigq.command import flags
@@ -82,7 +83,11 @@ def _front_matter(history: History, base: str | None, readme: str) -> str:
 
 
 def _what(history: History, base: str | None, revision: str | None) -> str:
-    of = "a model" if base is None else f"[{base}](https://huggingface.co/{base})" + (f" (revision `{revision[:12]}`)" if revision else "")
+    of = (
+        "a language model"
+        if base is None
+        else f"[{base}](https://huggingface.co/{base})" + (f" (revision `{revision[:12]}`)" if revision else "")
+    )
     method = "round-to-nearest" if history.config is not None and history.config.method == "rtn" else "GPTQ"
     text = f"This is {of}, quantized with bigq ({method}).\n"
     rows = []
@@ -96,13 +101,13 @@ def _what(history: History, base: str | None, revision: str | None) -> str:
     rows.append(("Linears quantized", str(len(history.linears))))
     if history.left_out:
         rows.append(("Linears in the blocks that stay as they were", str(len(history.left_out))))
-    return text + "\n" + _table(("", ""), rows)
+    return text + "\n" + _table(("what", "how much"), rows)
 
 
 def _made(history: History, base: str | None, revision: str | None) -> Iterator[str]:
     yield "## How it was made\n"
     if history.config is not None:
-        yield _table(("setting", ""), list(_settings(history.config)))
+        yield _table(("setting", "value"), list(_settings(history.config)))
     worst = history.worst(WORST)
     if worst:
         yield "Largest relative errors of outputs on the calibration text (squared norms):\n"
@@ -113,7 +118,7 @@ def _made(history: History, base: str | None, revision: str | None) -> Iterator[
         command = " ".join(["bigq quantize", model, "OUT", *map(shlex.quote, flags(history.config))])
         yield _block(command, "sh")
         if base is None:
-            yield "MODEL is the source model.\n"
+            yield "SOURCE is the source model.\n"
         versions = history.runs[-1].versions if history.runs else {"bigq": __version__}
         told = ", ".join(f"{_plain(name)} {_plain(version)}" for name, version in versions.items())
         machine = _plain(history.runs[-1].machine) if history.runs else "unknown"
@@ -180,13 +185,13 @@ def _loading(history: History, name: str) -> Iterator[str]:
     if config.format == "gptq_v2":
         yield "The checkpoint format is `gptq_v2`. Readers that do not know it take it for `gptq`, and every zero point for another.\n"
     if any(rule.overrides for rule in config.rules):
-        yield "Some Linears have other bits or groups than the rest (`dynamic` in config.json). "
-        yield "Readers that fuse q/k/v or gate/up want the same for all of those.\n"
+        mixed = "Some Linears have other bits or groups than the rest (`dynamic` in config.json)."
+        yield f"{mixed} Readers that fuse q/k/v or gate/up want the same for all of those.\n"
 
 
 def _fits_marlin(config: JobConfig) -> bool:
     """Whether the kernels that take any precision of activations know all weights: 4 or 8 bits, symmetric, usual groups."""
-    base = {"bits": config.scheme.bits, "group_size": config.scheme.group_size, "sym": config.scheme.symmetric}
+    base: dict[str, Any] = {"bits": config.scheme.bits, "group_size": config.scheme.group_size, "sym": config.scheme.symmetric}
     schemes = [base, *({**base, **rule.overrides} for rule in config.rules if rule.overrides)]
     return all(scheme["bits"] in (4, 8) and scheme["group_size"] in (-1, 32, 64, 128) and scheme["sym"] for scheme in schemes)
 
