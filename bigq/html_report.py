@@ -16,7 +16,7 @@ from bigq.command import flags
 from bigq.config import JobConfig
 from bigq.html_style import STYLE
 from bigq.markup import Markup, element, facts, joined, table
-from bigq.sched.history import History, Judged, LinearResult, Run, phases_of
+from bigq.sched.history import History, Judged, LinearResult, phases_of
 from bigq.sizes import show_duration, show_size
 
 #: Rows of a table that are shown.
@@ -123,7 +123,8 @@ def _done(history: History) -> Markup:
         pairs += settings(history.config)
     if last is not None:
         first = history.runs[0]
-        pairs.append(("command", element("code", command(first)) if first.command else UNKNOWN))
+        given = next((run for run in history.runs if run.command), None)
+        pairs.append(("command", UNKNOWN if given is None else element("code", shlex.join(["bigq", *given.command]))))
         pairs.append(("begun", _when(first.at)))
         if last is not first:
             pairs.append(("last run", f"{_when(last.at)}; {len(history.runs)} in all"))
@@ -131,11 +132,6 @@ def _done(history: History) -> Markup:
         pairs.append(("versions", ", ".join(f"{name} {version}" for name, version in last.versions.items()) or UNKNOWN))
     pairs.append(("blocks", _blocks(history)))
     return facts(pairs)
-
-
-def command(run: Run) -> str:
-    """As it was given."""
-    return shlex.join(["bigq", *run.command])
 
 
 def settings(config: JobConfig) -> list[tuple[str, object]]:
