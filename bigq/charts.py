@@ -66,7 +66,7 @@ def heat_map(rows: Sequence[str], columns: int, values: Mapping[Cell, float], ma
         for (row, column), value in values.items():
             red, green, blue, _ = colour = colours(norm(max(value, low)))
             square = patches.Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor="none", gid=f"cell-{row}-{column}")
-            axes.add_patch(square)
+            _put(axes, square)
             titles[f"cell-{row}-{column}"] = f"block {column}, {rows[row]}: {value:.3g}"
             if written:
                 ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#000000"
@@ -75,7 +75,7 @@ def heat_map(rows: Sequence[str], columns: int, values: Mapping[Cell, float], ma
             square = patches.Rectangle(
                 (column - 0.5, row - 0.5), 1, 1, facecolor="none", edgecolor=_INK, hatch="////", linewidth=0, gid=f"cell-{row}-{column}"
             )
-            axes.add_patch(square)
+            _put(axes, square)
             titles[f"cell-{row}-{column}"] = f"block {column}, {rows[row]}: {why}"
         axes.set(xlim=(-0.5, columns - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel="block")
         step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if columns <= 24 * step or step == 500)
@@ -86,6 +86,12 @@ def heat_map(rows: Sequence[str], columns: int, values: Mapping[Cell, float], ma
             spine.set_visible(False)
         _colour_bar(figure, axes, norm, colours)
         return _svg(figure, "heat", title, titles)
+
+
+def _put(axes: Any, square: Any) -> None:
+    """Add one of many squares, of which the layout needs to know nothing: looking at each takes most of the time otherwise."""
+    square.set_in_layout(False)
+    axes.add_patch(square)
 
 
 def _colour_bar(figure: Any, axes: Any, norm: Any, colours: Any) -> None:

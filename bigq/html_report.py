@@ -33,10 +33,14 @@ UNFINISHED = "not finished ({}): what follows is how far it got; the same comman
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """SVG elements; None where there is nothing to draw. Made by ``bigq.charts``, and safe to be put into a page."""
+    """SVG elements; None where there is nothing to draw. Made by ``bigq.charts``, and safe to be put into a page.
+
+    cut: whether ``errors`` shows some blocks or Linears only.
+    """
 
     errors: str | None
     time: str | None
+    cut: bool = False
 
 
 def render(history: History, pictures: Pictures) -> str:
@@ -46,7 +50,7 @@ def render(history: History, pictures: Pictures) -> str:
         _header(history, name),
         _section("What was done", _done(history)),
         _section("Quality", *_quality(history)),
-        _section("Error of each Linear", *_errors(history, pictures.errors)),
+        _section("Error of each Linear", *_errors(history, pictures)),
         _section("Time", *_time(history, pictures.time)),
         _section("Memory and size", *_memory(history)),
         _section("Runs", *_runs(history)),
@@ -187,7 +191,7 @@ def _evaluation(judged: Judged) -> list[object]:
     ]
 
 
-def _errors(history: History, picture: str | None) -> Iterator[Markup]:
+def _errors(history: History, pictures: Pictures) -> Iterator[Markup]:
     what = "The squared error of a Linear's outputs on the calibration rows, relative to the outputs: ‖(W − Q)X‖² / ‖WX‖²."
     if history.config is not None and history.config.method == "rtn":
         what = "The squared rounding error of a Linear's weights, relative to the weights: ‖W − Q‖² / ‖W‖²."
@@ -195,9 +199,10 @@ def _errors(history: History, picture: str | None) -> Iterator[Markup]:
         yield element("p", "No Linear is quantized yet.")
         return
     yield element("p", f"{what} A small error is not a small loss: Linears whose outputs matter more forgive less.")
-    if picture is not None:
+    if pictures.errors is not None:
         legend = "Hatched: left as it is. Empty: not done, or the block has no such Linear. Colours are logarithmic."
-        yield element("figure", element("div", Markup(picture), class_="wide", tabindex="0"), element("figcaption", legend))
+        legend += " Not all blocks and Linears are shown." if pictures.cut else ""
+        yield element("figure", element("div", Markup(pictures.errors), class_="wide", tabindex="0"), element("figcaption", legend))
     headings = ("Linear", "block", "error", "shape", "bits", "group", "damping")
     yield table(f"The {min(WORST, len(history.linears))} largest errors", headings, map(_linear, history.worst(WORST)), range(1, 7))
     raised = [linear for linear in history.linears if linear.raised]

@@ -31,7 +31,7 @@ def holds_finished_job(folder: Path) -> bool:
 def weights_of(commits: Iterable[Commit]) -> str:
     """A hash that tells whether two looks at a folder saw the same shards."""
     lines = sorted(f"{commit.shard.file} {commit.shard.sha256}\n" for commit in commits)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+    return hashlib.sha256("".join(lines).encode(errors="backslashreplace")).hexdigest()[:32]
 
 
 def record_evaluation(out: Path, evaluation: Mapping[str, Any]) -> None:
