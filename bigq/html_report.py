@@ -165,7 +165,7 @@ def _rules(config: JobConfig) -> list[str]:
 
 def _quality(history: History) -> Iterator[Markup]:
     if history.evaluations:
-        headings = ("data", "tokens", "perplexity before", "perplexity after", "change", "KL per token", "same top token", "when")
+        headings = ("data", "tokens", "perplexity before", "after", "change", "KL per token", "same top token", "when")
         yield table(
             "Evaluations, the newest first", headings, [_evaluation(each) for each in history.evaluations[::-1][:MOST_ROWS]], range(1, 7)
         )
@@ -316,8 +316,8 @@ def _counted(count: int, what: str) -> str:
 
 
 def _when(at: str) -> str:
-    """A time as records have it, for people."""
-    return at.replace("T", " ", 1).replace("+00:00", " UTC")
+    """A time as records have it, for people: to the minute where it is one."""
+    return f"{at[:10]} {at[11:16]} UTC" if at.endswith("+00:00") and len(at) == 25 else at
 
 
 def _size(count: int | None) -> str:

@@ -32,8 +32,8 @@ dd code { padding: .05rem .3rem; border-radius: .25rem; background: var(--panel)
 .wide:focus-visible { outline: 2px solid #0072b2; outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 caption { padding: .2rem 0 .4rem; text-align: left; font-weight: 600; }
-th, td { padding: .28rem .9rem .28rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; white-space: nowrap; }
-td:last-child:not(.number) { min-width: 11rem; padding-right: 0; white-space: normal; }
+th, td { padding: .28rem .8rem .28rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; white-space: nowrap; }
+td:last-child:not(.number) { min-width: 9rem; padding-right: 0; white-space: normal; }
 thead th { color: var(--soft); font-weight: 600; }
 tbody th { font-weight: 400; }
 .number { text-align: right; }

@@ -14,7 +14,7 @@ from bigq.sched.history import History, read_history
 from bigq.terminal import tell
 
 #: Of the map of errors: kinds of Linears, and squares. Models have some hundreds; a record may say anything.
-MAX_ROWS, MAX_SQUARES = 100, 5_000
+MAX_ROWS, MAX_SQUARES = 100, 3_000
 
 
 def write_report(out: Path, file: Path | None = None) -> Path:
