@@ -69,7 +69,7 @@ def heat_map(rows: Sequence[str], columns: int, values: Mapping[Cell, float], ma
             _put(axes, square)
             titles[f"cell-{row}-{column}"] = f"block {column}, {rows[row]}: {value:.3g}"
             if written:
-                ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#000000"
+                ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.45 else "#000000"
                 axes.text(column, row, f"{value:.1e}".replace("e-0", "e-"), ha="center", va="center", fontsize=8, color=ink)
         for (row, column), why in marked.items():
             square = patches.Rectangle(
