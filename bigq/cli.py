@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -40,6 +41,7 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         try:
             args = build_parser().parse_args(argv)
+            args.given = list(sys.argv[1:] if argv is None else argv)
             if spec := os.environ.get("BIGQ_FAULT"):
                 from bigq import faults
 
@@ -71,10 +73,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_quantize(commands.add_parser("quantize", help="quantize a model", description=f"Quantize a model. {as_before}"))
     what = "memory, disk and time that quantizing a model takes"
     _add_plan(commands.add_parser("plan", help=what, description=f"Tell {what}. {as_before}"))
-    _add_eval(commands.add_parser("eval", help="perplexity of a model, and its distance to another"))
     _add_convert(commands.add_parser("convert", help="re-pack a quantized model in another format, without loss"))
+    what = "perplexity of a model, and its distance to another"
+    kept = "Where MODEL is the folder of a finished job, the result is kept in its record, for bigq report."
+    _add_eval(commands.add_parser("eval", help=what, description=f"Tell the {what}. {kept}"))
     _add_verify(commands.add_parser("verify", help="check a job's output folder against its record"))
     _add_status(commands.add_parser("status", help="how far the job of an output folder is"))
+    what = "write what a job did, and how well, as one HTML file or as a model card"
+    _add_report(commands.add_parser("report", help=what, description=f"{what.capitalize()}. Works while the job runs, too."))
     _add_demo(commands.add_parser("demo", help="quantize the tiny model that ships with bigq, and show what it costs"))
     return parser
 
@@ -251,6 +257,14 @@ def _add_status(p: argparse.ArgumentParser) -> None:
     p.set_defaults(command=_run_status)
 
 
+def _add_report(p: argparse.ArgumentParser) -> None:
+    p.add_argument("out", metavar="OUT", help="output folder of a job, finished or not")
+    p.add_argument("--out", dest="file", metavar="FILE", help="where to write the HTML file; OUT-report.html beside OUT if not given")
+    card = "write OUT/README.md, a model card for the hub, in place of the source's; no HTML unless --out is given too"
+    p.add_argument("--model-card", action="store_true", help=card)
+    p.set_defaults(command=_run_report)
+
+
 def _add_demo(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", default="bigq-demo", help="folder for the quantized models (default: %(default)s)")
     p.add_argument("--device", default="auto", help="cuda:0, cpu or auto")
@@ -318,7 +332,7 @@ def _run_quantize(args: argparse.Namespace) -> int:
         stop.grace = config.grace
         from bigq.sched.run import quantize
 
-        report = quantize(args.model, args.out, config, stop)
+        report = quantize(args.model, args.out, config, stop, command=args.given)
     if not args.quiet:
         print_result(report.summary())
     return 0
@@ -386,6 +400,17 @@ def _run_status(args: argparse.Namespace) -> int:
 
     found = status(Path(args.out))
     print_result(json.dumps(found.to_json()) if args.json else found.text())
+    return 0
+
+
+def _run_report(args: argparse.Namespace) -> int:
+    from bigq.make_report import write_model_card, write_report
+
+    out = Path(os.path.expanduser(args.out))
+    if args.model_card:
+        print_result(str(write_model_card(out)))
+    if args.file is not None or not args.model_card:
+        print_result(str(write_report(out, None if args.file is None else Path(os.path.expanduser(args.file)))))
     return 0
 
 

@@ -23,6 +23,7 @@ OWNERS: Mapping[str, tuple[str, ...]] = {
     "transformers": ("bigq.skeleton", "bigq.calibration"),
     "torch.distributed": ("bigq.sched.dist",),
     "huggingface_hub": ("bigq.io.hub",),
+    "matplotlib": ("bigq.charts",),
 }
 
 #: Package → the packages that it must not import.
@@ -192,6 +193,7 @@ VIOLATIONS: list[tuple[Callable[[Sources], list[str]], dict[str, str], list[str]
     (foreign_dependencies, {"bigq.sched.x": "import torch\ntorch.distributed.barrier()"}, ["bigq.sched.x:2 imports torch.distributed"]),
     (foreign_dependencies, {"bigq.sched.x": "from torch import distributed as d"}, ["bigq.sched.x:1 imports torch.distributed"]),
     (foreign_dependencies, {"bigq.sched.x": "import torch.distributed"}, ["bigq.sched.x:1 imports torch.distributed"]),
+    (foreign_dependencies, {"bigq.html_report": "def f():\n    import matplotlib.figure"}, ["bigq.html_report:2 imports matplotlib"]),
     (foreign_dependencies, {"bigq.io.index": "import huggingface_hub"}, ["bigq.io.index:1 imports huggingface_hub"]),
     (crossed_layers, {"bigq.io.x": "from bigq.solver.gptq import solve"}, ["bigq.io.x:1 imports bigq.solver.gptq.solve"]),
     (crossed_layers, {"bigq.solver.x": "from bigq import io"}, ["bigq.solver.x:1 imports bigq.io"]),
@@ -224,6 +226,7 @@ def test_a_violation_is_found(check: Callable[[Sources], list[str]], sources: So
 
 
 ALLOWED: list[tuple[Callable[[Sources], list[str]], dict[str, str]]] = [
+    (foreign_dependencies, {"bigq.charts": "def f():\n    from matplotlib import patches"}),
     (foreign_dependencies, {"bigq.kernels.x": "import triton", "bigq.io.hub": "import huggingface_hub", "bigq.io.x": "import safetensors"}),
     (foreign_dependencies, {"bigq.skeleton": "import transformers", "bigq.sched.dist": "import torch.distributed as dist"}),
     (foreign_dependencies, {"bigq.solver.x": "import tritonish\nfrom torch import Tensor, nn\n# import triton"}),

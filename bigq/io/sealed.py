@@ -58,6 +58,12 @@ def read_sealed(path: Path, remedy: str) -> dict[str, Any] | None:
     return value
 
 
+def sound_lines(path: Path) -> list[bytes]:
+    """The lines of a record that are as they were written, newlines and all. Raises as ``read_record``."""
+    lines = (read_record(path) or b"").splitlines(keepends=True)
+    return [line for line in lines if unseal(line, line=True) is not None]
+
+
 def read_record(path: Path, attempts: int = 3) -> bytes | None:
     """The bytes of one of a job's own files; None where there is none. Raises ResourceError, CheckpointError where it is absurdly large."""
     try:

@@ -6,8 +6,10 @@ Each model's hidden states are streamed through its blocks; only the last step n
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor
 from bigq import skeleton
 from bigq.calibration import evaluation_rows, require_vocabulary
 from bigq.config import DEFAULT_SEQLEN, default_batch
-from bigq.errors import UsageError
+from bigq.errors import BigqError, UsageError
 from bigq.io.hub import resolve_model
 from bigq.report import Progress
 from bigq.sched.activations import ActivationStore
@@ -27,6 +29,7 @@ from bigq.sched.batches import Batches, told
 from bigq.sched.block import propagate
 from bigq.sched.capture import OutputForm, all_replaced
 from bigq.sched.device import choose_device, memory_errors
+from bigq.sched.evaluations import holds_finished_job, record_evaluation
 from bigq.sched.memory import hold_heap, return_freed_memory
 from bigq.sched.pager import Pager
 from bigq.sched.probe import activations_for, probe_model
@@ -66,7 +69,11 @@ class EvalConfig:
 
 
 def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | None = None) -> Evaluation:
-    """Judge a model, original or packed by bigq, on a text. Raises the errors of ``bigq.errors``."""
+    """Judge a model, original or packed by bigq, on a text. Raises the errors of ``bigq.errors``.
+
+    Where ``model`` is the folder of a finished job, the result is kept in its record; where that cannot be written, with a warning.
+    """
+    started = time.monotonic()
     config = config or EvalConfig()
     device = choose_device(config.device)
     hold_heap()
@@ -89,7 +96,33 @@ def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | No
             for start in range(0, rows.shape[1] - 1, POSITIONS):
                 stop = start + POSITIONS
                 totals.add(ids[0, 1:][start:stop], *(part[start:stop] for part in logits))
-    return totals.result()
+    result = totals.result()
+    facts = _facts(model, config, baseline, rows, device) | {"seconds": round(time.monotonic() - started, 3)}
+    _record(model, facts | dataclasses.asdict(result), Progress(0, device, config.quiet))
+    return result
+
+
+def _facts(model: str, config: EvalConfig, baseline: str | None, rows: Tensor, device: torch.device) -> dict[str, Any]:
+    """What was evaluated, and how."""
+    return {
+        "model": str(model),
+        "baseline": baseline,
+        "data": config.data,
+        "samples": rows.shape[0],
+        "seqlen": rows.shape[1],
+        "dtype": config.dtype,
+        "device": device.type,
+    }
+
+
+def _record(model: str, evaluation: dict[str, Any], progress: Progress) -> None:
+    """Keep a result with the job that made the model, if there is one."""
+    folder = Path(model).expanduser()
+    try:
+        if holds_finished_job(folder):
+            record_evaluation(folder, evaluation)
+    except BigqError as error:
+        progress.say(f"warning: {error}; the result is not kept with the job")
 
 
 class Stream:

@@ -15,7 +15,7 @@ from torch import Tensor
 import bigq
 from bigq import faults
 from bigq.config import JobConfig
-from bigq.errors import BigqError, ResourceError
+from bigq.errors import BigqError, CheckpointError, ResourceError
 from bigq.io.atomic import copy_file, json_bytes, remedy, sync_folder, write_bytes, write_json
 from bigq.io.formats import Format, Quantization
 from bigq.io.index import INDEX_NAME, read_header, read_json_object
@@ -28,6 +28,8 @@ from bigq.scheme import QuantScheme, scheme_for
 
 #: Written before config.json: what a finished folder holds.
 MANIFEST_NAME = "manifest.json"
+#: A model card is a text for people, who may go on writing it: of one that bigq wrote, which says so, the manifest does not speak.
+CARD_NAME, CARD_MARK = "README.md", "<!-- model card written by bigq -->"
 #: The job's records that do not change any more when it is finished.
 RECORDS = (JOB_NAME, JOURNAL_NAME, BATCHES_NAME, "linears.jsonl")
 
@@ -69,7 +71,7 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Se
     lines = [_json_line(record) for commit in journal.commits for record in commit.linears]
     write_bytes(out / STATE_FOLDER / "linears.jsonl", b"".join(lines))
     for path in _files_in(source):
-        if is_side_file(path.name):
+        if is_side_file(path.name) and not (path.name == CARD_NAME and is_card(out / CARD_NAME)):
             copy_file(path, out / path.name)
     faults.point("finish.side")
     meta = {
@@ -86,7 +88,9 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Se
     write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     faults.point("finish.index")
     final = json_bytes(read_json_object(source / "config.json") | {"quantization_config": quantization})
-    write_sealed(out / STATE_FOLDER / MANIFEST_NAME, {"files": _manifest(journal, final)})
+    free = {"free": [CARD_NAME]} if is_card(out / CARD_NAME) else {}
+    files = {name: entry for name, entry in _manifest(journal, final).items() if name not in free.get("free", ())}
+    write_sealed(out / STATE_FOLDER / MANIFEST_NAME, {"files": files, **free})
     faults.point("finish.manifest")
     try:
         write_bytes(out / "config.json", final)
@@ -112,6 +116,26 @@ def quantization_of(commits: Iterable[Commit], config: JobConfig, linears: Seque
         others=tuple(name for name in linears if name not in packed),
         meta=meta,
     )
+
+
+def is_card(path: Path) -> bool:
+    """Whether a file is a model card that bigq wrote, whoever went on writing it."""
+    try:
+        with open(path, "rb") as file:
+            return CARD_MARK.encode() in file.read(2**20)
+    except OSError:
+        return False
+
+
+def free_card(out: Path) -> None:
+    """Let the manifest of a finished folder speak no more of the model card. Raises CheckpointError, ResourceError."""
+    path, remedy = out / STATE_FOLDER / MANIFEST_NAME, "run the command that made the folder again"
+    manifest = read_sealed(path, remedy)
+    if manifest is None or not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{path}: is missing, or no list of files; {remedy}")
+    files = {name: entry for name, entry in manifest["files"].items() if name != CARD_NAME}
+    if manifest != (freed := {"files": files, "free": [CARD_NAME]}):
+        write_sealed(path, freed)
 
 
 def _manifest(journal: Journal, config_json: bytes) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The record of a job in its output folder: what was asked for, and which shards are committed.
 
     OUT/.bigq/job.json        the request, frozen when the job starts
-    OUT/.bigq/runs.jsonl      one line per run of the job: versions, machine, and whatever was unusual
+    OUT/.bigq/runs.jsonl      one line per run of the job: versions, machine, and whatever was unusual; when it ends, how it went
     OUT/.bigq/journal.jsonl   one line per committed shard, appended and flushed after the shard itself is durable
     OUT/.bigq/batches.json    where the device ran out of memory and the job went on with a smaller batch, if it did
     OUT/.bigq/lock, owner.json, activations-….safetensors, checkpoints.json: see ``owner`` and ``checkpoint``
@@ -24,7 +24,7 @@ from bigq import faults
 from bigq.errors import CheckpointError, ResourceError, UsageError
 from bigq.io.atomic import TEMP_SUFFIX, remedy, sync_folder, write_bytes
 from bigq.io.record import ShardRecord, file_sha256
-from bigq.io.sealed import read_record, read_sealed, seal, unseal, write_sealed
+from bigq.io.sealed import read_record, read_sealed, seal, sound_lines, unseal, write_sealed
 from bigq.sched.batches import Halving
 
 STATE_FOLDER = ".bigq"
@@ -133,6 +133,7 @@ class Journal:
         #: What was unusual about taking the job up.
         self.notes: list[str] = []
         self._former: dict[str, str] = {}
+        self._run: Mapping[str, Any] = {}
         self._begin(request, compare)
         self._committed = self._surviving()
         self.halvings = self._known_halvings()
@@ -258,10 +259,16 @@ class Journal:
 
     def record_run(self, run: Mapping[str, Any]) -> None:
         """Add a line about this run. Raises ResourceError."""
+        self._run = run
         path = self._state / RUNS_NAME
-        known = [line for line in (read_record(path) or b"").splitlines(keepends=True) if unseal(line, line=True) is not None]
-        write_bytes(path, b"".join([*known, seal(run, line=True)]))
+        write_bytes(path, b"".join([*sound_lines(path), seal(run, line=True)]))
         faults.point("run.recorded")
+
+    def record_end(self, ended: Mapping[str, Any]) -> None:
+        """Complete the line of the run that ``record_run`` told of. Raises ResourceError; then the line is as it was."""
+        path, begun = self._state / RUNS_NAME, seal(self._run, line=True)
+        others = [line for line in sound_lines(path) if line != begun]
+        write_bytes(path, b"".join([*others, seal({**self._run, "ended": ended}, line=True)]))
 
 
 def _write_all(file: FileIO, data: bytes) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import os
-import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,7 +23,6 @@ from bigq.report import Progress, Report, device_memory_peak, host_memory_peak
 from bigq.sched.batches import Batches
 from bigq.sched.behind import WriteBehind
 from bigq.sched.checkpoint import Checkpoints
-from bigq.sched.cost import Choice
 from bigq.sched.device import choose_device, memory_errors
 from bigq.sched.finish import finish_folder, is_finished
 from bigq.sched.journal import STATE_FOLDER, Journal, read_job, require_ours
@@ -37,14 +33,18 @@ from bigq.sched.pipeline import Job
 from bigq.sched.planning import plan_job
 from bigq.sched.prepare import check_shapes, refuse_nesting, rest_shards, row_length, rows_for, settled_scheme
 from bigq.sched.request import compare, make_request, require_same_code
+from bigq.sched.run_record import RunMeter, begun, run_recorded
 from bigq.sched.stop import Stop
 from bigq.trace import Trace
 
 
-def quantize(model: str, out: str | Path, config: JobConfig | None = None, stop: Stop | None = None) -> Report:
+def quantize(
+    model: str, out: str | Path, config: JobConfig | None = None, stop: Stop | None = None, *, command: Sequence[str] = ()
+) -> Report:
     """Quantize a model folder or hub id into the folder ``out``; goes on where an interrupted run of the same job ended.
 
     config: None means as the job in ``out`` was begun, or the defaults where there is none. stop: asked between steps.
+    command: the arguments that asked for it, for the record.
     Raises UsageError, DataError, ResourceError or Stopped (see ``bigq.errors``); then ``out`` holds no config.json.
     """
     started = time.monotonic()
@@ -88,15 +88,16 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None, stop:
             if plan.shortages:
                 raise ResourceError(f"{out}: the job does not fit: {'; '.join(plan.shortages)}")
             stop.check()
-            with owned(out / STATE_FOLDER, progress, steal=config.steal_lock) as owner:
+            with owned(out / STATE_FOLDER, progress, steal=config.steal_lock) as owner, contextlib.ExitStack() as recorded:
                 request = make_request(config, folder, pager.checkpoint.fingerprint, rows, device)
                 journal = Journal(out, request, units, compare)
                 notes = [*owner.notes, *journal.notes]
                 for note in notes:
                     progress.say(f"warning: {note}")
-                journal.record_run(_this_run(request, plan.choice, len(journal.commits), notes))
                 trace = Trace(keep=config.trace is not None)
                 clock = Clock(device, trace)
+                run = begun(pager, request, plan, journal, notes, model=model, command=command)
+                recorded.enter_context(run_recorded(journal, owner, run, RunMeter(started, clock, device), progress.say))
                 try:
                     with (
                         contextlib.closing(WriteBehind(beside=plan.choice.beside)) as behind,
@@ -135,17 +136,3 @@ def quantize(model: str, out: str | Path, config: JobConfig | None = None, stop:
         waiting=clock.waiting(),
         batches=() if rows is None else Batches(plan.choice.batch, journal.halvings).used,
     )
-
-
-def _this_run(request: Mapping[str, Any], choice: Choice, committed: int, notes: Sequence[str]) -> dict[str, Any]:
-    """What is kept about a run of a job, whatever becomes of it."""
-    return {
-        "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "versions": request["versions"],
-        "machine": request["machine"],
-        "choice": dataclasses.asdict(choice),
-        "committed": committed,
-        "notes": list(notes),
-    }

@@ -21,7 +21,8 @@ from bigq.io.index import INDEX_NAME, read_json_object
 from bigq.io.record import file_sha256
 from bigq.io.sealed import read_record, read_sealed, unseal
 from bigq.sched.checkpoint import RECORD_NAME as CHECKPOINTS_NAME
-from bigq.sched.finish import MANIFEST_NAME, RECORDS
+from bigq.sched.evaluations import EVALUATIONS_NAME
+from bigq.sched.finish import CARD_NAME, MANIFEST_NAME, RECORDS
 from bigq.sched.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, RUNS_NAME, STATE_FOLDER, Commit, read_job
 from bigq.sched.owner import LOCK_NAME, OWNER_NAME, Holder
 from bigq.sched.scan import Scan, scan_shard
@@ -31,8 +32,9 @@ from bigq.sched.verify_model import config_problems, index_problems, model_probl
 _JOB, _JOURNAL, _RUNS, _BATCHES, _MANIFEST, _OWNER, _CHECKPOINTS = (
     f"{STATE_FOLDER}/{name}" for name in (JOB_NAME, JOURNAL_NAME, RUNS_NAME, BATCHES_NAME, MANIFEST_NAME, OWNER_NAME, CHECKPOINTS_NAME)
 )
+_EVALUATIONS = f"{STATE_FOLDER}/{EVALUATIONS_NAME}"
 #: Of these the manifest does not speak: they may change when a job is finished.
-_LIVING = (_MANIFEST, _RUNS, _OWNER, f"{STATE_FOLDER}/{LOCK_NAME}")
+_LIVING = (_MANIFEST, _RUNS, _EVALUATIONS, _OWNER, f"{STATE_FOLDER}/{LOCK_NAME}")
 #: What a finished folder holds besides shards, whatever the model.
 _ALWAYS = (INDEX_NAME, "config.json", _JOB, _JOURNAL, f"{STATE_FOLDER}/linears.jsonl")
 
@@ -69,6 +71,7 @@ class _Verification:
         self._job = self._asked()
         self._commits = self._journal()
         self._shards = {commit.shard.file for commit in self._commits.values()}
+        self._free: set[str] = set()
         self._manifest = self._promised()
         self._saved = self._checkpoints()
 
@@ -156,6 +159,7 @@ class _Verification:
         manifest = self._sealed(_MANIFEST)
         if manifest is not None:
             files = manifest.get("files")
+            self._free = {CARD_NAME} if manifest.get("free") == [CARD_NAME] else set()
             if isinstance(files, dict) and all(isinstance(entry, dict) for entry in files.values()):
                 return files
             self._say(_MANIFEST, "is no list of files")
@@ -178,9 +182,10 @@ class _Verification:
     def _records(self) -> None:
         """Records that carry checksums of their own."""
         runs = self._lines(_RUNS)
-        for number, line in enumerate(runs, 1):
-            if unseal(line, line=True) is None:
-                self._say(_RUNS, f"line {number} is damaged or was changed by hand")
+        for file, lines in ((_RUNS, runs), (_EVALUATIONS, self._lines(_EVALUATIONS))):
+            for number, line in enumerate(lines, 1):
+                if unseal(line, line=True) is None:
+                    self._say(file, f"line {number} is damaged or was changed by hand")
         if self._manifest is not None and not runs and _RUNS not in self._bad:
             self._say(_RUNS, "is missing or empty; nothing else tells how the job ran")
         self._sealed(_BATCHES)
@@ -287,7 +292,7 @@ class _Verification:
         """What nothing accounts for. Other names that begin with a dot are others' business."""
         shards = () if _JOURNAL in self._bad else (".safetensors",)
         promised = (file for file in self._manifest or () if not file.endswith((TEMP_SUFFIX, *shards)))
-        known = {*_LIVING, *self._shards, *promised, *self._saved}
+        known = {*_LIVING, *self._shards, *promised, *self._saved, *self._free}
         if self._manifest is None or self._busy:
             known |= {_CHECKPOINTS, *(f"{STATE_FOLDER}/{name}" for name in RECORDS)}
         for file in sorted(self._there.keys() - known):

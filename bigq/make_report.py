@@ -1,0 +1,63 @@
+"""``bigq report``: from a job's folder to a file that tells of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bigq import charts
+from bigq.errors import UsageError
+from bigq.html_report import Pictures, render
+from bigq.io.atomic import write_bytes
+from bigq.model_card import model_card, source_readme
+from bigq.sched.card import put_card
+from bigq.sched.history import History, read_history
+from bigq.terminal import tell
+
+#: Of the map of errors: kinds of Linears, and squares. Models have some hundreds; a record may say anything.
+MAX_ROWS, MAX_SQUARES = 100, 3_000
+
+
+def write_report(out: Path, file: Path | None = None) -> Path:
+    """Write the report of the job in ``out`` to ``file``, or to OUT-report.html beside OUT; returns which file that is.
+
+    Raises UsageError where ``out`` holds no job or ``file`` lies in it, ResourceError where it cannot be written or matplotlib is missing.
+    """
+    folder = out.resolve()
+    file = folder.with_name(f"{folder.name}-report.html") if file is None else file
+    if folder in file.resolve().parents:
+        raise UsageError(f"--out {file}: lies in the job's folder, where bigq verify would object to it; name a file elsewhere")
+    history = read_history(out)
+    write_bytes(file, render(history, pictures_of(history)).encode("utf-8", "replace"))
+    return file
+
+
+def pictures_of(history: History) -> Pictures:
+    """What can be drawn of a job. Raises ResourceError where matplotlib is missing."""
+    names = history.names[:MAX_ROWS]
+    rows = {name: row for row, name in enumerate(names)}
+    values = {(rows[linear.name], linear.block): linear.error for linear in history.linears if linear.name in rows}
+    marked = {(rows[left.name], left.block): left.reason for left in history.left_out if left.name in rows}
+    blocks = max([history.blocks or 0, *(column + 1 for _, column in (*values, *marked))])
+    columns = min(blocks, MAX_SQUARES // max(1, len(names)))
+    values = {place: value for place, value in values.items() if place[1] < columns}
+    marked = {place: why for place, why in marked.items() if place[1] < columns}
+    errors = None
+    if values:
+        title = f"Error of {len(values)} quantized Linears by block and kind, from {min(values.values()):.1e} to {max(values.values()):.1e}"
+        errors = charts.heat_map(names, columns, values, marked, title)
+    timed = [(f"run {number}", run) for number, run in enumerate(history.runs, 1) if run.seconds is not None and run.by_phase]
+    time = None
+    if timed:
+        seconds = [run.seconds or 0.0 for _, run in timed]
+        title = f"Seconds by phase of {len(timed)} runs, {sum(seconds):.1f} s in all; the table below has the numbers"
+        time = charts.stacked_bars([label for label, _ in timed], seconds, [run.by_phase for _, run in timed], title)
+    return Pictures(errors, time, columns < blocks or len(names) < len(history.names))
+
+
+def write_model_card(out: Path) -> Path:
+    """Write OUT/README.md as a model card; returns its path. Raises UsageError where the job in ``out`` is not finished."""
+    history = read_history(out)
+    if not history.finished:
+        raise UsageError(f"{out}: the job is not finished ({history.state}), so there is nothing to publish; finish it first")
+    card = model_card(history, source_readme(out, history))
+    return put_card(out, card.encode("utf-8", "replace"), tell)
