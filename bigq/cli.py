@@ -12,16 +12,18 @@ import gc
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bigq import __version__
 from bigq.errors import BigqError, CheckpointError, UsageError
-from bigq.terminal import abandon_broken_streams, flush_results, one_line, prepare_streams, print_result, tell
+from bigq.terminal import abandon_broken_streams, flush_results, one_line, prepare_streams, print_result
 
 if TYPE_CHECKING:
     from bigq.config import JobConfig
+    from bigq.display import Display
     from bigq.scheme import Rule
 
 
@@ -37,9 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    from bigq.display import Display
+
+    display = Display()
     try:
         try:
             args = build_parser().parse_args(argv)
+            args.display = display = _display(args)
             if spec := os.environ.get("BIGQ_FAULT"):
                 from bigq import faults
 
@@ -48,12 +54,25 @@ def _run(argv: Sequence[str] | None) -> int:
         finally:
             flush_results()
     except BigqError as error:
-        tell(f"bigq: error: {one_line(str(error))}")
+        display.error(error.exit_code, type(error).__name__, str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        tell("bigq: interrupted; run the same command again to go on")
+        display.error(130, "Interrupted", "interrupted; run the same command again to go on")
         return 130
     return status
+
+
+def _display(args: argparse.Namespace) -> Display:
+    """How the command shows what it does, on stderr."""
+    from bigq.display import Display, Events
+
+    if args.command is _run_quantize and args.json:
+        return Events(sys.stderr, quiet=bool(args.quiet))
+    if args.command not in (_run_quantize, _run_eval) or args.quiet:
+        return Display()
+    from bigq.live import display_for
+
+    return display_for(sys.stderr, dumb=os.environ.get("TERM") == "dumb")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,6 +119,7 @@ def _add_quantize(p: argparse.ArgumentParser) -> None:
     )
     _option(machine, "--steal-lock", action="store_true", default=False, help="take over the folder of a job that is dead")
     p.add_argument("--trace", metavar="FILE", help="write the job's timeline there, for chrome://tracing or ui.perfetto.dev")
+    p.add_argument("--json", action="store_true", help="one JSON object on stdout at the end, and on stderr one per line for each event")
     p.set_defaults(command=_run_quantize)
 
 
@@ -212,7 +232,7 @@ def _add_machine(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     run_code = "run model code that comes with the checkpoint"
     _option(machine, "--trust-remote-code", action=argparse.BooleanOptionalAction, default=False, help=run_code)
-    _option(machine, "--quiet", action="store_true", default=False, help="no progress, no summary")
+    _option(machine, "--quiet", action="store_true", default=False, help="no progress, no events, no summary")
     return machine
 
 
@@ -287,6 +307,7 @@ def _settings_before(out: str) -> object:
 
 
 def _run_quantize(args: argparse.Namespace) -> int:
+    from bigq.display import DONE_FIELDS, to_json
     from bigq.sched.stop import Stop
 
     stop = Stop()
@@ -295,8 +316,12 @@ def _run_quantize(args: argparse.Namespace) -> int:
         stop.grace = config.grace
         from bigq.sched.run import quantize
 
-        report = quantize(args.model, args.out, config, stop)
-    if not args.quiet:
+        report = quantize(args.model, args.out, config, stop, args.display)
+    values = report.to_json()
+    args.display.event("done", **{name: values[name] for name in DONE_FIELDS})
+    if args.json:
+        print_result(to_json(values))
+    elif not args.quiet:
         print_result(report.summary())
     return 0
 
@@ -321,7 +346,7 @@ def _run_eval(args: argparse.Namespace) -> int:
     from bigq.sched.evaluate import EvalConfig, evaluate
 
     config = EvalConfig(**_given(args, (f.name for f in dataclasses.fields(EvalConfig))))
-    result = evaluate(args.model, config, baseline=args.baseline)
+    result = evaluate(args.model, config, baseline=args.baseline, display=args.display)
     values = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
     if args.json:
         print_result(json.dumps(values))

@@ -19,18 +19,19 @@ HEAD, TAIL = 500, 1500
 
 def one_line(text: str) -> str:
     """Text as one printable line of bounded length: other characters as escape sequences, the middle of a long one left out."""
-    line = _printable(text)
+    line = printable(text)
     return line if len(line) <= HEAD + TAIL else f"{line[:HEAD]} … {line[-TAIL:]}"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Text whose characters that are not to be printed are escape sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def print_result(text: str) -> None:
     """Lines to stdout, at once. Raises ResourceError where they cannot be written, BrokenPipeError where nobody reads them."""
     with _writing_results():
-        sys.stdout.write("\n".join(map(_printable, text.split("\n"))) + "\n")
+        sys.stdout.write("\n".join(map(printable, text.split("\n"))) + "\n")
         sys.stdout.flush()
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from bigq.report import LinearRecord, Progress, Report, device_memory_peak, host_memory, host_memory_peak
+from bigq.progress import Progress
+from bigq.report import LinearRecord, Report, device_memory_peak, host_memory, host_memory_peak
 
 CPU = torch.device("cpu")
 
