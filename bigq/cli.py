@@ -307,10 +307,10 @@ def _settings_before(out: str) -> object:
 
 
 def _run_quantize(args: argparse.Namespace) -> int:
-    from bigq.display import DONE_FIELDS, to_json
+    from bigq.display import DONE_FIELDS, Events, to_json
     from bigq.sched.stop import Stop
 
-    stop = Stop()
+    stop = Stop(tell=args.display.signalled if isinstance(args.display, Events) else None)
     with stop.listening():
         config = job_config(args, _settings_before(args.out))
         stop.grace = config.grace

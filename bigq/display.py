@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -162,13 +163,27 @@ class Events(Display):
     def error(self, exit_code: int, kind: str, message: str) -> None:
         self._emit("error", {"exit_code": exit_code, "kind": kind, "message": message})
 
+    def signalled(self, message: str, exit_code: int | None) -> None:
+        """A signal was heard, and if there is an exit code, the process ends now. Waits for nobody who may be writing."""
+        if exit_code is not None:
+            line = self._line("error", {"exit_code": exit_code, "kind": "Stopped", "message": message})
+        elif self._quiet:
+            return
+        else:
+            line = self._line("note", {"message": message})
+        with while_writable():
+            os.write(self._stream.fileno(), line.encode())
+
     def _emit(self, name: str, values: Mapping[str, Any]) -> None:
+        with while_writable():
+            self._stream.write(self._line(name, values))
+            self._stream.flush()
+
+    def _line(self, name: str, values: Mapping[str, Any]) -> str:
         version = {} if self._begun else {"v": VERSION}
         self._begun = True
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-        with while_writable():
-            self._stream.write(to_json({**version, "event": name, "time": now, **values}) + "\n")
-            self._stream.flush()
+        return to_json({**version, "event": name, "time": now, **values}) + "\n"
 
 
 def to_json(value: Any) -> str:

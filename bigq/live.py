@@ -39,31 +39,37 @@ class Live(Lines):
 
     def open(self, moment: Moment) -> None:
         with while_writable():
-            self._line = _LiveLine(file=self._stream, leave=False)
+            self._line = _LiveLine(file=self._stream, leave=False, delay=1)
         self.tick(moment)
 
     def close(self) -> None:
         with while_writable():
             if self._line is not None:
+                self._line.clear(nolock=True)
                 self._line.close()
         self._line = None
 
     def tick(self, moment: Moment) -> None:
+        self._write(moment)
         with while_writable():
             if self._line is not None:
-                self._line.text = live_line(moment, _columns(self._stream) - 1, _writes(self._stream, f"{FULL}{PARTS}▕▏–"))
-                self._line.refresh()
+                self._line.refresh(nolock=True)
 
     def phase(self, moment: Moment) -> None:
         self.tick(moment)
 
     def block(self, done: Finished, moment: Moment) -> None:
+        self._write(moment)
         super().block(done, moment)
-        self.tick(moment)
+
+    def _write(self, moment: Moment) -> None:
+        """What the line will say when it is drawn next."""
+        if self._line is not None:
+            self._line.text = live_line(moment, _columns(self._stream) - 1, _writes(self._stream, f"{FULL}{PARTS}▕▏–"))
 
     def say(self, text: str) -> None:
         with while_writable():
-            tqdm.write(printable_lines(text), file=self._stream)
+            tqdm.write(printable_lines(text), file=self._stream, nolock=True)
             self._stream.flush()
 
 
@@ -99,7 +105,8 @@ class _LiveLine(tqdm):  # type: ignore[type-arg]
     """tqdm's place at the bottom of the terminal, and its way of writing above it; what the line says is ours.
 
     What is left of a longer line is erased by the terminal. tqdm overwrites it with spaces, which wrap where the terminal has
-    become narrower meanwhile.
+    become narrower meanwhile. Its lock is left alone: it stays locked for ever where a stream fails in the middle of a line, and
+    calls of a display come one at a time anyway. delay: it draws nothing by itself.
     """
 
     monitor_interval = 0

@@ -44,7 +44,7 @@ def parsed(*arguments: str, before: JobConfig | None = None) -> JobConfig:
             "--bits --group-size --sym --no-sym --asym --act-order --no-act-order --damping --mse --no-mse --method --true-sequential "
             "--no-true-sequential --rule --skip --format --on-nonfinite --calibration --samples --seqlen --seed --vram --ram --disk "
             "--activations --read-ahead --checkpoint-every --batch --device --dtype --trust-remote-code --no-trust-remote-code --quiet "
-            "--grace --steal-lock --trace",
+            "--grace --steal-lock --trace --json",
         ),
         (["plan"], "--on --json --bits --no-act-order --on-nonfinite --vram --checkpoint-every --batch --device"),
         (["eval"], "--data --baseline --seqlen --samples --json --batch --device --dtype --trust-remote-code --quiet"),

@@ -76,6 +76,9 @@ class Job:
         """Commit every shard that is not committed yet."""
         self._check_committed()
         missing = self.journal.missing
+        wanted = [number - len(self.rest) for number in missing if number >= len(self.rest)]
+        self.resumed = len(self.pager.blocks) - len(wanted)
+        self.progress.start(self.resumed)
         if missing:
             reopen_folder(self.journal.out)
         for i in range(len(self.rest)):
@@ -85,9 +88,6 @@ class Job:
                 with self.clock.phase("copy"):
                     self._commit(i, [OutputTensor.copy_of(info) for info in self.rest[i]], [])
                 self.progress.read(sum(info.nbytes for info in self.rest[i]))
-        wanted = [number - len(self.rest) for number in missing if number >= len(self.rest)]
-        self.resumed = len(self.pager.blocks) - len(wanted)
-        self.progress.start(self.resumed)
         if not wanted:
             return
         with self.clock.phase("probe"):
