@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from bigq import __version__
 from bigq.errors import BigqError, CheckpointError, UsageError
-from bigq.terminal import abandon_broken_streams, flush_results, one_line, prepare_streams, print_result
+from bigq.terminal import abandon_broken_streams, flush_results, one_line, prepare_streams, print_result, tell
 
 if TYPE_CHECKING:
     from bigq.config import JobConfig
@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     what = "memory, disk and time that quantizing a model takes"
     _add_plan(commands.add_parser("plan", help=what, description=f"Tell {what}. {as_before}"))
     _add_eval(commands.add_parser("eval", help="perplexity of a model, and its distance to another"))
+    _add_generate(commands.add_parser("generate", help="let a model, original or quantized, go on with a prompt"))
     _add_verify(commands.add_parser("verify", help="check a job's output folder against its record"))
     _add_status(commands.add_parser("status", help="how far the job of an output folder is"))
     _add_demo(commands.add_parser("demo", help="quantize the tiny model that ships with bigq, and show what it costs"))
@@ -214,6 +215,19 @@ def _add_eval(p: argparse.ArgumentParser) -> None:
     p.set_defaults(command=_run_eval)
 
 
+def _add_generate(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help="original model or output of bigq, small enough for the device: folder or hub id")
+    p.add_argument("--prompt", required=True, metavar="TEXT|-", help="what the model goes on with; - reads it from stdin")
+    _option(p, "--chat", action="store_true", default=False, help="put the prompt into the tokenizer's chat template")
+    _option(p, "--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add, at most")
+    _option(p, "--temperature", type=float, metavar="X", help="draw tokens, the flatter the higher; the most likely ones if not given")
+    _option(p, "--top-p", type=float, metavar="X", help="draw from the likeliest tokens that have this probability together")
+    _option(p, "--seed", type=int, default=0, help="of the draw of tokens")
+    _add_device(p)
+    _option(p, "--quiet", action="store_true", default=False, help="no line about time and memory")
+    p.set_defaults(command=_run_generate)
+
+
 def _add_machine(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     machine = p.add_argument_group("machine")
     _option(
@@ -222,6 +236,12 @@ def _add_machine(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         type=int,
         help="rows that go through a block at once; 8 on a GPU and about 1024 tokens on a CPU if not given",
     )
+    _add_device(machine)
+    _option(machine, "--quiet", action="store_true", default=False, help="no progress, no events, no summary")
+    return machine
+
+
+def _add_device(machine: argparse._ActionsContainer) -> None:
     _option(machine, "--device", default="auto", help="cuda:0, cpu or auto")
     _option(
         machine,
@@ -232,8 +252,6 @@ def _add_machine(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     run_code = "run model code that comes with the checkpoint"
     _option(machine, "--trust-remote-code", action=argparse.BooleanOptionalAction, default=False, help=run_code)
-    _option(machine, "--quiet", action="store_true", default=False, help="no progress, no events, no summary")
-    return machine
 
 
 def _add_verify(p: argparse.ArgumentParser) -> None:
@@ -353,6 +371,20 @@ def _run_eval(args: argparse.Namespace) -> int:
     else:
         for name, value in values.items():
             print_result(f"{name.replace('_', ' '):20} {value:.6g}" if isinstance(value, float) else f"{name.replace('_', ' '):20} {value}")
+    return 0
+
+
+def _run_generate(args: argparse.Namespace) -> int:
+    from bigq.sched.generate import GenerateConfig, generate
+    from bigq.terminal import print_piece, read_prompt
+
+    config = GenerateConfig(**_given(args, (f.name for f in dataclasses.fields(GenerateConfig))))
+    prompt = read_prompt() if args.prompt == "-" else args.prompt
+    result = generate(args.model, prompt, config, write=print_piece)
+    if not result.text.endswith("\n"):
+        print_piece("\n")
+    if not args.quiet:
+        tell(result.summary())
     return 0
 
 

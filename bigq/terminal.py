@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from bigq.errors import ResourceError
+from bigq.errors import ResourceError, UsageError
 
 #: Characters of a long line that are shown: from its beginning and to its end.
 HEAD, TAIL = 500, 1500
@@ -33,6 +33,21 @@ def print_result(text: str) -> None:
     with _writing_results():
         sys.stdout.write("\n".join(map(printable, text.split("\n"))) + "\n")
         sys.stdout.flush()
+
+
+def print_piece(text: str) -> None:
+    """Part of a result, to stdout, at once; lines and tabs stay what they are. Raises as ``print_result``."""
+    with _writing_results():
+        sys.stdout.write("".join(c if c in "\n\t" else printable(c) for c in text))
+        sys.stdout.flush()
+
+
+def read_prompt() -> str:
+    """All of stdin. Raises UsageError where it is not text."""
+    try:
+        return sys.stdin.read()
+    except (UnicodeDecodeError, OSError, AttributeError) as error:  # a stream that is closed has no read
+        raise UsageError("--prompt -: stdin cannot be read as text; give UTF-8, or the prompt itself") from error
 
 
 def flush_results() -> None:
