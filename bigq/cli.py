@@ -13,13 +13,17 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from bigq import __version__
+from bigq.cli_generate import add_generate
 from bigq.errors import BigqError, CheckpointError, UsageError
-from bigq.terminal import abandon_broken_streams, flush_results, one_line, prepare_streams, print_result, tell
+from bigq.flags import add_device
+from bigq.flags import given as _given
+from bigq.flags import option as _option
+from bigq.terminal import abandon_broken_streams, flush_results, one_line, prepare_streams, print_result
 
 if TYPE_CHECKING:
     from bigq.config import JobConfig
@@ -91,18 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
     what = "memory, disk and time that quantizing a model takes"
     _add_plan(commands.add_parser("plan", help=what, description=f"Tell {what}. {as_before}"))
     _add_eval(commands.add_parser("eval", help="perplexity of a model, and its distance to another"))
-    _add_generate(commands.add_parser("generate", help="let a model, original or quantized, go on with a prompt"))
+    add_generate(commands.add_parser("generate", help="let a model, original or quantized, go on with a prompt"))
     _add_verify(commands.add_parser("verify", help="check a job's output folder against its record"))
     _add_status(commands.add_parser("status", help="how far the job of an output folder is"))
     _add_demo(commands.add_parser("demo", help="quantize the tiny model that ships with bigq, and show what it costs"))
     return parser
-
-
-def _option(group: argparse._ActionsContainer, *flags: str, help: str, default: object = None, **how: Any) -> None:
-    """Add a flag that parses to None where it is not given; ``default`` is what that stands for at first, for the help."""
-    if isinstance(default, bool):
-        default = "on" if default else "off"
-    group.add_argument(*flags, default=None, help=help if default is None else f"{help} (default: {default})", **how)
 
 
 def _add_quantize(p: argparse.ArgumentParser) -> None:
@@ -215,19 +212,6 @@ def _add_eval(p: argparse.ArgumentParser) -> None:
     p.set_defaults(command=_run_eval)
 
 
-def _add_generate(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", metavar="MODEL", help="original model or output of bigq, small enough for the device: folder or hub id")
-    p.add_argument("--prompt", required=True, metavar="TEXT|-", help="what the model goes on with; - reads it from stdin")
-    _option(p, "--chat", action="store_true", default=False, help="put the prompt into the tokenizer's chat template")
-    _option(p, "--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add, at most")
-    _option(p, "--temperature", type=float, metavar="X", help="draw tokens, the flatter the higher; the most likely ones if not given")
-    _option(p, "--top-p", type=float, metavar="X", help="draw from the likeliest tokens that have this probability together")
-    _option(p, "--seed", type=int, default=0, help="of the draw of tokens")
-    _add_device(p)
-    _option(p, "--quiet", action="store_true", default=False, help="no line about time and memory")
-    p.set_defaults(command=_run_generate)
-
-
 def _add_machine(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     machine = p.add_argument_group("machine")
     _option(
@@ -236,22 +220,9 @@ def _add_machine(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         type=int,
         help="rows that go through a block at once; 8 on a GPU and about 1024 tokens on a CPU if not given",
     )
-    _add_device(machine)
+    add_device(machine)
     _option(machine, "--quiet", action="store_true", default=False, help="no progress, no events, no summary")
     return machine
-
-
-def _add_device(machine: argparse._ActionsContainer) -> None:
-    _option(machine, "--device", default="auto", help="cuda:0, cpu or auto")
-    _option(
-        machine,
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="of the forward passes; auto is the checkpoint's",
-    )
-    run_code = "run model code that comes with the checkpoint"
-    _option(machine, "--trust-remote-code", action=argparse.BooleanOptionalAction, default=False, help=run_code)
 
 
 def _add_verify(p: argparse.ArgumentParser) -> None:
@@ -291,11 +262,6 @@ def job_config(args: argparse.Namespace, before: object = None) -> JobConfig:
         given["checkpoint_every"] = _seconds_or_never(given["checkpoint_every"], "--checkpoint-every")
     scheme = dataclasses.replace(base.scheme, **_given(args, (f.name for f in dataclasses.fields(QuantScheme))))
     return dataclasses.replace(base, scheme=scheme, rules=_rules(args, base.rules), **given)
-
-
-def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """Those of the arguments that were given."""
-    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
 def _rules(args: argparse.Namespace, before: tuple[Rule, ...]) -> tuple[Rule, ...]:
@@ -371,20 +337,6 @@ def _run_eval(args: argparse.Namespace) -> int:
     else:
         for name, value in values.items():
             print_result(f"{name.replace('_', ' '):20} {value:.6g}" if isinstance(value, float) else f"{name.replace('_', ' '):20} {value}")
-    return 0
-
-
-def _run_generate(args: argparse.Namespace) -> int:
-    from bigq.sched.generate import GenerateConfig, generate
-    from bigq.terminal import print_piece, read_prompt
-
-    config = GenerateConfig(**_given(args, (f.name for f in dataclasses.fields(GenerateConfig))))
-    prompt = read_prompt() if args.prompt == "-" else args.prompt
-    result = generate(args.model, prompt, config, write=print_piece)
-    if not result.text.endswith("\n"):
-        print_piece("\n")
-    if not args.quiet:
-        tell(result.summary())
     return 0
 
 

@@ -87,9 +87,15 @@ class Generated:
 
 
 def generate(
-    model: str | Path, prompt: str, config: GenerateConfig | None = None, *, write: Callable[[str], None] | None = None
+    model: str | Path,
+    prompt: str,
+    config: GenerateConfig | None = None,
+    *,
+    write: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Generated:
-    """What a model, original or quantized by bigq, makes of a prompt. write: is given the text piece by piece, as it comes.
+    """What a model, original or quantized by bigq, makes of a prompt. write: is given the text piece by piece, as it comes; say:
+    warnings.
 
     Raises UsageError (an empty or too long prompt, no chat template), ResourceError where the model does not fit the device, and
     CheckpointError or UnsupportedModelError for the model's folder.
@@ -108,9 +114,9 @@ def generate(
             tokenizer = _tokenizer(folder, config)
             ids = _prompt_ids(tokenizer, prompt, config, folder)
             room = _require_fitting(ids, pager, config)
-            whole: Any = load_whole(pager, tokens=len(ids) + room)
+            whole: Any = load_whole(pager, tokens=len(ids) + room, say=say)
             loaded = time.monotonic()
-            streamer = _Streamer(tokenizer, write or (lambda text: None))
+            streamer = _Streamer(tokenizer, write)
             torch.manual_seed(config.seed)
             given = torch.tensor([ids], device=device)
             whole.generate(

@@ -1,11 +1,12 @@
 """A whole model on one device, as transformers runs it: to try out what a job made, where it fits.
 
-Quantized Linears stay packed on a GPU. On a CPU they are dequantized as they are loaded if there is room: forming a weight anew for every
-token takes far longer than reading it.
+Quantized Linears stay packed on a GPU. On a CPU they are dequantized as they are loaded if there is room: a weight of 4096 × 4096 takes
+2.6 to 2.9 s to form and 0.014 to 0.023 s to multiply one vector with (4 bits; fp32 and bf16, on two busy cores).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -38,9 +39,16 @@ def load_model(
     return load_whole(pager, packed=packed)
 
 
-def load_whole(pager: Pager, *, tokens: int = 0, packed: bool | None = None) -> nn.Module:
-    """All of a pager's model on its device, with room left for a cache of so many tokens. Raises as ``load_model``."""
+def load_whole(pager: Pager, *, tokens: int = 0, packed: bool | None = None, say: Callable[[str], None] = lambda line: None) -> nn.Module:
+    """All of a pager's model on its device, with room left for a cache of so many tokens. Raises as ``load_model``.
+
+    say: is told where the model will be slow.
+    """
     if choose_packed(pager, tokens, packed):
+        if pager.device.type == "cpu":
+            say(
+                "warning: the weights stay packed, as there is no room for them otherwise; on a CPU that takes about a hundred times longer"
+            )
         for name in pager.packed:
             _keep_packed(pager, name)
     _fill(pager)

@@ -151,6 +151,9 @@ def test_a_packed_model_takes_less_than_a_dense_one(ids_file: Path, tmp_path: Pa
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(whole, "host_budget", lambda _, there=there: there)
             assert whole.choose_packed(pager, 0) is expected
+            said: list[str] = []
+            model = whole.load_whole(Pager(tmp_path / "out", device=torch.device("cpu")), say=said.append)
+            assert bool(packed_linears(model)) is expected and len(said) == int(expected)
             if expected:
                 with pytest.raises(ResourceError, match=r"needs .* but cpu has"):
                     whole.choose_packed(pager, 10**6)
