@@ -13,16 +13,22 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from bigq import __version__
-from bigq.errors import BigqError, CheckpointError, UsageError
-from bigq.terminal import abandon_broken_streams, flush_results, one_line, prepare_streams, print_result, tell
+from bigq.cli_folder import add_folder_commands
+from bigq.cli_generate import add_generate
+from bigq.errors import BigqError, UsageError
+from bigq.flags import add_device
+from bigq.flags import given as _given
+from bigq.flags import option as _option
+from bigq.terminal import abandon_broken_streams, flush_results, one_line, prepare_streams, print_result
 
 if TYPE_CHECKING:
     from bigq.config import JobConfig
+    from bigq.display import Display
     from bigq.scheme import Rule
 
 
@@ -38,10 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    from bigq.display import Display
+
+    display = Display()
     try:
         try:
             args = build_parser().parse_args(argv)
             args.given = list(sys.argv[1:] if argv is None else argv)
+            args.display = display = _display(args)
             if spec := os.environ.get("BIGQ_FAULT"):
                 from bigq import faults
 
@@ -50,12 +60,25 @@ def _run(argv: Sequence[str] | None) -> int:
         finally:
             flush_results()
     except BigqError as error:
-        tell(f"bigq: error: {one_line(str(error))}")
+        display.error(error.exit_code, type(error).__name__, str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        tell("bigq: interrupted; run the same command again to go on")
+        display.error(130, "Interrupted", "interrupted; run the same command again to go on")
         return 130
     return status
+
+
+def _display(args: argparse.Namespace) -> Display:
+    """How the command shows what it does, on stderr."""
+    from bigq.display import Display, Events
+
+    if args.command is _run_quantize and args.json:
+        return Events(sys.stderr, quiet=bool(args.quiet))
+    if args.command not in (_run_quantize, _run_eval) or args.quiet:
+        return Display()
+    from bigq.live import display_for
+
+    return display_for(sys.stderr, dumb=os.environ.get("TERM") == "dumb")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,23 +96,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_quantize(commands.add_parser("quantize", help="quantize a model", description=f"Quantize a model. {as_before}"))
     what = "memory, disk and time that quantizing a model takes"
     _add_plan(commands.add_parser("plan", help=what, description=f"Tell {what}. {as_before}"))
-    _add_convert(commands.add_parser("convert", help="re-pack a quantized model in another format, without loss"))
     what = "perplexity of a model, and its distance to another"
     kept = "Where MODEL is the folder of a finished job, the result is kept in its record, for bigq report."
     _add_eval(commands.add_parser("eval", help=what, description=f"Tell the {what}. {kept}"))
-    _add_verify(commands.add_parser("verify", help="check a job's output folder against its record"))
-    _add_status(commands.add_parser("status", help="how far the job of an output folder is"))
-    what = "write what a job did, and how well, as one HTML file or as a model card"
-    _add_report(commands.add_parser("report", help=what, description=f"{what.capitalize()}. Works while the job runs, too."))
+    add_generate(commands.add_parser("generate", help="let a model, original or quantized, go on with a prompt"))
+    add_folder_commands(commands)
     _add_demo(commands.add_parser("demo", help="quantize the tiny model that ships with bigq, and show what it costs"))
     return parser
-
-
-def _option(group: argparse._ActionsContainer, *flags: str, help: str, default: object = None, **how: Any) -> None:
-    """Add a flag that parses to None where it is not given; ``default`` is what that stands for at first, for the help."""
-    if isinstance(default, bool):
-        default = "on" if default else "off"
-    group.add_argument(*flags, default=None, help=help if default is None else f"{help} (default: {default})", **how)
 
 
 def _add_quantize(p: argparse.ArgumentParser) -> None:
@@ -107,6 +120,7 @@ def _add_quantize(p: argparse.ArgumentParser) -> None:
     )
     _option(machine, "--steal-lock", action="store_true", default=False, help="take over the folder of a job that is dead")
     p.add_argument("--trace", metavar="FILE", help="write the job's timeline there, for chrome://tracing or ui.perfetto.dev")
+    p.add_argument("--json", action="store_true", help="one JSON object on stdout at the end, and on stderr one per line for each event")
     p.set_defaults(command=_run_quantize)
 
 
@@ -222,47 +236,9 @@ def _add_machine(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         type=int,
         help="rows that go through a block at once; 8 on a GPU and about 1024 tokens on a CPU if not given",
     )
-    _option(machine, "--device", default="auto", help="cuda:0, cpu or auto")
-    _option(
-        machine,
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="of the forward passes; auto is the checkpoint's",
-    )
-    run_code = "run model code that comes with the checkpoint"
-    _option(machine, "--trust-remote-code", action=argparse.BooleanOptionalAction, default=False, help=run_code)
-    _option(machine, "--quiet", action="store_true", default=False, help="no progress, no summary")
+    add_device(machine)
+    _option(machine, "--quiet", action="store_true", default=False, help="no progress, no events, no summary")
     return machine
-
-
-def _add_verify(p: argparse.ArgumentParser) -> None:
-    p.add_argument("out", metavar="OUT", help="output folder of a job, finished or not")
-    p.add_argument("--trust-remote-code", action="store_true", help="run model code that is in OUT, to see what its config describes")
-    p.set_defaults(command=_run_verify)
-
-
-def _add_convert(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", metavar="MODEL", help="packed checkpoint, of bigq or others: folder")
-    p.add_argument("out", metavar="OUT", help="folder to write")
-    p.add_argument("--to", required=True, choices=("gptq", "gptq_v2", "compressed-tensors"), help="format to write")
-    p.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
-    p.add_argument("--quiet", action="store_true", help="no progress, no summary")
-    p.set_defaults(command=_run_convert)
-
-
-def _add_status(p: argparse.ArgumentParser) -> None:
-    p.add_argument("out", metavar="OUT", help="output folder of a job, running or not")
-    p.add_argument("--json", action="store_true", help="print one JSON object")
-    p.set_defaults(command=_run_status)
-
-
-def _add_report(p: argparse.ArgumentParser) -> None:
-    p.add_argument("out", metavar="OUT", help="output folder of a job, finished or not")
-    p.add_argument("--out", dest="file", metavar="FILE", help="where to write the HTML file; OUT-report.html beside OUT if not given")
-    card = "write OUT/README.md, a model card for the hub, in place of the source's; no HTML unless --out is given too"
-    p.add_argument("--model-card", action="store_true", help=card)
-    p.set_defaults(command=_run_report)
 
 
 def _add_demo(p: argparse.ArgumentParser) -> None:
@@ -292,11 +268,6 @@ def job_config(args: argparse.Namespace, before: object = None) -> JobConfig:
     return dataclasses.replace(base, scheme=scheme, rules=_rules(args, base.rules), **given)
 
 
-def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """Those of the arguments that were given."""
-    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
-
-
 def _rules(args: argparse.Namespace, before: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """The rules as given, those to skip first; of the kind that is not given, those from before."""
     from bigq.scheme import Rule
@@ -324,16 +295,21 @@ def _settings_before(out: str) -> object:
 
 
 def _run_quantize(args: argparse.Namespace) -> int:
+    from bigq.display import DONE_FIELDS, Events, to_json
     from bigq.sched.stop import Stop
 
-    stop = Stop()
+    stop = Stop(tell=args.display.signalled if isinstance(args.display, Events) else None)
     with stop.listening():
         config = job_config(args, _settings_before(args.out))
         stop.grace = config.grace
         from bigq.sched.run import quantize
 
-        report = quantize(args.model, args.out, config, stop, command=args.given)
-    if not args.quiet:
+        report = quantize(args.model, args.out, config, stop, args.display, command=args.given)
+    values = report.to_json()
+    args.display.event("done", **{name: values[name] for name in DONE_FIELDS})
+    if args.json:
+        print_result(to_json(values))
+    elif not args.quiet:
         print_result(report.summary())
     return 0
 
@@ -358,59 +334,13 @@ def _run_eval(args: argparse.Namespace) -> int:
     from bigq.sched.evaluate import EvalConfig, evaluate
 
     config = EvalConfig(**_given(args, (f.name for f in dataclasses.fields(EvalConfig))))
-    result = evaluate(args.model, config, baseline=args.baseline)
+    result = evaluate(args.model, config, baseline=args.baseline, display=args.display)
     values = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
     if args.json:
         print_result(json.dumps(values))
     else:
         for name, value in values.items():
             print_result(f"{name.replace('_', ' '):20} {value:.6g}" if isinstance(value, float) else f"{name.replace('_', ' '):20} {value}")
-    return 0
-
-
-def _run_verify(args: argparse.Namespace) -> int:
-    from bigq.sched.verify import verify
-
-    problems = verify(Path(args.out), trust_remote_code=args.trust_remote_code)
-    for problem in problems:
-        print_result(one_line(problem))
-    if problems:
-        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise CheckpointError(f"{args.out}: has {count}; run the command that made it again, or choose another folder")
-    print_result(f"{one_line(args.out)}: sound")
-    return 0
-
-
-def _run_convert(args: argparse.Namespace) -> int:
-    from bigq.sched.convert import convert
-    from bigq.sizes import show_size
-
-    def ignore(line: str) -> None:
-        pass
-
-    done = convert(args.model, args.out, args.to, trust_remote_code=args.trust_remote_code, tell=ignore if args.quiet else tell)
-    if not args.quiet:
-        sizes = f"{show_size(done.bytes_before)} → {show_size(done.bytes)}"
-        print_result(f"{one_line(args.out)}: {done.linears} Linears, {done.format_before} → {done.format}, {sizes}")
-    return 0
-
-
-def _run_status(args: argparse.Namespace) -> int:
-    from bigq.sched.status import status
-
-    found = status(Path(args.out))
-    print_result(json.dumps(found.to_json()) if args.json else found.text())
-    return 0
-
-
-def _run_report(args: argparse.Namespace) -> int:
-    from bigq.make_report import write_model_card, write_report
-
-    out = Path(os.path.expanduser(args.out))
-    if args.model_card:
-        print_result(str(write_model_card(out)))
-    if args.file is not None or not args.model_card:
-        print_result(str(write_report(out, None if args.file is None else Path(os.path.expanduser(args.file)))))
     return 0
 
 

@@ -1,25 +1,21 @@
-"""What a job tells: seconds by phase, records of Linears, progress on the terminal, the closing summary.
+"""What a job tells: memory, records of Linears, and in the end its report.
 
-Knows nothing of models; everything arrives as plain values. Only stderr is written to: stdout is for results.
+Knows nothing of models; everything arrives as plain values, and nothing is printed here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import resource
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, SupportsFloat, TextIO
+from typing import Any, SupportsFloat
 
 import psutil
 import torch
-from tqdm import tqdm
 
-from bigq.sizes import show_duration, show_size
-
-MIB = 2**20
+from bigq.sizes import show_size
 
 
 def host_memory() -> int:
@@ -37,6 +33,11 @@ def host_memory_peak() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory that tensors take now, by the allocator's own count: the device is not asked. None on a CPU."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else None
 
 
 def device_memory_peak(device: torch.device) -> int:
@@ -98,6 +99,11 @@ class Report:
     def worst(self) -> Mapping[str, Any] | None:
         return max(self.linears, key=lambda r: float(r["relative_error"]), default=None)
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, with the name of the worst Linear among them."""
+        worst = None if self.worst is None else self.worst["name"]
+        return {**dataclasses.asdict(self), "linears": [dict(linear) for linear in self.linears], "worst": worst}
+
     def waiting_line(self) -> str:
         """How long the device waited, and for what; causes that are too short to be told are left out."""
         total = sum(self.waiting.values())
@@ -126,60 +132,3 @@ class Report:
             some = ", ".join(self.left_out[:4]) + (" …" if len(self.left_out) > 4 else "")
             lines.append(f"  kept    {len(self.left_out)} Linears unquantized: {some}")
         return "\n".join(lines)
-
-
-@dataclass(slots=True)
-class Progress:
-    """One line per finished block, and on a terminal a live bar for the phase under way."""
-
-    blocks: int
-    device: torch.device
-    quiet: bool = False
-    stream: TextIO = field(default_factory=lambda: sys.stderr)
-    _started: float = field(default_factory=time.monotonic)
-    _timed: int = 0
-    _bar: Any = None
-    _facts: dict[str, Any] = field(default_factory=dict)
-
-    def facts(self) -> dict[str, Any]:
-        """How far it got, as plain values: blocks, block (how many are done), phase, eta_seconds. May be asked from another thread."""
-        return {"blocks": self.blocks, **self._facts}
-
-    def __enter__(self) -> Progress:
-        live = not self.quiet and self.stream.isatty()
-        self._bar = tqdm(total=self.blocks, file=self.stream, disable=not live, leave=False, unit="block", dynamic_ncols=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def phase(self, text: str) -> None:
-        """What is being done now; seen on a terminal only."""
-        self._facts = {**self._facts, "phase": text}
-        self._bar.set_description_str(text)
-
-    def say(self, line: str) -> None:
-        if not self.quiet:
-            tqdm.write(line, file=self.stream)
-            self.stream.flush()
-
-    def block_skipped(self) -> None:
-        """A block that an earlier run had committed."""
-        self._bar.update()
-        self._started = time.monotonic()
-
-    def block_done(self, index: int, seconds: float, worst: tuple[str, float] | None, left: int | None = None) -> None:
-        """Block ``index`` is solved; ``left`` are still to be, those behind it if nothing is said."""
-        left = self.blocks - index - 1 if left is None else left
-        self._timed += 1
-        remaining = (time.monotonic() - self._started) / self._timed * left
-        self._facts = {**self._facts, "block": self.blocks - left, "eta_seconds": round(remaining, 1)}
-        parts = [f"block {index + 1}/{self.blocks}", f"{seconds:.1f} s"]
-        if worst is not None:
-            parts.append(f"worst {worst[0]} {worst[1]:.2e}")
-        parts.append(f"host {show_size(host_memory())}")
-        if self.device.type == "cuda":
-            parts.append(f"gpu {show_size(torch.cuda.memory_allocated(self.device))}")
-        parts.append(f"eta {show_duration(remaining)}")
-        self.say("  ".join(parts))
-        self._bar.update()

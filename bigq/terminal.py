@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from bigq.errors import ResourceError
+from bigq.errors import ResourceError, UsageError
 
 #: Characters of a long line that are shown: from its beginning and to its end.
 HEAD, TAIL = 500, 1500
@@ -19,19 +19,35 @@ HEAD, TAIL = 500, 1500
 
 def one_line(text: str) -> str:
     """Text as one printable line of bounded length: other characters as escape sequences, the middle of a long one left out."""
-    line = _printable(text)
+    line = printable(text)
     return line if len(line) <= HEAD + TAIL else f"{line[:HEAD]} … {line[-TAIL:]}"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Text whose characters that are not to be printed are escape sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def print_result(text: str) -> None:
     """Lines to stdout, at once. Raises ResourceError where they cannot be written, BrokenPipeError where nobody reads them."""
     with _writing_results():
-        sys.stdout.write("\n".join(map(_printable, text.split("\n"))) + "\n")
+        sys.stdout.write("\n".join(map(printable, text.split("\n"))) + "\n")
         sys.stdout.flush()
+
+
+def print_piece(text: str) -> None:
+    """Part of a result, to stdout, at once; lines and tabs stay what they are. Raises as ``print_result``."""
+    with _writing_results():
+        sys.stdout.write("".join(c if c in "\n\t" else printable(c) for c in text))
+        sys.stdout.flush()
+
+
+def read_prompt() -> str:
+    """All of stdin. Raises UsageError where it is not text."""
+    try:
+        return sys.stdin.read()
+    except (UnicodeDecodeError, OSError, AttributeError) as error:  # a stream that is closed has no read
+        raise UsageError("--prompt -: stdin cannot be read as text; give UTF-8, or the prompt itself") from error
 
 
 def flush_results() -> None:

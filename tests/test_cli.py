@@ -38,21 +38,25 @@ def parsed(*arguments: str, before: JobConfig | None = None) -> JobConfig:
 @pytest.mark.parametrize(
     ("command", "flags"),
     [
-        ([], "quantize plan eval verify status demo --version"),
+        ([], "quantize plan eval generate verify status demo --version"),
         (
             ["quantize"],
             "--bits --group-size --sym --no-sym --asym --act-order --no-act-order --damping --mse --no-mse --method --true-sequential "
             "--no-true-sequential --rule --skip --format --scale-bits --on-nonfinite --calibration --samples --seqlen --seed --vram --ram "
             "--disk --activations --read-ahead --checkpoint-every --batch --device --dtype --trust-remote-code --no-trust-remote-code "
-            "--quiet --grace --steal-lock --trace",
+            "--quiet --grace --steal-lock --trace --json",
         ),
         (["plan"], "--on --json --bits --no-act-order --on-nonfinite --vram --checkpoint-every --batch --device"),
         (["eval"], "--data --baseline --seqlen --samples --json --batch --device --dtype --trust-remote-code --quiet"),
+        (
+            ["generate"],
+            "--prompt --chat --max-new-tokens --temperature --top-p --seed --device --dtype --trust-remote-code --quiet",
+        ),
         (["verify"], "OUT"),
         (["status"], "OUT --json"),
         (["demo"], "--out --device"),
     ],
-    ids=["bigq", "quantize", "plan", "eval", "verify", "status", "demo"],
+    ids=["bigq", "quantize", "plan", "eval", "generate", "verify", "status", "demo"],
 )
 def test_help_names_every_flag(command: list[str], flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

@@ -1,29 +1,16 @@
-"""Progress lines and the closing summary."""
+"""Memory, records and the closing summary."""
 
 from __future__ import annotations
 
-import io
 import json
-import time
 from collections.abc import Mapping
 from typing import Any
 
-import pytest
 import torch
 
-from bigq.report import LinearRecord, Progress, Report, device_memory_peak, host_memory, host_memory_peak
+from bigq.report import LinearRecord, Report, device_memory, device_memory_peak, host_memory, host_memory_peak
 
 CPU = torch.device("cpu")
-
-
-class Hands:
-    """A clock whose hands the test moves."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_memory_is_that_of_this_process() -> None:
@@ -32,57 +19,7 @@ def test_memory_is_that_of_this_process() -> None:
     ballast = torch.ones(16 * 2**20)
     assert host_memory() - before > 32 * 2**20
     del ballast
-    assert device_memory_peak(CPU) == 0
-
-
-def run_blocks(stream: io.StringIO, quiet: bool) -> None:
-    with Progress(4, CPU, quiet=quiet, stream=stream) as progress:
-        progress.block_skipped()
-        for index in (1, 2, 3):
-            progress.phase("hessians")
-            progress.block_done(index, 12.34, ("mlp.down_proj", 0.0123) if index < 3 else None)
-        progress.say("all done")
-
-
-def test_without_a_terminal_each_block_is_one_plain_line(capfd: pytest.CaptureFixture[str]) -> None:
-    stream = io.StringIO()
-    run_blocks(stream, quiet=False)
-    text = stream.getvalue()
-    lines = text.splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["block 2/4", "block 3/4", "block 4/4", "all done"]
-    assert all("12.3 s" in line and "host " in line and "eta 0:00" in line for line in lines[:3])
-    assert ["worst mlp.down_proj 1.23e-02" in line for line in lines[:3]] == [True, True, False]
-    assert "\r" not in text and "\x1b" not in text and text.endswith("\n")
-    assert capfd.readouterr() == ("", "")
-
-
-def test_quiet_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    stream = io.StringIO()
-    run_blocks(stream, quiet=True)
-    assert stream.getvalue() == "" and capfd.readouterr() == ("", "")
-
-
-def test_the_usual_stream_is_stderr(capfd: pytest.CaptureFixture[str]) -> None:
-    with Progress(1, CPU) as progress:
-        progress.block_done(0, 1.0, None)
-    out, err = capfd.readouterr()
-    assert out == "" and err.startswith("block 1/1") and err.count("\n") == 1
-
-
-def test_time_left_follows_the_blocks_that_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that an earlier run committed take no time and must not make the rest look quick."""
-    hands = Hands()
-    monkeypatch.setattr(time, "monotonic", hands)
-    stream = io.StringIO()
-    with Progress(100, CPU, stream=stream) as progress:
-        for _ in range(50):
-            progress.block_skipped()
-        for index in (50, 51):
-            hands.now += 90
-            progress.block_done(index, 90.0, None)
-        hands.now += 180
-        progress.block_done(52, 180.0, None)
-    assert [line.split("eta ")[1] for line in stream.getvalue().splitlines()] == ["1:13:30", "1:12:00", "1:34:00"]
+    assert device_memory_peak(CPU) == 0 and device_memory(CPU) is None
 
 
 def report(**changes: Any) -> Report:
@@ -161,3 +98,10 @@ def test_linear_record_is_plain_json() -> None:
         "damping": 0.01,
         "seconds": {"factor": 0.123457, "solve": 1.0},
     }
+
+
+def test_report_is_plain_json() -> None:
+    value = json.loads(json.dumps(report(left_out=("a",), batches=(8, 4)).to_json()))
+    assert value["worst"] == "layers.1.down" and len(value["linears"]) == 3 and value["batches"] == [8, 4] and value["left_out"] == ["a"]
+    assert value["seconds_by_phase"] == {"read": 1.26, "solve": 60.0} and value["out"] == "somewhere/out"
+    assert report(linears=()).to_json()["worst"] is None

@@ -27,7 +27,7 @@ class ActivationStore:
     batches: how many rows are replayed at once, by place; the last batch of a pass may be smaller. batch: that of the pass under
     way. at: the rows [lo, hi) of the batch that is being replayed.
     record: batch size → how each block is called; asked once per size, as masks and ALiBi depend on it.
-    pause: called before every batch; may raise to end the pass.
+    pause: called before every batch; may raise to end the pass. passing: told how far a pass is, as ("rows", done, of).
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class ActivationStore:
         self._row = tuple(row)
         self._buffer = self.buffer(row[0] * row[1], dtype)
         self.pause: Callable[[], None] = lambda: None
+        self.passing: Callable[[str, int, int], None] = lambda what, done, of: None
         self.batch = batches.at(0, 0)
         self.at = (0, 0)
         self.calls: dict[int, list[BlockCall]] = {}
@@ -85,6 +86,7 @@ class ActivationStore:
                 lo = self.at[1]
                 continue
             self._halve(block, step, lo)
+        self.passing("rows", self._count, self._count)
 
     def _use(self, batch: int) -> None:
         if batch != self.batch:
@@ -106,9 +108,11 @@ class ActivationStore:
             self.at = lo, hi
             self._begin_batch()
             yield self.take(lo, hi), self.call(block, hi - lo)
+        self.passing("rows", self._count, self._count)
 
     def _begin_batch(self) -> None:
         self.pause()
+        self.passing("rows", self.at[0], self._count)
         faults.point("batch.begun")
 
     def call(self, block: int, size: int) -> BlockCall:

@@ -104,6 +104,10 @@ class Checkpoints:
         """Whether replaying what was finished since the last checkpoint takes longer than it should."""
         return self._every is not None and self._replay >= max(self._every, 1e-9)
 
+    def keeps(self, block: int) -> bool:
+        """Whether the hidden states that enter a block are on disk."""
+        return any(saved.block == block for saved in self._kept)
+
     def expected_seconds(self, store: ActivationStore) -> float:
         """How long saving is expected to take."""
         return math.prod(store.shape) * store.dtype.itemsize / self._rate

@@ -48,11 +48,11 @@ class Conversion:
 
 
 def convert(
-    model: str | Path, out: str | Path, to: str, *, trust_remote_code: bool = False, tell: Callable[[str], None] = print
+    model: str | Path, out: str | Path, to: str, *, trust_remote_code: bool = False, say: Callable[[str], None] = lambda line: None
 ) -> Conversion:
     """Write the packed checkpoint in the folder ``model`` to the folder ``out``, in the format ``to``.
 
-    tell: gets a line for each shard. Raises UsageError where the format cannot hold what is there exactly, CheckpointError,
+    say: gets a line for each shard. Raises UsageError where the format cannot hold what is there exactly, CheckpointError,
     UnsupportedModelError, ResourceError; then ``out`` is as it was.
     """
     source, out = Path(os.path.expanduser(model)), Path(os.path.expanduser(out))
@@ -78,7 +78,7 @@ def convert(
                 shard = write_shard(folder / file.name, tensors)
                 weight_map |= dict.fromkeys(shard.tensors, file.name)
                 written += shard.size
-                tell(f"{file.name}: {show_size(shard.size)} ({number} of {len(files)})")
+                say(f"{file.name}: {show_size(shard.size)} ({number} of {len(files)})")
             for path in sorted(source.iterdir()):
                 if path.is_file() and is_side_file(path.name):
                     copy_file(path, folder / path.name)

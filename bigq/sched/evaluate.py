@@ -21,9 +21,10 @@ from torch import Tensor
 from bigq import skeleton
 from bigq.calibration import evaluation_rows, require_vocabulary
 from bigq.config import DEFAULT_SEQLEN, default_batch
+from bigq.display import Display
 from bigq.errors import BigqError, UsageError
 from bigq.io.hub import resolve_model
-from bigq.report import Progress
+from bigq.progress import Progress
 from bigq.sched.activations import ActivationStore
 from bigq.sched.batches import Batches, told
 from bigq.sched.block import propagate
@@ -68,8 +69,8 @@ class EvalConfig:
     quiet: bool = False
 
 
-def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | None = None) -> Evaluation:
-    """Judge a model, original or packed by bigq, on a text. Raises the errors of ``bigq.errors``.
+def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | None = None, display: Display | None = None) -> Evaluation:
+    """Judge a model, original or packed by bigq, on a text. Raises the errors of ``bigq.errors``. display: as for ``quantize``.
 
     Where ``model`` is the folder of a finished job, the result is kept in its record; where that cannot be written, with a warning.
     """
@@ -87,7 +88,8 @@ def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | No
         rows = _rows(pagers, config)
         streams = []
         for pager in pagers:
-            streams.append(Stream(pager, rows, config.batch or default_batch(device.type, rows.shape[1]), quiet=config.quiet))
+            batch = config.batch or default_batch(device.type, rows.shape[1])
+            streams.append(Stream(pager, rows, batch, quiet=config.quiet, display=display))
             stack.enter_context(streams[-1].tail_ready())
         totals = _Totals()
         for lo in range(len(rows)):
@@ -98,7 +100,7 @@ def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | No
                 totals.add(ids[0, 1:][start:stop], *(part[start:stop] for part in logits))
     result = totals.result()
     facts = _facts(model, config, baseline, rows, device) | {"seconds": round(time.monotonic() - started, 3)}
-    _record(model, facts | dataclasses.asdict(result), Progress(0, device, config.quiet))
+    _record(model, facts | dataclasses.asdict(result), Progress(0, device, config.quiet, display=display))
     return result
 
 
@@ -128,22 +130,24 @@ def _record(model: str, evaluation: dict[str, Any], progress: Progress) -> None:
 class Stream:
     """A model's hidden states after its last block for rows [N, T], and the logits that follow from them."""
 
-    def __init__(self, pager: Pager, rows: Tensor, batch: int, *, quiet: bool = True) -> None:
+    def __init__(self, pager: Pager, rows: Tensor, batch: int, *, quiet: bool = True, display: Display | None = None) -> None:
         self._pager, self._rows = pager, rows
         probe = probe_model(pager)
         self._form: OutputForm = probe.form
         needed = rows.numel() * probe.hidden.shape[-1] * probe.hidden.dtype.itemsize
         tier = choose_tier(pager.device, needed, Path(tempfile.gettempdir()))
-        with Progress(len(pager.blocks), pager.device, quiet) as progress:
+        with Progress(len(pager.blocks), pager.device, quiet, display=display) as progress:
             batches = Batches(batch, tell=lambda before, halving: progress.say(told(before, halving)))
             self._store: ActivationStore = activations_for(pager, rows, batches, probe, tier)
-            progress.phase(f"{pager.folder.name}")
+            self._store.passing = progress.step
             for i in range(len(pager.blocks)):
+                progress.phase(f"of {pager.folder.name}", i)
                 block = pager.load_block(i)
+                progress.read(sum(info.nbytes for info in pager.block_tensors(i)))
                 propagate(i, block, self._store, f"{pager.blocks_path}.{i}")
                 pager.evict_block(i)
                 return_freed_memory()
-                progress.block_skipped()
+                progress.block_passed(len(pager.blocks) - i - 1)
 
     @contextlib.contextmanager
     def tail_ready(self) -> Iterator[None]:

@@ -34,7 +34,7 @@ from bigq.io.atomic import TEMP_SUFFIX, remedy, sync_folder
 from bigq.io.sealed import read_record
 
 if TYPE_CHECKING:
-    from bigq.report import Progress
+    from bigq.progress import Progress
 
 OWNER_NAME = "owner.json"
 LOCK_NAME = "lock"

@@ -19,7 +19,7 @@ from bigq import skeleton
 from bigq.arch import find_blocks
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.ahead import ReadAhead, open_read_ahead
-from bigq.io.formats import PackedSchemes, read_schemes
+from bigq.io.formats import PackedSchemes, Stored, read_schemes
 from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.json_file import read_json_object, shown
 from bigq.io.reader import read_rows, read_tensor
@@ -254,11 +254,14 @@ class Pager:
     def dequantized(self, name: str) -> Tensor:
         """The weight of a packed Linear, [outputs, inputs], in the compute dtype."""
         assert self.schemes is not None
+        words, scales, zeros = (t.to(self.device) for t in self.stored(name))
+        return dequantize_packed(words, scales, zeros, self.schemes.scheme(name.removesuffix(".weight")).bits, self.dtype)
+
+    def stored(self, name: str) -> Stored:
+        """The weight of a packed Linear as it is packed, where it was read."""
+        assert self.schemes is not None
         scheme = self.schemes.scheme(name.removesuffix(".weight"))
-        prefix = self.packed[name]
-        stored = self.schemes.format.read(prefix, lambda n: self._read(self.checkpoint[n]), scheme)
-        words, scales, zeros = (t.to(self.device) for t in stored)
-        return dequantize_packed(words, scales, zeros, scheme.bits, self.dtype)
+        return self.schemes.format.read(self.packed[name], lambda n: self._read(self.checkpoint[n]), scheme)
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, leaf = name.rpartition(".")

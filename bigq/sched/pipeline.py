@@ -26,7 +26,8 @@ from bigq.io.index import TensorInfo
 from bigq.io.outgoing import Outgoing
 from bigq.io.stamps import Stamps
 from bigq.io.writer import OutputTensor, write_shard
-from bigq.report import LinearRecord, Progress
+from bigq.progress import Progress
+from bigq.report import LinearRecord
 from bigq.sched.activations import ActivationStore
 from bigq.sched.batches import Batches, Halving, told
 from bigq.sched.behind import WriteBehind
@@ -74,6 +75,9 @@ class Job:
         """Commit every shard that is not committed yet."""
         self._check_committed()
         missing = self.journal.missing
+        wanted = [number - len(self.rest) for number in missing if number >= len(self.rest)]
+        self.resumed = len(self.pager.blocks) - len(wanted)
+        self.progress.start(self.resumed)
         if missing:
             reopen_folder(self.journal.out)
         for i in range(len(self.rest)):
@@ -82,8 +86,7 @@ class Job:
                 self.progress.phase("copying what stays as it is")
                 with self.clock.phase("copy"):
                     self._commit(i, [OutputTensor.copy_of(info) for info in self.rest[i]], [])
-        wanted = [number - len(self.rest) for number in missing if number >= len(self.rest)]
-        self.resumed = len(self.pager.blocks) - len(wanted)
+                self.progress.read(sum(info.nbytes for info in self.rest[i]))
         if not wanted:
             return
         with self.clock.phase("probe"):
@@ -109,7 +112,7 @@ class Job:
                     embed(self.pager, rows, probe, store)
                     self.entering = 0
                 faults.point("rows.embedded")
-            store.pause = self._pause
+            store.pause, store.passing = self._pause, self.progress.step
             try:
                 for _ in range(self.entering):
                     self.progress.block_skipped()
@@ -125,11 +128,12 @@ class Job:
         finished = self.journal.committed(len(self.rest) + i)
         self.haste.begin("solve" if finished is None else "replay")
         self._pause()
-        self.progress.phase(f"block {i + 1} load")
+        self.progress.phase("load", i)
         started = time.monotonic()
         with self.clock.phase("load"):
             block = self.pager.load_block(i)
         loading = time.monotonic() - started
+        self.progress.read(sum(info.nbytes for info in self.pager.block_tensors(i)))
         faults.point("block.loaded")
         if not last:
             self.pager.announce_block(i + 1)
@@ -156,7 +160,7 @@ class Job:
             else:
                 self._restore(job, finished)
             if store is not None and not last:
-                self.progress.phase(f"block {i + 1} replay")
+                self.progress.phase("replay", i)
                 self._pause()
                 self.entering = None
                 began = time.monotonic()
@@ -185,7 +189,7 @@ class Job:
             self.progress.phase(f"saving activations at block {i + 2}")
             with self.clock.phase("checkpoint"):
                 self.behind.wait()
-                self.checkpoints.save(i + 1, store)
+                self._save(i + 1, store)
 
     def _pause(self) -> None:
         """Between steps: raise Stopped where asked to stop, unless the block can be finished within the grace."""
@@ -197,7 +201,13 @@ class Job:
         """Keep what the job got to, as far as the grace allows."""
         self.behind.wait()
         if self.entering is not None and self.checkpoints.expected_seconds(store) < self.stop.left / 2:
-            self.checkpoints.save(self.entering, store)
+            self._save(self.entering, store)
+
+    def _save(self, block: int, store: ActivationStore) -> None:
+        """Keep what enters a block on disk, where there is room."""
+        self.checkpoints.save(block, store)
+        if self.checkpoints.keeps(block):
+            self.progress.event("checkpoint", block=block + 1, blocks=len(self.pager.blocks))
 
     def _halved(self, before: int, halving: Halving) -> None:
         self.progress.say(told(before, halving))
@@ -210,7 +220,7 @@ class Job:
         return {name: scheme for name, scheme in found.items() if scheme is not None}
 
     def _solve_and_commit(self, job: BlockJob, store: ActivationStore | None) -> list[LinearRecord]:
-        self.progress.phase(f"block {job.index + 1} solve")
+        self.progress.phase("solve", job.index)
         packed: dict[str, dict[str, Tensor]] = {}
         records: list[LinearRecord] = []
         skipped: dict[str, str] = {}
@@ -226,6 +236,7 @@ class Job:
             with self.clock.phase("pack"):
                 packed[source.name] = self.config.made.pack(source.name.removesuffix(".weight"), solved.weight, source.dtype)
             records.append(solved.record())
+            self.progress.solved(len(records), len(job.schemes), _share(job, records))
             faults.point("linear.solved")
             self._pause()
         if lost:
@@ -240,7 +251,7 @@ class Job:
         left_out = [f"{job.prefix}.{name}" for name in job.plan.left_out] + list(skipped)
         batch = None if store is None else store.batch
         self.clock.settle()  # the records' seconds become numbers before another thread writes them
-        self.progress.phase(f"block {job.index + 1} write")
+        self.progress.phase("write", job.index)
         with self.clock.phase("write"):
             self.behind.start(lambda: self._commit(len(self.rest) + job.index, tensors, records, left_out, skipped, batch))
         return records
@@ -308,3 +319,9 @@ class Job:
                     "blocks behind it were solved on what it was before"
                 )
             self.journal.commit(commit)
+
+
+def _share(job: BlockJob, records: Sequence[LinearRecord]) -> float:
+    """The part of a block's weights to be quantized that these Linears have."""
+    whole = sum(linear_weight(job.block.get_submodule(name)).numel() for name in job.schemes)
+    return sum(m * n for m, n in (record.shape for record in records)) / whole

@@ -14,12 +14,14 @@ import torch
 from bigq import skeleton
 from bigq.clock import Clock
 from bigq.config import JobConfig
+from bigq.display import Display
 from bigq.errors import ResourceError, UnsupportedModelError, UsageError
 from bigq.io.atomic import write_bytes
 from bigq.io.hub import resolve_model
 from bigq.io.outgoing import Outgoing
 from bigq.io.stamps import Stamps
-from bigq.report import Progress, Report, device_memory_peak, host_memory_peak
+from bigq.progress import Progress
+from bigq.report import Report, device_memory_peak, host_memory_peak
 from bigq.sched.batches import Batches
 from bigq.sched.behind import WriteBehind
 from bigq.sched.checkpoint import Checkpoints
@@ -39,12 +41,19 @@ from bigq.trace import Trace
 
 
 def quantize(
-    model: str, out: str | Path, config: JobConfig | None = None, stop: Stop | None = None, *, command: Sequence[str] = ()
+    model: str,
+    out: str | Path,
+    config: JobConfig | None = None,
+    stop: Stop | None = None,
+    display: Display | None = None,
+    *,
+    command: Sequence[str] = (),
 ) -> Report:
     """Quantize a model folder or hub id into the folder ``out``; goes on where an interrupted run of the same job ended.
 
     config: None means as the job in ``out`` was begun, or the defaults where there is none. stop: asked between steps.
     command: the arguments that asked for it, for the record.
+    display: how progress is shown; None means as suits stderr, or with config.quiet not at all.
     Raises UsageError, DataError, ResourceError or Stopped (see ``bigq.errors``); then ``out`` holds no config.json.
     """
     started = time.monotonic()
@@ -83,8 +92,8 @@ def quantize(
         config = dataclasses.replace(config, batch=plan.choice.batch)
         rest = rest_shards(pager)
         units = [f"rest-{i}" for i in range(len(rest))] + [f"block-{i}" for i in range(len(pager.blocks))]
-        with Progress(len(pager.blocks), device, config.quiet) as progress:
-            progress.say(plan.brief())
+        with Progress(len(pager.blocks), device, config.quiet, display=display) as progress:
+            progress.planned(plan.brief(), plan.to_json())
             if plan.shortages:
                 raise ResourceError(f"{out}: the job does not fit: {'; '.join(plan.shortages)}")
             stop.check()

@@ -45,10 +45,14 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 
 class Stop:
-    """Whether to stop, and until when. Without ``listening`` nobody ever asks."""
+    """Whether to stop, and until when. Without ``listening`` nobody ever asks.
 
-    def __init__(self, grace: float = 60.0) -> None:
+    tell: is given what to tell of a signal, and the exit code if that is the end; from the thread that hears it.
+    """
+
+    def __init__(self, grace: float = 60.0, tell: Callable[[str, int | None], None] | None = None) -> None:
         self.grace = grace
+        self._tell = tell or _tell
         self._reason: str | None = None
         self._deadline = float("inf")
 
@@ -105,28 +109,28 @@ class Stop:
             wait = None if self._deadline == float("inf") else max(0.0, self.left)
             ready, _, _ = select.select([pipe], [], [], wait)
             if not ready:
-                _leave(Stopped.exit_code, f"stopped {self.grace:g} s after {self._reason}; the step under way is lost, nothing else")
+                self._leave(Stopped.exit_code, f"stopped {self.grace:g} s after {self._reason}; the step under way is lost, nothing else")
                 return
             numbers = os.read(pipe, 64)
             if not numbers:
                 return
             for number in numbers:
                 if number == signal.SIGINT and self.requested:
-                    _leave(INTERRUPTED, "interrupted at once; the step under way is lost, nothing else")
+                    self._leave(INTERRUPTED, "interrupted at once; the step under way is lost, nothing else")
                 if number in SIGNALS and not self.requested:
                     self.request(signal.Signals(number).name)
-                    _tell(f"{self._reason}: finishing this step and stopping, within {self.grace:g} s; Ctrl-C ends it at once")
+                    said = f"{self._reason}: finishing this step and stopping, within {self.grace:g} s; Ctrl-C ends it at once"
+                    self._tell(said, None)
+
+    def _leave(self, code: int, text: str) -> None:
+        self._tell(f"{text}; run the same command again to go on", code)
+        os._exit(code)
 
 
-def _tell(text: str) -> None:
+def _tell(text: str, _: int | None) -> None:
     if sys.__stderr__ is not None:  # else number 2 may be any file
         with contextlib.suppress(OSError, ValueError):
             os.write(sys.__stderr__.fileno(), f"\nbigq: {text}\n".encode())
-
-
-def _leave(code: int, text: str) -> None:
-    _tell(f"{text}; run the same command again to go on")
-    os._exit(code)
 
 
 class Haste:

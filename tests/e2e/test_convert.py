@@ -40,10 +40,6 @@ def logits(folder: Path) -> torch.Tensor:
     return streamed_logits(folder, random_ids()[:4], 2)
 
 
-def ignore(line: str) -> None:
-    pass
-
-
 @pytest.fixture(scope="module")
 def made(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """(family, format, scheme's changes) → the folder of a finished job; each is run once."""
@@ -66,9 +62,9 @@ def made(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 def test_what_is_repacked_is_what_a_job_in_that_format_writes(before: str, after: str, made: Callable[..., Path], tmp_path: Path) -> None:
     if before == after:
         with pytest.raises(UsageError, match=f"is in the {after} format already"):
-            convert(made("llama", before), tmp_path / "out", after, tell=ignore)
+            convert(made("llama", before), tmp_path / "out", after)
         return
-    done = convert(made("llama", before), tmp_path / "out", after, tell=ignore)
+    done = convert(made("llama", before), tmp_path / "out", after)
     assert (done.format_before, done.format, done.linears) == (before, after, 3 * 7 - 1)
     got, expected = hashes(tmp_path / "out"), hashes(made("llama", after))
     assert got.keys() == expected.keys()
@@ -80,8 +76,8 @@ def test_what_is_repacked_is_what_a_job_in_that_format_writes(before: str, after
 @pytest.mark.parametrize("family", ["qwen2", "opt", "bloom"])
 def test_other_families(family: str, made: Callable[..., Path], tmp_path: Path) -> None:
     """With biases and tied embeddings."""
-    convert(made(family, "gptq_v2", symmetric=False), tmp_path / "ct", "compressed-tensors", tell=ignore)
-    convert(tmp_path / "ct", tmp_path / "back", "gptq_v2", tell=ignore)
+    convert(made(family, "gptq_v2", symmetric=False), tmp_path / "ct", "compressed-tensors")
+    convert(tmp_path / "ct", tmp_path / "back", "gptq_v2")
     before, after = stored_tensors(made(family, "gptq_v2", symmetric=False)), stored_tensors(tmp_path / "back")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(logits(tmp_path / "ct"), logits(tmp_path / "back"))
@@ -136,7 +132,7 @@ def test_scales_follow_the_type_of_the_checkpoint(tmp_path: Path) -> None:
 
 def refused(source: Path, out: Path, to: str, match: str, error: type[BigqError] = UsageError) -> None:
     with pytest.raises(error, match=match):
-        convert(source, out, to, tell=ignore)
+        convert(source, out, to)
     assert not [*out.parent.glob("out*")], "something is left"
 
 
@@ -183,11 +179,11 @@ def test_a_folder_in_use_is_left_alone(made: Callable[..., Path], tmp_path: Path
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "mine").write_text("x")
     with pytest.raises(UsageError, match="not empty"):
-        convert(made("llama", "gptq"), tmp_path / "there", "gptq_v2", tell=ignore)
+        convert(made("llama", "gptq"), tmp_path / "there", "gptq_v2")
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine").write_text("x")
     with pytest.raises(UsageError, match="in the way"):
-        convert(made("llama", "gptq"), tmp_path / "out", "gptq_v2", tell=ignore)
+        convert(made("llama", "gptq"), tmp_path / "out", "gptq_v2")
     assert (tmp_path / "there" / "mine").read_text() == (tmp_path / "out.partial" / "mine").read_text() == "x"
 
 
@@ -196,7 +192,7 @@ def test_what_a_killed_conversion_left_is_cleared_away(made: Callable[..., Path]
     (tmp_path / "out.partial" / MARK).touch()
     (tmp_path / "out.partial" / "half").write_text("x")
     (tmp_path / "out").mkdir()
-    convert(made("llama", "gptq"), tmp_path / "out", "gptq_v2", tell=ignore)
+    convert(made("llama", "gptq"), tmp_path / "out", "gptq_v2")
     assert not (tmp_path / "out.partial").exists()
     assert hashes(tmp_path / "out").keys() == hashes(made("llama", "gptq_v2")).keys()
 

@@ -23,7 +23,7 @@ import torch
 
 from bigq import faults
 from bigq.errors import BigqError, ResourceError, Stopped, UsageError
-from bigq.report import Progress
+from bigq.progress import Progress
 from bigq.sched import owner as owner_module
 from bigq.sched.owner import Holder, Owner, owned, process_started, refuse_if_held, this_machine
 

@@ -1,0 +1,52 @@
+"""A Linear whose weight stays packed: what a quantized model is made of while it generates.
+
+Knows nothing of checkpoints: it is handed words, scales and zero points.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bigq.kernels.dequant_matvec import MAX_VECTORS, dequant_matvec
+from bigq.kernels.dequantize import dequantize_packed
+from bigq.kernels.pick import use_triton
+
+
+class PackedLinear(nn.Module):
+    """``x·Wᵀ + bias`` for W [m, n] of ``bits`` bits.
+
+    words: int32 [n·bits/32, m], codes packed along n. scales: [m, G], fp16 for the kernel; zeros: uint8 [m, G]. bias: [m] or None.
+    Few vectors on a GPU are multiplied with the words as they are; for more of them, and on a CPU, W is formed in x's type each time.
+    """
+
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, words: Tensor, scales: Tensor, zeros: Tensor, bits: int, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.bits = bits
+        self.in_features, self.out_features = words.shape[0] * 32 // bits, words.shape[1]
+        # Groups by rows, as the kernel reads them.
+        for name, tensor in (("words", words.contiguous()), ("scales", scales.T.contiguous()), ("zeros", zeros.T.contiguous())):
+            self.register_buffer(name, tensor, persistent=False)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, n] → […, m], in x's type."""
+        rows = x.reshape(-1, self.in_features)
+        if len(rows) <= MAX_VECTORS and x.dtype in (torch.float16, torch.bfloat16) and self.scales.dtype == torch.float16 and use_triton(x):
+            y = dequant_matvec(rows.contiguous(), self.words, self.scales, self.zeros, self.bits)
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = nn.functional.linear(rows, self.weight(x.dtype), self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """W [m, n], formed anew."""
+        return dequantize_packed(self.words, self.scales.T, self.zeros.T, self.bits, dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, bias={self.bias is not None}"

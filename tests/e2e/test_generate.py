@@ -1,0 +1,275 @@
+"""``bigq generate``: whole models, dense and packed, against transformers' own with the same weights; and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import logits_of, random_ids, reference_model, streamed_logits, word_tokenizer
+from torch import Tensor, nn
+
+import bigq
+from bigq.calibration import load_tokenizer
+from bigq.cli import main
+from bigq.config import JobConfig
+from bigq.errors import BigqError, CheckpointError, ResourceError, UsageError
+from bigq.packed_linear import PackedLinear
+from bigq.sched import whole
+from bigq.sched.generate import GenerateConfig, _Streamer, generate
+from bigq.scheme import QuantScheme, Rule
+
+FAMILIES = ["llama", "qwen2", "opt", "bloom", "gpt2", "falcon"]
+PROMPT = " ".join(f"w{i}" for i in (5, 9, 17, 30, 8, 44))
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Made = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint: Callable[[str], Path], ids_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A family's quantized model, rounded to nearest (which is enough here), with a tokenizer; made once for each setting."""
+    folder = tmp_path_factory.mktemp("made")
+    known: dict[Any, Path] = {}
+
+    def make(family: str, bits: int = 4, **how: Any) -> Path:
+        key = (family, bits, *sorted(map(str, how.items())))
+        if key not in known:
+            out = known[key] = folder / f"{family}-{len(known)}"
+            scheme = QuantScheme(bits=bits, group_size=32, symmetric=how.pop("symmetric", True))
+            config = JobConfig(scheme=scheme, calibration=str(ids_file), method="rtn", device="cpu", quiet=True, **how)
+            bigq.quantize(str(checkpoint(family)), out, config)
+            word_tokenizer(bos=True).save_pretrained(out)
+        return known[key]
+
+    return make
+
+
+def dense_reference(quantized: Path, source: Path) -> nn.Module:
+    """transformers' own model with the weights that bigq's codes stand for, read by itself from the folder."""
+    model = reference_model(source)
+    stored = bigq.load_model(quantized, device="cpu", dtype="float32", packed=False).state_dict()
+    model.load_state_dict(stored)
+    return model
+
+
+def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_and_dense_models_are_the_streamed_one(family: str, made: Made, checkpoint: Callable[[str], Path]) -> None:
+    """Their logits are those of ``bigq eval``, and close to none of the source's."""
+    out, ids = made(family, 3), random_ids(2)
+    expected = streamed_logits(out, ids, 2)
+    dense = bigq.load_model(out, device="cpu", packed=False)
+    packed = bigq.load_model(out, device="cpu", packed=True)
+    assert not packed_linears(dense) and len(packed_linears(packed)) >= 4
+    assert not [name for model in (dense, packed) for name, p in model.named_parameters() if p.is_meta]
+    assert torch.equal(logits_of(dense, ids, 2), expected)
+    torch.testing.assert_close(logits_of(packed, ids, 2), expected, rtol=1e-4, atol=1e-4)
+    source = logits_of(reference_model(checkpoint(family)), ids, 2)
+    assert (source - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_transformers_own(family: str, made: Made, checkpoint: Callable[[str], Path]) -> None:
+    out = made(family)
+    tokenizer = load_tokenizer(out)  # of the class that transformers takes for the family
+    ids = torch.tensor([tokenizer(PROMPT).input_ids])
+    reference: Any = dense_reference(out, checkpoint(family))
+    expected = reference.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=2
+    )[0, ids.shape[1] :]
+    pieces: list[str] = []
+    result = generate(out, PROMPT, GenerateConfig(max_new_tokens=8, device="cpu"), write=pieces.append)
+    assert result.text == tokenizer.decode(expected, skip_special_tokens=True) == "".join(pieces)
+    assert result.new_tokens == len(expected) and result.prompt_tokens == ids.shape[1]
+    assert len(pieces) > 1, "as it comes"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("symmetric", "form"), [(True, "gptq"), (False, "gptq_v2")])
+@pytest.mark.usefixtures("triton_path")
+def test_packed_linears_through_the_kernels(bits: int, symmetric: bool, form: str, made: Made) -> None:
+    """Few vectors go through the one kernel, many through the other; both come to the dense result, bias included."""
+    model = bigq.load_model(made("qwen2", bits, symmetric=symmetric, format=form), device="cpu", packed=True)
+    linear = next(module for name, module in packed_linears(model).items() if name.endswith("k_proj"))
+    assert linear.bias is not None and linear.bits == bits
+    for rows in (1, 3, 40):
+        x = torch.randn(2, rows, linear.in_features, generator=torch.Generator().manual_seed(rows)).half()
+        bias = linear.bias.half()
+        exact = x.double() @ linear.weight(torch.float32).double().T + bias.double()
+        y = PackedLinear.forward(_with_bias(linear, bias), x)
+        assert y.dtype == torch.float16 and y.shape == exact.shape
+        torch.testing.assert_close(y.double(), exact, rtol=2e-3, atol=2e-3)
+
+
+def _with_bias(linear: PackedLinear, bias: Tensor) -> PackedLinear:
+    return PackedLinear(linear.words, linear.scales.T, linear.zeros.T, linear.bits, nn.Parameter(bias, requires_grad=False))
+
+
+def test_rules_and_skipped_linears(made: Made) -> None:
+    rules = (Rule(".*k_proj", None), Rule(".*down_proj", {"bits": 8}))
+    out = made("llama", 4, rules=rules)
+    packed = packed_linears(bigq.load_model(out, device="cpu", packed=True))
+    assert not [name for name in packed if name.endswith("k_proj")] and {m.bits for n, m in packed.items() if "down" in n} == {8}
+    ids = random_ids(1)
+    logits = logits_of(bigq.load_model(out, device="cpu", packed=True), ids, 1)
+    torch.testing.assert_close(logits, streamed_logits(out, ids, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_tied_embeddings_stay_tied(made: Made) -> None:
+    for packed in (False, True):
+        model: Any = bigq.load_model(made("bloom"), device="cpu", packed=packed)
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_packed_model_takes_less_than_a_dense_one(ids_file: Path, tmp_path: Path) -> None:
+    """And both take what was foreseen; where there is no room for the dense one, the packed one is taken."""
+    from models import make_checkpoint
+
+    source = make_checkpoint(tmp_path / "m", "llama", shard="20MB", hidden_size=512, intermediate_size=1024, num_hidden_layers=2)
+    config = JobConfig(scheme=QuantScheme(group_size=128), calibration=str(ids_file), method="rtn", device="cpu", quiet=True)
+    bigq.quantize(str(source), tmp_path / "out", config)
+    sizes = {packed: whole.stored_bytes(bigq.load_model(tmp_path / "out", device="cpu", packed=packed)) for packed in (False, True)}
+    assert sizes[True] < 0.25 * sizes[False]
+    from bigq.sched.pager import Pager
+
+    pager = Pager(tmp_path / "out", device=torch.device("cpu"))
+    largest = 512 * 1024 * 4
+    for packed, size in sizes.items():
+        needed = whole.needed(pager, 0, packed=packed)
+        assert size - 2**16 < needed < size + 2 * largest + 2**16
+    for there, expected in ((2**40, False), (whole.needed(pager, 0, packed=True), True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(whole, "host_budget", lambda _, there=there: there)
+            assert whole.choose_packed(pager, 0) is expected
+            said: list[str] = []
+            model = whole.load_whole(Pager(tmp_path / "out", device=torch.device("cpu")), say=said.append)
+            assert bool(packed_linears(model)) is expected and len(said) == int(expected)
+            if expected:
+                with pytest.raises(ResourceError, match=r"needs .* but cpu has"):
+                    whole.choose_packed(pager, 10**6)
+
+
+def test_the_source_itself_can_be_tried(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    source = tmp_path / "m"
+    shutil.copytree(checkpoint("llama"), source)
+    tokenizer = word_tokenizer()
+    tokenizer.save_pretrained(source)
+    ids = torch.tensor([tokenizer(PROMPT).input_ids])
+    reference: Any = reference_model(source)
+    expected = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=2)[0, 6:]
+    result = generate(source, PROMPT, GenerateConfig(max_new_tokens=6, device="cpu"))
+    assert result.text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_sampling_is_by_seed(made: Made) -> None:
+    def text(**how: Any) -> str:
+        return generate(made("llama"), PROMPT, GenerateConfig(max_new_tokens=12, device="cpu", **how)).text
+
+    assert text(temperature=5.0, seed=1) == text(temperature=5.0, seed=1) != text(temperature=5.0, seed=2)
+    assert text(top_p=1e-6) == text(), "only the likeliest is left"
+
+
+def test_the_command(made: Made, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["generate", str(made("llama")), "--device", "cpu", "--max-new-tokens", "5", "--prompt"]
+    assert main([*flags, PROMPT]) == 0
+    plain = capsys.readouterr()
+    assert plain.out.count("\n") == 1 and plain.out.startswith("w")
+    assert plain.err.startswith("5 tokens, ") and "tokens/s" in plain.err and plain.err.count("\n") == 1
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+    assert main([*flags, "-", "--quiet"]) == 0
+    assert capsys.readouterr() == (plain.out, "")
+
+
+def test_chat(made: Made, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(made("llama"), out)
+    with pytest.raises(UsageError, match="no chat template"):
+        generate(out, "w5", GenerateConfig(chat=True, device="cpu"))
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "w7 {{ messages[0]['content'] }} w8"
+    tokenizer.save_pretrained(out)
+    result = generate(out, "w5 w6", GenerateConfig(chat=True, device="cpu", max_new_tokens=3))
+    assert result.prompt_tokens == 4
+    assert result.text == generate(out, "w7 w5 w6 w8", GenerateConfig(device="cpu", max_new_tokens=3)).text
+    tokenizer.chat_template = "{{ 1 / 0 }}"
+    tokenizer.save_pretrained(out)
+    with pytest.raises(CheckpointError, match="fails on the prompt"):
+        generate(out, "w5", GenerateConfig(chat=True, device="cpu"))
+
+
+def test_a_text_ends_where_the_model_has_no_more_positions(made: Made) -> None:
+    folder = made("gpt2")
+    limit = json.loads((folder / "config.json").read_text())["n_positions"]
+    words = " ".join(["w5"] * (limit - 4))
+    result = generate(folder, words, GenerateConfig(max_new_tokens=100, device="cpu"))
+    assert result.prompt_tokens + result.new_tokens <= limit and result.new_tokens <= 3
+    with pytest.raises(UsageError, match=f"has {limit + 1} tokens, but the model has {limit} positions"):
+        generate(folder, " ".join(["w5"] * limit), GenerateConfig(device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "said"),
+    [
+        ("prompt", UsageError, "--prompt: is empty"),
+        ("tokenizer", CheckpointError, "tokenizer"),
+        ("shard", CheckpointError, "safetensors"),
+        ("config", BigqError, "config.json"),
+        ("vocabulary", CheckpointError, "the two belong to different models"),
+    ],
+)
+def test_refusals(damage: str, error: type[BigqError], said: str, made: Made, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(made("llama"), out)
+    prompt = " \n" if damage == "prompt" else PROMPT
+    if damage == "tokenizer":
+        for path in out.glob("*token*"):
+            path.unlink()
+    elif damage == "shard":
+        shard = sorted(out.glob("*.safetensors"))[-1]
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif damage == "config":
+        (out / "config.json").unlink()
+    elif damage == "vocabulary":
+        tokenizer = word_tokenizer()
+        tokenizer.add_tokens([f"x{i}" for i in range(500)])
+        tokenizer.save_pretrained(out)
+        prompt = "x400"
+    with pytest.raises(error, match=said) as raised:
+        generate(out, prompt, GenerateConfig(device="cpu"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "how", [{"max_new_tokens": 0}, {"temperature": 0.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
+def test_settings_that_make_no_sense(how: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--"):
+        GenerateConfig(**how)
+
+
+class Bytes:
+    """A tokenizer of bytes; 0 is a special token."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return bytes(i for i in ids if i).decode(errors="replace")
+
+
+def test_characters_come_whole() -> None:
+    pieces: list[str] = []
+    streamer = _Streamer(Bytes(), pieces.append)
+    streamer.put(torch.tensor([[65, 66]]))
+    for byte in "aé\nü→".encode() + b"\0\xe2":
+        streamer.put(torch.tensor([byte]))
+    assert pieces == ["a", "é", "\n", "ü", "→"] and streamer.count == 11
+    streamer.end()
+    assert streamer.text == "aé\nü→\ufffd" and pieces[-1] == "\ufffd"
