@@ -68,6 +68,7 @@ CHANGES: Mapping[str, Change] = {
     "settings.scheme.min_zero": Change(May.REFUSED, "min_zero"),
     "settings.rules": Change(May.REFUSED, "--rule/--skip"),
     "settings.method": Change(May.REFUSED, "--method"),
+    "settings.alpha": Change(May.REFUSED, "--alpha"),
     "settings.format": Change(May.REFUSED, "--format"),
     "settings.true_sequential": Change(May.REFUSED, "--true-sequential"),
     "settings.samples": Change(May.REFUSED, "--samples"),
