@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from paper_rule import solve_by_columns
+
 from bigq.errors import NumericsError, UsageError
 from bigq.scheme import QuantizedWeight, QuantScheme
 from bigq.solver.asymmetric import Correction, CrossSum
@@ -49,30 +51,11 @@ def values(weight: QuantizedWeight) -> Tensor:
     return weight.dequantize(torch.float64)
 
 
-def columnwise(w: Tensor, x: Tensor, now: Tensor, scheme: QuantScheme, alpha: float = 1.0) -> Tensor:
-    """Codes by the rule of the paper: with column q quantized, ``α·w_q·P[q]`` is added to the columns behind it, where
-    ``P = triu(D·Uᵀ, 1)·U``. One scale per row, known from the start; natural order or act-order."""
+def by_columns(w: Tensor, x: Tensor, now: Tensor, scheme: QuantScheme) -> Tensor:
+    """What the paper's rule comes to."""
     h, d = matrices(x, now)
-    n = len(h)
-    dead = h.diagonal() == 0
-    h[dead, dead] = 1
-    w = w.clone()
-    start = quantize_linear(w, torch.eye(n, dtype=torch.float64) * (~dead), scheme)
-    scale, zero = start.scales.double(), start.zeros.double()
-    w[:, dead] = 0
-    perm = torch.argsort(h.diagonal(), descending=True, stable=True) if scheme.act_order else torch.arange(n)
-    h, d, w = h[perm][:, perm], d[perm][:, perm], w[:, perm]
-    h += scheme.damping * h.diagonal().mean() * torch.eye(n, dtype=torch.float64)
-    u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
-    p = alpha * (d @ u.T).triu(1) @ u
-    codes = torch.zeros_like(w)
-    for q in range(n):
-        now_q = w[:, q].clone()
-        code = (now_q / scale[:, 0] + zero[:, 0]).round().clamp(0, 2**scheme.bits - 1)
-        codes[:, q] = code
-        error = (now_q - (code - zero[:, 0]) * scale[:, 0]) / u[q, q]
-        w[:, q:] -= error[:, None] * u[q, q:] - now_q[:, None] * p[q, q:]
-    return (codes.index_copy(1, perm, codes) - zero) * scale
+    factor = factorize(h, act_order=scheme.act_order, damping=scheme.damping)
+    return values(solve_by_columns([w], factor, scheme, correction=Correction(d, 1.0))[0])
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -143,16 +126,16 @@ def test_lower_objective_than_gptq_and_than_the_column_by_column_rule(scheme: Qu
     h, _ = matrices(x, now)
     ours = objective(values(solved(w, x, now, scheme)), w, x, now)
     gptq = objective(values(quantize_linear(w, h, scheme)), w, x, now)
-    theirs = objective(columnwise(w, x, now, scheme), w, x, now)
+    theirs = objective(by_columns(w, x, now, scheme), w, x, now)
     assert ours < theirs < gptq
 
 
-def test_the_column_by_column_rule_without_drift_is_gptq() -> None:
+@pytest.mark.parametrize("scheme", [QuantScheme(bits=3, group_size=-1, act_order=True), QuantScheme(group_size=32, symmetric=False)])
+def test_the_column_by_column_rule_without_drift_is_gptq(scheme: QuantScheme) -> None:
     """So the reference that we compare with is sound."""
-    w, x, _ = problem(16, 40)
-    scheme = QuantScheme(bits=3, group_size=-1, act_order=True)
+    w, x, _ = problem(16, 64)
     h, _ = matrices(x, x)
-    assert torch.equal(columnwise(w, x, x, scheme), values(quantize_linear(w, h, scheme)))
+    assert torch.equal(by_columns(w, x, x, scheme), values(quantize_linear(w, h, scheme)))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +208,7 @@ def test_tokens_that_are_not_finite(where: int) -> None:
     spoilt, masked = CrossSum(40, CPU), CrossSum(40, CPU, finite_only=True)
     spoilt.add(*pair)
     masked.add(*pair)
-    with pytest.raises(NumericsError, match="^the Linear: its inputs in the original model are not finite"):
+    with pytest.raises(NumericsError, match=r"^the Linear: its inputs in the original model are not finite"):
         spoilt.finish(120)
     assert torch.allclose(masked.finish(120), expected.finish(120), atol=1e-6)
     hessian = HessianSum(40, CPU, finite_only=True)
