@@ -209,7 +209,7 @@ class Job:
         if finished is not None:
             self._restore(job, finished)
         with self.clock.phase("replay"):
-            return max(lost, propagate(job.index, job.block, store, job.prefix, job.memo, job.on_nonfinite))
+            return propagate(job.index, job.block, store, job.prefix, job.memo, job.on_nonfinite) or lost
 
     def _pause(self) -> None:
         """Between steps: raise Stopped where asked to stop, unless the block can be finished within the grace."""

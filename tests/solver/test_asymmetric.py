@@ -6,9 +6,8 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
-
 from paper_rule import solve_by_columns
+from torch import Tensor
 
 from bigq.errors import NumericsError, UsageError
 from bigq.scheme import QuantizedWeight, QuantScheme
