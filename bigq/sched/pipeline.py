@@ -30,12 +30,14 @@ from bigq.report import LinearRecord, Progress
 from bigq.sched.activations import ActivationStore
 from bigq.sched.batches import Batches, Halving, told
 from bigq.sched.behind import WriteBehind
-from bigq.sched.block import BlockJob, Memo, Skipped, Solved, propagate, round_block, solve_block
+from bigq.sched.block import BlockJob, Skipped, Solved, propagate, round_block, solve_block
 from bigq.sched.checkpoint import Checkpoints
 from bigq.sched.cost import Choice
 from bigq.sched.finish import FinishedBlock, reopen_folder
 from bigq.sched.journal import STATE_FOLDER, Commit, Journal, modification_time
+from bigq.sched.memo import Memo
 from bigq.sched.memory import return_freed_memory
+from bigq.sched.original import ORIGINAL_STEP, Original
 from bigq.sched.owner import Owner
 from bigq.sched.pager import Pager
 from bigq.sched.probe import Probe, embed, probe_model, store_for
@@ -91,7 +93,7 @@ class Job:
         plans: dict[Any, BlockPlan] = {}
         if rows is None:
             for i in wanted:
-                self._block(i, probe, plans, None, last=True)
+                self._block(i, probe, plans, [], last=True)
         else:
             self._stream(rows, probe, plans, wanted)
         with self.clock.phase("write"):
@@ -101,25 +103,32 @@ class Job:
         """Take the calibration rows through the blocks up to the last one that is wanted."""
         tier = Tier(self.choice.tier, self.pager.device, self.journal.out / STATE_FOLDER, self.clock)
         batches = Batches(self.choice.batch, self.journal.halvings, self._halved)
-        with contextlib.closing(store_for(self.pager, rows, batches, probe, tier)) as store:
+        with contextlib.ExitStack() as stack:
+            stores = [stack.enter_context(contextlib.closing(store_for(self.pager, rows, batches, probe, tier)))]
+            if self.config.method == "gptaq":
+                stores.append(stack.enter_context(contextlib.closing(stores[0].twin())))
             self.progress.phase("calibration rows")
             with self.clock.phase("embed"):
-                self.entering = self.checkpoints.restore(wanted[0], store)
+                self.entering = self.checkpoints.restore(wanted[0], *stores)
                 if self.entering is None:
-                    embed(self.pager, rows, probe, store)
+                    embed(self.pager, rows, probe, stores[0])
+                    for other in stores[1:]:
+                        other.copy_of(stores[0])
                     self.entering = 0
                 faults.point("rows.embedded")
-            store.pause = self._pause
+            for store in stores:
+                store.pause = self._pause
             try:
                 for _ in range(self.entering):
                     self.progress.block_skipped()
                 for i in range(self.entering, wanted[-1] + 1):
-                    self._block(i, probe, plans, store, last=i == wanted[-1])
+                    self._block(i, probe, plans, stores, last=i == wanted[-1])
             except Stopped:
-                self._save_on_leaving(store)
+                self._save_on_leaving(stores)
                 raise
 
-    def _block(self, i: int, probe: Probe, plans: dict[Any, BlockPlan], store: ActivationStore | None, *, last: bool) -> None:
+    def _block(self, i: int, probe: Probe, plans: dict[Any, BlockPlan], stores: Sequence[ActivationStore], *, last: bool) -> None:
+        """stores: the rows as the quantized blocks before leave them, and for asymmetric calibration as the original ones do."""
         prefix = f"{self.pager.blocks_path}.{i}"
         self.clock.subject = prefix
         finished = self.journal.committed(len(self.rest) + i)
@@ -139,7 +148,8 @@ class Job:
                 plans[shape] = plan_block(block, probe.hidden, probe.calls[i])
         plan = plans[shape] if self.choice.memo else dataclasses.replace(plans[shape], shortcuts=())
         records: list[LinearRecord] = []
-        with contextlib.closing(Memo()) as memo:
+        with contextlib.ExitStack() as stack:
+            memos = [stack.enter_context(contextlib.closing(Memo())) for _ in range(2)]
             job = BlockJob(
                 index=i,
                 prefix=prefix,
@@ -148,20 +158,18 @@ class Job:
                 schemes=self._schemes(prefix, plan),
                 device=self.pager.device,
                 clock=self.clock,
-                memo=memo,
+                memo=memos[0],
+                original=Original(stores[1], memos[1], self.config.alpha) if len(stores) > 1 else None,
                 on_nonfinite=self.config.on_nonfinite,
             )
             if finished is None:
-                records = self._solve_and_commit(job, store)
-            else:
-                self._restore(job, finished)
-            if store is not None and not last:
+                records = self._solve_and_commit(job, stores[0] if stores else None)
+            if stores and not last:
                 self.progress.phase(f"block {i + 1} replay")
                 self._pause()
                 self.entering = None
                 began = time.monotonic()
-                with self.clock.phase("replay"):
-                    lost = propagate(i, block, store, prefix, job.memo, self.config.on_nonfinite)
+                lost = self._replay(job, stores[0], finished)
                 self.entering = i + 1
                 if lost:
                     self.progress.say(
@@ -181,11 +189,26 @@ class Job:
             named = None if worst is None else (worst.name.removeprefix(prefix + "."), worst.relative_error)
             left = sum(number > len(self.rest) + i for number in self.journal.missing)
             self.progress.block_done(i, time.monotonic() - started, named, left)
-        if store is not None and not last and self.checkpoints.due:
+        if stores and not last and self.checkpoints.due:
             self.progress.phase(f"saving activations at block {i + 2}")
             with self.clock.phase("checkpoint"):
                 self.behind.wait()
-                self.checkpoints.save(i + 1, store)
+                self.checkpoints.save(i + 1, *stores)
+
+    def _replay(self, job: BlockJob, store: ActivationStore, finished: Commit | None) -> int:
+        """Take the rows through a block, the original ones first; returns how many tokens are lost (see ``propagate``).
+
+        finished: of a block that was not solved in this run. It holds its original weights until the original rows are through.
+        """
+        lost = 0
+        if job.original is not None:
+            with self.clock.phase("replay"), job.original.weights_of(job.block):
+                at = job.original.store, job.prefix, job.original.memo, job.on_nonfinite, (job.index, ORIGINAL_STEP)
+                lost = propagate(job.index, job.block, *at)
+        if finished is not None:
+            self._restore(job, finished)
+        with self.clock.phase("replay"):
+            return propagate(job.index, job.block, store, job.prefix, job.memo, job.on_nonfinite) or lost
 
     def _pause(self) -> None:
         """Between steps: raise Stopped where asked to stop, unless the block can be finished within the grace."""
@@ -193,11 +216,11 @@ class Job:
             at = "?" if self.entering is None else str(self.entering + 1)
             raise self.stop.stopped(f"at block {at} of {len(self.pager.blocks)}")
 
-    def _save_on_leaving(self, store: ActivationStore) -> None:
+    def _save_on_leaving(self, stores: Sequence[ActivationStore]) -> None:
         """Keep what the job got to, as far as the grace allows."""
         self.behind.wait()
-        if self.entering is not None and self.checkpoints.expected_seconds(store) < self.stop.left / 2:
-            self.checkpoints.save(self.entering, store)
+        if self.entering is not None and self.checkpoints.expected_seconds(*stores) < self.stop.left / 2:
+            self.checkpoints.save(self.entering, *stores)
 
     def _halved(self, before: int, halving: Halving) -> None:
         self.progress.say(told(before, halving))

@@ -69,6 +69,7 @@ CHANGES: Mapping[str, Change] = {
     "settings.scheme.scale_bits": Change(May.REFUSED, "--scale-bits"),
     "settings.rules": Change(May.REFUSED, "--rule/--skip"),
     "settings.method": Change(May.REFUSED, "--method"),
+    "settings.alpha": Change(May.REFUSED, "--alpha"),
     "settings.format": Change(May.REFUSED, "--format"),
     "settings.true_sequential": Change(May.REFUSED, "--true-sequential"),
     "settings.samples": Change(May.REFUSED, "--samples"),
