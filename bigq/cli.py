@@ -129,6 +129,7 @@ def _add_job(p: argparse.ArgumentParser) -> None:
     methods = "gptaq makes up for what the Linears before do to the inputs; rtn: plain rounding to nearest, no calibration"
     _option(how, "--method", choices=("gptq", "gptaq", "rtn"), default="gptq", help=methods)
     _option(how, "--alpha", type=float, default=0.5, help="how much of that gptaq makes up for: 0 nothing, 1 all")
+    _option(how, "--lm-head", action=switch, default=False, help="quantize the output head too, where readers of the format can")
     _option(how, "--true-sequential", action=switch, default=True, help="Linears see the quantized ones before them in the block")
     _option(
         how,

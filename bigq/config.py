@@ -27,6 +27,7 @@ FROZEN_FIELDS = (
     "method",
     "alpha",
     "format",
+    "lm_head",
     "true_sequential",
     "calibration",
     "samples",
@@ -48,6 +49,7 @@ class JobConfig:
         inputs; or "rtn" for plain rounding to nearest (no calibration).
     alpha: how much of that is made up for, from 0 (nothing, as "gptq") to 1 (all); for "gptaq" only.
     format: "gptq" (v1), "gptq_v2" or "compressed-tensors".
+    lm_head: quantize the output head too.
     true_sequential: solve a block's Linears level by level, each seeing the quantized ones before it.
     calibration: a file, "c4" or "builtin"; samples rows of seqlen tokens, drawn by seed.
         seqlen None means 2048 or the model's limit, whichever is less.
@@ -74,6 +76,7 @@ class JobConfig:
     method: str = "gptq"
     alpha: float = 0.5
     format: str = "gptq"
+    lm_head: bool = False
     true_sequential: bool = True
     calibration: str = "c4"
     samples: int = 128

@@ -15,6 +15,7 @@ from bigq.kernels.cholesky import PANEL as FACTOR_PANEL
 from bigq.kernels.gptq_block import SUB_BLOCK
 from bigq.kernels.symmetric import MOVED
 from bigq.kernels.syrk import CHUNK_TOKENS
+from bigq.sched.head import SOLVED
 from bigq.sched.shape import BlockShape, GroupShape, LinearShape, ModelShape
 from bigq.sched.tiers import WRITES_IN_FLIGHT
 from bigq.scheme import QuantScheme
@@ -32,6 +33,7 @@ class Work:
     """What a job is to do, whatever the machine. rows: of calibration tokens. scheme: of a Linear by its full module name.
 
     tokens: different ones among the calibration tokens, or the most there can be. on_nonfinite: see ``BlockJob``.
+    lm_head: whether the output head is quantized too.
     """
 
     rows: int
@@ -40,6 +42,7 @@ class Work:
     method: str
     true_sequential: bool
     on_nonfinite: str = "stop"
+    lm_head: bool = False
 
     @property
     def streams(self) -> int:
@@ -140,8 +143,34 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
         # Where it is written beside the computation, a finished block stays until the next one is finished too.
         late = costs[key].packed if choice.beside else 0
         output += costs[key].output
+    scheme = work.scheme(shape.head.name) if work.lm_head and shape.head is not None else None
+    if scheme is not None and shape.head is not None:
+        for name, held, flops in _head_phases(shape, shape.head, scheme, work, choice):
+            add(name, held + late, flops, host=embedding if choice.on_gpu else 0)
+        output += packed_bytes(shape.head, scheme) - shape.head.stored
     saved = 2 * hidden if choice.checkpoints else 0
     return Cost(phases=tuple(phases.values()), output=output, scratch=activations.disk + saved, read=shape.stored + embedding)
+
+
+def _head_phases(
+    shape: ModelShape, head: LinearShape, scheme: QuantScheme, work: Work, choice: Choice
+) -> list[tuple[str, int, dict[str, float]]]:
+    """(name, most bytes held, operations) of quantizing the output head: see ``sched.head``."""
+    weight, codes = shape.itemsize * head.m * head.n, head.m * head.n
+    rows = min(head.m, max(1, SOLVED // head.n))
+    solving = FP32 * rows * (3 * head.n if not work.streams or scheme.act_order or scheme.mse else 2 * head.n + PANEL)
+    packing = 2 * codes + packed_bytes(head, scheme)
+    if not work.streams:
+        return [("solve", weight + max(codes + solving, packing), {})]
+    square = FP32 * head.n * head.n
+    tokens = min(choice.batch, work.rows) * shape.seqlen
+    capture = tokens * head.n * (4 * shape.itemsize + FP32) + shape.rest_loaded
+    factor = FP32 * max(min(MOVED, head.n * head.n) if scheme.act_order else 0, 2 * FACTOR_PANEL * head.n)
+    return [
+        ("replay", square + capture, {"hessian": float(work.rows * shape.seqlen) * head.n * head.n}),
+        ("factor", square + factor, {"single": float(head.n) ** 3 / 3}),
+        ("solve", square + weight + max(codes + solving, packing), {"solve": float(head.m) * head.n * head.n}),
+    ]
 
 
 def _read_ahead(choice: Choice) -> int:

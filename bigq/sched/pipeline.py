@@ -21,7 +21,7 @@ from bigq import faults, skeleton
 from bigq.arch import block_linears
 from bigq.clock import Clock
 from bigq.config import JobConfig
-from bigq.errors import Stopped, UsageError
+from bigq.errors import NumericsError, Stopped, UsageError
 from bigq.io.index import TensorInfo
 from bigq.io.outgoing import Outgoing
 from bigq.io.stamps import Stamps
@@ -34,6 +34,7 @@ from bigq.sched.block import BlockJob, Skipped, Solved, propagate, round_block, 
 from bigq.sched.checkpoint import Checkpoints
 from bigq.sched.cost import Choice
 from bigq.sched.finish import FinishedBlock, reopen_folder
+from bigq.sched.head import Head, solve_head
 from bigq.sched.journal import STATE_FOLDER, Commit, Journal, modification_time
 from bigq.sched.memo import Memo
 from bigq.sched.memory import return_freed_memory
@@ -61,6 +62,7 @@ class Job:
     journal: Journal
     owner: Owner
     rest: list[list[TensorInfo]]
+    head: Head | None
     progress: Progress
     clock: Clock
     behind: WriteBehind
@@ -85,7 +87,7 @@ class Job:
                 with self.clock.phase("copy"):
                     self._commit(i, [OutputTensor.copy_of(info) for info in self.rest[i]], [])
         wanted = [number - len(self.rest) for number in missing if number >= len(self.rest)]
-        self.resumed = len(self.pager.blocks) - len(wanted)
+        self.resumed = len(self.pager.blocks) - sum(i < len(self.pager.blocks) for i in wanted)
         if not wanted:
             return
         with self.clock.phase("probe"):
@@ -93,7 +95,10 @@ class Job:
         plans: dict[Any, BlockPlan] = {}
         if rows is None:
             for i in wanted:
-                self._block(i, probe, plans, [], last=True)
+                if i < len(self.pager.blocks):
+                    self._block(i, probe, plans, [], last=True)
+                else:
+                    self._head(None)
         else:
             self._stream(rows, probe, plans, wanted)
         with self.clock.phase("write"):
@@ -121,8 +126,10 @@ class Job:
             try:
                 for _ in range(self.entering):
                     self.progress.block_skipped()
-                for i in range(self.entering, wanted[-1] + 1):
+                for i in range(self.entering, min(wanted[-1] + 1, len(self.pager.blocks))):
                     self._block(i, probe, plans, stores, last=i == wanted[-1])
+                if wanted[-1] == len(self.pager.blocks):
+                    self._head((stores[0], rows, probe))
             except Stopped:
                 self._save_on_leaving(stores)
                 raise
@@ -187,7 +194,8 @@ class Job:
         else:
             worst = max(records, key=lambda r: r.relative_error, default=None)
             named = None if worst is None else (worst.name.removeprefix(prefix + "."), worst.relative_error)
-            left = sum(number > len(self.rest) + i for number in self.journal.missing)
+            behind = range(len(self.rest) + i + 1, len(self.rest) + len(self.pager.blocks))
+            left = sum(number in behind for number in self.journal.missing)
             self.progress.block_done(i, time.monotonic() - started, named, left)
         if stores and not last and self.checkpoints.due:
             self.progress.phase(f"saving activations at block {i + 2}")
@@ -268,6 +276,34 @@ class Job:
             self.behind.start(lambda: self._commit(len(self.rest) + job.index, tensors, records, left_out, skipped, batch))
         return records
 
+    def _head(self, inputs: tuple[ActivationStore, Tensor, Probe] | None) -> None:
+        """Quantize the output head and commit it. inputs: as ``solve_head`` takes them."""
+        head = self.head
+        assert head is not None
+        self.progress.phase("output head")
+        self.clock.subject = head.name
+        records: list[LinearRecord] = []
+        skipped: dict[str, str] = {}
+        number = len(self.rest) + len(self.pager.blocks)
+        try:
+            solved = solve_head(head, self.pager, self.clock, inputs, finite_only=self.config.on_nonfinite == "skip")
+        except NumericsError as error:
+            if self.config.on_nonfinite != "skip":
+                raise
+            skipped[head.name] = str(error).removeprefix(f"{head.name}: ").partition(";")[0]
+            self.progress.say(f"{head.name} stays unquantized: {skipped[head.name]}")
+            tensors = [OutputTensor.copy_of(head.source)]
+        else:
+            with self.clock.phase("pack"):
+                packed = self.config.made.pack(head.source.name.removesuffix(".weight"), solved.weight, head.source.dtype)
+            records.append(solved.record())
+            tensors = [OutputTensor.of(name, tensor, self.outgoing) for name, tensor in packed.items()]
+        faults.point("block.solved")
+        batch = None if inputs is None else inputs[0].batch
+        self.clock.settle()
+        with self.clock.phase("write"):
+            self.behind.start(lambda: self._commit(number, tensors, records, list(skipped), skipped, batch))
+
     def _restore(self, job: BlockJob, commit: Commit) -> None:
         """Give a block that an earlier run committed the weights that it was committed with."""
         finished = FinishedBlock(self.journal.out, commit, self.config.made)
@@ -293,6 +329,9 @@ class Job:
         """Names of the checkpoint's tensors that shard ``number`` is made from, in the checkpoint's order."""
         if number < len(self.rest):
             return [info.name for info in self.rest[number]]
+        if number == len(self.rest) + len(self.pager.blocks):
+            assert self.head is not None
+            return [self.head.source.name]
         prefix = f"{self.pager.blocks_path}.{number - len(self.rest)}"
         own = {info.name for name, info in self.pager.sources.items() if name.startswith(prefix + ".")}
         return [name for name in self.pager.checkpoint if name in own]
