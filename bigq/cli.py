@@ -146,7 +146,10 @@ def _add_job(p: argparse.ArgumentParser) -> None:
     _option(how, "--act-order", action=switch, default=False, help="quantize columns by decreasing Hessian diagonal, groups as they are")
     _option(how, "--damping", type=float, default=0.01, help="fraction of the mean Hessian diagonal added to it")
     _option(how, "--mse", action=switch, default=False, help="grid search for the scales with the least rounding error")
-    _option(how, "--method", choices=("gptq", "rtn"), default="gptq", help="rtn: plain rounding to nearest, no calibration")
+    methods = "gptaq makes up for what the Linears before do to the inputs; rtn: plain rounding to nearest, no calibration"
+    _option(how, "--method", choices=("gptq", "gptaq", "rtn"), default="gptq", help=methods)
+    _option(how, "--alpha", type=float, default=0.5, help="how much of that gptaq makes up for: 0 nothing, 1 all")
+    _option(how, "--lm-head", action=switch, default=False, help="quantize the output head too, where readers of the format can")
     _option(how, "--true-sequential", action=switch, default=True, help="Linears see the quantized ones before them in the block")
     _option(
         how,

@@ -13,7 +13,7 @@ from bigq.io.formats import FORMATS, Format
 from bigq.io.json_file import plain
 from bigq.scheme import QuantScheme, Rule
 
-METHODS = ("gptq", "rtn")
+METHODS = ("gptq", "gptaq", "rtn")
 DEFAULT_SEQLEN = 2048
 ACTIVATIONS = ("auto", "gpu", "host", "disk")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -25,7 +25,9 @@ FROZEN_FIELDS = (
     "scheme",
     "rules",
     "method",
+    "alpha",
     "format",
+    "lm_head",
     "true_sequential",
     "calibration",
     "samples",
@@ -43,8 +45,11 @@ class JobConfig:
     """One quantization job.
 
     scheme, rules: how Linears are quantized, and which ones otherwise or not at all.
-    method: "gptq", or "rtn" for plain rounding to nearest (no calibration).
+    method: "gptq"; "gptaq" for GPTQ with asymmetric calibration, which makes up for what the Linears before have done to the
+        inputs; or "rtn" for plain rounding to nearest (no calibration).
+    alpha: how much of that is made up for, from 0 (nothing, as "gptq") to 1 (all); for "gptaq" only.
     format: "gptq" (v1), "gptq_v2" or "compressed-tensors".
+    lm_head: quantize the output head too.
     true_sequential: solve a block's Linears level by level, each seeing the quantized ones before it.
     calibration: a file, "c4" or "builtin"; samples rows of seqlen tokens, drawn by seed.
         seqlen None means 2048 or the model's limit, whichever is less.
@@ -69,7 +74,9 @@ class JobConfig:
     scheme: QuantScheme = field(default_factory=QuantScheme)
     rules: tuple[Rule, ...] = ()
     method: str = "gptq"
+    alpha: float = 0.5
     format: str = "gptq"
+    lm_head: bool = False
     true_sequential: bool = True
     calibration: str = "c4"
     samples: int = 128
@@ -104,6 +111,8 @@ class JobConfig:
         for name, number in (("--samples", self.samples), ("--batch", self.batch), ("--seqlen", self.seqlen)):
             if number is not None and number < 1:
                 raise UsageError(f"{name} {number}: must be at least 1")
+        if not 0 <= self.alpha <= 1:
+            raise UsageError(f"--alpha {self.alpha:g}: must be between 0 and 1")
         if self.read_ahead is not None and self.read_ahead < 0:
             raise UsageError(f"--read-ahead {self.read_ahead}: must not be negative")
         every = self.checkpoint_every

@@ -41,8 +41,9 @@ def parsed(*arguments: str, before: JobConfig | None = None) -> JobConfig:
         ([], "quantize plan eval generate verify status demo --version"),
         (
             ["quantize"],
-            "--bits --group-size --sym --no-sym --asym --act-order --no-act-order --damping --mse --no-mse --method --true-sequential "
-            "--no-true-sequential --rule --skip --format --scale-bits --on-nonfinite --calibration --samples --seqlen --seed --vram --ram "
+            "--bits --group-size --sym --no-sym --asym --act-order --no-act-order --damping --mse --no-mse --method --lm-head --no-lm-head "
+            "--true-sequential --no-true-sequential --rule --skip --format --scale-bits "
+            "--on-nonfinite --calibration --samples --seqlen --seed --vram --ram "
             "--disk --activations --read-ahead --checkpoint-every --batch --device --dtype --trust-remote-code --no-trust-remote-code "
             "--quiet --grace --steal-lock --trace --json",
         ),
@@ -153,6 +154,7 @@ def test_defaults_in_the_help_are_those_of_the_api(command: str, configs: list[A
         ("--method rtn", {"method": "rtn"}),
         ("--no-true-sequential", {"true_sequential": False}),
         ("--true-sequential", {}),
+        ("--lm-head", {"lm_head": True}),
         ("--format gptq_v2", {"format": "gptq_v2"}),
         ("--calibration my.txt", {"calibration": "my.txt"}),
         ("--samples 12", {"samples": 12}),

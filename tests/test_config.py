@@ -17,6 +17,7 @@ OTHER: dict[str, Any] = {
     "rules": (Rule("a", None), Rule.parse("b:c:bits=8,sym=false,damping=0.1"), Rule("d", {"symmetric": False}), Rule("e", {})),
     "method": "rtn",
     "format": "gptq_v2",
+    "lm_head": True,
     "true_sequential": False,
     "calibration": "a\udcff.txt",
     "samples": 7,

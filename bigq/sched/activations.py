@@ -49,6 +49,22 @@ class ActivationStore:
         """Where batches are computed with."""
         return self._tier.device
 
+    def twin(self) -> ActivationStore:
+        """Room for other hidden states of the same rows; what blocks are called with is recorded once for both."""
+        twin = ActivationStore(self.shape, self.dtype, self._batches, self._tier, self._record)
+        twin.calls = self.calls
+        return twin
+
+    def follow(self, other: ActivationStore) -> None:
+        """Be at the batch that another store of as many rows is at."""
+        self._use(other.batch)
+        self.at = other.at
+
+    def copy_of(self, other: ActivationStore) -> None:
+        """Hold what another store of this shape holds."""
+        for lo, hi in other.spans():
+            self.put(lo, other.rows(lo, hi))
+
     def buffer(self, elements: int, dtype: torch.dtype) -> RowBuffer:
         """Room for something else that has so many elements for every row, in the same tier."""
         return self._tier.buffer(self._count, elements, dtype)
@@ -91,7 +107,8 @@ class ActivationStore:
     def _use(self, batch: int) -> None:
         if batch != self.batch:
             self.batch = batch
-            self.calls = {size: calls for size, calls in self.calls.items() if size <= batch}
+            for size in [size for size in self.calls if size > batch]:
+                del self.calls[size]
 
     def _halve(self, block: int, step: int, row: int) -> None:
         """To be called when the error is forgotten: what its traceback holds would stay in memory."""

@@ -1,8 +1,10 @@
 """Solving one block, level by level ("true-sequential"), and replaying it.
 
 Each level replays the calibration set through what is already quantized, up to the inputs of the level's Linears. Modules with a
-shortcut run once: what they return follows from the inputs that the Hessian was made of. Keeping those costs one hidden
-state per token and leaves 1.5 forwards of a llama block's Linears and 1 of its attention, instead of 2.2 and 4.
+shortcut run once: what they return follows from the inputs that the Hessian was made of (``memo``).
+
+With asymmetric calibration each batch goes through the block as it was first, on the rows as the original model has them (``original``),
+and what the Linears get there is set against what they get now.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,15 @@ from bigq.errors import NumericsError
 from bigq.kernels.finite import finite
 from bigq.report import LinearRecord
 from bigq.sched.activations import ActivationStore
-from bigq.sched.capture import StopForward, all_replaced
+from bigq.sched.capture import BlockCall, StopForward, all_replaced
+from bigq.sched.memo import Memo
 from bigq.sched.memory import return_freed_memory
 from bigq.sched.nonfinite import bad_rows, culprit
+from bigq.sched.original import Original
 from bigq.sched.structure import BlockPlan, Group, Shortcut
-from bigq.sched.tiers import RowBuffer
 from bigq.scheme import QuantizedWeight, QuantScheme
 from bigq.skeleton import linear_weight, set_linear_weight
+from bigq.solver.asymmetric import Correction, CrossSum
 from bigq.solver.gptq import solve
 from bigq.solver.hessian import OTHER_DTYPE, HessianSum, factorize, finite_tokens
 from bigq.solver.rtn import round_to_nearest
@@ -76,6 +79,7 @@ class BlockJob:
     """What solving a block needs: the loaded block, its plan, and the scheme of every Linear to quantize.
 
     prefix: the block's module path. schemes: by name in the block; Linears that are absent stay as they are.
+    memo: what is kept of the rows' way through the block. original: the same rows in the original model, for asymmetric calibration.
     on_nonfinite: "stop" with an error where something is not finite or a factorization fails, or "skip" the tokens and the Linears
         concerned.
     """
@@ -88,101 +92,23 @@ class BlockJob:
     device: torch.device
     clock: Clock
     memo: Memo
+    original: Original | None = None
     on_nonfinite: str = "stop"
 
 
-class Memo:
-    """What modules with a shortcut return, row by row; until their Linear is solved, its inputs. Kept in the store's tier.
-
-    A pass that begins anew with a smaller batch puts all rows again. Rows serve only passes with the batch that they were made
-    with: a block that is replayed from its shard has no memo, and must come to the same bytes.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[Shortcut, _Kept] = {}
-        self._finished: list[Shortcut] = []
-
-    def put(self, shortcut: Shortcut, store: ActivationStore, x: Tensor) -> None:
-        """Keep the Linear's input for the store's current batch."""
-        lo, hi = store.at
-        if shortcut not in self._kept:
-            self._kept[shortcut] = _Kept.like(x, hi - lo, store)
-        self._kept[shortcut].put(lo, hi, x)
-        self._kept[shortcut].batch = store.batch
-
-    def finish(self, shortcut: Shortcut, linear: nn.Module, store: ActivationStore, block: int, step: int) -> None:
-        """The Linear is solved: turn its inputs into its outputs, in a pass of the store's."""
-        inputs = self._kept[shortcut]
-        outputs: _Kept | None = None
-
-        def run(lo: int, hi: int) -> None:
-            nonlocal outputs
-            y = linear(inputs.get(lo, hi))
-            if outputs is None:
-                outputs = inputs if y.numel() == inputs.elements * (hi - lo) else _Kept.like(y, hi - lo, store)
-            outputs.put(lo, hi, y)
-
-        store.in_place(block, step, run)
-        assert outputs is not None
-        outputs.batch = inputs.batch if store.batch == inputs.batch else None
-        if outputs is not inputs:
-            inputs.buffer.close()
-        self._kept[shortcut] = outputs
-        self._finished.append(shortcut)
-
-    @contextlib.contextmanager
-    def active(self, block: nn.Module, store: ActivationStore) -> Iterator[None]:
-        """Let finished modules return what is kept for the store's current batch instead of running, as long as it has the same size."""
-        usable = [s for s in self._finished if self._kept[s].batch == store.batch]
-
-        def make(i: int) -> Callable[..., Any]:
-            shortcut = usable[i]
-            return lambda *args, **kwargs: shortcut.returns(self._kept[shortcut].get(*store.at), args, kwargs)
-
-        with all_replaced([block.get_submodule(s.module) for s in usable], make):
-            yield
-
-    def close(self) -> None:
-        """Give up everything kept."""
-        for kept in self._kept.values():
-            kept.buffer.close()
-        self._kept.clear()
-        self._finished.clear()
-
-
-@dataclass(slots=True)
-class _Kept:
-    """Tensors of a batch as rows of a buffer. shape: of what belongs to one row, whose leading dimension may be folded.
-
-    batch: the rows that went through the block at once to make it; None where that was not the same number for all.
-    """
-
-    buffer: RowBuffer
-    elements: int
-    shape: tuple[int, ...]
-    batch: int | None = None
-
-    @classmethod
-    def like(cls, x: Tensor, rows: int, store: ActivationStore) -> _Kept:
-        elements = x.numel() // rows
-        return cls(store.buffer(elements, x.dtype), elements, (x.shape[0] // rows, *x.shape[1:]))
-
-    def put(self, lo: int, hi: int, x: Tensor) -> None:
-        self.shape = (x.shape[0] // (hi - lo), *x.shape[1:])
-        self.buffer.put(lo, x.reshape(hi - lo, -1))
-
-    def get(self, lo: int, hi: int) -> Tensor:
-        return self.buffer.get(lo, hi).view((hi - lo) * self.shape[0], *self.shape[1:])
-
-
 def solve_block(job: BlockJob, store: ActivationStore, true_sequential: bool) -> Iterator[Solved | Skipped]:
-    """Quantize a block's Linears with GPTQ, level by level. On return each holds its dequantized codes, or what it held if it was skipped.
+    """Quantize a block's Linears with GPTQ or GPTAQ, level by level.
+
+    On return each holds its dequantized codes, or what it held if it was skipped.
 
     Raises NumericsError, naming the Linear, where activations or Hessians are not finite or a factorization fails; nothing of
     that where the job is to skip them.
     """
     linears = block_linears(job.block)
-    passes = 1 + len(linears)  # of a level at most: one to capture, one for each shortcut; so a level's number is its own, memo or not
+    streams = 1 if job.original is None else 2
+    passes = 1 + streams * len(
+        linears
+    )  # of a level at most: one to capture, one for each shortcut; so a level's number is its own, memo or not
     for step, level in zip(itertools.count(1, passes), job.plan.levels(true_sequential), strict=False):
         wanted = [Group(kept, g.level) for g in level if (kept := tuple(n for n in g.names if n in job.schemes))]
         if not wanted:
@@ -197,35 +123,85 @@ def solve_block(job: BlockJob, store: ActivationStore, true_sequential: bool) ->
         return_freed_memory()
         with job.clock.phase("replay"):
             for number, shortcut in enumerate(keep, 1):
-                job.memo.finish(shortcut, linears[shortcut.linear], store, job.index, step + number)
+                linear = linears[shortcut.linear]
+                job.memo.finish(shortcut, linear, store, job.index, step + number)
+                if job.original is not None:
+                    with job.original.weights_of(job.block):
+                        job.original.memo.finish(shortcut, linear, job.original.store, job.index, step + len(linears) + number)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """What a group's Linears are solved with. cross: for asymmetric calibration."""
+
+    hessian: HessianSum
+    cross: CrossSum | None
 
 
 def _capture(
     job: BlockJob, linears: Mapping[str, nn.Module], groups: list[Group], store: ActivationStore, keep: list[Shortcut]
-) -> dict[tuple[str, ...], HessianSum]:
-    """Replay the calibration set until every wanted Linear has seen its input; one Hessian sum per group.
-
-    Wanted Linears of the deepest level do not compute: what they reach is not looked at.
-    """
-    finite_only = job.on_nonfinite == "skip"
-    sums = {g.names: HessianSum(linear_weight(linears[g.names[0]]).shape[1], job.device, finite_only=finite_only) for g in groups}
+) -> dict[tuple[str, ...], _Sums]:
+    """Replay the calibration set until every wanted Linear has seen its input; one sum per group."""
+    original = job.original
+    sums = {g.names: _sums(job, linear_weight(linears[g.names[0]]).shape[1]) for g in groups}
     leader = {g.names[0]: sums[g.names] for g in groups}
     kept = {shortcut.linear: shortcut for shortcut in keep}
+    before: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        if name in leader:
+            with job.clock.phase("hessian"):
+                leader[name].hessian.add(x)
+                if (cross := leader[name].cross) is not None:
+                    cross.add(before.pop(name), x)
+        if name in kept:
+            job.memo.put(kept[name], store, x)
+
+    def see_original(name: str, x: Tensor) -> None:
+        assert original is not None
+        if name in leader:
+            before[name] = x
+        if name in kept:
+            original.memo.put(kept[name], original.store, x)
+
+    for hidden, call in store.batches(job.index):
+        if original is not None:
+            with original.weights_of(job.block), original.memo.active(job.block, original.follow(store)):
+                _run_up_to(job.block, linears, groups, call, original.store.take(*store.at), see_original)
+        with job.memo.active(job.block, store):
+            _run_up_to(job.block, linears, groups, call, hidden, see)
+    return sums
+
+
+def _sums(job: BlockJob, n: int) -> _Sums:
+    finite_only = job.on_nonfinite == "skip"
+    cross = None if job.original is None else CrossSum(n, job.device, finite_only=finite_only)
+    return _Sums(HessianSum(n, job.device, finite_only=finite_only), cross)
+
+
+def _run_up_to(
+    block: nn.Module,
+    linears: Mapping[str, nn.Module],
+    groups: Sequence[Group],
+    call: BlockCall,
+    hidden: Tensor,
+    see: Callable[[str, Tensor], None],
+) -> None:
+    """Run a block until every Linear of the groups has seen its input; ``see`` is given each Linear's name and input.
+
+    Those of the deepest level do not compute: what they reach is not looked at.
+    """
     names = [name for g in groups for name in g.names]
     deepest = max(g.level for g in groups)
     feeding = {name for g in groups if g.level < deepest for name in g.names}
-    waiting: set[str] = set()
+    waiting = set(names)
 
     def make(k: int) -> Callable[[Tensor], Tensor]:
         name, module = names[k], linears[names[k]]
         outputs = linear_weight(linears[name]).shape[0]
 
         def forward(x: Tensor) -> Tensor:
-            if name in leader:
-                with job.clock.phase("hessian"):
-                    leader[name].add(x)
-            if name in kept:
-                job.memo.put(kept[name], store, x)
+            see(name, x)
             waiting.discard(name)
             if not waiting:
                 raise StopForward
@@ -236,22 +212,21 @@ def _capture(
 
         return forward
 
-    with job.memo.active(job.block, store), all_replaced([linears[name] for name in names], make):
-        for hidden, call in store.batches(job.index):
-            waiting.update(names)
-            with contextlib.suppress(StopForward):
-                call.run(job.block, hidden)
-    return sums
+    with all_replaced([linears[name] for name in names], make), contextlib.suppress(StopForward):
+        call.run(block, hidden)
 
 
-def _solve_group(job: BlockJob, linears: Mapping[str, nn.Module], group: Group, total: HessianSum) -> Iterator[Solved | Skipped]:
+def _solve_group(job: BlockJob, linears: Mapping[str, nn.Module], group: Group, sums: _Sums) -> Iterator[Solved | Skipped]:
     """Factor a group's Hessian once and solve its Linears together, as far as their schemes agree.
 
     What fails together is skipped together: readers that fuse Linears (q/k/v, gate/up) want all of them quantized or none.
     """
     label = ", ".join(f"{job.prefix}.{n}" for n in group.names)
+    correction: Correction | None = None
     with _skipping(job, group.names, label) as skipped, job.clock.phase("hessian"):
-        h = total.finish(label)
+        h = sums.hessian.finish(label)
+        if sums.cross is not None and job.original is not None:
+            correction = Correction(sums.cross.finish(sums.hessian.tokens, label), job.original.alpha)
     if skipped:
         yield from skipped
         return
@@ -271,15 +246,17 @@ def _solve_group(job: BlockJob, linears: Mapping[str, nn.Module], group: Group, 
             continue
         for scheme, names in alike.items():
             with _skipping(job, names, label) as skipped, job.clock.phase("solve") as solve_time:
-                results = solve([linear_weight(linears[n]) for n in names], factor, scheme, label)
+                results = solve([linear_weight(linears[n]) for n in names], factor, scheme, label, correction)
                 return_freed_memory()
             if skipped:
                 yield from skipped
                 continue
             seconds = {"factor": factor_time, "solve": solve_time}
             for name, result in zip(names, results, strict=True):
+                if job.original is not None:
+                    job.original.keep(name, linears[name])
                 set_linear_weight(linears[name], result.dequantize(linear_weight(linears[name]).dtype))
-                yield Solved(f"{job.prefix}.{name}", result, seconds, total.left_out)
+                yield Solved(f"{job.prefix}.{name}", result, seconds, sums.hessian.left_out)
 
 
 @contextlib.contextmanager
@@ -311,9 +288,18 @@ def round_block(job: BlockJob) -> Iterator[Solved | Skipped]:
         yield Solved(label, result, {"solve": solve_time})
 
 
-def propagate(index: int, block: nn.Module, store: ActivationStore, name: str, memo: Memo | None = None, on_nonfinite: str = "stop") -> int:
+def propagate(
+    index: int,
+    block: nn.Module,
+    store: ActivationStore,
+    name: str,
+    memo: Memo | None = None,
+    on_nonfinite: str = "stop",
+    place: tuple[int, int] | None = None,
+) -> int:
     """Replay the whole block; its outputs overwrite its inputs. Returns how many tokens' outputs are not finite: with "stop" none are.
 
+    place: block and step of this pass (see ``Halving``), where it is not the one that brings rows to the next block's entrance.
     With "skip" they stay so. A later block's attention hands them on to other tokens of the same row, never to other rows.
     Raises NumericsError, naming where it began, for outputs that are not finite, or with "skip" where not a single one is finite.
     """
@@ -335,7 +321,7 @@ def propagate(index: int, block: nn.Module, store: ActivationStore, name: str, m
         store.put(lo, output)
         lost, tokens = lost + here, tokens + output[..., 0].numel()
 
-    store.in_place(index + 1, 0, run)
+    store.in_place(*(place or (index + 1, 0)), run)
     if lost == tokens:
         raise NumericsError(
             f"{name}: its outputs are not finite for a single calibration token, so nothing is left to go on with; {OTHER_DTYPE}"

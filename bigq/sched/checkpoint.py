@@ -10,9 +10,10 @@ only: where none can be used, or the disk has no room for one, blocks are replay
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +29,8 @@ from bigq.io.writer import OutputTensor, write_shard
 from bigq.sched.activations import ActivationStore
 
 RECORD_NAME = "checkpoints.json"
-TENSOR = "hidden_states"
+#: The hidden states, and where a job follows them, those of the original model.
+TENSORS = ("hidden_states", "original_hidden_states")
 #: Bytes per second that a checkpoint is expected to be written with, as long as none was.
 EXPECTED_RATE = 500e6
 
@@ -65,8 +67,8 @@ class Checkpoints:
             self._say("the record of saved activations is damaged or cannot be read; finished blocks are replayed")
             return []
 
-    def restore(self, first: int, store: ActivationStore) -> int | None:
-        """Fill the store with the newest hidden states that enter block ``first`` or one before it; that block, or None.
+    def restore(self, first: int, *stores: ActivationStore) -> int | None:
+        """Fill the stores with the newest hidden states that enter block ``first`` or one before it; that block, or None.
 
         Files that are not as they were written are passed over and removed.
         """
@@ -75,7 +77,7 @@ class Checkpoints:
                 path = self._state / saved.file
                 try:
                     if path.stat().st_size == saved.size and file_sha256(path) == saved.sha256:
-                        self._fill(path, store)
+                        self._fill(path, stores)
                         return saved.block
                 except (OSError, BigqError) as error:
                     self._say(f"{path.name}: cannot be read ({error})")
@@ -84,16 +86,18 @@ class Checkpoints:
                     self._record([other for other in self._kept if other is not saved])
         return None
 
-    def _fill(self, path: Path, store: ActivationStore) -> None:
-        info = read_header(path)[0].get(TENSOR)
-        if info is None or info.shape != store.shape or info.dtype != store.dtype:
-            held = "no such tensor" if info is None else f"{list(info.shape)} {info.dtype}"
-            raise CheckpointError(f"holds {held} instead of {list(store.shape)} {store.dtype}")
-        row = math.prod(info.shape[1:]) * info.dtype.itemsize
-        for lo, hi in store.spans():
-            rows = torch.empty(hi - lo, *info.shape[1:], dtype=info.dtype)
-            read_range(info, rows, info.start + lo * row)
-            store.put(lo, rows.to(store.device))
+    def _fill(self, path: Path, stores: Sequence[ActivationStore]) -> None:
+        header = read_header(path)[0]
+        infos = [header.get(name) for name in TENSORS[: len(stores)]]
+        for info, store in zip(infos, stores, strict=True):
+            if info is None or info.shape != store.shape or info.dtype != store.dtype:
+                held = "no such tensor" if info is None else f"{list(info.shape)} {info.dtype}"
+                raise CheckpointError(f"holds {held} instead of {list(store.shape)} {store.dtype}")
+            row = math.prod(info.shape[1:]) * info.dtype.itemsize
+            for lo, hi in store.spans():
+                rows = torch.empty(hi - lo, *info.shape[1:], dtype=info.dtype)
+                read_range(info, rows, info.start + lo * row)
+                store.put(lo, rows.to(store.device))
 
     def replayed(self, seconds: float) -> None:
         """A block was finished that would take so long to replay."""
@@ -108,11 +112,11 @@ class Checkpoints:
         """Whether the hidden states that enter a block are on disk."""
         return any(saved.block == block for saved in self._kept)
 
-    def expected_seconds(self, store: ActivationStore) -> float:
+    def expected_seconds(self, *stores: ActivationStore) -> float:
         """How long saving is expected to take."""
-        return math.prod(store.shape) * store.dtype.itemsize / self._rate
+        return sum(math.prod(store.shape) * store.dtype.itemsize for store in stores) / self._rate
 
-    def save(self, block: int, store: ActivationStore) -> None:
+    def save(self, block: int, *stores: ActivationStore) -> None:
         """Keep the hidden states that enter a block, unless they are kept already. A disk without room for them is no error."""
         if self._every is None:
             return
@@ -126,7 +130,7 @@ class Checkpoints:
             faults.point("checkpoint.begun")
             # Recorded before the file goes: the record never names one that is not there.
             self._record(newest)
-            shard = self._write(path, store)
+            shard = self._write(path, stores)
             faults.point("checkpoint.written")
             self._record([*newest, Saved(block, shard.file, shard.size, shard.sha256)])
             faults.point("checkpoint.recorded")
@@ -140,13 +144,18 @@ class Checkpoints:
         self._replay = 0.0
         self._rate = shard.size / max(time.monotonic() - started, 1e-6)
 
-    def _write(self, path: Path, store: ActivationStore) -> ShardRecord:
-        def chunks() -> Iterator[memoryview]:
+    def _write(self, path: Path, stores: Sequence[ActivationStore]) -> ShardRecord:
+        def chunks(store: ActivationStore) -> Iterator[memoryview]:
             for lo, hi in store.spans():
                 yield as_bytes(store.rows(lo, hi).to("cpu").contiguous())
 
-        tensor = OutputTensor(name=TENSOR, dtype=store.dtype, shape=store.shape, chunks=chunks)
-        return write_shard(path, [tensor])
+        return write_shard(
+            path,
+            [
+                OutputTensor(name=name, dtype=store.dtype, shape=store.shape, chunks=functools.partial(chunks, store))
+                for name, store in zip(TENSORS, stores, strict=False)
+            ],
+        )
 
     def _record(self, kept: list[Saved]) -> None:
         if kept != self._kept:

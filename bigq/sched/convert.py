@@ -173,7 +173,9 @@ def _quantization(pager: Pager, target: Format) -> dict[str, Any]:
         inside = (f"{pager.blocks_path}.{i}.{name}" for i, block in enumerate(pager.blocks) for name in block_linears(block))
         left_out = tuple(name for name in inside if name not in packed)
     others = tuple(name for name in pager.linears if name not in packed)
-    told = Quantization(scheme=base, rules=rules, packed=packed, left_out=left_out, others=others, meta=meta)
+    told = Quantization(
+        scheme=base, rules=rules, packed=packed, left_out=left_out, others=others, lm_head=pager.head_name in packed, meta=meta
+    )
     config = target.config(told)
     # What else the source said of how it was made, such as the damping, is still so.
     return {key: said.get(key, value) if key in ("damp_percent", "static_groups") else value for key, value in config.items()}

@@ -15,6 +15,7 @@ from bigq.kernels.cholesky import PANEL as FACTOR_PANEL
 from bigq.kernels.gptq_block import SUB_BLOCK
 from bigq.kernels.symmetric import MOVED
 from bigq.kernels.syrk import CHUNK_TOKENS
+from bigq.sched.head import SOLVED
 from bigq.sched.shape import BlockShape, GroupShape, LinearShape, ModelShape
 from bigq.sched.tiers import WRITES_IN_FLIGHT
 from bigq.scheme import QuantScheme
@@ -23,12 +24,16 @@ from bigq.solver.gptq import BLOCK, CONVERTED, PANEL
 #: Bytes of an fp32 number.
 FP32 = 4
 
+#: Buffers as large as some rows of a weight, themselves among them, while they are corrected (``solver.asymmetric``).
+CORRECTING = 4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """What a job is to do, whatever the machine. rows: of calibration tokens. scheme: of a Linear by its full module name.
 
     tokens: different ones among the calibration tokens, or the most there can be. on_nonfinite: see ``BlockJob``.
+    lm_head: whether the output head is quantized too.
     """
 
     rows: int
@@ -37,6 +42,12 @@ class Work:
     method: str
     true_sequential: bool
     on_nonfinite: str = "stop"
+    lm_head: bool = False
+
+    @property
+    def streams(self) -> int:
+        """How often the rows go through a model: not at all, as quantized, or as quantized and as they were."""
+        return {"rtn": 0, "gptq": 1, "gptaq": 2}[self.method]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +127,8 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
     first = shape.blocks[0]
     add("copy", 0, {}, host=CHUNK_BYTES, early=True)
     add("probe", first.weights + _converted(first) + shape.rest_loaded, {}, early=True)
-    if work.method != "rtn":
-        hidden = work.rows * shape.seqlen * shape.width * shape.itemsize
+    hidden = work.streams * work.rows * shape.seqlen * shape.width * shape.itemsize
+    if work.streams:
         add("embed", embedding + shape.rest_loaded + first.calls.at(choice.batch), {}, 2 * hidden, embedding if choice.on_gpu else 0)
     costs: dict[tuple[int, tuple[QuantScheme | None, ...]], BlockCost] = {}
     output, late = shape.rest_stored, 0
@@ -132,8 +143,34 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
         # Where it is written beside the computation, a finished block stays until the next one is finished too.
         late = costs[key].packed if choice.beside else 0
         output += costs[key].output
-    saved = 2 * work.rows * shape.seqlen * shape.width * shape.itemsize if choice.checkpoints else 0
+    scheme = work.scheme(shape.head.name) if work.lm_head and shape.head is not None else None
+    if scheme is not None and shape.head is not None:
+        for name, held, flops in _head_phases(shape, shape.head, scheme, work, choice):
+            add(name, held + late, flops, host=embedding if choice.on_gpu else 0)
+        output += packed_bytes(shape.head, scheme) - shape.head.stored
+    saved = 2 * hidden if choice.checkpoints else 0
     return Cost(phases=tuple(phases.values()), output=output, scratch=activations.disk + saved, read=shape.stored + embedding)
+
+
+def _head_phases(
+    shape: ModelShape, head: LinearShape, scheme: QuantScheme, work: Work, choice: Choice
+) -> list[tuple[str, int, dict[str, float]]]:
+    """(name, most bytes held, operations) of quantizing the output head: see ``sched.head``."""
+    weight, codes = shape.itemsize * head.m * head.n, head.m * head.n
+    rows = min(head.m, max(1, SOLVED // head.n))
+    solving = FP32 * rows * (3 * head.n if not work.streams or scheme.act_order or scheme.mse else 2 * head.n + PANEL)
+    packing = 2 * codes + packed_bytes(head, scheme)
+    if not work.streams:
+        return [("solve", weight + max(codes + solving, packing), {})]
+    square = FP32 * head.n * head.n
+    tokens = min(choice.batch, work.rows) * shape.seqlen
+    capture = tokens * head.n * (4 * shape.itemsize + FP32) + shape.rest_loaded
+    factor = FP32 * max(min(MOVED, head.n * head.n) if scheme.act_order else 0, 2 * FACTOR_PANEL * head.n)
+    return [
+        ("replay", square + capture, {"hessian": float(work.rows * shape.seqlen) * head.n * head.n}),
+        ("factor", square + factor, {"single": float(head.n) ** 3 / 3}),
+        ("solve", square + weight + max(codes + solving, packing), {"solve": float(head.m) * head.n * head.n}),
+    ]
 
 
 def _read_ahead(choice: Choice) -> int:
@@ -156,11 +193,9 @@ class _Activations:
 
 
 def _activations(shape: ModelShape, work: Work, choice: Choice) -> _Activations:
-    if work.method == "rtn":
-        return _Activations()
-    row = shape.seqlen * shape.width * shape.itemsize
+    row = work.streams * shape.seqlen * shape.width * shape.itemsize
     memos = max((_memo_width(block) for block in shape.blocks), default=0) if choice.memo else 0
-    kept = work.rows * (row + shape.seqlen * memos * shape.itemsize)
+    kept = work.rows * (row + work.streams * shape.seqlen * memos * shape.itemsize)
     if choice.tier == "disk":
         # One batch at work, one read ahead, and those on their way to the disk.
         return _Activations(host=(3 + WRITES_IN_FLIGHT) * choice.batch * row, disk=kept)
@@ -187,37 +222,41 @@ class BlockCost:
         self.output = self.packed + block.stored - sum(linear.stored for linear in block.linears if linear.name in schemes)
         self._batch = min(choice.batch, work.rows)
         self._tokens = work.rows * shape.seqlen
+        self._paired = work.streams > 1
 
     def phases(self) -> list[tuple[str, int, dict[str, float], float]]:
         """(name, most bytes held, operations by kind, bytes moved), several of one name."""
         result: list[tuple[str, int, dict[str, float], float]] = []
-        if self._work.method == "rtn":
+        if not self._work.streams:
             for linear in self._wanted(self._block.linears):
                 result.append(("solve", self._block.weights + self.packed + 3 * FP32 * linear.m * linear.n, {}, 16 * linear.m * linear.n))
             return result
-        packed = 0
+        packed = originals = 0
         for level in self._levels():
             wanted = [(g, self._wanted(g.linears)) for g in level]
             wanted = [(g, linears) for g, linears in wanted if linears]
             if not wanted:
                 continue
-            hessians = sum(FP32 * g.n * g.n for g, _ in wanted)
-            held = self._block.weights + packed + self._block.calls.at(self._batch)
+            # One for the cross matrix too.
+            sums = self._work.streams * sum(FP32 * g.n * g.n for g, _ in wanted)
+            held = self._block.weights + originals + packed + self._block.calls.at(self._batch)
             deepest = max(g.level for g, _ in wanted)
-            result.append(("replay", held + hessians + self._capture(deepest, [g for g, _ in wanted]), self._replayed(deepest), 0))
+            result.append(("replay", held + sums + self._capture(deepest, [g for g, _ in wanted]), self._replayed(deepest), 0))
             for group, linears in wanted:
-                square = FP32 * group.n * group.n
-                products = {"hessian": float(self._tokens) * group.n * group.n}
-                result.append(("hessian", held + hessians, products, 0))
-                result.append(("factor", held + hessians + self._factor(group, linears), {"single": group.n**3 / 3}, 0))
+                square = float(group.n) * group.n
                 rows = sum(linear.m for linear in linears)
-                solved = {"solve": float(rows) * group.n * group.n}
-                result.append(("solve", held + hessians + self._solve(group, linears), solved, 14.0 * rows * group.n))
-                result.append(("pack", held + hessians + self._pack(group, linears), {}, 6.0 * rows * group.n))
+                accumulated = {"hessian": self._tokens * square * (3 if self._paired else 1)}
+                result.append(("hessian", held + sums, accumulated, 0))
+                result.append(("factor", held + sums + self._factor(group, linears), {"single": group.n * square / 3}, 0))
+                solved = {"solve": 3 * rows * square, "single": 2 * rows * square} if self._paired else {"solve": rows * square}
+                result.append(("solve", held + sums + self._solve(group, linears), solved, 14.0 * rows * group.n))
+                originals += self._paired * self._shape.itemsize * rows * group.n
+                held = self._block.weights + originals + packed + self._block.calls.at(self._batch)
+                result.append(("pack", held + sums + self._pack(group, linears), {}, 6.0 * rows * group.n))
                 packed += sum(packed_bytes(linear, self._schemes[linear.name]) for linear in linears)
-                held = self._block.weights + packed + self._block.calls.at(self._batch)
-                hessians -= square
-        held = self._block.weights + self._block.calls.at(self._batch)
+                held = self._block.weights + originals + packed + self._block.calls.at(self._batch)
+                sums -= self._work.streams * FP32 * group.n * group.n
+        held = self._block.weights + originals + self._block.calls.at(self._batch)
         result.append(("replay", held + self._block.forward.at(self._batch), self._replayed(None), 0))
         return result
 
@@ -233,9 +272,16 @@ class BlockCost:
         """Bytes of the forwards that feed a level's Hessians, of the input in the Hessian's precision, and of it without NaN."""
         reach = self._block.reach[level]
         tokens = min(CHUNK_TOKENS, self._batch * self._shape.seqlen)
-        widened = 0 if self._choice.on_gpu or self._shape.itemsize == FP32 else FP32 * tokens * max(g.n for g in groups)
-        masked = self._shape.itemsize * tokens * max(g.n for g in groups) if self._work.on_nonfinite == "skip" else 0
-        return max(reach.peak.at(self._batch), reach.held.at(self._batch) + widened + masked)
+        chunk = tokens * max(g.n for g in groups)
+        widened = 0 if self._choice.on_gpu or self._shape.itemsize == FP32 else FP32 * chunk
+        masked = self._shape.itemsize * chunk if self._work.on_nonfinite == "skip" else 0
+        if not self._paired:
+            return max(reach.peak.at(self._batch), reach.held.at(self._batch) + widened + masked)
+        # The inputs in the original model stay while the block runs again; then they are widened, and their difference is one more chunk.
+        before = self._shape.itemsize * self._batch * self._shape.seqlen * sum(g.n for g in groups)
+        widened = FP32 * chunk * (1 if self._shape.itemsize == FP32 else 2)
+        masked = FP32 * chunk if self._work.on_nonfinite == "skip" else 0
+        return before + max(reach.peak.at(self._batch), reach.held.at(self._batch) + widened + masked)
 
     def _factor(self, group: GroupShape, linears: list[LinearShape]) -> int:
         """Beside the Hessian: what a permutation moves, or the panels; and a copy where schemes need factors of their own."""
@@ -253,7 +299,8 @@ class BlockCost:
             rows = [linear.m for linear in linears if self._schemes[linear.name] == scheme]
             m, static = sum(rows), scheme.act_order or scheme.group_width(n) == n
             panel = min(n, PANEL if static else max(PANEL, scheme.group_width(n)))
-            converted = FP32 * min(CONVERTED, n * max(rows)) * (1 + scheme.act_order + 3 * (static and scheme.mse))
+            buffers = 1 + scheme.act_order + 3 * (static and scheme.mse)
+            converted = FP32 * min(CONVERTED, n * max(rows)) * (max(buffers, CORRECTING) if self._paired else buffers)
             loop = n * m + FP32 * ((panel + BLOCK + 3 * SUB_BLOCK * (not self._choice.on_gpu)) * m + 3 * BLOCK * n)
             most = max(most, FP32 * n * m + max(converted, loop) + 2 * FP32 * m * (n // scheme.group_width(n)))
         return most
@@ -275,4 +322,4 @@ class BlockCost:
         # Attention lies behind the first level; where its module is skipped, so is it.
         attention = (level is None or level > 0) and not any(level_of.get(name) == 0 for name in skipped)
         products = 2.0 * self._tokens * sum(linear.m * linear.n for linear in run)
-        return {"products": products + attention * self._work.rows * self._block.attention}
+        return {"products": self._work.streams * (products + attention * self._work.rows * self._block.attention)}

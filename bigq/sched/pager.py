@@ -143,6 +143,12 @@ class Pager:
             raise UnsupportedModelError(f"{type(self.model).__name__}: has no output head")
         return module
 
+    @property
+    def head_name(self) -> str:
+        """The head's module name."""
+        head = self.head
+        return next(str(name) for name, module in self.model.named_modules() if module is head)
+
     def block_names(self, i: int) -> list[str]:
         """Names of the parameters and persistent buffers of block i."""
         return self._block_names[i]

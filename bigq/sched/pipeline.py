@@ -21,7 +21,7 @@ from bigq import faults, skeleton
 from bigq.arch import block_linears
 from bigq.clock import Clock
 from bigq.config import JobConfig
-from bigq.errors import Stopped, UsageError
+from bigq.errors import NumericsError, Stopped, UsageError
 from bigq.io.index import TensorInfo
 from bigq.io.outgoing import Outgoing
 from bigq.io.stamps import Stamps
@@ -31,12 +31,15 @@ from bigq.report import LinearRecord
 from bigq.sched.activations import ActivationStore
 from bigq.sched.batches import Batches, Halving, told
 from bigq.sched.behind import WriteBehind
-from bigq.sched.block import BlockJob, Memo, Skipped, Solved, propagate, round_block, solve_block
+from bigq.sched.block import BlockJob, Skipped, Solved, propagate, round_block, solve_block
 from bigq.sched.checkpoint import Checkpoints
 from bigq.sched.cost import Choice
 from bigq.sched.finish import FinishedBlock, reopen_folder
+from bigq.sched.head import Head, solve_head
 from bigq.sched.journal import STATE_FOLDER, Commit, Journal, modification_time
+from bigq.sched.memo import Memo
 from bigq.sched.memory import return_freed_memory
+from bigq.sched.original import ORIGINAL_STEP, Original
 from bigq.sched.owner import Owner
 from bigq.sched.pager import Pager
 from bigq.sched.probe import Probe, embed, probe_model, store_for
@@ -60,6 +63,7 @@ class Job:
     journal: Journal
     owner: Owner
     rest: list[list[TensorInfo]]
+    head: Head | None
     progress: Progress
     clock: Clock
     behind: WriteBehind
@@ -76,7 +80,7 @@ class Job:
         self._check_committed()
         missing = self.journal.missing
         wanted = [number - len(self.rest) for number in missing if number >= len(self.rest)]
-        self.resumed = len(self.pager.blocks) - len(wanted)
+        self.resumed = len(self.pager.blocks) - sum(i < len(self.pager.blocks) for i in wanted)
         self.progress.start(self.resumed)
         if missing:
             reopen_folder(self.journal.out)
@@ -94,7 +98,10 @@ class Job:
         plans: dict[Any, BlockPlan] = {}
         if rows is None:
             for i in wanted:
-                self._block(i, probe, plans, None, last=True)
+                if i < len(self.pager.blocks):
+                    self._block(i, probe, plans, [], last=True)
+                else:
+                    self._head(None)
         else:
             self._stream(rows, probe, plans, wanted)
         with self.clock.phase("write"):
@@ -104,25 +111,34 @@ class Job:
         """Take the calibration rows through the blocks up to the last one that is wanted."""
         tier = Tier(self.choice.tier, self.pager.device, self.journal.out / STATE_FOLDER, self.clock)
         batches = Batches(self.choice.batch, self.journal.halvings, self._halved)
-        with contextlib.closing(store_for(self.pager, rows, batches, probe, tier)) as store:
+        with contextlib.ExitStack() as stack:
+            stores = [stack.enter_context(contextlib.closing(store_for(self.pager, rows, batches, probe, tier)))]
+            if self.config.method == "gptaq":
+                stores.append(stack.enter_context(contextlib.closing(stores[0].twin())))
             self.progress.phase("calibration rows")
             with self.clock.phase("embed"):
-                self.entering = self.checkpoints.restore(wanted[0], store)
+                self.entering = self.checkpoints.restore(wanted[0], *stores)
                 if self.entering is None:
-                    embed(self.pager, rows, probe, store)
+                    embed(self.pager, rows, probe, stores[0])
+                    for other in stores[1:]:
+                        other.copy_of(stores[0])
                     self.entering = 0
                 faults.point("rows.embedded")
-            store.pause, store.passing = self._pause, self.progress.step
+            for store in stores:
+                store.pause, store.passing = self._pause, self.progress.step
             try:
                 for _ in range(self.entering):
                     self.progress.block_skipped()
-                for i in range(self.entering, wanted[-1] + 1):
-                    self._block(i, probe, plans, store, last=i == wanted[-1])
+                for i in range(self.entering, min(wanted[-1] + 1, len(self.pager.blocks))):
+                    self._block(i, probe, plans, stores, last=i == wanted[-1])
+                if wanted[-1] == len(self.pager.blocks):
+                    self._head((stores[0], rows, probe))
             except Stopped:
-                self._save_on_leaving(store)
+                self._save_on_leaving(stores)
                 raise
 
-    def _block(self, i: int, probe: Probe, plans: dict[Any, BlockPlan], store: ActivationStore | None, *, last: bool) -> None:
+    def _block(self, i: int, probe: Probe, plans: dict[Any, BlockPlan], stores: Sequence[ActivationStore], *, last: bool) -> None:
+        """stores: the rows as the quantized blocks before leave them, and for asymmetric calibration as the original ones do."""
         prefix = f"{self.pager.blocks_path}.{i}"
         self.clock.subject = prefix
         finished = self.journal.committed(len(self.rest) + i)
@@ -143,7 +159,8 @@ class Job:
                 plans[shape] = plan_block(block, probe.hidden, probe.calls[i])
         plan = plans[shape] if self.choice.memo else dataclasses.replace(plans[shape], shortcuts=())
         records: list[LinearRecord] = []
-        with contextlib.closing(Memo()) as memo:
+        with contextlib.ExitStack() as stack:
+            memos = [stack.enter_context(contextlib.closing(Memo())) for _ in range(2)]
             job = BlockJob(
                 index=i,
                 prefix=prefix,
@@ -152,20 +169,18 @@ class Job:
                 schemes=self._schemes(prefix, plan),
                 device=self.pager.device,
                 clock=self.clock,
-                memo=memo,
+                memo=memos[0],
+                original=Original(stores[1], memos[1], self.config.alpha) if len(stores) > 1 else None,
                 on_nonfinite=self.config.on_nonfinite,
             )
             if finished is None:
-                records = self._solve_and_commit(job, store)
-            else:
-                self._restore(job, finished)
-            if store is not None and not last:
+                records = self._solve_and_commit(job, stores[0] if stores else None)
+            if stores and not last:
                 self.progress.phase("replay", i)
                 self._pause()
                 self.entering = None
                 began = time.monotonic()
-                with self.clock.phase("replay"):
-                    lost = propagate(i, block, store, prefix, job.memo, self.config.on_nonfinite)
+                lost = self._replay(job, stores[0], finished)
                 self.entering = i + 1
                 if lost:
                     self.progress.say(
@@ -183,13 +198,29 @@ class Job:
         else:
             worst = max(records, key=lambda r: r.relative_error, default=None)
             named = None if worst is None else (worst.name.removeprefix(prefix + "."), worst.relative_error)
-            left = sum(number > len(self.rest) + i for number in self.journal.missing)
+            behind = range(len(self.rest) + i + 1, len(self.rest) + len(self.pager.blocks))
+            left = sum(number in behind for number in self.journal.missing)
             self.progress.block_done(i, time.monotonic() - started, named, left)
-        if store is not None and not last and self.checkpoints.due:
+        if stores and not last and self.checkpoints.due:
             self.progress.phase(f"saving activations at block {i + 2}")
             with self.clock.phase("checkpoint"):
                 self.behind.wait()
-                self._save(i + 1, store)
+                self._save(i + 1, stores)
+
+    def _replay(self, job: BlockJob, store: ActivationStore, finished: Commit | None) -> int:
+        """Take the rows through a block, the original ones first; returns how many tokens are lost (see ``propagate``).
+
+        finished: of a block that was not solved in this run. It holds its original weights until the original rows are through.
+        """
+        lost = 0
+        if job.original is not None:
+            with self.clock.phase("replay"), job.original.weights_of(job.block):
+                at = job.original.store, job.prefix, job.original.memo, job.on_nonfinite, (job.index, ORIGINAL_STEP)
+                lost = propagate(job.index, job.block, *at)
+        if finished is not None:
+            self._restore(job, finished)
+        with self.clock.phase("replay"):
+            return propagate(job.index, job.block, store, job.prefix, job.memo, job.on_nonfinite) or lost
 
     def _pause(self) -> None:
         """Between steps: raise Stopped where asked to stop, unless the block can be finished within the grace."""
@@ -197,15 +228,15 @@ class Job:
             at = "?" if self.entering is None else str(self.entering + 1)
             raise self.stop.stopped(f"at block {at} of {len(self.pager.blocks)}")
 
-    def _save_on_leaving(self, store: ActivationStore) -> None:
+    def _save_on_leaving(self, stores: Sequence[ActivationStore]) -> None:
         """Keep what the job got to, as far as the grace allows."""
         self.behind.wait()
-        if self.entering is not None and self.checkpoints.expected_seconds(store) < self.stop.left / 2:
-            self._save(self.entering, store)
+        if self.entering is not None and self.checkpoints.expected_seconds(*stores) < self.stop.left / 2:
+            self._save(self.entering, stores)
 
-    def _save(self, block: int, store: ActivationStore) -> None:
+    def _save(self, block: int, stores: Sequence[ActivationStore]) -> None:
         """Keep what enters a block on disk, where there is room."""
-        self.checkpoints.save(block, store)
+        self.checkpoints.save(block, *stores)
         if self.checkpoints.keeps(block):
             self.progress.event("checkpoint", block=block + 1, blocks=len(self.pager.blocks))
 
@@ -256,6 +287,34 @@ class Job:
             self.behind.start(lambda: self._commit(len(self.rest) + job.index, tensors, records, left_out, skipped, batch))
         return records
 
+    def _head(self, inputs: tuple[ActivationStore, Tensor, Probe] | None) -> None:
+        """Quantize the output head and commit it. inputs: as ``solve_head`` takes them."""
+        head = self.head
+        assert head is not None
+        self.progress.phase("output head")
+        self.clock.subject = head.name
+        records: list[LinearRecord] = []
+        skipped: dict[str, str] = {}
+        number = len(self.rest) + len(self.pager.blocks)
+        try:
+            solved = solve_head(head, self.pager, self.clock, inputs, finite_only=self.config.on_nonfinite == "skip")
+        except NumericsError as error:
+            if self.config.on_nonfinite != "skip":
+                raise
+            skipped[head.name] = str(error).removeprefix(f"{head.name}: ").partition(";")[0]
+            self.progress.say(f"{head.name} stays unquantized: {skipped[head.name]}")
+            tensors = [OutputTensor.copy_of(head.source)]
+        else:
+            with self.clock.phase("pack"):
+                packed = self.config.made.pack(head.source.name.removesuffix(".weight"), solved.weight, head.source.dtype)
+            records.append(solved.record())
+            tensors = [OutputTensor.of(name, tensor, self.outgoing) for name, tensor in packed.items()]
+        faults.point("block.solved")
+        batch = None if inputs is None else inputs[0].batch
+        self.clock.settle()
+        with self.clock.phase("write"):
+            self.behind.start(lambda: self._commit(number, tensors, records, list(skipped), skipped, batch))
+
     def _restore(self, job: BlockJob, commit: Commit) -> None:
         """Give a block that an earlier run committed the weights that it was committed with."""
         finished = FinishedBlock(self.journal.out, commit, self.config.made)
@@ -281,6 +340,9 @@ class Job:
         """Names of the checkpoint's tensors that shard ``number`` is made from, in the checkpoint's order."""
         if number < len(self.rest):
             return [info.name for info in self.rest[number]]
+        if number == len(self.rest) + len(self.pager.blocks):
+            assert self.head is not None
+            return [self.head.source.name]
         prefix = f"{self.pager.blocks_path}.{number - len(self.rest)}"
         own = {info.name for name, info in self.pager.sources.items() if name.startswith(prefix + ".")}
         return [name for name in self.pager.checkpoint if name in own]

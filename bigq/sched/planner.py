@@ -120,10 +120,10 @@ class Plan:
         return "\n".join(lines)
 
     def _how(self) -> str:
-        if self.work.method == "rtn":
+        if not self.work.streams:
             return "rounding to nearest"
         where = {"gpu": "on the GPU", "host": "in host memory", "disk": "on disk"}[self.choice.tier]
-        parts = [f"activations {where}", f"batch {self.choice.batch}"]
+        parts = [f"activations {'of both models ' if self.work.streams > 1 else ''}{where}", f"batch {self.choice.batch}"]
         if any(block.memos for block in self.shape.blocks):
             parts.append("attention outputs kept" if self.choice.memo else "attention outputs not kept")
         parts.append(f"{show_size(self.choice.ahead)} read ahead" if self.choice.ahead else "nothing read ahead")
@@ -152,7 +152,7 @@ def make_plan(
             break
     assert best is not None
     _, choice, cost = best
-    if config.checkpoint_every is not None and work.method != "rtn":
+    if config.checkpoint_every is not None and work.streams:
         saving = dataclasses.replace(choice, checkpoints=True)
         if not _over(with_them := job_cost(shape, work, saving, base), budgets)[2]:
             choice, cost = saving, with_them

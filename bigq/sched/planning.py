@@ -85,6 +85,7 @@ def _work(config: JobConfig, rows: int, tokens: int) -> Work:
         method=config.method,
         true_sequential=config.true_sequential,
         on_nonfinite=config.on_nonfinite,
+        lm_head=config.lm_head,
     )
 
 

@@ -15,6 +15,7 @@ from bigq.config import DEFAULT_SEQLEN, JobConfig
 from bigq.errors import UsageError
 from bigq.io.index import TensorInfo
 from bigq.kernels.grid import SCALE_BITS
+from bigq.sched.head import Head
 from bigq.sched.pager import Pager
 from bigq.sched.structure import SMALLEST
 from bigq.scheme import QuantScheme, scheme_for
@@ -60,13 +61,13 @@ def settled_scheme(pager: Pager, config: JobConfig) -> QuantScheme:
     return dataclasses.replace(config.scheme, scale_bits=8 if torch.bfloat16 in types else SCALE_BITS)
 
 
-def rest_shards(pager: Pager) -> list[list[TensorInfo]]:
-    """The tensors outside the blocks (and those that the model has no place for), gathered into shards."""
+def rest_shards(pager: Pager, head: Head | None = None) -> list[list[TensorInfo]]:
+    """The tensors outside the blocks (and those that the model has no place for), gathered into shards; without a head that is packed."""
     in_blocks = {info.name for name, info in pager.sources.items() if name.startswith(pager.blocks_path + ".")}
     shards: list[list[TensorInfo]] = []
     size = 0
     for name, info in pager.checkpoint.tensors.items():
-        if name in in_blocks:
+        if name in in_blocks or (head is not None and name == head.source.name):
             continue
         if not shards or size + info.nbytes > REST_SHARD_BYTES:
             shards.append([])

@@ -69,7 +69,9 @@ CHANGES: Mapping[str, Change] = {
     "settings.scheme.scale_bits": Change(May.REFUSED, "--scale-bits"),
     "settings.rules": Change(May.REFUSED, "--rule/--skip"),
     "settings.method": Change(May.REFUSED, "--method"),
+    "settings.alpha": Change(May.REFUSED, "--alpha"),
     "settings.format": Change(May.REFUSED, "--format"),
+    "settings.lm_head": Change(May.REFUSED, "--lm-head"),
     "settings.true_sequential": Change(May.REFUSED, "--true-sequential"),
     "settings.samples": Change(May.REFUSED, "--samples"),
     "settings.seqlen": Change(May.REFUSED, "--seqlen"),
@@ -113,6 +115,7 @@ _TYPED: Mapping[str, tuple[str, str]] = {
     "settings.scheme.symmetric": ("--asym", "--sym"),
     "settings.scheme.act_order": ("--no-act-order", "--act-order"),
     "settings.scheme.mse": ("--no-mse", "--mse"),
+    "settings.lm_head": ("--no-lm-head", "--lm-head"),
     "settings.true_sequential": ("--no-true-sequential", "--true-sequential"),
     "settings.trust_remote_code": ("--no-trust-remote-code", "--trust-remote-code"),
 }

@@ -27,6 +27,7 @@ from bigq.sched.behind import WriteBehind
 from bigq.sched.checkpoint import Checkpoints
 from bigq.sched.device import choose_device, memory_errors
 from bigq.sched.finish import finish_folder, is_finished
+from bigq.sched.head import head_of
 from bigq.sched.journal import STATE_FOLDER, Journal, read_job, require_ours
 from bigq.sched.memory import hold_heap
 from bigq.sched.owner import owned, refuse_if_held
@@ -90,8 +91,10 @@ def quantize(
         stop.check()
         plan = plan_job(pager, rows, config, out)
         config = dataclasses.replace(config, batch=plan.choice.batch)
-        rest = rest_shards(pager)
+        head = head_of(pager, config)
+        rest = rest_shards(pager, head)
         units = [f"rest-{i}" for i in range(len(rest))] + [f"block-{i}" for i in range(len(pager.blocks))]
+        units += [] if head is None else ["head-0"]
         with Progress(len(pager.blocks), device, config.quiet, display=display) as progress:
             progress.planned(plan.brief(), plan.to_json())
             if plan.shortages:
@@ -116,7 +119,20 @@ def quantize(
                         every = config.checkpoint_every if plan.choice.checkpoints else None
                         checkpoints = Checkpoints(out / STATE_FOLDER, every, progress.say)
                         job = Job(
-                            pager, config, plan.choice, journal, owner, rest, progress, clock, behind, outgoing, checkpoints, stamps, stop
+                            pager,
+                            config,
+                            plan.choice,
+                            journal,
+                            owner,
+                            rest,
+                            head,
+                            progress,
+                            clock,
+                            behind,
+                            outgoing,
+                            checkpoints,
+                            stamps,
+                            stop,
                         )
                         job.run(rows)
                 finally:

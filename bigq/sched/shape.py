@@ -95,7 +95,7 @@ class ModelShape:
     path: of the list of blocks. blocks: one by one (blocks of a kind share one object). seqlen: tokens of the rows that were looked
     at. width: of the hidden states; itemsize: bytes of an element in the compute dtype. vocabulary: rows of the embedding;
     embedding_row: bytes of one in the checkpoint. rest_stored: bytes of all tensors outside the blocks; rest_loaded: of those that
-    an embedding pass needs beside the embedding.
+    an embedding pass needs beside the embedding. head: the output head, by its module name, where it is a Linear of its own.
     """
 
     path: str
@@ -107,6 +107,7 @@ class ModelShape:
     embedding_row: int
     rest_stored: int
     rest_loaded: int
+    head: LinearShape | None = None
 
     @property
     def stored(self) -> int:

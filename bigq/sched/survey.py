@@ -78,7 +78,16 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
         embedding_row=embedding.embedding_dim * (info.dtype if info is not None else outline.dtype).itemsize,
         rest_stored=stored - sum(shape.stored for shape in shapes),
         rest_loaded=rest,
+        head=_head(outline, model, head, embedding),
     )
+
+
+def _head(outline: Outline, model: nn.Module, head: nn.Module | None, embedding: nn.Module) -> LinearShape | None:
+    """The output head, where it is a Linear with a weight of its own."""
+    if not isinstance(head, nn.Linear) or head.weight is embedding.weight:
+        return None
+    name = next(n for n, m in model.named_modules() if m is head)
+    return LinearShape(name, head.out_features, head.in_features, _bytes(outline, f"{name}.weight"))
 
 
 @dataclass(slots=True)

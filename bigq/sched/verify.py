@@ -39,7 +39,7 @@ _LIVING = (_MANIFEST, _RUNS, _EVALUATIONS, _OWNER, f"{STATE_FOLDER}/{LOCK_NAME}"
 _ALWAYS = (INDEX_NAME, "config.json", _JOB, _JOURNAL, f"{STATE_FOLDER}/linears.jsonl")
 
 _SHARD = re.compile(r"model-(\d{5,})-of-(\d{5,})\.safetensors")
-_UNIT = re.compile(r"(rest|block)-(0|[1-9]\d*)")
+_UNIT = re.compile(r"(rest|block|head)-(0|[1-9]\d*)")
 
 
 def verify(out: Path, *, trust_remote_code: bool = False) -> list[str]:
@@ -203,8 +203,10 @@ class _Verification:
             numbers.add(number)
             if unit[1] == "block":
                 shifts.add(number - 1 - place)
-            elif number == place + 1:
+            elif unit[1] == "rest" and number == place + 1:
                 outside += 1
+            elif unit[1] == "head" and (place, number) == (0, int(file[2])):
+                continue
             else:
                 self._say(_JOURNAL, f"commits {commit.unit} in {commit.shard.file}, the place of another")
         if len(totals) > 1 or len(shifts) > 1:

@@ -80,26 +80,27 @@ def model_problems(out: Path, job: JobConfig, left_out: tuple[str, ...], scans: 
     linears = {prefix: linear for scan in scans.values() for prefix, linear in scan.linears.items()}
     zeros = {prefix: seen for scan in scans.values() for prefix, seen in scan.zeros.items()}
     belonging, mark = set(), job.made.mark
-    for i, block in enumerate(pager.blocks):
-        for name, module in block_linears(block).items():
-            full = f"{pager.blocks_path}.{i}.{name}"
-            scheme = None if full in left_out else scheme_for(full, job.base_scheme, job.rules)
-            prefix = pager.packed.get(f"{full}.weight")
-            if scheme is None or prefix is None:
-                if scheme is not None:
-                    yield pager.sources[f"{full}.weight"].file.name, f"{full} is not packed, although the job says that it is"
-                continue
-            belonging.add(prefix)
-            m, n = linear_weight(module).shape
-            expected = PackedLinear(bits=scheme.bits, outputs=m, inputs=n, groups=n // scheme.group_width(n))
-            file, middle = pager.checkpoint[f"{prefix}.{mark}"].file.name, 2 ** (scheme.bits - 1)
-            if f"{full}.weight" in pager.sources:
-                yield file, f"tensor {pager.sources[f'{full}.weight'].name} is there although its Linear is packed"
-            if prefix not in linears:
-                continue  # its tensors do not belong together, which was said of its shard
-            if linears[prefix] != expected:
-                yield file, f"tensor {prefix}.{mark} is packed as {linears[prefix]}; the model and the job make it {expected}"
-            elif scheme.symmetric and zeros.get(prefix, (middle, middle)) != (middle, middle):
-                yield file, f"tensor {prefix}.qzeros holds other zero points than {middle}, although the job's are symmetric"
+    modules = {f"{pager.blocks_path}.{i}.{name}": m for i, block in enumerate(pager.blocks) for name, m in block_linears(block).items()}
+    if job.lm_head:
+        modules[pager.head_name] = pager.head
+    for full, module in modules.items():
+        scheme = None if full in left_out else scheme_for(full, job.base_scheme, job.rules)
+        prefix = pager.packed.get(f"{full}.weight")
+        if scheme is None or prefix is None:
+            if scheme is not None:
+                yield pager.sources[f"{full}.weight"].file.name, f"{full} is not packed, although the job says that it is"
+            continue
+        belonging.add(prefix)
+        m, n = linear_weight(module).shape
+        expected = PackedLinear(bits=scheme.bits, outputs=m, inputs=n, groups=n // scheme.group_width(n))
+        file, middle = pager.checkpoint[f"{prefix}.{mark}"].file.name, 2 ** (scheme.bits - 1)
+        if f"{full}.weight" in pager.sources:
+            yield file, f"tensor {pager.sources[f'{full}.weight'].name} is there although its Linear is packed"
+        if prefix not in linears:
+            continue  # its tensors do not belong together, which was said of its shard
+        if linears[prefix] != expected:
+            yield file, f"tensor {prefix}.{mark} is packed as {linears[prefix]}; the model and the job make it {expected}"
+        elif scheme.symmetric and zeros.get(prefix, (middle, middle)) != (middle, middle):
+            yield file, f"tensor {prefix}.qzeros holds other zero points than {middle}, although the job's are symmetric"
     for prefix in sorted(linears.keys() - belonging):
         yield pager.checkpoint[f"{prefix}.{mark}"].file.name, f"{prefix} is packed, but is no Linear that the job packs"

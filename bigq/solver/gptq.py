@@ -32,6 +32,7 @@ from bigq.kernels.grid import GridSpec, GroupGrid, find_grid
 from bigq.kernels.pick import empty_columns
 from bigq.kernels.precision import fp32_products
 from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.solver.asymmetric import Correction
 from bigq.solver.hessian import LEAVE_OUT, Factor, factorize
 from bigq.solver.storable import require_storable
 
@@ -48,18 +49,21 @@ ENERGY_ROWS = 128
 CONVERTED = 2**24
 
 
-def solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str = "the Linear") -> list[QuantizedWeight]:
+def solve(
+    weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str = "the Linear", correction: Correction | None = None
+) -> list[QuantizedWeight]:
     """Quantize the weights [m_i, n] of Linears that share an input, in one pass over their stacked rows.
 
+    correction: applied to them first; losses and energies are those of the corrected weights.
     Computes in the dtype of the factor (fp32 or fp64). Raises NumericsError where something is not finite, UsageError
     where the group size does not divide n.
     """
     with fp32_products(factor.r, tf32=False):
-        return _solve(weights, factor, scheme, name)
+        return _solve(weights, factor, scheme, name, correction)
 
 
-def _solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str) -> list[QuantizedWeight]:
-    columns = _Columns.load(weights, factor, scheme)
+def _solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str, correction: Correction | None) -> list[QuantizedWeight]:
+    columns = _Columns.load(weights, factor, scheme, correction)
     rows = [w.shape[0] for w in weights]
     energy = [_energy(part, factor.r) for part in columns.work.split(rows, 1)]
     codes, loss = _quantize_columns(columns, factor.r)
@@ -85,11 +89,15 @@ def _solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str
     ]
 
 
-def quantize_linear(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> QuantizedWeight:
-    """Quantize one Linear with GPTQ.
+def quantize_linear(
+    weight: Tensor, hessian: Tensor, scheme: QuantScheme, cross: Tensor | None = None, alpha: float = 1.0
+) -> QuantizedWeight:
+    """Quantize one Linear with GPTQ, or with asymmetric calibration where a cross matrix is given.
 
     weight: [m, n], any floating type. hessian: symmetric [n, n], ``2/T · XᵀX`` of the layer's inputs (any positive
-    multiple gives the same codes); it is not changed. Computes in fp64 where either is fp64, else in fp32.
+    multiple gives the same codes); it is not changed. cross: ``2/T · (X₀ − X)ᵀX`` [n, n], where X₀ is what the inputs were in the
+    original model (the same multiple as H's); alpha: its strength, see ``solver.asymmetric``.
+    Computes in fp64 where weight or Hessian is fp64, else in fp32.
 
     Raises NumericsError where a value is not finite or H cannot be factored, UsageError where shapes or the
     group size do not fit.
@@ -97,13 +105,18 @@ def quantize_linear(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> Qua
     m, n = weight.shape
     if hessian.shape != (n, n):
         raise UsageError(f"weight is {m} × {n}, so the Hessian must be {n} × {n}, not {tuple(hessian.shape)}")
+    if cross is not None and cross.shape != (n, n):
+        raise UsageError(f"weight is {m} × {n}, so the cross matrix must be {n} × {n}, not {tuple(cross.shape)}")
+    if cross is not None and not finite(cross):
+        raise NumericsError("the cross matrix contains NaN or Inf")
     if not finite(weight):
         raise NumericsError("the weight contains NaN or Inf")
     dtype = torch.float64 if torch.float64 in (weight.dtype, hessian.dtype) else torch.float32
     # Triton launches on the current device, which need not be the one that holds the tensors.
     with torch.cuda.device(hessian.device) if hessian.is_cuda else contextlib.nullcontext():
         factor = factorize(hessian.to(dtype, copy=True), act_order=scheme.act_order, damping=scheme.damping)
-        return solve([weight.to(hessian.device)], factor, scheme)[0]
+        correction = None if cross is None else Correction(cross.to(hessian.device, dtype), alpha)
+        return solve([weight.to(hessian.device)], factor, scheme, correction=correction)[0]
 
 
 @dataclass(slots=True)
@@ -113,8 +126,8 @@ class _Columns:
     work: [n, m] in the working dtype and in the order of the loop; column by column the weights give way to W − Q.
     group: int32 [n], the group of each column. width: inputs per group. spec: what a group's grid may be.
     scale, zero: [G, m] in the working dtype.
-    static: they are known from the original weights, before any error is spread; else each group's is found when the
-        loop reaches it, which needs the natural order.
+    static: they are known from the original (or corrected) weights, before any error is spread; else each group's is found when
+        the loop reaches it, which needs the natural order.
     """
 
     work: Tensor
@@ -126,8 +139,8 @@ class _Columns:
     static: bool
 
     @classmethod
-    def load(cls, weights: list[Tensor], factor: Factor, scheme: QuantScheme) -> _Columns:
-        """Convert weights [m_i, n] of any floating type, some rows at a time; dead inputs become zero."""
+    def load(cls, weights: list[Tensor], factor: Factor, scheme: QuantScheme, correction: Correction | None = None) -> _Columns:
+        """Convert weights [m_i, n] of any floating type, some rows at a time, and correct them; dead inputs become zero."""
         n, dtype, device = factor.r.shape[0], factor.r.dtype, factor.r.device
         m = sum(w.shape[0] for w in weights)
         width = scheme.group_width(n)
@@ -141,7 +154,10 @@ class _Columns:
         all_alive = bool(alive.all())
         at = 0
         for rows in (part for w in weights for part in w.split(max(1, CONVERTED // n))):
-            natural = rows.to(dtype) if all_alive else rows.to(dtype) * alive
+            if correction is None:
+                natural = rows.to(dtype) if all_alive else rows.to(dtype) * alive
+            else:
+                natural = correction.apply(rows.to(dtype, copy=True), factor).mul_(alive)
             to = slice(at, at + len(rows))
             if static:
                 columns.scale[:, to], columns.zero[:, to] = find_grid(natural.view(len(rows), -1, width).permute(2, 1, 0), scheme.grid)

@@ -96,21 +96,36 @@ def test_flags_that_make_no_sense(flags: list[str], words: str, tmp_path: Path, 
 PROGRAM = """
 import json, sys
 import bigq
-source, out, ids, rows, seqlen, act_order = sys.argv[1:]
+source, out, ids, rows, seqlen, act_order, method = sys.argv[1:]
 scheme = bigq.QuantScheme(group_size=128, act_order=act_order == "1")
-config = bigq.JobConfig(scheme=scheme, calibration=ids, samples=int(rows), seqlen=int(seqlen), device="cpu", quiet=True)
+config = bigq.JobConfig(scheme=scheme, method=method, calibration=ids, samples=int(rows), seqlen=int(seqlen), device="cpu", quiet=True)
 report = bigq.quantize(source, out, config)
 print(json.dumps({"peak": report.host_peak_bytes, "planned": report.planned_host_bytes, "written": report.output_bytes}))
 """
 
 
 @pytest.mark.parametrize(
-    ("hidden", "inner", "rows", "seqlen", "act_order"),
-    [(512, 1408, 48, 256, False), (1024, 4096, 8, 512, True), (2048, 5632, 4, 256, False)],
-    ids=["many tokens", "wide, act-order", "large"],
+    ("hidden", "inner", "rows", "seqlen", "act_order", "method"),
+    [
+        (512, 1408, 48, 256, False, "gptq"),
+        (1024, 4096, 8, 512, True, "gptq"),
+        (2048, 5632, 4, 256, False, "gptq"),
+        (512, 1408, 48, 256, False, "gptaq"),
+        (1024, 4096, 8, 512, True, "gptaq"),
+        (2048, 5632, 4, 256, False, "gptaq"),
+    ],
+    ids=["many tokens", "wide, act-order", "large", "many tokens, gptaq", "wide, act-order, gptaq", "large, gptaq"],
 )
 def test_the_peak_is_within_a_tenth_of_the_plan(
-    hidden: int, inner: int, rows: int, seqlen: int, act_order: bool, child: Child, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hidden: int,
+    inner: int,
+    rows: int,
+    seqlen: int,
+    act_order: bool,
+    method: str,
+    child: Child,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of host memory on a CPU. More than the libraries is at stake in each shape."""
     import test_memory
@@ -121,15 +136,14 @@ def test_the_peak_is_within_a_tenth_of_the_plan(
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
     ids = save_ids(tmp_path / "ids.safetensors", random_ids(rows, seqlen))
-    done = child("-c", PROGRAM, source, tmp_path / "out", ids, str(rows), str(seqlen), str(int(act_order)), timeout=300)
+    done = child("-c", PROGRAM, source, tmp_path / "out", ids, str(rows), str(seqlen), str(int(act_order)), method, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["peak"] == pytest.approx(result["planned"], rel=0.1)
     idle = child("-c", test_memory.IDLE)
     assert result["peak"] - int(idle.stdout) > 40 * MIB
-    predicted = plan(
-        child, source, "--samples", str(rows), "--seqlen", str(seqlen), "--device", "cpu", *(["--act-order"] if act_order else [])
-    )
+    flags = ["--samples", str(rows), "--seqlen", str(seqlen), "--device", "cpu", "--method", method]
+    predicted = plan(child, source, *flags, *(["--act-order"] if act_order else []))
     assert predicted["host_bytes"] == pytest.approx(result["planned"], rel=0.05)
     assert result["written"] == pytest.approx(predicted["written_bytes"], rel=0.01)
 

@@ -136,7 +136,9 @@ def test_linears_stored_transposed_are_refused() -> None:
 
 def told(packed: dict[str, QuantScheme], others: tuple[str, ...] = ("lm_head",), usual: QuantScheme | None = None) -> dict[str, Any]:
     usual = usual or QuantScheme()
-    return FORMAT.config(Quantization(scheme=usual, rules=(), packed=packed, left_out=(), others=others, meta={"quantizer": "x"}))
+    return FORMAT.config(
+        Quantization(scheme=usual, rules=(), packed=packed, left_out=(), others=others, lm_head=False, meta={"quantizer": "x"})
+    )
 
 
 def test_config_says_what_readers_look_for() -> None:

@@ -35,7 +35,7 @@ def require_packable(name: str, m: int, n: int, scheme: QuantScheme) -> None:
 def quantization_config(
     scheme: QuantScheme, rules: tuple[Rule, ...], version: int, left_out: tuple[str, ...], meta: dict[str, str]
 ) -> dict[str, Any]:
-    told = Quantization(scheme=scheme, rules=rules, packed={}, left_out=left_out, others=("lm_head",), meta=meta)
+    told = Quantization(scheme=scheme, rules=rules, packed={}, left_out=left_out, others=("lm_head",), lm_head=False, meta=meta)
     return VERSIONS[version].config(told)
 
 

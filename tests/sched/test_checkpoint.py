@@ -380,7 +380,7 @@ def test_one_that_holds_something_else_is_passed_over(
     saved: Callable[..., Path], store: Callable[..., ActivationStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "TENSOR", "other")
+        patch.setattr(checkpoint_module, "TENSORS", ("other",))
         state = saved(2)
     said: list[str] = []
     assert opened(state, said=said).restore(9, store()) is None and "no such tensor" in said[0]

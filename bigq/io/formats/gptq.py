@@ -127,7 +127,7 @@ class Gptq(Format):
             "sym": scheme.symmetric,
             "desc_act": False,
             "static_groups": scheme.act_order,
-            "lm_head": False,
+            "lm_head": told.lm_head,
             "pack_dtype": "int32",
             "damp_percent": scheme.damping,
             "dynamic": dynamic,

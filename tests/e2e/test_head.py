@@ -1,0 +1,183 @@
+"""Quantizing the output head: on what really reaches it, resumed like a block, told in each format's way, or refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import decode, make_checkpoint, random_ids, save_ids, stored_tensors, streamed_logits
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import bigq
+from bigq.calibration import calibration_rows
+from bigq.config import JobConfig
+from bigq.errors import UsageError
+from bigq.sched import head as head_module
+from bigq.sched.journal import Commit, Journal
+from bigq.sched.planning import plan
+from bigq.sched.verify import verify
+from bigq.scheme import QuantScheme, Rule
+from bigq.solver.gptq import quantize_linear
+from bigq.solver.rtn import round_to_nearest
+
+SCHEME = QuantScheme(group_size=32, symmetric=False)
+
+
+def hashes(out: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir()) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_ids(tmp_path_factory.mktemp("ids") / "ids.safetensors", random_ids())
+
+
+def job(ids: Path, **changes: Any) -> JobConfig:
+    values: dict[str, Any] = {"scheme": SCHEME, "calibration": str(ids), "samples": 8, "seqlen": 24, "batch": 3, "quiet": True}
+    return JobConfig(**{**values, "lm_head": True, "format": "gptq_v2", **changes})
+
+
+def dense(out: Path, source: Path) -> Any:
+    """transformers' model with the decoded weights of all packed Linears but the head."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tensors = stored_tensors(out)
+    for name, module in model.named_modules():
+        if f"{name}.qweight" in tensors and not name.startswith(("lm_head", "embed_out")):
+            module.weight.data = decode(tensors, name, 4, 2).weight(torch.float32)
+    return model.eval()
+
+
+def expected_hessian(model: Any, rows: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        model(rows)
+    hook.remove()
+    x = torch.cat(seen).double()
+    return 2 / len(x) * x.T @ x
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_the_head_is_solved_on_what_reaches_it(family: str, checkpoint: Callable[[str], Path], ids: Path, tmp_path: Path) -> None:
+    source, out = checkpoint(family), tmp_path / "out"
+    seen: list[Tensor] = []
+    factorize = head_module.factorize
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head_module, "factorize", lambda h, **options: factorize(seen.append(h.clone()) or h, **options))
+        bigq.quantize(str(source), out, job(ids))
+    rows = calibration_rows(str(ids), source, samples=8, seqlen=24, seed=0)
+    model = dense(out, source)
+    expected = expected_hessian(model, rows)
+    assert torch.allclose(seen[0].double(), expected, rtol=1e-4, atol=1e-4 * float(expected.diagonal().mean()))
+    name = "lm_head" if family == "llama" else "embed_out"
+    weight = load_head(source, name)
+    solved = quantize_linear(weight, seen[0], SCHEME)
+    got = decode(stored_tensors(out), name, 4, 2)
+    assert (got.codes == solved.codes).float().mean() > 0.999, "all in one go may round a tie otherwise"
+    model.get_output_embeddings().weight.data = got.weight(torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(streamed_logits(out, rows, 4), model(rows).logits, atol=1e-4)
+    assert verify(out) == []
+
+
+def load_head(source: Path, name: str) -> Tensor:
+    return stored_tensors(source)[f"{name}.weight"].float()
+
+
+def test_some_rows_at_a_time_are_as_good_as_all(
+    checkpoint: Callable[[str], Path], ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bigq.quantize(str(checkpoint("llama")), tmp_path / "all", job(ids))
+    monkeypatch.setattr(head_module, "SOLVED", 64 * 48)
+    bigq.quantize(str(checkpoint("llama")), tmp_path / "some", job(ids))
+    a, b = (decode(stored_tensors(tmp_path / name), "lm_head", 4, 2) for name in ("all", "some"))
+    assert (a.codes == b.codes).float().mean() > 0.999 and a.scales.shape == b.scales.shape
+
+
+def test_rounding_to_nearest(checkpoint: Callable[[str], Path], ids: Path, tmp_path: Path) -> None:
+    bigq.quantize(str(checkpoint("llama")), tmp_path / "out", job(ids, method="rtn"))
+    got = decode(stored_tensors(tmp_path / "out"), "lm_head", 4, 2)
+    expected = round_to_nearest(load_head(checkpoint("llama"), "lm_head"), SCHEME)
+    assert (got.codes == expected.codes).all()
+    assert verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptaq", "rtn"])
+def test_a_job_that_is_taken_up_ends_in_the_same_bytes(
+    method: str, checkpoint: Callable[[str], Path], ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = str(checkpoint("llama"))
+    bigq.quantize(source, tmp_path / "whole", job(ids, method=method))
+    expected = hashes(tmp_path / "whole")
+    units = len([*(tmp_path / "whole").glob("*.safetensors")])
+    commit = Journal.commit
+    for commits in (units - 2, units - 1, units):
+        done: list[str] = []
+
+        def striking(self: Journal, record: Commit, done: list[str] = done, commits: int = commits) -> None:
+            commit(self, record)
+            done.append(record.unit)
+            if len(done) == commits:
+                raise KeyboardInterrupt
+
+        out = tmp_path / f"after {commits}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "commit", striking)
+            with pytest.raises(KeyboardInterrupt):
+                bigq.quantize(source, out, job(ids, method=method, checkpoint_every=0.0))
+        assert done[-1] == ("head-0" if commits == units else f"block-{commits - units + 3}")
+        bigq.quantize(source, out)
+        assert hashes(out) == expected
+    (tmp_path / "whole" / f"model-{units:05d}-of-{units:05d}.safetensors").unlink()
+    assert verify(tmp_path / "whole")
+    bigq.quantize(source, tmp_path / "whole")
+    assert hashes(tmp_path / "whole") == expected and verify(tmp_path / "whole") == []
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_each_format_tells_it_in_its_way(format: str, checkpoint: Callable[[str], Path], ids: Path, tmp_path: Path) -> None:
+    source, rules = str(checkpoint("llama")), (Rule.parse("lm_head$:bits=8,sym=true"),)
+    for name, with_head in (("with", True), ("without", False)):
+        bigq.quantize(source, tmp_path / name, job(ids, format=format, lm_head=with_head, rules=rules))
+        config = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        if format == "gptq":
+            assert config["lm_head"] is with_head
+        else:
+            assert ("lm_head" in config["ignore"]) is not with_head
+            named = [group["targets"] for group in config["config_groups"].values()]
+            assert (["lm_head"] in named) is with_head
+        assert verify(tmp_path / name) == []
+    stored = stored_tensors(tmp_path / "with")
+    assert "lm_head.weight" not in stored and "lm_head.weight" in stored_tensors(tmp_path / "without")
+
+
+def test_skip_leaves_it_as_it_is(checkpoint: Callable[[str], Path], ids: Path, tmp_path: Path) -> None:
+    bigq.quantize(str(checkpoint("llama")), tmp_path / "out", job(ids, rules=(Rule("lm_head", None),)))
+    assert "lm_head.weight" in stored_tensors(tmp_path / "out") and verify(tmp_path / "out") == []
+
+
+def test_a_head_that_is_the_embedding_is_refused(ids: Path, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "model", "llama", tie_word_embeddings=True)
+    with pytest.raises(UsageError, match=r"--lm-head: lm_head has the input embedding's weight"):
+        bigq.quantize(str(source), tmp_path / "out", job(ids))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_does_not_fit_the_format_is_refused(ids: Path, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "model", "llama", vocab_size=130)
+    with pytest.raises(UsageError, match=r"lm_head is 130 × 64.*--skip 'lm_head\$'"):
+        bigq.quantize(str(source), tmp_path / "out", job(ids))
+
+
+def test_the_plan_knows_of_it(checkpoint: Callable[[str], Path], ids: Path, tmp_path: Path) -> None:
+    with_head, without = (plan(str(checkpoint("llama")), tmp_path, job(ids, lm_head=lm_head)) for lm_head in (True, False))
+    report = bigq.quantize(str(checkpoint("llama")), tmp_path / "out", job(ids))
+    assert with_head.cost.output < without.cost.output
+    headers = 4096 * len([*(tmp_path / "out").glob("*.safetensors")])
+    assert with_head.cost.output <= report.output_bytes <= with_head.cost.output + headers
