@@ -1,0 +1,78 @@
+"""compressed-tensors, by itself and through transformers: the newest version."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from cases import Case, Client
+
+BITS = (2, 3, 4, 8)
+GROUPS = (-1, 32, 64)
+ROUTES = ("transformers", "unpack")
+
+#: A reader multiplies the same fp32 numbers in another order.
+LOGITS_TOLERANCE = 1e-5
+
+
+def flags(bits: int, group_size: int, sym: bool, act_order: bool = False) -> tuple[str, ...]:
+    chosen = ["--bits", str(bits), "--group-size", str(group_size), "--sym" if sym else "--asym"]
+    return (*chosen, *(["--act-order"] if act_order else []), "--format", "compressed-tensors")
+
+
+_FOUR = flags(4, 32, True)
+#: Models and rules beyond the settings: (name, family, config values, flags).
+SPECIAL: tuple[tuple[str, str, dict[str, Any], tuple[str, ...]], ...] = (
+    ("llama-bias-sym", "llama", {"attention_bias": True, "mlp_bias": True}, _FOUR),
+    ("llama-tied-sym", "llama", {"tie_word_embeddings": True}, _FOUR),
+    ("llama-rtn-sym", "llama", {}, (*_FOUR, "--method", "rtn")),
+    ("llama-rules-sym", "llama", {}, (*_FOUR, "--rule", r".*down_proj$:bits=8", "--rule", r".*up_proj$:group_size=-1,bits=3")),
+    ("llama-skip-all-blocks-sym", "llama", {}, (*_FOUR, "--skip", r".*\.o_proj$")),
+    ("llama-skip-one-block-sym", "llama", {}, (*_FOUR, "--skip", r"model\.layers\.1\.")),
+    ("llama-head-sym", "llama", {}, (*_FOUR, "--lm-head")),
+    ("bloom-rule-sym", "bloom", {}, (*_FOUR, "--rule", r".*dense_h_to_4h$:bits=3,group_size=-1")),
+)
+
+
+def make_cases() -> tuple[Case, ...]:
+    cases = []
+    for i, (bits, sym, act_order) in enumerate(itertools.product(BITS, (True, False), (False, True))):
+        cases.append(_case("llama", bits, GROUPS[(i + i // 4) % 3], sym, act_order))
+    for family, (bits, sym) in itertools.product(("qwen2", "opt", "bloom"), ((4, True), (8, True), (3, False), (4, False))):
+        cases.append(_case(family, bits, 32, sym, False))
+    return (*cases, *(Case(name=n, family=f, model=m, flags=given, reader={"routes": ROUTES}) for n, f, m, given in SPECIAL))
+
+
+def _case(family: str, bits: int, group_size: int, sym: bool, act_order: bool) -> Case:
+    size = f"g{group_size}" if group_size > 0 else "row"
+    name = f"{family}-{bits}bit-{size}-{'sym' if sym else 'asym'}{'-act' if act_order else ''}"
+    return Case(name=name, family=family, flags=flags(bits, group_size, sym, act_order), reader={"routes": ROUTES})
+
+
+def fails(row: dict[str, Any]) -> str | None:
+    """Why what the reader found is not as it should be."""
+    if "error" in row:
+        return str(row["error"])
+    for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if row.get(keys):
+            return f"{len(row[keys])} {keys.replace('_', ' ')}, such as {row[keys][0]}"
+    if row["linears"] != row["linears_expected"]:
+        return f"the reader has {row['linears']} packed Linears where {row['linears_expected']} are packed"
+    for kind in ("codes_equal", "weights_equal"):
+        if row.get(kind, row["linears_expected"]) != row["linears_expected"]:
+            return f"{row['linears_expected'] - row[kind]} Linears unpack to other values"
+    if not row.get("logits_rel_diff", 0) < LOGITS_TOLERANCE:
+        return f"logits differ by {row['logits_rel_diff']:.2g} of their norm"
+    return None
+
+
+ASYMMETRIC = "transformers prepares zero points of another shape than the format has (compressed-tensors 0.18 to 0.20, of every writer)"
+
+CLIENT = Client(
+    name="compressed-tensors",
+    reader="reader_compressed_tensors.py",
+    cases=make_cases(),
+    fails=fails,
+    limits={r"^transformers/.*-asym": ASYMMETRIC},
+    environment={"PYTHONWARNINGS": "ignore"},
+)

@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""Runs in the client's virtual environment, without bigq: compressed-tensors reads bigq's output in two ways.
+
+    reader_compressed_tensors.py RESULTS FOLDER…
+
+route "transformers": ``AutoModelForCausalLM.from_pretrained``, in fp32.
+route "unpack": the format's own functions on the stored tensors: ``unpack_from_int32`` gives codes and zero points, the compressor for
+pack-quantized the weight.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.utils.match import is_match
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+PACKAGES = ("compressed-tensors", "transformers", "torch", "accelerate", "safetensors")
+
+
+def read_all(folder: Path) -> dict[str, Tensor]:
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    return tensors
+
+
+def by_transformers(folder: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Any]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32, output_loading_info=True)
+    model.eval()
+    packed = sum(hasattr(module, "weight_packed") for module in model.modules())
+    with torch.no_grad():
+        got = model(input_ids=tensors["ids"], use_cache=False).logits.float()
+    difference = (got - tensors["logits"]).abs()
+    weights = dict(model.named_parameters())
+    held = {name: weights[f"{name}.weight"].detach().float() for name in expected if f"{name}.weight" in weights}
+    return {
+        **{key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")},
+        "linears": packed,
+        "linears_expected": len(expected),
+        "weights_equal": sum(torch.equal(weight, expected[name]) for name, weight in held.items()),
+        "logits_max_abs_diff": float(difference.max()),
+        "logits_rel_diff": float(difference.norm() / tensors["logits"].norm()),
+        "logits_max": float(tensors["logits"].abs().max()),
+    }
+
+
+def by_unpacking(folder: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Any]:
+    """codes_equal: Linears of which every code, less its zero point, times its scale is the very number that bigq reads."""
+    said = json.loads((folder / "out/config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(said)
+    stored = read_all(folder / "out")
+    compressor = BaseCompressor.get_value_from_registry(said["format"])
+    codes = weights = 0
+    for name, weight in expected.items():
+        scheme = scheme_of(config, name)
+        args = scheme.weights
+        assert isinstance(args, QuantizationArgs)
+        parts = {key.removeprefix(f"{name}."): value for key, value in stored.items() if key.startswith(f"{name}.weight")}
+        shape = torch.Size(parts["weight_shape"].tolist())
+        scale = parts["weight_scale"].float()
+        code = unpack_from_int32(parts["weight_packed"], args.num_bits, shape).float()
+        zero = torch.zeros_like(scale)
+        if not args.symmetric:
+            zero = unpack_from_int32(parts["weight_zero_point"], args.num_bits, torch.Size(scale.shape), packed_dim=0).float()
+        grouped = code.view(len(code), scale.shape[1], -1)
+        codes += torch.equal(((grouped - zero[..., None]) * scale[..., None]).reshape(shape), weight)
+        whole = parts | {"weight_scale": scale, "weight_shape": shape}
+        weights += torch.equal(compressor.decompress(whole, scheme)["weight"].float(), weight)
+    return {"linears": codes, "linears_expected": len(expected), "codes_equal": codes, "weights_equal": weights}
+
+
+def scheme_of(config: QuantizationConfig, name: str) -> QuantizationScheme:
+    """The scheme of a Linear by the library's own matching: by name before by class, and none that is ignored."""
+    linear = nn.Linear(1, 1)
+    assert not any(is_match(name, linear, ignored) for ignored in config.ignore or ()), f"{name} is ignored"
+    schemes = [scheme for scheme in config.config_groups.values() if isinstance(scheme, QuantizationScheme)]
+    named = [scheme for scheme in schemes if name in scheme.targets]
+    return (named or [scheme for scheme in schemes if any(is_match(name, linear, target) for target in scheme.targets)])[0]
+
+
+def read(folder: Path, route: str) -> dict[str, Any]:
+    """What was found in one case's folder by one route."""
+    began = time.monotonic()
+    row: dict[str, Any] = {"case": folder.name, "route": route}
+    with safe_open(folder / "expected.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    expected = {name.removeprefix("weight."): t for name, t in tensors.items() if name.startswith("weight.")}
+    try:
+        row |= {"transformers": by_transformers, "unpack": by_unpacking}[route](folder, tensors, expected)
+    except Exception as error:  # whatever a reader raises is what is to be found out here
+        row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return row | {"seconds": round(time.monotonic() - began, 2)}
+
+
+def main() -> None:
+    results, *folders = map(Path, sys.argv[1:])
+    torch.set_num_threads(2)
+    for folder in folders:
+        for route in json.loads((folder / "case.json").read_text())["routes"]:
+            row = read(folder, route)
+            with results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    print(json.dumps({"versions": {name: importlib.metadata.version(name) for name in PACKAGES}}))
+
+
+if __name__ == "__main__":
+    main()
