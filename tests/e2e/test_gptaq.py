@@ -1,4 +1,4 @@
-"""Jobs with ``--method gptaq``: what is solved is what the original model's and the quantized model's inputs say, however the job is run."""
+"""Jobs with ``--method gptaq``: what is solved is what the inputs in the original model and in the quantized one say, however it is run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from models import (
+    LEVELS,
     decode,
     linear_module,
     make_checkpoint,
@@ -31,12 +32,16 @@ from bigq.config import JobConfig
 from bigq.errors import UsageError
 from bigq.io.sealed import unseal
 from bigq.sched import planning
+from bigq.sched.activations import ActivationStore
 from bigq.sched.capture import BlockCall
 from bigq.sched.journal import Commit, Journal
+from bigq.sched.original import Original
 from bigq.scheme import QuantScheme, Rule
 from bigq.solver.gptq import quantize_linear
 
 ROWS, SEQLEN = 16, 24
+#: Of a packed Linear, what is solved for.
+PARTS = ("qweight", "scales", "qzeros")
 
 
 def job(ids: Path, **changes: Any) -> JobConfig:
@@ -138,17 +143,11 @@ def stored_ids(path: Path) -> Tensor:
 @pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])
 def test_nothing_has_changed_before_the_first_linears(family: str, whole: Callable[..., Path]) -> None:
     """Their inputs are those of the original model, bit for bit: the codes are GPTQ's. Those behind them differ."""
-    from models import LEVELS
-
     ours, gptq = (stored_tensors(whole(family, method=method)) for method in ("gptaq", "gptq"))
     first = min(packed_prefixes(ours), key=lambda p: [int(part) for part in p.split(".") if part.isdigit()])
     block = first[: first.index(".0.") + 2]
     level_0 = {f"{block}.{name}" for group in LEVELS[family][0] for name in group}
-    differ = {
-        p
-        for p in packed_prefixes(ours)
-        if any(not torch.equal(ours[f"{p}.{s}"], gptq[f"{p}.{s}"]) for s in ("qweight", "scales", "qzeros"))
-    }
+    differ = {p for p in packed_prefixes(ours) if not all(torch.equal(ours[f"{p}.{s}"], gptq[f"{p}.{s}"]) for s in PARTS)}
     assert level_0 and not level_0 & differ
     assert len(differ) == len(list(packed_prefixes(ours))) - len(level_0)
 
@@ -294,31 +293,22 @@ def test_tokens_that_overflow_in_the_original_model_only(tmp_path: Path) -> None
     """They are left out of the cross matrix with skip, and named without."""
     source = make_checkpoint(tmp_path / "model", "llama")
     ids = save_ids(tmp_path / "ids.safetensors", random_ids(ROWS, SEQLEN))
-    spoil = BlockCall.run
-    spoilt = [0]
+    follow, spoilt = Original.follow, [False]
 
-    def spoiling(self: BlockCall, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The first row of the original stream in the second block: the one call in three that gets no view of what was quantized."""
-        return spoil(self, block, hidden)
-
-    from bigq.sched import original
-
-    follow = original.Original.follow
-
-    def with_inf(self: original.Original, store: Any) -> Any:
+    def with_inf(self: Original, store: ActivationStore) -> ActivationStore:
         found = follow(self, store)
-        if store.at[0] == 0 and spoilt[0] == 0:
-            spoilt[0] = 1
+        if not spoilt[0]:
+            spoilt[0] = True
             rows = found.rows(0, 1).clone()
             rows[0, -1] = torch.inf
             found.put(0, rows)
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(original.Original, "follow", with_inf)
+        patch.setattr(Original, "follow", with_inf)
         with pytest.raises(bigq.NumericsError, match=r"q_proj.*its inputs in the original model are not finite.*--on-nonfinite skip"):
             bigq.quantize(str(source), tmp_path / "stop", job(ids))
-        spoilt[0] = 0
+        spoilt[0] = False
         report = bigq.quantize(str(source), tmp_path / "skip", job(ids, on_nonfinite="skip"))
     assert not report.left_out and len(report.linears) == 3 * 7
     assert all(float(record["relative_error"]) < 0.5 for record in report.linears)  # type: ignore[arg-type]
