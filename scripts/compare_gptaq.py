@@ -48,7 +48,7 @@ WAYS = [*itertools.product((-1,), (True, False), (False, True)), *((g, s, not s)
 
 
 def jobs(seeds: int) -> Iterator[dict[str, Any]]:
-    for seed, bits, (group, symmetric, act_order), method in itertools.product(range(seeds), (2, 3, 4), WAYS, METHODS):
+    for seed, (group, symmetric, act_order), bits, method in itertools.product(range(seeds), WAYS, (4, 3, 2), METHODS):
         yield {"seed": seed, "bits": bits, "group_size": group, "sym": symmetric, "act_order": act_order, "method": method}
 
 

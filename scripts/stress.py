@@ -53,6 +53,8 @@ JOBS: dict[str, tuple[str, str]] = {
     "bloom, disk, mse": ("bloom", "--activations disk --mse --checkpoint-every 0"),
     "gpt2, together, read-ahead": ("gpt2", "--no-true-sequential --read-ahead 1 --bits 2 --group-size -1"),
     "gemma2, act-order": ("gemma2", "--act-order --checkpoint-every 0"),
+    "llama, gptaq, disk, act-order": ("llama", "--method gptaq --activations disk --act-order --bits 3 --checkpoint-every 0"),
+    "bloom, gptaq, read-ahead": ("bloom", "--method gptaq --read-ahead 1 --checkpoint-every never"),
     "llama, rtn, read-ahead": ("llama", "--method rtn --read-ahead 1"),
     "llama, memory ends": ("llama", "--activations disk --checkpoint-every 0"),
 }

@@ -16,6 +16,7 @@ OTHER: dict[str, Any] = {
     "scheme": QuantScheme(bits=3, group_size=32, symmetric=False, act_order=True, damping=0.5, mse=True, min_zero=1, scale_bits=9),
     "rules": (Rule("a", None), Rule.parse("b:c:bits=8,sym=false,damping=0.1"), Rule("d", {"symmetric": False}), Rule("e", {})),
     "method": "rtn",
+    "alpha": 0.25,
     "format": "gptq_v2",
     "lm_head": True,
     "true_sequential": False,

@@ -23,6 +23,7 @@ from bigq.errors import CheckpointError, ResourceError
 from bigq.io.sealed import unseal
 from bigq.report import Report
 from bigq.sched import block as block_module
+from bigq.sched import memo as memo_module
 from bigq.sched import pipeline
 from bigq.sched import probe as probe_module
 from bigq.sched.activations import ActivationStore
@@ -225,7 +226,7 @@ MOMENTS: Mapping[str, tuple[str, int, tuple[int, int, int]]] = {
 
 def fail_once(patch: pytest.MonkeyPatch, what: str, number: int) -> None:
     """Let the device run out of memory at the given call, and never again."""
-    owner, name = {"run": (BlockCall, "run"), "keep": (block_module._Kept, "put")}[what]
+    owner, name = {"run": (BlockCall, "run"), "keep": (memo_module._Kept, "put")}[what]
     original = getattr(owner, name)
     calls = [0]
 

@@ -137,7 +137,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, linear: str, module: Any, name: str
 
     with monkeypatch.context() as patch:
         patch.setattr(block_module, "factorize", wrap(inside["factorize"], lambda *args, name, **kwargs: name))
-        patch.setattr(block_module, "solve", wrap(inside["solve"], lambda weights, factor, scheme, label: label))
+        patch.setattr(block_module, "solve", wrap(inside["solve"], lambda weights, factor, scheme, label, correction: label))
         yield
 
 
