@@ -178,7 +178,7 @@ def run_bigq(run: Run, work: Path, out: Path) -> dict[str, Any]:
 def run_peers(tool: str, runs: list[Run], venvs: Path, work: Path) -> None:
     """Several runs of a peer with the same tokens in one process of its own; dense checkpoints in WORK/out/NAME."""
     jobs = [{"out": str(work / "out" / run.name), "settings": run.method.settings(run.setting)} for run in runs]
-    jobs_file = work / f"jobs-{tool}.json"
+    jobs_file = work / f"jobs-{runs[0].name}.json"
     jobs_file.write_text(json.dumps(jobs))
     script = ROOT / "scripts/clients" / f"quantize_{tool}.py"
     command = [
@@ -191,7 +191,7 @@ def run_peers(tool: str, runs: list[Run], venvs: Path, work: Path) -> None:
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment = kept | {"HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
     with (work / f"log-{tool}.txt").open("a") as log:
-        done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=TIMEOUT, check=False)
+        done = subprocess.run(command, env=environment, cwd=work, stdout=log, stderr=log, timeout=TIMEOUT, check=False)
     if done.returncode:
         sys.exit(f"quality: {tool} ended with status {done.returncode}; see {work / f'log-{tool}.txt'}")
 
@@ -385,6 +385,8 @@ def main() -> None:
     parser.add_argument("--collect", action="store_true", help="make no run; gather those that are there")
     parser.add_argument("--table", action="store_true", help="only write quality.md, from quality.json")
     args = parser.parse_args()
+    if args.work is not None:  # peers run in there
+        args.work = args.work.resolve()
     path = args.out / "quality.json"
     if not args.table:
         if args.work is None:
