@@ -182,7 +182,7 @@ def run_peers(tool: str, runs: list[Run], venvs: Path, work: Path) -> None:
     jobs_file.write_text(json.dumps(jobs))
     script = ROOT / "scripts/clients" / f"quantize_{tool}.py"
     command = [
-        str(venvs / tool / "bin/python"),
+        str(venvs.absolute() / tool / "bin/python"),
         str(script),
         str(work / "model"),
         str(work / f"ids-{runs[0].seed}.safetensors"),
