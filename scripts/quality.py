@@ -36,6 +36,8 @@ sys.path[:0] = [str(ROOT)]
 SAMPLES, SEQLEN, HELDOUT_ROWS = 64, 256, 128
 DAMPING = 0.01
 SEEDS = (0, 1, 2)
+#: How far apart differences between programs are over the draws, in parts of the KL, while no setting has two of them.
+SPREAD = 0.03
 #: Jobs of one process of a peer.
 AT_ONCE = 4
 TIMEOUT = 3600.0
@@ -273,27 +275,32 @@ def by_setting(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, Setting]
 def comparisons(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """bigq against each peer at each equal setting: difference of KL, draw by draw, and what of it is noise.
 
-    noise: twice the standard error of the mean difference over the draws, and not less than the standard error of one KL over the
-    held-out tokens (with one draw: twice that).
+    noise: twice the standard error of the mean difference, from the spread of all settings' differences over the draws in parts of their
+    KL (a setting by itself has too few draws to tell), and not less than the standard error of a KL over the held-out tokens.
     """
-    found, rows = by_setting(records), []
-    for method in METHODS:
-        for setting in SETTINGS:
-            theirs, ours = found.get((method.name, setting), {}), found.get((method.twin or "", setting), {})
-            seeds = sorted(theirs.keys() & ours.keys())
-            if not seeds:
-                continue
-            differences = [ours[seed]["kl"] - theirs[seed]["kl"] for seed in seeds]
-            of_tokens = statistics.fmean(ours[seed]["kl_stderr"] for seed in seeds)
-            over_draws = statistics.stdev(differences) / math.sqrt(len(seeds)) if len(seeds) > 1 else of_tokens
-            mean, noise = statistics.fmean(differences), max(2 * over_draws, of_tokens)
-            said = "within noise" if abs(mean) <= noise else "bigq is better" if mean < 0 else "bigq is worse"
-            rows.append(
-                {"peer": method.name, "bigq": method.twin, **dataclasses.asdict(setting), "draws": len(seeds)}
-                | {"kl_bigq": statistics.fmean(ours[s]["kl"] for s in seeds), "kl_peer": statistics.fmean(theirs[s]["kl"] for s in seeds)}
-                | {"difference": mean, "noise": noise, "verdict": said}
-            )
+    found, pairs = by_setting(records), {}
+    for method, setting in itertools.product(METHODS, SETTINGS):
+        theirs, ours = found.get((method.name, setting), {}), found.get((method.twin or "", setting), {})
+        if both := sorted(theirs.keys() & ours.keys()):
+            pairs[method, setting] = [(ours[seed], theirs[seed]) for seed in both]
+    spread = relative_spread([[(a["kl"] - b["kl"]) / b["kl"] for a, b in draws] for draws in pairs.values()])
+    rows = []
+    for (method, setting), draws in pairs.items():
+        ours_kl, theirs_kl = (statistics.fmean(pair[i]["kl"] for pair in draws) for i in (0, 1))
+        difference = ours_kl - theirs_kl
+        noise = max(2 * spread * theirs_kl / math.sqrt(len(draws)), statistics.fmean(a["kl_stderr"] for a, _ in draws))
+        said = "within noise" if abs(difference) <= noise else "bigq is better" if difference < 0 else "bigq is worse"
+        row = {"peer": method.name, "bigq": method.twin, **dataclasses.asdict(setting), "draws": len(draws)}
+        rows.append(row | {"kl_bigq": ours_kl, "kl_peer": theirs_kl, "difference": difference, "noise": noise, "verdict": said})
     return rows
+
+
+def relative_spread(differences: list[list[float]]) -> float:
+    """The standard deviation of differences over draws, pooled over settings; SPREAD where none has two draws."""
+    repeated = [values for values in differences if len(values) > 1]
+    if not repeated:
+        return SPREAD
+    return math.sqrt(sum(statistics.variance(v) * (len(v) - 1) for v in repeated) / sum(len(v) - 1 for v in repeated))
 
 
 def cell(records: Mapping[int, Mapping[str, Any]]) -> str:
@@ -348,7 +355,7 @@ def compared(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "bigq against each program where both do the same: natural order or static groups, and each Linear after those before it in the",
         "block (GPTQModel) or all Linears of a block on its unquantized activations (llm-compressor, which has no other way). A difference",
-        "counts where it is above twice its standard error over the draws and above the standard error over the tokens.",
+        "counts where it is above twice its standard error over the draws (by the spread of all settings) and above that over the tokens.",
         "",
         "| | compared with | settings | bigq is better | within noise | bigq is worse |",
         "|---|---|---|---|---|---|",
