@@ -51,6 +51,10 @@ class Largest(TorchDispatchMode):
         return out
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--clients", metavar="DIR", help="virtual environments of other programs, as scripts/clients/venvs DIR makes them")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked ``gpu`` are skipped where there is none."""
     if not CUDA:

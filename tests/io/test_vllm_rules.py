@@ -1,0 +1,206 @@
+"""Which of bigq's outputs vLLM takes, by what its sources say: vLLM does not run where these tests do.
+
+The rules below are facts about vLLM, written down anew:
+
+- Needed in ``quantization_config``: bits, group_size, desc_act, sym; read if there: lm_head, dynamic, modules_in_block_to_quantize.
+  A ``quant_method`` of "gptq" selects its GPTQ reader.
+- Since its GPTQ readers became one (pull request 38288, spring 2026) it takes 4 and 8 bits, symmetric, in groups of 32, 64 or 128
+  or one per row; before, 2 and 3 bits and asymmetric too, by a slower kernel, of either ``checkpoint_format``.
+- q/k/v are one Linear there, qkv_proj, and gate/up another, gate_up_proj (phi3 has them so in its checkpoint).
+  All parts of one must be packed, or none; which are, it sees from the types of the tensors.
+- ``dynamic`` is looked up by the name of its own, fused Linear, with ``re.match`` and in order, the first match counting: "-:" leaves
+  unquantized, "+:" or no prefix replaces bits, group_size, desc_act and sym. Names of the parts are not looked up.
+- Symmetric zero points are not read but taken to be 2^(bits − 1).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from models import linear_names
+
+from bigq.io.gptq_format import quantization_config
+from bigq.scheme import QuantScheme, Rule, scheme_for
+
+NEEDED = {"bits": int, "group_size": int, "desc_act": bool, "sym": bool}
+GROUP_SIZES = (-1, 32, 64, 128)
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+PREFIXES = {
+    "llama": "model.layers",
+    "qwen2": "model.layers",
+    "phi3": "model.layers",
+    "opt": "model.decoder.layers",
+    "bloom": "transformer.h",
+}
+BLOCKS = 12
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a Linear is packed."""
+
+    bits: int
+    group_size: int
+    sym: bool
+
+    @property
+    def taken(self) -> bool:
+        return self.bits in (4, 8) and self.sym and self.group_size in GROUP_SIZES
+
+    @property
+    def taken_before(self) -> bool:
+        return self.bits in (2, 3, 4, 8)
+
+
+def written(scheme: QuantScheme, rules: tuple[Rule, ...], names: list[str]) -> dict[str, Settings | None]:
+    """What bigq packs each Linear with; None where it leaves it as it is."""
+    schemes = {name: scheme_for(name, scheme, rules) for name in names}
+    return {name: s and Settings(s.bits, s.group_size, s.symmetric) for name, s in schemes.items()}
+
+
+def looked_up(config: Mapping[str, Any], name: str) -> Settings | None:
+    """What vLLM takes one of its Linears to be packed with; None: not at all."""
+    base = Settings(config["bits"], config["group_size"], config["sym"])
+    for pattern, said in config["dynamic"].items():
+        if re.match(pattern.removeprefix("-:").removeprefix("+:"), name):
+            return None if pattern.startswith("-:") else replace(base, **said)
+    return base
+
+
+def parts_by_linear(names: list[str]) -> dict[str, list[str]]:
+    """vLLM's Linears, each with the checkpoint's that are its parts."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        fused = next((f"{parent}.{whole}" for whole, parts in FUSED.items() if last in parts), name)
+        found.setdefault(fused, []).append(name)
+    return found
+
+
+def complaints(config: Mapping[str, Any], packed: Mapping[str, Settings | None]) -> set[str]:
+    """Why vLLM does not load the output, or loads it as something that it is not."""
+    if any(type(config.get(key)) is not kind for key, kind in NEEDED.items()) or config["quant_method"] != "gptq":
+        return {"keys"}
+    base = Settings(config["bits"], config["group_size"], config["sym"])
+    said = set() if base.taken else {"settings"}
+    for linear, parts in parts_by_linear(list(packed)).items():
+        stored = {packed[part] for part in parts}
+        if len(stored) > 1:
+            said.add("parts differ")
+        seen = None if None in stored else looked_up(config, linear)  # what is not packed in the file is not packed there
+        if len(stored) == 1 and seen not in stored:
+            said.add("rule not seen")
+        if seen is not None and not seen.taken:
+            said.add("settings")
+    return said
+
+
+def names_of(family: str) -> list[str]:
+    return [f"{PREFIXES[family]}.{i}.{linear}" for i in range(BLOCKS) for linear in linear_names(family)]
+
+
+def judge(family: str, scheme: QuantScheme, rules: tuple[Rule, ...] = (), version: int = 1) -> set[str]:
+    return complaints(quantization_config(scheme, rules, version, (), {}), written(scheme, rules, names_of(family)))
+
+
+@pytest.mark.parametrize("family", PREFIXES)
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_symmetric_4_and_8_bits_are_taken(bits: int, group_size: int, act_order: bool, family: str) -> None:
+    assert judge(family, QuantScheme(bits=bits, group_size=group_size, act_order=act_order)) == set()
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        QuantScheme(bits=2),
+        QuantScheme(bits=3),
+        QuantScheme(bits=4, symmetric=False),
+        QuantScheme(bits=8, symmetric=False),
+        QuantScheme(bits=4, group_size=16),
+        QuantScheme(bits=4, group_size=256),
+    ],
+    ids=str,
+)
+def test_other_settings_are_refused(scheme: QuantScheme) -> None:
+    assert judge("llama", scheme) == {"settings"}
+    assert Settings(scheme.bits, scheme.group_size, scheme.symmetric).taken_before
+
+
+def test_act_order_needs_no_g_idx_of_its_reader() -> None:
+    """With static groups ``desc_act`` stays false, so weights need not be gathered, nor scales repeated on every GPU."""
+    config = quantization_config(QuantScheme(act_order=True), (), 1, (), {})
+    assert config["desc_act"] is False and config["static_groups"] is True and config["lm_head"] is False
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (r".*\.down_proj$:bits=8", set()),
+        (r".*mlp\.:bits=8,group_size=64", set()),
+        (r"model\.layers\.1\.:group_size=32", set()),
+        (r".*self_attn\.(q|k|v|qkv)_proj$:bits=8", set()),
+        (r".*self_attn\.[qkv]+_proj$:bits=8", set()),
+        (r".*mlp\.(gate|up|gate_up)_proj$:bits=8", set()),
+        (r".*\.q_proj$:bits=8", {"parts differ"}),
+        (r".*\.gate_proj$:group_size=32", {"parts differ"}),
+        (r".*self_attn\.(q|k|v)_proj$:bits=8", {"rule not seen"}),
+        (r".*mlp\.(gate|up)_proj$:bits=8", {"rule not seen"}),
+        (r".*\.down_proj$:bits=3", {"settings"}),
+        (r".*\.down_proj$:sym=false", {"settings"}),
+        (r".*\.down_proj$:group_size=16", {"settings"}),
+    ],
+)
+def test_a_rule_must_treat_fused_linears_alike_and_match_their_name(rule: str, expected: set[str]) -> None:
+    assert judge("llama", QuantScheme(), (Rule.parse(rule),)) == expected
+    assert judge("qwen2", QuantScheme(), (Rule.parse(rule),)) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (r".*\.o_proj$", set()),
+        (r"model\.layers\.1\.", set()),
+        (r".*mlp\.", set()),
+        (r".*self_attn\.(q|k|v)_proj$", set()),
+        (r".*\.v_proj$", {"parts differ"}),
+        (r".*\.up_proj$", {"parts differ"}),
+    ],
+)
+def test_what_is_skipped_must_not_be_part_of_a_fused_linear(pattern: str, expected: set[str]) -> None:
+    assert judge("llama", QuantScheme(), (Rule(pattern, None),)) == expected
+
+
+def test_an_unanchored_skip_of_a_part_takes_in_the_fused_linear() -> None:
+    """``.*v_proj`` is found in qkv_proj too, so a rule for v alone leaves q and k, which are packed, unquantized there."""
+    config = quantization_config(QuantScheme(), (Rule(r".*v_proj", None),), 1, (), {})
+    assert looked_up(config, "model.layers.0.self_attn.qkv_proj") is None
+    assert looked_up(config, "model.layers.0.self_attn.o_proj") == Settings(4, 128, True)
+
+
+def test_the_first_rule_that_matches_counts_on_both_sides() -> None:
+    rules = (Rule.parse(r"model\.layers\.1\.:bits=8"), Rule.parse(r".*mlp\.:group_size=64"))
+    config = quantization_config(QuantScheme(), rules, 1, (), {})
+    names = [name for name in names_of("llama") if name.endswith("down_proj")]
+    assert {name: looked_up(config, name) for name in names} == written(QuantScheme(), rules, names)
+    assert looked_up(config, "model.layers.1.mlp.down_proj") == Settings(8, 128, True)
+    assert looked_up(config, "model.layers.11.mlp.down_proj") == Settings(4, 64, True)
+
+
+def test_linears_left_out_by_name_are_left_out_alone() -> None:
+    config = quantization_config(QuantScheme(), (), 1, ("model.layers.1.mlp.down_proj",), {})
+    left_out = {name for name in names_of("llama") if looked_up(config, name) is None}
+    assert left_out == {"model.layers.1.mlp.down_proj"}
+
+
+@pytest.mark.parametrize("missing", NEEDED)
+def test_the_keys_that_vllm_needs_are_there(missing: str) -> None:
+    config = quantization_config(QuantScheme(), (), 1, (), {})
+    packed = written(QuantScheme(), (), names_of("llama"))
+    assert complaints(config, packed) == set()
+    assert complaints({k: v for k, v in config.items() if k != missing}, packed) == {"keys"}
