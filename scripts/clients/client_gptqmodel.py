@@ -99,7 +99,6 @@ def _training_fails(row: dict[str, Any]) -> str | None:
 
 LIMITS = {
     r"^(transformers|peft)/.*-rule-(bits|group)": "optimum, by which transformers loads, gives all Linears the same bits and group size",
-    r"^transformers/.*-skip-": "optimum takes all Linears of blocks to be packed where modules_in_block_to_quantize does not say which",
     r"^gptqmodel/.*-asym.*-v1$": "GPTQModel refuses asymmetric v1 outputs of other programs; write them with --format gptq_v2",
 }
 

@@ -3,7 +3,7 @@
 
     reader_compressed_tensors.py RESULTS FOLDER…
 
-route "transformers": ``AutoModelForCausalLM.from_pretrained``, in fp32.
+route "transformers": ``AutoModelForCausalLM.from_pretrained`` in fp16, the type of the source; unpacked, it computes in fp32.
 route "unpack": the format's own functions on the stored tensors: ``unpack_from_int32`` gives codes and zero points, the compressor for
 pack-quantized the weight.
 """
@@ -38,10 +38,12 @@ def read_all(folder: Path) -> dict[str, Tensor]:
 
 
 def by_transformers(folder: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Any]:
-    model, info = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float16, output_loading_info=True)
     model.eval()
     packed = sum(hasattr(module, "weight_packed") for module in model.modules())
     with torch.no_grad():
+        model(input_ids=tensors["ids"], use_cache=False)  # weights are unpacked at the first forward
+        model.float()
         got = model(input_ids=tensors["ids"], use_cache=False).logits.float()
     difference = (got - tensors["logits"]).abs()
     weights = dict(model.named_parameters())
@@ -50,7 +52,7 @@ def by_transformers(folder: Path, tensors: dict[str, Tensor], expected: dict[str
         **{key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")},
         "linears": packed,
         "linears_expected": len(expected),
-        "weights_equal": sum(torch.equal(weight, expected[name]) for name, weight in held.items()),
+        "weights_equal": sum(torch.equal(weight, expected[name].half().float()) for name, weight in held.items()),
         "logits_max_abs_diff": float(difference.max()),
         "logits_rel_diff": float(difference.norm() / tensors["logits"].norm()),
         "logits_max": float(tensors["logits"].abs().max()),

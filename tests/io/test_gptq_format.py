@@ -216,6 +216,18 @@ def test_rules_become_dynamic_overrides_first_match_first() -> None:
     assert read_dynamic(dynamic, "layers.1.router2") == {"group_size": 64}
 
 
+def test_where_some_linears_are_left_out_those_that_are_not_are_named() -> None:
+    """Readers by way of optimum take all others for packed."""
+
+    def named(rules: tuple[Rule, ...], left_out: tuple[str, ...]) -> object:
+        packed = {name: QuantScheme() for name in ("layers.0.up", "layers.0.down")}
+        told = Quantization(scheme=QuantScheme(), rules=rules, packed=packed, left_out=left_out, others=(), lm_head=False, meta={})
+        return VERSIONS[1].config(told).get("modules_in_block_to_quantize")
+
+    assert named((), ()) is None and named((Rule("a", {"bits": 8}),), ()) is None
+    assert named((Rule("a", None),), ()) == named((), ("layers.0.router",)) == [["layers.0.down", "layers.0.up"]]
+
+
 def test_of_two_rules_with_one_pattern_readers_see_the_one_that_was_applied() -> None:
     rules = (Rule("a", {"bits": 8}), Rule("a", {"bits": 2}))
     applied = scheme_for("a", QuantScheme(), rules)

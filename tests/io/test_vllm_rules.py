@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from models import linear_names
 
-from bigq.io.gptq_format import quantization_config
+from bigq.io.formats import FORMATS, Quantization
 from bigq.scheme import QuantScheme, Rule, scheme_for
 
 NEEDED = {"bits": int, "group_size": int, "desc_act": bool, "sym": bool}
@@ -37,6 +37,13 @@ PREFIXES = {
     "bloom": "transformer.h",
 }
 BLOCKS = 12
+
+
+def quantization_config(
+    scheme: QuantScheme, rules: tuple[Rule, ...], version: int, left_out: tuple[str, ...], meta: Mapping[str, Any]
+) -> dict[str, Any]:
+    told = Quantization(scheme=scheme, rules=rules, packed={}, left_out=left_out, others=("lm_head",), lm_head=False, meta=meta)
+    return FORMATS["gptq" if version == 1 else "gptq_v2"].config(told)
 
 
 @dataclass(frozen=True)

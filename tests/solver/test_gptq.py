@@ -65,7 +65,7 @@ def textbook_grid(w: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
 
 
 def textbook_gptq(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> tuple[Tensor, float]:
-    """Codes and loss by Frantar et al. 2022, algorithm 1, without any blocking."""
+    """Codes and loss by Frantar et al. 2022, algorithm 1, without any blocking; at 2 bits with scales of the original weights."""
     w, h, n = weight.double().clone(), hessian.double().clone(), weight.shape[1]
     dead = h.diag() == 0
     h[dead, dead] = 1
@@ -80,7 +80,7 @@ def textbook_gptq(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> tuple
     codes, loss = torch.zeros(w.shape, dtype=torch.uint8), 0.0
     for j in range(n):
         column = int(perm[j])
-        if not scheme.act_order and j % width == 0:
+        if not scheme.act_order and scheme.bits > 2 and j % width == 0:
             grids[j // width] = textbook_grid(w[:, j : j + width], scheme)
         scale, zero = grids[column // width]
         code = ((w[:, j] / scale).round() + zero).clamp(0, 2**scheme.bits - 1)
@@ -167,7 +167,8 @@ def test_fp32_loses_nothing_to_speak_of(scheme: QuantScheme) -> None:
         pytest.param(768, 6, QuantScheme(bits=3, group_size=-1), id="static, whole rows"),
         pytest.param(768, 8, QuantScheme(bits=3, group_size=64, symmetric=False), id="dynamic"),
         pytest.param(768, 8, QuantScheme(bits=4, group_size=384), id="dynamic, two blocks and a half"),
-        pytest.param(1536, 4, QuantScheme(bits=2, group_size=768, symmetric=False), id="dynamic, wider than a panel"),
+        pytest.param(1536, 4, QuantScheme(bits=3, group_size=768, symmetric=False), id="dynamic, wider than a panel"),
+        pytest.param(1536, 4, QuantScheme(bits=2, group_size=768, symmetric=False), id="static, wider than a panel"),
         pytest.param(2048, 4, QuantScheme(bits=4, group_size=1024), id="dynamic, twice as wide"),
     ],
 )

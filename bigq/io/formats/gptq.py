@@ -119,6 +119,9 @@ class Gptq(Format):
                 said = {k: v for k, v in rule.overrides.items() if k in ("bits", "group_size", "sym")}
                 dynamic.setdefault(f"+:{rule.pattern}", said)
         scheme = told.scheme
+        # What readers by way of optimum want to know where some Linears of the blocks are left out.
+        skips = bool(told.left_out) or any(rule.overrides is None for rule in told.rules)
+        named = {"modules_in_block_to_quantize": [sorted(told.packed)]} if skips and told.packed else {}
         return {
             "quant_method": "gptq",
             "checkpoint_format": self.name,
@@ -131,6 +134,7 @@ class Gptq(Format):
             "pack_dtype": "int32",
             "damp_percent": scheme.damping,
             "dynamic": dynamic,
+            **named,
             "meta": dict(told.meta),
         }
 
