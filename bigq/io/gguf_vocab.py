@@ -213,7 +213,7 @@ def _sentencepiece(path: Path, added: Iterable[tuple[int, str, int]], rows: int)
 
 def _pieces(path: Path, tokens: _Tokens, added: Iterable[tuple[int, str, int]], prefixed: bool) -> dict[str, Value]:
     for id, text, type in added:
-        if id >= len(tokens.texts) or tokens.types[id] != UNKNOWN:
+        if not 0 <= id < len(tokens.texts) or tokens.types[id] != UNKNOWN:
             tokens.put(path, id, text, type, -1000.0)
     return {
         "tokenizer.ggml.model": "llama",
@@ -263,10 +263,14 @@ def _merges(path: Path, model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _added(path: Path, document: Mapping[str, Any]) -> list[tuple[int, str, int]]:
     """Tokens that are looked for before anything else: (id, text, type)."""
-    found = document.get("added_tokens") or []
-    if not isinstance(found, list) or not all(isinstance(token, dict) for token in found):
-        raise CheckpointError(f"{path}: added_tokens is no list of tokens; fetch it again")
-    return [(token.get("id"), token.get("content"), CONTROL if token.get("special") else USER_DEFINED) for token in found]  # type: ignore[misc]
+    found = []
+    for token in document.get("added_tokens") or ():
+        match token:
+            case {"id": int(id), "content": str(text)}:
+                found.append((id, text, CONTROL if token.get("special") else USER_DEFINED))
+            case _:
+                raise CheckpointError(f"{path}: {shown(token)} under added_tokens is no token; fetch it again")
+    return found
 
 
 def _object(path: Path, values: Mapping[str, Any], name: str) -> dict[str, Any]:

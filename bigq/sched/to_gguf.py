@@ -82,7 +82,7 @@ def write_gguf(folder: Path, file: Path, *, quiet: bool = False, trust_remote_co
             progress.say(f"{folder} has no tokenizer: {file.name} will take token ids only")
         if sliding_window(pager.config) is not None:
             progress.say(
-                f"{file.name} says that its context is {said['.context_length']}: llama.cpp has no sliding window for {family.arch}"
+                f"{file.name} says that its context is {said['.context_length']}, the sliding window, which llama.cpp ignores here"
             )
         write_gguf_file(file, family.arch, said, tensors, _told(progress, tensors))
         progress.say(f"wrote {file}")
@@ -149,7 +149,8 @@ def _require_block_type(module: str, inputs: int, scheme: QuantScheme) -> str:
 
 def _minimums_lost(module: str) -> UsageError:
     return UsageError(
-        f"{module}: its zero points times scales are not fp16 numbers, as Q4_1 of GGUF has them; quantize with --format gguf, or --scale-bits 7"
+        f"{module}: its zero points times scales are not fp16 numbers, as Q4_1 of GGUF has them; quantize with --format gguf, "
+        "or --scale-bits 7"
     )
 
 

@@ -1,0 +1,301 @@
+#!/usr/bin/env python3
+"""Whether llama.cpp computes with bigq's GGUF files what bigq computes with the folders that they were made from.
+
+Tiny models of each family are quantized and written; llama.cpp reads them in a process of its own (``scripts/read_gguf.py``, run by
+the Python that has llama-cpp-python). Its logits are compared with those of the dequantized weights in fp32. Beside each file goes a
+control, the same weights as F32: how far that is off is llama.cpp's arithmetic without its blocks. llama.cpp multiplies blocks with
+activations of 8 bits, so logits of packed files differ more; that their weights are the same is tested bit by bit in
+``tests/e2e/test_gguf.py``. A file with the rows of q and k in transformers' order must fail the comparison.
+
+Then tokenizers of every kind that ``bigq.io.gguf_vocab`` knows are trained on the shipped text, and texts are tokenized by both.
+
+    python scripts/check_gguf.py --reader VENV/bin/python --work DIR --json docs/results/clients_llamacpp.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from models import FIRST_ID, VOCABULARY, make_checkpoint, random_ids, save_ids, streamed_logits
+from tokenizers_for_gguf import TEXTS, TOKENIZERS, save_tokenizer
+
+import bigq
+from bigq.calibration import ASSETS, BUILTIN_HELDOUT, evaluation_rows, load_tokenizer
+from bigq.sched import gguf_families
+from bigq.sched.pager import Pager
+from bigq.sched.to_gguf import write_gguf
+
+CPU = torch.device("cpu")
+ROWS = 4
+#: What a control may be off by at most, as a part of the spread of the logits; and how much more the negative control must be.
+CONTROL_LIMIT, NEGATIVE_FACTOR = 2e-3, 100
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WIDE = {"hidden_size": 256, "intermediate_size": 512}
+_ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model, how it is quantized, and what type its Linears come to have. positions: tokens in a row."""
+
+    name: str
+    type: str
+    family: str = "llama"
+    dtype: str = "float32"
+    model: Mapping[str, Any] = field(default_factory=dict)
+    scheme: Mapping[str, Any] = field(default_factory=dict)
+    rules: Sequence[bigq.Rule] = ()
+    format: str = "gptq"
+    positions: int = 64
+
+
+CASES = (
+    Case(name="llama, groups of 32", type="Q4_0", scheme={"group_size": 32}),
+    Case(name="llama, groups of 128", type="Q4_0", model=_WIDE, scheme={"group_size": 128}),
+    Case(name="llama, one group", type="Q4_0", scheme={"group_size": -1}),
+    Case(name="llama, from compressed-tensors", type="Q4_0", scheme={"group_size": 32}, format="compressed-tensors"),
+    Case(name="llama, act-order", type="Q4_0", scheme={"group_size": 32, "act_order": True}),
+    Case(name="llama, 8 bits, groups of 32", type="Q8_0", scheme={"bits": 8, "group_size": 32}),
+    Case(name="llama, 8 bits, one group", type="Q8_0", scheme={"bits": 8, "group_size": -1}),
+    Case(name="llama, asymmetric, groups of 32", type="Q4_1", scheme={"group_size": 32, "symmetric": False, "scale_bits": 7}),
+    Case(
+        name="llama, asymmetric, groups of 128", type="Q4_1", model=_WIDE, scheme={"group_size": 128, "symmetric": False, "scale_bits": 7}
+    ),
+    Case(
+        name="llama, mixed, bf16",
+        type="mixed",
+        dtype="bfloat16",
+        scheme={"group_size": 32},
+        rules=(bigq.Rule(r".*v_proj$", {"bits": 8}), bigq.Rule(r".*\.1\..*(k|down)_proj$", None)),
+    ),
+    Case(name="llama, fp16", type="Q4_0", dtype="float16", scheme={"group_size": 32}),
+    Case(name="llama, tied", type="Q4_0", model={"tie_word_embeddings": True}, scheme={"group_size": 32}),
+    Case(name="llama, biases", type="Q4_0", model={"attention_bias": True, "mlp_bias": True}, scheme={"group_size": 32}),
+    Case(name="llama, heads of 32", type="Q4_0", model={"head_dim": 32}, scheme={"group_size": 32}),
+    Case(
+        name="llama, frequencies of Llama 3",
+        type="Q4_0",
+        model={"rope_parameters": {**_ROPE, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+        scheme={"group_size": 32},
+    ),
+    Case(
+        name="llama, linear scaling",
+        type="Q4_0",
+        model={"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}},
+        scheme={"group_size": 32},
+    ),
+    Case(
+        name="llama, yarn",
+        type="Q4_0",
+        model={"head_dim": 32, "rope_parameters": {**_ROPE, "rope_type": "yarn", "factor": 4.0}},
+        scheme={"group_size": 32},
+    ),
+    Case(name="mistral", type="Q4_0", family="mistral", model={"sliding_window": None}, scheme={"group_size": 32}),
+    Case(name="mistral, as far as its window", type="Q4_0", family="mistral", scheme={"group_size": 32}, positions=16),
+    Case(name="qwen2", type="Q4_0", family="qwen2", model={"use_sliding_window": False}, scheme={"group_size": 32}),
+    Case(
+        name="qwen2, tied, asymmetric",
+        type="Q4_1",
+        family="qwen2",
+        model={"use_sliding_window": False, "tie_word_embeddings": True},
+        scheme={"group_size": -1, "symmetric": False, "scale_bits": 7},
+    ),
+    Case(name="qwen3", type="Q4_0", family="qwen3", scheme={"group_size": 32}),
+    Case(name="qwen3, 8 bits, heads of 32", type="Q8_0", family="qwen3", model={"head_dim": 32}, scheme={"bits": 8, "group_size": 32}),
+)
+
+
+class Reader:
+    """llama.cpp, in another Python."""
+
+    def __init__(self, python: Path, work: Path) -> None:
+        self.python, self.work, self.version = python, work, ""
+
+    def read(self, gguf: Path, ids: Tensor | None, texts: Sequence[str] = (), specials: bool = False) -> tuple[Tensor, list[list[int]]]:
+        """(logits [rows, T, vocabulary], tokens of each text)."""
+        job, out = self.work / "job.json", self.work / "read.npz"
+        values = {
+            "gguf": str(gguf),
+            "ids": [] if ids is None else ids.tolist(),
+            "texts": list(texts),
+            "specials": specials,
+            "out": str(out),
+        }
+        job.write_text(json.dumps(values), encoding="utf-8")
+        done = subprocess.run([self.python, ROOT / "scripts/read_gguf.py", job], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{gguf}: llama.cpp failed\n{done.stderr[-2000:]}")
+        got = np.load(out)
+        self.version = str(got["version"])
+        ends = got["lengths"].cumsum()
+        return torch.from_numpy(got["logits"]), [part.tolist() for part in np.split(got["tokens"], ends[:-1])] if len(ends) else []
+
+
+def compared(reference: Tensor, got: Tensor) -> dict[str, float]:
+    """Largest difference (and as a part of the reference's spread), mean KL divergence, how often the likeliest token agrees."""
+    reference, got = reference.double(), got.double()
+    p, q = reference.log_softmax(-1), got.log_softmax(-1)
+    worst = float((reference - got).abs().max())
+    return {
+        "max_abs": worst,
+        "of_spread": worst / float(reference.std()),
+        "kl": float((p.exp() * (p - q)).sum(-1).mean()),
+        "top1": float((reference.argmax(-1) == got.argmax(-1)).double().mean()),
+    }
+
+
+def save_dequantized(folder: Path, out: Path) -> Path:
+    """The model of a packed folder as an fp32 checkpoint, tokenizer left out."""
+    pager = Pager(folder, device=CPU, dtype="float32")
+    out.mkdir()
+    tensors = {}
+    for i in range(len(pager.blocks)):
+        pager.load_block(i)
+        tensors |= {name: pager.model.get_parameter(name).detach().clone() for name in pager.block_names(i)}
+        pager.evict_block(i)
+    with pager.rest_loaded():
+        tensors |= {name: pager.model.get_parameter(name).detach().clone() for name in pager.rest_names()}
+    with pager.head_loaded():
+        tensors["lm_head.weight"] = pager.head.weight.detach().clone()
+    with pager.embedding_rows(torch.arange(pager.embedding.num_embeddings)):
+        tensors["model.embed_tokens.weight"] = pager.embedding.weight.detach().clone()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    return out
+
+
+@contextlib.contextmanager
+def rows_left_as_they_are() -> Iterator[None]:
+    """No family has the rows of q and k put in llama.cpp's order."""
+    families = {kind: dataclasses.replace(family, paired=()) for kind, family in gguf_families.FAMILIES.items()}
+    with mock.patch.object(gguf_families, "FAMILIES", families):
+        yield
+
+
+def compare_case(reader: Reader, work: Path, name: str, folder: Path, ids: Tensor, *, control: bool = True) -> dict[str, Any]:
+    """What llama.cpp makes of a packed folder."""
+    reference = streamed_logits(folder, ids, 1, "float32")
+    write_gguf(folder, work / "packed.gguf", quiet=True)
+    row: dict[str, Any] = {"case": name, "bytes": (work / "packed.gguf").stat().st_size}
+    row["packed"] = compared(reference, reader.read(work / "packed.gguf", ids)[0])
+    if control:
+        plain = save_dequantized(folder, work / "plain")
+        write_gguf(plain, work / "plain.gguf", quiet=True)
+        row["control"] = compared(reference, reader.read(work / "plain.gguf", ids)[0])
+        row["sound"] = row["control"]["of_spread"] < CONTROL_LIMIT
+        with rows_left_as_they_are():
+            write_gguf(plain, work / "negative.gguf", quiet=True)
+        if (work / "negative.gguf").read_bytes() != (work / "plain.gguf").read_bytes():
+            row["rows_not_in_order"] = compared(reference, reader.read(work / "negative.gguf", ids)[0])
+            row["sound"] &= row["rows_not_in_order"]["of_spread"] > NEGATIVE_FACTOR * CONTROL_LIMIT
+    return row
+
+
+def model_case(reader: Reader, work: Path, case: Case) -> dict[str, Any]:
+    source = make_checkpoint(work / "source", case.family, dtype=DTYPES[case.dtype], **case.model)
+    config = bigq.JobConfig(
+        scheme=bigq.QuantScheme(**case.scheme),
+        rules=tuple(case.rules),
+        format=case.format,
+        calibration=str(save_ids(work / "ids.safetensors", random_ids())),
+        samples=16,
+        seqlen=40,
+        quiet=True,
+    )
+    bigq.quantize(str(source), str(work / "out"), config)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(FIRST_ID, VOCABULARY, (ROWS, case.positions), generator=generator)
+    return {"type": case.type, **compare_case(reader, work, case.name, work / "out", ids)}
+
+
+def shipped_case(reader: Reader, work: Path, bits: int, symmetric: bool, group_size: int) -> dict[str, Any]:
+    """The shipped model on its held-out text, and its tokenizer on that."""
+    source = ASSETS / "tiny-llama"
+    scheme = bigq.QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric, act_order=True, scale_bits=None if symmetric else 7)
+    config = bigq.JobConfig(scheme=scheme, calibration="builtin", samples=64, dtype="float32", quiet=True)
+    bigq.quantize(str(source), str(work / "out"), config)
+    ids = evaluation_rows("builtin", source, seqlen=256, samples=ROWS)
+    row = compare_case(reader, work, f"shipped model, {bits} bits, groups of {group_size}", work / "out", ids)
+    text = BUILTIN_HELDOUT.read_text(encoding="utf-8")[:20000]
+    got = reader.read(work / "packed.gguf", None, [text])[1][0]
+    row["tokens_equal"] = got == load_tokenizer(source)(text, add_special_tokens=False).input_ids
+    row["sound"] &= row["tokens_equal"]
+    return {"type": {(4, True): "Q4_0", (4, False): "Q4_1", (8, True): "Q8_0"}[bits, symmetric], **row}
+
+
+def tokenizer_case(reader: Reader, work: Path, kind: str) -> dict[str, Any]:
+    """A tokenizer of this kind, trained on the shipped text; each text by llama.cpp and by the tokenizer itself."""
+    folder = work / "model"
+    folder.mkdir()
+    tokenizer = save_tokenizer(folder, kind)
+    make_checkpoint(folder, "llama", vocab_size=tokenizer.get_vocab_size() + 3)
+    write_gguf(folder, work / "model.gguf", quiet=True)
+    row: dict[str, Any] = {"case": kind, "texts": len(TEXTS), "tokens": 0, "different": []}
+    for specials in (False, True):
+        got = reader.read(work / "model.gguf", None, TEXTS, specials)[1]
+        for text, ids in zip(TEXTS, got, strict=True):
+            expected = tokenizer.encode(text, add_special_tokens=specials).ids
+            row["tokens"] += len(expected)
+            if ids != expected and (specials or not any(token in text for token in ("<s>", "</s>"))):
+                row["different"].append({"text": text, "specials": specials, "llama.cpp": ids, "tokenizer": expected})
+    row["sound"] = not row["different"]
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--reader", type=Path, required=True, help="a Python with llama-cpp-python")
+    parser.add_argument("--work", type=Path, required=True, help="an empty folder for models")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    reader = Reader(given.reader, given.work)
+    tasks = [(case.name, lambda work, case=case: model_case(reader, work, case)) for case in CASES]
+    shipped = ((4, True, -1), (4, True, 128), (8, True, 128), (4, False, 32))
+    tasks += [(f"shipped {one}", lambda work, one=one: shipped_case(reader, work, *one)) for one in shipped]
+    tokenizers = [(kind, lambda work, kind=kind: tokenizer_case(reader, work, kind)) for kind in TOKENIZERS]
+    results: dict[str, list[dict[str, Any]]] = {"models": [], "tokenizers": []}
+    for where, some in (("models", tasks), ("tokenizers", tokenizers)):
+        for name, task in some:
+            if given.only in name:
+                work = given.work / "case"
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir()
+                row = task(work)
+                results[where].append(row)
+                told = {key: row[key] for key in ("packed", "control", "rows_not_in_order", "tokens_equal", "different") if key in row}
+                print("sound" if row["sound"] else "WRONG", row["case"], json.dumps(told)[:900], flush=True)
+    versions = {name: importlib.metadata.version(name) for name in ("gguf", "torch", "transformers", "tokenizers")}
+    versions |= {"llama-cpp-python": reader.version, "python": platform.python_version(), "bigq": bigq.__version__}
+    sound = all(row["sound"] for rows in results.values() for row in rows)
+    if given.json:
+        given.json.write_text(json.dumps({"sound": sound, "versions": versions, **results}, indent=1) + "\n", encoding="utf-8")
+    return 0 if sound else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
