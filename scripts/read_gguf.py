@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """llama.cpp's logits for token ids, and its tokens for texts. Runs where llama-cpp-python is installed; needs nothing of bigq.
 
-    python scripts/read_gguf.py JOB.json     # {"gguf": FILE, "ids": [[…], …], "texts": […], "out": FILE.npz}
+    python scripts/read_gguf.py JOBS.json     # [{"gguf": FILE, "ids": [[…], …], "texts": […], "specials": BOOL, "out": FILE.npz}, …]
 
-Writes ``logits`` [rows, T, vocabulary], ``tokens`` (one array per text, joined; ``lengths`` says how long each is) and ``version``.
+Writes for each ``logits`` [rows, T, vocabulary], ``tokens`` (those of all texts joined; ``lengths`` says how many each has) and ``version``.
 Keys and values are kept in fp32, so that what differs comes of the weights' types alone.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -19,8 +20,7 @@ import numpy as np
 F32 = 0
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+def read(job: dict[str, Any]) -> None:
     longest = max([len(row) for row in job["ids"]] or [1])
     model = llama_cpp.Llama(
         job["gguf"], n_ctx=max(64, longest), logits_all=True, n_threads=2, type_k=F32, type_v=F32, flash_attn=False, verbose=False
@@ -38,6 +38,12 @@ def main() -> None:
         lengths=np.array([len(text) for text in tokens], dtype=np.int64),
         version=np.array(llama_cpp.__version__),
     )
+    model.close()
+
+
+def main() -> None:
+    for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        read(job)
 
 
 if __name__ == "__main__":

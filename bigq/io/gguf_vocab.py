@@ -98,11 +98,21 @@ def read_vocabulary(folder: Path, rows: int) -> dict[str, Value]:
     else:
         return {"tokenizer.ggml.model": "none"}
     ids, said, template = special_tokens(folder, rows)
+    ids = _named(folder, found) | ids
     found |= {f"tokenizer.ggml.{_KEYS.get(kind, kind)}_token_id": id for kind, id in ids.items() if kind in _SPECIAL}
     found |= {f"tokenizer.ggml.add_{kind}_token": value for kind, value in (adds | said).items() if kind in ("bos", "eos")}
     if template is not None:
         found["tokenizer.chat_template"] = template
     return found
+
+
+def _named(folder: Path, found: Mapping[str, Any]) -> dict[str, int]:
+    """Ids of the special tokens that tokenizer_config.json names, be they added tokens or not."""
+    path = folder / "tokenizer_config.json"
+    said = read_json_object(path, repeats=True) if path.exists() else {}
+    texts = {kind: token.get("content") if isinstance(token := said.get(f"{kind}_token"), dict) else token for kind in _SPECIAL}
+    ids = {text: id for id, text in enumerate(found["tokenizer.ggml.tokens"])}
+    return {kind: ids[text] for kind, text in texts.items() if isinstance(text, str) and text in ids}
 
 
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask", "eot", "eom")
