@@ -121,7 +121,11 @@ def _scheme_by_rule(pager: Pager, config: JobConfig) -> Callable[[str], QuantSch
 
     def scheme_of(module: str) -> QuantScheme | None:
         scheme = scheme_for(module, config.base_scheme, config.rules) if module in inside else None
-        if scheme is not None and not scheme.symmetric and (scheme.scale_bits or SCALE_BITS + 1) > SCALE_BITS:
+        if (
+            scheme is not None
+            and block_type(scheme.bits, scheme.symmetric) == "Q4_1"
+            and (scheme.scale_bits or SCALE_BITS + 1) > SCALE_BITS
+        ):
             raise _minimums_lost(module)
         return scheme
 
@@ -139,7 +143,7 @@ def _require_block_type(module: str, inputs: int, scheme: QuantScheme) -> str:
         )
     if inputs % BLOCK:
         raise UsageError(f"{module} has {inputs} inputs, but blocks of GGUF hold {BLOCK}; leave it out with --skip '{module}$'")
-    if scheme.group_width(inputs) % BLOCK:
+    if scheme.group_size != -1 and scheme.group_size % BLOCK:
         raise UsageError(
             f"{module} has groups of {scheme.group_size}, but blocks of GGUF hold {BLOCK} weights with one scale; quantize with a "
             f"--group-size that is a multiple of {BLOCK}, or -1"
@@ -156,10 +160,11 @@ def _minimums_lost(module: str) -> UsageError:
 
 def _check_values(pager: Pager) -> None:
     """Raise UsageError where scales and zero points of a packed Linear are not what its block type can hold. Codes are not read."""
-    assert pager.schemes is not None or not pager.packed
-    for parameter in pager.packed:
+    if pager.schemes is None:
+        return
+    for parameter in (name for name in pager.model.state_dict() if name in pager.packed):
         module = parameter.removesuffix(".weight")
-        scheme = pager.schemes.scheme(module)  # type: ignore[union-attr]
+        scheme = pager.schemes.scheme(module)
         stored = _read(pager, parameter, codes=False)
         if not scheme.symmetric:
             if minimums(stored) is None:
