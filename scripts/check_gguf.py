@@ -275,6 +275,27 @@ def tokenizer_case(reader: Reader, work: Path, kind: str) -> dict[str, Any]:
     return row
 
 
+class Results:
+    """Rows by case, written after each, so that cases can be taken again by themselves."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        old = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
+        self.rows = {where: {row["case"]: row for row in old.get(where, ())} for where in ("models", "tokenizers")}
+
+    @property
+    def sound(self) -> bool:
+        return all(row["sound"] for rows in self.rows.values() for row in rows.values())
+
+    def add(self, where: str, row: dict[str, Any], reader: str) -> None:
+        self.rows[where][row["case"]] = row
+        if self.path is not None:
+            versions = {name: importlib.metadata.version(name) for name in ("gguf", "torch", "transformers", "tokenizers")}
+            versions |= {"llama-cpp-python": reader, "python": platform.python_version(), "bigq": bigq.__version__}
+            rows = {where: list(rows.values()) for where, rows in self.rows.items()}
+            self.path.write_text(json.dumps({"sound": self.sound, "versions": versions, **rows}, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -289,7 +310,7 @@ def main() -> int:
     shipped = ((4, True, -1), (4, True, 128), (8, True, 128), (4, False, 32))
     tasks += [(f"shipped {one}", lambda work, one=one: shipped_case(reader, work, *one)) for one in shipped]
     tokenizers = [(kind, lambda work, kind=kind: tokenizer_case(reader, work, kind)) for kind in TOKENIZERS]
-    results: dict[str, list[dict[str, Any]]] = {"models": [], "tokenizers": []}
+    results = Results(given.json)
     for where, some in (("models", tasks), ("tokenizers", tokenizers)):
         for name, task in some:
             if given.only in name:
@@ -297,15 +318,10 @@ def main() -> int:
                 shutil.rmtree(work, ignore_errors=True)
                 work.mkdir()
                 row = task(work)
-                results[where].append(row)
+                results.add(where, row, reader.version)
                 told = {key: row[key] for key in ("packed", "control", "rows_not_in_order", "tokens_equal", "different") if key in row}
                 print("sound" if row["sound"] else "WRONG", row["case"], json.dumps(told)[:900], flush=True)
-    versions = {name: importlib.metadata.version(name) for name in ("gguf", "torch", "transformers", "tokenizers")}
-    versions |= {"llama-cpp-python": reader.version, "python": platform.python_version(), "bigq": bigq.__version__}
-    sound = all(row["sound"] for rows in results.values() for row in rows)
-    if given.json:
-        given.json.write_text(json.dumps({"sound": sound, "versions": versions, **results}, indent=1) + "\n", encoding="utf-8")
-    return 0 if sound else 1
+    return 0 if results.sound else 1
 
 
 if __name__ == "__main__":

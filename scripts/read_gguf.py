@@ -3,8 +3,8 @@
 
     python scripts/read_gguf.py JOBS.json     # [{"gguf": FILE, "ids": [[…], …], "texts": […], "specials": BOOL, "out": FILE.npz}, …]
 
-Writes for each ``logits`` [rows, T, vocabulary], ``tokens`` (those of all texts joined; ``lengths`` says how many each has) and ``version``.
-Keys and values are kept in fp32, so that what differs comes of the weights' types alone.
+Writes for each ``logits`` [rows, T, vocabulary], ``tokens`` (those of all texts joined; ``lengths`` says how many each has) and
+``version``. Keys and values are kept in fp32, so that what differs comes of the weights' types alone.
 """
 
 from __future__ import annotations
