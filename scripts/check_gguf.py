@@ -32,6 +32,7 @@ from unittest import mock
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers.utils import logging
 
@@ -43,7 +44,8 @@ from tokenizers_for_gguf import TEXTS, TOKENIZERS, save_tokenizer
 
 import bigq
 from bigq.calibration import ASSETS, BUILTIN_HELDOUT, evaluation_rows, load_tokenizer
-from bigq.sched import gguf_families
+from bigq.io import gguf_vocab
+from bigq.sched import gguf_families, to_gguf
 from bigq.sched.pager import Pager
 from bigq.sched.to_gguf import write_gguf
 
@@ -52,6 +54,8 @@ ROWS = 4
 #: What a control may be off by at most, as a part of the spread of the logits; and how much more the negative control must be.
 CONTROL_LIMIT, NEGATIVE_FACTOR = 2e-3, 100
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Kinds of tokenizers that differ in how text is split into words.
+SPLITTINGS = {"gpt-2", "llama-bpe", "qwen2", "tekken"}
 _WIDE = {"hidden_size": 256, "intermediate_size": 512}
 _ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 32}
 
@@ -272,7 +276,19 @@ def tokenizer_case(reader: Reader, work: Path, kind: str) -> dict[str, Any]:
             if ids != expected and (specials or not any(token in text for token in ("<s>", "</s>"))):
                 row["different"].append({"text": text, "specials": specials, "llama.cpp": ids, "tokenizer": expected})
     row["sound"] = not row["different"]
+    if kind in SPLITTINGS:
+        row["different_as"] = {other: split_otherwise(reader, work, folder, tokenizer, other) for other in SPLITTINGS - {kind}}
+        row["sound"] &= all(row["different_as"].values())
     return row
+
+
+def split_otherwise(reader: Reader, work: Path, folder: Path, tokenizer: Tokenizer, name: str) -> int:
+    """How many of the texts get other tokens where the file gives another way of splitting: the comparison would notice."""
+    vocabulary = {**gguf_vocab.read_vocabulary(folder, tokenizer.get_vocab_size() + 3), "tokenizer.ggml.pre": name}
+    with mock.patch.object(to_gguf, "read_vocabulary", lambda *_: vocabulary):
+        to_gguf.write_gguf(folder, work / "other.gguf", quiet=True)
+    ((_, got),) = reader.read(Asked(work / "other.gguf", texts=TEXTS))
+    return sum(ids != tokenizer.encode(text, add_special_tokens=False).ids for text, ids in zip(TEXTS[:-1], got, strict=False))
 
 
 class Results:
@@ -309,7 +325,7 @@ def main() -> int:
     tasks = [(case.name, lambda work, case=case: model_case(reader, work, case)) for case in CASES]
     shipped = ((4, True, -1), (4, True, 128), (8, True, 128), (4, False, 32))
     tasks += [(f"shipped {one}", lambda work, one=one: shipped_case(reader, work, *one)) for one in shipped]
-    tokenizers = [(kind, lambda work, kind=kind: tokenizer_case(reader, work, kind)) for kind in TOKENIZERS]
+    tokenizers = [(f"tokenizer {kind}", lambda work, kind=kind: tokenizer_case(reader, work, kind)) for kind in TOKENIZERS]
     results = Results(given.json)
     for where, some in (("models", tasks), ("tokenizers", tokenizers)):
         for name, task in some:

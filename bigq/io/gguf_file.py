@@ -12,6 +12,7 @@ Knows nothing of models.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,8 @@ def require_gguf() -> Any:
         import gguf
     except ImportError:
         raise UsageError("GGUF files are written with the gguf package, which is not installed: pip install bigq[gguf]") from None
+    # It warns of things that bigq tells in its own words, or that are none.
+    logging.getLogger("gguf").setLevel(logging.CRITICAL)
     return gguf
 
 

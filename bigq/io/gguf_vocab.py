@@ -44,6 +44,9 @@ SPLITTINGS: Mapping[str, Splitting] = {
 #: GPT-2's own, which tokenizer.json has no pattern for.
 GPT2_SPLITTING = Splitting("gpt-2", False)
 
+#: llama.cpp asks for at least one merge. This one never happens: words are characters first, and none of them is "[PAD]".
+NO_MERGE = "[PAD] [PAD]"
+
 #: SentencePiece's mark for a space.
 SPACE = "▁"
 
@@ -133,14 +136,12 @@ def _byte_level(path: Path, document: Mapping[str, Any], model: Mapping[str, Any
         tokens.put(path, id, text, NORMAL, 0.0)
     for id, text, type in _added(path, document):
         tokens.put(path, id, text, type, 0.0)
-    # llama.cpp asks for at least one merge. One of two control tokens never happens: text is taken apart into characters first.
-    never = [f"{tokens.texts[0]} {tokens.texts[0]}"] if tokens.types[0] == CONTROL else ["[PAD] [PAD]"]
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": splitting.name,
         "tokenizer.ggml.tokens": tokens.texts,
         "tokenizer.ggml.token_type": tokens.types,
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges] or never,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges] or [NO_MERGE],
     }
 
 

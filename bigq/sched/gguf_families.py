@@ -133,7 +133,7 @@ def _rope(pager: Pager, family: Family) -> dict[str, Value]:
         return said | {
             ".rope.scaling.type": "yarn",
             ".rope.scaling.factor": float(rope["factor"]),
-            ".rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+            ".rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
             ".rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or 32),
             ".rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1),
         }

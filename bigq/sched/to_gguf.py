@@ -192,8 +192,8 @@ def _read(pager: Pager, parameter: str, *, codes: bool = True) -> Stored:
 
 
 def _plain_type(info: TensorInfo) -> str:
-    """Matrices stay as they are; llama.cpp wants everything else in fp32."""
-    return "F32" if len(info.shape) != 2 else next(type for type, dtype in PLAIN.items() if dtype == info.dtype)
+    """Matrices stay as they are, unless that is fp64; llama.cpp wants everything else in fp32."""
+    return "F32" if len(info.shape) != 2 else next((type for type, dtype in PLAIN.items() if dtype == info.dtype), "F32")
 
 
 def _tensor(pager: Pager, one: _Planned) -> GgufTensor:

@@ -291,7 +291,7 @@ def test_damaged_tokenizers_are_told(damage: str, base: str, tmp_path: Path) -> 
     values = json.loads(path.read_text())
     DAMAGES[damage](values)
     path.write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match="fetch (it|them) again"):
+    with pytest.raises(CheckpointError, match=r"fetch (it|them) again"):
         read_vocabulary(tmp_path, 2000)
 
 
