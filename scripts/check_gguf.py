@@ -285,7 +285,7 @@ def tokenizer_case(reader: Reader, work: Path, kind: str) -> dict[str, Any]:
 def split_otherwise(reader: Reader, work: Path, folder: Path, tokenizer: Tokenizer, name: str) -> int:
     """How many of the texts get other tokens where the file gives another way of splitting: the comparison would notice."""
     vocabulary = {**gguf_vocab.read_vocabulary(folder, tokenizer.get_vocab_size() + 3), "tokenizer.ggml.pre": name}
-    with mock.patch.object(to_gguf, "read_vocabulary", lambda *_: vocabulary):
+    with mock.patch.object(to_gguf, "read_vocabulary", return_value=vocabulary):
         to_gguf.write_gguf(folder, work / "other.gguf", quiet=True)
     ((_, got),) = reader.read(Asked(work / "other.gguf", texts=TEXTS))
     return sum(ids != tokenizer.encode(text, add_special_tokens=False).ids for text, ids in zip(TEXTS[:-1], got, strict=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 from collections.abc import Callable, Mapping
@@ -115,9 +116,14 @@ TOKENIZERS: Mapping[str, Callable[[], Tokenizer]] = {
 }
 
 
+@functools.cache
+def _trained(kind: str) -> str:
+    return str(TOKENIZERS[kind]().to_str())
+
+
 def save_tokenizer(folder: Path, kind: str) -> Tokenizer:
     """Write a tokenizer's files into a model folder."""
-    tokenizer = TOKENIZERS[kind]()
+    tokenizer = Tokenizer.from_str(_trained(kind))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     if "sentencepiece" in kind:
         (folder / "tokenizer.model").write_bytes(sentencepiece_bytes(tokenizer))
