@@ -55,7 +55,7 @@ ROWS = 4
 CONTROL_LIMIT, NEGATIVE_FACTOR = 2e-3, 100
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Kinds of tokenizers that differ in how text is split into words.
-SPLITTINGS = {"gpt-2", "llama-bpe", "qwen2", "tekken"}
+SPLITTINGS = {"gpt-2", "llama-bpe", "qwen2"}
 _WIDE = {"hidden_size": 256, "intermediate_size": 512}
 _ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 32}
 

@@ -22,7 +22,6 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 
 class Splitting(NamedTuple):
@@ -32,14 +31,11 @@ class Splitting(NamedTuple):
     ignore_merges: bool
 
 
-#: The pattern in tokenizer.json that words are split by → what llama.cpp calls it.
+#: The pattern in tokenizer.json that words are split by → what llama.cpp calls it. "tekken" is not among them: llama.cpp takes combining
+#: marks and capitals that are not ASCII otherwise than Mistral's pattern does.
 SPLITTINGS: Mapping[str, Splitting] = {
     rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}": Splitting("llama-bpe", True),
     rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}": Splitting("qwen2", False),
-    (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|"
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ): Splitting("tekken", True),
 }
 #: GPT-2's own, which tokenizer.json has no pattern for.
 GPT2_SPLITTING = Splitting("gpt-2", False)
