@@ -24,6 +24,7 @@ OWNERS: Mapping[str, tuple[str, ...]] = {
     "torch.distributed": ("bigq.sched.dist",),
     "huggingface_hub": ("bigq.io.hub",),
     "matplotlib": ("bigq.charts",),
+    "gguf": ("bigq.io.gguf_file",),
 }
 
 #: Package → the packages that it must not import.
@@ -195,6 +196,7 @@ VIOLATIONS: list[tuple[Callable[[Sources], list[str]], dict[str, str], list[str]
     (foreign_dependencies, {"bigq.sched.x": "import torch.distributed"}, ["bigq.sched.x:1 imports torch.distributed"]),
     (foreign_dependencies, {"bigq.html_report": "def f():\n    import matplotlib.figure"}, ["bigq.html_report:2 imports matplotlib"]),
     (foreign_dependencies, {"bigq.io.index": "import huggingface_hub"}, ["bigq.io.index:1 imports huggingface_hub"]),
+    (foreign_dependencies, {"bigq.io.gguf_vocab": "def f():\n    import gguf"}, ["bigq.io.gguf_vocab:2 imports gguf"]),
     (crossed_layers, {"bigq.io.x": "from bigq.solver.gptq import solve"}, ["bigq.io.x:1 imports bigq.solver.gptq.solve"]),
     (crossed_layers, {"bigq.solver.x": "from bigq import io"}, ["bigq.solver.x:1 imports bigq.io"]),
     (crossed_layers, {"bigq.solver.x": "from ..io.index import Checkpoint"}, ["bigq.solver.x:1 imports bigq.io.index.Checkpoint"]),

@@ -118,6 +118,8 @@ def dequantized(out: Path) -> Iterator[tuple[str, Tensor]]:
             if name in pager.packed:
                 yield name.removesuffix(".weight"), pager.model.get_parameter(name).detach().clone()
         pager.evict_block(i)
+    if f"{pager.head_name}.weight" in pager.packed:
+        yield pager.head_name, pager.dequantized(f"{pager.head_name}.weight")
 
 
 def write_expected(folder: Path) -> list[str]:

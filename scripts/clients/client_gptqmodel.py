@@ -66,6 +66,7 @@ SPECIAL: tuple[tuple[str, str, dict[str, Any], tuple[str, ...]], ...] = (
     ("llama-rule-bits", "llama", {}, (*_FOUR, "--rule", r".*down_proj$:bits=8")),
     ("llama-rule-group", "llama", {}, (*_FOUR, "--rule", r".*mlp\..*:group_size=64")),
     ("llama-rule-sym", "llama", {}, (*_FOUR, "--rule", r".*\.o_proj$:sym=false")),
+    ("llama-head", "llama", {}, (*_FOUR, "--lm-head")),
     ("llama-skip-all-blocks", "llama", {}, (*_FOUR, "--skip", r".*\.o_proj$")),
     ("llama-skip-one-block", "llama", {}, (*_FOUR, "--skip", r"model\.layers\.1\.")),
     ("bloom-rule-bits", "bloom", {}, (*_FOUR, "--rule", r".*dense_h_to_4h$:bits=3,group_size=-1,sym=false")),

@@ -1,0 +1,250 @@
+"""From a finished folder to one GGUF file, as llama.cpp reads it: packed Linears code for code, everything else as it is stored.
+
+The types are those that hold what bigq solved exactly: Q4_0 for 4 bits symmetric, Q4_1 for 4 bits asymmetric where minimums are fp16
+numbers, Q8_0 for 8 bits symmetric. What would have to be rounded again is refused, before a job begins (``check_gguf``) and before
+anything is written (``write_gguf``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bigq.config import JobConfig
+from bigq.errors import CheckpointError, UsageError
+from bigq.io.formats import Stored
+from bigq.io.gguf_file import BLOCK, BLOCK_BYTES, PLAIN, GgufTensor, Value, block_type, blocks, minimums, require_gguf, write_gguf_file
+from bigq.io.gguf_vocab import read_vocabulary
+from bigq.io.index import TensorInfo
+from bigq.io.reader import as_bytes, iter_chunks, read_tensor
+from bigq.progress import Progress
+from bigq.sched.gguf_families import Family, family_of, metadata, rope_factors, sliding_window, tensor_name
+from bigq.sched.pager import Pager
+from bigq.scheme import QuantScheme, scheme_for
+
+#: ``general.file_type``: the type that most weights have, as llama.cpp counts.
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
+#: Of the block types, so far.
+QUANTIZATION_VERSION = 2
+#: Significant bits of a scale that is an fp16 number still when it is multiplied by a zero point of 4 bits.
+SCALE_BITS = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Planned:
+    """A tensor of the file: GGUF's name and type, the parameter that it comes from, and the order of its rows if not its own."""
+
+    name: str
+    type: str
+    parameter: str
+    order: Tensor | None
+
+
+def check_gguf(pager: Pager, config: JobConfig | None = None) -> None:
+    """Raise where no GGUF file could be made: of a folder as it is, or, with ``config``, of what a job will make of it.
+
+    UsageError: a Linear that no block type holds exactly, or the ``gguf`` package is not installed. UnsupportedModelError: a family,
+    setting or tokenizer that llama.cpp does not have. CheckpointError: damaged tokenizer files.
+    """
+    require_gguf()
+    family = family_of(pager)
+    _plan(pager, family, _scheme_by_rule(pager, config) if config is not None else _scheme_as_packed(pager))
+    metadata(pager, family)
+    read_vocabulary(pager.folder, pager.embedding.num_embeddings)
+    if config is None:
+        _check_values(pager)
+
+
+def write_gguf(folder: Path, file: Path, *, quiet: bool = False, trust_remote_code: bool = False) -> None:
+    """Write the model in ``folder``, packed or not, to ``file``, one tensor in memory at a time. A line to stderr for every block.
+
+    Nothing is under the name ``file`` before all of it is. Raises what ``check_gguf`` does, and ResourceError where the disk refuses.
+    """
+    if file.is_dir() or not file.parent.is_dir():
+        raise UsageError(f"{file}: is a folder, or its folder is not there; name a file in a folder that is")
+    pager = Pager(folder, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
+    check_gguf(pager)
+    family = family_of(pager)
+    planned = _plan(pager, family, _scheme_as_packed(pager))
+    tensors = [_tensor(pager, one) for one in planned]
+    factors = rope_factors(pager.config)
+    if factors is not None:
+        tensors.append(_whole("rope_freqs.weight", "F32", tuple(factors.shape), lambda: factors))
+    said = _general(folder, tensors) | metadata(pager, family) | read_vocabulary(folder, pager.embedding.num_embeddings)
+    with Progress(blocks=len(pager.blocks), device=pager.device, quiet=quiet) as progress:
+        if said["tokenizer.ggml.model"] == "none":
+            progress.say(f"{folder} has no tokenizer: {file.name} will take token ids only")
+        if sliding_window(pager.config) is not None:
+            progress.say(
+                f"{file.name} says that its context is {said['.context_length']}, the sliding window, which llama.cpp ignores here"
+            )
+        write_gguf_file(file, family.arch, said, tensors, _told(progress, tensors))
+        progress.say(f"wrote {file}")
+
+
+def _plan(pager: Pager, family: Family, scheme_of: Callable[[str], QuantScheme | None]) -> list[_Planned]:
+    """Every tensor of the file but ``rope_freqs``, those of a block together."""
+    planned = []
+    parameters = dict(pager.model.named_parameters(remove_duplicate=False))
+    tied = pager.head.weight is pager.embedding.weight
+    for parameter in pager.model.state_dict():
+        name, order = tensor_name(pager, family, parameter)
+        if tied and name == "output.weight":
+            continue  # llama.cpp takes the embedding where there is none
+        module = parameter.rpartition(".")[0]
+        scheme = scheme_of(module) if parameter.endswith(".weight") else None
+        if scheme is not None:
+            type = _require_block_type(module, parameters[parameter].shape[1], scheme)
+        else:
+            type = _plain_type(pager.sources[parameter])
+        planned.append(_Planned(name=name, type=type, parameter=parameter, order=order))
+    return planned
+
+
+def _scheme_as_packed(pager: Pager) -> Callable[[str], QuantScheme | None]:
+    def scheme_of(module: str) -> QuantScheme | None:
+        if pager.schemes is None or f"{module}.weight" not in pager.packed:
+            return None
+        return pager.schemes.scheme(module)
+
+    return scheme_of
+
+
+def _scheme_by_rule(pager: Pager, config: JobConfig) -> Callable[[str], QuantScheme | None]:
+    inside = {name for name in pager.linears if name.startswith(f"{pager.blocks_path}.")}
+
+    def scheme_of(module: str) -> QuantScheme | None:
+        scheme = scheme_for(module, config.base_scheme, config.rules) if module in inside else None
+        if (
+            scheme is not None
+            and block_type(scheme.bits, scheme.symmetric) == "Q4_1"
+            and (scheme.scale_bits or SCALE_BITS + 1) > SCALE_BITS
+        ):
+            raise _minimums_lost(module)
+        return scheme
+
+    return scheme_of
+
+
+def _require_block_type(module: str, inputs: int, scheme: QuantScheme) -> str:
+    """The block type for a Linear. Raises UsageError, naming it, where there is none that holds it exactly."""
+    type = block_type(scheme.bits, scheme.symmetric)
+    if type is None:
+        kind = "symmetric" if scheme.symmetric else "asymmetric"
+        raise UsageError(
+            f"{module}: GGUF has no blocks for {scheme.bits} bits {kind}, only for --bits 4 and for --bits 8 --sym; quantize it so "
+            f"(--rule '{module}$:bits=…'), or leave it out with --skip '{module}$'"
+        )
+    if inputs % BLOCK:
+        raise UsageError(f"{module} has {inputs} inputs, but blocks of GGUF hold {BLOCK}; leave it out with --skip '{module}$'")
+    if scheme.group_size != -1 and scheme.group_size % BLOCK:
+        raise UsageError(
+            f"{module} has groups of {scheme.group_size}, but blocks of GGUF hold {BLOCK} weights with one scale; quantize with a "
+            f"--group-size that is a multiple of {BLOCK}, or -1"
+        )
+    return type
+
+
+def _minimums_lost(module: str) -> UsageError:
+    return UsageError(
+        f"{module}: its zero points times scales are not fp16 numbers, as Q4_1 of GGUF has them; quantize with --format gguf, "
+        "or --scale-bits 7"
+    )
+
+
+def _check_values(pager: Pager) -> None:
+    """Raise UsageError where scales and zero points of a packed Linear are not what its block type can hold. Codes are not read."""
+    if pager.schemes is None:
+        return
+    for parameter in (name for name in pager.model.state_dict() if name in pager.packed):
+        module = parameter.removesuffix(".weight")
+        scheme = pager.schemes.scheme(module)
+        stored = _read(pager, parameter, codes=False)
+        if not scheme.symmetric:
+            if minimums(stored) is None:
+                raise _minimums_lost(module)
+        elif bool((stored.zeros != 1 << (scheme.bits - 1)).any()) or not torch.equal(stored.scales.half().float(), stored.scales.float()):
+            raise CheckpointError(
+                f"{pager.folder}: {module} is said to be symmetric, but its zero points or scales are not what Q4_0 and Q8_0 can hold; "
+                "quantize it again"
+            )
+
+
+def _read(pager: Pager, parameter: str, *, codes: bool = True) -> Stored:
+    """A packed Linear; without codes, its words are memory of no meaning."""
+    assert pager.schemes is not None
+    prefix, scheme = pager.packed[parameter], pager.schemes.scheme(parameter.removesuffix(".weight"))
+    mark = f"{prefix}.{pager.schemes.format.mark}"
+
+    def get(name: str) -> Tensor:
+        info = pager.checkpoint[name]
+        if name == mark and not codes:
+            return torch.empty(1, dtype=info.dtype).expand(info.shape)
+        return read_tensor(info, keep_cached=False)
+
+    return pager.schemes.format.read(prefix, get, scheme)
+
+
+def _plain_type(info: TensorInfo) -> str:
+    """Matrices stay as they are, unless that is fp64; llama.cpp wants everything else in fp32."""
+    return "F32" if len(info.shape) != 2 else next((type for type, dtype in PLAIN.items() if dtype == info.dtype), "F32")
+
+
+def _tensor(pager: Pager, one: _Planned) -> GgufTensor:
+    if one.type in BLOCK_BYTES:
+        assert pager.schemes is not None
+        bits = pager.schemes.scheme(one.parameter.removesuffix(".weight")).bits
+        shape = tuple(pager.model.get_parameter(one.parameter).shape)
+        return GgufTensor(name=one.name, type=one.type, shape=shape, chunks=lambda: _blocks(pager, one, bits))
+    info = pager.sources[one.parameter]
+    if one.order is None and info.dtype == PLAIN[one.type]:
+        return GgufTensor(name=one.name, type=one.type, shape=info.shape, chunks=lambda: iter_chunks(info))
+
+    def ordered() -> Tensor:
+        tensor = read_tensor(info, keep_cached=False).to(PLAIN[one.type])
+        return tensor if one.order is None else tensor[one.order]
+
+    return _whole(one.name, one.type, info.shape, ordered)
+
+
+def _blocks(pager: Pager, one: _Planned, bits: int) -> Iterator[memoryview]:
+    yield from blocks(_read(pager, one.parameter), one.type, bits, one.order)
+
+
+def _whole(name: str, type: str, shape: tuple[int, ...], get: Callable[[], Tensor]) -> GgufTensor:
+    """A tensor that is in memory for as long as it is written."""
+    return GgufTensor(name=name, type=type, shape=shape, chunks=lambda: [as_bytes(get().contiguous())])
+
+
+def _general(folder: Path, tensors: Iterable[GgufTensor]) -> dict[str, Value]:
+    weights: Counter[str] = Counter()
+    for tensor in tensors:
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
+            weights[tensor.type] += torch.Size(tensor.shape).numel()
+    return {
+        "general.type": "model",
+        "general.name": folder.resolve().name,
+        "general.file_type": FILE_TYPES[weights.most_common(1)[0][0]],
+        "general.quantization_version": QUANTIZATION_VERSION,
+    }
+
+
+def _told(progress: Progress, tensors: list[GgufTensor]) -> Callable[[GgufTensor], None]:
+    """To be called for each tensor that was written: the last one of a block makes a line."""
+    last = {tensor.name.split(".")[1]: tensor.name for tensor in tensors if tensor.name.startswith("blk.")}
+    started = time.monotonic()
+
+    def written(tensor: GgufTensor) -> None:
+        nonlocal started
+        block = tensor.name.split(".")[1]
+        if last.get(block) == tensor.name:
+            progress.block_done(int(block), time.monotonic() - started, None)
+            started = time.monotonic()
+
+    return written
