@@ -162,7 +162,7 @@ def _add_job(p: argparse.ArgumentParser) -> None:
     _option(
         how,
         "--format",
-        choices=("gptq", "gptq_v2", "compressed-tensors"),
+        choices=("gptq", "gptq_v2", "compressed-tensors", "gguf"),
         default="gptq",
         help="gptq stores zero points minus one, gptq_v2 as they are",
     )

@@ -30,8 +30,8 @@ def _add_verify(p: argparse.ArgumentParser) -> None:
 
 def _add_convert(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help="packed checkpoint, of bigq or others: folder")
-    p.add_argument("out", metavar="OUT", help="folder to write")
-    p.add_argument("--to", required=True, choices=("gptq", "gptq_v2", "compressed-tensors"), help="format to write")
+    p.add_argument("out", metavar="OUT", help="folder to write; a file for gguf")
+    p.add_argument("--to", required=True, choices=("gptq", "gptq_v2", "compressed-tensors", "gguf"), help="format to write")
     p.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
     p.add_argument("--quiet", action="store_true", help="no progress, no summary")
     p.set_defaults(command=_run_convert)

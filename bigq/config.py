@@ -14,6 +14,8 @@ from bigq.io.json_file import plain
 from bigq.scheme import QuantScheme, Rule
 
 METHODS = ("gptq", "gptaq", "rtn")
+#: Of packed shards, and "gguf": shards in gptq_v2, which a job goes on from and transformers reads, and a GGUF file made of them.
+JOB_FORMATS = (*FORMATS, "gguf")
 DEFAULT_SEQLEN = 2048
 ACTIVATIONS = ("auto", "gpu", "host", "disk")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -48,7 +50,7 @@ class JobConfig:
     method: "gptq"; "gptaq" for GPTQ with asymmetric calibration, which makes up for what the Linears before have done to the
         inputs; or "rtn" for plain rounding to nearest (no calibration).
     alpha: how much of that is made up for, from 0 (nothing, as "gptq") to 1 (all); for "gptaq" only.
-    format: "gptq" (v1), "gptq_v2" or "compressed-tensors".
+    format: "gptq" (v1), "gptq_v2", "compressed-tensors", or "gguf" (one more file, beside shards in gptq_v2).
     lm_head: quantize the output head too.
     true_sequential: solve a block's Linears level by level, each seeing the quantized ones before it.
     calibration: a file, "c4" or "builtin"; samples rows of seqlen tokens, drawn by seed.
@@ -101,7 +103,7 @@ class JobConfig:
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("--method", self.method, METHODS),
-            ("--format", self.format, tuple(FORMATS)),
+            ("--format", self.format, JOB_FORMATS),
             ("--dtype", self.dtype, DTYPES),
             ("--activations", self.activations, ACTIVATIONS),
             ("--on-nonfinite", self.on_nonfinite, ON_NONFINITE),
@@ -132,8 +134,8 @@ class JobConfig:
 
     @property
     def made(self) -> Format:
-        """What ``format`` is the name of."""
-        return FORMATS[self.format]
+        """Of the shards."""
+        return FORMATS["gptq_v2" if self.format == "gguf" else self.format]
 
     def frozen(self) -> dict[str, Any]:
         """The fields that are kept with a job, as plain JSON values."""

@@ -213,11 +213,11 @@ def compare_case(reader: Reader, work: Path, name: str, folder: Path, ids: Tenso
     """What llama.cpp makes of a packed folder; ``tokens`` are those that it makes of the texts."""
     reference = streamed_logits(folder, ids, 1, "float32")
     files = {what: work / f"{what}.gguf" for what in ("packed", "control", "rows_not_in_order")}
-    write_gguf(folder, files["packed"], quiet=True)
+    write_gguf(folder, files["packed"])
     plain = save_dequantized(folder, work / "plain")
-    write_gguf(plain, files["control"], quiet=True)
+    write_gguf(plain, files["control"])
     with rows_left_as_they_are():
-        write_gguf(plain, files["rows_not_in_order"], quiet=True)
+        write_gguf(plain, files["rows_not_in_order"])
     if files["control"].read_bytes() == files["rows_not_in_order"].read_bytes():
         del files["rows_not_in_order"]  # a family that has them in transformers' order
     read = reader.read(*(Asked(file, ids.tolist(), texts if what == "packed" else ()) for what, file in files.items()))
@@ -250,7 +250,7 @@ def shipped_case(reader: Reader, work: Path, bits: int, symmetric: bool, group_s
     """The shipped model on its held-out text, and its tokenizer on that."""
     source = ASSETS / "tiny-llama"
     scheme = bigq.QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric, act_order=True, scale_bits=None if symmetric else 7)
-    config = bigq.JobConfig(scheme=scheme, calibration="builtin", samples=64, dtype="float32", quiet=True)
+    config = bigq.JobConfig(scheme=scheme, calibration="builtin", samples=64, dtype="float32")
     bigq.quantize(str(source), str(work / "out"), config)
     ids = evaluation_rows("builtin", source, seqlen=256, samples=ROWS)
     text = BUILTIN_HELDOUT.read_text(encoding="utf-8")[:20000]
@@ -266,7 +266,7 @@ def tokenizer_case(reader: Reader, work: Path, kind: str) -> dict[str, Any]:
     folder.mkdir()
     tokenizer = save_tokenizer(folder, kind)
     make_checkpoint(folder, "llama", vocab_size=tokenizer.get_vocab_size() + 3)
-    write_gguf(folder, work / "model.gguf", quiet=True)
+    write_gguf(folder, work / "model.gguf")
     row: dict[str, Any] = {"case": kind, "texts": len(TEXTS), "tokens": 0, "different": []}
     both = reader.read(*(Asked(work / "model.gguf", texts=TEXTS, specials=specials) for specials in (False, True)))
     for specials, (_, got) in zip((False, True), both, strict=True):
@@ -286,7 +286,7 @@ def split_otherwise(reader: Reader, work: Path, folder: Path, tokenizer: Tokeniz
     """How many of the texts get other tokens where the file gives another way of splitting: the comparison would notice."""
     vocabulary = {**gguf_vocab.read_vocabulary(folder, tokenizer.get_vocab_size() + 3), "tokenizer.ggml.pre": name}
     with mock.patch.object(to_gguf, "read_vocabulary", return_value=vocabulary):
-        to_gguf.write_gguf(folder, work / "other.gguf", quiet=True)
+        to_gguf.write_gguf(folder, work / "other.gguf")
     ((_, got),) = reader.read(Asked(work / "other.gguf", texts=TEXTS))
     return sum(ids != tokenizer.encode(text, add_special_tokens=False).ids for text, ids in zip(TEXTS[:-1], got, strict=False))
 

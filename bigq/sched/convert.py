@@ -29,6 +29,7 @@ from bigq.io.reader import read_tensor
 from bigq.io.writer import OutputTensor, write_shard
 from bigq.sched.finish import is_side_file
 from bigq.sched.pager import Pager
+from bigq.sched.to_gguf import write_gguf
 from bigq.scheme import QuantScheme, Rule
 from bigq.sizes import show_size
 
@@ -50,20 +51,22 @@ class Conversion:
 def convert(
     model: str | Path, out: str | Path, to: str, *, trust_remote_code: bool = False, say: Callable[[str], None] = lambda line: None
 ) -> Conversion:
-    """Write the packed checkpoint in the folder ``model`` to the folder ``out``, in the format ``to``.
+    """Write the packed checkpoint in the folder ``model`` to the folder ``out``, in the format ``to``; to the file ``out`` for "gguf".
 
-    say: gets a line for each shard. Raises UsageError where the format cannot hold what is there exactly, CheckpointError,
+    say: gets a line for each shard, or block. Raises UsageError where the format cannot hold what is there exactly, CheckpointError,
     UnsupportedModelError, ResourceError; then ``out`` is as it was.
     """
     source, out = Path(os.path.expanduser(model)), Path(os.path.expanduser(out))
-    if to not in FORMATS:
-        raise UsageError(f"--to {to}: must be one of {', '.join(FORMATS)}")
-    target = FORMATS[to]
+    if to not in (*FORMATS, "gguf"):
+        raise UsageError(f"--to {to}: must be one of {', '.join(FORMATS)}, gguf")
     skeleton.silence()
     with torch.no_grad():
         pager = Pager(source, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
         if pager.schemes is None:
             raise UsageError(f"{source}: is not quantized; convert takes a packed checkpoint, such as the output of bigq quantize")
+        if to == "gguf":
+            return _to_gguf(pager, out, trust_remote_code, say)
+        target = FORMATS[to]
         if pager.schemes.format.name == to:
             raise UsageError(f"{source}: is in the {to} format already")
         schemes = {prefix: pager.schemes.scheme(name.removesuffix(".weight")) for name, prefix in pager.packed.items()}
@@ -89,6 +92,24 @@ def convert(
             config = read_json_object(source / "config.json") | {"quantization_config": quantization}
             write_bytes(folder / "config.json", json_bytes(config))
     return Conversion(format_before=pager.schemes.format.name, format=to, linears=len(schemes), bytes_before=size, bytes=written)
+
+
+def _to_gguf(pager: Pager, out: Path, trust_remote_code: bool, say: Callable[[str], None]) -> Conversion:
+    assert pager.schemes is not None
+    if out.exists():
+        raise UsageError(f"{out}: is there already; name a file that is not")
+
+    def written(done: int, blocks: int) -> None:
+        say(f"{out.name}: block {done} of {blocks}")
+
+    write_gguf(pager.folder, out, trust_remote_code=trust_remote_code, say=say, written=written)
+    return Conversion(
+        format_before=pager.schemes.format.name,
+        format="gguf",
+        linears=len(pager.packed),
+        bytes_before=sum(info.nbytes for info in pager.checkpoint.tensors.values()),
+        bytes=out.stat().st_size,
+    )
 
 
 def _require(pager: Pager, target: Format) -> None:

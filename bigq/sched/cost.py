@@ -33,7 +33,7 @@ class Work:
     """What a job is to do, whatever the machine. rows: of calibration tokens. scheme: of a Linear by its full module name.
 
     tokens: different ones among the calibration tokens, or the most there can be. on_nonfinite: see ``BlockJob``.
-    lm_head: whether the output head is quantized too.
+    lm_head: whether the output head is quantized too. gguf: whether a GGUF file is made of the shards.
     """
 
     rows: int
@@ -43,6 +43,7 @@ class Work:
     true_sequential: bool
     on_nonfinite: str = "stop"
     lm_head: bool = False
+    gguf: bool = False
 
     @property
     def streams(self) -> int:
@@ -111,6 +112,11 @@ def packed_bytes(linear: LinearShape, scheme: QuantScheme) -> int:
     return linear.m * linear.n * scheme.bits // 8 + groups * linear.m * scheme.bits // 8 + 2 * groups * linear.m + 4 * linear.n
 
 
+def gguf_bytes(linear: LinearShape, scheme: QuantScheme) -> int:
+    """Bytes of a Linear in blocks of 32 weights, each with its scale, and its minimum where it is asymmetric."""
+    return linear.m * (linear.n // 32) * (scheme.bits * 4 + (2 if scheme.symmetric else 4))
+
+
 def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
     """The cost of a whole job. base: resident bytes of the process before it begins, libraries warmed up."""
     activations = _activations(shape, work, choice)
@@ -132,6 +138,7 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
         add("embed", embedding + shape.rest_loaded + first.calls.at(choice.batch), {}, 2 * hidden, embedding if choice.on_gpu else 0)
     costs: dict[tuple[int, tuple[QuantScheme | None, ...]], BlockCost] = {}
     output, late = shape.rest_stored, 0
+    again = shape.rest_stored if work.gguf else 0
     for i, block in enumerate(shape.blocks):
         schemes = {linear.name: work.scheme(f"{shape.path}.{i}.{linear.name}") for linear in block.linears}
         key = (id(block), tuple(schemes.values()))
@@ -143,13 +150,15 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
         # Where it is written beside the computation, a finished block stays until the next one is finished too.
         late = costs[key].packed if choice.beside else 0
         output += costs[key].output
+        again += costs[key].blocks_of_gguf if work.gguf else 0
     scheme = work.scheme(shape.head.name) if work.lm_head and shape.head is not None else None
     if scheme is not None and shape.head is not None:
         for name, held, flops in _head_phases(shape, shape.head, scheme, work, choice):
             add(name, held + late, flops, host=embedding if choice.on_gpu else 0)
         output += packed_bytes(shape.head, scheme) - shape.head.stored
+        again += gguf_bytes(shape.head, scheme) - shape.head.stored if work.gguf else 0
     saved = 2 * hidden if choice.checkpoints else 0
-    return Cost(phases=tuple(phases.values()), output=output, scratch=activations.disk + saved, read=shape.stored + embedding)
+    return Cost(phases=tuple(phases.values()), output=output + again, scratch=activations.disk + saved, read=shape.stored + embedding)
 
 
 def _head_phases(
@@ -212,7 +221,8 @@ def _memo_width(block: BlockShape) -> int:
 class BlockCost:
     """The phases of one block on the device that computes, without the hidden states.
 
-    packed: bytes of its packed Linears; largest_packed: of one of them; output: of all that is written for it.
+    packed: bytes of its packed Linears; largest_packed: of one of them; output: of all that is written for it; blocks_of_gguf: of what a
+    GGUF file has of it.
     """
 
     def __init__(self, shape: ModelShape, work: Work, choice: Choice, block: BlockShape, schemes: Mapping[str, QuantScheme]) -> None:
@@ -220,6 +230,8 @@ class BlockCost:
         packed = [packed_bytes(linear, schemes[linear.name]) for linear in block.linears if linear.name in schemes]
         self.packed, self.largest_packed = sum(packed), max(packed, default=0)
         self.output = self.packed + block.stored - sum(linear.stored for linear in block.linears if linear.name in schemes)
+        kept = block.stored - sum(linear.stored for linear in block.linears if linear.name in schemes)
+        self.blocks_of_gguf = kept + sum(gguf_bytes(linear, schemes[linear.name]) for linear in block.linears if linear.name in schemes)
         self._batch = min(choice.batch, work.rows)
         self._tokens = work.rows * shape.seqlen
         self._paired = work.streams > 1

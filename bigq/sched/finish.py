@@ -28,6 +28,8 @@ from bigq.scheme import QuantScheme, scheme_for
 
 #: Written before config.json: what a finished folder holds.
 MANIFEST_NAME = "manifest.json"
+#: The whole model once more, where a job is to make it. Not hashed again to see whether a folder is finished.
+GGUF_NAME = "model.gguf"
 #: A model card is a text for people, who may go on writing it: of one that bigq wrote, which says so, the manifest does not speak.
 CARD_NAME, CARD_MARK = "README.md", "<!-- model card written by bigq -->"
 #: The job's records that do not change any more when it is finished.
@@ -43,7 +45,8 @@ def is_finished(journal: Journal) -> bool:
         if manifest is None:
             return False
         shards = {commit.shard.file for commit in journal.commits}
-        return all(file_sha256(journal.out / name) == entry["sha256"] for name, entry in manifest["files"].items() if name not in shards)
+        others = {name: entry for name, entry in manifest["files"].items() if name not in shards and name != GGUF_NAME}
+        return all(file_sha256(journal.out / name) == entry["sha256"] for name, entry in others.items())
     except (BigqError, KeyError, TypeError, AttributeError):
         return False
 
@@ -51,7 +54,7 @@ def is_finished(journal: Journal) -> bool:
 def reopen_folder(out: Path) -> None:
     """A folder that was finished is not any more: what makes it loadable goes first. Raises ResourceError."""
     try:
-        for name in ("config.json", INDEX_NAME, f"{STATE_FOLDER}/{MANIFEST_NAME}"):
+        for name in ("config.json", INDEX_NAME, GGUF_NAME, f"{STATE_FOLDER}/{MANIFEST_NAME}"):
             (out / name).unlink(missing_ok=True)
         sync_folder(out)
     except OSError as error:
@@ -126,6 +129,25 @@ def is_card(path: Path) -> bool:
             return CARD_MARK.encode() in file.read(2**20)
     except OSError:
         return False
+
+
+def has_gguf(out: Path) -> bool:
+    """Whether a finished folder holds the GGUF file that its manifest speaks of, by its size. Raises CheckpointError, ResourceError."""
+    manifest = read_sealed(out / STATE_FOLDER / MANIFEST_NAME, "")
+    try:
+        return manifest is not None and (out / GGUF_NAME).stat().st_size == manifest["files"][GGUF_NAME]["size"]
+    except (OSError, KeyError, TypeError):
+        return False
+
+
+def add_gguf(out: Path) -> None:
+    """Let the manifest of a finished folder speak of the GGUF file that was written to it. Raises ResourceError."""
+    manifest = read_sealed(out / STATE_FOLDER / MANIFEST_NAME, "")
+    assert manifest is not None
+    path = out / GGUF_NAME
+    entry = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    files = dict(sorted({**manifest["files"], GGUF_NAME: entry}.items()))
+    write_sealed(out / STATE_FOLDER / MANIFEST_NAME, {**manifest, "files": files})
 
 
 def free_card(out: Path) -> None:

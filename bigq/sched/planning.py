@@ -86,6 +86,7 @@ def _work(config: JobConfig, rows: int, tokens: int) -> Work:
         true_sequential=config.true_sequential,
         on_nonfinite=config.on_nonfinite,
         lm_head=config.lm_head,
+        gguf=config.format == "gguf",
     )
 
 

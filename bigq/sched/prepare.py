@@ -14,7 +14,7 @@ from bigq.calibration import calibration_rows, require_vocabulary
 from bigq.config import DEFAULT_SEQLEN, JobConfig
 from bigq.errors import UsageError
 from bigq.io.index import TensorInfo
-from bigq.kernels.grid import SCALE_BITS
+from bigq.kernels.grid import FEWEST_SCALE_BITS, SCALE_BITS
 from bigq.sched.head import Head
 from bigq.sched.pager import Pager
 from bigq.sched.structure import SMALLEST
@@ -56,6 +56,9 @@ def settled_scheme(pager: Pager, config: JobConfig) -> QuantScheme:
     """The scheme of a job, significant bits of scales and all."""
     if config.scheme.scale_bits is not None:
         return config.scheme
+    asymmetric = not config.scheme.symmetric or any((rule.overrides or {}).get("sym") is False for rule in config.rules)
+    if config.format == "gguf" and asymmetric:
+        return dataclasses.replace(config.scheme, scale_bits=FEWEST_SCALE_BITS)  # so that minimums are fp16 numbers
     prefix = pager.blocks_path + "."
     types = {info.dtype for name, info in pager.sources.items() if name.startswith(prefix) and name.endswith(".weight")}
     return dataclasses.replace(config.scheme, scale_bits=8 if torch.bfloat16 in types else SCALE_BITS)

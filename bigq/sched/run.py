@@ -26,11 +26,11 @@ from bigq.sched.batches import Batches
 from bigq.sched.behind import WriteBehind
 from bigq.sched.checkpoint import Checkpoints
 from bigq.sched.device import choose_device, memory_errors
-from bigq.sched.finish import finish_folder, is_finished
+from bigq.sched.finish import GGUF_NAME, add_gguf, finish_folder, has_gguf, is_finished
 from bigq.sched.head import head_of
 from bigq.sched.journal import STATE_FOLDER, Journal, read_job, require_ours
 from bigq.sched.memory import hold_heap
-from bigq.sched.owner import owned, refuse_if_held
+from bigq.sched.owner import Owner, owned, refuse_if_held
 from bigq.sched.pager import Pager
 from bigq.sched.pipeline import Job
 from bigq.sched.planning import plan_job
@@ -38,6 +38,7 @@ from bigq.sched.prepare import check_shapes, refuse_nesting, rest_shards, row_le
 from bigq.sched.request import compare, make_request, require_same_code
 from bigq.sched.run_record import RunMeter, begun, run_recorded
 from bigq.sched.stop import Stop
+from bigq.sched.to_gguf import check_gguf, write_gguf
 from bigq.trace import Trace
 
 
@@ -80,6 +81,8 @@ def quantize(
         if pager.packed:
             raise UnsupportedModelError(f"{folder}: is already quantized; give the original model")
         check_shapes(pager, config)
+        if config.format == "gguf":
+            check_gguf(pager, dataclasses.replace(config, scheme=settled_scheme(pager, config)))
         config = dataclasses.replace(
             config,
             seqlen=row_length(pager.config, config),
@@ -143,6 +146,8 @@ def quantize(
                 if not is_finished(journal):
                     owner.check()
                     finish_folder(folder, journal, config, pager.linears)
+                if config.format == "gguf" and not has_gguf(out):
+                    _write_gguf(out, config, owner, progress)
                 checkpoints.discard()
     return Report(
         out=str(out),
@@ -161,3 +166,16 @@ def quantize(
         waiting=clock.waiting(),
         batches=() if rows is None else Batches(plan.choice.batch, journal.halvings).used,
     )
+
+
+def _write_gguf(out: Path, config: JobConfig, owner: Owner, progress: Progress) -> None:
+    """Make the GGUF file of a finished folder. One that is killed here does it when it is run again."""
+
+    def written(done: int, blocks: int) -> None:
+        owner.check()
+        progress.phase(f"{GGUF_NAME}: {done} of {blocks} blocks")
+
+    progress.phase(GGUF_NAME)
+    write_gguf(out, out / GGUF_NAME, trust_remote_code=config.trust_remote_code, say=progress.say, written=written)
+    owner.check()
+    add_gguf(out)

@@ -7,7 +7,6 @@ anything is written (``write_gguf``).
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from bigq.io.gguf_file import BLOCK, BLOCK_BYTES, PLAIN, GgufTensor, Value, bloc
 from bigq.io.gguf_vocab import read_vocabulary
 from bigq.io.index import TensorInfo
 from bigq.io.reader import as_bytes, iter_chunks, read_tensor
-from bigq.progress import Progress
 from bigq.sched.gguf_families import Family, family_of, metadata, rope_factors, sliding_window, tensor_name
 from bigq.sched.pager import Pager
 from bigq.scheme import QuantScheme, scheme_for
@@ -61,9 +59,17 @@ def check_gguf(pager: Pager, config: JobConfig | None = None) -> None:
         _check_values(pager)
 
 
-def write_gguf(folder: Path, file: Path, *, quiet: bool = False, trust_remote_code: bool = False) -> None:
-    """Write the model in ``folder``, packed or not, to ``file``, one tensor in memory at a time. A line to stderr for every block.
+def write_gguf(
+    folder: Path,
+    file: Path,
+    *,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    written: Callable[[int, int], None] = lambda done, blocks: None,
+) -> None:
+    """Write the model in ``folder``, packed or not, to ``file``, one tensor in memory at a time.
 
+    say: gets what is to be known of the file. written: gets how many of the blocks are in it, after each.
     Nothing is under the name ``file`` before all of it is. Raises what ``check_gguf`` does, and ResourceError where the disk refuses.
     """
     if file.is_dir() or not file.parent.is_dir():
@@ -77,15 +83,11 @@ def write_gguf(folder: Path, file: Path, *, quiet: bool = False, trust_remote_co
     if factors is not None:
         tensors.append(_whole("rope_freqs.weight", "F32", tuple(factors.shape), lambda: factors))
     said = _general(folder, tensors) | metadata(pager, family) | read_vocabulary(folder, pager.embedding.num_embeddings)
-    with Progress(blocks=len(pager.blocks), device=pager.device, quiet=quiet) as progress:
-        if said["tokenizer.ggml.model"] == "none":
-            progress.say(f"{folder} has no tokenizer: {file.name} will take token ids only")
-        if sliding_window(pager.config) is not None:
-            progress.say(
-                f"{file.name} says that its context is {said['.context_length']}, the sliding window, which llama.cpp ignores here"
-            )
-        write_gguf_file(file, family.arch, said, tensors, _told(progress, tensors))
-        progress.say(f"wrote {file}")
+    if said["tokenizer.ggml.model"] == "none":
+        say(f"{folder} has no tokenizer: {file.name} will take token ids only")
+    if sliding_window(pager.config) is not None:
+        say(f"{file.name} says that its context is {said['.context_length']}, the sliding window, which llama.cpp ignores here")
+    write_gguf_file(file, family.arch, said, tensors, _told(written, tensors))
 
 
 def _plan(pager: Pager, family: Family, scheme_of: Callable[[str], QuantScheme | None]) -> list[_Planned]:
@@ -117,7 +119,7 @@ def _scheme_as_packed(pager: Pager) -> Callable[[str], QuantScheme | None]:
 
 
 def _scheme_by_rule(pager: Pager, config: JobConfig) -> Callable[[str], QuantScheme | None]:
-    inside = {name for name in pager.linears if name.startswith(f"{pager.blocks_path}.")}
+    inside = {name for name in pager.linears if name.startswith(f"{pager.blocks_path}.") or (config.lm_head and name == pager.head_name)}
 
     def scheme_of(module: str) -> QuantScheme | None:
         scheme = scheme_for(module, config.base_scheme, config.rules) if module in inside else None
@@ -235,16 +237,15 @@ def _general(folder: Path, tensors: Iterable[GgufTensor]) -> dict[str, Value]:
     }
 
 
-def _told(progress: Progress, tensors: list[GgufTensor]) -> Callable[[GgufTensor], None]:
-    """To be called for each tensor that was written: the last one of a block makes a line."""
+def _told(written: Callable[[int, int], None], tensors: list[GgufTensor]) -> Callable[[GgufTensor], None]:
+    """To be called for each tensor that was written: the last one of a block counts."""
     last = {tensor.name.split(".")[1]: tensor.name for tensor in tensors if tensor.name.startswith("blk.")}
-    started = time.monotonic()
+    done = 0
 
-    def written(tensor: GgufTensor) -> None:
-        nonlocal started
-        block = tensor.name.split(".")[1]
-        if last.get(block) == tensor.name:
-            progress.block_done(int(block), time.monotonic() - started, None)
-            started = time.monotonic()
+    def count(tensor: GgufTensor) -> None:
+        nonlocal done
+        if last.get(tensor.name.split(".")[1]) == tensor.name:
+            done += 1
+            written(done, len(last))
 
-    return written
+    return count

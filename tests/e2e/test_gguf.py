@@ -17,10 +17,13 @@ from torch import Tensor
 
 import bigq
 from bigq import faults
+from bigq.cli import main
 from bigq.errors import BigqError, CheckpointError, ResourceError, UnsupportedModelError, UsageError
 from bigq.io import gguf_file
+from bigq.sched import run
 from bigq.sched.pager import Pager
 from bigq.sched.to_gguf import check_gguf, write_gguf
+from bigq.sched.verify import verify
 
 CPU = torch.device("cpu")
 ASYMMETRIC = {"symmetric": False, "scale_bits": 7}
@@ -29,7 +32,7 @@ ASYMMETRIC = {"symmetric": False, "scale_bits": 7}
 def quantized(source: Path, out: Path, *, rules: Sequence[bigq.Rule] = (), format: str = "gptq", **scheme: Any) -> Path:
     """Rounded to nearest: what the solver makes of it is of no matter here."""
     values = bigq.QuantScheme(**{"group_size": 32, **scheme})
-    bigq.quantize(str(source), str(out), bigq.JobConfig(scheme=values, rules=tuple(rules), method="rtn", format=format, quiet=True))
+    bigq.quantize(str(source), str(out), bigq.JobConfig(scheme=values, rules=tuple(rules), method="rtn", format=format))
     return out
 
 
@@ -128,7 +131,7 @@ CASES: Mapping[str, tuple[str, dict[str, Any], dict[str, Any], set[str]]] = {
 def test_every_tensor_is_what_the_folder_holds(case: str, tmp_path: Path) -> None:
     family, model, scheme, types = CASES[case]
     folder = quantized(make_checkpoint(tmp_path / "source", family, **model), tmp_path / "out", **scheme)
-    write_gguf(folder, tmp_path / "x.gguf", quiet=True)
+    write_gguf(folder, tmp_path / "x.gguf")
     expected, got = expected_of(folder, family), tensors_of(tmp_path / "x.gguf")
     assert got.keys() == expected.keys()
     assert {type for type, _ in got.values()} == types
@@ -141,7 +144,7 @@ def test_every_tensor_is_what_the_folder_holds(case: str, tmp_path: Path) -> Non
 
 def test_rows_of_q_and_k_move_and_others_do_not(packed: Path, tmp_path: Path) -> None:
     """The comparison above would notice rows left as they are."""
-    write_gguf(packed, tmp_path / "x.gguf", quiet=True)
+    write_gguf(packed, tmp_path / "x.gguf")
     expected, got = expected_of(packed, "llama"), tensors_of(tmp_path / "x.gguf")
     moved = {name.split(".")[2] for name, (_, values) in got.items() if not torch.equal(values, expected[name])}
     assert moved == {"attn_q", "attn_k"}
@@ -152,7 +155,7 @@ def test_metadata(tmp_path: Path) -> None:
         tmp_path / "source", "llama", head_dim=32, rms_norm_eps=1e-4, rope_parameters={"rope_theta": 7e4, "rope_type": "default"}
     )
     path = tmp_path / "x.gguf"
-    write_gguf(quantized(source, tmp_path / "a name", bits=8), path, quiet=True)
+    write_gguf(quantized(source, tmp_path / "a name", bits=8), path)
     said = {
         "general.architecture": "llama",
         "general.name": "a name",
@@ -175,19 +178,21 @@ def test_metadata(tmp_path: Path) -> None:
     assert {key: field(path, key) for key in said} == said
 
 
-def test_context_ends_with_the_sliding_window(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_context_ends_with_the_sliding_window(tmp_path: Path) -> None:
     folder = quantized(make_checkpoint(tmp_path / "source", "mistral"), tmp_path / "out")
-    write_gguf(folder, tmp_path / "x.gguf")
+    told: list[str] = []
+    blocks: list[tuple[int, int]] = []
+    write_gguf(folder, tmp_path / "x.gguf", say=told.append, written=lambda *at: blocks.append(at))
     assert field(tmp_path / "x.gguf", "llama.context_length") == 16
-    told = capsys.readouterr().err
-    assert "its context is 16, the sliding window" in told and "no tokenizer" in told and "block 3/3" in told and "wrote" in told
+    assert "no tokenizer" in told[0] and "its context is 16, the sliding window" in told[1]
+    assert blocks == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_factors_of_llama_3_are_those_of_transformers(tmp_path: Path) -> None:
     rope = {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     source = make_checkpoint(tmp_path / "source", "llama", head_dim=64, rope_parameters={**rope, "original_max_position_embeddings": 32})
     folder = quantized(source, tmp_path / "out")
-    write_gguf(folder, tmp_path / "x.gguf", quiet=True)
+    write_gguf(folder, tmp_path / "x.gguf")
     type, factors = tensors_of(tmp_path / "x.gguf")["rope_freqs.weight"]
     plain = 1e4 ** -(torch.arange(0, 64, 2) / 64)
     scaled = Pager(folder, device=CPU).model.get_buffer("model.rotary_emb.inv_freq")
@@ -197,7 +202,7 @@ def test_factors_of_llama_3_are_those_of_transformers(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_packed_is_written_as_it_is(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     source = checkpoint("llama")
-    write_gguf(source, tmp_path / "x.gguf", quiet=True)
+    write_gguf(source, tmp_path / "x.gguf")
     got, expected = tensors_of(tmp_path / "x.gguf"), expected_of(source, "llama")
     assert got.keys() == expected.keys() and {type for type, _ in got.values()} == {"F32"}
     assert all(torch.equal(in_transformers_order("llama", name, values), expected[name]) for name, (_, values) in got.items())
@@ -205,9 +210,9 @@ def test_a_folder_that_is_not_packed_is_written_as_it_is(checkpoint: Callable[[s
 
 def test_a_matrix_is_never_whole_in_blocks(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are put into blocks some at a time, and the file is the same."""
-    write_gguf(packed, tmp_path / "at-once.gguf", quiet=True)
+    write_gguf(packed, tmp_path / "at-once.gguf")
     monkeypatch.setattr(gguf_file, "CODES_AT_ONCE", 500)
-    write_gguf(packed, tmp_path / "in-parts.gguf", quiet=True)
+    write_gguf(packed, tmp_path / "in-parts.gguf")
     assert (tmp_path / "at-once.gguf").read_bytes() == (tmp_path / "in-parts.gguf").read_bytes()
 
 
@@ -237,7 +242,7 @@ def test_linears_that_would_be_rounded_again_are_refused(case: str, checkpoint: 
         check_gguf(Pager(source, device=CPU), config)
     folder = quantized(source, tmp_path / "out", **settings)
     with pytest.raises(UsageError, match=told):
-        write_gguf(folder, tmp_path / "x.gguf", quiet=True)
+        write_gguf(folder, tmp_path / "x.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -297,7 +302,7 @@ def test_models_that_llama_cpp_computes_otherwise_are_refused(case: str, tmp_pat
     with pytest.raises(UnsupportedModelError, match=told):
         check_gguf(Pager(source, device=CPU), bigq.JobConfig(scheme=bigq.QuantScheme(group_size=32)))
     with pytest.raises(UnsupportedModelError, match=told):
-        write_gguf(source, tmp_path / "x.gguf", quiet=True)
+        write_gguf(source, tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
 
 
@@ -319,14 +324,14 @@ def test_scales_and_zero_points_of_others_are_looked_at(packed: Path, tmp_path: 
     zeros[1, 3] += 1 << 8
     rewrite(folder, name, zeros)
     with pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.up_proj is said to be symmetric"):
-        write_gguf(folder, tmp_path / "x.gguf", quiet=True)
+        write_gguf(folder, tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
 
 
 def test_places_that_no_file_can_have_are_refused(packed: Path, tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "no" / "x.gguf"):
         with pytest.raises(UsageError, match="name a file in a folder that is"):
-            write_gguf(packed, path, quiet=True)
+            write_gguf(packed, path)
 
 
 # What goes wrong on the way.
@@ -337,7 +342,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(point: str, packed: Path, tm
     faults.arm(f"{point}:ENOSPC")
     try:
         with pytest.raises(ResourceError, match=r"x\.gguf: No space left on device; free some space"):
-            write_gguf(packed, tmp_path / "x.gguf", quiet=True)
+            write_gguf(packed, tmp_path / "x.gguf")
     finally:
         faults.disarm()
     assert list(tmp_path.iterdir()) == []
@@ -350,7 +355,7 @@ def test_a_tensor_that_is_damaged_on_the_way_leaves_nothing_behind(packed: Path,
     norm[3] = float("nan")
     rewrite(folder, "model.norm.weight", norm)
     with pytest.raises(BigqError, match=r"model\.norm\.weight contains NaN"):
-        write_gguf(folder, tmp_path / "x.gguf", quiet=True)
+        write_gguf(folder, tmp_path / "x.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert shard_of(folder, "model.norm.weight").exists()
 
@@ -358,10 +363,91 @@ def test_a_tensor_that_is_damaged_on_the_way_leaves_nothing_behind(packed: Path,
 def test_a_kill_leaves_nothing_under_the_name(packed: Path, tmp_path: Path, child: Child) -> None:
     code = (
         "import sys; from pathlib import Path; from bigq import faults; from bigq.sched.to_gguf import write_gguf; "
-        "faults.arm('shard.piece:20'); write_gguf(Path(sys.argv[1]), Path(sys.argv[2]), quiet=True)"
+        "faults.arm('shard.piece:20'); write_gguf(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
     done = child("-c", code, packed, tmp_path / "x.gguf")
     assert done.returncode == -9, done.stderr
     assert not (tmp_path / "x.gguf").exists() and len(list(tmp_path.iterdir())) == 1
-    write_gguf(packed, tmp_path / "x.gguf", quiet=True)
+    write_gguf(packed, tmp_path / "x.gguf")
     assert json.loads((packed / "config.json").read_text())["num_hidden_layers"] == field(tmp_path / "x.gguf", "llama.block_count")
+
+
+# Jobs and conversions.
+
+
+def gguf_job(ids: Path, **changes: object) -> bigq.JobConfig:
+    values: dict[str, object] = {"scheme": bigq.QuantScheme(group_size=32), "calibration": str(ids), "samples": 8, "seqlen": 24}
+    return bigq.JobConfig(**{**values, "format": "gguf", "quiet": True, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_a_job_makes_shards_and_a_file_of_them(
+    symmetric: bool, checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, source = tmp_path / "out", str(checkpoint("llama"))
+    config = gguf_job(ids_file, scheme=bigq.QuantScheme(group_size=32, symmetric=symmetric), lm_head=True)
+    report = bigq.quantize(source, out, config)
+    assert verify(out) == []
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq_v2"
+    assert json.loads((out / ".bigq/job.json").read_text())["settings"]["scheme"]["scale_bits"] == (11 if symmetric else 7)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out / "model.gguf").tensors}
+    assert kinds["blk.0.attn_q.weight"] == kinds["output.weight"] == ("Q4_0" if symmetric else "Q4_1")
+    write_gguf(out, tmp_path / "again.gguf")
+    whole = (out / "model.gguf").read_bytes()
+    assert whole == (tmp_path / "again.gguf").read_bytes(), "the name of the folder is in both"
+    planned = bigq.plan(source, tmp_path, config).cost.output
+    assert planned == pytest.approx(report.output_bytes + len(whole), rel=0.2), "headers and metadata weigh much in a tiny model"
+
+    (out / "model.gguf").unlink()
+    assert any(line.startswith("model.gguf: ") for line in verify(out))
+    shards = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    bigq.quantize(source, out)
+    assert (out / "model.gguf").read_bytes() == whole and verify(out) == []
+    assert shards == {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}, "nothing else was made again"
+
+    next(iter(shards)).unlink()
+    monkeypatch.setattr(run, "write_gguf", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bigq.quantize(source, out)
+    assert not (out / "model.gguf").exists(), "the file of other shards is gone"
+    assert verify(out), "and its job is not done"
+    monkeypatch.undo()
+    bigq.quantize(source, out)
+    assert (out / "model.gguf").read_bytes() == whole and verify(out) == []
+
+
+def interrupted(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "says"),
+    [
+        ("llama", {"bits": 3}, "GGUF has no blocks for 3 bits"),
+        ("llama", {"bits": 8, "symmetric": False}, "GGUF has no blocks for 8 bits"),
+        ("llama", {"group_size": 16}, "groups of 16"),
+        ("bloom", {}, "bloom"),
+    ],
+)
+def test_a_job_that_could_not_end_in_a_file_does_not_begin(
+    family: str, scheme: dict[str, Any], says: str, checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path
+) -> None:
+    config = gguf_job(ids_file, scheme=bigq.QuantScheme(**{"group_size": 32, **scheme}))
+    with pytest.raises((UsageError, UnsupportedModelError), match=says):
+        bigq.quantize(str(checkpoint(family)), tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_makes_the_same_file(
+    checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bigq.quantize(str(checkpoint("qwen2")), tmp_path / "out", gguf_job(ids_file, format="gptq"))
+    assert main(["convert", str(tmp_path / "out"), str(tmp_path / "x.gguf"), "--to", "gguf"]) == 0
+    told = capsys.readouterr()
+    assert "gptq → gguf" in told.out and "block 3 of 3" in told.err
+    write_gguf(tmp_path / "out", tmp_path / "y.gguf")
+    assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "y.gguf").read_bytes()
+    assert main(["convert", str(tmp_path / "out"), str(tmp_path / "x.gguf"), "--to", "gguf"]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["convert", str(checkpoint("qwen2")), str(tmp_path / "z.gguf"), "--to", "gguf"]) == 2
+    assert "is not quantized" in capsys.readouterr().err and not (tmp_path / "z.gguf").exists()
