@@ -195,7 +195,13 @@ def _quantization(pager: Pager, target: Format) -> dict[str, Any]:
         left_out = tuple(name for name in inside if name not in packed)
     others = tuple(name for name in pager.linears if name not in packed)
     told = Quantization(
-        scheme=base, rules=rules, packed=packed, left_out=left_out, others=others, lm_head=pager.head_name in packed, meta=meta
+        scheme=base,
+        rules=rules,
+        packed=packed,
+        left_out=left_out,
+        others=others,
+        head=pager.head_name if pager.head_name in packed else None,
+        meta=meta,
     )
     config = target.config(told)
     # What else the source said of how it was made, such as the damping, is still so.

@@ -117,7 +117,7 @@ def quantization_of(commits: Iterable[Commit], config: JobConfig, linears: Seque
         packed=packed,
         left_out=tuple(name for commit in commits for name in commit.left_out),
         others=tuple(name for name in linears if name not in packed),
-        lm_head=config.lm_head,
+        head=next((str(record.get("name")) for commit in commits if commit.unit.startswith("head") for record in commit.linears), None),
         meta=meta,
     )
 

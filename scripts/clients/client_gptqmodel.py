@@ -99,6 +99,7 @@ def _training_fails(row: dict[str, Any]) -> str | None:
 
 
 LIMITS = {
+    r"^(transformers|peft)/.*-head": "optimum packs the Linears of blocks only, so that the head is not found; GPTQModel.load reads it",
     r"^(transformers|peft)/.*-rule-(bits|group)": "optimum, by which transformers loads, gives all Linears the same bits and group size",
     r"^gptqmodel/.*-asym.*-v1$": "GPTQModel refuses asymmetric v1 outputs of other programs; write them with --format gptq_v2",
 }

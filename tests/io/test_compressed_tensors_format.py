@@ -137,7 +137,7 @@ def test_linears_stored_transposed_are_refused() -> None:
 def told(packed: dict[str, QuantScheme], others: tuple[str, ...] = ("lm_head",), usual: QuantScheme | None = None) -> dict[str, Any]:
     usual = usual or QuantScheme()
     return FORMAT.config(
-        Quantization(scheme=usual, rules=(), packed=packed, left_out=(), others=others, lm_head=False, meta={"quantizer": "x"})
+        Quantization(scheme=usual, rules=(), packed=packed, left_out=(), others=others, head=None, meta={"quantizer": "x"})
     )
 
 
@@ -178,10 +178,11 @@ def test_every_linear_reads_back_with_its_own_scheme() -> None:
             schemes.scheme(name)
 
 
-def test_where_no_linear_has_the_jobs_own_scheme_the_commonest_stands_for_all() -> None:
+def test_where_linears_differ_all_are_named() -> None:
+    """Or vLLM takes a fused Linear, whose own name is nowhere, for one of a group that speaks of all Linears."""
     a, b = QuantScheme(bits=8), QuantScheme(bits=2)
     config = told({"x": a, "y": b, "z": b}, usual=QuantScheme(bits=3))
-    assert [group["targets"] for group in config["config_groups"].values()] == [["x"], ["Linear"]]
+    assert [group["targets"] for group in config["config_groups"].values()] == [["x"], ["y", "z"]]
     schemes = read_schemes(Path("config.json"), config)
     assert [schemes.scheme(name).bits for name in "xyz"] == [8, 2, 2]
 

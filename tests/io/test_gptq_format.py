@@ -35,7 +35,7 @@ def require_packable(name: str, m: int, n: int, scheme: QuantScheme) -> None:
 def quantization_config(
     scheme: QuantScheme, rules: tuple[Rule, ...], version: int, left_out: tuple[str, ...], meta: dict[str, str]
 ) -> dict[str, Any]:
-    told = Quantization(scheme=scheme, rules=rules, packed={}, left_out=left_out, others=("lm_head",), lm_head=False, meta=meta)
+    told = Quantization(scheme=scheme, rules=rules, packed={}, left_out=left_out, others=("lm_head",), head=None, meta=meta)
     return VERSIONS[version].config(told)
 
 
@@ -221,7 +221,7 @@ def test_where_some_linears_are_left_out_those_that_are_not_are_named() -> None:
 
     def named(rules: tuple[Rule, ...], left_out: tuple[str, ...]) -> object:
         packed = {name: QuantScheme() for name in ("layers.0.up", "layers.0.down")}
-        told = Quantization(scheme=QuantScheme(), rules=rules, packed=packed, left_out=left_out, others=(), lm_head=False, meta={})
+        told = Quantization(scheme=QuantScheme(), rules=rules, packed=packed, left_out=left_out, others=(), head=None, meta={})
         return VERSIONS[1].config(told).get("modules_in_block_to_quantize")
 
     assert named((), ()) is None and named((Rule("a", {"bits": 8}),), ()) is None

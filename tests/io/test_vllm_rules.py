@@ -42,7 +42,7 @@ BLOCKS = 12
 def quantization_config(
     scheme: QuantScheme, rules: tuple[Rule, ...], version: int, left_out: tuple[str, ...], meta: Mapping[str, Any]
 ) -> dict[str, Any]:
-    told = Quantization(scheme=scheme, rules=rules, packed={}, left_out=left_out, others=("lm_head",), lm_head=False, meta=meta)
+    told = Quantization(scheme=scheme, rules=rules, packed={}, left_out=left_out, others=("lm_head",), head=None, meta=meta)
     return FORMATS["gptq" if version == 1 else "gptq_v2"].config(told)
 
 
@@ -211,3 +211,61 @@ def test_the_keys_that_vllm_needs_are_there(missing: str) -> None:
     packed = written(QuantScheme(), (), names_of("llama"))
     assert complaints(config, packed) == set()
     assert complaints({k: v for k, v in config.items() if k != missing}, packed) == {"keys"}
+
+
+# compressed-tensors, read by other rules:
+#
+# - Ignored is what a name or a pattern of ``ignore`` matches; of a fused Linear either all parts or none.
+# - The group of a Linear is the first that has its own name; else one that has its class, "Linear" being in the name of every class;
+#   else one that has the names of all its parts.
+# - Symmetric Linears may have 2 to 8 bits, asymmetric ones 4 or 8 (newer versions: 2 to 8), by group or by channel.
+
+
+def ct_config(scheme: QuantScheme, rules: tuple[Rule, ...], names: list[str]) -> dict[str, Any]:
+    packed = {name: found for name in names if (found := scheme_for(name, scheme, rules)) is not None}
+    others = ("lm_head", *(name for name in names if name not in packed))
+    told = Quantization(scheme=scheme, rules=rules, packed=packed, left_out=(), others=others, head=None, meta={})
+    return FORMATS["compressed-tensors"].config(told)
+
+
+def ct_looked_up(config: Mapping[str, Any], name: str, parts: list[str]) -> Settings | None:
+    """What vLLM takes one of its Linears to be packed with. Raises where it would."""
+    ignored = {part in config["ignore"] for part in parts}
+    if len(ignored) > 1:
+        raise ValueError(f"{name}: some parts are ignored")
+    if ignored == {True}:
+        return None
+    groups = list(config["config_groups"].values())
+    found = [g for g in groups if name in g["targets"]] or [g for g in groups if "Linear" in g["targets"]]
+    found = found or [g for g in groups if all(part in g["targets"] for part in parts)]
+    if not found:
+        raise ValueError(f"{name}: no group")
+    weights = found[0]["weights"]
+    assert weights["strategy"] == ("channel" if weights["group_size"] is None else "group") and weights["dynamic"] is False
+    assert weights["num_bits"] in (2, 3, 4, 8)
+    return Settings(weights["num_bits"], -1 if weights["group_size"] is None else weights["group_size"], weights["symmetric"])
+
+
+CT_RULES: list[tuple[Rule, ...]] = [
+    (),
+    (Rule(r".*self_attn\.(q|k|v)_proj", {"bits": 8}),),
+    (Rule(r".*down_proj", {"bits": 8, "group_size": -1}), Rule(r"model\.layers\.3\.", None)),
+    (Rule(r".*mlp\.", {"sym": False}), Rule(r".*o_proj", None)),
+]
+
+
+@pytest.mark.parametrize("rules", CT_RULES)
+def test_of_compressed_tensors_every_linear_is_taken_for_what_it_is(rules: tuple[Rule, ...]) -> None:
+    names, scheme = names_of("llama"), QuantScheme()
+    config, packed = ct_config(scheme, rules, names), written(scheme, rules, names)
+    for fused, parts in parts_by_linear(names).items():
+        assert {packed[part] for part in parts} == {ct_looked_up(config, fused, parts)}
+
+
+def test_of_compressed_tensors_rules_for_a_part_of_a_fused_linear_are_refused() -> None:
+    names = names_of("llama")
+    for rule in (Rule(r".*q_proj", {"bits": 8}), Rule(r".*v_proj", None)):
+        config = ct_config(QuantScheme(), (rule,), names)
+        parts = parts_by_linear(names)["model.layers.0.self_attn.qkv_proj"]
+        with pytest.raises(ValueError, match="qkv_proj"):
+            ct_looked_up(config, "model.layers.0.self_attn.qkv_proj", parts)

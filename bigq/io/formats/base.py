@@ -69,7 +69,7 @@ class Quantization:
 
     scheme, rules: as asked for. packed: the scheme of every packed Linear, by module name. left_out: module names of Linears inside
     blocks that stay unquantized although no rule says so. others: module names of all Linears that are not packed, wherever they are.
-    lm_head: whether the output head is to be packed. meta: for people.
+    head: the output head's name, if it is packed. meta: for people.
     """
 
     scheme: QuantScheme
@@ -77,7 +77,7 @@ class Quantization:
     packed: Mapping[str, QuantScheme]
     left_out: tuple[str, ...]
     others: tuple[str, ...]
-    lm_head: bool
+    head: str | None
     meta: Mapping[str, Any]
 
 

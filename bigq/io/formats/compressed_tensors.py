@@ -37,7 +37,11 @@ MAX_PATTERNS = 1000
 
 
 class CompressedTensors(Format):
-    """Linears that differ from the others are listed by name, in config groups of their own: who reads them need not agree on patterns."""
+    """Where Linears differ, all are listed by name, each in the config group of its kind.
+
+    Patterns would do for some readers. vLLM looks for a fused Linear's own name, then for its class, and only then for the names of
+    its parts: a group for the class would take it away from that of its parts.
+    """
 
     name = "compressed-tensors"
     mark = "weight_packed"
@@ -119,20 +123,15 @@ class CompressedTensors(Format):
         groups: dict[tuple[int, int, bool], list[str]] = {}
         for name, scheme in told.packed.items():
             groups.setdefault(_kind(scheme), []).append(name)
-        usual = (
-            _kind(told.scheme)
-            if _kind(told.scheme) in groups
-            else max(groups, key=lambda kind: len(groups[kind]), default=_kind(told.scheme))
-        )
-        ordered = [kind for kind in groups if kind != usual] + [usual]
+        if len(groups) < 2:
+            # By class; the output head is of another class in vLLM.
+            targets = ["Linear"] if told.head is None else ["Linear", told.head]
+            groups = dict.fromkeys(groups or [_kind(told.scheme)], targets)
         return {
             "quant_method": self.name,
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            # Names come before the class that they are of: a reader that takes the first match takes the right one.
-            "config_groups": {
-                f"group_{i}": _config_group(kind, ["Linear"] if kind == usual else groups[kind]) for i, kind in enumerate(ordered)
-            },
+            "config_groups": {f"group_{i}": _config_group(kind, targets) for i, (kind, targets) in enumerate(groups.items())},
             "ignore": sorted(told.others),
             "kv_cache_scheme": None,
         }

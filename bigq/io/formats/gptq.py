@@ -130,7 +130,7 @@ class Gptq(Format):
             "sym": scheme.symmetric,
             "desc_act": False,
             "static_groups": scheme.act_order,
-            "lm_head": told.lm_head,
+            "lm_head": told.head is not None,
             "pack_dtype": "int32",
             "damp_percent": scheme.damping,
             "dynamic": dynamic,
