@@ -49,6 +49,7 @@ POINTS = (
     "finish.side",
     "finish.index",
     "finish.manifest",
+    "gguf.piece",
     "finish.config",
 )
 

@@ -331,8 +331,8 @@ def table(result: Mapping[str, Any]) -> str:
         f"{len(calibration['seeds'])} draws of its rows, and judged by `bigq eval` on {result['heldout_tokens']} held-out tokens.",
         f"The original's perplexity is {result['original_perplexity']:.4f}. Damping 0.01, computed in fp32; {named}.",
         "",
-        "Figures: perplexity / mean KL divergence from the original per token, in nats: means over the draws ± the KLs' standard deviation.",
-        "Less is better.",
+        "Figures: perplexity / mean KL divergence from the original per token, in nats; means over the draws ± the KLs' standard",
+        "deviation. Less is better.",
         "act-order means static groups, which leave the columns where they are; `bigq rtn` knows no order and needs no calibration.",
         "",
     ]

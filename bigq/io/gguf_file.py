@@ -131,12 +131,17 @@ def write_gguf_file(
         for tensor in tensors:
             start = file.tell()
             for piece in tensor.chunks():
-                faults.point("shard.piece")
+                faults.point("gguf.piece")
                 file.write(piece)
             size = file.tell() - start
             assert size == tensor.nbytes, f"{tensor.name}: wrote {size} bytes instead of {tensor.nbytes}"
             _pad(file)
             written(tensor)
+
+
+def size_label(parameters: int) -> str:
+    """A model's size as people say it: 8.0B."""
+    return str(require_gguf().size_label(parameters, 0, 0, 0))
 
 
 def special_tokens(folder: Path, size: int) -> tuple[dict[str, int], dict[str, bool], str | None]:

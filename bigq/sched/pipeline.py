@@ -278,13 +278,8 @@ class Job:
                 tensors += [OutputTensor.of(n, t, self.outgoing) for n, t in packed[name].items()]
             else:
                 tensors.append(OutputTensor.copy_of(self.pager.checkpoint[name]))
-        faults.point("block.solved")
         left_out = [f"{job.prefix}.{name}" for name in job.plan.left_out] + list(skipped)
-        batch = None if store is None else store.batch
-        self.clock.settle()  # the records' seconds become numbers before another thread writes them
-        self.progress.phase("write", job.index)
-        with self.clock.phase("write"):
-            self.behind.start(lambda: self._commit(len(self.rest) + job.index, tensors, records, left_out, skipped, batch))
+        self._hand_over(len(self.rest) + job.index, tensors, records, left_out, skipped, store)
         return records
 
     def _head(self, inputs: tuple[ActivationStore, Tensor, Probe] | None) -> None:
@@ -309,11 +304,25 @@ class Job:
                 packed = self.config.made.pack(head.source.name.removesuffix(".weight"), solved.weight, head.source.dtype)
             records.append(solved.record())
             tensors = [OutputTensor.of(name, tensor, self.outgoing) for name, tensor in packed.items()]
+        self._hand_over(number, tensors, records, list(skipped), skipped, None if inputs is None else inputs[0])
+
+    def _hand_over(
+        self,
+        number: int,
+        tensors: list[OutputTensor],
+        records: list[LinearRecord],
+        left_out: list[str],
+        skipped: dict[str, str],
+        store: ActivationStore | None,
+    ) -> None:
+        """Let a unit that is solved be written and committed behind what comes next."""
         faults.point("block.solved")
-        batch = None if inputs is None else inputs[0].batch
-        self.clock.settle()
+        if number - len(self.rest) < len(self.pager.blocks):
+            self.progress.phase("write", number - len(self.rest))
+        batch = None if store is None else store.batch
+        self.clock.settle()  # the records' seconds become numbers before another thread writes them
         with self.clock.phase("write"):
-            self.behind.start(lambda: self._commit(number, tensors, records, list(skipped), skipped, batch))
+            self.behind.start(lambda: self._commit(number, tensors, records, left_out, skipped, batch))
 
     def _restore(self, job: BlockJob, commit: Commit) -> None:
         """Give a block that an earlier run committed the weights that it was committed with."""

@@ -18,7 +18,19 @@ from torch import Tensor
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.formats import Stored
-from bigq.io.gguf_file import BLOCK, BLOCK_BYTES, PLAIN, GgufTensor, Value, block_type, blocks, minimums, require_gguf, write_gguf_file
+from bigq.io.gguf_file import (
+    BLOCK,
+    BLOCK_BYTES,
+    PLAIN,
+    GgufTensor,
+    Value,
+    block_type,
+    blocks,
+    minimums,
+    require_gguf,
+    size_label,
+    write_gguf_file,
+)
 from bigq.io.gguf_vocab import read_vocabulary
 from bigq.io.index import TensorInfo
 from bigq.io.reader import as_bytes, iter_chunks, read_tensor
@@ -82,7 +94,9 @@ def write_gguf(
     factors = rope_factors(pager.config)
     if factors is not None:
         tensors.append(_whole("rope_freqs.weight", "F32", tuple(factors.shape), lambda: factors))
-    said = _general(folder, tensors) | metadata(pager, family) | read_vocabulary(folder, pager.embedding.num_embeddings)
+    said = (
+        _general(str(pager.config.model_type), tensors) | metadata(pager, family) | read_vocabulary(folder, pager.embedding.num_embeddings)
+    )
     if said["tokenizer.ggml.model"] == "none":
         say(f"{folder} has no tokenizer: {file.name} will take token ids only")
     if sliding_window(pager.config) is not None:
@@ -224,14 +238,18 @@ def _whole(name: str, type: str, shape: tuple[int, ...], get: Callable[[], Tenso
     return GgufTensor(name=name, type=type, shape=shape, chunks=lambda: [as_bytes(get().contiguous())])
 
 
-def _general(folder: Path, tensors: Iterable[GgufTensor]) -> dict[str, Value]:
+def _general(kind: str, tensors: Iterable[GgufTensor]) -> dict[str, Value]:
+    """The name is made of what the file holds, not of its folder's: the same model is the same bytes wherever it lies."""
     weights: Counter[str] = Counter()
+    parameters = 0
     for tensor in tensors:
+        parameters += torch.Size(tensor.shape).numel()
         if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
             weights[tensor.type] += torch.Size(tensor.shape).numel()
     return {
         "general.type": "model",
-        "general.name": folder.resolve().name,
+        "general.name": f"{kind} {size_label(parameters)}",
+        "general.size_label": size_label(parameters),
         "general.file_type": FILE_TYPES[weights.most_common(1)[0][0]],
         "general.quantization_version": QUANTIZATION_VERSION,
     }

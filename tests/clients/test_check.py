@@ -22,6 +22,8 @@ import check
 import client_gptqmodel
 from cases import Case, Client, dequantized, prepare
 
+from bigq.io.formats.gptq import Gptq, GptqV2
+
 READER = """
 import json, sys
 results, *folders = sys.argv[1:]
@@ -103,13 +105,8 @@ def test_what_a_client_must_find_is_what_the_format_says(tmp_path: Path) -> None
 
 def test_a_mistake_that_packing_and_reading_share_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Zero points packed as they are into v1 are one more for every reader, bigq and clients alike."""
-    import bigq.sched.pipeline as pipeline
-
-    def wrong(prefix: str, weight: Any, version: int) -> dict[str, torch.Tensor]:
-        return pack_linear(prefix, weight, 2)
-
-    pack_linear = pipeline.pack_linear
-    monkeypatch.setattr(pipeline, "pack_linear", wrong)
+    store = Gptq.store
+    monkeypatch.setattr(Gptq, "store", lambda _, *arguments: store(GptqV2(), *arguments))
     with pytest.raises(SystemExit, match=r"q_proj is read back \d\.\d times as far from its source"):
         prepare(case("one", "--asym"), tmp_path)
 

@@ -126,7 +126,7 @@ def test_what_is_written_is_what_the_package_reads(tmp_path: Path) -> None:
         assert got is not None and got.contents() == value
 
 
-@pytest.mark.parametrize("point", ["file.opened", "shard.piece", "shard.piece:3", "file.written", "file.synced"])
+@pytest.mark.parametrize("point", ["file.opened", "gguf.piece", "gguf.piece:3", "file.written", "file.synced"])
 def test_a_full_disk_leaves_what_was_there(point: str, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(b"before")
