@@ -53,7 +53,10 @@ def probe_model(pager: Pager) -> Probe:
 def activations_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, tier: Tier) -> ActivationStore:
     """The rows [N, T] at the entrance of the first block: what blocks 0 … will be replayed on."""
     store = store_for(pager, rows, batches, probe, tier)
-    embed(pager, rows, probe, store)
+    with contextlib.ExitStack() as stack:
+        stack.callback(store.close)
+        embed(pager, rows, probe, store)
+        stack.pop_all()
     return store
 
 
@@ -71,7 +74,7 @@ def store_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, tier: 
 
 
 def embed(pager: Pager, rows: Tensor, probe: Probe, store: ActivationStore) -> None:
-    """Bring the rows to the entrance of the first block, and record how blocks are called. Closes the store where that fails."""
+    """Bring the rows to the entrance of the first block, and record how blocks are called."""
 
     def run() -> None:
         for lo, hi in store.spans():
@@ -81,8 +84,5 @@ def embed(pager: Pager, rows: Tensor, probe: Probe, store: ActivationStore) -> N
                 store.calls[len(ids)] = record_calls(pager.model, pager.blocks, ids, probe.form)
             store.put(lo, hidden)
 
-    with contextlib.ExitStack() as stack:
-        stack.callback(store.close)
-        with pager.rest_loaded(), pager.embedding_rows(rows):
-            store.afresh(0, 0, run)
-        stack.pop_all()
+    with pager.rest_loaded(), pager.embedding_rows(rows):
+        store.afresh(0, 0, run)

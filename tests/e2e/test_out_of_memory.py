@@ -192,6 +192,25 @@ def test_other_errors_are_not_taken_for_it(
     assert not (tmp_path / "out" / ".bigq" / "batches.json").exists()
 
 
+@pytest.mark.parametrize("activations", ["host", "disk"])
+def test_an_error_of_the_embedding_is_told_as_it_is(
+    activations: str, checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not that the rows that it leaves behind were given up twice."""
+    embed = pipeline.embed
+
+    def breaking(*args: Any) -> None:
+        def broken(*args: Any) -> Any:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+        monkeypatch.setattr(probe_module, "first_input", broken)
+        embed(*args)
+
+    monkeypatch.setattr(pipeline, "embed", breaking)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        bigq.quantize(str(checkpoint("llama")), tmp_path / "out", job(ids_file, activations=activations))
+
+
 def test_evaluation_goes_on_too(
     checkpoint: Callable[[str], Path], ids_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
