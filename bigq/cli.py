@@ -146,6 +146,7 @@ def _add_job(p: argparse.ArgumentParser) -> None:
     _option(how, "--act-order", action=switch, default=False, help="quantize columns by decreasing Hessian diagonal, groups as they are")
     _option(how, "--damping", type=float, default=0.01, help="fraction of the mean Hessian diagonal added to it")
     _option(how, "--mse", action=switch, default=False, help="grid search for the scales with the least rounding error")
+    _option(how, "--mse-power", type=float, default=4.0, help="the power of errors in that search; other programs mostly have 2.4")
     methods = "gptaq makes up for what the Linears before do to the inputs; rtn: plain rounding to nearest, no calibration"
     _option(how, "--method", choices=("gptq", "gptaq", "rtn"), default="gptq", help=methods)
     _option(how, "--alpha", type=float, default=0.5, help="how much of that gptaq makes up for: 0 nothing, 1 all")
@@ -156,7 +157,7 @@ def _add_job(p: argparse.ArgumentParser) -> None:
         "--rule",
         action="append",
         metavar="REGEX:key=value,…",
-        help="override bits, group_size, sym, act_order, damping or mse for matching Linears; may be repeated",
+        help="override bits, group_size, sym, act_order, damping, mse or mse_power for matching Linears; may be repeated",
     )
     _option(how, "--skip", action="append", metavar="REGEX", help="leave matching Linears as they are; may be repeated")
     _option(

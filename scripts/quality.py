@@ -69,13 +69,13 @@ class Method:
     twin: str | None = None
 
 
-def bigq(**how: Any) -> Callable[[Setting], dict[str, Any]]:
+def bigq(scheme: Mapping[str, Any] | None = None, **how: Any) -> Callable[[Setting], dict[str, Any]]:
     """Fields of JobConfig, and of its scheme, beside those of the setting."""
-    return lambda s: {"scheme": dataclasses.asdict(s) | {"mse": how.get("mse", False)}} | {k: v for k, v in how.items() if k != "mse"}
+    return lambda s: {"scheme": {**dataclasses.asdict(s), **(scheme or {})}, **how}
 
 
-def rtn(s: Setting) -> dict[str, Any] | None:
-    return None if s.act_order else bigq(method="rtn")(s)
+def rtn(scheme: Mapping[str, Any] | None = None) -> Callable[[Setting], dict[str, Any] | None]:
+    return lambda s: None if s.act_order else bigq(scheme, method="rtn")(s)
 
 
 def gptqmodel(**how: Any) -> Callable[[Setting], dict[str, Any] | None]:
@@ -104,11 +104,18 @@ def llmc(s: Setting) -> dict[str, Any]:
 
 #: To add a method, add a line.
 METHODS = (
-    Method(name="bigq rtn", tool="bigq", settings=rtn),
+    Method(name="bigq rtn", tool="bigq", settings=rtn()),
+    Method(name="bigq rtn, mse", tool="bigq", settings=rtn({"mse": True})),
+    Method(name="bigq rtn, mse 2.4", tool="bigq", settings=rtn({"mse": True, "mse_power": 2.4})),
     Method(name="bigq gptq", tool="bigq", settings=bigq(method="gptq")),
     Method(name="bigq gptq, per block", tool="bigq", settings=bigq(method="gptq", true_sequential=False)),
     Method(name="bigq gptaq", tool="bigq", settings=bigq(method="gptaq")),
-    Method(name="bigq gptq, mse", tool="bigq", settings=bigq(method="gptq", mse=True)),
+    Method(name="bigq gptq, mse", tool="bigq", settings=bigq({"mse": True}, method="gptq")),
+    *(
+        Method(name=f"bigq gptq, mse {power:g}", tool="bigq", settings=bigq({"mse": True, "mse_power": power}, method="gptq"))
+        for power in (2.4, 6.0)
+    ),
+    Method(name="bigq gptaq, mse", tool="bigq", settings=bigq({"mse": True}, method="gptaq")),
     Method(name="GPTQModel", tool="gptqmodel", settings=gptqmodel(), twin="bigq gptq"),
     Method(name="llm-compressor", tool="llmc", settings=llmc, twin="bigq gptq, per block"),
     Method(name="GPTQModel, mse", tool="gptqmodel", settings=gptqmodel(mse=2.4), twin="bigq gptq, mse"),

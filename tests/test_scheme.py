@@ -86,11 +86,18 @@ def test_the_first_matching_rule_decides() -> None:
         ("act_order", True, "act_order"),
         ("damping", 0.5, "damping"),
         ("mse", True, "mse"),
+        ("mse_power", 2.4, "mse_power"),
     ],
 )
 def test_every_override_reaches_its_field(key: str, value: float, field: str) -> None:
     scheme = scheme_for("q", QuantScheme(min_zero=1), (Rule("q", {key: value}),))
     assert scheme == dataclasses.replace(QuantScheme(min_zero=1), **{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("power", [0.0, 0.9, -2.4, 11.0, float("nan"), float("inf")])
+def test_other_powers_are_refused(power: float) -> None:
+    with pytest.raises(UsageError, match="mse_power=.*: must lie between 1 and 10"):
+        QuantScheme(mse_power=power)
 
 
 def test_an_override_out_of_range_is_refused() -> None:

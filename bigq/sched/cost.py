@@ -19,7 +19,7 @@ from bigq.sched.head import SOLVED
 from bigq.sched.shape import BlockShape, GroupShape, LinearShape, ModelShape
 from bigq.sched.tiers import WRITES_IN_FLIGHT
 from bigq.scheme import QuantScheme
-from bigq.solver.gptq import BLOCK, CONVERTED, PANEL, STATIC_BITS
+from bigq.solver.gptq import BLOCK, CONVERTED, PANEL, grids_of_originals
 
 #: Bytes of an fp32 number.
 FP32 = 4
@@ -309,7 +309,7 @@ class BlockCost:
         most = 0
         for scheme in {self._schemes[linear.name] for linear in linears}:
             rows = [linear.m for linear in linears if self._schemes[linear.name] == scheme]
-            m, static = sum(rows), scheme.act_order or scheme.group_width(n) == n or scheme.bits <= STATIC_BITS
+            m, static = sum(rows), grids_of_originals(scheme, n)
             panel = min(n, PANEL if static else max(PANEL, scheme.group_width(n)))
             buffers = 1 + scheme.act_order + 3 * (static and scheme.mse)
             converted = FP32 * min(CONVERTED, n * max(rows)) * (max(buffers, CORRECTING) if self._paired else buffers)

@@ -81,7 +81,7 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Se
         "quantizer": [f"bigq:{bigq.__version__}"],
         "method": config.method,
         "true_sequential": config.true_sequential,
-        "mse": config.scheme.mse,
+        "mse": config.scheme.mse_power if config.scheme.mse else 0.0,
     }
     quantization = config.made.config(quantization_of(journal.commits, config, linears, meta))
     if config.made.config_file is not None:

@@ -65,6 +65,7 @@ CHANGES: Mapping[str, Change] = {
     "settings.scheme.act_order": Change(May.REFUSED, "--act-order"),
     "settings.scheme.damping": Change(May.REFUSED, "--damping"),
     "settings.scheme.mse": Change(May.REFUSED, "--mse"),
+    "settings.scheme.mse_power": Change(May.REFUSED, "--mse-power"),
     "settings.scheme.min_zero": Change(May.REFUSED, "min_zero"),
     "settings.scheme.scale_bits": Change(May.REFUSED, "--scale-bits"),
     "settings.rules": Change(May.REFUSED, "--rule/--skip"),

@@ -31,9 +31,9 @@ def range_grid(low: float, high: float, bits: int, symmetric: bool, min_zero: in
     return scale, zero
 
 
-def rounding_error(group: np.ndarray, scale: float, zero: int, bits: int) -> float:
+def rounding_error(group: np.ndarray, scale: float, zero: int, bits: int, power: float = 4.0) -> float:
     codes = np.clip(np.rint(group / scale) + zero, 0, 2**bits - 1)
-    return float((np.abs(group - (codes - zero) * scale) ** 2.4).sum())
+    return float((np.abs(group - (codes - zero) * scale) ** power).sum())
 
 
 def reference_grid(group: np.ndarray, spec: GridSpec) -> tuple[float, int]:
@@ -41,7 +41,7 @@ def reference_grid(group: np.ndarray, spec: GridSpec) -> tuple[float, int]:
     low, high = min(0.0, float(group.min())), max(0.0, float(group.max()))
     shrinks = [1 - i / 100 for i in range(80 if spec.mse else 1)]
     grids = [range_grid(low * s, high * s, spec.bits, spec.symmetric, spec.min_zero) for s in shrinks]
-    return min(grids, key=lambda grid: rounding_error(group, *grid, spec.bits))
+    return min(grids, key=lambda grid: rounding_error(group, *grid, spec.bits, spec.mse_power))
 
 
 def column_loop(

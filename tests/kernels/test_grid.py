@@ -23,12 +23,12 @@ def groups(seed: int, g: int = 24, count: int = 40) -> Tensor:
 
 
 @pytest.mark.parametrize("min_zero", [0, 1])
-@pytest.mark.parametrize("mse", [False, True], ids=["full", "mse"])
+@pytest.mark.parametrize("mse", [None, 2.4, 4.0], ids=["full", "mse-2.4", "mse-4"])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_grid_equals_the_scalar_reference(bits: int, symmetric: bool, mse: bool, min_zero: int) -> None:
+def test_grid_equals_the_scalar_reference(bits: int, symmetric: bool, mse: float | None, min_zero: int) -> None:
     w = groups(seed=bits)
-    spec = GridSpec(bits=bits, symmetric=symmetric, mse=mse, min_zero=min_zero)
+    spec = GridSpec(bits=bits, symmetric=symmetric, mse=mse is not None, mse_power=mse or 1, min_zero=min_zero)
     before = w.clone()
     scale, zero = find_grid(w, spec)
     expected = [reference_grid(column, spec) for column in w.T.numpy()]

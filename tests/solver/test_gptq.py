@@ -55,7 +55,7 @@ def textbook_grid(w: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     grids = [textbook_range_grid((1 - i / 100) * low, (1 - i / 100) * high, scheme) for i in steps]
     errors = torch.stack(
         [
-            (((w / s[:, None]).round() + z[:, None]).clamp(0, top) - z[:, None]).mul(s[:, None]).sub(w).abs().pow(2.4).sum(1)
+            (((w / s[:, None]).round() + z[:, None]).clamp(0, top) - z[:, None]).mul(s[:, None]).sub(w).abs().pow(scheme.mse_power).sum(1)
             for s, z in grids
         ]
     )
@@ -65,7 +65,7 @@ def textbook_grid(w: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
 
 
 def textbook_gptq(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> tuple[Tensor, float]:
-    """Codes and loss by Frantar et al. 2022, algorithm 1, without any blocking; at 2 bits with scales of the original weights."""
+    """Codes and loss by Frantar et al. 2022, algorithm 1, without any blocking; at 2 bits with scales of the original weights unless searched for."""
     w, h, n = weight.double().clone(), hessian.double().clone(), weight.shape[1]
     dead = h.diag() == 0
     h[dead, dead] = 1
@@ -80,7 +80,7 @@ def textbook_gptq(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> tuple
     codes, loss = torch.zeros(w.shape, dtype=torch.uint8), 0.0
     for j in range(n):
         column = int(perm[j])
-        if not scheme.act_order and scheme.bits > 2 and j % width == 0:
+        if not scheme.act_order and (scheme.bits > 2 or scheme.mse) and j % width == 0:
             grids[j // width] = textbook_grid(w[:, j : j + width], scheme)
         scale, zero = grids[column // width]
         code = ((w[:, j] / scale).round() + zero).clamp(0, 2**scheme.bits - 1)
@@ -134,9 +134,10 @@ def test_odd_widths_equal_the_textbook(n: int, group_size: int, act_order: bool,
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
-def test_grid_search_equals_the_textbook(symmetric: bool, act_order: bool) -> None:
+@pytest.mark.parametrize("bits", [2, 3])
+def test_grid_search_equals_the_textbook(bits: int, symmetric: bool, act_order: bool) -> None:
     weight, hessian = problem(12, 160, seed=2)
-    scheme = QuantScheme(bits=3, group_size=32, symmetric=symmetric, act_order=act_order, mse=True)
+    scheme = QuantScheme(bits=bits, group_size=32, symmetric=symmetric, act_order=act_order, mse=True)
     result = quantize_linear(weight, hessian, scheme)
     assert torch.equal(result.codes, textbook_gptq(weight, hessian, scheme)[0])
     assert not torch.equal(result.codes, textbook_gptq(weight, hessian, dataclasses.replace(scheme, mse=False))[0])
