@@ -96,7 +96,7 @@ def test_every_override_reaches_its_field(key: str, value: float, field: str) ->
 
 @pytest.mark.parametrize("power", [0.0, 0.9, -2.4, 11.0, float("nan"), float("inf")])
 def test_other_powers_are_refused(power: float) -> None:
-    with pytest.raises(UsageError, match="mse_power=.*: must lie between 1 and 10"):
+    with pytest.raises(UsageError, match=r"mse_power=.*: must lie between 1 and 10"):
         QuantScheme(mse_power=power)
 
 

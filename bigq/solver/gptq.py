@@ -45,9 +45,10 @@ PANEL = 512
 #: Rows of each weight whose energy is computed, where there are more; their loss then tells that of the others.
 ENERGY_ROWS = 128
 
-#: With so few bits, scales are those of the original weights unless they are searched for. What is left of the errors before them makes corrected weights
-#: wider, by 6 to 32 % in Linears of the shipped model at 2 bits (at 3 bits by 1 to 5 %), so a grid found then is coarser: with groups
-#: of 32, KL 0.047 against 0.057 symmetric and 0.031 against 0.033 asymmetric. Taking for each row the scales that lose less gave 0.053.
+#: With so few bits, scales are those of the original weights, unless they are searched for. What is left of the errors before them
+#: makes corrected weights wider, by 6 to 32 % in Linears of the shipped model at 2 bits (at 3 bits by 1 to 5 %), so a grid found then is
+#: coarser: with groups of 32, KL 0.047 against 0.057 symmetric and 0.031 against 0.033 asymmetric. Taking for each row the scales that
+#: lose less gave 0.053.
 STATIC_BITS = 2
 
 #: Elements of a weight that are converted at a time.

@@ -65,7 +65,10 @@ def textbook_grid(w: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
 
 
 def textbook_gptq(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> tuple[Tensor, float]:
-    """Codes and loss by Frantar et al. 2022, algorithm 1, without any blocking; at 2 bits with scales of the original weights unless searched for."""
+    """Codes and loss by Frantar et al. 2022, algorithm 1, without any blocking.
+
+    At 2 bits with scales of the original weights, where they are not searched for.
+    """
     w, h, n = weight.double().clone(), hessian.double().clone(), weight.shape[1]
     dead = h.diag() == 0
     h[dead, dead] = 1
