@@ -118,7 +118,7 @@ class Progress:
 
     def facts(self) -> dict[str, Any]:
         """How far it got, as plain values: blocks, block (how many are done), phase, eta_seconds, as far as they are known."""
-        eta = self._pace.eta(time.monotonic()) if self._facts else None
+        eta = self._eta(time.monotonic()) if self._facts else None
         return {"blocks": self.blocks, **self._facts, **({} if eta is None else {"eta_seconds": round(eta, 1)})}
 
     def __enter__(self) -> Progress:
@@ -152,12 +152,16 @@ class Progress:
             seconds=now - self._begun,
             steps={name: (done, of) for name, (done, of) in self._steps.items() if done < of},
             fraction=min(1.0, (self._position + (self._pace.fraction(now) if under_way else 0.0)) / max(1, self.blocks)),
-            eta=self._pace.eta(now),
+            eta=self._eta(now),
             rate=self._rate.at(now),
             bytes_read=self._rate.total,
             host=host_memory(),
             device=device_memory(self.device),
         )
+
+    def _eta(self, now: float) -> float | None:
+        """Seconds that are left; None where nothing tells, as behind the last block."""
+        return None if self._index is None and self._position >= self.blocks else self._pace.eta(now)
 
     def planned(self, text: str, values: dict[str, Any]) -> None:
         """The job's plan, in words and as values."""
@@ -176,6 +180,8 @@ class Progress:
             self._index = self._position = block
             self._begun, self._solved = now, 0.0
             self._pace.begin(now)
+        elif block is None:
+            self._index, self._begun = None, now
         self._phase, self._steps = text, {}
         self._facts = {**self._facts, "phase": text if block is None else f"block {block + 1} {text}"}
         with self._lock:

@@ -24,12 +24,9 @@ from bigq.io.record import file_sha256
 from bigq.io.sealed import read_sealed, write_sealed
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.sched.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, STATE_FOLDER, Commit, Journal
+from bigq.sched.manifest import GGUF_NAME, MANIFEST_NAME
 from bigq.scheme import QuantScheme, scheme_for
 
-#: Written before config.json: what a finished folder holds.
-MANIFEST_NAME = "manifest.json"
-#: The whole model once more, where a job is to make it. Not hashed again to see whether a folder is finished.
-GGUF_NAME = "model.gguf"
 #: A model card is a text for people, who may go on writing it: of one that bigq wrote, which says so, the manifest does not speak.
 CARD_NAME, CARD_MARK = "README.md", "<!-- model card written by bigq -->"
 #: The job's records that do not change any more when it is finished.
@@ -83,14 +80,16 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Se
         "true_sequential": config.true_sequential,
         "mse": config.scheme.mse_power if config.scheme.mse else 0.0,
     }
-    quantization = config.made.config(quantization_of(journal.commits, config, linears, meta))
-    if config.made.config_file is not None:
+    told = quantization_of(journal.commits, config, linears, meta)
+    quantization = config.made.config(told)
+    if config.made.config_file is not None and told.packed:
         write_json(out / config.made.config_file, quantization)
     weight_map = {name: commit.shard.file for commit in journal.commits for name in commit.shard.tensors}
     total = sum(commit.shard.size for commit in journal.commits)
     write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     faults.point("finish.index")
-    final = json_bytes(read_json_object(source / "config.json") | {"quantization_config": quantization})
+    # Where every Linear came out unsound and was left as it is, the folder is a plain checkpoint.
+    final = json_bytes(read_json_object(source / "config.json") | ({"quantization_config": quantization} if told.packed else {}))
     free = {"free": [CARD_NAME]} if is_card(out / CARD_NAME) else {}
     files = {name: entry for name, entry in _manifest(journal, final).items() if name not in free.get("free", ())}
     write_sealed(out / STATE_FOLDER / MANIFEST_NAME, {"files": files, **free})
@@ -129,25 +128,6 @@ def is_card(path: Path) -> bool:
             return CARD_MARK.encode() in file.read(2**20)
     except OSError:
         return False
-
-
-def has_gguf(out: Path) -> bool:
-    """Whether a finished folder holds the GGUF file that its manifest speaks of, by its size. Raises CheckpointError, ResourceError."""
-    manifest = read_sealed(out / STATE_FOLDER / MANIFEST_NAME, "")
-    try:
-        return manifest is not None and (out / GGUF_NAME).stat().st_size == manifest["files"][GGUF_NAME]["size"]
-    except (OSError, KeyError, TypeError):
-        return False
-
-
-def add_gguf(out: Path) -> None:
-    """Let the manifest of a finished folder speak of the GGUF file that was written to it. Raises ResourceError."""
-    manifest = read_sealed(out / STATE_FOLDER / MANIFEST_NAME, "")
-    assert manifest is not None
-    path = out / GGUF_NAME
-    entry = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-    files = dict(sorted({**manifest["files"], GGUF_NAME: entry}.items()))
-    write_sealed(out / STATE_FOLDER / MANIFEST_NAME, {**manifest, "files": files})
 
 
 def free_card(out: Path) -> None:

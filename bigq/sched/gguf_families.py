@@ -16,7 +16,7 @@ from torch import Tensor
 from bigq.errors import UnsupportedModelError
 from bigq.io.gguf_file import Value
 from bigq.io.json_file import shown
-from bigq.sched.pager import Pager
+from bigq.sched.described import Described
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,28 +56,28 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def family_of(pager: Pager) -> Family:
+def family_of(model: Described) -> Family:
     """Raises UnsupportedModelError where the model is of no family in the table."""
-    kind = pager.config.model_type
+    kind = model.config.model_type
     if kind not in FAMILIES:
         raise UnsupportedModelError(
-            f"{pager.folder}: bigq writes no GGUF files of model type {shown(kind)}, only of {', '.join(FAMILIES)}; use --format gptq or "
+            f"{model.folder}: bigq writes no GGUF files of model type {shown(kind)}, only of {', '.join(FAMILIES)}; use --format gptq or "
             "compressed-tensors"
         )
     return FAMILIES[kind]
 
 
-def tensor_name(pager: Pager, family: Family, name: str) -> tuple[str, Tensor | None]:
+def tensor_name(model: Described, family: Family, name: str) -> tuple[str, Tensor | None]:
     """(GGUF's name for a parameter, the order of its rows, int64 [m], if not its own). Raises UnsupportedModelError."""
     module, _, leaf = name.rpartition(".")
     if leaf in ("weight", "bias"):
         if module in family.outside:
             return f"{family.outside[module]}.{leaf}", None
-        block, _, inner = module.removeprefix(f"{pager.blocks_path}.").partition(".")
-        if module.startswith(f"{pager.blocks_path}.") and inner in family.inside:
-            order = _paired_rows(pager.config, inner) if inner in family.paired else None
+        block, _, inner = module.removeprefix(f"{model.blocks_path}.").partition(".")
+        if module.startswith(f"{model.blocks_path}.") and inner in family.inside:
+            order = _paired_rows(model.config, inner) if inner in family.paired else None
             return f"blk.{block}.{family.inside[inner]}.{leaf}", order
-    raise UnsupportedModelError(f"{pager.folder}: llama.cpp's {family.arch} has no place for tensor {name}; use --format gptq")
+    raise UnsupportedModelError(f"{model.folder}: llama.cpp's {family.arch} has no place for tensor {name}; use --format gptq")
 
 
 def _paired_rows(config: Any, inner: str) -> Tensor:
@@ -86,11 +86,11 @@ def _paired_rows(config: Any, inner: str) -> Tensor:
     return torch.arange(heads * _head_dim(config)).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
-def metadata(pager: Pager, family: Family) -> dict[str, Value]:
+def metadata(model: Described, family: Family) -> dict[str, Value]:
     """What is said of the architecture; keys begin with a dot. Raises UnsupportedModelError where llama.cpp would compute otherwise."""
-    config = pager.config
+    config = model.config
     if config.hidden_act != "silu":
-        raise _differs(pager, "hidden_act", config.hidden_act)
+        raise _differs(model, "hidden_act", config.hidden_act)
     head_dim = _head_dim(config)
     return {
         ".vocab_size": config.vocab_size,
@@ -104,7 +104,7 @@ def metadata(pager: Pager, family: Family) -> dict[str, Value]:
         ".attention.value_length": head_dim,
         ".attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         ".rope.dimension_count": head_dim,
-        **_rope(pager, family),
+        **_rope(model, family),
     }
 
 
@@ -116,11 +116,11 @@ def sliding_window(config: Any) -> int | None:
     return window if window is not None and (layers is None or "sliding_attention" in layers) else None
 
 
-def _rope(pager: Pager, family: Family) -> dict[str, Value]:
-    rope = pager.config.rope_parameters
+def _rope(model: Described, family: Family) -> dict[str, Value]:
+    rope = model.config.rope_parameters
     said: dict[str, Value] = {".rope.freq_base": float(rope["rope_theta"])}
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _differs(pager, "partial_rotary_factor", rope["partial_rotary_factor"])
+        raise _differs(model, "partial_rotary_factor", rope["partial_rotary_factor"])
     kind = rope["rope_type"]
     if kind == "default" or (kind == "llama3" and family.llama3):
         return said
@@ -129,7 +129,7 @@ def _rope(pager: Pager, family: Family) -> dict[str, Value]:
     if kind == "yarn":
         for name, usual in (("attention_factor", None), ("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
             if rope.get(name, usual) != usual:
-                raise _differs(pager, f"rope_parameters.{name}", rope[name])
+                raise _differs(model, f"rope_parameters.{name}", rope[name])
         return said | {
             ".rope.scaling.type": "yarn",
             ".rope.scaling.factor": float(rope["factor"]),
@@ -137,7 +137,7 @@ def _rope(pager: Pager, family: Family) -> dict[str, Value]:
             ".rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or 32),
             ".rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1),
         }
-    raise _differs(pager, "rope_type", kind)
+    raise _differs(model, "rope_type", kind)
 
 
 def rope_factors(config: Any) -> Tensor | None:
@@ -161,7 +161,7 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _differs(pager: Pager, name: str, value: Any) -> UnsupportedModelError:
+def _differs(model: Described, name: str, value: Any) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{pager.folder / 'config.json'}: {name} is {shown(value)}, which llama.cpp computes otherwise; use --format gptq"
+        f"{model.folder / 'config.json'}: {name} is {shown(value)}, which llama.cpp computes otherwise; use --format gptq"
     )

@@ -22,6 +22,7 @@ from bigq.io.index import TensorInfo
 from bigq.sched.activations import ActivationStore
 from bigq.sched.block import Solved
 from bigq.sched.capture import StopForward, all_replaced
+from bigq.sched.described import Described
 from bigq.sched.pager import Pager
 from bigq.sched.probe import Probe
 from bigq.scheme import QuantizedWeight, QuantScheme, scheme_for
@@ -45,21 +46,29 @@ class Head:
 
 def head_of(pager: Pager, config: JobConfig) -> Head | None:
     """None where the head stays as it is. Raises UsageError where it cannot be quantized although it should be."""
+    scheme = head_scheme(pager, config)
+    name, module = pager.head_name, pager.head
+    if scheme is None or not isinstance(module, nn.Linear):
+        return None
+    return Head(name, module, pager.sources[f"{name}.weight"], scheme)
+
+
+def head_scheme(model: Described, config: JobConfig) -> QuantScheme | None:
+    """How a model's head is to be quantized; None where it stays as it is. Raises UsageError where it cannot be although it should."""
     if not config.lm_head:
         return None
-    name, module = pager.head_name, pager.head
+    name, module = model.head_name, model.head
     if not isinstance(module, nn.Linear):
         raise UsageError(f"--lm-head: {name} is a {type(module).__name__}, not a Linear; leave out --lm-head")
-    if module.weight is pager.embedding.weight:
+    if module.weight is model.embedding.weight:
         raise UsageError(
             f"--lm-head: {name} has the input embedding's weight (tie_word_embeddings), which stays as it is; leave out --lm-head"
         )
     scheme = scheme_for(name, config.base_scheme, config.rules)
-    if scheme is None:
-        return None
-    m, n = skeleton.linear_weight(module).shape
-    config.made.require(name, m, n, scheme)
-    return Head(name, module, pager.sources[f"{name}.weight"], scheme)
+    if scheme is not None:
+        m, n = skeleton.linear_weight(module).shape
+        config.made.require(name, m, n, scheme)
+    return scheme
 
 
 def solve_head(

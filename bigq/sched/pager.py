@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from bigq import skeleton
-from bigq.arch import find_blocks
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.ahead import ReadAhead, open_read_ahead
 from bigq.io.formats import PackedSchemes, Stored, read_schemes
@@ -24,29 +23,27 @@ from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.json_file import read_json_object, shown
 from bigq.io.reader import read_rows, read_tensor
 from bigq.kernels.dequantize import dequantize_packed
+from bigq.sched.described import Described
 from bigq.trace import Trace
 
 #: Parameters that are made for each tensor of the checkpoint, at most, before it is clear that some are missing.
 MOST_PARAMETERS = 4
 
 
-class Pager:
+class Pager(Described):
     """A model on meta whose parts can be loaded and evicted.
 
-    model, blocks_path, blocks: the skeleton. dtype: of the forward passes. device: where loaded parts live.
-    sources: parameter or buffer name → the checkpoint's tensor. packed: weight name → prefix of its packed tensors.
+    dtype: of the forward passes. device: where loaded parts live. packed: weight name → prefix of its packed tensors.
     """
 
     def __init__(self, folder: Path, *, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False) -> None:
-        self.folder = folder
         self.device = device
-        self.config = skeleton.load_config(folder, trust_remote_code=trust_remote_code)
+        config = skeleton.load_config(folder, trust_remote_code=trust_remote_code)
         self.checkpoint = Checkpoint.open(folder)
         self.schemes: PackedSchemes | None = None
-        self.dtype = skeleton.compute_dtype(self.config, dtype, (t.dtype for t in self.checkpoint.tensors.values()))
+        self.dtype = skeleton.compute_dtype(config, dtype, (t.dtype for t in self.checkpoint.tensors.values()))
         most = MOST_PARAMETERS * len(self.checkpoint.tensors) + 1000
-        self.model = skeleton.build(self.config, self.dtype, trust_remote_code=trust_remote_code, most=most)
-        self.blocks_path, self.blocks = find_blocks(self.model)
+        super().__init__(folder, config, skeleton.build(config, self.dtype, trust_remote_code=trust_remote_code, most=most), {})
         self.packed = self._packed_linears()
         self._name_sources()
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
@@ -76,7 +73,7 @@ class Pager:
 
     def _name_sources(self) -> None:
         renamed = skeleton.map_names(self.model, self.checkpoint)
-        self.sources: dict[str, TensorInfo] = {target: self.checkpoint[name] for name, target in renamed.items()}
+        self.sources = {target: self.checkpoint[name] for name, target in renamed.items()}
         by_object = {}
         for name, param in self.model.named_parameters(remove_duplicate=False):
             if name in self.sources:
@@ -123,31 +120,6 @@ class Pager:
                 f"{file}: tensor {self.packed_tensors(name)[0]} is packed as {packed}, but config.json makes it {bits} bits, "
                 f"{outputs} × {inputs}; the two belong to different models"
             )
-
-    @functools.cached_property
-    def linears(self) -> tuple[str, ...]:
-        """Module names of all Linears of the model, in blocks and outside."""
-        return skeleton.linears(self.model)
-
-    @property
-    def embedding(self) -> nn.Embedding:
-        module = self.model.get_input_embeddings()  # type: ignore[operator]
-        if not isinstance(module, nn.Embedding):
-            raise UnsupportedModelError(f"{type(self.model).__name__}: its input embedding is a {type(module).__name__}")
-        return module
-
-    @property
-    def head(self) -> nn.Module:
-        module = self.model.get_output_embeddings()  # type: ignore[operator]
-        if not isinstance(module, nn.Module):
-            raise UnsupportedModelError(f"{type(self.model).__name__}: has no output head")
-        return module
-
-    @property
-    def head_name(self) -> str:
-        """The head's module name."""
-        head = self.head
-        return next(str(name) for name, module in self.model.named_modules() if module is head)
 
     def block_names(self, i: int) -> list[str]:
         """Names of the parameters and persistent buffers of block i."""

@@ -50,6 +50,18 @@ from bigq.scheme import QuantScheme, scheme_for
 from bigq.skeleton import linear_weight
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Unit:
+    """What a shard will hold and the journal will say of it. number: among the journal's units. batch: rows at a time that it took."""
+
+    number: int
+    tensors: list[OutputTensor]
+    records: Sequence[LinearRecord] = ()
+    left_out: Sequence[str] = ()
+    skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    batch: int | None = None
+
+
 @dataclass(slots=True)
 class Job:
     """One run of a job: what its steps share.
@@ -89,7 +101,7 @@ class Job:
                 self.stop.check()
                 self.progress.phase("copying what stays as it is")
                 with self.clock.phase("copy"):
-                    self._commit(i, [OutputTensor.copy_of(info) for info in self.rest[i]], [])
+                    self._commit(_Unit(number=i, tensors=[OutputTensor.copy_of(info) for info in self.rest[i]]))
                 self.progress.read(sum(info.nbytes for info in self.rest[i]))
         if not wanted:
             return
@@ -225,8 +237,9 @@ class Job:
     def _pause(self) -> None:
         """Between steps: raise Stopped where asked to stop, unless the block can be finished within the grace."""
         if self.stop.requested and self.haste.must_leave(self.stop.left):
-            at = "?" if self.entering is None else str(self.entering + 1)
-            raise self.stop.stopped(f"at block {at} of {len(self.pager.blocks)}")
+            at, blocks = self.entering, len(self.pager.blocks)
+            where = "the output head" if at == blocks else f"block {'?' if at is None else at + 1} of {blocks}"
+            raise self.stop.stopped(f"at {where}")
 
     def _save_on_leaving(self, stores: Sequence[ActivationStore]) -> None:
         """Keep what the job got to, as far as the grace allows."""
@@ -279,18 +292,22 @@ class Job:
             else:
                 tensors.append(OutputTensor.copy_of(self.pager.checkpoint[name]))
         left_out = [f"{job.prefix}.{name}" for name in job.plan.left_out] + list(skipped)
-        self._hand_over(len(self.rest) + job.index, tensors, records, left_out, skipped, store)
+        batch = None if store is None else store.batch
+        number = len(self.rest) + job.index
+        self._hand_over(_Unit(number=number, tensors=tensors, records=records, left_out=left_out, skipped=skipped, batch=batch))
         return records
 
     def _head(self, inputs: tuple[ActivationStore, Tensor, Probe] | None) -> None:
         """Quantize the output head and commit it. inputs: as ``solve_head`` takes them."""
         head = self.head
         assert head is not None
+        self.haste.begin("head")
+        self._pause()
         self.progress.phase("output head")
         self.clock.subject = head.name
+        self.progress.read(head.source.nbytes)
         records: list[LinearRecord] = []
         skipped: dict[str, str] = {}
-        number = len(self.rest) + len(self.pager.blocks)
         try:
             solved = solve_head(head, self.pager, self.clock, inputs, finite_only=self.config.on_nonfinite == "skip")
         except NumericsError as error:
@@ -304,25 +321,18 @@ class Job:
                 packed = self.config.made.pack(head.source.name.removesuffix(".weight"), solved.weight, head.source.dtype)
             records.append(solved.record())
             tensors = [OutputTensor.of(name, tensor, self.outgoing) for name, tensor in packed.items()]
-        self._hand_over(number, tensors, records, list(skipped), skipped, None if inputs is None else inputs[0])
+        batch = None if inputs is None else inputs[0].batch
+        number = len(self.rest) + len(self.pager.blocks)
+        self._hand_over(_Unit(number=number, tensors=tensors, records=records, left_out=list(skipped), skipped=skipped, batch=batch))
 
-    def _hand_over(
-        self,
-        number: int,
-        tensors: list[OutputTensor],
-        records: list[LinearRecord],
-        left_out: list[str],
-        skipped: dict[str, str],
-        store: ActivationStore | None,
-    ) -> None:
-        """Let a unit that is solved be written and committed behind what comes next."""
+    def _hand_over(self, unit: _Unit) -> None:
+        """Let what is solved be written and committed behind what comes next."""
         faults.point("block.solved")
-        if number - len(self.rest) < len(self.pager.blocks):
-            self.progress.phase("write", number - len(self.rest))
-        batch = None if store is None else store.batch
+        index = unit.number - len(self.rest)
+        self.progress.phase("write", index if index < len(self.pager.blocks) else None)
         self.clock.settle()  # the records' seconds become numbers before another thread writes them
         with self.clock.phase("write"):
-            self.behind.start(lambda: self._commit(number, tensors, records, left_out, skipped, batch))
+            self.behind.start(lambda: self._commit(unit))
 
     def _restore(self, job: BlockJob, commit: Commit) -> None:
         """Give a block that an earlier run committed the weights that it was committed with."""
@@ -356,37 +366,29 @@ class Job:
         own = {info.name for name, info in self.pager.sources.items() if name.startswith(prefix + ".")}
         return [name for name in self.pager.checkpoint if name in own]
 
-    def _commit(
-        self,
-        number: int,
-        tensors: list[OutputTensor],
-        records: list[LinearRecord],
-        left_out: Sequence[str] = (),
-        skipped: Mapping[str, str] | None = None,
-        batch: int | None = None,
-    ) -> None:
-        """Write shard ``number`` and its line in the journal."""
-        unit = self.journal.units[number]
-        with self.clock.trace.span("commit", unit):
+    def _commit(self, unit: _Unit) -> None:
+        """Write a shard and its line in the journal."""
+        name = self.journal.units[unit.number]
+        with self.clock.trace.span("commit", name):
             self.owner.check()
-            path = self.journal.out / self.journal.shard_name(number)
-            shard = write_shard(path, tensors)
-            source = self.pager.checkpoint.sample(self._sources(number))
+            path = self.journal.out / self.journal.shard_name(unit.number)
+            shard = write_shard(path, unit.tensors)
+            source = self.pager.checkpoint.sample(self._sources(unit.number))
             self.stamps.require_unchanged()
             self.owner.check()
             commit = Commit(
-                unit=unit,
+                unit=name,
                 shard=shard,
                 modified=modification_time(path),
-                linears=tuple(r.to_json() for r in records),
-                left_out=tuple(left_out),
-                skipped=skipped or {},
+                linears=tuple(r.to_json() for r in unit.records),
+                left_out=tuple(unit.left_out),
+                skipped=unit.skipped,
                 source=source,
-                batch=batch,
+                batch=unit.batch,
             )
             if self.journal.differs(commit):
                 self.progress.say(
-                    f"warning: {unit} was made again and is not what it was, as its device, batch or versions are others; "
+                    f"warning: {name} was made again and is not what it was, as its device, batch or versions are others; "
                     "blocks behind it were solved on what it was before"
                 )
             self.journal.commit(commit)

@@ -20,12 +20,15 @@ from bigq.report import host_memory
 from bigq.sched.budget import GPU_RESERVE, disk_budget, gpu_budget, host_budget
 from bigq.sched.ceilings import KNOWN, Ceilings, measure
 from bigq.sched.cost import Work
+from bigq.sched.described import Described
 from bigq.sched.device import choose_device
+from bigq.sched.head import head_scheme
 from bigq.sched.journal import STATE_FOLDER
 from bigq.sched.pager import Pager
 from bigq.sched.planner import Budgets, Plan, make_plan
-from bigq.sched.prepare import row_length
+from bigq.sched.prepare import check_shapes, row_length, settled_scheme
 from bigq.sched.survey import Outline, survey
+from bigq.sched.to_gguf import check_gguf_job
 from bigq.scheme import QuantScheme, scheme_for
 
 
@@ -44,6 +47,7 @@ def plan(model: str, out: str | Path = ".", config: JobConfig | None = None, on:
     with torch.no_grad():
         outline, model_config = _outline(folder, tensors, config)
         seqlen = row_length(model_config, config)
+        config = _checked(Described(folder, model_config, outline.model, dict(outline.sources)), config)
         shape = survey(outline, seqlen)
         work = _work(config, config.samples, config.samples * seqlen)
         device = torch.device("cpu") if on in KNOWN else choose_device(config.device)
@@ -51,6 +55,16 @@ def plan(model: str, out: str | Path = ".", config: JobConfig | None = None, on:
         on_gpu = bool(ceilings.memory)
         budgets = _budgets(config, device, Path(out), ceilings)
         return make_plan(shape, work, config, on_gpu=on_gpu, base=host_memory(), budgets=budgets, ceilings=ceilings)
+
+
+def _checked(model: Described, config: JobConfig) -> JobConfig:
+    """The job with its scheme settled. Raises UsageError, UnsupportedModelError where ``quantize`` would refuse it."""
+    config = dataclasses.replace(config, scheme=settled_scheme(model, config))
+    check_shapes(model, config)
+    head_scheme(model, config)
+    if config.format == "gguf":
+        check_gguf_job(model, config)
+    return config
 
 
 def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path) -> Plan:

@@ -15,6 +15,7 @@ from bigq.config import DEFAULT_SEQLEN, JobConfig
 from bigq.errors import UsageError
 from bigq.io.index import TensorInfo
 from bigq.kernels.grid import FEWEST_SCALE_BITS, SCALE_BITS
+from bigq.sched.described import Described
 from bigq.sched.head import Head
 from bigq.sched.pager import Pager
 from bigq.sched.structure import SMALLEST
@@ -52,16 +53,24 @@ def rows_for(pager: Pager, config: JobConfig) -> Tensor | None:
     return rows
 
 
-def settled_scheme(pager: Pager, config: JobConfig) -> QuantScheme:
-    """The scheme of a job, significant bits of scales and all."""
+def settled_scheme(model: Described, config: JobConfig) -> QuantScheme:
+    """The scheme of a job, significant bits of scales and all. Raises UsageError where the format's readers have fewer of those."""
+    prefix = model.blocks_path + "."
+    types = {info.dtype for name, info in model.sources.items() if name.startswith(prefix) and name.endswith(".weight")}
+    if config.lm_head and (head := model.sources.get(f"{model.head_name}.weight")) is not None:
+        types.add(head.dtype)
+    of_type = 8 if torch.bfloat16 in types else SCALE_BITS
     if config.scheme.scale_bits is not None:
+        if config.scheme.scale_bits > of_type and config.made.scales_as_weights:
+            raise UsageError(
+                f"--scale-bits {config.scheme.scale_bits}: {model.folder} is bf16, and so are the scales of --format {config.format}, "
+                f"which hold {of_type} significant bits; use --scale-bits {of_type}, or leave it out"
+            )
         return config.scheme
     asymmetric = not config.scheme.symmetric or any((rule.overrides or {}).get("sym") is False for rule in config.rules)
     if config.format == "gguf" and asymmetric:
         return dataclasses.replace(config.scheme, scale_bits=FEWEST_SCALE_BITS)  # so that minimums are fp16 numbers
-    prefix = pager.blocks_path + "."
-    types = {info.dtype for name, info in pager.sources.items() if name.startswith(prefix) and name.endswith(".weight")}
-    return dataclasses.replace(config.scheme, scale_bits=8 if torch.bfloat16 in types else SCALE_BITS)
+    return dataclasses.replace(config.scheme, scale_bits=of_type)
 
 
 def rest_shards(pager: Pager, head: Head | None = None) -> list[list[TensorInfo]]:
@@ -80,15 +89,19 @@ def rest_shards(pager: Pager, head: Head | None = None) -> list[list[TensorInfo]
     return shards
 
 
-def check_shapes(pager: Pager, config: JobConfig) -> None:
-    """Raise UsageError where a Linear fits neither the format nor its group size."""
-    for i, block in enumerate(pager.blocks):
+def check_shapes(model: Described, config: JobConfig) -> None:
+    """Raise UsageError where a Linear fits neither the format nor its group size, or none is to be quantized."""
+    quantized = False
+    for i, block in enumerate(model.blocks):
         for name, module in block_linears(block).items():
-            full = f"{pager.blocks_path}.{i}.{name}"
+            full = f"{model.blocks_path}.{i}.{name}"
             scheme = scheme_for(full, config.base_scheme, config.rules)
             m, n = linear_weight(module).shape
             if scheme is not None and min(m, n) >= SMALLEST:
                 config.made.require(full, m, n, scheme, transposed=skeleton.stored_transposed(module))
+                quantized = True
+    if not quantized and not config.lm_head:
+        raise UsageError("--skip: no Linear is left that would be quantized; give narrower patterns")
 
 
 def refuse_nesting(source: Path, out: Path) -> None:

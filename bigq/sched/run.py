@@ -26,9 +26,10 @@ from bigq.sched.batches import Batches
 from bigq.sched.behind import WriteBehind
 from bigq.sched.checkpoint import Checkpoints
 from bigq.sched.device import choose_device, memory_errors
-from bigq.sched.finish import GGUF_NAME, add_gguf, finish_folder, has_gguf, is_finished
+from bigq.sched.finish import finish_folder, is_finished
 from bigq.sched.head import head_of
 from bigq.sched.journal import STATE_FOLDER, Journal, read_job, require_ours
+from bigq.sched.manifest import GGUF_NAME, add_gguf, has_gguf
 from bigq.sched.memory import hold_heap
 from bigq.sched.owner import Owner, owned, refuse_if_held
 from bigq.sched.pager import Pager
@@ -38,7 +39,7 @@ from bigq.sched.prepare import check_shapes, refuse_nesting, rest_shards, row_le
 from bigq.sched.request import compare, make_request, require_same_code
 from bigq.sched.run_record import RunMeter, begun, run_recorded
 from bigq.sched.stop import Stop
-from bigq.sched.to_gguf import check_gguf, write_gguf
+from bigq.sched.to_gguf import check_gguf_job, write_gguf
 from bigq.trace import Trace
 
 
@@ -56,7 +57,8 @@ def quantize(
     config: None means as the job in ``out`` was begun, or the defaults where there is none. stop: asked between steps.
     command: the arguments that asked for it, for the record.
     display: how progress is shown; None means as suits stderr, or with config.quiet not at all.
-    Raises UsageError, DataError, ResourceError or Stopped (see ``bigq.errors``); then ``out`` holds no config.json.
+    Raises UsageError, DataError, ResourceError or Stopped (see ``bigq.errors``); then ``out`` holds no config.json, unless all that
+    is missing is a GGUF file.
     """
     started = time.monotonic()
     out = Path(os.path.expanduser(out))
@@ -80,31 +82,33 @@ def quantize(
         stamps = Stamps({folder / "config.json", *(info.file for info in pager.checkpoint.tensors.values())})
         if pager.packed:
             raise UnsupportedModelError(f"{folder}: is already quantized; give the original model")
-        check_shapes(pager, config)
-        if config.format == "gguf":
-            check_gguf(pager, dataclasses.replace(config, scheme=settled_scheme(pager, config)))
         config = dataclasses.replace(
             config,
             seqlen=row_length(pager.config, config),
             scheme=settled_scheme(pager, config),
             batch=config.batch or (before.batch if before else None),
         )
+        check_shapes(pager, config)
+        head = head_of(pager, config)
+        if config.format == "gguf":
+            check_gguf_job(pager, config)
         stop.check()
         rows = rows_for(pager, config)
         stop.check()
         plan = plan_job(pager, rows, config, out)
         config = dataclasses.replace(config, batch=plan.choice.batch)
-        head = head_of(pager, config)
         rest = rest_shards(pager, head)
         units = [f"rest-{i}" for i in range(len(rest))] + [f"block-{i}" for i in range(len(pager.blocks))]
         units += [] if head is None else ["head-0"]
+        request = make_request(config, folder, pager.checkpoint.fingerprint, rows, device)
+        if job_before is not None:
+            compare(out, job_before, request)  # a job that is refused leaves no trace in the folder of another
         with Progress(len(pager.blocks), device, config.quiet, display=display) as progress:
             progress.planned(plan.brief(), plan.to_json())
             if plan.shortages:
                 raise ResourceError(f"{out}: the job does not fit: {'; '.join(plan.shortages)}")
             stop.check()
             with owned(out / STATE_FOLDER, progress, steal=config.steal_lock) as owner, contextlib.ExitStack() as recorded:
-                request = make_request(config, folder, pager.checkpoint.fingerprint, rows, device)
                 journal = Journal(out, request, units, compare)
                 notes = [*owner.notes, *journal.notes]
                 for note in notes:
@@ -147,7 +151,7 @@ def quantize(
                     owner.check()
                     finish_folder(folder, journal, config, pager.linears)
                 if config.format == "gguf" and not has_gguf(out):
-                    _write_gguf(out, config, owner, progress)
+                    _write_gguf(out, config, owner, progress, stop)
                 checkpoints.discard()
     return Report(
         out=str(out),
@@ -168,11 +172,13 @@ def quantize(
     )
 
 
-def _write_gguf(out: Path, config: JobConfig, owner: Owner, progress: Progress) -> None:
-    """Make the GGUF file of a finished folder. One that is killed here does it when it is run again."""
+def _write_gguf(out: Path, config: JobConfig, owner: Owner, progress: Progress, stop: Stop) -> None:
+    """Make the GGUF file of a finished folder. A job that ends here does it when it is run again. Raises Stopped where asked to."""
 
     def written(done: int, blocks: int) -> None:
         owner.check()
+        if stop.requested and done < blocks:
+            raise stop.stopped(f"while {GGUF_NAME} was written")
         progress.phase(f"{GGUF_NAME}: {done} of {blocks} blocks")
 
     progress.phase(GGUF_NAME)

@@ -19,6 +19,7 @@ from typing import Any
 from bigq.errors import BigqError, ResourceError, UsageError
 from bigq.io.sealed import read_record, unseal
 from bigq.sched.journal import JOB_NAME, JOURNAL_NAME, RUNS_NAME, STATE_FOLDER, Commit, read_commits, read_job
+from bigq.sched.manifest import GGUF_NAME, lacks_gguf
 from bigq.sched.owner import OWNER_NAME, Holder
 from bigq.sizes import show_duration, show_size
 
@@ -212,7 +213,8 @@ def _warnings(state: Path, damaged: list[str]) -> tuple[str, ...]:
 def _state(out: Path, holder: Holder | None, damaged: list[str]) -> str:
     if holder is not None and holder.alive:
         return "running"
-    if (out / "config.json").exists():  # it comes last, and is the first to go when a finished job is opened again
+    loadable = (out / "config.json").exists()  # it comes last but for a GGUF file, and goes first when a finished job is opened again
+    if loadable and not lacks_gguf(out):
         return "finished"
     if holder is None:
         begun = any((out / STATE_FOLDER / name).exists() for name in (JOB_NAME, JOURNAL_NAME, OWNER_NAME))
@@ -220,7 +222,8 @@ def _state(out: Path, holder: Holder | None, damaged: list[str]) -> str:
     if holder.alive is None:
         return "unknown"
     if holder.outcome == "finished":
-        damaged.append("config.json: is missing although the job had finished; it will be written again")
+        missing = GGUF_NAME if loadable else "config.json"
+        damaged.append(f"{missing}: is missing although the job had finished; it will be written again")
         return "failed"
     return holder.outcome if holder.outcome in ("stopped", "failed") else "killed"
 

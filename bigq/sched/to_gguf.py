@@ -34,6 +34,7 @@ from bigq.io.gguf_file import (
 from bigq.io.gguf_vocab import read_vocabulary
 from bigq.io.index import TensorInfo
 from bigq.io.reader import as_bytes, iter_chunks, read_tensor
+from bigq.sched.described import Described
 from bigq.sched.gguf_families import Family, family_of, metadata, rope_factors, sliding_window, tensor_name
 from bigq.sched.pager import Pager
 from bigq.scheme import QuantScheme, scheme_for
@@ -56,19 +57,27 @@ class _Planned:
     order: Tensor | None
 
 
-def check_gguf(pager: Pager, config: JobConfig | None = None) -> None:
-    """Raise where no GGUF file could be made: of a folder as it is, or, with ``config``, of what a job will make of it.
+def check_gguf(pager: Pager) -> None:
+    """Raise where no GGUF file could be made of a folder.
 
     UsageError: a Linear that no block type holds exactly, or the ``gguf`` package is not installed. UnsupportedModelError: a family,
     setting or tokenizer that llama.cpp does not have. CheckpointError: damaged tokenizer files.
     """
+    _check(pager, _scheme_as_packed(pager))
+    _check_values(pager)
+
+
+def check_gguf_job(model: Described, config: JobConfig) -> None:
+    """Raise where none could be made of what a job will make of a model: as ``check_gguf`` does."""
+    _check(model, _scheme_by_rule(model, config))
+
+
+def _check(model: Described, scheme_of: Callable[[str], QuantScheme | None]) -> None:
     require_gguf()
-    family = family_of(pager)
-    _plan(pager, family, _scheme_by_rule(pager, config) if config is not None else _scheme_as_packed(pager))
-    metadata(pager, family)
-    read_vocabulary(pager.folder, pager.embedding.num_embeddings)
-    if config is None:
-        _check_values(pager)
+    family = family_of(model)
+    _plan(model, family, scheme_of)
+    metadata(model, family)
+    read_vocabulary(model.folder, model.embedding.num_embeddings)
 
 
 def write_gguf(
@@ -104,13 +113,13 @@ def write_gguf(
     write_gguf_file(file, family.arch, said, tensors, _told(written, tensors))
 
 
-def _plan(pager: Pager, family: Family, scheme_of: Callable[[str], QuantScheme | None]) -> list[_Planned]:
+def _plan(model: Described, family: Family, scheme_of: Callable[[str], QuantScheme | None]) -> list[_Planned]:
     """Every tensor of the file but ``rope_freqs``, those of a block together."""
     planned = []
-    parameters = dict(pager.model.named_parameters(remove_duplicate=False))
-    tied = pager.head.weight is pager.embedding.weight
-    for parameter in pager.model.state_dict():
-        name, order = tensor_name(pager, family, parameter)
+    parameters = dict(model.model.named_parameters(remove_duplicate=False))
+    tied = model.head.weight is model.embedding.weight
+    for parameter in model.model.state_dict():
+        name, order = tensor_name(model, family, parameter)
         if tied and name == "output.weight":
             continue  # llama.cpp takes the embedding where there is none
         module = parameter.rpartition(".")[0]
@@ -118,7 +127,7 @@ def _plan(pager: Pager, family: Family, scheme_of: Callable[[str], QuantScheme |
         if scheme is not None:
             type = _require_block_type(module, parameters[parameter].shape[1], scheme)
         else:
-            type = _plain_type(pager.sources[parameter])
+            type = _plain_type(model.sources.get(parameter))
         planned.append(_Planned(name=name, type=type, parameter=parameter, order=order))
     return planned
 
@@ -132,8 +141,8 @@ def _scheme_as_packed(pager: Pager) -> Callable[[str], QuantScheme | None]:
     return scheme_of
 
 
-def _scheme_by_rule(pager: Pager, config: JobConfig) -> Callable[[str], QuantScheme | None]:
-    inside = {name for name in pager.linears if name.startswith(f"{pager.blocks_path}.") or (config.lm_head and name == pager.head_name)}
+def _scheme_by_rule(model: Described, config: JobConfig) -> Callable[[str], QuantScheme | None]:
+    inside = {name for name in model.linears if name.startswith(f"{model.blocks_path}.") or (config.lm_head and name == model.head_name)}
 
     def scheme_of(module: str) -> QuantScheme | None:
         scheme = scheme_for(module, config.base_scheme, config.rules) if module in inside else None
@@ -142,7 +151,7 @@ def _scheme_by_rule(pager: Pager, config: JobConfig) -> Callable[[str], QuantSch
             and block_type(scheme.bits, scheme.symmetric) == "Q4_1"
             and (scheme.scale_bits or SCALE_BITS + 1) > SCALE_BITS
         ):
-            raise _minimums_lost(module)
+            raise _minimums_lost(module, f"use --scale-bits {SCALE_BITS}, or leave it out")
         return scheme
 
     return scheme_of
@@ -167,11 +176,8 @@ def _require_block_type(module: str, inputs: int, scheme: QuantScheme) -> str:
     return type
 
 
-def _minimums_lost(module: str) -> UsageError:
-    return UsageError(
-        f"{module}: its zero points times scales are not fp16 numbers, as Q4_1 of GGUF has them; quantize with --format gguf, "
-        "or --scale-bits 7"
-    )
+def _minimums_lost(module: str, remedy: str) -> UsageError:
+    return UsageError(f"{module}: its zero points times scales are not fp16 numbers, as Q4_1 of GGUF has them; {remedy}")
 
 
 def _check_values(pager: Pager) -> None:
@@ -184,7 +190,7 @@ def _check_values(pager: Pager) -> None:
         stored = _read(pager, parameter, codes=False)
         if not scheme.symmetric:
             if minimums(stored) is None:
-                raise _minimums_lost(module)
+                raise _minimums_lost(module, "quantize the model with --format gguf")
         elif bool((stored.zeros != 1 << (scheme.bits - 1)).any()) or not torch.equal(stored.scales.half().float(), stored.scales.float()):
             raise CheckpointError(
                 f"{pager.folder}: {module} is said to be symmetric, but its zero points or scales are not what Q4_0 and Q8_0 can hold; "
@@ -207,9 +213,9 @@ def _read(pager: Pager, parameter: str, *, codes: bool = True) -> Stored:
     return pager.schemes.format.read(prefix, get, scheme)
 
 
-def _plain_type(info: TensorInfo) -> str:
-    """Matrices stay as they are, unless that is fp64; llama.cpp wants everything else in fp32."""
-    return "F32" if len(info.shape) != 2 else next((type for type, dtype in PLAIN.items() if dtype == info.dtype), "F32")
+def _plain_type(info: TensorInfo | None) -> str:
+    """Matrices stay as they are, unless that is fp64; llama.cpp wants everything else in fp32. info: None where headers are not known."""
+    return "F32" if info is None or len(info.shape) != 2 else next((type for type, dtype in PLAIN.items() if dtype == info.dtype), "F32")
 
 
 def _tensor(pager: Pager, one: _Planned) -> GgufTensor:

@@ -22,8 +22,9 @@ from bigq.io.record import file_sha256
 from bigq.io.sealed import read_record, read_sealed, unseal
 from bigq.sched.checkpoint import RECORD_NAME as CHECKPOINTS_NAME
 from bigq.sched.evaluations import EVALUATIONS_NAME
-from bigq.sched.finish import CARD_NAME, GGUF_NAME, MANIFEST_NAME, RECORDS
+from bigq.sched.finish import CARD_NAME, RECORDS
 from bigq.sched.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, RUNS_NAME, STATE_FOLDER, Commit, read_job
+from bigq.sched.manifest import GGUF_NAME, MANIFEST_NAME
 from bigq.sched.owner import LOCK_NAME, OWNER_NAME, Holder
 from bigq.sched.scan import Scan, scan_shard
 from bigq.sched.verify_model import config_problems, index_problems, model_problems
@@ -265,7 +266,8 @@ class _Verification:
 
     def _files(self, manifest: Mapping[str, Any]) -> None:
         """Everything but shards, against the manifest."""
-        beside = None if self._job is None else self._job.made.config_file
+        packed = any(commit.linears for commit in self._commits.values())
+        beside = self._job.made.config_file if self._job is not None and packed else None
         gguf = [GGUF_NAME] if self._job is not None and self._job.format == "gguf" else []
         for file in [*_ALWAYS, *([] if beside is None else [beside]), *gguf, *sorted(self._shards)]:
             if file not in manifest:

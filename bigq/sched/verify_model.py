@@ -53,7 +53,12 @@ def index_problems(index: Mapping[str, Any], scans: Mapping[str, Scan], total: i
 def config_problems(out: Path, job: JobConfig, commits: Sequence[Commit], *, trust_remote_code: bool) -> Problems:
     """Whether config.json, and what else says it, say how the job quantized. Raises DataError where one cannot be understood."""
     linears = _linears(out, trust_remote_code=trust_remote_code) if job.made.names_linears else ()
-    expected = job.made.config(quantization_of(commits, job, linears, {}))
+    told = quantization_of(commits, job, linears, {})
+    if not told.packed:
+        if "quantization_config" in read_json_object(out / "config.json"):
+            yield "config.json", "says how it was quantized, but nothing is"
+        return
+    expected = job.made.config(told)
     files = [("config.json", "quantization_config")] + [(file, None) for file in (job.made.config_file,) if file is not None]
     for file, key in files:
         value = read_json_object(out / file)

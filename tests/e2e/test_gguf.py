@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,14 @@ from torch import Tensor
 import bigq
 from bigq import faults
 from bigq.cli import main
-from bigq.errors import BigqError, CheckpointError, ResourceError, UnsupportedModelError, UsageError
+from bigq.errors import BigqError, CheckpointError, ResourceError, Stopped, UnsupportedModelError, UsageError
 from bigq.io import gguf_file
+from bigq.make_report import write_model_card
 from bigq.sched import run
 from bigq.sched.pager import Pager
-from bigq.sched.to_gguf import check_gguf, write_gguf
+from bigq.sched.status import status
+from bigq.sched.stop import Stop
+from bigq.sched.to_gguf import check_gguf, check_gguf_job, write_gguf
 from bigq.sched.verify import verify
 
 CPU = torch.device("cpu")
@@ -225,7 +229,10 @@ SCHEMES: Mapping[str, tuple[dict[str, Any], str]] = {
     "3 bits, asymmetric": ({"bits": 3, "symmetric": False}, "no blocks for 3 bits asymmetric"),
     "8 bits, asymmetric": ({"bits": 8, "symmetric": False}, "no blocks for 8 bits asymmetric.*--bits 8 --sym"),
     "groups of 16": ({"group_size": 16}, "q_proj has groups of 16.*--group-size that is a multiple of 32, or -1"),
-    "asymmetric": ({"symmetric": False}, "q_proj: its zero points times scales are not fp16 numbers.*--format gguf, or --scale-bits 7"),
+    "asymmetric": (
+        {"symmetric": False},
+        "q_proj: its zero points times scales are not fp16 numbers.*(use --scale-bits 7|quantize the model with --format gguf)",
+    ),
     "one of them": (
         {"rules": (bigq.Rule(r".*\.2\.mlp\.down_proj$", {"bits": 3}),)},
         r"model\.layers\.2\.mlp\.down_proj: GGUF has no blocks for 3 bits",
@@ -240,7 +247,7 @@ def test_linears_that_would_be_rounded_again_are_refused(case: str, checkpoint: 
     scheme = {"group_size": 32, **{name: value for name, value in settings.items() if name != "rules"}}
     config = bigq.JobConfig(scheme=bigq.QuantScheme(**scheme), rules=settings.get("rules", ()))
     with pytest.raises(UsageError, match=told):
-        check_gguf(Pager(source, device=CPU), config)
+        check_gguf_job(Pager(source, device=CPU), config)
     folder = quantized(source, tmp_path / "out", **settings)
     with pytest.raises(UsageError, match=told):
         write_gguf(folder, tmp_path / "x.gguf")
@@ -252,14 +259,14 @@ def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:
     pager = Pager(source, device=CPU)
     config = bigq.JobConfig(scheme=bigq.QuantScheme(group_size=-1))
     with pytest.raises(UsageError, match=r"layers\.0\.mlp\.down_proj has 80 inputs, but blocks of GGUF hold 32.*--skip"):
-        check_gguf(pager, config)
-    check_gguf(pager, bigq.JobConfig(scheme=bigq.QuantScheme(group_size=-1), rules=(bigq.Rule(r".*down_proj$", None),)))
+        check_gguf_job(pager, config)
+    check_gguf_job(pager, bigq.JobConfig(scheme=bigq.QuantScheme(group_size=-1), rules=(bigq.Rule(r".*down_proj$", None),)))
 
 
 @pytest.mark.parametrize("settings", [{}, {"bits": 8}, ASYMMETRIC, {"group_size": 96}, {"group_size": -1}])
 def test_what_will_be_exact_is_let_through(settings: dict[str, Any], checkpoint: Callable[[str], Path]) -> None:
     config = bigq.JobConfig(scheme=bigq.QuantScheme(**{"group_size": 32, **settings}))
-    check_gguf(Pager(checkpoint("llama"), device=CPU), config)
+    check_gguf_job(Pager(checkpoint("llama"), device=CPU), config)
 
 
 MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
@@ -301,7 +308,7 @@ def test_models_that_llama_cpp_computes_otherwise_are_refused(case: str, tmp_pat
     family, values, told = MODELS[case]
     source = make_checkpoint(tmp_path / "m", family, **values)
     with pytest.raises(UnsupportedModelError, match=told):
-        check_gguf(Pager(source, device=CPU), bigq.JobConfig(scheme=bigq.QuantScheme(group_size=32)))
+        check_gguf_job(Pager(source, device=CPU), bigq.JobConfig(scheme=bigq.QuantScheme(group_size=32)))
     with pytest.raises(UnsupportedModelError, match=told):
         write_gguf(source, tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
@@ -311,9 +318,10 @@ def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(packed: Path, tmp_p
     folder = tmp_path / "out"
     shutil.copytree(packed, folder)
     word_tokenizer().save_pretrained(folder)
-    for config in (None, bigq.JobConfig(scheme=bigq.QuantScheme(group_size=32))):
+    pager, config = Pager(folder, device=CPU), bigq.JobConfig(scheme=bigq.QuantScheme(group_size=32))
+    for check in (lambda: check_gguf(pager), lambda: check_gguf_job(pager, config)):
         with pytest.raises(UnsupportedModelError, match=r"no tokenizer like this one \(it is of kind 'WordLevel'"):
-            check_gguf(Pager(folder, device=CPU), config)
+            check()
 
 
 def test_scales_and_zero_points_of_others_are_looked_at(packed: Path, tmp_path: Path) -> None:
@@ -419,6 +427,58 @@ def test_a_job_makes_shards_and_a_file_of_them(
 
 def interrupted(*args: object, **kwargs: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_file_that_was_damaged_is_made_again(checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path) -> None:
+    """Of the size that it had; one that was copied, and has another time, is read and stays."""
+    out, source = tmp_path / "out", str(checkpoint("llama"))
+    bigq.quantize(source, out, gguf_job(ids_file, method="rtn"))
+    path = out / "model.gguf"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2] + b"\0\1")
+    assert any(line.startswith("model.gguf: was changed") for line in verify(out))
+    bigq.quantize(source, out)
+    assert path.read_bytes() == whole and verify(out) == []
+    os.utime(path, ns=(1, 1))
+    bigq.quantize(source, out)
+    assert path.stat().st_mtime_ns == 1 and verify(out) == []
+
+
+@pytest.mark.parametrize("way", ["killed", "failed", "stopped"])
+def test_a_job_is_not_finished_before_its_file_is(
+    way: str, checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, child: Child, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, source = tmp_path / "out", str(checkpoint("llama"))
+    config = gguf_job(ids_file, method="rtn")
+    if way == "killed":
+        flags = f"--format gguf --group-size 32 --method rtn --calibration {ids_file} --samples 8 --seqlen 24".split()
+        done = child("-m", "bigq", "quantize", source, out, *flags, env={"BIGQ_FAULT": "finish.config"})
+        assert done.returncode == -9, done.stderr
+    elif way == "failed":
+        faults.arm("gguf.piece:5:ENOSPC")
+        try:
+            with pytest.raises(ResourceError, match=r"model\.gguf"):
+                bigq.quantize(source, out, config)
+        finally:
+            faults.disarm()
+    else:
+        stop = Stop()
+
+        def asked(*args: Any, **kwargs: Any) -> None:
+            stop.request("SIGTERM")
+            write_gguf(*args, **kwargs)
+
+        monkeypatch.setattr(run, "write_gguf", asked)
+        with pytest.raises(Stopped, match=r"stopped while model\.gguf was written"):
+            bigq.quantize(source, out, config, stop)
+        monkeypatch.undo()
+    assert (out / "config.json").exists() and not (out / "model.gguf").exists()
+    now = status(out)
+    assert (now.state, now.resumable) == (way, True)
+    with pytest.raises(UsageError, match=r"not finished \(" + way):
+        write_model_card(out)
+    bigq.quantize(source, out)
+    assert status(out).state == "finished" and verify(out) == []
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -10,17 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from models import decode, make_checkpoint, random_ids, save_ids, stored_tensors, streamed_logits
+from models import decode, make_checkpoint, random_ids, rewrite, save_ids, stored_tensors, streamed_logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import bigq
 from bigq.calibration import calibration_rows
 from bigq.config import JobConfig
-from bigq.errors import UsageError
+from bigq.errors import Stopped, UsageError
+from bigq.progress import Progress
 from bigq.sched import head as head_module
+from bigq.sched import pipeline
 from bigq.sched.journal import Commit, Journal
 from bigq.sched.planning import plan
+from bigq.sched.stop import Stop
 from bigq.sched.verify import verify
 from bigq.scheme import QuantScheme, Rule
 from bigq.solver.gptq import quantize_linear
@@ -162,17 +166,76 @@ def test_skip_leaves_it_as_it_is(checkpoint: Callable[[str], Path], ids: Path, t
     assert "lm_head.weight" in stored_tensors(tmp_path / "out") and verify(tmp_path / "out") == []
 
 
-def test_a_head_that_is_the_embedding_is_refused(ids: Path, tmp_path: Path) -> None:
-    source = make_checkpoint(tmp_path / "model", "llama", tie_word_embeddings=True)
-    with pytest.raises(UsageError, match=r"--lm-head: lm_head has the input embedding's weight"):
-        bigq.quantize(str(source), tmp_path / "out", job(ids))
+#: What a head cannot be: (the model, the job, what is said of it).
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "the embedding": ({"tie_word_embeddings": True}, {}, r"--lm-head: lm_head has the input embedding's weight"),
+    "no whole words": ({"vocab_size": 130}, {}, r"lm_head is 130 × 64.*--skip 'lm_head\$'"),
+    "no whole groups": (
+        {},
+        {"rules": (Rule("lm_head", {"group_size": 128}),)},
+        r"lm_head has 64 inputs, which group size 128 does not divide",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused_before_any_text_is_read(case: str, tmp_path: Path) -> None:
+    """By the plan too."""
+    model, changes, says = REFUSED[case]
+    source = make_checkpoint(tmp_path / "model", "llama", **model)
+    config = job(tmp_path / "no such text", **changes)
+    for attempt in (lambda: bigq.quantize(str(source), tmp_path / "out", config), lambda: plan(str(source), tmp_path, config)):
+        with pytest.raises(UsageError, match=says):
+            attempt()
     assert not (tmp_path / "out").exists()
 
 
-def test_a_head_that_does_not_fit_the_format_is_refused(ids: Path, tmp_path: Path) -> None:
-    source = make_checkpoint(tmp_path / "model", "llama", vocab_size=130)
-    with pytest.raises(UsageError, match=r"lm_head is 130 × 64.*--skip 'lm_head\$'"):
-        bigq.quantize(str(source), tmp_path / "out", job(ids))
+def mixed(folder: Path) -> Path:
+    """A llama in fp16 whose head is bf16."""
+    source = make_checkpoint(folder, "llama", dtype=torch.float16)
+    rewrite(source, "lm_head.weight", stored_tensors(source)["lm_head.weight"].bfloat16())
+    return source
+
+
+def test_scales_fit_the_head_s_type_too(ids: Path, tmp_path: Path) -> None:
+    source = str(mixed(tmp_path / "model"))
+    bigq.quantize(source, tmp_path / "out", job(ids, format="compressed-tensors"))
+    stored = stored_tensors(tmp_path / "out")
+    assert stored["lm_head.weight_scale"].dtype == torch.bfloat16 and verify(tmp_path / "out") == []
+    config = job(ids, format="compressed-tensors", scheme=dataclasses.replace(SCHEME, scale_bits=11))
+    with pytest.raises(UsageError, match=r"--scale-bits 11: .*model is bf16, .*compressed-tensors.* use --scale-bits 8, or leave it out"):
+        bigq.quantize(source, tmp_path / "other", config)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("moment", ["before", "within"])
+def test_a_job_that_is_asked_to_stop_there_leaves_and_goes_on(
+    moment: str, checkpoint: Callable[[str], Path], ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, stop = str(checkpoint("llama")), Stop()
+    solve_head = pipeline.solve_head
+    block_done = Progress.block_done
+
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        stop.request("SIGTERM")
+        return solve_head(*args, **kwargs)
+
+    def done(self: Progress, index: int, *args: Any) -> None:
+        block_done(self, index, *args)
+        if index == 2:
+            stop.request("SIGTERM")
+
+    if moment == "within":
+        monkeypatch.setattr(pipeline, "solve_head", asked)
+    else:
+        monkeypatch.setattr(Progress, "block_done", done)
+    with pytest.raises(Stopped, match="stopped at the output head; run the same command again"):
+        bigq.quantize(source, tmp_path / "out", job(ids, checkpoint_every=0.0), stop)
+    monkeypatch.undo()
+    assert (tmp_path / "out/.bigq/activations-00003.safetensors").exists()
+    bigq.quantize(source, tmp_path / "out")
+    bigq.quantize(source, tmp_path / "whole", job(ids))
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
 def test_the_plan_knows_of_it(checkpoint: Callable[[str], Path], ids: Path, tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ from bigq.sched import block as block_module
 from bigq.sched import planning
 from bigq.sched.ceilings import Ceilings, measure
 from bigq.sched.journal import Commit, Journal
-from bigq.scheme import QuantScheme
+from bigq.sched.verify import verify
+from bigq.scheme import QuantScheme, Rule
 from bigq.solver import hessian
 
 ROWS, SEQLEN, TRIGGER = 8, 24, 5
@@ -244,6 +245,20 @@ def test_a_linear_that_cannot_be_factored_stays_as_it_is(
     interrupt(3, source, tmp_path / "again", job(ids, dtype="auto", quiet=True))
     bigq.quantize(str(source), tmp_path / "again", job(ids, dtype="auto", quiet=True))
     assert hashes(tmp_path / "again") == hashes(out)
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_where_nothing_could_be_quantized_the_folder_is_a_plain_checkpoint(
+    format: str, checkpoint: Callable[[str], Path], ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    indefinite(monkeypatch, "layers.1.self_attn.o_proj")
+    bigq.quantize(str(source), out, job(ids, format=format, quiet=True, rules=(Rule(r"(?!model\.layers\.1\.self_attn\.o_proj)", None),)))
+    assert "quantization_config" not in json.loads((out / "config.json").read_text()) and not (out / "quantize_config.json").exists()
+    original = stored_tensors(source)
+    assert all(torch.equal(tensor, original[name]) for name, tensor in stored_tensors(out).items()) and verify(out) == []
+    tokens = random_ids(2, SEQLEN, seed=9)
+    assert torch.equal(streamed_logits(out, tokens, 2), streamed_logits(source, tokens, 2))
 
 
 def overflowing(folder: Path, block: int) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,26 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(model: Path, out: Path, ids: Path, *flags: str) -> list[str]:
     fixed = ["--calibration", str(ids), "--samples", "8", "--seqlen", "32", "--group-size", "32", "--device", "cpu"]
     return ["quantize", str(model), str(out), *fixed, *flags]
+
+
+REFUSED = {
+    "nothing to do": ("llama", ["--skip", ".*"], "--skip: no Linear is left"),
+    "no such family in llama.cpp": ("bloom", ["--format", "gguf", "--group-size", "32"], "bigq writes no GGUF files of model type 'bloom'"),
+    "no such blocks in GGUF": ("llama", ["--format", "gguf", "--bits", "3", "--group-size", "32"], "GGUF has no blocks for 3 bits"),
+    "stored transposed": ("gpt2", ["--format", "compressed-tensors", "--group-size", "32"], "is stored transposed"),
+    "groups that do not fit": ("llama", ["--group-size", "48"], "which group size 48 does not divide"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_quantize_refuses_the_plan_refuses(
+    case: str, checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family, flags, says = REFUSED[case]
+    for command in (["plan", str(checkpoint(family))], ["quantize", str(checkpoint(family)), str(tmp_path / "out"), "--quiet"]):
+        assert main([*command, *flags]) in (2, 3)
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("flag", "size"), [("--ram", "100MB"), ("--disk", "10KB")])

@@ -87,7 +87,7 @@ class Format(ABC):
     name: as ``--format`` says. mark: the suffix of the one tensor that only packed Linears have. min_zero: the smallest zero point
     that can be stored. takes_transposed: whether readers know Linears that are stored transposed (GPT-2's Conv1D). config_file: a file
     beside config.json that holds the quantization config too, if readers look for one. names_linears: whether the config names Linears,
-    packed or not, one by one.
+    packed or not, one by one. scales_as_weights: whether scales have the type of the weights that were packed, instead of fp16.
     """
 
     name: ClassVar[str]
@@ -96,6 +96,7 @@ class Format(ABC):
     takes_transposed: ClassVar[bool] = True
     config_file: ClassVar[str | None] = None
     names_linears: ClassVar[bool] = False
+    scales_as_weights: ClassVar[bool] = False
 
     @abstractmethod
     def suffixes(self, symmetric: bool) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ class CompressedTensors(Format):
     mark = "weight_packed"
     takes_transposed = False
     names_linears = True
+    scales_as_weights = True
 
     def suffixes(self, symmetric: bool) -> tuple[str, ...]:
         always = ("weight_packed", "weight_scale", "weight_shape")
