@@ -79,20 +79,18 @@ def _gptq(history: History, config: JobConfig) -> Iterator[str]:
                 "`bigq convert MODEL NEW --to gptq_v2`.\n"
             )
     else:
-        why = ["some Linears have other bits or groups than the rest"] if _sizes_differ(history) else []
-        why += ["the output head is quantized"] if history.head is not None else []
-        yield (
-            f"transformers cannot load this checkpoint: {' and '.join(why)}, which optimum, by which it reads GPTQ, does not know. "
-            "GPTQModel by itself can (`pip install gptqmodel`):\n"
+        why = ["gives all Linears the same bits and group size"] if _sizes_differ(history) else []
+        why += ["takes no quantized output head"] if history.head is not None else []
+        can = "GPTQModel by itself can (`pip install gptqmodel`)"
+        yield f"transformers cannot load this checkpoint: it reads GPTQ by way of optimum, which {' and '.join(why)}. {can}" + (
+            ", but refuses asymmetric checkpoints of format `gptq` that other programs wrote. So first write the same weights in another "
+            "format, to a folder NEW:\n"
+            if refused
+            else ":\n"
         )
-        model = "MODEL"
         if refused:
-            model = "NEW"
-            yield (
-                "It refuses asymmetric checkpoints of format `gptq` that other programs wrote, so first write the same weights in another "
-                "format, to a folder NEW:\n"
-            )
             yield block("bigq convert MODEL NEW --to gptq_v2", "sh")
+        model = "NEW" if refused else "MODEL"
         more = ", trust_remote_code=True" if config.trust_remote_code else ""
         yield block(f'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("{model}"{more})', "python")
     if config.made.name == "gptq_v2":
@@ -107,7 +105,7 @@ def _compressed_tensors(config: JobConfig, schemes: set[tuple[int, int, bool]]) 
     yield _transformers(config.trust_remote_code)
     if asymmetric:
         yield (
-            "Its scales have zero points. transformers 5.23 with compressed-tensors cannot load zero points, whoever wrote them; "
+            "Its weights have zero points. transformers 5.23 with compressed-tensors cannot load zero points, whoever wrote them; "
             "transformers up to 5.22 can (tried with compressed-tensors 0.18 to 0.20).\n"
         )
     if three:
@@ -117,23 +115,22 @@ def _compressed_tensors(config: JobConfig, schemes: set[tuple[int, int, bool]]) 
 def _vllm(history: History, config: JobConfig) -> Iterator[str]:
     schemes = _schemes(history, config)
     more = " --trust-remote-code" if config.trust_remote_code else ""
+    vllm = "With vLLM (by what its sources say; not tried)"
     if not _is_gptq(config):
         taken = all(symmetric or bits in (4, 8) for bits, _, symmetric in schemes)
-        yield "With vLLM" + (":\n" if taken else ", whose older versions take asymmetric weights of 4 and 8 bits only:\n")
+        yield vllm + (":\n" if taken else ", whose older versions take asymmetric weights of 4 and 8 bits only:\n")
     elif _fits_marlin(schemes):
-        yield "With vLLM:\n"
+        yield f"{vllm}:\n"
     else:
-        yield (
-            "With older versions of vLLM; newer ones take GPTQ of 4 and 8 bits only, symmetric, in groups of 32, 64 or 128 or one per "
-            "row:\n"
-        )
+        yield f"{vllm}, older versions; newer ones take GPTQ of 4 and 8 bits only, symmetric, in groups of 32, 64, 128 or whole rows:\n"
         more += " --dtype float16"
     yield block(f"vllm serve MODEL{more}", "sh")
-    left = any(each.block is not None for each in history.left_out)
-    if len(schemes) > 1 or left:
+    what = ["some Linears have other bits, groups or zero points than the rest"] * (len(schemes) > 1)
+    what += ["some Linears are not quantized"] * any(each.block is not None for each in history.left_out)
+    if what:
         where = "`dynamic`" if _is_gptq(config) else "`config_groups` and `ignore`"
-        what = " and ".join(["have other bits, groups or zero points than the rest"] * (len(schemes) > 1) + ["are not quantized"] * left)
-        yield f"Some Linears {what} ({where} in config.json). Readers that fuse q/k/v or gate/up want the same for all of those.\n"
+        said = " and ".join(what)
+        yield f"{said[0].upper()}{said[1:]} ({where} in config.json). Readers that fuse q/k/v or gate/up want the same for all of those.\n"
 
 
 def _fits_marlin(schemes: set[tuple[int, int, bool]]) -> bool:

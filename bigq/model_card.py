@@ -5,6 +5,7 @@ Paths of the machine that made it are left out: a card is published.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -138,7 +139,7 @@ def _made(history: History, base: str | None, revision: str | None) -> Iterator[
     if history.config is not None:
         yield "### Reproducing\n"
         model = shlex.quote(f"{base}@{revision}" if base and revision else base or "SOURCE")
-        command = " ".join(["bigq quantize", model, "OUT", *map(shlex.quote, flags(history.config))])
+        command = " ".join(["bigq quantize", model, "OUT", *map(shlex.quote, flags(_that_count(history.config)))])
         yield block(command, "sh")
         named = ["`SOURCE` is the source model"] if base is None else []
         text = history.config.calibration.rpartition("/")[2]
@@ -149,6 +150,14 @@ def _made(history: History, base: str | None, revision: str | None) -> Iterator[
         told = ", ".join(f"{plain(name)} {plain(version)}" for name, version in versions.items())
         machine = plain(history.runs[-1].machine) if history.runs else "unknown"
         yield f"Made with {told}, on {machine}. Other versions, devices or batches may round differently.\n"
+
+
+def _that_count(config: JobConfig) -> JobConfig:
+    """Without settings that decide no byte of what the method makes."""
+    names = ["alpha"] if config.method == "gptq" else []
+    names += ["alpha", "calibration", "samples", "seqlen", "seed", "batch"] if config.method == "rtn" else []
+    default = JobConfig()
+    return dataclasses.replace(config, **{name: getattr(default, name) for name in names})
 
 
 def _measured(config: JobConfig | None) -> str:

@@ -67,7 +67,8 @@ class Judged:
 
 def judged(value: Mapping[str, Any], sources: Iterable[str]) -> Judged | None:
     """A line of the record; None where it is no result. sources: what the job's source was called, and folders where it lay."""
-    perplexity, counts = value.get("perplexity"), [count(value.get(name)) for name in ("samples", "seqlen", "tokens")]
+    perplexity: Any = value.get("perplexity")
+    counts = [count(value.get(name)) for name in ("samples", "seqlen", "tokens")]
     if type(perplexity) not in (int, float) or perplexity < 0 or None in counts:
         return None
     samples, seqlen, tokens = (known or 0 for known in counts)

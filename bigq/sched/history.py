@@ -164,11 +164,11 @@ def read_history(out: Path) -> History:
     source_bytes, parameters = count(last.get("source_bytes")), count(last.get("parameters"))
     linears, left_out = _solved(commits, config, 32 if source_bytes and parameters and source_bytes > 3 * parameters else 16)
     names = list(dict.fromkeys(name for kind in kinds for name in kind))
-    names += sorted({each.name for each in (*linears, *left_out) if each.block is not None} - set(names))
+    known = {*((each.block, each.name) for each in linears), *((each.block, each.name) for each in left_out)}
+    names += sorted({name for block, name in known if block is not None} - set(names))
     order = {name: place for place, name in enumerate(names)}
     if config is not None:
         done = {int(match[1]) for commit in commits if (match := _BLOCK.fullmatch(commit.unit))}
-        known = {(linear.block, linear.name) for linear in linears} | {(linear.block, linear.name) for linear in left_out}
         left_out += [
             LeftOut(block=i, name=name, reason=BY_RULE, wanted=True)
             for i, kind in enumerate(kinds)
@@ -191,7 +191,7 @@ def read_history(out: Path) -> History:
         linears=tuple(linears),
         left_out=tuple(sorted(left_out, key=lambda each: (_place(each.block), order.get(each.name, 0)))),
         runs=tuple(runs),
-        evaluations=tuple(known for value in evaluations[-MAX_ITEMS:] if (known := judged(value, sources)) is not None),
+        evaluations=tuple(each for value in evaluations[-MAX_ITEMS:] if (each := judged(value, sources)) is not None),
         outdated=outdated,
         source_bytes=source_bytes,
         parameters=parameters,
