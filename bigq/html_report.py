@@ -120,7 +120,7 @@ def _tiles(history: History) -> Iterator[tuple[str, str, str]]:
         whole = "" if history.all_bits is None else f"{history.all_bits:.2f} over {of}"
         yield "bits per weight", f"{history.linear_bits:.2f}", whole or "with scales and zero points"
     if history.evaluations:
-        last = newest(history.evaluations)[-1]
+        last = sorted(newest(history.evaluations), key=lambda each: each.of_source)[-1]
         before = "no baseline" if last.baseline_perplexity is None else f"{_figure(last.baseline_perplexity)} {_of(last)}"
         yield "perplexity", _figure(last.perplexity), before
     worst = history.worst(1)
@@ -162,6 +162,7 @@ def settings(config: JobConfig) -> list[tuple[str, object]]:
     groups = "one group per row" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
     zeros = "symmetric" if scheme.symmetric else "asymmetric"
     extra = [word for word, on in (("act-order", scheme.act_order), ("scales by grid search", scheme.mse)) if on]
+    extra += [f"scales of {scheme.scale_bits} significant bits"] if scheme.scale_bits is not None else []
     pairs: list[tuple[str, object]] = [("weights", ", ".join([f"{scheme.bits} bits", groups, zeros, *extra]))]
     order = "true-sequential" if config.true_sequential else "all Linears of a block at once"
     how = config.method if config.method == "rtn" else f"{config.method}, {order}, damping {scheme.damping}"
@@ -174,7 +175,7 @@ def settings(config: JobConfig) -> list[tuple[str, object]]:
     if config.method != "rtn":
         rows = f"{config.samples} × {config.seqlen} tokens of {config.calibration}, seed {config.seed}"
         pairs.append(("calibration", rows))
-    pairs.append(("forward passes", f"{config.dtype} precision, {config.batch or 'as many as fit'} rows at once"))
+        pairs.append(("forward passes", f"{config.dtype} precision, {config.batch or 'as many as fit'} rows at once"))
     return pairs
 
 
@@ -243,7 +244,7 @@ def _errors(history: History, pictures: Pictures) -> Iterator[Markup]:
         yield _bounded(
             f"Damping raised: {_counted(len(raised), 'Linear')}", ("Linear", "block", "asked for", "used", "error"), rows, range(1, 5)
         )
-    else:
+    elif history.config is None or history.config.method != "rtn":
         yield element("p", "No Linear needed more damping than asked for.")
     if history.left_out:
         rows = [[left.name, _block(left.block), left.reason] for left in sorted(history.left_out, key=lambda left: left.wanted)]

@@ -163,7 +163,7 @@ def _that_count(config: JobConfig) -> JobConfig:
 def _measured(config: JobConfig | None) -> str:
     """What errors are relative to, and on what."""
     if config is not None and config.method == "rtn":
-        return "weights: the rounding errors, without any calibration text"
+        return "weights, from rounding alone"
     if config is not None and config.method == "gptaq":
         return "outputs on the calibration text, against the weights as corrected for asymmetric calibration"
     return "outputs on the calibration text"
