@@ -27,8 +27,9 @@ def write_report(out: Path, file: Path | None = None) -> Path:
     """
     folder = Path(os.path.realpath(out))
     history = read_history(folder)
-    if file is None:
-        file = folder.with_name(f"{folder.name}-report.html") if folder.name else folder  # the root has nothing beside it
+    if not folder.name:
+        raise UsageError(f"{folder}: every file lies in it, and bigq verify objects to strange ones; move the job to a folder of its own")
+    file = folder.with_name(f"{folder.name}-report.html") if file is None else file
     _require_file(file, folder)
     write_bytes(file, render(history, pictures_of(history)).encode("utf-8", "replace"))
     return file

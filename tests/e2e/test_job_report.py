@@ -17,7 +17,7 @@ import torch
 from tinyjob import at_points, hashes, passes
 
 import bigq
-from bigq import faults
+from bigq import faults, make_report
 from bigq.cli import main
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, NumericsError, UsageError
@@ -421,9 +421,13 @@ def test_a_page_that_can_be_no_file_is_refused(file: str, said: str, out: Path, 
     assert f"--out {target}: {said.format(target)}" in error and error.count("\n") == 1 and not list(tmp_path.rglob("*.html"))
 
 
-def test_the_root_is_no_job(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_root_is_no_job(out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["report", "/"]) == 2
     assert "/: holds no job of bigq" in capsys.readouterr().err
+    history = read_history(out)
+    monkeypatch.setattr(make_report, "read_history", lambda _: history)
+    assert main(["report", "/"]) == 2
+    assert "/: every file lies in it" in capsys.readouterr().err
 
 
 def test_without_matplotlib_there_is_one_line_that_says_what_to_install(
