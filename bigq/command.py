@@ -39,10 +39,7 @@ def _differing(values: Any, defaults: Any, names: list[str]) -> Iterator[str]:
         elif isinstance(value, bool):
             yield flag if value else flag.replace("--", "--no-", 1)
         else:
-            yield from (
-                flag,
-                os.path.basename(value) if name == "calibration" else f"{value:g}" if isinstance(value, float) else str(value),
-            )
+            yield from (flag, os.path.basename(value) if name == "calibration" else str(value))
 
 
 def _rule(rule: Rule) -> tuple[str, str]:

@@ -6,6 +6,7 @@ Pure: what is known of a job, and pictures of it, to text. ``pictures`` says wha
 from __future__ import annotations
 
 import itertools
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from bigq.command import flags
 from bigq.config import JobConfig
 from bigq.html_style import STYLE
 from bigq.markup import Markup, element, facts, joined, table
-from bigq.sched.history import History, Judged, LinearResult, phases_of
+from bigq.sched.evaluations import Judged, newest
+from bigq.sched.history import History, LinearResult, phases_of
 from bigq.sizes import show_duration, show_size
 
 #: Rows of a table that are shown.
@@ -29,6 +31,18 @@ STATES = {
     "not begun": "not begun",
 }
 UNFINISHED = "not finished ({}): what follows is how far it got; the same command goes on with it"
+
+
+#: What errors are, by method.
+ERRORS = {
+    "gptq": "The squared error of a Linear's outputs on the calibration rows, relative to the outputs: ‖(W − Q)X‖² / ‖WX‖².",
+    "gptaq": (
+        "The squared error of a Linear's outputs on the calibration rows as the quantized model has them, relative to the outputs: "
+        "‖(W* − Q)X‖² / ‖W*X‖², where W* is the weight as corrected for what the Linears before have done to X (an output head is not "
+        "corrected)."
+    ),
+    "rtn": "The squared rounding error of a Linear's weights, relative to the weights: ‖W − Q‖² / ‖W‖².",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +110,22 @@ def _tiles(history: History) -> Iterator[tuple[str, str, str]]:
     """(what, figure, small print) of the figures that matter most."""
     if history.source_bytes and history.finished:
         part = f"{100 * history.output_bytes / history.source_bytes:.0f} % of {show_size(history.source_bytes)}"
+        if history.gguf_bytes is not None:
+            part += f"; {show_size(history.gguf_bytes)} of it model.gguf"
         yield "size", show_size(history.output_bytes), part
     else:
         yield "written", show_size(history.output_bytes), _blocks(history)
     if history.linear_bits is not None:
-        whole = "" if history.all_bits is None else f"{history.all_bits:.2f} over the whole checkpoint"
+        of = "the whole checkpoint" if history.gguf_bytes is None else "all shards"
+        whole = "" if history.all_bits is None else f"{history.all_bits:.2f} over {of}"
         yield "bits per weight", f"{history.linear_bits:.2f}", whole or "with scales and zero points"
     if history.evaluations:
-        last = history.evaluations[-1]
-        before = "no baseline" if last.baseline_perplexity is None else f"{_figure(last.baseline_perplexity)} before"
+        last = sorted(newest(history.evaluations), key=lambda each: each.of_source)[-1]
+        before = "no baseline" if last.baseline_perplexity is None else f"{_figure(last.baseline_perplexity)} {_of(last)}"
         yield "perplexity", _figure(last.perplexity), before
     worst = history.worst(1)
     if worst:
-        yield "worst Linear", f"{worst[0].error:.1e}", f"block {worst[0].block}, {worst[0].name}"
+        yield "worst Linear", f"{worst[0].error:.1e}", f"{_where(worst[0].block)}, {worst[0].name}"
     seconds = [run.seconds for run in history.runs if run.seconds is not None]
     if seconds:
         untold = len(history.runs) - len(seconds)
@@ -125,6 +142,7 @@ def _done(history: History) -> Markup:
     pairs.append(("output", element("code", history.out)))
     if history.config is not None:
         pairs += settings(history.config)
+        pairs.append(("output head", _head(history, history.config)))
     if last is not None:
         first = history.runs[0]
         given = next((run for run in history.runs if run.command), None)
@@ -144,18 +162,29 @@ def settings(config: JobConfig) -> list[tuple[str, object]]:
     groups = "one group per row" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
     zeros = "symmetric" if scheme.symmetric else "asymmetric"
     extra = [word for word, on in (("act-order", scheme.act_order), ("scales by grid search", scheme.mse)) if on]
+    extra += [f"scales of {scheme.scale_bits} significant bits"] if scheme.scale_bits is not None else []
     pairs: list[tuple[str, object]] = [("weights", ", ".join([f"{scheme.bits} bits", groups, zeros, *extra]))]
     order = "true-sequential" if config.true_sequential else "all Linears of a block at once"
-    how = config.method if config.method == "rtn" else f"{config.method}, {order}, damping {scheme.damping:g}"
+    how = config.method if config.method == "rtn" else f"{config.method}, {order}, damping {scheme.damping}"
+    how += f", correction of strength alpha {config.alpha}" if config.method == "gptaq" else ""
     pairs.append(("method", how))
     if config.rules:
         pairs.append(("rules", joined((element("code", rule) for rule in _rules(config)), " ")))
-    pairs.append(("format", config.format))
+    shards = ": model.gguf, and shards in gptq_v2" if config.format == "gguf" else ""
+    pairs.append(("format", config.format + shards))
     if config.method != "rtn":
         rows = f"{config.samples} × {config.seqlen} tokens of {config.calibration}, seed {config.seed}"
         pairs.append(("calibration", rows))
-    pairs.append(("forward passes", f"{config.dtype} precision, {config.batch or 'as many as fit'} rows at once"))
+        pairs.append(("forward passes", f"{config.dtype} precision, {config.batch or 'as many as fit'} rows at once"))
     return pairs
+
+
+def _head(history: History, config: JobConfig) -> str:
+    if history.head is not None:
+        return f"{history.head.name}, quantized"
+    if not config.lm_head or any(left.block is None for left in history.left_out):
+        return "as it was"
+    return "as it was, by a rule" if history.finished else "to be quantized"
 
 
 def _rules(config: JobConfig) -> list[str]:
@@ -165,9 +194,12 @@ def _rules(config: JobConfig) -> list[str]:
 
 def _quality(history: History) -> Iterator[Markup]:
     if history.evaluations:
-        headings = ("data", "tokens", "perplexity before", "after", "change", "KL per token", "same top token", "when")
+        headings = ("data", "tokens", "baseline", "its perplexity", "perplexity", "change", "KL per token", "same top token", "when")
         yield table(
-            "Evaluations, the newest first", headings, [_evaluation(each) for each in history.evaluations[::-1][:MOST_ROWS]], range(1, 7)
+            "Evaluations, the newest first",
+            headings,
+            [_evaluation(each) for each in history.evaluations[::-1][:MOST_ROWS]],
+            (1, *range(3, 8)),
         )
     else:
         example = "bigq eval OUT --data FILE --baseline MODEL"
@@ -180,11 +212,12 @@ def _evaluation(judged: Judged) -> list[object]:
     before, after = judged.baseline_perplexity, judged.perplexity
     kl = "–" if judged.kl is None else f"{judged.kl:.4g}" + ("" if judged.kl_stderr is None else f" ± {judged.kl_stderr:.1g}")
     return [
-        f"{judged.data}, {judged.samples} × {judged.seqlen}",
+        f"{judged.data}, {judged.samples} × {judged.seqlen}" + ("" if judged.dtype == "auto" else f", {judged.dtype}"),
         judged.tokens,
+        "–" if judged.baseline is None else "source model" if judged.of_source else judged.baseline,
         "–" if before is None else _figure(before),
         _figure(after),
-        f"{100 * (after / before - 1):+.2f} %" if before else "–",
+        f"{100 * (after / before - 1):+.2f} %" if before and after < math.inf else "–",
         kl,
         "–" if judged.top1_agreement is None else f"{100 * judged.top1_agreement:.1f} %",
         _when(judged.at),
@@ -192,9 +225,7 @@ def _evaluation(judged: Judged) -> list[object]:
 
 
 def _errors(history: History, pictures: Pictures) -> Iterator[Markup]:
-    what = "The squared error of a Linear's outputs on the calibration rows, relative to the outputs: ‖(W − Q)X‖² / ‖WX‖²."
-    if history.config is not None and history.config.method == "rtn":
-        what = "The squared rounding error of a Linear's weights, relative to the weights: ‖W − Q‖² / ‖W‖²."
+    what = ERRORS["gptq" if history.config is None else history.config.method]
     if not history.linears:
         yield element("p", "No Linear is quantized yet.")
         return
@@ -202,20 +233,21 @@ def _errors(history: History, pictures: Pictures) -> Iterator[Markup]:
     if pictures.errors is not None:
         legend = "Hatched: left as it is. Empty: not done, or the block has no such Linear. Colours are logarithmic."
         legend += " Not all blocks and Linears are shown." if pictures.cut else ""
+        legend += "" if history.head is None else f" The output head, {history.head.name}, has an error of {history.head.error:.2e}."
         yield element("figure", element("div", Markup(pictures.errors), class_="wide", tabindex="0"), element("figcaption", legend))
     headings = ("Linear", "block", "error", "shape", "bits", "group", "damping")
     yield table(f"The {min(WORST, len(history.linears))} largest errors", headings, map(_linear, history.worst(WORST)), range(1, 7))
     raised = [linear for linear in history.linears if linear.raised]
     if raised:
         yield element("p", "The Hessian could not be factored with the damping asked for, so more was used:")
-        rows = [[linear.name, linear.block, f"{linear.asked:g}", f"{linear.damping:g}", f"{linear.error:.2e}"] for linear in raised]
+        rows = [[linear.name, _block(linear.block), f"{linear.asked:g}", f"{linear.damping:g}", f"{linear.error:.2e}"] for linear in raised]
         yield _bounded(
             f"Damping raised: {_counted(len(raised), 'Linear')}", ("Linear", "block", "asked for", "used", "error"), rows, range(1, 5)
         )
-    else:
+    elif history.config is None or history.config.method != "rtn":
         yield element("p", "No Linear needed more damping than asked for.")
     if history.left_out:
-        rows = [[left.name, left.block, left.reason] for left in sorted(history.left_out, key=lambda left: left.wanted)]
+        rows = [[left.name, _block(left.block), left.reason] for left in sorted(history.left_out, key=lambda left: left.wanted)]
         yield _bounded(f"Left unquantized: {_counted(len(rows), 'Linear')}", ("Linear", "block", "why"), rows, (1,))
 
 
@@ -223,7 +255,7 @@ def _linear(linear: LinearResult) -> list[object]:
     m, n = linear.shape
     group = "row" if linear.group_size == -1 else linear.group_size
     damping = joined((f"{linear.damping:g}", element("b", " raised") if linear.raised else ""))
-    return [linear.name, linear.block, f"{linear.error:.2e}", f"{m} × {n}", linear.bits, group, damping]
+    return [linear.name, _block(linear.block), f"{linear.error:.2e}", f"{m} × {n}", linear.bits, group, damping]
 
 
 def _bounded(caption: str, headings: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequence[int]) -> Markup:
@@ -276,10 +308,18 @@ def _memory(history: History) -> Iterator[Markup]:
         ("source", UNKNOWN if history.source_bytes is None else show_size(history.source_bytes) + parameters),
         ("output", show_size(history.output_bytes) + ("" if history.finished else " so far")),
     ]
+    if history.gguf_bytes is not None:
+        shards = show_size(history.output_bytes - history.gguf_bytes)
+        pairs.append(("of that", f"model.gguf {show_size(history.gguf_bytes)}, shards {shards}: the model twice"))
+    elif history.finished and history.config is not None and history.config.format == "gguf":
+        pairs.append(("model.gguf", "is not there, or not as it was written; the command that made the folder makes it again"))
     if history.linear_bits is not None:
-        pairs.append(("quantized Linears", f"{history.linear_bits:.3f} bits per weight: codes, scales, zero points and group indices"))
+        pairs.append(
+            ("quantized Linears", f"{history.linear_bits:.3f} bits per weight: codes, scales and all that the format stores beside them")
+        )
     if history.all_bits is not None:
-        pairs.append(("whole checkpoint", f"{history.all_bits:.3f} bits per parameter"))
+        of = "whole checkpoint" if history.gguf_bytes is None else "all shards"
+        pairs.append((of, f"{history.all_bits:.3f} bits per parameter"))
     yield facts(pairs)
 
 
@@ -311,6 +351,19 @@ def _blocks(history: History) -> str:
     return f"{history.blocks_done} of {history.blocks or 'an unknown number'} done"
 
 
+def _block(block: int | None) -> object:
+    return "–" if block is None else block
+
+
+def _where(block: int | None) -> str:
+    return "output head" if block is None else f"block {block}"
+
+
+def _of(judged: Judged) -> str:
+    """Whose perplexity the baseline's is, behind the figure."""
+    return "before" if judged.of_source else f"is {judged.baseline_name}'s"
+
+
 def _counted(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
@@ -333,4 +386,4 @@ def _percent(part: float, whole: float) -> str:
 
 
 def _figure(value: Any) -> str:
-    return f"{value:.3f}" if value < 1000 else f"{value:.3g}"
+    return f"{value:.3f}" if value < 1000 else f"{value:.3g}" if value < math.inf else "over 1e12"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from bigq import charts
@@ -10,6 +11,7 @@ from bigq.html_report import Pictures, render
 from bigq.io.atomic import write_bytes
 from bigq.model_card import model_card, source_readme
 from bigq.sched.card import put_card
+from bigq.sched.finish import GGUF_NAME
 from bigq.sched.history import History, read_history
 from bigq.terminal import tell
 
@@ -20,23 +22,38 @@ MAX_ROWS, MAX_SQUARES = 100, 3_000
 def write_report(out: Path, file: Path | None = None) -> Path:
     """Write the report of the job in ``out`` to ``file``, or to OUT-report.html beside OUT; returns which file that is.
 
-    Raises UsageError where ``out`` holds no job or ``file`` lies in it, ResourceError where it cannot be written or matplotlib is missing.
+    Raises UsageError where ``out`` holds no job or ``file`` is none that can be written, ResourceError where writing fails or matplotlib
+    is missing.
     """
-    folder = out.resolve()
+    folder = Path(os.path.realpath(out))
+    history = read_history(folder)
+    if not folder.name:
+        raise UsageError(f"{folder}: every file lies in it, and bigq verify objects to strange ones; move the job to a folder of its own")
     file = folder.with_name(f"{folder.name}-report.html") if file is None else file
-    if folder in file.resolve().parents:
-        raise UsageError(f"--out {file}: lies in the job's folder, where bigq verify would object to it; name a file elsewhere")
-    history = read_history(out)
+    _require_file(file, folder)
     write_bytes(file, render(history, pictures_of(history)).encode("utf-8", "replace"))
     return file
+
+
+def _require_file(file: Path, folder: Path) -> None:
+    """Raise UsageError where the report of the job in ``folder`` cannot be ``file``."""
+    if os.path.isdir(file):
+        raise UsageError(f"--out {file}: is a folder; name a file, such as {file / 'report.html'}")
+    if os.path.lexists(file) and not os.path.isfile(file):
+        raise UsageError(f"--out {file}: is no ordinary file; name another")
+    if not os.path.isdir(file.parent):
+        raise UsageError(f"--out {file}: its folder does not exist; make it first, or name a file elsewhere")
+    if folder in Path(os.path.realpath(file)).parents:
+        raise UsageError(f"--out {file}: lies in the job's folder, where bigq verify would object to it; name a file elsewhere")
 
 
 def pictures_of(history: History) -> Pictures:
     """What can be drawn of a job. Raises ResourceError where matplotlib is missing."""
     names = history.names[:MAX_ROWS]
     rows = {name: row for row, name in enumerate(names)}
-    values = {(rows[linear.name], linear.block): linear.error for linear in history.linears if linear.name in rows}
-    marked = {(rows[left.name], left.block): left.reason for left in history.left_out if left.name in rows}
+    # The output head is in no block.
+    values = {(rows[each.name], i): each.error for each in history.linears if (i := each.block) is not None and each.name in rows}
+    marked = {(rows[each.name], i): each.reason for each in history.left_out if (i := each.block) is not None and each.name in rows}
     blocks = max([history.blocks or 0, *(column + 1 for _, column in (*values, *marked))])
     columns = min(blocks, MAX_SQUARES // max(1, len(names)))
     values = {place: value for place, value in values.items() if place[1] < columns}
@@ -55,9 +72,14 @@ def pictures_of(history: History) -> Pictures:
 
 
 def write_model_card(out: Path) -> Path:
-    """Write OUT/README.md as a model card; returns its path. Raises UsageError where the job in ``out`` is not finished."""
+    """Write OUT/README.md as a model card; returns its path.
+
+    Raises UsageError where the job in ``out`` is not finished, or lacks the GGUF file that it was to make.
+    """
     history = read_history(out)
     if not history.finished:
         raise UsageError(f"{out}: the job is not finished ({history.state}), so there is nothing to publish; finish it first")
+    if history.config is not None and history.config.format == "gguf" and history.gguf_bytes is None:
+        raise UsageError(f"{out}: {GGUF_NAME} is not there, or not as it was written; run the command that made the folder again")
     card = model_card(history, source_readme(out, history))
     return put_card(out, card.encode("utf-8", "replace"), tell)

@@ -16,6 +16,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"scheme": QuantScheme(bits=3, group_size=-1, symmetric=False, act_order=True, damping=0.025, mse=True)},
     {"rules": (Rule("a.*b", None), Rule.parse(r".*\.x:bits=8,sym=false,damping=0.5"), Rule.parse("y:act_order=true,group_size=-1"))},
     {"method": "rtn", "format": "gptq_v2", "dtype": "bfloat16", "on_nonfinite": "skip", "trust_remote_code": True},
+    {"scheme": QuantScheme(damping=0.0123456789, scale_bits=8), "method": "gptaq", "alpha": 1 / 3, "lm_head": True},
     {"true_sequential": False, "calibration": "builtin", "samples": 7, "seqlen": 33, "seed": 5, "batch": 3},
 ]
 

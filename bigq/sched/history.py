@@ -6,7 +6,7 @@ here is of the right type, within bounds, and its texts are one printable line e
 
 from __future__ import annotations
 
-import math
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,37 +16,40 @@ from typing import Any
 from bigq.config import JobConfig
 from bigq.errors import BigqError
 from bigq.io.sealed import sound_lines, unseal
-from bigq.sched.evaluations import read_evaluations
+from bigq.sched.doubted import MAX_ITEMS, count, durations, items, mapping, number, text
+from bigq.sched.evaluations import Judged, judged, read_evaluations
+from bigq.sched.finish import GGUF_NAME, has_gguf
 from bigq.sched.journal import RUNS_NAME, STATE_FOLDER, Commit, read_commits, read_job
 from bigq.sched.status import status
-from bigq.scheme import scheme_for
+from bigq.scheme import QuantScheme, scheme_for
 
-#: Characters of a text that are taken, and how many things of a kind.
-MAX_TEXT, MAX_ITEMS = 2000, 1000
 #: Blocks of a model, and Linears in one.
 MAX_BLOCKS, MAX_LINEARS = 2000, 400
 
 BY_RULE = "left as it is by --skip"
 UNFIT = "too small for the format, or calibration never reaches it"
 
-_BLOCK = re.compile(r"block-(0|[1-9]\d{0,5})")
+_BLOCK, _HEAD = re.compile(r"block-(0|[1-9]\d{0,5})"), "head-0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearResult:
-    """A Linear that was quantized: [outputs, inputs], its relative output error, and the damping that was used.
+    """A Linear that was quantized: [outputs, inputs], its relative error, and the damping that was used.
 
-    asked: the damping that its scheme asks for; None where that is unknown or there is none.
+    block: None of the output head. symmetric, asked (the damping that its scheme asks for), stored_bits (of all that the format stores
+    of it): None where that is unknown or there is none.
     """
 
-    block: int
+    block: int | None
     name: str
     shape: tuple[int, int]
     bits: int
     group_size: int
+    symmetric: bool | None
     error: float
     damping: float
     asked: float | None
+    stored_bits: int | None
 
     @property
     def raised(self) -> bool:
@@ -57,19 +60,12 @@ class LinearResult:
     def weights(self) -> int:
         return self.shape[0] * self.shape[1]
 
-    @property
-    def stored_bits(self) -> int:
-        """Of codes, scales (fp16), zero points and group indices (int32), as the format stores them."""
-        m, n = self.shape
-        groups = 1 if self.group_size == -1 else n // max(self.group_size, 1)
-        return m * n * self.bits + m * groups * (16 + self.bits) + 32 * n
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut:
-    """A Linear that stays as it is. wanted: whether that is what was asked for."""
+    """A Linear that stays as it is. block: None of the output head. wanted: whether that is what was asked for."""
 
-    block: int
+    block: int | None
     name: str
     reason: str
     wanted: bool
@@ -104,29 +100,13 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
-    """A result of ``bigq eval``: perplexities, KL divergence in nats per token."""
-
-    at: str
-    data: str
-    samples: int
-    seqlen: int
-    tokens: int
-    perplexity: float
-    baseline: str | None
-    baseline_perplexity: float | None
-    kl: float | None
-    kl_stderr: float | None
-    top1_agreement: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class History:
     """All that is known of a job.
 
     state: see ``bigq.sched.status``. config: None where job.json is not this version's. blocks: of the model, None where unknown.
-    names: the Linears in a block, in order. outdated: evaluations of weights that are not there any more.
-    damaged: what could not be read. source_bytes, parameters: of the source's tensors; output_bytes: of the committed shards.
+    names: the Linears in a block, in order; linears, left_out: those of all blocks, and the output head. outdated: evaluations of
+    weights that are not there any more. damaged: what could not be read. source_bytes, parameters: of the source's tensors.
+    output_bytes: of the committed shards and the GGUF file; gguf_bytes: of that, None where there is none.
     """
 
     out: str
@@ -143,6 +123,7 @@ class History:
     source_bytes: int | None
     parameters: int | None
     output_bytes: int
+    gguf_bytes: int | None
     damaged: tuple[str, ...]
 
     @property
@@ -154,15 +135,21 @@ class History:
         return sorted(self.linears, key=lambda linear: -linear.error)[:count]
 
     @property
+    def head(self) -> LinearResult | None:
+        """The output head, if it is quantized."""
+        return next((linear for linear in self.linears if linear.block is None), None)
+
+    @property
     def linear_bits(self) -> float | None:
-        """Bits per weight of the quantized Linears, with scales, zero points and group indices."""
+        """Bits per weight of the quantized Linears, with all that the format stores of them; None where that is unknown."""
+        stored = [linear.stored_bits for linear in self.linears]
         weights = sum(linear.weights for linear in self.linears)
-        return sum(linear.stored_bits for linear in self.linears) / weights if weights else None
+        return sum(bits or 0 for bits in stored) / weights if weights and None not in stored else None
 
     @property
     def all_bits(self) -> float | None:
-        """Bits per parameter of the whole checkpoint; None unless the job is finished."""
-        return 8 * self.output_bytes / self.parameters if self.finished and self.parameters else None
+        """Bits per parameter of the shards; None unless the job is finished."""
+        return 8 * (self.output_bytes - (self.gguf_bytes or 0)) / self.parameters if self.finished and self.parameters else None
 
 
 def read_history(out: Path) -> History:
@@ -174,13 +161,14 @@ def read_history(out: Path) -> History:
     commits, lines = _commits(out), _sealed(out / STATE_FOLDER / RUNS_NAME)
     last = lines[-1] if lines else {}
     path, kinds = _structure(last.get("blocks"))
-    linears, left_out = _solved(commits, config)
+    source_bytes, parameters = count(last.get("source_bytes")), count(last.get("parameters"))
+    linears, left_out = _solved(commits, config, 32 if source_bytes and parameters and source_bytes > 3 * parameters else 16)
     names = list(dict.fromkeys(name for kind in kinds for name in kind))
-    names += sorted(({linear.name for linear in linears} | {linear.name for linear in left_out}) - set(names))
+    known = {*((each.block, each.name) for each in linears), *((each.block, each.name) for each in left_out)}
+    names += sorted({name for block, name in known if block is not None} - set(names))
     order = {name: place for place, name in enumerate(names)}
     if config is not None:
         done = {int(match[1]) for commit in commits if (match := _BLOCK.fullmatch(commit.unit))}
-        known = {(linear.block, linear.name) for linear in linears} | {(linear.block, linear.name) for linear in left_out}
         left_out += [
             LeftOut(block=i, name=name, reason=BY_RULE, wanted=True)
             for i, kind in enumerate(kinds)
@@ -191,6 +179,8 @@ def read_history(out: Path) -> History:
     if runs and runs[-1].outcome == "no word" and found.state in ("running", "unknown"):
         runs[-1] = _run(lines[-1], "running")
     evaluations, outdated = read_evaluations(out)
+    sources = {name for run in runs for name in (run.model, run.folder) if name}
+    gguf_bytes = _gguf_bytes(out)
     return History(
         out=text(str(out.absolute())),
         state=found.state,
@@ -199,13 +189,14 @@ def read_history(out: Path) -> History:
         blocks_done=found.blocks_done,
         names=tuple(names[:MAX_LINEARS]),
         linears=tuple(linears),
-        left_out=tuple(sorted(left_out, key=lambda each: (each.block, order[each.name]))),
+        left_out=tuple(sorted(left_out, key=lambda each: (_place(each.block), order.get(each.name, 0)))),
         runs=tuple(runs),
-        evaluations=tuple(judged for value in evaluations[-MAX_ITEMS:] if (judged := _judged(value)) is not None),
+        evaluations=tuple(each for value in evaluations[-MAX_ITEMS:] if (each := judged(value, sources)) is not None),
         outdated=outdated,
-        source_bytes=_count(last.get("source_bytes")),
-        parameters=_count(last.get("parameters")),
-        output_bytes=found.bytes_written,
+        source_bytes=source_bytes,
+        parameters=parameters,
+        output_bytes=found.bytes_written + (gguf_bytes or 0),
+        gguf_bytes=gguf_bytes,
         damaged=tuple(text(each) for each in damaged[:MAX_ITEMS]),
     )
 
@@ -242,15 +233,22 @@ def _structure(blocks: Any) -> tuple[str, list[tuple[str, ...]]]:
         return "", []
 
 
-def _solved(commits: Iterable[Commit], config: JobConfig | None) -> tuple[list[LinearResult], list[LeftOut]]:
-    """The Linears that were quantized, and those that could not be."""
+def _gguf_bytes(out: Path) -> int | None:
+    """Size of the GGUF file that belongs to a finished folder; None where there is none."""
+    with contextlib.suppress(BigqError, OSError):  # a manifest that is damaged, or a file that went meanwhile
+        return (out / GGUF_NAME).stat().st_size if has_gguf(out) else None
+    return None
+
+
+def _solved(commits: Iterable[Commit], config: JobConfig | None, float_bits: int) -> tuple[list[LinearResult], list[LeftOut]]:
+    """The Linears that were quantized, and those that could not be. float_bits: of a number of the source."""
     linears: list[LinearResult] = []
     left_out: list[LeftOut] = []
-    for i, commit in _blocks(commits):
-        named = [str(record.get("name", "")) for record in commit.linears[:MAX_LINEARS]]
-        for record, full in zip(commit.linears, named, strict=False):
-            scheme = None if config is None or config.method == "rtn" else scheme_for(full, config.base_scheme, config.rules)
-            result = _linear(i, text(_in_block(full, i)), record, None if scheme is None else scheme.damping)
+    for i, commit in _units(commits):
+        for record in commit.linears[:MAX_LINEARS]:
+            full = str(record.get("name", ""))
+            scheme = None if config is None else scheme_for(full, config.base_scheme, config.rules)
+            result = _linear(i, text(_in_block(full, i)), record, config, scheme, float_bits)
             linears += [] if result is None else [result]
         for full in commit.left_out[:MAX_LINEARS]:
             reason = text((commit.skipped or {}).get(full, UNFIT))
@@ -258,84 +256,81 @@ def _solved(commits: Iterable[Commit], config: JobConfig | None) -> tuple[list[L
     return linears, left_out
 
 
-def _blocks(commits: Iterable[Commit]) -> Iterator[tuple[int, Commit]]:
-    """Each block once, by number."""
+def _units(commits: Iterable[Commit]) -> Iterator[tuple[int | None, Commit]]:
+    """Each block once, by number, and behind them the output head."""
     found = {int(match[1]): commit for commit in commits if (match := _BLOCK.fullmatch(commit.unit))}
+    head = [commit for commit in commits if commit.unit == _HEAD]
     yield from sorted((i, commit) for i, commit in found.items() if i < MAX_BLOCKS)
+    yield from ((None, commit) for commit in head[-1:])
 
 
-def _in_block(full: str, block: int) -> str:
+def _place(block: int | None) -> int:
+    return MAX_BLOCKS if block is None else block
+
+
+def _in_block(full: str, block: int | None) -> str:
     """The name of a Linear within its block: what follows the block's number."""
     _, found, name = f".{full}".partition(f".{block}.")
     return name if found else full
 
 
-def _linear(block: int, name: str, record: Mapping[str, Any], asked: float | None) -> LinearResult | None:
+def _linear(
+    block: int | None, name: str, record: Mapping[str, Any], config: JobConfig | None, scheme: QuantScheme | None, float_bits: int
+) -> LinearResult | None:
     """None where a record is none."""
     try:
         m, n = record["shape"]
-        sizes = [_count(value) for value in (m, n, record["bits"])]
+        sizes = [count(value) for value in (m, n, record["bits"])]
         group_size = record["group_size"]
-        error, damping = _number(record["relative_error"]), _number(record["damping"])
+        error, damping = number(record["relative_error"]), number(record["damping"])
     except (KeyError, TypeError, ValueError):
         return None
     if None in sizes or type(group_size) is not int or error is None or damping is None or not name:
         return None
     outputs, inputs, bits = (value or 0 for value in sizes)
+    groups = outputs * (1 if group_size == -1 else inputs // max(group_size, 1))
+    stored = outputs * inputs * bits + groups * (16 + bits) + 32 * inputs  # scales in fp16, zero points, g_idx
+    if config is not None and config.made.name == "compressed-tensors":  # scales in the source's type, weight_shape
+        stored = outputs * inputs * bits + groups * (float_bits + (0 if scheme is None or scheme.symmetric else bits)) + 128
     return LinearResult(
-        block=block, name=name, shape=(outputs, inputs), bits=bits, group_size=group_size, error=error, damping=damping, asked=asked
+        block=block,
+        name=name,
+        shape=(outputs, inputs),
+        bits=bits,
+        group_size=group_size,
+        symmetric=None if scheme is None else scheme.symmetric,
+        error=error,
+        damping=damping,
+        asked=None if scheme is None or config is None or config.method == "rtn" else scheme.damping,
+        stored_bits=None if scheme is None else stored,
     )
 
 
 def _run(line: Mapping[str, Any], unended: str = "no word") -> Run:
-    ended, planned, machine = (_mapping(line.get(name)) for name in ("ended", "planned", "machine"))
+    ended, planned, machine = (mapping(line.get(name)) for name in ("ended", "planned", "machine"))
     outcome = ended.get("outcome")
-    device = _mapping(line.get("choice")).get("on_gpu")
+    device = mapping(line.get("choice")).get("on_gpu")
     return Run(
         at=text(line.get("at") or "at an unknown time"),
         outcome=outcome if outcome in ("finished", "stopped", "failed") else unended,
         said=text(ended["said"]) if ended.get("said") else None,
-        seconds=_number(ended.get("seconds")),
-        by_phase=_seconds(ended.get("seconds_by_phase")),
-        waiting=_seconds(ended.get("waiting")),
-        resumed=_count(line.get("resumed_blocks")),
-        command=tuple(text(word) for word in _list(line.get("command"))),
+        seconds=number(ended.get("seconds")),
+        by_phase=durations(ended.get("seconds_by_phase")),
+        waiting=durations(ended.get("waiting")),
+        resumed=count(line.get("resumed_blocks")),
+        command=tuple(text(word) for word in items(line.get("command"))),
         model=text(line["model"]) if line.get("model") else None,
         folder=text(line["folder"]) if line.get("folder") else None,
         machine=text(machine.get("name") or machine.get("device") or "unknown"),
-        versions={text(name): text(version) for name, version in list(_mapping(line.get("versions")).items())[:20] if version is not None},
-        notes=tuple(text(note) for note in _list(line.get("notes"))),
-        planned_host=_count(planned.get("host")),
-        planned_device=_count(planned.get("device")) if device else None,
-        host_peak=_count(ended.get("host_peak_bytes")),
-        device_peak=_count(ended.get("device_peak_bytes")) if device else None,
-        bytes_read=_count(ended.get("bytes_read")),
-        bytes_written=_count(ended.get("bytes_written")),
+        versions={text(name): text(version) for name, version in list(mapping(line.get("versions")).items())[:20] if version is not None},
+        notes=tuple(text(note) for note in items(line.get("notes"))),
+        planned_host=count(planned.get("host")),
+        planned_device=count(planned.get("device")) if device else None,
+        host_peak=count(ended.get("host_peak_bytes")),
+        device_peak=count(ended.get("device_peak_bytes")) if device else None,
+        bytes_read=count(ended.get("bytes_read")),
+        bytes_written=count(ended.get("bytes_written")),
     )
-
-
-def _judged(value: Mapping[str, Any]) -> Judged | None:
-    perplexity, counts = value.get("perplexity"), [_count(value.get(name)) for name in ("samples", "seqlen", "tokens")]
-    if not isinstance(perplexity, float | int) or None in counts:
-        return None
-    samples, seqlen, tokens = (count or 0 for count in counts)
-    return Judged(
-        at=text(value.get("at") or ""),
-        data=text(value.get("data") or "unknown"),
-        samples=samples,
-        seqlen=seqlen,
-        tokens=tokens,
-        perplexity=float(perplexity),
-        baseline=text(value["baseline"]) if value.get("baseline") else None,
-        **{name: _number(value.get(name)) for name in ("baseline_perplexity", "kl", "kl_stderr", "top1_agreement")},
-    )
-
-
-def text(value: Any) -> str:
-    """Anything as one printable line of bounded length."""
-    line = str(value)[: MAX_TEXT + 1]
-    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
-    return printable if len(printable) <= MAX_TEXT else printable[: MAX_TEXT - 1] + "…"
 
 
 def phases_of(runs: Sequence[Run]) -> list[str]:
@@ -345,24 +340,3 @@ def phases_of(runs: Sequence[Run]) -> list[str]:
         for name, seconds in run.by_phase.items():
             total[name] = total.get(name, 0.0) + seconds
     return sorted(total, key=lambda name: -total[name])[:50]
-
-
-def _count(value: Any) -> int | None:
-    return value if type(value) is int and 0 <= value < 2**62 else None
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and math.isfinite(value) and value >= 0 else None
-
-
-def _seconds(value: Any) -> dict[str, float]:
-    items = list(_mapping(value).items())[:50]
-    return {text(name): seconds for name, said in items if (seconds := _number(said)) is not None}
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    return value[:MAX_ITEMS] if isinstance(value, list) else []

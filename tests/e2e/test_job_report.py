@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tinyjob import at_points, hashes, passes
 
 import bigq
-from bigq import faults
+from bigq import faults, make_report
 from bigq.cli import main
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, NumericsError, UsageError
@@ -256,19 +258,105 @@ def test_the_page_tells_what_is_known(page: Page, finished: Path) -> None:
     assert [linear.bits for linear in history.linears] == bits
 
 
+PACKED = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+
 def test_bits_per_weight_are_those_of_the_files(finished: Path) -> None:
+    require_bits_of_the_files(finished)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("format", "dtype"), [("gptq_v2", "float32"), ("compressed-tensors", "float32"), ("compressed-tensors", "bfloat16")]
+)
+def test_bits_per_weight_are_those_of_each_format(format: str, dtype: str, symmetric: bool, tmp_path: Path, ids_file: Path) -> None:
+    from models import make_checkpoint
+
+    source = make_checkpoint(tmp_path / "m", "llama", dtype=getattr(torch, dtype))
+    scheme = QuantScheme(group_size=32, symmetric=symmetric)
+    config = job(ids_file, method="rtn", format=format, scheme=scheme, rules=(Rule.parse("lm_head:bits=8,group_size=-1"),), lm_head=True)
+    bigq.quantize(str(source), tmp_path / "out", config)
+    require_bits_of_the_files(tmp_path / "out")
+
+
+def require_bits_of_the_files(out: Path) -> None:
     from safetensors import safe_open
 
-    history = read_history(finished)
+    history = read_history(out)
     stored = weights = 0
-    for path in finished.glob("*.safetensors"):
+    for path in out.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            packed = [name for name in file.keys() if name.rpartition(".")[2] in ("qweight", "qzeros", "scales", "g_idx")]  # noqa: SIM118
+            packed = [name for name in file.keys() if name.rpartition(".")[2] in PACKED]  # noqa: SIM118
             stored += sum(file.get_tensor(name).nbytes for name in packed)
     weights = sum(linear.weights for linear in history.linears)
     assert history.linear_bits == pytest.approx(8 * stored / weights)
     assert history.all_bits is not None and history.parameters is not None
-    assert history.all_bits == pytest.approx(8 * sum(p.stat().st_size for p in finished.glob("*.safetensors")) / history.parameters)
+    assert history.all_bits == pytest.approx(8 * sum(p.stat().st_size for p in out.glob("*.safetensors")) / history.parameters)
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptaq"])
+def test_a_quantized_head_counts_and_is_in_no_block(method: str, source: Path, ids_file: Path, tmp_path: Path) -> None:
+    rules = (Rule.parse("lm_head:bits=2"),)
+    bigq.quantize(str(source), tmp_path / "out", job(ids_file, lm_head=True, rules=rules, method=method, alpha=0.25))
+    history = read_history(tmp_path / "out")
+    head = history.head
+    assert head is not None and len(history.linears) == 22 and history.worst(1) == [head]
+    assert (head.name, head.shape, head.bits) == ("lm_head", (128, 64), 2) and "lm_head" not in history.names and history.left_out == ()
+    text = write_report(tmp_path / "out").read_text(encoding="utf-8")
+    assert len(re.findall('<g id="heat-cell-', text)) == 21
+    page = Page(text).text
+    assert "output head, lm_head" in page and f"lm_head–{head.error:.2e}128 × 642" in page and "lm_head, quantized" in page
+    assert ("W* is the weight as corrected" in page) == ("strength alpha 0.25" in page) == (method == "gptaq")
+    assert "| `lm_head` | – |" in write_model_card(tmp_path / "out").read_text(encoding="utf-8")
+
+
+def test_a_head_that_cannot_be_quantized_is_left_out(source: Path, ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bigq.sched import head
+
+    def failing(*_: Any, name: str, **__: Any) -> Any:
+        raise NumericsError(f"{name}: cannot be factored; use more")
+
+    monkeypatch.setattr(head, "factorize", failing)
+    bigq.quantize(str(source), tmp_path / "out", job(ids_file, lm_head=True, on_nonfinite="skip", rules=()))
+    history = read_history(tmp_path / "out")
+    assert history.head is None and [(left.block, left.name) for left in history.left_out] == [(None, "lm_head")]
+    assert "although it was to be quantized: cannot be factored" in write_model_card(tmp_path / "out").read_text(encoding="utf-8")
+    assert "Left unquantized: 1 Linear" in write_report(tmp_path / "out").read_text(encoding="utf-8")
+
+
+def test_a_job_of_gguf_counts_both_files(source: Path, ids_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    bigq.quantize(str(source), out, job(ids_file, format="gguf", method="rtn", rules=()))
+    shards, whole = sum(path.stat().st_size for path in out.glob("*.safetensors")), (out / "model.gguf").stat().st_size
+    history = read_history(out)
+    assert (history.output_bytes, history.gguf_bytes) == (shards + whole, whole)
+    assert history.all_bits is not None and history.parameters is not None
+    assert history.all_bits == pytest.approx(8 * shards / history.parameters)
+    page = Page(write_report(out).read_text(encoding="utf-8")).text
+    assert "of it model.gguf" in page and "the model twice" in page and "No Linear needed more damping" not in page
+    assert front_matter_tags(write_model_card(out)) == ["gguf", "gptq", "4-bit", "bigq"] and verify(out) == []
+    (out / "model.gguf").unlink()
+    card = (out / "README.md").read_bytes()
+    assert main(["report", str(out), "--model-card"]) == 2 and "model.gguf is not there" in capsys.readouterr().err
+    assert (out / "README.md").read_bytes() == card
+    assert "the command that made the folder makes it again" in write_report(out).read_text(encoding="utf-8")
+
+
+def front_matter_tags(card: Path) -> list[str]:
+    return re.findall(r"^- (.*)$", card.read_text(encoding="utf-8").split("---")[1], re.MULTILINE)
+
+
+def test_a_later_evaluation_without_a_baseline_takes_nothing_from_card_and_page(out: Path, source: Path, ids_file: Path) -> None:
+    before = write_model_card(out).read_text(encoding="utf-8")
+    judge(out, ids_file)
+    assert write_model_card(out).read_text(encoding="utf-8") == before and "| source model |" in before
+    judge(out, ids_file, out)
+    history = read_history(out)
+    assert [each.of_source for each in history.evaluations] == [True, False, False]
+    card = write_model_card(out).read_text(encoding="utf-8")
+    assert "| source model |" in card and "| `out` |" in card
+    page = Page(write_report(out).read_text(encoding="utf-8")).text
+    assert f"{history.evaluations[0].baseline_perplexity:.3f} before" in page and f"4 × 1660{out}" in page
 
 
 def test_an_unfinished_job_is_reported_as_such(source: Path, ids_file: Path, tmp_path: Path) -> None:
@@ -317,6 +405,31 @@ def test_a_page_within_the_folder_is_refused(out: Path, capsys: pytest.CaptureFi
     assert "lies in the job's folder" in capsys.readouterr().err and not (out / "x.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("", "is a folder; name a file, such as {}/report.html"),
+        ("missing/x.html", "its folder does not exist; make it first"),
+        ("pipe", "is no ordinary file"),
+    ],
+)
+def test_a_page_that_can_be_no_file_is_refused(file: str, said: str, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    target = tmp_path / file
+    assert main(["report", str(out), "--out", str(target)]) == 2
+    error = capsys.readouterr().err
+    assert f"--out {target}: {said.format(target)}" in error and error.count("\n") == 1 and not list(tmp_path.rglob("*.html"))
+
+
+def test_the_root_is_no_job(out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["report", "/"]) == 2
+    assert "/: holds no job of bigq" in capsys.readouterr().err
+    history = read_history(out)
+    monkeypatch.setattr(make_report, "read_history", lambda _: history)
+    assert main(["report", "/"]) == 2
+    assert "/: every file lies in it" in capsys.readouterr().err
+
+
 def test_without_matplotlib_there_is_one_line_that_says_what_to_install(
     out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -340,9 +453,7 @@ def test_the_card_takes_the_place_of_the_readme_and_stays(out: Path, source: Pat
     before = hashes(out)
     card = write_model_card(out)
     text = card.read_text(encoding="utf-8")
-    assert card == out / "README.md" and text.startswith(
-        '---\nlibrary_name: transformers\npipeline_tag: text-generation\nlicense: "apache-2.0"\n'
-    )
+    assert card == out / "README.md" and text.startswith('---\npipeline_tag: text-generation\nlicense: "apache-2.0"\n')
     assert {name for name, digest in hashes(out).items() if before[name] != digest} == {"README.md"}
     assert verify(out) == []
     bigq.quantize(str(source), out, job(ids_file))

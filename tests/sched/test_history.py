@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -19,8 +20,10 @@ from bigq.html_report import MOST_ROWS, Pictures, render
 from bigq.io.sealed import seal, unseal, write_sealed
 from bigq.make_report import MAX_SQUARES, pictures_of
 from bigq.model_card import model_card
+from bigq.sched.doubted import MAX_NUMBER, MAX_TEXT, text
 from bigq.sched.evaluate import EvalConfig
-from bigq.sched.history import MAX_BLOCKS, MAX_TEXT, read_history, text
+from bigq.sched.evaluations import record_evaluation
+from bigq.sched.history import MAX_BLOCKS, read_history
 from bigq.scheme import QuantScheme, Rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,6 +101,43 @@ def test_texts_from_records_stay_texts(name: str, out: Path) -> None:
     assert page.encode("utf-8"), "surrogates would stop it from being written"
 
 
+@pytest.mark.parametrize("absurd", [10**400, 1e308, float("inf"), float("nan"), -1, True, "1", None, [1]], ids=str)
+def test_numbers_that_cannot_be_are_unknown(absurd: Any, out: Path) -> None:
+    """And are told as such, by page, pictures and card."""
+    (run,), (evaluation,) = lines(out, "runs.jsonl"), lines(out, "evaluations.jsonl")
+    run["ended"] |= {"seconds_by_phase": {"solve": absurd, "load": absurd, "write": 1.0}, "waiting": {"x": absurd}}
+    write_lines(out, "runs.jsonl", [run, {**run, "ended": {**run["ended"], "seconds": absurd}}])
+    write_lines(out, "evaluations.jsonl", [{**evaluation, **dict.fromkeys(("kl", "baseline_perplexity", "top1_agreement"), absurd)}])
+    history = read_history(out)
+    assert [set(each.by_phase) for each in history.runs] == [{"write"}] * 2 and history.runs[1].seconds is None
+    (judged,) = history.evaluations
+    assert judged.kl is judged.baseline_perplexity is judged.top1_agreement is None and judged.perplexity == evaluation["perplexity"]
+    assert render(history, pictures_of(history)) and model_card(history, "")
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "told"),
+    [
+        (10**400, "over 1e12"),
+        (1e308, "over 1e12"),
+        (float("inf"), "over 1e12"),
+        (MAX_NUMBER, "1e+12"),
+        (-1.0, None),
+        ("5", None),
+        (True, None),
+    ],
+    ids=str,
+)
+def test_a_perplexity_may_be_beyond_all_bounds_but_must_be_one(perplexity: Any, told: str | None, out: Path) -> None:
+    (evaluation,) = lines(out, "evaluations.jsonl")
+    write_lines(out, "evaluations.jsonl", [{**evaluation, "perplexity": perplexity, "baseline": "x", "baseline_perplexity": 5.0}])
+    history = read_history(out)
+    page, card = render(history, Pictures(None, None)), model_card(history, "")
+    assert len(history.evaluations) == (told is not None)
+    assert ("Not evaluated" in page) == ("## Results" not in card) == (told is None)
+    assert told is None or (told in page and told in card)
+
+
 def test_what_is_long_is_cut(out: Path) -> None:
     (run,) = lines(out, "runs.jsonl")
     small = {name: run[name] for name in ("at", "ended")}
@@ -155,3 +195,27 @@ def test_records_that_are_not_there_or_not_sound(name: str, how: str, out: Path)
     else:
         assert render(history, Pictures(None, None))
         assert history.damaged or how == "gone" or name == "evaluations.jsonl"
+
+
+def test_the_baseline_is_the_source_only_where_records_say_so(out: Path, tmp_path: Path) -> None:
+    (run,), (evaluation,) = lines(out, "runs.jsonl"), lines(out, "evaluations.jsonl")
+    write_lines(out, "runs.jsonl", [{**run, "model": "owner/name", "folder": "/cache/snapshot"}])
+
+    def of_source(**told: str) -> bool:
+        write_lines(out, "evaluations.jsonl", [{**evaluation, **told}])
+        return read_history(out).evaluations[0].of_source
+
+    assert of_source(baseline="owner/name") and of_source(baseline="/cache/snapshot/")
+    assert of_source(baseline="../snapshot", baseline_folder="/cache/snapshot")
+    assert not of_source(baseline="owner/name", baseline_folder="/here/owner/name"), "a folder that is called like it"
+    assert not of_source(baseline="snapshot") and not of_source(baseline="owner/other") and not of_source()
+
+
+def test_the_place_of_a_baseline_is_recorded(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    os.symlink(tmp_path / "models" / "m", tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "models")
+    for baseline in ("m", str(tmp_path / "link"), "owner/name", None):
+        record_evaluation(out, {"baseline": baseline})
+    told = [line.get("baseline_folder") for line in lines(out, "evaluations.jsonl")[1:]]
+    assert told == [str((tmp_path / "models" / "m").resolve())] * 2 + [None] * 2
