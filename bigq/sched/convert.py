@@ -6,13 +6,11 @@ Everything is written into a folder beside the one that was asked for, which get
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,8 @@ from torch import Tensor
 import bigq
 from bigq import skeleton
 from bigq.arch import block_linears
-from bigq.errors import CheckpointError, ResourceError, UsageError
-from bigq.io.atomic import copy_file, json_bytes, remedy, sync_folder, write_bytes, write_json
+from bigq.errors import CheckpointError, UsageError
+from bigq.io.atomic import copy_file, json_bytes, write_bytes, write_json
 from bigq.io.formats import FORMATS, Format, Quantization, Stored
 from bigq.io.formats.gptq_config import GptqSchemes
 from bigq.io.index import INDEX_NAME, TensorInfo, read_json_object
@@ -31,13 +29,10 @@ from bigq.io.reader import as_bytes, read_tensor
 from bigq.io.writer import OutputTensor, write_shard
 from bigq.sched.finish import CARD_NAME, is_card, is_side_file
 from bigq.sched.pager import Pager
-from bigq.sched.prepare import refuse_nesting
 from bigq.sched.to_gguf import write_gguf
+from bigq.sched.unfinished import place_for, unfinished
 from bigq.scheme import QuantScheme, Rule
 from bigq.sizes import show_size
-
-#: In a folder that is being written, so that no other is taken for one: it holds the name that the folder is to get.
-MARK = ".bigq-convert"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +57,7 @@ def convert(
     source = Path(os.path.expanduser(model))
     if to not in (*FORMATS, "gguf"):
         raise UsageError(f"--to {to}: must be one of {', '.join(FORMATS)}, gguf")
-    place = _place(source, out)
+    place = place_for(source, out)
     skeleton.silence()
     with torch.no_grad():
         pager = Pager(source, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
@@ -76,7 +71,7 @@ def convert(
         schemes = {prefix: pager.schemes.scheme(name.removesuffix(".weight")) for name, prefix in pager.packed.items()}
         _require(pager, target)
         size = sum(info.nbytes for info in pager.checkpoint.tensors.values())
-        with _unfinished(place, size) as folder:
+        with unfinished(place, size) as folder:
             written, done = 0, set[str]()
             weight_map: dict[str, str] = {}
             files = sorted({info.file for info in pager.checkpoint.tensors.values()})
@@ -133,66 +128,6 @@ def _require(pager: Pager, target: Format) -> None:
             raise UsageError(f"{str(error).partition('; ')[0]}; choose another format with --to") from None
 
 
-def _place(source: Path, out: str | Path) -> Path:
-    """The folder that is to be written, links followed. Raises UsageError where it can be none."""
-    place = Path(os.path.realpath(os.path.expanduser(out)))
-    if not place.name:
-        raise UsageError(f"{out}: is the root of the file system; name another folder")
-    if place == Path(os.path.realpath(os.curdir)):
-        raise UsageError(f"{out or '.'}: is the folder that you are in, which cannot be replaced; name another one")
-    refuse_nesting(source, place)
-    return place
-
-
-@contextlib.contextmanager
-def _unfinished(out: Path, size: int) -> Iterator[Path]:
-    """A folder to write to, which becomes ``out`` at the end, or goes if there is an error. size: the bytes that it will take."""
-    folder = out.with_name(out.name + ".partial")
-    ours = False
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f"{out}: is there and not empty; choose another folder, or empty it")
-        if os.path.lexists(folder) and not _is_left_over(folder, out):
-            raise UsageError(f"{folder}: is in the way and was not made by bigq convert; remove it, or choose another folder")
-        ours = True
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        _mark(folder, out)
-        free = shutil.disk_usage(folder).free
-        if free < size:
-            raise ResourceError(f"{out}: takes about {show_size(size)}, but only {show_size(free)} of disk space are free there")
-        yield folder
-        sync_folder(folder)
-        os.rename(folder, out)
-        ours = False
-        sync_folder(out.parent)
-        with contextlib.suppress(OSError):  # it has done its work, and tells of no other folder
-            (out / MARK).unlink()
-    except OSError as error:
-        raise ResourceError(f"{out}: cannot be written: {error.strerror}; {remedy(error)}") from error
-    finally:
-        if ours:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _mark(folder: Path, out: Path) -> None:
-    """Let a folder say that it is to become ``out``, so that a complete one is not taken for what a killed run left for another."""
-    with open(folder / MARK, "w", encoding="utf-8") as file:
-        file.write(out.name)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _is_left_over(folder: Path, out: Path) -> bool:
-    """Whether a folder is what a killed run that was to make ``out`` left behind: empty, or with its mark, perhaps unwritten."""
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    try:
-        return (folder / MARK).read_bytes() in (b"", out.name.encode())
-    except FileNotFoundError:
-        return not any(folder.iterdir())
-
-
 class _Repacked:
     """A packed Linear in its new format: read when the first of its tensors is written, and held until the last of them is."""
 
@@ -230,7 +165,8 @@ class _Repacked:
         if scheme.symmetric and bool((stored.zeros != middle).any()):
             raise CheckpointError(
                 f"{checkpoint[zeros].file}: tensor {zeros} holds zero points other than {middle}, although the quantization_config of "
-                f"{self._pager.folder / 'config.json'} does not say {self._format.symmetric_key}: false; correct the one or the other"
+                f"{self._pager.folder / 'config.json'} does not say {self._format.symmetric_key}: false; say so there if they are meant, "
+                "else fetch it again"
             )
         if bool((stored.zeros < self._target.min_zero).any()):
             raise UsageError(f"{prefix}: has zero points of 0, which the {self._target.name} format cannot hold; use --to gptq_v2")
