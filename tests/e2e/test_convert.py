@@ -290,7 +290,11 @@ def test_a_job_that_is_not_finished_is_called_so(made: Callable[..., Path], tmp_
     (folder / "config.json").unlink()
     said = r"job: holds a job of bigq that is not finished; run the command that made it again"
     refused(folder, tmp_path / "out", "gptq_v2", said, CheckpointError)
-    for command in (["convert", str(folder), str(tmp_path / "out"), "--to", "gguf"], ["generate", str(folder), "--prompt", "a"]):
+    for command in (
+        ["convert", str(folder), str(tmp_path / "out"), "--to", "gguf"],
+        ["generate", str(folder), "--prompt", "a"],
+        ["eval", str(folder), "--data", "x"],
+    ):
         assert main(command) == 3
         assert "is not finished; run the command that made it again" in capsys.readouterr().err
 
