@@ -309,7 +309,7 @@ def _require_finished(folder: Path) -> None:
     """Raise CheckpointError where the folder is that of a job of bigq that is still to be finished: ``config.json`` comes last."""
     if (folder / STATE_FOLDER).is_dir() and not (folder / "config.json").exists():
         raise CheckpointError(
-            f"{folder}: holds a job of bigq that is not finished; run the command that made it again (bigq status tells how far it is)"
+            f"{folder / 'config.json'}: is missing, as the job of bigq in this folder is not finished; run the command that made it again"
         )
 
 
