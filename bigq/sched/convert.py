@@ -97,6 +97,12 @@ def _to_gguf(pager: Pager, out: Path, trust_remote_code: bool, say: Callable[[st
     assert pager.schemes is not None
     if out.exists():
         raise UsageError(f"{out}: is there already; name a file that is not")
+    format = pager.schemes.format
+    if format.zeros not in format.suffixes(symmetric=True):  # then GGUF's writer does not look at them
+        for name, prefix in pager.packed.items():
+            scheme = pager.schemes.scheme(name.removesuffix(".weight"))
+            if scheme.symmetric and f"{prefix}.{format.zeros}" in pager.checkpoint:
+                _read_as_said(pager, prefix, scheme)
 
     def written(done: int, blocks: int) -> None:
         say(f"{out.name}: block {done} of {blocks}")
@@ -137,40 +143,38 @@ class _Repacked:
 
     def tensors(self) -> list[OutputTensor]:
         """To be written in this order."""
-        linear = self._format.geometry(self._prefix, self._pager.checkpoint.tensors)
+        assert self._pager.schemes is not None
+        linear = self._pager.schemes.format.geometry(self._prefix, self._pager.checkpoint.tensors)
         layout = self._target.layout(self._prefix, linear, self._scheme.symmetric, self._pager.dtype)
         return [
             OutputTensor(name=name, dtype=dtype, shape=shape, chunks=functools.partial(self._chunks, name))
             for name, (dtype, shape) in layout.items()
         ]
 
-    @property
-    def _format(self) -> Format:
-        assert self._pager.schemes is not None
-        return self._pager.schemes.format
-
     def _chunks(self, name: str) -> list[memoryview]:
         if not self._made:
-            self._made = self._target.store(self._prefix, self._stored(), self._scheme, self._pager.dtype)
+            stored = _read_as_said(self._pager, self._prefix, self._scheme)
+            if bool((stored.zeros < self._target.min_zero).any()):
+                raise UsageError(
+                    f"{self._prefix}: has zero points of 0, which the {self._target.name} format cannot hold; use --to gptq_v2"
+                )
+            self._made = self._target.store(self._prefix, stored, self._scheme, self._pager.dtype)
         return [as_bytes(self._made.pop(name).contiguous())]
 
-    def _stored(self) -> Stored:
-        """What is there. Raises UsageError where the format cannot hold it, CheckpointError where the config says otherwise."""
-        prefix, scheme, checkpoint = self._prefix, self._scheme, self._pager.checkpoint
-        zeros = f"{prefix}.{self._format.zeros}"
-        # Zero points that are there are looked at, also where the format does not need any.
-        as_stored = dataclasses.replace(scheme, symmetric=scheme.symmetric and zeros not in checkpoint)
-        stored = self._format.read(prefix, lambda name: read_tensor(checkpoint[name], keep_cached=False), as_stored)
-        middle = 2 ** (scheme.bits - 1)
-        if scheme.symmetric and bool((stored.zeros != middle).any()):
-            raise CheckpointError(
-                f"{checkpoint[zeros].file}: tensor {zeros} holds zero points other than {middle}, although the quantization_config of "
-                f"{self._pager.folder / 'config.json'} does not say {self._format.symmetric_key}: false; say so there if they are meant, "
-                "else fetch it again"
-            )
-        if bool((stored.zeros < self._target.min_zero).any()):
-            raise UsageError(f"{prefix}: has zero points of 0, which the {self._target.name} format cannot hold; use --to gptq_v2")
-        return stored
+
+def _read_as_said(pager: Pager, prefix: str, scheme: QuantScheme) -> Stored:
+    """A packed Linear. Raises CheckpointError where zero points are there that the config denies, whether they would be needed or not."""
+    assert pager.schemes is not None
+    format, checkpoint = pager.schemes.format, pager.checkpoint
+    zeros, middle = f"{prefix}.{format.zeros}", 2 ** (scheme.bits - 1)
+    as_stored = dataclasses.replace(scheme, symmetric=scheme.symmetric and zeros not in checkpoint)
+    stored = format.read(prefix, lambda name: read_tensor(checkpoint[name], keep_cached=False), as_stored)
+    if scheme.symmetric and bool((stored.zeros != middle).any()):
+        raise CheckpointError(
+            f"{checkpoint[zeros].file}: tensor {zeros} holds zero points other than {middle}, although the quantization_config of "
+            f"{pager.folder / 'config.json'} does not say {format.symmetric_key}: false; say so if they are meant, else fetch it again"
+        )
+    return stored
 
 
 def _repacked(

@@ -232,7 +232,8 @@ def test_zero_points_that_no_reader_looks_at_are_looked_at(made: Callable[..., P
     convert(source, tmp_path / "fine", "gptq")
     assert not [name for name in stored_tensors(tmp_path / "fine") if "weight_" in name]
     add(source, path, {f"{prefix}.weight_zero_point": middle - 1})
-    refused(source, tmp_path / "out", "gptq", rf"{prefix}\.weight_zero_point holds .* say symmetric: false", CheckpointError)
+    for to in ("gptq", "gguf"):
+        refused(source, tmp_path / "out", to, rf"{prefix}\.weight_zero_point holds .* say symmetric: false", CheckpointError)
 
 
 def numbered(source: Path, copy: Path, order: torch.Tensor | None) -> Path:
