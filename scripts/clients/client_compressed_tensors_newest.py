@@ -6,7 +6,5 @@ import dataclasses
 
 from client_compressed_tensors import CLIENT as BASE
 
-ASYMMETRIC = (
-    "transformers 5.23 prepares zero points of another shape than the format has; llm-compressor's own outputs fail in the same way"
-)
+ASYMMETRIC = "transformers 5.23 prepares zero points of another shape than the format has; llm-compressor's own outputs fail in the same way"
 CLIENT = dataclasses.replace(BASE, name="compressed-tensors-transformers-5.23", limits={r"^transformers/.*-asym": ASYMMETRIC})
