@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bigq.errors import CheckpointError
-from bigq.terminal import one_line, print_result, tell
+from bigq.terminal import keep_quiet, one_line, print_result, tell
 
 
 def add_folder_commands(commands: argparse._SubParsersAction[Any]) -> None:
@@ -68,7 +68,7 @@ def _run_convert(args: argparse.Namespace) -> int:
     from bigq.sched.convert import convert
     from bigq.sizes import show_size
 
-    say = _say_nothing if args.quiet else tell
+    say = keep_quiet if args.quiet else tell
     done = convert(args.model, args.out, args.to, trust_remote_code=args.trust_remote_code, say=say)
     if not args.quiet:
         sizes = f"{show_size(done.bytes_before)} → {show_size(done.bytes)}"
@@ -93,7 +93,3 @@ def _run_report(args: argparse.Namespace) -> int:
     if args.file is not None or not args.model_card:
         print_result(str(write_report(out, None if args.file is None else Path(os.path.expanduser(args.file)))))
     return 0
-
-
-def _say_nothing(_: str) -> None:
-    """In place of ``tell``."""

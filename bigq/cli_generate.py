@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 
 from bigq.flags import add_device, given, option
-from bigq.terminal import print_piece, read_prompt, tell
+from bigq.terminal import keep_quiet, print_piece, read_prompt, tell
 
 
 def add_generate(p: argparse.ArgumentParser) -> None:
@@ -28,13 +28,9 @@ def _run(args: argparse.Namespace) -> int:
 
     config = GenerateConfig(**given(args, (f.name for f in dataclasses.fields(GenerateConfig))))
     prompt = read_prompt() if args.prompt == "-" else args.prompt
-    result = generate(args.model, prompt, config, write=print_piece, say=_say_nothing if args.quiet else tell)
+    result = generate(args.model, prompt, config, write=print_piece, say=keep_quiet if args.quiet else tell)
     if not result.text.endswith("\n"):
         print_piece("\n")
     if not args.quiet:
         tell(result.summary())
     return 0
-
-
-def _say_nothing(_: str) -> None:
-    """In place of ``tell``."""

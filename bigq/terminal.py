@@ -72,6 +72,10 @@ def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def keep_quiet(_: str) -> None:
+    """In place of ``tell``, where nothing is to be said."""
+
+
 def prepare_streams() -> None:
     """See to it that nothing printed can fail for its characters, or end up in a file of the job's because a stream was closed."""
     for fd in range(3):

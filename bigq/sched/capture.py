@@ -48,10 +48,6 @@ class OutputForm:
         """Whether an output is of one of the two forms."""
         return isinstance(output, Tensor) or (isinstance(output, tuple) and bool(output) and isinstance(output[0], Tensor))
 
-    @property
-    def has_extras(self) -> bool:
-        return any(self.extras or ())
-
     @classmethod
     def of(cls, output: Any) -> OutputForm:
         if isinstance(output, Tensor):

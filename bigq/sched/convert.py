@@ -1,40 +1,38 @@
 """Re-packing a packed checkpoint in another format: codes, scales and zero points stay what they are, or it is refused.
 
-What is read may be any packed checkpoint that bigq reads, others' too. A shard becomes a shard; in memory is one of them. Everything is
-written into a folder beside the one that was asked for, which gets its name when it is complete.
+What is read may be any packed checkpoint that bigq reads, others' too. A shard becomes a shard; in memory is one Linear at a time.
+Everything is written into a folder beside the one that was asked for, which gets its name when it is complete.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import bigq
 from bigq import skeleton
 from bigq.arch import block_linears
-from bigq.errors import ResourceError, UsageError
-from bigq.io.atomic import copy_file, json_bytes, remedy, sync_folder, write_bytes, write_json
-from bigq.io.formats import FORMATS, Format, Quantization
+from bigq.errors import CheckpointError, UsageError
+from bigq.io.atomic import copy_file, json_bytes, write_bytes, write_json
+from bigq.io.formats import FORMATS, Format, Quantization, Stored
 from bigq.io.formats.gptq_config import GptqSchemes
 from bigq.io.index import INDEX_NAME, TensorInfo, read_json_object
-from bigq.io.reader import read_tensor
+from bigq.io.reader import as_bytes, read_tensor
 from bigq.io.writer import OutputTensor, write_shard
-from bigq.sched.finish import is_side_file
+from bigq.sched.finish import CARD_NAME, is_card, is_side_file
 from bigq.sched.pager import Pager
 from bigq.sched.to_gguf import write_gguf
+from bigq.sched.unfinished import place_for, unfinished
 from bigq.scheme import QuantScheme, Rule
 from bigq.sizes import show_size
-
-#: In a folder that is being written, so that no other is taken for one.
-MARK = ".bigq-convert"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,23 +54,24 @@ def convert(
     say: gets a line for each shard, or block. Raises UsageError where the format cannot hold what is there exactly, CheckpointError,
     UnsupportedModelError, ResourceError; then ``out`` is as it was.
     """
-    source, out = Path(os.path.expanduser(model)), Path(os.path.expanduser(out))
+    source = Path(os.path.expanduser(model))
     if to not in (*FORMATS, "gguf"):
         raise UsageError(f"--to {to}: must be one of {', '.join(FORMATS)}, gguf")
+    place = place_for(source, out)
     skeleton.silence()
     with torch.no_grad():
         pager = Pager(source, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
         if pager.schemes is None:
             raise UsageError(f"{source}: is not quantized; convert takes a packed checkpoint, such as the output of bigq quantize")
         if to == "gguf":
-            return _to_gguf(pager, out, trust_remote_code, say)
+            return _to_gguf(pager, Path(os.path.expanduser(out)), trust_remote_code, say)
         target = FORMATS[to]
         if pager.schemes.format.name == to:
             raise UsageError(f"{source}: is in the {to} format already")
         schemes = {prefix: pager.schemes.scheme(name.removesuffix(".weight")) for name, prefix in pager.packed.items()}
         _require(pager, target)
         size = sum(info.nbytes for info in pager.checkpoint.tensors.values())
-        with _unfinished(out, size) as folder:
+        with unfinished(place, size) as folder:
             written, done = 0, set[str]()
             weight_map: dict[str, str] = {}
             files = sorted({info.file for info in pager.checkpoint.tensors.values()})
@@ -83,7 +82,7 @@ def convert(
                 written += shard.size
                 say(f"{file.name}: {show_size(shard.size)} ({number} of {len(files)})")
             for path in sorted(source.iterdir()):
-                if path.is_file() and is_side_file(path.name):
+                if path.is_file() and is_side_file(path.name) and not (path.name == CARD_NAME and is_card(path)):
                     copy_file(path, folder / path.name)
             write_json(folder / INDEX_NAME, {"metadata": {"total_size": written}, "weight_map": dict(sorted(weight_map.items()))})
             quantization = _quantization(pager, target)
@@ -98,11 +97,21 @@ def _to_gguf(pager: Pager, out: Path, trust_remote_code: bool, say: Callable[[st
     assert pager.schemes is not None
     if out.exists():
         raise UsageError(f"{out}: is there already; name a file that is not")
+    format = pager.schemes.format
+    if format.zeros not in format.suffixes(symmetric=True):  # then GGUF's writer does not look at them
+        for name, prefix in pager.packed.items():
+            scheme = pager.schemes.scheme(name.removesuffix(".weight"))
+            if scheme.symmetric and f"{prefix}.{format.zeros}" in pager.checkpoint:
+                _read_as_said(pager, prefix, scheme)
 
     def written(done: int, blocks: int) -> None:
         say(f"{out.name}: block {done} of {blocks}")
 
-    write_gguf(pager.folder, out, trust_remote_code=trust_remote_code, say=say, written=written)
+    try:
+        write_gguf(pager.folder, out, trust_remote_code=trust_remote_code, say=say, written=written)
+    except UsageError as error:
+        what, _, flags = str(error).partition("; ")
+        raise UsageError(f"{what}; that takes another run of bigq quantize: {flags}") if "--" in flags else error from None
     return Conversion(
         format_before=pager.schemes.format.name,
         format="gguf",
@@ -119,36 +128,53 @@ def _require(pager: Pager, target: Format) -> None:
         module = pager.model.get_submodule(name.removesuffix(".weight"))
         m, n = skeleton.linear_weight(module).shape
         scheme = pager.schemes.scheme(name.removesuffix(".weight"))
-        target.require(name.removesuffix(".weight"), m, n, scheme, transposed=skeleton.stored_transposed(module))
+        try:
+            target.require(name.removesuffix(".weight"), m, n, scheme, transposed=skeleton.stored_transposed(module))
+        except UsageError as error:  # its remedies are those of a job
+            raise UsageError(f"{str(error).partition('; ')[0]}; choose another format with --to") from None
 
 
-@contextlib.contextmanager
-def _unfinished(out: Path, size: int) -> Any:
-    """A folder to write to, which becomes ``out`` at the end, or goes if there is an error. size: the bytes that it will take."""
-    folder = out.with_name(out.name + ".partial")
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f"{out}: is there and not empty; choose another folder, or empty it")
-        if folder.exists() and not (folder / MARK).is_file():
-            raise UsageError(f"{folder}: is in the way and was not made by bigq convert; remove it, or choose another folder")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        (folder / MARK).touch()
-        free = shutil.disk_usage(folder).free
-        if free < size:
-            raise ResourceError(f"{out}: takes about {show_size(size)}, but only {show_size(free)} of disk space are free there")
-        yield folder
-        (folder / MARK).unlink()
-        sync_folder(folder)
-        os.rename(folder, out)
-        sync_folder(out.parent)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise ResourceError(f"{out}: cannot be written: {error.strerror}; {remedy(error)}") from error
-    except BaseException:
-        if (folder / MARK).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+class _Repacked:
+    """A packed Linear in its new format: read when the first of its tensors is written, and held until the last of them is."""
+
+    def __init__(self, pager: Pager, prefix: str, scheme: QuantScheme, target: Format) -> None:
+        self._pager, self._prefix, self._scheme, self._target = pager, prefix, scheme, target
+        self._made: dict[str, Tensor] = {}
+
+    def tensors(self) -> list[OutputTensor]:
+        """To be written in this order."""
+        assert self._pager.schemes is not None
+        linear = self._pager.schemes.format.geometry(self._prefix, self._pager.checkpoint.tensors)
+        layout = self._target.layout(self._prefix, linear, self._scheme.symmetric, self._pager.dtype)
+        return [
+            OutputTensor(name=name, dtype=dtype, shape=shape, chunks=functools.partial(self._chunks, name))
+            for name, (dtype, shape) in layout.items()
+        ]
+
+    def _chunks(self, name: str) -> list[memoryview]:
+        if not self._made:
+            stored = _read_as_said(self._pager, self._prefix, self._scheme)
+            if bool((stored.zeros < self._target.min_zero).any()):
+                raise UsageError(
+                    f"{self._prefix}: has zero points of 0, which the {self._target.name} format cannot hold; use --to gptq_v2"
+                )
+            self._made = self._target.store(self._prefix, stored, self._scheme, self._pager.dtype)
+        return [as_bytes(self._made.pop(name).contiguous())]
+
+
+def _read_as_said(pager: Pager, prefix: str, scheme: QuantScheme) -> Stored:
+    """A packed Linear. Raises CheckpointError where zero points are there that the config denies, whether they would be needed or not."""
+    assert pager.schemes is not None
+    format, checkpoint = pager.schemes.format, pager.checkpoint
+    zeros, middle = f"{prefix}.{format.zeros}", 2 ** (scheme.bits - 1)
+    as_stored = dataclasses.replace(scheme, symmetric=scheme.symmetric and zeros not in checkpoint)
+    stored = format.read(prefix, lambda name: read_tensor(checkpoint[name], keep_cached=False), as_stored)
+    if scheme.symmetric and bool((stored.zeros != middle).any()):
+        raise CheckpointError(
+            f"{checkpoint[zeros].file}: tensor {zeros} holds zero points other than {middle}, although the quantization_config of "
+            f"{pager.folder / 'config.json'} does not say {format.symmetric_key}: false; say so if they are meant, else fetch it again"
+        )
+    return stored
 
 
 def _repacked(
@@ -157,20 +183,15 @@ def _repacked(
     """The tensors of a shard; those of packed Linears in the new format, where the first of them was. done: Linears that were packed."""
     assert pager.schemes is not None
     before = pager.schemes.format
+    old = {*before.suffixes(symmetric=False), *before.spare}
     tensors: list[OutputTensor] = []
     for info in infos:
         prefix, _, suffix = info.name.rpartition(".")
-        if prefix not in schemes or suffix not in before.suffixes(symmetric=False):
+        if prefix not in schemes or suffix not in old:
             tensors.append(OutputTensor.copy_of(info))
-            continue
-        if prefix in done:
-            continue
-        done.add(prefix)
-        scheme = schemes[prefix]
-        stored = before.read(prefix, lambda name: read_tensor(pager.checkpoint[name]), scheme)
-        if bool((stored.zeros < target.min_zero).any()):
-            raise UsageError(f"{prefix}: has zero points of 0, which the {target.name} format cannot hold; use gptq_v2")
-        tensors += [OutputTensor.of(name, tensor) for name, tensor in target.store(prefix, stored, scheme, pager.dtype).items()]
+        elif prefix not in done:
+            done.add(prefix)
+            tensors += _Repacked(pager, prefix, schemes[prefix], target).tensors()
     return tensors
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bigq import skeleton
 from bigq.calibration import load_tokenizer
@@ -23,11 +22,12 @@ from bigq.io.json_file import plain, read_json_object
 from bigq.sched.device import choose_device
 from bigq.sched.memory import hold_heap
 from bigq.sched.pager import Pager
+from bigq.sched.streamer import Streamer
 from bigq.sched.whole import load_whole, stored_bytes
 from bigq.sizes import show_size
 
-#: What the last characters of a text are decoded to while bytes of them are missing.
-UNFINISHED = "\ufffd"
+#: Of seeds, as torch takes them.
+MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,8 @@ class GenerateConfig:
             raise UsageError(f"--temperature {self.temperature:g}: must be above 0; leave it out for the most likely tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p {self.top_p:g}: must be above 0 and at most 1")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UsageError(f"--seed {self.seed}: must be from 0 to {MAX_SEED}")
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def generate(
             room = _require_fitting(ids, pager, config)
             whole: Any = load_whole(pager, tokens=len(ids) + room, say=say)
             loaded = time.monotonic()
-            streamer = _Streamer(tokenizer, write)
+            streamer = Streamer(tokenizer, write)
             torch.manual_seed(config.seed)
             given = torch.tensor([ids], device=device)
             whole.generate(
@@ -193,46 +195,3 @@ def _ends(folder: Path, tokenizer: Any) -> dict[str, Any]:
             return {"eos_token_id": ends, "pad_token_id": ends[0]}
     end = tokenizer.eos_token_id
     return {} if end is None else {"eos_token_id": [end], "pad_token_id": end}
-
-
-class _Streamer:
-    """What ``generate`` hands tokens to: first those of the prompt, then each new one."""
-
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
-        self._tokenizer, self._write = tokenizer, write
-        self._prompt = True
-        self._line: list[int] = []
-        self._shown = 0
-        self.text = ""
-        self.count = 0
-        self.first: float | None = None
-
-    def put(self, tokens: Tensor) -> None:
-        """Show what is certain: not the beginning of a character whose other bytes are still to come."""
-        if self._prompt:
-            self._prompt = False
-            return
-        if self.first is None:
-            self.first = time.monotonic()
-        self.count += tokens.numel()
-        self._line += tokens.flatten().tolist()
-        text = self._decoded()
-        if not text.endswith(UNFINISHED):
-            self._show(text)
-            if text.endswith("\n"):  # what follows does not depend on what came before: no need to decode that again and again
-                self._line, self._shown = [], 0
-
-    def end(self) -> None:
-        """Nothing more will come."""
-        self._show(self._decoded())
-
-    def _decoded(self) -> str:
-        text: str = self._tokenizer.decode(self._line, skip_special_tokens=True)
-        return text
-
-    def _show(self, text: str) -> None:
-        new = text[self._shown :]
-        self._shown = max(self._shown, len(text))
-        if new:
-            self.text += new
-            self._write(new)

@@ -24,6 +24,7 @@ from bigq.io.json_file import read_json_object, shown
 from bigq.io.reader import read_rows, read_tensor
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.sched.described import Described
+from bigq.sched.journal import STATE_FOLDER
 from bigq.trace import Trace
 
 #: Parameters that are made for each tensor of the checkpoint, at most, before it is clear that some are missing.
@@ -37,6 +38,7 @@ class Pager(Described):
     """
 
     def __init__(self, folder: Path, *, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False) -> None:
+        _require_finished(folder)
         self.device = device
         config = skeleton.load_config(folder, trust_remote_code=trust_remote_code)
         self.checkpoint = Checkpoint.open(folder)
@@ -115,6 +117,8 @@ class Pager(Described):
             packed = self.schemes.format.geometry(self.packed[name], self.checkpoint.tensors)
         except CheckpointError as error:
             raise CheckpointError(f"{file}: {error}; fetch it again") from None
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{file}: {error}") from None
         if (packed.bits, packed.outputs, packed.inputs) != (bits, outputs, inputs):
             raise CheckpointError(
                 f"{file}: tensor {self.packed_tensors(name)[0]} is packed as {packed}, but config.json makes it {bits} bits, "
@@ -271,6 +275,14 @@ class Pager(Described):
         if name in self._meta:
             module, leaf = self._owner(name)
             module._parameters[leaf] = self._meta[name]
+
+
+def _require_finished(folder: Path) -> None:
+    """Raise CheckpointError where the folder is that of a job of bigq that is still to be finished: ``config.json`` comes last."""
+    if (folder / STATE_FOLDER).is_dir() and not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder / 'config.json'}: is missing, as the job of bigq in this folder is not finished; run the command that made it again"
+        )
 
 
 @contextlib.contextmanager

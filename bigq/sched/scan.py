@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bigq.errors import CheckpointError
+from bigq.errors import DataError
 from bigq.io.formats import Format, PackedLinear
 from bigq.io.index import TensorInfo, read_header
 from bigq.io.reader import as_bytes, fill, opened
@@ -66,7 +66,7 @@ def packed_linears(tensors: Mapping[str, TensorInfo], format: Format) -> tuple[d
     for prefix in (name.removesuffix(f".{format.mark}") for name in tensors if name.endswith(f".{format.mark}")):
         try:
             linears[prefix] = format.geometry(prefix, tensors)
-        except CheckpointError as error:
+        except DataError as error:
             problems.append(str(error))
     return linears, problems
 

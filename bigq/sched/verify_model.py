@@ -106,6 +106,6 @@ def model_problems(out: Path, job: JobConfig, left_out: tuple[str, ...], scans: 
         if linears[prefix] != expected:
             yield file, f"tensor {prefix}.{mark} is packed as {linears[prefix]}; the model and the job make it {expected}"
         elif scheme.symmetric and zeros.get(prefix, (middle, middle)) != (middle, middle):
-            yield file, f"tensor {prefix}.qzeros holds other zero points than {middle}, although the job's are symmetric"
+            yield file, f"tensor {prefix}.{job.made.zeros} holds other zero points than {middle}, although the job's are symmetric"
     for prefix in sorted(linears.keys() - belonging):
         yield pager.checkpoint[f"{prefix}.{mark}"].file.name, f"{prefix} is packed, but is no Linear that the job packs"

@@ -6,20 +6,27 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Child
 from models import make_checkpoint, random_ids, rewrite, save_ids, shard_of, stored_tensors, streamed_logits
+from safetensors.torch import load_file, save_file
 
 import bigq
 from bigq.cli import main
 from bigq.config import JobConfig
-from bigq.errors import BigqError, ResourceError, UsageError
+from bigq.errors import BigqError, CheckpointError, ResourceError, UnsupportedModelError, UsageError
 from bigq.io import writer
-from bigq.sched.convert import MARK, convert
+from bigq.sched import unfinished
+from bigq.sched.convert import convert
+from bigq.sched.finish import CARD_MARK
+from bigq.sched.unfinished import MARK
 from bigq.sched.verify import verify
 from bigq.scheme import QuantScheme, Rule
 
@@ -114,6 +121,19 @@ def test_verify_looks_at_every_tensor_of_a_compressed_tensors_job(suffix: str, c
     assert any(name.rpartition(".")[0] in problem for problem in scan_shard(path, KNOWN["compressed-tensors"]).problems)
 
 
+def test_verify_names_zero_points_by_the_format(made: Callable[..., Path]) -> None:
+    """Asked of a record that says symmetric, for shards that are not."""
+    from bigq.io.formats import FORMATS as KNOWN
+    from bigq.sched.scan import scan_shard
+    from bigq.sched.verify_model import model_problems
+
+    for format, tensor in (("gptq_v2", "qzeros"), ("compressed-tensors", "weight_zero_point")):
+        out = made("llama", format, symmetric=False)
+        scans = {path.name: scan_shard(path, KNOWN[format]) for path in out.glob("*.safetensors")}
+        said = [what for _, what in model_problems(out, job(Path("ids"), format=format), (), scans, trust_remote_code=False)]
+        assert f"tensor model.layers.0.mlp.gate_proj.{tensor} holds other zero points than 8, although the job's are symmetric" in said
+
+
 def test_scales_follow_the_type_of_the_checkpoint(tmp_path: Path) -> None:
     ids = save_ids(tmp_path / "ids.safetensors", random_ids())
     for dtype, bits in (("bfloat16", 8), ("float16", 11), ("float32", 11)):
@@ -171,6 +191,120 @@ def test_linears_stored_transposed_do_not_fit_compressed_tensors(
     assert not (tmp_path / "job").exists()
 
 
+def copy_of(folder: Path, copy: Path) -> Path:
+    """The files of a finished job, without its record."""
+    return Path(shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".bigq")))
+
+
+def say(folder: Path, **changes: Any) -> Path:
+    """Let a folder's quantization config say something else; None takes it out."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    said = {**config["quantization_config"], **changes}
+    path.write_text(json.dumps(config | {"quantization_config": {key: value for key, value in said.items() if value is not None}}))
+    return folder
+
+
+def add(folder: Path, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Add tensors to a shard of a folder."""
+    save_file({**load_file(path), **tensors}, path, metadata={"format": "pt"})
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, path.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("sym", [True, None], ids=["said", "left out"])
+@pytest.mark.parametrize("to", ["gptq", "compressed-tensors"])
+def test_zero_points_that_the_config_denies_are_refused(sym: bool | None, to: str, made: Callable[..., Path], tmp_path: Path) -> None:
+    source = copy_of(made("llama", "gptq_v2", symmetric=False, min_zero=1), tmp_path / "copy")
+    convert(source, tmp_path / "fine", to)
+    say(source, sym=sym)
+    said = r"tensor model\.layers\.0\.\S+\.qzeros holds zero points other than (8|128), although .*config\.json does not say sym: false"
+    refused(source, tmp_path / "out", to, said, CheckpointError)
+
+
+def test_zero_points_that_no_reader_looks_at_are_looked_at(made: Callable[..., Path], tmp_path: Path) -> None:
+    """A symmetric Linear of compressed-tensors has none; where they are there, they must be those that go without saying."""
+    source = copy_of(made("llama", "compressed-tensors"), tmp_path / "copy")
+    prefix = "model.layers.0.self_attn.q_proj"
+    path, middle = shard_of(source, f"{prefix}.weight_packed"), torch.full((64 * 4 // 32, 2), 0x88888888 - 2**32, dtype=torch.int32)
+    add(source, path, {f"{prefix}.weight_zero_point": middle})
+    convert(source, tmp_path / "fine", "gptq")
+    assert not [name for name in stored_tensors(tmp_path / "fine") if "weight_" in name]
+    add(source, path, {f"{prefix}.weight_zero_point": middle - 1})
+    for to in ("gptq", "gguf"):
+        refused(source, tmp_path / "out", to, rf"{prefix}\.weight_zero_point holds .* say symmetric: false", CheckpointError)
+
+
+def numbered(source: Path, copy: Path, order: torch.Tensor | None) -> Path:
+    """A copy of a compressed-tensors folder whose actorder is "group"; its Linears of 64 inputs have a weight_g_idx, if there is one."""
+    copy_of(source, copy)
+    for path in copy.glob("*.safetensors"):
+        shapes = {name: t.tolist() for name, t in load_file(path).items() if name.endswith(".weight_shape")}
+        orders = (
+            {n.replace("shape", "g_idx"): order.clone() if k == 64 else torch.zeros(k).int() for n, (_, k) in shapes.items()}
+            if order is not None
+            else {}
+        )
+        add(copy, path, orders)
+    groups = json.loads((copy / "config.json").read_text())["quantization_config"]["config_groups"]
+    for group in groups.values():
+        group["weights"]["actorder"] = "group"
+    return say(copy, config_groups=groups)
+
+
+def test_numbered_groups_are_read_in_natural_order_only(made: Callable[..., Path], tmp_path: Path) -> None:
+    source = made("llama", "compressed-tensors")
+    natural = torch.arange(64, dtype=torch.int32) // 32
+    convert(source, tmp_path / "expected", "gptq")
+    convert(numbered(source, tmp_path / "natural", natural), tmp_path / "fine", "gptq")
+    got, expected = stored_tensors(tmp_path / "fine"), stored_tensors(tmp_path / "expected")
+    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
+    for name, order, said in (
+        ("other", natural.flip(0).contiguous(), "does not number the groups in natural order"),
+        ("short", natural[:32].clone(), "does not number the groups in natural order"),
+        ("none", None, "is missing, although actorder says"),
+    ):
+        copy = numbered(source, tmp_path / name, order)
+        refused(copy, tmp_path / "out", "gptq", rf"model-.*safetensors: tensor .*weight_g_idx {said}", UnsupportedModelError)
+
+
+def test_a_model_card_of_bigq_stays_behind(made: Callable[..., Path], tmp_path: Path) -> None:
+    """It says how the source was made, and in which format it is; anybody else's is about the model."""
+    source = copy_of(made("llama", "gptq"), tmp_path / "copy")
+    for number, text in enumerate(("# Mine\n", f"{CARD_MARK}\n# Of bigq\n")):
+        (source / "README.md").write_text(text)
+        convert(source, tmp_path / str(number), "gptq_v2")
+        assert ("README.md" in hashes(tmp_path / str(number))) == (CARD_MARK not in text)
+
+
+def test_remedies_are_those_of_the_command(made: Callable[..., Path], tmp_path: Path) -> None:
+    refused(made("gpt2", "gptq"), tmp_path / "out", "compressed-tensors", r"Conv1D.*do not know; choose another format with --to$")
+    if find_spec("gguf"):
+        refused(
+            made("llama", "gptq"), tmp_path / "out", "gguf", r"no blocks for 3 bits.*; that takes another run of bigq quantize: .*--skip"
+        )
+    source = copy_of(made("llama", "gptq_v2", symmetric=False), tmp_path / "copy")
+    name = "model.layers.0.self_attn.q_proj.qzeros"
+    rewrite(source, name, torch.zeros_like(stored_tensors(source)[name]))
+    refused(source, tmp_path / "out", "gptq", r"has zero points of 0.*; use --to gptq_v2$")
+
+
+def test_a_job_that_is_not_finished_is_called_so(made: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "job"
+    shutil.copytree(made("llama", "gptq"), folder)
+    (folder / "config.json").unlink()
+    said = r"job/config\.json: is missing, as the job of bigq in this folder is not finished; run the command that made it again"
+    refused(folder, tmp_path / "out", "gptq_v2", said, CheckpointError)
+    for command in (
+        ["convert", str(folder), str(tmp_path / "out"), "--to", "gguf"],
+        ["generate", str(folder), "--prompt", "a"],
+        ["eval", str(folder), "--data", "x"],
+    ):
+        assert main(command) == 3
+        assert "is not finished; run the command that made it again" in capsys.readouterr().err
+
+
 def test_what_is_not_packed_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     refused(checkpoint("llama"), tmp_path / "out", "gptq", "is not quantized")
 
@@ -197,6 +331,87 @@ def test_what_a_killed_conversion_left_is_cleared_away(made: Callable[..., Path]
     assert hashes(tmp_path / "out").keys() == hashes(made("llama", "gptq_v2")).keys()
 
 
+KILLED = """
+import os, sys
+from pathlib import Path
+from bigq.sched import unfinished
+from bigq.sched.convert import convert
+if sys.argv[1] == "before":
+    unfinished.os.rename = lambda *names: os._exit(9)
+else:
+    Path.unlink = lambda self, missing_ok=False: os._exit(9) if self.name == unfinished.MARK else None
+convert(*sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_kill_around_the_last_step_blocks_nothing(when: str, made: Callable[..., Path], child: Child, tmp_path: Path) -> None:
+    """Before it has its name, the folder is made again; after that it is complete, and nobody's to clear away, whatever its name."""
+    done = child("-c", KILLED, when, made("llama", "gptq"), tmp_path / "a.partial", "gptq_v2")
+    assert done.returncode == 9, done.stderr
+    if when == "before":
+        assert [path.name for path in tmp_path.iterdir()] == ["a.partial.partial"]
+        convert(made("llama", "gptq"), tmp_path / "a.partial", "gptq_v2")
+        assert [path.name for path in tmp_path.iterdir()] == ["a.partial"]
+        assert hashes(tmp_path / "a.partial").keys() == hashes(made("llama", "gptq_v2")).keys()
+        return
+    complete = hashes(tmp_path / "a.partial")
+    assert complete.keys() == {*hashes(made("llama", "gptq_v2")), MARK}
+    assert torch.equal(logits(tmp_path / "a.partial"), logits(made("llama", "gptq")))
+    for out, said in ((tmp_path / "a.partial", "not empty"), (tmp_path / "a", "in the way")):
+        with pytest.raises(UsageError, match=said):
+            convert(made("llama", "gptq"), out, "gptq_v2")
+    assert hashes(tmp_path / "a.partial") == complete
+    convert(tmp_path / "a.partial", tmp_path / "b", "gptq")
+    assert MARK not in hashes(tmp_path / "b")
+
+
+def test_a_place_that_cannot_be_looked_at_costs_nobody_a_folder(
+    made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = made("llama", "gptq")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("x")
+
+    def forbidden(self: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    with pytest.raises(ResourceError, match="Permission denied"):
+        convert(source, tmp_path / "out", "gptq_v2")
+    assert (tmp_path / "out.partial" / "mine").read_text() == "x"
+
+
+def test_an_empty_folder_behind_a_link_is_filled(made: Callable[..., Path], tmp_path: Path) -> None:
+    for name in ("there", "not there"):
+        if name == "there":
+            (tmp_path / name).mkdir()
+        (tmp_path / f"link {name}").symlink_to(tmp_path / name)
+        convert(made("llama", "gptq"), tmp_path / f"link {name}", "gptq_v2")
+        assert (tmp_path / f"link {name}").is_symlink() and (tmp_path / name / "config.json").exists()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UsageError, match="leads to itself"):
+        convert(made("llama", "gptq"), tmp_path / "loop", "gptq_v2")
+
+
+@pytest.mark.parametrize("to", ["gptq_v2", "gguf"])
+def test_places_that_can_be_no_output(to: str, made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    source = made("llama", "gptq")
+    monkeypatch.chdir(here)
+    before = hashes(source)
+    places = [(".", "the folder that you are in"), ("", "the folder that you are in"), ("/", "the root of the file system")]
+    places += [("..", "apart from each other|not empty|there already"), (str(source / "sub"), "apart from each other")]
+    places += [(str(source / "model.gguf"), "apart from each other"), (str(source), "apart from each other")]
+    for out, said in places:
+        with pytest.raises(UsageError, match=said):
+            convert(source, out, to)
+    assert hashes(source) == before and not (source / "sub").exists() and not [*here.iterdir()]
+    assert [*tmp_path.iterdir()] == [here]
+
+
 def test_a_disk_that_fills_up_leaves_nothing(made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def point(name: str) -> None:
         if name == "shard.piece":
@@ -207,9 +422,7 @@ def test_a_disk_that_fills_up_leaves_nothing(made: Callable[..., Path], tmp_path
 
 
 def test_a_disk_too_small_is_told_before(made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bigq.sched import convert as module
-
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(unfinished.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     refused(made("llama", "gptq"), tmp_path / "out", "gptq_v2", "of disk space are free there", ResourceError)
 
 

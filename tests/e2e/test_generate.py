@@ -7,12 +7,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from models import logits_of, random_ids, reference_model, streamed_logits, word_tokenizer
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE, WordLevel
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 import bigq
 from bigq.calibration import load_tokenizer
@@ -21,7 +25,8 @@ from bigq.config import JobConfig
 from bigq.errors import BigqError, CheckpointError, ResourceError, UsageError
 from bigq.packed_linear import PackedLinear
 from bigq.sched import whole
-from bigq.sched.generate import GenerateConfig, _Streamer, generate
+from bigq.sched.generate import MAX_SEED, GenerateConfig, generate
+from bigq.sched.streamer import KEPT, WINDOW, Streamer
 from bigq.scheme import QuantScheme, Rule
 
 FAMILIES = ["llama", "qwen2", "opt", "bloom", "gpt2", "falcon"]
@@ -250,15 +255,28 @@ def test_refusals(damage: str, error: type[BigqError], said: str, made: Made, tm
 
 
 @pytest.mark.parametrize(
-    "how", [{"max_new_tokens": 0}, {"temperature": 0.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "how",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": 0.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"seed": 10**22},
+        {"seed": -1},
+    ],
 )
 def test_settings_that_make_no_sense(how: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="--"):
+    flag = "--" + next(iter(how)).replace("_", "-")
+    with pytest.raises(UsageError, match=flag):
         GenerateConfig(**how)
 
 
 class Bytes:
     """A tokenizer of bytes; 0 is a special token."""
+
+    def convert_ids_to_tokens(self, ids: list[int], skip_special_tokens: bool) -> list[str]:
+        return [chr(i) for i in ids if i]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return bytes(i for i in ids if i).decode(errors="replace")
@@ -266,10 +284,106 @@ class Bytes:
 
 def test_characters_come_whole() -> None:
     pieces: list[str] = []
-    streamer = _Streamer(Bytes(), pieces.append)
+    streamer = Streamer(Bytes(), pieces.append)
     streamer.put(torch.tensor([[65, 66]]))
     for byte in "aé\nü→".encode() + b"\0\xe2":
         streamer.put(torch.tensor([byte]))
     assert pieces == ["a", "é", "\n", "ü", "→"] and streamer.count == 11
     streamer.end()
     assert streamer.text == "aé\nü→\ufffd" and pieces[-1] == "\ufffd"
+
+
+def _fast(model: Any, decoder: Any, **how: Any) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoder
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", **how)
+    made.add_special_tokens({"additional_special_tokens": ["<unk>", "</s>"]})
+    return made
+
+
+def _numbered(tokens: list[str]) -> dict[str, int]:
+    return {token: i for i, token in enumerate(["<unk>", "</s>", *tokens])}
+
+
+_PIECES = ["▁def", "▁f", ":", "▁▁▁", "▁", "▁return", "x", "é", "<0x0A>", "<0xC3>", "<0xA9>", "<0xFF>", "<0x41>"]
+_WORDS = ["it", "do", "'", "s", "'s", "n", "n't", "'t", "'ve", "v", ".", "!", ",", "a", "##b", "##'", "' ", "\n"]
+_LIKE_LLAMA = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+
+
+def _byte_level() -> PreTrainedTokenizerFast:
+    whole = [chr(c) for c in (*range(33, 60), *range(0xA1, 0xAD), *range(0xAE, 0x120))]
+    return _fast(BPE(_numbered([*whole, "Ġit", "ĠĠ", "Ċ", "â", ""]), [], unk_token="<unk>"), decoders.ByteLevel())
+
+
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "like llama 2": lambda: _fast(BPE(_numbered(_PIECES), [], byte_fallback=True, unk_token="<unk>"), _LIKE_LLAMA),
+    "metaspace": lambda: _fast(BPE(_numbered(_PIECES), [], unk_token="<unk>"), decoders.Metaspace()),
+    "byte level": _byte_level,
+    "words, cleaned up": lambda: _fast(
+        WordLevel(_numbered(_WORDS), unk_token="<unk>"), decoders.WordPiece(cleanup=False), clean_up_tokenization_spaces=True
+    ),
+    "word pieces": lambda: _fast(WordLevel(_numbered(_WORDS), unk_token="<unk>"), decoders.WordPiece(), clean_up_tokenization_spaces=False),
+    "ends of words": lambda: _fast(BPE(_numbered(["he", "llo</w>", ".</w>", "x"]), [], unk_token="<unk>"), decoders.BPEDecoder("</w>")),
+    "no decoder": lambda: _fast(WordLevel(_numbered(_WORDS), unk_token="<unk>"), None, clean_up_tokenization_spaces=True),
+}
+
+
+class Counting:
+    """A tokenizer that notes how many tokens it decodes at once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.inner, self.sizes = tokenizer, list[int]()
+        self.clean_up_tokenization_spaces = tokenizer.clean_up_tokenization_spaces
+        self.convert_ids_to_tokens = tokenizer.convert_ids_to_tokens
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        self.sizes.append(len(ids))
+        return str(self.inner.decode(ids, skip_special_tokens=skip_special_tokens))
+
+
+def streamed(tokenizer: Any, ids: list[int]) -> tuple[list[str], str]:
+    """(the pieces, the text)."""
+    pieces: list[str] = []
+    streamer = Streamer(tokenizer, pieces.append)
+    streamer.put(torch.tensor([[0]]))
+    for i in ids:
+        streamer.put(torch.tensor([i]))
+    streamer.end()
+    assert streamer.count == len(ids) and all(pieces)
+    return pieces, streamer.text
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_pieces_are_the_text(kind: str) -> None:
+    """Of any tokens, also of those that no text has; and the work for one of them does not grow."""
+    tokenizer = TOKENIZERS[kind]()
+    random = Random(kind)
+    for length in [3] * 300 + [12] * 300 + [200] * 20:
+        ids = random.choices(range(len(tokenizer)), k=length)
+        counting = Counting(tokenizer)
+        pieces, text = streamed(counting, ids)
+        assert "".join(pieces) == text == tokenizer.decode(ids, skip_special_tokens=True), ids
+        assert length < 200 or len(pieces) > 20
+        assert max(counting.sizes[:-1], default=0) <= 2 * WINDOW and counting.sizes[-1] == length
+
+
+def test_spaces_at_the_beginning_of_lines_stay() -> None:
+    tokenizer = TOKENIZERS["like llama 2"]()
+    names = ["▁def", "▁f", ":", "<0x0A>", "▁▁▁", "▁return", "x", "<0x0A>", "▁▁▁", "▁return"]
+    pieces, text = streamed(tokenizer, tokenizer.convert_tokens_to_ids(names))
+    assert "".join(pieces) == text == "def f:\n    returnx\n    return"
+
+
+@pytest.mark.parametrize("token", ["<0x0A>", "▁", "</s>", "<0xFF>"])
+def test_a_model_that_says_one_thing_for_ever_costs_no_more(token: str) -> None:
+    tokenizer = TOKENIZERS["like llama 2"]()
+    for before in ([], ["x"]):
+        counting = Counting(tokenizer)
+        ids = tokenizer.convert_tokens_to_ids([*before, *[token] * 500])
+        pieces, text = streamed(counting, ids)
+        assert "".join(pieces) == text == tokenizer.decode(ids, skip_special_tokens=True)
+        assert sum(counting.sizes) <= 500 * (WINDOW + KEPT + 2)
+
+
+def test_seeds_of_torch_are_taken(made: Made) -> None:
+    generate(made("llama"), PROMPT, GenerateConfig(max_new_tokens=1, device="cpu", seed=MAX_SEED, temperature=1.0))

@@ -13,6 +13,7 @@ import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,19 +26,29 @@ FEW, MANY = 4, 24
 #: Weights of one block in bf16.
 BLOCK_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
 
-PROGRAM = """
+HEAD = """
 import ctypes, json, os, re, sys
 NOW, NO_RANDOMIZE = 0xFFFFFFFF, 0x0040000
 personality = ctypes.CDLL(None).personality
 if not personality(NOW) & NO_RANDOMIZE and personality(personality(NOW) | NO_RANDOMIZE) >= 0:
     os.execv(sys.executable, sys.orig_argv)
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+"""
+
+PROGRAM = f"""{HEAD}
 import bigq
 source, out, ids = sys.argv[1:]
 scheme = bigq.QuantScheme(group_size=128)
 config = bigq.JobConfig(scheme=scheme, calibration=ids, samples=8, seqlen=64, device="cpu", quiet=True)
 report = bigq.quantize(source, out, config)
-peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-print(json.dumps({"peak": peak, "told": report.host_peak_bytes, "linears": len(report.linears)}))
+print(json.dumps({{"peak": peak(), "told": report.host_peak_bytes, "linears": len(report.linears)}}))
+"""
+
+CONVERSION = f"""{HEAD}
+from bigq.sched.convert import convert
+done = convert(*sys.argv[1:], "compressed-tensors")
+print(json.dumps({{"peak": peak(), "linears": done.linears, "bytes": done.bytes}}))
 """
 
 IDLE = """
@@ -70,6 +81,11 @@ def random_llama(folder: Path, blocks: int) -> Path:
         names |= {f"{p}_layernorm.weight": (HIDDEN,) for p in ("input", "post_attention")}
         save(f"model-{i:02d}.safetensors", {f"model.layers.{i}.{name}": shape for name, shape in names.items()})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    write_config(folder, blocks)
+    return folder
+
+
+def write_config(folder: Path, blocks: int, **more: Any) -> None:
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -82,8 +98,29 @@ def random_llama(folder: Path, blocks: int) -> Path:
         "num_key_value_heads": HEADS,
         "max_position_embeddings": 128,
         "tie_word_embeddings": False,
+        **more,
     }
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def one_packed_file(folder: Path, blocks: int) -> Path:
+    """A gptq checkpoint of 8 bits, all of it in one file, as others write it."""
+    folder.mkdir()
+    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    ends = {f"{name}.weight": ones.expand(VOCABULARY, HIDDEN).clone() for name in ("model.embed_tokens", "lm_head")}
+    tensors = {**ends, "model.norm.weight": ones}
+    for i in range(blocks):
+        shapes = {f"self_attn.{p}_proj": (HIDDEN, HIDDEN) for p in "qkvo"}
+        shapes |= {"mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN), "mlp.down_proj": (HIDDEN, INNER)}
+        for name, (m, n) in shapes.items():
+            prefix = f"model.layers.{i}.{name}"
+            tensors[f"{prefix}.qweight"] = torch.randint(2**31, (n // 4, m), dtype=torch.int32)
+            tensors[f"{prefix}.qzeros"] = torch.full((1, m // 4), 0x7F7F7F7F, dtype=torch.int32)
+            tensors[f"{prefix}.scales"] = torch.ones(1, m, dtype=torch.float16)
+            tensors[f"{prefix}.g_idx"] = torch.zeros(n, dtype=torch.int32)
+        tensors |= {f"model.layers.{i}.{name}_layernorm.weight": ones.clone() for name in ("input", "post_attention")}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_config(folder, blocks, quantization_config={"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": True})
     return folder
 
 
@@ -116,3 +153,16 @@ def test_peak_follows_the_block_and_not_the_model(peak: Callable[[int, int], int
     idle = child("-c", IDLE)
     assert idle.returncode == 0, idle.stderr
     assert many - int(idle.stdout) < MANY * BLOCK_BYTES * 0.6
+
+
+def test_converting_one_large_file_takes_the_memory_of_a_linear(child: Child, tmp_path: Path) -> None:
+    """20 blocks more, all in the same file, cost less than two of them (a byte for each weight here)."""
+    peaks = []
+    for blocks in (FEW, MANY):
+        source = one_packed_file(tmp_path / str(blocks), blocks)
+        done = child("-c", CONVERSION, source, tmp_path / f"{blocks}-out", env={"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"})
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert result["linears"] == 7 * blocks and result["bytes"] > blocks * BLOCK_BYTES / 2
+        peaks.append(result["peak"])
+    assert abs(peaks[1] - peaks[0]) < BLOCK_BYTES, f"{peaks[0] / 2**20:.1f} MiB for {FEW} blocks, {peaks[1] / 2**20:.1f} MiB for {MANY}"

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bigq.errors import CheckpointError, UsageError
-from bigq.io.formats import FORMATS, PackedLinear, Quantization, Stored, read_schemes
+from bigq.errors import CheckpointError, UnsupportedModelError, UsageError
+from bigq.io.formats import FORMATS, Format, PackedLinear, Quantization, Stored, read_schemes
 from bigq.io.index import read_header
 from bigq.kernels.pack import unpack
 from bigq.scheme import QuantizedWeight, QuantScheme
@@ -223,6 +223,15 @@ def changed(**weights: Any) -> dict[str, Any]:
         changed(group_size=None),
         changed(group_size=7),
         changed(symmetric="yes"),
+        changed(dynamic=True),
+        changed(actorder="by size"),
+        changed(actorder=3),
+        told({"q": QuantScheme()}) | {"quantization_status": "calibration"},
+        told({"q": QuantScheme()}) | {"quantization_status": ["compressed"]},
+        told({"q": QuantScheme()}) | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        told({"q": QuantScheme()}) | {"sparsity_config": "dense"},
+        told({"q": QuantScheme()}) | {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}},
+        told({"q": QuantScheme()}) | {"transform_config": "hadamard"},
     ],
 )
 def test_a_quantization_config_of_nonsense_is_refused(config: dict[str, Any]) -> None:
@@ -231,8 +240,78 @@ def test_a_quantization_config_of_nonsense_is_refused(config: dict[str, Any]) ->
     assert str(caught.value).isprintable()
 
 
-def test_quantized_activations_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("input_activations", {"num_bits": 8}, "activations"),
+        ("output_activations", {"num_bits": 8}, "activations"),
+        ("format", "nvfp4-pack-quantized", "a group's format"),
+    ],
+)
+def test_groups_that_are_more_than_weights_are_refused(key: str, value: Any, said: str) -> None:
     config = told({"q": QuantScheme()})
-    config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
-    with pytest.raises(CheckpointError, match="activations"):
+    config["config_groups"]["group_0"][key] = value
+    with pytest.raises(CheckpointError, match=said):
         read_schemes(Path("config.json"), config)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"quantization_status": "frozen"},
+        {"sparsity_config": {"format": "dense", "targets": []}, "transform_config": {}},
+        {"sparsity_config": {}, "transform_config": {"config_groups": {}}},
+        {"kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+    ],
+)
+def test_what_says_nothing_of_weights_is_let_through(more: dict[str, Any]) -> None:
+    config = told({"q": QuantScheme()}) | more
+    config["config_groups"]["group_0"]["format"] = "pack-quantized"
+    assert read_schemes(Path("config.json"), config).scheme("q") == QuantScheme()
+    del config["quantization_status"]
+    assert read_schemes(Path("config.json"), config).scheme("q") == QuantScheme()
+
+
+NATURAL = torch.arange(N, dtype=torch.int32) // 32
+
+
+@pytest.mark.parametrize("said", [None, False, "static", "weight", "Weight", True, "group", "dynamic", "GROUP"])
+def test_groups_are_in_natural_order_or_refused(said: Any, tmp_path: Path) -> None:
+    format = read_schemes(Path("config.json"), changed(actorder=said)).format
+    assert format.name == "compressed-tensors"
+    tensors = store(random_weight(4, symmetric=True))
+    orders = {
+        "natural": NATURAL,
+        "of int64": NATURAL.long(),
+        "turned round": NATURAL.flip(0),
+        "short": NATURAL[1:],
+        "unset": NATURAL * 0 - 1,
+    }
+    for name, order in {**orders, "none": None}.items():
+        numbers = {} if order is None else {"a.q.weight_g_idx": order.contiguous()}
+        save_file({**tensors, **numbers}, tmp_path / "x.safetensors")
+        header, _ = read_header(tmp_path / "x.safetensors")
+        numbered = said is True or str(said).lower() in ("group", "dynamic")
+        if name in ("natural", "of int64") or (order is None and not numbered):
+            assert format.geometry("a.q", header).groups == 3
+            continue
+        with pytest.raises(UnsupportedModelError, match=r"tensor a\.q\.weight_g_idx .*natural order only; take"):
+            format.geometry("a.q", header)
+
+
+def test_zero_points_are_not_left_out_where_they_matter() -> None:
+    weight = random_weight(4, symmetric=False)
+    with pytest.raises(ValueError, match=r"a\.q: has zero points that are not in the middle"):
+        FORMAT.store("a.q", Stored.of(weight), QuantScheme(group_size=32), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_layouts_are_those_of_what_is_stored(format: Format, bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+    weight = random_weight(bits, symmetric)
+    weight.zeros.clamp_(min=1)
+    stored = format.store("a.q", Stored.of(weight), weight.scheme, dtype)
+    linear = PackedLinear(bits=bits, outputs=M, inputs=N, groups=3)
+    assert list(format.layout("a.q", linear, symmetric, dtype).items()) == [(n, (t.dtype, tuple(t.shape))) for n, t in stored.items()]

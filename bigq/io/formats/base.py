@@ -84,15 +84,20 @@ class Quantization:
 class Format(ABC):
     """How packed Linears lie in safetensors. Instances have no state.
 
-    name: as ``--format`` says. mark: the suffix of the one tensor that only packed Linears have. min_zero: the smallest zero point
-    that can be stored. takes_transposed: whether readers know Linears that are stored transposed (GPT-2's Conv1D). config_file: a file
+    name: as ``--format`` says. mark: the suffix of the one tensor that only packed Linears have. zeros: that of their zero points.
+    symmetric_key: what the config says with whether they are all in the middle. min_zero: the smallest one that can be stored.
+    spare: suffixes of tensors that others put beside those of a packed Linear and that, where ``geometry`` takes them, say nothing more.
+    takes_transposed: whether readers know Linears that are stored transposed (GPT-2's Conv1D). config_file: a file
     beside config.json that holds the quantization config too, if readers look for one. names_linears: whether the config names Linears,
     packed or not, one by one. scales_as_weights: whether scales have the type of the weights that were packed, instead of fp16.
     """
 
     name: ClassVar[str]
     mark: ClassVar[str]
+    zeros: ClassVar[str]
+    symmetric_key: ClassVar[str]
     min_zero: ClassVar[int] = 0
+    spare: ClassVar[tuple[str, ...]] = ()
     takes_transposed: ClassVar[bool] = True
     config_file: ClassVar[str | None] = None
     names_linears: ClassVar[bool] = False
@@ -106,6 +111,12 @@ class Format(ABC):
     def store(self, prefix: str, stored: Stored, scheme: QuantScheme, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors that stand for ``prefix.weight``. dtype: of the weight that they stand for."""
 
+    @abstractmethod
+    def layout(
+        self, prefix: str, linear: PackedLinear, symmetric: bool, dtype: torch.dtype
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtypes and shapes of the tensors that ``store`` gives for such a Linear, in the same order. dtype: as there."""
+
     def pack(self, prefix: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         """``store`` for a weight as it was solved."""
         return self.store(prefix, Stored.of(weight), weight.scheme, dtype)
@@ -116,7 +127,11 @@ class Format(ABC):
 
     @abstractmethod
     def geometry(self, prefix: str, tensors: Mapping[str, TensorInfo]) -> PackedLinear:
-        """What the tensors of a packed Linear say, values aside. Raises CheckpointError where one is missing or does not fit the others."""
+        """What the tensors of a packed Linear say, values aside.
+
+        Raises CheckpointError where one is missing or does not fit the others, UnsupportedModelError where its groups are not in natural
+        order and ``read`` would not see that.
+        """
 
     @abstractmethod
     def look(self, suffix: str, linear: PackedLinear, piece: Tensor, start: int) -> tuple[str | None, tuple[int, int] | None]:

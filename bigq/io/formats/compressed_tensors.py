@@ -6,6 +6,7 @@ For a Linear X with K inputs, N outputs, G groups and b bits:
     X.weight_scale        [N, G]                   of the weight's own dtype
     X.weight_shape        int64 [2]                N, K
     X.weight_zero_point   int32 [⌈N·b/32⌉, G]      zero points packed along N; only where they are not all in the middle
+    X.weight_g_idx        int32 [K]                never written; read where it says what goes without saying: natural order
 
 Codes of 3 bits are packed as one stream of bits, which readers know from version 0.18 on.
 """
@@ -16,13 +17,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from bigq.errors import CheckpointError, UsageError
-from bigq.io.formats.base import Format, PackedLinear, Quantization, Stored, require_tensor
+from bigq.errors import CheckpointError, UnsupportedModelError, UsageError
+from bigq.io.formats.base import Format, PackedLinear, Quantization, Stored, natural_groups, require_tensor
 from bigq.io.formats.gptq import look_at_scales
 from bigq.io.index import TensorInfo
 from bigq.io.json_file import plain, shown
@@ -34,6 +35,10 @@ from bigq.scheme import BITS, QuantScheme, Rule
 MAX_NAMES = 1_000_000
 #: Those of them that are patterns: each may have to be tried on every Linear.
 MAX_PATTERNS = 1000
+#: What ``actorder`` may say, and whether only tensors tell the order of groups then.
+_ORDERS: Mapping[str, bool] = {"static": False, "weight": False, "group": True, "dynamic": True}
+#: What ``quantization_status`` may say of packed tensors. Older writers called them frozen.
+_STATUSES = (None, "compressed", "frozen")
 
 
 class CompressedTensors(Format):
@@ -45,9 +50,14 @@ class CompressedTensors(Format):
 
     name = "compressed-tensors"
     mark = "weight_packed"
+    zeros = "weight_zero_point"
+    symmetric_key = "symmetric"
+    spare = ("weight_g_idx",)
     takes_transposed = False
     names_linears = True
     scales_as_weights = True
+    #: Whether groups are in natural order only where a tensor says so.
+    numbered: ClassVar[bool] = False
 
     def suffixes(self, symmetric: bool) -> tuple[str, ...]:
         always = ("weight_packed", "weight_scale", "weight_shape")
@@ -55,6 +65,8 @@ class CompressedTensors(Format):
 
     def store(self, prefix: str, stored: Stored, scheme: QuantScheme, dtype: torch.dtype) -> dict[str, Tensor]:
         words, scales, zeros = stored
+        if scheme.symmetric and bool((zeros != 2 ** (scheme.bits - 1)).any()):
+            raise ValueError(f"{prefix}: has zero points that are not in the middle, so its scheme is not symmetric")
         exact = scales.to(dtype)
         if not torch.equal(exact.to(scales.dtype), scales):
             raise UsageError(
@@ -69,6 +81,17 @@ class CompressedTensors(Format):
         if not scheme.symmetric:
             tensors[f"{prefix}.weight_zero_point"] = pack(zeros, scheme.bits)
         return tensors
+
+    def layout(
+        self, prefix: str, linear: PackedLinear, symmetric: bool, dtype: torch.dtype
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        m, n, groups, bits = linear.outputs, linear.inputs, linear.groups, linear.bits
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            f"{prefix}.weight_packed": (torch.int32, (m, n * bits // 32)),
+            f"{prefix}.weight_scale": (dtype, (m, groups)),
+            f"{prefix}.weight_shape": (torch.int64, (2,)),
+        }
+        return tensors if symmetric else {**tensors, f"{prefix}.weight_zero_point": (torch.int32, (m * bits // 32, groups))}
 
     def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> Stored:
         bits = scheme.bits
@@ -106,7 +129,20 @@ class CompressedTensors(Format):
             raise wrong
         if zeros is not None and zeros.shape[0] * 32 != m * bits:
             raise wrong
+        self._require_natural(prefix, tensors, n, groups)
         return PackedLinear(bits=bits, outputs=m, inputs=n, groups=groups)
+
+    def _require_natural(self, prefix: str, tensors: Mapping[str, TensorInfo], n: int, groups: int) -> None:
+        """Raise UnsupportedModelError where n inputs are not known to be in groups one after the other."""
+        name = f"{prefix}.weight_g_idx"
+        remedy = "bigq reads natural order only; take a checkpoint made with actorder static or without"
+        if name in tensors:
+            order = tensors[name]
+            fits = order.shape == (n,) and order.dtype in (torch.int32, torch.int64)
+            if not fits or not torch.equal(read_tensor(order).to(torch.int32), natural_groups(n, groups)):
+                raise UnsupportedModelError(f"tensor {name} does not number the groups in natural order; {remedy}")
+        elif self.numbered:
+            raise UnsupportedModelError(f"tensor {name} is missing, although actorder says that groups are numbered; {remedy}")
 
     def together(self, suffix: str, info: TensorInfo) -> int:
         # Three rows of words hold whole 3-bit codes; for other widths any number of rows will do.
@@ -136,6 +172,12 @@ class CompressedTensors(Format):
             "ignore": sorted(told.others),
             "kv_cache_scheme": None,
         }
+
+
+class NumberedCompressedTensors(CompressedTensors):
+    """As a config describes it whose actorder is "group": each Linear's weight_g_idx says which inputs are in which group."""
+
+    numbered = True
 
 
 def _kind(scheme: QuantScheme) -> tuple[int, int, bool]:
@@ -178,6 +220,9 @@ class CompressedTensorsSchemes:
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups or len(groups) > MAX_PATTERNS:
             raise _bad(path, f"config_groups {shown(groups)} is not an object of 1 to {MAX_PATTERNS} groups")
+        _require_plain(path, config)
+        if any(_numbered(path, group) for group in groups.values()):
+            format = NumberedCompressedTensors()
         return cls(
             path,
             tuple(
@@ -228,12 +273,40 @@ def _get(group: Any, key: str) -> Any:
     return group.get(key) if isinstance(group, dict) else None
 
 
+def _require_plain(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where the config says that weights are more than codes, scales and zero points.
+
+    ``kv_cache_scheme`` is about the cache and says nothing of weights.
+    """
+    status, sparsity, transform = (config.get(key) for key in ("quantization_status", "sparsity_config", "transform_config"))
+    if status not in _STATUSES:
+        raise _bad(path, f"quantization_status {shown(status)} is not compressed, so its tensors may not be what they are called")
+    if sparsity and _get(sparsity, "format") != "dense":
+        raise _bad(path, f"sparsity_config {shown(sparsity)} is not dense, which bigq does not read")
+    if transform and (not isinstance(transform, dict) or any(transform.values())):
+        raise _bad(path, "transform_config says that weights are transformed, which bigq does not read")
+
+
+def _numbered(path: Path, group: Any) -> bool:
+    """Whether only tensors tell the order of groups."""
+    order = _get(_get(group, "weights"), "actorder")
+    if order is None or isinstance(order, bool):
+        return bool(order)
+    if not isinstance(order, str) or order.lower() not in _ORDERS:
+        raise _bad(path, f"actorder {shown(order)} is not one that bigq knows")
+    return _ORDERS[order.lower()]
+
+
 def _scheme(path: Path, group: Any) -> QuantScheme:
     weights = _get(group, "weights")
     bits, size, symmetric, strategy = (_get(weights, key) for key in ("num_bits", "group_size", "symmetric", "strategy"))
     if _get(weights, "type") != "int" or strategy not in ("group", "channel") or type(bits) is not int or type(symmetric) is not bool:
         raise _bad(path, f"weights {shown(weights)} are none that bigq reads (integers by group or channel)")
-    if _get(group, "input_activations") is not None:
+    if _get(weights, "dynamic"):
+        raise _bad(path, f"weights {shown(weights)} are dynamic, which bigq does not read")
+    if _get(group, "format") not in (None, "pack-quantized"):
+        raise _bad(path, f"a group's format is {shown(_get(group, 'format'))}; of compressed-tensors bigq reads pack-quantized")
+    if _get(group, "input_activations") is not None or _get(group, "output_activations") is not None:
         raise _bad(path, "has activations quantized, which bigq does not read")
     if strategy == "group" and type(size) is not int:
         raise _bad(path, f"group_size is {shown(size)}")

@@ -29,6 +29,8 @@ class Gptq(Format):
 
     name = "gptq"
     mark = "qweight"
+    zeros = "qzeros"
+    symmetric_key = "sym"
     min_zero = 1
     config_file = "quantize_config.json"
     #: What is added to a zero point where it is stored.
@@ -44,12 +46,25 @@ class Gptq(Format):
         n, groups = words.shape[0] * 32 // scheme.bits, scales.shape[1]
         half = scales.to(torch.float16)
         if not torch.equal(half.to(scales.dtype), scales):
-            raise UsageError(f"{prefix}: its scales do not fit fp16 exactly, which is what {self.name} has")
+            raise UsageError(
+                f"{prefix}: its scales do not fit fp16 exactly, which is what {self.name} has; leave it in a format whose scales are wider"
+            )
         return {
             f"{prefix}.qweight": words.contiguous(),
             f"{prefix}.qzeros": pack(zeros + self.shift, scheme.bits).T.contiguous(),
             f"{prefix}.scales": half.T.contiguous(),
             f"{prefix}.g_idx": natural_groups(n, groups, words.device),
+        }
+
+    def layout(
+        self, prefix: str, linear: PackedLinear, symmetric: bool, dtype: torch.dtype
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        m, n, groups, bits = linear.outputs, linear.inputs, linear.groups, linear.bits
+        return {
+            f"{prefix}.qweight": (torch.int32, (n * bits // 32, m)),
+            f"{prefix}.qzeros": (torch.int32, (groups, m * bits // 32)),
+            f"{prefix}.scales": (torch.float16, (groups, m)),
+            f"{prefix}.g_idx": (torch.int32, (n,)),
         }
 
     def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> Stored:
