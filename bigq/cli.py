@@ -146,7 +146,9 @@ def _add_job(p: argparse.ArgumentParser) -> None:
     _option(how, "--act-order", action=switch, default=False, help="quantize columns by decreasing Hessian diagonal, groups as they are")
     _option(how, "--damping", type=float, default=0.01, help="fraction of the mean Hessian diagonal added to it")
     _option(how, "--mse", action=switch, default=False, help="grid search for the scales with the least rounding error")
-    _option(how, "--mse-power", type=float, default=4.0, help="the power of errors in that search; other programs mostly have 2.4")
+    _option(
+        how, "--mse-power", type=float, metavar="P", help="the power of errors in that search; 4 for 2 and 3 bits, else 2.4, if not given"
+    )
     methods = "gptaq makes up for what the Linears before do to the inputs; rtn: plain rounding to nearest, no calibration"
     _option(how, "--method", choices=("gptq", "gptaq", "rtn"), default="gptq", help=methods)
     _option(how, "--alpha", type=float, default=0.5, help="how much of that gptaq makes up for: 0 nothing, 1 all")

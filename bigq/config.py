@@ -167,7 +167,9 @@ def _kinds_of(default: Any) -> _Kinds:
     return (int, type(None)) if default is None else (type(default),)
 
 
-_SCHEME_KINDS: Mapping[str, _Kinds] = {f.name: _kinds_of(f.default) for f in dataclasses.fields(QuantScheme)}
+_SCHEME_KINDS: Mapping[str, _Kinds] = {f.name: _kinds_of(f.default) for f in dataclasses.fields(QuantScheme)} | {
+    "mse_power": (float, type(None))
+}
 
 
 def _kinds(default: JobConfig) -> dict[str, _Kinds]:

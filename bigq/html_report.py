@@ -311,8 +311,6 @@ def _memory(history: History) -> Iterator[Markup]:
     if history.gguf_bytes is not None:
         shards = show_size(history.output_bytes - history.gguf_bytes)
         pairs.append(("of that", f"model.gguf {show_size(history.gguf_bytes)}, shards {shards}: the model twice"))
-    elif history.finished and history.config is not None and history.config.format == "gguf":
-        pairs.append(("model.gguf", "is not there, or not as it was written; the command that made the folder makes it again"))
     if history.linear_bits is not None:
         pairs.append(
             ("quantized Linears", f"{history.linear_bits:.3f} bits per weight: codes, scales and all that the format stores beside them")

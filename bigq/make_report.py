@@ -11,7 +11,6 @@ from bigq.html_report import Pictures, render
 from bigq.io.atomic import write_bytes
 from bigq.model_card import model_card, source_readme
 from bigq.sched.card import put_card
-from bigq.sched.finish import GGUF_NAME
 from bigq.sched.history import History, read_history
 from bigq.terminal import tell
 
@@ -79,7 +78,5 @@ def write_model_card(out: Path) -> Path:
     history = read_history(out)
     if not history.finished:
         raise UsageError(f"{out}: the job is not finished ({history.state}), so there is nothing to publish; finish it first")
-    if history.config is not None and history.config.format == "gguf" and history.gguf_bytes is None:
-        raise UsageError(f"{out}: {GGUF_NAME} is not there, or not as it was written; run the command that made the folder again")
     card = model_card(history, source_readme(out, history))
     return put_card(out, card.encode("utf-8", "replace"), tell)

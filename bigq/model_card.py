@@ -21,8 +21,9 @@ from bigq.errors import CheckpointError
 from bigq.io.json_file import open_regular
 from bigq.markdown import block, code, plain, table
 from bigq.sched.evaluations import Judged, newest
-from bigq.sched.finish import CARD_MARK, CARD_NAME, GGUF_NAME
+from bigq.sched.finish import CARD_MARK, CARD_NAME
 from bigq.sched.history import History
+from bigq.sched.manifest import GGUF_NAME
 from bigq.sched.request import NAMED_TEXTS
 from bigq.sizes import show_size
 

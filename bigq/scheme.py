@@ -19,6 +19,10 @@ from bigq.kernels.grid import FEWEST_SCALE_BITS, MSE_POWER, SCALE_BITS, GridSpec
 
 BITS = (2, 3, 4, 8)
 
+#: With so few bits the grid search sums errors to this power. The usual 2.4 cuts off much of the largest weights, and what the errors
+#: before them add comes on top: at 2 bits the shipped model is worse for such a search than for none (docs/quality.md).
+FEW_BITS, FEW_BITS_POWER = 3, 4.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantScheme:
@@ -34,7 +38,8 @@ class QuantScheme:
         ("static groups"), so nothing changes for whoever reads the result.
     damping: fraction of the Hessian's mean diagonal that is added to its diagonal.
     mse: shrink each group's range where that lowers its rounding error (a grid search).
-    mse_power: the search's errors are summed to this power. Little is cut off the largest weights with a high one.
+    mse_power: the search's errors are summed to this power. Little is cut off the largest weights with a high one. None: 4 for 2 and
+        3 bits, else 2.4, as others have it; in rounding to nearest, which has no error feedback, always 2.4.
     min_zero: smallest zero point allowed. The ``gptq`` v1 format stores zero − 1 and needs 1.
     scale_bits: significant bits of a scale, 7 to 11. fp16 has 11; scales of 8 are whole in bf16 too, and those of 7 are fp16 numbers still
         when they are multiplied by a zero point of 4 bits. None: 11; in a job 8 where the checkpoint is bf16, since readers convert
@@ -47,7 +52,7 @@ class QuantScheme:
     act_order: bool = False
     damping: float = 0.01
     mse: bool = False
-    mse_power: float = MSE_POWER
+    mse_power: float | None = None
     min_zero: int = 0
     scale_bits: int | None = None
 
@@ -58,7 +63,7 @@ class QuantScheme:
             raise UsageError(f"group_size={self.group_size}: must be -1 or a positive multiple of 8")
         if not 0 < self.damping < 1:
             raise UsageError(f"damping={self.damping}: must lie between 0 and 1")
-        if not 1 <= self.mse_power <= 10:
+        if self.mse_power is not None and not 1 <= self.mse_power <= 10:
             raise UsageError(f"mse_power={self.mse_power}: must lie between 1 and 10")
         if self.scale_bits is not None and not FEWEST_SCALE_BITS <= self.scale_bits <= SCALE_BITS:
             raise UsageError(f"scale_bits={self.scale_bits}: must lie between {FEWEST_SCALE_BITS} and {SCALE_BITS}, all that fp16 has")
@@ -71,7 +76,7 @@ class QuantScheme:
             symmetric=self.symmetric,
             min_zero=self.min_zero,
             mse=self.mse,
-            mse_power=self.mse_power,
+            mse_power=self.mse_power or (FEW_BITS_POWER if self.bits <= FEW_BITS else MSE_POWER),
             scale_bits=self.scale_bits or SCALE_BITS,
         )
 

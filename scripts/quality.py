@@ -106,14 +106,14 @@ def llmc(s: Setting) -> dict[str, Any]:
 METHODS = (
     Method(name="bigq rtn", tool="bigq", settings=rtn()),
     Method(name="bigq rtn, mse", tool="bigq", settings=rtn({"mse": True})),
-    Method(name="bigq rtn, mse 2.4", tool="bigq", settings=rtn({"mse": True, "mse_power": 2.4})),
+    Method(name="bigq rtn, mse 4", tool="bigq", settings=rtn({"mse": True, "mse_power": 4.0})),
     Method(name="bigq gptq", tool="bigq", settings=bigq(method="gptq")),
     Method(name="bigq gptq, per block", tool="bigq", settings=bigq(method="gptq", true_sequential=False)),
     Method(name="bigq gptaq", tool="bigq", settings=bigq(method="gptaq")),
     Method(name="bigq gptq, mse", tool="bigq", settings=bigq({"mse": True}, method="gptq")),
     *(
         Method(name=f"bigq gptq, mse {power:g}", tool="bigq", settings=bigq({"mse": True, "mse_power": power}, method="gptq"))
-        for power in (2.4, 6.0)
+        for power in (2.4, 4.0, 6.0)
     ),
     Method(name="bigq gptaq, mse", tool="bigq", settings=bigq({"mse": True}, method="gptaq")),
     Method(name="GPTQModel", tool="gptqmodel", settings=gptqmodel(), twin="bigq gptq"),

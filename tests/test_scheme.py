@@ -94,6 +94,12 @@ def test_every_override_reaches_its_field(key: str, value: float, field: str) ->
     assert scheme == dataclasses.replace(QuantScheme(min_zero=1), **{field: value})  # type: ignore[arg-type]
 
 
+def test_the_power_of_the_search_follows_the_bits() -> None:
+    assert [QuantScheme(bits=bits, mse=True).grid.mse_power for bits in (2, 3, 4, 8)] == [4.0, 4.0, 2.4, 2.4]
+    assert QuantScheme(bits=4, mse_power=3).grid.mse_power == QuantScheme(bits=2, mse_power=3).grid.mse_power == 3
+    assert scheme_for("q", QuantScheme(), (Rule("q", {"bits": 2}),)).grid.mse_power == 4.0  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("power", [0.0, 0.9, -2.4, 11.0, float("nan"), float("inf")])
 def test_other_powers_are_refused(power: float) -> None:
     with pytest.raises(UsageError, match=r"mse_power=.*: must lie between 1 and 10"):

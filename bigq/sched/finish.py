@@ -26,6 +26,7 @@ from bigq.kernels.dequantize import dequantize_packed
 from bigq.sched.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, STATE_FOLDER, Commit, Journal
 from bigq.sched.manifest import GGUF_NAME, MANIFEST_NAME
 from bigq.scheme import QuantScheme, scheme_for
+from bigq.solver.rtn import plain_grid
 
 #: A model card is a text for people, who may go on writing it: of one that bigq wrote, which says so, the manifest does not speak.
 CARD_NAME, CARD_MARK = "README.md", "<!-- model card written by bigq -->"
@@ -78,7 +79,7 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Se
         "quantizer": [f"bigq:{bigq.__version__}"],
         "method": config.method,
         "true_sequential": config.true_sequential,
-        "mse": config.scheme.mse_power if config.scheme.mse else 0.0,
+        "mse": _search_power(config),
     }
     told = quantization_of(journal.commits, config, linears, meta)
     quantization = config.made.config(told)
@@ -102,6 +103,13 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Se
             (out / "config.json").unlink(missing_ok=True)
         raise
     faults.point("finish.config")
+
+
+def _search_power(config: JobConfig) -> float:
+    """Of the errors in the search for scales; 0 where there is none."""
+    if not config.scheme.mse:
+        return 0.0
+    return plain_grid(config.scheme).mse_power if config.method == "rtn" else config.scheme.grid.mse_power
 
 
 def quantization_of(commits: Iterable[Commit], config: JobConfig, linears: Sequence[str], meta: Mapping[str, Any]) -> Quantization:

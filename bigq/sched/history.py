@@ -18,8 +18,8 @@ from bigq.errors import BigqError
 from bigq.io.sealed import sound_lines, unseal
 from bigq.sched.doubted import MAX_ITEMS, count, durations, items, mapping, number, text
 from bigq.sched.evaluations import Judged, judged, read_evaluations
-from bigq.sched.finish import GGUF_NAME, has_gguf
 from bigq.sched.journal import RUNS_NAME, STATE_FOLDER, Commit, read_commits, read_job
+from bigq.sched.manifest import GGUF_NAME, has_gguf
 from bigq.sched.status import status
 from bigq.scheme import QuantScheme, scheme_for
 
@@ -236,7 +236,7 @@ def _structure(blocks: Any) -> tuple[str, list[tuple[str, ...]]]:
 def _gguf_bytes(out: Path) -> int | None:
     """Size of the GGUF file that belongs to a finished folder; None where there is none."""
     with contextlib.suppress(BigqError, OSError):  # a manifest that is damaged, or a file that went meanwhile
-        return (out / GGUF_NAME).stat().st_size if has_gguf(out) else None
+        return (out / GGUF_NAME).stat().st_size if has_gguf(out, by_size=True) else None
     return None
 
 

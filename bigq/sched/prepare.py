@@ -54,23 +54,25 @@ def rows_for(pager: Pager, config: JobConfig) -> Tensor | None:
 
 
 def settled_scheme(model: Described, config: JobConfig) -> QuantScheme:
-    """The scheme of a job, significant bits of scales and all. Raises UsageError where the format's readers have fewer of those."""
-    prefix = model.blocks_path + "."
+    """The scheme of a job, with what it leaves open settled. Raises UsageError where its scales would not fit the format."""
+    return dataclasses.replace(config.scheme, scale_bits=_scale_bits(model, config))
+
+
+def _scale_bits(model: Described, config: JobConfig) -> int:
+    prefix, asked = model.blocks_path + ".", config.scheme.scale_bits
     types = {info.dtype for name, info in model.sources.items() if name.startswith(prefix) and name.endswith(".weight")}
     if config.lm_head and (head := model.sources.get(f"{model.head_name}.weight")) is not None:
         types.add(head.dtype)
     of_type = 8 if torch.bfloat16 in types else SCALE_BITS
-    if config.scheme.scale_bits is not None:
-        if config.scheme.scale_bits > of_type and config.made.scales_as_weights:
+    if asked is not None:
+        if asked > of_type and config.made.scales_as_weights:
             raise UsageError(
-                f"--scale-bits {config.scheme.scale_bits}: {model.folder} is bf16, and so are the scales of --format {config.format}, "
-                f"which hold {of_type} significant bits; use --scale-bits {of_type}, or leave it out"
+                f"--scale-bits {asked}: {model.folder} is bf16, and so are the scales of --format {config.format}, which hold {of_type} "
+                f"significant bits; use --scale-bits {of_type}, or leave it out"
             )
-        return config.scheme
+        return asked
     asymmetric = not config.scheme.symmetric or any((rule.overrides or {}).get("sym") is False for rule in config.rules)
-    if config.format == "gguf" and asymmetric:
-        return dataclasses.replace(config.scheme, scale_bits=FEWEST_SCALE_BITS)  # so that minimums are fp16 numbers
-    return dataclasses.replace(config.scheme, scale_bits=of_type)
+    return FEWEST_SCALE_BITS if config.format == "gguf" and asymmetric else of_type  # so that minimums are fp16 numbers
 
 
 def rest_shards(pager: Pager, head: Head | None = None) -> list[list[TensorInfo]]:

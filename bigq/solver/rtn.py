@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from bigq.errors import NumericsError
 from bigq.kernels.finite import finite
-from bigq.kernels.grid import find_grid
+from bigq.kernels.grid import MSE_POWER, GridSpec, find_grid
 from bigq.scheme import QuantizedWeight, QuantScheme
 from bigq.solver.storable import require_storable
+
+
+def plain_grid(scheme: QuantScheme) -> GridSpec:
+    """What a group's grid may be where no errors are spread, so that a search need not leave room for them."""
+    return dataclasses.replace(scheme.grid, mse_power=scheme.mse_power or MSE_POWER)
 
 
 def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "the Linear") -> QuantizedWeight:
@@ -22,7 +29,7 @@ def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "the Linea
     m, n = weight.shape
     width = scheme.group_width(n)
     groups = weight.float().reshape(m, n // width, width).permute(2, 0, 1)
-    scale, zero = find_grid(groups, scheme.grid)
+    scale, zero = find_grid(groups, plain_grid(scheme))
     require_storable(scale, name)
     steps = torch.clamp(torch.round(groups / scale), -zero, scheme.grid.max_code - zero)
     codes = (steps + zero).to(torch.uint8).permute(1, 2, 0).reshape(m, n)

@@ -62,7 +62,7 @@ def test_bigq_s_settings_are_those_of_a_job(method: quality.Method) -> None:
     assert settings is not None
     scheme = bigq.QuantScheme(**settings.pop("scheme"))
     assert (scheme.bits, scheme.group_size, scheme.symmetric, scheme.mse) == (3, 32, True, ", mse" in method.name)
-    assert scheme.mse_power == float(method.name.partition(", mse ")[2] or 4)
+    assert scheme.mse_power == (float(power) if (power := method.name.partition(", mse ")[2]) else None)
     config = bigq.JobConfig(scheme=scheme, **settings)
     assert config.method in method.name and config.true_sequential != method.name.endswith("per block")
 

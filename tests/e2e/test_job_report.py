@@ -337,9 +337,9 @@ def test_a_job_of_gguf_counts_both_files(source: Path, ids_file: Path, tmp_path:
     assert front_matter_tags(write_model_card(out)) == ["gguf", "gptq", "4-bit", "bigq"] and verify(out) == []
     (out / "model.gguf").unlink()
     card = (out / "README.md").read_bytes()
-    assert main(["report", str(out), "--model-card"]) == 2 and "model.gguf is not there" in capsys.readouterr().err
+    assert main(["report", str(out), "--model-card"]) == 2 and "the job is not finished (failed)" in capsys.readouterr().err
     assert (out / "README.md").read_bytes() == card
-    assert "the command that made the folder makes it again" in write_report(out).read_text(encoding="utf-8")
+    assert "model.gguf: is missing although the job had finished" in Page(write_report(out).read_text(encoding="utf-8")).text
 
 
 def front_matter_tags(card: Path) -> list[str]:

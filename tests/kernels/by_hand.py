@@ -31,7 +31,7 @@ def range_grid(low: float, high: float, bits: int, symmetric: bool, min_zero: in
     return scale, zero
 
 
-def rounding_error(group: np.ndarray, scale: float, zero: int, bits: int, power: float = 4.0) -> float:
+def rounding_error(group: np.ndarray, scale: float, zero: int, bits: int, power: float = 2.4) -> float:
     codes = np.clip(np.rint(group / scale) + zero, 0, 2**bits - 1)
     return float((np.abs(group - (codes - zero) * scale) ** power).sum())
 

@@ -55,7 +55,12 @@ def textbook_grid(w: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     grids = [textbook_range_grid((1 - i / 100) * low, (1 - i / 100) * high, scheme) for i in steps]
     errors = torch.stack(
         [
-            (((w / s[:, None]).round() + z[:, None]).clamp(0, top) - z[:, None]).mul(s[:, None]).sub(w).abs().pow(scheme.mse_power).sum(1)
+            (((w / s[:, None]).round() + z[:, None]).clamp(0, top) - z[:, None])
+            .mul(s[:, None])
+            .sub(w)
+            .abs()
+            .pow(scheme.grid.mse_power)
+            .sum(1)
             for s, z in grids
         ]
     )
