@@ -14,6 +14,8 @@ from bigq.io.json_file import plain
 from bigq.scheme import QuantScheme, Rule
 
 METHODS = ("gptq", "gptaq", "rtn")
+#: Of seeds, as torch takes them.
+MAX_SEED = 2**64 - 1
 #: Of packed shards, and "gguf": shards in gptq_v2, which a job goes on from and transformers reads, and a GGUF file made of them.
 JOB_FORMATS = (*FORMATS, "gguf")
 DEFAULT_SEQLEN = 2048
@@ -113,6 +115,8 @@ class JobConfig:
         for name, number in (("--samples", self.samples), ("--batch", self.batch), ("--seqlen", self.seqlen)):
             if number is not None and number < 1:
                 raise UsageError(f"{name} {number}: must be at least 1")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UsageError(f"--seed {self.seed}: must be from 0 to {MAX_SEED}")
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"--alpha {self.alpha:g}: must be between 0 and 1")
         if self.read_ahead is not None and self.read_ahead < 0:

@@ -66,6 +66,8 @@ def test_a_missing_field_is_named(name: str) -> None:
         ({"samples": 8.0}, "settings.samples cannot be 8.0"),
         ({"samples": True}, "settings.samples cannot be True"),
         ({"samples": 0}, "--samples 0"),
+        ({"seed": 2**64}, "--seed 18446744073709551616"),
+        ({"seed": -1}, "--seed -1"),
         ({"samples": None}, "settings.samples cannot be None"),
         ({"seqlen": "x"}, "settings.seqlen cannot be 'x'"),
         ({"batch": False}, "settings.batch cannot be False"),
@@ -102,6 +104,9 @@ def test_wrong_values_are_named(change: dict[str, Any], says: str) -> None:
         ("damping", "0.01"),
         ("damping", float("nan")),
         ("damping", float("inf")),
+        ("mse_power", "4"),
+        ("mse_power", True),
+        ("mse_power", 0.5),
     ],
 )
 def test_wrong_values_of_the_scheme_are_named(name: str, value: Any) -> None:

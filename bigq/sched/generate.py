@@ -16,6 +16,7 @@ import torch
 
 from bigq import skeleton
 from bigq.calibration import load_tokenizer
+from bigq.config import MAX_SEED
 from bigq.errors import CalibrationError, CheckpointError, ResourceError, UsageError
 from bigq.io.hub import resolve_model
 from bigq.io.json_file import plain, read_json_object
@@ -25,9 +26,6 @@ from bigq.sched.pager import Pager
 from bigq.sched.streamer import Streamer
 from bigq.sched.whole import load_whole, stored_bytes
 from bigq.sizes import show_size
-
-#: Of seeds, as torch takes them.
-MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
