@@ -24,8 +24,10 @@ ROOT = Path(bigq.__file__).resolve().parent.parent
 #: A C function of minutes that lets other threads run and looks for no signals, as a factorization is.
 BUSY = "hashlib.pbkdf2_hmac('sha256', b'x', b'y', 2**30)"
 IDLE = "time.sleep(60)"
+#: A shell that runs tests in the background may have them ignore SIGHUP, which children inherit.
 PROGRAM = """
-import hashlib, sys, time
+import hashlib, signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from bigq.errors import BigqError
 from bigq.sched.stop import Stop
 stop = Stop({grace})
