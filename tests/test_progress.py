@@ -480,3 +480,16 @@ def test_calls_of_a_display_come_one_at_a_time() -> None:
         for speaker in speakers:
             speaker.join()
     assert most == 1
+
+
+def test_behind_the_last_block_there_is_no_block_and_no_guess() -> None:
+    """The output head, or a GGUF file."""
+    with Progress(1, torch.device("cpu"), quiet=True) as progress:
+        progress.start(0)
+        progress.phase("solve", 0)
+        assert progress.moment().block == 1
+        progress.block_done(0, 1.0, None)
+        assert progress.moment().eta == 0
+        progress.phase("output head")
+        now = progress.moment()
+        assert (now.block, now.phase, now.eta) == (None, "output head", None) and "eta_seconds" not in progress.facts()

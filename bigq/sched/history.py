@@ -7,14 +7,18 @@ here is of the right type, within bounds, and its texts are one printable line e
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bigq.config import JobConfig
 from bigq.errors import BigqError
+from bigq.io.formats import PackedLinear
 from bigq.io.sealed import sound_lines, unseal
 from bigq.sched.doubted import MAX_ITEMS, count, durations, items, mapping, number, text
 from bigq.sched.evaluations import Judged, judged, read_evaluations
@@ -288,10 +292,13 @@ def _linear(
     if None in sizes or type(group_size) is not int or error is None or damping is None or not name:
         return None
     outputs, inputs, bits = (value or 0 for value in sizes)
-    groups = outputs * (1 if group_size == -1 else inputs // max(group_size, 1))
-    stored = outputs * inputs * bits + groups * (16 + bits) + 32 * inputs  # scales in fp16, zero points, g_idx
-    if config is not None and config.made.name == "compressed-tensors":  # scales in the source's type, weight_shape
-        stored = outputs * inputs * bits + groups * (float_bits + (0 if scheme is None or scheme.symmetric else bits)) + 128
+    stored = None
+    if config is not None and scheme is not None:
+        groups = 1 if group_size == -1 else inputs // max(group_size, 1)
+        packed = PackedLinear(bits=bits, outputs=outputs, inputs=inputs, groups=groups)
+        dtype = torch.float32 if float_bits == 32 else torch.float16
+        tensors = config.made.layout(name, packed, scheme.symmetric, dtype).values()
+        stored = sum(8 * dtype.itemsize * math.prod(shape) for dtype, shape in tensors)
     return LinearResult(
         block=block,
         name=name,
@@ -302,7 +309,7 @@ def _linear(
         error=error,
         damping=damping,
         asked=None if scheme is None or config is None or config.method == "rtn" else scheme.damping,
-        stored_bits=None if scheme is None else stored,
+        stored_bits=stored,
     )
 
 

@@ -16,7 +16,7 @@ from bigq.errors import UsageError
 from bigq.io.index import TensorInfo
 from bigq.kernels.grid import FEWEST_SCALE_BITS, SCALE_BITS
 from bigq.sched.described import Described
-from bigq.sched.head import Head
+from bigq.sched.head import Head, head_scheme
 from bigq.sched.pager import Pager
 from bigq.sched.structure import SMALLEST
 from bigq.scheme import QuantScheme, scheme_for
@@ -102,7 +102,7 @@ def check_shapes(model: Described, config: JobConfig) -> None:
             if scheme is not None and min(m, n) >= SMALLEST:
                 config.made.require(full, m, n, scheme, transposed=skeleton.stored_transposed(module))
                 quantized = True
-    if not quantized and not config.lm_head:
+    if not quantized and head_scheme(model, config) is None:
         raise UsageError("--skip: no Linear is left that would be quantized; give narrower patterns")
 
 

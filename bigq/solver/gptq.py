@@ -59,7 +59,8 @@ def grids_of_originals(scheme: QuantScheme, n: int) -> bool:
     """Whether the grids of a Linear of n inputs are found before any error is spread.
 
     A search for the best grid wants the weights as they will be rounded, even with few bits: it cuts off too much of those that errors
-    have yet to widen. At 2 bits in groups of 32 it gives KL 0.044 so, 0.069 with those of the original weights.
+    have yet to widen. At 2 bits in groups of 32, with the power 2.4, it gives KL 0.044 so, 0.069 with those of the
+    original weights.
     """
     return scheme.act_order or scheme.group_width(n) == n or (scheme.bits <= STATIC_BITS and not scheme.mse)
 
