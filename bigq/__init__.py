@@ -12,22 +12,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from bigq.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from bigq.config import JobConfig as JobConfig
     from bigq.errors import BigqError as BigqError
-    from bigq.report import Report as Report
-    from bigq.sched.evaluate import EvalConfig as EvalConfig
-    from bigq.sched.evaluate import Evaluation as Evaluation
-    from bigq.sched.evaluate import evaluate as evaluate
-    from bigq.sched.generate import GenerateConfig as GenerateConfig
-    from bigq.sched.generate import Generated as Generated
-    from bigq.sched.generate import generate as generate
-    from bigq.sched.planner import Plan as Plan
-    from bigq.sched.planning import plan as plan
+    from bigq.infer.evaluate import EvalConfig as EvalConfig
+    from bigq.infer.evaluate import Evaluation as Evaluation
+    from bigq.infer.evaluate import evaluate as evaluate
+    from bigq.infer.generate import GenerateConfig as GenerateConfig
+    from bigq.infer.generate import Generated as Generated
+    from bigq.infer.generate import generate as generate
+    from bigq.infer.load import load_model as load_model
+    from bigq.progress.records import Report as Report
+    from bigq.sched.plan.inputs import plan as plan
+    from bigq.sched.plan.planner import Plan as Plan
     from bigq.sched.run import quantize as quantize
-    from bigq.sched.whole import load_model as load_model
     from bigq.scheme import QuantizedWeight as QuantizedWeight
     from bigq.scheme import QuantScheme as QuantScheme
     from bigq.scheme import Rule as Rule
@@ -36,20 +36,20 @@ if TYPE_CHECKING:
 #: Where each public name lives. They are imported when first asked for: torch alone takes seconds.
 _HOMES = {
     "BigqError": "bigq.errors",
-    "EvalConfig": "bigq.sched.evaluate",
-    "Evaluation": "bigq.sched.evaluate",
-    "GenerateConfig": "bigq.sched.generate",
-    "Generated": "bigq.sched.generate",
+    "EvalConfig": "bigq.infer.evaluate",
+    "Evaluation": "bigq.infer.evaluate",
+    "GenerateConfig": "bigq.infer.generate",
+    "Generated": "bigq.infer.generate",
     "JobConfig": "bigq.config",
-    "Plan": "bigq.sched.planner",
+    "Plan": "bigq.sched.plan.planner",
     "QuantScheme": "bigq.scheme",
     "QuantizedWeight": "bigq.scheme",
-    "Report": "bigq.report",
+    "Report": "bigq.progress.records",
     "Rule": "bigq.scheme",
-    "evaluate": "bigq.sched.evaluate",
-    "generate": "bigq.sched.generate",
-    "load_model": "bigq.sched.whole",
-    "plan": "bigq.sched.planning",
+    "evaluate": "bigq.infer.evaluate",
+    "generate": "bigq.infer.generate",
+    "load_model": "bigq.infer.load",
+    "plan": "bigq.sched.plan.inputs",
     "quantize": "bigq.sched.run",
     "quantize_linear": "bigq.solver.gptq",
 }

@@ -2,6 +2,6 @@
 
 import sys
 
-from bigq.cli import main
+from bigq.cli.main import main
 
 sys.exit(main())

@@ -21,7 +21,7 @@ from bigq.io.hub import fetch_dataset_file
 from bigq.io.index import read_header
 from bigq.io.json_file import plain, read_json_object, shown
 from bigq.io.reader import read_tensor
-from bigq.io.texts import documents, text_pieces
+from bigq.io.text_files import documents, text_pieces
 
 ASSETS = Path(__file__).parent / "assets"
 BUILTIN_CALIBRATION = ASSETS / "calibration.txt"

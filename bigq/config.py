@@ -24,7 +24,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 ON_NONFINITE = ("stop", "skip")
 
 #: Fields that are kept with a job, so that one which is taken up again has them as they were wherever it does not say otherwise.
-#: What may be said otherwise is in ``bigq.sched.request.CHANGES``.
+#: What may be said otherwise is in ``bigq.job.request.CHANGES``.
 FROZEN_FIELDS = (
     "scheme",
     "rules",

@@ -33,11 +33,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import torch
 from facts import drop_from_cache, status_bytes
 
-from bigq.cli import build_parser, job_config
-from bigq.clock import Clock
+from bigq.cli.main import build_parser, job_config
 from bigq.errors import BigqError
 from bigq.io.index import Checkpoint, TensorInfo, read_header
-from bigq.sched.journal import Commit, Journal
+from bigq.job.journal import Commit, Journal
+from bigq.progress.clock import Clock
 from bigq.sched.run import quantize
 
 #: Seconds between two times that the block shard is dropped from the page cache (``cold``).

@@ -44,10 +44,10 @@ from tokenizers_for_gguf import TEXTS, TOKENIZERS, save_tokenizer
 
 import bigq
 from bigq.calibration import ASSETS, BUILTIN_HELDOUT, evaluation_rows, load_tokenizer
+from bigq.conversion import gguf, gguf_families
+from bigq.conversion.gguf import write_gguf
 from bigq.io import gguf_vocab
-from bigq.sched import gguf_families, to_gguf
-from bigq.sched.pager import Pager
-from bigq.sched.to_gguf import write_gguf
+from bigq.model.pager import Pager
 
 CPU = torch.device("cpu")
 ROWS = 4
@@ -285,8 +285,8 @@ def tokenizer_case(reader: Reader, work: Path, kind: str) -> dict[str, Any]:
 def split_otherwise(reader: Reader, work: Path, folder: Path, tokenizer: Tokenizer, name: str) -> int:
     """How many of the texts get other tokens where the file gives another way of splitting: the comparison would notice."""
     vocabulary = {**gguf_vocab.read_vocabulary(folder, tokenizer.get_vocab_size() + 3), "tokenizer.ggml.pre": name}
-    with mock.patch.object(to_gguf, "read_vocabulary", return_value=vocabulary):
-        to_gguf.write_gguf(folder, work / "other.gguf")
+    with mock.patch.object(gguf, "read_vocabulary", return_value=vocabulary):
+        gguf.write_gguf(folder, work / "other.gguf")
     ((_, got),) = reader.read(Asked(work / "other.gguf", texts=TEXTS))
     return sum(ids != tokenizer.encode(text, add_special_tokens=False).ids for text, ids in zip(TEXTS[:-1], got, strict=False))
 

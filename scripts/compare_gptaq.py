@@ -30,10 +30,11 @@ from torch import Tensor
 
 import bigq
 from bigq.calibration import evaluation_rows
-from bigq.demo import MODEL
-from bigq.sched import block, planning
-from bigq.sched.evaluate import Stream
-from bigq.sched.pager import Pager
+from bigq.cli.demo import MODEL
+from bigq.infer.evaluate import Stream
+from bigq.model.pager import Pager
+from bigq.sched import block
+from bigq.sched.plan import inputs
 from bigq.solver.gptq import solve
 
 SEQLEN, SAMPLES, HELD_OUT = 256, 48, 128
@@ -101,7 +102,7 @@ def main() -> int:
     results = json.loads(args.json.read_text())["results"] if args.json.exists() else []
     until = time.monotonic() + args.seconds
     for name in ("survey", "measure"):  # the same for all jobs, and half of their time
-        setattr(planning, name, once(getattr(planning, name)))
+        setattr(inputs, name, once(getattr(inputs, name)))
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         judge = Judge()
         for job in jobs(args.seeds):

@@ -32,7 +32,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bigq.kernels import dequant_matvec_triton, dequantize_triton, gptq_block_triton, pack_triton, rank_update_triton, syrk_triton
+from bigq.kernels.gpu import dequant_matvec as dequant_matvec_triton
+from bigq.kernels.gpu import dequantize as dequantize_triton
+from bigq.kernels.gpu import gptq_block as gptq_block_triton
+from bigq.kernels.gpu import pack as pack_triton
+from bigq.kernels.gpu import rank_update as rank_update_triton
+from bigq.kernels.gpu import syrk as syrk_triton
 from bigq.kernels.grid import GridSpec, GroupGrid
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -35,13 +35,13 @@ from safetensors.torch import save, save_file
 
 from bigq.config import JobConfig
 from bigq.errors import BigqError
+from bigq.io.checksummed import seal
 from bigq.io.index import INDEX_NAME, Checkpoint, read_header
 from bigq.io.json_file import read_json_object
-from bigq.io.record import ShardRecord
-from bigq.io.sealed import seal
-from bigq.io.texts import documents
-from bigq.sched.journal import Commit, read_commits, read_job
-from bigq.sched.request import compare, make_request
+from bigq.io.shard_record import ShardRecord
+from bigq.io.text_files import documents
+from bigq.job.journal import Commit, read_commits, read_job
+from bigq.job.request import compare, make_request
 
 #: What a reader may take: so much for any file, and so many bytes for each byte of it.
 BASE_BYTES, BYTES_PER_BYTE = 256 * 1024, 100

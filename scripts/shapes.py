@@ -26,11 +26,11 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from bigq import skeleton
-from bigq.arch import find_blocks
 from bigq.io.index import INDEX_NAME, SINGLE_NAME, TensorInfo, read_header
 from bigq.io.reader import as_bytes
 from bigq.io.writer import OutputTensor, write_shard
+from bigq.model import skeleton
+from bigq.model.blocks import find_blocks
 
 #: Elements drawn at a time: 64 MiB in fp32.
 PIECE = 2**24

@@ -99,7 +99,7 @@ def make_inputs(work: Path) -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     from models import make_checkpoint, random_ids, save_ids
 
-    from bigq.skeleton import silence
+    from bigq.model.skeleton import silence
 
     silence()
     for family in sorted({family for family, _ in JOBS.values()}):
@@ -120,7 +120,7 @@ def start(arguments: Sequence[str], log: Path, fault: str | None = None, modules
         os.environ.pop("BIGQ_FAULT", None)
         if fault is not None:
             os.environ["BIGQ_FAULT"] = fault
-        from bigq.cli import main
+        from bigq.cli.main import main
 
         code = main(arguments)
         if modules is not None:
@@ -152,7 +152,7 @@ def hashes(out: Path) -> dict[str, str]:
 
 def committed(out: Path) -> set[str]:
     """The units that the journal vouches for."""
-    from bigq.sched.journal import read_commits
+    from bigq.job.journal import read_commits
 
     return {commit.unit for commit in read_commits(out)[0]} if out.is_dir() else set()
 
@@ -250,7 +250,7 @@ class Stress:
         tally.outputs += 1
         if hashes(out) != self.whole[name]:
             tally.wrong.append(f"job {self.number}: other bytes after {history}")
-        from bigq.sched.verify import verify
+        from bigq.inspect.verify import verify
 
         tally.wrong += [f"job {self.number}: {problem} after {history}" for problem in verify(out)]
 

@@ -149,7 +149,7 @@ def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
     # All modules are imported first: one that came later would keep the replacement.
     for package in (bigq.kernels, bigq.solver):
-        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
             importlib.import_module(module.name)
     for name, module in list(sys.modules.items()):
         if name.startswith("bigq."):

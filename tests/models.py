@@ -18,8 +18,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from bigq.sched.evaluate import Stream
-from bigq.sched.pager import Pager
+from bigq.infer.evaluate import Stream
+from bigq.model.pager import Pager
 
 VOCABULARY = 128
 #: Rows and length of the calibration ids, and where ids start (below lie special tokens).

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bigq.calibration import BUILTIN_CALIBRATION, BUILTIN_HELDOUT, calibration_rows, evaluation_rows, require_vocabulary
 from bigq.errors import BigqError, CalibrationError
-from bigq.io.texts import LONGEST_LINE, PIECE_CHARS, documents, text_pieces
+from bigq.io.text_files import LONGEST_LINE, PIECE_CHARS, documents, text_pieces
 
 PERIOD = VOCABULARY - FIRST_ID
 
@@ -333,7 +333,7 @@ def test_the_builtin_texts_are_cut_as_ever() -> None:
 
 
 def test_a_line_without_end_is_cut(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigq.io.texts.LONGEST_LINE", 100)
+    monkeypatch.setattr("bigq.io.text_files.LONGEST_LINE", 100)
     path = tmp_path / "t.txt"
     path.write_text("w3 " * 1000)
     pieces = list(text_pieces(path))
@@ -380,9 +380,9 @@ def test_text_that_packs_well_is_read(tmp_path: Path, model: Path) -> None:
 def test_a_long_document_is_refused(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = jsonl(tmp_path / "t.jsonl", [ids_of(40)] * 6)
     size = max(map(len, path.read_text().splitlines(keepends=True)))
-    monkeypatch.setattr("bigq.io.texts.LONGEST_DOCUMENT", size)
+    monkeypatch.setattr("bigq.io.text_files.LONGEST_DOCUMENT", size)
     assert len(rows_of(path, model)) == 6
-    monkeypatch.setattr("bigq.io.texts.LONGEST_DOCUMENT", size - 1)
+    monkeypatch.setattr("bigq.io.text_files.LONGEST_DOCUMENT", size - 1)
     with pytest.raises(CalibrationError, match=rf"line 1: is longer than {size - 1} characters"):
         rows_of(path, model)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,17 +21,40 @@ MAX_LINES = 400
 OWNERS: Mapping[str, tuple[str, ...]] = {
     "triton": ("bigq.kernels",),
     "safetensors": ("bigq.io",),
-    "transformers": ("bigq.skeleton", "bigq.calibration"),
-    "torch.distributed": ("bigq.sched.dist",),
+    "transformers": ("bigq.model.skeleton", "bigq.calibration"),
+    "torch.distributed": ("bigq.sched.ranks",),
     "huggingface_hub": ("bigq.io.hub",),
-    "matplotlib": ("bigq.charts",),
+    "matplotlib": ("bigq.reports.charts",),
     "gguf": ("bigq.io.gguf_file",),
 }
 
-#: Package → the packages that it must not import.
-APART: Mapping[str, tuple[str, ...]] = {"bigq.io": ("bigq.solver",), "bigq.solver": ("bigq.io",)}
+#: The rooms, and the modules of ``bigq/`` itself, from the lowest floor up. A module imports from its own room and from floors below.
+#: Rooms on one floor do not import each other.
+FLOORS: Sequence[tuple[str, ...]] = (
+    ("bigq.version", "bigq.errors", "bigq.kernels"),
+    ("bigq.faults", "bigq.scheme"),
+    ("bigq.machine", "bigq.progress"),
+    ("bigq.io", "bigq.solver"),
+    ("bigq.config", "bigq.calibration"),
+    ("bigq.model",),
+    ("bigq.job",),
+    ("bigq.inspect",),
+    ("bigq.conversion",),
+    ("bigq.sched.rows",),
+    ("bigq.sched.plan",),
+    ("bigq.sched",),
+    ("bigq.infer",),
+    ("bigq.reports",),
+    ("bigq.__init__",),
+    ("bigq.cli",),
+    ("bigq.__main__",),
+)
 
-READS_ENVIRONMENT = ("bigq.cli",)
+#: Rooms that may hold more than ``MAX_MODULES``.
+LARGE_ROOMS = ("bigq.io",)
+MAX_MODULES = 15
+
+READS_ENVIRONMENT = ("bigq.cli.main",)
 
 Sources = Mapping[str, str]
 
@@ -106,16 +130,36 @@ def foreign_dependencies(sources: Sources) -> list[str]:
     ]
 
 
-def crossed_layers(sources: Sources) -> list[str]:
-    """Imports between packages that must not know each other; and of anything of bigq by kernels."""
-    crossed = []
+def room_of(name: str) -> tuple[str, int] | None:
+    """The room of a dotted name and its floor; the innermost where one room lies in another. None for what has no room."""
+    found = [(room, floor) for floor, rooms in enumerate(FLOORS) for room in rooms if within(name, room)]
+    return max(found, key=lambda pair: len(pair[0]), default=None)
+
+
+def homeless(sources: Sources) -> list[str]:
+    """Modules that no room of ``FLOORS`` holds."""
+    return [f"{module} is in no room" for module in sources if room_of(module) is None]
+
+
+def climbing_imports(sources: Sources) -> list[str]:
+    """Imports from a higher floor, or from another room on the same floor."""
+    climbing = []
     for module, source in sources.items():
+        here = room_of(module)
         for found in imports(module, source):
-            kernels_look_out = within(module, "bigq.kernels") and within(found.name, "bigq") and not within(found.name, "bigq.kernels")
-            strangers = any(within(module, here) and within(found.name, there) for here, theirs in APART.items() for there in theirs)
-            if kernels_look_out or strangers:
-                crossed.append(f"{module}:{found.line} imports {found.name}")
-    return crossed
+            if not within(found.name, "bigq") or here is None:
+                continue
+            there = room_of(found.name) or room_of("bigq.__init__")
+            assert there is not None
+            if there[0] != here[0] and there[1] >= here[1]:
+                climbing.append(f"{module}:{found.line} imports {found.name}")
+    return climbing
+
+
+def crowded(sources: Sources) -> list[str]:
+    """Rooms with too many modules."""
+    rooms = Counter(module.rpartition(".")[0] for module in sources if not module.endswith("__init__"))
+    return [f"{room} holds {count} modules" for room, count in rooms.items() if count > MAX_MODULES and room not in LARGE_ROOMS]
 
 
 def import_graph(sources: Sources) -> dict[str, set[str]]:
@@ -166,7 +210,15 @@ def overlong(sources: Sources) -> list[str]:
     return [f"{module} has {lines} lines" for module, source in sources.items() if (lines := len(source.splitlines())) > MAX_LINES]
 
 
-CHECKS: list[Callable[[Sources], list[str]]] = [foreign_dependencies, crossed_layers, cycles, environment_reads, overlong]
+CHECKS: list[Callable[[Sources], list[str]]] = [
+    foreign_dependencies,
+    homeless,
+    climbing_imports,
+    crowded,
+    cycles,
+    environment_reads,
+    overlong,
+]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -175,34 +227,44 @@ def test_bigq_keeps_the_rule(check: Callable[[Sources], list[str]]) -> None:
 
 
 def test_all_of_bigq_is_seen() -> None:
-    assert {"bigq.__init__", "bigq.cli", "bigq.io.__init__", "bigq.io.index", "bigq.solver.gptq", "bigq.kernels.pack"} <= set(
+    assert {"bigq.__init__", "bigq.cli.main", "bigq.io.__init__", "bigq.io.index", "bigq.solver.gptq", "bigq.kernels.pack"} <= set(
         real_sources()
     )
     graph = import_graph(real_sources())
     assert {"bigq.scheme", "bigq.solver.hessian", "bigq.kernels.cholesky", "bigq.errors"} <= graph["bigq.solver.gptq"]
-    assert "bigq.sched.run" in graph["bigq.cli"], "imports inside functions count"
+    assert "bigq.sched.run" in graph["bigq.cli.main"], "imports inside functions count"
 
 
 VIOLATIONS: list[tuple[Callable[[Sources], list[str]], dict[str, str], list[str]]] = [
     (foreign_dependencies, {"bigq.solver.gptq": "import triton.language as tl"}, ["bigq.solver.gptq:1 imports triton"]),
     (foreign_dependencies, {"bigq.solver.x": "try:\n    import triton\nexcept ImportError:\n    pass"}, ["bigq.solver.x:2 imports triton"]),
     (foreign_dependencies, {"bigq.sched.x": "from safetensors.torch import load_file"}, ["bigq.sched.x:1 imports safetensors"]),
-    (foreign_dependencies, {"bigq.arch": "def f():\n    import transformers"}, ["bigq.arch:2 imports transformers"]),
-    (foreign_dependencies, {"bigq.sched.pager": "from transformers import AutoModel"}, ["bigq.sched.pager:1 imports transformers"]),
-    (foreign_dependencies, {"bigq.skeleton2": "import transformers"}, ["bigq.skeleton2:1 imports transformers"]),
-    (foreign_dependencies, {"bigq.cli": "import importlib\nimportlib.import_module('transformers')"}, ["bigq.cli:2 imports transformers"]),
+    (foreign_dependencies, {"bigq.model.blocks": "def f():\n    import transformers"}, ["bigq.model.blocks:2 imports transformers"]),
+    (foreign_dependencies, {"bigq.model.pager": "from transformers import AutoModel"}, ["bigq.model.pager:1 imports transformers"]),
+    (foreign_dependencies, {"bigq.model.skeleton2": "import transformers"}, ["bigq.model.skeleton2:1 imports transformers"]),
+    (
+        foreign_dependencies,
+        {"bigq.cli.main": "import importlib\nimportlib.import_module('transformers')"},
+        ["bigq.cli.main:2 imports transformers"],
+    ),
     (foreign_dependencies, {"bigq.sched.x": "import torch\ntorch.distributed.barrier()"}, ["bigq.sched.x:2 imports torch.distributed"]),
     (foreign_dependencies, {"bigq.sched.x": "from torch import distributed as d"}, ["bigq.sched.x:1 imports torch.distributed"]),
     (foreign_dependencies, {"bigq.sched.x": "import torch.distributed"}, ["bigq.sched.x:1 imports torch.distributed"]),
-    (foreign_dependencies, {"bigq.html_report": "def f():\n    import matplotlib.figure"}, ["bigq.html_report:2 imports matplotlib"]),
+    (foreign_dependencies, {"bigq.reports.html": "def f():\n    import matplotlib.figure"}, ["bigq.reports.html:2 imports matplotlib"]),
     (foreign_dependencies, {"bigq.io.index": "import huggingface_hub"}, ["bigq.io.index:1 imports huggingface_hub"]),
     (foreign_dependencies, {"bigq.io.gguf_vocab": "def f():\n    import gguf"}, ["bigq.io.gguf_vocab:2 imports gguf"]),
-    (crossed_layers, {"bigq.io.x": "from bigq.solver.gptq import solve"}, ["bigq.io.x:1 imports bigq.solver.gptq.solve"]),
-    (crossed_layers, {"bigq.solver.x": "from bigq import io"}, ["bigq.solver.x:1 imports bigq.io"]),
-    (crossed_layers, {"bigq.solver.x": "from ..io.index import Checkpoint"}, ["bigq.solver.x:1 imports bigq.io.index.Checkpoint"]),
-    (crossed_layers, {"bigq.kernels.x": "from bigq.errors import BigqError"}, ["bigq.kernels.x:1 imports bigq.errors.BigqError"]),
-    (crossed_layers, {"bigq.kernels.x": "import bigq"}, ["bigq.kernels.x:1 imports bigq"]),
-    (crossed_layers, {"bigq.kernels.x": "def f():\n    from .. import scheme"}, ["bigq.kernels.x:2 imports bigq.scheme"]),
+    (climbing_imports, {"bigq.io.x": "from bigq.solver.gptq import solve"}, ["bigq.io.x:1 imports bigq.solver.gptq.solve"]),
+    (climbing_imports, {"bigq.solver.x": "from bigq import io"}, ["bigq.solver.x:1 imports bigq.io"]),
+    (climbing_imports, {"bigq.solver.x": "from ..io.index import Checkpoint"}, ["bigq.solver.x:1 imports bigq.io.index.Checkpoint"]),
+    (climbing_imports, {"bigq.kernels.x": "from bigq.errors import BigqError"}, ["bigq.kernels.x:1 imports bigq.errors.BigqError"]),
+    (climbing_imports, {"bigq.kernels.x": "import bigq"}, ["bigq.kernels.x:1 imports bigq"]),
+    (climbing_imports, {"bigq.kernels.x": "def f():\n    from .. import scheme"}, ["bigq.kernels.x:2 imports bigq.scheme"]),
+    (climbing_imports, {"bigq.sched.plan.x": "from bigq.sched.run import a"}, ["bigq.sched.plan.x:1 imports bigq.sched.run.a"]),
+    (climbing_imports, {"bigq.job.x": "from bigq.sched.rows.store import a"}, ["bigq.job.x:1 imports bigq.sched.rows.store.a"]),
+    (climbing_imports, {"bigq.sched.x": "from bigq import __version__"}, ["bigq.sched.x:1 imports bigq.__version__"]),
+    (homeless, {"bigq.attic.x": ""}, ["bigq.attic.x is in no room"]),
+    (homeless, {"bigq.stray": ""}, ["bigq.stray is in no room"]),
+    (crowded, {f"bigq.job.m{i}": "" for i in range(16)}, ["bigq.job holds 16 modules"]),
     (cycles, {"bigq.a": "import bigq.b", "bigq.b": "from bigq.a import x"}, ["bigq.a → bigq.b → bigq.a", "bigq.b → bigq.a → bigq.b"]),
     (
         cycles,
@@ -228,14 +290,16 @@ def test_a_violation_is_found(check: Callable[[Sources], list[str]], sources: So
 
 
 ALLOWED: list[tuple[Callable[[Sources], list[str]], dict[str, str]]] = [
-    (foreign_dependencies, {"bigq.charts": "def f():\n    from matplotlib import patches"}),
+    (foreign_dependencies, {"bigq.reports.charts": "def f():\n    from matplotlib import patches"}),
     (foreign_dependencies, {"bigq.kernels.x": "import triton", "bigq.io.hub": "import huggingface_hub", "bigq.io.x": "import safetensors"}),
-    (foreign_dependencies, {"bigq.skeleton": "import transformers", "bigq.sched.dist": "import torch.distributed as dist"}),
+    (foreign_dependencies, {"bigq.model.skeleton": "import transformers", "bigq.sched.ranks": "import torch.distributed as dist"}),
     (foreign_dependencies, {"bigq.solver.x": "import tritonish\nfrom torch import Tensor, nn\n# import triton"}),
-    (crossed_layers, {"bigq.kernels.x": "import torch\nfrom bigq.kernels.y import z", "bigq.io.x": "from bigq.scheme import Rule"}),
+    (climbing_imports, {"bigq.kernels.x": "import torch\nfrom bigq.kernels.y import z", "bigq.io.x": "from bigq.scheme import Rule"}),
+    (climbing_imports, {"bigq.sched.x": "from bigq.sched.rows.store import a\nfrom bigq.job.journal import b"}),
+    (crowded, {f"bigq.io.m{i}": "" for i in range(30)} | {"bigq.job.__init__": ""} | {f"bigq.job.m{i}": "" for i in range(15)}),
     (cycles, {"bigq.a": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import bigq.b", "bigq.b": "import bigq.a"}),
     (cycles, {"bigq.a": "import bigq.b\nimport bigq.c", "bigq.b": "import bigq.c", "bigq.c": "import torch"}),
-    (environment_reads, {"bigq.cli": "import os\nos.environ['A'] = 'b'", "bigq.x": "import os\nos.environment"}),
+    (environment_reads, {"bigq.cli.main": "import os\nos.environ['A'] = 'b'", "bigq.x": "import os\nos.environment"}),
     (overlong, {"bigq.x": "\n" * 400}),
 ]
 

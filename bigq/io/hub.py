@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bigq.errors import CheckpointError, ResourceError
-from bigq.io.contained import require_contained
+from bigq.io.containment import require_contained
 from bigq.io.index import MAX_SIZE, MAX_TENSORS, TensorInfo, header_entry
 from bigq.io.json_file import plain
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigq.errors import CheckpointError, NumericsError, ResourceError
 from bigq.io.index import TensorInfo
-from bigq.kernels.finite import finite
+from bigq.kernels.finiteness import finite
 
 CHUNK_BYTES = 16 * 2**20
 #: The page cache holds files in folios of up to this size (ext4, xfs on x86-64), and drops only whole ones.

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from bigq import faults
 from bigq.io.atomic import atomic_file
+from bigq.io.device_to_host import Outgoing
 from bigq.io.index import DTYPE_NAMES, TensorInfo
-from bigq.io.outgoing import Outgoing
 from bigq.io.reader import as_bytes, iter_chunks
-from bigq.io.record import ShardRecord
+from bigq.io.shard_record import ShardRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ def dequant_matvec(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bits
     """
     assert x.shape[0] <= MAX_VECTORS
     if use_triton(x):
-        from bigq.kernels.dequant_matvec_triton import dequant_matvec_triton, serves
+        from bigq.kernels.gpu.dequant_matvec import dequant_matvec_triton, serves
 
         if serves(x.shape[1] // scales.shape[0], bits):
             return dequant_matvec_triton(x, words, scales, zeros, bits)

@@ -15,7 +15,7 @@ CHUNK = 2**20
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight [m, n] in ``dtype``. codes: uint8 [m, n]; scales, zeros: [m, G], n a multiple of G."""
     if use_triton(codes) and dtype != torch.float64:
-        from bigq.kernels.dequantize_triton import dequantize_triton
+        from bigq.kernels.gpu.dequantize import dequantize_triton
 
         return dequantize_triton(codes, scales, zeros, dtype)
     return dequantize_reference(codes, scales, zeros, dtype)
@@ -24,7 +24,7 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype)
 def dequantize_packed(words: Tensor, scales: Tensor, zeros: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """The weight [m, n] in ``dtype`` from codes packed along n. words: int32 [n·bits/32, m]; scales, zeros: [m, G]."""
     if use_triton(words) and dtype != torch.float64:
-        from bigq.kernels.dequantize_triton import dequantize_packed_triton
+        from bigq.kernels.gpu.dequantize import dequantize_packed_triton
 
         return dequantize_packed_triton(words, scales, zeros, bits, dtype)
     return dequantize_reference(unpack(words, bits).T, scales, zeros, dtype)

@@ -47,7 +47,7 @@ def gptq_block_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: Gr
     time on a CPU where many blocks of m rows follow one another.
     """
     if use_triton(target):
-        from bigq.kernels.gptq_block_triton import gptq_block_triton_
+        from bigq.kernels.gpu.gptq_block import gptq_block_triton_
 
         return gptq_block_triton_(target, u, work, codes, grid)
     return gptq_block_reference_(target, u, work, codes, grid, scratch)

@@ -19,7 +19,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [k, ...] below ``2**bits`` → int32 words [k·bits/32, ...]. k is a multiple of the codes in a cycle."""
     assert codes.shape[0] % _cycle(bits)[0] == 0, f"{codes.shape[0]} codes of {bits} bits do not fill whole words"
     if use_triton(codes) and codes.ndim == 2:
-        from bigq.kernels.pack_triton import pack_triton
+        from bigq.kernels.gpu.pack import pack_triton
 
         return pack_triton(codes, bits)
     return pack_reference(codes, bits)
@@ -28,7 +28,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(words: Tensor, bits: int) -> Tensor:
     """int32 words [k·bits/32, ...] → uint8 codes [k, ...]; the inverse of ``pack``."""
     if use_triton(words) and words.ndim == 2:
-        from bigq.kernels.pack_triton import unpack_triton
+        from bigq.kernels.gpu.pack import unpack_triton
 
         return unpack_triton(words, bits)
     return unpack_reference(words, bits)

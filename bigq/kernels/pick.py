@@ -1,6 +1,6 @@
 """Which version of a kernel runs.
 
-Every kernel has a plain-torch version, its reference, which runs anywhere; next to it, in ``<kernel>_triton.py``, lies
+Every kernel has a plain-torch version, its reference, which runs anywhere; next to it, in ``gpu/<kernel>.py``, lies
 the one for GPUs. Those files are imported at their first use: triton takes 73 MiB and 0.4 s that a CPU need not spend.
 """
 

@@ -16,7 +16,7 @@ def rank_update_(c: Tensor, a: Tensor, b: Tensor) -> None:
     The last n rows of c make a square, of which only the upper triangle is touched.
     """
     if use_triton(c):
-        from bigq.kernels.rank_update_triton import rank_update_triton_
+        from bigq.kernels.gpu.rank_update import rank_update_triton_
 
         rank_update_triton_(c, a, b)
     else:

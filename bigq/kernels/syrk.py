@@ -20,7 +20,7 @@ def syrk_(h: Tensor, x: Tensor) -> None:
     x: any floating type [tokens, n], converted to h's type: products of 16-bit values are exact in fp32.
     """
     if use_triton(h) and h.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
-        from bigq.kernels.syrk_triton import syrk_triton_
+        from bigq.kernels.gpu.syrk import syrk_triton_
 
         syrk_triton_(h, x)
     else:

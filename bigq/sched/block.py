@@ -18,24 +18,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bigq.arch import block_linears
-from bigq.clock import Clock, Lap
 from bigq.errors import NumericsError
-from bigq.kernels.finite import finite
-from bigq.report import LinearRecord
-from bigq.sched.activations import ActivationStore
-from bigq.sched.capture import BlockCall, StopForward, all_replaced
-from bigq.sched.memo import Memo
-from bigq.sched.memory import return_freed_memory
-from bigq.sched.nonfinite import bad_rows, culprit
-from bigq.sched.original import Original
-from bigq.sched.structure import BlockPlan, Group, Shortcut
+from bigq.kernels.finiteness import finite
+from bigq.machine.memory import return_freed_memory
+from bigq.model.blocks import block_linears
+from bigq.model.capture import BlockCall, StopForward, all_replaced
+from bigq.model.skeleton import linear_weight, set_linear_weight
+from bigq.model.structure import BlockPlan, Group, Shortcut
+from bigq.progress.clock import Clock, Lap
+from bigq.progress.records import LinearRecord
+from bigq.sched.nan_search import bad_rows, culprit
+from bigq.sched.rows.original import Original
+from bigq.sched.rows.shortcut_cache import Memo
+from bigq.sched.rows.store import ActivationStore
 from bigq.scheme import QuantizedWeight, QuantScheme
-from bigq.skeleton import linear_weight, set_linear_weight
-from bigq.solver.asymmetric import Correction, CrossSum
 from bigq.solver.gptq import solve
 from bigq.solver.hessian import OTHER_DTYPE, HessianSum, factorize, finite_tokens
 from bigq.solver.rtn import round_to_nearest
+from bigq.solver.upstream_error import Correction, CrossSum
 
 
 @dataclass(frozen=True, slots=True)

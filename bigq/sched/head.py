@@ -14,24 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigq import skeleton
-from bigq.clock import Clock, Lap
 from bigq.config import JobConfig
-from bigq.errors import UsageError
 from bigq.io.index import TensorInfo
-from bigq.sched.activations import ActivationStore
+from bigq.job.settle import head_scheme
+from bigq.model import skeleton
+from bigq.model.capture import StopForward, all_replaced
+from bigq.model.pager import Pager
+from bigq.progress.clock import Clock, Lap
 from bigq.sched.block import Solved
-from bigq.sched.capture import StopForward, all_replaced
-from bigq.sched.described import Described
-from bigq.sched.pager import Pager
-from bigq.sched.probe import Probe
-from bigq.scheme import QuantizedWeight, QuantScheme, scheme_for
+from bigq.sched.plan.cost import HEAD_CHUNK
+from bigq.sched.rows.probe import Probe
+from bigq.sched.rows.store import ActivationStore
+from bigq.scheme import QuantizedWeight, QuantScheme
 from bigq.solver.gptq import solve
 from bigq.solver.hessian import HessianSum, factorize
 from bigq.solver.rtn import round_to_nearest
-
-#: Weights of the head that are solved at a time.
-SOLVED = 2**26
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +48,6 @@ def head_of(pager: Pager, config: JobConfig) -> Head | None:
     if scheme is None or not isinstance(module, nn.Linear):
         return None
     return Head(name, module, pager.sources[f"{name}.weight"], scheme)
-
-
-def head_scheme(model: Described, config: JobConfig) -> QuantScheme | None:
-    """How a model's head is to be quantized; None where it stays as it is. Raises UsageError where it cannot be although it should."""
-    if not config.lm_head:
-        return None
-    name, module = model.head_name, model.head
-    if not isinstance(module, nn.Linear):
-        raise UsageError(f"--lm-head: {name} is a {type(module).__name__}, not a Linear; leave out --lm-head")
-    if module.weight is model.embedding.weight:
-        raise UsageError(
-            f"--lm-head: {name} has the input embedding's weight (tie_word_embeddings), which stays as it is; leave out --lm-head"
-        )
-    scheme = scheme_for(name, config.base_scheme, config.rules)
-    if scheme is not None:
-        m, n = skeleton.linear_weight(module).shape
-        config.made.require(name, m, n, scheme)
-    return scheme
 
 
 def solve_head(
@@ -125,7 +104,7 @@ def _hessian(
 def _by_rows(head: Head, quantize: Callable[[Tensor], QuantizedWeight]) -> QuantizedWeight:
     """The head's weight, some rows at a time."""
     weight = skeleton.linear_weight(head.module)
-    parts = [quantize(rows) for rows in weight.split(max(1, SOLVED // weight.shape[1]))]
+    parts = [quantize(rows) for rows in weight.split(max(1, HEAD_CHUNK // weight.shape[1]))]
     return QuantizedWeight(
         codes=torch.cat([part.codes for part in parts]),
         scales=torch.cat([part.scales for part in parts]),

@@ -17,37 +17,39 @@ from typing import Any
 
 from torch import Tensor
 
-from bigq import faults, skeleton
-from bigq.arch import block_linears
-from bigq.clock import Clock
+from bigq import faults
 from bigq.config import JobConfig
 from bigq.errors import NumericsError, Stopped, UsageError
+from bigq.io.device_to_host import Outgoing
+from bigq.io.file_stamps import Stamps
+from bigq.io.folders import STATE_FOLDER
 from bigq.io.index import TensorInfo
-from bigq.io.outgoing import Outgoing
-from bigq.io.stamps import Stamps
 from bigq.io.writer import OutputTensor, write_shard
-from bigq.progress import Progress
-from bigq.report import LinearRecord
-from bigq.sched.activations import ActivationStore
-from bigq.sched.batches import Batches, Halving, told
-from bigq.sched.behind import WriteBehind
+from bigq.job.batches import Batches, Halving, told
+from bigq.job.finish import FinishedBlock, reopen_folder
+from bigq.job.journal import Commit, Journal, modification_time
+from bigq.job.owner import Owner
+from bigq.job.stop import Haste, Stop
+from bigq.machine.memory import return_freed_memory
+from bigq.model import skeleton
+from bigq.model.blocks import block_linears
+from bigq.model.pager import Pager
+from bigq.model.skeleton import linear_weight
+from bigq.model.structure import BlockPlan, plan_block
+from bigq.progress.clock import Clock
+from bigq.progress.progress import Progress
+from bigq.progress.records import LinearRecord
 from bigq.sched.block import BlockJob, Skipped, Solved, propagate, round_block, solve_block
-from bigq.sched.checkpoint import Checkpoints
-from bigq.sched.cost import Choice
-from bigq.sched.finish import FinishedBlock, reopen_folder
 from bigq.sched.head import Head, solve_head
-from bigq.sched.journal import STATE_FOLDER, Commit, Journal, modification_time
-from bigq.sched.memo import Memo
-from bigq.sched.memory import return_freed_memory
-from bigq.sched.original import ORIGINAL_STEP, Original
-from bigq.sched.owner import Owner
-from bigq.sched.pager import Pager
-from bigq.sched.probe import Probe, embed, probe_model, store_for
-from bigq.sched.stop import Haste, Stop
-from bigq.sched.structure import BlockPlan, plan_block
-from bigq.sched.tiers import Tier
+from bigq.sched.plan.cost import Choice
+from bigq.sched.rows.checkpoint import Checkpoints
+from bigq.sched.rows.original import ORIGINAL_STEP, Original
+from bigq.sched.rows.probe import Probe, embed, probe_model, store_for
+from bigq.sched.rows.shortcut_cache import Memo
+from bigq.sched.rows.store import ActivationStore
+from bigq.sched.rows.tiers import Tier
+from bigq.sched.write_behind import WriteBehind
 from bigq.scheme import QuantScheme, scheme_for
-from bigq.skeleton import linear_weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

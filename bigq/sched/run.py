@@ -11,36 +11,38 @@ from pathlib import Path
 
 import torch
 
-from bigq import skeleton
-from bigq.clock import Clock
 from bigq.config import JobConfig
-from bigq.display import Display
+from bigq.conversion.gguf import check_gguf_job, write_gguf
 from bigq.errors import ResourceError, UnsupportedModelError, UsageError
 from bigq.io.atomic import write_bytes
+from bigq.io.device_to_host import Outgoing
+from bigq.io.file_stamps import Stamps
+from bigq.io.folders import STATE_FOLDER, refuse_nesting
 from bigq.io.hub import resolve_model
-from bigq.io.outgoing import Outgoing
-from bigq.io.stamps import Stamps
-from bigq.progress import Progress
-from bigq.report import Report, device_memory_peak, host_memory_peak
-from bigq.sched.batches import Batches
-from bigq.sched.behind import WriteBehind
-from bigq.sched.checkpoint import Checkpoints
-from bigq.sched.device import choose_device, memory_errors
-from bigq.sched.finish import finish_folder, is_finished
+from bigq.job.batches import Batches
+from bigq.job.finish import finish_folder, is_finished
+from bigq.job.journal import Journal, read_job, require_ours
+from bigq.job.manifest import GGUF_NAME, add_gguf, has_gguf
+from bigq.job.owner import Owner, owned, refuse_if_held
+from bigq.job.request import compare, make_request, require_same_code
+from bigq.job.settle import check_shapes, row_length, settled_scheme
+from bigq.job.stop import Stop
+from bigq.machine.device import choose_device, memory_errors
+from bigq.machine.memory import hold_heap
+from bigq.model import skeleton
+from bigq.model.pager import Pager
+from bigq.progress.clock import Clock
+from bigq.progress.display import Display
+from bigq.progress.progress import Progress
+from bigq.progress.records import Report, device_memory_peak, host_memory_peak
+from bigq.progress.trace import Trace
 from bigq.sched.head import head_of
-from bigq.sched.journal import STATE_FOLDER, Journal, read_job, require_ours
-from bigq.sched.manifest import GGUF_NAME, add_gguf, has_gguf
-from bigq.sched.memory import hold_heap
-from bigq.sched.owner import Owner, owned, refuse_if_held
-from bigq.sched.pager import Pager
 from bigq.sched.pipeline import Job
-from bigq.sched.planning import plan_job
-from bigq.sched.prepare import check_shapes, refuse_nesting, rest_shards, row_length, rows_for, settled_scheme
-from bigq.sched.request import compare, make_request, require_same_code
+from bigq.sched.plan.inputs import plan_job
+from bigq.sched.prepare import rest_shards, rows_for
+from bigq.sched.rows.checkpoint import Checkpoints
 from bigq.sched.run_record import RunMeter, begun, run_recorded
-from bigq.sched.stop import Stop
-from bigq.sched.to_gguf import check_gguf_job, write_gguf
-from bigq.trace import Trace
+from bigq.sched.write_behind import WriteBehind
 
 
 def quantize(

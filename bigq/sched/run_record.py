@@ -20,15 +20,15 @@ from typing import Any
 import psutil
 import torch
 
-from bigq.arch import block_linears
-from bigq.clock import Clock
 from bigq.errors import BigqError, Stopped
-from bigq.report import device_memory_peak, host_memory_peak
-from bigq.sched.journal import Journal
-from bigq.sched.owner import Owner
-from bigq.sched.pager import Pager
-from bigq.sched.planner import Plan
-from bigq.skeleton import linear_weight
+from bigq.job.journal import Journal
+from bigq.job.owner import Owner
+from bigq.model.blocks import block_linears
+from bigq.model.pager import Pager
+from bigq.model.skeleton import linear_weight
+from bigq.progress.clock import Clock
+from bigq.progress.records import device_memory_peak, host_memory_peak
+from bigq.sched.plan.planner import Plan
 
 
 def begun(

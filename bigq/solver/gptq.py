@@ -26,15 +26,15 @@ from torch import Tensor
 from bigq.errors import NumericsError, UsageError
 from bigq.kernels.cholesky import diagonal_inverses
 from bigq.kernels.feedback import feedback
-from bigq.kernels.finite import finite
+from bigq.kernels.finiteness import finite
 from bigq.kernels.gptq_block import Scratch, gptq_block_
 from bigq.kernels.grid import GridSpec, GroupGrid, find_grid
 from bigq.kernels.pick import empty_columns
 from bigq.kernels.precision import fp32_products
 from bigq.scheme import QuantizedWeight, QuantScheme
-from bigq.solver.asymmetric import Correction
 from bigq.solver.hessian import LEAVE_OUT, Factor, factorize
-from bigq.solver.storable import require_storable
+from bigq.solver.storage_range import require_storable
+from bigq.solver.upstream_error import Correction
 
 #: Columns that the column loop takes at once, at most.
 BLOCK = 128

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from bigq.errors import NumericsError
 from bigq.kernels.cholesky import upper_cholesky_
-from bigq.kernels.finite import finite
-from bigq.kernels.symmetric import mirror_, permute_, restore_upper_
+from bigq.kernels.finiteness import finite
 from bigq.kernels.syrk import CHUNK_TOKENS, syrk_
+from bigq.kernels.triangles import mirror_, permute_, restore_upper_
 
 #: When the factorization fails, damping is raised tenfold up to the whole mean of the diagonal.
 LADDER_FACTOR = 10.0

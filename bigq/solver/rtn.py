@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from bigq.errors import NumericsError
-from bigq.kernels.finite import finite
+from bigq.kernels.finiteness import finite
 from bigq.kernels.grid import MSE_POWER, GridSpec, find_grid
 from bigq.scheme import QuantizedWeight, QuantScheme
-from bigq.solver.storable import require_storable
+from bigq.solver.storage_range import require_storable
 
 
 def plain_grid(scheme: QuantScheme) -> GridSpec:

@@ -31,9 +31,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from models import linear_module, logits_of, make_checkpoint, matrix, put_matrix, random_ids, reference_model, save_ids, word_tokenizer
 
-from bigq import cli
+from bigq.cli.main import main as cli
 from bigq.kernels.grid import GridSpec, find_grid
-from bigq.sched.pager import Pager
+from bigq.model.pager import Pager
 
 #: Sizes that every group size in use divides; the tests' own models have an intermediate size of 96.
 SIZES: Mapping[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from conftest import Child
 from models import UNSUPPORTED, VOCABULARY, make_checkpoint, random_ids, rewrite, save_ids, shard_of, stored_tensors
 from safetensors.torch import save_file
 
-from bigq.cli import main
+from bigq.cli.main import main
 
 INDEX = "model.safetensors.index.json"
 NO_CUDA = pytest.mark.skipif(torch.cuda.device_count() > 7, reason="needs a machine without an eighth GPU")
@@ -588,7 +588,7 @@ def test_c4_told_to_be_offline(case: Case, child: Child, tmp_path: Path) -> None
 
 def test_c4_without_connection(case: Case, child: Child, tmp_path: Path) -> None:
     """huggingface_hub tries six times and logs it; its pauses are left out here."""
-    program = "import sys, time; time.sleep = lambda s: None; from bigq.cli import main; sys.exit(main(sys.argv[1:]))"
+    program = "import sys, time; time.sleep = lambda s: None; from bigq.cli.main import main; sys.exit(main(sys.argv[1:]))"
     env = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{closed_port()}"}
     done = child("-c", program, *case.arguments("--calibration", "c4", "--quiet"), env=env)
     own = [line for line in done.stderr.splitlines() if "Retry" not in line and "thrown while requesting" not in line]

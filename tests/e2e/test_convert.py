@@ -19,15 +19,15 @@ from models import make_checkpoint, random_ids, rewrite, save_ids, shard_of, sto
 from safetensors.torch import load_file, save_file
 
 import bigq
-from bigq.cli import main
+from bigq.cli.main import main
 from bigq.config import JobConfig
+from bigq.conversion import staging
+from bigq.conversion.convert import convert
+from bigq.conversion.staging import MARK
 from bigq.errors import BigqError, CheckpointError, ResourceError, UnsupportedModelError, UsageError
+from bigq.inspect.verify import verify
 from bigq.io import writer
-from bigq.sched import unfinished
-from bigq.sched.convert import convert
-from bigq.sched.finish import CARD_MARK
-from bigq.sched.unfinished import MARK
-from bigq.sched.verify import verify
+from bigq.job.finish import CARD_MARK
 from bigq.scheme import QuantScheme, Rule
 
 RULES = (Rule(r".*\.1\..*o_proj", None), Rule.parse(r".*\.down_proj:bits=8,group_size=-1"), Rule.parse(r".*\.up_proj:bits=3,sym=false"))
@@ -107,8 +107,8 @@ def test_a_compressed_tensors_job_is_verified_and_taken_up(
 @pytest.mark.parametrize("suffix", ["weight_packed", "weight_scale", "weight_shape", "weight_zero_point"])
 def test_verify_looks_at_every_tensor_of_a_compressed_tensors_job(suffix: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """Values that the hashes of a forged record would pass."""
+    from bigq.inspect.scan import scan_shard
     from bigq.io.formats import FORMATS as KNOWN
-    from bigq.sched.scan import scan_shard
 
     ids = save_ids(tmp_path / "ids.safetensors", random_ids())
     bigq.quantize(str(checkpoint("llama")), tmp_path / "out", job(ids, format="compressed-tensors"))
@@ -123,9 +123,9 @@ def test_verify_looks_at_every_tensor_of_a_compressed_tensors_job(suffix: str, c
 
 def test_verify_names_zero_points_by_the_format(made: Callable[..., Path]) -> None:
     """Asked of a record that says symmetric, for shards that are not."""
+    from bigq.inspect.scan import scan_shard
+    from bigq.inspect.verify_model import model_problems
     from bigq.io.formats import FORMATS as KNOWN
-    from bigq.sched.scan import scan_shard
-    from bigq.sched.verify_model import model_problems
 
     for format, tensor in (("gptq_v2", "qzeros"), ("compressed-tensors", "weight_zero_point")):
         out = made("llama", format, symmetric=False)
@@ -334,12 +334,12 @@ def test_what_a_killed_conversion_left_is_cleared_away(made: Callable[..., Path]
 KILLED = """
 import os, sys
 from pathlib import Path
-from bigq.sched import unfinished
-from bigq.sched.convert import convert
+from bigq.conversion import staging
+from bigq.conversion.convert import convert
 if sys.argv[1] == "before":
-    unfinished.os.rename = lambda *names: os._exit(9)
+    staging.os.rename = lambda *names: os._exit(9)
 else:
-    Path.unlink = lambda self, missing_ok=False: os._exit(9) if self.name == unfinished.MARK else None
+    Path.unlink = lambda self, missing_ok=False: os._exit(9) if self.name == staging.MARK else None
 convert(*sys.argv[2:])
 """
 
@@ -422,7 +422,7 @@ def test_a_disk_that_fills_up_leaves_nothing(made: Callable[..., Path], tmp_path
 
 
 def test_a_disk_too_small_is_told_before(made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfinished.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     refused(made("llama", "gptq"), tmp_path / "out", "gptq_v2", "of disk space are free there", ResourceError)
 
 

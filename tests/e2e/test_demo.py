@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bigq.cli import main
-from bigq.demo import MODEL
+from bigq.cli.demo import MODEL
+from bigq.cli.main import main
 
 
 def test_demo_shows_gptq_far_below_rounding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,9 +24,10 @@ from tinyjob import Outcome, TinyJob, at_points, committed, hashes, make_job, op
 
 import bigq
 from bigq.errors import ResourceError
-from bigq.sched import owner
-from bigq.sched.journal import JOURNAL_NAME, STATE_FOLDER
-from bigq.sched.owner import OWNER_NAME
+from bigq.io.folders import STATE_FOLDER
+from bigq.job import owner
+from bigq.job.journal import JOURNAL_NAME
+from bigq.job.owner import OWNER_NAME
 
 PAGE = 4096
 ROOMY = 64 * 2**20

@@ -21,9 +21,9 @@ from tinyjob import TinyJob, at_points, committed, hashes, make_job, passes, qui
 import bigq
 from bigq import faults
 from bigq.errors import BigqError, CheckpointError, ResourceError
-from bigq.sched import journal as journal_module
-from bigq.sched import owner
-from bigq.sched.journal import STATE_FOLDER
+from bigq.io.folders import STATE_FOLDER
+from bigq.job import journal as journal_module
+from bigq.job import owner
 
 ERRORS = ("ENOSPC", "EDQUOT", "EIO", "EROFS")
 
@@ -421,7 +421,7 @@ os.execv(sys.executable, [sys.executable, "-c", *sys.argv[1:]])
 """
 RUN_EACH = """
 import sys
-from bigq.cli import main
+from bigq.cli.main import main
 options = sys.argv[1].split("|")
 for out in sys.argv[2:]:
     print("code", main([options[0], options[1], out, *options[2:]]), file=sys.stderr)

@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerFast
 
 import bigq
 from bigq.calibration import load_tokenizer
-from bigq.cli import main
+from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import BigqError, CheckpointError, ResourceError, UsageError
-from bigq.packed_linear import PackedLinear
-from bigq.sched import whole
-from bigq.sched.generate import MAX_SEED, GenerateConfig, generate
-from bigq.sched.streamer import KEPT, WINDOW, Streamer
+from bigq.infer import load
+from bigq.infer.generate import MAX_SEED, GenerateConfig, generate
+from bigq.infer.packed_linear import PackedLinear
+from bigq.infer.streamer import KEPT, WINDOW, Streamer
 from bigq.scheme import QuantScheme, Rule
 
 FAMILIES = ["llama", "qwen2", "opt", "bloom", "gpt2", "falcon"]
@@ -143,25 +143,25 @@ def test_a_packed_model_takes_less_than_a_dense_one(ids_file: Path, tmp_path: Pa
     source = make_checkpoint(tmp_path / "m", "llama", shard="20MB", hidden_size=512, intermediate_size=1024, num_hidden_layers=2)
     config = JobConfig(scheme=QuantScheme(group_size=128), calibration=str(ids_file), method="rtn", device="cpu", quiet=True)
     bigq.quantize(str(source), tmp_path / "out", config)
-    sizes = {packed: whole.stored_bytes(bigq.load_model(tmp_path / "out", device="cpu", packed=packed)) for packed in (False, True)}
+    sizes = {packed: load.stored_bytes(bigq.load_model(tmp_path / "out", device="cpu", packed=packed)) for packed in (False, True)}
     assert sizes[True] < 0.25 * sizes[False]
-    from bigq.sched.pager import Pager
+    from bigq.model.pager import Pager
 
     pager = Pager(tmp_path / "out", device=torch.device("cpu"))
     largest = 512 * 1024 * 4
     for packed, size in sizes.items():
-        needed = whole.needed(pager, 0, packed=packed)
+        needed = load.needed(pager, 0, packed=packed)
         assert size - 2**16 < needed < size + 2 * largest + 2**16
-    for there, expected in ((2**40, False), (whole.needed(pager, 0, packed=True), True)):
+    for there, expected in ((2**40, False), (load.needed(pager, 0, packed=True), True)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(whole, "host_budget", lambda _, there=there: there)
-            assert whole.choose_packed(pager, 0) is expected
+            patch.setattr(load, "host_budget", lambda _, there=there: there)
+            assert load.choose_packed(pager, 0) is expected
             said: list[str] = []
-            model = whole.load_whole(Pager(tmp_path / "out", device=torch.device("cpu")), say=said.append)
+            model = load.load_whole(Pager(tmp_path / "out", device=torch.device("cpu")), say=said.append)
             assert bool(packed_linears(model)) is expected and len(said) == int(expected)
             if expected:
                 with pytest.raises(ResourceError, match=r"needs .* but cpu has"):
-                    whole.choose_packed(pager, 10**6)
+                    load.choose_packed(pager, 10**6)
 
 
 def test_the_source_itself_can_be_tried(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

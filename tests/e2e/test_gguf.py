@@ -18,16 +18,16 @@ from torch import Tensor
 
 import bigq
 from bigq import faults
-from bigq.cli import main
+from bigq.cli.main import main
+from bigq.conversion.gguf import check_gguf, check_gguf_job, write_gguf
 from bigq.errors import BigqError, CheckpointError, ResourceError, Stopped, UnsupportedModelError, UsageError
+from bigq.inspect.status import status
+from bigq.inspect.verify import verify
 from bigq.io import gguf_file
-from bigq.make_report import write_model_card
+from bigq.job.stop import Stop
+from bigq.model.pager import Pager
+from bigq.reports.write import write_model_card
 from bigq.sched import run
-from bigq.sched.pager import Pager
-from bigq.sched.status import status
-from bigq.sched.stop import Stop
-from bigq.sched.to_gguf import check_gguf, check_gguf_job, write_gguf
-from bigq.sched.verify import verify
 
 CPU = torch.device("cpu")
 ASYMMETRIC = {"symmetric": False, "scale_bits": 7}
@@ -371,7 +371,7 @@ def test_a_tensor_that_is_damaged_on_the_way_leaves_nothing_behind(packed: Path,
 
 def test_a_kill_leaves_nothing_under_the_name(packed: Path, tmp_path: Path, child: Child) -> None:
     code = (
-        "import sys; from pathlib import Path; from bigq import faults; from bigq.sched.to_gguf import write_gguf; "
+        "import sys; from pathlib import Path; from bigq import faults; from bigq.conversion.gguf import write_gguf; "
         "faults.arm('gguf.piece:20'); write_gguf(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
     done = child("-c", code, packed, tmp_path / "x.gguf")

@@ -27,15 +27,15 @@ from models import (
 from torch import Tensor, nn
 
 import bigq
-from bigq.cli import main
+from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import NumericsError, UsageError
-from bigq.io.sealed import unseal
-from bigq.sched import planning
-from bigq.sched.activations import ActivationStore
-from bigq.sched.capture import BlockCall
-from bigq.sched.journal import Commit, Journal
-from bigq.sched.original import Original
+from bigq.io.checksummed import unseal
+from bigq.job.journal import Commit, Journal
+from bigq.model.capture import BlockCall
+from bigq.sched.plan import inputs
+from bigq.sched.rows.original import Original
+from bigq.sched.rows.store import ActivationStore
 from bigq.scheme import QuantScheme, Rule
 from bigq.solver.gptq import quantize_linear
 
@@ -231,7 +231,7 @@ def test_without_memo_the_output_is_the_same(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = planning.make_plan
+    real = inputs.make_plan
 
     def without(*args: Any, **kwargs: Any) -> Any:
         found = real(*args, **kwargs)
@@ -239,7 +239,7 @@ def test_without_memo_the_output_is_the_same(
         return dataclasses.replace(found, choice=dataclasses.replace(found.choice, memo=False))
 
     expected = shards(whole(family))
-    monkeypatch.setattr(planning, "make_plan", without)
+    monkeypatch.setattr(inputs, "make_plan", without)
     bigq.quantize(str(checkpoint(family)), tmp_path / "out", job(ids_file))
     assert shards(tmp_path / "out") == expected
 

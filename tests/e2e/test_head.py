@@ -19,13 +19,13 @@ import bigq
 from bigq.calibration import calibration_rows
 from bigq.config import JobConfig
 from bigq.errors import Stopped, UsageError
-from bigq.progress import Progress
+from bigq.inspect.verify import verify
+from bigq.job.journal import Commit, Journal
+from bigq.job.stop import Stop
+from bigq.progress.progress import Progress
 from bigq.sched import head as head_module
 from bigq.sched import pipeline
-from bigq.sched.journal import Commit, Journal
-from bigq.sched.planning import plan
-from bigq.sched.stop import Stop
-from bigq.sched.verify import verify
+from bigq.sched.plan.inputs import plan
 from bigq.scheme import QuantScheme, Rule
 from bigq.solver.gptq import quantize_linear
 from bigq.solver.rtn import round_to_nearest
@@ -98,7 +98,7 @@ def test_some_rows_at_a_time_are_as_good_as_all(
     checkpoint: Callable[[str], Path], ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bigq.quantize(str(checkpoint("llama")), tmp_path / "all", job(ids))
-    monkeypatch.setattr(head_module, "SOLVED", 64 * 48)
+    monkeypatch.setattr(head_module, "HEAD_CHUNK", 64 * 48)
     bigq.quantize(str(checkpoint("llama")), tmp_path / "some", job(ids))
     a, b = (decode(stored_tensors(tmp_path / name), "lm_head", 4, 2) for name in ("all", "some"))
     assert (a.codes == b.codes).float().mean() > 0.999 and a.scales.shape == b.scales.shape

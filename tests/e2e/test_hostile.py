@@ -22,13 +22,13 @@ from conftest import ROOT, Child
 from models import word_tokenizer
 
 from bigq.calibration import load_tokenizer
-from bigq.cli import main
+from bigq.cli.main import main
 from bigq.errors import BigqError, CalibrationError, CheckpointError, UnsupportedModelError
-from bigq.io.contained import require_contained
+from bigq.io.containment import require_contained
 from bigq.io.formats import read_schemes
 from bigq.io.hub import resolve_headers, resolve_model
-from bigq.model_config import require_sane
-from bigq.skeleton import build, load_config
+from bigq.model.config import require_sane
+from bigq.model.skeleton import build, load_config
 
 #: Address space of a child, in GiB: what importing torch and transformers takes is 3 of them.
 CHILD_GIB = 8
@@ -36,8 +36,8 @@ CHILD_GIB = 8
 LIMITED = f"""
 import resource, sys, time
 resource.setrlimit(resource.RLIMIT_AS, ({CHILD_GIB} * 2**30,) * 2)
-import torch, transformers, bigq.sched.planning, bigq.sched.pipeline
-from bigq.cli import main
+import torch, transformers, bigq.sched.plan.inputs, bigq.sched.pipeline
+from bigq.cli.main import main
 started = time.monotonic()
 status = main(sys.argv[1:])
 print("STATUS", status, time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

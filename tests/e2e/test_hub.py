@@ -16,7 +16,7 @@ import pytest
 from conftest import Child
 from models import SEQLEN, stored_tensors, word_tokenizer
 
-from bigq.cli import main
+from bigq.cli.main import main
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 C4 = ("datasets/allenai/c4", "en/c4-train.00000-of-01024.json.gz")
@@ -208,7 +208,7 @@ def test_a_plan_for_what_the_hub_does_not_have(repository: Path, hub: Hub, envir
 def test_unknown_repository_and_unknown_revision(
     repository: Path, environment: dict[str, str], ids_file: Path, child: Child, tmp_path: Path
 ) -> None:
-    program = "import sys; from bigq.cli import main; print(*(main(sys.argv[i::2]) for i in (1, 2)))"
+    program = "import sys; from bigq.cli.main import main; print(*(main(sys.argv[i::2]) for i in (1, 2)))"
     pairs = zip(*(arguments(model, tmp_path / "out", ids_file)[2:] for model in ("owner/absent", "owner/tiny@v99")), strict=True)
     done = child("-c", program, *(argument for pair in pairs for argument in pair), env=environment)
     assert done.stdout == "3 3\n", done.stderr

@@ -17,17 +17,18 @@ import torch
 from tinyjob import at_points, hashes, passes
 
 import bigq
-from bigq import faults, make_report
-from bigq.cli import main
+from bigq import faults
+from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, NumericsError, UsageError
-from bigq.io.sealed import unseal
-from bigq.make_report import write_model_card, write_report
-from bigq.sched.evaluate import EvalConfig
-from bigq.sched.finish import CARD_MARK
-from bigq.sched.history import BY_RULE, UNFIT, read_history
-from bigq.sched.journal import Journal
-from bigq.sched.verify import verify
+from bigq.infer.evaluate import EvalConfig
+from bigq.inspect.history import BY_RULE, UNFIT, read_history
+from bigq.inspect.verify import verify
+from bigq.io.checksummed import unseal
+from bigq.job.finish import CARD_MARK
+from bigq.job.journal import Journal
+from bigq.reports import write
+from bigq.reports.write import write_model_card, write_report
 from bigq.scheme import QuantScheme, Rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -425,7 +426,7 @@ def test_the_root_is_no_job(out: Path, capsys: pytest.CaptureFixture[str], monke
     assert main(["report", "/"]) == 2
     assert "/: holds no job of bigq" in capsys.readouterr().err
     history = read_history(out)
-    monkeypatch.setattr(make_report, "read_history", lambda _: history)
+    monkeypatch.setattr(write, "read_history", lambda _: history)
     assert main(["report", "/"]) == 2
     assert "/: every file lies in it" in capsys.readouterr().err
 
@@ -519,7 +520,7 @@ def test_a_job_with_a_card_is_not_disturbed_by_the_job_that_runs(
     out: Path, source: Path, ids_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the other way round: who writes a card owns the folder meanwhile."""
-    from bigq.sched import card
+    from bigq.reports import card
 
     def quantize(*_: Any) -> None:
         with pytest.raises(UsageError, match="another bigq job is writing to this folder"):

@@ -46,7 +46,7 @@ print(json.dumps({{"peak": peak(), "told": report.host_peak_bytes, "linears": le
 """
 
 CONVERSION = f"""{HEAD}
-from bigq.sched.convert import convert
+from bigq.conversion.convert import convert
 done = convert(*sys.argv[1:], "compressed-tensors")
 print(json.dumps({{"peak": peak(), "linears": done.linears, "bytes": done.bytes}}))
 """

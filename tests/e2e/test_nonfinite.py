@@ -34,11 +34,11 @@ from torch import Tensor
 import bigq
 from bigq.config import JobConfig
 from bigq.errors import NumericsError
+from bigq.inspect.verify import verify
+from bigq.job.journal import Commit, Journal
+from bigq.machine.ceilings import Ceilings, measure
 from bigq.sched import block as block_module
-from bigq.sched import planning
-from bigq.sched.ceilings import Ceilings, measure
-from bigq.sched.journal import Commit, Journal
-from bigq.sched.verify import verify
+from bigq.sched.plan import inputs
 from bigq.scheme import QuantScheme, Rule
 from bigq.solver import hessian
 
@@ -69,7 +69,7 @@ def _quick_plans() -> Iterator[None]:
         return measure(device, torch.float32)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "measure", rates)
+        patch.setattr(inputs, "measure", rates)
         yield
 
 

@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import bigq
-from bigq.cli import main
+from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, ResourceError
-from bigq.io.sealed import unseal
-from bigq.report import Report
+from bigq.io.checksummed import unseal
+from bigq.job.batches import Halving
+from bigq.job.journal import Commit, Journal
+from bigq.model.capture import BlockCall
+from bigq.progress.records import Report
 from bigq.sched import block as block_module
-from bigq.sched import memo as memo_module
 from bigq.sched import pipeline
-from bigq.sched import probe as probe_module
-from bigq.sched.activations import ActivationStore
-from bigq.sched.batches import Halving
-from bigq.sched.capture import BlockCall
-from bigq.sched.journal import Commit, Journal
+from bigq.sched.rows import probe as probe_module
+from bigq.sched.rows import shortcut_cache as memo_module
+from bigq.sched.rows.store import ActivationStore
 from bigq.scheme import QuantScheme
 
 ROWS, BATCH = 16, 8

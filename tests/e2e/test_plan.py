@@ -14,7 +14,7 @@ from conftest import Child
 from models import make_checkpoint, random_ids, save_ids
 from test_memory import random_llama
 
-from bigq.cli import main
+from bigq.cli.main import main
 
 MIB = 2**20
 
@@ -215,18 +215,18 @@ def test_without_memo_the_output_is_the_same(family: str, ids: Path, tmp_path: P
     """Attention's output kept and given back: the output projection's own, with the residual added (bloom), with extras (gemma2)."""
     import dataclasses
 
-    from bigq.sched import planning
+    from bigq.sched.plan import inputs
 
     source = make_checkpoint(tmp_path / "model", family, dtype=torch.bfloat16)
     assert main(job(source, tmp_path / "with", ids, "--batch", "3", "--quiet")) == 0
-    real = planning.make_plan
+    real = inputs.make_plan
 
     def without(*args: Any, **kwargs: Any) -> Any:
         found = real(*args, **kwargs)
         assert found.choice.memo
         return dataclasses.replace(found, choice=dataclasses.replace(found.choice, memo=False))
 
-    monkeypatch.setattr(planning, "make_plan", without)
+    monkeypatch.setattr(inputs, "make_plan", without)
     assert main(job(source, tmp_path / "without", ids, "--batch", "3", "--quiet")) == 0
     shards = sorted(p.name for p in (tmp_path / "with").glob("*.safetensors"))
     assert len(shards) > 3

@@ -40,11 +40,11 @@ from torch import Tensor, nn
 import bigq
 from bigq.config import JobConfig
 from bigq.io.formats import Format
-from bigq.report import Report
+from bigq.model.pager import Pager
+from bigq.model.structure import plan_block
+from bigq.progress.records import Report
 from bigq.sched import block as block_module
 from bigq.sched import pipeline
-from bigq.sched.pager import Pager
-from bigq.sched.structure import plan_block
 from bigq.scheme import QuantizedWeight, QuantScheme, Rule
 from bigq.solver.gptq import ENERGY_ROWS
 

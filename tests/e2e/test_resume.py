@@ -19,14 +19,15 @@ from conftest import ROOT
 from models import VOCABULARY, make_checkpoint, random_ids, rewrite, save_ids, shard_of, stored_tensors
 
 import bigq
-from bigq.cli import main
+from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, UsageError
 from bigq.io import atomic
+from bigq.job import finish
+from bigq.job import journal as journal_module
+from bigq.job.journal import Commit, Journal
 from bigq.sched import block as block_module
-from bigq.sched import finish, pipeline
-from bigq.sched import journal as journal_module
-from bigq.sched.journal import Commit, Journal
+from bigq.sched import pipeline
 from bigq.scheme import QuantScheme, Rule
 
 #: What decides the output's bytes, besides the default: rules that leave some Linears out and give others more bits.

@@ -16,7 +16,7 @@ from models import SEQLEN
 from screen import Terminal
 
 from bigq import faults
-from bigq.cli import main
+from bigq.cli.main import main
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import pytest
 
 import bigq
 from bigq.errors import UsageError
-from bigq.io import pieces
+from bigq.io.prefetch import pieces
+from bigq.progress.trace import Trace
 from bigq.sched import block
-from bigq.trace import Trace
 
 
 def config(ids: Path, **more: Any) -> bigq.JobConfig:

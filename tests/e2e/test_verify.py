@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 import bigq
 from bigq.config import JobConfig
 from bigq.errors import UsageError
-from bigq.io.sealed import seal, unseal, write_sealed
-from bigq.sched.journal import Journal
-from bigq.sched.verify import verify
+from bigq.inspect.verify import verify
+from bigq.io.checksummed import seal, unseal, write_sealed
+from bigq.job.journal import Journal
 from bigq.scheme import QuantScheme, Rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")

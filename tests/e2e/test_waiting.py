@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import bigq
-from bigq.io import pieces
 from bigq.io.index import TensorInfo
+from bigq.io.prefetch import pieces
 from bigq.sched import block, pipeline, run
-from bigq.sched.tiers import _OnDisk
+from bigq.sched.rows.tiers import _OnDisk
 
 
 def job(ids: Path, **more: Any) -> bigq.JobConfig:

@@ -21,9 +21,10 @@ from bigq import faults
 from bigq.config import JobConfig
 from bigq.errors import BigqError
 from bigq.io.atomic import TEMP_SUFFIX
-from bigq.report import Report
-from bigq.sched import planning
-from bigq.sched.journal import STATE_FOLDER, read_commits
+from bigq.io.folders import STATE_FOLDER
+from bigq.job.journal import read_commits
+from bigq.progress.records import Report
+from bigq.sched.plan import inputs
 from bigq.scheme import QuantScheme
 
 #: The file or folder that an error or a warning is about.
@@ -185,7 +186,7 @@ def quick() -> Iterator[None]:
     """One thread, and the plan's survey and measurements done once: half of the time of jobs as small as this goes there."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("survey", "measure"):
-            patch.setattr(planning, name, once(getattr(planning, name)))
+            patch.setattr(inputs, name, once(getattr(inputs, name)))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         yield

@@ -20,7 +20,7 @@ from bigq.io import reader
 from bigq.io.atomic import write_json
 from bigq.io.index import Checkpoint
 from bigq.io.reader import as_bytes
-from bigq.io.record import file_sha256
+from bigq.io.shard_record import file_sha256
 from bigq.io.writer import OutputTensor, write_shard
 
 DTYPES = [

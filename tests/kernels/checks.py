@@ -23,7 +23,7 @@ def kernel(name: str, version: str) -> Callable[..., Any]:
     """A version of the function ``name``, which may end in ``_`` and lives in the module of that name."""
     function = f"{name.rstrip('_')}_{version}{'_' if name.endswith('_') else ''}"
     home = {"unpack": "pack", "dequantize_packed": "dequantize"}.get(name, name.rstrip("_"))
-    module = pytest.importorskip(f"bigq.kernels.{home}{'_triton' if version == 'triton' else ''}")
+    module = pytest.importorskip(f"bigq.kernels.{'gpu.' if version == 'triton' else ''}{home}")
     return getattr(module, function)
 
 

@@ -77,7 +77,7 @@ def test_inputs_shared_among_any_number_of_programs(
     bits: int, group: int, programs: int, splits: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """7 reads of 16 cycles by 2 programs for outputs: partial sums of fp32 differ from one sum by their rounding alone."""
-    module = pytest.importorskip("bigq.kernels.dequant_matvec_triton")
+    module = pytest.importorskip("bigq.kernels.gpu.dequant_matvec")
     monkeypatch.setattr(module, "PROGRAMS", programs)
     operands, weight = problem(bits, 3, 200, 112 * CYCLE[bits], group * CYCLE[bits], torch.float16, device)
     grids = []
@@ -145,7 +145,7 @@ def test_the_largest_codes_are_exact(version: str, bits: int, dtype: torch.dtype
 def test_groups_that_begin_inside_a_cycle_are_left_to_plain_torch(
     bits: int, width: int, served: bool, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = pytest.importorskip("bigq.kernels.dequant_matvec_triton")
+    module = pytest.importorskip("bigq.kernels.gpu.dequant_matvec")
     calls = []
     run = module.dequant_matvec_triton
     monkeypatch.setattr(module, "dequant_matvec_triton", lambda *args: calls.append(1) or run(*args))

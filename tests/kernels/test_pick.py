@@ -80,7 +80,7 @@ def test_each_call_reaches_its_version(
     call: Callable[[], object], kernel: str, served_by: str | None, triton: bool, request: pytest.FixtureRequest
 ) -> None:
     """Triton's is replaced by one that only tells: on the CPU no call may reach it, on the fixture's path each of these must."""
-    module = pytest.importorskip(f"bigq.kernels.{kernel}_triton")
+    module = pytest.importorskip(f"bigq.kernels.gpu.{kernel}")
     if triton:
         request.getfixturevalue("triton_path")
     monkeypatch = request.getfixturevalue("monkeypatch")
@@ -122,7 +122,7 @@ def test_kernels_do_not_load_triton_before_they_need_it(child: Child) -> None:
     """And an ordinary command is not told to interpret it."""
     lines = [
         "import importlib, os, pkgutil, sys, bigq.kernels, bigq.solver.gptq, bigq.scheme",
-        "names = [m.name for m in pkgutil.iter_modules(bigq.kernels.__path__) if not m.name.endswith('_triton')]",
+        "names = [m.name for m in pkgutil.iter_modules(bigq.kernels.__path__) if m.name != 'gpu']",
         "for name in names: importlib.import_module('bigq.kernels.' + name)",
         "print(len(names) > 8, 'triton' in sys.modules, 'TRITON_INTERPRET' in os.environ)",
     ]

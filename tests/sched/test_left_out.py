@@ -16,24 +16,24 @@ import torch
 from models import FAMILIES, random_ids
 from torch import Tensor, nn
 
-from bigq.arch import block_linears
-from bigq.clock import Clock
 from bigq.errors import NumericsError
+from bigq.job.batches import Batches
 from bigq.kernels.syrk import CHUNK_TOKENS
+from bigq.model.blocks import block_linears
+from bigq.model.pager import Pager
+from bigq.model.skeleton import linear_weight
+from bigq.model.structure import plan_block
+from bigq.progress.clock import Clock
+from bigq.progress.trace import Trace
 from bigq.sched import block as block_module
-from bigq.sched.activations import ActivationStore
-from bigq.sched.batches import Batches
 from bigq.sched.block import BlockJob, Memo, Skipped, Solved, propagate, round_block, solve_block
-from bigq.sched.cost import Choice, Work, job_cost
-from bigq.sched.pager import Pager
-from bigq.sched.probe import activations_for, probe_model
-from bigq.sched.shape import BlockShape, GroupShape, LinearShape, ModelShape, Reach, Rows
-from bigq.sched.structure import plan_block
-from bigq.sched.tiers import Tier
+from bigq.sched.plan.cost import Choice, Work, job_cost
+from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, ModelShape, Reach, Rows
+from bigq.sched.rows.probe import activations_for, probe_model
+from bigq.sched.rows.store import ActivationStore
+from bigq.sched.rows.tiers import Tier
 from bigq.scheme import QuantScheme
-from bigq.skeleton import linear_weight
 from bigq.solver import gptq, hessian
-from bigq.trace import Trace
 
 CPU = torch.device("cpu")
 ROWS, SEQLEN = 7, 20

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bigq.kernels.grid import find_grid
 from bigq.scheme import QuantizedWeight, QuantScheme
-from bigq.solver.asymmetric import Correction
 from bigq.solver.hessian import Factor
+from bigq.solver.upstream_error import Correction
 
 
 def solve_by_columns(

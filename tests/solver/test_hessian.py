@@ -10,7 +10,7 @@ from conftest import Largest
 from torch import Tensor
 
 from bigq.errors import NumericsError
-from bigq.kernels import cholesky, symmetric, syrk
+from bigq.kernels import cholesky, syrk, triangles
 from bigq.solver import hessian
 from bigq.solver.hessian import HessianSum, factorize, finite_tokens
 
@@ -101,7 +101,7 @@ def test_act_order_is_by_decreasing_diagonal_and_stable() -> None:
 @pytest.mark.parametrize("n", [7, 256, 520])
 def test_act_order_factors_the_permuted_matrix(n: int, dtype: torch.dtype, dead: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit, and whatever part of the matrix is moved at a time; in the storage that was handed over."""
-    monkeypatch.setattr(symmetric, "MOVED", 100 * n + 1)
+    monkeypatch.setattr(triangles, "MOVED", 100 * n + 1)
     h = with_eigenvalues(n, 0.2, dtype) * torch.linspace(1, 3, n, dtype=dtype)[shuffled := rotation(n)[0].argsort()].outer(
         torch.linspace(1, 3, n, dtype=dtype)[shuffled]
     )
@@ -120,7 +120,7 @@ def test_act_order_factors_the_permuted_matrix(n: int, dtype: torch.dtype, dead:
 def test_no_second_matrix_is_made(act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One more panel of columns at a time is all it takes, with the damping raised once, too."""
     n = 1100
-    monkeypatch.setattr(symmetric, "MOVED", 100 * n)
+    monkeypatch.setattr(triangles, "MOVED", 100 * n)
     h = torch.diag(torch.linspace(1, 2, n))
     h[0, 1] = h[1, 0] = 1.05
     with Largest(but=h) as largest:

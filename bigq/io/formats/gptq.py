@@ -19,7 +19,7 @@ from torch import Tensor
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.formats.base import Format, PackedLinear, Quantization, Stored, natural_groups, require_tensor
 from bigq.io.index import TensorInfo
-from bigq.kernels.finite import finite
+from bigq.kernels.finiteness import finite
 from bigq.kernels.pack import pack, unpack
 from bigq.scheme import BITS, QuantScheme
 

@@ -1,0 +1,275 @@
+"""From a finished folder to one GGUF file, as llama.cpp reads it: packed Linears code for code, everything else as it is stored.
+
+The types are those that hold what bigq solved exactly: Q4_0 for 4 bits symmetric, Q4_1 for 4 bits asymmetric where minimums are fp16
+numbers, Q8_0 for 8 bits symmetric. What would have to be rounded again is refused, before a job begins (``check_gguf``) and before
+anything is written (``write_gguf``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bigq.config import JobConfig
+from bigq.conversion.gguf_families import Family, family_of, metadata, rope_factors, sliding_window, tensor_name
+from bigq.errors import CheckpointError, UsageError
+from bigq.io.formats import Stored
+from bigq.io.gguf_file import (
+    BLOCK,
+    BLOCK_BYTES,
+    PLAIN,
+    GgufTensor,
+    Value,
+    block_type,
+    blocks,
+    minimums,
+    require_gguf,
+    size_label,
+    write_gguf_file,
+)
+from bigq.io.gguf_vocab import read_vocabulary
+from bigq.io.index import TensorInfo
+from bigq.io.reader import as_bytes, iter_chunks, read_tensor
+from bigq.model.description import Described
+from bigq.model.pager import Pager
+from bigq.scheme import QuantScheme, scheme_for
+
+#: ``general.file_type``: the type that most weights have, as llama.cpp counts.
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
+#: Of the block types, so far.
+QUANTIZATION_VERSION = 2
+#: Significant bits of a scale that is an fp16 number still when it is multiplied by a zero point of 4 bits.
+SCALE_BITS = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Planned:
+    """A tensor of the file: GGUF's name and type, the parameter that it comes from, and the order of its rows if not its own."""
+
+    name: str
+    type: str
+    parameter: str
+    order: Tensor | None
+
+
+def check_gguf(pager: Pager) -> None:
+    """Raise where no GGUF file could be made of a folder.
+
+    UsageError: a Linear that no block type holds exactly, or the ``gguf`` package is not installed. UnsupportedModelError: a family,
+    setting or tokenizer that llama.cpp does not have. CheckpointError: damaged tokenizer files.
+    """
+    _check(pager, _scheme_as_packed(pager))
+    _check_values(pager)
+
+
+def check_gguf_job(model: Described, config: JobConfig) -> None:
+    """Raise where none could be made of what a job will make of a model: as ``check_gguf`` does."""
+    _check(model, _scheme_by_rule(model, config))
+
+
+def _check(model: Described, scheme_of: Callable[[str], QuantScheme | None]) -> None:
+    require_gguf()
+    family = family_of(model)
+    _plan(model, family, scheme_of)
+    metadata(model, family)
+    read_vocabulary(model.folder, model.embedding.num_embeddings)
+
+
+def write_gguf(
+    folder: Path,
+    file: Path,
+    *,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    written: Callable[[int, int], None] = lambda done, blocks: None,
+) -> None:
+    """Write the model in ``folder``, packed or not, to ``file``, one tensor in memory at a time.
+
+    say: gets what is to be known of the file. written: gets how many of the blocks are in it, after each.
+    Nothing is under the name ``file`` before all of it is. Raises what ``check_gguf`` does, and ResourceError where the disk refuses.
+    """
+    if file.is_dir() or not file.parent.is_dir():
+        raise UsageError(f"{file}: is a folder, or its folder is not there; name a file in a folder that is")
+    pager = Pager(folder, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
+    check_gguf(pager)
+    family = family_of(pager)
+    planned = _plan(pager, family, _scheme_as_packed(pager))
+    tensors = [_tensor(pager, one) for one in planned]
+    factors = rope_factors(pager.config)
+    if factors is not None:
+        tensors.append(_whole("rope_freqs.weight", "F32", tuple(factors.shape), lambda: factors))
+    said = (
+        _general(str(pager.config.model_type), tensors) | metadata(pager, family) | read_vocabulary(folder, pager.embedding.num_embeddings)
+    )
+    if said["tokenizer.ggml.model"] == "none":
+        say(f"{folder} has no tokenizer: {file.name} will take token ids only")
+    if sliding_window(pager.config) is not None:
+        say(f"{file.name} says that its context is {said['.context_length']}, the sliding window, which llama.cpp ignores here")
+    write_gguf_file(file, family.arch, said, tensors, _told(written, tensors))
+
+
+def _plan(model: Described, family: Family, scheme_of: Callable[[str], QuantScheme | None]) -> list[_Planned]:
+    """Every tensor of the file but ``rope_freqs``, those of a block together."""
+    planned = []
+    parameters = dict(model.model.named_parameters(remove_duplicate=False))
+    tied = model.head.weight is model.embedding.weight
+    for parameter in model.model.state_dict():
+        name, order = tensor_name(model, family, parameter)
+        if tied and name == "output.weight":
+            continue  # llama.cpp takes the embedding where there is none
+        module = parameter.rpartition(".")[0]
+        scheme = scheme_of(module) if parameter.endswith(".weight") else None
+        if scheme is not None:
+            type = _require_block_type(module, parameters[parameter].shape[1], scheme)
+        else:
+            type = _plain_type(model.sources.get(parameter))
+        planned.append(_Planned(name=name, type=type, parameter=parameter, order=order))
+    return planned
+
+
+def _scheme_as_packed(pager: Pager) -> Callable[[str], QuantScheme | None]:
+    def scheme_of(module: str) -> QuantScheme | None:
+        if pager.schemes is None or f"{module}.weight" not in pager.packed:
+            return None
+        return pager.schemes.scheme(module)
+
+    return scheme_of
+
+
+def _scheme_by_rule(model: Described, config: JobConfig) -> Callable[[str], QuantScheme | None]:
+    inside = {name for name in model.linears if name.startswith(f"{model.blocks_path}.") or (config.lm_head and name == model.head_name)}
+
+    def scheme_of(module: str) -> QuantScheme | None:
+        scheme = scheme_for(module, config.base_scheme, config.rules) if module in inside else None
+        if (
+            scheme is not None
+            and block_type(scheme.bits, scheme.symmetric) == "Q4_1"
+            and (scheme.scale_bits or SCALE_BITS + 1) > SCALE_BITS
+        ):
+            raise _minimums_lost(module, f"use --scale-bits {SCALE_BITS}, or leave it out")
+        return scheme
+
+    return scheme_of
+
+
+def _require_block_type(module: str, inputs: int, scheme: QuantScheme) -> str:
+    """The block type for a Linear. Raises UsageError, naming it, where there is none that holds it exactly."""
+    type = block_type(scheme.bits, scheme.symmetric)
+    if type is None:
+        kind = "symmetric" if scheme.symmetric else "asymmetric"
+        raise UsageError(
+            f"{module}: GGUF has no blocks for {scheme.bits} bits {kind}, only for --bits 4 and for --bits 8 --sym; quantize it so "
+            f"(--rule '{module}$:bits=…'), or leave it out with --skip '{module}$'"
+        )
+    if inputs % BLOCK:
+        raise UsageError(f"{module} has {inputs} inputs, but blocks of GGUF hold {BLOCK}; leave it out with --skip '{module}$'")
+    if scheme.group_size != -1 and scheme.group_size % BLOCK:
+        raise UsageError(
+            f"{module} has groups of {scheme.group_size}, but blocks of GGUF hold {BLOCK} weights with one scale; quantize with a "
+            f"--group-size that is a multiple of {BLOCK}, or -1"
+        )
+    return type
+
+
+def _minimums_lost(module: str, remedy: str) -> UsageError:
+    return UsageError(f"{module}: its zero points times scales are not fp16 numbers, as Q4_1 of GGUF has them; {remedy}")
+
+
+def _check_values(pager: Pager) -> None:
+    """Raise UsageError where scales and zero points of a packed Linear are not what its block type can hold. Codes are not read."""
+    if pager.schemes is None:
+        return
+    for parameter in (name for name in pager.model.state_dict() if name in pager.packed):
+        module = parameter.removesuffix(".weight")
+        scheme = pager.schemes.scheme(module)
+        stored = _read(pager, parameter, codes=False)
+        if not scheme.symmetric:
+            if minimums(stored) is None:
+                raise _minimums_lost(module, "quantize the model with --format gguf")
+        elif bool((stored.zeros != 1 << (scheme.bits - 1)).any()) or not torch.equal(stored.scales.half().float(), stored.scales.float()):
+            raise CheckpointError(
+                f"{pager.folder}: {module} is said to be symmetric, but its zero points or scales are not what Q4_0 and Q8_0 can hold; "
+                "quantize it again"
+            )
+
+
+def _read(pager: Pager, parameter: str, *, codes: bool = True) -> Stored:
+    """A packed Linear; without codes, its words are memory of no meaning."""
+    assert pager.schemes is not None
+    prefix, scheme = pager.packed[parameter], pager.schemes.scheme(parameter.removesuffix(".weight"))
+    mark = f"{prefix}.{pager.schemes.format.mark}"
+
+    def get(name: str) -> Tensor:
+        info = pager.checkpoint[name]
+        if name == mark and not codes:
+            return torch.empty(1, dtype=info.dtype).expand(info.shape)
+        return read_tensor(info, keep_cached=False)
+
+    return pager.schemes.format.read(prefix, get, scheme)
+
+
+def _plain_type(info: TensorInfo | None) -> str:
+    """Matrices stay as they are, unless that is fp64; llama.cpp wants everything else in fp32. info: None where headers are not known."""
+    return "F32" if info is None or len(info.shape) != 2 else next((type for type, dtype in PLAIN.items() if dtype == info.dtype), "F32")
+
+
+def _tensor(pager: Pager, one: _Planned) -> GgufTensor:
+    if one.type in BLOCK_BYTES:
+        assert pager.schemes is not None
+        bits = pager.schemes.scheme(one.parameter.removesuffix(".weight")).bits
+        shape = tuple(pager.model.get_parameter(one.parameter).shape)
+        return GgufTensor(name=one.name, type=one.type, shape=shape, chunks=lambda: _blocks(pager, one, bits))
+    info = pager.sources[one.parameter]
+    if one.order is None and info.dtype == PLAIN[one.type]:
+        return GgufTensor(name=one.name, type=one.type, shape=info.shape, chunks=lambda: iter_chunks(info))
+
+    def ordered() -> Tensor:
+        tensor = read_tensor(info, keep_cached=False).to(PLAIN[one.type])
+        return tensor if one.order is None else tensor[one.order]
+
+    return _whole(one.name, one.type, info.shape, ordered)
+
+
+def _blocks(pager: Pager, one: _Planned, bits: int) -> Iterator[memoryview]:
+    yield from blocks(_read(pager, one.parameter), one.type, bits, one.order)
+
+
+def _whole(name: str, type: str, shape: tuple[int, ...], get: Callable[[], Tensor]) -> GgufTensor:
+    """A tensor that is in memory for as long as it is written."""
+    return GgufTensor(name=name, type=type, shape=shape, chunks=lambda: [as_bytes(get().contiguous())])
+
+
+def _general(kind: str, tensors: Iterable[GgufTensor]) -> dict[str, Value]:
+    """The name is made of what the file holds, not of its folder's: the same model is the same bytes wherever it lies."""
+    weights: Counter[str] = Counter()
+    parameters = 0
+    for tensor in tensors:
+        parameters += torch.Size(tensor.shape).numel()
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
+            weights[tensor.type] += torch.Size(tensor.shape).numel()
+    return {
+        "general.type": "model",
+        "general.name": f"{kind} {size_label(parameters)}",
+        "general.size_label": size_label(parameters),
+        "general.file_type": FILE_TYPES[weights.most_common(1)[0][0]],
+        "general.quantization_version": QUANTIZATION_VERSION,
+    }
+
+
+def _told(written: Callable[[int, int], None], tensors: list[GgufTensor]) -> Callable[[GgufTensor], None]:
+    """To be called for each tensor that was written: the last one of a block counts."""
+    last = {tensor.name.split(".")[1]: tensor.name for tensor in tensors if tensor.name.startswith("blk.")}
+    done = 0
+
+    def count(tensor: GgufTensor) -> None:
+        nonlocal done
+        if last.get(tensor.name.split(".")[1]) == tensor.name:
+            done += 1
+            written(done, len(last))
+
+    return count

@@ -1,0 +1,1 @@
+"""Models tried out: perplexity and KL divergence, text generation, packed Linears."""

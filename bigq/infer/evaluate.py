@@ -1,0 +1,230 @@
+"""Perplexity, and the distance to another model, by the same streaming: models larger than the device can be judged.
+
+Each model's hidden states are streamed through its blocks; only the last step needs the output head, row by row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigq.calibration import evaluation_rows, require_vocabulary
+from bigq.config import DEFAULT_SEQLEN, default_batch
+from bigq.errors import BigqError, UsageError
+from bigq.inspect.evaluations import holds_finished_job, record_evaluation
+from bigq.io.hub import resolve_model
+from bigq.job.batches import Batches, told
+from bigq.machine.device import choose_device, memory_errors
+from bigq.machine.memory import hold_heap, return_freed_memory
+from bigq.model import skeleton
+from bigq.model.capture import OutputForm, all_replaced
+from bigq.model.pager import Pager
+from bigq.progress.display import Display
+from bigq.progress.progress import Progress
+from bigq.sched.block import propagate
+from bigq.sched.rows.probe import activations_for, probe_model
+from bigq.sched.rows.store import ActivationStore
+from bigq.sched.rows.tiers import choose_tier
+
+#: Positions whose distributions over the vocabulary are compared at once, in fp32.
+POSITIONS = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """tokens: predicted tokens, the first of each row excepted. kl: mean KL(baseline ‖ model) per token, in nats.
+
+    The last four are None without a baseline.
+    """
+
+    perplexity: float
+    tokens: int
+    baseline_perplexity: float | None = None
+    kl: float | None = None
+    kl_stderr: float | None = None
+    top1_agreement: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """data: a file as for calibration, or "builtin". seqlen None: 2048 or the model's limit. samples None: all rows."""
+
+    data: str = "builtin"
+    seqlen: int | None = None
+    samples: int | None = None
+    batch: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    quiet: bool = False
+
+
+def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | None = None, display: Display | None = None) -> Evaluation:
+    """Judge a model, original or packed by bigq, on a text. Raises the errors of ``bigq.errors``. display: as for ``quantize``.
+
+    Where ``model`` is the folder of a finished job, the result is kept in its record; where that cannot be written, with a warning.
+    """
+    started = time.monotonic()
+    config = config or EvalConfig()
+    device = choose_device(config.device)
+    hold_heap()
+    skeleton.silence()
+    with torch.no_grad(), memory_errors(device), contextlib.ExitStack() as stack:
+        pagers = [
+            Pager(resolve_model(str(m)), device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+            for m in (model, baseline)
+            if m is not None
+        ]
+        rows = _rows(pagers, config)
+        streams = []
+        for pager in pagers:
+            batch = config.batch or default_batch(device.type, rows.shape[1])
+            streams.append(Stream(pager, rows, batch, quiet=config.quiet, display=display))
+            stack.enter_context(streams[-1].tail_ready())
+        totals = _Totals()
+        for lo in range(len(rows)):
+            ids = rows[lo : lo + 1].to(device)
+            logits = [s.logits(lo, lo + 1)[0, :-1] for s in streams]
+            for start in range(0, rows.shape[1] - 1, POSITIONS):
+                stop = start + POSITIONS
+                totals.add(ids[0, 1:][start:stop], *(part[start:stop] for part in logits))
+    result = totals.result()
+    facts = _facts(model, config, baseline, rows, device) | {"seconds": round(time.monotonic() - started, 3)}
+    _record(model, facts | dataclasses.asdict(result), Progress(0, device, config.quiet, display=display))
+    return result
+
+
+def _facts(model: str, config: EvalConfig, baseline: str | None, rows: Tensor, device: torch.device) -> dict[str, Any]:
+    """What was evaluated, and how."""
+    return {
+        "model": str(model),
+        "baseline": baseline,
+        "data": config.data,
+        "samples": rows.shape[0],
+        "seqlen": rows.shape[1],
+        "dtype": config.dtype,
+        "device": device.type,
+    }
+
+
+def _record(model: str, evaluation: dict[str, Any], progress: Progress) -> None:
+    """Keep a result with the job that made the model, if there is one."""
+    folder = Path(model).expanduser()
+    try:
+        if holds_finished_job(folder):
+            record_evaluation(folder, evaluation)
+    except BigqError as error:
+        progress.say(f"warning: {error}; the result is not kept with the job")
+
+
+class Stream:
+    """A model's hidden states after its last block for rows [N, T], and the logits that follow from them."""
+
+    def __init__(self, pager: Pager, rows: Tensor, batch: int, *, quiet: bool = True, display: Display | None = None) -> None:
+        self._pager, self._rows = pager, rows
+        probe = probe_model(pager)
+        self._form: OutputForm = probe.form
+        needed = rows.numel() * probe.hidden.shape[-1] * probe.hidden.dtype.itemsize
+        tier = choose_tier(pager.device, needed, Path(tempfile.gettempdir()))
+        with Progress(len(pager.blocks), pager.device, quiet, display=display) as progress:
+            batches = Batches(batch, tell=lambda before, halving: progress.say(told(before, halving)))
+            self._store: ActivationStore = activations_for(pager, rows, batches, probe, tier)
+            self._store.passing = progress.step
+            for i in range(len(pager.blocks)):
+                progress.phase(f"of {pager.folder.name}", i)
+                block = pager.load_block(i)
+                progress.read(sum(info.nbytes for info in pager.block_tensors(i)))
+                propagate(i, block, self._store, f"{pager.blocks_path}.{i}")
+                pager.evict_block(i)
+                return_freed_memory()
+                progress.block_passed(len(pager.blocks) - i - 1)
+
+    @contextlib.contextmanager
+    def tail_ready(self) -> Iterator[None]:
+        """What comes before and after the blocks, in memory."""
+        with self._pager.rest_loaded(), self._pager.head_loaded(), self._pager.embedding_rows(self._rows):
+            yield
+
+    def logits(self, lo: int, hi: int) -> Tensor:
+        """Logits [hi − lo, T, V] of some rows, by the model's own forward around its blocks."""
+        hidden = self._store.rows(lo, hi)
+
+        def make(_: int) -> Any:
+            return lambda *args, **kwargs: self._form.wrap(hidden)
+
+        with all_replaced(list(self._pager.blocks), make):
+            logits = self._pager.model(input_ids=self._rows[lo:hi].to(self._pager.device), use_cache=False).logits
+        assert isinstance(logits, Tensor)
+        return logits
+
+
+def _rows(pagers: list[Pager], config: EvalConfig) -> Tensor:
+    if config.seqlen == 1:
+        raise UsageError("--seqlen 1: a row of one token predicts nothing; use 2 or more")
+    limits = [limit for p in pagers if (limit := skeleton.max_positions(p.config)) is not None]
+    if config.seqlen is not None and any(config.seqlen > limit for limit in limits):
+        raise UsageError(f"--seqlen {config.seqlen}: the model has {min(limits)} positions; use --seqlen {min(limits)} or less")
+    rows = evaluation_rows(
+        config.data,
+        pagers[0].folder,
+        seqlen=config.seqlen or min([DEFAULT_SEQLEN, *limits]),
+        samples=config.samples,
+        trust_remote_code=config.trust_remote_code,
+    )
+    for pager in pagers:
+        require_vocabulary(rows, pager.embedding.num_embeddings)
+    return rows
+
+
+class _Totals:
+    """Running sums over tokens, in fp64."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._compared = False
+        self._nll = self._baseline_nll = self._kl = self._kl_squared = self._agreed = 0.0
+
+    def add(self, targets: Tensor, logits: Tensor, baseline: Tensor | None = None) -> None:
+        """Token ids [P] and the logits [P, V] that predict them."""
+        log_p = torch.log_softmax(logits.float(), -1)
+        self._tokens += len(targets)
+        self._nll -= float(log_p.gather(1, targets[:, None]).double().sum())
+        if baseline is None:
+            return
+        self._compared = True
+        log_q = torch.log_softmax(baseline.float(), -1)
+        self._baseline_nll -= float(log_q.gather(1, targets[:, None]).double().sum())
+        kl = (log_q.exp() * (log_q - log_p)).double().sum(-1)
+        self._kl += float(kl.sum())
+        self._kl_squared += float(kl.square().sum())
+        self._agreed += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+
+    def result(self) -> Evaluation:
+        n = self._tokens
+        perplexity = _exp(self._nll / n)
+        if not self._compared:
+            return Evaluation(perplexity=perplexity, tokens=n)
+        mean = self._kl / n
+        variance = max(self._kl_squared / n - mean**2, 0.0)
+        return Evaluation(
+            perplexity=perplexity,
+            tokens=n,
+            baseline_perplexity=_exp(self._baseline_nll / n),
+            kl=mean,
+            kl_stderr=math.sqrt(variance / n),
+            top1_agreement=self._agreed / n,
+        )
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf

@@ -1,0 +1,195 @@
+"""Text from a model, original or quantized, that fits the device: transformers' own ``generate`` on a model of bigq's making.
+
+Tokens are the most likely ones unless a temperature or a top-p is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bigq.calibration import load_tokenizer
+from bigq.config import MAX_SEED
+from bigq.errors import CalibrationError, CheckpointError, ResourceError, UsageError
+from bigq.infer.load import load_whole, stored_bytes
+from bigq.infer.streamer import Streamer
+from bigq.io.hub import resolve_model
+from bigq.io.json_file import plain, read_json_object
+from bigq.machine.device import choose_device
+from bigq.machine.memory import hold_heap
+from bigq.model import skeleton
+from bigq.model.pager import Pager
+from bigq.progress.sizes import show_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateConfig:
+    """max_new_tokens: at most so many. temperature, top_p: draw tokens, by seed; neither means the most likely ones.
+
+    chat: put the prompt into the tokenizer's chat template, as a user's message. device, dtype: as for ``JobConfig``.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+    chat: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
+        if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise UsageError(f"--temperature {self.temperature:g}: must be above 0; leave it out for the most likely tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p {self.top_p:g}: must be above 0 and at most 1")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UsageError(f"--seed {self.seed}: must be from 0 to {MAX_SEED}")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What ``generate`` is told of how to choose tokens."""
+        if self.temperature is None and self.top_p is None:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"do_sample": True, "temperature": self.temperature or 1.0, "top_p": self.top_p or 1.0, "top_k": 0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """text: what follows the prompt. Seconds: of loading, of the prompt up to the first token, and of the others.
+
+    weight_bytes: of the model on the device.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    load_seconds: float
+    prompt_seconds: float
+    seconds: float
+    weight_bytes: int
+
+    def summary(self) -> str:
+        """One line for a person."""
+        rate = f"{(self.new_tokens - 1) / self.seconds:.1f} tokens/s" if self.new_tokens > 1 and self.seconds > 0 else "–"
+        return (
+            f"{self.new_tokens} tokens, {rate}; {self.prompt_tokens} tokens of prompt in {self.prompt_seconds:.2f} s; "
+            f"{show_size(self.weight_bytes)} of weights loaded in {self.load_seconds:.1f} s"
+        )
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    config: GenerateConfig | None = None,
+    *,
+    write: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Generated:
+    """What a model, original or quantized by bigq, makes of a prompt. write: is given the text piece by piece, as it comes; say:
+    warnings.
+
+    Raises UsageError (an empty or too long prompt, no chat template), ResourceError where the model does not fit the device, and
+    CheckpointError or UnsupportedModelError for the model's folder.
+    """
+    config = config or GenerateConfig()
+    if not prompt.strip():
+        raise UsageError("--prompt: is empty; give some text for the model to go on with")
+    device = choose_device(config.device)
+    folder = resolve_model(str(model))
+    hold_heap()
+    skeleton.silence()
+    started = time.monotonic()
+    try:
+        with torch.no_grad():
+            pager = Pager(folder, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+            tokenizer = _tokenizer(folder, config)
+            ids = _prompt_ids(tokenizer, prompt, config, folder)
+            room = _require_fitting(ids, pager, config)
+            whole: Any = load_whole(pager, tokens=len(ids) + room, say=say)
+            loaded = time.monotonic()
+            streamer = Streamer(tokenizer, write)
+            torch.manual_seed(config.seed)
+            given = torch.tensor([ids], device=device)
+            whole.generate(
+                given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=room,
+                streamer=streamer,
+                **_ends(folder, tokenizer),
+                **config.sampling,
+            )
+            ended = time.monotonic()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(f"{device}: out of memory while generating; use fewer --max-new-tokens, or --device cpu") from error
+    first = streamer.first or ended
+    return Generated(
+        text=streamer.text,
+        prompt_tokens=len(ids),
+        new_tokens=streamer.count,
+        load_seconds=loaded - started,
+        prompt_seconds=first - loaded,
+        seconds=ended - first,
+        weight_bytes=stored_bytes(whole),
+    )
+
+
+def _tokenizer(folder: Path, config: GenerateConfig) -> Any:
+    try:
+        return load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
+    except CalibrationError as error:
+        raise CheckpointError(f"{str(error).partition(';')[0]}; generating takes a tokenizer, add its files to the folder") from error
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, config: GenerateConfig, folder: Path) -> list[int]:
+    if config.chat and not getattr(tokenizer, "chat_template", None):
+        raise UsageError(f"--chat: the tokenizer of {folder} has no chat template; leave --chat out")
+    # Templates are programs that come with the model, and tokenizers that load may still hold nonsense: either may raise anything.
+    try:
+        if config.chat:
+            message = [{"role": "user", "content": prompt}]
+            text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+            ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        else:
+            ids = tokenizer(prompt).input_ids
+    except Exception as error:
+        said = plain(" ".join(str(error).split())[:200])
+        raise CheckpointError(f"{folder}: its tokenizer fails on the prompt ({type(error).__name__}: {said}); fetch it again") from error
+    if not ids:
+        raise UsageError("--prompt: the tokenizer makes no token of it; give some text for the model to go on with")
+    return ids
+
+
+def _require_fitting(ids: list[int], pager: Pager, config: GenerateConfig) -> int:
+    """How many tokens may follow the prompt."""
+    vocabulary = pager.embedding.num_embeddings
+    if max(ids) >= vocabulary:
+        raise CheckpointError(
+            f"{pager.folder}: its tokenizer makes token {max(ids)}, but the model has {vocabulary}; the two belong to different models"
+        )
+    limit = skeleton.max_positions(pager.config)
+    if limit is None:
+        return config.max_new_tokens
+    if len(ids) >= limit:
+        raise UsageError(f"--prompt: has {len(ids)} tokens, but the model has {limit} positions; give a shorter one")
+    return min(config.max_new_tokens, limit - len(ids))
+
+
+def _ends(folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """The tokens that end a text: as generation_config.json says, else config.json, else the tokenizer."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        said = read_json_object(path).get("eos_token_id") if path.exists() else None
+        ends = said if isinstance(said, list) else [said]
+        if ends and all(type(end) is int for end in ends):
+            return {"eos_token_id": ends, "pad_token_id": ends[0]}
+    end = tokenizer.eos_token_id
+    return {} if end is None else {"eos_token_id": [end], "pad_token_id": end}

@@ -1,0 +1,1 @@
+"""Looking at a job's folder: its status, its history, and whether it is sound."""

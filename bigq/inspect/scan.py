@@ -1,0 +1,113 @@
+"""Reading a shard once, from its first byte to its last: its hash, and whether its values can be what they are said to be.
+
+Which Linears are packed, and how, is told by the shapes of their tensors alone, so shards of unfinished jobs can be looked at too.
+In memory is a piece of one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bigq.errors import DataError
+from bigq.io.formats import Format, PackedLinear
+from bigq.io.index import TensorInfo, read_header
+from bigq.io.reader import as_bytes, fill, opened
+from bigq.kernels.finiteness import finite
+
+#: Bytes of a tensor that are looked at together; unpacking 2-bit zero points takes about 20 times as much.
+PIECE_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scan:
+    """A shard that was read.
+
+    tensors: what its header says, in its order. linears: the packed ones, by the prefix of their tensors; those whose tensors do not
+    belong together are among the problems instead. zeros: the least and the greatest zero point of each. problems: name the tensor.
+    """
+
+    sha256: str
+    tensors: Mapping[str, TensorInfo]
+    linears: Mapping[str, PackedLinear]
+    zeros: Mapping[str, tuple[int, int]]
+    problems: tuple[str, ...]
+
+
+def scan_shard(path: Path, format: Format) -> Scan:
+    """Read a shard whose packed Linears are in a format.
+
+    Raises CheckpointError where its header cannot be read, ResourceError where the disk fails.
+    """
+    tensors, header = read_header(path)
+    linears, problems = packed_linears(tensors, format)
+    values = _Values(linears, format)
+    digest = hashlib.sha256(struct.pack("<Q", len(header)) + header)
+    for info in sorted(tensors.values(), key=lambda t: t.start):
+        wrong = None
+        for start, piece in _pieces(info, values.together(info)):
+            digest.update(as_bytes(piece))
+            wrong = wrong or values.look(info, piece, start)
+        if wrong is not None:
+            problems.append(f"tensor {info.name} {wrong}")
+    return Scan(sha256=digest.hexdigest(), tensors=tensors, linears=linears, zeros=values.zeros, problems=tuple(problems))
+
+
+def packed_linears(tensors: Mapping[str, TensorInfo], format: Format) -> tuple[dict[str, PackedLinear], list[str]]:
+    """(the packed Linears of a shard by prefix, what is wrong with the others)."""
+    linears: dict[str, PackedLinear] = {}
+    problems: list[str] = []
+    for prefix in (name.removesuffix(f".{format.mark}") for name in tensors if name.endswith(f".{format.mark}")):
+        try:
+            linears[prefix] = format.geometry(prefix, tensors)
+        except DataError as error:
+            problems.append(str(error))
+    return linears, problems
+
+
+class _Values:
+    """What the values of each tensor of a shard must be. zeros: what was seen of zero points, by prefix."""
+
+    def __init__(self, linears: Mapping[str, PackedLinear], format: Format) -> None:
+        self._linears = linears
+        self._format = format
+        self.zeros: dict[str, tuple[int, int]] = {}
+
+    def _place(self, info: TensorInfo) -> tuple[str, PackedLinear | None, str]:
+        """(prefix, the packed Linear that a tensor is part of, which part)."""
+        prefix, _, suffix = info.name.rpartition(".")
+        return prefix, self._linears.get(prefix) if suffix in self._format.suffixes(symmetric=False) else None, suffix
+
+    def together(self, info: TensorInfo) -> int:
+        """How many elements can only be looked at together."""
+        _, linear, suffix = self._place(info)
+        return 1 if linear is None else self._format.together(suffix, info)
+
+    def look(self, info: TensorInfo, piece: Tensor, start: int) -> str | None:
+        """What is wrong with elements [start, start + len(piece)) of a tensor, if anything."""
+        prefix, linear, suffix = self._place(info)
+        if linear is None:
+            return "holds NaN or Inf" if piece.is_floating_point() and piece.itemsize > 1 and not finite(piece) else None
+        wrong, zeros = self._format.look(suffix, linear, piece, start)
+        if zeros is not None:
+            low, high = self.zeros.get(prefix, zeros)
+            self.zeros[prefix] = (min(low, zeros[0]), max(high, zeros[1]))
+        return wrong
+
+
+def _pieces(info: TensorInfo, together: int) -> Iterator[tuple[int, Tensor]]:
+    """(the number of its first element, elements in a row) of a tensor, piece by piece; each is valid until the next."""
+    unit = together * info.dtype.itemsize
+    step = max(PIECE_BYTES // unit, 1) * unit
+    buffer = torch.empty(min(step, info.nbytes), dtype=torch.uint8)
+    with opened(info) as fd:
+        for position in range(info.start, info.stop, step):
+            piece = buffer[: min(step, info.stop - position)]
+            fill(fd, info, piece, position)
+            yield (position - info.start) // info.dtype.itemsize, piece.view(info.dtype)

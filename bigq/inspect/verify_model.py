@@ -1,0 +1,111 @@
+"""What the shards of a finished folder hold, against its index, its configs, and the model that they describe.
+
+Every function returns problems as (file, what is wrong with it). Knows nothing of hashes or records.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bigq.config import JobConfig
+from bigq.inspect.scan import Scan
+from bigq.io.formats import PackedLinear
+from bigq.io.index import INDEX_NAME, read_json_object
+from bigq.job.finish import quantization_of
+from bigq.job.journal import Commit
+from bigq.model import skeleton
+from bigq.model.blocks import block_linears
+from bigq.model.pager import Pager
+from bigq.model.skeleton import linear_weight
+from bigq.scheme import scheme_for
+
+Problems = Iterator[tuple[str, str]]
+
+
+def index_problems(index: Mapping[str, Any], scans: Mapping[str, Scan], total: int) -> Problems:
+    """Whether every tensor of every shard is in the index under its file, and nothing else is.
+
+    scans: of all shards. total: their size in bytes.
+    """
+    weight_map, metadata = index.get("weight_map"), index.get("metadata")
+    said = weight_map if isinstance(weight_map, dict) else {}
+    count = Counter(name for scan in scans.values() for name in scan.tensors)
+    for file, scan in scans.items():
+        for name in scan.tensors:
+            if count[name] > 1:
+                yield file, f"tensor {name} is in {count[name]} shards"
+        astray = [name for name in scan.tensors if said.get(name) != file and count[name] == 1]
+        if astray:
+            where = f"says that {astray[0]} is in {said[astray[0]]}" if astray[0] in said else f"does not name {astray[0]}"
+            more = "" if len(astray) == 1 else f", and likewise {len(astray) - 1} more"
+            yield INDEX_NAME, f"{where}, which is in {file}{more}"
+    for name in said.keys() - count.keys():
+        yield INDEX_NAME, f"names tensor {name}, which is in no shard"
+    if not isinstance(metadata, dict) or metadata.get("total_size") != total:
+        yield INDEX_NAME, f"its total_size is not {total}"
+
+
+def config_problems(out: Path, job: JobConfig, commits: Sequence[Commit], *, trust_remote_code: bool) -> Problems:
+    """Whether config.json, and what else says it, say how the job quantized. Raises DataError where one cannot be understood."""
+    linears = _linears(out, trust_remote_code=trust_remote_code) if job.made.names_linears else ()
+    told = quantization_of(commits, job, linears, {})
+    if not told.packed:
+        if "quantization_config" in read_json_object(out / "config.json"):
+            yield "config.json", "says how it was quantized, but nothing is"
+        return
+    expected = job.made.config(told)
+    files = [("config.json", "quantization_config")] + [(file, None) for file in (job.made.config_file,) if file is not None]
+    for file, key in files:
+        value = read_json_object(out / file)
+        said = value if key is None else value.get(key)
+        if not isinstance(said, dict) or {**said, "meta": {}} != {**expected, "meta": {}}:
+            yield file, "does not say what the job's record says of how it quantized"
+
+
+def _linears(out: Path, *, trust_remote_code: bool) -> tuple[str, ...]:
+    """Module names of all Linears of the model that config.json describes."""
+    skeleton.silence()
+    config = skeleton.load_config(out, trust_remote_code=trust_remote_code)
+    return skeleton.linears(skeleton.build(config, torch.float32, trust_remote_code=trust_remote_code))
+
+
+def model_problems(out: Path, job: JobConfig, left_out: tuple[str, ...], scans: Mapping[str, Scan], *, trust_remote_code: bool) -> Problems:
+    """Whether the model has all its parameters, and every Linear of its blocks is packed, or not, as the job says.
+
+    To be asked where index and configs are sound. Raises DataError for what does not fit config.json.
+    """
+    skeleton.silence()
+    with torch.no_grad():
+        pager = Pager(out, device=torch.device("cpu"), dtype="float32", trust_remote_code=trust_remote_code)
+    linears = {prefix: linear for scan in scans.values() for prefix, linear in scan.linears.items()}
+    zeros = {prefix: seen for scan in scans.values() for prefix, seen in scan.zeros.items()}
+    belonging, mark = set(), job.made.mark
+    modules = {f"{pager.blocks_path}.{i}.{name}": m for i, block in enumerate(pager.blocks) for name, m in block_linears(block).items()}
+    if job.lm_head:
+        modules[pager.head_name] = pager.head
+    for full, module in modules.items():
+        scheme = None if full in left_out else scheme_for(full, job.base_scheme, job.rules)
+        prefix = pager.packed.get(f"{full}.weight")
+        if scheme is None or prefix is None:
+            if scheme is not None:
+                yield pager.sources[f"{full}.weight"].file.name, f"{full} is not packed, although the job says that it is"
+            continue
+        belonging.add(prefix)
+        m, n = linear_weight(module).shape
+        expected = PackedLinear(bits=scheme.bits, outputs=m, inputs=n, groups=n // scheme.group_width(n))
+        file, middle = pager.checkpoint[f"{prefix}.{mark}"].file.name, 2 ** (scheme.bits - 1)
+        if f"{full}.weight" in pager.sources:
+            yield file, f"tensor {pager.sources[f'{full}.weight'].name} is there although its Linear is packed"
+        if prefix not in linears:
+            continue  # its tensors do not belong together, which was said of its shard
+        if linears[prefix] != expected:
+            yield file, f"tensor {prefix}.{mark} is packed as {linears[prefix]}; the model and the job make it {expected}"
+        elif scheme.symmetric and zeros.get(prefix, (middle, middle)) != (middle, middle):
+            yield file, f"tensor {prefix}.{job.made.zeros} holds other zero points than {middle}, although the job's are symmetric"
+    for prefix in sorted(linears.keys() - belonging):
+        yield pager.checkpoint[f"{prefix}.{mark}"].file.name, f"{prefix} is packed, but is no Linear that the job packs"

@@ -1,0 +1,1 @@
+"""How weights are stored in a source checkpoint, and how they become plain tensors."""

@@ -1,0 +1,195 @@
+"""A finished job: what makes its folder loadable, and its packed weights read back."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigq import faults
+from bigq.config import JobConfig
+from bigq.errors import BigqError, CheckpointError, ResourceError
+from bigq.io.atomic import copy_file, json_bytes, remedy, sync_folder, write_bytes, write_json
+from bigq.io.checksummed import read_sealed, write_sealed
+from bigq.io.folders import STATE_FOLDER
+from bigq.io.formats import Format, Quantization
+from bigq.io.index import INDEX_NAME, read_header, read_json_object
+from bigq.io.reader import read_tensor
+from bigq.io.shard_record import file_sha256
+from bigq.job.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journal
+from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME
+from bigq.kernels.dequantize import dequantize_packed
+from bigq.scheme import QuantScheme, scheme_for
+from bigq.solver.rtn import plain_grid
+from bigq.version import __version__
+
+#: A model card is a text for people, who may go on writing it: of one that bigq wrote, which says so, the manifest does not speak.
+CARD_NAME, CARD_MARK = "README.md", "<!-- model card written by bigq -->"
+#: The job's records that do not change any more when it is finished.
+RECORDS = (JOB_NAME, JOURNAL_NAME, BATCHES_NAME, "linears.jsonl")
+
+
+def is_finished(journal: Journal) -> bool:
+    """Whether every shard is committed and all that was written after the last one is there, unchanged."""
+    if journal.missing:
+        return False
+    try:
+        manifest = read_sealed(journal.out / STATE_FOLDER / MANIFEST_NAME, "")
+        if manifest is None:
+            return False
+        shards = {commit.shard.file for commit in journal.commits}
+        others = {name: entry for name, entry in manifest["files"].items() if name not in shards and name != GGUF_NAME}
+        return all(file_sha256(journal.out / name) == entry["sha256"] for name, entry in others.items())
+    except (BigqError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def reopen_folder(out: Path) -> None:
+    """A folder that was finished is not any more: what makes it loadable goes first. Raises ResourceError."""
+    try:
+        for name in ("config.json", INDEX_NAME, GGUF_NAME, f"{STATE_FOLDER}/{MANIFEST_NAME}"):
+            (out / name).unlink(missing_ok=True)
+        sync_folder(out)
+    except OSError as error:
+        raise ResourceError(f"{out}: cannot be written to: {error.strerror}; {remedy(error)}") from error
+
+
+def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Sequence[str]) -> None:
+    """Write what makes the folder loadable: side files, the index, a manifest of it all, and last config.json.
+
+    linears: the module names of all Linears of the model.
+
+    Raises ResourceError; then there is no config.json.
+    """
+    out = journal.out
+    faults.point("finish.begun")
+    reopen_folder(out)
+    lines = [_json_line(record) for commit in journal.commits for record in commit.linears]
+    write_bytes(out / STATE_FOLDER / "linears.jsonl", b"".join(lines))
+    for path in _files_in(source):
+        if is_side_file(path.name) and not (path.name == CARD_NAME and is_card(out / CARD_NAME)):
+            copy_file(path, out / path.name)
+    faults.point("finish.side")
+    meta = {
+        "quantizer": [f"bigq:{__version__}"],
+        "method": config.method,
+        "true_sequential": config.true_sequential,
+        "mse": _search_power(config),
+    }
+    told = quantization_of(journal.commits, config, linears, meta)
+    quantization = config.made.config(told)
+    if config.made.config_file is not None and told.packed:
+        write_json(out / config.made.config_file, quantization)
+    weight_map = {name: commit.shard.file for commit in journal.commits for name in commit.shard.tensors}
+    total = sum(commit.shard.size for commit in journal.commits)
+    write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    faults.point("finish.index")
+    # Where every Linear came out unsound and was left as it is, the folder is a plain checkpoint.
+    final = json_bytes(read_json_object(source / "config.json") | ({"quantization_config": quantization} if told.packed else {}))
+    free = {"free": [CARD_NAME]} if is_card(out / CARD_NAME) else {}
+    files = {name: entry for name, entry in _manifest(journal, final).items() if name not in free.get("free", ())}
+    write_sealed(out / STATE_FOLDER / MANIFEST_NAME, {"files": files, **free})
+    faults.point("finish.manifest")
+    try:
+        write_bytes(out / "config.json", final)
+    except ResourceError:
+        # It has its name before that is durable; a job that failed leaves nothing that loads.
+        with contextlib.suppress(OSError):
+            (out / "config.json").unlink(missing_ok=True)
+        raise
+    faults.point("finish.config")
+
+
+def _search_power(config: JobConfig) -> float:
+    """Of the errors in the search for scales; 0 where there is none."""
+    if not config.scheme.mse:
+        return 0.0
+    return plain_grid(config.scheme).mse_power if config.method == "rtn" else config.scheme.grid.mse_power
+
+
+def quantization_of(commits: Iterable[Commit], config: JobConfig, linears: Sequence[str], meta: Mapping[str, Any]) -> Quantization:
+    """What is to be told of a finished job. linears: the module names of all Linears of the model."""
+    commits = list(commits)
+    names = [name for commit in commits for record in commit.linears if isinstance(name := record.get("name"), str)]
+    found = {name: scheme_for(name, config.base_scheme, config.rules) for name in names}
+    packed = {name: scheme for name, scheme in found.items() if scheme is not None}
+    return Quantization(
+        scheme=config.base_scheme,
+        rules=config.rules,
+        packed=packed,
+        left_out=tuple(name for commit in commits for name in commit.left_out),
+        others=tuple(name for name in linears if name not in packed),
+        head=next((str(record.get("name")) for commit in commits if commit.unit.startswith("head") for record in commit.linears), None),
+        meta=meta,
+    )
+
+
+def is_card(path: Path) -> bool:
+    """Whether a file is a model card that bigq wrote, whoever went on writing it."""
+    try:
+        with open(path, "rb") as file:
+            return CARD_MARK.encode() in file.read(2**20)
+    except OSError:
+        return False
+
+
+def free_card(out: Path) -> None:
+    """Let the manifest of a finished folder speak no more of the model card. Raises CheckpointError, ResourceError."""
+    path, remedy = out / STATE_FOLDER / MANIFEST_NAME, "run the command that made the folder again"
+    manifest = read_sealed(path, remedy)
+    if manifest is None or not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{path}: is missing, or no list of files; {remedy}")
+    files = {name: entry for name, entry in manifest["files"].items() if name != CARD_NAME}
+    if manifest != (freed := {"files": files, "free": [CARD_NAME]}):
+        write_sealed(path, freed)
+
+
+def _manifest(journal: Journal, config_json: bytes) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file of a finished folder, by name."""
+    out = journal.out
+    files = {c.shard.file: {"size": c.shard.size, "sha256": c.shard.sha256} for c in journal.commits}
+    records = [path.name for path in _files_in(out / STATE_FOLDER) if path.name in RECORDS]
+    names = [path.name for path in _files_in(out)] + [f"{STATE_FOLDER}/{name}" for name in records]
+    for name in sorted(set(names) - set(files) - {"config.json"}):
+        files[name] = {"size": (out / name).stat().st_size, "sha256": file_sha256(out / name)}
+    files["config.json"] = {"size": len(config_json), "sha256": hashlib.sha256(config_json).hexdigest()}
+    return files
+
+
+class FinishedBlock:
+    """The packed Linears of a committed block."""
+
+    def __init__(self, out: Path, commit: Commit, format: Format) -> None:
+        self._tensors, _ = read_header(out / commit.shard.file)
+        self._format = format
+
+    def weight(self, prefix: str, scheme: QuantScheme, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The dequantized weight [m, n] of the Linear whose tensors begin with ``prefix``."""
+        stored = self._format.read(prefix, lambda n: read_tensor(self._tensors[n]), scheme)
+        words, scales, zeros = (t.to(device) for t in stored)
+        return dequantize_packed(words, scales, zeros, scheme.bits, dtype)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """By name. Raises ResourceError."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise ResourceError(f"{folder}: cannot be listed: {error.strerror}; check the disk, then run the same command again") from error
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file of the source belongs beside any checkpoint of it: tokenizer, licence, generation config, code."""
+    if name in ("config.json", "quantize_config.json") or name.startswith("."):
+        return False
+    return not name.endswith((".safetensors", ".index.json", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx"))
+
+
+def _json_line(value: Any) -> bytes:
+    return (json.dumps(value) + "\n").encode()

@@ -1,0 +1,83 @@
+"""What a job leaves open, settled for its model; and what the model cannot be quantized to, refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from bigq.config import DEFAULT_SEQLEN, JobConfig
+from bigq.errors import UsageError
+from bigq.kernels.grid import FEWEST_SCALE_BITS, SCALE_BITS
+from bigq.model import skeleton
+from bigq.model.blocks import block_linears
+from bigq.model.description import Described
+from bigq.model.skeleton import linear_weight
+from bigq.model.structure import SMALLEST
+from bigq.scheme import QuantScheme, scheme_for
+
+
+def row_length(model_config: object, config: JobConfig) -> int:
+    """Tokens per calibration row. Raises UsageError where the model has fewer positions than asked for."""
+    limit = skeleton.max_positions(model_config)
+    if config.seqlen is None:
+        return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
+    if limit is not None and config.seqlen > limit:
+        raise UsageError(f"--seqlen {config.seqlen}: the model has {limit} positions; use --seqlen {limit} or less")
+    return config.seqlen
+
+
+def settled_scheme(model: Described, config: JobConfig) -> QuantScheme:
+    """The scheme of a job, with what it leaves open settled. Raises UsageError where its scales would not fit the format."""
+    return dataclasses.replace(config.scheme, scale_bits=_scale_bits(model, config))
+
+
+def _scale_bits(model: Described, config: JobConfig) -> int:
+    prefix, asked = model.blocks_path + ".", config.scheme.scale_bits
+    types = {info.dtype for name, info in model.sources.items() if name.startswith(prefix) and name.endswith(".weight")}
+    if config.lm_head and (head := model.sources.get(f"{model.head_name}.weight")) is not None:
+        types.add(head.dtype)
+    of_type = 8 if torch.bfloat16 in types else SCALE_BITS
+    if asked is not None:
+        if asked > of_type and config.made.scales_as_weights:
+            raise UsageError(
+                f"--scale-bits {asked}: {model.folder} is bf16, and so are the scales of --format {config.format}, which hold {of_type} "
+                f"significant bits; use --scale-bits {of_type}, or leave it out"
+            )
+        return asked
+    asymmetric = not config.scheme.symmetric or any((rule.overrides or {}).get("sym") is False for rule in config.rules)
+    return FEWEST_SCALE_BITS if config.format == "gguf" and asymmetric else of_type  # so that minimums are fp16 numbers
+
+
+def head_scheme(model: Described, config: JobConfig) -> QuantScheme | None:
+    """How a model's head is to be quantized; None where it stays as it is. Raises UsageError where it cannot be although it should."""
+    if not config.lm_head:
+        return None
+    name, module = model.head_name, model.head
+    if not isinstance(module, nn.Linear):
+        raise UsageError(f"--lm-head: {name} is a {type(module).__name__}, not a Linear; leave out --lm-head")
+    if module.weight is model.embedding.weight:
+        raise UsageError(
+            f"--lm-head: {name} has the input embedding's weight (tie_word_embeddings), which stays as it is; leave out --lm-head"
+        )
+    scheme = scheme_for(name, config.base_scheme, config.rules)
+    if scheme is not None:
+        m, n = skeleton.linear_weight(module).shape
+        config.made.require(name, m, n, scheme)
+    return scheme
+
+
+def check_shapes(model: Described, config: JobConfig) -> None:
+    """Raise UsageError where a Linear fits neither the format nor its group size, or none is to be quantized."""
+    quantized = False
+    for i, block in enumerate(model.blocks):
+        for name, module in block_linears(block).items():
+            full = f"{model.blocks_path}.{i}.{name}"
+            scheme = scheme_for(full, config.base_scheme, config.rules)
+            m, n = linear_weight(module).shape
+            if scheme is not None and min(m, n) >= SMALLEST:
+                config.made.require(full, m, n, scheme, transposed=skeleton.stored_transposed(module))
+                quantized = True
+    if not quantized and head_scheme(model, config) is None:
+        raise UsageError("--skip: no Linear is left that would be quantized; give narrower patterns")

@@ -1,0 +1,187 @@
+"""Watching a model's own forward: what block 0 receives, and what every block is called with.
+
+The hidden states are streamed by the pipeline; everything else that a block is called with (masks, rotary tables,
+ALiBi) is recorded once per batch size and used again, since calibration rows have one length and no padding. Whether
+that is sound for a model is checked here by running it, not by knowing its family.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigq.errors import BigqError, UnsupportedModelError
+from bigq.io.json_file import plain
+from bigq.machine.device import out_of_memory
+from bigq.model.pager import replaced_forward
+
+
+class StopForward(Exception):
+    """Raised inside a patched forward to leave the model's forward early."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """What a block is called with besides the hidden states, which always come first."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's new hidden states."""
+        return hidden_of(block(hidden, *self.args, **self.kwargs))
+
+
+@dataclass(frozen=True, slots=True)
+class OutputForm:
+    """How a block returns its hidden states: bare (extras None), or first in a tuple with ``extras`` behind."""
+
+    extras: tuple[bool, ...] | None
+
+    @staticmethod
+    def fits(output: Any) -> bool:
+        """Whether an output is of one of the two forms."""
+        return isinstance(output, Tensor) or (isinstance(output, tuple) and bool(output) and isinstance(output[0], Tensor))
+
+    @classmethod
+    def of(cls, output: Any) -> OutputForm:
+        if isinstance(output, Tensor):
+            return cls(None)
+        if not cls.fits(output):
+            raise UnsupportedModelError(f"a decoder block returns a {type(output).__name__}; this architecture is not supported")
+        return cls(tuple(extra is not None for extra in output[1:]))
+
+    def wrap(self, hidden: Tensor) -> Any:
+        """``hidden`` returned as the block would; extra outputs become sentinels."""
+        if self.extras is None:
+            return hidden
+        return (hidden, *(_Sentinel() if present else None for present in self.extras))
+
+
+class _Sentinel:
+    """Stands for a block's extra output; nothing may use it."""
+
+
+def hidden_of(output: Any) -> Tensor:
+    hidden = output if isinstance(output, Tensor) else output[0]
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+@contextlib.contextmanager
+def forward_errors() -> Iterator[None]:
+    """Tell what a model's own forward raises as an UnsupportedModelError; our own errors and memory that ended stay what they are.
+
+    For first tries: a config that a model can be built from may still be one that it cannot run with, and then it may raise anything.
+    """
+    try:
+        yield
+    except (BigqError, MemoryError):
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise UnsupportedModelError(
+            f"the model's own forward fails with this config.json: {type(error).__name__}: {plain(' '.join(str(error).split())[:300])}"
+        ) from error
+
+
+def first_input(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[Tensor, BlockCall]:
+    """What block 0 receives for token ids [B, T]: hidden states [B, T, d] and the rest of the call."""
+    seen: list[tuple[Tensor, BlockCall]] = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.append(_split(args, kwargs))
+        raise StopForward
+
+    with replaced_forward(blocks[0], forward), contextlib.suppress(StopForward):
+        model(input_ids=ids, use_cache=False)
+    if not seen:
+        raise UnsupportedModelError(f"{type(model).__name__}: its forward never calls its first decoder block")
+    return seen[0]
+
+
+def record_calls(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm, perturb: float = 0.0) -> list[BlockCall]:
+    """The call of every block for token ids [B, T]. Blocks do not run: each hands on its input (plus ``perturb``).
+
+    Raises UnsupportedModelError where the blocks are linked by more than their hidden states.
+    """
+    calls: list[BlockCall] = []
+    handed_on: list[Tensor] = []
+
+    def patched(i: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, call = _split(args, kwargs)
+            if i != len(calls):
+                raise UnsupportedModelError(f"decoder blocks are called out of order or more than once (block {i})")
+            if handed_on and hidden is not handed_on[-1]:
+                raise UnsupportedModelError(
+                    f"the input of block {i} is not the output of block {i - 1}; this architecture cannot be streamed"
+                )
+            if any(isinstance(leaf, _Sentinel) for leaf in _leaves((call.args, call.kwargs))):
+                raise UnsupportedModelError(f"block {i} receives an extra output of an earlier block; this architecture cannot be streamed")
+            calls.append(call)
+            if i == len(blocks) - 1:
+                raise StopForward
+            handed_on.append(hidden + perturb)
+            return form.wrap(handed_on[-1])
+
+        return forward
+
+    with all_replaced(list(blocks), patched), contextlib.suppress(StopForward):
+        model(input_ids=ids, use_cache=False)
+    if len(calls) != len(blocks):
+        raise UnsupportedModelError(f"only {len(calls)} of {len(blocks)} decoder blocks are called; this architecture is not supported")
+    return calls
+
+
+def check_streamable(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm) -> None:
+    """Make sure that blocks' calls depend on nothing but the shape of the batch.
+
+    ids: two different probes of one shape, [2, B, T]. Raises UnsupportedModelError.
+    """
+    one = record_calls(model, blocks, ids[0], form)
+    other = record_calls(model, blocks, ids[1], form, perturb=1.0)
+    for i, (a, b) in enumerate(zip(one, other, strict=True)):
+        if not _same((a.args, a.kwargs), (b.args, b.kwargs)):
+            raise UnsupportedModelError(f"block {i} is called with values that depend on the tokens; this architecture cannot be streamed")
+
+
+@contextlib.contextmanager
+def all_replaced(modules: Sequence[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """Replace the forward of several module instances; ``make(i)`` gives the i-th its new one."""
+    with contextlib.ExitStack() as stack:
+        for i, module in enumerate(modules):
+            stack.enter_context(replaced_forward(module, make(i)))
+        yield
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    if args:
+        return args[0], BlockCall(args[1:], kwargs)
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), BlockCall((), rest)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _same(a: Any, b: Any) -> bool:
+    one, other = list(_leaves(a)), list(_leaves(b))
+    return len(one) == len(other) and all(
+        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else type(x) is type(y)
+        for x, y in zip(one, other, strict=True)
+    )

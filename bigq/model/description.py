@@ -1,0 +1,51 @@
+"""A model as its config and its checkpoint's headers describe it, weights or none."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bigq.errors import UnsupportedModelError
+from bigq.io.index import TensorInfo
+from bigq.model import skeleton
+from bigq.model.blocks import find_blocks
+
+
+class Described:
+    """What can be asked of a model before any of its weights is read.
+
+    folder: where its config lies. model, blocks_path, blocks: the skeleton. sources: parameter or buffer name → the checkpoint's tensor;
+    where headers are not known, none.
+    """
+
+    def __init__(self, folder: Path, config: Any, model: nn.Module, sources: dict[str, TensorInfo]) -> None:
+        self.folder, self.config, self.model, self.sources = folder, config, model, sources
+        self.blocks_path, self.blocks = find_blocks(model)
+
+    @functools.cached_property
+    def linears(self) -> tuple[str, ...]:
+        """Module names of all Linears of the model, in blocks and outside."""
+        return skeleton.linears(self.model)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        module = self.model.get_input_embeddings()  # type: ignore[operator]
+        if not isinstance(module, nn.Embedding):
+            raise UnsupportedModelError(f"{type(self.model).__name__}: its input embedding is a {type(module).__name__}")
+        return module
+
+    @property
+    def head(self) -> nn.Module:
+        module = self.model.get_output_embeddings()  # type: ignore[operator]
+        if not isinstance(module, nn.Module):
+            raise UnsupportedModelError(f"{type(self.model).__name__}: has no output head")
+        return module
+
+    @property
+    def head_name(self) -> str:
+        """The head's module name."""
+        head = self.head
+        return next(str(name) for name, module in self.model.named_modules() if module is head)

@@ -1,0 +1,287 @@
+"""The structure of a block, found by experiment on one probe: which Linears share an input, and in which order they depend.
+
+Groups are Linears that receive the same tensor. Poisoning a group's output with NaN shows whose inputs it reaches; a
+group's level is the length of the longest such chain before it. A shortcut is a module whose output is, untouched, that of one
+of its Linears (attention and its output projection): once that Linear is solved, the module need not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bigq.model.blocks import block_linears
+from bigq.model.capture import BlockCall, OutputForm, all_replaced, hidden_of
+from bigq.model.skeleton import linear_weight
+
+#: Linears with fewer inputs or outputs than this are gates of some kind and stay as they are.
+SMALLEST = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Linears, by their name in the block, that share one input; ``level`` 0 depends on no other group."""
+
+    names: tuple[str, ...]
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shortcut:
+    """A module whose output is that of the Linear ``linear`` inside it, perhaps with one of its arguments added (a residual).
+
+    form: how it returns it. added: the argument's position or name.
+    """
+
+    module: str
+    linear: str
+    form: OutputForm
+    added: int | str | None = None
+
+    def returns(self, y: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the module returns when it is called so and its Linear returns y."""
+        if self.added is not None:
+            y = y + (args[self.added] if isinstance(self.added, int) else kwargs[self.added])
+        return self.form.wrap(y)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    """The groups of a block in order of execution, the Linears that stay as they are, and the modules to run once."""
+
+    groups: tuple[Group, ...]
+    left_out: tuple[str, ...]
+    shortcuts: tuple[Shortcut, ...]
+
+    def levels(self, true_sequential: bool) -> list[list[Group]]:
+        if not true_sequential:
+            return [list(self.groups)]
+        depth = max((g.level for g in self.groups), default=-1) + 1
+        return [[g for g in self.groups if g.level == level] for level in range(depth)]
+
+
+class Evidence(Protocol):
+    """How dataflow shows."""
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        """Hidden states to look for sums with."""
+
+    def mark(self, y: Tensor) -> Tensor:
+        """A tensor like y with a mark that spreads to all that is computed from it."""
+
+    def marked(self, x: Tensor) -> bool:
+        """Whether x has it."""
+
+    def is_sum(self, total: Tensor, a: Tensor, b: Tensor) -> bool:
+        """Whether total was computed as a + b."""
+
+    def same(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two ways of computing something agree."""
+
+
+class Values:
+    """NaN spreads, and equal bits are no accident."""
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def mark(self, y: Tensor) -> Tensor:
+        return torch.full_like(y, float("nan"))
+
+    def marked(self, x: Tensor) -> bool:
+        return bool(torch.isnan(x).any())
+
+    def is_sum(self, total: Tensor, a: Tensor, b: Tensor) -> bool:
+        return torch.equal(total, a + b)
+
+    def same(self, a: Tensor, b: Tensor) -> bool:
+        return torch.equal(a, b)
+
+
+class Gradients:
+    """For tensors without values (meta), where gradients are enabled. What needs values is taken on trust."""
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        return self.mark(hidden)
+
+    def mark(self, y: Tensor) -> Tensor:
+        return y.detach().requires_grad_().clone()
+
+    def marked(self, x: Tensor) -> bool:
+        return x.requires_grad
+
+    def is_sum(self, total: Tensor, a: Tensor, b: Tensor) -> bool:
+        made = total.grad_fn
+        if made is None or made.name() != "AddBackward0":
+            return False
+        return [source for source, _ in made.next_functions] in ([a.grad_fn, b.grad_fn], [b.grad_fn, a.grad_fn])
+
+    def same(self, a: Tensor, b: Tensor) -> bool:
+        return a.shape == b.shape
+
+
+def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, evidence: Evidence | None = None) -> BlockPlan:
+    """Find the groups of a loaded block and their levels from one probe [B, T, d]."""
+    evidence = evidence or Values()
+    linears = block_linears(block)
+    groups = _groups(block, linears, hidden, call)
+    reached = [_marked(block, linears, groups, i, hidden, call, evidence) for i in range(len(groups))]
+    levels = [0] * len(groups)
+    for _ in groups:
+        for i, targets in enumerate(reached):
+            for t in targets:
+                levels[t] = max(levels[t], levels[i] + 1)
+    used = {name for group in groups for name in group}
+    planned = tuple(Group(tuple(names), level) for names, level in zip(groups, levels, strict=True))
+    left_out = tuple(name for name in linears if name not in used)
+    return BlockPlan(planned, left_out, _shortcuts(block, planned, hidden, call, evidence))
+
+
+def _groups(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, call: BlockCall) -> list[list[str]]:
+    """Names of Linears by shared input, in order of first call."""
+    inputs: list[Tensor] = []
+    members: list[list[str]] = []
+    calls: dict[str, int] = {}
+    unfit: set[str] = set()
+
+    def hook(name: str) -> Callable[..., None]:
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            x = args[0]
+            calls[name] = calls.get(name, 0) + 1
+            if not isinstance(output, Tensor) or output.shape[:-1] != x.shape[:-1]:
+                unfit.add(name)
+            for known, group in zip(inputs, members, strict=True):
+                if _same_tensor(x, known):
+                    group.append(name)
+                    return
+            inputs.append(x)
+            members.append([name])
+
+        return after
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in linears.items()]
+    try:
+        call.run(block, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    unfit |= {name for name, count in calls.items() if count > 1}
+    unfit |= {name for name, module in linears.items() if min(linear_weight(module).shape) < SMALLEST}
+    return [kept for group in members if (kept := [name for name in group if name not in unfit])]
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether two live tensors are views of the same memory in the same shape and state."""
+
+    def identity(t: Tensor) -> tuple[Any, ...]:
+        return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t._version
+
+    return identity(a) == identity(b)
+
+
+def _marked(
+    block: nn.Module,
+    linears: Mapping[str, nn.Module],
+    groups: list[list[str]],
+    source: int,
+    hidden: Tensor,
+    call: BlockCall,
+    evidence: Evidence,
+) -> set[int]:
+    """The groups whose input is marked when the outputs of group ``source`` are."""
+    names = [name for group in groups for name in group]
+    group_of = {name: i for i, group in enumerate(groups) for name in group}
+    reached: set[int] = set()
+
+    def make(k: int) -> Callable[[Tensor], Tensor]:
+        name, module = names[k], linears[names[k]]
+
+        def forward(x: Tensor) -> Tensor:
+            if evidence.marked(x):
+                reached.add(group_of[name])
+            y: Tensor = type(module).forward(module, x)
+            return evidence.mark(y) if group_of[name] == source else y
+
+        return forward
+
+    with all_replaced([linears[name] for name in names], make):
+        call.run(block, hidden)
+    return reached - {source}
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One call of a module. The hidden states that it returned are kept twice: as they were then, and where they lie."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Any
+    then: Tensor
+
+
+def _shortcuts(block: nn.Module, groups: tuple[Group, ...], hidden: Tensor, call: BlockCall, evidence: Evidence) -> tuple[Shortcut, ...]:
+    """Modules that return a Linear's output, untouched or with an argument added, where that Linear is no wider than the hidden states.
+
+    Each is tried out: with it, the block must return the same bits.
+    """
+    level_of = {name: group.level for group in groups for name in group.names}
+    seen: dict[str, list[_Seen]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def after(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+            if OutputForm.fits(output):
+                seen.setdefault(name, []).append(_Seen(args, kwargs, output, hidden_of(output).clone()))
+
+        return after
+
+    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in block.named_modules() if name]
+    hidden = evidence.begin(hidden)
+    try:
+        expected = call.run(block, hidden.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: dict[str, Shortcut] = {}
+    for name, calls in seen.items():
+        if name in level_of or len(calls) > 1:
+            continue
+        inner = [n for n in level_of if n.startswith(name + ".")]
+        for source in inner:
+            if source in found or any(level_of[n] > level_of[source] for n in inner):
+                continue
+            if max(linear_weight(block.get_submodule(source)).shape) > hidden.shape[-1]:
+                continue
+            shortcut = _shortcut(name, calls[0], source, seen[source][0], evidence)
+            if shortcut is not None and _holds(shortcut, block, seen[source][0].then, hidden, call, expected, evidence):
+                found[source] = shortcut
+    return tuple(found.values())
+
+
+def _shortcut(name: str, module: _Seen, source: str, linear: _Seen, evidence: Evidence) -> Shortcut | None:
+    """How a module's output comes from that of a Linear in it, if it does so simply."""
+    result, form = hidden_of(module.output), OutputForm.of(module.output)
+    if result is linear.output:
+        return Shortcut(name, source, form)
+    places: list[tuple[int | str, Any]] = [*enumerate(module.args), *module.kwargs.items()]
+    for place, r in places:
+        if isinstance(r, Tensor) and r.shape == result.shape == linear.output.shape and evidence.is_sum(result, linear.output, r):
+            return Shortcut(name, source, form, place)
+    return None
+
+
+def _holds(shortcut: Shortcut, block: nn.Module, y: Tensor, hidden: Tensor, call: BlockCall, expected: Tensor, evidence: Evidence) -> bool:
+    """Whether the block returns the same with a shortcut. y: what the Linear returned."""
+
+    def make(_: int) -> Callable[..., Any]:
+        return lambda *args, **kwargs: shortcut.returns(y, args, kwargs)
+
+    # Whatever a block does with an extra output that is not there, the shortcut is not for it.
+    with all_replaced([block.get_submodule(shortcut.module)], make):
+        try:
+            return evidence.same(call.run(block, hidden.clone()), expected)
+        except (AttributeError, TypeError, RuntimeError):
+            return False

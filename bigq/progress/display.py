@@ -1,0 +1,290 @@
+"""How a job is shown while it runs: in plain lines, as events for machines, or not at all (on a live line: ``bigq.progress.live_line``).
+
+Knows nothing of jobs: ``bigq.progress.progress`` says what there is to show. All of it goes to one stream, stderr as a rule; stdout is for
+results. A stream that cannot be written any more ends nothing but the showing. The events are described in docs/progress.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from bigq.progress.sizes import show_duration, show_size
+from bigq.progress.terminal import one_line, printable, tell
+
+#: Of the events; in the first one of a run. Fields may be added to a version, none is taken away or changes its meaning.
+VERSION = 1
+#: What of a job's report the last event tells.
+DONE_FIELDS = ("out", "blocks", "resumed_blocks", "seconds", "source_bytes", "output_bytes", "host_peak_bytes", "device_peak_bytes")
+#: Seconds that a block may take before a sign of life is due, and between that and the next.
+HEARTBEAT = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """What is known of a job at a moment.
+
+    block: the one under way, from 1; None before the first. seconds: since it began. steps: what is counted in the phase, as
+    (done, of). fraction: of the job, 0 to 1. eta: seconds, None where nobody can say. rate: source bytes per second, None before
+    any were read. bytes_read: of the source, in this run. host, device: bytes of memory held now; device None on a CPU.
+    """
+
+    blocks: int
+    block: int | None = None
+    phase: str = ""
+    seconds: float = 0.0
+    steps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    fraction: float = 0.0
+    eta: float | None = None
+    rate: float | None = None
+    bytes_read: int = 0
+    host: int = 0
+    device: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A block that was solved in so many seconds. worst: of its Linears, the name in the block and the relative error."""
+
+    block: int
+    seconds: float
+    worst: tuple[str, float] | None
+
+
+class Display:
+    """Shows nothing but the error that ends a command: what ``--quiet`` asks for, and what the others begin with.
+
+    period: seconds between calls of ``tick``; None where none are wanted. Calls come one at a time, from any thread.
+    """
+
+    period: float | None = None
+
+    def open(self, moment: Moment) -> None:
+        """A loop over blocks begins."""
+
+    def close(self) -> None:
+        """It ended, however that was."""
+
+    def tick(self, moment: Moment) -> None:
+        """Time has passed."""
+
+    def phase(self, moment: Moment) -> None:
+        """Another phase began."""
+
+    def block(self, done: Finished, moment: Moment) -> None:
+        """A block was solved."""
+
+    def say(self, text: str) -> None:
+        """A message for people; one that begins with "warning: " is a warning."""
+
+    def plan(self, text: str, values: Mapping[str, Any]) -> None:
+        """How the job will be run, in words and as values."""
+
+    def event(self, name: str, **values: Any) -> None:
+        """What only machines are told."""
+
+    def error(self, exit_code: int, kind: str, message: str) -> None:
+        """The command ends with this. kind: the error's class, or "Interrupted"."""
+        tell(f"bigq: {'' if kind == 'Interrupted' else 'error: '}{one_line(message)}")
+
+
+class Lines(Display):
+    """One plain line per block, and one a minute within a block that takes longer."""
+
+    period = 5.0
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._beat = _Beat()
+
+    def open(self, moment: Moment) -> None:
+        self._beat.reset()
+
+    def tick(self, moment: Moment) -> None:
+        if self._beat.due():
+            self.say(heartbeat_line(moment))
+
+    def block(self, done: Finished, moment: Moment) -> None:
+        self._beat.reset()
+        self.say(block_line(done, moment))
+
+    def say(self, text: str) -> None:
+        with while_writable():
+            self._stream.write(printable_lines(text) + "\n")
+            self._stream.flush()
+
+    def plan(self, text: str, values: Mapping[str, Any]) -> None:
+        self.say(text)
+
+
+class Events(Display):
+    """One JSON object a line. quiet: none but the error that ends a command."""
+
+    def __init__(self, stream: TextIO, *, quiet: bool = False) -> None:
+        self._stream, self._quiet = stream, quiet
+        self._begun = False
+        self._beat = _Beat()
+        self.period = None if quiet else Lines.period
+
+    def open(self, moment: Moment) -> None:
+        self._beat.reset()
+
+    def tick(self, moment: Moment) -> None:
+        if self._beat.due():
+            steps = {name: list(counted) for name, counted in moment.steps.items()}
+            self.event("heartbeat", **_where(moment), steps=steps, seconds=round(moment.seconds, 3), **_measured(moment))
+
+    def phase(self, moment: Moment) -> None:
+        self.event("phase", **_where(moment))
+
+    def block(self, done: Finished, moment: Moment) -> None:
+        self._beat.reset()
+        worst = None if done.worst is None else {"name": done.worst[0], "relative_error": done.worst[1]}
+        self.event("block", block=done.block, blocks=moment.blocks, seconds=round(done.seconds, 3), worst=worst, **_measured(moment))
+
+    def say(self, text: str) -> None:
+        kind = "warning" if text.startswith("warning: ") else "note"
+        self.event(kind, message=text.removeprefix("warning: "))
+
+    def plan(self, text: str, values: Mapping[str, Any]) -> None:
+        self.event("plan", blocks=values["blocks"], plan=values)
+
+    def event(self, name: str, **values: Any) -> None:
+        if not self._quiet:
+            self._emit(name, values)
+
+    def error(self, exit_code: int, kind: str, message: str) -> None:
+        self._emit("error", {"exit_code": exit_code, "kind": kind, "message": message})
+
+    def signalled(self, message: str, exit_code: int | None) -> None:
+        """A signal was heard, and if there is an exit code, the process ends now. Waits for nobody who may be writing."""
+        if exit_code is not None:
+            line = self._line("error", {"exit_code": exit_code, "kind": "Stopped", "message": message})
+        elif self._quiet:
+            return
+        else:
+            line = self._line("note", {"message": message})
+        with while_writable():
+            os.write(self._stream.fileno(), line.encode())
+
+    def _emit(self, name: str, values: Mapping[str, Any]) -> None:
+        with while_writable():
+            self._stream.write(self._line(name, values))
+            self._stream.flush()
+
+    def _line(self, name: str, values: Mapping[str, Any]) -> str:
+        version = {} if self._begun else {"v": VERSION}
+        self._begun = True
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+        return to_json({**version, "event": name, "time": now, **values}) + "\n"
+
+
+def to_json(value: Any) -> str:
+    """JSON in one line of ASCII; numbers that are not finite, which JSON has not, become null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def block_line(done: Finished, moment: Moment) -> str:
+    """A finished block, for a person."""
+    parts = [f"block {done.block}/{moment.blocks}", f"{done.seconds:.1f} s"]
+    if done.worst is not None:
+        parts.append(f"worst {done.worst[0]} {done.worst[1]:.2e}")
+    return "  ".join([*parts, *parts_of(moment, ("rate", "host", "gpu", "eta"))])
+
+
+def heartbeat_line(moment: Moment) -> str:
+    """A block that is not finished yet, for a person."""
+    return "  ".join(
+        [head_of(moment), *parts_of(moment, ("steps",)), f"{moment.seconds:.0f} s", *parts_of(moment, ("rate", "host", "gpu", "eta"))]
+    )
+
+
+def show_rate(rate: float) -> str:
+    """Bytes per second."""
+    return f"{rate / 1e9:.2f} GB/s" if rate >= 1e8 else f"{rate / 1e6:.1f} MB/s"
+
+
+class _Beat:
+    """When a sign of life is due."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is; then it was given."""
+        if time.monotonic() - self._last < HEARTBEAT:
+            return False
+        self.reset()
+        return True
+
+
+@contextlib.contextmanager
+def while_writable() -> Iterator[None]:
+    """A terminal that went away, a pipe that nobody reads, a full disk under a log, a closed stream: the job goes on without."""
+    with contextlib.suppress(OSError, ValueError):
+        yield
+
+
+def printable_lines(text: str) -> str:
+    """Lines without characters that a terminal would act upon."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def head_of(moment: Moment) -> str:
+    """Where the job is."""
+    place = "" if moment.block is None else f"block {moment.block}/{moment.blocks}"
+    return f"{place} {printable(moment.phase)}".strip() or "starting"
+
+
+def parts_of(moment: Moment, names: Iterable[str]) -> list[str]:
+    """Of "steps", "percent", "eta", "rate", "host" and "gpu", what is asked for and known, for a person."""
+    return [text for name in names if (text := _part(moment, name))]
+
+
+def _part(moment: Moment, name: str) -> str:
+    if name == "steps":
+        return ", ".join(f"{done}/{of} {what}" for what, (done, of) in moment.steps.items())
+    if name == "percent":
+        return f"{100 * moment.fraction:.0f} %"
+    if name == "eta":
+        return "eta –" if moment.eta is None else f"eta {show_duration(moment.eta)}"
+    if name == "rate":
+        return "" if moment.rate is None else show_rate(moment.rate)
+    if name == "host":
+        return f"host {show_size(moment.host)}"
+    if name == "gpu":
+        return "" if moment.device is None else f"gpu {show_size(moment.device)}"
+    return ""
+
+
+def _where(moment: Moment) -> dict[str, Any]:
+    return {"block": moment.block, "blocks": moment.blocks, "phase": moment.phase}
+
+
+def _measured(moment: Moment) -> dict[str, Any]:
+    return {
+        "eta_seconds": None if moment.eta is None else round(moment.eta, 1),
+        "bytes_read": moment.bytes_read,
+        "host_bytes": moment.host,
+        "device_bytes": moment.device,
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value

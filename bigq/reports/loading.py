@@ -1,0 +1,138 @@
+"""How a finished folder is loaded: a model card's last section. What is said of readers is what docs/formats.md has met with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bigq.config import JobConfig
+from bigq.inspect.history import History
+from bigq.reports.markdown import block
+
+_ASK = '"The answer is"'
+
+
+def loads_with_transformers(history: History) -> bool:
+    """Whether transformers can load the shards: of GPTQ optimum, its reader, packs Linears of blocks only, all of them alike."""
+    return history.config is None or not _is_gptq(history.config) or (history.head is None and not _sizes_differ(history))
+
+
+def loading(history: History) -> Iterator[str]:
+    """What readers of the format need, as far as the settings decide it, in Markdown."""
+    config = history.config
+    yield "## Loading\n"
+    yield "`MODEL` is this repository's id, or a folder that holds its files.\n"
+    if config is None:
+        yield "With transformers; what it needs beside it depends on `quantization_config` in config.json:\n"
+        yield _transformers(False)
+        return
+    if config.format == "gguf":
+        yield from _llama_cpp()
+    yield from _gptq(history, config) if _is_gptq(config) else _compressed_tensors(config, _schemes(history, config))
+    yield from _vllm(history, config)
+    yield "bigq itself reads it too:\n"
+    yield block(f"bigq generate MODEL --prompt {_ASK}{' --trust-remote-code' if config.trust_remote_code else ''}", "sh")
+
+
+def _is_gptq(config: JobConfig) -> bool:
+    return config.made.name in ("gptq", "gptq_v2")
+
+
+def _schemes(history: History, config: JobConfig) -> set[tuple[int, int, bool]]:
+    """Bits, group size and whether it is symmetric of all Linears that are packed."""
+    base = config.scheme
+    return {(each.bits, each.group_size, bool(each.symmetric)) for each in history.linears} or {
+        (base.bits, base.group_size, base.symmetric)
+    }
+
+
+def _sizes_differ(history: History) -> bool:
+    return len({(each.bits, each.group_size) for each in history.linears}) > 1
+
+
+def _transformers(remote_code: bool) -> str:
+    more = ", trust_remote_code=True" if remote_code else ""
+    return block(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("MODEL"{more})\n'
+        f'model = AutoModelForCausalLM.from_pretrained("MODEL", device_map="auto"{more})',
+        "python",
+    )
+
+
+def _llama_cpp() -> Iterator[str]:
+    yield "`model.gguf` is the whole model for llama.cpp and programs built on it:\n"
+    yield block(f"llama-cli -m model.gguf -p {_ASK}", "sh")
+    yield "From Python (`pip install llama-cpp-python`):\n"
+    yield block(f'from llama_cpp import Llama\n\nmodel = Llama("model.gguf")\nprint(model({_ASK})["choices"][0]["text"])', "python")
+    yield "The safetensors shards beside it are the same model in the checkpoint format `gptq_v2`; model.gguf needs none of them.\n"
+
+
+def _gptq(history: History, config: JobConfig) -> Iterator[str]:
+    refused = config.made.name == "gptq" and not config.scheme.symmetric
+    if loads_with_transformers(history):
+        yield "With transformers (`pip install transformers optimum gptqmodel`):\n"
+        yield _transformers(config.trust_remote_code)
+        if refused:
+            yield (
+                "GPTQModel's own loader (`GPTQModel.load`) refuses asymmetric checkpoints of format `gptq` that other programs wrote; "
+                "transformers takes this one. For `GPTQModel.load`, write the same weights in another format: "
+                "`bigq convert MODEL NEW --to gptq_v2`.\n"
+            )
+    else:
+        why = ["gives all Linears the same bits and group size"] if _sizes_differ(history) else []
+        why += ["takes no quantized output head"] if history.head is not None else []
+        can = "GPTQModel by itself can (`pip install gptqmodel`)"
+        yield f"transformers cannot load this checkpoint: it reads GPTQ by way of optimum, which {' and '.join(why)}. {can}" + (
+            ", but refuses asymmetric checkpoints of format `gptq` that other programs wrote. So first write the same weights in another "
+            "format, to a folder NEW:\n"
+            if refused
+            else ":\n"
+        )
+        if refused:
+            yield block("bigq convert MODEL NEW --to gptq_v2", "sh")
+        model = "NEW" if refused else "MODEL"
+        more = ", trust_remote_code=True" if config.trust_remote_code else ""
+        yield block(f'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("{model}"{more})', "python")
+    if config.made.name == "gptq_v2":
+        yield "The checkpoint format is `gptq_v2`. Readers that do not know it take it for `gptq`, and every zero point for another.\n"
+
+
+def _compressed_tensors(config: JobConfig, schemes: set[tuple[int, int, bool]]) -> Iterator[str]:
+    asymmetric, three = not all(symmetric for _, _, symmetric in schemes), any(bits == 3 for bits, _, _ in schemes)
+    transformers = "'transformers<5.23'" if asymmetric else "transformers"
+    needed = "'compressed-tensors>=0.18'" if three else "compressed-tensors"
+    yield f"With transformers (`pip install {transformers} {needed}`):\n"
+    yield _transformers(config.trust_remote_code)
+    if asymmetric:
+        yield (
+            "Its weights have zero points. transformers 5.23 with compressed-tensors cannot load zero points, whoever wrote them; "
+            "transformers up to 5.22 can (tried with compressed-tensors 0.18 to 0.20).\n"
+        )
+    if three:
+        yield "Codes of 3 bits are packed as compressed-tensors has done it since version 0.18; older ones cannot read them.\n"
+
+
+def _vllm(history: History, config: JobConfig) -> Iterator[str]:
+    schemes = _schemes(history, config)
+    more = " --trust-remote-code" if config.trust_remote_code else ""
+    vllm = "With vLLM (by what its sources say; not tried)"
+    if not _is_gptq(config):
+        taken = all(symmetric or bits in (4, 8) for bits, _, symmetric in schemes)
+        yield vllm + (":\n" if taken else ", whose older versions take asymmetric weights of 4 and 8 bits only:\n")
+    elif _fits_marlin(schemes):
+        yield f"{vllm}:\n"
+    else:
+        yield f"{vllm}, older versions; newer ones take GPTQ of 4 and 8 bits only, symmetric, in groups of 32, 64, 128 or whole rows:\n"
+        more += " --dtype float16"
+    yield block(f"vllm serve MODEL{more}", "sh")
+    what = ["some Linears have other bits, groups or zero points than the rest"] * (len(schemes) > 1)
+    what += ["some Linears are not quantized"] * any(each.block is not None for each in history.left_out)
+    if what:
+        where = "`dynamic`" if _is_gptq(config) else "`config_groups` and `ignore`"
+        said = " and ".join(what)
+        yield f"{said[0].upper()}{said[1:]} ({where} in config.json). Readers that fuse q/k/v or gate/up want the same for all of those.\n"
+
+
+def _fits_marlin(schemes: set[tuple[int, int, bool]]) -> bool:
+    """Whether the kernels that take any precision of activations know all weights: 4 or 8 bits, symmetric, usual groups."""
+    return all(bits in (4, 8) and group_size in (-1, 32, 64, 128) and symmetric for bits, group_size, symmetric in schemes)

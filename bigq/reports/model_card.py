@@ -1,0 +1,231 @@
+"""A model card for the hub: README.md of a finished job's folder. Pure text; what comes from records is quoted.
+
+Paths of the machine that made it are left out: a card is published.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from bigq.config import JobConfig
+from bigq.errors import CheckpointError
+from bigq.inspect.evaluations import Judged, newest
+from bigq.inspect.history import History
+from bigq.io.json_file import open_regular
+from bigq.job.command import flags
+from bigq.job.finish import CARD_MARK, CARD_NAME
+from bigq.job.manifest import GGUF_NAME
+from bigq.job.request import NAMED_TEXTS
+from bigq.progress.sizes import show_size
+from bigq.reports.loading import loading, loads_with_transformers
+from bigq.reports.markdown import block, code, plain, table
+from bigq.version import __version__
+
+#: Bytes of the source's README that are looked at: front matter comes first.
+MAX_README = 2**20
+#: Linears that are named.
+WORST = 5
+METHODS = {"gptq": "GPTQ", "gptaq": "GPTQ with asymmetric calibration, GPTAQ", "rtn": "round-to-nearest"}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+_SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{7,64})/?$")
+_LICENCE = re.compile(r"""^(license|license_name|license_link):[ \t]*["']?([A-Za-z0-9][\w./:#?=&%+-]{0,200})["']?[ \t]*$""", re.MULTILINE)
+
+
+def source_readme(out: Path, history: History) -> str:
+    """The source model's own README, as far as it is needed; that of ``out``, which is a copy, where the source is gone."""
+    folders = [Path(history.runs[-1].folder)] if history.runs and history.runs[-1].folder else []
+    for folder in (*folders, out):
+        try:
+            file, _ = open_regular(folder / CARD_NAME)
+        except (OSError, ValueError, CheckpointError):
+            continue
+        with file:
+            return file.read(MAX_README).decode("utf-8", "replace")
+    return ""
+
+
+def model_card(history: History, readme: str) -> str:
+    """The card of a finished job. readme: of the source, for its licence."""
+    name = history.out.rpartition("/")[2]
+    base, revision = base_model(history)
+    parts = [_front_matter(history, base, readme), f"{CARD_MARK}\n", f"# {plain(name)}\n", _what(history, base, revision)]
+    parts += _made(history, base, revision)
+    parts += _results(history)
+    parts += loading(history)
+    return "\n".join(parts)
+
+
+def base_model(history: History) -> tuple[str | None, str | None]:
+    """Hub id and revision of the source; None where it is not from the hub, as far as anybody can tell."""
+    if not history.runs:
+        return None, None
+    run = history.runs[-1]
+    snapshot = _SNAPSHOT.search(run.folder or "")
+    if snapshot is not None:
+        name = snapshot[1].replace("--", "/", 1)
+        return (name, snapshot[2]) if _HUB_NAME.fullmatch(name) else (None, None)
+    return None, None
+
+
+def licence_lines(readme: str) -> list[str]:
+    """What the YAML front matter of a README states of the licence, line by line; nothing where it has none."""
+    head = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", readme, re.DOTALL)
+    return [] if head is None else [f"{key}: {json.dumps(value)}" for key, value in _LICENCE.findall(head[1].replace("\r", ""))]
+
+
+def _front_matter(history: History, base: str | None, readme: str) -> str:
+    lines = ["---"]
+    if base is not None:
+        lines += [f"base_model: {base}", "base_model_relation: quantized"]
+    lines += ["library_name: transformers"] if loads_with_transformers(history) else []
+    lines += ["pipeline_tag: text-generation", *licence_lines(readme)]
+    lines += ["tags:", *(f"- {tag}" for tag in _tags(history.config)), "---", ""]
+    return "\n".join(lines)
+
+
+def _tags(config: JobConfig | None) -> Iterator[str]:
+    """What hubs call the formats, then the rest."""
+    if config is not None:
+        if config.format == "gguf":
+            yield "gguf"
+        yield "compressed-tensors" if config.made.name == "compressed-tensors" else "gptq"
+        yield f"{config.scheme.bits}-bit"
+    yield "bigq"
+
+
+def _what(history: History, base: str | None, revision: str | None) -> str:
+    of = (
+        "a language model"
+        if base is None
+        else f"[{base}](https://huggingface.co/{base})" + (f" (revision `{revision[:12]}`)" if revision else "")
+    )
+    how = "" if history.config is None else f" ({METHODS[history.config.method]})"
+    text = f"This is {of}, quantized with bigq{how}.\n"
+    rows = []
+    if history.source_bytes:
+        rows.append(("size before", show_size(history.source_bytes)))
+    if history.gguf_bytes is None:
+        rows.append(("size", show_size(history.output_bytes)))
+    else:
+        rows.append((f"size of {GGUF_NAME}", show_size(history.gguf_bytes)))
+        rows.append(("size of the safetensors shards, the same model once more", show_size(history.output_bytes - history.gguf_bytes)))
+    of_shards = " (safetensors)" if history.gguf_bytes is not None else ""
+    if history.linear_bits is not None:
+        label = f"bits per weight of the quantized Linears, with scales and zero points{of_shards}"
+        rows.append((label, f"{history.linear_bits:.2f}"))
+    if history.all_bits is not None:
+        rows.append((f"bits per parameter of the whole checkpoint{of_shards}", f"{history.all_bits:.2f}"))
+    rows.append(("Linears quantized", str(len(history.linears)) + ("" if history.head is None else ", the output head among them")))
+    left_out = [left for left in history.left_out if left.block is not None]
+    if left_out:
+        rows.append(("Linears in the blocks that stay as they were", str(len(left_out))))
+    return text + "\n" + table(("what", "how much"), rows)
+
+
+def _made(history: History, base: str | None, revision: str | None) -> Iterator[str]:
+    yield "## How it was made\n"
+    if history.config is not None:
+        yield table(("setting", "value"), list(_settings(history, history.config)))
+    worst = history.worst(WORST)
+    if worst:
+        yield f"Largest relative errors of {_measured(history.config)} (squared norms):\n"
+        rows = [(code(each.name), "–" if each.block is None else str(each.block), f"{each.error:.2e}") for each in worst]
+        yield table(("Linear", "block", "error"), rows)
+    if history.config is not None:
+        yield "### Reproducing\n"
+        model = shlex.quote(f"{base}@{revision}" if base and revision else base or "SOURCE")
+        command = " ".join(["bigq quantize", model, "OUT", *map(shlex.quote, flags(_that_count(history.config)))])
+        yield block(command, "sh")
+        named = ["`SOURCE` is the source model"] if base is None else []
+        text = history.config.calibration.rpartition("/")[2]
+        if history.config.method != "rtn" and text not in NAMED_TEXTS:
+            named.append(f"{code(text)} is the calibration text")
+        yield f"{', '.join([*named, '`OUT` is a folder that bigq makes'])}.\n"
+        versions = history.runs[-1].versions if history.runs else {"bigq": __version__}
+        told = ", ".join(f"{plain(name)} {plain(version)}" for name, version in versions.items())
+        machine = plain(history.runs[-1].machine) if history.runs else "unknown"
+        yield f"Made with {told}, on {machine}. Other versions, devices or batches may round differently.\n"
+
+
+def _that_count(config: JobConfig) -> JobConfig:
+    """Without settings that decide no byte of what the method makes."""
+    names = ["alpha"] if config.method == "gptq" else []
+    names += ["alpha", "calibration", "samples", "seqlen", "seed", "batch"] if config.method == "rtn" else []
+    default = JobConfig()
+    return dataclasses.replace(config, **{name: getattr(default, name) for name in names})
+
+
+def _measured(config: JobConfig | None) -> str:
+    """What errors are relative to, and on what."""
+    if config is not None and config.method == "rtn":
+        return "weights, from rounding alone"
+    if config is not None and config.method == "gptaq":
+        return "outputs on the calibration text, against the weights as corrected for asymmetric calibration"
+    return "outputs on the calibration text"
+
+
+def _settings(history: History, config: JobConfig) -> Iterator[tuple[str, str]]:
+    scheme = config.scheme
+    yield "method", METHODS[config.method]
+    yield "bits", str(scheme.bits)
+    yield "group size", "whole rows" if scheme.group_size == -1 else str(scheme.group_size)
+    yield "zero points", "symmetric" if scheme.symmetric else "asymmetric"
+    if scheme.scale_bits is not None:
+        yield "significant bits of scales", str(scheme.scale_bits)
+    if scheme.mse:
+        yield "scales", "grid search for the least rounding error"
+    if config.method == "gptaq":
+        yield "strength of the correction (alpha)", str(config.alpha)
+    if config.method != "rtn":
+        yield "act-order", "on, groups in natural order" if scheme.act_order else "off"
+        yield "damping", str(scheme.damping)
+        yield "order within a block", "true-sequential" if config.true_sequential else "all at once"
+        text = config.calibration.rpartition("/")[2]
+        yield "calibration", f"{config.samples} × {config.seqlen} tokens of {code(text)}, seed {config.seed}"
+    for rule in config.rules:
+        what = "left as they are" if rule.overrides is None else ", ".join(f"{k} {v}" for k, v in rule.overrides.items())
+        yield f"Linears that match {code(rule.pattern)}", what
+    yield "output head", _head(history, config)
+    yield "checkpoint format", code(config.format) + (f": {GGUF_NAME}, and shards in `gptq_v2`" if config.format == "gguf" else "")
+
+
+def _head(history: History, config: JobConfig) -> str:
+    if history.head is not None:
+        return f"quantized too ({code(history.head.name)})"
+    failed = next((left.reason for left in history.left_out if left.block is None), None)
+    if failed is not None:
+        return f"left as it is, although it was to be quantized: {plain(failed)}"
+    return "left as it is" + (", by a rule" if config.lm_head else "")
+
+
+def _results(history: History) -> Iterator[str]:
+    if not history.evaluations:
+        return
+    results = newest(history.evaluations)
+    yield "## Results\n"
+    headings = ("text", "tokens", "perplexity", "baseline", "perplexity of the baseline", "KL per token", "same top token")
+    yield table(headings, [_result(each) for each in results])
+    told = "Measured with `bigq eval`: perplexity per token on whole rows of the text"
+    if any(each.baseline is not None for each in results):
+        told += "; KL divergence from the baseline in nats, and how often both find the same token most likely"
+    yield f"{told}.\n"
+
+
+def _result(judged: Judged) -> tuple[str, ...]:
+    text = code(judged.data.rpartition("/")[2])
+    name = judged.baseline_name
+    return (
+        f"{text}, {judged.samples} × {judged.seqlen}" + ("" if judged.dtype == "auto" else f", {plain(judged.dtype)}"),
+        str(judged.tokens),
+        "over 1e12" if judged.perplexity == math.inf else f"{judged.perplexity:.4g}",
+        "–" if judged.baseline is None else name if judged.of_source else code(name),
+        "–" if judged.baseline_perplexity is None else f"{judged.baseline_perplexity:.4g}",
+        "–" if judged.kl is None else f"{judged.kl:.3g}",
+        "–" if judged.top1_agreement is None else f"{100 * judged.top1_agreement:.1f} %",
+    )

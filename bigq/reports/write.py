@@ -1,0 +1,82 @@
+"""``bigq report``: from a job's folder to a file that tells of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bigq.errors import UsageError
+from bigq.inspect.history import History, read_history
+from bigq.io.atomic import write_bytes
+from bigq.progress.terminal import tell
+from bigq.reports import charts
+from bigq.reports.card import put_card
+from bigq.reports.html import Pictures, render
+from bigq.reports.model_card import model_card, source_readme
+
+#: Of the map of errors: kinds of Linears, and squares. Models have some hundreds; a record may say anything.
+MAX_ROWS, MAX_SQUARES = 100, 3_000
+
+
+def write_report(out: Path, file: Path | None = None) -> Path:
+    """Write the report of the job in ``out`` to ``file``, or to OUT-report.html beside OUT; returns which file that is.
+
+    Raises UsageError where ``out`` holds no job or ``file`` is none that can be written, ResourceError where writing fails or matplotlib
+    is missing.
+    """
+    folder = Path(os.path.realpath(out))
+    history = read_history(folder)
+    if not folder.name:
+        raise UsageError(f"{folder}: every file lies in it, and bigq verify objects to strange ones; move the job to a folder of its own")
+    file = folder.with_name(f"{folder.name}-report.html") if file is None else file
+    _require_file(file, folder)
+    write_bytes(file, render(history, pictures_of(history)).encode("utf-8", "replace"))
+    return file
+
+
+def _require_file(file: Path, folder: Path) -> None:
+    """Raise UsageError where the report of the job in ``folder`` cannot be ``file``."""
+    if os.path.isdir(file):
+        raise UsageError(f"--out {file}: is a folder; name a file, such as {file / 'report.html'}")
+    if os.path.lexists(file) and not os.path.isfile(file):
+        raise UsageError(f"--out {file}: is no ordinary file; name another")
+    if not os.path.isdir(file.parent):
+        raise UsageError(f"--out {file}: its folder does not exist; make it first, or name a file elsewhere")
+    if folder in Path(os.path.realpath(file)).parents:
+        raise UsageError(f"--out {file}: lies in the job's folder, where bigq verify would object to it; name a file elsewhere")
+
+
+def pictures_of(history: History) -> Pictures:
+    """What can be drawn of a job. Raises ResourceError where matplotlib is missing."""
+    names = history.names[:MAX_ROWS]
+    rows = {name: row for row, name in enumerate(names)}
+    # The output head is in no block.
+    values = {(rows[each.name], i): each.error for each in history.linears if (i := each.block) is not None and each.name in rows}
+    marked = {(rows[each.name], i): each.reason for each in history.left_out if (i := each.block) is not None and each.name in rows}
+    blocks = max([history.blocks or 0, *(column + 1 for _, column in (*values, *marked))])
+    columns = min(blocks, MAX_SQUARES // max(1, len(names)))
+    values = {place: value for place, value in values.items() if place[1] < columns}
+    marked = {place: why for place, why in marked.items() if place[1] < columns}
+    errors = None
+    if values:
+        title = f"Error of {len(values)} quantized Linears by block and kind, from {min(values.values()):.1e} to {max(values.values()):.1e}"
+        errors = charts.heat_map(names, columns, values, marked, title)
+    timed = [(f"run {number}", run) for number, run in enumerate(history.runs, 1) if run.seconds is not None and run.by_phase]
+    time = None
+    if timed:
+        seconds = [run.seconds or 0.0 for _, run in timed]
+        title = f"Seconds by phase of {len(timed)} runs, {sum(seconds):.1f} s in all; the table below has the numbers"
+        time = charts.stacked_bars([label for label, _ in timed], seconds, [run.by_phase for _, run in timed], title)
+    return Pictures(errors, time, columns < blocks or len(names) < len(history.names))
+
+
+def write_model_card(out: Path) -> Path:
+    """Write OUT/README.md as a model card; returns its path.
+
+    Raises UsageError where the job in ``out`` is not finished, or lacks the GGUF file that it was to make.
+    """
+    history = read_history(out)
+    if not history.finished:
+        raise UsageError(f"{out}: the job is not finished ({history.state}), so there is nothing to publish; finish it first")
+    card = model_card(history, source_readme(out, history))
+    return put_card(out, card.encode("utf-8", "replace"), tell)

@@ -1,0 +1,339 @@
+"""What a job takes in memory, disk space, bytes moved and arithmetic, from the shape of its model. Pure functions.
+
+The terms follow the code that they predict: ``block`` (levels), ``solver.gptq`` (buffers of a solve), ``tiers`` (activations),
+``io.ahead`` (weights read ahead). Tests compare them with measured peaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from bigq.io.prefetch.to_device import least_budget
+from bigq.io.reader import CHUNK_BYTES
+from bigq.kernels.cholesky import PANEL as FACTOR_PANEL
+from bigq.kernels.gptq_block import SUB_BLOCK
+from bigq.kernels.syrk import CHUNK_TOKENS
+from bigq.kernels.triangles import MOVED
+from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, ModelShape
+from bigq.sched.rows.tiers import WRITES_IN_FLIGHT
+from bigq.scheme import QuantScheme
+from bigq.solver.gptq import BLOCK, CONVERTED, PANEL, grids_of_originals
+
+#: Weights of the output head that are solved at a time (``sched.head``).
+HEAD_CHUNK = 2**26
+
+#: Bytes of an fp32 number.
+FP32 = 4
+
+#: Buffers as large as some rows of a weight, themselves among them, while they are corrected (``solver.asymmetric``).
+CORRECTING = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a job is to do, whatever the machine. rows: of calibration tokens. scheme: of a Linear by its full module name.
+
+    tokens: different ones among the calibration tokens, or the most there can be. on_nonfinite: see ``BlockJob``.
+    lm_head: whether the output head is quantized too. gguf: whether a GGUF file is made of the shards.
+    """
+
+    rows: int
+    tokens: int
+    scheme: Callable[[str], QuantScheme | None]
+    method: str
+    true_sequential: bool
+    on_nonfinite: str = "stop"
+    lm_head: bool = False
+    gguf: bool = False
+
+    @property
+    def streams(self) -> int:
+        """How often the rows go through a model: not at all, as quantized, or as quantized and as they were."""
+        return {"rtn": 0, "gptq": 1, "gptaq": 2}[self.method]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """How a job is run. on_gpu: where it computes. tier: of the activations. memo: whether modules with a shortcut run once.
+
+    ahead: bytes for weights that are read ahead; beside: whether finished blocks are written beside the computation.
+    checkpoints: whether activations are saved now and then.
+    """
+
+    on_gpu: bool
+    tier: str
+    batch: int
+    memo: bool
+    ahead: int
+    beside: bool
+    checkpoints: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A phase at its largest over all blocks, and summed over them.
+
+    device, host: most bytes held (device 0 on a CPU). flops: by kind of arithmetic ("products" in the compute dtype, "single" for
+    fp32). moved: bytes of device memory read and written beside products.
+    """
+
+    name: str
+    device: int
+    host: int
+    flops: Mapping[str, float]
+    moved: float = 0
+
+    def joined(self, other: Phase) -> Phase:
+        """Both, one after the other."""
+        flops = {kind: self.flops.get(kind, 0.0) + other.flops.get(kind, 0.0) for kind in {**self.flops, **other.flops}}
+        return Phase(self.name, max(self.device, other.device), max(self.host, other.host), flops, self.moved + other.moved)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """A job's phases; bytes on disk for output and for activations, and bytes read from the checkpoint."""
+
+    phases: tuple[Phase, ...]
+    output: int
+    scratch: int
+    read: int
+
+    @property
+    def device(self) -> int:
+        return max(phase.device for phase in self.phases)
+
+    @property
+    def host(self) -> int:
+        return max(phase.host for phase in self.phases)
+
+
+def packed_bytes(linear: LinearShape, scheme: QuantScheme) -> int:
+    """Bytes of a packed Linear: codes, zeros, fp16 scales, int32 group indices."""
+    groups = linear.n // scheme.group_width(linear.n)
+    return linear.m * linear.n * scheme.bits // 8 + groups * linear.m * scheme.bits // 8 + 2 * groups * linear.m + 4 * linear.n
+
+
+def gguf_bytes(linear: LinearShape, scheme: QuantScheme) -> int:
+    """Bytes of a Linear in blocks of 32 weights, each with its scale, and its minimum where it is asymmetric."""
+    return linear.m * (linear.n // 32) * (scheme.bits * 4 + (2 if scheme.symmetric else 4))
+
+
+def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
+    """The cost of a whole job. base: resident bytes of the process before it begins, libraries warmed up."""
+    activations = _activations(shape, work, choice)
+    phases: dict[str, Phase] = {}
+
+    def add(name: str, held: int, flops: Mapping[str, float], moved: float = 0, host: int = 0, *, early: bool = False) -> None:
+        """held: on the device that computes. early: before there are hidden states."""
+        held += 0 if early else activations.device
+        host += base + _read_ahead(choice) + (0 if early else activations.host)
+        new = Phase(name, held, host, flops, moved) if choice.on_gpu else Phase(name, 0, host + held, flops, moved)
+        phases[name] = phases[name].joined(new) if name in phases else new
+
+    embedding = min(work.tokens, shape.vocabulary) * shape.embedding_row
+    first = shape.blocks[0]
+    add("copy", 0, {}, host=CHUNK_BYTES, early=True)
+    add("probe", first.weights + _converted(first) + shape.rest_loaded, {}, early=True)
+    hidden = work.streams * work.rows * shape.seqlen * shape.width * shape.itemsize
+    if work.streams:
+        add("embed", embedding + shape.rest_loaded + first.calls.at(choice.batch), {}, 2 * hidden, embedding if choice.on_gpu else 0)
+    costs: dict[tuple[int, tuple[QuantScheme | None, ...]], BlockCost] = {}
+    output, late = shape.rest_stored, 0
+    again = shape.rest_stored if work.gguf else 0
+    for i, block in enumerate(shape.blocks):
+        schemes = {linear.name: work.scheme(f"{shape.path}.{i}.{linear.name}") for linear in block.linears}
+        key = (id(block), tuple(schemes.values()))
+        if key not in costs:
+            costs[key] = BlockCost(shape, work, choice, block, {k: v for k, v in schemes.items() if v is not None})
+        add("load", block.weights + _converted(block) + late, {}, block.weights)
+        for name, held, flops, moved in costs[key].phases():
+            add(name, held + late, flops, moved, costs[key].largest_packed if choice.on_gpu else 0)
+        # Where it is written beside the computation, a finished block stays until the next one is finished too.
+        late = costs[key].packed if choice.beside else 0
+        output += costs[key].output
+        again += costs[key].blocks_of_gguf if work.gguf else 0
+    scheme = work.scheme(shape.head.name) if work.lm_head and shape.head is not None else None
+    if scheme is not None and shape.head is not None:
+        for name, held, flops in _head_phases(shape, shape.head, scheme, work, choice):
+            add(name, held + late, flops, host=embedding if choice.on_gpu else 0)
+        output += packed_bytes(shape.head, scheme) - shape.head.stored
+        again += gguf_bytes(shape.head, scheme) - shape.head.stored if work.gguf else 0
+    saved = 2 * hidden if choice.checkpoints else 0
+    return Cost(phases=tuple(phases.values()), output=output + again, scratch=activations.disk + saved, read=shape.stored + embedding)
+
+
+def _head_phases(
+    shape: ModelShape, head: LinearShape, scheme: QuantScheme, work: Work, choice: Choice
+) -> list[tuple[str, int, dict[str, float]]]:
+    """(name, most bytes held, operations) of quantizing the output head: see ``sched.head``."""
+    weight, codes = shape.itemsize * head.m * head.n, head.m * head.n
+    rows = min(head.m, max(1, HEAD_CHUNK // head.n))
+    solving = FP32 * rows * (3 * head.n if not work.streams or scheme.act_order or scheme.mse else 2 * head.n + PANEL)
+    packing = 2 * codes + packed_bytes(head, scheme)
+    if not work.streams:
+        return [("solve", weight + max(codes + solving, packing), {})]
+    square = FP32 * head.n * head.n
+    tokens = min(choice.batch, work.rows) * shape.seqlen
+    capture = tokens * head.n * (4 * shape.itemsize + FP32) + shape.rest_loaded
+    factor = FP32 * max(min(MOVED, head.n * head.n) if scheme.act_order else 0, 2 * FACTOR_PANEL * head.n)
+    return [
+        ("replay", square + capture, {"hessian": float(work.rows * shape.seqlen) * head.n * head.n}),
+        ("factor", square + factor, {"single": float(head.n) ** 3 / 3}),
+        ("solve", square + weight + max(codes + solving, packing), {"solve": float(head.m) * head.n * head.n}),
+    ]
+
+
+def _read_ahead(choice: Choice) -> int:
+    """Host bytes for weights between the disk and their place: on a GPU's way there is always a ring."""
+    return max(choice.ahead, least_budget()) if choice.on_gpu else choice.ahead
+
+
+def _converted(block: BlockShape) -> int:
+    """Bytes of a tensor as it is stored, beside what it is converted to where it computes."""
+    return block.largest_stored if block.stored != block.weights else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Activations:
+    """Bytes that the hidden states take for good."""
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
+
+
+def _activations(shape: ModelShape, work: Work, choice: Choice) -> _Activations:
+    row = work.streams * shape.seqlen * shape.width * shape.itemsize
+    memos = max((_memo_width(block) for block in shape.blocks), default=0) if choice.memo else 0
+    kept = work.rows * (row + work.streams * shape.seqlen * memos * shape.itemsize)
+    if choice.tier == "disk":
+        # One batch at work, one read ahead, and those on their way to the disk.
+        return _Activations(host=(3 + WRITES_IN_FLIGHT) * choice.batch * row, disk=kept)
+    if choice.tier == "host" and choice.on_gpu:
+        return _Activations(device=2 * choice.batch * row, host=kept)
+    return _Activations(device=kept)
+
+
+def _memo_width(block: BlockShape) -> int:
+    """Elements per token that the memo of a block keeps at most."""
+    return sum(max(memo.m, memo.n) for memo in block.memos)
+
+
+class BlockCost:
+    """The phases of one block on the device that computes, without the hidden states.
+
+    packed: bytes of its packed Linears; largest_packed: of one of them; output: of all that is written for it; blocks_of_gguf: of what a
+    GGUF file has of it.
+    """
+
+    def __init__(self, shape: ModelShape, work: Work, choice: Choice, block: BlockShape, schemes: Mapping[str, QuantScheme]) -> None:
+        self._shape, self._work, self._choice, self._block, self._schemes = shape, work, choice, block, schemes
+        packed = [packed_bytes(linear, schemes[linear.name]) for linear in block.linears if linear.name in schemes]
+        self.packed, self.largest_packed = sum(packed), max(packed, default=0)
+        self.output = self.packed + block.stored - sum(linear.stored for linear in block.linears if linear.name in schemes)
+        kept = block.stored - sum(linear.stored for linear in block.linears if linear.name in schemes)
+        self.blocks_of_gguf = kept + sum(gguf_bytes(linear, schemes[linear.name]) for linear in block.linears if linear.name in schemes)
+        self._batch = min(choice.batch, work.rows)
+        self._tokens = work.rows * shape.seqlen
+        self._paired = work.streams > 1
+
+    def phases(self) -> list[tuple[str, int, dict[str, float], float]]:
+        """(name, most bytes held, operations by kind, bytes moved), several of one name."""
+        result: list[tuple[str, int, dict[str, float], float]] = []
+        if not self._work.streams:
+            for linear in self._wanted(self._block.linears):
+                result.append(("solve", self._block.weights + self.packed + 3 * FP32 * linear.m * linear.n, {}, 16 * linear.m * linear.n))
+            return result
+        packed = originals = 0
+        for level in self._levels():
+            wanted = [(g, self._wanted(g.linears)) for g in level]
+            wanted = [(g, linears) for g, linears in wanted if linears]
+            if not wanted:
+                continue
+            # One for the cross matrix too.
+            sums = self._work.streams * sum(FP32 * g.n * g.n for g, _ in wanted)
+            held = self._block.weights + originals + packed + self._block.calls.at(self._batch)
+            deepest = max(g.level for g, _ in wanted)
+            result.append(("replay", held + sums + self._capture(deepest, [g for g, _ in wanted]), self._replayed(deepest), 0))
+            for group, linears in wanted:
+                square = float(group.n) * group.n
+                rows = sum(linear.m for linear in linears)
+                accumulated = {"hessian": self._tokens * square * (3 if self._paired else 1)}
+                result.append(("hessian", held + sums, accumulated, 0))
+                result.append(("factor", held + sums + self._factor(group, linears), {"single": group.n * square / 3}, 0))
+                solved = {"solve": 3 * rows * square, "single": 2 * rows * square} if self._paired else {"solve": rows * square}
+                result.append(("solve", held + sums + self._solve(group, linears), solved, 14.0 * rows * group.n))
+                originals += self._paired * self._shape.itemsize * rows * group.n
+                held = self._block.weights + originals + packed + self._block.calls.at(self._batch)
+                result.append(("pack", held + sums + self._pack(group, linears), {}, 6.0 * rows * group.n))
+                packed += sum(packed_bytes(linear, self._schemes[linear.name]) for linear in linears)
+                held = self._block.weights + originals + packed + self._block.calls.at(self._batch)
+                sums -= self._work.streams * FP32 * group.n * group.n
+        held = self._block.weights + originals + self._block.calls.at(self._batch)
+        result.append(("replay", held + self._block.forward.at(self._batch), self._replayed(None), 0))
+        return result
+
+    def _wanted(self, linears: list[LinearShape] | tuple[LinearShape, ...]) -> list[LinearShape]:
+        return [linear for linear in linears if linear.name in self._schemes]
+
+    def _levels(self) -> list[list[GroupShape]]:
+        if not self._work.true_sequential:
+            return [list(self._block.groups)]
+        return [[g for g in self._block.groups if g.level == level] for level in range(len(self._block.reach))]
+
+    def _capture(self, level: int, groups: list[GroupShape]) -> int:
+        """Bytes of the forwards that feed a level's Hessians, of the input in the Hessian's precision, and of it without NaN."""
+        reach = self._block.reach[level]
+        tokens = min(CHUNK_TOKENS, self._batch * self._shape.seqlen)
+        chunk = tokens * max(g.n for g in groups)
+        widened = 0 if self._choice.on_gpu or self._shape.itemsize == FP32 else FP32 * chunk
+        masked = self._shape.itemsize * chunk if self._work.on_nonfinite == "skip" else 0
+        if not self._paired:
+            return max(reach.peak.at(self._batch), reach.held.at(self._batch) + widened + masked)
+        # The inputs in the original model stay while the block runs again; then they are widened, and their difference is one more chunk.
+        before = self._shape.itemsize * self._batch * self._shape.seqlen * sum(g.n for g in groups)
+        widened = FP32 * chunk * (1 if self._shape.itemsize == FP32 else 2)
+        masked = FP32 * chunk if self._work.on_nonfinite == "skip" else 0
+        return before + max(reach.peak.at(self._batch), reach.held.at(self._batch) + widened + masked)
+
+    def _factor(self, group: GroupShape, linears: list[LinearShape]) -> int:
+        """Beside the Hessian: what a permutation moves, or the panels; and a copy where schemes need factors of their own."""
+        schemes = [self._schemes[linear.name] for linear in linears]
+        square = group.n * group.n
+        moved = min(MOVED, square) if any(s.act_order for s in schemes) else 0
+        copied = square if len({(s.act_order, s.damping) for s in schemes}) > 1 else 0
+        return FP32 * (max(moved, 2 * FACTOR_PANEL * group.n) + copied)
+
+    def _solve(self, group: GroupShape, linears: list[LinearShape]) -> int:
+        """Beside the factor: see ``solver.gptq``."""
+        n = group.n
+        most = 0
+        for scheme in {self._schemes[linear.name] for linear in linears}:
+            rows = [linear.m for linear in linears if self._schemes[linear.name] == scheme]
+            m, static = sum(rows), grids_of_originals(scheme, n)
+            panel = min(n, PANEL if static else max(PANEL, scheme.group_width(n)))
+            buffers = 1 + scheme.act_order + 3 * (static and scheme.mse)
+            converted = FP32 * min(CONVERTED, n * max(rows)) * (max(buffers, CORRECTING) if self._paired else buffers)
+            loop = n * m + FP32 * ((panel + BLOCK + 3 * SUB_BLOCK * (not self._choice.on_gpu)) * m + 3 * BLOCK * n)
+            most = max(most, FP32 * n * m + max(converted, loop) + 2 * FP32 * m * (n // scheme.group_width(n)))
+        return most
+
+    def _pack(self, group: GroupShape, linears: list[LinearShape]) -> int:
+        """Codes of all, and one Linear's new weight or words on the way."""
+        codes = group.n * sum(linear.m for linear in linears)
+        return codes + max(group.n * linear.m * self._shape.itemsize for linear in linears)
+
+    def _replayed(self, level: int | None) -> dict[str, float]:
+        """Operations of one pass over the calibration set: up to a level's inputs, or the whole block."""
+        level_of = {linear.name: group.level for group in self._block.groups for linear in group.linears}
+        skipped: set[str] = set()
+        if self._choice.memo:
+            for memo in self._block.memos:
+                if memo.linear in self._schemes and (level is None or level_of[memo.linear] < level):
+                    skipped.update(memo.inside)
+        run = [linear for linear in self._block.linears if (level is None or level_of[linear.name] < level) and linear.name not in skipped]
+        # Attention lies behind the first level; where its module is skipped, so is it.
+        attention = (level is None or level > 0) and not any(level_of.get(name) == 0 for name in skipped)
+        products = 2.0 * self._tokens * sum(linear.m * linear.n for linear in run)
+        return {"products": self._work.streams * (products + attention * self._work.rows * self._block.attention)}

@@ -1,0 +1,216 @@
+"""The plan of a job: how it will be run within given budgets, and what each phase takes. Pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bigq.config import JobConfig, default_batch
+from bigq.errors import UsageError
+from bigq.machine.ceilings import DISK_RATE, Ceilings
+from bigq.progress.sizes import show_size
+from bigq.sched.plan.cost import Choice, Cost, Phase, Work, job_cost
+from bigq.sched.plan.shape import ModelShape
+
+#: The part of a memory budget to stay within where that is possible: estimates are within a tenth.
+HEADROOM = 0.9
+
+#: What the libraries come to hold after a job's first products, on a CPU and on the host of a GPU, in bytes.
+WARM_CPU, WARM_GPU = 20 * 2**20, 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """Bytes that a job may take: of device memory (0 on a CPU), of the host's, of free disk space."""
+
+    device: int
+    host: int
+    disk: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How a job is run and what it takes. Sizes in bytes, times in seconds.
+
+    seconds: by phase, at the device's best rates: no run is faster. shortages: what is missing, in words; empty where the job fits.
+    """
+
+    shape: ModelShape
+    work: Work
+    choice: Choice
+    cost: Cost
+    budgets: Budgets
+    ceilings: Ceilings | None
+    seconds: Mapping[str, float]
+    shortages: tuple[str, ...]
+
+    @property
+    def disk(self) -> int:
+        return self.cost.output + self.cost.scratch
+
+    @property
+    def total_seconds(self) -> float:
+        """Reading and writing go on beside the computation where the plan says so."""
+        moving = (self.cost.read + self.cost.output) / DISK_RATE
+        computing = sum(self.seconds.values())
+        return max(moving, computing) if self.choice.beside else moving + computing
+
+    def to_json(self) -> dict[str, Any]:
+        phases = [
+            {"phase": p.name, "device_bytes": p.device, "host_bytes": p.host, "flops": dict(p.flops), "seconds": self.seconds.get(p.name)}
+            for p in self.cost.phases
+        ]
+        return {
+            "blocks": len(self.shape.blocks),
+            "rows": self.work.rows,
+            "seqlen": self.shape.seqlen,
+            "activations": self.choice.tier,
+            "batch": self.choice.batch,
+            "memo": self.choice.memo,
+            "read_ahead_bytes": self.choice.ahead,
+            "device_bytes": self.cost.device,
+            "host_bytes": self.cost.host,
+            "disk_bytes": self.disk,
+            "read_bytes": self.cost.read,
+            "written_bytes": self.cost.output,
+            "budgets": {"device": self.budgets.device, "host": self.budgets.host, "disk": self.budgets.disk},
+            "device": None if self.ceilings is None else self.ceilings.name,
+            "seconds_at_least": self.total_seconds if self.ceilings is not None else None,
+            "phases": phases,
+            "shortages": list(self.shortages),
+        }
+
+    def brief(self) -> str:
+        """What a job prints before it starts."""
+        needs = [
+            f"{what} {show_size(need)} of {show_size(has)}"
+            for what, need, has in (
+                ("device", self.cost.device, self.budgets.device),
+                ("host", self.cost.host, self.budgets.host),
+                ("disk", self.disk, self.budgets.disk),
+            )
+            if what != "device" or self.choice.on_gpu
+        ]
+        lines = [
+            f"plan: {len(self.shape.blocks)} blocks, {self.work.rows} × {self.shape.seqlen} tokens, {self._how()}",
+            f"  needs   {', '.join(needs)}",
+        ]
+        return "\n".join(lines + [f"  short   {shortage}" for shortage in self.shortages])
+
+    def table(self) -> str:
+        """The whole plan for a person."""
+        lines = [self.brief(), ""]
+        lines.append(f"  {'phase':10} {'device':>11} {'host':>11} {'arithmetic':>14} {'at least':>10}")
+        for phase in self.cost.phases:
+            count = sum(phase.flops.values()) / 1e12
+            arithmetic = f"{count:.1f} TFLOP" if count else "–"
+            device = show_size(phase.device) if self.choice.on_gpu else "–"
+            seconds = f"{self.seconds[phase.name]:.1f} s" if phase.name in self.seconds else "–"
+            lines.append(f"  {phase.name:10} {device:>11} {show_size(phase.host):>11} {arithmetic:>14} {seconds:>10}")
+        scratch = f", and {show_size(self.cost.scratch)} for activations meanwhile" if self.cost.scratch else ""
+        lines.append(f"  reads {show_size(self.cost.read)}, writes {show_size(self.cost.output)}{scratch}")
+        if self.ceilings is not None:
+            lines.append(
+                f"  takes at least {_minutes(self.total_seconds)} on {self.ceilings.name} (its rates: {self.ceilings.source}) "
+                f"with a disk of {DISK_RATE / 1e9:g} GB/s"
+            )
+        return "\n".join(lines)
+
+    def _how(self) -> str:
+        if not self.work.streams:
+            return "rounding to nearest"
+        where = {"gpu": "on the GPU", "host": "in host memory", "disk": "on disk"}[self.choice.tier]
+        parts = [f"activations {'of both models ' if self.work.streams > 1 else ''}{where}", f"batch {self.choice.batch}"]
+        if any(block.memos for block in self.shape.blocks):
+            parts.append("attention outputs kept" if self.choice.memo else "attention outputs not kept")
+        parts.append(f"{show_size(self.choice.ahead)} read ahead" if self.choice.ahead else "nothing read ahead")
+        return ", ".join(parts)
+
+
+def make_plan(
+    shape: ModelShape, work: Work, config: JobConfig, *, on_gpu: bool, base: int, budgets: Budgets, ceilings: Ceilings | None
+) -> Plan:
+    """The fastest way of running the job that fits with room to spare; where none does, the one that asks for least.
+
+    base: bytes that the process holds before the job. What ``config`` fixes (tier, batch, read-ahead) stays as it says.
+    Raises UsageError for activations on a GPU that is not there.
+    """
+    if config.activations == "gpu" and not on_gpu:
+        raise UsageError("--activations gpu: the job runs on a CPU; use host, disk or auto")
+    base += WARM_GPU if on_gpu else WARM_CPU
+    spare = Budgets(device=int(HEADROOM * budgets.device), host=int(HEADROOM * budgets.host), disk=budgets.disk)
+    best: tuple[tuple[int, int], Choice, Cost] | None = None
+    for choice in _choices(shape, work, config, on_gpu):
+        cost = job_cost(shape, work, choice, base)
+        strain = sum(_over(cost, budgets)), sum(_over(cost, spare))
+        if best is None or strain < best[0]:
+            best = strain, choice, cost
+        if not any(strain):
+            break
+    assert best is not None
+    _, choice, cost = best
+    if config.checkpoint_every is not None and work.streams:
+        saving = dataclasses.replace(choice, checkpoints=True)
+        if not _over(with_them := job_cost(shape, work, saving, base), budgets)[2]:
+            choice, cost = saving, with_them
+    seconds = {} if ceilings is None else {phase.name: phase_seconds(phase, ceilings) for phase in cost.phases}
+    return Plan(
+        shape=shape,
+        work=work,
+        choice=choice,
+        cost=cost,
+        budgets=budgets,
+        ceilings=ceilings,
+        seconds=seconds,
+        shortages=tuple(_shortages(cost, budgets)),
+    )
+
+
+def phase_seconds(phase: Phase, ceilings: Ceilings) -> float:
+    """The least time of a phase: its arithmetic at the device's best rates, and its moving of data."""
+    rates = {"products": ceilings.products, "hessian": ceilings.products, "single": ceilings.single, "solve": ceilings.correcting}
+    if not ceilings.memory:
+        rates["hessian"] = ceilings.single
+    return sum(count / rates[kind] for kind, count in phase.flops.items()) + phase.moved / ceilings.copy
+
+
+def _choices(shape: ModelShape, work: Work, config: JobConfig, on_gpu: bool) -> Iterator[Choice]:
+    """Ways to run a job, the fastest first: the batch gives way first, then what is kept, what is read ahead, and last the tier."""
+    tiers = (("gpu", "host", "disk") if on_gpu else ("host", "disk")) if config.activations == "auto" else (config.activations,)
+    kind = "cuda" if on_gpu else "cpu"
+    first = min(config.batch or default_batch(kind, shape.seqlen), max(1, work.rows))
+    batches = [first]
+    while config.batch is None and batches[-1] > 1:
+        batches.append(batches[-1] // 2)
+    wanted = config.blocks_ahead(kind)
+    aheads = (wanted,) if config.read_ahead is not None or not wanted else (wanted, 0)
+    largest = max(block.stored for block in shape.blocks)
+    # Only level by level is anything replayed behind a solved Linear.
+    memos = (True, False) if work.true_sequential and any(block.memos for block in shape.blocks) else (False,)
+    for tier, ahead, memo, batch in itertools.product(tiers, aheads, memos, batches):
+        yield Choice(on_gpu=on_gpu, tier=tier, batch=batch, memo=memo, ahead=ahead * largest, beside=ahead > 0)
+
+
+def _over(cost: Cost, budgets: Budgets) -> tuple[int, ...]:
+    """Bytes above each budget."""
+    needs = (cost.device, cost.host, cost.output + cost.scratch)
+    return tuple(max(0, need - has) for need, has in zip(needs, (budgets.device, budgets.host, budgets.disk), strict=True))
+
+
+def _shortages(cost: Cost, budgets: Budgets) -> Iterator[str]:
+    device, host, disk = _over(cost, budgets)
+    if device:
+        worst = max(cost.phases, key=lambda phase: phase.device)
+        yield f"device memory: {show_size(device)} more are needed, for the phase '{worst.name}' (--vram)"
+    if host:
+        worst = max(cost.phases, key=lambda phase: phase.host)
+        yield f"host memory: {show_size(host)} more are needed, for the phase '{worst.name}' (--ram)"
+    if disk:
+        yield f"disk: {show_size(disk)} more are needed where OUT lies, for {show_size(cost.output)} of output (--disk)"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

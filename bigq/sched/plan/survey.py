@@ -1,0 +1,269 @@
+"""The shape of a model, found by running it on the meta device: nothing is read, computed or allocated.
+
+Which Linears share an input and which depend on which is found as for the real thing (``structure``), with gradients instead
+of NaN as the mark that spreads. What a forward takes in memory is counted as its tensors come and go.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bigq.io.index import TensorInfo
+from bigq.model.blocks import block_linears
+from bigq.model.capture import BlockCall, OutputForm, all_replaced, first_input, forward_errors, record_calls
+from bigq.model.skeleton import linear_weight
+from bigq.model.structure import BlockPlan, Gradients, plan_block
+from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
+
+#: Tokens of the row on which the structure is looked at.
+_STRUCTURE_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outline:
+    """A model whose weights need not be there.
+
+    model: the skeleton, which the survey takes over; blocks_path: of its decoder blocks. dtype: of the forward passes.
+    sources: parameter name → the checkpoint's tensor; parameters without one count in ``dtype``. stored: bytes of all the
+    checkpoint's tensors, if it is known.
+    """
+
+    model: nn.Module
+    blocks_path: str
+    dtype: torch.dtype
+    sources: Mapping[str, TensorInfo]
+    stored: int | None = None
+
+
+def survey(outline: Outline, seqlen: int) -> ModelShape:
+    """Look at a model for calibration rows of ``seqlen`` tokens. Raises UnsupportedModelError where it cannot be streamed."""
+    model = outline.model.to("meta")
+    blocks = model.get_submodule(outline.blocks_path)
+    assert isinstance(blocks, nn.ModuleList)
+    with torch.no_grad(), _WholeRows():
+        form = _form(model, blocks)
+        runs = [_Run.of(model, blocks, form, rows, seqlen) for rows in (1, 2)]
+        short = _Run.of(model, blocks, form, 1, min(seqlen, _STRUCTURE_TOKENS))
+        kinds: dict[Any, BlockShape] = {}
+        shapes = []
+        for i, block in enumerate(blocks):
+            key = (_signature(block), tuple(run.call_signature(i) for run in runs), *_stored(outline, block, i))
+            if key not in kinds:
+                kinds[key] = _block_shape(outline, block, i, runs, short)
+            shapes.append(kinds[key])
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    stored = outline.stored if outline.stored is not None else sum(_bytes(outline, name) for name, _ in outline.model.named_parameters())
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    large = {id(p) for m in (embedding, head) if m is not None for p in m.parameters()}
+    in_blocks = {id(p) for p in blocks.parameters()}
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in large | in_blocks) * outline.dtype.itemsize
+    name = next((n for n, m in model.named_modules() if m is embedding), "")
+    info = outline.sources.get(f"{name}.weight")
+    return ModelShape(
+        path=outline.blocks_path,
+        blocks=tuple(shapes),
+        seqlen=seqlen,
+        width=runs[0].hidden.shape[-1],
+        itemsize=runs[0].hidden.dtype.itemsize,
+        vocabulary=embedding.num_embeddings,
+        embedding_row=embedding.embedding_dim * (info.dtype if info is not None else outline.dtype).itemsize,
+        rest_stored=stored - sum(shape.stored for shape in shapes),
+        rest_loaded=rest,
+        head=_head(outline, model, head, embedding),
+    )
+
+
+def _head(outline: Outline, model: nn.Module, head: nn.Module | None, embedding: nn.Module) -> LinearShape | None:
+    """The output head, where it is a Linear with a weight of its own."""
+    if not isinstance(head, nn.Linear) or head.weight is embedding.weight:
+        return None
+    name = next(n for n, m in model.named_modules() if m is head)
+    return LinearShape(name, head.out_features, head.in_features, _bytes(outline, f"{name}.weight"))
+
+
+@dataclass(slots=True)
+class _Run:
+    """A batch on its way into the blocks. hidden [rows, seqlen, width]; calls: of every block."""
+
+    hidden: Tensor
+    calls: list[BlockCall]
+
+    @classmethod
+    def of(cls, model: nn.Module, blocks: nn.ModuleList, form: OutputForm, rows: int, seqlen: int) -> _Run:
+        ids = torch.zeros(rows, seqlen, dtype=torch.long, device="meta")
+        hidden, _ = first_input(model, blocks, ids)
+        return cls(hidden, record_calls(model, blocks, ids, form))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors that the blocks are called with besides the hidden states."""
+        for call in self.calls:
+            yield from (leaf for leaf in tree_leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Tensor))
+
+    def call_bytes(self) -> int:
+        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in self.tensors()}.values())
+
+    def call_signature(self, i: int) -> tuple[Any, ...]:
+        call = self.calls[i]
+        leaves = tree_leaves((call.args, dict(call.kwargs)))
+        return tuple(leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves)
+
+
+def _form(model: nn.Module, blocks: nn.ModuleList) -> OutputForm:
+    with forward_errors():
+        hidden, call = first_input(model, blocks, torch.zeros(1, 2, dtype=torch.long, device="meta"))
+        return OutputForm.of(blocks[0](hidden, *call.args, **call.kwargs))
+
+
+def _signature(block: nn.Module) -> tuple[Any, ...]:
+    """Equal for blocks that run alike: the same modules, parameters and plain settings such as a layer's kind of attention."""
+
+    def settings(module: nn.Module) -> tuple[Any, ...]:
+        return tuple(sorted((k, v) for k, v in vars(module).items() if isinstance(v, (int, str)) and k != "layer_idx"))
+
+    modules = tuple((name, type(module).__name__, settings(module)) for name, module in block.named_modules())
+    return modules, tuple((name, p.shape, p.dtype) for name, p in block.named_parameters())
+
+
+def _bytes(outline: Outline, name: str) -> int:
+    """Bytes of a parameter in the checkpoint."""
+    info = outline.sources.get(name)
+    return info.nbytes if info is not None else outline.model.get_parameter(name).numel() * outline.dtype.itemsize
+
+
+def _stored(outline: Outline, block: nn.Module, i: int) -> tuple[int, int]:
+    """Bytes of block i in the checkpoint, and of its largest tensor."""
+    prefix = f"{outline.blocks_path}.{i}."
+    sizes = [_bytes(outline, prefix + name) for name, _ in block.named_parameters()]
+    sizes += [info.nbytes for name, _ in block.named_buffers() if (info := outline.sources.get(prefix + name)) is not None]
+    return sum(sizes), max(sizes)
+
+
+def _block_shape(outline: Outline, block: nn.Module, i: int, runs: list[_Run], short: _Run) -> BlockShape:
+    with torch.enable_grad():
+        plan = plan_block(block, short.hidden, short.calls[i], Gradients())
+    prefix = f"{outline.blocks_path}.{i}."
+    linears = {
+        name: LinearShape(name, linear_weight(module).shape[0], linear_weight(module).shape[1], _bytes(outline, f"{prefix}{name}.weight"))
+        for name, module in block_linears(block).items()
+    }
+    groups = tuple(GroupShape(tuple(linears[name] for name in group.names), group.level) for group in plan.groups)
+    one, two = (_Watch.forward(block, run, i, plan) for run in runs)
+    stored, largest = _stored(outline, block, i)
+    return BlockShape(
+        groups=groups,
+        reach=tuple(Reach(Rows.through(a[0], b[0]), Rows.through(a[1], b[1])) for a, b in zip(one.levels, two.levels, strict=True)),
+        forward=Rows.through(one.live.peak, two.live.peak),
+        calls=Rows.through(runs[0].call_bytes(), runs[1].call_bytes()),
+        memos=tuple(
+            MemoShape(s.linear, linears[s.linear].m, linears[s.linear].n, tuple(n for n in linears if n.startswith(s.module + ".")))
+            for s in plan.shortcuts
+        ),
+        weights=sum(p.numel() * p.dtype.itemsize for p in block.parameters()),
+        stored=stored,
+        largest_stored=largest,
+        attention=two.live.products - one.live.products,
+    )
+
+
+@dataclass(slots=True)
+class _Watch:
+    """What one forward of a block took. levels: (most bytes until then, bytes held then) at the inputs of each level's last Linear."""
+
+    live: _Live
+    levels: list[tuple[int, int]]
+
+    @classmethod
+    def forward(cls, block: nn.Module, run: _Run, i: int, plan: BlockPlan) -> _Watch:
+        level_of = {name: group.level for group in plan.groups for name in group.names}
+        live = _Live([*block.parameters(), *block.buffers(), run.hidden, *run.tensors()])
+        watch = cls(live, [(0, 0)] * (1 + max(level_of.values(), default=-1)))
+        linears = block_linears(block)
+
+        def make(k: int) -> Any:
+            name = list(linears)[k]
+            module = linears[name]
+
+            def forward(x: Tensor) -> Any:
+                if name in level_of:
+                    watch.levels[level_of[name]] = live.peak, live.bytes
+                counted = live.products
+                y = type(module).forward(module, x)
+                live.products = counted
+                return y
+
+            return forward
+
+        with all_replaced(list(linears.values()), make), live:
+            run.calls[i].run(block, run.hidden)
+        return watch
+
+
+class _Live(TorchDispatchMode):
+    """Counts bytes of the tensors that are alive, and the operations of batched products (attention).
+
+    known: tensors that do not count.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = self.peak = 0
+        self.products = 0.0
+        self._known = [t.untyped_storage() for t in known]
+        self._alive: dict[int, Any] = {storage._cdata: storage for storage in self._known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
+            a, b = args[-2:]
+            self.products += 2.0 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2]
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._add(leaf)
+        return output
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Count a causal attention that holds no matrix of scores."""
+        self.products += query.numel() * key.shape[-2] + query.numel() // query.shape[-1] * key.shape[-2] * value.shape[-1]
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+        def gone(_: Any) -> None:
+            del self._alive[key]
+            self.bytes -= size
+
+        self._alive[key] = weakref.ref(storage, gone)
+
+
+class _WholeRows(TorchFunctionMode):
+    """Lets a model run on meta: fused attention takes no memory for scores, and what transformers asks of ids and masks
+    (whether all rows are whole, without padding or packing) is true of calibration rows."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.__bool__ and args[0].is_meta:
+            return True
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
+            for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
+                if isinstance(mode, _Live):
+                    mode.attention(query, key, value)
+            output = query.new_empty(*query.shape[:-1], value.shape[-1])
+            if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+                output = output.requires_grad_().clone()
+            return output
+        return func(*args, **kwargs)

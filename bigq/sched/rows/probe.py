@@ -1,0 +1,88 @@
+"""The entrance to the blocks: the structure of a model seen by a probe, and the calibration rows brought there."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bigq.job.batches import Batches
+from bigq.model import skeleton
+from bigq.model.capture import BlockCall, OutputForm, check_streamable, first_input, forward_errors, record_calls
+from bigq.model.pager import Pager
+from bigq.sched.rows.store import ActivationStore
+from bigq.sched.rows.tiers import Tier
+
+#: Length of the random rows on which a model's structure is probed.
+PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A short random batch at the entrance of the blocks; what the structure of a model is found out with."""
+
+    hidden: Tensor
+    calls: list[BlockCall]
+    form: OutputForm
+
+
+def probe_model(pager: Pager) -> Probe:
+    """Run a few random tokens through the model's own forward to see how its blocks are called and what they return.
+
+    Raises UnsupportedModelError where the model cannot be streamed block by block.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = pager.embedding.num_embeddings
+    length = min(PROBE_TOKENS, skeleton.max_positions(pager.config) or PROBE_TOKENS)
+    ids = torch.randint(0, vocabulary, (2, 1, length), generator=generator)
+    with pager.rest_loaded(), pager.embedding_rows(ids):
+        ids = ids.to(pager.device)
+        with forward_errors():
+            hidden, call = first_input(pager.model, pager.blocks, ids[0])
+        block = pager.load_block(0)
+        with forward_errors():
+            form = OutputForm.of(block(hidden, *call.args, **call.kwargs))
+        check_streamable(pager.model, pager.blocks, ids, form)
+        calls = record_calls(pager.model, pager.blocks, ids[0], form)
+        pager.evict_block(0)
+    return Probe(hidden, calls, form)
+
+
+def activations_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, tier: Tier) -> ActivationStore:
+    """The rows [N, T] at the entrance of the first block: what blocks 0 … will be replayed on."""
+    store = store_for(pager, rows, batches, probe, tier)
+    with contextlib.ExitStack() as stack:
+        stack.callback(store.close)
+        embed(pager, rows, probe, store)
+        stack.pop_all()
+    return store
+
+
+def store_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, tier: Tier) -> ActivationStore:
+    """Room for the hidden states of the rows [N, T], with nothing in it yet."""
+
+    def record(size: int) -> list[BlockCall]:
+        """Which tokens does not matter: ``check_streamable`` has made sure."""
+        ids = rows[:1].expand(size, -1)
+        with pager.rest_loaded(), pager.embedding_rows(ids):
+            return record_calls(pager.model, pager.blocks, ids.to(pager.device), probe.form)
+
+    shape = (len(rows), rows.shape[1], probe.hidden.shape[-1])
+    return ActivationStore(shape, probe.hidden.dtype, batches, tier, record)
+
+
+def embed(pager: Pager, rows: Tensor, probe: Probe, store: ActivationStore) -> None:
+    """Bring the rows to the entrance of the first block, and record how blocks are called."""
+
+    def run() -> None:
+        for lo, hi in store.spans():
+            ids = rows[lo:hi].to(pager.device)
+            hidden, _ = first_input(pager.model, pager.blocks, ids)
+            if len(ids) not in store.calls:
+                store.calls[len(ids)] = record_calls(pager.model, pager.blocks, ids, probe.form)
+            store.put(lo, hidden)
+
+    with pager.rest_loaded(), pager.embedding_rows(rows):
+        store.afresh(0, 0, run)

@@ -1,0 +1,349 @@
+"""Being asked to stop: signals are heard while the main thread computes, the grace ends, and nothing of it outlives the job."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import bigq
+from bigq.errors import Stopped
+from bigq.job import stop as stop_module
+from bigq.job.stop import SIGNALS, Haste, Stop
+
+ROOT = Path(bigq.__file__).resolve().parent.parent
+
+#: A C function of minutes that lets other threads run and looks for no signals, as a factorization is.
+BUSY = "hashlib.pbkdf2_hmac('sha256', b'x', b'y', 2**30)"
+IDLE = "time.sleep(60)"
+#: A shell that runs tests in the background may have them ignore SIGHUP, which children inherit.
+PROGRAM = """
+import hashlib, signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+from bigq.errors import BigqError
+from bigq.job.stop import Stop
+stop = Stop({grace})
+try:
+    with stop.listening():
+        print("ready", flush=True)
+        {body}
+except BigqError as error:
+    print(error, flush=True)
+    sys.exit(error.exit_code)
+"""
+
+
+class Program:
+    """A child process that listens, and what it says."""
+
+    def __init__(self, body: str, grace: float) -> None:
+        code = PROGRAM.format(body=body.replace("\n", "\n        "), grace=grace)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+        )
+        assert self.process.stdout is not None and self.process.stderr is not None
+        self.out, self.err = self.process.stdout, self.process.stderr
+        assert self.out.readline() == "ready\n", self.err.read()
+
+    def send(self, number: int) -> float:
+        self.process.send_signal(number)
+        return time.monotonic()
+
+    def ended(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=30)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Program]]:
+    programs: list[Program] = []
+
+    def begin(body: str, grace: float = 60.0) -> Program:
+        programs.append(Program(body, grace))
+        return programs[-1]
+
+    yield begin
+    for program in programs:
+        with contextlib.suppress(ProcessLookupError):
+            program.process.kill()
+        program.process.communicate()
+
+
+@pytest.mark.parametrize("body", [BUSY, IDLE], ids=["busy", "idle"])
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_is_heard_and_the_grace_ends(number: signal.Signals, body: str, start: Callable[..., Program]) -> None:
+    program = start(body, grace=0.5)
+    sent = program.send(number)
+    code, out, err = program.ended()
+    assert code == 75 == Stopped.exit_code
+    assert 0.45 < time.monotonic() - sent < 15
+    first, second = [line for line in err.splitlines() if line]
+    assert first == f"bigq: {number.name}: finishing this step and stopping, within 0.5 s; Ctrl-C ends it at once"
+    assert second.startswith(f"bigq: stopped 0.5 s after {number.name}; ") and second.endswith("run the same command again to go on")
+    assert out == ""
+
+
+@pytest.mark.parametrize("first", SIGNALS, ids=lambda number: number.name)
+def test_an_interrupt_on_top_of_anything_ends_it_at_once(first: signal.Signals, start: Callable[..., Program]) -> None:
+    program = start(BUSY)
+    program.send(first)
+    assert "finishing this step" in "".join([program.err.readline(), program.err.readline()])
+    sent = program.send(signal.SIGINT)
+    code, _, err = program.ended()
+    assert code == 130 and time.monotonic() - sent < 10
+    assert "interrupted at once" in err
+
+
+@pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGUSR1])
+def test_others_said_twice_change_nothing(again: signal.Signals, start: Callable[..., Program]) -> None:
+    """Schedulers repeat themselves; the grace counts from the first time."""
+    program = start(BUSY, grace=1.5)
+    sent = program.send(signal.SIGTERM)
+    for _ in range(3):
+        time.sleep(0.3)
+        program.send(again)
+    code, _, err = program.ended()
+    assert code == 75 and 1.4 < time.monotonic() - sent < 15
+    assert err.count("finishing this step") == 1
+
+
+def test_a_step_that_ends_in_time_ends_the_job(start: Callable[..., Program]) -> None:
+    program = start("while not stop.requested:\n    time.sleep(0.02)\nassert 50 < stop.left <= 60\nraise stop.stopped('at block 3')")
+    program.send(signal.SIGUSR1)
+    code, out, err = program.ended()
+    assert (code, out) == (75, "SIGUSR1: stopped at block 3; run the same command again to go on\n")
+    assert "Traceback" not in err
+
+
+def test_a_signal_sent_right_away_is_not_lost(start: Callable[..., Program]) -> None:
+    program = start("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nwhile True: stop.check()")
+    assert program.ended()[0] == 75
+
+
+def test_what_else_is_sent_does_what_it_always_did(start: Callable[..., Program]) -> None:
+    program = start(IDLE)
+    program.send(signal.SIGHUP)
+    assert program.ended()[0] == -signal.SIGHUP
+
+
+def test_without_stderr_it_ends_too(start: Callable[..., Program]) -> None:
+    program = start("import os\nos.close(2)\n" + IDLE, grace=0.3)
+    time.sleep(0.3)
+    program.send(signal.SIGTERM)
+    assert program.ended()[0] == 75
+
+
+def test_what_it_says_gets_into_no_file(tmp_path: Path) -> None:
+    """Started without stderr, the next file that is opened has its number."""
+    path = tmp_path / "shard"
+    code = PROGRAM.format(body="import os, signal; os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", grace=0.3)
+    opened = f"file = open({str(path)!r}, 'wb', buffering=0)\nassert file.fileno() == 2\n"
+    command = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, opened + code]
+    assert subprocess.run(command, stdout=subprocess.PIPE, cwd=ROOT, timeout=30, check=False).returncode == 75
+    assert path.read_bytes() == b""
+
+
+def test_started_programs_inherit_nothing(start: Callable[..., Program]) -> None:
+    """A signal to one of them ends it, and is not heard by the job."""
+    body = """import subprocess
+child = subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
+child.stdout.readline()
+child.terminate()
+print(child.wait(), stop.requested, flush=True)"""
+    code, out, _ = start(body).ended()
+    assert (code, out) == (0, "-15 False\n")
+
+
+def test_forked_processes_do_not_speak_for_the_job(start: Callable[..., Program]) -> None:
+    """They share its pipe and have its handlers: both must go."""
+    body = """import os, signal
+parent = os.getpid()
+read, write = os.pipe()
+pid = os.fork()
+if pid == 0:
+    os.write(write, b"up")
+    time.sleep(60)
+    os._exit(7)
+os.read(read, 2)
+os.kill(pid, signal.SIGTERM)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+time.sleep(0.3)
+print(stop.requested, flush=True)
+os.kill(parent, signal.SIGTERM)
+while not stop.requested: time.sleep(0.02)
+print("heard", flush=True)"""
+    code, out, _ = start(body).ended()
+    assert (code, out) == (0, "-15\nFalse\nheard\n")
+
+
+def test_handlers_come_back_and_nothing_stays() -> None:
+    def mine(*_: object) -> None:
+        pass
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        signal.signal(signal.SIGUSR1, mine)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        expected = {number: signal.getsignal(number) for number in SIGNALS}
+        files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+        for _ in range(3):
+            stop = Stop(0.2)
+            with stop.listening():
+                assert all(signal.getsignal(number) is not expected[number] for number in SIGNALS)
+                os.kill(os.getpid(), signal.SIGUSR1)
+                while not stop.requested:
+                    time.sleep(0.01)
+            assert {number: signal.getsignal(number) for number in SIGNALS} == expected
+            assert signal.set_wakeup_fd(-1) == -1
+        time.sleep(0.5)  # the grace is over, and nobody cares
+        assert len(os.listdir("/proc/self/fd")) == files and threading.active_count() == threads
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_handlers_come_back_after_an_error() -> None:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    with pytest.raises(ValueError, match="x"), Stop().listening():
+        raise ValueError("x")
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
+
+
+def test_a_handler_that_is_not_python_s_does_not_break_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``signal.signal`` returns None for it, and does not take None."""
+    real, before = signal.signal, signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(stop_module.signal, "signal", lambda n, h: (real(n, h), None)[1] if n == signal.SIGUSR1 else real(n, h))
+    try:
+        with Stop().listening():
+            pass
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    finally:
+        real(signal.SIGUSR1, before)
+
+
+def test_a_wakeup_pipe_of_another_comes_back() -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
+    try:
+        with Stop().listening():
+            pass
+    finally:
+        assert signal.set_wakeup_fd(-1) == write
+        os.close(read)
+        os.close(write)
+
+
+def test_nobody_asks_without_listening() -> None:
+    stop = Stop(5)
+    stop.check()
+    assert not stop.requested and stop.left == float("inf")
+    stop.request("told so")
+    first = stop.left
+    stop.request("told again")
+    assert stop.requested and stop.left <= first <= 5
+    with pytest.raises(Stopped, match=r"^told so: stopped .*; run the same command again to go on$"):
+        stop.check()
+
+
+# Whether a block can be finished in time.
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def taken(clock: Clock, **seconds: float) -> Haste:
+    """After blocks that took so long."""
+    haste = Haste(clock)
+    for kind, took in seconds.items():
+        haste.begin(kind)
+        clock.now += took
+        haste.end()
+    return haste
+
+
+@pytest.mark.parametrize(
+    ("spent", "left", "leaves"),
+    [
+        (0.0, 1000.0, True),  # hardly begun: nothing is lost
+        (10.0, 1000.0, True),
+        (10.1, 1000.0, False),
+        (50.0, 84.0, False),  # 50 s to go, of which 0.6 × 84 = 50.4 may be used
+        (50.0, 83.0, True),
+        (99.0, 2.0, False),
+        (99.0, 1.5, True),
+        (120.0, 1.0, False),  # it takes longer than usual: about to end
+        (120.0, -1.0, False),
+        (10.1, 0.0, True),
+    ],
+)
+def test_staying_takes_that_what_is_left_to_do_fits_well(spent: float, left: float, leaves: bool, clock: Clock) -> None:
+    haste = taken(clock, solve=100.0)
+    haste.begin("solve")
+    clock.now += spent
+    assert haste.must_leave(left) is leaves
+
+
+def test_of_a_kind_never_finished_nothing_is_known(clock: Clock) -> None:
+    haste = taken(clock, replay=1.0)
+    haste.begin("solve")
+    clock.now += 0.5
+    assert haste.must_leave(1e9)
+    haste.end()
+    haste.begin("replay")
+    clock.now += 0.5
+    assert not haste.must_leave(60.0)
+
+
+def test_the_latest_of_a_kind_counts(clock: Clock) -> None:
+    haste = taken(clock, solve=100.0)
+    for took, leaves in ((100.0, True), (10.0, False)):
+        haste.begin("solve")
+        clock.now += took
+        haste.end()
+        haste.begin("solve")
+        clock.now += 11.0
+        assert haste.must_leave(30.0) is leaves
+        haste.end()
+
+
+def test_the_answer_stays_for_the_block_under_way(clock: Clock) -> None:
+    """Else a job that chose to finish would leave half-way, and one that is leaving would begin another step."""
+    haste = taken(clock, solve=100.0)
+    haste.begin("solve")
+    clock.now += 50.0
+    assert not haste.must_leave(90.0)
+    clock.now += 1.0
+    assert not haste.must_leave(0.1)
+    haste.begin("solve")
+    assert haste.must_leave(1e9)
+    clock.now += 95.0
+    assert haste.must_leave(1e9)
+
+
+def test_a_block_of_no_time_at_all(clock: Clock) -> None:
+    haste = taken(clock, solve=0.0)
+    haste.begin("solve")
+    assert haste.must_leave(60.0)
+    clock.now += 0.1
+    haste.begin("solve")
+    clock.now += 0.1
+    assert not haste.must_leave(60.0)

@@ -1,0 +1,121 @@
+"""Modules that need not run again once a Linear in them is solved: found where that is exact, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bigq.model.capture import BlockCall
+from bigq.model.structure import BlockPlan, Gradients, Shortcut, plan_block
+
+D = 32
+
+
+class Inner(nn.Module):
+    """Two Linears, and something made of the second's output y."""
+
+    def __init__(self, made: Callable[..., Any]) -> None:
+        super().__init__()
+        self.first, self.last, self.made = nn.Linear(D, D), nn.Linear(D, D), made
+
+    def forward(self, x: Tensor, residual: Tensor, *, other: Tensor | None = None) -> Any:
+        return self.made(self.last(torch.tanh(self.first(x))), residual, other)
+
+
+class Block(nn.Module):
+    def __init__(self, made: Callable[..., Any], after: Callable[..., Tensor], by_name: bool = False) -> None:
+        super().__init__()
+        self.norm, self.inner, self.out = nn.LayerNorm(D), Inner(made), nn.Linear(D, D)
+        self.after, self.by_name = after, by_name
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = self.norm(hidden)
+        result = self.inner(x, x * 3, other=hidden) if self.by_name else self.inner(x, hidden)
+        return self.out(self.after(result, hidden))
+
+
+def plan(made: Callable[..., Any], after: Callable[..., Tensor] = lambda result, hidden: result, by_name: bool = False) -> BlockPlan:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return plan_block(Block(made, after, by_name), torch.randn(2, 5, D), BlockCall((), {}))
+
+
+def shortcut(found: BlockPlan) -> Shortcut | None:
+    return found.shortcuts[0] if found.shortcuts else None
+
+
+def test_a_linear_s_own_output() -> None:
+    found = shortcut(plan(lambda y, r, o: y))
+    assert found is not None
+    assert (found.module, found.linear, found.added) == ("inner", "inner.last", None)
+
+
+def test_with_a_residual_added_by_position_or_by_name() -> None:
+    found = shortcut(plan(lambda y, r, o: r + y))
+    assert found is not None
+    assert found.added == 1
+    found = shortcut(plan(lambda y, r, o: y + o, by_name=True))
+    assert found is not None
+    assert found.added == "other"
+    y, args, kwargs = torch.ones(D), (torch.zeros(D), torch.zeros(D)), {"other": torch.full((D,), 4.0)}
+    assert torch.equal(found.returns(y, args, kwargs), torch.full((D,), 5.0))
+
+
+def test_an_extra_output_that_nobody_uses() -> None:
+    found = shortcut(plan(lambda y, r, o: (y, r), after=lambda result, hidden: result[0]))
+    assert found is not None
+    assert found.form.extras == (True,)
+
+
+@pytest.mark.parametrize(
+    ("made", "after"),
+    [
+        (lambda y, r, o: 2 * y, lambda result, hidden: result),
+        (lambda y, r, o: y + 2 * r, lambda result, hidden: result),
+        (lambda y, r, o: y + r + r, lambda result, hidden: result),
+        (lambda y, r, o: y.add_(1), lambda result, hidden: result),
+        (lambda y, r, o: y.add_(r), lambda result, hidden: result),
+        (lambda y, r, o: (y, r * 2), lambda result, hidden: result[0] + result[1]),
+        (lambda y, r, o: y + r.mul_(2), lambda result, hidden: result),
+        (lambda y, r, o: (r.mul_(2), y)[1], lambda result, hidden: result + hidden),
+    ],
+    ids=[
+        "scaled",
+        "residual scaled",
+        "residual twice",
+        "shifted in place",
+        "sum in place",
+        "extra used",
+        "residual changed",
+        "side effect",
+    ],
+)
+def test_whatever_else_a_module_does_it_runs_again(made: Callable[..., Any], after: Callable[..., Tensor]) -> None:
+    found = shortcut(plan(made, after))
+    if found is not None:
+        # A sum in place is one all the same, where the Linear's output is the one that was changed.
+        torch.manual_seed(0)
+        block, hidden = Block(made, after), torch.randn(2, 5, D)
+        with torch.no_grad():
+            expected = block(hidden.clone())
+            y = block.inner.last(torch.tanh(block.inner.first(block.norm(hidden))))
+            block.inner.forward = lambda *args, **kwargs: found.returns(y.clone(), args, kwargs)  # type: ignore[method-assign]
+            assert torch.equal(block(hidden.clone()), expected)
+
+
+def test_what_is_certain_to_be_refused() -> None:
+    assert shortcut(plan(lambda y, r, o: 2 * y)) is None
+    assert shortcut(plan(lambda y, r, o: y.add_(1))) is None
+    assert shortcut(plan(lambda y, r, o: (y, r * 2), after=lambda result, hidden: result[0] + result[1])) is None
+
+
+def test_the_same_is_found_without_values() -> None:
+    for made, added in ((lambda y, r, o: y, None), (lambda y, r, o: r + y, 1), (lambda y, r, o: y - r, "none")):
+        with torch.enable_grad():
+            block = Block(made, lambda result, hidden: result).to("meta").requires_grad_(False)
+            found = shortcut(plan_block(block, torch.empty(2, 5, D, device="meta"), BlockCall((), {}), Gradients()))
+        assert ("none" if found is None else found.added) == added

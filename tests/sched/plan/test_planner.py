@@ -1,0 +1,209 @@
+"""Choosing how to run a job, on made-up shapes: every term is there, and what gives way gives way in order."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from bigq.config import JobConfig
+from bigq.errors import UsageError
+from bigq.machine.ceilings import KNOWN, Ceilings
+from bigq.sched.plan.cost import Choice, Cost, Phase, Work, job_cost, packed_bytes
+from bigq.sched.plan.planner import Budgets, Plan, make_plan, phase_seconds
+from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
+from bigq.scheme import QuantScheme
+
+GIB = 2**30
+WIDTH, INNER, SEQLEN, ROWS, BLOCKS = 4096, 16384, 2048, 128, 10
+PLENTY = Budgets(device=1000 * GIB, host=1000 * GIB, disk=1000 * GIB)
+
+
+def linear(name: str, m: int, n: int) -> LinearShape:
+    return LinearShape(name, m, n, 2 * m * n)
+
+
+def block() -> BlockShape:
+    groups = (
+        GroupShape((linear("attn.q", WIDTH, WIDTH), linear("attn.k", WIDTH, WIDTH)), 0),
+        GroupShape((linear("attn.o", WIDTH, WIDTH),), 1),
+        GroupShape((linear("up", INNER, WIDTH),), 2),
+        GroupShape((linear("down", WIDTH, INNER),), 3),
+    )
+    weights = sum(x.stored for g in groups for x in g.linears) + 4 * WIDTH
+    forward = Rows(0, 10 * SEQLEN * WIDTH)
+    return BlockShape(
+        groups=groups,
+        reach=(Reach(forward, Rows(0, SEQLEN * WIDTH)),) * 4,
+        forward=forward,
+        calls=Rows(1000, 10),
+        memos=(MemoShape("attn.o", WIDTH, WIDTH, ("attn.q", "attn.k", "attn.o")),),
+        weights=weights,
+        stored=weights,
+        largest_stored=2 * INNER * WIDTH,
+        attention=4.0 * SEQLEN * SEQLEN * WIDTH,
+    )
+
+
+SHAPE = ModelShape(
+    path="layers",
+    blocks=(block(),) * BLOCKS,
+    seqlen=SEQLEN,
+    width=WIDTH,
+    itemsize=2,
+    vocabulary=32000,
+    embedding_row=2 * WIDTH,
+    rest_stored=4 * 32000 * WIDTH,
+    rest_loaded=2 * WIDTH,
+)
+SCHEME = QuantScheme(bits=4, group_size=128)
+WORK = Work(rows=ROWS, tokens=10000, scheme=lambda _: SCHEME, method="gptq", true_sequential=True)
+HIDDEN = ROWS * SEQLEN * WIDTH * 2
+BEST = Choice(on_gpu=True, tier="gpu", batch=8, memo=True, ahead=block().stored, beside=True, checkpoints=True)
+
+
+def plan(budgets: Budgets = PLENTY, *, on_gpu: bool = True, work: Work = WORK, **settings: object) -> Plan:
+    config = JobConfig(**settings)  # type: ignore[arg-type]
+    return make_plan(SHAPE, work, config, on_gpu=on_gpu, base=GIB, budgets=budgets, ceilings=KNOWN["h100"] if on_gpu else None)
+
+
+def phase(cost: Cost, name: str) -> Phase:
+    return next(p for p in cost.phases if p.name == name)
+
+
+def test_with_plenty_of_room_a_gpu_keeps_everything() -> None:
+    found = plan()
+    assert found.choice == BEST
+    assert not found.shortages
+
+
+def test_what_gives_way_first_is_the_batch_then_the_memo_then_reading_ahead_and_last_the_tier() -> None:
+    """Down from plenty: each plan keeps to its budget, and each change is the next in that order."""
+    seen: list[Choice] = []
+    for tenth in range(300, 0, -1):
+        found = plan(dataclasses.replace(PLENTY, device=tenth * GIB // 10))
+        if found.shortages:
+            break
+        assert found.cost.device <= found.budgets.device
+        if not seen or found.choice != seen[-1]:
+            seen.append(found.choice)
+    assert seen[:2] == [BEST, dataclasses.replace(BEST, batch=4)]
+    order = [(("gpu", "host", "disk").index(c.tier), c.ahead == 0, not c.memo, -c.batch) for c in seen]
+    assert order == sorted(order)
+    assert {(c.tier, c.memo, c.ahead > 0) for c in seen} >= {("gpu", True, True), ("gpu", False, True), ("host", True, True)}
+
+
+def test_little_host_memory_sends_the_activations_to_the_disk() -> None:
+    host = plan(on_gpu=False)
+    assert host.choice.tier == "host"
+    less = plan(dataclasses.replace(PLENTY, host=host.cost.host - HIDDEN), on_gpu=False)
+    assert less.choice.tier == "disk"
+    assert not less.shortages
+    assert less.cost.scratch >= HIDDEN
+    assert less.cost.host < host.cost.host - HIDDEN
+
+
+def test_where_nothing_fits_each_budget_is_named_with_what_it_lacks() -> None:
+    found = plan(Budgets(device=GIB, host=2 * GIB, disk=GIB))
+    assert [s.split(":")[0] for s in found.shortages] == ["device memory", "host memory", "disk"]
+    assert all(flag in text for flag, text in zip(("--vram", "--ram", "--disk"), found.shortages, strict=True))
+    assert found.cost.device > GIB
+    assert "short" in found.brief()
+
+
+def test_what_is_asked_for_stays_as_it_is() -> None:
+    tight = Budgets(device=4 * GIB, host=1000 * GIB, disk=1000 * GIB)
+    found = plan(tight, batch=8, activations="gpu", read_ahead=1)
+    assert (found.choice.batch, found.choice.tier, found.choice.ahead) == (8, "gpu", block().stored)
+    assert found.shortages
+    with pytest.raises(UsageError, match="--activations gpu"):
+        plan(on_gpu=False, activations="gpu")
+
+
+def test_nothing_is_kept_where_no_level_follows_another() -> None:
+    at_once = plan(work=dataclasses.replace(WORK, true_sequential=False), true_sequential=False)
+    assert not at_once.choice.memo
+    assert "not kept" in at_once.brief()
+
+
+def test_activations_and_memo_are_counted_once_each() -> None:
+    with_memo = job_cost(SHAPE, WORK, BEST, 0)
+    without = job_cost(SHAPE, WORK, dataclasses.replace(BEST, memo=False), 0)
+    assert with_memo.device - without.device == HIDDEN
+    host = job_cost(SHAPE, WORK, dataclasses.replace(BEST, tier="host"), 0)
+    assert host.host - with_memo.host == 2 * HIDDEN
+    assert host.device < with_memo.device
+
+
+def test_the_largest_hessian_is_there_while_it_is_solved() -> None:
+    cost = job_cost(SHAPE, WORK, BEST, 0)
+    square = 4 * INNER * INNER
+    kept = 2 * HIDDEN + block().weights
+    for name in ("hessian", "factor", "solve"):
+        assert phase(cost, name).device >= kept + square
+    assert phase(cost, "solve").device >= kept + square + 4 * INNER * WIDTH
+
+
+def test_a_memo_spares_what_lies_inside_its_module() -> None:
+    """Passes over the calibration set: to o (q, k), to up (all of attention), to down (with up), and the whole block."""
+    tokens = ROWS * SEQLEN
+    q, up = 2.0 * tokens * WIDTH * WIDTH, 2.0 * tokens * WIDTH * INNER
+    attention = ROWS * block().attention
+    with_memo = phase(job_cost(SHAPE, WORK, BEST, 0), "replay").flops["products"]
+    without = phase(job_cost(SHAPE, WORK, dataclasses.replace(BEST, memo=False), 0), "replay").flops["products"]
+    assert with_memo == pytest.approx(BLOCKS * (2 * q + attention + up + 2 * up))
+    assert without == pytest.approx(BLOCKS * (2 * q + 3 * q + 3 * q + 3 * q + 4 * attention + up + 2 * up))
+
+
+def test_arithmetic_of_hessians_factors_and_solves() -> None:
+    cost = job_cost(SHAPE, WORK, BEST, 0)
+    tokens = ROWS * SEQLEN
+    assert phase(cost, "hessian").flops == {"hessian": BLOCKS * float(tokens) * (3 * WIDTH**2 + INNER**2)}
+    assert phase(cost, "factor").flops["single"] == pytest.approx(BLOCKS * (3 * WIDTH**3 + INNER**3) / 3)
+    assert phase(cost, "solve").flops["solve"] == BLOCKS * float(3 * WIDTH**3 + INNER * WIDTH**2 + WIDTH * INNER**2)
+
+
+def test_time_is_arithmetic_and_moving_at_the_best_rates() -> None:
+    rates = Ceilings("x", products=10.0, correcting=5.0, single=2.0, copy=100.0, memory=1, source="made up")
+    assert phase_seconds(Phase("a", 0, 0, {"products": 30.0, "hessian": 10.0, "solve": 10.0, "single": 4.0}, 50.0), rates) == 8.5
+    on_cpu = dataclasses.replace(rates, memory=0)
+    assert phase_seconds(Phase("a", 0, 0, {"hessian": 10.0}, 0.0), on_cpu) == 5.0
+
+
+def test_output_is_packed_linears_and_everything_else() -> None:
+    packed = packed_bytes(linear("x", WIDTH, INNER), SCHEME)
+    groups = INNER // 128
+    assert packed == WIDTH * INNER // 2 + groups * WIDTH // 2 + 2 * groups * WIDTH + 4 * INNER
+    skipping = dataclasses.replace(WORK, scheme=lambda name: None if name.endswith(".down") else SCHEME)
+    all_of_it, some = job_cost(SHAPE, WORK, BEST, 0).output, job_cost(SHAPE, skipping, BEST, 0).output
+    assert some - all_of_it == BLOCKS * (2 * WIDTH * INNER - packed)
+    assert job_cost(SHAPE, WORK, BEST, 0).read >= SHAPE.stored
+
+
+def test_rounding_to_nearest_needs_no_activations() -> None:
+    rtn = plan(work=dataclasses.replace(WORK, rows=0, tokens=0, method="rtn"), method="rtn")
+    assert rtn.cost.device < job_cost(SHAPE, WORK, BEST, 0).device - HIDDEN
+    assert "rounding to nearest" in rtn.brief()
+    assert "replay" not in {p.name for p in rtn.cost.phases}
+
+
+def test_the_table_and_the_json_tell_the_same() -> None:
+    found = plan()
+    value = found.to_json()
+    assert value["device_bytes"] == found.cost.device
+    assert value["shortages"] == []
+    assert [p["phase"] for p in value["phases"]] == [p.name for p in found.cost.phases]
+    table = found.table()
+    assert all(p.name in table for p in found.cost.phases)
+    assert "H100" in table
+    assert "at least" in table
+
+
+def test_activations_are_saved_where_the_disk_has_room_for_them_twice() -> None:
+    """Without that room the job runs all the same; asked not to, or with nothing to save, it does not save either."""
+    found = plan()
+    assert found.choice.checkpoints and found.cost.scratch == 2 * HIDDEN
+    short = plan(dataclasses.replace(PLENTY, disk=found.cost.output + 2 * HIDDEN - 1))
+    assert not short.choice.checkpoints and short.cost.scratch == 0 and not short.shortages
+    assert not plan(checkpoint_every=None).choice.checkpoints
+    assert not plan(work=dataclasses.replace(WORK, method="rtn")).choice.checkpoints
