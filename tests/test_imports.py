@@ -31,10 +31,11 @@ OWNERS: Mapping[str, tuple[str, ...]] = {
 #: The rooms, and the modules of ``bigq/`` itself, from the lowest floor up. A module imports from its own room and from floors below.
 #: Rooms on one floor do not import each other.
 FLOORS: Sequence[tuple[str, ...]] = (
-    ("bigq.version", "bigq.errors", "bigq.kernels"),
+    ("bigq.version", "bigq.errors", "bigq.vocabulary", "bigq.kernels"),
     ("bigq.faults", "bigq.scheme"),
     ("bigq.machine", "bigq.progress"),
     ("bigq.io", "bigq.solver"),
+    ("bigq.methods",),
     ("bigq.config", "bigq.calibration"),
     ("bigq.model",),
     ("bigq.job",),
