@@ -31,7 +31,7 @@ from bigq.model.capture import OutputForm, all_replaced
 from bigq.model.pager import Pager
 from bigq.progress.display import Display
 from bigq.progress.progress import Progress
-from bigq.sched.block import propagate
+from bigq.sched.propagate import propagate
 from bigq.sched.rows.probe import activations_for, probe_model
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import choose_tier

@@ -26,6 +26,7 @@ from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import PackedLinear
 from bigq.job.journal import RUNS_NAME, Commit, read_commits, read_job
 from bigq.job.manifest import GGUF_NAME, has_gguf
+from bigq.methods import method_of
 from bigq.scheme import QuantScheme, scheme_for
 
 #: Blocks of a model, and Linears in one.
@@ -309,7 +310,7 @@ def _linear(
         symmetric=None if scheme is None else scheme.symmetric,
         error=error,
         damping=damping,
-        asked=None if scheme is None or config is None or config.method == "rtn" else scheme.damping,
+        asked=None if scheme is None or config is None or not method_of(config).calibrated else scheme.damping,
         stored_bits=stored,
     )
 

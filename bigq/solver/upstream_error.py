@@ -24,7 +24,7 @@ from bigq.errors import NumericsError
 from bigq.kernels.finiteness import finite
 from bigq.kernels.precision import fp32_products
 from bigq.kernels.syrk import CHUNK_TOKENS
-from bigq.solver.hessian import OTHER_DTYPE, Factor, finite_tokens
+from bigq.solver.hessian import OTHER_DTYPE, Factor, Reduction, finite_tokens
 
 
 class CrossSum:
@@ -52,6 +52,10 @@ class CrossSum:
                     lost = ~(finite_tokens(drift) & finite_tokens(now))[:, None]
                     drift, now = drift.masked_fill_(lost, 0), now.masked_fill(lost, 0)
                 self._sum.addmm_(drift.T, now)
+
+    def reduce(self, reduction: Reduction) -> None:
+        """Add up the shares of all processes."""
+        reduction.tensor_(self._sum)
 
     def finish(self, tokens: int, name: str = "the Linear") -> Tensor:
         """D of so many tokens (those of the Hessian) in the accumulator's own storage. Ends this object's life.

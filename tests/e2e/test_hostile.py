@@ -36,7 +36,7 @@ CHILD_GIB = 8
 LIMITED = f"""
 import resource, sys, time
 resource.setrlimit(resource.RLIMIT_AS, ({CHILD_GIB} * 2**30,) * 2)
-import torch, transformers, bigq.sched.plan.inputs, bigq.sched.pipeline
+import torch, transformers, bigq.sched.plan.inputs, bigq.sched.run
 from bigq.cli.main import main
 started = time.monotonic()
 status = main(sys.argv[1:])

@@ -37,7 +37,7 @@ from bigq.errors import NumericsError
 from bigq.inspect.verify import verify
 from bigq.job.journal import Commit, Journal
 from bigq.machine.ceilings import Ceilings, measure
-from bigq.sched import block as block_module
+from bigq.methods import gptq as gptq_module
 from bigq.sched.plan import inputs
 from bigq.scheme import QuantScheme, Rule
 from bigq.solver import hessian
@@ -202,14 +202,14 @@ def test_a_job_that_stopped_can_be_gone_on_with(fragile: Path, ids: Path, skippe
 
 def indefinite(patch: pytest.MonkeyPatch, linear: str) -> None:
     """Let every factorization of this Linear's Hessian fail."""
-    factorize, upper_cholesky_ = block_module.factorize, hessian.upper_cholesky_
+    factorize, upper_cholesky_ = gptq_module.factorize, hessian.upper_cholesky_
 
     def chosen(h: Tensor, *, name: str, **options: Any) -> Any:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(hessian, "upper_cholesky_", (lambda _: False) if linear in name else upper_cholesky_)
             return factorize(h, name=name, **options)
 
-    patch.setattr(block_module, "factorize", chosen)
+    patch.setattr(gptq_module, "factorize", chosen)
 
 
 @pytest.mark.parametrize("linear", ["self_attn.o_proj", "mlp.up_proj"])

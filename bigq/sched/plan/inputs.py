@@ -20,6 +20,7 @@ from bigq.job.settle import check_shapes, head_scheme, row_length, settled_schem
 from bigq.machine.budget import GPU_RESERVE, disk_budget, gpu_budget, host_budget
 from bigq.machine.ceilings import KNOWN, Ceilings, measure
 from bigq.machine.device import choose_device
+from bigq.methods import method_of
 from bigq.model import skeleton
 from bigq.model.blocks import find_blocks
 from bigq.model.description import Described
@@ -95,7 +96,7 @@ def _work(config: JobConfig, rows: int, tokens: int) -> Work:
         rows=rows,
         tokens=tokens,
         scheme=scheme,
-        method=config.method,
+        method=method_of(config),
         true_sequential=config.true_sequential,
         on_nonfinite=config.on_nonfinite,
         lm_head=config.lm_head,

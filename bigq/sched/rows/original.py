@@ -24,13 +24,12 @@ ORIGINAL_STEP = 2**20
 class Original:
     """One block's part of the original stream.
 
-    store: the rows in the original model, at the block's entrance. memo: what is kept of their way through it. alpha: how much of
-    what has changed since is made up for. kept: weights that have given way to quantized ones, by the Linear's name in the block.
+    store: the rows in the original model, at the block's entrance. memo: module outputs kept on their way through it.
+    kept: unquantized weights of Linears that are solved, by the Linear's name in the block.
     """
 
     store: ActivationStore
     memo: Memo
-    alpha: float
     kept: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def keep(self, name: str, linear: nn.Module) -> None:
