@@ -1,9 +1,9 @@
 """Solving one block, level by level ("true-sequential"), and replaying it.
 
 Each level replays the calibration set through what is already quantized, up to the inputs of the level's Linears. Modules with a
-shortcut run once: what they return follows from the inputs that the Hessian was made of (``memo``).
+shortcut run once: what they return follows from the inputs that the Hessian was made of (``shortcut_cache``).
 
-With asymmetric calibration each batch goes through the block as it was first, on the rows as the original model has them (``original``),
+With asymmetric calibration each batch goes through the block as it was first, on the rows as the original model has them (``reference``),
 and what the Linears get there is set against what they get now.
 """
 
@@ -22,14 +22,14 @@ from bigq.errors import NumericsError
 from bigq.kernels.finiteness import finite
 from bigq.machine.memory import return_freed_memory
 from bigq.model.blocks import block_linears
-from bigq.model.capture import BlockCall, StopForward, all_replaced
+from bigq.model.capture import BlockCall, StopForward, replace_forwards
 from bigq.model.skeleton import linear_weight, set_linear_weight
 from bigq.model.structure import BlockPlan, Group, Shortcut
 from bigq.progress.clock import Clock, Lap
 from bigq.progress.records import LinearRecord
-from bigq.sched.nan_search import bad_rows, culprit
-from bigq.sched.rows.original import Original
-from bigq.sched.rows.shortcut_cache import Memo
+from bigq.sched.nan_search import first_nonfinite, nonfinite_rows
+from bigq.sched.rows.reference import ReferenceBlock
+from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
 from bigq.scheme import QuantizedWeight, QuantScheme
 from bigq.solver.gptq import solve
@@ -79,7 +79,7 @@ class BlockJob:
     """What solving a block needs: the loaded block, its plan, and the scheme of every Linear to quantize.
 
     prefix: the block's module path. schemes: by name in the block; Linears that are absent stay as they are.
-    memo: what is kept of the rows' way through the block. original: the same rows in the original model, for asymmetric calibration.
+    cache: what is kept of the rows' way through the block. reference: the same rows in the original model, for asymmetric calibration.
     on_nonfinite: "stop" with an error where something is not finite or a factorization fails, or "skip" the tokens and the Linears
         concerned.
     """
@@ -91,8 +91,8 @@ class BlockJob:
     schemes: Mapping[str, QuantScheme]
     device: torch.device
     clock: Clock
-    memo: Memo
-    original: Original | None = None
+    cache: ShortcutCache
+    reference: ReferenceBlock | None = None
     on_nonfinite: str = "stop"
 
 
@@ -105,10 +105,10 @@ def solve_block(job: BlockJob, store: ActivationStore, true_sequential: bool) ->
     that where the job is to skip them.
     """
     linears = block_linears(job.block)
-    streams = 1 if job.original is None else 2
+    streams = 1 if job.reference is None else 2
     passes = 1 + streams * len(
         linears
-    )  # of a level at most: one to capture, one for each shortcut; so a level's number is its own, memo or not
+    )  # of a level at most: one to capture, one for each shortcut; so a level's number is its own, cache or not
     for step, level in zip(itertools.count(1, passes), job.plan.levels(true_sequential), strict=False):
         wanted = [Group(kept, g.level) for g in level if (kept := tuple(n for n in g.names if n in job.schemes))]
         if not wanted:
@@ -116,7 +116,7 @@ def solve_block(job: BlockJob, store: ActivationStore, true_sequential: bool) ->
         names = {name for group in wanted for name in group.names}
         keep = [s for s in job.plan.shortcuts if s.linear in names] if true_sequential else []
         with job.clock.phase("replay"):
-            sums = store.afresh(job.index, step, functools.partial(_capture, job, linears, wanted, store, keep))
+            sums = store.read_pass(job.index, step, functools.partial(_capture, job, linears, wanted, store, keep))
         return_freed_memory()
         for group in wanted:
             yield from _solve_group(job, linears, group, sums.pop(group.names))
@@ -124,10 +124,10 @@ def solve_block(job: BlockJob, store: ActivationStore, true_sequential: bool) ->
         with job.clock.phase("replay"):
             for number, shortcut in enumerate(keep, 1):
                 linear = linears[shortcut.linear]
-                job.memo.finish(shortcut, linear, store, job.index, step + number)
-                if job.original is not None:
-                    with job.original.weights_of(job.block):
-                        job.original.memo.finish(shortcut, linear, job.original.store, job.index, step + len(linears) + number)
+                job.cache.compute_outputs(shortcut, linear, store, job.index, step + number)
+                if job.reference is not None:
+                    with job.reference.unquantized_weights(job.block):
+                        job.reference.cache.compute_outputs(shortcut, linear, job.reference.store, job.index, step + len(linears) + number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def _capture(
     job: BlockJob, linears: Mapping[str, nn.Module], groups: list[Group], store: ActivationStore, keep: list[Shortcut]
 ) -> dict[tuple[str, ...], _Sums]:
     """Replay the calibration set until every wanted Linear has seen its input; one sum per group."""
-    original = job.original
+    reference = job.reference
     sums = {g.names: _sums(job, linear_weight(linears[g.names[0]]).shape[1]) for g in groups}
     leader = {g.names[0]: sums[g.names] for g in groups}
     kept = {shortcut.linear: shortcut for shortcut in keep}
@@ -155,27 +155,27 @@ def _capture(
                 if (cross := leader[name].cross) is not None:
                     cross.add(before.pop(name), x)
         if name in kept:
-            job.memo.put(kept[name], store, x)
+            job.cache.put(kept[name], store, x)
 
-    def see_original(name: str, x: Tensor) -> None:
-        assert original is not None
+    def see_reference(name: str, x: Tensor) -> None:
+        assert reference is not None
         if name in leader:
             before[name] = x
         if name in kept:
-            original.memo.put(kept[name], original.store, x)
+            reference.cache.put(kept[name], reference.store, x)
 
     for hidden, call in store.batches(job.index):
-        if original is not None:
-            with original.weights_of(job.block), original.memo.active(job.block, original.follow(store)):
-                _run_up_to(job.block, linears, groups, call, original.store.take(*store.at), see_original)
-        with job.memo.active(job.block, store):
+        if reference is not None:
+            with reference.unquantized_weights(job.block), reference.cache.apply(job.block, reference.align(store)):
+                _run_up_to(job.block, linears, groups, call, reference.store.fetch(*store.at), see_reference)
+        with job.cache.apply(job.block, store):
             _run_up_to(job.block, linears, groups, call, hidden, see)
     return sums
 
 
 def _sums(job: BlockJob, n: int) -> _Sums:
     finite_only = job.on_nonfinite == "skip"
-    cross = None if job.original is None else CrossSum(n, job.device, finite_only=finite_only)
+    cross = None if job.reference is None else CrossSum(n, job.device, finite_only=finite_only)
     return _Sums(HessianSum(n, job.device, finite_only=finite_only), cross)
 
 
@@ -212,7 +212,7 @@ def _run_up_to(
 
         return forward
 
-    with all_replaced([linears[name] for name in names], make), contextlib.suppress(StopForward):
+    with replace_forwards([linears[name] for name in names], make), contextlib.suppress(StopForward):
         call.run(block, hidden)
 
 
@@ -225,8 +225,8 @@ def _solve_group(job: BlockJob, linears: Mapping[str, nn.Module], group: Group, 
     correction: Correction | None = None
     with _skipping(job, group.names, label) as skipped, job.clock.phase("hessian"):
         h = sums.hessian.finish(label)
-        if sums.cross is not None and job.original is not None:
-            correction = Correction(sums.cross.finish(sums.hessian.tokens, label), job.original.alpha)
+        if sums.cross is not None and job.reference is not None:
+            correction = Correction(sums.cross.finish(sums.hessian.tokens, label), job.reference.alpha)
     if skipped:
         yield from skipped
         return
@@ -253,8 +253,8 @@ def _solve_group(job: BlockJob, linears: Mapping[str, nn.Module], group: Group, 
                 continue
             seconds = {"factor": factor_time, "solve": solve_time}
             for name, result in zip(names, results, strict=True):
-                if job.original is not None:
-                    job.original.keep(name, linears[name])
+                if job.reference is not None:
+                    job.reference.keep_weight(name, linears[name])
                 set_linear_weight(linears[name], result.dequantize(linear_weight(linears[name]).dtype))
                 yield Solved(f"{job.prefix}.{name}", result, seconds, sums.hessian.left_out)
 
@@ -293,7 +293,7 @@ def propagate(
     block: nn.Module,
     store: ActivationStore,
     name: str,
-    memo: Memo | None = None,
+    cache: ShortcutCache | None = None,
     on_nonfinite: str = "stop",
     place: tuple[int, int] | None = None,
 ) -> int:
@@ -307,21 +307,21 @@ def propagate(
 
     def run(lo: int, hi: int) -> None:
         nonlocal lost, tokens
-        with (memo or Memo()).active(block, store):
-            output = store.call(index, hi - lo).run(block, store.take(lo, hi))
+        with (cache or ShortcutCache()).apply(block, store):
+            output = store.call(index, hi - lo).run(block, store.fetch(lo, hi))
         here = 0
         if not finite(output):
             if on_nonfinite != "skip":
                 raise NumericsError(
-                    f"{name}: its outputs are not finite (NaN or Inf) for {bad_rows(output, lo)}, beginning with "
-                    f"{culprit(block, store.call(index, hi - lo), store.rows(lo, hi))}; {OTHER_DTYPE}; "
+                    f"{name}: its outputs are not finite (NaN or Inf) for {nonfinite_rows(output, lo)}, beginning with "
+                    f"{first_nonfinite(block, store.call(index, hi - lo), store.rows(lo, hi))}; {OTHER_DTYPE}; "
                     "when quantizing, --on-nonfinite skip goes on without such tokens"
                 )
             here = int((~finite_tokens(output)).sum())
         store.put(lo, output)
         lost, tokens = lost + here, tokens + output[..., 0].numel()
 
-    store.in_place(*(place or (index + 1, 0)), run)
+    store.update_pass(*(place or (index + 1, 0)), run)
     if lost == tokens:
         raise NumericsError(
             f"{name}: its outputs are not finite for a single calibration token, so nothing is left to go on with; {OTHER_DTYPE}"

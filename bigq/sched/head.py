@@ -18,7 +18,7 @@ from bigq.config import JobConfig
 from bigq.io.index import TensorInfo
 from bigq.job.settle import head_scheme
 from bigq.model import skeleton
-from bigq.model.capture import StopForward, all_replaced
+from bigq.model.capture import StopForward, replace_forwards
 from bigq.model.pager import Pager
 from bigq.progress.clock import Clock, Lap
 from bigq.sched.block import Solved
@@ -87,18 +87,18 @@ def _hessian(
             raise StopForward
 
         for lo, hi in store.spans():
-            store.pause()
-            hidden = store.take(lo, hi)
+            store.before_batch()
+            hidden = store.fetch(lo, hi)
 
             def make(i: int, hidden: Tensor = hidden) -> Callable[..., Any]:
                 return see if i == len(pager.blocks) else lambda *args, **kwargs: probe.form.wrap(hidden)
 
-            with all_replaced([*pager.blocks, head.module], make), contextlib.suppress(StopForward):
+            with replace_forwards([*pager.blocks, head.module], make), contextlib.suppress(StopForward):
                 pager.model(input_ids=rows[lo:hi].to(pager.device), use_cache=False)
         return total
 
     with clock.phase("replay"), pager.rest_loaded(), pager.embedding_rows(rows):
-        return store.afresh(len(pager.blocks), 1, run)
+        return store.read_pass(len(pager.blocks), 1, run)
 
 
 def _by_rows(head: Head, quantize: Callable[[Tensor], QuantizedWeight]) -> QuantizedWeight:

@@ -25,11 +25,11 @@ from bigq.io.file_stamps import Stamps
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.index import TensorInfo
 from bigq.io.writer import OutputTensor, write_shard
-from bigq.job.batches import Batches, Halving, told
+from bigq.job.batches import Batches, Halving, halving_message
 from bigq.job.finish import FinishedBlock, reopen_folder
 from bigq.job.journal import Commit, Journal, modification_time
 from bigq.job.owner import Owner
-from bigq.job.stop import Haste, Stop
+from bigq.job.stop import GraceEstimate, Stop
 from bigq.machine.memory import return_freed_memory
 from bigq.model import skeleton
 from bigq.model.blocks import block_linears
@@ -43,9 +43,9 @@ from bigq.sched.block import BlockJob, Skipped, Solved, propagate, round_block, 
 from bigq.sched.head import Head, solve_head
 from bigq.sched.plan.cost import Choice
 from bigq.sched.rows.checkpoint import Checkpoints
-from bigq.sched.rows.original import ORIGINAL_STEP, Original
 from bigq.sched.rows.probe import Probe, embed, probe_model, store_for
-from bigq.sched.rows.shortcut_cache import Memo
+from bigq.sched.rows.reference import REFERENCE_STEP, ReferenceBlock
+from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import Tier
 from bigq.sched.write_behind import WriteBehind
@@ -87,7 +87,7 @@ class Job:
     stop: Stop
     resumed: int = 0
     entering: int | None = None
-    haste: Haste = dataclasses.field(default_factory=Haste)
+    grace_estimate: GraceEstimate = dataclasses.field(default_factory=GraceEstimate)
 
     def run(self, rows: Tensor | None) -> None:
         """Commit every shard that is not committed yet."""
@@ -128,18 +128,18 @@ class Job:
         with contextlib.ExitStack() as stack:
             stores = [stack.enter_context(contextlib.closing(store_for(self.pager, rows, batches, probe, tier)))]
             if self.config.method == "gptaq":
-                stores.append(stack.enter_context(contextlib.closing(stores[0].twin())))
+                stores.append(stack.enter_context(contextlib.closing(stores[0].empty_like())))
             self.progress.phase("calibration rows")
             with self.clock.phase("embed"):
                 self.entering = self.checkpoints.restore(wanted[0], *stores)
                 if self.entering is None:
                     embed(self.pager, rows, probe, stores[0])
                     for other in stores[1:]:
-                        other.copy_of(stores[0])
+                        other.copy_from(stores[0])
                     self.entering = 0
                 faults.point("rows.embedded")
             for store in stores:
-                store.pause, store.passing = self._pause, self.progress.step
+                store.before_batch, store.on_progress = self._pause, self.progress.step
             try:
                 for _ in range(self.entering):
                     self.progress.block_skipped()
@@ -155,8 +155,8 @@ class Job:
         """stores: the rows as the quantized blocks before leave them, and for asymmetric calibration as the original ones do."""
         prefix = f"{self.pager.blocks_path}.{i}"
         self.clock.subject = prefix
-        finished = self.journal.committed(len(self.rest) + i)
-        self.haste.begin("solve" if finished is None else "replay")
+        finished = self.journal.commit_of(len(self.rest) + i)
+        self.grace_estimate.begin("solve" if finished is None else "replay")
         self._pause()
         self.progress.phase("load", i)
         started = time.monotonic()
@@ -174,7 +174,7 @@ class Job:
         plan = plans[shape] if self.choice.memo else dataclasses.replace(plans[shape], shortcuts=())
         records: list[LinearRecord] = []
         with contextlib.ExitStack() as stack:
-            memos = [stack.enter_context(contextlib.closing(Memo())) for _ in range(2)]
+            caches = [stack.enter_context(contextlib.closing(ShortcutCache())) for _ in range(2)]
             job = BlockJob(
                 index=i,
                 prefix=prefix,
@@ -183,8 +183,8 @@ class Job:
                 schemes=self._schemes(prefix, plan),
                 device=self.pager.device,
                 clock=self.clock,
-                memo=memos[0],
-                original=Original(stores[1], memos[1], self.config.alpha) if len(stores) > 1 else None,
+                cache=caches[0],
+                reference=ReferenceBlock(stores[1], caches[1], self.config.alpha) if len(stores) > 1 else None,
                 on_nonfinite=self.config.on_nonfinite,
             )
             if finished is None:
@@ -203,10 +203,10 @@ class Job:
                 faults.point("block.replayed")
                 # Replayed without what was kept, attention runs again too.
                 again = 2 if plan.shortcuts and finished is None else 1
-                self.checkpoints.replayed(loading + again * (time.monotonic() - began))
+                self.checkpoints.add_replay_time(loading + again * (time.monotonic() - began))
         self.pager.evict_block(i)
         return_freed_memory()
-        self.haste.end()
+        self.grace_estimate.end()
         if finished is not None:
             self.progress.block_skipped()
         else:
@@ -227,26 +227,26 @@ class Job:
         finished: of a block that was not solved in this run. It holds its original weights until the original rows are through.
         """
         lost = 0
-        if job.original is not None:
-            with self.clock.phase("replay"), job.original.weights_of(job.block):
-                at = job.original.store, job.prefix, job.original.memo, job.on_nonfinite, (job.index, ORIGINAL_STEP)
+        if job.reference is not None:
+            with self.clock.phase("replay"), job.reference.unquantized_weights(job.block):
+                at = job.reference.store, job.prefix, job.reference.cache, job.on_nonfinite, (job.index, REFERENCE_STEP)
                 lost = propagate(job.index, job.block, *at)
         if finished is not None:
             self._restore(job, finished)
         with self.clock.phase("replay"):
-            return propagate(job.index, job.block, store, job.prefix, job.memo, job.on_nonfinite) or lost
+            return propagate(job.index, job.block, store, job.prefix, job.cache, job.on_nonfinite) or lost
 
     def _pause(self) -> None:
         """Between steps: raise Stopped where asked to stop, unless the block can be finished within the grace."""
-        if self.stop.requested and self.haste.must_leave(self.stop.left):
+        if self.stop.requested and self.grace_estimate.must_stop(self.stop.seconds_left):
             at, blocks = self.entering, len(self.pager.blocks)
             where = "the output head" if at == blocks else f"block {'?' if at is None else at + 1} of {blocks}"
-            raise self.stop.stopped(f"at {where}")
+            raise self.stop.error(f"at {where}")
 
     def _save_on_leaving(self, stores: Sequence[ActivationStore]) -> None:
         """Keep what the job got to, as far as the grace allows."""
         self.behind.wait()
-        if self.entering is not None and self.checkpoints.expected_seconds(*stores) < self.stop.left / 2:
+        if self.entering is not None and self.checkpoints.expected_seconds(*stores) < self.stop.seconds_left / 2:
             self._save(self.entering, stores)
 
     def _save(self, block: int, stores: Sequence[ActivationStore]) -> None:
@@ -256,8 +256,8 @@ class Job:
             self.progress.event("checkpoint", block=block + 1, blocks=len(self.pager.blocks))
 
     def _halved(self, before: int, halving: Halving) -> None:
-        self.progress.say(told(before, halving))
-        self.journal.halve(halving)
+        self.progress.say(halving_message(before, halving))
+        self.journal.record_halving(halving)
 
     def _schemes(self, prefix: str, plan: BlockPlan) -> dict[str, QuantScheme]:
         """The scheme of each Linear of a block that will be quantized, by its name in the block."""
@@ -303,7 +303,7 @@ class Job:
         """Quantize the output head and commit it. inputs: as ``solve_head`` takes them."""
         head = self.head
         assert head is not None
-        self.haste.begin("head")
+        self.grace_estimate.begin("head")
         self._pause()
         self.progress.phase("output head")
         self.clock.subject = head.name
@@ -332,7 +332,7 @@ class Job:
         faults.point("block.solved")
         index = unit.number - len(self.rest)
         self.progress.phase("write", index if index < len(self.pager.blocks) else None)
-        self.clock.settle()  # the records' seconds become numbers before another thread writes them
+        self.clock.synchronize()  # the records' seconds become numbers before another thread writes them
         with self.clock.phase("write"):
             self.behind.start(lambda: self._commit(unit))
 
@@ -350,7 +350,7 @@ class Job:
     def _check_committed(self) -> None:
         """Raise UsageError where a committed shard was made from other weights than the source holds now."""
         for number in range(len(self.journal.units)):
-            commit = self.journal.committed(number)
+            commit = self.journal.commit_of(number)
             if commit is not None and commit.source != self.pager.checkpoint.sample(self._sources(number)):
                 raise UsageError(
                     f"{self.journal.out}: its shard {commit.shard.file} was made from another source than {self.pager.folder} "

@@ -21,9 +21,9 @@ from bigq.io.folders import STATE_FOLDER, refuse_nesting
 from bigq.io.hub import resolve_model
 from bigq.job.batches import Batches
 from bigq.job.finish import finish_folder, is_finished
-from bigq.job.journal import Journal, read_job, require_ours
+from bigq.job.journal import Journal, read_job, require_job_folder
 from bigq.job.manifest import GGUF_NAME, add_gguf, has_gguf
-from bigq.job.owner import Owner, owned, refuse_if_held
+from bigq.job.owner import Owner, ownership, refuse_if_held
 from bigq.job.request import compare, make_request, require_same_code
 from bigq.job.settle import check_shapes, row_length, settled_scheme
 from bigq.job.stop import Stop
@@ -41,7 +41,7 @@ from bigq.sched.pipeline import Job
 from bigq.sched.plan.inputs import plan_job
 from bigq.sched.prepare import rest_shards, rows_for
 from bigq.sched.rows.checkpoint import Checkpoints
-from bigq.sched.run_record import RunMeter, begun, run_recorded
+from bigq.sched.run_record import RunMeter, record_run, run_entry
 from bigq.sched.write_behind import WriteBehind
 
 
@@ -73,12 +73,12 @@ def quantize(
     refuse_nesting(folder, out)
     if config.trace is not None and not Path(config.trace).parent.is_dir():
         raise UsageError(f"--trace {config.trace}: its folder does not exist; make it first")
-    require_ours(out)
+    require_job_folder(out)
     refuse_if_held(out / STATE_FOLDER)
     if job_before is not None and config.trust_remote_code:
         require_same_code(out, job_before, folder)  # before any of it is run
     hold_heap()
-    skeleton.silence()
+    skeleton.silence_transformers()
     with torch.no_grad(), memory_errors(device):
         pager = Pager(folder, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
         stamps = Stamps({folder / "config.json", *(info.file for info in pager.checkpoint.tensors.values())})
@@ -110,19 +110,19 @@ def quantize(
             if plan.shortages:
                 raise ResourceError(f"{out}: the job does not fit: {'; '.join(plan.shortages)}")
             stop.check()
-            with owned(out / STATE_FOLDER, progress, steal=config.steal_lock) as owner, contextlib.ExitStack() as recorded:
+            with ownership(out / STATE_FOLDER, progress, steal=config.steal_lock) as owner, contextlib.ExitStack() as recorded:
                 journal = Journal(out, request, units, compare)
                 notes = [*owner.notes, *journal.notes]
                 for note in notes:
                     progress.say(f"warning: {note}")
                 trace = Trace(keep=config.trace is not None)
                 clock = Clock(device, trace)
-                run = begun(pager, request, plan, journal, notes, model=model, command=command)
-                recorded.enter_context(run_recorded(journal, owner, run, RunMeter(started, clock, device), progress.say))
+                run = run_entry(pager, request, plan, journal, notes, model=model, command=command)
+                recorded.enter_context(record_run(journal, owner, run, RunMeter(started, clock, device), progress.say))
                 try:
                     with (
-                        contextlib.closing(WriteBehind(beside=plan.choice.beside)) as behind,
-                        pager.reading_ahead(plan.choice.ahead, trace),
+                        contextlib.closing(WriteBehind(threaded=plan.choice.beside)) as behind,
+                        pager.prefetch(plan.choice.ahead, trace),
                     ):
                         outgoing = Outgoing(device) if device.type == "cuda" else None
                         every = config.checkpoint_every if plan.choice.checkpoints else None
@@ -147,7 +147,7 @@ def quantize(
                 finally:
                     if config.trace is not None:
                         with contextlib.suppress(RuntimeError):  # a device that failed has no more to tell
-                            clock.settle()
+                            clock.synchronize()
                         write_bytes(Path(config.trace), trace.to_json())
                 if not is_finished(journal):
                     owner.check()
@@ -169,8 +169,8 @@ def quantize(
         planned_device_bytes=plan.cost.device,
         resumed_blocks=job.resumed,
         left_out=tuple(name for commit in journal.commits for name in commit.left_out),
-        waiting=clock.waiting(),
-        batches=() if rows is None else Batches(plan.choice.batch, journal.halvings).used,
+        waiting=clock.wait_seconds(),
+        batches=() if rows is None else Batches(plan.choice.batch, journal.halvings).sizes,
     )
 
 
@@ -180,7 +180,7 @@ def _write_gguf(out: Path, config: JobConfig, owner: Owner, progress: Progress, 
     def written(done: int, blocks: int) -> None:
         owner.check()
         if stop.requested and done < blocks:
-            raise stop.stopped(f"while {GGUF_NAME} was written")
+            raise stop.error(f"while {GGUF_NAME} was written")
         progress.phase(f"{GGUF_NAME}: {done} of {blocks} blocks")
 
     progress.phase(GGUF_NAME)

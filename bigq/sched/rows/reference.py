@@ -13,27 +13,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from bigq.sched.rows.shortcut_cache import Memo
+from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
 
 #: The step (see ``batches.Halving``) of the pass that takes the original rows through a block: behind all that solves it.
-ORIGINAL_STEP = 2**20
+REFERENCE_STEP = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Original:
+class ReferenceBlock:
     """One block's part of the original stream.
 
-    store: the rows in the original model, at the block's entrance. memo: what is kept of their way through it. alpha: how much of
+    store: the rows in the original model, at the block's entrance. cache: what is kept of their way through it. alpha: how much of
     what has changed since is made up for. kept: weights that have given way to quantized ones, by the Linear's name in the block.
     """
 
     store: ActivationStore
-    memo: Memo
+    cache: ShortcutCache
     alpha: float
     kept: dict[str, nn.Parameter] = field(default_factory=dict)
 
-    def keep(self, name: str, linear: nn.Module) -> None:
+    def keep_weight(self, name: str, linear: nn.Module) -> None:
         """The Linear's weight is about to be overwritten: give it another parameter for that."""
         weight = linear._parameters["weight"]
         assert isinstance(weight, nn.Parameter)
@@ -41,7 +41,7 @@ class Original:
         linear._parameters["weight"] = nn.Parameter(torch.empty_like(weight), requires_grad=False)
 
     @contextlib.contextmanager
-    def weights_of(self, block: nn.Module) -> Iterator[None]:
+    def unquantized_weights(self, block: nn.Module) -> Iterator[None]:
         """Let the block have all its original weights."""
         linears = {name: block.get_submodule(name) for name in self.kept}
         now = {name: linear._parameters["weight"] for name, linear in linears.items()}
@@ -53,7 +53,7 @@ class Original:
             for name, linear in linears.items():
                 linear._parameters["weight"] = now[name]
 
-    def follow(self, store: ActivationStore) -> ActivationStore:
+    def align(self, store: ActivationStore) -> ActivationStore:
         """The original rows' store, at the batch that another one is at."""
-        self.store.follow(store)
+        self.store.align_with(store)
         return self.store

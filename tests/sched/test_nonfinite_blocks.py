@@ -26,7 +26,7 @@ from bigq.model.structure import plan_block
 from bigq.progress.clock import Clock
 from bigq.progress.trace import Trace
 from bigq.sched import block as block_module
-from bigq.sched.block import BlockJob, Memo, Skipped, Solved, propagate, round_block, solve_block
+from bigq.sched.block import BlockJob, ShortcutCache, Skipped, Solved, propagate, round_block, solve_block
 from bigq.sched.plan.cost import Choice, Work, job_cost
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, ModelShape, Reach, Rows
 from bigq.sched.rows.probe import activations_for, probe_model
@@ -59,8 +59,8 @@ class Bench:
         results = list(solve_block(self.job, self.store, True))
         return [r for r in results if isinstance(r, Solved)], [r for r in results if isinstance(r, Skipped)]
 
-    def propagate(self, on_nonfinite: str = "skip", memo: Memo | None = None) -> int:
-        return propagate(0, self.block, self.store, "model.layers.0", memo, on_nonfinite)
+    def propagate(self, on_nonfinite: str = "skip", cache: ShortcutCache | None = None) -> int:
+        return propagate(0, self.block, self.store, "model.layers.0", cache, on_nonfinite)
 
     def outputs(self) -> Tensor:
         return self.store.rows(0, ROWS).clone()
@@ -95,8 +95,8 @@ def bench(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest
             block = pager.load_block(0)
             plan = plan_block(block, probe.hidden, probe.calls[0])
             schemes = {name: scheme or QuantScheme(group_size=32) for group in plan.groups for name in group.names}
-            memo = Memo()
-            stack.callback(memo.close)
+            cache = ShortcutCache()
+            stack.callback(cache.close)
             job = BlockJob(
                 index=0,
                 prefix="model.layers.0",
@@ -105,7 +105,7 @@ def bench(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest
                 schemes=schemes,
                 device=CPU,
                 clock=clock,
-                memo=memo,
+                cache=cache,
                 on_nonfinite=on_nonfinite,
             )
             recorded.clear()
@@ -178,7 +178,7 @@ def test_the_same_tokens_are_left_out_whatever_the_batch_and_the_tier(batch: int
         solved, skipped = b.solve()
         assert not skipped
         counts.append({s.name: s.left_out for s in solved})
-        lost.append(b.propagate(memo=b.job.memo))
+        lost.append(b.propagate(cache=b.job.cache))
     assert counts[0] == counts[1] and lost[0] == lost[1]
     assert min(counts[0].values()) == 2 and lost[0] >= 2
 
@@ -206,7 +206,7 @@ def test_on_the_triton_path(dtype: str, bench: Callable[..., Bench]) -> None:
     solved, skipped = b.solve()
     assert not skipped and len(solved) == 7 and min(s.left_out for s in solved) == 1
     assert all(torch.isfinite(linear_weight(module)).all() for module in block_linears(b.block).values())
-    assert 0 < b.propagate(memo=b.job.memo) <= SEQLEN
+    assert 0 < b.propagate(cache=b.job.cache) <= SEQLEN
 
 
 def test_tokens_are_counted_once_where_memory_ends(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +299,7 @@ def test_what_cannot_be_solved_stays_as_it_is(
     for n, m in block_linears(b.block).items():
         assert torch.equal(linear_weight(m), before[n]) == (n in group)
     inputs = b.outputs()
-    assert b.propagate(memo=b.job.memo) == 0
+    assert b.propagate(cache=b.job.cache) == 0
     with_memo = b.outputs()
     b.store.put(0, inputs)
     b.propagate()
@@ -379,7 +379,7 @@ def spoil(b: Bench, module: str, rows: tuple[int, ...], *, before: bool = False)
         found.register_forward_hook(after)
 
 
-@pytest.mark.parametrize("memo", [False, True], ids=["plain", "memo"])
+@pytest.mark.parametrize("cache", [False, True], ids=["plain", "cache"])
 @pytest.mark.parametrize(
     ("module", "before", "culprit"),
     [
@@ -390,14 +390,14 @@ def spoil(b: Bench, module: str, rows: tuple[int, ...], *, before: bool = False)
         ("", False, "the sum that the block returns"),
     ],
 )
-def test_outputs_name_the_module_and_the_rows(module: str, before: bool, culprit: str, memo: bool, bench: Callable[..., Bench]) -> None:
+def test_outputs_name_the_module_and_the_rows(module: str, before: bool, culprit: str, cache: bool, bench: Callable[..., Bench]) -> None:
     """Those of the first batch that has any."""
     b = bench()
-    if memo:
+    if cache:
         b.solve()
     spoil(b, module, (3, 5, 6), before=before)
     with pytest.raises(NumericsError) as caught:
-        b.propagate("stop", b.job.memo if memo else None)
+        b.propagate("stop", b.job.cache if cache else None)
     said = str(caught.value)
     assert said.startswith(f"model.layers.0: its outputs are not finite (NaN or Inf) for calibration rows 3, 5, beginning with {culprit}; ")
     assert "--dtype" in said and "--on-nonfinite skip" in said and "\n" not in said
