@@ -58,7 +58,7 @@ def convert(
     if to not in (*FORMATS, "gguf"):
         raise UsageError(f"--to {to}: must be one of {', '.join(FORMATS)}, gguf")
     place = place_for(source, out)
-    skeleton.silence()
+    skeleton.silence_transformers()
     with torch.no_grad():
         pager = Pager(source, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
         if pager.schemes is None:
@@ -129,7 +129,7 @@ def _require(pager: Pager, target: Format) -> None:
         m, n = skeleton.linear_weight(module).shape
         scheme = pager.schemes.scheme(name.removesuffix(".weight"))
         try:
-            target.require(name.removesuffix(".weight"), m, n, scheme, transposed=skeleton.stored_transposed(module))
+            target.require(name.removesuffix(".weight"), m, n, scheme, transposed=skeleton.is_transposed(module))
         except UsageError as error:  # its remedies are those of a job
             raise UsageError(f"{str(error).partition('; ')[0]}; choose another format with --to") from None
 

@@ -106,7 +106,7 @@ def generate(
     device = choose_device(config.device)
     folder = resolve_model(str(model))
     hold_heap()
-    skeleton.silence()
+    skeleton.silence_transformers()
     started = time.monotonic()
     try:
         with torch.no_grad():

@@ -133,11 +133,11 @@ class Journal:
         self._path = self._state / JOURNAL_NAME
         #: What was unusual about taking the job up.
         self.notes: list[str] = []
-        self._former: dict[str, str] = {}
+        self._replaced_hashes: dict[str, str] = {}
         self._run: Mapping[str, Any] = {}
         self._begin(request, compare)
-        self._committed = self._surviving()
-        self.halvings = self._known_halvings()
+        self._committed = self._sound_commits()
+        self.halvings = self._read_halvings()
 
     def _begin(self, request: Mapping[str, Any], compare: Callable[..., list[str]]) -> None:
         before = read_sealed(self._state / JOB_NAME, _BEGIN_AGAIN)
@@ -149,7 +149,7 @@ class Journal:
             write_sealed(self._state / JOB_NAME, request)
             faults.point("job.written")
 
-    def _surviving(self) -> dict[str, Commit]:
+    def _sound_commits(self) -> dict[str, Commit]:
         """The commits that are whole, by unit; the journal keeps no others, leftover temp files go."""
         for leftover in [*self.out.glob("*" + TEMP_SUFFIX), *self._state.glob("*" + TEMP_SUFFIX)]:
             with contextlib.suppress(OSError):  # one that stays is written over, or is told then
@@ -167,7 +167,7 @@ class Journal:
             problem = self._problem(commit)
             if problem is not None:
                 self.notes.append(f"{commit.shard.file}: {problem}; it is made again")
-                self._former[unit] = commit.shard.sha256
+                self._replaced_hashes[unit] = commit.shard.sha256
                 del kept[unit]
         if len(kept) < len(lines):
             write_bytes(self._path, b"".join(c.to_line() for c in kept.values()))
@@ -208,13 +208,13 @@ class Journal:
         """Numbers of the units that are not committed."""
         return [number for number, unit in enumerate(self.units) if unit not in self._committed]
 
-    def committed(self, number: int) -> Commit | None:
+    def commit_of(self, number: int) -> Commit | None:
         """The commit of unit ``number``, if there is one."""
         return self._committed.get(self.units[number])
 
     def differs(self, commit: Commit) -> bool:
         """Whether the commit is of a shard that had to be made again and did not come out as it was."""
-        return self._former.get(commit.unit, commit.shard.sha256) != commit.shard.sha256
+        return self._replaced_hashes.get(commit.unit, commit.shard.sha256) != commit.shard.sha256
 
     def commit(self, commit: Commit) -> None:
         """Append a commit durably; its shard is already on disk. Raises ResourceError; then the journal is as it was."""
@@ -239,7 +239,7 @@ class Journal:
             raise ResourceError(f"cannot write {self._path}: {error.strerror}; free some space and run the command again") from error
         self._committed[commit.unit] = commit
 
-    def _known_halvings(self) -> list[Halving]:
+    def _read_halvings(self) -> list[Halving]:
         path = self._state / BATCHES_NAME
         value = read_sealed(path, _BEGIN_AGAIN)
         if value is None:
@@ -249,7 +249,7 @@ class Journal:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: is not a list of halvings; {_BEGIN_AGAIN}") from error
 
-    def halve(self, halving: Halving) -> None:
+    def record_halving(self, halving: Halving) -> None:
         """Record durably that the job goes on with a smaller batch from some place on.
 
         Nothing that comes of it is committed before: a job that is taken up again halves where this one did.
@@ -298,7 +298,7 @@ def read_job(out: Path) -> dict[str, Any] | None:
     return read_sealed(out / STATE_FOLDER / JOB_NAME, _BEGIN_AGAIN)
 
 
-def require_ours(out: Path) -> None:
+def require_job_folder(out: Path) -> None:
     """Raise UsageError where ``out`` is neither absent, nor empty, nor the folder of a job; ResourceError where it cannot be read."""
     try:
         if out.exists() and not out.is_dir():

@@ -29,7 +29,7 @@ _PROBABILITY = re.compile(r"drop(out)?(_prob|_rate|_p)?$|(^|_)pdrop$")
 _OWN_ATTENTION = (None, "eager", "sdpa", "flex_attention")
 
 
-def require_sane(path: Path, config: dict[str, Any], *, trust_remote_code: bool) -> None:
+def check_config(path: Path, config: dict[str, Any], *, trust_remote_code: bool) -> None:
     """Raise CheckpointError where a number is absurd, UnsupportedModelError where code from elsewhere would be needed."""
     for name, value in _leaves("", config):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -48,7 +48,7 @@ def require_sane(path: Path, config: dict[str, Any], *, trust_remote_code: bool)
             raise UnsupportedModelError(f"{path}: {plain(name)} comes with code of its own (auto_map); pass --trust-remote-code to run it")
 
 
-def foreign_attention(config: dict[str, Any]) -> bool:
+def uses_hub_kernels(config: dict[str, Any]) -> bool:
     """Whether a config asks for attention or expert code that may have to be fetched from a hub."""
     return any(
         name.lstrip("_") in ("attn_implementation", "experts_implementation")

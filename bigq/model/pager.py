@@ -24,14 +24,14 @@ from bigq.io.prefetch.prefetch import ReadAhead, open_read_ahead
 from bigq.io.reader import read_rows, read_tensor
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.model import skeleton
-from bigq.model.description import Described
+from bigq.model.description import ModelDescription
 from bigq.progress.trace import Trace
 
 #: Parameters that are made for each tensor of the checkpoint, at most, before it is clear that some are missing.
 MOST_PARAMETERS = 4
 
 
-class Pager(Described):
+class Pager(ModelDescription):
     """A model on meta whose parts can be loaded and evicted.
 
     dtype: of the forward passes. device: where loaded parts live. packed: weight name → prefix of its packed tensors.
@@ -45,7 +45,7 @@ class Pager(Described):
         self.schemes: PackedSchemes | None = None
         self.dtype = skeleton.compute_dtype(config, dtype, (t.dtype for t in self.checkpoint.tensors.values()))
         most = MOST_PARAMETERS * len(self.checkpoint.tensors) + 1000
-        super().__init__(folder, config, skeleton.build(config, self.dtype, trust_remote_code=trust_remote_code, most=most), {})
+        super().__init__(folder, config, skeleton.build(config, self.dtype, trust_remote_code=trust_remote_code, max_parameters=most), {})
         self.packed = self._packed_linears()
         self._name_sources()
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
@@ -159,7 +159,7 @@ class Pager(Described):
         return infos
 
     @contextlib.contextmanager
-    def reading_ahead(self, budget: int, trace: Trace) -> Iterator[None]:
+    def prefetch(self, budget: int, trace: Trace) -> Iterator[None]:
         """Let ``announce_block`` read so many bytes ahead; all reading is a lane of the trace."""
         with contextlib.closing(open_read_ahead(self.device, budget, trace)) as self._ahead:
             self._budget = budget
@@ -222,7 +222,7 @@ class Pager(Described):
         padding, embedding.padding_idx = embedding.padding_idx, None
         embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
         try:
-            with replaced_forward(embedding, lambda x: type(embedding).forward(embedding, places[x])):
+            with replace_forward(embedding, lambda x: type(embedding).forward(embedding, places[x])):
                 yield
         finally:
             embedding._parameters["weight"] = self._meta[name]
@@ -263,7 +263,7 @@ class Pager(Described):
             return
         if name in self.packed:
             weight = self.dequantized(name)
-            value = weight.T.contiguous() if skeleton.stored_transposed(module) else weight
+            value = weight.T.contiguous() if skeleton.is_transposed(module) else weight
         else:
             value = self.to_device(name, self._read(self.sources[name]))
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
@@ -286,7 +286,7 @@ def _require_finished(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let one module instance run ``forward`` instead of its own."""
     before = module.__dict__.get("forward")
     module.forward = forward

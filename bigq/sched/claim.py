@@ -11,7 +11,7 @@ from typing import Any
 from bigq.io.atomic import write_bytes
 from bigq.io.folders import STATE_FOLDER
 from bigq.job.journal import Journal
-from bigq.job.owner import Owner, owned
+from bigq.job.owner import Owner, ownership
 from bigq.job.request import compare
 from bigq.progress.clock import Clock
 from bigq.progress.progress import Progress
@@ -19,7 +19,7 @@ from bigq.progress.trace import Trace
 from bigq.sched.plan.planner import Plan
 from bigq.sched.resolve import Job
 from bigq.sched.rows.checkpoint import Checkpoints
-from bigq.sched.run_record import RunMeter, begun, run_recorded
+from bigq.sched.run_record import RunMeter, record_run, run_entry
 from bigq.sched.units.base import Unit
 
 
@@ -50,15 +50,15 @@ def claimed(
     Raises ResourceError where another process owns the folder, UsageError, CheckpointError.
     """
     out, config = job.target.out, job.config
-    with owned(out / STATE_FOLDER, progress, steal=config.steal_lock) as owner:
+    with ownership(out / STATE_FOLDER, progress, steal=config.steal_lock) as owner:
         journal = Journal(out, request, [unit.shard.name for unit in units], compare)
         notes = [*owner.notes, *journal.notes]
         for note in notes:
             progress.say(f"warning: {note}")
         trace = Trace(keep=config.trace is not None)
         clock = Clock(job.target.device, trace)
-        run = begun(job.pager, request, plan, journal, notes, model=job.target.model, command=command)
-        with run_recorded(journal, owner, run, RunMeter(started, clock, job.target.device), progress.say):
+        run = run_entry(job.pager, request, plan, journal, notes, model=job.target.model, command=command)
+        with record_run(journal, owner, run, RunMeter(started, clock, job.target.device), progress.say):
             every = config.checkpoint_every if plan.choice.checkpoints else None
             with _traced(config.trace, clock, trace):
                 yield Claim(owner=owner, journal=journal, checkpoints=Checkpoints(out / STATE_FOLDER, every, progress.say), clock=clock)
@@ -72,5 +72,5 @@ def _traced(file: str | None, clock: Clock, trace: Trace) -> Iterator[None]:
     finally:
         if file is not None:
             with contextlib.suppress(RuntimeError):  # a device that failed cannot report the rest
-                clock.settle()
+                clock.synchronize()
             write_bytes(Path(file), trace.to_json())

@@ -6,8 +6,8 @@ from torch import nn
 
 from bigq.errors import NumericsError
 from bigq.kernels.finiteness import finite
-from bigq.sched.nan_search import bad_rows, culprit
-from bigq.sched.rows.shortcut_cache import Memo
+from bigq.sched.nan_search import first_nonfinite, nonfinite_rows
+from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
 from bigq.solver.hessian import OTHER_DTYPE, finite_tokens
 from bigq.vocabulary import OnNonfinite
@@ -18,7 +18,7 @@ def propagate(
     block: nn.Module,
     store: ActivationStore,
     name: str,
-    memo: Memo | None = None,
+    cache: ShortcutCache | None = None,
     on_nonfinite: OnNonfinite = "stop",
     place: tuple[int, int] | None = None,
 ) -> int:
@@ -32,21 +32,21 @@ def propagate(
 
     def run(lo: int, hi: int) -> None:
         nonlocal lost, tokens
-        with (memo or Memo()).active(block, store):
-            output = store.call(index, hi - lo).run(block, store.take(lo, hi))
+        with (cache or ShortcutCache()).apply(block, store):
+            output = store.call(index, hi - lo).run(block, store.fetch(lo, hi))
         here = 0
         if not finite(output):
             if on_nonfinite != "skip":
                 raise NumericsError(
-                    f"{name}: its outputs are not finite (NaN or Inf) for {bad_rows(output, lo)}, beginning with "
-                    f"{culprit(block, store.call(index, hi - lo), store.rows(lo, hi))}; {OTHER_DTYPE}; "
+                    f"{name}: its outputs are not finite (NaN or Inf) for {nonfinite_rows(output, lo)}, beginning with "
+                    f"{first_nonfinite(block, store.call(index, hi - lo), store.rows(lo, hi))}; {OTHER_DTYPE}; "
                     "when quantizing, --on-nonfinite skip goes on without such tokens"
                 )
             here = int((~finite_tokens(output)).sum())
         store.put(lo, output)
         lost, tokens = lost + here, tokens + output[..., 0].numel()
 
-    store.in_place(*(place or (index + 1, 0)), run)
+    store.update_pass(*(place or (index + 1, 0)), run)
     if lost == tokens:
         raise NumericsError(
             f"{name}: its outputs are not finite for a single calibration token, so nothing is left to go on with; {OTHER_DTYPE}"

@@ -19,7 +19,7 @@ from bigq.errors import UnsupportedModelError, UsageError
 from bigq.io.file_stamps import Stamps
 from bigq.io.folders import STATE_FOLDER, refuse_nesting
 from bigq.io.hub import resolve_model
-from bigq.job.journal import read_job, require_ours
+from bigq.job.journal import read_job, require_job_folder
 from bigq.job.owner import refuse_if_held
 from bigq.job.request import compare, make_request, require_same_code
 from bigq.job.settle import check_shapes, row_length, settled_scheme
@@ -85,7 +85,7 @@ def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Tar
     refuse_nesting(folder, out)
     if config.trace is not None and not Path(config.trace).parent.is_dir():
         raise UsageError(f"--trace {config.trace}: its folder does not exist; make it first")
-    require_ours(out)
+    require_job_folder(out)
     refuse_if_held(out / STATE_FOLDER)
     if begun is not None and config.trust_remote_code:
         require_same_code(out, begun, folder)  # before any of it is run
@@ -101,7 +101,7 @@ def resolve_job(target: Target, stop: Stop) -> Job:
     pager = Pager(target.folder, device=target.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     stamps = Stamps({target.folder / "config.json", *(info.file for info in pager.checkpoint.tensors.values())})
     if pager.packed:
-        raise UnsupportedModelError(f"{target.folder}: is already quantized; give the original model")
+        raise UnsupportedModelError(f"{target.folder}: is already quantized; give the reference model")
     config = dataclasses.replace(config, seqlen=row_length(pager.config, config), scheme=settled_scheme(pager, config))
     check_shapes(pager, config)
     if config.format == "gguf":

@@ -15,7 +15,7 @@ from bigq.conversion.gguf import write_gguf
 from bigq.errors import ResourceError
 from bigq.io.device_to_host import Outgoing
 from bigq.io.folders import STATE_FOLDER
-from bigq.job.batches import Batches, Halving, told
+from bigq.job.batches import Batches, Halving, halving_message
 from bigq.job.finish import finish_folder, is_finished
 from bigq.job.manifest import GGUF_NAME, add_gguf, has_gguf
 from bigq.job.stop import Stop
@@ -63,7 +63,7 @@ def quantize(
     target = resolve_target(model, out, config)
     stop = stop or Stop(target.config.grace)
     hold_heap()
-    skeleton.silence()
+    skeleton.silence_transformers()
     with torch.no_grad(), memory_errors(target.device):
         job = resolve_job(target, stop)
         plan = plan_job(job.pager, job.rows, job.config, target.out)
@@ -90,8 +90,8 @@ def _run(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Con
     """Commit all units. Returns how many blocks earlier runs had committed."""
     device = job.target.device
     with (
-        contextlib.closing(WriteBehind(beside=plan.choice.beside)) as behind,
-        job.pager.reading_ahead(plan.choice.ahead, claim.clock.trace),
+        contextlib.closing(WriteBehind(threaded=plan.choice.beside)) as behind,
+        job.pager.prefetch(plan.choice.ahead, claim.clock.trace),
     ):
         writer = ShardWriter(
             checkpoint=job.pager.checkpoint,
@@ -155,8 +155,8 @@ class _Setup:
             )
 
     def _halved(self, before: int, halving: Halving) -> None:
-        self.writer.control.progress.say(told(before, halving))
-        self.claim.journal.halve(halving)
+        self.writer.control.progress.say(halving_message(before, halving))
+        self.claim.journal.record_halving(halving)
 
 
 def _finish(job: Job, claim: Claim, control: Control) -> None:
@@ -176,7 +176,7 @@ def _write_gguf(job: Job, claim: Claim, control: Control) -> None:
     def written(done: int, blocks: int) -> None:
         claim.owner.check()
         if stop.requested and done < blocks:
-            raise stop.stopped(f"while {GGUF_NAME} was written")
+            raise stop.error(f"while {GGUF_NAME} was written")
         progress.phase(f"{GGUF_NAME}: {done} of {blocks} blocks")
 
     progress.phase(GGUF_NAME)
@@ -201,6 +201,6 @@ def _report(job: Job, plan: Plan, claim: Claim, resumed: int, started: float) ->
         planned_device_bytes=plan.cost.device,
         resumed_blocks=resumed,
         left_out=tuple(name for commit in commits for name in commit.left_out),
-        waiting=claim.clock.waiting(),
-        batches=() if job.rows is None else Batches(plan.choice.batch, claim.journal.halvings).used,
+        waiting=claim.clock.wait_seconds(),
+        batches=() if job.rows is None else Batches(plan.choice.batch, claim.journal.halvings).sizes,
     )

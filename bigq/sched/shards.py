@@ -64,7 +64,7 @@ class ShardWriter:
 
     def committed(self, shard: Shard) -> Commit | None:
         """The shard's commit, by this run or an earlier one."""
-        return self.journal.committed(shard.number)
+        return self.journal.commit_of(shard.number)
 
     def packed(self, tensors: Mapping[str, Tensor]) -> list[OutputTensor]:
         """Tensors of a packed Linear as they are to be written."""
@@ -78,7 +78,7 @@ class ShardWriter:
         """Write and commit in the background (see ``WriteBehind``). block: its number, for the display."""
         faults.point("block.solved")
         self.control.progress.phase("write", block)
-        self.control.clock.settle()  # the records' seconds become numbers before another thread writes them
+        self.control.clock.synchronize()  # the records' seconds become numbers before another thread writes them
         with self.control.clock.phase("write"):
             self.behind.start(lambda: self.commit(shard, product))
 

@@ -4,7 +4,7 @@ Each level replays the calibration rows through what is already quantized, up to
 shortcut runs once: its output follows from the inputs that were accumulated (``rows.shortcut_cache``).
 
 Methods that correct the upstream error also replay each batch through the unquantized block, on the rows of the unquantized model
-(``rows.original``), so that a Linear's inputs in both models are known together.
+(``rows.reference``), so that a Linear's inputs in both models are known together.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from bigq.errors import NumericsError
 from bigq.machine.memory import return_freed_memory
 from bigq.methods.base import CalibratedMethod, Collector, DataFreeMethod
 from bigq.model.blocks import block_linears
-from bigq.model.capture import BlockCall, StopForward, all_replaced
+from bigq.model.capture import BlockCall, StopForward, replace_forwards
 from bigq.model.skeleton import linear_weight, set_linear_weight
 from bigq.model.structure import BlockPlan, Group, Shortcut
 from bigq.progress.clock import Clock
 from bigq.sched.ranks import OneProcess, Ranks
 from bigq.sched.results import Skipped, Solved
-from bigq.sched.rows.original import Original
-from bigq.sched.rows.shortcut_cache import Memo
+from bigq.sched.rows.reference import ReferenceBlock
+from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
 from bigq.scheme import QuantScheme
 from bigq.vocabulary import OnNonfinite
@@ -57,13 +57,13 @@ class BlockJob:
 class BlockRows:
     """The calibration rows at one block's entrance.
 
-    store: as the quantized blocks before leave them. memo: module outputs that are kept on their way through the block.
-    original: the same rows in the unquantized model, for methods that correct the upstream error.
+    store: as the quantized blocks before leave them. cache: module outputs that are kept on their way through the block.
+    reference: the same rows in the unquantized model, for methods that correct the upstream error.
     """
 
     store: ActivationStore
-    memo: Memo
-    original: Original | None = None
+    cache: ShortcutCache
+    reference: ReferenceBlock | None = None
 
 
 def solve_block(
@@ -84,7 +84,7 @@ def solve_block(
         names = {name for group in wanted for name in group.names}
         keep = [s for s in job.plan.shortcuts if s.linear in names] if true_sequential else []
         with job.clock.phase("replay"):
-            collectors = rows.store.afresh(job.index, step, functools.partial(_collect, job, rows, method, linears, wanted, keep))
+            collectors = rows.store.read_pass(job.index, step, functools.partial(_collect, job, rows, method, linears, wanted, keep))
         return_freed_memory()
         for group in wanted:
             collector = collectors.pop(group.names)
@@ -95,10 +95,12 @@ def solve_block(
         with job.clock.phase("replay"):
             for number, shortcut in enumerate(keep, 1):
                 linear = linears[shortcut.linear]
-                rows.memo.finish(shortcut, linear, rows.store, job.index, step + number)
-                if rows.original is not None:
-                    with rows.original.weights_of(job.block):
-                        rows.original.memo.finish(shortcut, linear, rows.original.store, job.index, step + len(linears) + number)
+                rows.cache.compute_outputs(shortcut, linear, rows.store, job.index, step + number)
+                if rows.reference is not None:
+                    with rows.reference.unquantized_weights(job.block):
+                        rows.reference.cache.compute_outputs(
+                            shortcut, linear, rows.reference.store, job.index, step + len(linears) + number
+                        )
 
 
 def _collect(
@@ -110,7 +112,7 @@ def _collect(
     keep: list[Shortcut],
 ) -> dict[tuple[str, ...], Collector]:
     """Replay the calibration rows until every wanted Linear has seen its input; one collector per group, by the group's names."""
-    store, original = rows.store, rows.original
+    store, reference = rows.store, rows.reference
 
     def collector(group: Group) -> Collector:
         n = linear_weight(linears[group.names[0]]).shape[1]
@@ -119,29 +121,29 @@ def _collect(
     collectors = {group.names: collector(group) for group in groups}
     leader = {group.names[0]: collectors[group.names] for group in groups}
     kept = {shortcut.linear: shortcut for shortcut in keep}
-    reference: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor) -> None:
         if name in leader:
             with job.clock.phase("hessian"):
-                leader[name].add(x, reference.pop(name, None))
+                leader[name].add(x, seen.pop(name, None))
         if name in kept:
-            rows.memo.put(kept[name], store, x)
+            rows.cache.put(kept[name], store, x)
 
-    def replay_original(original: Original, call: BlockCall) -> None:
-        def see_original(name: str, x: Tensor) -> None:
+    def replay_reference(reference: ReferenceBlock, call: BlockCall) -> None:
+        def see_reference(name: str, x: Tensor) -> None:
             if name in leader:
-                reference[name] = x
+                seen[name] = x
             if name in kept:
-                original.memo.put(kept[name], original.store, x)
+                reference.cache.put(kept[name], reference.store, x)
 
-        with original.weights_of(job.block), original.memo.active(job.block, original.follow(store)):
-            _run_up_to(job.block, linears, groups, call, original.store.take(*store.at), see_original)
+        with reference.unquantized_weights(job.block), reference.cache.apply(job.block, reference.align(store)):
+            _run_up_to(job.block, linears, groups, call, reference.store.fetch(*store.at), see_reference)
 
     for hidden, call in store.batches(job.index):
-        if original is not None:
-            replay_original(original, call)
-        with rows.memo.active(job.block, store):
+        if reference is not None:
+            replay_reference(reference, call)
+        with rows.cache.apply(job.block, store):
             _run_up_to(job.block, linears, groups, call, hidden, see)
     return collectors
 
@@ -179,7 +181,7 @@ def _run_up_to(
 
         return forward
 
-    with all_replaced([linears[name] for name in names], make), contextlib.suppress(StopForward):
+    with replace_forwards([linears[name] for name in names], make), contextlib.suppress(StopForward):
         call.run(block, hidden)
 
 
@@ -219,8 +221,8 @@ def _solve_group(
                 continue
             seconds = {"factor": factor_time, "solve": solve_time}
             for name, result in zip(names, results, strict=True):
-                if rows.original is not None:
-                    rows.original.keep(name, linears[name])
+                if rows.reference is not None:
+                    rows.reference.keep_weight(name, linears[name])
                 set_linear_weight(linears[name], result.dequantize(linear_weight(linears[name]).dtype))
                 yield Solved(f"{job.prefix}.{name}", result, seconds, collector.left_out)
 

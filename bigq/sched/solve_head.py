@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bigq.methods.base import CalibratedMethod, Collector, DataFreeMethod
 from bigq.model import skeleton
-from bigq.model.capture import StopForward, all_replaced
+from bigq.model.capture import StopForward, replace_forwards
 from bigq.model.pager import Pager
 from bigq.progress.clock import Clock, Lap
 from bigq.sched.plan.cost import HEAD_CHUNK
@@ -72,18 +72,18 @@ def _collect(job: HeadJob, rows: CalibrationRows, method: CalibratedMethod) -> C
             raise StopForward
 
         for lo, hi in store.spans():
-            store.pause()
-            hidden = store.take(lo, hi)
+            store.before_batch()
+            hidden = store.fetch(lo, hi)
 
             def make(i: int, hidden: Tensor = hidden) -> Callable[..., Any]:
                 return see if i == len(pager.blocks) else lambda *args, **kwargs: rows.probe.form.wrap(hidden)
 
-            with all_replaced([*pager.blocks, job.module], make), contextlib.suppress(StopForward):
+            with replace_forwards([*pager.blocks, job.module], make), contextlib.suppress(StopForward):
                 pager.model(input_ids=rows.tokens[lo:hi].to(pager.device), use_cache=False)
         return collector
 
     with job.clock.phase("replay"), pager.rest_loaded(), pager.embedding_rows(rows.tokens):
-        return store.afresh(len(pager.blocks), 1, run)
+        return store.read_pass(len(pager.blocks), 1, run)
 
 
 def _by_rows(job: HeadJob, quantize: Callable[[Tensor], QuantizedWeight]) -> QuantizedWeight:

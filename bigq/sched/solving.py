@@ -21,8 +21,8 @@ from bigq.sched.propagate import propagate
 from bigq.sched.ranks import Ranks
 from bigq.sched.results import Skipped, Solved
 from bigq.sched.rows.calibration import CalibrationRows
-from bigq.sched.rows.original import ORIGINAL_STEP, Original
-from bigq.sched.rows.shortcut_cache import Memo
+from bigq.sched.rows.reference import REFERENCE_STEP, ReferenceBlock
+from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.solve_block import BlockJob, BlockRows, quantize_weights, solve_block
 from bigq.sched.solve_head import HeadJob, quantize_head, solve_head
 
@@ -134,18 +134,18 @@ class WithRows:
             yield
         except Stopped:
             self.wait()
-            if self.rows.expected_saving_seconds() < self.control.stop.left / 2:
+            if self.rows.expected_saving_seconds() < self.control.stop.seconds_left / 2:
                 self._save()
             raise
 
     @contextlib.contextmanager
     def block(self, job: BlockJob) -> Iterator[BlockVisit]:
         with contextlib.ExitStack() as stack:
-            memo = stack.enter_context(contextlib.closing(Memo()))
-            original = None
+            cache = stack.enter_context(contextlib.closing(ShortcutCache()))
+            reference = None
             if self.rows.unquantized is not None:
-                original = Original(self.rows.unquantized, stack.enter_context(contextlib.closing(Memo())))
-            yield _VisitWithRows(self, job, BlockRows(store=self.rows.quantized, memo=memo, original=original))
+                reference = ReferenceBlock(self.rows.unquantized, stack.enter_context(contextlib.closing(ShortcutCache())))
+            yield _VisitWithRows(self, job, BlockRows(store=self.rows.quantized, cache=cache, reference=reference))
 
     def head(self, job: HeadJob) -> Solved:
         return solve_head(job, self.rows, self.method.for_head(), self.ranks)
@@ -179,14 +179,14 @@ class _VisitWithRows:
         rows.at = None
         started = time.monotonic()
         lost = 0
-        if (original := self.at.original) is not None:
-            with control.clock.phase("replay"), original.weights_of(job.block):
-                place = (job.index, ORIGINAL_STEP)
-                lost = propagate(job.index, job.block, original.store, job.prefix, original.memo, job.on_nonfinite, place)
+        if (reference := self.at.reference) is not None:
+            with control.clock.phase("replay"), reference.unquantized_weights(job.block):
+                place = (job.index, REFERENCE_STEP)
+                lost = propagate(job.index, job.block, reference.store, job.prefix, reference.cache, job.on_nonfinite, place)
         if restore is not None:
             restore()
         with control.clock.phase("replay"):
-            lost = propagate(job.index, job.block, self.at.store, job.prefix, self.at.memo, job.on_nonfinite) or lost
+            lost = propagate(job.index, job.block, self.at.store, job.prefix, self.at.cache, job.on_nonfinite) or lost
         rows.at = job.index + 1
         if lost:
             control.progress.say(
@@ -195,7 +195,7 @@ class _VisitWithRows:
         faults.point("block.replayed")
         # A resumed job replays the block without kept module outputs, so attention runs a second time.
         passes = 2 if job.plan.shortcuts and restore is None else 1
-        rows.checkpoints.replayed(loading + passes * (time.monotonic() - started))
+        rows.checkpoints.add_replay_time(loading + passes * (time.monotonic() - started))
         return lost
 
 

@@ -27,7 +27,7 @@ from bigq.errors import BigqError, CalibrationError, CheckpointError, Unsupporte
 from bigq.io.containment import require_contained
 from bigq.io.formats import read_schemes
 from bigq.io.hub import resolve_headers, resolve_model
-from bigq.model.config import require_sane
+from bigq.model.config import check_config
 from bigq.model.skeleton import build, load_config
 
 #: Address space of a child, in GiB: what importing torch and transformers takes is 3 of them.
@@ -266,8 +266,8 @@ def test_an_absurd_config_is_refused(kind: str, model: Path, ids_file: Path, cap
 def test_code_below_the_top_of_a_config_needs_the_flag() -> None:
     for config in ({"text_config": {"auto_map": {}}}, {"a": [{"b": {"auto_map": 3}}]}):
         with pytest.raises(UnsupportedModelError, match="--trust-remote-code"):
-            require_sane(Path("config.json"), config, trust_remote_code=False)
-        require_sane(Path("config.json"), config, trust_remote_code=True)
+            check_config(Path("config.json"), config, trust_remote_code=False)
+        check_config(Path("config.json"), config, trust_remote_code=True)
 
 
 #: Those that transformers would act on at once, for several families; with no weights beside the config there is nothing to compare with.

@@ -28,7 +28,7 @@ from bigq.progress.records import Report
 from bigq.sched import solve_block as block_module
 from bigq.sched.rows import calibration
 from bigq.sched.rows import probe as probe_module
-from bigq.sched.rows import shortcut_cache as memo_module
+from bigq.sched.rows import shortcut_cache as cache_module
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.units import base as units_base
 from bigq.scheme import QuantScheme
@@ -246,7 +246,7 @@ MOMENTS: Mapping[str, tuple[str, int, tuple[int, int, int]]] = {
 
 def fail_once(patch: pytest.MonkeyPatch, what: str, number: int) -> None:
     """Let the device run out of memory at the given call, and never again."""
-    owner, name = {"run": (BlockCall, "run"), "keep": (memo_module._Kept, "put")}[what]
+    owner, name = {"run": (BlockCall, "run"), "keep": (cache_module._CachedRows, "put")}[what]
     original = getattr(owner, name)
     calls = [0]
 

@@ -16,7 +16,7 @@ from bigq.io.index import TensorInfo
 from bigq.io.prefetch import pieces
 from bigq.methods import gptq
 from bigq.sched import claim, shards
-from bigq.sched.rows.tiers import _OnDisk
+from bigq.sched.rows.tiers import _FileBuffer
 
 
 def job(ids: Path, **more: Any) -> bigq.JobConfig:
@@ -79,13 +79,13 @@ def test_slow_writing_is_named(checkpoint: Callable[[str], Path], ids_file: Path
 def test_slow_activations_are_named_and_have_a_lane(
     checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = _OnDisk._read
+    read = _FileBuffer._read
 
-    def slow(self: _OnDisk, lo: int, hi: int) -> torch.Tensor:
+    def slow(self: _FileBuffer, lo: int, hi: int) -> torch.Tensor:
         time.sleep(0.02)
         return read(self, lo, hi)
 
-    monkeypatch.setattr(_OnDisk, "_read", slow)
+    monkeypatch.setattr(_FileBuffer, "_read", slow)
     trace = tmp_path / "trace.json"
     report = bigq.quantize(str(checkpoint("llama")), tmp_path / "out", job(ids_file, activations="disk", trace=str(trace)))
     assert "): activations " in line_of(report)

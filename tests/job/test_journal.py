@@ -20,7 +20,7 @@ from bigq.io.checksummed import seal, unseal, write_sealed
 from bigq.io.shard_record import ShardRecord
 from bigq.job import journal as journal_module
 from bigq.job.batches import Halving
-from bigq.job.journal import Commit, Journal, read_commits, read_job, require_ours
+from bigq.job.journal import Commit, Journal, read_commits, read_job, require_job_folder
 
 UNITS = ["rest-0", "block-0", "block-1", "block-2"]
 REQUEST = {"version": 1, "source": "abc", "rules": [["a", {"bits": 8}]]}
@@ -127,7 +127,7 @@ def test_commits_are_there_when_the_job_is_taken_up(out: Path) -> None:
     commits = began(out)
     journal = opened(out)
     assert journal.commits == commits and journal.missing == [3] and journal.notes == []
-    assert journal.committed(1) == commits[1] and journal.committed(3) is None
+    assert journal.commit_of(1) == commits[1] and journal.commit_of(3) is None
     last = add(journal, "block-2")
     assert journal.commits == [*commits, last] and journal.missing == []
     assert opened(out).commits == [*commits, last] and lines(out) == UNITS
@@ -444,7 +444,7 @@ def test_killed_while_the_request_is_frozen(place: str, out: Path) -> None:
         opened(out)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    require_ours(out)
+    require_job_folder(out)
     assert read_job(out) == (REQUEST if place in ("file.renamed", "job.written") else None)
     assert opened(out).missing == [0, 1, 2, 3] and read_job(out) == REQUEST
 
@@ -470,10 +470,10 @@ def test_a_leftover_that_cannot_be_removed_is_no_error(out: Path) -> None:
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UsageError, match=f"{tmp_path}: OUT is not empty and holds no job of bigq"):
-        require_ours(tmp_path)
+        require_job_folder(tmp_path)
     (tmp_path / ".bigq").write_text("not a folder")
     with pytest.raises(UsageError, match="holds no job of bigq"):
-        require_ours(tmp_path)
+        require_job_folder(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".bigq", "thesis.tex"]
 
 
@@ -482,16 +482,16 @@ def test_a_file_is_refused_and_left_alone(tmp_path: Path) -> None:
     file.write_text("x")
     assert read_job(file) is None
     with pytest.raises(UsageError, match=f"{file}: OUT is a file"):
-        require_ours(file)
+        require_job_folder(file)
     assert file.read_text() == "x"
 
 
 def test_folders_that_may_be_used(tmp_path: Path) -> None:
     for ours in (tmp_path, tmp_path / "new", tmp_path / "new" / "deep"):
-        require_ours(ours)
+        require_job_folder(ours)
     (tmp_path / ".bigq").mkdir()
     (tmp_path / "model.safetensors").write_text("x")
-    require_ours(tmp_path)
+    require_job_folder(tmp_path)
 
 
 def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,9 +500,9 @@ def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Path, "iterdir", refused)
     with pytest.raises(ResourceError, match=f"^{tmp_path}: cannot be used as output folder: Permission denied"):
-        require_ours(tmp_path)
+        require_job_folder(tmp_path)
     with pytest.raises(ResourceError, match="cannot be used as output folder: File name too long"):
-        require_ours(tmp_path / ("x" * 300))
+        require_job_folder(tmp_path / ("x" * 300))
 
 
 # The request.
@@ -604,7 +604,7 @@ def test_a_run_that_cannot_be_recorded_leaves_those_before(out: Path) -> None:
 def test_halvings_come_back(out: Path) -> None:
     journal = opened(out)
     for halving in (Halving(0, 0, 0, 4), Halving(2, 9, 8, 2)):
-        journal.halve(halving)
+        journal.record_halving(halving)
     assert opened(out).halvings == [Halving(0, 0, 0, 4), Halving(2, 9, 8, 2)]
 
 
@@ -619,7 +619,7 @@ def test_halvings_that_are_none_are_told(value: dict[str, Any], out: Path) -> No
 
 
 def test_damaged_halvings_are_told(out: Path) -> None:
-    opened(out).halve(Halving(0, 0, 0, 4))
+    opened(out).record_halving(Halving(0, 0, 0, 4))
     path = out / ".bigq" / "batches.json"
     path.write_bytes(path.read_bytes().replace(b"4", b"2", 1))
     with pytest.raises(CheckpointError, match=r"batches\.json: is damaged or was changed by hand"):

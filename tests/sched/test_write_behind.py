@@ -23,7 +23,7 @@ def test_a_step_runs_beside_its_giver_and_after_the_one_before() -> None:
         assert go.wait(10)
         order.append(1)
 
-    with contextlib.closing(WriteBehind(beside=True)) as behind:
+    with contextlib.closing(WriteBehind(threaded=True)) as behind:
         behind.start(first)
         assert order == []
         go.set()
@@ -38,7 +38,7 @@ def test_an_error_comes_out_at_the_next_call_and_once() -> None:
         raise ResourceError("full")
 
     later: list[int] = []
-    with contextlib.closing(WriteBehind(beside=True)) as behind:
+    with contextlib.closing(WriteBehind(threaded=True)) as behind:
         behind.start(broken)
         with pytest.raises(ResourceError, match="full"):
             behind.start(lambda: later.append(1))
@@ -49,7 +49,7 @@ def test_an_error_comes_out_at_the_next_call_and_once() -> None:
 
 def test_without_a_thread_a_step_runs_at_once() -> None:
     ran: list[int] = []
-    with contextlib.closing(WriteBehind(beside=False)) as behind:
+    with contextlib.closing(WriteBehind(threaded=False)) as behind:
         behind.start(lambda: ran.append(threading.get_ident()))
         assert ran == [threading.get_ident()]
         with pytest.raises(ZeroDivisionError):

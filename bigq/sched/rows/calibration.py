@@ -40,7 +40,7 @@ class CalibrationRows:
         """Room for the rows; ``enter`` fills it. both_models: for those of the unquantized model too."""
         with contextlib.ExitStack() as stack:
             quantized = stack.enter_context(contextlib.closing(store_for(pager, tokens, batches, probe, tier)))
-            unquantized = stack.enter_context(contextlib.closing(quantized.twin())) if both_models else None
+            unquantized = stack.enter_context(contextlib.closing(quantized.empty_like())) if both_models else None
             yield cls(tokens=tokens, probe=probe, quantized=quantized, unquantized=unquantized, checkpoints=checkpoints)
 
     @property
@@ -53,7 +53,7 @@ class CalibrationRows:
         if at is None:
             embed(pager, self.tokens, self.probe, self.quantized)
             if self.unquantized is not None:
-                self.unquantized.copy_of(self.quantized)
+                self.unquantized.copy_from(self.quantized)
             at = 0
         self.at = at
         faults.point("rows.embedded")
@@ -62,7 +62,7 @@ class CalibrationRows:
     def watch(self, pause: Callable[[], None], passing: Callable[[str, int, int], None]) -> None:
         """Call ``pause`` before each batch, and ``passing`` with how far a pass is."""
         for store in self.stores:
-            store.pause, store.passing = pause, passing
+            store.before_batch, store.on_progress = pause, passing
 
     def save(self, event: Callable[..., None], blocks: int) -> None:
         """Save the hidden states on disk, where there is room. Nothing happens while they are being overwritten."""

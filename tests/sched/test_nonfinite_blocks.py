@@ -33,7 +33,7 @@ from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, ModelShap
 from bigq.sched.propagate import propagate
 from bigq.sched.results import Skipped, Solved
 from bigq.sched.rows.probe import activations_for, probe_model
-from bigq.sched.rows.shortcut_cache import Memo
+from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import Tier
 from bigq.sched.solve_block import BlockJob, BlockRows, quantize_weights, solve_block
@@ -52,7 +52,7 @@ class Bench:
     block: nn.Module
     store: ActivationStore
     job: BlockJob
-    memo: Memo
+    cache: ShortcutCache
     hessians: dict[str, Tensor] = field(default_factory=dict)
 
     def poison(self, row: int, token: int, value: float = NAN) -> None:
@@ -62,11 +62,11 @@ class Bench:
         self.store.put(row, hidden)
 
     def solve(self) -> tuple[list[Solved], list[Skipped]]:
-        results = list(solve_block(self.job, BlockRows(store=self.store, memo=self.memo), Gptq(), true_sequential=True))
+        results = list(solve_block(self.job, BlockRows(store=self.store, cache=self.cache), Gptq(), true_sequential=True))
         return [r for r in results if isinstance(r, Solved)], [r for r in results if isinstance(r, Skipped)]
 
-    def propagate(self, on_nonfinite: str = "skip", memo: Memo | None = None) -> int:
-        return propagate(0, self.block, self.store, "model.layers.0", memo, on_nonfinite)
+    def propagate(self, on_nonfinite: str = "skip", cache: ShortcutCache | None = None) -> int:
+        return propagate(0, self.block, self.store, "model.layers.0", cache, on_nonfinite)
 
     def outputs(self) -> Tensor:
         return self.store.rows(0, ROWS).clone()
@@ -101,8 +101,8 @@ def bench(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest
             block = pager.load_block(0)
             plan = plan_block(block, probe.hidden, probe.calls[0])
             schemes = {name: scheme or QuantScheme(group_size=32) for group in plan.groups for name in group.names}
-            memo = Memo()
-            stack.callback(memo.close)
+            cache = ShortcutCache()
+            stack.callback(cache.close)
             job = BlockJob(
                 index=0,
                 prefix="model.layers.0",
@@ -114,7 +114,7 @@ def bench(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest
                 on_nonfinite=on_nonfinite,
             )
             recorded.clear()
-            return Bench(block, store, job, memo, recorded)
+            return Bench(block, store, job, cache, recorded)
 
         yield make
 
@@ -183,7 +183,7 @@ def test_the_same_tokens_are_left_out_whatever_the_batch_and_the_tier(batch: int
         solved, skipped = b.solve()
         assert not skipped
         counts.append({s.name: s.left_out for s in solved})
-        lost.append(b.propagate(memo=b.memo))
+        lost.append(b.propagate(cache=b.cache))
     assert counts[0] == counts[1] and lost[0] == lost[1]
     assert min(counts[0].values()) == 2 and lost[0] >= 2
 
@@ -211,7 +211,7 @@ def test_on_the_triton_path(dtype: str, bench: Callable[..., Bench]) -> None:
     solved, skipped = b.solve()
     assert not skipped and len(solved) == 7 and min(s.left_out for s in solved) == 1
     assert all(torch.isfinite(linear_weight(module)).all() for module in block_linears(b.block).values())
-    assert 0 < b.propagate(memo=b.memo) <= SEQLEN
+    assert 0 < b.propagate(cache=b.cache) <= SEQLEN
 
 
 def test_tokens_are_counted_once_where_memory_ends(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +304,7 @@ def test_what_cannot_be_solved_stays_as_it_is(
     for n, m in block_linears(b.block).items():
         assert torch.equal(linear_weight(m), before[n]) == (n in group)
     inputs = b.outputs()
-    assert b.propagate(memo=b.memo) == 0
+    assert b.propagate(cache=b.cache) == 0
     with_memo = b.outputs()
     b.store.put(0, inputs)
     b.propagate()
@@ -384,7 +384,7 @@ def spoil(b: Bench, module: str, rows: tuple[int, ...], *, before: bool = False)
         found.register_forward_hook(after)
 
 
-@pytest.mark.parametrize("memo", [False, True], ids=["plain", "memo"])
+@pytest.mark.parametrize("cache", [False, True], ids=["plain", "cache"])
 @pytest.mark.parametrize(
     ("module", "before", "culprit"),
     [
@@ -395,14 +395,14 @@ def spoil(b: Bench, module: str, rows: tuple[int, ...], *, before: bool = False)
         ("", False, "the sum that the block returns"),
     ],
 )
-def test_outputs_name_the_module_and_the_rows(module: str, before: bool, culprit: str, memo: bool, bench: Callable[..., Bench]) -> None:
+def test_outputs_name_the_module_and_the_rows(module: str, before: bool, culprit: str, cache: bool, bench: Callable[..., Bench]) -> None:
     """Those of the first batch that has any."""
     b = bench()
-    if memo:
+    if cache:
         b.solve()
     spoil(b, module, (3, 5, 6), before=before)
     with pytest.raises(NumericsError) as caught:
-        b.propagate("stop", b.memo if memo else None)
+        b.propagate("stop", b.cache if cache else None)
     said = str(caught.value)
     assert said.startswith(f"model.layers.0: its outputs are not finite (NaN or Inf) for calibration rows 3, 5, beginning with {culprit}; ")
     assert "--dtype" in said and "--on-nonfinite skip" in said and "\n" not in said
@@ -459,7 +459,7 @@ def test_a_plan_counts_the_copy_that_tokens_are_left_out_of() -> None:
     for batch in (1, 4):
         for how in ("stop", "skip"):
             work = Work(rows=rows, tokens=10, scheme=lambda _: QuantScheme(), method="gptq", true_sequential=True, on_nonfinite=how)
-            choice = Choice(on_gpu=True, tier="gpu", batch=batch, memo=False, ahead=0, beside=False)
+            choice = Choice(on_gpu=True, tier="gpu", batch=batch, cache=False, ahead=0, beside=False)
             cost = job_cost(shape, work, choice, base=0)
             replay[batch, how] = next(p.device for p in cost.phases if p.name == "replay")
     assert replay[1, "skip"] - replay[1, "stop"] == 2 * seqlen * n
