@@ -19,7 +19,7 @@ from bigq.errors import DataError
 from bigq.io.formats import Format, PackedLinear
 from bigq.io.index import TensorInfo, read_header
 from bigq.io.reader import as_bytes, fill, opened
-from bigq.kernels.finiteness import finite
+from bigq.kernels.finiteness import is_finite
 
 #: Bytes of a tensor that are looked at together; unpacking 2-bit zero points takes about 20 times as much.
 PIECE_BYTES = 4 * 2**20
@@ -93,7 +93,7 @@ class _Values:
         """What is wrong with elements [start, start + len(piece)) of a tensor, if anything."""
         prefix, linear, suffix = self._place(info)
         if linear is None:
-            return "holds NaN or Inf" if piece.is_floating_point() and piece.itemsize > 1 and not finite(piece) else None
+            return "holds NaN or Inf" if piece.is_floating_point() and piece.itemsize > 1 and not is_finite(piece) else None
         wrong, zeros = self._format.look(suffix, linear, piece, start)
         if zeros is not None:
             low, high = self.zeros.get(prefix, zeros)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigq.errors import CheckpointError, NumericsError, ResourceError
 from bigq.io.index import TensorInfo
-from bigq.kernels.finiteness import finite
+from bigq.kernels.finiteness import is_finite
 
 CHUNK_BYTES = 16 * 2**20
 #: The page cache holds files in folios of up to this size (ext4, xfs on x86-64), and drops only whole ones.
@@ -71,7 +71,7 @@ def iter_chunks(info: TensorInfo) -> Iterator[memoryview]:
 
 
 def require_finite(tensor: Tensor, info: TensorInfo) -> None:
-    if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not finite(tensor):
+    if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not is_finite(tensor):
         raise not_finite(info)
 
 

@@ -26,7 +26,7 @@ from bigq.job.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journ
 from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.scheme import QuantScheme, scheme_for
-from bigq.solver.rtn import plain_grid
+from bigq.solver.rtn import rtn_grid
 from bigq.version import __version__
 
 #: A model card is a text for people, who may go on writing it: of one that bigq wrote, which says so, the manifest does not speak.
@@ -110,7 +110,7 @@ def _search_power(config: JobConfig) -> float:
     """Of the errors in the search for scales; 0 where there is none."""
     if not config.scheme.mse:
         return 0.0
-    return plain_grid(config.scheme).mse_power if config.method == "rtn" else config.scheme.grid.mse_power
+    return rtn_grid(config.scheme).mse_power if config.method == "rtn" else config.scheme.grid.mse_power
 
 
 def quantization_of(commits: Iterable[Commit], config: JobConfig, linears: Sequence[str], meta: Mapping[str, Any]) -> Quantization:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bigq.errors import NumericsError
-from bigq.kernels.finiteness import finite
+from bigq.kernels.finiteness import is_finite
 from bigq.machine.memory import return_freed_memory
 from bigq.model.blocks import block_linears
 from bigq.model.capture import BlockCall, StopForward, all_replaced
@@ -310,7 +310,7 @@ def propagate(
         with (memo or Memo()).active(block, store):
             output = store.call(index, hi - lo).run(block, store.take(lo, hi))
         here = 0
-        if not finite(output):
+        if not is_finite(output):
             if on_nonfinite != "skip":
                 raise NumericsError(
                     f"{name}: its outputs are not finite (NaN or Inf) for {bad_rows(output, lo)}, beginning with "

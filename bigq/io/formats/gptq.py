@@ -19,7 +19,7 @@ from torch import Tensor
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.formats.base import Format, PackedLinear, Quantization, Stored, natural_groups, require_tensor
 from bigq.io.index import TensorInfo
-from bigq.kernels.finiteness import finite
+from bigq.kernels.finiteness import is_finite
 from bigq.kernels.pack import pack, unpack
 from bigq.scheme import BITS, QuantScheme
 
@@ -164,7 +164,7 @@ class GptqV2(Gptq):
 
 def look_at_scales(piece: Tensor) -> str | None:
     """What is wrong with some scales, if anything."""
-    if not finite(piece):
+    if not is_finite(piece):
         return "holds NaN or Inf"
     # Groups of zeros get scale 1, and what would round to 0 gets the smallest number of fp16.
     return None if bool((piece > 0).all()) else "holds a scale that is not above 0"

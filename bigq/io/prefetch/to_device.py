@@ -29,7 +29,7 @@ from bigq.io.prefetch import pieces
 from bigq.io.prefetch.arena import Arena, Region, segments
 from bigq.io.prefetch.pieces import PAUSE, Coming, Piece, PieceReader, merged
 from bigq.io.reader import not_finite
-from bigq.kernels.finiteness import all_finite
+from bigq.kernels.finiteness import finite_flag
 from bigq.progress.trace import Trace
 
 #: Pieces that the direct lane has room for: one per thread that reads, and as many that are being copied.
@@ -149,7 +149,7 @@ class IntoDevice:
                 part.piece.done.cancel()
                 part.piece.done.add_done_callback(partial(self._release_after_read, part))
         if info.dtype.is_floating_point and info.dtype.itemsize > 1:
-            self._finite.append((info, all_finite(target)))
+            self._finite.append((info, finite_flag(target)))
         return target
 
     def check(self) -> None:
