@@ -20,7 +20,7 @@ from torch import Tensor
 from bigq import faults
 from bigq.config import JobConfig
 from bigq.errors import NumericsError, Stopped, UsageError
-from bigq.io.device_to_host import Outgoing
+from bigq.io.device_to_host import DeviceToHost
 from bigq.io.file_stamps import Stamps
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.index import TensorInfo
@@ -81,7 +81,7 @@ class Job:
     progress: Progress
     clock: Clock
     behind: WriteBehind
-    outgoing: Outgoing | None
+    to_host: DeviceToHost | None
     checkpoints: Checkpoints
     stamps: Stamps
     stop: Stop
@@ -290,7 +290,7 @@ class Job:
         tensors = []
         for name in self._sources(len(self.rest) + job.index):
             if name in packed:
-                tensors += [OutputTensor.of(n, t, self.outgoing) for n, t in packed[name].items()]
+                tensors += [OutputTensor.of(n, t, self.to_host) for n, t in packed[name].items()]
             else:
                 tensors.append(OutputTensor.copy_of(self.pager.checkpoint[name]))
         left_out = [f"{job.prefix}.{name}" for name in job.plan.left_out] + list(skipped)
@@ -322,7 +322,7 @@ class Job:
             with self.clock.phase("pack"):
                 packed = self.config.made.pack(head.source.name.removesuffix(".weight"), solved.weight, head.source.dtype)
             records.append(solved.record())
-            tensors = [OutputTensor.of(name, tensor, self.outgoing) for name, tensor in packed.items()]
+            tensors = [OutputTensor.of(name, tensor, self.to_host) for name, tensor in packed.items()]
         batch = None if inputs is None else inputs[0].batch
         number = len(self.rest) + len(self.pager.blocks)
         self._hand_over(_Unit(number=number, tensors=tensors, records=records, left_out=list(skipped), skipped=skipped, batch=batch))

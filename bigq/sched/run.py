@@ -15,7 +15,7 @@ from bigq.config import JobConfig
 from bigq.conversion.gguf import check_gguf_job, write_gguf
 from bigq.errors import ResourceError, UnsupportedModelError, UsageError
 from bigq.io.atomic import write_bytes
-from bigq.io.device_to_host import Outgoing
+from bigq.io.device_to_host import DeviceToHost
 from bigq.io.file_stamps import Stamps
 from bigq.io.folders import STATE_FOLDER, refuse_nesting
 from bigq.io.hub import resolve_model
@@ -124,7 +124,7 @@ def quantize(
                         contextlib.closing(WriteBehind(beside=plan.choice.beside)) as behind,
                         pager.reading_ahead(plan.choice.ahead, trace),
                     ):
-                        outgoing = Outgoing(device) if device.type == "cuda" else None
+                        to_host = DeviceToHost(device) if device.type == "cuda" else None
                         every = config.checkpoint_every if plan.choice.checkpoints else None
                         checkpoints = Checkpoints(out / STATE_FOLDER, every, progress.say)
                         job = Job(
@@ -138,7 +138,7 @@ def quantize(
                             progress,
                             clock,
                             behind,
-                            outgoing,
+                            to_host,
                             checkpoints,
                             stamps,
                             stop,

@@ -30,7 +30,7 @@ import bigq
 from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import NumericsError, UsageError
-from bigq.io.checksummed import unseal
+from bigq.io.checksum import unseal
 from bigq.job.journal import Commit, Journal
 from bigq.model.capture import BlockCall
 from bigq.sched.plan import inputs

@@ -20,7 +20,7 @@ import bigq
 from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, ResourceError
-from bigq.io.checksummed import unseal
+from bigq.io.checksum import unseal
 from bigq.job.batches import Halving
 from bigq.job.journal import Commit, Journal
 from bigq.model.capture import BlockCall
