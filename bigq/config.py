@@ -10,7 +10,7 @@ from typing import Any
 
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.formats import FORMATS, Format
-from bigq.io.json_file import plain
+from bigq.io.json_file import show_name
 from bigq.scheme import QuantScheme, Rule
 from bigq.vocabulary import MethodName, OnNonfinite
 
@@ -160,7 +160,8 @@ class JobConfig:
             return cls(scheme=scheme, rules=_rules(settings["rules"]), **values)
         except UsageError as error:
             raise CheckpointError(
-                f"{where}: {plain(str(error))}; the file is damaged, or of another version of bigq: begin the job again in another folder"
+                f"{where}: {show_name(str(error))}; the file is damaged, or of another version of bigq: "
+                "begin the job again in another folder"
             ) from None
 
 

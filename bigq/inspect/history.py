@@ -21,7 +21,7 @@ from bigq.errors import BigqError
 from bigq.inspect.evaluations import Judged, judged, read_evaluations
 from bigq.inspect.status import status
 from bigq.inspect.untrusted import MAX_ITEMS, count, durations, items, mapping, number, text
-from bigq.io.checksummed import sound_lines, unseal
+from bigq.io.checksum import unseal, valid_lines
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import PackedLinear
 from bigq.job.journal import RUNS_NAME, Commit, read_commits, read_job
@@ -225,7 +225,7 @@ def _commits(out: Path) -> list[Commit]:
 
 def _sealed(path: Path) -> list[dict[str, Any]]:
     try:
-        return [value for line in sound_lines(path) if (value := unseal(line, line=True)) is not None]
+        return [value for line in valid_lines(path) if (value := unseal(line, line=True)) is not None]
     except BigqError:  # ``status`` has told
         return []
 

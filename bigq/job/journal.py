@@ -23,7 +23,7 @@ from typing import Any
 from bigq import faults
 from bigq.errors import CheckpointError, ResourceError, UsageError
 from bigq.io.atomic import TEMP_SUFFIX, remedy, sync_folder, write_bytes
-from bigq.io.checksummed import read_record, read_sealed, seal, sound_lines, unseal, write_sealed
+from bigq.io.checksum import load_record, read_record_bytes, save_record, seal, unseal, valid_lines
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.shard_record import ShardRecord, file_sha256
 from bigq.job.batches import Halving
@@ -140,13 +140,13 @@ class Journal:
         self.halvings = self._read_halvings()
 
     def _begin(self, request: Mapping[str, Any], compare: Callable[..., list[str]]) -> None:
-        before = read_sealed(self._state / JOB_NAME, _BEGIN_AGAIN)
+        before = load_record(self._state / JOB_NAME, _BEGIN_AGAIN)
         if before is not None:
             self.notes += compare(self.out, before, request)
         elif self._path.exists():
             raise CheckpointError(f"{self._state / JOB_NAME}: is missing, so what the job was asked for is unknown; {_BEGIN_AGAIN}")
         else:
-            write_sealed(self._state / JOB_NAME, request)
+            save_record(self._state / JOB_NAME, request)
             faults.point("job.written")
 
     def _sound_commits(self) -> dict[str, Commit]:
@@ -154,7 +154,7 @@ class Journal:
         for leftover in [*self.out.glob("*" + TEMP_SUFFIX), *self._state.glob("*" + TEMP_SUFFIX)]:
             with contextlib.suppress(OSError):  # one that stays is written over, or is told then
                 leftover.unlink(missing_ok=True)
-        lines = (read_record(self._path) or b"").splitlines(keepends=True)
+        lines = (read_record_bytes(self._path) or b"").splitlines(keepends=True)
         found = [Commit.from_line(line) for line in lines]
         kept: dict[str, Commit] = {}
         for commit in found:
@@ -241,7 +241,7 @@ class Journal:
 
     def _read_halvings(self) -> list[Halving]:
         path = self._state / BATCHES_NAME
-        value = read_sealed(path, _BEGIN_AGAIN)
+        value = load_record(path, _BEGIN_AGAIN)
         if value is None:
             return []
         try:
@@ -255,20 +255,20 @@ class Journal:
         Nothing that comes of it is committed before: a job that is taken up again halves where this one did.
         """
         self.halvings.append(halving)
-        write_sealed(self._state / BATCHES_NAME, {"halvings": [h.to_json() for h in self.halvings]})
+        save_record(self._state / BATCHES_NAME, {"halvings": [h.to_json() for h in self.halvings]})
         faults.point("batch.halved")
 
     def record_run(self, run: Mapping[str, Any]) -> None:
         """Add a line about this run. Raises ResourceError."""
         self._run = run
         path = self._state / RUNS_NAME
-        write_bytes(path, b"".join([*sound_lines(path), seal(run, line=True)]))
+        write_bytes(path, b"".join([*valid_lines(path), seal(run, line=True)]))
         faults.point("run.recorded")
 
     def record_end(self, ended: Mapping[str, Any]) -> None:
         """Complete the line of the run that ``record_run`` told of. Raises ResourceError; then the line is as it was."""
         path, begun = self._state / RUNS_NAME, seal(self._run, line=True)
-        others = [line for line in sound_lines(path) if line != begun]
+        others = [line for line in valid_lines(path) if line != begun]
         write_bytes(path, b"".join([*others, seal({**self._run, "ended": ended}, line=True)]))
 
 
@@ -287,7 +287,7 @@ def modification_time(path: Path) -> int:
 
 def read_commits(out: Path) -> tuple[list[Commit], int]:
     """The journal's commits as they stand, and how many of its lines are none. For looking on: no shard is read, nothing repaired."""
-    lines = (read_record(out / STATE_FOLDER / JOURNAL_NAME) or b"").splitlines(keepends=True)
+    lines = (read_record_bytes(out / STATE_FOLDER / JOURNAL_NAME) or b"").splitlines(keepends=True)
     found = [Commit.from_line(line) for line in lines]
     commits = [commit for commit in found if commit is not None]
     return commits, len(found) - len(commits)
@@ -295,7 +295,7 @@ def read_commits(out: Path) -> tuple[list[Commit], int]:
 
 def read_job(out: Path) -> dict[str, Any] | None:
     """The frozen request of the job in a folder; None where there is none. Raises CheckpointError where it is damaged."""
-    return read_sealed(out / STATE_FOLDER / JOB_NAME, _BEGIN_AGAIN)
+    return load_record(out / STATE_FOLDER / JOB_NAME, _BEGIN_AGAIN)
 
 
 def require_job_folder(out: Path) -> None:

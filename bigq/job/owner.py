@@ -31,7 +31,7 @@ import psutil
 from bigq import faults
 from bigq.errors import BigqError, CheckpointError, ResourceError, Stopped, UsageError
 from bigq.io.atomic import TEMP_SUFFIX, remedy, sync_folder
-from bigq.io.checksummed import read_record
+from bigq.io.checksum import read_record_bytes
 
 if TYPE_CHECKING:
     from bigq.progress.progress import Progress
@@ -73,7 +73,7 @@ class Holder:
     def read(cls, state: Path) -> Holder | None:
         """None where nobody ever owned the folder, or where what is written about it cannot be read."""
         try:
-            value = json.loads(read_record(state / OWNER_NAME) or b"")
+            value = json.loads(read_record_bytes(state / OWNER_NAME) or b"")
             return cls(
                 token=str(value["token"]),
                 host=str(value["host"]),

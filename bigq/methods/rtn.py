@@ -7,7 +7,7 @@ from torch import Tensor
 from bigq.kernels.grid import GridSpec
 from bigq.methods.base import DataFreeMethod
 from bigq.scheme import QuantizedWeight, QuantScheme
-from bigq.solver.rtn import plain_grid, round_to_nearest
+from bigq.solver.rtn import round_to_nearest, rtn_grid
 
 
 class Rtn(DataFreeMethod):
@@ -21,4 +21,4 @@ class Rtn(DataFreeMethod):
         return round_to_nearest(weight, scheme, label)
 
     def grid(self, scheme: QuantScheme) -> GridSpec:
-        return plain_grid(scheme)
+        return rtn_grid(scheme)

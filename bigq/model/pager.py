@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.folders import STATE_FOLDER
-from bigq.io.formats import PackedSchemes, Stored, read_schemes
+from bigq.io.formats import PackedSchemes, PackedWeight, read_schemes
 from bigq.io.index import Checkpoint, TensorInfo
-from bigq.io.json_file import read_json_object, shown
-from bigq.io.prefetch.prefetch import ReadAhead, open_read_ahead
+from bigq.io.json_file import read_json_object, show_value
+from bigq.io.prefetch.prefetch import Prefetch, open_prefetch
 from bigq.io.reader import read_rows, read_tensor
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.model import skeleton
@@ -51,7 +51,7 @@ class Pager(ModelDescription):
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._forced = skeleton.forced_dtypes(self.model, self.dtype, self._meta)
         self._check_complete()
-        self._ahead: ReadAhead | None = None
+        self._ahead: Prefetch | None = None
         self._budget = 0
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -64,7 +64,7 @@ class Pager(ModelDescription):
         if said is None:
             return {}
         if not isinstance(said, dict):
-            raise CheckpointError(f"{path}: quantization_config is {shown(said)}, not an object; fetch it again")
+            raise CheckpointError(f"{path}: quantization_config is {show_value(said)}, not an object; fetch it again")
         self.schemes = read_schemes(path, said)
         mark = f".{self.schemes.format.mark}"
         prefixes = [name.removesuffix(mark) for name in self.checkpoint if name.endswith(mark)]
@@ -161,7 +161,7 @@ class Pager(ModelDescription):
     @contextlib.contextmanager
     def prefetch(self, budget: int, trace: Trace) -> Iterator[None]:
         """Let ``announce_block`` read so many bytes ahead; all reading is a lane of the trace."""
-        with contextlib.closing(open_read_ahead(self.device, budget, trace)) as self._ahead:
+        with contextlib.closing(open_prefetch(self.device, budget, trace)) as self._ahead:
             self._budget = budget
             try:
                 yield
@@ -239,7 +239,7 @@ class Pager(ModelDescription):
         words, scales, zeros = (t.to(self.device) for t in self.stored(name))
         return dequantize_packed(words, scales, zeros, self.schemes.scheme(name.removesuffix(".weight")).bits, self.dtype)
 
-    def stored(self, name: str) -> Stored:
+    def stored(self, name: str) -> PackedWeight:
         """The weight of a packed Linear as it is packed, where it was read."""
         assert self.schemes is not None
         scheme = self.schemes.scheme(name.removesuffix(".weight"))

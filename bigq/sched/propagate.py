@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from bigq.errors import NumericsError
-from bigq.kernels.finiteness import finite
+from bigq.kernels.finiteness import is_finite
 from bigq.sched.nan_search import first_nonfinite, nonfinite_rows
 from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
@@ -35,7 +35,7 @@ def propagate(
         with (cache or ShortcutCache()).apply(block, store):
             output = store.call(index, hi - lo).run(block, store.fetch(lo, hi))
         here = 0
-        if not finite(output):
+        if not is_finite(output):
             if on_nonfinite != "skip":
                 raise NumericsError(
                     f"{name}: its outputs are not finite (NaN or Inf) for {nonfinite_rows(output, lo)}, beginning with "

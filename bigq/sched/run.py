@@ -13,7 +13,7 @@ import torch
 from bigq.config import JobConfig
 from bigq.conversion.gguf import write_gguf
 from bigq.errors import ResourceError
-from bigq.io.device_to_host import Outgoing
+from bigq.io.device_to_host import DeviceToHost
 from bigq.io.folders import STATE_FOLDER
 from bigq.job.batches import Batches, Halving, halving_message
 from bigq.job.finish import finish_folder, is_finished
@@ -54,7 +54,7 @@ def quantize(
     """Quantize a model folder or hub id into the folder ``out``; resume there if an earlier run of the same job was interrupted.
 
     config: None means as the job in ``out`` was begun, or the defaults where there is none. stop: asked between steps.
-    display: how progress is shown; None means as suits stderr, or not at all with config.quiet.
+    display: how progress is show_value; None means as suits stderr, or not at all with config.quiet.
     command: the arguments that asked for it, for the record.
     Raises UsageError, DataError, ResourceError or Stopped (see ``bigq.errors``); then ``out`` holds no config.json, unless all that
     is missing is a GGUF file.
@@ -99,7 +99,7 @@ def _run(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Con
             owner=claim.owner,
             stamps=job.stamps,
             behind=behind,
-            exporter=Outgoing(device) if device.type == "cuda" else None,
+            exporter=DeviceToHost(device) if device.type == "cuda" else None,
             control=control,
             ranks=OneProcess(),
         )

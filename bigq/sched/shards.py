@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bigq import faults
 from bigq.errors import UsageError
-from bigq.io.device_to_host import Outgoing
+from bigq.io.device_to_host import DeviceToHost
 from bigq.io.file_stamps import Stamps
 from bigq.io.index import Checkpoint
 from bigq.io.writer import OutputTensor, write_shard
@@ -58,7 +58,7 @@ class ShardWriter:
     owner: Owner
     stamps: Stamps
     behind: WriteBehind
-    exporter: Outgoing | None
+    exporter: DeviceToHost | None
     control: Control
     ranks: Ranks
 

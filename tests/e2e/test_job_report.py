@@ -24,7 +24,7 @@ from bigq.errors import CheckpointError, NumericsError, UsageError
 from bigq.infer.evaluate import EvalConfig
 from bigq.inspect.history import BY_RULE, UNFIT, read_history
 from bigq.inspect.verify import verify
-from bigq.io.checksummed import unseal
+from bigq.io.checksum import unseal
 from bigq.job.finish import CARD_MARK
 from bigq.job.journal import Journal
 from bigq.reports import write

@@ -709,7 +709,7 @@ def test_odd_values_that_could_be_are_somebody(state: Path) -> None:
 
 
 def test_an_absurdly_large_file_is_nobody(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigq.io.checksummed.MAX_BYTES", 2**16)
+    monkeypatch.setattr("bigq.io.checksum.MAX_BYTES", 2**16)
     with open(state / "owner.json", "wb") as file:
         file.truncate(2**40)
     assert take(state) == []

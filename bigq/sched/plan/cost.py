@@ -19,7 +19,7 @@ from bigq.methods.base import Method
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, ModelShape
 from bigq.sched.rows.tiers import WRITES_IN_FLIGHT
 from bigq.scheme import QuantScheme
-from bigq.solver.gptq import BLOCK, CONVERTED, PANEL, grids_of_originals
+from bigq.solver.gptq import BLOCK, CONVERTED, PANEL, has_static_grids
 from bigq.vocabulary import OnNonfinite
 
 #: Weights of the output head that are solved at a time (``sched.head``).
@@ -313,7 +313,7 @@ class BlockCost:
         most = 0
         for scheme in {self._schemes[linear.name] for linear in linears}:
             rows = [linear.m for linear in linears if self._schemes[linear.name] == scheme]
-            m, static = sum(rows), grids_of_originals(scheme, n)
+            m, static = sum(rows), has_static_grids(scheme, n)
             panel = min(n, PANEL if static else max(PANEL, scheme.group_width(n)))
             buffers = 1 + scheme.act_order + 3 * (static and scheme.mse)
             converted = FP32 * min(CONVERTED, n * max(rows)) * (max(buffers, CORRECTING) if self._paired else buffers)
