@@ -22,7 +22,7 @@ from bigq.io.formats import Format, Quantization
 from bigq.io.index import INDEX_NAME, read_header, read_json_object
 from bigq.io.reader import read_tensor
 from bigq.io.shard_record import file_sha256
-from bigq.job.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journal
+from bigq.job.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journal, read_commits
 from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.methods import method_of
@@ -37,15 +37,38 @@ RECORDS = (JOB_NAME, JOURNAL_NAME, BATCHES_NAME, "linears.jsonl")
 
 def is_finished(journal: Journal) -> bool:
     """Whether every shard is committed and all that was written after the last one is there, unchanged."""
-    if journal.missing:
-        return False
+    return not journal.missing and _rest_is_whole(journal.out, journal.commits)
+
+
+def complete_commits(out: Path) -> list[Commit] | None:
+    """The commits of a finished folder, if shards and all other files are there and unchanged; else None. Nothing is repaired.
+
+    A shard counts as unchanged while its size and time of modification are those of its commit.
+    """
     try:
-        manifest = load_record(journal.out / STATE_FOLDER / MANIFEST_NAME, "")
+        found, damaged = read_commits(out)
+        commits = list({commit.unit: commit for commit in found}.values())
+        if damaged or not commits or not commits[0].shard.file.endswith(f"-of-{len(commits):05d}.safetensors"):
+            return None
+        if not _rest_is_whole(out, commits):
+            return None
+        stats = [((out / commit.shard.file).stat(follow_symlinks=False), commit) for commit in commits]
+    except (BigqError, OSError):
+        return None
+    return commits if all((at.st_size, at.st_mtime_ns) == (c.shard.size, c.modified) for at, c in stats) else None
+
+
+def _rest_is_whole(out: Path, commits: Sequence[Commit]) -> bool:
+    """Whether the manifest lists just these shards, and every other file is as it says."""
+    try:
+        manifest = load_record(out / STATE_FOLDER / MANIFEST_NAME, "")
         if manifest is None:
             return False
-        shards = {commit.shard.file for commit in journal.commits}
+        shards = {commit.shard.file for commit in commits}
+        if not shards <= set(manifest["files"]):
+            return False
         others = {name: entry for name, entry in manifest["files"].items() if name not in shards and name != GGUF_NAME}
-        return all(file_sha256(journal.out / name) == entry["sha256"] for name, entry in others.items())
+        return all(file_sha256(out / name) == entry["sha256"] for name, entry in others.items())
     except (BigqError, KeyError, TypeError, AttributeError):
         return False
 

@@ -63,7 +63,7 @@ class Collector(Protocol):
         """
 
     def reduce(self, reduction: Reduction) -> None:
-        """Add up the shares of several processes, each of which saw some of the rows (see ``bigq.sched.ranks``)."""
+        """Add up the shares of several processes, each of which saw some of the rows (see ``bigq.machine.ranks``)."""
 
     def finish(self, label: str) -> Solver:
         """End the accumulation. Raises NumericsError, which begins with ``label``, where nothing useful was added."""

@@ -15,12 +15,15 @@ from bigq.conversion.gguf import write_gguf
 from bigq.errors import ResourceError
 from bigq.io.device_to_host import DeviceToHost
 from bigq.io.folders import STATE_FOLDER
+from bigq.io.index import Checkpoint
 from bigq.job.batches import Batches, Halving, halving_message
 from bigq.job.finish import finish_folder, is_finished
+from bigq.job.journal import Commit
 from bigq.job.manifest import GGUF_NAME, add_gguf, has_gguf
 from bigq.job.stop import Stop
 from bigq.machine.device import memory_errors
 from bigq.machine.memory import hold_heap
+from bigq.machine.ranks import OneProcess
 from bigq.methods.base import CalibratedMethod
 from bigq.model import skeleton
 from bigq.progress.display import Display
@@ -28,11 +31,11 @@ from bigq.progress.progress import Progress
 from bigq.progress.records import Report, device_memory_peak, host_memory_peak
 from bigq.sched.claim import Claim, claimed
 from bigq.sched.control import Control
+from bigq.sched.finished import finished_commits
 from bigq.sched.loop import run_units
 from bigq.sched.plan.inputs import plan_job
 from bigq.sched.plan.planner import Plan
-from bigq.sched.ranks import OneProcess
-from bigq.sched.resolve import Job, request_of, resolve_job, resolve_target, units_of
+from bigq.sched.resolve import Job, Target, request_of, resolve_job, resolve_target, units_of
 from bigq.sched.rows.calibration import CalibrationRows
 from bigq.sched.rows.probe import probe_model
 from bigq.sched.rows.tiers import Tier
@@ -61,6 +64,8 @@ def quantize(
     """
     started = time.monotonic()
     target = resolve_target(model, out, config)
+    if (commits := finished_commits(target)) is not None:
+        return _finished_report(target, commits, display, started)
     stop = stop or Stop(target.config.grace)
     hold_heap()
     skeleton.silence_transformers()
@@ -76,6 +81,28 @@ def quantize(
                 resumed = _run(job, units, plan, claim, control)
                 _finish(job, claim, control)
     return _report(job, plan, claim, resumed, started)
+
+
+def _finished_report(target: Target, commits: Sequence[Commit], display: Display | None, started: float) -> Report:
+    """What is said of a job that was finished before."""
+    blocks = sum(commit.unit.startswith("block-") for commit in commits)
+    with Progress(blocks, target.device, target.config.quiet, display=display) as progress:
+        progress.say(f"{target.out}: is finished already; nothing is left to do (bigq verify checks every byte)")
+    return Report(
+        out=str(target.out),
+        blocks=blocks,
+        linears=tuple(record for commit in commits for record in commit.linears),
+        seconds=time.monotonic() - started,
+        seconds_by_phase={},
+        source_bytes=sum(t.nbytes for t in Checkpoint.open(target.folder).tensors.values()),
+        output_bytes=sum(commit.shard.size for commit in commits),
+        host_peak_bytes=host_memory_peak(),
+        device_peak_bytes=device_memory_peak(target.device),
+        planned_host_bytes=0,
+        planned_device_bytes=0,
+        resumed_blocks=blocks,
+        left_out=tuple(name for commit in commits for name in commit.left_out),
+    )
 
 
 def _announce(plan: Plan, out: Path, progress: Progress, stop: Stop) -> None:

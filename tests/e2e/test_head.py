@@ -24,9 +24,9 @@ from bigq.job.journal import Commit, Journal
 from bigq.job.stop import Stop
 from bigq.methods import gptq as gptq_module
 from bigq.progress.progress import Progress
-from bigq.sched import solve_head as head_module
 from bigq.sched import solving
 from bigq.sched.plan.inputs import plan
+from bigq.sched.solve import head as head_module
 from bigq.scheme import QuantScheme, Rule
 from bigq.solver.gptq import quantize_linear
 from bigq.solver.rtn import round_to_nearest

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from bigq.io.checksum import unseal
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -21,15 +20,16 @@ import bigq
 from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, ResourceError
+from bigq.io.checksum import unseal
 from bigq.job.batches import Batches, Halving
 from bigq.job.journal import Commit, Journal
 from bigq.model.capture import BlockCall
 from bigq.progress.records import Report
-from bigq.sched import solve_block as block_module
 from bigq.sched.rows import calibration
 from bigq.sched.rows import probe as probe_module
 from bigq.sched.rows import shortcut_cache as cache_module
 from bigq.sched.rows.store import ActivationStore
+from bigq.sched.solve import block as block_module
 from bigq.sched.units import base as units_base
 from bigq.scheme import QuantScheme
 

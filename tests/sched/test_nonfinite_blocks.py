@@ -30,13 +30,13 @@ from bigq.progress.clock import Clock
 from bigq.progress.trace import Trace
 from bigq.sched.plan.cost import Choice, Work, job_cost
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, ModelShape, Reach, Rows
-from bigq.sched.propagate import propagate
-from bigq.sched.results import Skipped, Solved
 from bigq.sched.rows.probe import activations_for, probe_model
 from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import Tier
-from bigq.sched.solve_block import BlockJob, BlockRows, quantize_weights, solve_block
+from bigq.sched.solve.block import BlockJob, BlockRows, quantize_weights, solve_block
+from bigq.sched.solve.propagate import propagate
+from bigq.sched.solve.results import Skipped, Solved
 from bigq.scheme import QuantScheme
 from bigq.solver import gptq, hessian
 
