@@ -223,7 +223,7 @@ def test_a_line_that_is_no_commit_costs_its_unit_alone(at: int, line: bytes, out
     assert read_commits(out) == ([c for i, c in enumerate(commits) if i != at], 1)
     journal = opened(out)
     assert journal.commits == [c for i, c in enumerate(commits) if i != at] and journal.missing == [at, 3]
-    assert journal.notes == ["journal.jsonl: lines of it are damaged; their shards are made again"]
+    assert journal.notes == ["journal.jsonl: some lines are damaged; their shards are made again"]
     assert path.read_bytes() == b"".join([*whole[:at], *whole[at + 1 :]])
     assert reads == [] and opened(out).notes == [], "it is told once"
     add(journal, UNITS[at])
@@ -272,7 +272,7 @@ def _as_link(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "altered": (_altered, "was changed after it had been written"),
+    "altered": (_altered, "was changed after it was written"),
     "missing": (Path.unlink, "is missing"),
     "shorter": (lambda path: touched(path, path.read_bytes()[:-1]), r"has 2\d bytes instead of 2\d"),
     "longer": (lambda path: touched(path, path.read_bytes() + b"x"), r"has 2\d bytes instead of 2\d"),
@@ -469,10 +469,10 @@ def test_a_leftover_that_cannot_be_removed_is_no_error(out: Path) -> None:
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UsageError, match=f"{tmp_path}: OUT is not empty and holds no job of bigq"):
+    with pytest.raises(UsageError, match=f"{tmp_path}: OUT is not empty and holds no bigq job"):
         require_job_folder(tmp_path)
     (tmp_path / ".bigq").write_text("not a folder")
-    with pytest.raises(UsageError, match="holds no job of bigq"):
+    with pytest.raises(UsageError, match="holds no bigq job"):
         require_job_folder(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".bigq", "thesis.tex"]
 
@@ -548,9 +548,7 @@ def test_any_byte_of_the_request_counts(out: Path) -> None:
 def test_a_missing_request_is_told_where_there_is_a_journal(out: Path) -> None:
     began(out)
     (out / ".bigq" / "job.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=rf"^{out}/\.bigq/job\.json: is missing, so what the job was asked for is unknown; restore it"
-    ):
+    with pytest.raises(CheckpointError, match=rf"^{out}/\.bigq/job\.json: is missing, so the job's request is unknown; restore it"):
         opened(out)
     assert lines(out) == UNITS[:3]
     path_of(out).unlink()

@@ -232,7 +232,7 @@ def test_after_a_kill_the_next_takes_over_and_notes_it(state: Path, process: Cal
     assert known(state)["outcome"] is None
     refuse_if_held(state)
     (note,) = take(state)
-    assert note.startswith(f"the job before ended without a word (process {first.pid} on ")
+    assert note.startswith(f"the previous run ended abruptly (process {first.pid} on ")
     assert take(state) == [], "it is told once"
 
 
@@ -247,7 +247,7 @@ def test_a_dead_process_that_nobody_has_waited_for_is_dead(state: Path, process:
             (note,) = take(state)
         assert time.monotonic() < until, "it is taken to be alive"
     assert ") Z " in Path(f"/proc/{first.pid}/stat").read_text()
-    assert "ended without a word" in note
+    assert "ended abruptly" in note
     first.wait()
 
 
@@ -266,7 +266,7 @@ def test_another_process_with_its_number_is_not_it(state: Path) -> None:
         started = process_start(other.pid)
         assert started is not None
         write_owner(state, machine=this_machine(), pid=other.pid, started=started - 1)
-        assert "ended without a word" in take(state)[0]
+        assert "ended abruptly" in take(state)[0]
         write_owner(state, machine=this_machine(), pid=other.pid, started=started)
         with pytest.raises(UsageError, match=f"process {other.pid} on node7"):
             take(state)
@@ -275,7 +275,7 @@ def test_another_process_with_its_number_is_not_it(state: Path) -> None:
 
 def test_a_job_of_this_process_that_could_not_say_how_it_ended_is_over(state: Path) -> None:
     write_owner(state, machine=this_machine(), pid=os.getpid(), started=process_start(os.getpid()))
-    assert "ended without a word" in take(state)[0]
+    assert "ended abruptly" in take(state)[0]
 
 
 @pytest.mark.parametrize("pid", [0, -1, 2**31, 2**80, os.getppid()])
@@ -325,7 +325,7 @@ def test_a_holder_elsewhere_whose_heartbeat_goes_on_is_let_be(state: Path) -> No
         pass
     assert "another bigq job is writing to this folder (process 4242 on node7, last heartbeat 2001" in str(caught.value)
     assert str(caught.value).endswith("or use --steal-lock if you know that it is dead")
-    assert len(said) == 1 and "was held by process 4242 on node7" in said[0] and "waiting 0 s" in said[0]
+    assert len(said) == 1 and "is held by process 4242 on node7" in said[0] and "waiting 0 s" in said[0]
     assert known(state)["token"] == "theirs"
 
 
@@ -446,7 +446,7 @@ def test_a_lock_that_is_replaced_for_ever_is_told(state: Path, monkeypatch: pyte
     monkeypatch.setattr(os.path, "samestat", lambda *_: False)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     files = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(ResourceError, match=r"lock: is replaced again and again"):
+    with pytest.raises(ResourceError, match=r"lock: keeps being replaced"):
         take(state)
     assert len(os.listdir("/proc/self/fd")) == files
 

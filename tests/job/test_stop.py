@@ -86,8 +86,8 @@ def test_a_signal_is_heard_and_the_grace_ends(number: signal.Signals, body: str,
     assert code == 75 == Stopped.exit_code
     assert 0.45 < time.monotonic() - sent < 15
     first, second = [line for line in err.splitlines() if line]
-    assert first == f"bigq: {number.name}: finishing this step and stopping, within 0.5 s; Ctrl-C ends it at once"
-    assert second.startswith(f"bigq: stopped 0.5 s after {number.name}; ") and second.endswith("run the same command again to go on")
+    assert first == f"bigq: {number.name}: stopping after this step, within 0.5 s; press Ctrl-C to stop at once"
+    assert second.startswith(f"bigq: stopped 0.5 s after {number.name}; ") and second.endswith("run the same command again to resume")
     assert out == ""
 
 
@@ -95,11 +95,11 @@ def test_a_signal_is_heard_and_the_grace_ends(number: signal.Signals, body: str,
 def test_an_interrupt_on_top_of_anything_ends_it_at_once(first: signal.Signals, start: Callable[..., Program]) -> None:
     program = start(BUSY)
     program.send(first)
-    assert "finishing this step" in "".join([program.err.readline(), program.err.readline()])
+    assert "stopping after this step" in "".join([program.err.readline(), program.err.readline()])
     sent = program.send(signal.SIGINT)
     code, _, err = program.ended()
     assert code == 130 and time.monotonic() - sent < 10
-    assert "interrupted at once" in err
+    assert "interrupted; only the current step is lost" in err
 
 
 @pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGUSR1])
@@ -112,14 +112,14 @@ def test_others_said_twice_change_nothing(again: signal.Signals, start: Callable
         program.send(again)
     code, _, err = program.ended()
     assert code == 75 and 1.4 < time.monotonic() - sent < 15
-    assert err.count("finishing this step") == 1
+    assert err.count("stopping after this step") == 1
 
 
 def test_a_step_that_ends_in_time_ends_the_job(start: Callable[..., Program]) -> None:
     program = start("while not stop.requested:\n    time.sleep(0.02)\nassert 50 < stop.seconds_left <= 60\nraise stop.error('at block 3')")
     program.send(signal.SIGUSR1)
     code, out, err = program.ended()
-    assert (code, out) == (75, "SIGUSR1: stopped at block 3; run the same command again to go on\n")
+    assert (code, out) == (75, "SIGUSR1: stopped at block 3; run the same command again to resume\n")
     assert "Traceback" not in err
 
 
@@ -250,7 +250,7 @@ def test_nobody_asks_without_listening() -> None:
     first = stop.seconds_left
     stop.request("told again")
     assert stop.requested and stop.seconds_left <= first <= 5
-    with pytest.raises(Stopped, match=r"^told so: stopped .*; run the same command again to go on$"):
+    with pytest.raises(Stopped, match=r"^told so: stopped .*; run the same command again to resume$"):
         stop.check()
 
 

@@ -383,11 +383,11 @@ def spoil(b: Bench, module: str, rows: tuple[int, ...], *, before: bool = False)
 @pytest.mark.parametrize(
     ("module", "before", "culprit"),
     [
-        ("mlp.down_proj", False, "what mlp.down_proj returns"),
-        ("mlp.act_fn", False, "what mlp.act_fn returns"),
-        ("mlp.down_proj", True, "what mlp.down_proj is given"),
-        ("post_attention_layernorm", True, "what post_attention_layernorm is given"),
-        ("", False, "the sum that the block returns"),
+        ("mlp.down_proj", False, "the output of mlp.down_proj"),
+        ("mlp.act_fn", False, "the output of mlp.act_fn"),
+        ("mlp.down_proj", True, "the input of mlp.down_proj"),
+        ("post_attention_layernorm", True, "the input of post_attention_layernorm"),
+        ("", False, "the block's output"),
     ],
 )
 def test_outputs_name_the_module_and_the_rows(module: str, before: bool, culprit: str, cache: bool, bench: Callable[..., Bench]) -> None:
@@ -407,14 +407,14 @@ def test_outputs_name_the_module_and_the_rows(module: str, before: bool, culprit
 def test_inputs_that_are_not_finite_are_told_as_such(bench: Callable[..., Bench]) -> None:
     b = bench()
     b.poison(6, 0)
-    with pytest.raises(NumericsError, match=r"for calibration row 6, beginning with what the block is given;"):
+    with pytest.raises(NumericsError, match=r"for calibration row 6, beginning with the block's input;"):
         b.propagate("stop")
 
 
 def test_many_rows_are_told_by_their_number(bench: Callable[..., Bench]) -> None:
     b = bench(batch=7)
     spoil(b, "mlp", tuple(range(7)))
-    with pytest.raises(NumericsError, match=r"calibration rows 0, 1, 2, 3, 4, 5 … 6 \(7 rows\), beginning with what mlp returns;"):
+    with pytest.raises(NumericsError, match=r"calibration rows 0, 1, 2, 3, 4, 5 … 6 \(7 rows\), beginning with the output of mlp;"):
         b.propagate("stop")
 
 

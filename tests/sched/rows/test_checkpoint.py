@@ -326,7 +326,7 @@ def test_a_damaged_one_is_passed_over(
     damage(state / name(2))
     checkpoints = opened(state, said=said)
     assert checkpoints.restore(9, target) == 1 and same(target, 1)
-    assert any(line.startswith(f"{name(2)}: is damaged or does not fit") for line in said)
+    assert any(line.startswith(f"{name(2)}: is damaged or of another shape") for line in said)
     # It does not keep the sound one from being kept, nor itself from being made again.
     faults.arm("file.opened:2:ENOSPC")
     checkpoints.save(5, store(5))
@@ -403,7 +403,7 @@ def test_a_damaged_record_names_nothing(record: bytes, saved: Callable[..., Path
     (state / "checkpoints.json").write_bytes(record)
     checkpoints = opened(state, said=said)
     assert checkpoints.restore(9, store()) is None
-    assert len(said) == 1 and "record of saved activations is damaged" in said[0]
+    assert len(said) == 1 and "checkpoints.json: is damaged or cannot be read" in said[0]
     assert files(state) == [], "what it does not name would never go"
     checkpoints.save(3, store(3))
     assert opened(state).restore(9, store()) == 3
@@ -443,9 +443,8 @@ def test_without_room_there_is_a_word_and_the_job_goes_on(
     checkpoints.add_replay_time(5.0)
     faults.arm(f"{place}:{count}:{errno.errorcode[number]}")
     checkpoints.save(3, store(3))
-    assert len(said) == 1 and said[0].startswith(
-        "activations are not saved any more, so a job that is killed replays its finished blocks ("
-    )
+    assert len(said) == 1 and said[0].startswith("no more activation checkpoints (")
+    assert said[0].endswith("; a resumed job may have to replay its finished blocks")
     assert os.strerror(number) in said[0]
     record = json.loads((state / "checkpoints.json").read_text())
     assert {entry["file"] for entry in record["kept"]} >= set(files(state)), "what nobody will use must not take the room"
