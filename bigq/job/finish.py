@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bigq import faults
 from bigq.config import JobConfig
-from bigq.errors import BigqError, CheckpointError, ResourceError
+from bigq.errors import BigqError, ResourceError
 from bigq.io.atomic import copy_file, json_bytes, remedy, sync_folder, write_bytes, write_json
 from bigq.io.checksummed import read_sealed, write_sealed
 from bigq.io.folders import STATE_FOLDER
@@ -23,7 +23,7 @@ from bigq.io.index import INDEX_NAME, read_header, read_json_object
 from bigq.io.reader import read_tensor
 from bigq.io.shard_record import file_sha256
 from bigq.job.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journal
-from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME
+from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME, read_manifest
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.scheme import QuantScheme, scheme_for
 from bigq.solver.rtn import plain_grid
@@ -140,13 +140,10 @@ def is_card(path: Path) -> bool:
 
 def free_card(out: Path) -> None:
     """Remove the model card from the manifest of a finished folder, so that it may change. Raises CheckpointError, ResourceError."""
-    path, remedy = out / STATE_FOLDER / MANIFEST_NAME, "run the command that made the folder again"
-    manifest = read_sealed(path, remedy)
-    if manifest is None or not isinstance(manifest.get("files"), dict):
-        raise CheckpointError(f"{path}: is missing or lists no files; {remedy}")
+    manifest = read_manifest(out)
     files = {name: entry for name, entry in manifest["files"].items() if name != CARD_NAME}
     if manifest != (freed := {"files": files, "free": [CARD_NAME]}):
-        write_sealed(path, freed)
+        write_sealed(out / STATE_FOLDER / MANIFEST_NAME, freed)
 
 
 def _manifest(journal: Journal, config_json: bytes) -> dict[str, dict[str, Any]]:

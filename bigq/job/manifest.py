@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from bigq.errors import BigqError
+from bigq.errors import BigqError, CheckpointError
 from bigq.io.checksummed import read_sealed, write_sealed
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.shard_record import file_sha256
@@ -14,6 +15,15 @@ from bigq.job.journal import read_job
 MANIFEST_NAME = "manifest.json"
 #: The whole model as one GGUF file, made by jobs with ``--format gguf``. It is not hashed to decide whether a folder is finished.
 GGUF_NAME = "model.gguf"
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    """The manifest of a finished folder. Raises CheckpointError where it is missing or damaged, ResourceError."""
+    path, remedy = out / STATE_FOLDER / MANIFEST_NAME, "run the command that made the folder again"
+    manifest = read_sealed(path, remedy)
+    if manifest is None or not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{path}: is missing or lists no files; {remedy}")
+    return manifest
 
 
 def has_gguf(out: Path, *, by_size: bool = False) -> bool:
@@ -43,9 +53,7 @@ def lacks_gguf(out: Path) -> bool:
 
 def add_gguf(out: Path) -> None:
     """Add the GGUF file to the manifest of a finished folder. Raises CheckpointError, ResourceError."""
-    manifest = read_sealed(out / STATE_FOLDER / MANIFEST_NAME, "")
-    assert manifest is not None
-    path = out / GGUF_NAME
+    manifest, path = read_manifest(out), out / GGUF_NAME
     entry = {"size": path.stat().st_size, "sha256": file_sha256(path), "modified": path.stat().st_mtime_ns}
     files = dict(sorted({**manifest["files"], GGUF_NAME: entry}.items()))
     write_sealed(out / STATE_FOLDER / MANIFEST_NAME, {**manifest, "files": files})

@@ -1,4 +1,4 @@
-"""Steps in the background: one at a time, in order, errors told."""
+"""Steps in the background: one at a time, in order, with errors raised."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bigq.sched import pipeline
 from bigq.sched.write_behind import WriteBehind
 
 
-def test_a_step_runs_beside_its_giver_and_after_the_one_before() -> None:
+def test_a_step_runs_beside_its_caller_and_after_the_previous_step() -> None:
     go, order = threading.Event(), []
 
     def first() -> None:
@@ -32,7 +32,7 @@ def test_a_step_runs_beside_its_giver_and_after_the_one_before() -> None:
     assert order == [1, 2]
 
 
-def test_an_error_comes_out_at_the_next_call_and_once() -> None:
+def test_an_error_is_raised_by_the_next_call_only() -> None:
     def broken() -> None:
         raise ResourceError("full")
 
@@ -59,7 +59,7 @@ def test_without_a_thread_a_step_runs_at_once() -> None:
 def test_the_next_block_is_solved_while_one_is_written(
     checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first block's write does not end before the second block's solve has begun."""
+    """The first block's write ends only after the second block's solve has started."""
     write_shard, solve_block = pipeline.write_shard, pipeline.solve_block
     solving = [threading.Event() for _ in range(16)]
 

@@ -54,13 +54,12 @@ class Tier:
 
     kind: str
     device: torch.device
-    scratch: Path | None = None
+    scratch: Path
     clock: Clock | None = None
 
     def buffer(self, rows: int, elements: int, dtype: torch.dtype) -> RowBuffer:
         """An uninitialized buffer [rows, elements]. Raises ResourceError where the disk has no space for it."""
         if self.kind == "disk":
-            assert self.scratch is not None
             trace = self.clock.trace if self.clock is not None else Trace(keep=False)
             return self._time_transfers(_FileBuffer(self.scratch, rows, elements, dtype, self.device, trace))
         if self.kind == "host" and self.device.type == "cuda":
