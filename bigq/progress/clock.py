@@ -2,7 +2,7 @@
 
 On a GPU the start and end of a phase are CUDA events that are read later. The stream runs in order, so a phase's seconds are the time
 between the device's arrival at its two events. A phase in which the host reads a file lasts as long as the device stood idle for it.
-Kernels that wait in the queue count for their own phase. Knows nothing of models or files.
+The time that kernels wait in the queue counts for the kernels before them. Knows nothing of models or files.
 """
 
 from __future__ import annotations
