@@ -1,6 +1,6 @@
-"""Brings parameters of the skeleton to life, one block at a time, and puts them back to meta.
+"""Loads the parameters of the skeleton one block at a time, and evicts them to meta.
 
-A parameter comes from a checkpoint tensor of its own, or, in a packed checkpoint, from the codes of its Linear.
+A parameter is loaded from its own tensor in the checkpoint or, in a packed checkpoint, dequantized from its Linear's packed tensors.
 Knows nothing of activations or of solving.
 """
 
@@ -27,14 +27,14 @@ from bigq.model import skeleton
 from bigq.model.description import ModelDescription
 from bigq.progress.trace import Trace
 
-#: Parameters that are made for each tensor of the checkpoint, at most, before it is clear that some are missing.
+#: The most parameters that a model may have for each tensor of the checkpoint. With more, some must be missing.
 MOST_PARAMETERS = 4
 
 
 class Pager(ModelDescription):
     """A model on meta whose parts can be loaded and evicted.
 
-    dtype: of the forward passes. device: where loaded parts live. packed: weight name → prefix of its packed tensors.
+    dtype: of the forward passes. device: of the loaded parts. packed: weight name → prefix of its packed tensors.
     """
 
     def __init__(self, folder: Path, *, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False) -> None:
@@ -69,7 +69,7 @@ class Pager(ModelDescription):
         mark = f".{self.schemes.format.mark}"
         prefixes = [name.removesuffix(mark) for name in self.checkpoint if name.endswith(mark)]
         if not prefixes:
-            raise CheckpointError(f"{path}: quantization_config is there, but no tensor is packed; fetch the checkpoint again")
+            raise CheckpointError(f"{path}: has a quantization_config, but the checkpoint has no packed tensor; fetch it again")
         renamed = skeleton.map_names(self.model, [f"{p}.weight" for p in prefixes])
         return {target: name.removesuffix(".weight") for name, target in renamed.items()}
 
@@ -96,14 +96,14 @@ class Pager(ModelDescription):
             info = self.sources[name]
             if info.shape != tuple(param.shape):
                 raise CheckpointError(
-                    f"{info.file}: tensor {info.name} has shape {list(info.shape)}, but config.json makes it {list(param.shape)}; "
-                    "the two belong to different models"
+                    f"{info.file}: tensor {info.name} has shape {list(info.shape)}, but by config.json it should be {list(param.shape)}; "
+                    "use the config.json of this checkpoint"
                 )
             if not info.dtype.is_floating_point or info.dtype.itemsize == 1:
                 raise UnsupportedModelError(f"{info.file}: tensor {info.name} is {info.dtype}; bigq reads fp32, fp16 and bf16 sources")
 
     def packed_tensors(self, name: str) -> list[str]:
-        """Names of the checkpoint's tensors that the packed weight ``name`` lies in."""
+        """Names of the checkpoint's tensors that hold the packed weight ``name``."""
         assert self.schemes is not None
         symmetric = self.schemes.scheme(name.removesuffix(".weight")).symmetric
         return [f"{self.packed[name]}.{suffix}" for suffix in self.schemes.format.suffixes(symmetric)]
@@ -121,8 +121,8 @@ class Pager(ModelDescription):
             raise UnsupportedModelError(f"{file}: {error}") from None
         if (packed.bits, packed.outputs, packed.inputs) != (bits, outputs, inputs):
             raise CheckpointError(
-                f"{file}: tensor {self.packed_tensors(name)[0]} is packed as {packed}, but config.json makes it {bits} bits, "
-                f"{outputs} × {inputs}; the two belong to different models"
+                f"{file}: tensor {self.packed_tensors(name)[0]} is packed as {packed}, but by config.json it should be {bits} bits, "
+                f"{outputs} × {inputs}; use the config.json of this checkpoint"
             )
 
     def block_names(self, i: int) -> list[str]:
@@ -139,7 +139,7 @@ class Pager(ModelDescription):
         return found
 
     def rest_names(self) -> list[str]:
-        """Names of all parameters and persistent buffers outside the blocks, embedding and head."""
+        """Names of the parameters and persistent buffers outside blocks, embedding and head."""
         prefix = f"{self.blocks_path}."
         large = {id(p) for m in (self.embedding, self.head) for p in m.parameters()}
         return [
@@ -169,7 +169,7 @@ class Pager(ModelDescription):
                 self._ahead = None
 
     def announce_block(self, i: int) -> None:
-        """Block i will be loaded next, if there is one, and then those that follow: they are read as far as the budget allows."""
+        """Prefetch block i, if there is one, and the blocks after it as far as the budget allows."""
         left = self._budget
         while self._ahead is not None and i < len(self.blocks) and left > 0:
             tensors = self.block_tensors(i)
@@ -178,7 +178,7 @@ class Pager(ModelDescription):
             i += 1
 
     def load_block(self, i: int) -> nn.Module:
-        """Bring block i to the device. Raises CheckpointError or NumericsError."""
+        """Load block i onto the device. Raises CheckpointError; NumericsError for weights that are not finite."""
         if self._ahead is not None:
             self._ahead.announce(self.block_tensors(i))
         self._load_all(self.block_names(i))
@@ -187,12 +187,13 @@ class Pager(ModelDescription):
         return block
 
     def evict_block(self, i: int) -> None:
+        """Put the parameters of block i back to meta."""
         for name in self.block_names(i):
             self._evict(name)
 
     @contextlib.contextmanager
     def rest_loaded(self) -> Iterator[None]:
-        """Everything outside blocks, embedding and head: norms, position embeddings, projections."""
+        """Load everything outside blocks, embedding and head while the context is open: norms, position embeddings, projections."""
         names = self.rest_names()
         try:
             self._load_all(names)
@@ -203,6 +204,7 @@ class Pager(ModelDescription):
 
     @contextlib.contextmanager
     def head_loaded(self) -> Iterator[None]:
+        """Load the output head while the context is open."""
         names = [name for name in self._meta if self._owner(name)[0] is self.head]
         try:
             self._load_all(names)
@@ -213,7 +215,7 @@ class Pager(ModelDescription):
 
     @contextlib.contextmanager
     def embedding_rows(self, ids: Tensor) -> Iterator[None]:
-        """Let the input embedding work for the tokens that occur in ``ids``, having read only their rows."""
+        """Load only those rows of the input embedding that ``ids`` uses; while the context is open, it accepts no other tokens."""
         embedding = self.embedding
         name = next(n for n, m in self.model.named_modules() if m is embedding) + ".weight"
         tokens = ids.unique()
@@ -229,7 +231,7 @@ class Pager(ModelDescription):
             embedding.padding_idx = padding
 
     def to_device(self, name: str, tensor: Tensor) -> Tensor:
-        """Cast a parameter's stored values to what the model computes with, and move them."""
+        """A parameter's stored values on the device, in the dtype that the model computes with."""
         dtype = self._forced.get(name, self._meta[name].dtype)
         return tensor.to(device=self.device, dtype=dtype)
 
@@ -278,16 +280,16 @@ class Pager(ModelDescription):
 
 
 def _require_finished(folder: Path) -> None:
-    """Raise CheckpointError where the folder is that of a job of bigq that is still to be finished: ``config.json`` comes last."""
+    """Raise CheckpointError where the folder is that of an unfinished bigq job, which writes ``config.json`` last."""
     if (folder / STATE_FOLDER).is_dir() and not (folder / "config.json").exists():
         raise CheckpointError(
-            f"{folder / 'config.json'}: is missing, as the job of bigq in this folder is not finished; run the command that made it again"
+            f"{folder / 'config.json'}: is missing because the bigq job in this folder is not finished; run its command again to resume it"
         )
 
 
 @contextlib.contextmanager
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let one module instance run ``forward`` instead of its own."""
+    """Replace the forward of one module instance while the context is open."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:

@@ -294,7 +294,7 @@ def test_a_job_that_is_not_finished_is_called_so(made: Callable[..., Path], tmp_
     folder = tmp_path / "job"
     shutil.copytree(made("llama", "gptq"), folder)
     (folder / "config.json").unlink()
-    said = r"job/config\.json: is missing, as the job of bigq in this folder is not finished; run the command that made it again"
+    said = r"job/config\.json: is missing because the bigq job in this folder is not finished; run its command again to resume it"
     refused(folder, tmp_path / "out", "gptq_v2", said, CheckpointError)
     for command in (
         ["convert", str(folder), str(tmp_path / "out"), "--to", "gguf"],

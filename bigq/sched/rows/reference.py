@@ -1,7 +1,7 @@
 """A block as it was before anything in it was quantized, and the rows as the reference model has them: what asymmetric calibration
 looks at beside the block as it is and the rows as they are.
 
-Both go through the same module, one after the other: only the weights of solved Linears are there twice.
+The quantized and the reference rows go through the same module in turn. Only the weights of solved Linears are in memory twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ReferenceBlock:
     kept: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def keep_weight(self, name: str, linear: nn.Module) -> None:
-        """The Linear's weight is about to be overwritten: give it another parameter for that."""
+        """Keep a Linear's weight before it is quantized, and give the Linear a new parameter for the quantized one."""
         weight = linear._parameters["weight"]
         assert isinstance(weight, nn.Parameter)
         self.kept[name] = weight
