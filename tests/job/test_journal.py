@@ -569,7 +569,7 @@ def test_a_journal_that_is_absurdly_large_is_told(out: Path, monkeypatch: pytest
     monkeypatch.setattr("bigq.io.checksum.MAX_BYTES", 2**20)
     with open(path_of(out), "ab") as file:
         file.truncate(2**40)
-    with pytest.raises(CheckpointError, match=r"journal\.jsonl: is larger than"):
+    with pytest.raises(CheckpointError, match=r"journal\.jsonl: larger than"):
         opened(out)
 
 
