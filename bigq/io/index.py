@@ -83,7 +83,7 @@ class Checkpoint:
             return cls._open_indexed(folder)
         single = folder / SINGLE_NAME
         if not single.exists():
-            raise CheckpointError(_nothing_to_read(folder))
+            raise CheckpointError(_missing_checkpoint(folder))
         tensors, header = read_header(single)
         return cls(folder, tensors, hashlib.sha256(header).hexdigest())
 
@@ -228,7 +228,7 @@ def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], data_start: int
         raise CheckpointError(f"{path}: {size - position} bytes after the last tensor; the file is damaged, fetch it again")
 
 
-def _nothing_to_read(folder: Path) -> str:
+def _missing_checkpoint(folder: Path) -> str:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         return (
             f"{folder}: contains pickle checkpoints (.bin, .pt), which bigq never loads since they can run code; "

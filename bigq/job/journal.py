@@ -235,7 +235,9 @@ class Journal:
             sync_folder(self._state)
             faults.point("journal.synced")
         except OSError as error:
-            raise ResourceError(f"cannot write {self._path}: {error.strerror}; free some space and run the command again") from error
+            raise ResourceError(
+                f"{self._path}: cannot be written: {error.strerror}; free some space, then run the same command again"
+            ) from error
         self._committed[commit.unit] = commit
 
     def _read_halvings(self) -> list[Halving]:

@@ -261,12 +261,12 @@ def test_numbered_groups_are_read_in_natural_order_only(made: Callable[..., Path
     got, expected = stored_tensors(tmp_path / "fine"), stored_tensors(tmp_path / "expected")
     assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
     for name, order, said in (
-        ("other", natural.flip(0).contiguous(), "groups are not in natural order"),
-        ("short", natural[:32].clone(), "groups are not in natural order"),
+        ("other", natural.flip(0).contiguous(), ": groups are not in natural order"),
+        ("short", natural[:32].clone(), ": groups are not in natural order"),
         ("none", None, "is missing, but actorder says"),
     ):
         copy = numbered(source, tmp_path / name, order)
-        refused(copy, tmp_path / "out", "gptq", rf"model-.*safetensors: tensor .*weight_g_idx {said}", UnsupportedModelError)
+        refused(copy, tmp_path / "out", "gptq", rf"model-.*safetensors: tensor .*weight_g_idx ?{said}", UnsupportedModelError)
 
 
 def test_a_model_card_of_bigq_stays_behind(made: Callable[..., Path], tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_a_model_card_of_bigq_stays_behind(made: Callable[..., Path], tmp_path: 
 
 
 def test_remedies_are_those_of_the_command(made: Callable[..., Path], tmp_path: Path) -> None:
-    refused(made("gpt2", "gptq"), tmp_path / "out", "compressed-tensors", r"Conv1D.*do not know; choose another format with --to$")
+    refused(made("gpt2", "gptq"), tmp_path / "out", "compressed-tensors", r"Conv1D.*do not support; choose another format with --to$")
     if find_spec("gguf"):
         refused(
             made("llama", "gptq"), tmp_path / "out", "gguf", r"no blocks for 3 bits.*; that takes another run of bigq quantize: .*--skip"
@@ -403,8 +403,8 @@ def test_places_that_can_be_no_output(to: str, made: Callable[..., Path], tmp_pa
     monkeypatch.chdir(here)
     before = hashes(source)
     places = [(".", "the folder that you are in"), ("", "the folder that you are in"), ("/", "the root of the file system")]
-    places += [("..", "apart from each other|not empty|there already"), (str(source / "sub"), "apart from each other")]
-    places += [(str(source / "model.gguf"), "apart from each other"), (str(source), "apart from each other")]
+    places += [("..", "neither inside the other|not empty|there already"), (str(source / "sub"), "neither inside the other")]
+    places += [(str(source / "model.gguf"), "neither inside the other"), (str(source), "neither inside the other")]
     for out, said in places:
         with pytest.raises(UsageError, match=said):
             convert(source, out, to)

@@ -350,7 +350,7 @@ def test_places_that_no_file_can_have_are_refused(packed: Path, tmp_path: Path) 
 def test_a_disk_that_fills_up_leaves_nothing_behind(point: str, packed: Path, tmp_path: Path) -> None:
     faults.arm(f"{point}:ENOSPC")
     try:
-        with pytest.raises(ResourceError, match=r"x\.gguf: No space left on device; free some space"):
+        with pytest.raises(ResourceError, match=r"x\.gguf: cannot be written: No space left on device; free some space"):
             write_gguf(packed, tmp_path / "x.gguf")
     finally:
         faults.disarm()

@@ -357,9 +357,8 @@ def test_a_temporary_disk_error_loses_no_commit(failing: str, number: int, out: 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "stat", no_stat)
         patch.setattr("bigq.io.shard_record.open", no_open, raising=False)
-        with pytest.raises(
-            ResourceError, match=f"^{shard}: cannot be .*: {os.strerror(number)}; check the disk, then run the same command again"
-        ):
+        again = "(check the disk, then run the same|check the disk and run the) command again"
+        with pytest.raises(ResourceError, match=f"^{shard}: cannot be .*: {os.strerror(number)}; {again}"):
             opened(out)
     assert path_of(out).read_bytes() == before and surviving(out) == UNITS[:3]
 
@@ -565,7 +564,7 @@ def test_an_absurdly_large_journal_is_reported(out: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("bigq.io.checksum.MAX_BYTES", 2**20)
     with open(path_of(out), "ab") as file:
         file.truncate(2**40)
-    with pytest.raises(CheckpointError, match=r"journal\.jsonl: is larger than"):
+    with pytest.raises(CheckpointError, match=r"journal\.jsonl: larger than"):
         opened(out)
 
 
