@@ -23,7 +23,7 @@ from bigq.io.index import INDEX_NAME, read_header, read_json_object
 from bigq.io.reader import read_tensor
 from bigq.io.shard_record import file_sha256
 from bigq.job.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journal, read_commits
-from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME
+from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME, read_manifest
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.methods import method_of
 from bigq.scheme import QuantScheme, scheme_for
@@ -162,14 +162,11 @@ def is_card(path: Path) -> bool:
 
 
 def free_card(out: Path) -> None:
-    """Let the manifest of a finished folder speak no more of the model card. Raises CheckpointError, ResourceError."""
-    path, remedy = out / STATE_FOLDER / MANIFEST_NAME, "run the command that made the folder again"
-    manifest = load_record(path, remedy)
-    if manifest is None or not isinstance(manifest.get("files"), dict):
-        raise CheckpointError(f"{path}: is missing, or no list of files; {remedy}")
+    """Remove the model card from the manifest of a finished folder, so that it may change. Raises CheckpointError, ResourceError."""
+    manifest = read_manifest(out)
     files = {name: entry for name, entry in manifest["files"].items() if name != CARD_NAME}
     if manifest != (freed := {"files": files, "free": [CARD_NAME]}):
-        save_record(path, freed)
+        save_record(out / STATE_FOLDER / MANIFEST_NAME, freed)
 
 
 def _manifest(journal: Journal, config_json: bytes) -> dict[str, dict[str, Any]]:

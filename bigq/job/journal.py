@@ -287,7 +287,7 @@ def modification_time(path: Path) -> int:
 
 
 def read_commits(out: Path) -> tuple[list[Commit], int]:
-    """The journal's commits as they stand, and how many of its lines are none. For looking on: no shard is read, nothing repaired."""
+    """The commits in a folder's journal, and how many of its lines are invalid. Reads no shard and repairs nothing."""
     lines = (read_record_bytes(out / STATE_FOLDER / JOURNAL_NAME) or b"").splitlines(keepends=True)
     found = [Commit.from_line(line) for line in lines]
     commits = [commit for commit in found if commit is not None]
@@ -295,7 +295,7 @@ def read_commits(out: Path) -> tuple[list[Commit], int]:
 
 
 def read_job(out: Path) -> dict[str, Any] | None:
-    """The frozen request of the job in a folder; None where there is none. Raises CheckpointError where it is damaged."""
+    """The frozen request of the job in a folder; None where there is no job. Raises CheckpointError where it is damaged."""
     return load_record(out / STATE_FOLDER / JOB_NAME, _BEGIN_AGAIN)
 
 

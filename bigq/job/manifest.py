@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bigq.errors import BigqError
+from bigq.errors import BigqError, CheckpointError
 from bigq.io.checksum import load_record, save_record
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.shard_record import file_sha256
@@ -20,7 +20,7 @@ GGUF_NAME = "model.gguf"
 def read_manifest(out: Path) -> dict[str, Any]:
     """The manifest of a finished folder. Raises CheckpointError where it is missing or damaged, ResourceError."""
     path, remedy = out / STATE_FOLDER / MANIFEST_NAME, "run the command that made the folder again"
-    manifest = read_sealed(path, remedy)
+    manifest = load_record(path, remedy)
     if manifest is None or not isinstance(manifest.get("files"), dict):
         raise CheckpointError(f"{path}: is missing or lists no files; {remedy}")
     return manifest
@@ -52,10 +52,8 @@ def lacks_gguf(out: Path) -> bool:
 
 
 def add_gguf(out: Path) -> None:
-    """Let the manifest of a finished folder speak of the GGUF file that was written to it. Raises ResourceError."""
-    manifest = load_record(out / STATE_FOLDER / MANIFEST_NAME, "")
-    assert manifest is not None
-    path = out / GGUF_NAME
+    """Add the GGUF file to the manifest of a finished folder. Raises CheckpointError, ResourceError."""
+    manifest, path = read_manifest(out), out / GGUF_NAME
     entry = {"size": path.stat().st_size, "sha256": file_sha256(path), "modified": path.stat().st_mtime_ns}
     files = dict(sorted({**manifest["files"], GGUF_NAME: entry}.items()))
     save_record(out / STATE_FOLDER / MANIFEST_NAME, {**manifest, "files": files})

@@ -35,20 +35,18 @@ def check_config(path: Path, config: dict[str, Any], *, trust_remote_code: bool)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         if _PROBABILITY.search(name) and not 0 <= value <= 1:
-            raise CheckpointError(f"{path}: {show_name(name)} is {show_value(value)}, which is no probability; correct it")
+            raise CheckpointError(f"{path}: {show_name(name)} is {show_value(value)}, which is not a probability; correct it")
         if isinstance(value, float):
             continue
         limit = next(most for names, most in _LIMITS if names.search(name))
         if abs(value) > limit:
-            raise CheckpointError(
-                f"{path}: {show_name(name)} is {show_value(value)}, and more than {limit} is taken for a mistake; correct it"
-            )
+            raise CheckpointError(f"{path}: {show_name(name)} is {show_value(value)}, above the limit of {limit}; correct it")
     if trust_remote_code:
         return
     for name, value in config.items():
         if any(inner == "auto_map" for inner, _ in _names(value)):
             raise UnsupportedModelError(
-                f"{path}: {show_name(name)} comes with code of its own (auto_map); pass --trust-remote-code to run it"
+                f"{path}: {show_name(name)} needs the checkpoint's own code (auto_map); pass --trust-remote-code to run it"
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.formats import Format
 from bigq.io.formats.base import PackedWeight
-from bigq.io.index import TensorInfo
+from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.sources.base import Read
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.scheme import QuantScheme
@@ -19,22 +19,22 @@ from bigq.scheme import QuantScheme
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedSource:
-    """One packed Linear. prefix: of its tensors. checkpoint: every stored tensor by name."""
+    """One packed Linear. prefix: of its tensors. checkpoint: that holds them."""
 
     format: Format
     prefix: str
     scheme: QuantScheme
-    checkpoint: Mapping[str, TensorInfo]
+    checkpoint: Checkpoint
 
     @property
     def tensors(self) -> Sequence[TensorInfo]:
-        return [self._info(f"{self.prefix}.{suffix}") for suffix in self.format.suffixes(self.scheme.symmetric)]
+        return [self.checkpoint[f"{self.prefix}.{suffix}"] for suffix in self.format.suffixes(self.scheme.symmetric)]
 
     def check(self, shape: tuple[int, ...]) -> None:
         outputs, inputs = shape
         first = self.tensors[0]
         try:
-            packed = self.format.geometry(self.prefix, self.checkpoint)
+            packed = self.format.geometry(self.prefix, self.checkpoint.tensors)
         except CheckpointError as error:
             raise CheckpointError(f"{first.file}: {error}; fetch it again") from None
         except UnsupportedModelError as error:
@@ -51,9 +51,4 @@ class PackedSource:
 
     def stored(self, read: Read) -> PackedWeight:
         """The packed tensors, where they were read."""
-        return self.format.read(self.prefix, lambda name: read(self._info(name)), self.scheme)
-
-    def _info(self, name: str) -> TensorInfo:
-        if name not in self.checkpoint:
-            raise CheckpointError(f"tensor {name} is missing from the checkpoint; fetch it again")
-        return self.checkpoint[name]
+        return self.format.read(self.prefix, lambda name: read(self.checkpoint[name]), self.scheme)
