@@ -27,11 +27,12 @@ from bigq.model.skeleton import linear_weight, set_linear_weight
 from bigq.model.structure import BlockPlan, Group, Shortcut
 from bigq.progress.clock import Clock, Lap
 from bigq.progress.records import LinearRecord
+from bigq.quantized_weight import QuantizedWeight
 from bigq.sched.nan_search import bad_rows, culprit
 from bigq.sched.rows.original import Original
 from bigq.sched.rows.shortcut_cache import Memo
 from bigq.sched.rows.store import ActivationStore
-from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.scheme import QuantScheme
 from bigq.solver.gptq import solve
 from bigq.solver.hessian import OTHER_DTYPE, HessianSum, factorize, finite_tokens
 from bigq.solver.rtn import round_to_nearest

@@ -21,11 +21,12 @@ from bigq.model import skeleton
 from bigq.model.capture import StopForward, all_replaced
 from bigq.model.pager import Pager
 from bigq.progress.clock import Clock, Lap
+from bigq.quantized_weight import QuantizedWeight
 from bigq.sched.block import Solved
 from bigq.sched.plan.cost import HEAD_CHUNK
 from bigq.sched.rows.probe import Probe
 from bigq.sched.rows.store import ActivationStore
-from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.scheme import QuantScheme
 from bigq.solver.gptq import solve
 from bigq.solver.hessian import HessianSum, factorize
 from bigq.solver.rtn import round_to_nearest

@@ -43,9 +43,10 @@ from bigq.io.formats import Format
 from bigq.model.pager import Pager
 from bigq.model.structure import plan_block
 from bigq.progress.records import Report
+from bigq.quantized_weight import QuantizedWeight
 from bigq.sched import block as block_module
 from bigq.sched import pipeline
-from bigq.scheme import QuantizedWeight, QuantScheme, Rule
+from bigq.scheme import QuantScheme, Rule
 from bigq.solver.gptq import ENERGY_ROWS
 
 GROUP = 32
