@@ -27,7 +27,7 @@ MAX_SEED = 2**64 - 1
 DEFAULT_SEQLEN = 2048
 NEVER = "never"
 
-CALIBRATION, BUDGETS, RUN, OUTPUT = "calibration", "memory and disk", "how the job runs", "what is printed"
+CALIBRATION, BUDGETS, RUN, OUTPUT = "calibration", "memory and disk", "how it runs", "output"
 
 CORRECTED = Effect(unless="without --method gptaq", holds=lambda job, _: job.method == "gptaq", refused=True)
 ON_GPU = Effect(unless="on a CPU", holds=lambda _, device: device == "cuda")
@@ -192,7 +192,7 @@ class JobConfig:
         placeholder="FILE",
         convert=path,
     )
-    checkpoint_every: float | None = option(
+    checkpoint_every: Converted[float | None, float | str | None] = option(
         60.0,
         help="save activations so often that a resumed job repeats at most about this much work; 0: after every block",
         group=RUN,

@@ -14,7 +14,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -135,15 +135,16 @@ class Option:
         if value is None:
             return
         if self.choices and value not in self.choices:
-            close = _did_you_mean(str(value), self.choices) if isinstance(value, str) else ""
+            close = did_you_mean(str(value), self.choices) if isinstance(value, str) else ""
             raise UsageError(f"{label}: must be one of {', '.join(map(str, self.choices))}{close}")
         if self.range is not None and not self.range.holds(value):
             raise UsageError(f"{label}: must {self.range.must}")
 
     def label(self, value: Any, *, by_flag: bool = False) -> str:
-        """The option and its value at the start of a message."""
-        shown = f"{value:g}" if isinstance(value, float) and not self.by_name else value
-        return f"{self.name}={shown}" if self.flag is None or (self.by_name and not by_flag) else f"{self.flag} {shown}"
+        """The option and its value at the start of a message. by_flag: as typed, whatever ``by_name`` says."""
+        if self.flag is None or (self.by_name and not by_flag):
+            return f"{self.name}={value}"
+        return f"{self.flag} {value:g}" if isinstance(value, float) else f"{self.flag} {value}"
 
     def parse(self, text: str) -> Any:
         """The value of an argument. Raises UsageError."""
@@ -247,7 +248,7 @@ def require_known(config: type, names: Iterable[str], what: str) -> None:
     known = [field.name for field in dataclasses.fields(config)]
     for name in names:
         if name not in known:
-            raise UsageError(f"{what} has no field {shown(name)}{_did_you_mean(str(name), known)}")
+            raise UsageError(f"{what} has no field {shown(name)}{did_you_mean(str(name), known)}")
 
 
 def without_effect(given: Mapping[str, Any], options: Iterable[Option], job: Any, device: str) -> list[str]:
@@ -258,9 +259,9 @@ def without_effect(given: Mapping[str, Any], options: Iterable[Option], job: Any
     idle: dict[str, list[str]] = {}
     for each in options:
         if each.name in given and each.effect is not None and not each.effect.holds(job, device):
-            said = " ".join(each.words(given[each.name]))
             if each.effect.refused:
-                raise UsageError(f"{said}: no effect {each.effect.unless}; add that, or leave this out")
+                said = each.label(given[each.name], by_flag=True)
+                raise UsageError(f"{said}: no effect {each.effect.unless}; add that, or leave out {each.flag}")
             idle.setdefault(each.effect.unless, []).append(each.words(given[each.name])[0])
     return [f"{', '.join(flags)}: no effect {unless}" for unless, flags in idle.items()]
 
@@ -288,8 +289,9 @@ def _number(kind: type, text: str, label: str) -> Any:
         raise UsageError(f"{label}: must be a {'whole number' if kind is int else 'number'}") from None
 
 
-def _did_you_mean(word: str, known: Sequence[Any]) -> str:
+def did_you_mean(word: str, known: Iterable[Any]) -> str:
+    """The end of a message about a word that is not known; empty where no known word is like it."""
     import difflib  # here: only messages need it
 
-    close = difflib.get_close_matches(word, [str(each) for each in known], n=1)
+    close = difflib.get_close_matches(word, [str(each) for each in known], n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""

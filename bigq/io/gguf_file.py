@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bigq import faults
-from bigq.errors import CheckpointError, UsageError
+from bigq.errors import CheckpointError, ResourceError
 from bigq.io.atomic import atomic_file
 from bigq.io.formats import Stored
 from bigq.io.reader import as_bytes
@@ -63,11 +63,11 @@ class GgufTensor:
 
 
 def require_gguf() -> Any:
-    """The ``gguf`` package. Raises UsageError where it is not installed."""
+    """The ``gguf`` package. Raises ResourceError where it is not installed."""
     try:
         import gguf
     except ImportError:
-        raise UsageError("GGUF files are written with the gguf package, which is not installed: pip install bigq[gguf]") from None
+        raise ResourceError("GGUF files are written with the gguf package, which is not installed: pip install bigq[gguf]") from None
     # It warns of things that bigq tells in its own words, or that are none.
     logging.getLogger("gguf").setLevel(logging.CRITICAL)
     return gguf

@@ -29,7 +29,7 @@ from typing import IO, TYPE_CHECKING, Any
 import psutil
 
 from bigq import faults
-from bigq.errors import BigqError, CheckpointError, ResourceError, Stopped, UsageError
+from bigq.errors import BigqError, BusyError, CheckpointError, ResourceError, Stopped
 from bigq.io.atomic import TEMP_SUFFIX, remedy, sync_folder
 from bigq.io.checksummed import read_record
 
@@ -152,7 +152,7 @@ class Owner:
 
         facts: asked at each heartbeat for what to tell of the job's progress. steal: take the folder from a holder of another machine
         without watching its heartbeat, and from a lock that outlived its holder. say: told when there is something to wait for.
-        Raises UsageError, naming the holder, where there is one that may be alive; ResourceError where nothing can be written.
+        Raises BusyError, naming the holder, where there is one that may be alive; ResourceError where nothing can be written.
         """
         self._state, self._facts = state, facts
         self._token = uuid.uuid4().hex
@@ -191,7 +191,7 @@ class Owner:
                 lock.close()
                 holder = Holder.read(self._state)
                 if not steal or holder is None or holder.alive is not None:
-                    raise UsageError(_held(self._state, holder)) from None
+                    raise BusyError(_held(self._state, holder)) from None
                 self.notes.append(f"the folder's lock was stolen from {holder}")
                 try:
                     path.unlink(missing_ok=True)
@@ -212,13 +212,13 @@ class Owner:
         raise ResourceError(f"{path}: is replaced again and again; is another job taking the folder? Try again, or choose another folder")
 
     def _outlive(self, holder: Holder | None, steal: bool, say: Callable[[str], None]) -> None:
-        """Raise UsageError where the holder before may be alive after all: with locks that reach no further than one machine."""
+        """Raise BusyError where the holder before may be alive after all: with locks that reach no further than one machine."""
         if holder is None or holder.alive is False:
             if holder is not None and holder.outcome is None:
                 self.notes.append(f"the job before ended without a word ({holder})")
             return
         if holder.alive:
-            raise UsageError(_held(self._state, holder))
+            raise BusyError(_held(self._state, holder))
         if steal:
             self.notes.append(f"the folder was taken from {holder}, as --steal-lock said")
             return
@@ -231,7 +231,7 @@ class Owner:
             if now is not None and (now.token, now.beat) != (holder.token, holder.beat):
                 if now.outcome is not None:
                     return
-                raise UsageError(_held(self._state, now))
+                raise BusyError(_held(self._state, now))
         self.notes.append(f"the folder was taken from {holder}, whose heartbeat had stopped")
 
     def _write(self, outcome: str | None, facts: Mapping[str, Any] | None = None) -> None:
@@ -275,11 +275,11 @@ class Owner:
             self._lost = str(holder)
 
     def check(self) -> None:
-        """Raise UsageError where another job has taken the folder over."""
+        """Raise BusyError where another job has taken the folder over."""
         if self._lost is None:
             self._look()
         if self._lost is not None:
-            raise UsageError(f"{self._state.parent}: was taken over by another job ({self._lost}); this one stops")
+            raise BusyError(f"{self._state.parent}: was taken over by another job ({self._lost}); this one stops")
 
     def release(self, outcome: str, facts: Mapping[str, Any] | None = None) -> None:
         """Say how it ended, and let others in. Never raises."""
@@ -298,10 +298,10 @@ class Owner:
 
 
 def refuse_if_held(state: Path) -> None:
-    """Raise UsageError where the folder's holder is alive for certain; before much work is put into a job that cannot begin."""
+    """Raise BusyError where the folder's holder is alive for certain; before much work is put into a job that cannot begin."""
     holder = Holder.read(state)
     if holder is not None and holder.alive:
-        raise UsageError(_held(state, holder))
+        raise BusyError(_held(state, holder))
 
 
 @contextlib.contextmanager

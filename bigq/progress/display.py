@@ -82,7 +82,10 @@ class Display:
         """A block was solved."""
 
     def say(self, text: str) -> None:
-        """A message for people; one that begins with "warning: " is a warning."""
+        """A message for people; it may begin with "note: " or, for a warning, "warning: "."""
+
+    def reading(self, model: str) -> None:
+        """A command begins to read a model; the first sign of life, before libraries that take seconds are imported."""
 
     def plan(self, text: str, values: Mapping[str, Any]) -> None:
         """How the job will be run, in words and as values."""
@@ -120,6 +123,9 @@ class Lines(Display):
             self._stream.write(printable_lines(text) + "\n")
             self._stream.flush()
 
+    def reading(self, model: str) -> None:
+        self.say(f"reading {model} …")
+
     def plan(self, text: str, values: Mapping[str, Any]) -> None:
         self.say(text)
 
@@ -151,7 +157,10 @@ class Events(Display):
 
     def say(self, text: str) -> None:
         kind = "warning" if text.startswith("warning: ") else "note"
-        self.event(kind, message=text.removeprefix("warning: "))
+        self.event(kind, message=text.removeprefix("warning: ").removeprefix("note: "))
+
+    def reading(self, model: str) -> None:
+        self.event("reading", model=model)
 
     def plan(self, text: str, values: Mapping[str, Any]) -> None:
         self.event("plan", blocks=values["blocks"], plan=values)

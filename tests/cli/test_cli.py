@@ -22,7 +22,9 @@ from conftest import Child
 from models import SEQLEN, random_ids, reference_model, save_ids, word_tokenizer
 
 import bigq
-from bigq.cli.main import build_parser, job_config, main
+from bigq.cli.commands import build_parser
+from bigq.cli.job import job_config
+from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import BigqError, CheckpointError, ResourceError, UsageError
 from bigq.infer.evaluate import EvalConfig

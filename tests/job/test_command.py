@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from bigq.cli.main import build_parser, job_config
+from bigq.cli.commands import build_parser
+from bigq.cli.job import job_config
 from bigq.config import JobConfig
 from bigq.job.command import flags
 from bigq.scheme import QuantScheme, Rule

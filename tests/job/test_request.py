@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bigq
-from bigq.cli.main import build_parser
+from bigq.cli.commands import build_parser
 from bigq.config import FROZEN_FIELDS, JobConfig
 from bigq.errors import CheckpointError, UsageError
 from bigq.job import request as request_module
