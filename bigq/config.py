@@ -30,9 +30,9 @@ NEVER = "never"
 CALIBRATION, BUDGETS, RUN, OUTPUT = "calibration", "memory and disk", "how it runs", "output"
 
 CORRECTED = Effect(unless="without --method gptaq", holds=lambda job, _: job.method == "gptaq", refused=True)
-ON_GPU = Effect(unless="on a CPU", holds=lambda _, device: device == "cuda")
+ON_GPU = Effect(unless="on a CPU", holds=lambda _, device: device != "cpu")
 
-_SEED = Range(must=f"be from 0 to {MAX_SEED}", holds=lambda seed: 0 <= seed <= MAX_SEED)
+_SEED = Range(must="be from 0 to 2**64 − 1", holds=lambda seed: 0 <= seed <= MAX_SEED)
 
 
 def _size(given: Any, label: str) -> Any:
@@ -126,7 +126,7 @@ class JobConfig:
         placeholder="X",
         resume=Resume.REFUSED,
         range=Range(must="be between 0 and 1", holds=lambda alpha: 0 <= alpha <= 1),
-        effect=CORRECTED,
+        effects=(CORRECTED,),
     )
     format: FormatName = option(
         "gptq",
@@ -145,7 +145,7 @@ class JobConfig:
         help="solve a block level by level, so that each Linear sees the quantized ones before it",
         group=WEIGHTS,
         resume=Resume.REFUSED,
-        effect=CALIBRATED,
+        effects=(CALIBRATED,),
     )
     calibration: Converted[str, str | os.PathLike[str]] = option(
         "c4",
@@ -154,7 +154,7 @@ class JobConfig:
         placeholder="FILE|c4|builtin",
         resume=Resume.FREE,  # the tokens are compared instead, wherever the text lies
         convert=path,
-        effect=CALIBRATED,
+        effects=(CALIBRATED,),
     )
     samples: int = option(
         128,
@@ -163,16 +163,16 @@ class JobConfig:
         unit="rows",
         resume=Resume.REFUSED,
         range=at_least(1),
-        effect=CALIBRATED,
+        effects=(CALIBRATED,),
     )
-    seqlen: int | None = seqlen_option(group=CALIBRATION, resume=Resume.REFUSED, effect=CALIBRATED)
-    seed: int = seed_option(help="seed of the choice of rows", group=CALIBRATION, resume=Resume.REFUSED, effect=CALIBRATED)
-    batch: int | None = batch_option(resume=Resume.WARNED, effect=CALIBRATED)
+    seqlen: int | None = seqlen_option(group=CALIBRATION, resume=Resume.REFUSED, effects=(CALIBRATED,))
+    seed: int = seed_option(help="seed of the choice of rows", group=CALIBRATION, resume=Resume.REFUSED, effects=(CALIBRATED,))
+    batch: int | None = batch_option(resume=Resume.WARNED, effects=(CALIBRATED,))
     activations: TierChoice = option(
         "auto",
         help="where activations are kept between blocks; auto is the first place with room, disk is a file in OUT",
         group=BUDGETS,
-        effect=CALIBRATED,
+        effects=(CALIBRATED,),
     )
     read_ahead: int | None = option(
         None,
@@ -182,7 +182,7 @@ class JobConfig:
         unset="1 on a GPU, 0 on a CPU",  # where files are a small part of the time and blocks in flight a large part of the memory
         range=Range(must="not be negative", holds=lambda blocks: blocks >= 0),
     )
-    vram: Converted[int | None, int | str | None] = _budget("GPU memory that the job may use, such as 72GiB", effect=ON_GPU)
+    vram: Converted[int | None, int | str | None] = _budget("GPU memory that the job may use, such as 72GiB", effects=(ON_GPU,))
     ram: Converted[int | None, int | str | None] = _budget("host memory that the job may use")
     disk: Converted[int | None, int | str | None] = _budget("disk space that the job may use where OUT lies")
     trace: Converted[str | None, str | os.PathLike[str] | None] = option(
@@ -200,18 +200,18 @@ class JobConfig:
         placeholder="SECONDS|never",
         unset=NEVER,
         range=Range(
-            must="be a number of seconds, 0 for after every block, or never",
+            must="be 0 or more seconds, or never",
             holds=lambda every: math.isfinite(every) and every >= 0,
         ),
         convert=_seconds_or_never,
-        effect=CALIBRATED,
+        effects=(CALIBRATED,),
     )
     grace: float = option(
         60.0,
         help="time to finish the current step after SIGTERM, SIGINT or SIGUSR1",
         group=RUN,
         unit="seconds",
-        range=Range(must="be a number of seconds above 0", holds=lambda grace: math.isfinite(grace) and grace > 0),
+        range=Range(must="be above 0", holds=lambda grace: math.isfinite(grace) and grace > 0),
     )
     steal_lock: bool = option(False, help="take over the folder of a job that is dead", group=RUN, opposite=None)
     # Not kept: a request records what the device turned out to be.

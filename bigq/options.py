@@ -57,8 +57,8 @@ class Range:
 class Effect:
     """When an option changes anything.
 
-    unless: the words that follow "no effect", such as "on a CPU". holds: whether a job (a config) on a type of device ("cpu" or "cuda")
-    uses the option. refused: giving the option in vain is an error, since the job would not be the one that was meant; else a note.
+    unless: the words that follow "no effect", such as "on a CPU". holds: whether a job (a config) on a type of device ("cpu", "cuda",
+    or "" for not known yet) uses the option. refused: giving the option in vain is an error, since the job would not be the one that was meant; else a note.
     """
 
     unless: str
@@ -94,7 +94,7 @@ class Option:
     rule_key: str | None
     range: Range | None
     convert: Callable[[Any, str], Any] | None
-    effect: Effect | None
+    effects: tuple[Effect, ...]
     by_name: bool
 
     @property
@@ -209,7 +209,7 @@ def _read(field: dataclasses.Field[Any], hint: Any) -> Option:
         "rule_key": None,
         "range": None,
         "convert": None,
-        "effect": None,
+        "effects": (),
         "by_name": False,
     }
     values = {**filled, **said}
@@ -252,17 +252,18 @@ def require_known(config: type, names: Iterable[str], what: str) -> None:
 
 
 def without_effect(given: Mapping[str, Any], options: Iterable[Option], job: Any, device: str) -> list[str]:
-    """Notes about options that were given but change nothing in a job on a type of device, "cpu" or "cuda".
+    """Notes about options that were given but change nothing in a job on a type of device, as for ``Effect``.
 
     Raises UsageError for the first one that is refused then.
     """
     idle: dict[str, list[str]] = {}
     for each in options:
-        if each.name in given and each.effect is not None and not each.effect.holds(job, device):
-            if each.effect.refused:
+        unmet = next((effect for effect in each.effects if not effect.holds(job, device)), None)
+        if each.name in given and unmet is not None:
+            if unmet.refused:
                 said = each.label(given[each.name], by_flag=True)
-                raise UsageError(f"{said}: no effect {each.effect.unless}; add that, or leave out {each.flag}")
-            idle.setdefault(each.effect.unless, []).append(each.words(given[each.name])[0])
+                raise UsageError(f"{said}: no effect {unmet.unless}; add that, or leave out {each.flag}")
+            idle.setdefault(unmet.unless, []).append(each.words(given[each.name])[0])
     return [f"{', '.join(flags)}: no effect {unless}" for unless, flags in idle.items()]
 
 

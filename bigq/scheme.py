@@ -66,7 +66,7 @@ class QuantScheme:
         False,
         help="quantize columns by decreasing Hessian diagonal; groups keep their natural order",
         rule_key="act_order",
-        effect=CALIBRATED,
+        effects=(CALIBRATED,),
     )
     damping: float = _weights(
         0.01,
@@ -74,7 +74,7 @@ class QuantScheme:
         placeholder="X",
         rule_key="damping",
         range=Range(must="lie between 0 and 1", holds=lambda damping: 0 < damping < 1),
-        effect=CALIBRATED,
+        effects=(CALIBRATED,),
     )
     mse: bool = _weights(
         False,
@@ -85,10 +85,10 @@ class QuantScheme:
         None,
         help="power of the rounding errors that the --mse search sums up; a high one cuts off less of the largest weights",
         placeholder="P",
-        unset="4 at 2 and 3 bits, else 2.4; always 2.4 with rtn",
+        unset="4 at 2 and 3 bits, else 2.4",
         rule_key="mse_power",
         range=Range(must="lie between 1 and 10", holds=lambda power: 1 <= power <= 10),
-        effect=SEARCHED,
+        effects=(SEARCHED, CALIBRATED),
     )
     # The gptq v1 format stores zero − 1 and needs 1.
     min_zero: int = _weights(0, help="smallest zero point allowed; the output format decides it", flag=None)

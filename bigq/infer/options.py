@@ -76,7 +76,7 @@ class GenerateConfig:
         unset="all tokens",
         range=Range(must="be above 0 and at most 1", holds=lambda p: 0 < p <= 1),
     )
-    seed: int = seed_option(help="seed of the draw", group=TOKENS, effect=DRAWN)
+    seed: int = seed_option(help="seed of the draw", group=TOKENS, effects=(DRAWN,))
     chat: bool = option(False, help="put the prompt into the tokenizer's chat template", group=TOKENS, opposite=None)
     device: str = device_option()
     dtype: DtypeName = dtype_option()
