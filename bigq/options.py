@@ -58,7 +58,8 @@ class Effect:
     """When an option changes anything.
 
     unless: the words that follow "no effect", such as "on a CPU". holds: whether a job (a config) on a type of device ("cpu", "cuda",
-    or "" for not known yet) uses the option. refused: giving the option in vain is an error, since the job would not be the one that was meant; else a note.
+    or "" for not known yet) uses the option. refused: giving the option in vain is an error, since the job would not be the one that was
+    meant; else a note.
     """
 
     unless: str
