@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 from bigq.cli.parser import ParseError, Parser
 from bigq.errors import UsageError
-from bigq.options import did_you_mean
 from bigq.version import __version__
 
 
@@ -36,6 +35,8 @@ class _Bigq(Parser):
         if name in COMMANDS:
             return subparser(self, name).filled()
         if not name.startswith("-"):
+            from bigq.options import did_you_mean  # here: ``bigq --help`` does without
+
             self.error(f"{name}: unknown command{did_you_mean(name, COMMANDS)}")
         return self
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from bigq.errors import UsageError
-from bigq.options import did_you_mean
 
 
 class ParseError(UsageError):
@@ -67,6 +66,8 @@ class Parser(argparse.ArgumentParser):
             if flag not in known and re.fullmatch(r"-\D.*|--.+", flag, re.DOTALL) and " " not in argument:
                 if before in known and known[before].nargs != 0:
                     raise ParseError(self.prog, f"{before} {argument}: a value that begins with a dash is written {before}={argument}")
+                from bigq.options import did_you_mean  # here: ``bigq --help`` does without
+
                 self.error(f"argument {flag}: unknown option{did_you_mean(flag, (name for name in known if name.startswith('--')))}")
             before = argument
 

@@ -73,7 +73,8 @@ def pictures_of(history: History) -> Pictures:
 def write_model_card(out: Path) -> Path:
     """Write OUT/README.md as a model card; returns its path.
 
-    Raises BusyError while a job runs there, UsageError where the job in ``out`` is not finished, or lacks the GGUF file that it was to make.
+    Raises BusyError while a job runs there, UsageError where the job in ``out`` is not finished, or lacks the GGUF file that it was
+    to make.
     """
     history = read_history(out)
     if history.state == "running":

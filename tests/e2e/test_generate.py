@@ -21,10 +21,11 @@ from transformers import PreTrainedTokenizerFast
 import bigq
 from bigq.calibration import load_tokenizer
 from bigq.cli.main import main
-from bigq.config import JobConfig
+from bigq.config import MAX_SEED, JobConfig
 from bigq.errors import BigqError, CheckpointError, ResourceError, UsageError
 from bigq.infer import load
-from bigq.infer.generate import MAX_SEED, GenerateConfig, generate
+from bigq.infer.generate import generate
+from bigq.infer.options import GenerateConfig
 from bigq.infer.packed_linear import PackedLinear
 from bigq.infer.streamer import KEPT, WINDOW, Streamer
 from bigq.scheme import QuantScheme, Rule
