@@ -288,7 +288,8 @@ def _require_names(what: str, value: Any, names: Iterable[str]) -> None:
 
 
 def _checked(what: str, value: Any, declared: Option) -> Any:
-    declared.check_type(value, f"{what} cannot be {value!r}")
+    if not declared.fits(value):
+        raise UsageError(f"{what} cannot be {value!r}")
     return value
 
 

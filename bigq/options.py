@@ -122,24 +122,23 @@ class Option:
             return (self.flag if value else off,)
         return (self.flag, str(value))
 
-    def check_type(self, value: Any, error: str) -> None:
-        """Raise UsageError unless a value has one of the types; a whole number is a float too, True and False are no numbers."""
-        if value is None and self.none:
-            return
-        if not isinstance(value, self.types) and not (float in self.types and type(value) is int):
-            raise UsageError(error)
-        if isinstance(value, bool) and bool not in self.types:
-            raise UsageError(error)
+    def fits(self, value: Any) -> bool:
+        """Whether a value has one of the types. A whole number is a float too; True and False are no numbers."""
+        if value is None:
+            return self.none
+        if isinstance(value, bool):
+            return bool in self.types
+        return isinstance(value, self.types) or (float in self.types and type(value) is int)
 
-    def check_range(self, value: Any, label: str) -> None:
-        """Raise UsageError, beginning with the label, where a value of the right type is not allowed."""
+    def check_range(self, value: Any, *, by_flag: bool = False) -> None:
+        """Raise UsageError where a value of the right type is not allowed. by_flag: as for ``label``."""
         if value is None:
             return
         if self.choices and value not in self.choices:
-            close = did_you_mean(str(value), self.choices) if isinstance(value, str) else ""
-            raise UsageError(f"{label}: must be one of {', '.join(map(str, self.choices))}{close}")
+            close = did_you_mean(value, self.choices) if isinstance(value, str) else ""
+            raise UsageError(f"{self.label(value, by_flag=by_flag)}: must be one of {', '.join(map(str, self.choices))}{close}")
         if self.range is not None and not self.range.holds(value):
-            raise UsageError(f"{label}: must {self.range.must}")
+            raise UsageError(f"{self.label(value, by_flag=by_flag)}: must {self.range.must}")
 
     def label(self, value: Any, *, by_flag: bool = False) -> str:
         """The option and its value at the start of a message. by_flag: as typed, whatever ``by_name`` says."""
@@ -157,7 +156,7 @@ class Option:
             value = text
         else:
             value = _number(int if int in self.types else float, text, label)
-        self.check_range(value, label)
+        self.check_range(value, by_flag=True)
         return value
 
 
@@ -234,9 +233,10 @@ def settle(config: Any) -> None:
     for name, each in table(type(config)).items():
         given = getattr(config, name)
         value = given if each.convert is None else each.convert(given, each.label(given))
-        expected = " or ".join(_ARTICLES.get(kind, f"a {kind.__name__}") for kind in each.types) + (" or None" if each.none else "")
-        each.check_type(value, f"{type(config).__name__}: {name} must be {expected}, not {shown(value)}")
-        each.check_range(value, each.label(value))
+        if not each.fits(value):
+            expected = " or ".join(_ARTICLES.get(kind, f"a {kind.__name__}") for kind in each.types) + (" or None" if each.none else "")
+            raise UsageError(f"{type(config).__name__}: {name} must be {expected}, not {shown(value)}")
+        each.check_range(value)
         if value is not given:
             object.__setattr__(config, name, value)
 
@@ -257,15 +257,15 @@ def without_effect(given: Mapping[str, Any], options: Iterable[Option], job: Any
 
     Raises UsageError for the first one that is refused then.
     """
-    idle: dict[str, list[str]] = {}
+    notes = []
     for each in options:
         unmet = next((effect for effect in each.effects if not effect.holds(job, device)), None)
         if each.name in given and unmet is not None:
             if unmet.refused:
                 said = each.label(given[each.name], by_flag=True)
                 raise UsageError(f"{said}: no effect {unmet.unless}; add that, or leave out {each.flag}")
-            idle.setdefault(unmet.unless, []).append(each.words(given[each.name])[0])
-    return [f"{', '.join(flags)}: no effect {unless}" for unless, flags in idle.items()]
+            notes.append(f"{each.words(given[each.name])[0]}: no effect {unmet.unless}")
+    return notes
 
 
 def at_least(low: int) -> Range:
