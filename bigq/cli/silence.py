@@ -11,7 +11,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Within it, logging, Python's warnings and tqdm's bars print nothing; bigq uses none of them for its own messages."""
+    """Within it, logging, Python's warnings and tqdm's bars print nothing. bigq's own live line, which is a bar too, stays."""
     import tqdm
 
     bars: Any = tqdm.tqdm
@@ -19,7 +19,9 @@ def silenced() -> Iterator[None]:
     disabled, show, begin = logging.root.manager.disable, warnings.showwarning, bars.__init__
 
     def begin_disabled(bar: Any, *args: Any, **how: Any) -> None:
-        begin(bar, *args, **{**how, "disable": True})
+        if not type(bar).__module__.startswith("bigq."):
+            how["disable"] = True
+        begin(bar, *args, **how)
 
     logging.disable(logging.CRITICAL)
     warnings.showwarning = _show_nothing

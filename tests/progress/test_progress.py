@@ -374,6 +374,7 @@ def all_events(hands: Hands) -> list[dict[str, Any]]:
     stream = io.StringIO()
     display = Events(stream)
     progress = Progress(2, CPU, display=display)
+    display.reading("m/ö")
     progress.planned("plan: …", {"blocks": 2})
     progress.start(0)
     progress.phase("load", 0)
