@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bigq import faults
 from bigq.calibration import ASSETS
-from bigq.errors import CheckpointError, ResourceError, UnsupportedModelError, UsageError
+from bigq.errors import CheckpointError, ResourceError, UnsupportedModelError
 from bigq.io import gguf_file
 from bigq.io.formats import Stored
 from bigq.io.gguf_file import BLOCK_BYTES, GgufTensor, block_type, blocks, minimums, require_gguf, write_gguf_file
@@ -142,7 +142,7 @@ def test_a_full_disk_leaves_what_was_there(point: str, tmp_path: Path) -> None:
 def test_without_the_package_there_is_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert require_gguf() is gguf
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UsageError, match=r"pip install bigq\[gguf\]"):
+    with pytest.raises(ResourceError, match=r"pip install bigq\[gguf\]"):
         require_gguf()
 
 
