@@ -12,12 +12,19 @@ from bigq.scheme import QuantScheme, Rule
 
 
 def flags(config: JobConfig) -> list[str]:
-    """The options whose values are not the defaults. The calibration text is named without its folder."""
+    """The options whose values are not the defaults, but none that the command line would refuse for having no effect.
+
+    The calibration text is named without its folder.
+    """
     kept = [each for name, each in table(JobConfig).items() if name in FROZEN_FIELDS and name not in ("scheme", "rules")]
-    found = list(_differing(config.scheme, table(QuantScheme).values()))
+    found = list(_differing(config.scheme, _with_effect(config, table(QuantScheme).values())))
     found += [word for rule in config.rules for word in _rule(rule)]
-    found += _differing(config, kept)
+    found += _differing(config, _with_effect(config, kept))
     return found
+
+
+def _with_effect(config: JobConfig, options: Iterable[Option]) -> Iterator[Option]:
+    return (each for each in options if all(effect.holds(config, "") for effect in each.effects if effect.refused))
 
 
 def _differing(values: Any, options: Iterable[Option]) -> Iterator[str]:

@@ -42,3 +42,10 @@ def test_every_kept_setting_has_its_flag() -> None:
 
 def test_the_folder_of_the_calibration_text_is_left_out() -> None:
     assert flags(JobConfig(calibration="/home/somebody/secret/text.jsonl")) == ["--calibration", "text.jsonl"]
+
+
+def test_options_that_the_command_line_refuses_are_left_out() -> None:
+    """Python may give them; nothing comes of them."""
+    assert flags(JobConfig(alpha=0.25, scheme=QuantScheme(mse_power=3.0))) == []
+    assert flags(JobConfig(alpha=0.25, method="gptaq")) == ["--method", "gptaq", "--alpha", "0.25"]
+    assert flags(JobConfig(scheme=QuantScheme(mse=True, mse_power=3.0))) == ["--mse", "--mse-power", "3.0"]
