@@ -190,7 +190,8 @@ def test_the_command(made: Made, capsys: pytest.CaptureFixture[str], monkeypatch
     assert main([*flags, PROMPT]) == 0
     plain = capsys.readouterr()
     assert plain.out.count("\n") == 1 and plain.out.startswith("w")
-    assert plain.err.startswith("5 tokens, ") and "tokens/s" in plain.err and plain.err.count("\n") == 1
+    reading, summary = plain.err.splitlines()
+    assert reading == f"reading {made('llama')} …" and summary.startswith("5 tokens, ") and "tokens/s" in summary
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
     assert main([*flags, "-", "--quiet"]) == 0
     assert capsys.readouterr() == (plain.out, "")
