@@ -68,7 +68,7 @@ class Case:
 
 def one_error_line(stderr: str) -> str:
     """The error line, which is the only one that says 'error', with no traceback beside it."""
-    lines = [line for line in stderr.splitlines() if line.startswith("bigq: error: ")]
+    lines = [line for line in stderr.splitlines() if line.startswith(("bigq: error: ", "bigq quantize: error: "))]
     assert len(lines) == 1, stderr
     assert "Traceback" not in stderr, stderr
     progress = ("reading ", "block ", "plan: ", "  needs ")
@@ -363,7 +363,7 @@ def test_group_size_does_not_divide(case: Case) -> None:
 
 @pytest.mark.parametrize("size", ["0", "7", "12", "-2", "-128"])
 def test_group_size_impossible(case: Case, size: str) -> None:
-    case.fails(f"--group-size={size}", code=2, says=(f"group_size={size}",))
+    case.fails(f"--group-size={size}", code=2, says=(f"--group-size {size}",))
 
 
 def test_linear_of_odd_size(case: Case, tmp_path: Path) -> None:
