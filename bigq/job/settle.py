@@ -9,7 +9,7 @@ from torch import nn
 
 from bigq.config import DEFAULT_SEQLEN, JobConfig
 from bigq.errors import UsageError
-from bigq.kernels.grid import FEWEST_SCALE_BITS, SCALE_BITS
+from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS
 from bigq.model import skeleton
 from bigq.model.blocks import block_linears
 from bigq.model.description import ModelDescription

@@ -21,10 +21,11 @@ from transformers import PreTrainedTokenizerFast
 import bigq
 from bigq.calibration import load_tokenizer
 from bigq.cli.main import main
-from bigq.config import JobConfig
+from bigq.config import MAX_SEED, JobConfig
 from bigq.errors import BigqError, CheckpointError, ResourceError, UsageError
 from bigq.infer import load
-from bigq.infer.generate import MAX_SEED, GenerateConfig, generate
+from bigq.infer.generate import generate
+from bigq.infer.options import GenerateConfig
 from bigq.infer.packed_linear import PackedLinear
 from bigq.infer.streamer import KEPT, WINDOW, Streamer
 from bigq.scheme import QuantScheme, Rule
@@ -189,7 +190,8 @@ def test_the_command(made: Made, capsys: pytest.CaptureFixture[str], monkeypatch
     assert main([*flags, PROMPT]) == 0
     plain = capsys.readouterr()
     assert plain.out.count("\n") == 1 and plain.out.startswith("w")
-    assert plain.err.startswith("5 tokens, ") and "tokens/s" in plain.err and plain.err.count("\n") == 1
+    reading, summary = plain.err.splitlines()
+    assert reading == f"reading {made('llama')} …" and summary.startswith("5 tokens, ") and "tokens/s" in summary
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
     assert main([*flags, "-", "--quiet"]) == 0
     assert capsys.readouterr() == (plain.out, "")

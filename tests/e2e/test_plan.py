@@ -77,8 +77,9 @@ def test_a_config_alone_is_enough_however_large_the_model(name: str, child: Chil
 
 def test_the_table_names_what_is_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["bloom-176b"] | {"dtype": "bfloat16"}))
-    assert main(["plan", str(tmp_path), "--on", "a100", "--vram", "20GiB", "--ram", "4GB", "--disk", "50GB"]) == 0
-    printed = capsys.readouterr().out
+    assert main(["plan", str(tmp_path), "--on", "a100", "--vram", "20GiB", "--ram", "4GB", "--disk", "50GB"]) == 4
+    printed, said = capsys.readouterr()
+    assert said.splitlines()[-1].startswith(f"bigq: error: {tmp_path}: the job does not fit: ")
     short = [line for line in printed.splitlines() if line.strip().startswith("short")]
     assert [line.split()[1] for line in short] == ["device", "host", "disk:"]
     assert "A100" in printed

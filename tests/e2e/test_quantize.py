@@ -44,8 +44,9 @@ from bigq.methods import gptq as gptq_module
 from bigq.model.pager import Pager
 from bigq.model.structure import plan_block
 from bigq.progress.records import Report
+from bigq.quantized_weight import QuantizedWeight
 from bigq.sched.rows.probe import probe_model
-from bigq.scheme import QuantizedWeight, QuantScheme, Rule
+from bigq.scheme import QuantScheme, Rule
 from bigq.solver.gptq import ENERGY_ROWS
 
 GROUP = 32
