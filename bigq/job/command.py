@@ -42,6 +42,12 @@ def _differing(values: Any, defaults: Any, names: list[str]) -> Iterator[str]:
             yield from (flag, os.path.basename(value) if name == "calibration" else str(value))
 
 
+def rule_option(rule: Rule) -> str:
+    """The option that asks for a rule, for messages."""
+    option, value = _rule(rule)
+    return f"{option} '{value}'"
+
+
 def _rule(rule: Rule) -> tuple[str, str]:
     if rule.overrides is None:
         return "--skip", rule.pattern
