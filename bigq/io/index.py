@@ -89,15 +89,7 @@ class Checkpoint:
 
     @classmethod
     def _open_indexed(cls, folder: Path) -> Checkpoint:
-        index_path = folder / INDEX_NAME
-        weight_map = read_json_object(index_path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index_path}: has no weight_map; fetch the index again")
-        for name, shard in weight_map.items():
-            if not _is_file_name(shard):
-                raise CheckpointError(
-                    f"{index_path}: {plain(name)} is said to lie in {shown(shard)}, which is not a file name in this folder"
-                )
+        weight_map = read_weight_map(folder / INDEX_NAME)
         digest = hashlib.sha256(json.dumps(weight_map, sort_keys=True).encode())
         shards: dict[str, dict[str, TensorInfo]] = {}
         home: dict[str, str] = {}
@@ -147,6 +139,17 @@ class Checkpoint:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """The index at ``path``: tensor name → the file name of its shard, in the index's order. Raises CheckpointError."""
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: has no weight_map; fetch the index again")
+    for name, shard in weight_map.items():
+        if not _is_file_name(shard):
+            raise CheckpointError(f"{path}: {plain(name)} is said to lie in {shown(shard)}, which is not a file name in this folder")
+    return weight_map
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:

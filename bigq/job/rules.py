@@ -49,7 +49,8 @@ def count_words(counts: Iterable[RuleCount]) -> list[str]:
     for count in counts:
         words = "left out" if count.rule.overrides is None else " ".join(_words(count.rule.overrides))
         summed[words] = summed.get(words, 0) + count.linears
-    found = [f"{linears} {words}" for words, linears in summed.items() if linears]
+    left_out = summed.pop("left out", 0)
+    found = [f"{linears} {words}" for words, linears in [*summed.items(), ("left out", left_out)] if linears]
     if found:
         number, _, rest = found[0].partition(" ")
         found[0] = f"{number} Linear{'' if number == '1' else 's'} {rest}"

@@ -8,17 +8,18 @@ from collections.abc import Iterable, Iterator
 #: Columns of every line. Half a screen, or a phone.
 WIDTH = 60
 #: Columns before the text of an entry: two spaces, the label with its colon, a space.
-INDENT = 12
+INDENT = 11
 
 
 def entry(label: str, parts: str | Iterable[str], indent: int = INDENT) -> list[str]:
     """Lines ``  label:   text``; what does not fit into one goes on under the text.
 
-    parts: one text, broken between words; or several, set with commas and broken between them where each fits into a line.
+    label: may be empty. parts: one text, broken between words; or several, set with commas and broken between them where each fits into
+    a line.
     """
     room = WIDTH - indent
     lines = wrapped(parts, room) if isinstance(parts, str) else list(_packed(list(parts), room))
-    heads = [f"  {label}:".ljust(indent)] + [" " * indent] * len(lines)
+    heads = [(f"  {label}:" if label else "").ljust(indent)] + [" " * indent] * len(lines)
     if len(heads[0]) > indent:
         raise ValueError(f"{label}: is too long a label for {indent} columns")
     return [(head + line).rstrip() for head, line in zip(heads, lines or [""], strict=False)]

@@ -71,9 +71,8 @@ def one_error_line(stderr: str) -> str:
     lines = [line for line in stderr.splitlines() if line.startswith("bigq: error: ")]
     assert len(lines) == 1, stderr
     assert "Traceback" not in stderr, stderr
-    rest = [
-        line for line in stderr.splitlines() if line.strip() and line != lines[0] and not line.startswith(("block ", "plan: ", "  needs "))
-    ]
+    # A plan is several lines; all but the first are indented.
+    rest = [line for line in stderr.splitlines() if line.strip() and line != lines[0] and not line.startswith(("block ", "plan: ", "  "))]
     assert not rest, stderr
     assert len(lines[0]) > len("bigq: error: ") + 20
     return lines[0]

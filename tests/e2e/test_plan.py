@@ -80,7 +80,7 @@ def test_the_table_names_what_is_short(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["plan", str(tmp_path), "--on", "a100", "--vram", "20GiB", "--ram", "4GB", "--disk", "50GB"]) == 0
     printed = capsys.readouterr().out
     short = [line for line in printed.splitlines() if line.strip().startswith("short")]
-    assert [line.split()[1] for line in short] == ["device", "host", "disk:"]
+    assert [line.split()[1] for line in short] == ["device", "host", "disk:"] and max(map(len, printed.splitlines())) <= 60
     assert "A100" in printed
 
 
@@ -199,7 +199,8 @@ def test_a_job_that_cannot_fit_is_refused_before_anything_is_written(
 def test_a_job_prints_its_plan_and_keeps_to_it(model: Path, ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(job(model, tmp_path / "out", ids)) == 0
     printed = capsys.readouterr()
-    assert "plan: 3 blocks, 8 × 32 tokens, activations in host memory, batch 8" in printed.err
+    assert "plan: 3 blocks, 8 × 32 tokens\n  run:     activations in host memory, batch 8," in printed.err
+    assert "\n  read by: transformers (with optimum, gptqmodel), GPTQModel,\n           vLLM\n" in printed.err
     assert "(planned " in printed.out
 
 

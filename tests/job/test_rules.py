@@ -174,6 +174,6 @@ def test_counts_and_their_words() -> None:
     rules = tuple(map(rule, ("-.*o_proj", r".*\.0\.mlp:bits=8", ".*mlp:bits=8", ".*v_proj:sym=false,group_size=-1")))
     counts = rule_counts(NAMES, rules)
     assert [count.linears for count in counts] == [3, 3, 6, 3]
-    assert count_words(counts) == ["3 Linears left out", "9 at 8 bits", "3 asymmetric in whole rows"]
+    assert count_words(counts) == ["9 Linears at 8 bits", "3 asymmetric in whole rows", "3 left out"]
     assert count_words(rule_counts(NAMES, ())) == []
     assert count_words(rule_counts(NAMES[:1], (Rule.parse(".*:mse=true,damping=0.5"),))) == ["1 Linear with mse with damping 0.5"]

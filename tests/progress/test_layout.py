@@ -8,23 +8,23 @@ from bigq.progress.layout import WIDTH, entry, shortened, wrapped
 
 
 def test_an_entry_that_fits_is_one_line() -> None:
-    assert entry("size", "3 GiB") == ["  size:     3 GiB"]
-    assert entry("time", ["a 1 s", "b 2 s"]) == ["  time:     a 1 s, b 2 s"]
+    assert entry("size", "3 GiB") == ["  size:    3 GiB"]
+    assert entry("time", ["a 1 s", "b 2 s"]) == ["  time:    a 1 s, b 2 s"]
     assert entry("time", []) == ["  time:"] == entry("time", "")
 
 
 def test_parts_stay_whole_and_lines_go_on_under_the_text() -> None:
     lines = entry("needs", [f"something {i} of 12.00 GiB" for i in range(4)])
     assert lines == [
-        "  needs:    something 0 of 12.00 GiB,",
-        "            something 1 of 12.00 GiB,",
-        "            something 2 of 12.00 GiB,",
-        "            something 3 of 12.00 GiB",
+        "  needs:   something 0 of 12.00 GiB,",
+        "           something 1 of 12.00 GiB,",
+        "           something 2 of 12.00 GiB,",
+        "           something 3 of 12.00 GiB",
     ]
     assert entry("a", ["x" * 20, "y" * 20, "z" * 20])[0].endswith(", " + "y" * 20 + ",")
 
 
-@pytest.mark.parametrize("indent", [12, 20])
+@pytest.mark.parametrize("indent", [11, 20])
 def test_no_line_is_wider_whatever_is_in_it(indent: int) -> None:
     for parts in ("word " * 40, "x" * 300, ["y" * 200, "short", "z" * 61], "a/" * 90):
         lines = entry("label", parts, indent)
