@@ -30,6 +30,21 @@ def wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width, break_long_words=True, break_on_hyphens=False)
 
 
+def rewrapped(lines: Iterable[str], indent: int) -> list[str]:
+    """Lines of labelled text whose text begins at column ``indent``, wrapped where they are too wide; headings by words alone."""
+    found = []
+    for line in lines:
+        if len(line) <= WIDTH:
+            found.append(line)
+        elif line.startswith("  "):
+            first, *rest = wrapped(line[indent:], WIDTH - indent)
+            found += [line[:indent] + first, *(" " * indent + each for each in rest)]
+        else:
+            first, *rest = textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+            found += [first, *rest]
+    return found
+
+
 def shortened(name: str, room: int) -> str:
     """A name of at most ``room`` columns: the middle of a longer one is left out."""
     if len(name) <= room:

@@ -30,7 +30,11 @@ from bigq.io import writer
 from bigq.job.finish import CARD_MARK
 from bigq.scheme import QuantScheme, Rule
 
-RULES = (Rule(r".*\.1\..*o_proj", None), Rule.parse(r".*\.down_proj:bits=8,group_size=-1"), Rule.parse(r".*\.up_proj:bits=3,sym=false"))
+RULES = (
+    Rule(r".*\.1\..*o_proj", None),
+    Rule.parse(r".*\.down_proj:bits=8,group_size=-1"),
+    Rule.parse(r".*\.(gate|up|gate_up)_proj:bits=3,sym=false"),
+)
 FORMATS = ("gptq", "gptq_v2", "compressed-tensors")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bigq.progress.layout import WIDTH, entry, shortened, wrapped
+from bigq.progress.layout import WIDTH, entry, rewrapped, shortened, wrapped
 
 
 def test_an_entry_that_fits_is_one_line() -> None:
@@ -43,3 +43,15 @@ def test_long_names_lose_their_middle() -> None:
     short = shortened("model.language_model.layers.117.mlp.experts.gate_up_proj", 30)
     assert len(short) == 30 and short.startswith("model.") and short.endswith("gate_up_proj") and "…" in short
     assert wrapped("", 10) == []
+
+
+def test_labelled_lines_are_wrapped_under_their_text() -> None:
+    lines = [
+        "/folder: failed (it ended with an error; see to that and run the same command again)",
+        "  said      " + "word " * 20,
+        "  left      1:00",
+    ]
+    found = rewrapped(lines, 12)
+    assert max(map(len, found)) <= WIDTH and found[-1] == "  left      1:00"
+    assert "".join("".join(found).split()) == "".join("".join(lines).split())
+    assert found[1].startswith("  ") and found[2].startswith("  said      word") and found[3].startswith(" " * 12 + "word")
