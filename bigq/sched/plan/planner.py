@@ -289,10 +289,14 @@ def _shortages(cost: Cost, budgets: Budgets, download: Download | None) -> Itera
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _operations(count: float) -> str:
     if not count:
         return "–"
-    return f"{count / 1e15:.1f} PFLOP" if count >= 1e16 else f"{count / 1e12:.1f} TFLOP"
+    unit, size = next(((unit, size) for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15)) if count >= 10 * size), ("TFLOP", 1e12))
+    return f"{count / size:.1f} {unit}"
