@@ -48,7 +48,7 @@ def device_memory_peak(device: torch.device) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearRecord:
-    """How quantizing one Linear went. seconds: the factor and solve of the group that it was solved with, numbers or laps of a clock."""
+    """The result of quantizing one Linear. seconds: of the factor and solve of its group, as numbers or laps of a clock."""
 
     name: str
     bits: int

@@ -35,6 +35,15 @@ RULES = (
     Rule.parse(r".*\.down_proj:bits=8,group_size=-1"),
     Rule.parse(r".*\.(gate|up|gate_up)_proj:bits=3,sym=false"),
 )
+#: The same for families whose Linears have other names.
+RULES_OF = {
+    "opt": (Rule(r".*\.1\..*out_proj", None), Rule.parse(r".*fc2:bits=8,group_size=-1"), Rule.parse(r".*fc1:bits=3,sym=false")),
+    "bloom": (
+        Rule(r".*\.1\..*attention\.dense", None),
+        Rule.parse(r".*dense_4h_to_h:bits=8,group_size=-1"),
+        Rule.parse(r".*dense_h_to_4h:bits=3,sym=false"),
+    ),
+}
 FORMATS = ("gptq", "gptq_v2", "compressed-tensors")
 
 
@@ -62,7 +71,8 @@ def made(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
         if key not in known:
             known[key] = tmp_path_factory.mktemp("out")
             changed = QuantScheme(**{"group_size": 32, "scale_bits": 8, **scheme})
-            bigq.quantize(str(checkpoint(family)), known[key], job(ids, format=format, scheme=changed))
+            rules = RULES_OF.get(family, RULES)
+            bigq.quantize(str(checkpoint(family)), known[key], job(ids, format=format, scheme=changed, rules=rules))
         return known[key]
 
     return get
