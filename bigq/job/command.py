@@ -34,6 +34,12 @@ def _differing(values: Any, options: Iterable[Option]) -> Iterator[str]:
             yield from each.words(os.path.basename(value) if each.name == "calibration" else value)
 
 
+def rule_option(rule: Rule) -> str:
+    """The option that asks for a rule, for messages."""
+    option, value = _rule(rule)
+    return f"{option} '{value}'"
+
+
 def _rule(rule: Rule) -> tuple[str, str]:
     if rule.overrides is None:
         return "--skip", rule.pattern

@@ -122,10 +122,12 @@ def _with_bias(linear: PackedLinear, bias: Tensor) -> PackedLinear:
 
 
 def test_rules_and_skipped_linears(made: Made) -> None:
-    rules = (Rule(".*k_proj", None), Rule(".*down_proj", {"bits": 8}))
+    rules = (Rule(".*(q|k|v)_proj", None), Rule(".*down_proj", {"bits": 8}))
     out = made("llama", 4, rules=rules)
     packed = packed_linears(bigq.load_model(out, device="cpu", packed=True))
-    assert not [name for name in packed if name.endswith("k_proj")] and {m.bits for n, m in packed.items() if "down" in n} == {8}
+    assert not [name for name in packed if name.endswith(("q_proj", "k_proj", "v_proj"))] and {
+        m.bits for n, m in packed.items() if "down" in n
+    } == {8}
     ids = random_ids(1)
     logits = logits_of(bigq.load_model(out, device="cpu", packed=True), ids, 1)
     torch.testing.assert_close(logits, streamed_logits(out, ids, 1), rtol=1e-4, atol=1e-4)
