@@ -127,7 +127,7 @@ def _run_quantize(args: argparse.Namespace) -> int:
         _begin(args, config)
         from bigq.sched.run import quantize
 
-        report = quantize(args.model, args.out, config, stop, args.display, command=args.given)
+        report = quantize(args.model, args.out, config, stop, args.display, command=args.given, started=args.started)
     values = report.to_json()
     args.display.event("done", **{name: values[name] for name in DONE_FIELDS})
     if args.json:

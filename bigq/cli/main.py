@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -29,9 +30,10 @@ WITH_EVENTS = ("quantize", "plan")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    started = time.monotonic()
     prepare_streams()
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        return _run(list(sys.argv[1:] if argv is None else argv), started)
     except KeyboardInterrupt:  # before a command began
         return INTERRUPTED
     except BrokenPipeError:
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         abandon_broken_streams()
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], started: float) -> int:
     try:
         args = build_parser().parse_args(argv)
     except ParseError as error:
@@ -48,7 +50,7 @@ def _run(argv: list[str]) -> int:
         return error.exit_code
     finally:
         flush_results()
-    args.given = argv
+    args.given, args.started = argv, started
     args.display = display = _display(argv[0], args)
     with contextlib.ExitStack() as stack:
         try:
