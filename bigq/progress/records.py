@@ -116,6 +116,7 @@ class Report:
 
     seconds: of wall time; seconds_before: of the stages before the first phase (start-up, calibration, planning); seconds_by_phase: of the
     device that computes. waiting: the seconds that this device waited for files or the host, by cause.
+    planned_host_bytes, planned_device_bytes: what the plan predicted; 0 for a job that was finished before, which has no phases.
     batches: how many calibration rows went through a block at once, from the job's beginning on; more than one number where the
     device ran out of memory and the job continued with fewer. Empty where no rows are needed.
     read_by: programs that load the output; reader_notes: sentences about those that do not.
@@ -174,14 +175,16 @@ class Report:
             lines += entry("resumed", f"{self.resumed_blocks} of {self.blocks} blocks were already done")
         ratio = self.output_bytes / self.source_bytes
         lines += entry("size", f"{show_size(self.source_bytes)} → {show_size(self.output_bytes)} ({100 * ratio:.0f} %)")
-        lines += entry("time", [f"{name} {seconds:.1f} s" for name, seconds in rounded_shares(self.times()).items()])
-        lines += self.waiting_lines()
+        if self.seconds_by_phase:
+            lines += entry("time", [f"{name} {seconds:.1f} s" for name, seconds in rounded_shares(self.times()).items()])
+            lines += self.waiting_lines()
         if len(self.batches) > 1:
             lines += entry("batch", f"{' → '.join(map(str, self.batches))} rows: the device ran out of memory")
-        memory = [f"host peak {show_size(self.host_peak_bytes)} (planned {show_size(self.planned_host_bytes)})"]
-        if self.device_peak_bytes:
-            memory.append(f"device peak {show_size(self.device_peak_bytes)} (planned {show_size(self.planned_device_bytes)})")
-        lines += entry("memory", memory)
+        if self.planned_host_bytes:
+            memory = [f"host peak {show_size(self.host_peak_bytes)} (planned {show_size(self.planned_host_bytes)})"]
+            if self.device_peak_bytes:
+                memory.append(f"device peak {show_size(self.device_peak_bytes)} (planned {show_size(self.planned_device_bytes)})")
+            lines += entry("memory", memory)
         room = WIDTH - INDENT
         if self.worst is not None:
             name, error = shortened(str(self.worst["name"]), room - 1), f"relative error {self.worst['relative_error']:.2e}"
