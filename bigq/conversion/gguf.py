@@ -18,7 +18,7 @@ from torch import Tensor
 from bigq.config import JobConfig
 from bigq.conversion.gguf_families import Family, family_of, metadata, rope_factors, sliding_window, tensor_name
 from bigq.errors import CheckpointError, UsageError
-from bigq.io.formats import Stored
+from bigq.io.formats import PackedWeight
 from bigq.io.gguf_file import (
     BLOCK,
     BLOCK_BYTES,
@@ -198,7 +198,7 @@ def _check_values(pager: Pager) -> None:
             )
 
 
-def _read(pager: Pager, parameter: str, *, codes: bool = True) -> Stored:
+def _read(pager: Pager, parameter: str, *, codes: bool = True) -> PackedWeight:
     """A packed Linear; without codes, its words are memory of no meaning."""
     assert pager.schemes is not None
     prefix, scheme = pager.packed[parameter], pager.schemes.scheme(parameter.removesuffix(".weight"))

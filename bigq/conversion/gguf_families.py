@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigq.errors import UnsupportedModelError
 from bigq.io.gguf_file import Value
-from bigq.io.json_file import shown
+from bigq.io.json_file import show_value
 from bigq.model.description import ModelDescription
 
 
@@ -61,8 +61,8 @@ def family_of(model: ModelDescription) -> Family:
     kind = model.config.model_type
     if kind not in FAMILIES:
         raise UnsupportedModelError(
-            f"{model.folder}: bigq writes no GGUF files of model type {shown(kind)}, only of {', '.join(FAMILIES)}; use --format gptq or "
-            "compressed-tensors"
+            f"{model.folder}: bigq writes no GGUF files of model type {show_value(kind)}, only of {', '.join(FAMILIES)}; use --format gptq "
+            "or compressed-tensors"
         )
     return FAMILIES[kind]
 
@@ -163,5 +163,5 @@ def _head_dim(config: Any) -> int:
 
 def _differs(model: ModelDescription, name: str, value: Any) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{model.folder / 'config.json'}: {name} is {shown(value)}, which llama.cpp computes otherwise; use --format gptq"
+        f"{model.folder / 'config.json'}: {name} is {show_value(value)}, which llama.cpp computes otherwise; use --format gptq"
     )

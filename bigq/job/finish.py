@@ -16,17 +16,17 @@ from bigq import faults
 from bigq.config import JobConfig
 from bigq.errors import BigqError, ResourceError
 from bigq.io.atomic import copy_file, json_bytes, remedy, sync_folder, write_bytes, write_json
-from bigq.io.checksummed import read_sealed, write_sealed
+from bigq.io.checksum import load_record, save_record
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import Format, Quantization
 from bigq.io.index import INDEX_NAME, read_header, read_json_object
 from bigq.io.reader import read_tensor
 from bigq.io.shard_record import file_sha256
-from bigq.job.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journal
+from bigq.job.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journal, read_commits
 from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME, read_manifest
 from bigq.kernels.dequantize import dequantize_packed
+from bigq.methods import method_of
 from bigq.scheme import QuantScheme, scheme_for
-from bigq.solver.rtn import plain_grid
 from bigq.version import __version__
 
 #: The model card and the mark in one that bigq wrote. Users may edit such a card, so the manifest does not list it.
@@ -36,16 +36,39 @@ RECORDS = (JOB_NAME, JOURNAL_NAME, BATCHES_NAME, "linears.jsonl")
 
 
 def is_finished(journal: Journal) -> bool:
-    """Whether every shard is committed and all files written after the last one are there, unchanged."""
-    if journal.missing:
-        return False
+    """Whether every shard is committed and all that was written after the last one is there, unchanged."""
+    return not journal.missing and _rest_is_whole(journal.out, journal.commits)
+
+
+def complete_commits(out: Path) -> list[Commit] | None:
+    """The commits of a finished folder, if shards and all other files are there and unchanged; else None. Nothing is repaired.
+
+    A shard counts as unchanged while its size and time of modification are those of its commit.
+    """
     try:
-        manifest = read_sealed(journal.out / STATE_FOLDER / MANIFEST_NAME, "")
+        found, damaged = read_commits(out)
+        commits = list({commit.unit: commit for commit in found}.values())
+        if damaged or not commits or not commits[0].shard.file.endswith(f"-of-{len(commits):05d}.safetensors"):
+            return None
+        if not _rest_is_whole(out, commits):
+            return None
+        stats = [((out / commit.shard.file).stat(follow_symlinks=False), commit) for commit in commits]
+    except (BigqError, OSError):
+        return None
+    return commits if all((at.st_size, at.st_mtime_ns) == (c.shard.size, c.modified) for at, c in stats) else None
+
+
+def _rest_is_whole(out: Path, commits: Sequence[Commit]) -> bool:
+    """Whether the manifest lists just these shards, and every other file is as it says."""
+    try:
+        manifest = load_record(out / STATE_FOLDER / MANIFEST_NAME, "")
         if manifest is None:
             return False
-        shards = {commit.shard.file for commit in journal.commits}
+        shards = {commit.shard.file for commit in commits}
+        if not shards <= set(manifest["files"]):
+            return False
         others = {name: entry for name, entry in manifest["files"].items() if name not in shards and name != GGUF_NAME}
-        return all(file_sha256(journal.out / name) == entry["sha256"] for name, entry in others.items())
+        return all(file_sha256(out / name) == entry["sha256"] for name, entry in others.items())
     except (BigqError, KeyError, TypeError, AttributeError):
         return False
 
@@ -93,7 +116,7 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Se
     final = json_bytes(read_json_object(source / "config.json") | added)
     free = {"free": [CARD_NAME]} if is_card(out / CARD_NAME) else {}
     files = {name: entry for name, entry in _manifest(journal, final).items() if name not in free.get("free", ())}
-    write_sealed(out / STATE_FOLDER / MANIFEST_NAME, {"files": files, **free})
+    save_record(out / STATE_FOLDER / MANIFEST_NAME, {"files": files, **free})
     faults.point("finish.manifest")
     try:
         write_bytes(out / "config.json", final)
@@ -109,7 +132,7 @@ def _search_power(config: JobConfig) -> float:
     """The power p of |error|^p that the search for scales minimizes; 0 where scales are not searched for."""
     if not config.scheme.mse:
         return 0.0
-    return plain_grid(config.scheme).mse_power if config.method == "rtn" else config.scheme.grid.mse_power
+    return method_of(config).grid(config.scheme).mse_power
 
 
 def quantization_of(commits: Iterable[Commit], config: JobConfig, linears: Sequence[str], meta: Mapping[str, Any]) -> Quantization:
@@ -143,7 +166,7 @@ def free_card(out: Path) -> None:
     manifest = read_manifest(out)
     files = {name: entry for name, entry in manifest["files"].items() if name != CARD_NAME}
     if manifest != (freed := {"files": files, "free": [CARD_NAME]}):
-        write_sealed(out / STATE_FOLDER / MANIFEST_NAME, freed)
+        save_record(out / STATE_FOLDER / MANIFEST_NAME, freed)
 
 
 def _manifest(journal: Journal, config_json: bytes) -> dict[str, dict[str, Any]]:

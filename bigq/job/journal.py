@@ -23,7 +23,7 @@ from typing import Any
 from bigq import faults
 from bigq.errors import CheckpointError, ResourceError, UsageError
 from bigq.io.atomic import TEMP_SUFFIX, remedy, sync_folder, write_bytes
-from bigq.io.checksummed import read_record, read_sealed, seal, sound_lines, unseal, write_sealed
+from bigq.io.checksum import load_record, read_record_bytes, save_record, seal, unseal, valid_lines
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.shard_record import ShardRecord, file_sha256
 from bigq.job.batches import Halving
@@ -139,13 +139,13 @@ class Journal:
         self.halvings = self._read_halvings()
 
     def _begin(self, request: Mapping[str, Any], compare: Callable[..., list[str]]) -> None:
-        before = read_sealed(self._state / JOB_NAME, _BEGIN_AGAIN)
+        before = load_record(self._state / JOB_NAME, _BEGIN_AGAIN)
         if before is not None:
             self.notes += compare(self.out, before, request)
         elif self._path.exists():
             raise CheckpointError(f"{self._state / JOB_NAME}: is missing, so the job's request is unknown; {_BEGIN_AGAIN}")
         else:
-            write_sealed(self._state / JOB_NAME, request)
+            save_record(self._state / JOB_NAME, request)
             faults.point("job.written")
 
     def _sound_commits(self) -> dict[str, Commit]:
@@ -153,7 +153,7 @@ class Journal:
         for leftover in [*self.out.glob("*" + TEMP_SUFFIX), *self._state.glob("*" + TEMP_SUFFIX)]:
             with contextlib.suppress(OSError):  # one that stays is overwritten later, or reported then
                 leftover.unlink(missing_ok=True)
-        lines = (read_record(self._path) or b"").splitlines(keepends=True)
+        lines = (read_record_bytes(self._path) or b"").splitlines(keepends=True)
         found = [Commit.from_line(line) for line in lines]
         kept: dict[str, Commit] = {}
         for commit in found:
@@ -235,12 +235,14 @@ class Journal:
             sync_folder(self._state)
             faults.point("journal.synced")
         except OSError as error:
-            raise ResourceError(f"cannot write {self._path}: {error.strerror}; free some space and run the command again") from error
+            raise ResourceError(
+                f"{self._path}: cannot be written: {error.strerror}; free some space, then run the same command again"
+            ) from error
         self._committed[commit.unit] = commit
 
     def _read_halvings(self) -> list[Halving]:
         path = self._state / BATCHES_NAME
-        value = read_sealed(path, _BEGIN_AGAIN)
+        value = load_record(path, _BEGIN_AGAIN)
         if value is None:
             return []
         try:
@@ -254,20 +256,20 @@ class Journal:
         Call it before anything that depends on the smaller batch is committed: a resumed job halves at the same place.
         """
         self.halvings.append(halving)
-        write_sealed(self._state / BATCHES_NAME, {"halvings": [h.to_json() for h in self.halvings]})
+        save_record(self._state / BATCHES_NAME, {"halvings": [h.to_json() for h in self.halvings]})
         faults.point("batch.halved")
 
     def record_run(self, run: Mapping[str, Any]) -> None:
         """Append a line for this run. Raises ResourceError."""
         self._run = run
         path = self._state / RUNS_NAME
-        write_bytes(path, b"".join([*sound_lines(path), seal(run, line=True)]))
+        write_bytes(path, b"".join([*valid_lines(path), seal(run, line=True)]))
         faults.point("run.recorded")
 
     def record_end(self, ended: Mapping[str, Any]) -> None:
         """Add how the run ended to the line that ``record_run`` wrote. Raises ResourceError; then the line is unchanged."""
         path, begun = self._state / RUNS_NAME, seal(self._run, line=True)
-        others = [line for line in sound_lines(path) if line != begun]
+        others = [line for line in valid_lines(path) if line != begun]
         write_bytes(path, b"".join([*others, seal({**self._run, "ended": ended}, line=True)]))
 
 
@@ -286,7 +288,7 @@ def modification_time(path: Path) -> int:
 
 def read_commits(out: Path) -> tuple[list[Commit], int]:
     """The commits in a folder's journal, and how many of its lines are invalid. Reads no shard and repairs nothing."""
-    lines = (read_record(out / STATE_FOLDER / JOURNAL_NAME) or b"").splitlines(keepends=True)
+    lines = (read_record_bytes(out / STATE_FOLDER / JOURNAL_NAME) or b"").splitlines(keepends=True)
     found = [Commit.from_line(line) for line in lines]
     commits = [commit for commit in found if commit is not None]
     return commits, len(found) - len(commits)
@@ -294,7 +296,7 @@ def read_commits(out: Path) -> tuple[list[Commit], int]:
 
 def read_job(out: Path) -> dict[str, Any] | None:
     """The frozen request of the job in a folder; None where there is no job. Raises CheckpointError where it is damaged."""
-    return read_sealed(out / STATE_FOLDER / JOB_NAME, _BEGIN_AGAIN)
+    return load_record(out / STATE_FOLDER / JOB_NAME, _BEGIN_AGAIN)
 
 
 def require_job_folder(out: Path) -> None:

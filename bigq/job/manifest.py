@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bigq.errors import BigqError, CheckpointError
-from bigq.io.checksummed import read_sealed, write_sealed
+from bigq.io.checksum import load_record, save_record
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.shard_record import file_sha256
 from bigq.job.journal import read_job
@@ -20,7 +20,7 @@ GGUF_NAME = "model.gguf"
 def read_manifest(out: Path) -> dict[str, Any]:
     """The manifest of a finished folder. Raises CheckpointError where it is missing or damaged, ResourceError."""
     path, remedy = out / STATE_FOLDER / MANIFEST_NAME, "run the command that made the folder again"
-    manifest = read_sealed(path, remedy)
+    manifest = load_record(path, remedy)
     if manifest is None or not isinstance(manifest.get("files"), dict):
         raise CheckpointError(f"{path}: is missing or lists no files; {remedy}")
     return manifest
@@ -31,7 +31,7 @@ def has_gguf(out: Path, *, by_size: bool = False) -> bool:
 
     The file is hashed only if its modification time differs from the recorded one. by_size: compare the size alone.
     """
-    manifest, path = read_sealed(out / STATE_FOLDER / MANIFEST_NAME, ""), out / GGUF_NAME
+    manifest, path = load_record(out / STATE_FOLDER / MANIFEST_NAME, ""), out / GGUF_NAME
     try:
         entry = None if manifest is None else manifest["files"][GGUF_NAME]
         if entry is None or path.stat().st_size != entry["size"]:
@@ -56,4 +56,4 @@ def add_gguf(out: Path) -> None:
     manifest, path = read_manifest(out), out / GGUF_NAME
     entry = {"size": path.stat().st_size, "sha256": file_sha256(path), "modified": path.stat().st_mtime_ns}
     files = dict(sorted({**manifest["files"], GGUF_NAME: entry}.items()))
-    write_sealed(out / STATE_FOLDER / MANIFEST_NAME, {**manifest, "files": files})
+    save_record(out / STATE_FOLDER / MANIFEST_NAME, {**manifest, "files": files})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bigq.errors import BigqError, UnsupportedModelError
-from bigq.io.json_file import plain
+from bigq.io.json_file import show_name
 from bigq.machine.device import out_of_memory
 from bigq.model.pager import replace_forward
 
@@ -87,7 +87,7 @@ def forward_errors() -> Iterator[None]:
         if out_of_memory(error):
             raise
         raise UnsupportedModelError(
-            f"the model's own forward fails with this config.json: {type(error).__name__}: {plain(' '.join(str(error).split())[:300])}"
+            f"the model's own forward fails with this config.json: {type(error).__name__}: {show_name(' '.join(str(error).split())[:300])}"
         ) from error
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bigq.errors import CheckpointError, UnsupportedModelError
-from bigq.io.json_file import plain, shown
+from bigq.io.json_file import show_name, show_value
 
 #: Pattern of a setting's name, and the largest value allowed. The first pattern that matches counts.
 _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
@@ -35,18 +35,18 @@ def check_config(path: Path, config: dict[str, Any], *, trust_remote_code: bool)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         if _PROBABILITY.search(name) and not 0 <= value <= 1:
-            raise CheckpointError(f"{path}: {plain(name)} is {shown(value)}, which is not a probability; correct it")
+            raise CheckpointError(f"{path}: {show_name(name)} is {show_value(value)}, which is not a probability; correct it")
         if isinstance(value, float):
             continue
         limit = next(most for names, most in _LIMITS if names.search(name))
         if abs(value) > limit:
-            raise CheckpointError(f"{path}: {plain(name)} is {shown(value)}, above the limit of {limit}; correct it")
+            raise CheckpointError(f"{path}: {show_name(name)} is {show_value(value)}, above the limit of {limit}; correct it")
     if trust_remote_code:
         return
     for name, value in config.items():
         if any(inner == "auto_map" for inner, _ in _names(value)):
             raise UnsupportedModelError(
-                f"{path}: {plain(name)} needs the checkpoint's own code (auto_map); pass --trust-remote-code to run it"
+                f"{path}: {show_name(name)} needs the checkpoint's own code (auto_map); pass --trust-remote-code to run it"
             )
 
 

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigq.errors import CheckpointError, UnsupportedModelError
+from bigq.errors import CheckpointError
 from bigq.io.folders import STATE_FOLDER
-from bigq.io.formats import PackedSchemes, Stored, read_schemes
+from bigq.io.formats import PackedSchemes, PackedWeight, read_schemes
 from bigq.io.index import Checkpoint, TensorInfo
-from bigq.io.json_file import read_json_object, shown
-from bigq.io.prefetch.prefetch import ReadAhead, open_read_ahead
+from bigq.io.json_file import read_json_object, show_value
+from bigq.io.prefetch.prefetch import Prefetch, open_prefetch
 from bigq.io.reader import read_rows, read_tensor
-from bigq.kernels.dequantize import dequantize_packed
+from bigq.io.sources.base import Source
+from bigq.io.sources.packed import PackedSource
+from bigq.io.sources.plain import PlainSource
 from bigq.model import skeleton
 from bigq.model.description import ModelDescription
 from bigq.progress.trace import Trace
@@ -46,84 +48,74 @@ class Pager(ModelDescription):
         self.dtype = skeleton.compute_dtype(config, dtype, (t.dtype for t in self.checkpoint.tensors.values()))
         most = MOST_PARAMETERS * len(self.checkpoint.tensors) + 1000
         super().__init__(folder, config, skeleton.build(config, self.dtype, trust_remote_code=trust_remote_code, max_parameters=most), {})
-        self.packed = self._packed_linears()
-        self._name_sources()
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._forced = skeleton.forced_dtypes(self.model, self.dtype, self._meta)
-        self._check_complete()
-        self._ahead: ReadAhead | None = None
+        self._weights = self._find_sources()
+        self._ahead: Prefetch | None = None
         self._budget = 0
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
 
-    def _packed_linears(self) -> dict[str, str]:
+    def _find_packed(self) -> dict[str, PackedSource]:
+        """The packed Linears by the name of their weight. A new way of storing weights is found beside this."""
         path = self.folder / "config.json"
         said = read_json_object(path).get("quantization_config")
         if said is None:
             return {}
         if not isinstance(said, dict):
-            raise CheckpointError(f"{path}: quantization_config is {shown(said)}, not an object; fetch it again")
-        self.schemes = read_schemes(path, said)
-        mark = f".{self.schemes.format.mark}"
+            raise CheckpointError(f"{path}: quantization_config is {show_value(said)}, not an object; fetch it again")
+        self.schemes = schemes = read_schemes(path, said)
+        mark = f".{schemes.format.mark}"
         prefixes = [name.removesuffix(mark) for name in self.checkpoint if name.endswith(mark)]
         if not prefixes:
-            raise CheckpointError(f"{path}: has a quantization_config, but the checkpoint has no packed tensor; fetch it again")
+            raise CheckpointError(f"{path}: quantization_config is there, but no tensor is packed; fetch the checkpoint again")
         renamed = skeleton.map_names(self.model, [f"{p}.weight" for p in prefixes])
-        return {target: name.removesuffix(".weight") for name, target in renamed.items()}
+        return {
+            target: PackedSource(
+                format=schemes.format,
+                prefix=name.removesuffix(".weight"),
+                scheme=schemes.scheme(target.removesuffix(".weight")),
+                checkpoint=self.checkpoint,
+            )
+            for name, target in renamed.items()
+        }
 
-    def _name_sources(self) -> None:
-        renamed = skeleton.map_names(self.model, self.checkpoint)
-        self.sources = {target: self.checkpoint[name] for name, target in renamed.items()}
-        by_object = {}
-        for name, param in self.model.named_parameters(remove_duplicate=False):
-            if name in self.sources:
-                by_object[id(param)] = self.sources[name]
-        for name, param in self.model.named_parameters(remove_duplicate=False):
-            if name not in self.sources and id(param) in by_object:
-                self.sources[name] = by_object[id(param)]
+    def _find_plain(self) -> dict[str, TensorInfo]:
+        """The stored tensor of each parameter and buffer that has one; tied parameters share it."""
+        found = {target: self.checkpoint[name] for name, target in skeleton.map_names(self.model, self.checkpoint).items()}
+        parameters = list(self.model.named_parameters(remove_duplicate=False))
+        by_object = {id(param): found[name] for name, param in parameters if name in found}
+        for name, param in parameters:
+            if name not in found and id(param) in by_object:
+                found[name] = by_object[id(param)]
+        return found
 
-    def _check_complete(self) -> None:
+    def _find_sources(self) -> dict[str, Source]:
+        """How each parameter is stored. Raises CheckpointError where one is missing or has another shape, UnsupportedModelError."""
+        packed = self._find_packed()
+        self.packed = {name: source.prefix for name, source in packed.items()}
+        self.sources = self._find_plain()
+        found: dict[str, Source] = {}
         for name, param in self._meta.items():
-            if name in self.packed:
-                self._check_packed(name)
+            if name in packed:
+                packed[name].check(tuple(skeleton.linear_weight(self._owner(name)[0]).shape))
+                found[name] = packed[name]
                 continue
             if name not in self.sources:
                 raise CheckpointError(
                     f"{self.folder}: tensor {name} is missing from the checkpoint; fetch it again, or correct config.json"
                 )
-            info = self.sources[name]
-            if info.shape != tuple(param.shape):
-                raise CheckpointError(
-                    f"{info.file}: tensor {info.name} has shape {list(info.shape)}, but by config.json it should be {list(param.shape)}; "
-                    "use the config.json of this checkpoint"
-                )
-            if not info.dtype.is_floating_point or info.dtype.itemsize == 1:
-                raise UnsupportedModelError(f"{info.file}: tensor {info.name} is {info.dtype}; bigq reads fp32, fp16 and bf16 sources")
+            found[name] = PlainSource(self.sources[name])
+            found[name].check(tuple(param.shape))
+        return found
 
-    def packed_tensors(self, name: str) -> list[str]:
-        """Names of the checkpoint's tensors that hold the packed weight ``name``."""
-        assert self.schemes is not None
-        symmetric = self.schemes.scheme(name.removesuffix(".weight")).symmetric
-        return [f"{self.packed[name]}.{suffix}" for suffix in self.schemes.format.suffixes(symmetric)]
-
-    def _check_packed(self, name: str) -> None:
-        assert self.schemes is not None
-        bits = self.schemes.scheme(name.removesuffix(".weight")).bits
-        outputs, inputs = skeleton.linear_weight(self._owner(name)[0]).shape
-        file = self.checkpoint[self.packed_tensors(name)[0]].file
-        try:
-            packed = self.schemes.format.geometry(self.packed[name], self.checkpoint.tensors)
-        except CheckpointError as error:
-            raise CheckpointError(f"{file}: {error}; fetch it again") from None
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{file}: {error}") from None
-        if (packed.bits, packed.outputs, packed.inputs) != (bits, outputs, inputs):
-            raise CheckpointError(
-                f"{file}: tensor {self.packed_tensors(name)[0]} is packed as {packed}, but by config.json it should be {bits} bits, "
-                f"{outputs} × {inputs}; use the config.json of this checkpoint"
-            )
+    def packed_source(self, name: str) -> PackedSource:
+        """How the weight of a packed Linear is stored."""
+        source = self._weights[name]
+        assert isinstance(source, PackedSource), f"{name} is not packed"
+        return source
 
     def block_names(self, i: int) -> list[str]:
         """Names of the parameters and persistent buffers of block i."""
@@ -152,8 +144,8 @@ class Pager(ModelDescription):
         """The checkpoint's tensors that block i is loaded from."""
         infos: list[TensorInfo] = []
         for name in self.block_names(i):
-            if name in self.packed:
-                infos += [self.checkpoint[tensor] for tensor in self.packed_tensors(name)]
+            if name in self._weights:
+                infos += self._weights[name].tensors
             elif name in self.sources:
                 infos.append(self.sources[name])
         return infos
@@ -161,7 +153,7 @@ class Pager(ModelDescription):
     @contextlib.contextmanager
     def prefetch(self, budget: int, trace: Trace) -> Iterator[None]:
         """Let ``announce_block`` prefetch up to ``budget`` bytes while the context is open. Reads are a lane of the trace."""
-        with contextlib.closing(open_read_ahead(self.device, budget, trace)) as self._ahead:
+        with contextlib.closing(open_prefetch(self.device, budget, trace)) as self._ahead:
             self._budget = budget
             try:
                 yield
@@ -219,7 +211,7 @@ class Pager(ModelDescription):
         embedding = self.embedding
         name = next(n for n, m in self.model.named_modules() if m is embedding) + ".weight"
         tokens = ids.unique()
-        rows = self.to_device(name, read_rows(self.sources[name], tokens))
+        rows = read_rows(self.sources[name], tokens).to(device=self.device, dtype=self.dtype_of(name))
         places = torch.searchsorted(tokens, torch.arange(int(tokens[-1]) + 1)).to(self.device)
         padding, embedding.padding_idx = embedding.padding_idx, None
         embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
@@ -230,22 +222,17 @@ class Pager(ModelDescription):
             embedding._parameters["weight"] = self._meta[name]
             embedding.padding_idx = padding
 
-    def to_device(self, name: str, tensor: Tensor) -> Tensor:
-        """A parameter's stored values on the device, in the dtype that the model computes with."""
-        dtype = self._forced.get(name, self._meta[name].dtype)
-        return tensor.to(device=self.device, dtype=dtype)
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What the model computes with a parameter in."""
+        return self._forced.get(name, self._meta[name].dtype)
 
     def dequantized(self, name: str) -> Tensor:
         """The weight of a packed Linear, [outputs, inputs], in the compute dtype."""
-        assert self.schemes is not None
-        words, scales, zeros = (t.to(self.device) for t in self.stored(name))
-        return dequantize_packed(words, scales, zeros, self.schemes.scheme(name.removesuffix(".weight")).bits, self.dtype)
+        return self.packed_source(name).value(self._read, self.device, self.dtype)
 
-    def stored(self, name: str) -> Stored:
+    def stored(self, name: str) -> PackedWeight:
         """The packed tensors of a packed Linear's weight, on the device that they were read to."""
-        assert self.schemes is not None
-        scheme = self.schemes.scheme(name.removesuffix(".weight"))
-        return self.schemes.format.read(self.packed[name], lambda n: self._read(self.checkpoint[n]), scheme)
+        return self.packed_source(name).stored(self._read)
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, leaf = name.rpartition(".")
@@ -267,7 +254,7 @@ class Pager(ModelDescription):
             weight = self.dequantized(name)
             value = weight.T.contiguous() if skeleton.is_transposed(module) else weight
         else:
-            value = self.to_device(name, self._read(self.sources[name]))
+            value = self._weights[name].value(self._read, self.device, self.dtype_of(name))
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     def _read(self, info: TensorInfo) -> Tensor:

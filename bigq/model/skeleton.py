@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bigq.errors import BigqError, CheckpointError, UnsupportedModelError
-from bigq.io.json_file import plain, read_json_object, shown
+from bigq.io.json_file import read_json_object, show_name, show_value
 from bigq.model.config import check_config, uses_hub_kernels
 
 #: New tensors above this size are made on meta at once: they are parameters that are about to be registered.
@@ -39,7 +39,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if not isinstance(raw.get("model_type"), str):
         raise CheckpointError(f"{path}: has no model_type, so the architecture is unknown")
     check_config(path, raw, trust_remote_code=trust_remote_code)
-    kind = shown(raw["model_type"])
+    kind = show_value(raw["model_type"])
     if raw.get("auto_map") and not trust_remote_code:
         from transformers import CONFIG_MAPPING
 
@@ -199,7 +199,7 @@ def _dtype(value: Any) -> torch.dtype:
     dtype = value if isinstance(value, torch.dtype) else getattr(torch, str(value), None)
     if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UnsupportedModelError(
-            f"the model's dtype is {plain(str(value))}; bigq computes in float32, bfloat16 or float16 (choose one with --dtype)"
+            f"the model's dtype is {show_name(str(value))}; bigq computes in float32, bfloat16 or float16 (choose one with --dtype)"
         )
     return dtype
 
@@ -210,7 +210,7 @@ def _no_warning(*_: Any) -> None:
 
 def _error_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300] if text.isprintable() else shown(text)}"
+    return f"{type(error).__name__}: {text[:300] if text.isprintable() else show_value(text)}"
 
 
 class _LargeTensorsToMeta(TorchFunctionMode):

@@ -7,6 +7,7 @@ as attention returns that of its output projection. Once that Linear is solved, 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -56,6 +57,10 @@ class BlockPlan:
     groups: tuple[Group, ...]
     left_out: tuple[str, ...]
     shortcuts: tuple[Shortcut, ...]
+
+    def without_shortcuts(self) -> BlockPlan:
+        """The same structure, with every module running each time."""
+        return dataclasses.replace(self, shortcuts=())
 
     def levels(self, true_sequential: bool) -> list[list[Group]]:
         """The groups by level; without true-sequential all in one level."""

@@ -30,7 +30,7 @@ import bigq
 from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import NumericsError, UsageError
-from bigq.io.checksummed import unseal
+from bigq.io.checksum import unseal
 from bigq.job.journal import Commit, Journal
 from bigq.model.capture import BlockCall
 from bigq.sched.plan import inputs
@@ -198,7 +198,7 @@ def test_interrupted_job_ends_with_the_same_bytes(
         {"true_sequential": False},
         {"dtype": "bfloat16"},
         {"scheme": QuantScheme(group_size=-1, bits=2, mse=True, act_order=True)},
-        {"rules": (Rule(r".*\.o_proj", None), Rule.parse(r".*\.(down|q)_proj:bits=8,sym=false,act_order=true"))},
+        {"rules": (Rule(r".*\.o_proj", None), Rule.parse(r".*\.(down|q|k|v|qkv)_proj:bits=8,sym=false,act_order=true"))},
         {"on_nonfinite": "skip"},
     ],
     ids=["together", "bf16", "mse, act-order", "rules", "skip"],
@@ -306,7 +306,7 @@ def test_tokens_that_overflow_in_the_original_model_only(tmp_path: Path) -> None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ReferenceBlock, "align", with_inf)
-        with pytest.raises(NumericsError, match=r"q_proj.*its inputs in the original model are not finite.*--on-nonfinite skip"):
+        with pytest.raises(NumericsError, match=r"q_proj.*its inputs in the original model contain NaN or Inf.*--on-nonfinite skip"):
             bigq.quantize(str(source), tmp_path / "stop", job(ids))
         spoilt[0] = False
         report = bigq.quantize(str(source), tmp_path / "skip", job(ids, on_nonfinite="skip"))

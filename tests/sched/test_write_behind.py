@@ -11,7 +11,8 @@ import pytest
 
 import bigq
 from bigq.errors import ResourceError
-from bigq.sched import pipeline
+from bigq.sched import shards
+from bigq.sched import solving as solving_module
 from bigq.sched.write_behind import WriteBehind
 
 
@@ -59,8 +60,8 @@ def test_without_a_thread_a_step_runs_at_once() -> None:
 def test_the_next_block_is_solved_while_one_is_written(
     checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first block's write ends only after the second block's solve has started."""
-    write_shard, solve_block = pipeline.write_shard, pipeline.solve_block
+    """The first block's write does not end before the second block's solve has begun."""
+    write_shard, solve_block = shards.write_shard, solving_module.solve_block
     solving = [threading.Event() for _ in range(16)]
 
     def slow_write(path: Path, tensors: object) -> object:
@@ -68,12 +69,12 @@ def test_the_next_block_is_solved_while_one_is_written(
             assert solving[1].wait(30), "the job waits for its writes"
         return write_shard(path, tensors)  # type: ignore[arg-type]
 
-    def seen(job: pipeline.BlockJob, *args: object) -> object:
+    def seen(job: solving_module.BlockJob, *args: object, **kwargs: object) -> object:
         solving[job.index].set()
-        return solve_block(job, *args)  # type: ignore[arg-type]
+        return solve_block(job, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline, "write_shard", slow_write)
-    monkeypatch.setattr(pipeline, "solve_block", seen)
+    monkeypatch.setattr(shards, "write_shard", slow_write)
+    monkeypatch.setattr(solving_module, "solve_block", seen)
     config = bigq.JobConfig(
         scheme=bigq.QuantScheme(group_size=32), calibration=str(ids_file), samples=4, seqlen=40, read_ahead=1, device="cpu", quiet=True
     )

@@ -21,7 +21,7 @@ import torch
 
 from bigq import faults
 from bigq.errors import BigqError, CheckpointError, ResourceError
-from bigq.io.checksummed import read_sealed, write_sealed
+from bigq.io.checksum import load_record, save_record
 from bigq.io.index import read_header
 from bigq.io.reader import as_bytes, read_range
 from bigq.io.shard_record import ShardRecord, file_sha256
@@ -61,7 +61,7 @@ class Checkpoints:
 
     def _read_record(self) -> list[CheckpointFile]:
         try:
-            value = read_sealed(self._state / CHECKPOINTS_NAME, "")
+            value = load_record(self._state / CHECKPOINTS_NAME, "")
             return [] if value is None else [CheckpointFile(**entry) for entry in value["kept"]]
         except (BigqError, KeyError, TypeError):
             self._say(f"{CHECKPOINTS_NAME}: is damaged or cannot be read; finished blocks are replayed")
@@ -159,7 +159,7 @@ class Checkpoints:
 
     def _record(self, kept: list[CheckpointFile]) -> None:
         if kept != self._kept:
-            write_sealed(self._state / CHECKPOINTS_NAME, {"kept": [asdict(saved) for saved in kept]})
+            save_record(self._state / CHECKPOINTS_NAME, {"kept": [asdict(saved) for saved in kept]})
             self._kept = kept
             self._remove_others()
 

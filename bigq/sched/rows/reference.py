@@ -23,13 +23,12 @@ REFERENCE_STEP = 2**20
 class ReferenceBlock:
     """One block of the unquantized model.
 
-    store: the block's inputs in the unquantized model. cache: the shortcut outputs for these rows. alpha: the part of the upstream
-    error to correct, 0 to 1. kept: unquantized weights of the solved Linears, by name in the block.
+    store: the block's inputs in the unquantized model. cache: the shortcut outputs for these rows.
+    kept: unquantized weights of the solved Linears, by name in the block.
     """
 
     store: ActivationStore
     cache: ShortcutCache
-    alpha: float
     kept: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def keep_weight(self, name: str, linear: nn.Module) -> None:

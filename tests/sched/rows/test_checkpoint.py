@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bigq import faults
-from bigq.io.checksummed import seal
+from bigq.io.checksum import seal
 from bigq.job.batches import Batches
 from bigq.sched.rows import checkpoint as checkpoint_module
 from bigq.sched.rows.checkpoint import EXPECTED_RATE, Checkpoints
@@ -421,7 +421,7 @@ def test_a_disk_that_cannot_be_read_does_not_end_the_job(
     place: str, saved: Callable[..., Path], store: Callable[..., ActivationStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state, said = saved(1, 2), list[str]()
-    failing = {"record": "read_sealed", "file": "file_sha256"}[place]
+    failing = {"record": "load_record", "file": "file_sha256"}[place]
 
     def fail(*_: Any) -> Any:
         raise checkpoint_module.ResourceError("x: cannot be read: Input/output error")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bigq.kernels.finiteness import finite
+from bigq.kernels.finiteness import is_finite
 from bigq.model.capture import BlockCall, OutputForm, StopForward, hidden_of
 from bigq.solver.hessian import finite_tokens
 
@@ -26,13 +26,13 @@ def nonfinite_rows(output: Tensor, lo: int) -> str:
 
 
 def first_nonfinite(block: nn.Module, call: BlockCall, hidden: Tensor) -> str:
-    """Text that names the first non-finite value when the block runs on hidden states [B, T, d], such as "the output of mlp.up_proj"."""
-    if not finite(hidden):
-        return "the block's input"
+    """What is not finite first when the block runs on hidden states [B, T, d], in words: found by running it, module by module."""
+    if not is_finite(hidden):
+        return "what the block is given"
     found: list[str] = []
 
     def note(tensor: Any, words: str) -> None:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not finite(tensor):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not is_finite(tensor):
             found.append(words)
             raise StopForward
 
