@@ -316,7 +316,7 @@ def test_a_job_that_is_not_finished_is_called_so(made: Callable[..., Path], tmp_
         ["eval", str(folder), "--data", "x"],
     ):
         assert main(command) == 3
-        assert "is not finished; run the command that made it again" in capsys.readouterr().err
+        assert "is not finished; run its command again to resume it" in capsys.readouterr().err
 
 
 def test_what_is_not_packed_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
