@@ -324,3 +324,12 @@ def test_c4_missing_on_the_hub(repository: Path, environment: dict[str, str], ch
     assert len(lines) == 1 and lines[0].startswith("bigq: error: ") and "allenai/c4" in lines[0], done.stderr
     assert "--calibration FILE" in lines[0] and "builtin" in lines[0]
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_job_that_does_not_fit_fetches_no_shard(
+    repository: Path, hub: Hub, environment: dict[str, str], ids_file: Path, child: Child, tmp_path: Path
+) -> None:
+    done = child(*arguments("owner/tiny", tmp_path / "out", ids_file), "--disk", "100KB", env=environment)
+    assert done.returncode == 4, done.stderr
+    assert "the job does not fit, so nothing is fetched: disk: " in done.stderr.splitlines()[-1]
+    assert not list((tmp_path / "hf").rglob("*.safetensors")) and not (tmp_path / "out").exists()

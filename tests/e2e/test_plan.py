@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,3 +250,17 @@ def test_without_memo_the_output_is_the_same(family: str, ids: Path, tmp_path: P
     assert len(shards) > 3
     for name in shards:
         assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+
+
+def test_the_times_of_a_summary_add_up_to_its_wall_time(model: Path, ids: Path, tmp_path: Path) -> None:
+    """Start-up and calibration are stages of their own; what the caller did before is part of the start-up."""
+    import bigq
+    from bigq.sched import run
+
+    config = bigq.JobConfig(scheme=bigq.QuantScheme(group_size=32), calibration=str(ids), samples=8, seqlen=32, device="cpu", quiet=True)
+    report = run.quantize(str(model), tmp_path / "out", config, started=time.monotonic() - 5)
+    assert list(report.seconds_before) == ["start-up", "calibration", "planning"] and report.seconds_before["start-up"] >= 5
+    times = report.times()
+    assert sum(times.values()) == pytest.approx(report.seconds) and set(times) > {"start-up", "calibration", "solve", "other"}
+    assert times["other"] < 0.5 * (report.seconds - 5)
+    assert "read by: transformers" in report.summary() and max(map(len, report.summary().splitlines())) <= 60
