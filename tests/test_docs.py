@@ -24,6 +24,9 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 RESULTS = ROOT / "docs/results"
 #: A test as the pages and tests/quick.txt name it.
 TEST = re.compile(r"`([\w/]+\.py)::(\w+)`")
+#: A source file as the pages name it: from the root, or from one of ``HOMES``. Names of files to be written are no such.
+CODE_FILE = re.compile(r"`(?!(?:\w+/)*(?:mine|x)\.py)((?:\w+/)*\w+\.(?:py|txt|toml))(?=[`:])")
+HOMES = ("", "bigq", "tests", "bigq/methods", "bigq/io/formats", "bigq/io/sources")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 MAX_LINE, MAX_README = 120, 120
 #: Phrases of an earlier translation that say nothing to a reader.
@@ -106,6 +109,10 @@ class TestEveryPage:
 
     def test_relative_links_resolve(self, path: Path) -> None:
         assert broken_links(path, text_of(path)) == []
+
+    def test_files_that_it_names_exist(self, path: Path) -> None:
+        named = {file for _, line in prose(text_of(path)) for file in CODE_FILE.findall(line)}
+        assert [file for file in sorted(named) if not any((ROOT / home / file).exists() for home in HOMES)] == []
 
     def test_it_can_be_reached(self, path: Path) -> None:
         """From the README, directly."""
