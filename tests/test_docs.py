@@ -184,6 +184,25 @@ def test_the_plan_of_a_70b_is_its_result_file() -> None:
     assert f"no less than {plan['seconds_at_least']:.0f} seconds" in readme
 
 
+def test_the_table_of_strengths_is_its_result_file() -> None:
+    """docs/methods.md: KL as a fraction of GPTQ's, over the schemes that have every column, for the first draw."""
+    columns = ("gptaq 0.25", "gptaq 0.5", "gptaq 0.75", "gptaq 1.0", "by columns 0.25", "by columns 1.0")
+    schemes: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for run in result("gptaq.json")["results"]:
+        if run["seed"] == 0:
+            scheme = run["bits"], run["group_size"], run["sym"], run["act_order"]
+            schemes.setdefault(scheme, {})[run["method"]] = run
+    shown = table_rows(text_of(ROOT / "docs/methods.md"))
+    for bits in (4, 3, 2):
+        found = [runs for scheme, runs in schemes.items() if scheme[0] == bits and {"gptq", *columns} <= runs.keys()]
+        row = [str(bits), str(len(found))]
+        for column in columns:
+            choose, report = ([runs[column][half] / runs["gptq"][half] for runs in found] for half in ("kl_choose", "kl_report"))
+            mean = statistics.geometric_mean
+            row.append(f"{mean(choose):.3f} / {mean(report):.3f} (≤ {max(report):.3f})")
+        assert row in shown
+
+
 def test_the_picture_of_memory_is_drawn_from_its_result_file() -> None:
     assert text_of(draw_memory.PICTURE) == draw_memory.draw(result("plan_shapes.json"))
 
