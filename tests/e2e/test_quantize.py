@@ -40,12 +40,13 @@ from torch import Tensor, nn
 import bigq
 from bigq.config import JobConfig
 from bigq.io.formats import Format
+from bigq.methods import gptq as gptq_module
 from bigq.model.pager import Pager
 from bigq.model.structure import plan_block
 from bigq.progress.records import Report
-from bigq.sched import block as block_module
-from bigq.sched import pipeline
-from bigq.scheme import QuantizedWeight, QuantScheme, Rule
+from bigq.quantized_weight import QuantizedWeight
+from bigq.sched.rows.probe import probe_model
+from bigq.scheme import QuantScheme, Rule
 from bigq.solver.gptq import ENERGY_ROWS
 
 GROUP = 32
@@ -86,7 +87,7 @@ def job(ids: Path, **changes: Any) -> JobConfig:
 def run_job(source: Path, out: Path, config: JobConfig) -> Run:
     solved: dict[str, QuantizedWeight] = {}
     hessians: dict[str, Tensor] = {}
-    pack, factorize = Format.pack, block_module.factorize
+    pack, factorize = Format.pack, gptq_module.factorize
 
     def recording_pack(self: Format, prefix: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         assert prefix not in solved
@@ -99,7 +100,7 @@ def run_job(source: Path, out: Path, config: JobConfig) -> Run:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Format, "pack", recording_pack)
-        patch.setattr(block_module, "factorize", recording_factorize)
+        patch.setattr(gptq_module, "factorize", recording_factorize)
         report = bigq.quantize(str(source), out, config)
     return Run(source, out, report, solved, hessians)
 
@@ -214,7 +215,7 @@ def test_output_folder_is_complete(family: str, family_run: Callable[[str], Run]
 def test_levels_of_a_block(family: str, checkpoint: Callable[[str], Path]) -> None:
     pager = Pager(checkpoint(family), device=torch.device("cpu"))
     with torch.no_grad():
-        probe = pipeline.probe_model(pager)
+        probe = probe_model(pager)
         plan = plan_block(pager.load_block(0), probe.hidden, probe.calls[0])
     assert plan.left_out == ()
     found = [[set(group.names) for group in level] for level in plan.levels(true_sequential=True)]
@@ -228,7 +229,7 @@ def test_levels_are_in_order_of_execution(checkpoint: Callable[[str], Path]) -> 
     def levels(family: str) -> list[int]:
         pager = Pager(checkpoint(family), device=torch.device("cpu"))
         with torch.no_grad():
-            probe = pipeline.probe_model(pager)
+            probe = probe_model(pager)
             return [g.level for g in plan_block(pager.load_block(0), probe.hidden, probe.calls[0]).groups]
 
     assert levels("llama") == [0, 1, 2, 3]
@@ -506,7 +507,7 @@ def test_rules_mix_bits_and_groups(checkpoint: Callable[[str], Path], ids_file: 
     rules = (
         Rule.parse(r"model\.layers\.0\.mlp\..*:bits=8"),
         Rule.parse(r".*\.down_proj:bits=3,group_size=-1"),
-        Rule.parse(r".*\.v_proj:sym=false,group_size=16"),
+        Rule.parse(r".*\.(q|k|v|qkv)_proj:sym=false,group_size=16"),
     )
     run = run_job(checkpoint("llama"), tmp_path / "out", job(ids_file, rules=rules))
     bits = dict.fromkeys(run.solved, 4)
@@ -516,13 +517,14 @@ def test_rules_mix_bits_and_groups(checkpoint: Callable[[str], Path], ids_file: 
     decoded = {name: decode(tensors, name, bits[name]) for name in run.solved}
     for name, linear in decoded.items():
         assert torch.equal(linear.codes, run.solved[name].codes.long()), name
-        width = 96 if bits[name] == 3 else 16 if name.endswith("v_proj") else GROUP
+        attention = name.endswith(("q_proj", "k_proj", "v_proj"))
+        width = 96 if bits[name] == 3 else 16 if attention else GROUP
         assert linear.scales.shape[1] == linear.codes.shape[1] // width, name
-        assert (linear.zeros.unique().numel() > 1) == name.endswith("v_proj"), name
+        assert (linear.zeros.unique().numel() > 1) == attention, name
     assert run.config()["dynamic"] == {
         r"+:model\.layers\.0\.mlp\..*": {"bits": 8},
         r"+:.*\.down_proj": {"bits": 3, "group_size": -1},
-        r"+:.*\.v_proj": {"sym": False, "group_size": 16},
+        r"+:.*\.(q|k|v|qkv)_proj": {"sym": False, "group_size": 16},
     }
     assert run.config()["bits"] == 4
     records = {r["name"]: (r["bits"], r["group_size"]) for r in run.report.linears}
@@ -563,14 +565,14 @@ def test_skip_leaves_linears_as_they_are(checkpoint: Callable[[str], Path], ids_
 
 
 def test_skipped_linears_compute_while_others_are_solved(checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path) -> None:
-    """With v_proj skipped, o_proj still sees what the original v_proj makes of the inputs."""
+    """With gate and up skipped, down_proj still sees what the originals make of the inputs."""
     source = checkpoint("llama")
-    run = run_job(source, tmp_path / "out", job(ids_file, rules=(Rule(r".*\.v_proj", None),)))
+    run = run_job(source, tmp_path / "out", job(ids_file, rules=(Rule(r".*\.(gate|up)_proj", None),)))
     model = reference_model(source)
-    for part in "qk":
+    for part in "qkvo":
         name = f"model.layers.0.self_attn.{part}_proj"
         put_matrix(linear_module(model, name), run.decoded()[name].weight(torch.float32))
-    name = "model.layers.0.self_attn.o_proj"
+    name = "model.layers.0.mlp.down_proj"
     assert distance(run.hessian(name), plain_hessians(model, [name], random_ids())[name]) < 1e-5
 
 
