@@ -26,7 +26,8 @@ INTRO = """# Options
 <!-- Written by scripts/options_page.py from the options that the code declares. Do not edit. -->
 
 Each option of a command is a field of a Python class, named in the second column:
-fields of `bigq.JobConfig`, with those of its `scheme` (`bigq.QuantScheme`), of `bigq.EvalConfig` and `bigq.GenerateConfig`.
+fields of `bigq.JobConfig`, with those of its `scheme` (`bigq.QuantScheme`),
+of `bigq.EvalConfig` and `bigq.GenerateConfig`.
 Options without a field belong to the command line only.
 
 Sizes have a unit: `72GiB`, `80GB`, `500MB`. In Python a number is bytes.

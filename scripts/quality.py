@@ -335,25 +335,32 @@ def table(result: Mapping[str, Any]) -> str:
     )
     shape = f"{calibration['rows']} × {calibration['tokens_per_row']}"
     lines = [
-        "# Quality against other GPTQ programs",
+        "# Quality, and how it compares with other GPTQ programs",
         "",
         "<!-- Written by scripts/quality.py --table from docs/results/quality.json; do not edit. -->",
         "",
-        f"The shipped model (2.5 million parameters, fp32) was quantized on {shape} tokens, the same for every program, with up to",
-        f"{len(calibration['seeds'])} draws of its rows, and judged by `bigq eval` on {result['heldout_tokens']} held-out tokens.",
-        f"The original's perplexity is {result['original_perplexity']:.4f}. Damping {DAMPING} where not told, computed in fp32; {named}.",
+        *advice(found),
         "",
-        "Figures: perplexity / mean KL divergence from the original per token, in nats; means over the draws ± the KLs' standard",
-        "deviation. Less is better.",
-        "act-order means static groups, which leave the columns where they are; `bigq rtn` knows no order and needs no calibration.",
-        "`mse 2.4`, `mse 4` and `mse 6` are grid searches with `--mse-power`; `mse` alone takes 2.4 at 4 bits and in `bigq rtn`, else 4.",
-        "With act-order in groups of 32 at 2 bits no search is best: its scales are found before the weights are widened by errors.",
+        "## What was measured",
         "",
+        f"The shipped model (2.5 million parameters, fp32) was quantized on {shape} tokens on a CPU: the same tokens for every",
+        f"program, with up to {len(calibration['seeds'])} draws. `bigq eval` evaluated it on {result['heldout_tokens']} held-out tokens.",
+        f"The original's perplexity is {result['original_perplexity']:.4f}.",
+        f"Damping is {DAMPING} unless given. All programs compute in fp32:",
+        f"{named}.",
+        "",
+        "A cell is perplexity / mean KL divergence from the original per token, in nats. Less is better.",
+        "It is the mean over the draws ± the standard deviation of the KL.",
+        "",
+        "- act-order means static groups: columns keep their places. `bigq rtn` has no order and needs no calibration.",
+        "- `mse 2.4`, `mse 4` and `mse 6` are grid searches with `--mse-power`; `mse` alone uses the default power.",
+        "- With act-order in groups of 32 at 2 bits, no search is best: scales are found before errors widen the weights.",
     ]
     if least := [run["damping_raised"] for run in result["runs"] if run["method"].endswith("damping 0.001")]:
-        lines += [f"With a damping of 0.001, {sum(least)} Linears of {len(least)} runs could not be factored without more of it.", ""]
+        lines += [f"- With a damping of 0.001, {sum(least)} Linears of {len(least)} runs needed more damping to be factored."]
+    lines.append("")
     if result["runs_missing"]:
-        lines += [f"Of {len(result['runs']) + len(result['runs_missing'])} runs, {len(result['runs_missing'])} are still to be made.", ""]
+        lines += [f"Of {len(result['runs']) + len(result['runs_missing'])} runs, {len(result['runs_missing'])} are missing.", ""]
     columns = [(True, False), (True, True), (False, False), (False, True)]
     for bits, group_size in itertools.product((4, 3, 2), (-1, 32)):
         lines += [f"## {bits} bits, {'one scale per row' if group_size == -1 else f'groups of {group_size}'}", ""]
@@ -367,16 +374,36 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *compared(result["comparisons"])])
 
 
+def advice(found: Mapping[tuple[str, Setting], Mapping[int, Mapping[str, Any]]]) -> list[str]:
+    """Five lines on which settings to choose, with the KLs that say so, over the draws that both methods have."""
+
+    def better(bits: int, group_size: int, method: str = "bigq gptq", symmetric: bool = True, act_order: bool = False) -> str:
+        plain = found.get(("bigq gptq", Setting(bits=bits, group_size=group_size, symmetric=True, act_order=False)), {})
+        other = found.get((method, Setting(bits=bits, group_size=group_size, symmetric=symmetric, act_order=act_order)), {})
+        both = plain.keys() & other.keys()
+        return " → ".join(f"{statistics.fmean(run[seed]['kl'] for seed in both):.4f}" for run in (plain, other)) if both else "–"
+
+    mse, gptaq = "bigq gptq, mse", "bigq gptaq"
+    return [
+        f"1. Use `--act-order`, which does not slow readers down: KL {better(4, 32, act_order=True)} (4 bits, groups of 32).",
+        f"2. Use `--asym` if your [reader](formats.md) takes it: {better(4, 32, symmetric=False)}, at 2 bits"
+        f" {better(2, 32, symmetric=False)}.",
+        f"3. At 2 and 3 bits per row use `--mse`: {better(2, -1, mse)}, {better(3, -1, mse)}; not at 2 bits in groups with act-order.",
+        f"4. `--method gptaq` takes twice the forward passes: {better(4, 32, gptaq)}, at 2 bits per row {better(2, -1, gptaq)}.",
+        "5. Leave `--damping` alone, and measure your model with `bigq eval --baseline`: these figures are of one tiny model.",
+    ]
+
+
 def compared(rows: list[dict[str, Any]]) -> list[str]:
     """The lines on equal settings."""
     lines = [
         "## Equal settings",
         "",
-        "bigq against each program where both do the same: natural order or static groups, and each Linear after those before it in the",
-        "block (GPTQModel) or all Linears of a block on its unquantized activations (llm-compressor, which has no other way). A difference",
-        "counts where it is above twice its standard error over the draws (by the spread of all settings) and above that over the tokens.",
-        "Each program finds scales in its own way: at 2 bits bigq takes those of groups from the original weights, and with `--mse` at",
-        "2 and 3 bits it sums errors to the power 4, where GPTQModel was told the usual 2.4.",
+        "bigq against each program with the same settings: natural order or static groups; Linears solved level by level",
+        "(GPTQModel), or all Linears of a block on its unquantized activations (llm-compressor, which has no other way).",
+        "A difference counts if it exceeds twice its standard error over the draws (by the spread of all settings), and that",
+        "over the tokens. Each program finds scales in its own way: at 2 bits bigq finds those of groups in the original weights,",
+        "and with `--mse` at 2 and 3 bits it sums errors to the power 4, while GPTQModel was given the usual 2.4.",
         "",
         "| | compared with | settings | bigq is better | within noise | bigq is worse |",
         "|---|---|---|---|---|---|",

@@ -19,7 +19,7 @@ class Source(Protocol):
 
     @property
     def tensors(self) -> Sequence[TensorInfo]:
-        """The stored tensors, in the order in which ``value`` reads them; what prefetching is told."""
+        """The stored tensors, in the order in which ``value`` reads them; prefetching follows it."""
 
     def check(self, shape: tuple[int, ...]) -> None:
         """From headers alone: raise CheckpointError where no weight of this shape is stored, UnsupportedModelError where it cannot be

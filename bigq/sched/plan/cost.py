@@ -51,7 +51,7 @@ class Work:
 
     @property
     def streams(self) -> int:
-        """How often the rows go through a model: not at all, as quantized, or as quantized and as they were."""
+        """How often the rows go through a model: 0: not at all; 1: quantized; 2: quantized and unquantized."""
         return self.method.passes
 
 
