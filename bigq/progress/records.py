@@ -175,7 +175,7 @@ class Report:
             lines += entry("resumed", f"{self.resumed_blocks} of {self.blocks} blocks were already done")
         ratio = self.output_bytes / self.source_bytes
         lines += entry("size", f"{show_size(self.source_bytes)} → {show_size(self.output_bytes)} ({100 * ratio:.0f} %)")
-        if self.seconds_by_phase:
+        if self.planned_host_bytes:
             lines += entry("time", [f"{name} {seconds:.1f} s" for name, seconds in rounded_shares(self.times()).items()])
             lines += self.waiting_lines()
         if len(self.batches) > 1:

@@ -190,7 +190,7 @@ class _VisitWithRows:
         rows.at = job.index + 1
         if lost:
             control.progress.say(
-                f"block {job.index + 1}: the outputs of {lost} calibration tokens are not finite; they are left out from here on"
+                f"block {job.index + 1}: the outputs of {lost} calibration tokens are not finite; later blocks leave them out"
             )
         faults.point("block.replayed")
         # A resumed job replays the block without kept module outputs, so attention runs a second time.

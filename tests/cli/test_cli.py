@@ -415,7 +415,7 @@ def test_a_job_is_taken_up_without_its_flags(
     shutil.copytree(quantized, out)
     command = ["quantize", str(checkpoint("llama")), str(out), "--device", "cpu"]
     assert main(command) == 0
-    assert "3 of 3 blocks were there already" in capsys.readouterr().out
+    assert "3 of 3 blocks were already done" in capsys.readouterr().out
     assert main([*command, "--bits", "4"]) == 2
     assert "bits" in capsys.readouterr().err
     assert main([*command, "--bits", "3", "--group-size", "32", "--samples", "16"]) == 0

@@ -26,9 +26,9 @@ def nonfinite_rows(output: Tensor, lo: int) -> str:
 
 
 def first_nonfinite(block: nn.Module, call: BlockCall, hidden: Tensor) -> str:
-    """What is not finite first when the block runs on hidden states [B, T, d], in words: found by running it, module by module."""
+    """Text that names the first non-finite value when the block runs on hidden states [B, T, d], such as "the output of mlp.up_proj"."""
     if not is_finite(hidden):
-        return "what the block is given"
+        return "the block's input"
     found: list[str] = []
 
     def note(tensor: Any, words: str) -> None:

@@ -22,11 +22,11 @@ def propagate(
     on_nonfinite: OnNonfinite = "stop",
     place: tuple[int, int] | None = None,
 ) -> int:
-    """Replay the whole block; its outputs overwrite its inputs. Returns how many tokens' outputs are not finite: with "stop" none are.
+    """Replay the whole block; its outputs overwrite its inputs. Returns how many tokens have outputs that are not finite.
 
-    place: block and step of this pass (see ``Halving``), where it is not the one that brings rows to the next block's entrance.
-    With "skip" they stay so. A later block's attention hands them on to other tokens of the same row, never to other rows.
-    Raises NumericsError, naming where it began, for outputs that are not finite, or with "skip" where not a single one is finite.
+    on_nonfinite: "stop" raises for the first such token. "skip" keeps them: the attention of later blocks spreads them to other tokens of
+    the same row, never to other rows. place: block and step of this pass (see ``Halving``), if it does not lead to the next block.
+    Raises NumericsError, which names the module where it began; with "skip" only where no token has finite outputs.
     """
     lost = tokens = 0
 
@@ -40,7 +40,7 @@ def propagate(
                 raise NumericsError(
                     f"{name}: its outputs are not finite (NaN or Inf) for {nonfinite_rows(output, lo)}, beginning with "
                     f"{first_nonfinite(block, store.call(index, hi - lo), store.rows(lo, hi))}; {OTHER_DTYPE}; "
-                    "when quantizing, --on-nonfinite skip goes on without such tokens"
+                    "when quantizing, --on-nonfinite skip leaves such tokens out"
                 )
             here = int((~finite_tokens(output)).sum())
         store.put(lo, output)
@@ -48,7 +48,5 @@ def propagate(
 
     store.update_pass(*(place or (index + 1, 0)), run)
     if lost == tokens:
-        raise NumericsError(
-            f"{name}: its outputs are not finite for a single calibration token, so nothing is left to go on with; {OTHER_DTYPE}"
-        )
+        raise NumericsError(f"{name}: its outputs contain NaN or Inf for every calibration token; {OTHER_DTYPE}")
     return lost
