@@ -190,6 +190,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--continue-from", type=Path, help="result file of an earlier call, if WORK was lost")
     parser.add_argument("--vocabulary", type=int, help="vocabulary size instead of the shape's: the embedding takes time to write")
     parser.add_argument("--profile-block", type=int, metavar="N", help="profile the device's kernels while block N (from 0) runs")
+    parser.add_argument("--inputs-only", action="store_true", help="write the shards and token ids, and stop")
     parser.add_argument("--ceilings", type=Path, help="reuse ceilings from this file, as scripts/ceilings.py prints them")
     own, _, options = [*argv], None, []
     if "--" in own:
@@ -242,6 +243,8 @@ def main() -> int:
     for folder in (job, args.out):
         folder.mkdir(parents=True, exist_ok=True)
     inputs = shards_made(shape, args.work / f"shards-{shape.name}", args.samples, args.seqlen, torch.device(args.device))
+    if args.inputs_only:
+        return DONE
     work = workload_of(shape, inputs, args.samples, args.seqlen)
     before = earlier_slices(args.continue_from, request, job)
     old = slice_folders(job)

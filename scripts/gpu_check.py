@@ -36,13 +36,17 @@ from kernel_benchmarks import BENCHMARKS
 SECONDS = 540
 
 
+def test_command(*, smoke: bool) -> list[str]:
+    """pytest over the kernel and solver tests; of a few for a smoke run."""
+    command = [sys.executable, "-m", "pytest", "--maxfail=20", "-p", "no:cacheprovider", "tests/kernels", "tests/solver"]
+    if smoke:
+        return [*command, "-k", "test_pack and words"]
+    return [*command, "-n", "8"] if importlib.util.find_spec("xdist") else command
+
+
 def tests(bench: Bench) -> dict[str, Any]:
     """The kernel and solver tests on this device, in 8 processes where pytest-xdist is installed."""
-    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "tests/kernels", "tests/solver"]
-    if importlib.util.find_spec("xdist") and not bench.smoke:
-        command += ["-n", "8"]
-    if bench.smoke:
-        command += ["-k", "test_pack"]
+    command = test_command(smoke=bench.smoke)
     begin = time.monotonic()
     left = max(30.0, SECONDS - (begin - bench.started))
     try:
