@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compile every Triton kernel for sm_90 (H100), without a GPU: registers, spills, shared memory, instructions.
 
-Each wrapper is called as a job would call it; the launch is caught and compiled instead of run. Ends with status 1 where
-a kernel does not compile or spills more than a few registers. Triton's interpreter must be off.
+The script calls each wrapper as a job does, and compiles the launch instead of running it. Exit status 1 if a kernel does not
+compile, or spills more than a few registers. Triton's interpreter must be off.
 
     python scripts/compile_sm90.py --json docs/results/compile_sm90.json
 """
@@ -49,15 +49,15 @@ TYPES = {
     torch.uint8: "u8",
 }
 
-#: Bytes of stack that a thread may use: syrk's epilogue parks eight registers once per tile.
+#: Bytes of stack allowed per thread: the epilogue of syrk stores eight registers once per tile.
 STACK = 32
 
-#: Instructions worth counting in PTX.
+#: Instructions to count in PTX.
 COUNTED = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "bulk_copies": "cp.async.bulk.tensor", "async_copies": "cp.async.cg"}
 
 
 def compile_launch(kernel: JITFunction[Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-    """What the compiler makes of one launch, with the arguments specialized as a real launch would."""
+    """Compile one launch, with arguments specialized as in a real launch. Returns registers, stack, shared memory and counts."""
     names = [p.name for p in kernel.params]
     options = {k: v for k, v in named.items() if k not in names}
     values = dict(zip(names, arguments, strict=False)) | {k: v for k, v in named.items() if k in names}
@@ -96,7 +96,7 @@ def compile_launch(kernel: JITFunction[Any], arguments: tuple[Any, ...], named: 
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """A name and a call for each variant that a job on a 4-bit or 3-bit model meets. Tensors hold nothing."""
+    """A name and a call for each variant of a kernel that jobs launch. Tensors are uninitialized."""
     n, m, k = 4096, 512, 128
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
