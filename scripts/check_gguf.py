@@ -336,8 +336,8 @@ def main() -> int:
                 work.mkdir()
                 row = task(work)
                 results.add(where, row, reader.version)
-                told = {key: row[key] for key in ("packed", "control", "rows_not_in_order", "tokens_equal", "different") if key in row}
-                print("sound" if row["sound"] else "WRONG", row["case"], json.dumps(told)[:900], flush=True)
+                shown = {key: row[key] for key in ("packed", "control", "rows_not_in_order", "tokens_equal", "different") if key in row}
+                print("sound" if row["sound"] else "WRONG", row["case"], json.dumps(shown)[:900], flush=True)
     return 0 if results.sound else 1
 
 

@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from models import linear_module, logits_of, make_checkpoint, matrix, put_matrix, random_ids, reference_model, save_ids, word_tokenizer
 
-from bigq.cli.main import main as cli
+from bigq.cli.main import main as bigq
 from bigq.kernels.grid import GridSpec, find_grid
 from bigq.model.pager import Pager
 
@@ -104,7 +104,7 @@ def prepare(case: Case, work: Path) -> Path:
 
 def quantize(folder: Path, flags: tuple[str, ...]) -> None:
     command = ["quantize", str(folder / "model"), str(folder / "out"), "--calibration", str(folder / "calibration.safetensors")]
-    status = cli.main([*command, *CALIBRATION, "--device", "cpu", "--quiet", *flags])
+    status = bigq([*command, *CALIBRATION, "--device", "cpu", "--quiet", *flags])
     if status:
         sys.exit(f"clients: bigq quantize {' '.join(flags)} ended with status {status}")
 
