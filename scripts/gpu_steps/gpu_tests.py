@@ -28,7 +28,8 @@ def run(setting: Setting, found: Findings) -> None:
             marked.append(str(path.relative_to(ROOT)))
     found["left out"] = missing
     found["files with tests marked gpu"] = marked
-    pytest(found, "pytest -m gpu", [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", *marked])
+    if marked:
+        pytest(found, "pytest -m gpu", [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", *marked])
     pytest(found, "kernel and solver tests", [*test_command(smoke=setting.smoke), "--durations=12"])
 
 

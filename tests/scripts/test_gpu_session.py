@@ -22,6 +22,7 @@ from gpu_steps.setting import NOT_POSSIBLE, Findings
 
 SCRIPT = ROOT / "scripts/gpu_session.py"
 IMPOSSIBLE = json.dumps({"found": {"not possible": "no tool"}})
+SLEEP = "import time; time.sleep(600)"
 #: Programs of steps; WORK is the folder of their findings.
 PROGRAMS = {
     "good": "pass",
@@ -29,7 +30,7 @@ PROGRAMS = {
     "killed": "import os; os.kill(os.getpid(), 9)",
     "hanging": "import faulthandler, time; faulthandler.enable(); open('WORK/hanging.json', 'w').write('{}'); time.sleep(600)",
     "impossible": f"open('WORK/impossible.json', 'w').write('{IMPOSSIBLE}'); raise SystemExit({NOT_POSSIBLE})",
-    "parent": "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])",
+    "parent": f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', '{SLEEP}']); open('WORK/pid', 'w').write(str(c.pid))",
 }
 
 
@@ -82,22 +83,11 @@ def test_the_limit_of_the_session_cuts_the_last_steps(tmp_path: Path) -> None:
 
 def test_processes_that_a_step_leaves_running_are_ended(tmp_path: Path) -> None:
     assert session(tmp_path, [Step(name="parent", seconds=30)])["steps"]["parent"]["status"] == "passed"
-    sleeping = [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"time.sleep(600)" in read(path) and own(path.parent)]
-    assert not sleeping
-
-
-def read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
-def own(process: Path) -> bool:
-    """Not of another test run beside this one: those have another parent, or are no orphans."""
-    status = read(process / "status").decode()
-    parent = next((line.split()[1] for line in status.splitlines() if line.startswith("PPid:")), "")
-    return parent in ("1", str(os.getpid()))
+    state = Path("/proc") / (tmp_path / "work/pid").read_text() / "stat"
+    deadline = time.monotonic() + 10
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "the process still runs"
+        time.sleep(0.05)
 
 
 def test_results_show_failures_first_and_checks_with_their_limits(tmp_path: Path) -> None:
