@@ -19,7 +19,7 @@ from torch import Tensor
 from bigq.errors import CalibrationError, CheckpointError
 from bigq.io.hub import fetch_dataset_file
 from bigq.io.index import read_header
-from bigq.io.json_file import plain, read_json_object, shown
+from bigq.io.json_file import read_json_object, show_name, show_value
 from bigq.io.reader import read_tensor
 from bigq.io.text_files import documents, text_pieces
 
@@ -122,7 +122,7 @@ def _is_failure(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {plain(' '.join(str(error).split())[:200])}"
+    return f"{type(error).__name__}: {show_name(' '.join(str(error).split())[:200])}"
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -156,12 +156,12 @@ def _require_tokenizer_class(path: Path, name: Any) -> None:
     if name is None:
         return
     if not isinstance(name, str) or not name.isidentifier():
-        raise CalibrationError(f"{path}: tokenizer_class {shown(name)} is not the name of a class; correct it")
+        raise CalibrationError(f"{path}: tokenizer_class {show_value(name)} is not the name of a class; correct it")
     for spelling in (name, name.removesuffix("Fast"), name.removesuffix("Fast") + "Fast"):
         found = tokenizer_class_from_name(spelling)
         missing_package = isinstance(found, DummyObject)  # which transformers says itself, naming the package
         if found is not None and not missing_package and not (isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)):
-            raise CalibrationError(f"{path}: tokenizer_class {shown(name)} is not a tokenizer; correct it, or give token ids")
+            raise CalibrationError(f"{path}: tokenizer_class {show_value(name)} is not a tokenizer; correct it, or give token ids")
 
 
 def _require_own_files(path: Path, values: Any) -> None:
@@ -173,7 +173,7 @@ def _require_own_files(path: Path, values: Any) -> None:
         elif isinstance(value, str) and 0 < len(value) < 4096 and "\0" not in value:
             with contextlib.suppress(OSError, ValueError):  # a text that is no name of a file
                 if os.path.isfile(value) and path.parent.resolve() not in Path(os.path.abspath(value)).parents:
-                    raise CalibrationError(f"{path}: names a file outside the model's folder, {shown(value)}; take the entry out")
+                    raise CalibrationError(f"{path}: names a file outside the model's folder, {show_value(value)}; take the entry out")
 
 
 def _source_path(source: str, flag: str, builtin: Path) -> Path:

@@ -21,7 +21,7 @@ from bigq.conversion.gguf import write_gguf
 from bigq.conversion.staging import place_for, unfinished
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.atomic import copy_file, json_bytes, write_bytes, write_json
-from bigq.io.formats import FORMATS, Format, Quantization, Stored
+from bigq.io.formats import FORMATS, Format, PackedWeight, Quantization
 from bigq.io.formats.gptq_config import GptqSchemes
 from bigq.io.index import INDEX_NAME, TensorInfo, read_json_object
 from bigq.io.reader import as_bytes, read_tensor
@@ -58,7 +58,7 @@ def convert(
     if to not in (*FORMATS, "gguf"):
         raise UsageError(f"--to {to}: must be one of {', '.join(FORMATS)}, gguf")
     place = place_for(source, out)
-    skeleton.silence()
+    skeleton.silence_transformers()
     with torch.no_grad():
         pager = Pager(source, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
         if pager.schemes is None:
@@ -129,7 +129,7 @@ def _require(pager: Pager, target: Format) -> None:
         m, n = skeleton.linear_weight(module).shape
         scheme = pager.schemes.scheme(name.removesuffix(".weight"))
         try:
-            target.require(name.removesuffix(".weight"), m, n, scheme, transposed=skeleton.stored_transposed(module))
+            target.require(name.removesuffix(".weight"), m, n, scheme, transposed=skeleton.is_transposed(module))
         except UsageError as error:  # its remedies are those of a job
             raise UsageError(f"{str(error).partition('; ')[0]}; choose another format with --to") from None
 
@@ -162,7 +162,7 @@ class _Repacked:
         return [as_bytes(self._made.pop(name).contiguous())]
 
 
-def _read_as_said(pager: Pager, prefix: str, scheme: QuantScheme) -> Stored:
+def _read_as_said(pager: Pager, prefix: str, scheme: QuantScheme) -> PackedWeight:
     """A packed Linear. Raises CheckpointError where zero points are there that the config denies, whether they would be needed or not."""
     assert pager.schemes is not None
     format, checkpoint = pager.schemes.format, pager.checkpoint

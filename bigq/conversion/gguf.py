@@ -18,7 +18,7 @@ from torch import Tensor
 from bigq.config import JobConfig
 from bigq.conversion.gguf_families import Family, family_of, metadata, rope_factors, sliding_window, tensor_name
 from bigq.errors import CheckpointError, UsageError
-from bigq.io.formats import Stored
+from bigq.io.formats import PackedWeight
 from bigq.io.gguf_file import (
     BLOCK,
     BLOCK_BYTES,
@@ -35,7 +35,7 @@ from bigq.io.gguf_file import (
 from bigq.io.gguf_vocab import read_vocabulary
 from bigq.io.index import TensorInfo
 from bigq.io.reader import as_bytes, iter_chunks, read_tensor
-from bigq.model.description import Described
+from bigq.model.description import ModelDescription
 from bigq.model.pager import Pager
 from bigq.scheme import QuantScheme, scheme_for
 
@@ -67,12 +67,12 @@ def check_gguf(pager: Pager) -> None:
     _check_values(pager)
 
 
-def check_gguf_job(model: Described, config: JobConfig) -> None:
+def check_gguf_job(model: ModelDescription, config: JobConfig) -> None:
     """Raise where none could be made of what a job will make of a model: as ``check_gguf`` does."""
     _check(model, _scheme_by_rule(model, config))
 
 
-def _check(model: Described, scheme_of: Callable[[str], QuantScheme | None]) -> None:
+def _check(model: ModelDescription, scheme_of: Callable[[str], QuantScheme | None]) -> None:
     require_gguf()
     family = family_of(model)
     _plan(model, family, scheme_of)
@@ -113,7 +113,7 @@ def write_gguf(
     write_gguf_file(file, family.arch, said, tensors, _told(written, tensors))
 
 
-def _plan(model: Described, family: Family, scheme_of: Callable[[str], QuantScheme | None]) -> list[_Planned]:
+def _plan(model: ModelDescription, family: Family, scheme_of: Callable[[str], QuantScheme | None]) -> list[_Planned]:
     """Every tensor of the file but ``rope_freqs``, those of a block together."""
     planned = []
     parameters = dict(model.model.named_parameters(remove_duplicate=False))
@@ -141,7 +141,7 @@ def _scheme_as_packed(pager: Pager) -> Callable[[str], QuantScheme | None]:
     return scheme_of
 
 
-def _scheme_by_rule(model: Described, config: JobConfig) -> Callable[[str], QuantScheme | None]:
+def _scheme_by_rule(model: ModelDescription, config: JobConfig) -> Callable[[str], QuantScheme | None]:
     inside = {name for name in model.linears if name.startswith(f"{model.blocks_path}.") or (config.lm_head and name == model.head_name)}
 
     def scheme_of(module: str) -> QuantScheme | None:
@@ -198,7 +198,7 @@ def _check_values(pager: Pager) -> None:
             )
 
 
-def _read(pager: Pager, parameter: str, *, codes: bool = True) -> Stored:
+def _read(pager: Pager, parameter: str, *, codes: bool = True) -> PackedWeight:
     """A packed Linear; without codes, its words are memory of no meaning."""
     assert pager.schemes is not None
     prefix, scheme = pager.packed[parameter], pager.schemes.scheme(parameter.removesuffix(".weight"))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bigq.errors import UnsupportedModelError
 from bigq.io.gguf_file import Value
-from bigq.io.json_file import shown
-from bigq.model.description import Described
+from bigq.io.json_file import show_value
+from bigq.model.description import ModelDescription
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,18 +56,18 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def family_of(model: Described) -> Family:
+def family_of(model: ModelDescription) -> Family:
     """Raises UnsupportedModelError where the model is of no family in the table."""
     kind = model.config.model_type
     if kind not in FAMILIES:
         raise UnsupportedModelError(
-            f"{model.folder}: bigq writes no GGUF files of model type {shown(kind)}, only of {', '.join(FAMILIES)}; use --format gptq or "
-            "compressed-tensors"
+            f"{model.folder}: bigq writes no GGUF files of model type {show_value(kind)}, only of {', '.join(FAMILIES)}; use --format gptq "
+            "or compressed-tensors"
         )
     return FAMILIES[kind]
 
 
-def tensor_name(model: Described, family: Family, name: str) -> tuple[str, Tensor | None]:
+def tensor_name(model: ModelDescription, family: Family, name: str) -> tuple[str, Tensor | None]:
     """(GGUF's name for a parameter, the order of its rows, int64 [m], if not its own). Raises UnsupportedModelError."""
     module, _, leaf = name.rpartition(".")
     if leaf in ("weight", "bias"):
@@ -86,7 +86,7 @@ def _paired_rows(config: Any, inner: str) -> Tensor:
     return torch.arange(heads * _head_dim(config)).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
-def metadata(model: Described, family: Family) -> dict[str, Value]:
+def metadata(model: ModelDescription, family: Family) -> dict[str, Value]:
     """What is said of the architecture; keys begin with a dot. Raises UnsupportedModelError where llama.cpp would compute otherwise."""
     config = model.config
     if config.hidden_act != "silu":
@@ -116,7 +116,7 @@ def sliding_window(config: Any) -> int | None:
     return window if window is not None and (layers is None or "sliding_attention" in layers) else None
 
 
-def _rope(model: Described, family: Family) -> dict[str, Value]:
+def _rope(model: ModelDescription, family: Family) -> dict[str, Value]:
     rope = model.config.rope_parameters
     said: dict[str, Value] = {".rope.freq_base": float(rope["rope_theta"])}
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -161,7 +161,7 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _differs(model: Described, name: str, value: Any) -> UnsupportedModelError:
+def _differs(model: ModelDescription, name: str, value: Any) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{model.folder / 'config.json'}: {name} is {shown(value)}, which llama.cpp computes otherwise; use --format gptq"
+        f"{model.folder / 'config.json'}: {name} is {show_value(value)}, which llama.cpp computes otherwise; use --format gptq"
     )

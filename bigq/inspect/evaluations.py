@@ -20,7 +20,7 @@ from typing import Any
 from bigq.errors import ResourceError
 from bigq.inspect.untrusted import MAX_NUMBER, count, number, text
 from bigq.io.atomic import remedy, write_bytes
-from bigq.io.checksummed import seal, sound_lines, unseal
+from bigq.io.checksum import seal, unseal, valid_lines
 from bigq.io.folders import STATE_FOLDER
 from bigq.job.journal import Commit, read_commits, read_job
 from bigq.version import __version__
@@ -126,7 +126,7 @@ def record_evaluation(out: Path, evaluation: Mapping[str, Any]) -> None:
     at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     line = seal({"at": at, "bigq": __version__, "weights": weights, **evaluation, **folder}, line=True)
     with _alone(out / STATE_FOLDER):
-        write_bytes(path, b"".join([*sound_lines(path), line]))
+        write_bytes(path, b"".join([*valid_lines(path), line]))
 
 
 def read_evaluations(out: Path) -> tuple[list[dict[str, Any]], int]:
@@ -135,7 +135,7 @@ def read_evaluations(out: Path) -> tuple[list[dict[str, Any]], int]:
     Raises ResourceError, CheckpointError where the record is absurdly large.
     """
     weights = weights_of(read_commits(out)[0])
-    found = [unseal(line, line=True) for line in sound_lines(out / STATE_FOLDER / EVALUATIONS_NAME)]
+    found = [unseal(line, line=True) for line in valid_lines(out / STATE_FOLDER / EVALUATIONS_NAME)]
     known = [value for value in found if value is not None]
     current = [value for value in known if value.get("weights") == weights]
     return current, len(known) - len(current)

@@ -21,11 +21,12 @@ from bigq.errors import BigqError
 from bigq.inspect.evaluations import Judged, judged, read_evaluations
 from bigq.inspect.status import status
 from bigq.inspect.untrusted import MAX_ITEMS, count, durations, items, mapping, number, text
-from bigq.io.checksummed import sound_lines, unseal
+from bigq.io.checksum import unseal, valid_lines
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import PackedLinear
 from bigq.job.journal import RUNS_NAME, Commit, read_commits, read_job
 from bigq.job.manifest import GGUF_NAME, has_gguf
+from bigq.methods import method_of
 from bigq.scheme import QuantScheme, scheme_for
 
 #: Blocks of a model, and Linears in one.
@@ -224,7 +225,7 @@ def _commits(out: Path) -> list[Commit]:
 
 def _sealed(path: Path) -> list[dict[str, Any]]:
     try:
-        return [value for line in sound_lines(path) if (value := unseal(line, line=True)) is not None]
+        return [value for line in valid_lines(path) if (value := unseal(line, line=True)) is not None]
     except BigqError:  # ``status`` has told
         return []
 
@@ -309,7 +310,7 @@ def _linear(
         symmetric=None if scheme is None else scheme.symmetric,
         error=error,
         damping=damping,
-        asked=None if scheme is None or config is None or config.method == "rtn" else scheme.damping,
+        asked=None if scheme is None or config is None or not method_of(config).calibrated else scheme.damping,
         stored_bits=stored,
     )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bigq.errors import BigqError, ResourceError, UsageError
-from bigq.io.checksummed import read_record, unseal
+from bigq.io.checksum import read_record_bytes, unseal
 from bigq.io.folders import STATE_FOLDER
 from bigq.job.journal import JOB_NAME, JOURNAL_NAME, RUNS_NAME, Commit, read_commits, read_job
 from bigq.job.manifest import GGUF_NAME, lacks_gguf
@@ -199,7 +199,7 @@ def _commits(out: Path, damaged: list[str]) -> list[Commit]:
 def _warnings(state: Path, damaged: list[str]) -> tuple[str, ...]:
     """What was unusual about the job's last run."""
     try:
-        lines = (read_record(state / RUNS_NAME) or b"").splitlines(keepends=True)
+        lines = (read_record_bytes(state / RUNS_NAME) or b"").splitlines(keepends=True)
     except BigqError as error:
         damaged.append(_about(state.parent, error))
         return ()

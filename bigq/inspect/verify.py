@@ -19,7 +19,7 @@ from bigq.inspect.evaluations import EVALUATIONS_NAME
 from bigq.inspect.scan import Scan, scan_shard
 from bigq.inspect.verify_model import config_problems, index_problems, model_problems
 from bigq.io.atomic import TEMP_SUFFIX
-from bigq.io.checksummed import read_record, read_sealed, unseal
+from bigq.io.checksum import load_record, read_record_bytes, unseal
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import FORMATS, PackedLinear
 from bigq.io.index import INDEX_NAME, read_json_object
@@ -130,7 +130,7 @@ class _Verification:
     def _lines(self, file: str) -> list[bytes]:
         """The lines of a record, newlines and all; none where it cannot be read."""
         try:
-            return (read_record(self.out / file) or b"").splitlines(keepends=True)
+            return (read_record_bytes(self.out / file) or b"").splitlines(keepends=True)
         except BigqError as error:
             self._tell(file, error)
             return []
@@ -150,7 +150,7 @@ class _Verification:
 
     def _sealed(self, file: str) -> dict[str, Any] | None:
         try:
-            return read_sealed(self.out / file, "the job's command writes it anew")
+            return load_record(self.out / file, "the job's command writes it anew")
         except BigqError as error:
             self._tell(file, error)
             return None

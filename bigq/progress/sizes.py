@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write and read them."""
+"""Parses and formats sizes in bytes, and formats durations."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
 
 
 def parse_size(text: str, flag: str) -> int:
-    """Bytes of "80GB", "72GiB", "3g" or "1000000". Raises UsageError."""
+    """The bytes of "80GB", "72GiB", "3g" or "1000000". flag: the option, for the error message. Raises UsageError."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise UsageError(f"{flag} {text}: is not a size; write for instance 72GiB or 80GB")
+        raise UsageError(f"{flag} {text}: is not a size; write it like 72GiB or 80GB")
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
 
 
 def show_size(count: float) -> str:
-    """Bytes in the unit that suits them."""
+    """Bytes as text in MiB, GiB or TiB."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30)):
         if count >= size:
             return f"{count / size:.2f} {unit}"

@@ -6,7 +6,7 @@ import torch
 from gpu_bench import relative
 from torch import Tensor
 
-from bigq.kernels.finiteness import finite
+from bigq.kernels.finiteness import is_finite
 from bigq.kernels.rank_update import rank_update_
 from bigq.kernels.syrk import syrk_
 from bigq.kernels.triangles import mirror_, permute_
@@ -43,13 +43,13 @@ def check_syrk(found: Findings, h: Tensor, x: Tensor, corners: list[tuple[int, i
 
 
 def check_finiteness(found: Findings, h: Tensor) -> None:
-    found.require("a finite matrix is finite", finite(h))
+    found.require("a finite matrix is finite", is_finite(h))
     flat = h.view(-1)
     for place in (0, len(flat) // 2 + 5, len(flat) - 1):
         kept = float(flat[place])
         for value in (float("nan"), float("inf"), -float("inf")):
             flat[place] = value
-            found.require(f"{value} at {place} is found", not finite(h))
+            found.require(f"{value} at {place} is found", not is_finite(h))
         flat[place] = kept
 
 

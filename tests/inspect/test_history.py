@@ -20,7 +20,7 @@ from bigq.infer.evaluate import EvalConfig
 from bigq.inspect.evaluations import record_evaluation
 from bigq.inspect.history import MAX_BLOCKS, read_history
 from bigq.inspect.untrusted import MAX_NUMBER, MAX_TEXT, text
-from bigq.io.checksummed import seal, unseal, write_sealed
+from bigq.io.checksum import save_record, seal, unseal
 from bigq.reports.html import MOST_ROWS, Pictures, render
 from bigq.reports.model_card import model_card
 from bigq.reports.write import MAX_SQUARES, pictures_of
@@ -74,7 +74,7 @@ def test_records_may_hold_anything(name: str, out: Path) -> None:
             if name in LINES:
                 write_lines(out, name, values)
             else:
-                write_sealed(out / ".bigq" / name, values[0])
+                save_record(out / ".bigq" / name, values[0])
         except (UnicodeEncodeError, ValueError, RecursionError):  # no JSON that a file could hold
             continue
         history = read_history(out)

@@ -41,7 +41,7 @@ if fault:
 config = JobConfig(scheme=QuantScheme(group_size=32), calibration=ids, samples=4, seqlen=16, batch=4, quiet=True)
 stop = Stop(config.grace)
 try:
-    with stop.listening():
+    with stop.listen():
         quantize(model, out, config, stop)
 except BigqError as error:
     sys.exit(error.exit_code)
@@ -140,7 +140,7 @@ def test_a_job_from_its_beginning_over_its_death_to_its_end(job: Job, tmp_path: 
     assert own.run() == 0
     done = told(own.out)
     assert (done.state, done.resumable, done.blocks_done, done.blocks, done.shards) == ("finished", False, 3, 3, 4)
-    assert any("ended without a word" in warning for warning in done.warnings)
+    assert any("ended abruptly" in warning for warning in done.warnings)
     assert done.damaged == ()
 
 

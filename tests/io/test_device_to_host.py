@@ -1,4 +1,4 @@
-"""Bytes of a GPU's tensors on their way to the disk: a device that copies late, and on a GPU the real one."""
+"""Copies of tensors from a GPU to the host, with a simulated device that copies late, and on a real GPU if there is one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bigq.io import device_to_host
-from bigq.io.device_to_host import Outgoing
+from bigq.io.device_to_host import DeviceToHost
 from bigq.io.index import read_header
 from bigq.io.reader import read_tensor
 from bigq.io.writer import OutputTensor, write_shard
@@ -18,7 +18,7 @@ CHUNK = 1000
 
 
 class LateStream:
-    """Copies that nobody has waited for have not been made."""
+    """A stream whose copies are made only when they are waited for."""
 
     def __init__(self) -> None:
         self.begun: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -48,7 +48,7 @@ real_copy = torch.Tensor.copy_
 
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[LateStream, LateStream]:
-    """The stream of copies and the one that computes, of a device whose memory is the host's."""
+    """The copy stream and the compute stream of a simulated device, whose memory is on the host."""
     copies, compute = LateStream(), LateStream()
     real_empty = torch.empty
 
@@ -78,26 +78,24 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[LateStream, LateStream]:
 
 
 @pytest.mark.parametrize("count", [1, 999, 1000, 1001, 2000, 7777])
-def test_bytes_come_out_whole_and_in_order(count: int, streams: tuple[LateStream, LateStream]) -> None:
+def test_chunks_are_the_bytes_in_order(count: int, streams: tuple[LateStream, LateStream]) -> None:
     tensor = torch.randint(0, 256, (count,), dtype=torch.uint8)
-    out = Outgoing(torch.device("cuda"))
+    out = DeviceToHost(torch.device("cuda"))
     got = b"".join(bytes(piece) for piece in out.chunks(tensor, out.mark()))
     assert got == tensor.numpy().tobytes()
 
 
-def test_one_piece_is_on_its_way_while_another_is_written(streams: tuple[LateStream, LateStream]) -> None:
+def test_a_piece_is_copied_while_another_is_written(streams: tuple[LateStream, LateStream]) -> None:
     tensor = torch.arange(3 * CHUNK, dtype=torch.int64).to(torch.uint8)
-    out = Outgoing(torch.device("cuda"))
+    out = DeviceToHost(torch.device("cuda"))
     pieces = out.chunks(tensor, out.mark())
     for begun in (2, 3, 3):
         next(pieces)
         assert len(streams[0].begun) == begun
 
 
-def test_copies_wait_for_what_was_computed_when_the_tensor_was_handed_over(
-    streams: tuple[LateStream, LateStream], tmp_path: object
-) -> None:
-    out = Outgoing(torch.device("cuda"))
+def test_copies_wait_for_work_before_the_mark(streams: tuple[LateStream, LateStream], tmp_path: object) -> None:
+    out = DeviceToHost(torch.device("cuda"))
     tensor = OutputTensor.of("x", torch.ones(10), out)
     assert not streams[0].waited
     b"".join(bytes(piece) for piece in tensor.chunks())
@@ -108,7 +106,7 @@ def test_copies_wait_for_what_was_computed_when_the_tensor_was_handed_over(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_shard_of_a_gpu_s_tensors(tmp_path_factory: pytest.TempPathFactory) -> None:
     device = torch.device("cuda:0")
-    out = Outgoing(device)
+    out = DeviceToHost(device)
     tensors = {f"t{i}": torch.randn(size, device=device) for i, size in enumerate((1, 5_000_000, 40_000_000))}
     path = tmp_path_factory.mktemp("out") / "shard.safetensors"
     write_shard(path, [OutputTensor.of(name, tensor, out) for name, tensor in tensors.items()])

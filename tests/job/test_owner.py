@@ -24,7 +24,7 @@ import torch
 from bigq import faults
 from bigq.errors import BigqError, ResourceError, Stopped, UsageError
 from bigq.job import owner as owner_module
-from bigq.job.owner import Holder, Owner, owned, process_started, refuse_if_held, this_machine
+from bigq.job.owner import Holder, Owner, ownership, process_start, refuse_if_held, this_machine
 from bigq.progress.progress import Progress
 
 BEAT = 0.05
@@ -56,7 +56,7 @@ def owning(
 
 
 def take(state: Path, *, steal: bool = False) -> list[str]:
-    """The notes of an owner that comes and goes."""
+    """Own the folder, release it, and return the owner's notes."""
     with owning(state, steal=steal) as owner:
         owner.check()
         return owner.notes
@@ -68,7 +68,7 @@ def known(state: Path) -> dict[str, Any]:
 
 
 def write_owner(state: Path, **changes: Any) -> dict[str, Any]:
-    """An owner.json as a process of another machine would leave it."""
+    """Write the owner.json of a process on another machine."""
     value = {
         "token": "theirs",
         "host": "node7",
@@ -89,7 +89,7 @@ def write_owner(state: Path, **changes: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def beating(state: Path, seconds: float = BEAT, **last: Any) -> Iterator[None]:
-    """Another machine's process whose heartbeat goes on; ``last`` is what it writes with its third."""
+    """A process on another machine that keeps its heartbeat; ``last``: changes in its third heartbeat."""
     ended = threading.Event()
 
     def beat() -> None:
@@ -111,7 +111,7 @@ def beating(state: Path, seconds: float = BEAT, **last: Any) -> Iterator[None]:
 
 
 class Process:
-    """A forked process that owns the folder until it is told to go or killed."""
+    """A forked process that owns the folder until it is asked to end or killed."""
 
     def __init__(self, state: Path) -> None:
         self._orders, orders = os.pipe()[::-1]
@@ -171,9 +171,9 @@ def test_a_new_folder_is_owned_at_once_and_says_so(state: Path) -> None:
         assert owner.notes == []
         value = known(state)
         assert value["pid"] == os.getpid() and value["host"] == os.uname().nodename and value["machine"] == this_machine()
-        assert value["started"] == process_started(os.getpid()) and value["outcome"] is None and value["facts"] == {"blocks": 3}
+        assert value["started"] == process_start(os.getpid()) and value["outcome"] is None and value["facts"] == {"blocks": 3}
         holder = Holder.read(state)
-        assert holder is not None and holder.here and holder.alive
+        assert holder is not None and holder.same_machine and holder.alive
         assert str(holder) == f"process {os.getpid()} on {os.uname().nodename}, last heartbeat {value['at']}"
     holder = Holder.read(state)
     assert holder is not None and holder.outcome == "stopped" and holder.alive is False
@@ -205,7 +205,7 @@ def test_within_one_process_too(state: Path) -> None:
         owner.check()
 
 
-def test_of_many_that_begin_at_once_one_goes_on(state: Path, process: Callable[[], Process]) -> None:
+def test_of_many_that_start_at_once_one_owns_the_folder(state: Path, process: Callable[[], Process]) -> None:
     said: list[str] = []
     threads = [threading.Thread(target=lambda: said.append(process().said)) for _ in range(6)]
     for thread in threads:
@@ -232,22 +232,22 @@ def test_after_a_kill_the_next_takes_over_and_notes_it(state: Path, process: Cal
     assert known(state)["outcome"] is None
     refuse_if_held(state)
     (note,) = take(state)
-    assert note.startswith(f"the job before ended without a word (process {first.pid} on ")
-    assert take(state) == [], "it is told once"
+    assert note.startswith(f"the previous run ended abruptly (process {first.pid} on ")
+    assert take(state) == [], "it is reported once"
 
 
-def test_a_dead_process_that_nobody_has_waited_for_is_dead(state: Path, process: Callable[[], Process]) -> None:
-    """In a container whose first process does not care for orphans they stay for good."""
+def test_a_zombie_process_is_dead(state: Path, process: Callable[[], Process]) -> None:
+    """In a container whose first process does not reap orphans, zombies stay."""
     first = process()
     os.kill(first.pid, signal.SIGKILL)
     until = time.monotonic() + 10
     note = ""
-    while not note:  # its files are closed a little later than it ends
+    while not note:  # its files are closed shortly after it ends
         with contextlib.suppress(UsageError):
             (note,) = take(state)
         assert time.monotonic() < until, "it is taken to be alive"
     assert ") Z " in Path(f"/proc/{first.pid}/stat").read_text()
-    assert "ended without a word" in note
+    assert "ended abruptly" in note
     first.wait()
 
 
@@ -261,21 +261,21 @@ def test_a_stopped_process_is_alive(state: Path, process: Callable[[], Process])
 
 
 def test_another_process_with_its_number_is_not_it(state: Path) -> None:
-    """The number of a process that lives, with another start, and with its own."""
+    """The pid of a live process, with another start time and with its own."""
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
-        started = process_started(other.pid)
+        started = process_start(other.pid)
         assert started is not None
         write_owner(state, machine=this_machine(), pid=other.pid, started=started - 1)
-        assert "ended without a word" in take(state)[0]
+        assert "ended abruptly" in take(state)[0]
         write_owner(state, machine=this_machine(), pid=other.pid, started=started)
         with pytest.raises(UsageError, match=f"process {other.pid} on node7"):
             take(state)
         other.kill()
 
 
-def test_a_job_of_this_process_that_could_not_say_how_it_ended_is_over(state: Path) -> None:
-    write_owner(state, machine=this_machine(), pid=os.getpid(), started=process_started(os.getpid()))
-    assert "ended without a word" in take(state)[0]
+def test_a_job_of_this_process_without_an_outcome_is_over(state: Path) -> None:
+    write_owner(state, machine=this_machine(), pid=os.getpid(), started=process_start(os.getpid()))
+    assert "ended abruptly" in take(state)[0]
 
 
 @pytest.mark.parametrize("pid", [0, -1, 2**31, 2**80, os.getppid()])
@@ -286,12 +286,12 @@ def test_numbers_of_no_such_process(pid: int, state: Path) -> None:
 
 def test_process_starts() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
-        mine, its = process_started(os.getpid()), process_started(other.pid)
+        mine, its = process_start(os.getpid()), process_start(other.pid)
         assert mine is not None and its is not None and its > mine
-        assert process_started(other.pid) == its
+        assert process_start(other.pid) == its
         other.kill()
         other.wait()
-        assert process_started(other.pid) is None
+        assert process_start(other.pid) is None
 
 
 @pytest.mark.parametrize("name", ["a) R 1 2 (b", ") Z 0 0", "((("])
@@ -302,7 +302,7 @@ def test_names_of_processes_may_hold_anything(name: str, tmp_path: Path) -> None
         until = time.monotonic() + 10
         while name[:15] not in Path(f"/proc/{other.pid}/stat").read_text() and time.monotonic() < until:
             time.sleep(0.01)
-        started, mine = process_started(other.pid), process_started(os.getpid())
+        started, mine = process_start(other.pid), process_start(os.getpid())
         other.kill()
     assert started is not None and mine is not None and mine <= started < mine + 1e7
 
@@ -325,11 +325,11 @@ def test_a_holder_elsewhere_whose_heartbeat_goes_on_is_let_be(state: Path) -> No
         pass
     assert "another bigq job is writing to this folder (process 4242 on node7, last heartbeat 2001" in str(caught.value)
     assert str(caught.value).endswith("or use --steal-lock if you know that it is dead")
-    assert len(said) == 1 and "was held by process 4242 on node7" in said[0] and "waiting 0 s" in said[0]
+    assert len(said) == 1 and "is held by process 4242 on node7" in said[0] and "waiting 0 s" in said[0]
     assert known(state)["token"] == "theirs"
 
 
-def test_a_slow_heartbeat_counts_as_long_as_it_comes_within_what_may_be_missed(state: Path) -> None:
+def test_a_slow_heartbeat_within_the_limit_counts(state: Path) -> None:
     with beating(state, seconds=2.5 * BEAT), pytest.raises(UsageError, match="node7"):
         take(state)
 
@@ -347,7 +347,7 @@ def test_a_holder_elsewhere_that_is_silent_is_outlived(state: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("outcome", ["finished", "stopped", "failed"])
-def test_a_holder_elsewhere_that_said_good_bye_is_not_waited_for(outcome: str, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_holder_elsewhere_with_an_outcome_is_not_waited_for(outcome: str, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owner_module, "BEAT_SECONDS", 100.0)
     write_owner(state, outcome=outcome)
     began, said = time.monotonic(), list[str]()
@@ -355,7 +355,7 @@ def test_a_holder_elsewhere_that_said_good_bye_is_not_waited_for(outcome: str, s
         assert owner.notes == [] and said == [] and time.monotonic() - began < 5
 
 
-def test_one_that_says_good_bye_while_it_is_watched(state: Path) -> None:
+def test_a_holder_that_ends_while_it_is_watched(state: Path) -> None:
     with beating(state, seconds=BEAT / 5, outcome="finished"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner_module, "BEAT_SECONDS", 10.0)
         patch.setattr(time, "sleep", lambda _, sleep=time.sleep: sleep(BEAT))
@@ -380,14 +380,14 @@ def test_one_here_that_lives_cannot_be_stolen_from(state: Path, process: Callabl
 
 @contextlib.contextmanager
 def on_another_machine() -> Iterator[None]:
-    """What is made within is by a process of another machine."""
+    """Owners made in this context belong to another machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner_module, "this_machine", lambda: "node7 other-boot pid:[1]")
         yield
 
 
 def test_a_lock_that_outlived_its_holder_is_stolen_and_the_holder_notices(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it was alive after all: it stops at its next commit, and does not speak for the folder any more."""
+    """If it was alive after all, it stops at its next commit and writes no owner.json any more."""
     monkeypatch.setattr(owner_module, "BEAT_SECONDS", 100.0)
     with on_another_machine():
         old = Owner(state, dict, steal=False, say=lambda _: None)
@@ -411,14 +411,14 @@ def test_a_holder_notices_at_its_next_heartbeat_and_stops_beating(state: Path) -
         write_owner(state, beat=1)
         time.sleep(4 * BEAT)
         assert known(state)["token"] == "theirs" and known(state)["beat"] == 1
-        # Even if the thief is gone by now.
+        # Even if the new owner has ended by now.
         (state / "owner.json").unlink()
         with pytest.raises(UsageError, match=r"taken over by another job .process 4242 on node7"):
             old.check()
 
 
 def test_a_lock_without_a_holder_s_name_is_not_stolen(state: Path) -> None:
-    """It may be of one that is just beginning."""
+    """Its holder may be just starting."""
     with open(state / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for steal in (False, True):
@@ -426,8 +426,8 @@ def test_a_lock_without_a_holder_s_name_is_not_stolen(state: Path) -> None:
                 take(state, steal=steal)
 
 
-def test_a_lock_that_cannot_be_removed_is_told(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder that others write to as well."""
+def test_a_lock_that_cannot_be_removed_is_reported(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a folder that other users write to."""
 
     def refused(self: Path, missing_ok: bool = False) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
@@ -441,12 +441,12 @@ def test_a_lock_that_cannot_be_removed_is_told(state: Path, monkeypatch: pytest.
                 take(state, steal=True)
 
 
-def test_a_lock_that_is_replaced_for_ever_is_told(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or one on a file system whose files change their numbers."""
+def test_a_lock_that_keeps_being_replaced_is_reported(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or on a file system whose inode numbers change."""
     monkeypatch.setattr(os.path, "samestat", lambda *_: False)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     files = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(ResourceError, match=r"lock: is replaced again and again"):
+    with pytest.raises(ResourceError, match=r"lock: keeps being replaced"):
         take(state)
     assert len(os.listdir("/proc/self/fd")) == files
 
@@ -462,7 +462,7 @@ def wait_for_beat(state: Path, beyond: int, seconds: float = 10.0) -> dict[str, 
     return known(state)
 
 
-def test_the_heartbeat_grows_and_tells_how_far_the_job_is(state: Path) -> None:
+def test_the_heartbeat_grows_and_reports_progress(state: Path) -> None:
     progress = Progress(9, torch.device("cpu"), quiet=True)
     with owning(state, facts=progress.facts), progress:
         assert known(state)["facts"] == {"blocks": 9}
@@ -510,7 +510,7 @@ def test_a_disk_that_takes_no_heartbeat_does_not_end_the_job(number: int, state:
 
 
 def test_a_folder_that_vanishes_does_not_end_the_job(state: Path) -> None:
-    """What has to be written there will tell."""
+    """The next commit will report it."""
     with owning(state) as owner:
         away = state.with_name("away")
         state.rename(away)
@@ -520,7 +520,7 @@ def test_a_folder_that_vanishes_does_not_end_the_job(state: Path) -> None:
         wait_for_beat(state, known(state)["beat"] + 1)
 
 
-def test_whatever_goes_wrong_in_it_the_heartbeat_goes_on(state: Path) -> None:
+def test_no_error_ends_the_heartbeat(state: Path) -> None:
     calls = []
 
     def facts() -> dict[str, Any]:
@@ -534,7 +534,7 @@ def test_whatever_goes_wrong_in_it_the_heartbeat_goes_on(state: Path) -> None:
 
 
 def test_the_job_s_cleaning_up_does_not_disturb_it(state: Path) -> None:
-    """Leftover temp files go when a job begins, while its heart beats already."""
+    """Leftover temporary files are removed when a job starts, while its heartbeat runs already."""
     with owning(state) as owner:
         until = time.monotonic() + 10 * BEAT
         while time.monotonic() < until:
@@ -545,7 +545,7 @@ def test_the_job_s_cleaning_up_does_not_disturb_it(state: Path) -> None:
 
 
 def test_no_clock_that_people_set_is_asked(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Years back and forth, on both sides."""
+    """The clocks of both processes jump by years."""
 
     class Jumping(datetime.datetime):
         jumps = iter(range(10**9))
@@ -572,7 +572,7 @@ def test_no_clock_that_people_set_is_asked(state: Path, monkeypatch: pytest.Monk
         assert "heartbeat had stopped" in take(state)[0] and time.monotonic() - began >= 2.9 * BEAT
 
 
-# File systems without locks, and other ways in which a folder cannot be owned.
+# File systems without locks, and folders that cannot be owned.
 
 
 def failing_flock(patch: pytest.MonkeyPatch, number: int) -> None:
@@ -600,10 +600,10 @@ def test_without_locks_the_heartbeat_keeps_others_out(number: int, state: Path, 
     assert "--steal-lock" in take(state, steal=True)[1]
 
 
-def test_without_locks_of_two_that_begin_at_once_the_later_goes_on(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both find an empty folder; the first notices before it commits anything."""
+def test_without_locks_of_two_that_start_at_once_the_later_owns_the_folder(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find an empty folder; the first notices the other before it commits anything."""
     failing_flock(monkeypatch, errno.ENOLCK)
-    outlive, owners = Owner._outlive, list[Owner]()
+    outlive, owners = Owner._wait_for_holder, list[Owner]()
 
     def meanwhile(self: Owner, *args: Any) -> None:
         outlive(self, *args)
@@ -611,7 +611,7 @@ def test_without_locks_of_two_that_begin_at_once_the_later_goes_on(state: Path, 
             owners.append(self)
             owners.append(Owner(state, dict, steal=False, say=lambda _: None))
 
-    monkeypatch.setattr(Owner, "_outlive", meanwhile)
+    monkeypatch.setattr(Owner, "_wait_for_holder", meanwhile)
     later = Owner(state, dict, steal=False, say=lambda _: None)
     first, second = owners[1], later
     second.check()
@@ -630,15 +630,15 @@ def test_a_lock_that_fails_is_an_error(number: int, state: Path, monkeypatch: py
         take(state)
 
 
-def test_a_folder_that_cannot_be_written_to_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_to_is_reported(tmp_path: Path) -> None:
     progress = Progress(1, torch.device("cpu"), quiet=True)
     (tmp_path / "file").write_text("x")
     with pytest.raises(ResourceError, match=f"^{tmp_path / 'file' / 'out'}: cannot be used as output folder: "):
-        owned(tmp_path / "file" / "out" / ".bigq", progress, steal=False).__enter__()
+        ownership(tmp_path / "file" / "out" / ".bigq", progress, steal=False).__enter__()
     state = tmp_path / "out" / ".bigq"
     (state / "lock").mkdir(parents=True)
     with pytest.raises(ResourceError, match=f"^{tmp_path / 'out'}: cannot be used as output folder: Is a directory"):
-        owned(state, progress, steal=False).__enter__()
+        ownership(state, progress, steal=False).__enter__()
 
 
 @pytest.mark.parametrize("place", ["lock.taken", "owner.written"])
@@ -679,7 +679,7 @@ WRONG: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("data", GARBAGE.values(), ids=GARBAGE.keys())
-def test_garbage_is_nobody(data: bytes, state: Path) -> None:
+def test_garbage_is_no_holder(data: bytes, state: Path) -> None:
     (state / "owner.json").write_bytes(data)
     assert Holder.read(state) is None
     refuse_if_held(state)
@@ -687,20 +687,20 @@ def test_garbage_is_nobody(data: bytes, state: Path) -> None:
 
 
 @pytest.mark.parametrize("change", WRONG.values(), ids=WRONG.keys())
-def test_values_of_the_wrong_kind_are_nobody(change: dict[str, Any], state: Path) -> None:
+def test_values_of_the_wrong_type_are_no_holder(change: dict[str, Any], state: Path) -> None:
     write_owner(state, **change)
     assert Holder.read(state) is None and take(state) == []
 
 
 @pytest.mark.parametrize("missing", ["token", "host", "machine", "pid", "started", "beat", "at", "outcome", "facts"])
-def test_missing_values_are_nobody(missing: str, state: Path) -> None:
+def test_missing_values_are_no_holder(missing: str, state: Path) -> None:
     value = write_owner(state)
     del value[missing]
     (state / "owner.json").write_text(json.dumps(value))
     assert Holder.read(state) is None and take(state) == []
 
 
-def test_odd_values_that_could_be_are_somebody(state: Path) -> None:
+def test_unusual_valid_values_are_a_holder(state: Path) -> None:
     for change in ({"started": float("nan")}, {"pid": 4242.0}, {"host": "\ud800"}, {"facts": {"x": [None]}}, {"more": 1}):
         write_owner(state, **change)
         holder = Holder.read(state)
@@ -709,7 +709,7 @@ def test_odd_values_that_could_be_are_somebody(state: Path) -> None:
 
 
 def test_an_absurdly_large_file_is_nobody(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigq.io.checksummed.MAX_BYTES", 2**16)
+    monkeypatch.setattr("bigq.io.checksum.MAX_BYTES", 2**16)
     with open(state / "owner.json", "wb") as file:
         file.truncate(2**40)
     assert take(state) == []
@@ -723,16 +723,16 @@ def test_garbage_does_not_take_a_folder_from_its_owner(state: Path) -> None:
             take(state)
 
 
-# A job's whole time.
+# A whole job.
 
 
 def begin(out: Path, **facts: Any) -> contextlib.AbstractContextManager[Owner]:
     progress = Progress(2, torch.device("cpu"), quiet=True)
     progress._facts = facts
-    return owned(out / ".bigq", progress, steal=False)
+    return ownership(out / ".bigq", progress, steal=False)
 
 
-def test_how_a_job_ended_is_left_in_its_folder(tmp_path: Path) -> None:
+def test_the_outcome_of_a_job_is_recorded_in_its_folder(tmp_path: Path) -> None:
     state = tmp_path / "deep" / "out" / ".bigq"
     with begin(state.parent, block=2):
         assert known(state)["outcome"] is None
@@ -752,7 +752,7 @@ def test_how_a_job_ended_is_left_in_its_folder(tmp_path: Path) -> None:
         assert take(state) == [], "and lets others in"
 
 
-def test_a_job_that_was_taken_over_leaves_the_other_s_word(tmp_path: Path) -> None:
+def test_a_job_that_lost_its_folder_does_not_overwrite_the_new_owner(tmp_path: Path) -> None:
     state = tmp_path / "out" / ".bigq"
     with begin(state.parent) as owner:
         write_owner(state)
@@ -761,8 +761,8 @@ def test_a_job_that_was_taken_over_leaves_the_other_s_word(tmp_path: Path) -> No
     assert known(state)["token"] == "theirs" and known(state)["outcome"] is None
 
 
-def test_going_never_fails(tmp_path: Path) -> None:
-    """The job's own error is the one that counts."""
+def test_release_never_raises(tmp_path: Path) -> None:
+    """The job's own error must be the one raised."""
     state = tmp_path / "out" / ".bigq"
     with begin(state.parent):
         for path in state.iterdir():

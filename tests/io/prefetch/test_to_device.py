@@ -1,4 +1,4 @@
-"""Through the ring to a device that is slow to copy: the same tensors, within the budget, whatever happens on the way."""
+"""Prefetch to a simulated slow device: the same tensors, within the budget, in all error cases."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from torch import Tensor
 from bigq.errors import CheckpointError, NumericsError, ResourceError
 from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.prefetch import pieces, to_device
-from bigq.io.prefetch.to_device import IntoDevice, least_budget
+from bigq.io.prefetch.to_device import DevicePrefetch, least_budget
 from bigq.io.reader import read_tensor
 from bigq.progress.trace import Trace
 
 CHUNK = 1024
-#: Elements of tensors of mixed dtypes: nothing, one, below, at and above a piece, and above the ring.
+#: Numbers of elements of tensors of mixed dtypes: 0, 1, below, at and above a piece, and above the ring.
 COUNTS = (0, 1, 7, 255, 256, 257, 511, 513, 1000, 3333, 20_011)
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float64)
 
@@ -55,8 +55,8 @@ def same(tensor: Tensor, info: TensorInfo) -> bool:
     return tensor.dtype == expected.dtype and tensor.shape == expected.shape and torch.equal(tensor, expected)
 
 
-def all_free(reader: IntoDevice) -> bool:
-    """Whether all room came back, once the copies that are under way are done."""
+def all_free(reader: DevicePrefetch) -> bool:
+    """Whether all memory is free once the copies in progress are done."""
     deadline = time.monotonic() + 10
     while (held := reader._direct.arena.held + reader._ring.arena.held) and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -67,7 +67,7 @@ def all_free(reader: IntoDevice) -> bool:
 @pytest.mark.parametrize("order", ["announced", "backwards", "shuffled"])
 def test_tensors_arrive_within_the_budget(infos: list[TensorInfo], budget: int, order: str) -> None:
     copier = SlowCopier(0.0005)
-    reader = IntoDevice(budget, copier)
+    reader = DevicePrefetch(budget, copier)
     allowed = max(budget, least_budget())
     assert reader.capacity <= allowed
     reader.announce(infos[:9])
@@ -88,7 +88,7 @@ def test_tensors_arrive_within_the_budget(infos: list[TensorInfo], budget: int, 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_several_takers_at_once(infos: list[TensorInfo], seed: int) -> None:
-    reader = IntoDevice(20 * CHUNK, SlowCopier(0.0002))
+    reader = DevicePrefetch(20 * CHUNK, SlowCopier(0.0002))
     reader.announce(infos[::2])
     turns = list(infos)
     random.Random(seed).shuffle(turns)
@@ -99,9 +99,9 @@ def test_several_takers_at_once(infos: list[TensorInfo], seed: int) -> None:
     reader.close()
 
 
-def test_what_was_announced_is_read_without_being_asked_for(infos: list[TensorInfo]) -> None:
+def test_announced_tensors_are_read_before_they_are_taken(infos: list[TensorInfo]) -> None:
     trace = Trace()
-    reader = IntoDevice(200 * CHUNK, SlowCopier(), trace)
+    reader = DevicePrefetch(200 * CHUNK, SlowCopier(), trace)
     reader.announce(infos[:8])
     deadline = time.monotonic() + 10
     while len([s for s in trace.spans if s.lane == "read"]) < sum(i.nbytes > 0 for i in infos[:8]) and time.monotonic() < deadline:
@@ -111,11 +111,11 @@ def test_what_was_announced_is_read_without_being_asked_for(infos: list[TensorIn
 
 
 def test_a_region_is_not_overwritten_before_its_copy_is_done(infos: list[TensorInfo]) -> None:
-    """The gate is closed: as much is read as the ring holds, and not a byte more until copies end."""
+    """While no copy ends, reads fill the ring and then stop."""
     large = max(infos, key=lambda info: info.nbytes)
     copier = SlowCopier()
     copier.gate.clear()
-    reader = IntoDevice(16 * CHUNK, copier)
+    reader = DevicePrefetch(16 * CHUNK, copier)
     reader.announce(infos)
     with ThreadPoolExecutor(1) as taker:
         taken = taker.submit(reader.take, large)
@@ -130,13 +130,13 @@ def test_a_region_is_not_overwritten_before_its_copy_is_done(infos: list[TensorI
     reader.close()
 
 
-def test_what_is_not_finite_is_told_by_name_at_the_check(tmp_path: Path) -> None:
+def test_check_names_the_tensor_with_nan(tmp_path: Path) -> None:
     weights = {name: torch.zeros(2000) for name in ("a", "b", "c")}
     weights["b"][1999] = float("nan")
     weights["c"][0] = float("inf")
     save_file(weights | {"ids": torch.ones(3, dtype=torch.int64)}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
-    reader = IntoDevice(0, SlowCopier())
+    reader = DevicePrefetch(0, SlowCopier())
     for info in (checkpoint["ids"], checkpoint["a"]):
         reader.take(info)
     reader.check()
@@ -160,12 +160,10 @@ def failing_preadv(position: int, error: int) -> Any:
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_a_disk_error_comes_out_where_the_tensor_is_taken(
-    infos: list[TensorInfo], announced: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_error_is_raised_by_take(infos: list[TensorInfo], announced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     large = max(infos, key=lambda info: info.nbytes)
     monkeypatch.setattr(os, "preadv", failing_preadv(large.start + large.nbytes // 3, errno.EIO))
-    reader = IntoDevice(20 * CHUNK, SlowCopier(0.0005))
+    reader = DevicePrefetch(20 * CHUNK, SlowCopier(0.0005))
     if announced:
         reader.announce([large, *infos])
     with pytest.raises(ResourceError, match=rf"model\.safetensors: reading at byte \d+ \(tensor {large.name}\) failed: Input/output"):
@@ -177,14 +175,14 @@ def test_a_disk_error_comes_out_where_the_tensor_is_taken(
     reader.close()
 
 
-def test_files_that_end_too_soon_or_go_away(tmp_path: Path) -> None:
+def test_truncated_and_deleted_files(tmp_path: Path) -> None:
     save_file({"a": torch.ones(5000), "b": torch.ones(5000)}, tmp_path / "model.safetensors")
     first, second = sorted(Checkpoint.open(tmp_path).tensors.values(), key=lambda info: info.start)
     os.truncate(first.file, second.stop - 5)
-    reader = IntoDevice(10**5, SlowCopier())
+    reader = DevicePrefetch(10**5, SlowCopier())
     reader.announce([first, second])
     assert torch.equal(reader.take(first), torch.ones(5000))
-    with pytest.raises(CheckpointError, match=rf"ends at byte {second.stop - 5}, sooner.*tensor {second.name}\); fetch it again"):
+    with pytest.raises(CheckpointError, match=rf"ends at byte {second.stop - 5}, before the end of tensor {second.name} .*fetch"):
         reader.take(second)
     first.file.unlink()
     with pytest.raises(CheckpointError, match=rf"cannot be opened to read tensor {first.name}: No such file"):
@@ -196,16 +194,16 @@ def test_files_that_end_too_soon_or_go_away(tmp_path: Path) -> None:
 def test_short_reads_add_up(infos: list[TensorInfo], monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][: max(1, len(buffers[0]) // 3)]], offset))
-    reader = IntoDevice(30 * CHUNK, SlowCopier())
+    reader = DevicePrefetch(30 * CHUNK, SlowCopier())
     reader.announce(infos)
     assert all(same(reader.take(info), info) for info in infos)
     reader.close()
 
 
 @pytest.mark.parametrize("fail_at", [0, 5])
-def test_a_device_that_fails_is_told_and_nothing_hangs(infos: list[TensorInfo], fail_at: int) -> None:
+def test_a_device_error_is_raised_and_nothing_hangs(infos: list[TensorInfo], fail_at: int) -> None:
     large = max(infos, key=lambda info: info.nbytes)
-    reader = IntoDevice(20 * CHUNK, SlowCopier(fail_at=fail_at))
+    reader = DevicePrefetch(20 * CHUNK, SlowCopier(fail_at=fail_at))
     reader.announce(infos)
     with pytest.raises(RuntimeError, match="fell off the bus"):
         reader.take(large)
@@ -215,15 +213,15 @@ def test_a_device_that_fails_is_told_and_nothing_hangs(infos: list[TensorInfo], 
 
 
 @pytest.mark.parametrize("where", ["host_memory", "target"])
-def test_memory_that_cannot_be_had_is_told(infos: list[TensorInfo], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither on the host, where reading asks for it, nor on the device; room comes back, and tensors pass once there is some."""
+def test_failed_allocations_are_raised(infos: list[TensorInfo], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the host, where reads allocate, and on the device. Memory is freed, and tensors can be taken once there is enough."""
 
     def refuses(*_: object) -> Tensor:
         raise MemoryError("no room")
 
     large = max(infos, key=lambda info: info.nbytes)
     copier = SlowCopier()
-    reader = IntoDevice(20 * CHUNK, copier)
+    reader = DevicePrefetch(20 * CHUNK, copier)
     with monkeypatch.context() as patch:
         patch.setattr(copier, where, refuses)
         for _ in range(2):
@@ -237,7 +235,7 @@ def test_memory_that_cannot_be_had_is_told(infos: list[TensorInfo], where: str, 
 
 @pytest.mark.parametrize("taking", [True, False])
 def test_closing_while_reads_are_in_flight(infos: list[TensorInfo], taking: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads hang until after closing has begun; who waits for a tensor is told."""
+    """Reads hang until closing has begun. Waiting takers get an error."""
     large = max(infos, key=lambda info: info.nbytes)
     real, begun, released = os.preadv, threading.Event(), threading.Event()
 
@@ -247,7 +245,7 @@ def test_closing_while_reads_are_in_flight(infos: list[TensorInfo], taking: bool
         return real(*args)
 
     monkeypatch.setattr(os, "preadv", hangs)
-    reader = IntoDevice(20 * CHUNK, SlowCopier(0.001))
+    reader = DevicePrefetch(20 * CHUNK, SlowCopier(0.001))
     reader.announce(infos)
     with ThreadPoolExecutor(2) as threads:
         taken = threads.submit(reader.take, large) if taking else None
@@ -266,7 +264,7 @@ def test_closing_while_reads_are_in_flight(infos: list[TensorInfo], taking: bool
 
 def test_reads_and_copies_are_lanes_of_the_trace(infos: list[TensorInfo]) -> None:
     trace = Trace()
-    reader = IntoDevice(50 * CHUNK, SlowCopier(0.0002), trace)
+    reader = DevicePrefetch(50 * CHUNK, SlowCopier(0.0002), trace)
     reader.announce(infos)
     for info in infos:
         reader.take(info)
