@@ -17,18 +17,18 @@ from bigq.version import __version__ as __version__
 if TYPE_CHECKING:
     from bigq.config import JobConfig as JobConfig
     from bigq.errors import BigqError as BigqError
-    from bigq.infer.evaluate import EvalConfig as EvalConfig
     from bigq.infer.evaluate import Evaluation as Evaluation
     from bigq.infer.evaluate import evaluate as evaluate
-    from bigq.infer.generate import GenerateConfig as GenerateConfig
     from bigq.infer.generate import Generated as Generated
     from bigq.infer.generate import generate as generate
     from bigq.infer.load import load_model as load_model
+    from bigq.infer.options import EvalConfig as EvalConfig
+    from bigq.infer.options import GenerateConfig as GenerateConfig
     from bigq.progress.records import Report as Report
+    from bigq.quantized_weight import QuantizedWeight as QuantizedWeight
     from bigq.sched.plan.inputs import plan as plan
     from bigq.sched.plan.planner import Plan as Plan
     from bigq.sched.run import quantize as quantize
-    from bigq.scheme import QuantizedWeight as QuantizedWeight
     from bigq.scheme import QuantScheme as QuantScheme
     from bigq.scheme import Rule as Rule
     from bigq.solver.gptq import quantize_linear as quantize_linear
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 #: Where each public name lives. They are imported when first asked for: torch alone takes seconds.
 _HOMES = {
     "BigqError": "bigq.errors",
-    "EvalConfig": "bigq.infer.evaluate",
+    "EvalConfig": "bigq.infer.options",
     "Evaluation": "bigq.infer.evaluate",
-    "GenerateConfig": "bigq.infer.generate",
+    "GenerateConfig": "bigq.infer.options",
     "Generated": "bigq.infer.generate",
     "JobConfig": "bigq.config",
     "Plan": "bigq.sched.plan.planner",
     "QuantScheme": "bigq.scheme",
-    "QuantizedWeight": "bigq.scheme",
+    "QuantizedWeight": "bigq.quantized_weight",
     "Report": "bigq.progress.records",
     "Rule": "bigq.scheme",
     "evaluate": "bigq.infer.evaluate",

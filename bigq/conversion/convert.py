@@ -57,6 +57,8 @@ def convert(
     source = Path(os.path.expanduser(model))
     if to not in (*FORMATS, "gguf"):
         raise UsageError(f"--to {to}: must be one of {', '.join(FORMATS)}, gguf")
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: no such folder; convert takes the folder of a quantized model")
     place = place_for(source, out)
     skeleton.silence_transformers()
     with torch.no_grad():

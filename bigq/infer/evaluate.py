@@ -21,6 +21,7 @@ from torch import Tensor
 from bigq.calibration import evaluation_rows, require_vocabulary
 from bigq.config import DEFAULT_SEQLEN, default_batch
 from bigq.errors import BigqError, UsageError
+from bigq.infer.options import EvalConfig
 from bigq.inspect.evaluations import holds_finished_job, record_evaluation
 from bigq.io.hub import resolve_model
 from bigq.job.batches import Batches, halving_message
@@ -53,20 +54,6 @@ class Evaluation:
     kl: float | None = None
     kl_stderr: float | None = None
     top1_agreement: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig:
-    """data: a file as for calibration, or "builtin". seqlen None: 2048 or the model's limit. samples None: all rows."""
-
-    data: str = "builtin"
-    seqlen: int | None = None
-    samples: int | None = None
-    batch: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    quiet: bool = False
 
 
 def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | None = None, display: Display | None = None) -> Evaluation:

@@ -89,15 +89,7 @@ class Checkpoint:
 
     @classmethod
     def _open_indexed(cls, folder: Path) -> Checkpoint:
-        index_path = folder / INDEX_NAME
-        weight_map = read_json_object(index_path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index_path}: has no weight_map; fetch the index again")
-        for name, shard in weight_map.items():
-            if not _is_file_name(shard):
-                raise CheckpointError(
-                    f"{index_path}: the shard of {show_name(name)} is {show_value(shard)}, which is not a file name; fetch the index again"
-                )
+        weight_map = read_weight_map(folder / INDEX_NAME)
         digest = hashlib.sha256(json.dumps(weight_map, sort_keys=True).encode())
         shards: dict[str, dict[str, TensorInfo]] = {}
         home: dict[str, str] = {}
@@ -149,6 +141,19 @@ class Checkpoint:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """The index at ``path``: tensor name → the file name of its shard, in the index's order. Raises CheckpointError."""
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: has no weight_map; fetch the index again")
+    for name, shard in weight_map.items():
+        if not _is_file_name(shard):
+            raise CheckpointError(
+                f"{path}: the shard of {show_name(name)} is {show_value(shard)}, which is not a file name; fetch the index again"
+            )
+    return weight_map
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:

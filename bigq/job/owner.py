@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING, Any
 import psutil
 
 from bigq import faults
-from bigq.errors import BigqError, CheckpointError, ResourceError, Stopped, UsageError
+from bigq.errors import BigqError, BusyError, CheckpointError, ResourceError, Stopped
 from bigq.io.atomic import TEMP_SUFFIX, remedy, sync_folder
 from bigq.io.checksum import read_record_bytes
 
@@ -153,7 +153,7 @@ class Owner:
 
         facts: returns the job's progress, called at each heartbeat. steal: take the folder from a holder on another machine without
         watching its heartbeat, also if its lock is still held. say: receives a message before a wait.
-        Raises UsageError, naming the holder, where it may be alive; ResourceError where the folder cannot be written to.
+        Raises BusyError, naming the holder, where it may be alive; ResourceError where the folder cannot be written to.
         """
         self._state, self._facts = state, facts
         self._token = uuid.uuid4().hex
@@ -192,7 +192,7 @@ class Owner:
                 lock.close()
                 holder = Holder.read(self._state)
                 if not steal or holder is None or holder.alive is not None:
-                    raise UsageError(_held_message(self._state, holder)) from None
+                    raise BusyError(_held_message(self._state, holder)) from None
                 self.notes.append(f"the folder's lock was stolen from {holder}")
                 try:
                     path.unlink(missing_ok=True)
@@ -213,13 +213,13 @@ class Owner:
         raise ResourceError(f"{path}: keeps being replaced, probably by another job; stop that job, or choose another folder")
 
     def _wait_for_holder(self, holder: Holder | None, steal: bool, say: Callable[[str], None]) -> None:
-        """Raise UsageError where the previous holder may be alive: locks may not reach other machines."""
+        """Raise BusyError where the previous holder may be alive: locks may not reach other machines."""
         if holder is None or holder.alive is False:
             if holder is not None and holder.outcome is None:
                 self.notes.append(f"the previous run ended abruptly ({holder})")
             return
         if holder.alive:
-            raise UsageError(_held_message(self._state, holder))
+            raise BusyError(_held_message(self._state, holder))
         if steal:
             self.notes.append(f"the folder was taken from {holder} because of --steal-lock")
             return
@@ -232,7 +232,7 @@ class Owner:
             if now is not None and (now.token, now.beat) != (holder.token, holder.beat):
                 if now.outcome is not None:
                     return
-                raise UsageError(_held_message(self._state, now))
+                raise BusyError(_held_message(self._state, now))
         self.notes.append(f"the folder was taken from {holder}, whose heartbeat had stopped")
 
     def _write(self, outcome: str | None, facts: Mapping[str, Any] | None = None) -> None:
@@ -276,11 +276,11 @@ class Owner:
             self._new_owner = str(holder)
 
     def check(self) -> None:
-        """Raise UsageError where another job has taken over the folder."""
+        """Raise BusyError where another job has taken over the folder."""
         if self._new_owner is None:
             self._detect_takeover()
         if self._new_owner is not None:
-            raise UsageError(f"{self._state.parent}: was taken over by another job ({self._new_owner}); this one stops")
+            raise BusyError(f"{self._state.parent}: was taken over by another job ({self._new_owner}); this one stops")
 
     def release(self, outcome: str, facts: Mapping[str, Any] | None = None) -> None:
         """Record how the job ended and release the lock. Never raises."""
@@ -299,10 +299,10 @@ class Owner:
 
 
 def refuse_if_held(state: Path) -> None:
-    """Raise UsageError where the folder's holder is certainly alive. For an early check, before expensive preparation."""
+    """Raise BusyError where the folder's holder is certainly alive. For an early check, before expensive preparation."""
     holder = Holder.read(state)
     if holder is not None and holder.alive:
-        raise UsageError(_held_message(state, holder))
+        raise BusyError(_held_message(state, holder))
 
 
 @contextlib.contextmanager

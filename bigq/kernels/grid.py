@@ -11,32 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FP16_TINY = 2.0**-24
+from bigq.kernels.grid_spec import SCALE_BITS as SCALE_BITS
+from bigq.kernels.grid_spec import GridSpec as GridSpec
 
-#: Significant bits of fp16, and the minimum that a scale may be rounded to.
-SCALE_BITS = 11
-FEWEST_SCALE_BITS = 7
+FP16_TINY = 2.0**-24
 
 #: The grid search of the GPTQ paper's code: the full range is shrunk by 1 % per step, down to 21 %.
 MSE_STEPS = 80
-#: The exponent of the errors that the search sums.
-MSE_POWER = 2.4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GridSpec:
-    """Which grids ``scale · (code − zero)`` a group may have. For the fields see ``QuantScheme``."""
-
-    bits: int
-    symmetric: bool
-    min_zero: int = 0
-    mse: bool = False
-    mse_power: float = MSE_POWER
-    scale_bits: int = SCALE_BITS
-
-    @property
-    def max_code(self) -> int:
-        return (1 << self.bits) - 1
 
 
 @dataclass(frozen=True, slots=True)

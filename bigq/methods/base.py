@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from bigq.kernels.grid import GridSpec
-from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import QuantScheme
 from bigq.solver.hessian import Reduction
 from bigq.vocabulary import FORMAT_NAMES, FormatName, MethodName
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from bigq.errors import UsageError
+from bigq.errors import BusyError, UsageError
 from bigq.inspect.history import History, read_history
 from bigq.io.atomic import write_bytes
 from bigq.progress.terminal import tell
@@ -73,9 +73,12 @@ def pictures_of(history: History) -> Pictures:
 def write_model_card(out: Path) -> Path:
     """Write OUT/README.md as a model card; returns its path.
 
-    Raises UsageError where the job in ``out`` is not finished, or lacks the GGUF file that it was to make.
+    Raises BusyError while a job runs there, UsageError where the job in ``out`` is not finished, or lacks the GGUF file that it was
+    to make.
     """
     history = read_history(out)
+    if history.state == "running":
+        raise BusyError(f"{out}: another bigq job is writing to this folder; wait for it or stop it")
     if not history.finished:
         raise UsageError(f"{out}: the job is not finished ({history.state}), so there is nothing to publish; finish it first")
     card = model_card(history, source_readme(out, history))

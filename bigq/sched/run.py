@@ -28,7 +28,7 @@ from bigq.methods.base import CalibratedMethod
 from bigq.model import skeleton
 from bigq.progress.display import Display
 from bigq.progress.progress import Progress
-from bigq.progress.records import Report, device_memory_peak, host_memory_peak
+from bigq.progress.records import Report, Stages, device_memory_peak, host_memory_peak
 from bigq.sched.claim import Claim, claimed
 from bigq.sched.control import Control
 from bigq.sched.finished import finished_commits
@@ -53,16 +53,18 @@ def quantize(
     display: Display | None = None,
     *,
     command: Sequence[str] = (),
+    started: float | None = None,
 ) -> Report:
     """Quantize a model folder or hub id into the folder ``out``; resume there if an earlier run of the same job was interrupted.
 
     config: None means as the job in ``out`` was begun, or the defaults where there is none. stop: asked between steps.
     display: how progress is show_value; None means as suits stderr, or not at all with config.quiet.
-    command: the arguments that asked for it, for the record.
+    command: the arguments that asked for it, for the record. started: when the program began, by ``time.monotonic``; None means now.
     Raises UsageError, DataError, ResourceError or Stopped (see ``bigq.errors``); then ``out`` holds no config.json, unless all that
     is missing is a GGUF file.
     """
-    started = time.monotonic()
+    started = time.monotonic() if started is None else started
+    stages = Stages(started)
     target = resolve_target(model, out, config)
     if (commits := finished_commits(target)) is not None:
         return _finished_report(target, commits, display, started)
@@ -70,17 +72,18 @@ def quantize(
     hold_heap()
     skeleton.silence_transformers()
     with torch.no_grad(), memory_errors(target.device):
-        job = resolve_job(target, stop)
+        job = resolve_job(target, stop, stages)
         plan = plan_job(job.pager, job.rows, job.config, target.out)
         job = job.with_batch(plan.choice.batch)
         units, request = units_of(job), request_of(job)
+        stages.ended("planning")
         with Progress(len(job.pager.blocks), target.device, job.config.quiet, display=display) as progress:
             _announce(plan, target.out, progress, stop)
             with claimed(job, units, request, plan, progress, started=started, command=command) as claim:
                 control = Control(stop=stop, progress=progress, clock=claim.clock)
                 resumed = _run(job, units, plan, claim, control)
                 _finish(job, claim, control)
-    return _report(job, plan, claim, resumed, started)
+    return _report(job, plan, claim, resumed, started, stages)
 
 
 def _finished_report(target: Target, commits: Sequence[Commit], display: Display | None, started: float) -> Report:
@@ -212,7 +215,7 @@ def _write_gguf(job: Job, claim: Claim, control: Control) -> None:
     add_gguf(out)
 
 
-def _report(job: Job, plan: Plan, claim: Claim, resumed: int, started: float) -> Report:
+def _report(job: Job, plan: Plan, claim: Claim, resumed: int, started: float, stages: Stages) -> Report:
     commits = claim.journal.commits
     return Report(
         out=str(job.target.out),
@@ -230,4 +233,7 @@ def _report(job: Job, plan: Plan, claim: Claim, resumed: int, started: float) ->
         left_out=tuple(name for commit in commits for name in commit.left_out),
         waiting=claim.clock.wait_seconds(),
         batches=() if job.rows is None else Batches(plan.choice.batch, claim.journal.halvings).sizes,
+        seconds_before=stages.seconds,
+        read_by=plan.read_by,
+        reader_notes=plan.notes,
     )

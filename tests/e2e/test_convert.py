@@ -30,7 +30,20 @@ from bigq.io import writer
 from bigq.job.finish import CARD_MARK
 from bigq.scheme import QuantScheme, Rule
 
-RULES = (Rule(r".*\.1\..*o_proj", None), Rule.parse(r".*\.down_proj:bits=8,group_size=-1"), Rule.parse(r".*\.up_proj:bits=3,sym=false"))
+RULES = (
+    Rule(r".*\.1\..*o_proj", None),
+    Rule.parse(r".*\.down_proj:bits=8,group_size=-1"),
+    Rule.parse(r".*\.(gate|up|gate_up)_proj:bits=3,sym=false"),
+)
+#: The same for families whose Linears have other names.
+RULES_OF = {
+    "opt": (Rule(r".*\.1\..*out_proj", None), Rule.parse(r".*fc2:bits=8,group_size=-1"), Rule.parse(r".*fc1:bits=3,sym=false")),
+    "bloom": (
+        Rule(r".*\.1\..*attention\.dense", None),
+        Rule.parse(r".*dense_4h_to_h:bits=8,group_size=-1"),
+        Rule.parse(r".*dense_h_to_4h:bits=3,sym=false"),
+    ),
+}
 FORMATS = ("gptq", "gptq_v2", "compressed-tensors")
 
 
@@ -58,7 +71,8 @@ def made(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
         if key not in known:
             known[key] = tmp_path_factory.mktemp("out")
             changed = QuantScheme(**{"group_size": 32, "scale_bits": 8, **scheme})
-            bigq.quantize(str(checkpoint(family)), known[key], job(ids, format=format, scheme=changed))
+            rules = RULES_OF.get(family, RULES)
+            bigq.quantize(str(checkpoint(family)), known[key], job(ids, format=format, scheme=changed, rules=rules))
         return known[key]
 
     return get
@@ -131,7 +145,7 @@ def test_verify_names_zero_points_by_the_format(made: Callable[..., Path]) -> No
         out = made("llama", format, symmetric=False)
         scans = {path.name: scan_shard(path, KNOWN[format]) for path in out.glob("*.safetensors")}
         said = [what for _, what in model_problems(out, job(Path("ids"), format=format), (), scans, trust_remote_code=False)]
-        assert f"tensor model.layers.0.mlp.gate_proj.{tensor} holds other zero points than 8, although the job's are symmetric" in said
+        assert f"tensor model.layers.0.self_attn.q_proj.{tensor} holds other zero points than 8, although the job's are symmetric" in said
 
 
 def test_scales_follow_the_type_of_the_checkpoint(tmp_path: Path) -> None:
@@ -302,7 +316,7 @@ def test_a_job_that_is_not_finished_is_called_so(made: Callable[..., Path], tmp_
         ["eval", str(folder), "--data", "x"],
     ):
         assert main(command) == 3
-        assert "is not finished; run the command that made it again" in capsys.readouterr().err
+        assert "is not finished; run its command again to resume it" in capsys.readouterr().err
 
 
 def test_what_is_not_packed_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -120,7 +120,8 @@ CASES: Mapping[str, tuple[str, dict[str, Any], dict[str, Any], set[str]]] = {
                 bigq.Rule(r".*v_proj$", {"bits": 8}),
                 bigq.Rule(r".*\.1\..*q_proj$", None),
                 bigq.Rule(r".*up_proj$", {"group_size": 64}),
-            )
+            ),
+            "format": "gguf",  # readers of the others fuse q, k and v
         },
         {"F32", "F16", "Q4_0", "Q8_0"},
     ),

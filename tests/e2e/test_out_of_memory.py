@@ -170,9 +170,9 @@ def test_a_smaller_batch_is_told(
     command = ["quantize", str(checkpoint("llama")), str(tmp_path / "out"), "--calibration", str(ids_file), "--samples", "8"]
     assert main([*command, "--seqlen", "24", "--group-size", "32", "--batch", "8", "--device", "cpu"]) == 0
     told = capsys.readouterr()
-    lines = [line for line in told.err.splitlines() if not line.startswith(("plan: ", "  needs "))]
+    lines = [line for line in told.err.splitlines() if not line.startswith(("reading ", "plan: ", "  "))]
     assert lines[:2] == ["out of memory: batch 8 → 4", "out of memory: batch 4 → 2"] and lines[2].startswith("block 1/3")
-    assert "batch   8 → 4 → 2 rows" in told.out
+    assert "batch:   8 → 4 → 2 rows" in told.out
 
 
 def test_other_errors_are_not_taken_for_it(

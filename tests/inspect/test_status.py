@@ -111,8 +111,14 @@ def told(out: Path) -> Status:
     assert json.loads(json.dumps(now.to_json(), allow_nan=False))["state"] == now.state
     assert now.state in STATES and now.state in now.text()
     for text in (*now.damaged, *now.warnings):
-        assert text in now.text()
+        assert words(text) in words(now.text())
+    assert max(map(len, now.text().splitlines())) <= 60
     return now
+
+
+def words(text: str) -> str:
+    """A text without the white space that wrapping moves."""
+    return "".join(text.split())
 
 
 def change_owner(out: Path, **changes: Any) -> None:
@@ -181,7 +187,7 @@ def test_a_job_that_was_asked_to_stop_says_so(job: Job, tmp_path: Path) -> None:
         process.kill()
     now = told(own.out)
     assert now.state == "stopped" and now.resumable
-    assert now.said is not None and "SIGTERM" in now.said and now.said in now.text()
+    assert now.said is not None and "SIGTERM" in now.said and words(now.said) in words(now.text())
 
 
 def test_a_job_that_failed_says_why(job: Job, tmp_path: Path) -> None:

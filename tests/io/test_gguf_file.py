@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bigq import faults
 from bigq.calibration import ASSETS
-from bigq.errors import CheckpointError, ResourceError, UnsupportedModelError, UsageError
+from bigq.errors import CheckpointError, ResourceError, UnsupportedModelError
 from bigq.io import gguf_file
 from bigq.io.formats import PackedWeight
 from bigq.io.gguf_file import BLOCK_BYTES, GgufTensor, block_type, blocks, minimums, require_gguf, write_gguf_file
@@ -142,7 +142,7 @@ def test_a_full_disk_leaves_an_older_file_unchanged(point: str, tmp_path: Path) 
 def test_a_missing_gguf_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert require_gguf() is gguf
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UsageError, match=r"pip install 'bigq\[gguf\]'"):
+    with pytest.raises(ResourceError, match=r"pip install 'bigq\[gguf\]'"):
         require_gguf()
 
 

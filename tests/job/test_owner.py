@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from bigq import faults
-from bigq.errors import BigqError, ResourceError, Stopped, UsageError
+from bigq.errors import BigqError, BusyError, ResourceError, Stopped
 from bigq.job import owner as owner_module
 from bigq.job.owner import Holder, Owner, ownership, process_start, refuse_if_held, this_machine
 from bigq.progress.progress import Progress
@@ -183,15 +183,15 @@ def test_a_new_folder_is_owned_at_once_and_says_so(state: Path) -> None:
 def test_a_second_process_is_refused_and_told_by_whom(state: Path, process: Callable[[], Process]) -> None:
     first = process()
     assert first.said == "own"
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(BusyError) as caught:
         take(state)
     message = str(caught.value)
     assert message.startswith(f"{state.parent}: another bigq job is writing to this folder (process {first.pid} on {os.uname().nodename}, ")
     assert message.endswith("; wait for it or stop it") and "\n" not in message
-    with pytest.raises(UsageError, match=f"process {first.pid} on"):
+    with pytest.raises(BusyError, match=f"process {first.pid} on"):
         refuse_if_held(state)
     second = process()
-    assert second.said.startswith("2 ") and f"process {first.pid} on" in second.said
+    assert second.said.startswith("4 ") and f"process {first.pid} on" in second.said
     assert known(state)["pid"] == first.pid, "who was refused leaves nothing"
     first.finish()
     refuse_if_held(state)
@@ -200,7 +200,7 @@ def test_a_second_process_is_refused_and_told_by_whom(state: Path, process: Call
 
 def test_within_one_process_too(state: Path) -> None:
     with owning(state) as owner:
-        with pytest.raises(UsageError, match=f"process {os.getpid()} on"):
+        with pytest.raises(BusyError, match=f"process {os.getpid()} on"):
             take(state)
         owner.check()
 
@@ -212,16 +212,16 @@ def test_of_many_that_start_at_once_one_owns_the_folder(state: Path, process: Ca
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(line[:4] for line in said) == ["2 /t"] * 5 + ["own"] or sorted(line[0] for line in said) == ["2"] * 5 + ["o"]
+    assert sorted(line[:4] for line in said) == ["4 /t"] * 5 + ["own"] or sorted(line[0] for line in said) == ["4"] * 5 + ["o"]
 
 
-def test_the_command_exits_with_2(state: Path, child: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+def test_the_command_exits_with_4(state: Path, child: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     with owning(state) as owner:
         model = tmp_path / "model"
         model.mkdir()
         done = child("-m", "bigq", "quantize", model, state.parent, "--device", "cpu")
         owner.check()
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 4, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"bigq: error: {state.parent}: another bigq job is writing to this folder (process {os.getpid()} on ")
 
@@ -243,7 +243,7 @@ def test_a_zombie_process_is_dead(state: Path, process: Callable[[], Process]) -
     until = time.monotonic() + 10
     note = ""
     while not note:  # its files are closed shortly after it ends
-        with contextlib.suppress(UsageError):
+        with contextlib.suppress(BusyError):
             (note,) = take(state)
         assert time.monotonic() < until, "it is taken to be alive"
     assert ") Z " in Path(f"/proc/{first.pid}/stat").read_text()
@@ -255,7 +255,7 @@ def test_a_stopped_process_is_alive(state: Path, process: Callable[[], Process])
     first = process()
     os.kill(first.pid, signal.SIGSTOP)
     time.sleep(4 * BEAT)
-    with pytest.raises(UsageError, match=f"process {first.pid} on"):
+    with pytest.raises(BusyError, match=f"process {first.pid} on"):
         take(state)
     os.kill(first.pid, signal.SIGCONT)
 
@@ -268,7 +268,7 @@ def test_another_process_with_its_number_is_not_it(state: Path) -> None:
         write_owner(state, machine=this_machine(), pid=other.pid, started=started - 1)
         assert "ended abruptly" in take(state)[0]
         write_owner(state, machine=this_machine(), pid=other.pid, started=started)
-        with pytest.raises(UsageError, match=f"process {other.pid} on node7"):
+        with pytest.raises(BusyError, match=f"process {other.pid} on node7"):
             take(state)
         other.kill()
 
@@ -321,7 +321,7 @@ def test_machines_whose_boot_has_no_name_are_not_taken_for_the_same(monkeypatch:
 
 def test_a_holder_elsewhere_whose_heartbeat_goes_on_is_let_be(state: Path) -> None:
     said: list[str] = []
-    with beating(state), pytest.raises(UsageError) as caught, owning(state, said=said):
+    with beating(state), pytest.raises(BusyError) as caught, owning(state, said=said):
         pass
     assert "another bigq job is writing to this folder (process 4242 on node7, last heartbeat 2001" in str(caught.value)
     assert str(caught.value).endswith("or use --steal-lock if you know that it is dead")
@@ -330,7 +330,7 @@ def test_a_holder_elsewhere_whose_heartbeat_goes_on_is_let_be(state: Path) -> No
 
 
 def test_a_slow_heartbeat_within_the_limit_counts(state: Path) -> None:
-    with beating(state, seconds=2.5 * BEAT), pytest.raises(UsageError, match="node7"):
+    with beating(state, seconds=2.5 * BEAT), pytest.raises(BusyError, match="node7"):
         take(state)
 
 
@@ -372,10 +372,10 @@ def test_stealing_from_elsewhere_does_not_wait(state: Path, monkeypatch: pytest.
 
 def test_one_here_that_lives_cannot_be_stolen_from(state: Path, process: Callable[[], Process]) -> None:
     first = process()
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(BusyError) as caught:
         take(state, steal=True)
     assert f"process {first.pid} on" in str(caught.value) and "--steal-lock" not in str(caught.value)
-    assert known(state)["pid"] == first.pid and process().said.startswith("2 ")
+    assert known(state)["pid"] == first.pid and process().said.startswith("4 ")
 
 
 @contextlib.contextmanager
@@ -391,17 +391,17 @@ def test_a_lock_that_outlived_its_holder_is_stolen_and_the_holder_notices(state:
     monkeypatch.setattr(owner_module, "BEAT_SECONDS", 100.0)
     with on_another_machine():
         old = Owner(state, dict, steal=False, say=lambda _: None)
-    with pytest.raises(UsageError, match=r"another bigq job .* or use --steal-lock if you know that it is dead$"):
+    with pytest.raises(BusyError, match=r"another bigq job .* or use --steal-lock if you know that it is dead$"):
         take(state)
     with owning(state, steal=True) as new:
         assert [note.split(" (")[0].split(" from ")[0] for note in new.notes] == ["the folder's lock was stolen", "the folder was taken"]
         for _ in range(2):
-            with pytest.raises(UsageError, match=f"was taken over by another job .process {os.getpid()} on .*; this one stops"):
+            with pytest.raises(BusyError, match=f"was taken over by another job .process {os.getpid()} on .*; this one stops"):
                 old.check()
         old.release("finished")
         new.check()
         assert known(state)["outcome"] is None, "the old one must not say that the job is over"
-        with pytest.raises(UsageError, match="another bigq job"):
+        with pytest.raises(BusyError, match="another bigq job"):
             take(state)
     assert take(state) == []
 
@@ -413,7 +413,7 @@ def test_a_holder_notices_at_its_next_heartbeat_and_stops_beating(state: Path) -
         assert known(state)["token"] == "theirs" and known(state)["beat"] == 1
         # Even if the new owner has ended by now.
         (state / "owner.json").unlink()
-        with pytest.raises(UsageError, match=r"taken over by another job .process 4242 on node7"):
+        with pytest.raises(BusyError, match=r"taken over by another job .process 4242 on node7"):
             old.check()
 
 
@@ -422,7 +422,7 @@ def test_a_lock_without_a_holder_s_name_is_not_stolen(state: Path) -> None:
     with open(state / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for steal in (False, True):
-            with pytest.raises(UsageError, match=r"another bigq job is writing to this folder; wait for it or stop it$"):
+            with pytest.raises(BusyError, match=r"another bigq job is writing to this folder; wait for it or stop it$"):
                 take(state, steal=steal)
 
 
@@ -561,7 +561,7 @@ def test_no_clock_that_people_set_is_asked(state: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(owner_module, "datetime", Module)
     monkeypatch.setattr(time, "time", lambda: 1e9 * (-1) ** next(hours))
     with owning(state) as owner:
-        with pytest.raises(UsageError, match="another bigq job"):
+        with pytest.raises(BusyError, match="another bigq job"):
             take(state)
         wait_for_beat(state, known(state)["beat"] + 3)
         owner.check()
@@ -587,13 +587,13 @@ def test_without_locks_the_heartbeat_keeps_others_out(number: int, state: Path, 
     failing_flock(monkeypatch, number)
     with owning(state) as owner:
         assert owner.notes == ["the file system has no locks; the heartbeat alone keeps others out"]
-        with pytest.raises(UsageError, match=f"process {os.getpid()} on"):
+        with pytest.raises(BusyError, match=f"process {os.getpid()} on"):
             take(state)
-        with pytest.raises(UsageError, match=f"process {os.getpid()} on"):
+        with pytest.raises(BusyError, match=f"process {os.getpid()} on"):
             take(state, steal=True)
         owner.check()
     assert len(take(state)) == 1
-    with beating(state), pytest.raises(UsageError, match="node7"):
+    with beating(state), pytest.raises(BusyError, match="node7"):
         take(state)
     assert "heartbeat had stopped" in take(state)[1]
     write_owner(state)
@@ -615,7 +615,7 @@ def test_without_locks_of_two_that_start_at_once_the_later_owns_the_folder(state
     later = Owner(state, dict, steal=False, say=lambda _: None)
     first, second = owners[1], later
     second.check()
-    with pytest.raises(UsageError, match="was taken over by another job"):
+    with pytest.raises(BusyError, match="was taken over by another job"):
         first.check()
     first.release("failed")
     second.check()
@@ -719,7 +719,7 @@ def test_garbage_does_not_take_a_folder_from_its_owner(state: Path) -> None:
     with owning(state) as owner:
         (state / "owner.json").write_bytes(b"\x00")
         owner.check()
-        with pytest.raises(UsageError, match="another bigq job is writing to this folder"):
+        with pytest.raises(BusyError, match="another bigq job is writing to this folder"):
             take(state)
 
 
@@ -756,7 +756,7 @@ def test_a_job_that_lost_its_folder_does_not_overwrite_the_new_owner(tmp_path: P
     state = tmp_path / "out" / ".bigq"
     with begin(state.parent) as owner:
         write_owner(state)
-        with pytest.raises(UsageError, match="taken over"):
+        with pytest.raises(BusyError, match="taken over"):
             owner.check()
     assert known(state)["token"] == "theirs" and known(state)["outcome"] is None
 

@@ -17,7 +17,8 @@ from bigq.methods import METHODS, method_of
 from bigq.methods.base import CalibratedMethod, DataFreeMethod, Method
 from bigq.methods.gptaq import Gptaq
 from bigq.methods.gptq import Gptq
-from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import QuantScheme
 from bigq.solver.gptq import quantize_linear
 from bigq.solver.hessian import Reduction
 from bigq.solver.rtn import round_to_nearest

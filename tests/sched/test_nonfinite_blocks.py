@@ -458,8 +458,8 @@ def test_a_plan_counts_the_copy_without_nonfinite_tokens() -> None:
     replay = {}
     for batch in (1, 4):
         for how in ("stop", "skip"):
-            work = Work(rows=rows, tokens=10, scheme=lambda _: QuantScheme(), method="gptq", true_sequential=True, on_nonfinite=how)
-            choice = Choice(on_gpu=True, tier="gpu", batch=batch, cache=False, ahead=0, beside=False)
+            work = Work(rows=rows, tokens=10, scheme=lambda _: QuantScheme(), method=Gptq(), true_sequential=True, on_nonfinite=how)
+            choice = Choice(on_gpu=True, tier="gpu", batch=batch, memo=False, ahead=0, beside=False)
             cost = job_cost(shape, work, choice, base=0)
             replay[batch, how] = next(p.device for p in cost.phases if p.name == "replay")
     assert replay[1, "skip"] - replay[1, "stop"] == 2 * seqlen * n

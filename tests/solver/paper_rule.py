@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bigq.kernels.grid import find_grid
-from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import QuantScheme
 from bigq.solver.hessian import Factor
 from bigq.solver.upstream_error import Correction
 

@@ -10,7 +10,8 @@ from paper_rule import solve_by_columns
 from torch import Tensor
 
 from bigq.errors import NumericsError, UsageError
-from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import QuantScheme
 from bigq.solver.gptq import quantize_linear
 from bigq.solver.hessian import HessianSum, factorize
 from bigq.solver.upstream_error import Correction, CrossSum

@@ -15,7 +15,8 @@ from bigq.errors import CheckpointError, UnsupportedModelError, UsageError
 from bigq.io.formats import FORMATS, Format, PackedLinear, PackedWeight, Quantization, read_schemes
 from bigq.io.index import read_header
 from bigq.kernels.pack import unpack
-from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import QuantScheme
 
 BITS = [2, 3, 4, 8]
 M, N = 64, 96

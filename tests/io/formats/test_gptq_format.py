@@ -13,7 +13,8 @@ from torch import Tensor
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.formats import FORMATS, PackedWeight, Quantization
 from bigq.kernels.pack import unpack
-from bigq.scheme import QuantizedWeight, QuantScheme, Rule, scheme_for
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import QuantScheme, Rule, scheme_for
 
 BITS = [2, 3, 4, 8]
 VERSIONS = {1: FORMATS["gptq"], 2: FORMATS["gptq_v2"]}

@@ -186,7 +186,7 @@ def test_blocks_are_announced_within_the_budget(checkpoint: Callable[[str], Path
     assert len(sizes) > 1
     for budget, expected in ((0, set()), (sizes[0] // 2, {0}), (sizes[0], {0}), (10 * sum(sizes), set(range(len(sizes))))):
         trace = Trace()
-        with pager.reading_ahead(budget, trace):
+        with pager.prefetch(budget, trace):
             pager.announce_block(0)
             whole = {t.name for i in expected for t in pager.block_tensors(i)}
             assert budget < sizes[0] or reached(lambda: {s.name for s in trace.spans} == whole)  # noqa: B023
