@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Quantizes a model of 13.5 GB within 3 GB of host memory, and proves it: the system itself keeps the limit.
+"""Quantize a model of 13.5 GB within 3 GB of host memory. The operating system enforces the limit.
 
-A checkpoint with the shape of Llama-2-7B (32 blocks, random bf16 weights; see shapes.py) is made once. Then the real job
-runs in a child that cannot have more memory than --limit (see memory_limit.py: a control group where possible, whose
-limit includes page cache), with activations on disk, on the CPU. The output is opened afterwards. The exit status is 0
-only if the child did it all within the limit, its resident set at the peak (VmHWM, with shared libraries) included.
+The script first writes a checkpoint in the shape of Llama-2-7B (32 blocks, random bf16 weights; see shapes.py). Then a child
+process, which cannot use more memory than --limit, runs the job on the CPU with activations on disk. memory_limit.py sets the
+limit: with a control group where possible, which counts page cache as well. At the end the script opens the output. The exit
+status is 0 only if the child finished within the limit, and its peak resident set (VmHWM, with shared libraries) is below it.
 
     python scripts/bench_memory.py --work /tmp/bench --json docs/results/bench_memory.json
     python scripts/bench_memory.py --work /tmp/bench --shape tiny --limit 700000000      # in seconds
 
-Killed, it goes on when it is run again: bigq takes up its job, and times are summed over the runs. ``--fresh`` begins anew.
-CPU times compare only with other programs' on the same machine, taken in turn; memory does not depend on the machine.
+Run the same command again to resume after a kill: bigq resumes the job, and times are summed over the runs. ``--fresh`` starts
+over. Compare CPU times only with other programs on the same machine, run in turn. Memory does not depend on the machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from facts import drop_from_cache, host, print_table, revision, status_bytes, versions
 from memory_limit import LIMITERS, Limiter, make_limiter
 
-#: The child: the command line's own job, and its report as JSON in a file. It ends when its parent does (PR_SET_PDEATHSIG).
+#: The child: runs the job of a command line and writes its report as JSON. It ends when its parent does (PR_SET_PDEATHSIG).
 PROGRAM = """
 import ctypes, dataclasses, json, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -55,21 +55,21 @@ SAMPLE_SECONDS = 0.25
 
 
 def ensure_inputs(shape: str, model: Path, ids: Path, samples: int, seqlen: int) -> None:
-    """Make what is missing of the checkpoint and the token ids, in a process of its own."""
+    """Write the missing parts of the checkpoint and the token ids, in a separate process."""
     command = [sys.executable, str(ROOT / "scripts/shapes.py"), shape, str(model)]
     command += ["--ids", str(ids), "--samples", str(samples), "--seqlen", str(seqlen)]
     if not ids.exists() and (status := subprocess.run(command, check=False).returncode):
-        sys.exit(f"bench_memory: the checkpoint was not made (status {status})")
+        sys.exit(f"bench_memory: writing the checkpoint failed (status {status}); see the message above")
 
 
 def job_arguments(model: Path, out: Path, ids: Path, args: argparse.Namespace) -> list[str]:
-    """The command line that the child runs."""
+    """The command line of the child."""
     arguments = ["quantize", str(model), str(out), "--calibration", str(ids), "--samples", str(args.samples)]
     return [*arguments, "--seqlen", str(args.seqlen), "--activations", "disk", "--device", "cpu"]
 
 
 def run_limited(limiter: Limiter, command: Sequence[str], record: Path, log: Path, threads: int) -> dict[str, Any]:
-    """Run the child to its end. What is known of the run is in ``record`` all the time, so that being killed loses little."""
+    """Run the child to its end. ``record`` is rewritten every few seconds, so that a kill loses little."""
     begun = time.monotonic()
     with open(log, "wb") as errors:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
@@ -78,7 +78,7 @@ def run_limited(limiter: Limiter, command: Sequence[str], record: Path, log: Pat
     written, resident = float("-inf"), 0
     try:
         while True:
-            # Before waiting: once the child is waited for, its last figures are gone.
+            # Before wait4: after it, the figures of the child are gone.
             limiter.sample(child.pid)
             resident = max(resident, status_bytes(child.pid, "VmHWM"))
             cpu = cpu_seconds(child.pid)
@@ -107,7 +107,7 @@ def run_limited(limiter: Limiter, command: Sequence[str], record: Path, log: Pat
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time that a process has used so far."""
+    """User and system time of a process so far, in seconds."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -116,14 +116,14 @@ def cpu_seconds(pid: int) -> float:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Appears whole or not at all."""
+    """Write a file as JSON; a partial file never appears."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     partial.rename(path)
 
 
 def verify(out: Path, shape: str) -> dict[str, int]:
-    """Open the output as a reader would, every shard's header included. Raises what bigq raises for a bad checkpoint."""
+    """Open the output as a reader does, with the header of every shard. Raises bigq's own errors for a bad checkpoint."""
     from shapes import SHAPES
 
     from bigq.io.index import Checkpoint, read_json_object
@@ -134,16 +134,16 @@ def verify(out: Path, shape: str) -> dict[str, int]:
     linears = sum(name.endswith(".qweight") for name in checkpoint)
     expected = wanted.linears_per_block * wanted.blocks
     if linears != expected:
-        raise ValueError(f"{out}: holds {linears} packed Linears instead of {expected}")
+        raise ValueError(f"{out}: has {linears} packed Linears, expected {expected}")
     if config["quantization_config"]["quant_method"] != "gptq":
-        raise ValueError(f"{out}: config.json names no GPTQ")
+        raise ValueError(f"{out}: config.json does not name GPTQ")
     return {"packed_linears": linears, "tensors": len(checkpoint.tensors), "shards": len({t.file for t in checkpoint.tensors.values()})}
 
 
 def failure(run: Mapping[str, Any], log: Path) -> str:
-    """Why a run is no success; "" where it is one."""
+    """Why a run failed; "" if it did not."""
     if run["status"] == 0 and not run["exceeded"]:
-        # Pages of shared libraries may be charged to a group that had them in memory before; here they count.
+        # A group may not be charged for pages of shared libraries that another group loaded first; VmHWM counts them.
         above = run["vmhwm_bytes"] > run["limit_bytes"]
         return f"{run['vmhwm_bytes']} resident bytes at the peak, {run['limit_bytes']} allowed" if above else ""
     last = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
@@ -153,7 +153,7 @@ def failure(run: Mapping[str, Any], log: Path) -> str:
 
 
 def summary(runs: Sequence[Mapping[str, Any]], report: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The figures of all runs together. Times are sums, peaks the largest; phases are told by the run that ended the job."""
+    """The figures of all runs: sums of times, largest peaks. Phases come from the run that finished the job."""
     peaks = ("vmhwm_bytes", "maxrss_bytes", "group_peak_bytes", "anonymous_peak_bytes", "resident_peak_bytes")
     found: dict[str, Any] = {
         "runs": len(runs),
@@ -181,15 +181,17 @@ def summary(runs: Sequence[Mapping[str, Any]], report: Mapping[str, Any] | None)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint and the output, 18 GB for the real one")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint and the output (18 GB for llama-2-7b)")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--shape", default="llama-2-7b", help="one of those in shapes.py (default: %(default)s)")
+    parser.add_argument("--shape", default="llama-2-7b", help="a shape of shapes.py (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=3 * 10**9, help="bytes of host memory (default: %(default)s)")
-    parser.add_argument("--limiter", default="auto", choices=("auto", *LIMITERS), help="how to keep it; auto takes the first that works")
+    parser.add_argument(
+        "--limiter", default="auto", choices=("auto", *LIMITERS), help="means of the limit; auto takes the first that works"
+    )
     parser.add_argument("--samples", type=int, default=8, help="calibration rows (default: %(default)s)")
-    parser.add_argument("--seqlen", type=int, default=1024, help="tokens in each (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="the child's OMP_NUM_THREADS (default: %(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="forget an earlier run of the same measurement")
+    parser.add_argument("--seqlen", type=int, default=1024, help="tokens per row (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of the child (default: %(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="delete an earlier run of the same measurement, and start over")
     args = parser.parse_args()
     model, ids = args.work / args.shape, args.work / f"ids-{args.shape}-{args.samples}x{args.seqlen}.safetensors"
     job = args.work / f"job-{args.shape}-{args.samples}x{args.seqlen}-{args.limit}"
@@ -200,10 +202,10 @@ def main() -> int:
     records = sorted(job.glob("run-*.json"))
     runs = [json.loads(path.read_text()) for path in records]
     report_path, out = job / "report.json", job / "out"
-    problem = "an earlier run was killed by the limit; --fresh begins anew" if any(run.get("exceeded") for run in runs) else ""
+    problem = "an earlier run was killed by the limit; start over with --fresh" if any(run.get("exceeded") for run in runs) else ""
     if not problem and not report_path.exists():
         for shard in model.glob("*.safetensors"):
-            drop_from_cache(shard)  # or the child would read what was cached on another group's account
+            drop_from_cache(shard)  # otherwise the child reads pages that are charged to another group
         record = job / f"run-{len(runs):03d}.json"
         log = record.with_suffix(".log")
         command = [sys.executable, "-c", PROGRAM, str(report_path), *job_arguments(model, out, ids, args)]
@@ -239,7 +241,7 @@ def main() -> int:
 
 
 def shown_arguments(args: argparse.Namespace) -> list[str]:
-    """The arguments that make the same measurement elsewhere."""
+    """The arguments that repeat the measurement on another machine."""
     return [
         "--work",
         "DIR",

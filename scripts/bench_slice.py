@@ -1,13 +1,15 @@
-"""One slice of ``bench_176b``: a real job, whose checkpoint has one block's bytes on disk under all blocks' names.
+"""One slice of ``bench_176b``: a real job on a checkpoint whose blocks all share the bytes of one block on disk.
 
     python scripts/bench_slice.py FOLDER/spec.json
 
-Three things are put in bigq's place before its ``quantize`` runs, and nothing else of it changes:
+This script replaces these parts of bigq before it calls ``quantize``, and nothing else:
 
-* ``Checkpoint.open`` gives every block the byte ranges of the one block shard (hard links could not: names differ);
-* ``Journal.commit`` also writes a line to FOLDER/progress.jsonl, gives up finished shards when the disk gets short, and
-  interrupts the job, as Ctrl-C would, where there is no time left for another block;
-* ``Clock`` is remembered, to be asked for the seconds by phase at every commit.
+* ``Checkpoint.open`` gives every block the byte ranges of the one block shard. Hard links cannot do that: tensor names differ.
+* ``Journal.commit`` also writes a line to FOLDER/progress.jsonl, deletes committed shards when disk space runs short, and
+  interrupts the job, as Ctrl-C does, when no time is left for another block.
+* ``Journal.record_run`` also keeps the planned peaks.
+* ``Clock.__init__`` also keeps the clock, which every commit asks for the seconds by phase.
+* ``faults.point`` starts and stops the profiler, if the spec names a block to profile (FOLDER/profile.json).
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import torch
 from facts import drop_from_cache, status_bytes
 
+from bigq import faults
 from bigq.cli.commands import build_parser
 from bigq.cli.job import job_config
 from bigq.errors import BigqError
@@ -41,14 +44,18 @@ from bigq.job.journal import Commit, Journal
 from bigq.progress.clock import Clock
 from bigq.sched.run import quantize
 
-#: Seconds between two times that the block shard is dropped from the page cache (``cold``).
+#: Seconds between drops of the block shard from the page cache (``cold``).
 DROP_SECONDS = 0.5
-#: What committed shards are deleted to keep free on the disk, besides room for some more of them.
+#: Free disk space below which committed shards are deleted, in addition to the size of three more of them.
 FREE_BYTES = 2 * 10**9
+#: Names of the CUDA allocator's statistics that every line of progress.jsonl holds.
+ALLOCATOR = ("num_alloc_retries", "num_ooms", "allocated_bytes.all.peak", "reserved_bytes.all.peak", "inactive_split_bytes.all.peak")
+#: Kernels listed in profile.json.
+PROFILED_KERNELS = 45
 
 
 def aliased_checkpoint(folder: Path, rest: Sequence[Path], block: Path, blocks_path: str, blocks: int) -> Checkpoint:
-    """A checkpoint whose blocks 0 … all lie in the same bytes: those of block 0, in the shard ``block``."""
+    """A checkpoint with ``blocks`` blocks that all have the bytes of block 0, in the shard ``block``."""
     tensors: dict[str, TensorInfo] = {}
     digest = hashlib.sha256(str(blocks).encode())
     for path in rest:
@@ -65,15 +72,15 @@ def aliased_checkpoint(folder: Path, rest: Sequence[Path], block: Path, blocks_p
 
 
 def enough_time(now: float, stop_at: float, block_seconds: Sequence[float]) -> bool:
-    """Whether another block like the slower of the last two would end in time, with a quarter to spare. Times in seconds.
+    """Whether another block as slow as the slower of the last two ends in time, with a quarter to spare. Times in seconds.
 
-    Not the slowest of all: the first one has kernels compiled.
+    Earlier blocks do not count: the first one compiles kernels.
     """
     return now + 1.25 * max(block_seconds[-2:]) + 2 < stop_at
 
 
 def busy_seconds(spans: Iterable[tuple[float, float]]) -> float:
-    """How long at least one of some spans (begin, end) was under way."""
+    """Seconds covered by at least one of the spans (begin, end)."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, reached))
@@ -82,7 +89,7 @@ def busy_seconds(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def lanes(trace: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """A job's trace by lane: seconds in which the lane was busy, and the bytes of the tensors that its spans are named by."""
+    """The trace of a job by lane: seconds in which the lane was busy, and the bytes of the tensors that its spans name."""
     spans: dict[str, list[Any]] = {}
     for event in trace["traceEvents"]:
         if event["ph"] == "X":
@@ -97,7 +104,7 @@ def lanes(trace: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 class Notes:
-    """What is written down at every commit: seconds since the job began, seconds by phase, sizes and peaks in bytes."""
+    """Writes progress.jsonl: at every commit, seconds since the job began, seconds by phase, and sizes and peaks in bytes."""
 
     def __init__(self, folder: Path, layers: int, launched_at: float, stop_at: float) -> None:
         self.stopped = False
@@ -106,6 +113,7 @@ class Notes:
         self._start_s = time.time() - launched_at
         self._before_clock_s = 0.0
         self._clock: Clock | None = None
+        self._planned: dict[str, Any] = {}
         self._commits: list[float] = []
         self._block_seconds: list[float] = []
 
@@ -113,15 +121,18 @@ class Notes:
         self._clock = clock
         self._before_clock_s = time.monotonic() - self._begun
 
+    def run_recorded(self, run: Mapping[str, Any]) -> None:
+        self._planned = dict(run["planned"])
+
     def committed(self, out: Path, commit: Commit) -> None:
-        """A shard is on disk and in the journal."""
+        """Called when a shard is on disk and in the journal."""
         now = time.monotonic()
         self.write(commit.unit, shard_bytes=commit.shard.size)
         if not commit.unit.startswith("block-"):
             self._commits = [now]
             return
         if shutil.disk_usage(out).free < FREE_BYTES + 3 * commit.shard.size:
-            _give_up_shards(out)
+            _delete_shards(out)
         self._block_seconds.append(now - (self._commits[-1] if self._commits else self._begun))
         self._commits.append(now)
         more = len(self._block_seconds) < self._layers
@@ -130,7 +141,9 @@ class Notes:
             _thread.interrupt_main()
 
     def write(self, unit: str, **more: Any) -> None:
-        """Append a line. It is on disk when this returns, whatever happens next."""
+        """Append a line and flush it to the disk."""
+        on_gpu = torch.cuda.is_initialized()
+        statistics = torch.cuda.memory_stats() if on_gpu else {}
         line = {
             "unit": unit,
             "seconds": time.monotonic() - self._begun,
@@ -138,8 +151,10 @@ class Notes:
             "before_clock_s": self._before_clock_s,
             "phases": phases_so_far(self._clock),
             "host_peak_bytes": status_bytes("self", "VmHWM"),
-            "device_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0,
-            "device_reserved_peak_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else 0,
+            "device_peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
+            "device_reserved_peak_bytes": torch.cuda.max_memory_reserved() if on_gpu else 0,
+            "allocator": {name: statistics.get(name, 0) for name in ALLOCATOR} if on_gpu else {},
+            "planned": self._planned,
             **more,
         }
         with open(self._folder / "progress.jsonl", "a") as file:
@@ -149,19 +164,19 @@ class Notes:
 
 
 def phases_so_far(clock: Clock | None) -> dict[str, float]:
-    """Seconds by phase, of phases that have ended and been read off. A commit runs in a thread of its own, beside the clock's."""
+    """Seconds by phase, of the phases that have ended and been read. Commits run in another thread than the clock."""
     return {} if clock is None else clock.seconds_so_far()
 
 
-def _give_up_shards(out: Path) -> None:
-    """Delete what is committed: nothing reads it again in this job."""
+def _delete_shards(out: Path) -> None:
+    """Delete the committed shards: this job does not read them again."""
     for shard in out.glob("*.safetensors"):
         shard.unlink()
 
 
 def _watch(notes: Notes) -> None:
-    """Let ``notes`` see the job's clock and its commits."""
-    init, commit = Clock.__init__, Journal.commit
+    """Pass the clock, the run record and the commits of the job to ``notes``."""
+    init, commit, record_run = Clock.__init__, Journal.commit, Journal.record_run
 
     def made(self: Clock, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
@@ -171,12 +186,53 @@ def _watch(notes: Notes) -> None:
         commit(self, done)
         notes.committed(self.out, done)
 
+    def run_recorded(self: Journal, run: Mapping[str, Any]) -> None:
+        record_run(self, run)
+        notes.run_recorded(run)
+
     Clock.__init__ = made  # type: ignore[method-assign]
+    Journal.record_run = run_recorded  # type: ignore[method-assign]
     Journal.commit = committed  # type: ignore[method-assign,assignment]
 
 
+def _profile_block(number: int, file: Path) -> None:
+    """Profile from the moment that block ``number`` (from 0) is loaded until the next block is loaded."""
+    point, loaded = faults.point, 0
+    on_gpu = torch.cuda.is_available()
+    kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    profiler = torch.profiler.profile(activities=[kind])
+
+    def passed(name: str) -> None:
+        nonlocal loaded
+        if name == "block.loaded":
+            if loaded == number:
+                profiler.start()
+            elif loaded == number + 1:
+                if on_gpu:
+                    torch.cuda.synchronize()
+                profiler.stop()
+                file.write_text(json.dumps(kernel_times(profiler, on_gpu=on_gpu), indent=1) + "\n")
+            loaded += 1
+        point(name)
+
+    faults.point = passed
+
+
+def kernel_times(profiler: torch.profiler.profile, *, on_gpu: bool) -> dict[str, Any]:
+    """``kernels``: name → [milliseconds, launches], the longest first. ``total``: of all kernels. On a CPU: of torch's operations."""
+
+    def milliseconds(event: Any) -> float:
+        return float(event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
+
+    events = sorted(profiler.key_averages(), key=milliseconds, reverse=True)
+    return {
+        "total": [round(sum(map(milliseconds, events)), 1), sum(event.count for event in events)],
+        "kernels": {event.key[:90]: [round(milliseconds(event), 2), event.count] for event in events[:PROFILED_KERNELS]},
+    }
+
+
 def _keep_cold(path: Path) -> None:
-    """Drop a file from the page cache again and again, so that every block is read from the disk."""
+    """Drop a file from the page cache every ``DROP_SECONDS``, so that every block is read from the disk."""
 
     def run() -> None:
         while True:
@@ -187,8 +243,8 @@ def _keep_cold(path: Path) -> None:
 
 
 def main() -> int:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends with the benchmark
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells turn off for what runs in the background
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: this process ends when its parent does
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for background processes
     spec_path = Path(sys.argv[1])
     spec = json.loads(spec_path.read_text())
     folder, block = spec_path.parent, Path(spec["block_shard"])
@@ -198,6 +254,8 @@ def main() -> int:
     Checkpoint.open = classmethod(lambda cls, folder: checkpoint)  # type: ignore[method-assign,assignment]
     if spec["cold"]:
         _keep_cold(block)
+    if spec.get("profile_block") is not None:
+        _profile_block(spec["profile_block"], folder / "profile.json")
     args = build_parser().parse_args(spec["arguments"])
     notes = Notes(folder, spec["layers"], spec["launched_at"], spec["stop_at"])
     _watch(notes)

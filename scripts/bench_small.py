@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Time, CPU time and memory of ``bigq quantize`` as a whole process, on a small Llama-shaped model of random weights.
+"""Measure wall time, CPU time and memory of ``bigq quantize`` as a whole process, on a small Llama-shaped model with random weights.
 
 8 blocks, hidden 1024, intermediate 2816, 8 heads, 4 key/value heads, vocabulary 4096, bf16; 32 × 512 tokens; 4 bits,
-groups of 128, symmetric. CPU figures compare only with those of other programs taken in turn on the same machine.
+groups of 128, symmetric. Compare CPU figures only with other programs on the same machine, run in turn.
 
     python scripts/bench_small.py --work /tmp/bench --json docs/results/bench_small.json
 """
@@ -29,7 +29,7 @@ ROWS, SEQLEN = 32, 512
 def make_inputs(model: Path, ids: Path) -> None:
     """Write the model folder and the file of token ids (Zipf-distributed).
 
-    Runs in a process of its own: a child's peak memory starts from its parent's, so the measuring one stays small.
+    Runs in a separate process: the peak memory of a child starts at its parent's, so the measuring process must stay small.
     """
     import torch
     from shapes import write_ids, zipf_ids
@@ -53,7 +53,7 @@ def make_inputs(model: Path, ids: Path) -> None:
 
 
 def measure(model: Path, ids: Path, out: Path) -> dict[str, float]:
-    """One run in a process of its own: seconds on the wall, CPU seconds, peak resident MiB."""
+    """One run in a separate process: wall seconds, CPU seconds, peak resident MiB."""
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "bigq", "quantize", str(model), str(out), "--calibration", str(ids)]
     command += ["--samples", str(ROWS), "--seqlen", str(SEQLEN), "--device", "cpu", "--quiet"]

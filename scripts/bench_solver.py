@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""How much faster ``bigq.quantize_linear`` is than an eager GPTQ, on this machine's CPU, taken in turn; and TF32's effect.
+"""Compare ``bigq.quantize_linear`` with an eager GPTQ on this machine's CPU, run in turn; and measure the effect of TF32.
 
-The speed is that of one weight, 1024 × 2816, 4 bits, groups of 128; the seconds of its products alone, at the rate that this
-machine reaches in a large one, tell how much faster it could become. The effect on the loss of taking the factors of the
-feedback product as TF32 (what happens on a GPU) or as bf16 (which does not) is measured by rounding them so.
+The speed is measured on one weight, 1024 × 2816, 4 bits, groups of 128. Its floor is the time of the products alone, at this
+machine's rate in a large product. The effect of TF32 factors in the feedback product (which a GPU uses), and of bf16 factors
+(which bigq does not use), is measured by rounding the factors to these types.
 
     python scripts/bench_solver.py --json docs/results/bench_solver.json
 """
@@ -46,7 +46,7 @@ def problem(m: int, n: int, seed: int, skewed: bool = False) -> tuple[Tensor, Te
 
 
 def speed(rounds: int) -> dict[str, float]:
-    """Median seconds of both, taken in turn, and their ratio; how far apart their losses are."""
+    """Median seconds of both, run in turn, their ratio, and the relative difference of their losses."""
     weight, hessian = (t.float() for t in problem(M, N, seed=0))
     scheme = QuantScheme(bits=4, group_size=128)
     times: dict[str, list[float]] = {"eager": [], "bigq": []}
@@ -71,14 +71,14 @@ def speed(rounds: int) -> dict[str, float]:
 
 
 def floor() -> dict[str, float]:
-    """The arithmetic that cannot be avoided, n³/3 for the factor and m·n² for the feedback, at the rate of a large product."""
+    """Seconds of the least arithmetic, n³/3 for the factor and m·n² for the feedback, at the rate of a large product."""
     a = torch.randn(N, N)
     rate = 2 * N**3 / min(seconds(lambda: a @ a) for _ in range(5))
     return {"product_gflops": rate / 1e9, "factor_s": N**3 / 3 / rate, "feedback_s": M * N**2 / rate}
 
 
 def factor(rounds: int) -> dict[str, float]:
-    """The factorization alone, beside the library's: median seconds and the residual ‖R·Rᵀ − H‖ / ‖H‖."""
+    """The factorization beside the library's: median seconds and the residual ‖R·Rᵀ − H‖ / ‖H‖."""
     hessian = problem(1, N, seed=0)[1]
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
     single = hessian.float()

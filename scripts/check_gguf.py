@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Whether llama.cpp computes with bigq's GGUF files what bigq computes with the folders that they were made from.
+"""Check that llama.cpp computes the same from bigq's GGUF files as bigq computes from the quantized folders.
 
-Tiny models of each family are quantized and written; llama.cpp reads them in a process of its own (``scripts/read_gguf.py``, run by
-the Python that has llama-cpp-python). Its logits are compared with those of the dequantized weights in fp32. Beside each file goes a
-control, the same weights as F32: how far that is off is llama.cpp's arithmetic without its blocks. llama.cpp multiplies blocks with
-activations of 8 bits, so logits of packed files differ more; that their weights are the same is tested bit by bit in
-``tests/e2e/test_gguf.py``. A file with the rows of q and k in transformers' order must fail the comparison.
+The script quantizes tiny models of each family and writes GGUF files. llama.cpp reads them in a separate process
+(``scripts/read_gguf.py``, run by the Python that has llama-cpp-python). Its logits are compared with those of the dequantized
+weights in fp32. Each file has a control with the same weights as F32, which shows llama.cpp's own arithmetic error. llama.cpp
+multiplies quantized blocks with 8-bit activations, so the logits of packed files differ more; ``tests/e2e/test_gguf.py`` checks
+their weights bit by bit. A file with the rows of q and k in transformers' order must fail the comparison.
 
-Then tokenizers of every kind that ``bigq.io.gguf_vocab`` knows are trained on the shipped text, and texts are tokenized by both.
+Then the script trains a tokenizer of every kind that ``bigq.io.gguf_vocab`` supports on the shipped text, and compares the tokens
+of both programs.
 
     python scripts/check_gguf.py --reader VENV/bin/python --work DIR --json docs/results/clients_llamacpp.json
 """
@@ -51,10 +52,10 @@ from bigq.model.pager import Pager
 
 CPU = torch.device("cpu")
 ROWS = 4
-#: What a control may be off by at most, as a part of the spread of the logits; and how much more the negative control must be.
+#: Largest error of a control, relative to the standard deviation of the logits; how many times larger the negative control's must be.
 CONTROL_LIMIT, NEGATIVE_FACTOR = 2e-3, 100
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: Kinds of tokenizers that differ in how text is split into words.
+#: Kinds of tokenizers that differ only in how they split text into words.
 SPLITTINGS = {"gpt-2", "llama-bpe", "qwen2"}
 _WIDE = {"hidden_size": 256, "intermediate_size": 512}
 _ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 32}
@@ -62,7 +63,7 @@ _ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 32}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model, how it is quantized, and what type its Linears come to have. positions: tokens in a row."""
+    """A model, how it is quantized, and the GGUF type of its Linears. positions: tokens per row."""
 
     name: str
     type: str
@@ -133,7 +134,7 @@ CASES = (
 
 
 class Asked(NamedTuple):
-    """What llama.cpp is asked of a file: logits of rows of token ids, tokens of texts."""
+    """A request to llama.cpp for one file: logits of rows of token ids, tokens of texts."""
 
     gguf: Path
     ids: Sequence[Sequence[int]] = ()
@@ -168,7 +169,7 @@ class Reader:
 
 
 def compared(reference: Tensor, got: Tensor) -> dict[str, float]:
-    """Largest difference (and as a part of the reference's spread), mean KL divergence, how often the likeliest token agrees."""
+    """Largest difference (also relative to the reference's standard deviation), mean KL divergence, share of equal top tokens."""
     reference, got = reference.double(), got.double()
     p, q = reference.log_softmax(-1), got.log_softmax(-1)
     worst = float((reference - got).abs().max())
@@ -181,7 +182,7 @@ def compared(reference: Tensor, got: Tensor) -> dict[str, float]:
 
 
 def save_dequantized(folder: Path, out: Path) -> Path:
-    """The model of a packed folder as an fp32 checkpoint, tokenizer left out."""
+    """The model of a packed folder as an fp32 checkpoint, without a tokenizer."""
     pager = Pager(folder, device=CPU, dtype="float32")
     out.mkdir()
     tensors = {}
@@ -203,24 +204,24 @@ def save_dequantized(folder: Path, out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def rows_left_as_they_are() -> Iterator[None]:
-    """No family has the rows of q and k put in llama.cpp's order."""
+def rows_in_transformers_order() -> Iterator[None]:
+    """Write the rows of q and k in transformers' order for every family."""
     families = {kind: dataclasses.replace(family, paired=()) for kind, family in gguf_families.FAMILIES.items()}
     with mock.patch.object(gguf_families, "FAMILIES", families):
         yield
 
 
 def compare_case(reader: Reader, work: Path, name: str, folder: Path, ids: Tensor, texts: Sequence[str] = ()) -> dict[str, Any]:
-    """What llama.cpp makes of a packed folder; ``tokens`` are those that it makes of the texts."""
+    """Compare llama.cpp's logits of a packed folder with bigq's. ``tokens``: llama.cpp's tokens of the texts."""
     reference = streamed_logits(folder, ids, 1, "float32")
     files = {what: work / f"{what}.gguf" for what in ("packed", "control", "rows_not_in_order")}
     write_gguf(folder, files["packed"])
     plain = save_dequantized(folder, work / "plain")
     write_gguf(plain, files["control"])
-    with rows_left_as_they_are():
+    with rows_in_transformers_order():
         write_gguf(plain, files["rows_not_in_order"])
     if files["control"].read_bytes() == files["rows_not_in_order"].read_bytes():
-        del files["rows_not_in_order"]  # a family that has them in transformers' order
+        del files["rows_not_in_order"]  # GGUF files of this family have them in transformers' order
     read = reader.read(*(Asked(file, ids.tolist(), texts if what == "packed" else ()) for what, file in files.items()))
     row: dict[str, Any] = {"case": name, "bytes": files["packed"].stat().st_size}
     row |= {what: compared(reference, logits) for what, (logits, _) in zip(files, read, strict=True)}
@@ -248,7 +249,7 @@ def model_case(reader: Reader, work: Path, case: Case) -> dict[str, Any]:
 
 
 def shipped_case(reader: Reader, work: Path, bits: int, symmetric: bool, group_size: int) -> dict[str, Any]:
-    """The shipped model on its held-out text, and its tokenizer on that."""
+    """The shipped model and its tokenizer, on its held-out text."""
     source = ASSETS / "tiny-llama"
     scheme = bigq.QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric, act_order=True, scale_bits=None if symmetric else 7)
     config = bigq.JobConfig(scheme=scheme, calibration="builtin", samples=64, dtype="float32")
@@ -262,7 +263,7 @@ def shipped_case(reader: Reader, work: Path, bits: int, symmetric: bool, group_s
 
 
 def tokenizer_case(reader: Reader, work: Path, kind: str) -> dict[str, Any]:
-    """A tokenizer of this kind, trained on the shipped text; each text by llama.cpp and by the tokenizer itself."""
+    """Train a tokenizer of this kind on the shipped text, and compare its tokens with llama.cpp's."""
     folder = work / "model"
     folder.mkdir()
     tokenizer = save_tokenizer(folder, kind)
@@ -284,7 +285,7 @@ def tokenizer_case(reader: Reader, work: Path, kind: str) -> dict[str, Any]:
 
 
 def split_otherwise(reader: Reader, work: Path, folder: Path, tokenizer: Tokenizer, name: str) -> int:
-    """How many of the texts get other tokens where the file gives another way of splitting: the comparison would notice."""
+    """How many texts get other tokens if the file names another way of splitting. Above 0, the comparison can detect an error."""
     vocabulary = {**gguf_vocab.read_vocabulary(folder, tokenizer.get_vocab_size() + 3), "tokenizer.ggml.pre": name}
     with mock.patch.object(gguf, "read_vocabulary", return_value=vocabulary):
         gguf.write_gguf(folder, work / "other.gguf")
@@ -293,7 +294,7 @@ def split_otherwise(reader: Reader, work: Path, folder: Path, tokenizer: Tokeniz
 
 
 class Results:
-    """Rows by case, written after each, so that cases can be taken again by themselves."""
+    """Rows by case, written after each case, so that single cases can be run again."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -316,10 +317,10 @@ class Results:
 def main() -> int:
     logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--reader", type=Path, required=True, help="a Python with llama-cpp-python")
+    parser.add_argument("--reader", type=Path, required=True, help="a Python interpreter with llama-cpp-python")
     parser.add_argument("--work", type=Path, required=True, help="an empty folder for models")
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--only", default="", help="run only cases whose name contains this text")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     reader = Reader(given.reader, given.work)
@@ -336,8 +337,8 @@ def main() -> int:
                 work.mkdir()
                 row = task(work)
                 results.add(where, row, reader.version)
-                told = {key: row[key] for key in ("packed", "control", "rows_not_in_order", "tokens_equal", "different") if key in row}
-                print("sound" if row["sound"] else "WRONG", row["case"], json.dumps(told)[:900], flush=True)
+                shown = {key: row[key] for key in ("packed", "control", "rows_not_in_order", "tokens_equal", "different") if key in row}
+                print("sound" if row["sound"] else "WRONG", row["case"], json.dumps(shown)[:900], flush=True)
     return 0 if results.sound else 1
 
 

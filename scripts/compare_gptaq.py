@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Asymmetric calibration with several strengths, and by the rule of its paper, beside plain GPTQ, on the model that ships with bigq.
+"""Compare GPTAQ at several strengths, and by the rule of its paper, with GPTQ on the model that ships with bigq.
 
     python scripts/compare_gptaq.py --json docs/results/gptaq.json [--seeds 3] [--seconds S]
 
-Held-out text is halved row by row: the default strength is chosen on the even rows, and told on the odd ones. What is compared is the
-KL divergence from the original model. A file that is there already is gone on with.
+Compares the KL divergence from the original model on held-out text. The default strength is chosen on the even rows and reported
+on the odd rows. An existing result file is resumed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def jobs(seeds: int) -> Iterator[dict[str, Any]]:
 
 
 class Judge:
-    """Perplexity and KL on the even and the odd rows of the held-out text."""
+    """Perplexity and KL divergence on the even rows and on the odd rows of the held-out text."""
 
     def __init__(self) -> None:
         self._rows = evaluation_rows("builtin", MODEL, seqlen=SEQLEN, samples=HELD_OUT)
@@ -101,7 +101,7 @@ def main() -> int:
     args = parser.parse_args()
     results = json.loads(args.json.read_text())["results"] if args.json.exists() else []
     until = time.monotonic() + args.seconds
-    for name in ("survey", "measure"):  # the same for all jobs, and half of their time
+    for name in ("survey", "measure"):  # equal for all jobs, and half of their time
         setattr(inputs, name, once(getattr(inputs, name)))
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         judge = Judge()

@@ -1,7 +1,7 @@
-"""GPTQ as existing quantizers run it, to measure against: three-step inverse, eager loop over columns.
+"""An eager GPTQ for comparison, as existing quantizers run it: three-step inverse, loop over columns.
 
-Written from the paper's algorithm 1 with the operations that their loops have, one after another: a quantizer that maps to
-codes and back with scale and zero point, a matrix of losses, an outer product for each column. Symmetric groups only.
+Written from algorithm 1 of the paper, with the operations of their loops: quantize and dequantize with scale and zero point, a
+matrix of losses, an outer product per column. Symmetric groups only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ BLOCK = 128
 
 
 def eager_gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int, damping: float = 0.01) -> tuple[Tensor, float]:
-    """The dequantized weight [m, n] and the loss; fp32 throughout, inputs are not changed."""
+    """The dequantized weight [m, n] and the loss, all in fp32. The inputs are not changed."""
     w, h = weight.float().clone(), hessian.float().clone()
     m, n = w.shape
     h.diagonal().add_(damping * h.diagonal().mean())

@@ -1,6 +1,6 @@
-"""What a measurement is worth nothing without: revision, versions and machine; and how its figures are shown.
+"""Facts that every measurement needs (revision, versions, machine), and tables of figures.
 
-Imports neither torch nor bigq: a child's peak memory starts from its parent's, so those who measure stay small.
+Imports neither torch nor bigq: the peak memory of a child starts at its parent's, so scripts that measure memory stay small.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def said(*command: str) -> str:
-    """What a command prints, or that it is not there."""
+    """The output of a command, or that it is not installed."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
-        return f"{command[0]} is not there"
+        return f"{command[0]} is not installed"
 
 
 def revision() -> str:
-    """The commit that the source tree is at, and whether tracked files differ from it; without git, a hash of the sources."""
+    """The commit of the source tree, and whether tracked files differ from it. Without git, a hash of the sources."""
     git = ("git", "-C", str(ROOT))
     commit = said(*git, "rev-parse", "HEAD")
     if not re.fullmatch("[0-9a-f]{40,64}", commit):
@@ -36,7 +36,7 @@ def revision() -> str:
 
 
 def source_hash() -> str:
-    """SHA-256 over names and contents of bigq's Python files: tells which sources ran where there is no git."""
+    """SHA-256 over names and contents of bigq's Python files: identifies the sources where there is no git."""
     digest = hashlib.sha256()
     for path in sorted((ROOT / "bigq").rglob("*.py")):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
@@ -44,18 +44,21 @@ def source_hash() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that the time is spent in."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "triton", "safetensors"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    """Versions of Python and of the packages that affect a measurement."""
+    packages = ("torch", "transformers", "triton", "safetensors")
+    return {"python": platform.python_version(), **{package: version_of(package) for package in packages}}
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package, or "not installed"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def host() -> dict[str, Any]:
-    """Model and number of the processor's cores, bytes of memory, kernel."""
+    """Processor model, number of cores, bytes of memory, kernel."""
     model = platform.machine()
     for line in _lines(Path("/proc/cpuinfo")):
         if line.startswith("model name"):
@@ -66,7 +69,7 @@ def host() -> dict[str, Any]:
 
 
 def status_bytes(pid: int | str, field: str) -> int:
-    """A size that /proc/PID/status tells, such as VmHWM, in bytes; 0 once the process is gone."""
+    """A size from /proc/PID/status, such as VmHWM, in bytes; 0 once the process has ended."""
     for line in _lines(Path(f"/proc/{pid}/status")):
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -74,7 +77,7 @@ def status_bytes(pid: int | str, field: str) -> int:
 
 
 def drop_from_cache(path: Path) -> None:
-    """Let the system forget the clean pages of a file, so that it is read from the disk again."""
+    """Drop the clean pages of a file from the page cache, so that the next read comes from the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -83,7 +86,7 @@ def drop_from_cache(path: Path) -> None:
 
 
 def rows(value: object, name: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of nested dicts as lines of a table."""
+    """The leaves of nested dicts as (name, text), with names joined by slashes."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from rows(inner, f"{name} / {key}" if name else str(key))
@@ -92,7 +95,7 @@ def rows(value: object, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def print_table(value: object) -> None:
-    """Nested dicts on stdout, a leaf on each line."""
+    """Print nested dicts, one leaf per line."""
     table = list(rows(value))
     width = max(len(name) for name, _ in table)
     print("\n".join(f"{name:<{width}}  {text}" for name, text in table))

@@ -1,7 +1,7 @@
-"""The arithmetic that quantizing a block needs, from its shapes: what rates in a benchmark are reckoned from.
+"""The arithmetic that quantizing a block needs, from its shapes. Benchmarks compute their rates from it.
 
-Counted is what the method cannot do without, not what is executed: a program that replays a block twice, or multiplies
-both halves of a symmetric matrix, gains nothing by it.
+It counts what the method needs, not what a program executes: replaying a block twice, or computing both halves of a symmetric
+matrix, does not increase a rate.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Linears that share an input. inputs: n. outputs: each Linear's m."""
+    """Linears that share an input. inputs: n. outputs: m of each Linear."""
 
     inputs: int
     outputs: tuple[int, ...]
 
 
 def groups_of(weights: Mapping[str, tuple[int, ...]], groups: Sequence[Sequence[str]]) -> list[Group]:
-    """The groups of a block whose parameters have these shapes; Linears are named by the last part of their names."""
+    """The groups of a block from the shapes of its parameters. ``groups`` names Linears by the last part of their names."""
     shapes = {name.split(".")[-2]: shape for name, shape in weights.items() if name.endswith(".weight") and len(shape) == 2}
     if set(shapes) != {name for group in groups for name in group}:
-        raise ValueError(f"Linears {sorted(shapes)} are not those of the groups {groups}")
+        raise ValueError(f"the groups {groups} do not match the Linears {sorted(shapes)}")
     return [Group(inputs=shapes[names[0]][1], outputs=tuple(shapes[name][0] for name in names)) for names in groups]
 
 

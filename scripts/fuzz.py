@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Feeds mutated files to bigq's readers and holds them to what they promise: only bigq's own errors, in one printable line
-that names the file, and memory in proportion to the file.
+"""Feed mutated files to bigq's readers and check their contract: only bigq's own errors, as one printable line that names the
+file, and memory in proportion to the file.
 
     python scripts/fuzz.py --inputs 100000 --out docs/results/fuzz.json
 
-Inputs are shared out evenly among KINDS, half of them mutated as bytes and half as parsed JSON, all drawn from --seed. What
-breaks a promise is written to --keep, and the exit status is 1. A new reader is a new line in KINDS.
+Every reader in KINDS gets the same number of inputs. Half of them are mutated as bytes, half as parsed JSON, all from --seed.
+Inputs that break the contract are written to --keep, and the exit status is 1. To add a reader, add an entry to KINDS.
 """
 
 from __future__ import annotations
@@ -43,20 +43,19 @@ from bigq.io.text_files import documents
 from bigq.job.journal import Commit, read_commits, read_job
 from bigq.job.request import compare, make_request
 
-#: What a reader may take: so much for any file, and so many bytes for each byte of it.
+#: The memory that a reader may use: a constant, plus a number of bytes per byte of the file.
 BASE_BYTES, BYTES_PER_BYTE = 256 * 1024, 100
 LONGEST_MESSAGE = 1000
-#: Broken promises told of for each kind.
+#: Violations printed for each kind.
 SHOWN_BROKEN = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One reader and what it is fed.
+    """One reader and its inputs.
 
-    seeds: sound files, as bytes. read: opens the file at a path; whatever it returns without an error it has also used in the way
-    that bigq goes on to use it. name: of the file in its folder. pack, unpack: between a file's bytes and its JSON value.
-    prepare: makes what else the folder needs.
+    seeds: valid files, as bytes. read: reads the file at a path, and uses the result as bigq uses it. name: of the file in its folder.
+    pack, unpack: convert between the bytes of a file and its JSON value. prepare: makes the other files that the folder needs.
     """
 
     seeds: tuple[bytes, ...]
@@ -69,7 +68,7 @@ class Kind:
 
 @dataclass(slots=True)
 class Tally:
-    """What came of the inputs of one kind. seconds: of reading them. Peaks in bytes."""
+    """Results for one kind of input. seconds: time spent reading. Peaks in bytes."""
 
     inputs: int = 0
     accepted: int = 0
@@ -95,7 +94,7 @@ class Tally:
 
 
 def dumped(value: Any) -> bytes:
-    """JSON of a mutated value, NaN and lone surrogates included."""
+    """A mutated value as JSON, including NaN and lone surrogates."""
     return json.dumps(value).encode()
 
 
@@ -124,7 +123,7 @@ def read_index(path: Path) -> None:
 
 
 def read_config(path: Path) -> None:
-    """As finish_folder does, what was read is written again."""
+    """Read a config and write it again, as finish_folder does."""
     json.dumps(read_json_object(path) | {"quantization_config": {}}, indent=2).encode()
 
 
@@ -134,10 +133,10 @@ def read_documents(path: Path) -> None:
 
 
 def read_journal(path: Path) -> None:
-    """What is read is written as it was read."""
+    """Every commit that is read must give the same line when it is written."""
     commits, damaged = read_commits(path.parent.parent)
     kept = b"".join(commit.to_line() for commit in commits)
-    assert kept == path.read_bytes() or damaged, "a line is not what was read from it"
+    assert kept == path.read_bytes() or damaged, "a commit is written differently from the line it was read from"
     for commit in commits:
         assert Path(commit.shard.file).suffix is not None and commit.shard.size == int(commit.shard.size)
         "".join([*commit.shard.tensors, *commit.left_out, *(commit.skipped or {}).values()])
@@ -151,7 +150,7 @@ def read_request(path: Path) -> None:
 
 
 def sealed(value: Any, *, line: bool = False) -> bytes:
-    """A mutated record with the checksum that it would have, so that what it says is looked at too."""
+    """A mutated record with a valid checksum, so that the reader checks its content too."""
     return seal({k: v for k, v in value.items() if k != "check"}, line=line) if isinstance(value, dict) else dumped(value) + b"\n"
 
 
@@ -250,8 +249,8 @@ def mutated(rng: random.Random, kind: Kind) -> bytes:
 
 
 def feed(kind: Kind, path: Path, data: bytes, tally: Tally) -> str | None:
-    """Give a reader one file. Returns which promise it broke, if one."""
-    path.unlink(missing_ok=True)  # a file that is written over is flushed to disk by some file systems
+    """Give a reader one file. Returns how it broke its contract, or None."""
+    path.unlink(missing_ok=True)  # some file systems flush a file that is overwritten
     path.write_bytes(data)
     tracemalloc.start()
     started = time.perf_counter()
@@ -262,7 +261,7 @@ def feed(kind: Kind, path: Path, data: bytes, tally: Tally) -> str | None:
     except BigqError as error:
         said = str(error)
         tally.errors[type(error).__name__] += 1
-    except Exception as error:  # what the fuzzer is there to find
+    except Exception as error:  # any other error breaks the contract
         broken = f"{type(error).__name__}: {error!r:.200}"
     seconds = time.perf_counter() - started
     peak = tracemalloc.get_traced_memory()[1]
@@ -274,14 +273,14 @@ def feed(kind: Kind, path: Path, data: bytes, tally: Tally) -> str | None:
     if peak > tally.peak_bytes:
         tally.peak_bytes, tally.peak_input_bytes = peak, len(data)
     if said is not None and not (said.isprintable() and str(path.parent) in said and len(said) < LONGEST_MESSAGE):
-        broken = f"a message that is not one printable line with the file's name: {said!r:.200}"
+        broken = f"the message is not one printable line that names the file: {said!r:.200}"
     if peak > BASE_BYTES + BYTES_PER_BYTE * len(data):
         broken = f"{peak} bytes of memory for a file of {len(data)}"
     return broken
 
 
 def fuzz(kind: Kind, inputs: int, seed: int, keep: Path | None = None) -> Tally:
-    """Feed a reader so many mutated files. What breaks it is told in the tally and written to the folder ``keep``."""
+    """Feed ``inputs`` mutated files to a reader. Inputs that break its contract are in the tally, and in the folder ``keep``."""
     rng = random.Random(seed)
     tally = Tally()
     with tempfile.TemporaryDirectory() as folder:
@@ -300,15 +299,15 @@ def fuzz(kind: Kind, inputs: int, seed: int, keep: Path | None = None) -> Tally:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=100_000, metavar="N", help="how many, over all kinds (default: %(default)s)")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="which readers (default: %(default)s)")
+    parser.add_argument("--inputs", type=int, default=100_000, metavar="N", help="number of inputs, over all kinds (default: %(default)s)")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="readers to test, separated by commas (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as JSON")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write inputs that broke a reader there")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures to this file, as JSON")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write inputs that break a reader to this folder")
     args = parser.parse_args(argv)
     names = args.kinds.split(",")
     if unknown := [name for name in names if name not in KINDS]:
-        parser.error(f"--kinds {','.join(unknown)}: must be of {', '.join(KINDS)}")
+        parser.error(f"--kinds {','.join(unknown)}: choose from {', '.join(KINDS)}")
     started = time.perf_counter()
     each = -(-args.inputs // len(names))
     tallies = {name: fuzz(KINDS[name], each, args.seed, args.keep) for name in names}
@@ -318,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds": round(time.perf_counter() - started, 1),
         "seed": args.seed,
         "python": sys.version.split()[0],
-        "memory": "peak of Python's own allocations while one input is read, which all that is read goes through",
+        "memory": "peak of Python's own allocations while one input is read",
         "kinds": {name: tally.to_json() for name, tally in tallies.items()},
     }
     if args.out is not None:

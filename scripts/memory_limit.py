@@ -1,12 +1,12 @@
-"""Running a program with no more host memory than it is given, by whatever of the system's means works here.
+"""Run a program under a limit of host memory, by the first of these means that works on this machine.
 
     cgroup 2      memory.max; no swap
-    cgroup 1      memory.limit_in_bytes, memory.memsw.limit_in_bytes at the same value where swap is counted
-    systemd-run   a scope with MemoryMax (cgroup 2 under the hood, for those who may not make groups themselves)
-    rlimit        RLIMIT_DATA, and an end to the program when a sample of its resident set exceeds the limit
+    cgroup 1      memory.limit_in_bytes, memory.memsw.limit_in_bytes at the same value if swap is counted
+    systemd-run   a scope with MemoryMax (cgroup 2, for users who may not create groups)
+    rlimit        RLIMIT_DATA, and SIGKILL when a sample of the resident set exceeds the limit
 
-Groups count page cache too: the kernel reclaims that before it kills, so a group's own peak reaches the limit in any
-program that reads more files than fit, and says little; what cannot be reclaimed is sampled as ``anonymous_peak_bytes``.
+Groups count page cache as well. The kernel reclaims it before it kills, so the peak of a group reaches the limit in any program
+that reads enough files. ``anonymous_peak_bytes`` samples the memory that cannot be reclaimed.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ PREFIX = "bigq-limit-"
 
 
 class Limiter(Protocol):
-    """name: how the limit is kept. limit: the bytes that it came out as."""
+    """name: how the limit is enforced. limit: the limit in bytes, as the system rounded it."""
 
     name: str
     limit: int
 
     def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-        """Run a command, limited from its first instruction on; options go to Popen."""
+        """Run a command under the limit, from its first instruction on. options: of Popen."""
 
     def sample(self, pid: int) -> None:
-        """Note what can only be seen while the program runs. To be called a few times a second."""
+        """Record the figures that exist only while the program runs. Call it a few times a second."""
 
     def figures(self) -> dict[str, Any]:
-        """What was seen, in bytes and counts."""
+        """The recorded figures: bytes and counts."""
 
     def exceeded(self) -> bool:
-        """Whether the program was killed because of the limit, as far as this limiter can tell."""
+        """Whether the program was killed because of the limit, as far as this limiter can see."""
 
     def close(self) -> None:
-        """Remove what was set up."""
+        """Remove the group or scope."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
-    """How a version of cgroups names things. full, kills: files and keys that count how often the limit was reached, and kills."""
+    """The file names of a cgroup version. full, kills: files and keys that count how often the limit was reached, and the kills."""
 
     limit: str
     swap: str
@@ -80,7 +80,7 @@ V1 = Files(
 
 
 class Seen:
-    """What a group's files say, kept from sample to sample because a group may be gone with its program."""
+    """The figures of a group's files. They are kept, because a group may disappear with its program."""
 
     def __init__(self, files: Files) -> None:
         self._files = files
@@ -95,15 +95,15 @@ class Seen:
 
     def figures(self) -> dict[str, Any]:
         found = {"group_peak_bytes": self.peak, "anonymous_peak_bytes": self.anonymous, "kills": self.kills}
-        # Some kernels never count this: a 0 would say more than is known.
+        # Some kernels never count this, so 0 may mean "not known".
         return found | ({"times_full": self.full} if self.full else {})
 
 
 class Group:
-    """A control group made for one program."""
+    """A control group for one program."""
 
     def __init__(self, name: str, files: Files, folder: Path, limit: int) -> None:
-        """Raises OSError where such a group cannot be made, or would let swap help."""
+        """Raises OSError if the group cannot be created, or cannot limit swap."""
         self.name, self._folder, self._files, self._seen = name, folder, files, Seen(files)
         folder.mkdir()
         try:
@@ -113,7 +113,7 @@ class Group:
             if swap.exists():
                 swap.write_text("0" if files is V2 else str(limit))
             elif _swap():
-                raise OSError("the group does not limit swap, and there is some")
+                raise OSError("the group does not limit swap, and swap is on")
             (folder / "cgroup.procs").read_text()
         except (OSError, ValueError):
             folder.rmdir()
@@ -142,19 +142,19 @@ class Group:
 
 
 class Scope:
-    """A scope of systemd's."""
+    """A systemd scope."""
 
     name = "systemd-run"
 
     def __init__(self, limit: int) -> None:
-        """Raises OSError where systemd makes none with a memory limit here."""
+        """Raises OSError if systemd cannot create a scope with a memory limit here."""
         if not Path("/sys/fs/cgroup/cgroup.controllers").exists():
             raise OSError("systemd limits memory with cgroup 2 only")
         whose = [] if os.geteuid() == 0 else ["--user"]
         self._prefix = ["systemd-run", *whose, "--scope", "--quiet", "--collect"]
         self._prefix += ["-p", f"MemoryMax={limit}", "-p", "MemorySwapMax=0", "--"]
         if subprocess.run([*self._prefix, "true"], capture_output=True, check=False, timeout=30).returncode:
-            raise OSError("systemd-run makes no scope")
+            raise OSError("systemd-run cannot create a scope")
         self.limit, self._seen = limit, Seen(V2)
 
     def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
@@ -177,7 +177,7 @@ class Scope:
 
 
 class Rlimit:
-    """What is left without groups: private writable memory that may be asked for, and resident memory by samples."""
+    """A limit without groups: RLIMIT_DATA bounds private writable memory, and samples bound resident memory."""
 
     name = "RLIMIT_DATA and sampled resident memory"
 
@@ -211,7 +211,7 @@ LIMITERS = ("cgroup2", "cgroup1", "systemd", "rlimit")
 
 
 def make_limiter(limit: int, wanted: str = "auto") -> Limiter:
-    """The first means that works here, or the one named. Raises OSError with every reason where none does."""
+    """The first limiter that works here, or the one named ``wanted``. Raises OSError with all reasons if none works."""
     reasons = []
     for kind in LIMITERS if wanted == "auto" else (wanted,):
         try:
@@ -226,7 +226,7 @@ def _make(kind: str, limit: int) -> Limiter:
         return Rlimit(limit)
     if kind == "systemd":
         if shutil.which("systemd-run") is None:
-            raise OSError("no systemd-run")
+            raise OSError("systemd-run is not installed")
         return Scope(limit)
     files, name = (V2, "cgroup 2 (memory.max)") if kind == "cgroup2" else (V1, "cgroup 1 (memory.limit_in_bytes)")
     reasons = []
@@ -240,7 +240,7 @@ def _make(kind: str, limit: int) -> Limiter:
 
 
 def _parents(kind: str) -> Iterator[Path]:
-    """Groups in which ours may be made: the own one, so that limits around it hold, and the top."""
+    """Groups to create ours in: this process's own group, so that outer limits hold, then the top one."""
     own = dict(_memberships()).get("" if kind == "cgroup2" else "memory", "/")
     for mount in _mounts("cgroup2" if kind == "cgroup2" else "cgroup"):
         candidates = [mount / own.lstrip("/"), mount]
@@ -256,7 +256,7 @@ def _memberships() -> Iterator[tuple[str, str]]:
 
 
 def _mounts(kind: str) -> list[Path]:
-    """Where groups are mounted that can limit memory."""
+    """Mount points of groups that can limit memory."""
     found = []
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, place, filesystem, options, *_ = line.split()
@@ -266,7 +266,7 @@ def _mounts(kind: str) -> list[Path]:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove groups that a killed benchmark left behind; those in use cannot be removed."""
+    """Remove groups that a killed benchmark has left; the system keeps groups that are in use."""
     for folder in parent.glob(PREFIX + "*"):
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -277,7 +277,7 @@ def _swap() -> bool:
 
 
 def _number(path: Path, key: str = "") -> int:
-    """A file's number, or the one behind a key; 0 where there is none."""
+    """The number in a file, or the number after a key; 0 if there is none."""
     try:
         text = path.read_text()
     except OSError:

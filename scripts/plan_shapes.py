@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What ``bigq plan`` says of published shapes from their config.json alone, for one GPU, and how long it takes to say it.
+"""Plan published shapes from their config.json alone with ``bigq plan``, for one GPU, and measure the command's time.
 
     python scripts/plan_shapes.py --on h100 --json docs/results/plan_shapes.json
 
-A plan is a prediction: its times are floors at the data sheet's rates. Disk and host memory are taken to be plenty.
+A plan is a prediction: its times are lower bounds at the data sheet's rates. Disk and host memory are assumed to suffice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from shapes import SHAPES, write_config
 
 
 def planned(name: str, on: str) -> dict[str, Any]:
-    """The plan as JSON, with the seconds that the command took as a whole process."""
+    """The plan as JSON, with the time of the whole command in seconds."""
     with tempfile.TemporaryDirectory() as folder:
         write_config(SHAPES[name], Path(folder))
         command = [sys.executable, "-m", "bigq", "plan", folder, "--on", on, "--ram", "128GB", "--disk", "1000GB", "--json"]

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""llama.cpp's logits for token ids, and its tokens for texts. Runs where llama-cpp-python is installed; needs nothing of bigq.
+"""Compute llama.cpp's logits for token ids, and its tokens for texts. Needs llama-cpp-python; does not need bigq.
 
     python scripts/read_gguf.py JOBS.json     # [{"gguf": FILE, "ids": [[…], …], "texts": […], "specials": BOOL, "out": FILE.npz}, …]
 
-Writes for each ``logits`` [rows, T, vocabulary], ``tokens`` (those of all texts joined; ``lengths`` says how many each has) and
-``version``. Keys and values are kept in fp32, so that what differs comes of the weights' types alone.
+Writes for each job ``logits`` [rows, T, vocabulary], ``tokens`` (of all texts, joined; ``lengths`` has the number of each) and
+``version``. Keys and values are stored in fp32, so that only the types of the weights cause differences.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Random checkpoints in the shapes of published models, for benchmarks: what they cost to quantize, not what they say.
+"""Write random checkpoints in the shapes of published models, for benchmarks of time and memory.
 
-A checkpoint is written piece by piece, so that one of any size can be made on a small machine. Weights are normal with
-a standard deviation of 0.02, as such models are initialised, norms are 1 and biases nearly 0; stored is bf16 throughout.
+Tensors are written piece by piece, so a small machine can write a checkpoint of any size. Weights are normal with a standard
+deviation of 0.02, the usual initialization; norms are 1 and biases close to 0; all tensors are bf16.
 
-    python scripts/shapes.py llama-2-7b DIR                          # a whole checkpoint; goes on with a partial one
+    python scripts/shapes.py llama-2-7b DIR                          # a whole checkpoint; resumes a partial one
     python scripts/shapes.py tiny DIR --ids ids.safetensors --samples 8 --seqlen 128
 """
 
@@ -15,7 +15,7 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,10 @@ _LLAMA_2 = _LLAMA | {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A model's dimensions.
+    """The dimensions of a model.
 
-    config: its config.json, as published but for ``dtype``. layers_key: where that holds the number of blocks.
-    parameters: how many the model is said to have. groups: the Linears of a block by last name; those of a group share
+    config: its config.json as published, without ``dtype``. layers_key: the key of the number of blocks in it.
+    parameters: the published number of parameters. groups: the Linears of a block by last name; the Linears of a group share
     their input, and so a Hessian.
     """
 
@@ -72,8 +72,12 @@ class Shape:
     def linears_per_block(self) -> int:
         return sum(len(group) for group in self.groups)
 
+    def with_vocabulary(self, size: int) -> Shape:
+        """The same blocks with another vocabulary size, as SHAPE-vSIZE. Its number of parameters is not a published one."""
+        return replace(self, name=f"{self.name}-v{size}", config={**self.config, "vocab_size": size})
+
     def config_json(self, blocks: int | None = None) -> dict[str, Any]:
-        """config.json of this shape in bf16, with ``blocks`` blocks instead of its own number."""
+        """config.json of this shape in bf16, with ``blocks`` blocks if given."""
         return dict(self.config) | {"dtype": "bfloat16", self.layers_key: self.blocks if blocks is None else blocks}
 
 
@@ -185,25 +189,25 @@ SHAPES: Mapping[str, Shape] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Names and shapes of a checkpoint's tensors. blocks_path: module path of the blocks, as in ``model.layers``."""
+    """Names and shapes of the tensors of a checkpoint. blocks_path: the module path of the blocks, such as ``model.layers``."""
 
     blocks_path: str
     block: Mapping[str, tuple[int, ...]]
     rest: Mapping[str, tuple[int, ...]]
 
     def of_block(self, i: int) -> dict[str, tuple[int, ...]]:
-        """Block i's tensors by their full names."""
+        """The tensors of block i by their full names."""
         return {f"{self.blocks_path}.{i}.{name}": shape for name, shape in self.block.items()}
 
 
 def write_config(shape: Shape, folder: Path, blocks: int | None = None) -> None:
-    """config.json, and nothing else."""
+    """Write config.json, and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(shape.config_json(blocks), indent=2) + "\n")
 
 
 def layout_of(folder: Path) -> Layout:
-    """What the checkpoint of a folder's config.json consists of, from the model on meta. Tied parameters occur once."""
+    """The tensors of a checkpoint with the folder's config.json, from the model on meta. Tied parameters occur once."""
     model = skeleton.build(skeleton.load_config(folder), torch.bfloat16)
     path, _ = find_blocks(model)
     first, inside = f"{path}.0.", f"{path}."
@@ -216,7 +220,7 @@ def layout_of(folder: Path) -> Layout:
 
 
 def random_tensor(name: str, shape: tuple[int, ...], seed: int, device: torch.device) -> OutputTensor:
-    """A bf16 tensor whose values are drawn while it is written; they depend on name, seed and kind of device alone."""
+    """A bf16 tensor whose values are drawn while it is written. They depend only on name, seed and type of device."""
     elements = torch.Size(shape).numel()
 
     def chunks() -> Iterator[memoryview]:
@@ -231,14 +235,14 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int, device: torch.de
 
 
 def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """(mean, standard deviation) of a tensor's values, by what it is for."""
+    """(mean, standard deviation) of the values of a tensor, by its kind."""
     if name.endswith(".bias"):
         return 0.0, 1e-3
     return (1.0, 0.0) if len(shape) == 1 else (0.0, 0.02)
 
 
 def rest_shards(rest: Mapping[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]]:
-    """The tensors outside the blocks, gathered into shards."""
+    """The tensors outside the blocks, by shard."""
     shards: list[dict[str, tuple[int, ...]]] = []
     size = 0
     for name, shape in rest.items():
@@ -252,19 +256,19 @@ def rest_shards(rest: Mapping[str, tuple[int, ...]]) -> list[dict[str, tuple[int
 
 
 def ensure_shard(path: Path, tensors: Mapping[str, tuple[int, ...]], seed: int, device: torch.device) -> dict[str, TensorInfo]:
-    """Write a shard of random tensors if it is not there; shards appear whole or not at all. Returns what it holds."""
+    """Write a shard of random tensors unless it exists; a partial shard never appears. Returns its tensors."""
     if not path.exists():
         write_shard(path, [random_tensor(name, shape, seed, device) for name, shape in tensors.items()])
     infos, _ = read_header(path)
     if {name: info.shape for name, info in infos.items()} != dict(tensors):
-        raise SystemExit(f"{path}: holds other tensors than this shape has; delete it")
+        raise SystemExit(f"{path}: holds the tensors of another shape; delete it and run the command again")
     return infos
 
 
 def write_checkpoint(shape: Shape, folder: Path, blocks: int | None = None, seed: int = 0, say: Callable[[str], object] = print) -> None:
-    """Write a whole checkpoint: one shard for each block, one or more for the rest, and last the index.
+    """Write a whole checkpoint: one shard for each block, one or more for the rest, the index last.
 
-    Shards that are there already are kept, so what was interrupted goes on.
+    Existing shards are kept, so an interrupted call can be resumed.
     """
     if (folder / INDEX_NAME).exists():
         return
@@ -287,7 +291,7 @@ def write_checkpoint(shape: Shape, folder: Path, blocks: int | None = None, seed
 
 
 def zipf_ids(rows: int, seqlen: int, vocabulary: int, seed: int = 7, reserved: int = 4) -> Tensor:
-    """Token ids, int64 [rows, seqlen], as unevenly distributed as words are; the first ``reserved`` ids do not occur."""
+    """Token ids, int64 [rows, seqlen], Zipf-distributed as words are; the first ``reserved`` ids do not occur."""
     share = 1.0 / torch.arange(1, vocabulary - reserved + 1).double() ** 1.1
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.multinomial(share / share.sum(), rows * seqlen, replacement=True, generator=generator) + reserved
@@ -295,7 +299,7 @@ def zipf_ids(rows: int, seqlen: int, vocabulary: int, seed: int = 7, reserved: i
 
 
 def write_ids(path: Path, ids: Tensor) -> None:
-    """Token ids as bigq takes them for ``--calibration``; the file appears whole or not at all."""
+    """Write token ids as ``--calibration`` takes them; a partial file never appears."""
     partial = path.with_name(path.name + ".partial")
     save_file({"input_ids": ids}, partial)
     partial.rename(path)
@@ -305,9 +309,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--blocks", type=int, help="so many blocks instead of the shape's own number")
+    parser.add_argument("--blocks", type=int, help="number of blocks (default: the shape's own)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ids", type=Path, help="also write random token ids there")
+    parser.add_argument("--ids", type=Path, help="also write random token ids to this file")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
     args = parser.parse_args()

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Kill jobs again and again, at every named step and at random instants, and compare what they end with to a run that was never killed.
+"""Kill jobs at every named step and at random instants, resume them, and compare the output with a run that was never killed.
 
     python scripts/stress.py --work DIR [--seconds S] [--kills N] [--seed K] [--json docs/results/stress.json]
 
-Each job is a process of its own that runs the command line as a user does: ``bigq quantize MODEL OUT …``. It is forked off a
-parent that has imported everything, because importing takes seconds and a job of these sizes half of one. A job is killed
-with SIGKILL (by a fault point inside it, or from outside after a random time) or asked to stop with SIGTERM; taken up again, it
-may be killed again. In the end every file of its output must have the hash that it has without kills, ``bigq verify`` must find nothing,
-and on the way nothing that was committed may be lost and nothing unfinished be loadable.
+Each job is a separate process that runs the command line as a user does: ``bigq quantize MODEL OUT …``. It is forked from a
+parent that has imported everything, because imports take seconds and a job of this size takes half a second. A job is killed
+with SIGKILL (by a fault point, or from outside after a random time) or stopped with SIGTERM. A resumed job may be killed again.
+At the end, every file of the output must have the same hash as without kills, and ``bigq verify`` must find no problem. Until
+then, no committed shard may be lost, and no unfinished output may be loadable.
 
-Ends with 1 where one output differs. A table comes last.
+Prints a table at the end. Exit status: 1 if any output is wrong.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
-os.environ["OMP_NUM_THREADS"] = "1"  # sums of this size gain nothing by threads, and lose much by waiting for each other's
+os.environ["OMP_NUM_THREADS"] = "1"  # threads do not speed up tensors of this size: they wait for each other
 
 from facts import revision, versions
 
-#: Family, and what the job is run with: between them every tier, order and kind of rule, with files beside the computation and without.
+#: Name → (family, options). Together they cover every tier, order and kind of rule, with and without prefetch and write-behind.
 JOBS: dict[str, tuple[str, str]] = {
     "llama, host": ("llama", "--activations host --checkpoint-every 0"),
     "llama, disk, act-order, read-ahead": (
@@ -60,22 +60,22 @@ JOBS: dict[str, tuple[str, str]] = {
     "llama, compressed-tensors, head": ("llama", "--format compressed-tensors --lm-head --read-ahead 1"),
     "llama, memory ends": ("llama", "--activations disk --checkpoint-every 0"),
 }
-#: Of one job the device's memory ends at its first batch, as long as it is not on record that it did.
+#: The fault of the job "llama, memory ends": out of memory at the first batch, unless batches.json already records it.
 MEMORY_ENDS = "batch.begun:1:OOM"
 LAYERS = {"llama": "num_hidden_layers", "gemma2": "num_hidden_layers", "bloom": "n_layer", "gpt2": "n_layer"}
 BLOCKS = 5
 GGUF = "model.gguf"
-#: How often one job may be killed before it is left to finish.
+#: Kills of one job; after that it runs to its end.
 KILLS_PER_JOB = 4
-#: The chance that a job that was killed is killed again.
+#: The probability that a resumed job is killed again.
 AGAIN = 0.5
-#: A job that takes this long has hung.
+#: Seconds after which a job counts as hung.
 PATIENCE = 120.0
 
 
 @dataclass(slots=True)
 class Tally:
-    """What happened to the jobs of one kind. kills: by what killed them."""
+    """The jobs of one kind. kills: how often, by fault point or signal."""
 
     kills: collections.Counter[str] = field(default_factory=collections.Counter)
     stopped: int = 0
@@ -95,7 +95,7 @@ class Tally:
 
 
 def make_inputs(work: Path) -> None:
-    """A tiny model of each family, and token ids."""
+    """Write a tiny model of each family, and token ids."""
     sys.path.insert(0, str(ROOT / "tests"))
     from models import make_checkpoint, random_ids, save_ids
 
@@ -108,7 +108,7 @@ def make_inputs(work: Path) -> None:
 
 
 def start(arguments: Sequence[str], log: Path, fault: str | None = None, modules: Path | None = None) -> int:
-    """Fork a process that runs the command line; its number. modules: where it leaves the names of what it imported."""
+    """Fork a process that runs the command line. Returns its pid. modules: a file that gets the names of the imported modules."""
     pid = os.fork()
     if pid:
         return pid
@@ -135,7 +135,7 @@ def start(arguments: Sequence[str], log: Path, fault: str | None = None, modules
 
 
 def wait(pid: int, until: float) -> int | None:
-    """A process's exit code, −N for signal N; None where it still runs at the time ``until``."""
+    """The exit code of a process, −N for signal N; None if it still runs at the time ``until``."""
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -146,19 +146,19 @@ def wait(pid: int, until: float) -> int | None:
 
 
 def hashes(out: Path) -> dict[str, str]:
-    """Of everything in an output folder but the job's own records."""
+    """SHA-256 of every file in an output folder, without the job's own records."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir()) if path.is_file()}
 
 
 def committed(out: Path) -> set[str]:
-    """The units that the journal vouches for."""
+    """The units that the journal names as committed."""
     from bigq.job.journal import read_commits
 
     return {commit.unit for commit in read_commits(out)[0]} if out.is_dir() else set()
 
 
 class Stress:
-    """Jobs of all kinds in turn, each killed some times."""
+    """Runs jobs of all kinds in turn and kills each of them up to KILLS_PER_JOB times."""
 
     def __init__(self, work: Path, seed: int) -> None:
         self.work, self.random = work, random.Random(seed)
@@ -169,7 +169,7 @@ class Stress:
         self.points = self._points()
 
     def _points(self) -> Iterator[str]:
-        """Every fault point in turn, with a count that grows from round to round: the first time it is passed, then later ones."""
+        """Fault points in random order, each with a random count: the fault acts when the point is passed for the count-th time."""
         from bigq.faults import POINTS
 
         while True:
@@ -177,7 +177,7 @@ class Stress:
                 yield f"{point}:{1 + int(self.random.expovariate(0.4))}"
 
     def _point(self) -> str:
-        """The next fault point; every second time one at which no job was killed yet."""
+        """The next fault point; every second time, one at which no job was killed yet."""
         from bigq.faults import POINTS
 
         missed = [point for point in POINTS if not any(tally.kills[point] for tally in self.tallies.values())]
@@ -190,12 +190,12 @@ class Stress:
         return ["quantize", str(self.work / family), str(out), *f"{common}{size} {options}".split()]
 
     def faults(self, name: str, out: Path, point: str | None = None) -> str | None:
-        """What to arm for a run of a job."""
+        """The value of BIGQ_FAULT for a run of a job."""
         ends = MEMORY_ENDS if name == "llama, memory ends" and not (out / ".bigq" / "batches.json").exists() else None
         return ",".join(filter(None, (ends, point))) or None
 
     def warm_up(self, name: str) -> None:
-        """Import what a job imports on its way."""
+        """Import the modules that a job imports."""
         modules = self.work / "modules"
         wait(start(self.arguments(name, self.work / "out"), self.work / "log", modules=modules), time.monotonic() + PATIENCE)
         for module in modules.read_text().split():
@@ -203,20 +203,20 @@ class Stress:
                 importlib.import_module(module)
 
     def reference(self, name: str) -> None:
-        """Run a job without kills, twice: its hashes, and how long it takes."""
+        """Run a job twice without kills. Keeps its hashes and its duration."""
         for attempt in ("a", "b"):
             out = self.work / "whole" / name.replace(", ", "-").replace(" ", "_") / attempt
             began = time.monotonic()
             code = wait(start(self.arguments(name, out), self.work / "log", self.faults(name, out)), began + PATIENCE)
             if code != 0:
-                raise SystemExit(f"{name}: the job fails without any kill (exit code {code}); see {self.work / 'log'}")
+                raise SystemExit(f"{name}: the job fails without a kill (exit code {code}); see {self.work / 'log'}")
             self.seconds[name] = time.monotonic() - began
             found = hashes(out)
             if self.whole.setdefault(name, found) != found:
-                raise SystemExit(f"{name}: two runs without kills end in different bytes")
+                raise SystemExit(f"{name}: two runs without kills give different bytes")
 
     def one(self, name: str) -> None:
-        """A job that is killed up to KILLS_PER_JOB times."""
+        """Run one job, killed up to KILLS_PER_JOB times, to its end, and check it."""
         tally = self.tallies[name]
         self.number += 1
         out = self.work / "out"
@@ -230,18 +230,18 @@ class Stress:
             history.append(said)
             now = committed(out)
             if not before <= now:
-                tally.wrong.append(f"job {self.number}: {sorted(before - now)} was committed and is lost after {history}")
+                tally.wrong.append(f"job {self.number}: {sorted(before - now)} was committed and is missing after {history}")
             before = now
             if code == 0:
                 break
             if (out / "config.json").exists() and not self._loads(hashes(out), name):
-                tally.wrong.append(f"job {self.number}: unfinished, and yet there is a config.json, after {history}")
+                tally.wrong.append(f"job {self.number}: has a config.json although it is unfinished, after {history}")
             if code == -signal.SIGKILL:
                 kills += 1
                 tally.kills[said] += 1
-            elif code == -signal.SIGTERM:  # it came before the program listened, or after: as good as a kill
+            elif code == -signal.SIGTERM:  # it came before or after the program handles it: the same as a kill
                 kills += 1
-                tally.kills["SIGTERM unheard"] += 1
+                tally.kills["SIGTERM not handled"] += 1
             elif code == 75:
                 tally.stopped += 1
             else:
@@ -255,7 +255,7 @@ class Stress:
         tally.wrong += [f"job {self.number}: {problem} after {history}" for problem in verify(out)]
 
     def _loads(self, found: dict[str, str], name: str) -> bool:
-        """Whether a folder that was killed after it became loadable is right. A GGUF file comes last, made of the folder."""
+        """Whether the output of a job killed after it became loadable is right. The GGUF file is written last, from the folder."""
         whole = self.whole[name]
         if GGUF not in whole:
             return found == whole
@@ -263,7 +263,7 @@ class Stress:
         return found | {GGUF: whole[GGUF]} == whole and found.get(GGUF, whole[GGUF]) == whole[GGUF]
 
     def _run(self, name: str, out: Path, tally: Tally, killing: bool) -> tuple[str, int]:
-        """(what was done to it, exit code)."""
+        """Run the job once. Returns (what killed it, exit code)."""
         tally.runs += 1
         way = self.random.choice(("point", "point", "instant", "SIGTERM")) if killing else "nothing"
         point = self._point() if way == "point" else None
@@ -283,7 +283,7 @@ class Stress:
         return point.partition(":")[0] if point else way, code
 
     def run(self, seconds: float, kills: int) -> None:
-        """Until the time is over or that many kills were made."""
+        """Run jobs for that many seconds, or until that many kills."""
         for name in JOBS:
             self.warm_up(name)
             self.reference(name)
@@ -295,11 +295,11 @@ class Stress:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for models and outputs; what is in it goes")
-    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so long")
-    parser.add_argument("--kills", type=int, default=1000, help="stop after so many kills")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models and outputs; its content is deleted")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after this time")
+    parser.add_argument("--kills", type=int, default=1000, help="stop after this number of kills (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the result there")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--inputs-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -308,7 +308,7 @@ def main() -> int:
         return 0
     for leftover in args.work.iterdir():
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    # In a process of its own: what is forked off later must not have computed anything.
+    # In a separate process: a parent that has computed anything with torch must not fork.
     subprocess.run([sys.executable, __file__, "--work", args.work, "--inputs-only"], check=True)
     from transformers import AutoModelForCausalLM  # noqa: F401  for all jobs at once
 

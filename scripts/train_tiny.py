@@ -1,19 +1,18 @@
 #!/usr/bin/env python3
 """Train the tiny Llama that ships in ``bigq/assets/tiny-llama``.
 
-Text: the Python standard library's own sources, as found next to the interpreter that runs this script
-(PSF licence, redistributable; tests, IDLE and vendored wheels are left out). Files are split by a hash of
-their relative path: 1/32 of them are held out and 1/32 are kept for calibration, the rest is trained on.
-Both small parts are written out as the text files that ship with the package.
+Text: the sources of the Python standard library of the interpreter that runs this script (PSF licence, redistributable;
+without tests, IDLE and vendored wheels). Files are split by a hash of their relative path: 1/32 of them are held out, 1/32 are
+for calibration, the rest is for training. The two small parts become the text files that ship with the package.
 
 The tokenizer is byte-level (token id = byte value, then ``<s>`` and ``</s>``). Training uses AdamW, bf16
 autocast over fp32 master weights and a warm-up / constant / linear-decay schedule, so that a run can be
 stopped and resumed with another ``--steps``.
 
-All embeddings begin near one common vector. Large models grow such a direction, shared by all tokens, while they train
-(Ethayarajh 2019; Sun et al. 2024, "massive activations"), and it is what makes them fragile under rounding: the error of a
-row of weights along it is the same for every token. A model of this size does not get there by itself: one trained on 8 M
-tokens without it (2 layers of width 512) lost 17 % of perplexity to 2-bit rounding to nearest.
+All embeddings start near one common vector. Large models develop such a direction, shared by all tokens, during training
+(Ethayarajh 2019; Sun et al. 2024, "massive activations"). It makes them sensitive to rounding: the error of a row of weights
+along it is the same for every token. A model of this size does not develop it by itself: without it, the perplexity of a model
+trained on 8 M tokens (2 layers of width 512) rose by only 17 % with 2-bit rounding to nearest.
 
     python scripts/train_tiny.py --work /tmp/tiny --steps 12000 --stop-at 1800
     python scripts/train_tiny.py --work /tmp/tiny --steps 2200 --out bigq/assets
@@ -50,7 +49,7 @@ CONFIG = LlamaConfig(
     attn_implementation="eager",  # a sixth less time for a step on a CPU, at this size
 )
 
-#: Length of the embeddings' common vector, in standard deviations of their own beginning.
+#: Length of the common vector of the embeddings, in standard deviations of their initial values.
 COMMON = 24
 
 SHARD_SIZE = "2MB"
@@ -87,7 +86,7 @@ def excerpts(files: list[bytes], size: int) -> bytes:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose ids are the bytes of the text; nothing is added at the ends."""
+    """A tokenizer whose ids are the bytes of the text, without special tokens at the ends."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spare = iter(range(256, 512))
     alphabet = {b: chr(b) if b in visible else chr(next(spare)) for b in range(256)}

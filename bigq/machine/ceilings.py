@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from bigq.kernels.precision import fp32_products
+
 #: Bytes per second of a good NVMe disk or parallel file system. Used if the disk's rate is not given.
 DISK_RATE = 3e9
 
@@ -44,14 +46,13 @@ def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Measure a device, in a fraction of a second: matrix products of 1024² (GPU 8192²) and a copy of 8 MiB (GPU 1 GiB)."""
     gpu = device.type == "cuda"
     size = 8192 if gpu else 1024
-    products = {kind: _products(device, kind, size) for kind in {dtype, torch.float32}}
+    source = torch.empty(2**30 if gpu else 2**23, dtype=torch.uint8, device=device)
+    with fp32_products(source, tf32=False):
+        products = {kind: _products(device, kind, size) for kind in {dtype, torch.float32}}
     correcting = products[torch.float32]
     if gpu:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = True
-        correcting = _products(device, torch.float32, size)
-        torch.backends.cuda.matmul.allow_tf32 = before
-    source = torch.empty(2**30 if gpu else 2**23, dtype=torch.uint8, device=device)
+        with fp32_products(source, tf32=True):
+            correcting = _products(device, torch.float32, size)
     target = torch.empty_like(source)
     copied = 2 * source.numel() / _best(device, lambda: target.copy_(source))
     name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"

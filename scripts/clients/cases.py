@@ -1,13 +1,13 @@
-"""What a client is given to read, and what it must find there: a tiny model, bigq's output of it, and bigq's own reading of that.
+"""The cases that clients read: a tiny model, bigq's output of it, and what a client must find in that output.
 
-A case's folder holds
+The folder of a case holds
 
-    model/                  the source, in fp16, so that reading it in fp16 or fp32 makes no difference
+    model/                  the source, in fp16: the same values whether it is read in fp16 or fp32
     out/                    bigq's output, quantized on 16 × 40 random tokens
-    expected.safetensors    ids int64 [N, T]; logits fp32 [N, T, V] of the dense model that holds bigq's dequantized weights, rounded
-                            to fp16 as readers hold them, computed in fp32; weight.NAME fp32 [outputs, inputs] of every packed
-                            Linear, unrounded
-    case.json               names of the packed Linears, and what the client module adds for its reader
+    expected.safetensors    ids int64 [N, T]; logits fp32 [N, T, V] of the dense model with bigq's dequantized weights, rounded to
+                            fp16 as readers store them, computed in fp32; weight.NAME fp32 [outputs, inputs] of every packed
+                            Linear, not rounded
+    case.json               names of the packed Linears, and the settings that the client module has for its reader
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from models import linear_module, logits_of, make_checkpoint, matrix, put_matrix, random_ids, reference_model, save_ids, word_tokenizer
 
-from bigq.cli.main import main as cli
+from bigq.cli.main import main as bigq
 from bigq.kernels.grid import GridSpec, find_grid
 from bigq.model.pager import Pager
 
-#: Sizes that every group size in use divides; the tests' own models have an intermediate size of 96.
+#: Sizes that are multiples of all group sizes used here; the tests' own models have an intermediate size of 96.
 SIZES: Mapping[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 128},
     "qwen2": {"intermediate_size": 128},
@@ -45,15 +45,15 @@ SIZES: Mapping[str, dict[str, Any]] = {
 CALIBRATION = ("--samples", "16", "--seqlen", "40", "--dtype", "float32")
 EVALUATED_ROWS = 4
 
-#: Times the error of rounding to nearest that a weight may be from its source.
+#: Largest error of a weight, relative to the error of rounding to nearest.
 FARTHEST = 2.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """name: of the row and of the folder. family, model: which tiny model, with which config values changed.
+    """name: of the row and of the folder. family, model: the family of the tiny model, and its changed config values.
 
-    flags: of ``bigq quantize``. reader: what the client's reader is told besides.
+    flags: options of ``bigq quantize``. reader: settings for the client's reader.
     """
 
     name: str
@@ -68,11 +68,11 @@ class Client:
     """A program that reads bigq's output.
 
     name: of its virtual environment and of the results file (docs/results/clients_NAME.json).
-    reader: a script of this folder that is run by the environment's own Python, without bigq, as ``reader RESULTS FOLDER…``. It
-    appends JSON lines to RESULTS, one for each case's folder and way of reading it, {"case": …, "route": …} and what it found, and
-    prints {"versions": {…}} as the last line of its output. environment: of the reader's process. cases: what it must read.
-    fails: why what a row says is not as it should be; None where it is.
-    limits: cases, by an expression that is found in ROUTE/NAME, that the reader is known not to read, and why.
+    reader: a script in this folder. The environment's own Python runs it, without bigq, as ``reader RESULTS FOLDER…``. It appends
+    a JSON line to RESULTS for each case and way of reading, {"case": …, "route": …} and its findings, and prints {"versions": {…}}
+    as its last line. environment: of the reader's process. cases: the cases that it must read.
+    fails: the reason why a row is wrong; None if it is right.
+    limits: regular expression for ROUTE/NAME → why the reader cannot read these cases.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Client:
 
 
 def prepare(case: Case, work: Path) -> Path:
-    """Make the case's folder, or leave it as it is if it was made with the same settings. Returns it."""
+    """Make the folder of a case, unless it exists with the same settings. Returns the folder."""
     folder = work / case.name
     settings = {"family": case.family, "model": dict(case.model), "flags": list(case.flags), "reader": dict(case.reader)}
     described = folder / "case.json"
@@ -104,13 +104,13 @@ def prepare(case: Case, work: Path) -> Path:
 
 def quantize(folder: Path, flags: tuple[str, ...]) -> None:
     command = ["quantize", str(folder / "model"), str(folder / "out"), "--calibration", str(folder / "calibration.safetensors")]
-    status = cli.main([*command, *CALIBRATION, "--device", "cpu", "--quiet", *flags])
+    status = bigq([*command, *CALIBRATION, "--device", "cpu", "--quiet", *flags])
     if status:
         sys.exit(f"clients: bigq quantize {' '.join(flags)} ended with status {status}")
 
 
 def dequantized(out: Path) -> Iterator[tuple[str, Tensor]]:
-    """(module name, fp32 [outputs, inputs]) of every packed Linear, as bigq reads it."""
+    """(module name, fp32 [outputs, inputs]) of every packed Linear, as bigq dequantizes it."""
     pager = Pager(out, device=torch.device("cpu"), dtype="float32")
     for i in range(len(pager.blocks)):
         pager.load_block(i)
@@ -139,10 +139,10 @@ def write_expected(folder: Path) -> list[str]:
 
 
 def require_near(name: str, weight: Tensor, source: Tensor, bits: int, group_size: int) -> None:
-    """Exit where a dequantized weight [N, K] is not near its source.
+    """Exit if a dequantized weight [N, K] is too far from its source.
 
-    A mistake in packing that bigq makes in reading too would otherwise be what clients are expected to find. A zero point that is off
-    by one gives three times the error of rounding to nearest; GPTQ itself gives up to 1.7 times.
+    Without this check, an error that packing and reading share would become the expected value. A zero point that is off by one gives
+    three times the error of rounding to nearest; GPTQ gives up to 1.7 times.
     """
     width = source.shape[1] if group_size == -1 else group_size
     grouped = source.view(len(source), -1, width).permute(2, 0, 1)
@@ -155,6 +155,6 @@ def require_near(name: str, weight: Tensor, source: Tensor, bits: int, group_siz
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """transformers' progress bars go to stderr, whatever it is told."""
+    """Discard stderr: transformers writes progress bars to it even when they are disabled."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Have other programs read bigq's output, and compare what they find with what bigq says is there.
+"""Let other programs read bigq's output, and compare their weights and logits with bigq's own.
 
     scripts/clients/venvs DIR                                        # once: their virtual environments
     python scripts/clients/check.py --venvs DIR --work DIR --out docs/results [--only gptqmodel] [--case REGEX]
 
-Every ``client_*.py`` of this folder holds a CLIENT, one of these programs. For each of its cases a tiny model is made and quantized,
-and bigq's own reading of the output kept beside it (``cases.py``). The client's reader runs in its own virtual environment, without
-bigq. Cases that were read are kept in WORK and not read again; --out gets clients_NAME.json: versions, and a row for each case and way
-of reading it, with ``fails`` where something is not as it should be. Exit code 1 where a row fails that the client's ``limits`` do not
-know, or one does not that they do.
+Every ``client_*.py`` in this folder has a CLIENT: one such program. For each of its cases, the script makes and quantizes a tiny
+model, and stores what a reader must find (``cases.py``). The client's reader runs in its own virtual environment, without bigq.
+WORK keeps finished cases; they are not read again. --out gets clients_NAME.json: versions, and a row for each case and way of reading, with
+``fails`` set if the row is wrong. Exit status 1 if a row fails that is not among the client's ``limits``, or if one of these
+does not fail.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ sys.path.insert(0, str(HERE))
 
 from cases import Case, Client, prepare
 
-#: Folders per process of a reader: one that crashes takes no more with it.
+#: Cases per process of a reader: a crash loses no more than these.
 AT_ONCE = 12
 TIMEOUT = 1200.0
 
@@ -41,12 +41,12 @@ def find_clients() -> dict[str, Client]:
 
 
 def limit_of(client: Client, row: dict[str, Any]) -> str | None:
-    """Why the client is known not to read this row's case in this way, if so."""
+    """The known reason why the client cannot read this row's case in this way, or None."""
     return next((reason for pattern, reason in client.limits.items() if re.search(pattern, f"{row['route']}/{row['case']}")), None)
 
 
 def read_rows(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """The reader's rows by case and route; what was read twice counts as read last."""
+    """The reader's rows by case and route; the last row of a case and route counts."""
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for row in map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
         rows.setdefault(row["case"], {})[row["route"]] = row
@@ -54,7 +54,7 @@ def read_rows(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def run_reader(client: Client, venvs: Path, work: Path, folders: list[Path]) -> dict[str, str]:
-    """Run the reader over some folders; its rows go to rows.jsonl. Returns the versions that it tells."""
+    """Run the reader on some folders; its rows go to rows.jsonl. Returns the versions that it prints."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     command = [str(venvs.absolute() / client.name / "bin/python"), str(HERE / client.reader), str(work / "rows.jsonl"), *map(str, folders)]
     environment = kept | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | dict(client.environment)
@@ -64,13 +64,13 @@ def run_reader(client: Client, venvs: Path, work: Path, folders: list[Path]) -> 
         )
         log.write(done.stdout)
     if done.returncode:
-        sys.exit(f"{client.name}: its reader ended with status {done.returncode}; see {work / 'log.txt'}")
+        sys.exit(f"{client.name}: the reader ended with status {done.returncode}; see {work / 'log.txt'}")
     versions: dict[str, str] = json.loads(done.stdout.splitlines()[-1])["versions"]
     return versions
 
 
 def check(client: Client, cases: Iterable[Case], venvs: Path, work: Path) -> dict[str, Any]:
-    """Prepare and read the cases; returns the content of the results file."""
+    """Prepare and read the cases. Returns the content of the results file."""
     cases = list(cases)
     folders = [prepare(case, work) for case in cases]
     stamps = work / "versions.json"
@@ -108,13 +108,13 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder for models, outputs and rows")
     parser.add_argument("--out", type=Path, help="folder for clients_NAME.json")
     parser.add_argument("--only", default=",".join(clients), help="clients, separated by commas (default: %(default)s)")
-    parser.add_argument("--case", default="", metavar="REGEX", help="only cases whose name it is found in; then nothing goes to --out")
+    parser.add_argument("--case", default="", metavar="REGEX", help="only cases whose name matches; then nothing is written to --out")
     args = parser.parse_args()
     unexpected = False
     for name in args.only.split(","):
         if name not in clients:
-            parser.error(f"--only {name}: there are {', '.join(clients)}")
-        work = args.work.resolve() / name  # where readers run, which leave logs there
+            parser.error(f"--only {name}: choose from {', '.join(clients)}")
+        work = args.work.resolve() / name  # absolute: readers run in this folder
         work.mkdir(parents=True, exist_ok=True)
         chosen = [case for case in clients[name].cases if re.search(args.case, case.name)]
         result = check(clients[name], chosen, args.venvs, work)

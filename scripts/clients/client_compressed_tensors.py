@@ -1,4 +1,4 @@
-"""compressed-tensors, by itself and through transformers: the newest version of it, and the newest of transformers that loads all of it."""
+"""compressed-tensors, directly and through transformers: its newest version, and the newest transformers that loads all cases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BITS = (2, 3, 4, 8)
 GROUPS = (-1, 32, 64)
 ROUTES = ("transformers", "unpack")
 
-#: A reader multiplies the same fp32 numbers in another order.
+#: Readers sum the same fp32 products in another order.
 LOGITS_TOLERANCE = 1e-5
 
 
@@ -21,7 +21,7 @@ def flags(bits: int, group_size: int, sym: bool, act_order: bool = False) -> tup
 
 
 _FOUR = flags(4, 32, True)
-#: Models and rules beyond the settings: (name, family, config values, flags).
+#: Special models and rules: (name, family, config values, options).
 SPECIAL: tuple[tuple[str, str, dict[str, Any], tuple[str, ...]], ...] = (
     ("llama-bias-sym", "llama", {"attention_bias": True, "mlp_bias": True}, _FOUR),
     ("llama-tied-sym", "llama", {"tie_word_embeddings": True}, _FOUR),
@@ -50,14 +50,14 @@ def _case(family: str, bits: int, group_size: int, sym: bool, act_order: bool) -
 
 
 def fails(row: dict[str, Any]) -> str | None:
-    """Why what the reader found is not as it should be."""
+    """The reason why a row is wrong; None if it is right."""
     if "error" in row:
         return str(row["error"])
     for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if row.get(keys):
             return f"{len(row[keys])} {keys.replace('_', ' ')}, such as {row[keys][0]}"
     if row["linears"] != row["linears_expected"]:
-        return f"the reader has {row['linears']} packed Linears where {row['linears_expected']} are packed"
+        return f"the reader has {row['linears']} packed Linears, expected {row['linears_expected']}"
     for kind in ("codes_equal", "weights_equal"):
         if row.get(kind, row["linears_expected"]) != row["linears_expected"]:
             return f"{row['linears_expected'] - row[kind]} Linears unpack to other values"

@@ -1,4 +1,4 @@
-"""compressed-tensors with transformers 5.23, which cannot load zero points any more, whoever wrote them."""
+"""compressed-tensors with transformers 5.23, which no longer loads zero points of any program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPTQModel, by itself and through transformers with optimum, and PEFT on top of that: readers of the gptq formats."""
+"""Readers of the gptq formats: GPTQModel, directly and through transformers with optimum, and PEFT on top of that."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BITS = (2, 3, 4, 8)
 GROUPS = (-1, 32, 64)
 ROUTES = ("transformers", "gptqmodel")
 
-#: A reader multiplies the same fp32 numbers in another order.
+#: Readers sum the same fp32 products in another order.
 LOGITS_TOLERANCE = 1e-5
 
 
@@ -57,7 +57,7 @@ def routes(family: str, bits: int, group_size: int, sym: bool, act_order: bool, 
 
 
 _FOUR = flags(4, 32, True, False, 1)
-#: Models and rules beyond the settings: (name, family, config values, flags).
+#: Special models and rules: (name, family, config values, options).
 SPECIAL: tuple[tuple[str, str, dict[str, Any], tuple[str, ...]], ...] = (
     ("llama-bias", "llama", {"attention_bias": True, "mlp_bias": True}, _FOUR),
     ("llama-tied", "llama", {"tie_word_embeddings": True}, _FOUR),
@@ -74,14 +74,14 @@ SPECIAL: tuple[tuple[str, str, dict[str, Any], tuple[str, ...]], ...] = (
 
 
 def fails(row: dict[str, Any]) -> str | None:
-    """Why what the reader found is not as it should be."""
+    """The reason why a row is wrong; None if it is right."""
     if "error" in row:
         return str(row["error"])
     for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if row.get(keys):
             return f"{len(row[keys])} {keys.replace('_', ' ')}, such as {row[keys][0]}"
     if row["linears"] != row["linears_expected"]:
-        return f"the reader has {row['linears']} packed Linears where {row['linears_expected']} are packed"
+        return f"the reader has {row['linears']} packed Linears, expected {row['linears_expected']}"
     if row["weights_equal"] != row["linears_expected"]:
         return f"{row['linears_expected'] - row['weights_equal']} Linears unpack to other values"
     if not row["logits_rel_diff"] < LOGITS_TOLERANCE:

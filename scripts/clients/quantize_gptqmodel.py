@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Runs in GPTQModel's virtual environment, without bigq: quantizes a model in given ways and writes each result as a dense fp32 checkpoint.
+"""Quantize a model with GPTQModel, in its virtual environment without bigq, and write each result as a dense fp32 checkpoint.
 
     quantize_gptqmodel.py MODEL IDS JOBS
 
 MODEL: an fp32 checkpoint. IDS: safetensors with input_ids int64 [N, T]. JOBS: a JSON list of {"out": folder, "settings": {…}}, where
-settings are those of GPTQModel's QuantizeConfig. OUT gets model.safetensors with GPTQModel's own dequantized weights, the scales as it
-stores them, and last peer.json: versions, seconds, how many Linears.
+settings are fields of GPTQModel's QuantizeConfig. OUT gets model.safetensors with GPTQModel's own dequantized weights (scales as
+it stores them), and last peer.json: versions, seconds, number of Linears.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # GPTQModel compiles its unpacking, which takes longer than all the rest
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # GPTQModel compiles its unpacking, which takes most of the time
 
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
@@ -28,12 +28,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 PACKAGES = ("gptqmodel", "transformers", "torch")
-#: Beside each job's own: GPTQ and nothing else, and no rounding to nearest in its place.
+#: Settings of all jobs: GPTQ only, without a fallback to rounding to nearest.
 COMMON = {"true_sequential": True, "damp_percent": 0.01, "fallback": None, "offload_to_disk": False}
 
 
 def quantize(model: Path, rows: list[dict[str, Any]], settings: dict[str, Any], packed: Path) -> str:
-    """Quantize and save in GPTQModel's own format; returns the type that the model was computed in."""
+    """Quantize and save in GPTQModel's own format. Returns the compute dtype."""
     loaded = GPTQModel.load(str(model), QuantizeConfig(**COMMON, **settings), device="cpu", dtype=torch.float32)
     dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
     loaded.quantize(rows, batch_size=8)

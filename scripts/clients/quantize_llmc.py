@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Runs in llm-compressor's virtual environment, without bigq: quantizes a model in given ways, each to a dense fp32 checkpoint.
+"""Quantize a model with llm-compressor, in its virtual environment without bigq, and write each result as a dense fp32 checkpoint.
 
     quantize_llmc.py MODEL IDS JOBS
 
 Arguments and output are those of quantize_gptqmodel.py; a job's settings are {"weights": QuantizationArgs, "modifier": GPTQModifier's own}.
-The weights are llm-compressor's own: it keeps scale · code in place of each weight, with fp32 scales.
+The weights are llm-compressor's own: it replaces each weight by scale · code, with fp32 scales.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PACKAGES = ("llmcompressor", "compressed-tensors", "transformers", "torch")
 
 
 def quantize(folder: Path, ids: Tensor, settings: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
-    """Every quantized Linear's weight, fp32 [outputs, inputs], and the type that the model was computed in."""
+    """Every quantized Linear's weight, fp32 [outputs, inputs], and the compute dtype."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     groups = {"all": {"targets": ["Linear"], "weights": {"type": "int", **settings["weights"]}}}
     recipe = GPTQModifier(ignore=["lm_head"], config_groups=groups, dampening_frac=0.01, **settings["modifier"])

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Runs in the client's virtual environment, without bigq: compressed-tensors reads bigq's output in two ways.
+"""Read bigq's output with compressed-tensors in two ways, in the client's virtual environment without bigq.
 
     reader_compressed_tensors.py RESULTS FOLDER…
 
-route "transformers": ``AutoModelForCausalLM.from_pretrained`` in fp16, the type of the source; unpacked, it computes in fp32.
-route "unpack": the format's own functions on the stored tensors: ``unpack_from_int32`` gives codes and zero points, the compressor for
-pack-quantized the weight.
+route "transformers": ``AutoModelForCausalLM.from_pretrained`` in fp16, the type of the source; unpacked, the model computes in fp32.
+route "unpack": the library's own functions on the stored tensors. ``unpack_from_int32`` gives codes and zero points, the compressor
+for pack-quantized gives the weight.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def by_transformers(folder: Path, tensors: dict[str, Tensor], expected: dict[str
     model.eval()
     packed = sum(hasattr(module, "weight_packed") for module in model.modules())
     with torch.no_grad():
-        model(input_ids=tensors["ids"], use_cache=False)  # weights are unpacked at the first forward
-        torch.nn.Module.float(model)  # transformers' own refuses quantized models, for fear of packed weights
+        model(input_ids=tensors["ids"], use_cache=False)  # the first forward unpacks the weights
+        torch.nn.Module.float(model)  # transformers' own float() refuses quantized models
         got = model(input_ids=tensors["ids"], use_cache=False).logits.float()
     difference = (got - tensors["logits"]).abs()
     weights = dict(model.named_parameters())
@@ -60,7 +60,7 @@ def by_transformers(folder: Path, tensors: dict[str, Tensor], expected: dict[str
 
 
 def by_unpacking(folder: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Any]:
-    """codes_equal: Linears of which every code, less its zero point, times its scale is the very number that bigq reads."""
+    """codes_equal: Linears for which scale · (code − zero point) equals bigq's weight everywhere."""
     said = json.loads((folder / "out/config.json").read_text())["quantization_config"]
     config = QuantizationConfig.model_validate(said)
     stored = read_all(folder / "out")
@@ -85,7 +85,7 @@ def by_unpacking(folder: Path, tensors: dict[str, Tensor], expected: dict[str, T
 
 
 def scheme_of(config: QuantizationConfig, name: str) -> QuantizationScheme:
-    """The scheme of a Linear by the library's own matching: by name before by class, and none that is ignored."""
+    """The scheme of a Linear by the library's own matching: by name first, then by class. It must not be ignored."""
     linear = nn.Linear(1, 1)
     assert not any(is_match(name, linear, ignored) for ignored in config.ignore or ()), f"{name} is ignored"
     schemes = [scheme for scheme in config.config_groups.values() if isinstance(scheme, QuantizationScheme)]
@@ -94,7 +94,7 @@ def scheme_of(config: QuantizationConfig, name: str) -> QuantizationScheme:
 
 
 def read(folder: Path, route: str) -> dict[str, Any]:
-    """What was found in one case's folder by one route."""
+    """The findings of one case by one route."""
     began = time.monotonic()
     row: dict[str, Any] = {"case": folder.name, "route": route}
     with safe_open(folder / "expected.safetensors", "pt") as file:
@@ -102,7 +102,7 @@ def read(folder: Path, route: str) -> dict[str, Any]:
     expected = {name.removeprefix("weight."): t for name, t in tensors.items() if name.startswith("weight.")}
     try:
         row |= {"transformers": by_transformers, "unpack": by_unpacking}[route](folder, tensors, expected)
-    except Exception as error:  # whatever a reader raises is what is to be found out here
+    except Exception as error:  # any error of the reader is a finding
         row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return row | {"seconds": round(time.monotonic() - began, 2)}
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Runs in the client's virtual environment, without bigq: GPTQModel reads bigq's output in two ways, and PEFT trains adapters on it.
+"""Read bigq's output with GPTQModel in two ways, and train PEFT adapters on it, in the client's virtual environment without bigq.
 
     reader_gptqmodel.py RESULTS FOLDER…
 
-route "transformers": ``AutoModelForCausalLM.from_pretrained``, where optimum puts GPTQModel's Linears in the model's place.
-route "gptqmodel": ``GPTQModel.load``. route "peft": the first one, and some steps of training LoRA adapters.
-Weights are GPTQModel's own unpacking; its torch kernel takes activations of any type, so the model runs in fp32.
+route "transformers": ``AutoModelForCausalLM.from_pretrained``, where optimum replaces Linears by GPTQModel's.
+route "gptqmodel": ``GPTQModel.load``. route "peft": as "transformers", then some training steps of LoRA adapters.
+Weights are unpacked by GPTQModel. Its torch kernel takes activations of any type, so the model runs in fp32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # GPTQModel compiles its unpacking, which takes longer than all the rest
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # GPTQModel compiles its unpacking, which takes most of the time
 
 import torch
 from gptqmodel import BACKEND, GPTQModel
@@ -34,13 +34,13 @@ PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def load(folder: Path, route: str) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The model by a route, in fp32 but for the packed Linears, and what its loader says of keys."""
+    """The model, loaded by a route, in fp32 except the packed Linears; and the keys that its loader reports."""
     if route == "gptqmodel":
         model = GPTQModel.load(str(folder / "out"), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16).model.float()
         for module in quantized_modules(model).values():
             module.scales = module.scales.half()
         return model, {}
-    quantization = GPTQConfig(bits=4, backend=BACKENDS[route])  # bits must be given; only the backend replaces what the checkpoint says
+    quantization = GPTQConfig(bits=4, backend=BACKENDS[route])  # bits is required, but only the backend overrides the checkpoint
     model, info = AutoModelForCausalLM.from_pretrained(
         folder / "out", dtype=torch.float32, quantization_config=quantization, output_loading_info=True
     )
@@ -52,7 +52,7 @@ def quantized_modules(model: torch.nn.Module) -> dict[str, BaseQuantLinear]:
 
 
 def compare_weights(modules: dict[str, BaseQuantLinear], expected: dict[str, Tensor]) -> dict[str, Any]:
-    """equal: Linears whose unpacked weight has the very values that bigq's has after rounding to the client's type."""
+    """weights_equal: Linears whose unpacked weight equals bigq's, rounded to the client's type."""
     equal, dtypes, largest = 0, set(), 0.0
     for name, weight in expected.items():
         if name not in modules:
@@ -71,7 +71,7 @@ def compare_weights(modules: dict[str, BaseQuantLinear], expected: dict[str, Ten
 
 
 def compare_logits(model: torch.nn.Module, ids: Tensor, expected: Tensor) -> dict[str, Any]:
-    """Differences over the largest logit too. Both sides compute in fp32."""
+    """Differences of the logits. Both sides compute in fp32."""
     with torch.no_grad():
         got = model(input_ids=ids, use_cache=False).logits.float()
     difference = (got - expected).abs()
@@ -83,7 +83,7 @@ def compare_logits(model: torch.nn.Module, ids: Tensor, expected: Tensor) -> dic
 
 
 def train_lora(model: torch.nn.Module, ids: Tensor) -> dict[str, Any]:
-    """Some steps of LoRA on the packed model: the loss at each, whether every adapter had a gradient, whether the base stayed as it was."""
+    """Train LoRA on the packed model for some steps: the losses, whether every adapter had a gradient, whether the base is unchanged."""
     from peft import LoraConfig, get_peft_model
 
     packed = [(module, name, getattr(module, name).clone()) for module in quantized_modules(model).values() for name in PACKED]
@@ -115,7 +115,7 @@ def train_lora(model: torch.nn.Module, ids: Tensor) -> dict[str, Any]:
 
 
 def read(folder: Path, route: str) -> dict[str, Any]:
-    """What was found in one case's folder by one route."""
+    """The findings of one case by one route."""
     began = time.monotonic()
     row: dict[str, Any] = {"case": folder.name, "route": route}
     with safe_open(folder / "expected.safetensors", "pt") as file:
@@ -129,7 +129,7 @@ def read(folder: Path, route: str) -> dict[str, Any]:
         row |= compare_weights(modules, expected) | compare_logits(model, tensors["ids"], tensors["logits"])
         if route == "peft":
             row |= train_lora(model, tensors["ids"])
-    except Exception as error:  # whatever a reader raises is what is to be found out here
+    except Exception as error:  # any error of the reader is a finding
         row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return row | {"seconds": round(time.monotonic() - began, 2)}
 

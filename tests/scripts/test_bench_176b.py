@@ -22,9 +22,10 @@ from bigq.io.index import INDEX_NAME, Checkpoint
 
 sys.path.append(str(ROOT / "scripts"))
 
-from bench_176b import DONE, MORE, Share, earlier_slices, ensure_inputs, lane_rates, rates, read_lines, whole_run
+from bench_176b import DONE, MORE, ensure_inputs
 from bench_slice import aliased_checkpoint, busy_seconds, enough_time, lanes
 from shapes import SHAPES, layout_of, write_config
+from slice_results import Share, earlier_slices, lane_rates, rates, read_lines, whole_run
 
 WRAPPER = ROOT / "scripts/bench_176b"
 #: 5 of the tiny shape's 6 blocks.

@@ -1,0 +1,200 @@
+"""Every kernel on the device: against fp64 or its reference version, and the same bytes when it runs again.
+
+On a CPU the public functions pick the reference versions, so a smoke run checks this module only. The kernels' own tests
+run the GPU versions in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from gpu_bench import relative
+from torch import Tensor
+
+from bigq.kernels.cholesky import upper_cholesky_
+from bigq.kernels.dequant_matvec import dequant_matvec
+from bigq.kernels.dequantize import dequantize, dequantize_packed, dequantize_reference
+from bigq.kernels.gptq_block import gptq_block_, gptq_block_reference_
+from bigq.kernels.grid import SCALE_BITS, GridSpec, GroupGrid
+from bigq.kernels.pack import pack, pack_reference, unpack
+from bigq.kernels.pick import empty_columns
+from bigq.kernels.syrk import syrk_
+from bigq.scheme import QuantScheme
+from bigq.solver.gptq import solve
+from bigq.solver.hessian import HessianSum, factorize
+from gpu_steps.setting import Findings, Setting
+
+#: The name of this step at small sizes, for the step sanitizer.
+SMALL = "small-kernels"
+#: Relative errors of a product in each type, against fp64.
+PRODUCT_LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def run(setting: Setting, found: Findings) -> None:
+    cases = Cases(found, torch.device(setting.device), 4 if setting.smoke or setting.step == SMALL else 32)
+    for dtype in (torch.bfloat16, torch.float16):
+        for aligned in (True, False):
+            cases.attempt("syrk", lambda d=dtype, a=aligned: cases.syrk(d, aligned=a))
+    for n in (200, 64 * cases.size, 128 * cases.size + 40):
+        cases.attempt("cholesky", lambda n=n: cases.cholesky(n))
+    for loop in LOOPS:
+        cases.attempt("column loop", lambda loop=loop: cases.column_loop(loop))
+    for bits in (2, 3, 4, 8):
+        cases.attempt("packing", lambda b=bits: cases.packing(b))
+        for dtype in (torch.float16, torch.bfloat16):
+            cases.attempt("matvec", lambda b=bits, d=dtype: cases.matvec(b, d, 32 * cases.size, 64 * cases.size, 128))
+    some = 32 * cases.size
+    for m, n, width in ((2 * some, some, 32), (some, 2 * some, 2 * some), (128 * some + 128, 256, 128)):
+        cases.attempt("matvec", lambda m=m, n=n, w=width: cases.matvec(4, torch.bfloat16, m, n, w))
+    for act_order in (False, True):
+        cases.attempt("solve", lambda a=act_order: cases.solve(act_order=a))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """A launch of the column loop. k: columns; m: rows, None for some thousands; width: columns of a group, 0 for given scales."""
+
+    bits: int
+    symmetric: bool
+    width: int
+    k: int = 128
+    m: int | None = None
+    min_zero: int = 0
+    scale_bits: int = SCALE_BITS
+
+    @property
+    def name(self) -> str:
+        kind = "symmetric" if self.symmetric else f"asymmetric from {self.min_zero}"
+        rows = "" if self.m is None else f", {self.m} rows"
+        scales = f"groups of {self.width}" if self.width else "given scales"
+        return f"column loop, {self.k} columns{rows}, {self.bits} bits {kind}, {scales}, {self.scale_bits}-bit scales"
+
+
+#: Variants that jobs launch: formats, group sizes, narrow last blocks, few rows.
+LOOPS = (
+    Loop(bits=4, symmetric=True, width=128),
+    Loop(bits=4, symmetric=True, width=128, scale_bits=8),
+    Loop(bits=4, symmetric=False, width=128, min_zero=1),
+    Loop(bits=4, symmetric=False, width=128, min_zero=1, scale_bits=8),
+    Loop(bits=4, symmetric=True, width=32, scale_bits=8),
+    Loop(bits=4, symmetric=True, width=16),
+    Loop(bits=3, symmetric=True, width=64, scale_bits=8),
+    Loop(bits=8, symmetric=True, width=64),
+    Loop(bits=4, symmetric=True, width=40, k=120),
+    Loop(bits=4, symmetric=False, width=40, k=120, min_zero=1, scale_bits=8),
+    Loop(bits=4, symmetric=True, width=64, k=64),
+    Loop(bits=4, symmetric=True, width=0, k=1),
+    Loop(bits=4, symmetric=True, width=128, m=1),
+    Loop(bits=3, symmetric=False, width=0),
+    Loop(bits=2, symmetric=True, width=0),
+    Loop(bits=2, symmetric=False, width=0, m=1030),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cases:
+    """size: a factor of all sizes."""
+
+    found: Findings
+    device: torch.device
+    size: int
+
+    def attempt(self, name: str, case: Callable[[], None]) -> None:
+        torch.manual_seed(0)
+        with self.found.attempt(name):
+            case()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()  # an error of a launch belongs to this case
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=self.device)
+
+    def repeats(self, name: str, first: Sequence[Tensor], *again: Sequence[Tensor]) -> None:
+        """Record how many elements of a kernel's outputs differ between runs."""
+        pairs = [pair for others in again for pair in zip(first, others, strict=True)]
+        differing = sum(int((one != other).sum()) for one, other in pairs)
+        self.found.check(f"{name}: elements that differ when repeated", differing, 0)
+
+    def syrk(self, dtype: torch.dtype, *, aligned: bool) -> None:
+        n = 64 * self.size + 8
+        x = self.randn(1000, n if aligned else n + 1).to(dtype)[:, :n]
+        h, again = (torch.zeros(n, n, device=self.device) for _ in range(2))
+        syrk_(h, x)
+        syrk_(again, x)
+        name = f"syrk {n}, {dtype}, rows {'aligned' if aligned else 'not aligned'}"
+        self.found.check(f"{name}: error", relative(h.triu(), (x.double().T @ x.double()).triu()), 2e-5)
+        self.repeats(name, [h], [again])
+
+    def cholesky(self, n: int) -> None:
+        mix = self.randn(n, n, dtype=torch.float64) / n**0.5
+        exact = mix @ mix.T + 0.01 * torch.eye(n, device=self.device, dtype=torch.float64)
+        h, again = exact.float(), exact.float()
+        self.found.require(f"cholesky {n}: positive definite", upper_cholesky_(h) and upper_cholesky_(again))
+        r, lower = h.triu().double(), torch.linalg.cholesky(exact.float()).double()
+        self.found.check(f"cholesky {n}: residual", relative(r @ r.T, exact), 5 * relative(lower @ lower.T, exact) + 5e-7)
+        self.repeats(f"cholesky {n}", [h.triu()], [again.triu()])
+
+    def column_loop(self, loop: Loop) -> None:
+        k, m, width = loop.k, loop.m or 32 * self.size + 7, loop.width
+        spec = GridSpec(bits=loop.bits, symmetric=loop.symmetric, min_zero=loop.min_zero, scale_bits=loop.scale_bits)
+        u = torch.eye(k, device=self.device) + 0.02 * self.randn(k, k).triu(1)
+        weights, groups = self.randn(k, m), k // width if width else 3
+        of_column = (torch.arange(k) // width if width else torch.randint(0, groups, (k,))).to(self.device, torch.int32)
+        made = []
+        for version in (gptq_block_, gptq_block_, gptq_block_reference_):
+            target, work = (empty_columns(k, m, torch.float32, self.device).copy_(weights) for _ in range(2))
+            codes = empty_columns(k, m, torch.uint8, self.device)
+            scale = torch.full((groups, m), 0.25, device=self.device)
+            zero = torch.full((groups, m), float(2 ** (loop.bits - 1)), device=self.device)
+            loss = version(target, u, work, codes, GroupGrid(spec, scale, zero, of_column, width > 0))
+            made.append((codes, loss, scale, target))
+        ours, again, reference = made
+        self.repeats(loop.name, ours, again)
+        self.found.check(f"{loop.name}: codes that differ from the reference", float((ours[0] != reference[0]).double().mean()), 1e-3)
+        self.found.check(f"{loop.name}: loss", relative(ours[1], reference[1].double()), 1e-2)
+
+    def packing(self, bits: int) -> None:
+        m, n = 32 * self.size + 32, 64 * self.size
+        codes = torch.randint(0, 2**bits, (m, n), dtype=torch.uint8, device=self.device)
+        scales = torch.rand(m, n // 128, device=self.device).half()
+        zeros = torch.randint(0, 2**bits, (m, n // 128), dtype=torch.uint8, device=self.device)
+        words, plain = pack(codes.T, bits), dequantize_reference(codes, scales, zeros, torch.bfloat16)
+        for name, ours, reference in (
+            ("pack", words, pack_reference(codes.T, bits)),
+            ("unpack", unpack(words, bits), codes.T),
+            ("dequantize", dequantize(codes, scales, zeros, torch.bfloat16), plain),
+            ("dequantize_packed", dequantize_packed(words, scales, zeros, bits, torch.bfloat16), plain),
+        ):
+            self.found.require(f"{name}, {bits} bits: equals the reference", torch.equal(ours, reference))
+
+    def matvec(self, bits: int, dtype: torch.dtype, m: int, n: int, width: int) -> None:
+        codes = torch.randint(0, 2**bits, (m, n), dtype=torch.uint8, device=self.device)
+        scales = torch.rand(m, n // width, device=self.device).half()
+        zeros = torch.randint(0, 2**bits, (m, n // width), dtype=torch.uint8, device=self.device)
+        words, weight = pack(codes.T, bits), dequantize_reference(codes, scales, zeros, torch.float64)
+        by_group = scales.T.contiguous(), zeros.T.contiguous()
+        for vectors in (1, 3, 16):
+            x = self.randn(vectors, n).to(dtype)
+            y, *again = (dequant_matvec(x, words, *by_group, bits) for _ in range(3))
+            name = f"matvec {m} × {n}, {bits} bits, groups of {width}, {vectors} × {dtype}"
+            self.found.check(f"{name}: error", relative(y, x.double() @ weight.T), PRODUCT_LIMITS[dtype])
+            self.repeats(name, [y], *([other] for other in again))
+
+    def solve(self, *, act_order: bool) -> None:
+        """A whole Linear on the device and on the CPU, from one Hessian."""
+        m, n = 16 * self.size, 32 * self.size
+        total, mix = HessianSum(n, self.device), self.randn(n, n) / n**0.5
+        for _ in range(4):
+            total.add((self.randn(n, n) @ mix).to(torch.bfloat16))
+        h, weight = total.finish(), 0.02 * self.randn(m, n)
+        solved = []
+        for where in (self.device, self.device, torch.device("cpu")):
+            factor = factorize(h.to(where, copy=True), act_order=act_order, damping=0.01)
+            solved.append(solve([weight.to(where)], factor, QuantScheme(act_order=act_order))[0])
+        ours, again, on_cpu = solved
+        name = f"solve {m} × {n}, {'act-order' if act_order else 'natural order'}"
+        self.repeats(name, [ours.codes], [again.codes])
+        self.found.check(f"{name}: codes that differ from the CPU's", float((ours.codes.cpu() != on_cpu.codes).double().mean()), 2e-2)
+        self.found.check(f"{name}: loss over the CPU's", abs(ours.loss / on_cpu.loss - 1), 1e-2)

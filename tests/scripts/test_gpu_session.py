@@ -1,0 +1,151 @@
+"""The session of checks and measurements on a GPU: its steps on a CPU, and what becomes of a step that fails or hangs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Child
+
+sys.path.append(str(ROOT / "scripts"))
+
+import gpu_session
+from gpu_steps.gpu_tests import marked_files, missing_imports
+from gpu_steps.runner import Session, Step, as_markdown
+from gpu_steps.setting import NOT_POSSIBLE, Findings
+
+SCRIPT = ROOT / "scripts/gpu_session.py"
+IMPOSSIBLE = json.dumps({"found": {"not possible": "no tool"}})
+SLEEP = "import time; time.sleep(600)"
+#: Programs of steps; WORK is the folder of their findings.
+PROGRAMS = {
+    "good": "pass",
+    "bad": "raise ValueError('out of order')",
+    "killed": "import os; os.kill(os.getpid(), 9)",
+    "hanging": "import faulthandler, time; faulthandler.enable(); open('WORK/hanging.json', 'w').write('{}'); time.sleep(600)",
+    "impossible": f"open('WORK/impossible.json', 'w').write('{IMPOSSIBLE}'); raise SystemExit({NOT_POSSIBLE})",
+    "parent": f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', '{SLEEP}']); open('WORK/pid', 'w').write(str(c.pid))",
+}
+
+
+def session(tmp_path: Path, steps: list[Step], limit: float = 60) -> dict[str, Any]:
+    work, out = tmp_path / "work", tmp_path / "out"
+    for folder in (work, out):
+        folder.mkdir()
+
+    def command(step: Step) -> list[str]:
+        return [sys.executable, "-c", PROGRAMS[step.name.partition(" ")[0]].replace("WORK", str(work))]
+
+    one = Session(out, work, limit, command, os.environ, {"command": "x", "smoke": True, "revision": "r"})
+    code = one.run(steps)
+    result: dict[str, Any] = json.loads((out / "results.json").read_text())
+    assert result["steps"] == one.result["steps"]
+    assert code == (0 if all(step["status"] == "passed" for step in result["steps"].values()) else 1)
+    return result
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path: Path, together: bool) -> None:
+    names = ("bad", "killed", "hanging", "impossible", "good")
+    begun = time.monotonic()
+    result = session(tmp_path, [Step(name=name, seconds=3 if name == "hanging" else 30, together=together) for name in names])
+    steps = result["steps"]
+    assert {name: steps[name]["status"] for name in names} == {
+        "bad": "failed",
+        "killed": "failed",
+        "hanging": "cut off",
+        "impossible": "not run",
+        "good": "passed",
+    }
+    assert "ValueError: out of order" in steps["bad"]["log_tail"][-1] and steps["impossible"]["reason"] == "no tool"
+    assert any("time.sleep" in line or "<string>" in line for line in steps["hanging"]["log_tail"]), "its log does not show where it hung"
+    assert time.monotonic() - begun < 30
+    text = (tmp_path / "out/results.md").read_text()
+    assert "| hanging | cut off |" in text and "smoke run" in text
+    with gzip.open(tmp_path / "out/logs.txt.gz", "rt") as logs:
+        assert "===== bad" in logs.read()
+
+
+def test_the_limit_of_the_session_cuts_the_last_steps(tmp_path: Path) -> None:
+    """Of 16 seconds, 10 are kept back."""
+    steps = session(tmp_path, [Step(name="hanging", seconds=30), Step(name="good", seconds=30)], limit=16)["steps"]
+    assert steps["hanging"]["status"] == "not run" and steps["good"]["reason"] == "no time left"
+    (tmp_path / "again").mkdir()
+    steps = session(tmp_path / "again", [Step(name="hanging", seconds=3), Step(name="hanging again", seconds=3)], limit=16)["steps"]
+    assert steps["hanging"]["status"] == "cut off" and steps["hanging again"]["status"] in ("cut off", "not run")
+
+
+def test_processes_that_a_step_leaves_running_are_ended(tmp_path: Path) -> None:
+    assert session(tmp_path, [Step(name="parent", seconds=30)])["steps"]["parent"]["status"] == "passed"
+    state = Path("/proc") / (tmp_path / "work/pid").read_text() / "stat"
+    deadline = time.monotonic() + 10
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "the process still runs"
+        time.sleep(0.05)
+
+
+def test_results_show_failures_first_and_checks_with_their_limits(tmp_path: Path) -> None:
+    found = Findings(tmp_path / "step.json")
+    found["rate"] = 2.5
+    found.check("error", 1e-3, 1e-2)
+    found.check("too large", float("nan"), 1e-2)
+    found.require("equal", False)
+    with found.attempt("case"):
+        raise ValueError("broken")
+    written = json.loads((tmp_path / "step.json").read_text())
+    assert found.failures == written["failures"] == ["too large", "equal", "case: error"]
+    text = as_markdown({"steps": {"step": {"status": "failed", "seconds": 1, **written}}})
+    rows = [line for line in text.splitlines() if line.startswith("| ")][5:]
+    assert rows == [
+        "| too large | nan (≤ 0.01) |",
+        "| equal | False |",
+        "| case: error | ValueError: broken |",
+        "| rate | 2.5 |",
+        "| error | 0.001 (≤ 0.01) |",
+    ]
+
+
+def test_test_files_that_need_what_is_not_installed_are_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "test_x.py"
+    modules = ("os.path", "no_such_package.part", "pytest", "conftest")
+    lines = [*(f"import {name}" for name in modules), "from another_one import x", "from . import y"]
+    file.write_text("\n".join(lines))
+    assert missing_imports(file) == ["another_one", "no_such_package"]
+    marked = marked_files(ROOT / "tests")
+    assert ROOT / "tests/progress/test_clock.py" in marked and ROOT / "tests/kernels/test_grid.py" not in marked
+
+
+def test_without_a_gpu_it_refuses(child: Child, tmp_path: Path) -> None:
+    done = child(SCRIPT, "--out", tmp_path / "out", env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 2 and "--smoke" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [("--only", "machine,speed"), ("--skip", "speed"), ("--only", "machine", "--skip", "machine")])
+def test_steps_that_do_not_exist_are_refused(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        gpu_session.parse(["--out", "x", "--smoke", *arguments])
+    assert exit.value.code == 2 and ("speed" in capsys.readouterr().err or "--skip" in arguments)
+
+
+def test_a_smoke_run_passes_every_step(child: Child, tmp_path: Path) -> None:
+    done = child(SCRIPT, "--smoke", "--out", tmp_path, env={"OMP_NUM_THREADS": "1"}, timeout=600)
+    result = json.loads((tmp_path / "results.json").read_text())
+    steps = result["steps"]
+    assert done.returncode == 0, done.stdout + done.stderr + str([step for step in steps.values() if step["status"] != "passed"])
+    assert set(steps) == {step.name for step in gpu_session.STEPS}
+    found = {name: step["found"] for name, step in steps.items()}
+    assert found["machine"]["ceilings"]["bf16_tflops"] > 0 and found["bloom"]["ceilings"] == found["machine"]["ceilings"]
+    assert len(found["kernels"]) > 90 and not any(step["failures"] for step in steps.values())
+    assert sum(name.endswith("same bytes") for name in found["jobs"]) == 5 and found["jobs"]["generated"]["tokens"] == 4
+    for name in ("bloom", "llama"):
+        assert found[name]["blocks_done"] == 2 and 0 < found[name]["waiting_share"] < 1 and found[name]["planned"]["host"] > 0
+        assert found[name]["kernels_of_one_block"]["total"][1] > 1000 and found[name]["peaks"]["host_resident_bytes"] > 0
+    assert "passed" in found["gpu-tests"]["kernel and solver tests: summary"]
+    assert found["benchmarks"]["syrk"] and found["large"]["permutation"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs.txt.gz", "results.json", "results.md"]
