@@ -52,7 +52,7 @@ def test_what_is_not_frozen_has_its_default() -> None:
 def test_a_missing_field_is_named(name: str) -> None:
     settings = stored(JobConfig())
     del settings[name]
-    with pytest.raises(CheckpointError, match=rf"^X: settings\.{name} is missing; .*begin the job again in another folder"):
+    with pytest.raises(CheckpointError, match=rf"^X: settings\.{name} is missing; .*start the job again in another folder"):
         JobConfig.from_frozen(settings, "X")
 
 
