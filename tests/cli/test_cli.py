@@ -388,7 +388,7 @@ def test_quantize_tells_progress_on_stderr_and_the_outcome_on_stdout(
 ) -> None:
     assert main([*quantize_command(checkpoint("llama"), tmp_path / "out", ids_file), "--device", "cpu"]) == 0
     output = capsys.readouterr()
-    assert output.out.startswith("done in ") and str(tmp_path / "out") in output.out
+    assert output.out.startswith("done in ") and f"{tmp_path.name[-15:]}/out\n" in output.out, "a long path loses its middle"
     assert "worst" in output.out and "host peak" in output.out
     reading, plan, *lines = [line for line in output.err.splitlines() if line.strip()]
     blocks = [line for line in lines if not line.startswith("  ")]
@@ -414,7 +414,7 @@ def test_a_job_is_taken_up_without_its_flags(
     shutil.copytree(quantized, out)
     command = ["quantize", str(checkpoint("llama")), str(out), "--device", "cpu"]
     assert main(command) == 0
-    assert "3 of 3 blocks were there already" in capsys.readouterr().out
+    assert "3 of 3 blocks were already done" in capsys.readouterr().out
     assert main([*command, "--bits", "4"]) == 2
     assert "bits" in capsys.readouterr().err
     assert main([*command, "--bits", "3", "--group-size", "32", "--samples", "16"]) == 0
