@@ -1,1 +1,1 @@
-"""Running a job: paging blocks, replaying activations, solving, committing. Read ``pipeline`` first."""
+"""Running a job: paging blocks, replaying activations, solving, committing. Read ``run``, then ``loop``, first."""

@@ -388,8 +388,7 @@ def test_quantize_tells_progress_on_stderr_and_the_outcome_on_stdout(
 ) -> None:
     assert main([*quantize_command(checkpoint("llama"), tmp_path / "out", ids_file), "--device", "cpu"]) == 0
     output = capsys.readouterr()
-    first = output.out.splitlines()[0]
-    assert first.startswith("done in ") and first.endswith("/out") and len(first) <= 60
+    assert output.out.startswith("done in ") and f"{tmp_path.name[-15:]}/out\n" in output.out, "a long path loses its middle"
     assert "worst" in output.out and "host peak" in output.out
     reading, plan, *lines = [line for line in output.err.splitlines() if line.strip()]
     blocks = [line for line in lines if not line.startswith("  ")]
