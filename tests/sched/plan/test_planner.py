@@ -9,6 +9,7 @@ import pytest
 from bigq.config import JobConfig
 from bigq.errors import UsageError
 from bigq.machine.ceilings import KNOWN, Ceilings
+from bigq.methods import method_of
 from bigq.sched.plan.cost import Choice, Cost, Phase, Work, job_cost, packed_bytes
 from bigq.sched.plan.planner import Budgets, Download, Plan, make_plan, phase_seconds
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
@@ -57,7 +58,8 @@ SHAPE = ModelShape(
     rest_loaded=2 * WIDTH,
 )
 SCHEME = QuantScheme(bits=4, group_size=128)
-WORK = Work(rows=ROWS, tokens=10000, scheme=lambda _: SCHEME, method="gptq", true_sequential=True)
+WORK = Work(rows=ROWS, tokens=10000, scheme=lambda _: SCHEME, method=method_of(JobConfig()), true_sequential=True)
+RTN = method_of(JobConfig(method="rtn"))
 HIDDEN = ROWS * SEQLEN * WIDTH * 2
 BEST = Choice(on_gpu=True, tier="gpu", batch=8, memo=True, ahead=block().stored, beside=True, checkpoints=True)
 
@@ -181,7 +183,7 @@ def test_output_is_packed_linears_and_everything_else() -> None:
 
 
 def test_rounding_to_nearest_needs_no_activations() -> None:
-    rtn = plan(work=dataclasses.replace(WORK, rows=0, tokens=0, method="rtn"), method="rtn")
+    rtn = plan(work=dataclasses.replace(WORK, rows=0, tokens=0, method=RTN), method="rtn")
     assert rtn.cost.device < job_cost(SHAPE, WORK, BEST, 0).device - HIDDEN
     assert "rounding to nearest" in rtn.brief()
     assert "replay" not in {p.name for p in rtn.cost.phases}
@@ -206,7 +208,7 @@ def test_activations_are_saved_where_the_disk_has_room_for_them_twice() -> None:
     short = plan(dataclasses.replace(PLENTY, disk=found.cost.output + 2 * HIDDEN - 1))
     assert not short.choice.checkpoints and short.cost.scratch == 0 and not short.shortages
     assert not plan(checkpoint_every=None).choice.checkpoints
-    assert not plan(work=dataclasses.replace(WORK, method="rtn")).choice.checkpoints
+    assert not plan(work=dataclasses.replace(WORK, method=RTN)).choice.checkpoints
 
 
 def test_a_download_to_the_same_file_system_takes_from_the_disk_budget() -> None:
