@@ -58,7 +58,7 @@ def quantize(
     """Quantize a model folder or hub id into the folder ``out``; resume there if an earlier run of the same job was interrupted.
 
     config: None means as the job in ``out`` was begun, or the defaults where there is none. stop: asked between steps.
-    display: how progress is show_value; None means as suits stderr, or not at all with config.quiet.
+    display: how progress is shown; None means as suits stderr, or not at all with config.quiet.
     command: the arguments that asked for it, for the record. started: when the program began, by ``time.monotonic``; None means now.
     Raises UsageError, DataError, ResourceError or Stopped (see ``bigq.errors``); then ``out`` holds no config.json, unless all that
     is missing is a GGUF file.
