@@ -239,3 +239,10 @@ def test_the_quick_tests_exist() -> None:
         assert (ROOT / file).exists(), line
         if name:
             assert any(each.startswith(name) if line.startswith("--") else each == name for each in defined(ROOT / file)), line
+
+
+def test_the_table_of_readers_is_the_codes() -> None:
+    """The plan, the summary and model cards name readers from the same table."""
+    from bigq.io.formats.readers import markdown_table
+
+    assert markdown_table() in (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")

@@ -112,11 +112,15 @@ class Lines(Display):
 
     def tick(self, moment: Moment) -> None:
         if self._beat.due():
-            self.say(heartbeat_line(moment))
+            self.say(heartbeat_line(moment, self.columns()))
 
     def block(self, done: Finished, moment: Moment) -> None:
         self._beat.reset()
-        self.say(block_line(done, moment))
+        self.say(block_line(done, moment, self.columns()))
+
+    def columns(self) -> int | None:
+        """The most columns that a line may have; None where it does not matter, as in a file."""
+        return None
 
     def say(self, text: str) -> None:
         with while_writable():
@@ -200,19 +204,28 @@ def to_json(value: Any) -> str:
     return json.dumps(_finite(value), allow_nan=False)
 
 
-def block_line(done: Finished, moment: Moment) -> str:
-    """A finished block, for a person."""
+def block_line(done: Finished, moment: Moment, width: int | None = None) -> str:
+    """A finished block, for a person. width: columns at most; None for any number."""
     parts = [f"block {done.block}/{moment.blocks}", f"{done.seconds:.1f} s"]
     if done.worst is not None:
         parts.append(f"worst {done.worst[0]} {done.worst[1]:.2e}")
-    return "  ".join([*parts, *parts_of(moment, ("rate", "host", "gpu", "eta"))])
+    return _joined(parts, moment, width)
 
 
-def heartbeat_line(moment: Moment) -> str:
-    """A block under way, for a person."""
-    return "  ".join(
-        [head_of(moment), *parts_of(moment, ("steps",)), f"{moment.seconds:.0f} s", *parts_of(moment, ("rate", "host", "gpu", "eta"))]
-    )
+def heartbeat_line(moment: Moment, width: int | None = None) -> str:
+    """A block under way, for a person. width: columns at most; None for any number."""
+    return _joined([head_of(moment), *parts_of(moment, ("steps",)), f"{moment.seconds:.0f} s"], moment, width)
+
+
+def _joined(parts: list[str], moment: Moment, width: int | None) -> str:
+    """The parts and what is measured; where that is too wide, without what is missed least, then cut off."""
+    measured = ["rate", "host", "gpu", "eta"]
+    for left_out in ("", "rate", "host", "gpu"):
+        measured = [name for name in measured if name != left_out]
+        line = "  ".join([*parts, *parts_of(moment, measured)])
+        if width is None or len(line) <= width:
+            return line
+    return f"{line[: (width or 1) - 1]}…"
 
 
 def show_rate(rate: float) -> str:

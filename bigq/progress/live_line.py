@@ -67,6 +67,9 @@ class Live(Lines):
         if self._line is not None:
             self._line.text = live_line(moment, _columns(self._stream) - 1, _writes(self._stream, f"{FULL}{PARTS}▕▏–"))
 
+    def columns(self) -> int:
+        return _columns(self._stream)
+
     def say(self, text: str) -> None:
         with while_writable():
             tqdm.write(printable_lines(text), file=self._stream, nolock=True)

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from screen import Screen, Terminal
 
-from bigq.progress.display import DONE_FIELDS, HEARTBEAT, Display, Events, Finished, Lines, Moment, to_json
+from bigq.progress.display import DONE_FIELDS, HEARTBEAT, Display, Events, Finished, Lines, Moment, block_line, heartbeat_line, to_json
 from bigq.progress.live_line import Live, bar, display_for, live_line
 from bigq.progress.progress import SOLVING, WINDOW, Pace, Progress, Rate
 
@@ -494,3 +494,16 @@ def test_behind_the_last_block_there_is_no_block_and_no_guess() -> None:
         progress.phase("output head")
         now = progress.moment()
         assert (now.block, now.phase, now.eta) == (None, "output head", None) and "eta_seconds" not in progress.facts()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, None])
+def test_lines_fit_the_terminal(width: int | None) -> None:
+    """What is missed least goes first; block, time and the worst Linear stay as long as they fit."""
+    moment = Moment(blocks=126, block=77, phase="solve", seconds=70.4, rate=1.1e9, host=2**35, device=2**34, eta=7200.0)
+    done = Finished(block=77, seconds=70.4, worst=("self_attn.kv_a_proj_with_mqa", 1.23e-2))
+    for line in (block_line(done, moment, width), heartbeat_line(moment, width)):
+        assert width is None or len(line) <= width
+        assert line.startswith("block 77/126")
+        assert ("gpu 16.00 GiB" in line and "1.10 GB/s" in line) or width is not None
+        assert ("1.10 GB/s" in line) <= ("host" in line) <= ("gpu" in line) <= ("eta" in line)
+    assert "worst self_attn.kv_a_proj_with_mqa 1.23e-02" in block_line(done, moment, 80)
