@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bigq.calibration_data import calibration_source
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.formats import FORMATS, Format
 from bigq.io.json_file import plain
@@ -55,7 +56,7 @@ class JobConfig:
     format: "gptq" (v1), "gptq_v2", "compressed-tensors", or "gguf" (one more file, beside shards in gptq_v2).
     lm_head: quantize the output head too.
     true_sequential: solve a block's Linears level by level, each seeing the quantized ones before it.
-    calibration: a file, "c4" or "builtin"; samples rows of seqlen tokens, drawn by seed.
+    calibration: a file, "c4" or "builtin", or data as ``bigq.calibration_data`` takes it; samples rows of seqlen tokens, drawn by seed.
         seqlen None means 2048 or the model's limit, whichever is less.
     batch: calibration rows that go through a block at once; None means 8 on a GPU, and on a CPU about 1024 tokens, or as many
         as there is memory for.
@@ -103,6 +104,7 @@ class JobConfig:
     quiet: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "calibration", calibration_source(self.calibration, "calibration"))
         for name, value, allowed in (
             ("--method", self.method, METHODS),
             ("--format", self.format, JOB_FORMATS),

@@ -32,7 +32,7 @@ OWNERS: Mapping[str, tuple[str, ...]] = {
 #: Rooms on one floor do not import each other.
 FLOORS: Sequence[tuple[str, ...]] = (
     ("bigq.version", "bigq.errors", "bigq.vocabulary", "bigq.kernels"),
-    ("bigq.faults", "bigq.scheme"),
+    ("bigq.faults", "bigq.scheme", "bigq.calibration_data"),
     ("bigq.machine", "bigq.progress"),
     ("bigq.io", "bigq.solver"),
     ("bigq.methods",),
@@ -46,6 +46,7 @@ FLOORS: Sequence[tuple[str, ...]] = (
     ("bigq.sched",),
     ("bigq.infer",),
     ("bigq.reports",),
+    ("bigq.api",),
     ("bigq.__init__",),
     ("bigq.cli",),
     ("bigq.__main__",),

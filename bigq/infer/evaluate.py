@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from bigq.calibration import evaluation_rows, require_vocabulary
+from bigq.calibration_data import calibration_source
 from bigq.config import DEFAULT_SEQLEN, default_batch
 from bigq.errors import BigqError, UsageError
-from bigq.inspect.evaluations import holds_finished_job, record_evaluation
+from bigq.inspect.evaluations import holds_output, record_evaluation
 from bigq.io.hub import resolve_model
 from bigq.job.batches import Batches, told
 from bigq.machine.device import choose_device, memory_errors
@@ -68,6 +69,9 @@ class EvalConfig:
     trust_remote_code: bool = False
     quiet: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", calibration_source(self.data, "data"))
+
 
 def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | None = None, display: Display | None = None) -> Evaluation:
     """Judge a model, original or packed by bigq, on a text. Raises the errors of ``bigq.errors``. display: as for ``quantize``.
@@ -109,7 +113,7 @@ def _facts(model: str, config: EvalConfig, baseline: str | None, rows: Tensor, d
     return {
         "model": str(model),
         "baseline": baseline,
-        "data": config.data,
+        "data": str(config.data),
         "samples": rows.shape[0],
         "seqlen": rows.shape[1],
         "dtype": config.dtype,
@@ -121,7 +125,7 @@ def _record(model: str, evaluation: dict[str, Any], progress: Progress) -> None:
     """Keep a result with the job that made the model, if there is one."""
     folder = Path(model).expanduser()
     try:
-        if holds_finished_job(folder):
+        if holds_output(folder):
             record_evaluation(folder, evaluation)
     except BigqError as error:
         progress.say(f"warning: {error}; the result is not kept with the job")

@@ -1,4 +1,4 @@
-"""How a report looks: the style sheet of its page."""
+"""The style sheet of a report."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d8dee4; --page: #ffffff; --panel: #f6f8fa;

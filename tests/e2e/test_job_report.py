@@ -22,7 +22,8 @@ from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, NumericsError, UsageError
 from bigq.infer.evaluate import EvalConfig
-from bigq.inspect.history import BY_RULE, UNFIT, read_history
+from bigq.inspect.history import read_history
+from bigq.inspect.linear_results import BY_RULE, UNFIT
 from bigq.inspect.verify import verify
 from bigq.io.checksummed import unseal
 from bigq.job.finish import CARD_MARK
@@ -135,7 +136,7 @@ def test_a_finished_job_whose_end_cannot_be_recorded_is_finished(
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1 and "runs.jsonl: No space left" in warnings[0] and "the output is complete" in warnings[0]
     assert "ended" not in runs(out)[0] and verify(out) == []
-    assert read_history(out).runs[0].outcome == "no word"
+    assert read_history(out).runs[0].outcome == "not recorded"
 
 
 # The record of evaluations.
@@ -307,7 +308,7 @@ def test_a_quantized_head_counts_and_is_in_no_block(method: str, source: Path, i
     assert len(re.findall('<g id="heat-cell-', text)) == 21
     page = Page(text).text
     assert "output head, lm_head" in page and f"lm_head–{head.error:.2e}128 × 642" in page and "lm_head, quantized" in page
-    assert ("W* is the weight as corrected" in page) == ("strength alpha 0.25" in page) == (method == "gptaq")
+    assert ("W* is the weight corrected" in page) == ("with alpha 0.25" in page) == (method == "gptaq")
     assert "| `lm_head` | – |" in write_model_card(tmp_path / "out").read_text(encoding="utf-8")
 
 
@@ -321,8 +322,8 @@ def test_a_head_that_cannot_be_quantized_is_left_out(source: Path, ids_file: Pat
     bigq.quantize(str(source), tmp_path / "out", job(ids_file, lm_head=True, on_nonfinite="skip", rules=()))
     history = read_history(tmp_path / "out")
     assert history.head is None and [(left.block, left.name) for left in history.left_out] == [(None, "lm_head")]
-    assert "although it was to be quantized: cannot be factored" in write_model_card(tmp_path / "out").read_text(encoding="utf-8")
-    assert "Left unquantized: 1 Linear" in write_report(tmp_path / "out").read_text(encoding="utf-8")
+    assert "unquantized, as it failed: cannot be factored" in write_model_card(tmp_path / "out").read_text(encoding="utf-8")
+    assert "Unquantized: 1 Linear" in write_report(tmp_path / "out").read_text(encoding="utf-8")
 
 
 def test_a_job_of_gguf_counts_both_files(source: Path, ids_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -382,10 +383,13 @@ def test_raised_damping_and_skipped_linears_are_told(source: Path, ids_file: Pat
     monkeypatch.setattr(block, "factorize", failing)
     bigq.quantize(str(source), tmp_path / "out", job(ids_file, on_nonfinite="skip"))
     history = read_history(tmp_path / "out")
-    assert {(linear.block, linear.name) for linear in history.linears if linear.raised} == {(1, "mlp.gate_proj"), (1, "mlp.up_proj")}
+    assert {(linear.block, linear.name) for linear in history.linears if linear.has_raised_damping} == {
+        (1, "mlp.gate_proj"),
+        (1, "mlp.up_proj"),
+    }
     assert {left.name: left.reason for left in history.left_out if not left.wanted} == {"mlp.down_proj": "cannot be factored"}
     text = write_report(tmp_path / "out").read_text(encoding="utf-8")
-    assert "Damping raised: 2 Linears" in text and "Left unquantized: 2 Linears" in text and "cannot be factored" in text
+    assert "Damping raised: 2 Linears" in text and "Unquantized: 2 Linears" in text and "cannot be factored" in text
     assert UNFIT not in text
 
 
@@ -403,7 +407,7 @@ def test_by_default_the_page_lies_beside_the_folder(out: Path, capsys: pytest.Ca
 
 def test_a_page_within_the_folder_is_refused(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(out), "--out", str(out / "x.html")]) == 2
-    assert "lies in the job's folder" in capsys.readouterr().err and not (out / "x.html").exists()
+    assert "lies in OUT" in capsys.readouterr().err and not (out / "x.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -411,7 +415,7 @@ def test_a_page_within_the_folder_is_refused(out: Path, capsys: pytest.CaptureFi
     [
         ("", "is a folder; name a file, such as {}/report.html"),
         ("missing/x.html", "its folder does not exist; make it first"),
-        ("pipe", "is no ordinary file"),
+        ("pipe", "is not a regular file"),
     ],
 )
 def test_a_page_that_can_be_no_file_is_refused(file: str, said: str, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -531,7 +535,7 @@ def test_a_job_with_a_card_is_not_disturbed_by_the_job_that_runs(
 
 
 def test_the_report_of_a_killed_process(child: Callable[..., Any], source: Path, ids_file: Path, tmp_path: Path) -> None:
-    """By the command line: what was typed is in the page, and a run that left no word is told as such."""
+    """By the command line: what was typed is in the page, and a run that was killed has no recorded end."""
     out = tmp_path / "out"
     words = ["quantize", source, out, "--calibration", ids_file, "--samples", "4", "--seqlen", "16", "--group-size", "32", "--quiet"]
     killed = child("-m", "bigq", *words, env={"BIGQ_FAULT": "block.solved:2:kill"})
@@ -539,4 +543,4 @@ def test_the_report_of_a_killed_process(child: Callable[..., Any], source: Path,
     done = child("-m", "bigq", "report", out)
     assert done.returncode == 0, done.stderr
     text = Page((tmp_path / "out-report.html").read_text(encoding="utf-8")).text
-    assert "not finished (killed)" in text and "no word" in text and f"{source} {out} --calibration {ids_file}" in text
+    assert "not finished (killed)" in text and "not recorded" in text and f"{source} {out} --calibration {ids_file}" in text

@@ -17,11 +17,13 @@ import bigq
 from bigq.config import JobConfig
 from bigq.errors import BigqError
 from bigq.infer.evaluate import EvalConfig
+from bigq.inspect.bounds import MAX_NUMBER, MAX_TEXT, text
 from bigq.inspect.evaluations import record_evaluation
-from bigq.inspect.history import MAX_BLOCKS, read_history
-from bigq.inspect.untrusted import MAX_NUMBER, MAX_TEXT, text
+from bigq.inspect.history import read_history
+from bigq.inspect.linear_results import MAX_BLOCKS
 from bigq.io.checksummed import seal, unseal, write_sealed
-from bigq.reports.html import MOST_ROWS, Pictures, render
+from bigq.reports.html import render
+from bigq.reports.html_quality import MOST_ROWS, Pictures
 from bigq.reports.model_card import model_card
 from bigq.reports.write import MAX_SQUARES, pictures_of
 from bigq.scheme import QuantScheme, Rule
