@@ -111,7 +111,7 @@ def evaluate(
 
     Blocks are streamed, so the model may be larger than the device.
     model, baseline: folders or hub ids. config: the text and its rows, by default all of the built-in held-out text.
-    progress: as for ``quantize``.
+    progress, display: as for ``quantize``.
 
     Returns an ``Evaluation``: ``.perplexity``, ``.tokens``, and with a baseline ``.baseline_perplexity``, ``.kl`` (mean KL divergence
     per token, in nats), ``.kl_stderr`` and ``.top1_agreement`` (0 to 1).
@@ -290,7 +290,7 @@ def quantize_linear(
 
     weight: [m, n], any floating type. hessian: symmetric [n, n], ``2/T · XᵀX`` of the inputs X [T, n]; any positive multiple gives the
     same codes. It is not changed. cross: ``2/T · (X₀ − X)ᵀX`` [n, n], with X₀ the inputs in the unquantized model, of the same multiple
-    as the Hessian. alpha: the fraction of the upstream error that is corrected, 0 to 1.
+    as the Hessian. scheme: bits, groups and damping. alpha: the fraction of the upstream error that is corrected, 0 to 1.
     Computes in fp64 where weight or Hessian is fp64, else in fp32.
 
     Returns a ``QuantizedWeight``: ``.codes`` uint8 [m, n], ``.scales`` fp16 [m, G], ``.zeros`` uint8 [m, G], ``.loss``,

@@ -129,10 +129,10 @@ def _tokens(ids: Any, label: str, error: type[UsageError | CalibrationError] = U
 
     name = _option(label)
     if isinstance(ids, torch.Tensor):
-        tensor = ids.detach().cpu()
+        tensor = ids.detach().cpu().clone()  # the caller may go on to change it
     else:
         try:
-            tensor = torch.as_tensor(ids)
+            tensor = torch.tensor(ids)
         except (TypeError, ValueError, RuntimeError, OverflowError) as wrong:
             raise error(f"{name}: are no token ids ({wrong}); give integers of 64 bits at most") from None
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tensor.ndim not in (1, 2):

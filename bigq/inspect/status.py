@@ -164,6 +164,8 @@ def _require_job(out: Path) -> None:
     try:
         if (out / STATE_FOLDER).is_dir() or (out.is_dir() and not any(out.iterdir())):
             return
+        if (out / STATE_FOLDER).is_dir():  # a job began since the first look
+            return
     except OSError as error:
         raise ResourceError(f"{out}: cannot be read: {error.strerror}; check the disk and run the command again") from error
     raise UsageError(f"{out}: holds no job of bigq; name the output folder of bigq quantize or bigq convert")

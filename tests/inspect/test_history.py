@@ -171,7 +171,7 @@ def test_without_what_newer_runs_record_there_is_a_page_all_the_same(out: Path) 
     assert history.runs[0].seconds is None and history.source_bytes is None and history.all_bits is None
     assert len(history.names) == 6, "those that were quantized"
     page = render(history, pictures_of(history))
-    assert "No run has ended with a word on its time." in page and "not recorded" in page
+    assert "No run has recorded its time yet." in page and "not recorded" in page
 
 
 @pytest.mark.parametrize("name", ["job.json", "runs.jsonl", "journal.jsonl", "evaluations.jsonl"])
