@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from bigq.infer.evaluate import EvalConfig as EvalConfig
     from bigq.infer.evaluate import Evaluation as Evaluation
     from bigq.infer.generate import GenerateConfig as GenerateConfig
-    from bigq.infer.generate import Generated as Generated
+    from bigq.infer.generate import Generation as Generation
     from bigq.inspect.status import Status as Status
     from bigq.progress.callback import ProgressEvent as ProgressEvent
     from bigq.progress.records import Report as Report
@@ -50,7 +50,7 @@ _HOMES = {
     "EvalConfig": "bigq.infer.evaluate",
     "Evaluation": "bigq.infer.evaluate",
     "GenerateConfig": "bigq.infer.generate",
-    "Generated": "bigq.infer.generate",
+    "Generation": "bigq.infer.generate",
     "JobConfig": "bigq.config",
     "Plan": "bigq.sched.plan.planner",
     "ProgressEvent": "bigq.progress.callback",

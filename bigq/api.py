@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bigq.config import JobConfig
     from bigq.conversion.convert import Conversion
     from bigq.infer.evaluate import EvalConfig, Evaluation
-    from bigq.infer.generate import GenerateConfig, Generated
+    from bigq.infer.generate import GenerateConfig, Generation
     from bigq.inspect.status import Status
     from bigq.job.stop import Stop
     from bigq.progress.callback import ProgressEvent
@@ -138,13 +138,13 @@ def generate(
     *,
     write: Callable[[str], None] = lambda text: None,
     say: Callable[[str], None] = lambda line: None,
-) -> Generated:
+) -> Generation:
     """Continue a prompt with a model, original or quantized, that fits the device.
 
     model: a folder or hub id. config: how tokens are chosen; by default 128 tokens at most, the most likely ones.
     write: gets the text piece by piece while it is generated. say: gets warnings.
 
-    Returns a ``Generated``: ``.text`` (without the prompt), ``.new_tokens``, ``.seconds``, ``.summary()``, …
+    Returns a ``Generation``: ``.text`` (without the prompt), ``.new_tokens``, ``.seconds``, ``.summary()``, …
     Raises UsageError (an empty or too long prompt, no chat template), CheckpointError, UnsupportedModelError; ResourceError where the
     model does not fit the device.
 

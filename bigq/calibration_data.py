@@ -129,7 +129,7 @@ def _tokens(ids: Any, label: str, error: type[UsageError | CalibrationError] = U
 
     name = _option(label)
     if isinstance(ids, torch.Tensor):
-        tensor = ids.detach().cpu().clone()  # the caller may go on to change it
+        tensor = ids.detach().cpu().clone()  # the caller may change its own
     else:
         try:
             tensor = torch.tensor(ids)

@@ -1,6 +1,6 @@
-"""Text from a model, original or quantized, that fits the device: transformers' own ``generate`` on a model of bigq's making.
+"""Text from a model, original or quantized, that fits the device: transformers' ``generate`` on a model that bigq loads.
 
-Tokens are the most likely ones unless a temperature or a top-p is asked for.
+Every token is the most likely one unless a temperature or a top-p is given.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from bigq.calibration import load_tokenizer
 from bigq.config import MAX_SEED
 from bigq.errors import CalibrationError, CheckpointError, ResourceError, UsageError
-from bigq.infer.load import load_whole, stored_bytes
+from bigq.infer.load import load_resident, stored_bytes
 from bigq.infer.streamer import Streamer
 from bigq.io.hub import resolve_model
 from bigq.io.json_file import plain, read_json_object
@@ -56,16 +56,17 @@ class GenerateConfig:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """What ``generate`` is told of how to choose tokens."""
+        """The arguments of transformers' ``generate`` that say how tokens are chosen."""
         if self.temperature is None and self.top_p is None:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         return {"do_sample": True, "temperature": self.temperature or 1.0, "top_p": self.top_p or 1.0, "top_k": 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generated:
-    """text: what follows the prompt. Seconds: of loading, of the prompt up to the first token, and of the others.
+class Generation:
+    """The result of a generation.
 
+    text: without the prompt. load_seconds, prompt_seconds (up to the first token), seconds (of the other tokens).
     weight_bytes: of the model on the device.
     """
 
@@ -93,16 +94,16 @@ def generate(
     *,
     write: Callable[[str], None] = lambda text: None,
     say: Callable[[str], None] = lambda line: None,
-) -> Generated:
-    """What a model, original or quantized by bigq, makes of a prompt. write: is given the text piece by piece, as it comes; say:
-    warnings.
+) -> Generation:
+    """Continue a prompt with a model, original or quantized.
 
+    write: gets the text piece by piece while it is generated. say: gets warnings.
     Raises UsageError (an empty or too long prompt, no chat template), ResourceError where the model does not fit the device, and
     CheckpointError or UnsupportedModelError for the model's folder.
     """
     config = config or GenerateConfig()
     if not prompt.strip():
-        raise UsageError("--prompt: is empty; give some text for the model to go on with")
+        raise UsageError("--prompt: is empty; give some text for the model to continue")
     device = choose_device(config.device)
     folder = resolve_model(str(model))
     hold_heap()
@@ -114,12 +115,12 @@ def generate(
             tokenizer = _tokenizer(folder, config)
             ids = _prompt_ids(tokenizer, prompt, config, folder)
             room = _require_fitting(ids, pager, config)
-            whole: Any = load_whole(pager, tokens=len(ids) + room, say=say)
+            model_on_device: Any = load_resident(pager, tokens=len(ids) + room, say=say)
             loaded = time.monotonic()
             streamer = Streamer(tokenizer, write)
             torch.manual_seed(config.seed)
             given = torch.tensor([ids], device=device)
-            whole.generate(
+            model_on_device.generate(
                 given,
                 attention_mask=torch.ones_like(given),
                 max_new_tokens=room,
@@ -131,14 +132,14 @@ def generate(
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(f"{device}: out of memory while generating; use fewer --max-new-tokens, or --device cpu") from error
     first = streamer.first or ended
-    return Generated(
+    return Generation(
         text=streamer.text,
         prompt_tokens=len(ids),
         new_tokens=streamer.count,
         load_seconds=loaded - started,
         prompt_seconds=first - loaded,
         seconds=ended - first,
-        weight_bytes=stored_bytes(whole),
+        weight_bytes=stored_bytes(model_on_device),
     )
 
 
@@ -164,7 +165,7 @@ def _prompt_ids(tokenizer: Any, prompt: str, config: GenerateConfig, folder: Pat
         said = plain(" ".join(str(error).split())[:200])
         raise CheckpointError(f"{folder}: its tokenizer fails on the prompt ({type(error).__name__}: {said}); fetch it again") from error
     if not ids:
-        raise UsageError("--prompt: the tokenizer makes no token of it; give some text for the model to go on with")
+        raise UsageError("--prompt: the tokenizer makes no token of it; give some text for the model to continue")
     return ids
 
 

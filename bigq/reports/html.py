@@ -9,6 +9,7 @@ import itertools
 import shlex
 from collections.abc import Iterator
 
+from bigq.calibration_data import GIVEN
 from bigq.config import JobConfig
 from bigq.inspect.evaluations import EvaluationResult, newest
 from bigq.inspect.history import History
@@ -169,7 +170,8 @@ def settings(config: JobConfig) -> list[tuple[str, object]]:
     shards = ": model.gguf, and shards in gptq_v2" if config.format == "gguf" else ""
     pairs.append(("format", config.format + shards))
     if config.method != "rtn":
-        rows = f"{config.samples} × {config.seqlen} tokens of {config.calibration}, seed {config.seed}"
+        text = "data given in Python" if config.calibration == GIVEN else config.calibration
+        rows = f"{config.samples} × {config.seqlen} tokens of {text}, seed {config.seed}"
         pairs.append(("calibration", rows))
         pairs.append(("forward passes", f"{config.dtype} precision, {config.batch or 'as many as fit'} rows at once"))
     return pairs

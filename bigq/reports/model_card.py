@@ -208,7 +208,8 @@ def _settings(history: History, config: JobConfig) -> Iterator[tuple[str, str]]:
         yield "damping", str(scheme.damping)
         yield "order within a block", "true-sequential" if config.true_sequential else "all at once"
         text = config.calibration.rpartition("/")[2]
-        yield "calibration", f"{config.samples} × {config.seqlen} tokens of {code(text)}, seed {config.seed}"
+        of = "data given in Python" if config.calibration == GIVEN else code(text)
+        yield "calibration", f"{config.samples} × {config.seqlen} tokens of {of}, seed {config.seed}"
     for rule in config.rules:
         what = "unquantized" if rule.overrides is None else ", ".join(f"{k} {v}" for k, v in rule.overrides.items())
         yield f"Linears that match {code(rule.pattern)}", what

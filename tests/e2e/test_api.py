@@ -302,7 +302,7 @@ def test_reports_say_that_the_data_was_given(checkpoint: Callable[[str], Path], 
     bigq.quantize(checkpoint("llama"), tmp_path / "out", job(random_ids()))
     card = bigq.model_card(tmp_path / "out").read_text(encoding="utf-8")
     assert "--calibration DATA " in card and "`DATA` stands for the calibration data, which was given in Python" in card
-    assert "4 × 16 tokens of (given in Python)" in bigq.report(tmp_path / "out").read_text(encoding="utf-8")
+    assert "4 × 16 tokens of data given in Python" in bigq.report(tmp_path / "out").read_text(encoding="utf-8")
 
 
 def test_an_evaluation_takes_the_same_data(checkpoint: Callable[[str], Path], ids_file: Path) -> None:

@@ -131,7 +131,7 @@ def test_verify_names_zero_points_by_the_format(made: Callable[..., Path]) -> No
         out = made("llama", format, symmetric=False)
         scans = {path.name: scan_shard(path, KNOWN[format]) for path in out.glob("*.safetensors")}
         said = [what for _, what in model_problems(out, job(Path("ids"), format=format), (), scans, trust_remote_code=False)]
-        assert f"tensor model.layers.0.mlp.gate_proj.{tensor} holds other zero points than 8, although the job's are symmetric" in said
+        assert f"tensor model.layers.0.mlp.gate_proj.{tensor} holds zero points other than 8, although the job is symmetric" in said
 
 
 def test_scales_follow_the_type_of_the_checkpoint(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from bigq.io.checksummed import unseal
 from bigq.job.finish import CARD_MARK
 from bigq.job.journal import Journal
 from bigq.reports import write
+from bigq.reports.style import STYLE
 from bigq.reports.write import write_model_card, write_report
 from bigq.scheme import QuantScheme, Rule
 
@@ -243,6 +244,24 @@ def test_the_page_can_be_read_by_everybody(page: Page) -> None:
     assert all(attributes.get("scope") in ("col", "row") for tag, attributes in page.tags if tag == "th")
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len({*ids}) == len(ids), "an id is used twice"
+
+
+def test_the_title_is_the_models_name(page: Page, source: Path, finished: Path) -> None:
+    """Not that of the folder, which is often "out"."""
+    assert finished.name == "out" and source.name == "m"
+    text = page.text
+    assert text.lstrip().startswith("m: bigq report") and "\nm" not in text and "bigq reportmfinished" in text
+
+
+def test_wide_parts_scroll_on_a_phone(page: Page) -> None:
+    """Each table and picture in a box of its own; the page itself is as wide as the screen."""
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+    wide = [attributes for tag, attributes in page.tags if tag == "div" and attributes.get("class") == "wide"]
+    assert len(wide) == sum(tag in ("table", "svg") for tag, _ in page.tags) and all(each["tabindex"] == "0" for each in wide)
+    inside = [tag for before, (tag, _) in zip(page.tags, page.tags[1:], strict=False) if before == ("div", wide[0]) or before[1] in wide]
+    assert {*inside} == {"table", "svg"}
+    assert re.search(r"\.wide \{[^}]*overflow-x: auto", STYLE)
+    assert re.search(r"@media \(max-width[^@]*tbody th \{[^}]*white-space: normal", STYLE)
 
 
 def test_the_page_tells_what_is_known(page: Page, finished: Path) -> None:
