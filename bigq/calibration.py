@@ -51,7 +51,7 @@ def calibration_rows(source: str, model_folder: Path, *, samples: int, seqlen: i
         tokenizer = load_tokenizer(model_folder, trust_remote_code=trust_remote_code)
         enough = samples * seqlen * SURPLUS
         if data.documents is not None:
-            rows = _pack(_sampled_documents(data.name, data.documents, tokenizer, enough, seed), seqlen)
+            rows = _pack(_sample_documents(data.name, data.documents, tokenizer, enough, seed), seqlen)
         else:
             rows = _pack(_joined_tokens(data.pieces(), tokenizer, enough), seqlen)
     if len(rows) < samples:
@@ -112,7 +112,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def _encoded(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     try:
         ids: list[int] = tokenizer(text, add_special_tokens=special).input_ids
     except BaseException as error:  # as in load_tokenizer: files that load may still be damaged
@@ -296,7 +296,7 @@ def _joined_tokens(pieces: Iterable[str], tokenizer: Any, limit: int | None) -> 
     """Tokens of one text in pieces; special tokens only at its start."""
     tokens: list[int] = []
     for text in pieces:
-        tokens += _encoded(tokenizer, text, special=not tokens)
+        tokens += _encode(tokenizer, text, special=not tokens)
         if limit is not None and len(tokens) >= limit:
             break
     return tokens
@@ -306,13 +306,13 @@ def _tokens(texts: Iterable[str], tokenizer: Any, limit: int | None) -> list[int
     """Tokens of documents in order, each with the special tokens that the tokenizer adds."""
     tokens: list[int] = []
     for text in texts:
-        tokens += _encoded(tokenizer, text, special=True)
+        tokens += _encode(tokenizer, text, special=True)
         if limit is not None and len(tokens) >= limit:
             break
     return tokens
 
 
-def _sampled_documents(name: str, documents: Callable[[], Iterable[str]], tokenizer: Any, enough: int, seed: int) -> list[int]:
+def _sample_documents(name: str, documents: Callable[[], Iterable[str]], tokenizer: Any, enough: int, seed: int) -> list[int]:
     """Tokens of documents drawn evenly from any number of them: reservoir sampling, grown until it holds enough.
 
     documents: a new pass over all of them.

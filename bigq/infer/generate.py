@@ -114,7 +114,7 @@ def generate(
             pager = Pager(folder, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
             tokenizer = _tokenizer(folder, config)
             ids = _prompt_ids(tokenizer, prompt, config, folder)
-            room = _require_fitting(ids, pager, config)
+            room = _room(ids, pager, config)
             model_on_device: Any = load_resident(pager, tokens=len(ids) + room, say=say)
             loaded = time.monotonic()
             streamer = Streamer(tokenizer, write)
@@ -125,7 +125,7 @@ def generate(
                 attention_mask=torch.ones_like(given),
                 max_new_tokens=room,
                 streamer=streamer,
-                **_ends(folder, tokenizer),
+                **_end_tokens(folder, tokenizer),
                 **config.sampling,
             )
             ended = time.monotonic()
@@ -169,7 +169,7 @@ def _prompt_ids(tokenizer: Any, prompt: str, config: GenerateConfig, folder: Pat
     return ids
 
 
-def _require_fitting(ids: list[int], pager: Pager, config: GenerateConfig) -> int:
+def _room(ids: list[int], pager: Pager, config: GenerateConfig) -> int:
     """How many tokens may follow the prompt."""
     vocabulary = pager.embedding.num_embeddings
     if max(ids) >= vocabulary:
@@ -184,7 +184,7 @@ def _require_fitting(ids: list[int], pager: Pager, config: GenerateConfig) -> in
     return min(config.max_new_tokens, limit - len(ids))
 
 
-def _ends(folder: Path, tokenizer: Any) -> dict[str, Any]:
+def _end_tokens(folder: Path, tokenizer: Any) -> dict[str, Any]:
     """The tokens that end a text: as generation_config.json says, else config.json, else the tokenizer."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name

@@ -92,7 +92,7 @@ def parse_result(value: Mapping[str, Any], sources: Iterable[str]) -> Evaluation
     )
 
 
-def newest(evaluations: Sequence[EvaluationResult]) -> list[EvaluationResult]:
+def current_results(evaluations: Sequence[EvaluationResult]) -> list[EvaluationResult]:
     """The results that later ones do not replace, the oldest first.
 
     Of the same settings and baseline the last one counts. One without a baseline is dropped where there is one with a baseline.

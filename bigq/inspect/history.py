@@ -120,7 +120,7 @@ class History:
         place = self.conversion.source if self.conversion is not None else self.out
         return named or place.rstrip("/").rpartition("/")[2] or place
 
-    def worst(self, count: int) -> list[LinearResult]:
+    def largest_errors(self, count: int) -> list[LinearResult]:
         """The Linears with the largest errors, the largest first."""
         return sorted((linear for linear in self.linears if linear.error is not None), key=lambda linear: -(linear.error or 0.0))[:count]
 

@@ -18,6 +18,8 @@ from bigq.scheme import QuantScheme, scheme_for
 
 #: Blocks of a model, and Linears in one, that are read.
 MAX_BLOCKS, MAX_LINEARS = 2000, 400
+#: Linears in a shard that may hold many blocks.
+MAX_SHARD_LINEARS = 50_000
 
 BY_RULE = "skipped by --skip"
 UNFIT = "too small for the format, or calibration never reaches it"
@@ -73,9 +75,12 @@ def linear_results(
     linears: list[LinearResult] = []
     left_out: list[LeftOut] = []
     for unit_block, commit in _units(commits):
-        for record in commit.linears[:MAX_LINEARS]:
+        many_blocks = _SHARD_UNIT.fullmatch(commit.unit) is not None
+        for record in commit.linears[: MAX_SHARD_LINEARS if many_blocks else MAX_LINEARS]:
             full = str(record.get("name", ""))
-            block = count(record.get("block")) if _SHARD_UNIT.fullmatch(commit.unit) else unit_block
+            block = count(record.get("block")) if many_blocks else unit_block
+            if block is not None and block >= MAX_BLOCKS:
+                continue
             scheme = None if config is None else scheme_for(full, config.base_scheme, config.rules)
             result = _linear(block, text(_name_in_block(full, block)), record, config, scheme, format, float_bits)
             linears += [] if result is None else [result]

@@ -80,7 +80,7 @@ def heat_map(rows: Sequence[str], columns: int, values: Mapping[Cell, float], ma
         axes.set(xlim=(-0.5, columns - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel="block")
         step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if columns <= 24 * step or step == 500)
         axes.set_xticks(range(0, columns, step))
-        axes.set_yticks(range(len(rows)), [_short(name) for name in rows])
+        axes.set_yticks(range(len(rows)), [_shorten(name) for name in rows])
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
@@ -138,13 +138,13 @@ def stacked_bars(labels: Sequence[str], totals: Sequence[float], parts: Sequence
         for number, (name, values, colour) in enumerate(series):
             scaled = [value / scale for value in values]
             edge = {"edgecolor": _INK, "hatch": "...", "linewidth": 0.5} if colour == "none" else {"linewidth": 0}
-            bars = axes.barh(range(len(labels)), scaled, left=left, height=0.62, color=colour, label=_short(name), **edge)
+            bars = axes.barh(range(len(labels)), scaled, left=left, height=0.62, color=colour, label=_shorten(name), **edge)
             for run, bar in enumerate(bars):
                 bar.set_gid(f"part-{run}-{number}")
                 titles[f"part-{run}-{number}"] = f"{labels[run]}: {name} {values[run]:.1f} s"
             left = [before + value for before, value in zip(left, scaled, strict=True)]
         axes.set(ylim=(len(labels) - 0.5, -0.5), xlim=(0, max([*left, 1e-9]) * 1.01), xlabel=unit)
-        axes.set_yticks(range(len(labels)), [_short(label) for label in labels])
+        axes.set_yticks(range(len(labels)), [_shorten(label) for label in labels])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         if series:
@@ -156,7 +156,7 @@ def _unit(seconds: float) -> tuple[str, float]:
     return ("hours", 3600.0) if seconds >= 7200 else ("minutes", 60.0) if seconds >= 300 else ("seconds", 1.0)
 
 
-def _short(text: str, most: int = 40) -> str:
+def _shorten(text: str, most: int = 40) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 + 1 :]}"
 
 

@@ -17,7 +17,7 @@ def place(block: int | None) -> str:
     return "output head" if block is None else f"block {block}"
 
 
-def counted(count: int, noun: str) -> str:
+def count_of(count: int, noun: str) -> str:
     """A number of things: "1 run", "2 runs"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 

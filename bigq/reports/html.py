@@ -11,15 +11,15 @@ from collections.abc import Iterator
 
 from bigq.calibration_data import GIVEN
 from bigq.config import JobConfig
-from bigq.inspect.evaluations import EvaluationResult, newest
+from bigq.inspect.evaluations import EvaluationResult, current_results
 from bigq.inspect.history import History
 from bigq.job.command import flags
 from bigq.progress.sizes import show_size
 from bigq.reports import html_quality, html_resources
-from bigq.reports.figures import counted, duration, perplexity, place, when
+from bigq.reports.figures import count_of, duration, perplexity, place, when
 from bigq.reports.html_quality import Pictures
 from bigq.reports.html_resources import UNKNOWN
-from bigq.reports.markup import Markup, element, facts, joined
+from bigq.reports.markup import Markup, element, facts, join
 from bigq.reports.style import STYLE
 from bigq.version import __version__
 
@@ -50,7 +50,7 @@ def render(history: History, pictures: Pictures) -> str:
         parts.append(_section("Damaged records", element("ul", *(element("li", each) for each in history.damaged))))
     footer = element("footer", f"Written by bigq {__version__} from the records in {history.out}/.bigq.")
     policy = "default-src 'none'; style-src 'unsafe-inline'"
-    head = joined(
+    head = join(
         (
             Markup('<meta charset="utf-8">'),
             Markup(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
@@ -101,16 +101,16 @@ def _tiles(history: History) -> Iterator[tuple[str, str, str]]:
         average = "" if history.all_bits is None else f"{history.all_bits:.2f} over {of}"
         yield "bits per weight", f"{history.linear_bits:.2f}", average or "with scales and zero points"
     if history.evaluations:
-        last = sorted(newest(history.evaluations), key=lambda each: each.of_source)[-1]
+        last = sorted(current_results(history.evaluations), key=lambda each: each.of_source)[-1]
         before = "no baseline" if last.baseline_perplexity is None else f"{perplexity(last.baseline_perplexity)} {_baseline(last)}"
         yield "perplexity", perplexity(last.perplexity), before
-    worst = history.worst(1)
+    worst = history.largest_errors(1)
     if worst:
         yield "worst Linear", f"{worst[0].error:.1e}", f"{place(worst[0].block)}, {worst[0].name}"
     seconds = [run.seconds for run in history.runs if run.seconds is not None]
     if seconds:
         others = len(history.runs) - len(seconds)
-        yield "time", duration(sum(seconds)), counted(len(history.runs), "run") + (f", {others} of unknown length" if others else "")
+        yield "time", duration(sum(seconds)), count_of(len(history.runs), "run") + (f", {others} of unknown length" if others else "")
 
 
 def _facts(history: History) -> Markup:
@@ -166,7 +166,7 @@ def settings(config: JobConfig) -> list[tuple[str, object]]:
     how += f", upstream error corrected with alpha {config.alpha}" if config.method == "gptaq" else ""
     pairs.append(("method", how))
     if config.rules:
-        pairs.append(("rules", joined((element("code", rule) for rule in _rules(config)), " ")))
+        pairs.append(("rules", join((element("code", rule) for rule in _rules(config)), " ")))
     shards = ": model.gguf, and shards in gptq_v2" if config.format == "gguf" else ""
     pairs.append(("format", config.format + shards))
     if config.method != "rtn":

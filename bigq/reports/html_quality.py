@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from bigq.inspect.evaluations import EvaluationResult
 from bigq.inspect.history import History
 from bigq.inspect.linear_results import LinearResult
-from bigq.reports.figures import block_number, counted, error_text, perplexity, when
-from bigq.reports.markup import Markup, element, folded_table, joined, table
+from bigq.reports.figures import block_number, count_of, error_text, perplexity, when
+from bigq.reports.markup import Markup, element, folded_table, join, table
 
 #: Rows of tables that are shown.
 WORST, MOST_ROWS = 20, 200
@@ -48,7 +48,7 @@ def quality(history: History) -> Iterator[Markup]:
         example = "bigq eval OUT --data FILE --baseline MODEL"
         yield element("p", "Not evaluated. ", element("code", example), " adds its result here.")
     if history.outdated:
-        yield element("p", f"Not shown: {counted(history.outdated, 'evaluation')} of weights that have changed since.")
+        yield element("p", f"Not shown: {count_of(history.outdated, 'evaluation')} of weights that have changed since.")
 
 
 def _evaluation(result: EvaluationResult) -> list[object]:
@@ -69,7 +69,7 @@ def _evaluation(result: EvaluationResult) -> list[object]:
 
 def errors(history: History, pictures: Pictures) -> Iterator[Markup]:
     """The error of each Linear, the damping that was raised, and the Linears that stay unquantized."""
-    worst = history.worst(WORST)
+    worst = history.largest_errors(WORST)
     if not history.linears:
         yield element("p", "No Linear is quantized yet.")
         return
@@ -92,7 +92,7 @@ def errors(history: History, pictures: Pictures) -> Iterator[Markup]:
     yield from _damping(history)
     if history.left_out:
         rows = [[left.name, block_number(left.block), left.reason] for left in sorted(history.left_out, key=lambda left: left.wanted)]
-        yield folded_table(f"Unquantized: {counted(len(rows), 'Linear')}", ("Linear", "block", "reason"), rows, (1,), most=MOST_ROWS)
+        yield folded_table(f"Unquantized: {count_of(len(rows), 'Linear')}", ("Linear", "block", "reason"), rows, (1,), most=MOST_ROWS)
 
 
 def _damping(history: History) -> Iterator[Markup]:
@@ -100,7 +100,7 @@ def _damping(history: History) -> Iterator[Markup]:
     if raised:
         yield element("p", "The Hessian could not be factored with the damping asked for, so the damping was raised:")
         rows = [[each.name, block_number(each.block), f"{each.asked:g}", f"{each.damping:g}", error_text(each.error)] for each in raised]
-        caption = f"Damping raised: {counted(len(raised), 'Linear')}"
+        caption = f"Damping raised: {count_of(len(raised), 'Linear')}"
         yield folded_table(caption, ("Linear", "block", "asked for", "used", "error"), rows, range(1, 5), most=MOST_ROWS)
     elif history.config is None or history.config.method != "rtn":
         yield element("p", "No Linear needed more damping than asked for.")
@@ -109,7 +109,5 @@ def _damping(history: History) -> Iterator[Markup]:
 def _linear(linear: LinearResult) -> list[object]:
     m, n = linear.shape
     group = "row" if linear.group_size == -1 else linear.group_size
-    damping = joined(
-        ("–" if linear.damping is None else f"{linear.damping:g}", element("b", " raised") if linear.has_raised_damping else "")
-    )
+    damping = join(("–" if linear.damping is None else f"{linear.damping:g}", element("b", " raised") if linear.has_raised_damping else ""))
     return [linear.name, block_number(linear.block), error_text(linear.error), f"{m} × {n}", linear.bits, group, damping]

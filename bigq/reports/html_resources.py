@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bigq.inspect.history import History, phases_of
 from bigq.progress.sizes import show_size
-from bigq.reports.figures import counted, duration, percent, size, when
+from bigq.reports.figures import count_of, duration, percent, size, when
 from bigq.reports.html_quality import MOST_ROWS
 from bigq.reports.markup import Markup, element, facts, folded_table
 
@@ -22,7 +22,7 @@ def time(history: History, picture: str | None) -> Iterator[Markup]:
     if picture is not None:
         yield element("figure", element("div", Markup(picture), class_="wide", tabindex="0"))
     if len(timed) < len(history.runs):
-        others = counted(len(history.runs) - len(timed), "run")
+        others = count_of(len(history.runs) - len(timed), "run")
         yield element("p", f"Not included: {others} whose time is not recorded, because it was killed or is still running.")
     waiting = sum(sum(run.waiting.values()) for _, run in timed)
     total = sum(run.seconds or 0.0 for _, run in timed)
@@ -91,7 +91,7 @@ def runs(history: History) -> Iterator[Markup]:
         for number, run in enumerate(history.runs, 1)
     ]
     if rows:
-        yield folded_table(counted(len(rows), "run"), headings, rows, (3, 4, 5, 6), most=MOST_ROWS)
+        yield folded_table(count_of(len(rows), "run"), headings, rows, (3, 4, 5, 6), most=MOST_ROWS)
     else:
         yield element("p", "No run is recorded.")
     messages = [

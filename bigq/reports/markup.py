@@ -15,7 +15,7 @@ class Markup(str):
     __slots__ = ()
 
 
-def escaped(value: object) -> Markup:
+def escape(value: object) -> Markup:
     """Anything as HTML."""
     return value if isinstance(value, Markup) else Markup(html.escape(str(value)))
 
@@ -23,11 +23,11 @@ def escaped(value: object) -> Markup:
 def element(name: str, *inner: object, **attributes: str) -> Markup:
     """An element; ``class_`` stands for class."""
     text = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"' for key, value in attributes.items())
-    return Markup(f"<{name}{text}>{joined(inner)}</{name}>")
+    return Markup(f"<{name}{text}>{join(inner)}</{name}>")
 
 
-def joined(parts: Iterable[object], between: str = "") -> Markup:
-    return Markup(escaped(between).join(escaped(part) for part in parts))
+def join(parts: Iterable[object], between: str = "") -> Markup:
+    return Markup(escape(between).join(escape(part) for part in parts))
 
 
 def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[int] = ()) -> Markup:
@@ -52,10 +52,10 @@ def folded_table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[
     """A table that is folded where it has many rows, and cut after ``most``."""
     shown = table(caption, headings, rows[:most], numbers)
     if len(rows) > most:
-        shown = joined((shown, element("p", f"… and {len(rows) - most} more.")))
+        shown = join((shown, element("p", f"… and {len(rows) - most} more.")))
     return element("details", element("summary", caption), shown) if len(rows) > FOLDED else shown
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> Markup:
     """A list of names with their values."""
-    return element("dl", *(joined((element("dt", name), element("dd", value))) for name, value in pairs))
+    return element("dl", *(join((element("dt", name), element("dd", value))) for name, value in pairs))

@@ -16,7 +16,7 @@ from pathlib import Path
 from bigq.calibration_data import GIVEN
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError
-from bigq.inspect.evaluations import EvaluationResult, newest
+from bigq.inspect.evaluations import EvaluationResult, current_results
 from bigq.inspect.history import History
 from bigq.io.json_file import open_regular
 from bigq.job.command import flags
@@ -58,9 +58,9 @@ def model_card(history: History, readme: str) -> str:
         _front_matter(history, base, readme),
         f"{CARD_MARK}\n",
         f"# {plain(history.name)}, quantized\n",
-        _what(history, base, revision),
+        _summary(history, base, revision),
     ]
-    parts += _made(history, base, revision)
+    parts += _provenance(history, base, revision)
     parts += _results(history)
     parts += loading(history)
     return "\n".join(parts)
@@ -104,7 +104,7 @@ def _tags(config: JobConfig | None) -> Iterator[str]:
     yield "bigq"
 
 
-def _what(history: History, base: str | None, revision: str | None) -> str:
+def _summary(history: History, base: str | None, revision: str | None) -> str:
     of = (
         "a language model"
         if base is None
@@ -136,13 +136,13 @@ def _what(history: History, base: str | None, revision: str | None) -> str:
     return text + "\n" + table(("what", "how much"), rows)
 
 
-def _made(history: History, base: str | None, revision: str | None) -> Iterator[str]:
+def _provenance(history: History, base: str | None, revision: str | None) -> Iterator[str]:
     yield "## How it was made\n"
     if history.config is not None:
         yield table(("setting", "value"), list(_settings(history, history.config)))
-    worst = history.worst(WORST)
+    worst = history.largest_errors(WORST)
     if worst:
-        yield f"Largest relative errors of {_measured(history.config)} (squared norms):\n"
+        yield f"Largest relative errors of {_error_meaning(history.config)} (squared norms):\n"
         rows = [(code(each.name), "–" if each.block is None else str(each.block), f"{each.error:.2e}") for each in worst]
         yield table(("Linear", "block", "error"), rows)
     if history.config is not None:
@@ -166,14 +166,14 @@ def _commands(history: History, config: JobConfig, model: str) -> Iterator[str]:
     """The commands that make the folder again. model: as the shell reads it."""
     converted = history.conversion
     if converted is None:
-        yield " ".join(["bigq quantize", model, "OUT", *map(shlex.quote, flags(_effective(config)))])
+        yield " ".join(["bigq quantize", model, "OUT", *map(shlex.quote, flags(_effective_config(config)))])
         return
     before = dataclasses.replace(config, format=converted.job_format or config.format)
-    yield " ".join(["bigq quantize", model, "QUANTIZED", *map(shlex.quote, flags(_effective(before)))])
+    yield " ".join(["bigq quantize", model, "QUANTIZED", *map(shlex.quote, flags(_effective_config(before)))])
     yield f"bigq convert QUANTIZED OUT --to {converted.format}"
 
 
-def _effective(config: JobConfig) -> JobConfig:
+def _effective_config(config: JobConfig) -> JobConfig:
     """The config without settings that have no effect on the output of its method."""
     names = ["alpha"] if config.method == "gptq" else []
     names += ["alpha", "calibration", "samples", "seqlen", "seed", "batch"] if config.method == "rtn" else []
@@ -182,7 +182,7 @@ def _effective(config: JobConfig) -> JobConfig:
     return dataclasses.replace(config, **{name: getattr(default, name) for name in names})
 
 
-def _measured(config: JobConfig | None) -> str:
+def _error_meaning(config: JobConfig | None) -> str:
     """What the errors are relative to."""
     if config is not None and config.method == "rtn":
         return "weights, from rounding alone"
@@ -229,7 +229,7 @@ def _head(history: History, config: JobConfig) -> str:
 def _results(history: History) -> Iterator[str]:
     if not history.evaluations:
         return
-    results = newest(history.evaluations)
+    results = current_results(history.evaluations)
     yield "## Results\n"
     headings = ("text", "tokens", "perplexity", "baseline", "perplexity of the baseline", "KL per token", "same top token")
     yield table(headings, [_result(each) for each in results])

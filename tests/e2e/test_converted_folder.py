@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models import rewrite, stored_tensors
+from mutate import mutate_json
 from test_job_report import Page, job
 
 import bigq
@@ -25,6 +26,9 @@ from bigq.inspect.status import status
 from bigq.inspect.verify import verify
 from bigq.io.checksummed import seal, unseal, write_sealed
 from bigq.job.finish import CARD_MARK
+from bigq.reports.html import render
+from bigq.reports.html_quality import Pictures
+from bigq.reports.model_card import model_card
 from bigq.reports.write import write_model_card, write_report
 from bigq.scheme import QuantScheme
 
@@ -275,7 +279,7 @@ def test_the_report_says_what_was_converted(converted: Path, quantized: Path, tm
     page = Page(write_report(converted, tmp_path / "r.html").read_text(encoding="utf-8"))
     text = page.text
     assert "converted from compressed-tensors to gptq" in text and str(quantized) in text
-    worst = read_history(quantized).worst(1)[0]
+    worst = read_history(quantized).largest_errors(1)[0]
     assert f"{worst.error:.2e}" in text and "Hatched: unquantized" in text
     assert "Peak memory" not in text and "Seconds by phase" not in text, "what the job took says nothing of this folder"
 
@@ -315,6 +319,29 @@ def test_an_evaluation_is_recorded(out: Path, ids_file: Path) -> None:
     shard = next(iter(journal_lines(out)))
     (out / ".bigq" / "journal.jsonl").write_bytes(shard)
     assert read_history(out).outdated == 1
+
+
+@pytest.mark.parametrize("name", ["conversion.json", "journal.jsonl"])
+@pytest.mark.parametrize("kind", ["converted", "foreign"])
+def test_records_may_hold_anything(kind: str, name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """With sound checksums, by somebody who means ill."""
+    skipped = shutil.ignore_patterns("*.safetensors")
+    out = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "out", ignore=skipped))
+    path, rng, read = out / ".bigq" / name, random.Random(f"{kind} {name}"), 0
+    original = (
+        [unseal(line, line=True) or {} for line in journal_lines(out)] if name == "journal.jsonl" else [unseal(path.read_bytes()) or {}]
+    )
+    for _ in range(80):
+        values = [value if isinstance(value := mutate_json(rng, line), dict) else {"x": value} for line in original]
+        try:
+            data = b"".join(seal(value, line=name == "journal.jsonl") for value in values)
+        except (UnicodeEncodeError, ValueError, RecursionError):  # no JSON that a file could hold
+            continue
+        path.write_bytes(data)
+        history = read_history(out)
+        assert render(history, Pictures(None, None)).endswith("</html>\n") and model_card(history, "") and status(out).text()
+        read += 1
+    assert read > 50
 
 
 # What a converted folder is not.

@@ -269,7 +269,7 @@ def test_the_page_tells_what_is_known(page: Page, finished: Path) -> None:
     cells = [attributes["id"] for tag, attributes in page.tags if tag == "g" and (attributes.get("id") or "").startswith("heat-cell-")]
     assert len(cells) == 21 and len(history.linears) == 20 and [left.reason for left in history.left_out] == [BY_RULE]
     assert f"block 1, self_attn.o_proj: {BY_RULE}" in page.text
-    worst = history.worst(1)[0]
+    worst = history.largest_errors(1)[0]
     assert f"{worst.error:.2e}" in page.text and f"{worst.shape[0]} × {worst.shape[1]}" in page.text
     assert "--rule '.*\\.down_proj:bits=8'" in page.text and "'<b>:bits=8'" in page.text
     judged = history.evaluations[0]
@@ -321,7 +321,7 @@ def test_a_quantized_head_counts_and_is_in_no_block(method: str, source: Path, i
     bigq.quantize(str(source), tmp_path / "out", job(ids_file, lm_head=True, rules=rules, method=method, alpha=0.25))
     history = read_history(tmp_path / "out")
     head = history.head
-    assert head is not None and len(history.linears) == 22 and history.worst(1) == [head]
+    assert head is not None and len(history.linears) == 22 and history.largest_errors(1) == [head]
     assert (head.name, head.shape, head.bits) == ("lm_head", (128, 64), 2) and "lm_head" not in history.names and history.left_out == ()
     text = write_report(tmp_path / "out").read_text(encoding="utf-8")
     assert len(re.findall('<g id="heat-cell-', text)) == 21
