@@ -21,7 +21,7 @@ from bigq.calibration_data import GIVEN, MAX_IDS, CalibrationData, sequences, te
 from bigq.errors import CalibrationError, CheckpointError, UsageError
 from bigq.io.hub import fetch_dataset_file
 from bigq.io.index import read_header
-from bigq.io.json_file import plain, read_json_object, shown
+from bigq.io.json_file import read_json_object, show_name, show_value
 from bigq.io.reader import read_tensor
 from bigq.io.text_files import documents, text_pieces
 
@@ -129,7 +129,7 @@ def _is_failure(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {plain(' '.join(str(error).split())[:200])}"
+    return f"{type(error).__name__}: {show_name(' '.join(str(error).split())[:200])}"
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -163,12 +163,12 @@ def _require_tokenizer_class(path: Path, name: Any) -> None:
     if name is None:
         return
     if not isinstance(name, str) or not name.isidentifier():
-        raise CalibrationError(f"{path}: tokenizer_class {shown(name)} is not the name of a class; correct it")
+        raise CalibrationError(f"{path}: tokenizer_class {show_value(name)} is not the name of a class; correct it")
     for spelling in (name, name.removesuffix("Fast"), name.removesuffix("Fast") + "Fast"):
         found = tokenizer_class_from_name(spelling)
         missing_package = isinstance(found, DummyObject)  # transformers names the package itself
         if found is not None and not missing_package and not (isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)):
-            raise CalibrationError(f"{path}: tokenizer_class {shown(name)} is not a tokenizer; correct it, or give token ids")
+            raise CalibrationError(f"{path}: tokenizer_class {show_value(name)} is not a tokenizer; correct it, or give token ids")
 
 
 def _require_own_files(path: Path, values: Any) -> None:

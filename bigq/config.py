@@ -11,8 +11,9 @@ from typing import Any
 from bigq.calibration_data import calibration_source
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.formats import FORMATS, Format
-from bigq.io.json_file import plain
+from bigq.io.json_file import show_name
 from bigq.scheme import QuantScheme, Rule
+from bigq.vocabulary import MethodName, OnNonfinite
 
 METHODS = ("gptq", "gptaq", "rtn")
 #: Of seeds, as torch takes them.
@@ -78,7 +79,7 @@ class JobConfig:
 
     scheme: QuantScheme = field(default_factory=QuantScheme)
     rules: tuple[Rule, ...] = ()
-    method: str = "gptq"
+    method: MethodName = "gptq"
     alpha: float = 0.5
     format: str = "gptq"
     lm_head: bool = False
@@ -100,7 +101,7 @@ class JobConfig:
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
-    on_nonfinite: str = "stop"
+    on_nonfinite: OnNonfinite = "stop"
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -161,7 +162,8 @@ class JobConfig:
             return cls(scheme=scheme, rules=_rules(settings["rules"]), **values)
         except UsageError as error:
             raise CheckpointError(
-                f"{where}: {plain(str(error))}; the file is damaged, or of another version of bigq: begin the job again in another folder"
+                f"{where}: {show_name(str(error))}; the file is damaged, or of another version of bigq: "
+                "begin the job again in another folder"
             ) from None
 
 

@@ -1,11 +1,15 @@
-"""Named places at which a test can make a job fail: killed, out of disk, slow. Nothing happens unless ``arm`` was called.
+"""Fault injection for tests: named points at which a job can be killed, delayed or made to fail. Inactive unless ``arm`` was called.
 
-The command line arms what the environment variable ``BIGQ_FAULT`` says, and is the only one to read it:
+Only the command line reads the environment variable ``BIGQ_FAULT`` and passes it to ``arm``:
 
-    NAME[:COUNT[:ACTION]] [, …]      the COUNT-th time (1) that NAME is passed, do ACTION (kill)
+    NAME[:COUNT[:ACTION]] [, …]      run ACTION when the point NAME is passed for the COUNT-th time
 
-ACTION is ``kill`` (SIGKILL to this process), ``sleep=SECONDS``, ``OOM`` (the device's memory ends), or the name of an error number such
-as ``ENOSPC``, which is raised as the operating system would.
+COUNT defaults to 1, ACTION to ``kill``. ACTION is one of
+
+    kill             SIGKILL to this process
+    sleep=SECONDS    wait
+    OOM              raise the RuntimeError of a failed CUDA allocation
+    ENOSPC, EIO, …   raise OSError with this errno
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from dataclasses import dataclass
 
 from bigq.errors import UsageError
 
-#: Every place there is, in the order in which a job first passes them.
+#: All points, in the order in which a job first passes them.
 POINTS = (
     "lock.taken",
     "owner.written",
@@ -65,34 +69,34 @@ _guard = threading.Lock()
 
 
 def arm(spec: str) -> None:
-    """Let things fail as ``spec`` says. Raises UsageError where it says nothing that can be done."""
-    faults = [_parsed(spec, part.strip()) for part in spec.split(",")]
+    """Activate the faults of ``spec`` (syntax: see the module). Raises UsageError if it is malformed."""
+    faults = [_parse(spec, part.strip()) for part in spec.split(",")]
     for name, fault in faults:
         _armed.setdefault(name, []).append(fault)
 
 
-def _parsed(spec: str, part: str) -> tuple[str, _Fault]:
+def _parse(spec: str, part: str) -> tuple[str, _Fault]:
     name, _, rest = part.partition(":")
     count, _, action = rest.partition(":")
     count, action = count or "1", action or "kill"
     known = action in ("kill", "OOM", *errno.errorcode.values()) or re.fullmatch(r"sleep=[0-9]{1,6}(\.[0-9]+)?", action)
     if name not in POINTS or not re.fullmatch("[1-9][0-9]{0,8}", count) or not known:
-        raise UsageError(f"BIGQ_FAULT={spec}: {part!r} is no fault that can be made; points are {', '.join(POINTS)}")
+        raise UsageError(f"BIGQ_FAULT={spec}: {part!r} is not NAME[:COUNT[:ACTION]] with a valid action and a NAME of {', '.join(POINTS)}")
     return name, _Fault(int(count), action)
 
 
 def disarm() -> None:
-    """Let nothing fail any more."""
+    """Remove all faults."""
     _armed.clear()
 
 
 def point(name: str) -> None:
-    """A place that is passed. Raises OSError, or RuntimeError for memory that ended, where that was armed for it."""
+    """Mark a point that the job passes. Raises OSError or, for OOM, RuntimeError if such a fault is armed and due."""
     if _armed:
-        _pass(name)
+        _trigger(name)
 
 
-def _pass(name: str) -> None:
+def _trigger(name: str) -> None:
     with _guard:
         due = []
         for fault in _armed.get(name, ()):

@@ -32,8 +32,8 @@ import bigq
 from bigq.calibration import evaluation_rows
 from bigq.cli.demo import MODEL
 from bigq.infer.evaluate import Stream
+from bigq.methods import gptq
 from bigq.model.pager import Pager
-from bigq.sched import block
 from bigq.sched.plan import inputs
 from bigq.solver.gptq import solve
 
@@ -82,7 +82,7 @@ class Judge:
 
 def run(job: dict[str, Any], work: Path, judge: Judge) -> dict[str, Any]:
     method, alpha, by_columns = METHODS[job["method"]]
-    block.solve = solve_by_columns if by_columns else solve  # type: ignore[attr-defined]
+    gptq.solve = solve_by_columns if by_columns else solve  # type: ignore[attr-defined]
     scheme = bigq.QuantScheme(bits=job["bits"], group_size=job["group_size"], symmetric=job["sym"], act_order=job["act_order"])
     how = {"samples": SAMPLES, "seqlen": SEQLEN, "seed": job["seed"], "device": "cpu", "dtype": "float32", "quiet": True}
     config = bigq.JobConfig(scheme=scheme, method=method, alpha=alpha, calibration="builtin", checkpoint_every=None, **how)

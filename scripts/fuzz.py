@@ -35,7 +35,7 @@ from safetensors.torch import save, save_file
 
 from bigq.config import JobConfig
 from bigq.errors import BigqError
-from bigq.io.checksummed import seal
+from bigq.io.checksum import seal
 from bigq.io.index import INDEX_NAME, Checkpoint, read_header
 from bigq.io.json_file import read_json_object
 from bigq.io.shard_record import ShardRecord

@@ -362,7 +362,7 @@ def test_a_gzip_bomb_is_refused(name: str, tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(b'{"text": "') + gzip.compress(b" " * 2**24) * 64)
     tracemalloc.start()
     try:
-        with pytest.raises(CalibrationError, match=r"expands to more than 100 times|is longer than") as error:
+        with pytest.raises(CalibrationError, match=r"expands to more than 100 times|longer than") as error:
             for _ in text_pieces(path) if name == "bomb.txt.gz" else documents(path):
                 pass
         assert tracemalloc.get_traced_memory()[1] < 6 * 2**24
@@ -385,7 +385,7 @@ def test_a_long_document_is_refused(tmp_path: Path, model: Path, monkeypatch: py
     monkeypatch.setattr("bigq.io.text_files.LONGEST_DOCUMENT", size)
     assert len(rows_of(path, model)) == 6
     monkeypatch.setattr("bigq.io.text_files.LONGEST_DOCUMENT", size - 1)
-    with pytest.raises(CalibrationError, match=rf"line 1: is longer than {size - 1} characters"):
+    with pytest.raises(CalibrationError, match=rf"line 1: longer than {size - 1} characters"):
         rows_of(path, model)
 
 

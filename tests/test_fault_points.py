@@ -126,7 +126,7 @@ BAD = [
 
 @pytest.mark.parametrize("spec", BAD)
 def test_nonsense_is_refused_and_arms_nothing(spec: str) -> None:
-    with pytest.raises(UsageError, match=r"is no fault that can be made; points are lock\.taken,") as caught:
+    with pytest.raises(UsageError, match=r"is not NAME\[:COUNT\[:ACTION\]\] with a valid action and a NAME of lock\.taken,") as caught:
         faults.arm(spec)
     assert str(caught.value).startswith(f"BIGQ_FAULT={spec}: ") and "\n" not in str(caught.value)
     for name in faults.POINTS:

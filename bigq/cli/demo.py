@@ -16,10 +16,11 @@ from bigq.errors import UsageError
 from bigq.infer.evaluate import EvalConfig, Evaluation, evaluate
 from bigq.sched.run import quantize
 from bigq.scheme import QuantScheme
+from bigq.vocabulary import MethodName
 
 MODEL = ASSETS / "tiny-llama"
 BITS = (4, 3, 2)
-METHODS = ("rtn", "gptq")
+METHODS: tuple[MethodName, ...] = ("rtn", "gptq")
 GROUP_SIZE = -1
 CALIBRATION_ROWS = 256
 HELDOUT_ROWS = 128
@@ -74,7 +75,7 @@ def demo(out: str, device: str = "auto", *, as_json: bool = False) -> list[Row]:
     return rows
 
 
-def demo_config(method: str, bits: int, device: str) -> JobConfig:
+def demo_config(method: MethodName, bits: int, device: str) -> JobConfig:
     """The job of one line of the table. fp32 passes, to show the rounding of weights and not that of bf16 activations."""
     scheme = QuantScheme(bits=bits, group_size=GROUP_SIZE, act_order=True)
     return JobConfig(scheme=scheme, method=method, calibration="builtin", samples=CALIBRATION_ROWS, device=device, dtype=DTYPE, quiet=True)
@@ -93,7 +94,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _run(method: str, bits: int, out: Path, device: str) -> tuple[Row, Row]:
+def _run(method: MethodName, bits: int, out: Path, device: str) -> tuple[Row, Row]:
     """(the quantized model's row, the original's row)."""
     began = time.monotonic()
     report = quantize(str(MODEL), out, demo_config(method, bits, device))

@@ -304,8 +304,8 @@ def _run_quantize(args: argparse.Namespace) -> int:
     from bigq.job.stop import Stop
     from bigq.progress.display import DONE_FIELDS, Events, to_json
 
-    stop = Stop(tell=args.display.signalled if isinstance(args.display, Events) else None)
-    with stop.listening():
+    stop = Stop(notify=args.display.signalled if isinstance(args.display, Events) else None)
+    with stop.listen():
         config = job_config(args, _settings_before(args.out))
         stop.grace = config.grace
         from bigq.sched.run import quantize

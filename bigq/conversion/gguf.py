@@ -18,7 +18,7 @@ from torch import Tensor
 from bigq.config import JobConfig
 from bigq.conversion.gguf_families import Family, family_of, metadata, rope_factors, sliding_window, tensor_name
 from bigq.errors import CheckpointError, UsageError
-from bigq.io.formats import Stored
+from bigq.io.formats import PackedWeight
 from bigq.io.gguf_file import (
     BLOCK,
     BLOCK_BYTES,
@@ -35,7 +35,7 @@ from bigq.io.gguf_file import (
 from bigq.io.gguf_vocab import read_vocabulary
 from bigq.io.index import TensorInfo
 from bigq.io.reader import as_bytes, iter_chunks, read_tensor
-from bigq.model.description import Described
+from bigq.model.description import ModelDescription
 from bigq.model.pager import Pager
 from bigq.scheme import QuantScheme, scheme_for
 
@@ -72,7 +72,7 @@ def check_gguf_job(model: Described, config: JobConfig) -> None:
     _check(model, _scheme_by_rule(model, config))
 
 
-def _check(model: Described, scheme_of: Callable[[str], QuantScheme | None]) -> None:
+def _check(model: ModelDescription, scheme_of: Callable[[str], QuantScheme | None]) -> None:
     require_gguf()
     family = family_of(model)
     _plan(model, family, scheme_of)
@@ -141,7 +141,7 @@ def _scheme_as_packed(pager: Pager) -> Callable[[str], QuantScheme | None]:
     return scheme_of
 
 
-def _scheme_by_rule(model: Described, config: JobConfig) -> Callable[[str], QuantScheme | None]:
+def _scheme_by_rule(model: ModelDescription, config: JobConfig) -> Callable[[str], QuantScheme | None]:
     inside = {name for name in model.linears if name.startswith(f"{model.blocks_path}.") or (config.lm_head and name == model.head_name)}
 
     def scheme_of(module: str) -> QuantScheme | None:

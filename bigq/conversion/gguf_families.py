@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bigq.errors import UnsupportedModelError
 from bigq.io.gguf_file import Value
-from bigq.io.json_file import shown
-from bigq.model.description import Described
+from bigq.io.json_file import show_value
+from bigq.model.description import ModelDescription
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +63,8 @@ def family_of(model: Described) -> Family:
     kind = model.config.model_type
     if kind not in FAMILIES:
         raise UnsupportedModelError(
-            f"{model.folder}: bigq writes no GGUF files of model type {shown(kind)}, only of {', '.join(FAMILIES)}; use --format gptq or "
-            "compressed-tensors"
+            f"{model.folder}: bigq writes no GGUF files of model type {show_value(kind)}, only of {', '.join(FAMILIES)}; use --format gptq "
+            "or compressed-tensors"
         )
     return FAMILIES[kind]
 
@@ -121,7 +121,7 @@ def sliding_window(config: Any) -> int | None:
     return window if window is not None and (layers is None or "sliding_attention" in layers) else None
 
 
-def _rope(model: Described, family: Family) -> dict[str, Value]:
+def _rope(model: ModelDescription, family: Family) -> dict[str, Value]:
     rope = model.config.rope_parameters
     values: dict[str, Value] = {".rope.freq_base": float(rope["rope_theta"])}
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -166,7 +166,7 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _differs(model: Described, name: str, value: Any) -> UnsupportedModelError:
+def _differs(model: ModelDescription, name: str, value: Any) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{model.folder / 'config.json'}: {name} is {shown(value)}, which llama.cpp computes differently; use --format gptq"
     )

@@ -24,15 +24,15 @@ from bigq.config import DEFAULT_SEQLEN, default_batch
 from bigq.errors import BigqError, UsageError
 from bigq.inspect.evaluations import holds_output, record_evaluation
 from bigq.io.hub import resolve_model
-from bigq.job.batches import Batches, told
+from bigq.job.batches import Batches, halving_message
 from bigq.machine.device import choose_device, memory_errors
 from bigq.machine.memory import hold_heap, return_freed_memory
 from bigq.model import skeleton
-from bigq.model.capture import OutputForm, all_replaced
+from bigq.model.capture import OutputForm, replace_forwards
 from bigq.model.pager import Pager
 from bigq.progress.display import Display
 from bigq.progress.progress import Progress
-from bigq.sched.block import propagate
+from bigq.sched.propagate import propagate
 from bigq.sched.rows.probe import activations_for, probe_model
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import choose_tier
@@ -84,7 +84,7 @@ def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | No
     config = config or EvalConfig()
     device = choose_device(config.device)
     hold_heap()
-    skeleton.silence()
+    skeleton.silence_transformers()
     with torch.no_grad(), memory_errors(device), contextlib.ExitStack() as stack:
         pagers = [
             Pager(resolve_model(str(m)), device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
@@ -143,9 +143,9 @@ class Stream:
         needed = rows.numel() * probe.hidden.shape[-1] * probe.hidden.dtype.itemsize
         tier = choose_tier(pager.device, needed, Path(tempfile.gettempdir()))
         with Progress(len(pager.blocks), pager.device, quiet, display=display) as progress:
-            batches = Batches(batch, tell=lambda before, halving: progress.say(told(before, halving)))
+            batches = Batches(batch, on_halving=lambda before, halving: progress.say(halving_message(before, halving)))
             self._store: ActivationStore = activations_for(pager, rows, batches, probe, tier)
-            self._store.passing = progress.step
+            self._store.on_progress = progress.step
             for i in range(len(pager.blocks)):
                 progress.phase(f"of {pager.folder.name}", i)
                 block = pager.load_block(i)
@@ -168,7 +168,7 @@ class Stream:
         def make(_: int) -> Any:
             return lambda *args, **kwargs: self._form.wrap(hidden)
 
-        with all_replaced(list(self._pager.blocks), make):
+        with replace_forwards(list(self._pager.blocks), make):
             logits = self._pager.model(input_ids=self._rows[lo:hi].to(self._pager.device), use_cache=False).logits
         assert isinstance(logits, Tensor)
         return logits

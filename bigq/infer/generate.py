@@ -20,7 +20,7 @@ from bigq.errors import CalibrationError, CheckpointError, ResourceError, UsageE
 from bigq.infer.load import load_resident, stored_bytes
 from bigq.infer.streamer import Streamer
 from bigq.io.hub import resolve_model
-from bigq.io.json_file import plain, read_json_object
+from bigq.io.json_file import read_json_object, show_name
 from bigq.machine.device import choose_device
 from bigq.machine.memory import hold_heap
 from bigq.model import skeleton
@@ -107,7 +107,7 @@ def generate(
     device = choose_device(config.device)
     folder = resolve_model(str(model))
     hold_heap()
-    skeleton.silence()
+    skeleton.silence_transformers()
     started = time.monotonic()
     try:
         with torch.no_grad():
@@ -162,7 +162,7 @@ def _prompt_ids(tokenizer: Any, prompt: str, config: GenerateConfig, folder: Pat
         else:
             ids = tokenizer(prompt).input_ids
     except Exception as error:
-        said = plain(" ".join(str(error).split())[:200])
+        said = show_name(" ".join(str(error).split())[:200])
         raise CheckpointError(f"{folder}: its tokenizer fails on the prompt ({type(error).__name__}: {said}); fetch it again") from error
     if not ids:
         raise UsageError("--prompt: the tokenizer makes no token of it; give some text for the model to continue")

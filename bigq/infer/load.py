@@ -33,7 +33,7 @@ def load_model(
     Raises ResourceError where the model does not fit the device, otherwise as ``bigq.evaluate``.
     """
     hold_heap()
-    skeleton.silence()
+    skeleton.silence_transformers()
     target = choose_device(device)
     pager = Pager(resolve_model(str(model)), device=target, dtype=dtype, trust_remote_code=trust_remote_code)
     return load_resident(pager, packed=packed)
@@ -132,7 +132,7 @@ def _value(pager: Pager, name: str, module: nn.Module) -> Tensor:
     if name not in pager.packed:
         return pager.to_device(name, read_tensor(pager.sources[name], keep_cached=False))
     weight = pager.dequantized(name)
-    return weight.T.contiguous() if skeleton.stored_transposed(module) else weight
+    return weight.T.contiguous() if skeleton.is_transposed(module) else weight
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -20,7 +20,7 @@ from typing import Any
 from bigq.errors import ResourceError
 from bigq.inspect.bounds import MAX_NUMBER, count, number, text
 from bigq.io.atomic import remedy, write_bytes
-from bigq.io.checksummed import seal, sound_lines, unseal
+from bigq.io.checksum import seal, unseal, valid_lines
 from bigq.io.folders import STATE_FOLDER
 from bigq.job.conversion_record import is_conversion
 from bigq.job.journal import Commit, read_commits, read_job
@@ -140,7 +140,7 @@ def read_evaluations(out: Path) -> tuple[list[dict[str, Any]], int]:
     Raises ResourceError, CheckpointError where the record is absurdly large.
     """
     weights = weights_of(read_commits(out)[0])
-    found = [unseal(line, line=True) for line in sound_lines(out / STATE_FOLDER / EVALUATIONS_NAME)]
+    found = [unseal(line, line=True) for line in valid_lines(out / STATE_FOLDER / EVALUATIONS_NAME)]
     known = [value for value in found if value is not None]
     current = [value for value in known if value.get("weights") == weights]
     return current, len(known) - len(current)

@@ -18,8 +18,8 @@ from torch import Tensor
 from bigq.errors import DataError
 from bigq.io.formats import Format, PackedLinear
 from bigq.io.index import TensorInfo, read_header
-from bigq.io.reader import as_bytes, fill, opened
-from bigq.kernels.finiteness import finite
+from bigq.io.reader import as_bytes, fill, tensor_file
+from bigq.kernels.finiteness import is_finite
 
 #: Bytes of a tensor that are checked together; unpacking 2-bit zero points takes about 20 times as much.
 PIECE_BYTES = 4 * 2**20
@@ -88,14 +88,14 @@ class _Values:
     def together(self, info: TensorInfo) -> int:
         """How many elements must be checked together."""
         _, linear, suffix = self._place(info)
-        return 1 if linear is None else self._format.together(suffix, info)
+        return 1 if linear is None else self._format.values_per_check(suffix, info)
 
     def check(self, info: TensorInfo, piece: Tensor, start: int) -> str | None:
         """The problem of elements [start, start + len(piece)) of a tensor; None where there is none."""
         prefix, linear, suffix = self._place(info)
         if linear is None:
-            return "holds NaN or Inf" if piece.is_floating_point() and piece.itemsize > 1 and not finite(piece) else None
-        wrong, zeros = self._format.look(suffix, linear, piece, start)
+            return "holds NaN or Inf" if piece.is_floating_point() and piece.itemsize > 1 and not is_finite(piece) else None
+        wrong, zeros = self._format.check_values(suffix, linear, piece, start)
         if zeros is not None:
             low, high = self.zeros.get(prefix, zeros)
             self.zeros[prefix] = (min(low, zeros[0]), max(high, zeros[1]))
@@ -107,7 +107,7 @@ def _pieces(info: TensorInfo, together: int) -> Iterator[tuple[int, Tensor]]:
     unit = together * info.dtype.itemsize
     step = max(PIECE_BYTES // unit, 1) * unit
     buffer = torch.empty(min(step, info.nbytes), dtype=torch.uint8)
-    with opened(info) as fd:
+    with tensor_file(info) as fd:
         for position in range(info.start, info.stop, step):
             piece = buffer[: min(step, info.stop - position)]
             fill(fd, info, piece, position)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bigq.errors import BigqError, ResourceError, UsageError
-from bigq.io.checksummed import read_record, unseal
+from bigq.io.checksum import read_record_bytes, unseal
 from bigq.io.folders import STATE_FOLDER
 from bigq.job.conversion_record import CONVERT_AGAIN, ConversionRecord, is_conversion, read_conversion
 from bigq.job.journal import JOB_NAME, JOURNAL_NAME, RUNS_NAME, Commit, read_commits, read_job
@@ -218,7 +218,7 @@ def _commits(out: Path, damaged: list[str], again: str) -> list[Commit]:
 def _warnings(state: Path, damaged: list[str]) -> tuple[str, ...]:
     """The warnings of the job's last run."""
     try:
-        lines = (read_record(state / RUNS_NAME) or b"").splitlines(keepends=True)
+        lines = (read_record_bytes(state / RUNS_NAME) or b"").splitlines(keepends=True)
     except BigqError as error:
         damaged.append(_about(state.parent, error))
         return ()

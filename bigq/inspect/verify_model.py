@@ -66,7 +66,7 @@ def config_problems(out: Path, job: JobConfig, commits: Sequence[Commit], *, tru
 
 def _linears(out: Path, *, trust_remote_code: bool) -> tuple[str, ...]:
     """Module names of all Linears of the model that config.json describes."""
-    skeleton.silence()
+    skeleton.silence_transformers()
     config = skeleton.load_config(out, trust_remote_code=trust_remote_code)
     return skeleton.linears(skeleton.build(config, torch.float32, trust_remote_code=trust_remote_code))
 
@@ -76,7 +76,7 @@ def model_problems(out: Path, job: JobConfig, left_out: tuple[str, ...], scans: 
 
     Index and configs must be sound. Raises DataError for what does not fit config.json.
     """
-    skeleton.silence()
+    skeleton.silence_transformers()
     with torch.no_grad():
         pager = Pager(out, device=torch.device("cpu"), dtype="float32", trust_remote_code=trust_remote_code)
     linears = {prefix: linear for scan in scans.values() for prefix, linear in scan.linears.items()}

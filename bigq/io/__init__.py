@@ -1,1 +1,1 @@
-"""Files: reading shards and rows of them, writing shards whole or not at all, and the formats inside."""
+"""Files: reading checkpoints, writing shards atomically, and checkpoint formats."""

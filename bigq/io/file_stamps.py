@@ -1,4 +1,4 @@
-"""Noticing that files change while they are being worked with."""
+"""Detection of files that change during a job."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _Stamp = tuple[int, int]
 
 
 class Stamps:
-    """Size and time of modification of some files, as they are now."""
+    """Size and modification time of some files, recorded when this is created."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._stamps = {path: _stamp(path) for path in sorted(files)}
 
     def require_unchanged(self) -> None:
-        """Raise CheckpointError, naming the file, where one is no longer what it was; ResourceError where that cannot be told."""
+        """Raise CheckpointError, naming the file, if one has changed; ResourceError if a file's status cannot be read."""
         for path, stamp in self._stamps.items():
             if _stamp(path) != stamp:
                 raise CheckpointError(
-                    f"{path}: was changed or replaced while the job was running; what is committed is sound, but the source is not one "
-                    "model any more: put the files back as they were and run the same command again"
+                    f"{path}: changed or replaced while the job was running; committed shards are valid, but the source is no longer "
+                    "the same model: restore the original files and run the same command again"
                 )
 
 
@@ -33,5 +33,5 @@ def _stamp(path: Path) -> _Stamp | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise ResourceError(f"{path}: cannot be looked at: {error.strerror}; check the disk and run the command again") from error
+        raise ResourceError(f"{path}: stat failed: {error.strerror}; check the disk, then run the same command again") from error
     return there.st_size, there.st_mtime_ns

@@ -1,4 +1,4 @@
-"""Where a job keeps its records, and which folders may be source and output together."""
+"""The folder with a job's records, and the rule that MODEL and OUT are separate."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from bigq.errors import UsageError
 
-#: The folder inside OUT that holds a job's records.
+#: The folder inside OUT with the records of the job.
 STATE_FOLDER = ".bigq"
 
 
 def refuse_nesting(source: Path, out: Path) -> None:
-    """Raise UsageError where one of the two folders is the other, or lies inside it."""
+    """Raise UsageError if the two folders are the same, or one is inside the other."""
     a, b = source.resolve(), out.resolve()
     if a == b or a in b.parents or b in a.parents:
-        raise UsageError(f"{out}: OUT and MODEL ({source}) must be separate folders, neither inside the other")
+        raise UsageError(f"{out}: OUT and MODEL ({source}) must be separate folders, neither inside the other; choose another OUT")

@@ -1,13 +1,12 @@
-"""The GGUF container that llama.cpp reads: packed Linears as its blocks of 32 weights, and the file around them.
+"""Writing GGUF files for llama.cpp: packed Linears as blocks of 32 weights, and the container.
 
-The only owner of the ``gguf`` package, which is imported when a file is written. What bigq stores is put into blocks code for code;
-nothing is quantized again:
+Codes are copied into blocks exactly; nothing is quantized again:
 
     Q4_0   fp16 d, 16 bytes          w = d · (q − 8)      byte j of the 16 holds weight j (low half) and weight j + 16 (high half)
     Q4_1   fp16 d, fp16 m, 16 bytes  w = d · q + m
     Q8_0   fp16 d, 32 × int8         w = d · q
 
-Knows nothing of models.
+This is the only module that uses the ``gguf`` package, which is imported when it is needed. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -24,23 +23,23 @@ from torch import Tensor
 from bigq import faults
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.atomic import atomic_file
-from bigq.io.formats import Stored
+from bigq.io.formats import PackedWeight
 from bigq.io.reader import as_bytes
 from bigq.kernels.pack import unpack
 
-#: Weights of a row that share a scale in every block type used here.
+#: Weights per block, which share a scale, in every block type used here.
 BLOCK = 32
-#: Where a tensor may begin in the data section, in bytes.
+#: Alignment of tensors in the data section, in bytes.
 ALIGNMENT = 32
-#: Codes that are put into blocks at a time.
+#: Codes that are converted to blocks at a time.
 CODES_AT_ONCE = 2**24
 
 #: Block type → bytes per block.
 BLOCK_BYTES: Mapping[str, int] = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
-#: Plain type → its torch dtype.
+#: Unquantized type → its torch dtype.
 PLAIN: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-#: What a key of the metadata may have for a value. Whole numbers are written as uint32, lists of them as int32.
+#: A value in the metadata. Integers are written as uint32, lists of integers as int32.
 Value = bool | int | float | str | Sequence[str] | Sequence[bytes] | Sequence[int] | Sequence[float]
 
 
@@ -48,7 +47,7 @@ Value = bool | int | float | str | Sequence[str] | Sequence[bytes] | Sequence[in
 class GgufTensor:
     """A tensor to be written. type: a name in ``BLOCK_BYTES`` or ``PLAIN``. shape: as in torch, rows first.
 
-    chunks: yields its bytes, in order, when its turn comes.
+    chunks: called when the tensor is written; yields its bytes in order.
     """
 
     name: str
@@ -63,34 +62,35 @@ class GgufTensor:
 
 
 def require_gguf() -> Any:
-    """The ``gguf`` package. Raises UsageError where it is not installed."""
+    """The ``gguf`` package. Raises UsageError if it is not installed."""
     try:
         import gguf
     except ImportError:
-        raise UsageError("GGUF files are written with the gguf package, which is not installed: pip install bigq[gguf]") from None
-    # It warns of things that bigq tells in its own words, or that are none.
+        raise UsageError("GGUF files need the gguf package, which is not installed: pip install 'bigq[gguf]'") from None
+    # Its warnings are false alarms, or repeat what bigq reports itself.
     logging.getLogger("gguf").setLevel(logging.CRITICAL)
     return gguf
 
 
 def block_type(bits: int, symmetric: bool) -> str | None:
-    """The block type that holds such codes exactly, if there is one."""
+    """The block type that represents such codes exactly, or None."""
     return {(4, True): "Q4_0", (4, False): "Q4_1", (8, True): "Q8_0"}.get((bits, symmetric))
 
 
-def minimums(stored: Stored) -> Tensor | None:
-    """fp16 [m, G], what Q4_1 adds to ``d · q``: −zero · scale. None where one of them, or a scale, is no fp16 number."""
+def minimums(stored: PackedWeight) -> Tensor | None:
+    """The minimums of Q4_1, ``−zero · scale``, fp16 [m, G]. None if a minimum or a scale is not exact in fp16."""
     wanted = -stored.zeros.float() * stored.scales.float()
     rounded = wanted.half()
     exact = torch.equal(rounded.float(), wanted) and torch.equal(stored.scales.half().float(), stored.scales.float())
     return rounded if exact else None
 
 
-def blocks(stored: Stored, type: str, bits: int, order: Tensor | None = None) -> Iterator[memoryview]:
-    """The blocks of a packed Linear, row by row, some rows at a time.
+def blocks(stored: PackedWeight, type: str, bits: int, order: Tensor | None = None) -> Iterator[memoryview]:
+    """The blocks of a packed Linear, row by row, in pieces of some rows. Each piece is valid until the next.
 
-    stored: m outputs, n inputs, the width of a group a multiple of 32; for Q4_0 and Q8_0 all zero points in the middle.
-    order: int64 [m], which row comes where, if not as they are. Each piece is valid until the next.
+    stored: m outputs and n inputs, with group widths that are multiples of 32. For Q4_0 and Q8_0 all zero points must be
+        ``2**(bits-1)``.
+    order: int64 [m], the order in which rows are written; the natural order unless given.
     """
     m = stored.scales.shape[0]
     n = stored.words.shape[0] * 32 // bits
@@ -102,7 +102,7 @@ def blocks(stored: Stored, type: str, bits: int, order: Tensor | None = None) ->
         repeat = n // BLOCK // stored.scales.shape[1]
         halves = [stored.scales[part]] if mins is None else [stored.scales[part], mins[part]]
         heads = [half.half().repeat_interleave(repeat, dim=1).unsqueeze(-1).view(torch.uint8) for half in halves]
-        # 8 bits: 128 less, in two's complement.
+        # 8 bits: subtract 128, as two's complement.
         body = codes ^ 0x80 if type == "Q8_0" else codes[..., : BLOCK // 2] | (codes[..., BLOCK // 2 :] << 4)
         yield as_bytes(torch.cat([*heads, body], dim=-1))
 
@@ -110,9 +110,9 @@ def blocks(stored: Stored, type: str, bits: int, order: Tensor | None = None) ->
 def write_gguf_file(
     path: Path, arch: str, metadata: Mapping[str, Value], tensors: Sequence[GgufTensor], written: Callable[[GgufTensor], None]
 ) -> None:
-    """Write a file atomically and durably, tensor by tensor; ``written`` hears of each.
+    """Write a file atomically and durably, tensor by tensor. ``written`` is called after each tensor.
 
-    Keys of the metadata that begin with a dot belong to the architecture. Raises ResourceError where the disk refuses.
+    Metadata keys that begin with a dot are prefixed with ``arch``. Raises ResourceError if writing fails.
     """
     gguf = require_gguf()
     writer = gguf.GGUFWriter(None, arch)
@@ -122,7 +122,7 @@ def write_gguf_file(
         type = gguf.GGMLQuantizationType[tensor.type]
         writer.add_tensor_info(tensor.name, tensor.shape, None, tensor.nbytes, raw_dtype=type)
     with atomic_file(path) as file:
-        # The writer is handed the file that it would open, so that this is an atomic one.
+        # GGUFWriter would open the file itself. It gets this one instead, so that the write is atomic.
         writer.fout, writer.state = [file], gguf.gguf_writer.WriterState.EMPTY
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -140,21 +140,21 @@ def write_gguf_file(
 
 
 def size_label(parameters: int) -> str:
-    """A model's size as people say it: 8.0B."""
+    """A model's size in GGUF's notation, such as "8.0B"."""
     return str(require_gguf().size_label(parameters, 0, 0, 0))
 
 
 def special_tokens(folder: Path, size: int) -> tuple[dict[str, int], dict[str, bool], str | None]:
-    """(ids of special tokens, whether they are added to a text, the chat template), as a model folder's tokenizer files say.
+    """Special tokens from a model folder's tokenizer files: (id by kind, whether it is added to a text by kind, chat template).
 
-    ids and additions by "bos", "eos", "unk", "pad" and the like. size: ids of so much and more are left out.
-    Raises CheckpointError where the files cannot be understood.
+    Kinds are "bos", "eos", "unk", "pad" and so on. size: ids not below it are left out. Raises CheckpointError if the files are
+    invalid.
     """
     gguf = require_gguf()
     try:
         found = gguf.SpecialVocab(folder, load_merges=False, n_vocab=size)
-    except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:  # it takes JSON to be as it should
-        raise CheckpointError(f"{folder}: its tokenizer files cannot be understood ({type(error).__name__}); fetch them again") from error
+    except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:  # gguf does not validate the JSON
+        raise CheckpointError(f"{folder}: its tokenizer files are invalid ({type(error).__name__}); fetch them again") from error
     template = found.chat_template
     if isinstance(template, list):
         template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)

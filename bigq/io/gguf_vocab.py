@@ -1,8 +1,8 @@
-"""A model folder's tokenizer as llama.cpp's metadata says it.
+"""Conversion of a model folder's tokenizer to GGUF metadata.
 
-Two kinds are known to both: byte-level BPE ("gpt2", where merges and the way of splitting text into words count) and SentencePiece's BPE
-with byte fallback ("llama", where pieces and their scores count). llama.cpp knows ways of splitting by name; those here were compared with
-it token by token (``scripts/check_gguf.py``). Others are refused: a model that gets other tokens than it was trained on is worse than none.
+Two kinds of tokenizers are supported: byte-level BPE ("gpt2", defined by its merges and its pre-tokenizer) and SentencePiece BPE with
+byte fallback ("llama", defined by its pieces and their scores). llama.cpp knows pre-tokenizers by name. Those here were compared with
+llama.cpp token by token (``scripts/check_gguf.py``). Others are refused, since a model must get the tokens that it was trained on.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.gguf_file import Value, special_tokens
-from bigq.io.json_file import MAX_JSON_BYTES, open_regular, read_json_object, shown
+from bigq.io.json_file import MAX_JSON_BYTES, open_regular, read_json_object, show_value
 
-#: Types of tokens, as llama.cpp counts them.
+#: llama.cpp's token types.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -25,31 +25,28 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class Splitting(NamedTuple):
-    """llama.cpp's name for a way of splitting text into words, and whether words that are tokens need no merges with it."""
+    """llama.cpp's name for a pre-tokenizer, and whether words that are tokens are taken whole, without merges."""
 
     name: str
     ignore_merges: bool
 
 
-#: The pattern in tokenizer.json that words are split by → what llama.cpp calls it. "tekken" is not among them: llama.cpp takes combining
-#: marks and capitals that are not ASCII otherwise than Mistral's pattern does.
+#: The pattern of the pre-tokenizer in tokenizer.json → its name in llama.cpp. "tekken" is missing, since llama.cpp treats combining marks
+#: and non-ASCII capitals differently than Mistral's pattern does.
 SPLITTINGS: Mapping[str, Splitting] = {
     rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}": Splitting("llama-bpe", True),
     rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}": Splitting("qwen2", False),
 }
-#: GPT-2's own, which tokenizer.json has no pattern for.
+#: GPT-2's, for which tokenizer.json has no pattern.
 GPT2_SPLITTING = Splitting("gpt-2", False)
 
-#: llama.cpp asks for at least one merge. This one never happens: words are characters first, and none of them is "[PAD]".
+#: llama.cpp needs at least one merge. This one never applies: words start as single characters, and "[PAD]" is not one.
 NO_MERGE = "[PAD] [PAD]"
-
-#: SentencePiece's mark for a space.
-SPACE = "▁"
 
 
 @dataclass(slots=True)
 class _Tokens:
-    """Token by id: text, type, score."""
+    """The vocabulary, by token id: texts, types, scores."""
 
     texts: list[str]
     types: list[int]
@@ -61,20 +58,20 @@ class _Tokens:
 
     def put(self, path: Path, id: Any, text: Any, type: int, score: float) -> None:
         if not isinstance(text, str) or isinstance(id, bool) or not isinstance(id, int) or id < 0:
-            raise CheckpointError(f"{path}: {shown(text)} with id {shown(id)} is no token; fetch it again")
+            raise CheckpointError(f"{path}: {show_value(text)} with id {show_value(id)} is not a valid token; fetch it again")
         if id >= len(self.texts):
             raise CheckpointError(
-                f"{path}: token {shown(text)} has id {id}, but the model's embedding has {len(self.texts)} rows; the two belong to "
-                "different models"
+                f"{path}: token {show_value(text)} has id {id}, but the model's embedding has {len(self.texts)} rows; fetch the "
+                "tokenizer of this model"
             )
         self.texts[id], self.types[id], self.scores[id] = text, type, score
 
 
 def read_vocabulary(folder: Path, rows: int) -> dict[str, Value]:
-    """Everything under ``tokenizer.`` for the model in ``folder``, whose embedding has so many rows.
+    """The metadata under ``tokenizer.`` for the model in ``folder``. rows: those of its embedding.
 
-    A folder without tokenizer files gives a file without vocabulary: llama.cpp then takes token ids only.
-    Raises CheckpointError where files are damaged, UnsupportedModelError where llama.cpp has no such tokenizer.
+    A folder without tokenizer files gives metadata without vocabulary; llama.cpp then accepts only token ids.
+    Raises CheckpointError if files are damaged, UnsupportedModelError if llama.cpp has no such tokenizer.
     """
     document, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
     if document.exists():
@@ -83,7 +80,7 @@ def read_vocabulary(folder: Path, rows: int) -> dict[str, Value]:
         if model.get("type") == "BPE" and not model.get("byte_fallback") and _types(read.get("decoder")) == ["ByteLevel"]:
             found = _byte_level(document, read, model, rows)
         elif pieces.exists():
-            found = _sentencepiece(pieces, _added(document, read), rows)
+            found = _sentencepiece(pieces, _added_tokens(document, read), rows)
         else:
             found = _byte_fallback(document, read, model, rows)
         adds = {"bos": False, "eos": False}
@@ -91,25 +88,25 @@ def read_vocabulary(folder: Path, rows: int) -> dict[str, Value]:
         found, adds = _sentencepiece(pieces, (), rows), {"bos": True, "eos": False}
     elif any((folder / name).exists() for name in ("vocab.json", "tokenizer_config.json", "tekken.json")):
         raise UnsupportedModelError(
-            f"{folder}: has a tokenizer, but neither tokenizer.json nor tokenizer.model, which a GGUF file is made from; let transformers "
-            "write it (AutoTokenizer.from_pretrained(…).save_pretrained(…)), or use --format gptq"
+            f"{folder}: has a tokenizer, but no tokenizer.json or tokenizer.model, which GGUF needs; write one with "
+            "AutoTokenizer.from_pretrained(…).save_pretrained(…) of transformers, or use --format gptq"
         )
     else:
         return {"tokenizer.ggml.model": "none"}
-    ids, said, template = special_tokens(folder, rows)
-    ids = _named(folder, found) | ids
+    ids, added, template = special_tokens(folder, rows)
+    ids = _special_ids(folder, found) | ids
     found |= {f"tokenizer.ggml.{_KEYS.get(kind, kind)}_token_id": id for kind, id in ids.items() if kind in _SPECIAL}
-    found |= {f"tokenizer.ggml.add_{kind}_token": value for kind, value in (adds | said).items() if kind in ("bos", "eos")}
+    found |= {f"tokenizer.ggml.add_{kind}_token": value for kind, value in (adds | added).items() if kind in ("bos", "eos")}
     if template is not None:
         found["tokenizer.chat_template"] = template
     return found
 
 
-def _named(folder: Path, found: Mapping[str, Any]) -> dict[str, int]:
-    """Ids of the special tokens that tokenizer_config.json names, be they added tokens or not."""
+def _special_ids(folder: Path, found: Mapping[str, Any]) -> dict[str, int]:
+    """Ids of the special tokens that tokenizer_config.json names, whether they are added tokens or not."""
     path = folder / "tokenizer_config.json"
-    said = read_json_object(path, repeats=True) if path.exists() else {}
-    texts = {kind: token.get("content") if isinstance(token := said.get(f"{kind}_token"), dict) else token for kind in _SPECIAL}
+    config = read_json_object(path, repeats=True) if path.exists() else {}
+    texts = {kind: token.get("content") if isinstance(token := config.get(f"{kind}_token"), dict) else token for kind in _SPECIAL}
     ids = {text: id for id, text in enumerate(found["tokenizer.ggml.tokens"])}
     return {kind: ids[text] for kind, text in texts.items() if isinstance(text, str) and text in ids}
 
@@ -121,16 +118,16 @@ _KEYS = {"unk": "unknown", "sep": "seperator", "pad": "padding"}
 def _byte_level(path: Path, document: Mapping[str, Any], model: Mapping[str, Any], rows: int) -> dict[str, Value]:
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
-            raise _unknown(path, f"model.{name} is {shown(model[name])}")
+            raise _unsupported(path, f"model.{name} is {show_value(model[name])}")
     merges = list(_merges(path, model))
     vocabulary = _object(path, model, "vocab")
     splitting = _splitting(path, document, bool(merges) or any(len(text) > 1 for text in vocabulary))
     if merges and bool(model.get("ignore_merges")) != splitting.ignore_merges:
-        raise _unknown(path, f"model.ignore_merges is not what llama.cpp takes it to be for {splitting.name}")
+        raise _unsupported(path, f"llama.cpp assumes another model.ignore_merges for {splitting.name}")
     tokens = _Tokens.unused(rows)
     for text, id in vocabulary.items():
         tokens.put(path, id, text, NORMAL, 0.0)
-    for id, text, type in _added(path, document):
+    for id, text, type in _added_tokens(path, document):
         tokens.put(path, id, text, type, 0.0)
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -142,28 +139,28 @@ def _byte_level(path: Path, document: Mapping[str, Any], model: Mapping[str, Any
 
 
 def _splitting(path: Path, document: Mapping[str, Any], matters: bool) -> Splitting:
-    """How text is split into words. matters: whether tokens are longer than a byte, so that it makes a difference."""
+    """The pre-tokenizer. matters: whether there are tokens of several bytes, so that it makes a difference."""
     normalizer = document.get("normalizer")
     if _types(normalizer) not in ([], ["NFC"]):
-        raise _unknown(path, f"it normalizes text by {shown(normalizer)}")
+        raise _unsupported(path, f"its normalizer is {show_value(normalizer)}")
     steps = list(_steps(document.get("pre_tokenizer"), "pretokenizers"))
     if any(step.get("add_prefix_space") for step in steps):
-        raise _unknown(path, "it puts a space before every text")
+        raise _unsupported(path, "it adds a space before every text")
     match steps:
         case [{"type": "ByteLevel", **rest}] if rest.get("use_regex", True) or not matters:
             return GPT2_SPLITTING
         case [{"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated"}, {"type": "ByteLevel", "use_regex": False}]:
             if pattern in SPLITTINGS:
                 return SPLITTINGS[pattern]
-    raise _unknown(path, f"it splits text into words by {shown(document.get('pre_tokenizer'))}")
+    raise _unsupported(path, f"its pre-tokenizer is {show_value(document.get('pre_tokenizer'))}")
 
 
 def _byte_fallback(path: Path, document: Mapping[str, Any], model: Mapping[str, Any], rows: int) -> dict[str, Value]:
-    """SentencePiece's BPE as tokenizer.json has it: pieces whose order is that of their merges."""
+    """SentencePiece BPE from tokenizer.json, where the order of merges gives the scores of pieces."""
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
-        raise _unknown(path, f"it is of kind {shown(model.get('type'))}")
+        raise _unsupported(path, f"its type is {show_value(model.get('type'))}")
     vocabulary = _object(path, model, "vocab")
-    added = _added(path, document)
+    added = _added_tokens(path, document)
     ranks: dict[str, int] = {}
     pairs = set()
     for rank, (left, right) in enumerate(_merges(path, model)):
@@ -177,12 +174,12 @@ def _byte_fallback(path: Path, document: Mapping[str, Any], model: Mapping[str, 
         if text not in apart and any(
             text[:i] in vocabulary and text[i:] in vocabulary and (text[:i], text[i:]) not in pairs for i in range(1, len(text))
         ):
-            raise _unknown(path, f"{shown(text)} is not merged from all pairs of tokens that make it up")
-    return _pieces(path, tokens, added, _prefixed(path, document))
+            raise _unsupported(path, f"merges are missing for {show_value(text)}: every pair of tokens that forms it needs one")
+    return _pieces(path, tokens, added, _adds_space_prefix(path, document))
 
 
-def _prefixed(path: Path, document: Mapping[str, Any]) -> bool:
-    """Whether a space is put before a text, which SentencePiece's marks for spaces then begin with."""
+def _adds_space_prefix(path: Path, document: Mapping[str, Any]) -> bool:
+    """Whether a space is added before a text."""
     normalizers = list(_steps(document.get("normalizer"), "normalizers"))
     words = list(_steps(document.get("pre_tokenizer"), "pretokenizers"))
     match normalizers, words:
@@ -192,11 +189,11 @@ def _prefixed(path: Path, document: Mapping[str, Any]) -> bool:
             return False
         case [], [{"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": scheme}]:
             return bool(scheme != "never")
-    raise _unknown(path, "it prepares text in a way that SentencePiece does not")
+    raise _unsupported(path, "its normalizer and pre-tokenizer are not those of SentencePiece")
 
 
 def _sentencepiece(path: Path, added: Iterable[tuple[int, str, int]], rows: int) -> dict[str, Value]:
-    """From a tokenizer.model, a protobuf: pieces (1), of them text (1), score (2) and type (3); trainer (2), normalizer (3)."""
+    """Parse a tokenizer.model. It is a protobuf: pieces (1) with text (1), score (2) and type (3); trainer (2); normalizer (3)."""
     try:
         file, size = open_regular(path)
         with file:
@@ -212,9 +209,9 @@ def _sentencepiece(path: Path, added: Iterable[tuple[int, str, int]], rows: int)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (IndexError, KeyError, TypeError, ValueError, struct.error):
-        raise CheckpointError(f"{path}: is no SentencePiece model; fetch it again") from None
+        raise CheckpointError(f"{path}: not a valid SentencePiece model; fetch it again") from None
     if kind != 2:
-        raise _unknown(path, "SentencePiece made it by another method than BPE")
+        raise _unsupported(path, "its SentencePiece model is not BPE")
     return _pieces(path, tokens, added, bool(prefixed))
 
 
@@ -233,7 +230,7 @@ def _pieces(path: Path, tokens: _Tokens, added: Iterable[tuple[int, str, int]], 
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
-    """The fields of a protobuf message: (number, an int or bytes). Raises IndexError or ValueError where it is none."""
+    """The fields of a protobuf message: (number, int or bytes). Raises IndexError, KeyError or ValueError if it is invalid."""
     at = 0
 
     def varint() -> int:
@@ -246,7 +243,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
             if byte < 0x80:
                 return value
             shift += 7
-        raise ValueError("a number without end")
+        raise ValueError("varint is too long")
 
     while at < len(data):
         number, kind = divmod(varint(), 8)
@@ -255,7 +252,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
             continue
         length = varint() if kind == 2 else {1: 8, 5: 4}[kind]
         if at + length > len(data):
-            raise ValueError("a field beyond the end")
+            raise ValueError("field extends beyond the end")
         yield number, data[at : at + length]
         at += length
 
@@ -264,31 +261,31 @@ def _merges(path: Path, model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for merge in model.get("merges") or ():
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise CheckpointError(f"{path}: {shown(merge)} is no merge of two tokens; fetch it again")
+            raise CheckpointError(f"{path}: {show_value(merge)} is not a merge of two tokens; fetch it again")
         yield pair[0], pair[1]
 
 
-def _added(path: Path, document: Mapping[str, Any]) -> list[tuple[int, str, int]]:
-    """Tokens that are looked for before anything else: (id, text, type)."""
+def _added_tokens(path: Path, document: Mapping[str, Any]) -> list[tuple[int, str, int]]:
+    """Added tokens, which are matched before text is split: (id, text, type)."""
     found = []
     for token in document.get("added_tokens") or ():
         match token:
             case {"id": int(id), "content": str(text)}:
                 found.append((id, text, CONTROL if token.get("special") else USER_DEFINED))
             case _:
-                raise CheckpointError(f"{path}: {shown(token)} under added_tokens is no token; fetch it again")
+                raise CheckpointError(f"{path}: {show_value(token)} in added_tokens is not a valid token; fetch it again")
     return found
 
 
 def _object(path: Path, values: Mapping[str, Any], name: str) -> dict[str, Any]:
     value = values.get(name)
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: {name} is {shown(value)}, not an object; fetch it again")
+        raise CheckpointError(f"{path}: {name} is {show_value(value)}, not an object; fetch it again")
     return value
 
 
 def _steps(value: Any, name: str) -> Iterator[dict[str, Any]]:
-    """The parts of a tokenizer's stage, which may be one or a sequence of them, listed under ``name``."""
+    """The steps of a tokenizer stage: a single one, or those of a Sequence, which lists them under ``name``."""
     if isinstance(value, dict):
         if value.get("type") == "Sequence" and isinstance(value.get(name), list):
             for inner in value[name]:
@@ -298,13 +295,13 @@ def _steps(value: Any, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _types(value: Any) -> list[Any]:
-    """The types of a normalizer's or a decoder's parts."""
+    """The types of the steps of a normalizer or decoder."""
     name = "normalizers" if isinstance(value, dict) and "normalizers" in value else "decoders"
     return [step.get("type") for step in _steps(value, name)]
 
 
 def _byte(text: str) -> int | None:
-    """The byte that a token of the form <0x0A> stands for."""
+    """The byte that a token of the form <0x0A> represents, or None."""
     if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
         try:
             return int(text[3:5], 16)
@@ -313,8 +310,8 @@ def _byte(text: str) -> int | None:
     return None
 
 
-def _unknown(path: Path, why: str) -> UnsupportedModelError:
+def _unsupported(path: Path, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{path}: llama.cpp has no tokenizer like this one ({why}), so no GGUF file is made; use --format gptq, or take the tokenizer's "
-        "files out of the folder to make one that takes token ids only"
+        f"{path}: llama.cpp does not support this tokenizer ({why}); use --format gptq, or remove the tokenizer's files from the folder to "
+        "write a GGUF file that accepts only token ids"
     )

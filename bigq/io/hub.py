@@ -10,7 +10,7 @@ from pathlib import Path
 from bigq.errors import CheckpointError, ResourceError
 from bigq.io.containment import require_contained
 from bigq.io.index import MAX_SIZE, MAX_TENSORS, TensorInfo, header_entry
-from bigq.io.json_file import plain
+from bigq.io.json_file import show_name
 
 #: What a quantization job needs of a hub repository: weights, configs, tokenizer, licence; no pickles.
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md"]
@@ -58,7 +58,7 @@ def _local_folder(model: str) -> Path | None:
         folder = Path(model).expanduser()
         is_folder, is_there = folder.is_dir(), folder.exists()
     except (OSError, RuntimeError, ValueError):  # a name that is too long, or of nobody's home, or no name at all
-        raise CheckpointError(f"{plain(model)}: no such folder (and not a hub id like owner/name)") from None
+        raise CheckpointError(f"{show_name(model)}: no such folder (and not a hub id like owner/name)") from None
     if is_folder:
         require_contained(folder)
         return folder
@@ -101,13 +101,13 @@ def _hub_errors(model: str) -> Iterator[None]:
     except NotASafetensorsRepoError:
         raise CheckpointError(f"{model}: has no safetensors shards; convert it first") from None
     except SafetensorsParsingError as error:
-        raise CheckpointError(f"{model}: a shard's header cannot be read: {plain(str(error).splitlines()[0])}") from error
+        raise CheckpointError(f"{model}: a shard's header cannot be read: {show_name(str(error).splitlines()[0])}") from error
     except LocalEntryNotFoundError:
         raise ResourceError(
             f"{model}: no such folder, and the hub cannot be reached to fetch it; download it first or check the network"
         ) from None
     except (HfHubHTTPError, OSError) as error:
-        raise ResourceError(f"{model}: fetching it from the hub failed: {plain(str(error).splitlines()[0])}") from error
+        raise ResourceError(f"{model}: fetching it from the hub failed: {show_name(str(error).splitlines()[0])}") from error
     except HFValidationError:
         raise CheckpointError(f"{model}: no such folder, and not a hub id like owner/name") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -1,8 +1,8 @@
-"""What a checkpoint folder holds: every tensor's file, dtype, shape and byte range, checked before anything is read.
+"""The tensors of a checkpoint folder: file, dtype, shape and byte range of each, validated before any data is read.
 
-The safetensors header is parsed here rather than by the safetensors package because byte ranges are needed:
-block weights are read into buffers of our own, never mapped. Layout: 8 bytes of little-endian header length, a
-JSON object name → {dtype, shape, data_offsets}, then the data.
+The safetensors header is parsed here, not by the safetensors package, because byte ranges are needed: weights are read into
+buffers, never memory-mapped. Layout of a file: the header's length (8 bytes, little-endian), the header (a JSON object
+name → {dtype, shape, data_offsets}), the data.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any
 import torch
 
 from bigq.errors import CheckpointError
-from bigq.io.json_file import MAX_JSON_BYTES, open_regular, parse_object, plain, shown
+from bigq.io.json_file import MAX_JSON_BYTES, open_regular, parse_object, show_name, show_value
 from bigq.io.json_file import read_json_object as read_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SAMPLE_BYTES = 64
-#: Of a whole checkpoint; the largest published ones have some 200,000. One takes about 600 bytes of memory.
+#: Maximum number of tensors in a checkpoint. The largest published ones have some 200,000. A tensor's entry takes about 600 bytes.
 MAX_TENSORS = 1_000_000
 MAX_NAME_CHARACTERS = 1024
 MAX_DIMENSIONS = 8
-#: Sizes and offsets must fit a signed 64-bit number, as in the libraries that tensors are handed to.
+#: Sizes and offsets must fit into int64, as in torch.
 MAX_SIZE = 2**63 - 1
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -52,7 +52,7 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """One tensor of a checkpoint; bytes ``[start, stop)`` of ``file`` hold it, row-major."""
+    """A tensor of a checkpoint, stored row-major in bytes ``[start, stop)`` of ``file``."""
 
     name: str
     dtype: torch.dtype
@@ -67,7 +67,7 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """The tensors of a folder of safetensors shards, by name."""
+    """The tensors of a folder of safetensors shards, by name. fingerprint: a hash over the index and the headers."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], fingerprint: str) -> None:
         self.folder = folder
@@ -78,7 +78,7 @@ class Checkpoint:
     def open(cls, folder: Path) -> Checkpoint:
         """Read the index and every shard's header. Raises CheckpointError."""
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder")
+            raise CheckpointError(f"{folder}: no such folder; give MODEL as a folder or a hub id")
         if (folder / INDEX_NAME).exists():
             return cls._open_indexed(folder)
         single = folder / SINGLE_NAME
@@ -96,7 +96,7 @@ class Checkpoint:
         for name, shard in weight_map.items():
             if not _is_file_name(shard):
                 raise CheckpointError(
-                    f"{index_path}: {plain(name)} is said to lie in {shown(shard)}, which is not a file name in this folder"
+                    f"{index_path}: the shard of {show_name(name)} is {show_value(shard)}, which is not a file name; fetch the index again"
                 )
         digest = hashlib.sha256(json.dumps(weight_map, sort_keys=True).encode())
         shards: dict[str, dict[str, TensorInfo]] = {}
@@ -106,21 +106,23 @@ class Checkpoint:
             if shard not in shards:
                 path = folder / shard
                 if not os.path.exists(path):
-                    raise CheckpointError(f"{path}: this shard is named by the index but missing; fetch it again")
+                    raise CheckpointError(f"{path}: missing, but the index names it; fetch it again")
                 shards[shard], header = read_header(path)
                 digest.update(header)
                 for held in shards[shard]:
                     if home.setdefault(held, shard) != shard:
-                        raise CheckpointError(f"{path}: tensor {held} is in {home[held]} too; which one is meant cannot be told")
+                        raise CheckpointError(f"{path}: tensor {held} is also in {home[held]}; fetch the model again")
                 if len(home) > MAX_TENSORS:
-                    raise CheckpointError(f"{folder}: holds more than {MAX_TENSORS} tensors, which is more than bigq reads")
+                    raise CheckpointError(f"{folder}: has more than {MAX_TENSORS} tensors, the maximum that bigq reads")
             if name not in shards[shard]:
-                raise CheckpointError(f"{folder / shard}: tensor {plain(name)} is named by the index but not in the shard; fetch it again")
+                raise CheckpointError(
+                    f"{folder / shard}: tensor {show_name(name)} is missing, but the index names it; fetch the shard again"
+                )
             tensors[name] = shards[shard][name]
         return cls(folder, tensors, digest.hexdigest())
 
     def sample(self, names: Iterable[str]) -> str:
-        """A hash over a few bytes of each of some tensors: it tells models of one architecture apart, not single weights.
+        """A hash over a few bytes of each named tensor. It distinguishes models of one architecture, but does not detect every change.
 
         Raises CheckpointError.
         """
@@ -133,14 +135,14 @@ class Checkpoint:
                         file.seek(max(position, info.start))
                         digest.update(file.read(min(SAMPLE_BYTES, info.nbytes)))
             except OSError as error:
-                raise CheckpointError(f"{info.file}: cannot be read: {error.strerror}; is it still there?") from error
+                raise CheckpointError(f"{info.file}: cannot be read: {error.strerror}; check that the file still exists") from error
         return digest.hexdigest()
 
     def __getitem__(self, name: str) -> TensorInfo:
         try:
             return self.tensors[name]
         except KeyError:
-            raise CheckpointError(f"{self.folder}: tensor {name} is missing from the checkpoint") from None
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing; fetch the model again") from None
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -150,23 +152,23 @@ class Checkpoint:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
-    """Parse and check one shard's header. Returns the tensors and the header's bytes. Raises CheckpointError."""
+    """Parse and validate a shard's header. Returns its tensors and the bytes of the header. Raises CheckpointError."""
     try:
         file, size = open_regular(path)
         with file:
             prefix = file.read(8)
             if len(prefix) < 8:
-                raise CheckpointError(f"{path}: too short to be a safetensors file; fetch it again")
+                raise CheckpointError(f"{path}: too short for a safetensors file; fetch it again")
             (length,) = struct.unpack("<Q", prefix)
             if length > min(MAX_JSON_BYTES, size - 8):
-                raise CheckpointError(f"{path}: header of {length} bytes in a file of {size}; it is damaged or not safetensors")
+                raise CheckpointError(f"{path}: header of {length} bytes in a file of {size}; damaged or not safetensors, fetch it again")
             header = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     entries = parse_object(path, header)
     _check_metadata(path, entries.pop("__metadata__", {}))
     if len(entries) > MAX_TENSORS:
-        raise CheckpointError(f"{path}: holds more than {MAX_TENSORS} tensors, which is more than bigq reads")
+        raise CheckpointError(f"{path}: has more than {MAX_TENSORS} tensors, the maximum that bigq reads")
     data_start = 8 + length
     tensors = {name: header_entry(path, name, entry, data_start, size) for name, entry in entries.items()}
     _check_layout(path, tensors, data_start, size)
@@ -174,39 +176,39 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
 
 
 def _is_file_name(name: Any) -> bool:
-    """Whether a JSON value is the name of a file in a folder, and not a path."""
+    """Whether a JSON value is a plain file name and not a path."""
     return isinstance(name, str) and name.isprintable() and 0 < len(name) < 256 and name not in (".", "..") and Path(name).name == name
 
 
 def _check_metadata(path: Path, metadata: Any) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: its __metadata__ is {shown(metadata)}, not names and texts; the file is damaged")
+        raise CheckpointError(f"{path}: __metadata__ is {show_value(metadata)}, not an object of strings; fetch the file again")
 
 
 def header_entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> TensorInfo:
-    """One tensor's entry in the header of a file of ``size`` bytes, checked by itself. Raises CheckpointError."""
+    """Parse and validate a tensor's entry in the header of a file of ``size`` bytes. Raises CheckpointError."""
 
     def bad(what: str) -> CheckpointError:
-        return CheckpointError(f"{path}: tensor {plain(name)}: {what}")
+        return CheckpointError(f"{path}: tensor {show_name(name)}: {what}")
 
     if not name.isprintable() or len(name) > MAX_NAME_CHARACTERS:
-        raise bad(f"its name is not one of at most {MAX_NAME_CHARACTERS} printable characters")
+        raise bad(f"its name has unprintable or more than {MAX_NAME_CHARACTERS} characters")
     if not isinstance(entry, dict):
         raise bad("its header entry is not an object")
     kind = entry.get("dtype")
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise bad(f"dtype {shown(kind)} is not one that bigq reads")
+        raise bad(f"dtype {show_value(kind)} is not supported; bigq reads {', '.join(DTYPES)}")
     dtype = DTYPES[kind]
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
-        raise bad(f"shape {shown(shape)} is not a list of at most {MAX_DIMENSIONS} sizes")
+        raise bad(f"shape {show_value(shape)} is not a list of at most {MAX_DIMENSIONS} dimensions")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise bad(f"data_offsets {shown(offsets)} are not two offsets")
+        raise bad(f"data_offsets {show_value(offsets)} are not two offsets")
     start, stop = data_start + offsets[0], data_start + offsets[1]
     if stop > size:
         raise bad(f"ends at byte {stop} of a file of {size} bytes; the file is truncated, fetch it again")
     if stop - start != math.prod(shape) * dtype.itemsize:
-        raise bad(f"{stop - start} bytes do not hold shape {shape} of {kind}")
+        raise bad(f"has {stop - start} bytes, which does not match shape {shape} and dtype {kind}")
     return TensorInfo(name=name, dtype=dtype, shape=tuple(shape), file=path, start=start, stop=stop)
 
 
@@ -215,21 +217,21 @@ def _is_size(value: Any) -> bool:
 
 
 def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], data_start: int, size: int) -> None:
-    """No two tensors share bytes, and no byte of the file is left over."""
+    """Raise CheckpointError if tensors overlap, or do not cover all data of the file."""
     position = data_start
     for info in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
         if info.start != position:
-            what = "overlaps another tensor" if info.start < position else "leaves a gap before it"
-            raise CheckpointError(f"{path}: tensor {info.name} {what}; the file is damaged")
+            what = "overlaps another tensor" if info.start < position else "has a gap before it"
+            raise CheckpointError(f"{path}: tensor {info.name} {what}; the file is damaged, fetch it again")
         position = info.stop
     if position != size:
-        raise CheckpointError(f"{path}: {size - position} bytes after the last tensor; the file is damaged")
+        raise CheckpointError(f"{path}: {size - position} bytes after the last tensor; the file is damaged, fetch it again")
 
 
 def _nothing_to_read(folder: Path) -> str:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         return (
-            f"{folder}: holds pickle checkpoints (.bin), which bigq never opens because loading one can run code; "
-            "convert it to safetensors first (load it with transformers and call save_pretrained)"
+            f"{folder}: contains pickle checkpoints (.bin, .pt), which bigq never loads since they can run code; "
+            "convert them to safetensors first (load the model with transformers and call save_pretrained)"
         )
-    return f"{folder}: holds no {INDEX_NAME} and no {SINGLE_NAME}; MODEL must be a folder of safetensors shards or a hub id"
+    return f"{folder}: contains no {INDEX_NAME} or {SINGLE_NAME}; MODEL must be a folder of safetensors shards or a hub id"

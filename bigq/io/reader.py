@@ -1,7 +1,7 @@
-"""Reading tensors, rows of them, or their raw bytes into memory of our own (never mapped pages).
+"""Reading tensors, rows of tensors, or raw bytes into buffers, without memory-mapping.
 
-A mapped page of a network file can raise SIGBUS, which nothing can catch, and one live view keeps a whole shard's
-mapping alive; a short ``preadv`` is an ordinary error that can be told to the user.
+Access to a mapped page of a network file can raise SIGBUS, which cannot be handled, and a single view keeps the mapping of a whole
+shard alive. A failed ``preadv`` is an ordinary error that can be reported.
 """
 
 from __future__ import annotations
@@ -15,43 +15,42 @@ from torch import Tensor
 
 from bigq.errors import CheckpointError, NumericsError, ResourceError
 from bigq.io.index import TensorInfo
-from bigq.kernels.finiteness import finite
+from bigq.kernels.finiteness import is_finite
 
 CHUNK_BYTES = 16 * 2**20
-#: The page cache holds files in folios of up to this size (ext4, xfs on x86-64), and drops only whole ones.
+#: Maximum size of a folio of the page cache (ext4, xfs on x86-64). Only whole folios can be dropped.
 FOLIO_BYTES = 2 * 2**20
 
 
-def read_tensor(info: TensorInfo, *, check_finite: bool = True, keep_cached: bool = True) -> Tensor:
-    """One whole tensor, in host memory. Raises CheckpointError; NumericsError where fp16 or wider numbers hold NaN or Inf.
+def read_tensor(info: TensorInfo, *, keep_cached: bool = True) -> Tensor:
+    """A whole tensor in host memory. Raises CheckpointError; NumericsError if fp16 or wider numbers contain NaN or Inf.
 
     keep_cached: whether its pages may stay in the page cache.
     """
     tensor = torch.empty(info.shape, dtype=info.dtype)
-    with opened(info) as fd:
+    with tensor_file(info) as fd:
         fill(fd, info, tensor, info.start)
         if not keep_cached:
             drop_cached(fd, info.start, info.stop)
-    if check_finite:
-        require_finite(tensor, info)
+    require_finite(tensor, info)
     return tensor
 
 
 def read_range(info: TensorInfo, memory: Tensor, position: int) -> None:
-    """Fill host memory with a tensor's bytes from byte ``position`` of its file on. Raises CheckpointError, ResourceError."""
-    with opened(info) as fd:
+    """Fill host memory with bytes of a tensor, starting at byte ``position`` of its file. Raises CheckpointError, ResourceError."""
+    with tensor_file(info) as fd:
         fill(fd, info, memory, position)
 
 
 def read_rows(info: TensorInfo, rows: Tensor) -> Tensor:
-    """Some rows of a matrix [R, d]: int64 ``rows`` [k], ascending → [k, d]. Neighbours are read together."""
+    """Rows of a matrix [R, d]. rows: int64 [k], ascending. Returns [k, d]. Adjacent rows are read at once."""
     limit = info.shape[0]
     if rows.numel() and not 0 <= int(rows[0]) <= int(rows[-1]) < limit:
-        raise CheckpointError(f"{info.file}: tensor {info.name} has {limit} rows; row {int(rows[-1])} was asked for")
+        raise CheckpointError(f"{info.file}: tensor {info.name} has {limit} rows, but row {int(rows[-1])} is needed; fetch the model again")
     out = torch.empty(len(rows), *info.shape[1:], dtype=info.dtype)
     row_bytes = info.nbytes // max(limit, 1)
     breaks = (rows.diff() != 1).nonzero().flatten().add(1).tolist()
-    with opened(info) as fd:
+    with tensor_file(info) as fd:
         for lo, hi in zip([0, *breaks], [*breaks, len(rows)], strict=True):
             if lo < hi:
                 fill(fd, info, out[lo:hi], info.start + int(rows[lo]) * row_bytes)
@@ -60,9 +59,9 @@ def read_rows(info: TensorInfo, rows: Tensor) -> Tensor:
 
 
 def iter_chunks(info: TensorInfo) -> Iterator[memoryview]:
-    """A tensor's bytes in bounded pieces, checked for NaN and Inf on the way. Each piece is valid until the next."""
+    """The bytes of a tensor in pieces of ``CHUNK_BYTES``, each checked for NaN and Inf. A piece is valid until the next."""
     buffer = torch.empty(min(CHUNK_BYTES, info.nbytes), dtype=torch.uint8)
-    with opened(info) as fd:
+    with tensor_file(info) as fd:
         for position in range(info.start, info.stop, CHUNK_BYTES):
             piece = buffer[: min(CHUNK_BYTES, info.stop - position)]
             fill(fd, info, piece, position)
@@ -71,36 +70,39 @@ def iter_chunks(info: TensorInfo) -> Iterator[memoryview]:
 
 
 def require_finite(tensor: Tensor, info: TensorInfo) -> None:
-    if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not finite(tensor):
-        raise not_finite(info)
+    """Raise NumericsError, naming ``info``, if floating-point numbers of 16 or more bits contain NaN or Inf."""
+    if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not is_finite(tensor):
+        raise nonfinite_error(info)
 
 
-def not_finite(info: TensorInfo) -> NumericsError:
+def nonfinite_error(info: TensorInfo) -> NumericsError:
+    """The error for a tensor of the checkpoint that contains NaN or Inf."""
     return NumericsError(f"{info.file}: tensor {info.name} contains NaN or Inf; the checkpoint is damaged, fetch it again")
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous host tensor, shared and writable; it keeps the tensor alive.
+    """The memory of a contiguous host tensor, shared and writable. It keeps the tensor alive.
 
-    Not through a ctypes array: its type is made anew for every size and lives in a cycle until the collector comes.
+    A ctypes array is avoided: it creates a type per size, which stays in a reference cycle until garbage collection.
     """
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def open_file(info: TensorInfo) -> int:
-    """A file descriptor to read a tensor with. Raises CheckpointError where it is not there or not readable, else ResourceError."""
+    """Open a tensor's file; returns its descriptor. Raises CheckpointError if it is missing or not readable, else ResourceError."""
     try:
         return os.open(info.file, os.O_RDONLY)
     except OSError as error:
         kind = CheckpointError if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)) else ResourceError
         raise kind(
-            f"{info.file}: cannot be opened to read tensor {info.name}: {error.strerror}; is it still there, and readable?"
+            f"{info.file}: cannot be opened to read tensor {info.name}: {error.strerror}; check that it exists and is readable"
         ) from error
 
 
 @contextlib.contextmanager
-def opened(info: TensorInfo) -> Iterator[int]:
+def tensor_file(info: TensorInfo) -> Iterator[int]:
+    """A descriptor of a tensor's file, closed at the end of the block. Raises as ``open_file`` does."""
     fd = open_file(info)
     try:
         yield fd
@@ -109,9 +111,10 @@ def opened(info: TensorInfo) -> Iterator[int]:
 
 
 def fill(fd: int, info: TensorInfo, memory: Tensor, position: int, stopped: Callable[[], bool] = lambda: False) -> None:
-    """Read exactly the bytes of ``memory``, part of a tensor, from byte ``position`` of its file on.
+    """Fill ``memory`` with bytes of a tensor, starting at byte ``position`` of its file.
 
-    stopped: asked between reads; what is left is not read once it is true. Raises CheckpointError, ResourceError where the disk fails.
+    stopped: called before each read; once it returns True, the rest is not read. Raises CheckpointError if the file is too short,
+    ResourceError if the disk fails.
     """
     view = as_bytes(memory)
     done = 0
@@ -125,16 +128,16 @@ def fill(fd: int, info: TensorInfo, memory: Tensor, position: int, stopped: Call
             ) from error
         if got == 0:
             raise CheckpointError(
-                f"{info.file}: ends at byte {position + done}, sooner than its header says (tensor {info.name}); fetch it again"
+                f"{info.file}: ends at byte {position + done}, before the end of tensor {info.name} in its header; fetch it again"
             )
         done += got
 
 
 def drop_cached(fd: int, start: int, stop: int) -> None:
-    """Let the system forget its copy of bytes [start, stop) of a file, where it can.
+    """Drop bytes [start, stop) of a file from the page cache, if the system supports it.
 
-    From the beginning of their folio on: a folio that two ranges share is dropped with neither by itself. Of 1 GiB read in
-    ranges of 5 MB on ext4, 416 MiB stayed with exact ranges, 395 with ranges rounded out to pages, 4 like this.
+    The range is extended to the beginning of its first folio, since a folio shared by two ranges is not dropped by either alone. Of 1 GiB
+    read in ranges of 5 MB on ext4, 416 MiB stayed cached with exact ranges, 395 MiB with ranges extended to pages, 4 MiB this way.
     """
     if hasattr(os, "posix_fadvise"):
         begin = start // FOLIO_BYTES * FOLIO_BYTES

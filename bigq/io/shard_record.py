@@ -1,4 +1,4 @@
-"""What is kept of a shard once it is written, and how that is checked. Needs no torch: looking at a job's record takes no time."""
+"""The record of a written shard, and the hash that verifies it. Does not import torch, so that records can be read quickly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bigq.errors import ResourceError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRecord:
-    """A shard as written: what the journal keeps of it."""
+    """The journal's record of a written shard. size: bytes. tensors: names, in the order of the file."""
 
     file: str
     size: int
@@ -20,12 +20,12 @@ class ShardRecord:
 
 
 def file_sha256(path: Path) -> str:
-    """The hash of a file, read in pieces. Raises ResourceError."""
+    """The SHA-256 of a file in hexadecimal. Raises ResourceError."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb", buffering=0) as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)
     except OSError as error:
-        raise ResourceError(f"{path}: cannot be read: {error.strerror}; check the disk and run the command again") from error
+        raise ResourceError(f"{path}: cannot be read: {error.strerror}; check the disk, then run the same command again") from error
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Text files and JSONL, plain or gzipped, read within bounds whatever they hold. Knows nothing of tokens."""
+"""Reading text and JSONL files, optionally gzipped, with limits on memory. Knows nothing of tokens."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 
 from bigq.errors import CalibrationError
 
-#: Text is handed out in pieces of about this many characters, cut at line ends.
+#: Text is read in pieces of about this many characters, which end at line ends.
 PIECE_CHARS = 65536
-#: A longer line of text is cut, wherever that may be; ordinary lines are thousands of times shorter.
+#: Longer lines of text are split at this length. Ordinary lines are thousands of times shorter.
 LONGEST_LINE = 2**22
-#: A longer line of JSONL is refused. The longest books have some 2**22 characters.
+#: Longer lines of JSONL are refused. The longest books have some 2**22 characters.
 LONGEST_DOCUMENT = 2**24
-#: How much gzip may expand: text comes to 3 to 10 times its size, gzip's own limit is 1032. The rest is for short files.
+#: A gzipped file may expand to this multiple of its size plus this many bytes. Text expands 3 to 10 times; gzip's maximum is 1032.
 MOST_EXPANSION, FREE_EXPANSION = 100, 2**25
 
 
 def text_pieces(path: Path) -> Iterator[str]:
-    """A text in pieces of whole lines, none much longer than PIECE_CHARS or one line. Raises CalibrationError."""
+    """A text file in pieces of whole lines, each of about ``PIECE_CHARS`` characters or one longer line. Raises CalibrationError."""
     try:
         with _open_text(path) as file:
             while piece := _piece(file):
@@ -40,12 +40,14 @@ def documents(path: Path) -> Iterator[str]:
             while line := file.readline(LONGEST_DOCUMENT):
                 number += 1
                 if len(line) == LONGEST_DOCUMENT and not line.endswith("\n"):
-                    raise CalibrationError(f"{path}, line {number}: is longer than {LONGEST_DOCUMENT} characters; cut it into documents")
+                    raise CalibrationError(
+                        f"{path}, line {number}: longer than {LONGEST_DOCUMENT} characters; split it into several documents"
+                    )
                 if not line.strip():
                     continue
                 record = json.loads(line)
                 if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                    raise CalibrationError(f"{path}, line {number}: needs an object with a string field 'text'")
+                    raise CalibrationError(f"{path}, line {number}: must be an object with a string field 'text'")
                 record["text"].encode()
                 yield record["text"]
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
@@ -53,7 +55,7 @@ def documents(path: Path) -> Iterator[str]:
 
 
 def _piece(file: Any) -> str:
-    """The next lines of a file as ``file.readlines(PIECE_CHARS)`` gives them, but for lines that are too long."""
+    """The next lines of a file, like ``file.readlines(PIECE_CHARS)``, but lines are split at ``LONGEST_LINE``."""
     lines: list[str] = []
     length = 0
     while line := file.readline(LONGEST_LINE):
@@ -72,7 +74,7 @@ def _open_text(path: Path) -> Any:
 
 
 class _Expanded(io.RawIOBase):
-    """What a gzip file holds. Raises CalibrationError where that is more than ``allowed`` bytes."""
+    """The decompressed contents of a gzip file. Raises CalibrationError after ``allowed`` bytes."""
 
     def __init__(self, path: Path, allowed: int) -> None:
         self._path, self._left = path, allowed
@@ -86,7 +88,7 @@ class _Expanded(io.RawIOBase):
         self._left -= len(data)
         if self._left < 0:
             raise CalibrationError(
-                f"{self._path}: expands to more than {MOST_EXPANSION} times its size, as text does not; give the text itself"
+                f"{self._path}: expands to more than {MOST_EXPANSION} times its size, which text does not; give the decompressed file"
             )
         buffer[: len(data)] = data
         return len(data)

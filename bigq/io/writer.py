@@ -1,4 +1,4 @@
-"""Writing safetensors shards piece by piece: the header first, then each tensor's bytes, hashed on the way."""
+"""Writing safetensors shards in pieces: the header, then the bytes of each tensor. The SHA-256 is computed during writing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bigq import faults
 from bigq.io.atomic import atomic_file
-from bigq.io.device_to_host import Outgoing
+from bigq.io.device_to_host import DeviceToHost
 from bigq.io.index import DTYPE_NAMES, TensorInfo
 from bigq.io.reader import as_bytes, iter_chunks
 from bigq.io.shard_record import ShardRecord
@@ -22,7 +22,7 @@ from bigq.io.shard_record import ShardRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputTensor:
-    """A tensor to be written; ``chunks`` yields its bytes when its turn comes."""
+    """A tensor to be written. chunks: called when the tensor is written; yields its bytes in order."""
 
     name: str
     dtype: torch.dtype
@@ -34,22 +34,22 @@ class OutputTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor, outgoing: Outgoing | None = None) -> OutputTensor:
-        """A tensor that is in memory; one on a GPU leaves it through ``outgoing``."""
+    def of(cls, name: str, tensor: Tensor, to_host: DeviceToHost | None = None) -> OutputTensor:
+        """A tensor in memory. to_host: copies a tensor from a GPU while it is written, instead of now."""
         tensor = tensor.contiguous()
-        if outgoing is None or not tensor.numel():
+        if to_host is None or not tensor.numel():
             return cls(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), chunks=lambda: [as_bytes(tensor.cpu())])
-        computed = outgoing.mark()
-        return cls(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), chunks=lambda: outgoing.chunks(tensor, computed))
+        computed = to_host.mark()
+        return cls(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), chunks=lambda: to_host.chunks(tensor, computed))
 
     @classmethod
     def copy_of(cls, info: TensorInfo) -> OutputTensor:
-        """A tensor of the source, copied from shard to shard without being held whole."""
+        """A tensor of the source, copied in pieces, so that it is never in memory as a whole."""
         return cls(name=info.name, dtype=info.dtype, shape=info.shape, chunks=lambda: iter_chunks(info))
 
 
 def write_shard(path: Path, tensors: Sequence[OutputTensor]) -> ShardRecord:
-    """Write a shard atomically and durably. Raises ResourceError where the disk refuses."""
+    """Write a shard atomically and durably. Raises ResourceError if writing fails."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for t in tensors:

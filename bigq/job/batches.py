@@ -29,12 +29,12 @@ class Halving:
 
 
 class Batches:
-    """The batch by place. tell: is given (the batch that was too large, what follows) before the job goes on."""
+    """The batch by place. on_halving: is given (the batch that was too large, what follows) before the job goes on."""
 
-    def __init__(self, batch: int, known: Iterable[Halving] = (), tell: Callable[[int, Halving], None] | None = None) -> None:
+    def __init__(self, batch: int, known: Iterable[Halving] = (), on_halving: Callable[[int, Halving], None] | None = None) -> None:
         self._batch = batch
         self._halvings = list(known)
-        self._tell = tell
+        self._on_halving = on_halving
 
     def at(self, block: int, step: int, row: int = 0) -> int:
         """The batch at a row of a pass. It never grows from one place to a later one."""
@@ -46,16 +46,16 @@ class Batches:
         batch = self.at(block, step, row)
         assert batch > 1
         halving = Halving(block, step, row, batch // 2)
-        if self._tell is not None:
-            self._tell(batch, halving)
+        if self._on_halving is not None:
+            self._on_halving(batch, halving)
         self._halvings.append(halving)
 
     @property
-    def used(self) -> tuple[int, ...]:
+    def sizes(self) -> tuple[int, ...]:
         """All batches, the largest first."""
         return (self._batch, *sorted({h.batch for h in self._halvings if h.batch < self._batch}, reverse=True))
 
 
-def told(before: int, halving: Halving) -> str:
+def halving_message(before: int, halving: Halving) -> str:
     """A halving in words."""
     return f"out of memory: batch {before} → {halving.batch}"

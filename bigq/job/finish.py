@@ -16,7 +16,7 @@ from bigq import faults
 from bigq.config import JobConfig
 from bigq.errors import BigqError, CheckpointError, ResourceError
 from bigq.io.atomic import copy_file, json_bytes, remedy, sync_folder, write_bytes, write_json
-from bigq.io.checksummed import read_sealed, write_sealed
+from bigq.io.checksum import load_record, save_record
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import Format, Quantization
 from bigq.io.index import INDEX_NAME, read_header, read_json_object
@@ -25,8 +25,8 @@ from bigq.io.shard_record import file_sha256
 from bigq.job.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journal
 from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME
 from bigq.kernels.dequantize import dequantize_packed
+from bigq.methods import method_of
 from bigq.scheme import QuantScheme, scheme_for
-from bigq.solver.rtn import plain_grid
 from bigq.version import __version__
 
 #: A model card is a text for people, who may go on writing it: of one that bigq wrote, which says so, the manifest does not speak.
@@ -40,7 +40,7 @@ def is_finished(journal: Journal) -> bool:
     if journal.missing:
         return False
     try:
-        manifest = read_sealed(journal.out / STATE_FOLDER / MANIFEST_NAME, "")
+        manifest = load_record(journal.out / STATE_FOLDER / MANIFEST_NAME, "")
         if manifest is None:
             return False
         shards = {commit.shard.file for commit in journal.commits}
@@ -94,7 +94,7 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Se
     final = json_bytes(read_json_object(source / "config.json") | ({"quantization_config": quantization} if told.packed else {}))
     free = {"free": [CARD_NAME]} if is_card(out / CARD_NAME) else {}
     files = {name: entry for name, entry in _manifest(journal, final).items() if name not in free.get("free", ())}
-    write_sealed(out / STATE_FOLDER / MANIFEST_NAME, {"files": files, **free})
+    save_record(out / STATE_FOLDER / MANIFEST_NAME, {"files": files, **free})
     faults.point("finish.manifest")
     try:
         write_bytes(out / "config.json", final)
@@ -110,7 +110,7 @@ def _search_power(config: JobConfig) -> float:
     """Of the errors in the search for scales; 0 where there is none."""
     if not config.scheme.mse:
         return 0.0
-    return plain_grid(config.scheme).mse_power if config.method == "rtn" else config.scheme.grid.mse_power
+    return method_of(config).grid(config.scheme).mse_power
 
 
 def quantization_of(commits: Iterable[Commit], config: JobConfig, linears: Sequence[str], meta: Mapping[str, Any]) -> Quantization:
@@ -142,12 +142,12 @@ def is_card(path: Path) -> bool:
 def free_card(out: Path) -> None:
     """Let the manifest of a finished folder speak no more of the model card. Raises CheckpointError, ResourceError."""
     path, remedy = out / STATE_FOLDER / MANIFEST_NAME, "run the command that made the folder again"
-    manifest = read_sealed(path, remedy)
+    manifest = load_record(path, remedy)
     if manifest is None or not isinstance(manifest.get("files"), dict):
         raise CheckpointError(f"{path}: is missing, or no list of files; {remedy}")
     files = {name: entry for name, entry in manifest["files"].items() if name != CARD_NAME}
     if manifest != (freed := {"files": files, "free": [CARD_NAME]}):
-        write_sealed(path, freed)
+        save_record(path, freed)
 
 
 def _manifest(journal: Journal, config_json: bytes) -> dict[str, dict[str, Any]]:

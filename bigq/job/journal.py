@@ -23,7 +23,7 @@ from typing import Any
 from bigq import faults
 from bigq.errors import CheckpointError, ResourceError, UsageError
 from bigq.io.atomic import TEMP_SUFFIX, remedy, sync_folder, write_bytes
-from bigq.io.checksummed import read_record, read_sealed, seal, sound_lines, unseal, write_sealed
+from bigq.io.checksum import load_record, read_record_bytes, save_record, seal, unseal, valid_lines
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.shard_record import ShardRecord, file_sha256
 from bigq.job.batches import Halving
@@ -135,28 +135,28 @@ class Journal:
         self._path = self._state / JOURNAL_NAME
         #: What was unusual about taking the job up.
         self.notes: list[str] = []
-        self._former: dict[str, str] = {}
+        self._replaced_hashes: dict[str, str] = {}
         self._run: Mapping[str, Any] = {}
         self._begin(request, compare)
-        self._committed = self._surviving()
-        self.halvings = self._known_halvings()
+        self._committed = self._sound_commits()
+        self.halvings = self._read_halvings()
 
     def _begin(self, request: Mapping[str, Any], compare: Callable[..., list[str]]) -> None:
-        before = read_sealed(self._state / JOB_NAME, _BEGIN_AGAIN)
+        before = load_record(self._state / JOB_NAME, _BEGIN_AGAIN)
         if before is not None:
             self.notes += compare(self.out, before, request)
         elif self._path.exists():
             raise CheckpointError(f"{self._state / JOB_NAME}: is missing, so what the job was asked for is unknown; {_BEGIN_AGAIN}")
         else:
-            write_sealed(self._state / JOB_NAME, request)
+            save_record(self._state / JOB_NAME, request)
             faults.point("job.written")
 
-    def _surviving(self) -> dict[str, Commit]:
+    def _sound_commits(self) -> dict[str, Commit]:
         """The commits that are whole, by unit; the journal keeps no others, leftover temp files go."""
         for leftover in [*self.out.glob("*" + TEMP_SUFFIX), *self._state.glob("*" + TEMP_SUFFIX)]:
             with contextlib.suppress(OSError):  # one that stays is written over, or is told then
                 leftover.unlink(missing_ok=True)
-        lines = (read_record(self._path) or b"").splitlines(keepends=True)
+        lines = (read_record_bytes(self._path) or b"").splitlines(keepends=True)
         found = [Commit.from_line(line) for line in lines]
         kept: dict[str, Commit] = {}
         for commit in found:
@@ -169,7 +169,7 @@ class Journal:
             problem = self._problem(commit)
             if problem is not None:
                 self.notes.append(f"{commit.shard.file}: {problem}; it is made again")
-                self._former[unit] = commit.shard.sha256
+                self._replaced_hashes[unit] = commit.shard.sha256
                 del kept[unit]
         if len(kept) < len(lines):
             write_bytes(self._path, b"".join(c.to_line() for c in kept.values()))
@@ -210,13 +210,13 @@ class Journal:
         """Numbers of the units that are not committed."""
         return [number for number, unit in enumerate(self.units) if unit not in self._committed]
 
-    def committed(self, number: int) -> Commit | None:
+    def commit_of(self, number: int) -> Commit | None:
         """The commit of unit ``number``, if there is one."""
         return self._committed.get(self.units[number])
 
     def differs(self, commit: Commit) -> bool:
         """Whether the commit is of a shard that had to be made again and did not come out as it was."""
-        return self._former.get(commit.unit, commit.shard.sha256) != commit.shard.sha256
+        return self._replaced_hashes.get(commit.unit, commit.shard.sha256) != commit.shard.sha256
 
     def commit(self, commit: Commit) -> None:
         """Append a commit durably; its shard is already on disk. Raises ResourceError; then the journal is as it was."""
@@ -241,9 +241,9 @@ class Journal:
             raise ResourceError(f"cannot write {self._path}: {error.strerror}; free some space and run the command again") from error
         self._committed[commit.unit] = commit
 
-    def _known_halvings(self) -> list[Halving]:
+    def _read_halvings(self) -> list[Halving]:
         path = self._state / BATCHES_NAME
-        value = read_sealed(path, _BEGIN_AGAIN)
+        value = load_record(path, _BEGIN_AGAIN)
         if value is None:
             return []
         try:
@@ -251,26 +251,26 @@ class Journal:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: is not a list of halvings; {_BEGIN_AGAIN}") from error
 
-    def halve(self, halving: Halving) -> None:
+    def record_halving(self, halving: Halving) -> None:
         """Record durably that the job goes on with a smaller batch from some place on.
 
         Nothing that comes of it is committed before: a job that is taken up again halves where this one did.
         """
         self.halvings.append(halving)
-        write_sealed(self._state / BATCHES_NAME, {"halvings": [h.to_json() for h in self.halvings]})
+        save_record(self._state / BATCHES_NAME, {"halvings": [h.to_json() for h in self.halvings]})
         faults.point("batch.halved")
 
     def record_run(self, run: Mapping[str, Any]) -> None:
         """Add a line about this run. Raises ResourceError."""
         self._run = run
         path = self._state / RUNS_NAME
-        write_bytes(path, b"".join([*sound_lines(path), seal(run, line=True)]))
+        write_bytes(path, b"".join([*valid_lines(path), seal(run, line=True)]))
         faults.point("run.recorded")
 
     def record_end(self, ended: Mapping[str, Any]) -> None:
         """Complete the line of the run that ``record_run`` told of. Raises ResourceError; then the line is as it was."""
         path, begun = self._state / RUNS_NAME, seal(self._run, line=True)
-        others = [line for line in sound_lines(path) if line != begun]
+        others = [line for line in valid_lines(path) if line != begun]
         write_bytes(path, b"".join([*others, seal({**self._run, "ended": ended}, line=True)]))
 
 
@@ -289,7 +289,7 @@ def modification_time(path: Path) -> int:
 
 def read_commits(out: Path) -> tuple[list[Commit], int]:
     """The journal's commits as they stand, and how many of its lines are none. For looking on: no shard is read, nothing repaired."""
-    lines = (read_record(out / STATE_FOLDER / JOURNAL_NAME) or b"").splitlines(keepends=True)
+    lines = (read_record_bytes(out / STATE_FOLDER / JOURNAL_NAME) or b"").splitlines(keepends=True)
     found = [Commit.from_line(line) for line in lines]
     commits = [commit for commit in found if commit is not None]
     return commits, len(found) - len(commits)
@@ -297,10 +297,10 @@ def read_commits(out: Path) -> tuple[list[Commit], int]:
 
 def read_job(out: Path) -> dict[str, Any] | None:
     """The frozen request of the job in a folder; None where there is none. Raises CheckpointError where it is damaged."""
-    return read_sealed(out / STATE_FOLDER / JOB_NAME, _BEGIN_AGAIN)
+    return load_record(out / STATE_FOLDER / JOB_NAME, _BEGIN_AGAIN)
 
 
-def require_ours(out: Path) -> None:
+def require_job_folder(out: Path) -> None:
     """Raise UsageError where ``out`` is neither absent, nor empty, nor the folder of a job; ResourceError where it cannot be read."""
     if (out / STATE_FOLDER / CONVERSION_NAME).exists():
         raise UsageError(f"{out}: OUT holds a converted model, in which no job can run; choose another folder")

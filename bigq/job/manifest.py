@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bigq.errors import BigqError
-from bigq.io.checksummed import read_sealed, write_sealed
+from bigq.io.checksum import load_record, save_record
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.shard_record import file_sha256
 from bigq.job.journal import read_job
@@ -21,7 +21,7 @@ def has_gguf(out: Path, *, by_size: bool = False) -> bool:
 
     One whose size and time are those of the file that was written is not read; by_size: nor is any other.
     """
-    manifest, path = read_sealed(out / STATE_FOLDER / MANIFEST_NAME, ""), out / GGUF_NAME
+    manifest, path = load_record(out / STATE_FOLDER / MANIFEST_NAME, ""), out / GGUF_NAME
     try:
         entry = None if manifest is None else manifest["files"][GGUF_NAME]
         if entry is None or path.stat().st_size != entry["size"]:
@@ -43,9 +43,9 @@ def lacks_gguf(out: Path) -> bool:
 
 def add_gguf(out: Path) -> None:
     """Let the manifest of a finished folder speak of the GGUF file that was written to it. Raises ResourceError."""
-    manifest = read_sealed(out / STATE_FOLDER / MANIFEST_NAME, "")
+    manifest = load_record(out / STATE_FOLDER / MANIFEST_NAME, "")
     assert manifest is not None
     path = out / GGUF_NAME
     entry = {"size": path.stat().st_size, "sha256": file_sha256(path), "modified": path.stat().st_mtime_ns}
     files = dict(sorted({**manifest["files"], GGUF_NAME: entry}.items()))
-    write_sealed(out / STATE_FOLDER / MANIFEST_NAME, {**manifest, "files": files})
+    save_record(out / STATE_FOLDER / MANIFEST_NAME, {**manifest, "files": files})

@@ -31,7 +31,7 @@ import psutil
 from bigq import faults
 from bigq.errors import BigqError, CheckpointError, ResourceError, Stopped, UsageError
 from bigq.io.atomic import TEMP_SUFFIX, remedy, sync_folder
-from bigq.io.checksummed import read_record
+from bigq.io.checksum import read_record_bytes
 
 if TYPE_CHECKING:
     from bigq.progress.progress import Progress
@@ -73,7 +73,7 @@ class Holder:
     def read(cls, state: Path) -> Holder | None:
         """None where nobody ever owned the folder, or where what is written about it cannot be read."""
         try:
-            value = json.loads(read_record(state / OWNER_NAME) or b"")
+            value = json.loads(read_record_bytes(state / OWNER_NAME) or b"")
             return cls(
                 token=str(value["token"]),
                 host=str(value["host"]),
@@ -89,7 +89,7 @@ class Holder:
             return None
 
     @property
-    def here(self) -> bool:
+    def same_machine(self) -> bool:
         """Whether it ran where this process runs: same machine since its start, same view of processes."""
         return self.machine == this_machine()
 
@@ -98,17 +98,17 @@ class Holder:
         """Whether its process runs; None for one of another machine."""
         if self.outcome is not None:
             return False
-        if not self.here:
+        if not self.same_machine:
             return None
         if self.pid == os.getpid():
             return self.token in _owned_here
-        return process_started(self.pid) == self.started
+        return process_start(self.pid) == self.started
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, last heartbeat {self.at}"
 
 
-def process_started(pid: int) -> float | None:
+def process_start(pid: int) -> float | None:
     """When a process began, by a clock that nobody sets: ticks since the machine was booted. None where no such process runs."""
     try:
         # What follows the name, which may hold anything, in parentheses: the state, and the 22nd field of all.
@@ -116,12 +116,12 @@ def process_started(pid: int) -> float | None:
         # One that ended and that nobody has waited for, as in a container without an init.
         return None if fields[0] in "ZX" else float(fields[19])
     except FileNotFoundError:
-        return None if Path("/proc/self/stat").exists() else _created(pid)
+        return None if Path("/proc/self/stat").exists() else _creation_time(pid)
     except (OSError, ValueError, IndexError):
         return None
 
 
-def _created(pid: int) -> float | None:
+def _creation_time(pid: int) -> float | None:
     try:
         return float(psutil.Process(pid).create_time())
     except (psutil.Error, ValueError, OverflowError):
@@ -157,15 +157,15 @@ class Owner:
         self._state, self._facts = state, facts
         self._token = uuid.uuid4().hex
         self._beat = 0
-        self._lost: str | None = None
+        self._new_owner: str | None = None
         self._ended = threading.Event()
         self._guard = threading.Lock()
         #: What was unusual about becoming the owner, for the job's record.
         self.notes: list[str] = []
-        self._lock = self._locked(steal)
+        self._lock = self._take_lock(steal)
         try:
             faults.point("lock.taken")
-            self._outlive(Holder.read(state), steal, say)
+            self._wait_for_holder(Holder.read(state), steal, say)
             _owned_here.add(self._token)
             self._write(None)
             faults.point("owner.written")
@@ -173,25 +173,25 @@ class Owner:
             _owned_here.discard(self._token)
             self._lock.close()
             if isinstance(error, OSError):
-                raise unusable(state.parent, error) from error
+                raise unusable_folder(state.parent, error) from error
             raise
         self._thread = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def _locked(self, steal: bool) -> IO[str]:
+    def _take_lock(self, steal: bool) -> IO[str]:
         path = self._state / LOCK_NAME
         for _ in range(LOCK_ATTEMPTS):
             try:
                 lock = open(path, "a")
             except OSError as error:
-                raise unusable(self._state.parent, error) from error
+                raise unusable_folder(self._state.parent, error) from error
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.close()
                 holder = Holder.read(self._state)
                 if not steal or holder is None or holder.alive is not None:
-                    raise UsageError(_held(self._state, holder)) from None
+                    raise UsageError(_held_message(self._state, holder)) from None
                 self.notes.append(f"the folder's lock was stolen from {holder}")
                 try:
                     path.unlink(missing_ok=True)
@@ -211,14 +211,14 @@ class Owner:
             time.sleep(0.05)
         raise ResourceError(f"{path}: is replaced again and again; is another job taking the folder? Try again, or choose another folder")
 
-    def _outlive(self, holder: Holder | None, steal: bool, say: Callable[[str], None]) -> None:
+    def _wait_for_holder(self, holder: Holder | None, steal: bool, say: Callable[[str], None]) -> None:
         """Raise UsageError where the holder before may be alive after all: with locks that reach no further than one machine."""
         if holder is None or holder.alive is False:
             if holder is not None and holder.outcome is None:
                 self.notes.append(f"the job before ended without a word ({holder})")
             return
         if holder.alive:
-            raise UsageError(_held(self._state, holder))
+            raise UsageError(_held_message(self._state, holder))
         if steal:
             self.notes.append(f"the folder was taken from {holder}, as --steal-lock said")
             return
@@ -231,7 +231,7 @@ class Owner:
             if now is not None and (now.token, now.beat) != (holder.token, holder.beat):
                 if now.outcome is not None:
                     return
-                raise UsageError(_held(self._state, now))
+                raise UsageError(_held_message(self._state, now))
         self.notes.append(f"the folder was taken from {holder}, whose heartbeat had stopped")
 
     def _write(self, outcome: str | None, facts: Mapping[str, Any] | None = None) -> None:
@@ -243,7 +243,7 @@ class Owner:
                 "host": socket.gethostname(),
                 "machine": this_machine(),
                 "pid": os.getpid(),
-                "started": process_started(os.getpid()),
+                "started": process_start(os.getpid()),
                 "beat": self._beat,
                 "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                 "outcome": outcome,
@@ -265,21 +265,21 @@ class Owner:
             # A disk that is full now may have room at the next beat; the job itself will say so if not. Whatever else may
             # happen: a heartbeat that ended would let others take the folder from a job that runs.
             with contextlib.suppress(Exception):
-                self._look()
-                if self._lost is None:
+                self._detect_takeover()
+                if self._new_owner is None:
                     self._write(None)
 
-    def _look(self) -> None:
+    def _detect_takeover(self) -> None:
         holder = Holder.read(self._state)
         if holder is not None and holder.token != self._token:
-            self._lost = str(holder)
+            self._new_owner = str(holder)
 
     def check(self) -> None:
         """Raise UsageError where another job has taken the folder over."""
-        if self._lost is None:
-            self._look()
-        if self._lost is not None:
-            raise UsageError(f"{self._state.parent}: was taken over by another job ({self._lost}); this one stops")
+        if self._new_owner is None:
+            self._detect_takeover()
+        if self._new_owner is not None:
+            raise UsageError(f"{self._state.parent}: was taken over by another job ({self._new_owner}); this one stops")
 
     def release(self, outcome: str, facts: Mapping[str, Any] | None = None) -> None:
         """Say how it ended, and let others in. Never raises."""
@@ -287,8 +287,8 @@ class Owner:
         self._thread.join()
         _owned_here.discard(self._token)
         with contextlib.suppress(OSError, BigqError):
-            self._look()
-            if self._lost is None:
+            self._detect_takeover()
+            if self._new_owner is None:
                 try:
                     self._write(outcome, facts)
                 except OSError:  # without room for a word, there is none: a name that is left would keep others out
@@ -301,16 +301,16 @@ def refuse_if_held(state: Path) -> None:
     """Raise UsageError where the folder's holder is alive for certain; before much work is put into a job that cannot begin."""
     holder = Holder.read(state)
     if holder is not None and holder.alive:
-        raise UsageError(_held(state, holder))
+        raise UsageError(_held_message(state, holder))
 
 
 @contextlib.contextmanager
-def owned(state: Path, progress: Progress, *, steal: bool) -> Iterator[Owner]:
+def ownership(state: Path, progress: Progress, *, steal: bool) -> Iterator[Owner]:
     """Own a job's folder, made if need be. How the job ended is left in it. Raises as ``Owner``."""
     try:
         state.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise unusable(state.parent, error) from error
+        raise unusable_folder(state.parent, error) from error
     for folder in (state.parent, state.parent.parent):
         with contextlib.suppress(OSError):  # of a folder above there may be no leave to read
             sync_folder(folder)
@@ -329,12 +329,12 @@ def owned(state: Path, progress: Progress, *, steal: bool) -> Iterator[Owner]:
         owner.release(outcome, {**progress.facts(), **facts})
 
 
-def unusable(out: Path, error: OSError) -> ResourceError:
+def unusable_folder(out: Path, error: OSError) -> ResourceError:
     """What to tell of an output folder that nothing can be written to."""
     return ResourceError(f"{out}: cannot be used as output folder: {error.strerror}; {remedy(error)}")
 
 
-def _held(state: Path, holder: Holder | None) -> str:
+def _held_message(state: Path, holder: Holder | None) -> str:
     who = "" if holder is None else f" ({holder})"
     advice = "wait for it or stop it"
     if holder is not None and holder.alive is None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from bigq.calibration_data import GIVEN
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, UsageError
-from bigq.io.json_file import plain
+from bigq.io.json_file import show_name
 from bigq.version import __version__
 
 #: The packages whose versions are recorded, besides bigq and Python.
@@ -147,7 +147,7 @@ def _parts(out: Path, request: Any) -> dict[str, Any]:
         by = (
             "the file is damaged or of another version of bigq"
             if version in (None, __version__)
-            else f"bigq {plain(version)} began the job"
+            else f"bigq {show_name(version)} began the job"
         )
         return CheckpointError(f"{out}: its job.json: {what}; {by}: begin the job again in another folder")
 
@@ -155,9 +155,9 @@ def _parts(out: Path, request: Any) -> dict[str, Any]:
         if name in CHANGES and CHANGES[name].recorded:
             yield name, value
         elif name and not any(known.startswith(name + ".") for known in CHANGES):
-            raise bad(f"{plain(name)} is not known")
+            raise bad(f"{show_name(name)} is not known")
         elif not isinstance(value, dict):
-            raise bad(f"{plain(name) or 'it'} is not an object")
+            raise bad(f"{show_name(name) or 'it'} is not an object")
         else:
             for key, part in value.items():
                 yield from walk(f"{name}.{key}" if name else str(key), part)
@@ -181,7 +181,7 @@ def _version(request: Any) -> str | None:
 def _refusal(out: Path, name: str, old: Any, new: Any) -> str:
     if name == "code":
         file = next(file for file in sorted({**old, **new}) if (file in old, old.get(file)) != (file in new, new.get(file)))
-        return f"MODEL: its {plain(file)} {_hash_changed(out, old.get(file), new.get(file))}"
+        return f"MODEL: its {show_name(file)} {_hash_changed(out, old.get(file), new.get(file))}"
     if not name.startswith("settings."):
         return f"{CHANGES[name].said} {_hash_changed(out, old, new)}"
     return (
@@ -192,7 +192,7 @@ def _refusal(out: Path, name: str, old: Any, new: Any) -> str:
 
 def _hash_changed(out: Path, old: Any, new: Any) -> str:
     """In words; the first digits are enough to tell two hashes apart."""
-    then, now = (plain(value[:12]) if isinstance(value, str) else _shown(value) for value in (old, new))
+    then, now = (show_name(value[:12]) if isinstance(value, str) else _shown(value) for value in (old, new))
     return f"was {then} when the job in {out} was begun, is {now} now; give the source that it was begun with, or choose another folder"
 
 
@@ -231,7 +231,7 @@ def _typed_rule(pattern: str, overrides: Mapping[str, Any] | None) -> str:
 
 
 def _shown(value: Any) -> str:
-    return plain(value) if isinstance(value, str) else "not there" if value is None else plain(json.dumps(value))
+    return show_name(value) if isinstance(value, str) else "not there" if value is None else show_name(json.dumps(value))
 
 
 # Gathering: files, versions and the machine.

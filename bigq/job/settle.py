@@ -12,9 +12,9 @@ from bigq.errors import UsageError
 from bigq.kernels.grid import FEWEST_SCALE_BITS, SCALE_BITS
 from bigq.model import skeleton
 from bigq.model.blocks import block_linears
-from bigq.model.description import Described
+from bigq.model.description import ModelDescription
 from bigq.model.skeleton import linear_weight
-from bigq.model.structure import SMALLEST
+from bigq.model.structure import MIN_FEATURES
 from bigq.scheme import QuantScheme, scheme_for
 
 
@@ -28,12 +28,12 @@ def row_length(model_config: object, config: JobConfig) -> int:
     return config.seqlen
 
 
-def settled_scheme(model: Described, config: JobConfig) -> QuantScheme:
+def settled_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme:
     """The scheme of a job, with what it leaves open settled. Raises UsageError where its scales would not fit the format."""
     return dataclasses.replace(config.scheme, scale_bits=_scale_bits(model, config))
 
 
-def _scale_bits(model: Described, config: JobConfig) -> int:
+def _scale_bits(model: ModelDescription, config: JobConfig) -> int:
     prefix, asked = model.blocks_path + ".", config.scheme.scale_bits
     types = {info.dtype for name, info in model.sources.items() if name.startswith(prefix) and name.endswith(".weight")}
     if config.lm_head and (head := model.sources.get(f"{model.head_name}.weight")) is not None:
@@ -50,7 +50,7 @@ def _scale_bits(model: Described, config: JobConfig) -> int:
     return FEWEST_SCALE_BITS if config.format == "gguf" and asymmetric else of_type  # so that minimums are fp16 numbers
 
 
-def head_scheme(model: Described, config: JobConfig) -> QuantScheme | None:
+def head_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme | None:
     """How a model's head is to be quantized; None where it stays as it is. Raises UsageError where it cannot be although it should."""
     if not config.lm_head:
         return None
@@ -68,7 +68,7 @@ def head_scheme(model: Described, config: JobConfig) -> QuantScheme | None:
     return scheme
 
 
-def check_shapes(model: Described, config: JobConfig) -> None:
+def check_shapes(model: ModelDescription, config: JobConfig) -> None:
     """Raise UsageError where a Linear fits neither the format nor its group size, or none is to be quantized."""
     quantized = False
     for i, block in enumerate(model.blocks):
@@ -76,8 +76,8 @@ def check_shapes(model: Described, config: JobConfig) -> None:
             full = f"{model.blocks_path}.{i}.{name}"
             scheme = scheme_for(full, config.base_scheme, config.rules)
             m, n = linear_weight(module).shape
-            if scheme is not None and min(m, n) >= SMALLEST:
-                config.made.require(full, m, n, scheme, transposed=skeleton.stored_transposed(module))
+            if scheme is not None and min(m, n) >= MIN_FEATURES:
+                config.made.require(full, m, n, scheme, transposed=skeleton.is_transposed(module))
                 quantized = True
     if not quantized and head_scheme(model, config) is None:
         raise UsageError("--skip: no Linear is left that would be quantized; give narrower patterns")

@@ -25,34 +25,34 @@ from bigq.errors import Stopped
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED = 130
 
-#: The handlers that ``listening`` has replaced.
-_replaced: dict[signal.Signals, Any] = {}
+#: The handlers that ``listen`` has replaced.
+_previous_handlers: dict[signal.Signals, Any] = {}
 
 
-def _give_back_handlers() -> None:
-    for number, handler in _replaced.items():
+def _restore_handlers() -> None:
+    for number, handler in _previous_handlers.items():
         signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that is not Python's
 
 
-def _forget_in_child() -> None:
+def _detach_child() -> None:
     """A forked process shares the pipe: what it is sent would be heard by this job, and not by itself."""
-    if _replaced:
+    if _previous_handlers:
         signal.set_wakeup_fd(-1)
-        _give_back_handlers()
+        _restore_handlers()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(after_in_child=_detach_child)
 
 
 class Stop:
-    """Whether to stop, and until when. Without ``listening`` nobody ever asks.
+    """Whether to stop, and until when. Without ``listen`` nobody ever asks.
 
-    tell: is given what to tell of a signal, and the exit code if that is the end; from the thread that hears it.
+    notify: is given what to notify of a signal, and the exit code if that is the end; from the thread that hears it.
     """
 
-    def __init__(self, grace: float = 60.0, tell: Callable[[str, int | None], None] | None = None) -> None:
+    def __init__(self, grace: float = 60.0, notify: Callable[[str, int | None], None] | None = None) -> None:
         self.grace = grace
-        self._tell = tell or _tell
+        self._notify = notify or _notify
         self._reason: str | None = None
         self._deadline = float("inf")
 
@@ -61,7 +61,7 @@ class Stop:
         return self._reason is not None
 
     @property
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         """Seconds until the grace is over."""
         return self._deadline - time.monotonic()
 
@@ -74,14 +74,14 @@ class Stop:
     def check(self) -> None:
         """Raise Stopped where asked to; for steps that cost nothing to repeat."""
         if self.requested:
-            raise self.stopped("before the first block was begun")
+            raise self.error("before the first block was begun")
 
-    def stopped(self, where: str) -> Stopped:
+    def error(self, where: str) -> Stopped:
         """The error that ends the job."""
         return Stopped(f"{self._reason}: stopped {where}; run the same command again to go on")
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def listen(self) -> Iterator[None]:
         """Heed signals, in a program of our own. After the grace the process ends here. In other threads than the main one, nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -91,14 +91,14 @@ class Stop:
         # The pipe first: a signal that came in between would be heard by nobody.
         before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         for number in SIGNALS:
-            _replaced[number] = signal.signal(number, lambda *_: None)
+            _previous_handlers[number] = signal.signal(number, lambda *_: None)
         thread = threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True)
         thread.start()
         try:
             yield
         finally:
-            _give_back_handlers()
-            _replaced.clear()
+            _restore_handlers()
+            _previous_handlers.clear()
             signal.set_wakeup_fd(before)
             os.close(write)
             thread.join()
@@ -106,34 +106,34 @@ class Stop:
 
     def _listen(self, pipe: int) -> None:
         while True:
-            wait = None if self._deadline == float("inf") else max(0.0, self.left)
+            wait = None if self._deadline == float("inf") else max(0.0, self.seconds_left)
             ready, _, _ = select.select([pipe], [], [], wait)
             if not ready:
-                self._leave(Stopped.exit_code, f"stopped {self.grace:g} s after {self._reason}; the step under way is lost, nothing else")
+                self._exit(Stopped.exit_code, f"stopped {self.grace:g} s after {self._reason}; the step under way is lost, nothing else")
                 return
             numbers = os.read(pipe, 64)
             if not numbers:
                 return
             for number in numbers:
                 if number == signal.SIGINT and self.requested:
-                    self._leave(INTERRUPTED, "interrupted at once; the step under way is lost, nothing else")
+                    self._exit(INTERRUPTED, "interrupted at once; the step under way is lost, nothing else")
                 if number in SIGNALS and not self.requested:
                     self.request(signal.Signals(number).name)
                     said = f"{self._reason}: finishing this step and stopping, within {self.grace:g} s; Ctrl-C ends it at once"
-                    self._tell(said, None)
+                    self._notify(said, None)
 
-    def _leave(self, code: int, text: str) -> None:
-        self._tell(f"{text}; run the same command again to go on", code)
+    def _exit(self, code: int, text: str) -> None:
+        self._notify(f"{text}; run the same command again to go on", code)
         os._exit(code)
 
 
-def _tell(text: str, _: int | None) -> None:
+def _notify(text: str, _: int | None) -> None:
     if sys.__stderr__ is not None:  # else number 2 may be any file
         with contextlib.suppress(OSError, ValueError):
             os.write(sys.__stderr__.fileno(), f"\nbigq: {text}\n".encode())
 
 
-class Haste:
+class GraceEstimate:
     """Whether a block that is under way can be finished in the time that is left, by what others took.
 
     Kinds of blocks (those to solve, those to replay) take different times; of a kind that was never finished nothing is known.
@@ -157,7 +157,7 @@ class Haste:
         """The block is finished: how long it took says how long the next one will take."""
         self._seconds[self._kind] = self._now() - self._began
 
-    def must_leave(self, left: float) -> bool:
+    def must_stop(self, left: float) -> bool:
         """To be asked once it is known that the job is to stop in ``left`` seconds; the answer stays for the block under way."""
         if self._staying is None:
             spent = self._now() - self._began

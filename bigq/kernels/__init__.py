@@ -1,1 +1,1 @@
-"""The arithmetic that is worth making fast; one module per kernel, each knowing tensors and nothing of bigq."""
+"""The kernels, one module each: functions of tensors that know nothing else of bigq. Triton versions are in ``gpu/``."""

@@ -1,7 +1,7 @@
 """The factorization ``H = R·Rᵀ`` with R upper triangular, in place.
 
-It is a Cholesky factorization read from the last column to the first, so that ``R⁻¹`` is the upper
-Cholesky factor of ``H⁻¹`` that GPTQ (Frantar et al. 2022, algorithm 1) wants, and no inverse is formed.
+This is a Cholesky factorization that runs from the last column to the first. ``R⁻¹`` is then the upper Cholesky factor of
+``H⁻¹`` that GPTQ needs (Frantar et al. 2022, algorithm 1), and ``H⁻¹`` itself is never formed.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor
 from bigq.kernels.precision import fp32_products
 from bigq.kernels.rank_update import rank_update_
 
-#: Columns of a panel. Its diagonal block is factored by the library, all else is products.
+#: Columns of a panel. LAPACK or cuSOLVER factors its diagonal block; the rest is matrix products.
 PANEL = 256
 
 
 def upper_cholesky_(h: Tensor) -> bool:
     """Overwrite the upper triangle of h [n, n] (fp32 or fp64) with R, where ``h = R·Rᵀ``.
 
-    Only the upper triangle is read or written. Returns False, with h's upper triangle spoilt, where h is not
-    positive definite in its precision.
+    Only the upper triangle is read or written. Returns False if h is not positive definite in its precision; the upper
+    triangle then holds garbage.
 
-    Left-looking: a panel of columns takes in all that lies to its right by one product, then it is done. That writes each
-    element twice, where updating all that remains after each panel would write it n / PANEL times.
+    Left-looking: each panel of columns is updated once, by one product with all columns to its right. Each element is written
+    twice. A right-looking version would write it n / PANEL times.
     """
     with fp32_products(h, tf32=False):
         return _upper_cholesky_(h)
@@ -39,7 +39,7 @@ def _upper_cholesky_(h: Tensor) -> bool:
         panel, corner = h[:hi, lo:hi], h[lo:hi, lo:hi]
         if hi < n:
             rank_update_(panel, h[:hi, hi:], h[lo:hi, hi:])
-        # Flipped in both axes, the upper triangle lies where the library looks, and its lower factor is R.
+        # Flipping both axes turns the problem into an ordinary lower Cholesky factorization.
         lower, failed = torch.linalg.cholesky_ex(corner.flip(0, 1))
         failures.append(failed)
         r = lower.flip(0, 1)
@@ -47,7 +47,7 @@ def _upper_cholesky_(h: Tensor) -> bool:
         if lo:
             above = panel[:lo]
             above.copy_(above @ upper_inverse(r).T)
-    # Asked once, at the end: on a GPU each question would wait for all the work before it.
+    # Checked once, at the end: on a GPU each check would synchronize.
     return not bool(torch.stack(failures).any())
 
 
@@ -59,9 +59,9 @@ def upper_inverse(r: Tensor) -> Tensor:
 
 
 def diagonal_inverses(r: Tensor, blocks: Sequence[tuple[int, int]]) -> Tensor:
-    """The inverses of diagonal blocks [a, b) of an upper triangular matrix: [number of blocks, k, k], k the widest block.
+    """The inverses of the diagonal blocks [a, b) of an upper triangular matrix: [number of blocks, k, k], where k is the widest block.
 
-    A narrower block lies in the upper left corner of its inverse.
+    The inverse of a narrower block is in the upper left corner of its [k, k].
     """
     k = max(b - a for a, b in blocks)
     eye = torch.eye(k, dtype=r.dtype, device=r.device)

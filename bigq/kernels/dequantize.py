@@ -1,4 +1,4 @@
-"""Codes, scales and zeros to weights: ``scale · (code − zero)``, computed in fp32 and rounded once."""
+"""Codes, scales and zero points to weights: ``scale · (code − zero)``, computed in fp32 and rounded once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from bigq.kernels.pack import unpack
 from bigq.kernels.pick import use_triton
 
-#: Weights dequantized at a time by the plain version, so that its fp32 intermediate stays small beside the result.
+#: Weights that the reference dequantizes at a time, which bounds its fp32 intermediate.
 CHUNK = 2**20
 
 
@@ -31,7 +31,7 @@ def dequantize_packed(words: Tensor, scales: Tensor, zeros: Tensor, bits: int, d
 
 
 def dequantize_reference(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
-    """``dequantize`` in plain torch, some rows at a time."""
+    """``dequantize`` in plain torch, ``CHUNK`` weights at a time."""
     m, n = codes.shape
     groups = scales.shape[1]
     out = torch.empty(m, n, dtype=dtype, device=codes.device)

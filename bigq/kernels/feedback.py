@@ -1,4 +1,7 @@
-"""The product that corrects a block of columns for all columns before it: most of a solve's arithmetic."""
+"""GPTQ's error feedback: the product that corrects a block of columns for the errors of all columns before it.
+
+It is most of a solve's arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,6 @@ from bigq.kernels.precision import fp32_products
 
 
 def feedback(r: Tensor, errors: Tensor, out: Tensor) -> None:
-    """``out = rᵀ·errors``. r: [a, s] part of a factor; errors: [a, m]; out: [s, m]; fp32 (TF32 factors on a GPU) or fp64."""
+    """``out = rᵀ·errors``. r: [a, s], part of a factor. errors: [a, m]. out: [s, m]. fp32 (TF32 products on a GPU) or fp64."""
     with fp32_products(errors, tf32=True):
         torch.mm(r.T, errors, out=out)

@@ -1,4 +1,4 @@
-"""Whether a tensor holds NaN or Inf."""
+"""Checks for NaN and Inf."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 
-def finite(x: Tensor) -> bool:
-    """True where every element of a floating tensor is finite.
+def is_finite(x: Tensor) -> bool:
+    """True if every element of a floating tensor is finite.
 
-    The extremes of a tensor show NaN as well as both infinities. On one CPU core 2 Mi bf16 numbers take 0.24 ms so,
-    against 26 ms for ``isfinite(x).all()``.
+    Only the minimum and maximum are checked; NaN propagates into both. On one CPU core, 2 Mi bf16 numbers take 0.24 ms this
+    way and 26 ms with ``isfinite(x).all()``.
     """
-    return bool(all_finite(x))
+    return bool(finite_flag(x))
 
 
-def all_finite(x: Tensor) -> Tensor:
-    """``finite`` as a bool tensor [] on x's device, which is not waited for."""
+def finite_flag(x: Tensor) -> Tensor:
+    """``is_finite`` as a bool tensor [] on x's device, without synchronizing."""
     if x.numel() == 0:
         return torch.ones((), dtype=torch.bool, device=x.device)
     low, high = torch.aminmax(x)

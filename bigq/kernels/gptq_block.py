@@ -1,8 +1,8 @@
-"""GPTQ's column loop over one block: round a column, spread its error over the columns to its right.
+"""GPTQ's column loop over one block: round a column, then spread its error over the columns to its right.
 
-Weights are indexed [k, m]: k columns of the Linear's weight ("inputs"), m rows of it ("outputs"). Rows do not know of
-each other. On the CPU each column is contiguous over its rows, so that a step is a handful of long vector operations; on
-a GPU each row is contiguous and one launch keeps tiles of rows in registers for all k steps.
+Weights are indexed [k, m]: k columns of the Linear's weight (inputs), m rows of it (outputs). Rows are independent of each
+other. On a CPU each column is contiguous over its rows, so a step is a few long vector operations. On a GPU each row is
+contiguous, and one launch keeps tiles of rows in registers for all k steps.
 """
 
 from __future__ import annotations
@@ -13,38 +13,38 @@ from torch import Tensor
 from bigq.kernels.grid import GroupGrid, find_grid
 from bigq.kernels.pick import use_triton
 
-#: Columns between which errors are spread one at a time; further columns of the block get them as one product.
-#: The fastest of 16, 32, 64 and 128 for 2816 columns of 1024 rows on two CPU cores.
+#: Columns of a sub-block. Inside it, errors are spread column by column; the rest of the block is corrected by one product.
+#: 32 is the fastest of 16, 32, 64 and 128 for 2816 columns of 1024 rows on two CPU cores.
 SUB_BLOCK = 32
 
 
 class Scratch:
-    """Buffers for the plain version and the views into them that a step needs; making those takes a third of a step's time.
+    """Buffers of the reference and the views into them. Creating the views anew would take a third of each step's time.
 
-    One serves all blocks of a solve, one at a time.
+    All blocks of a solve can share one, in turn.
     """
 
     def __init__(self, m: int, dtype: torch.dtype, device: torch.device) -> None:
         self.columns, self.steps, self.squares = torch.empty(3, SUB_BLOCK, m, dtype=dtype, device=device)
         self.spread = torch.empty(SUB_BLOCK, SUB_BLOCK, dtype=dtype, device=device)
         rows = zip(self.columns.unbind(), self.steps.unbind(), self.spread.unbind(), strict=True)
-        #: column j, step j, the columns after j, what column j's error spreads to them
+        #: for each j: column j, step j, the columns after j, and the factors that spread column j's error to them
         self.views = [(column, step, self.columns[j + 1 :], spread[j + 1 :]) for j, (column, step, spread) in enumerate(rows)]
 
 
 def gptq_block_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: GroupGrid, scratch: Scratch | None = None) -> Tensor:
     """Quantize k columns in order (Frantar et al. 2022, algorithm 1, inner loop).
 
-    target: fp32 or fp64 [k, m], the weights as corrected for all columns before these; becomes the errors
+    target: fp32 or fp64 [k, m], the weights after correction for all earlier columns. Overwritten by the errors
         ``(w − q) / u_jj``.
     u: [k, k] upper triangular, the diagonal block of ``R⁻¹``.
-    work: [k, m], the weights before any correction; becomes ``work − q``.
+    work: [k, m], the weights before any correction. Overwritten by ``work − q``.
     codes: uint8 [k, m], overwritten.
-    grid: scales and zeros, found on the way and filled in where ``grid.find``.
+    grid: scales and zero points. If ``grid.find``, they are computed here and stored into it.
+    scratch: saves time on a CPU when many blocks of m rows are solved in turn.
     Returns the loss ``Σ_j ((w_j − q_j) / u_jj)²`` of each row, [m].
 
-    All may carry one more leading dimension: several matrices of one shape, each with its own u and grid. ``scratch`` saves
-    time on a CPU where many blocks of m rows follow one another.
+    All arguments may have one more leading dimension: a batch of matrices of one shape, each with its own u and grid.
     """
     if use_triton(target):
         from bigq.kernels.gpu.gptq_block import gptq_block_triton_
@@ -96,36 +96,36 @@ def gptq_block_reference_(
 
 
 def _columns(scratch: Scratch, weights: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float) -> None:
-    """Take a few columns of weights [k, m] through the loop: ``scratch.columns`` becomes ``w − scale·step``, ``scratch.steps``
-    the ``code − zero``. ``scratch.spread`` holds U with each row divided by its diagonal element.
+    """The loop over a few columns of weights [k, m]. Fills ``scratch.columns`` with ``w − scale·step`` and ``scratch.steps`` with
+    ``code − zero``. ``scratch.spread`` must hold U with each row divided by its diagonal element.
 
-    scale, and low and high where they are tensors: [k, m], or [1, m] where all columns are of one group. Then the loop works in
-    units of scale, which saves two operations a column.
+    scale, and low and high if they are tensors: [k, m], or [1, m] if all columns belong to one group. With one group the loop
+    works in units of scale, which saves two operations per column.
     """
     k = len(weights)
     columns = scratch.columns[:k]
-    alike = len(scale) == 1
-    if alike:
+    one_group = len(scale) == 1
+    if one_group:
         torch.div(weights, scale, out=columns)
     else:
         columns.copy_(weights)
-    # Rows of the scratch behind the last column take part in the outer products and are never looked at.
+    # Rows of the scratch after the last column take part in the outer products, but are never read.
     for j, (column, step, later, spread) in enumerate(scratch.views[:k]):
-        if alike:
+        if one_group:
             torch.round(column, out=step)
         else:
             torch.div(column, scale[j], out=step).round_()
         if isinstance(low, Tensor):
             assert isinstance(high, Tensor)
-            at = 0 if alike else j
+            at = 0 if one_group else j
             torch.clamp(step, low[at], high[at], out=step)
         else:
             assert not isinstance(high, Tensor)
             step.clamp_(low, high)
-        if alike:
+        if one_group:
             column.sub_(step)
         else:
             column.addcmul_(step, scale[j], value=-1)
         later.addr_(spread, column, alpha=-1)
-    if alike:
+    if one_group:
         columns.mul_(scale)

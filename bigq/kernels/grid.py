@@ -1,7 +1,7 @@
-"""Finding scales and zero points for groups of weights.
+"""Scales and zero points for groups of weights.
 
-Both are rounded to what is stored (fp16, integers) before anything is quantized with them, so that the codes
-are solved against exactly the grid that a reader will see.
+Both are rounded to their stored precision (fp16, integers) before anything is quantized with them. So codes are solved
+against exactly the grid that readers use.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch import Tensor
 
 FP16_TINY = 2.0**-24
 
-#: Significant bits of fp16, and the fewest that a scale may be rounded to.
+#: Significant bits of fp16, and the minimum that a scale may be rounded to.
 SCALE_BITS = 11
 FEWEST_SCALE_BITS = 7
 
-#: The grid search of the paper's own code: ranges down to 20 % of the full one in steps of 1 %.
+#: The grid search of the GPTQ paper's code: the full range is shrunk by 1 % per step, down to 21 %.
 MSE_STEPS = 80
-#: And it sums errors to this power.
+#: The exponent of the errors that the search sums.
 MSE_POWER = 2.4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GridSpec:
-    """What the points ``scale · (code − zero)`` of a group may be; the fields mean what they mean in ``QuantScheme``."""
+    """Which grids ``scale · (code − zero)`` a group may have. For the fields see ``QuantScheme``."""
 
     bits: int
     symmetric: bool
@@ -41,11 +41,11 @@ class GridSpec:
 
 @dataclass(frozen=True, slots=True)
 class GroupGrid:
-    """Scales and zeros of the groups that some columns belong to.
+    """Scales and zero points of the groups of k columns.
 
     scale, zero: [..., g, m] in the working dtype. group: int32 [..., k], the group of each column.
-    find: the values are still to be found, from the weights as they are when a group's first column is reached; then
-        the groups are consecutive runs of k / g columns.
+    find: scale and zero are not known yet. The kernel finds them from the corrected weights when it reaches a group's first
+        column; groups must then be consecutive runs of k / g columns.
     """
 
     spec: GridSpec
@@ -56,10 +56,10 @@ class GroupGrid:
 
 
 def find_grid(w: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero for groups of weights.
+    """Scale and zero point of groups of weights.
 
-    w: [g, ...], g weights in each group. Returns (scale, zero), each [...], in w's dtype, the scale already rounded
-    to fp16 and the zero a whole number. A scale that does not fit fp16 comes out as Inf.
+    w: [g, ...], g weights in each group. Returns (scale, zero), each [...] in w's dtype. The scale is rounded to fp16, the zero
+    point to an integer. A scale above the range of fp16 is Inf.
     """
     low = w.amin(0).clamp_(max=0)
     high = w.amax(0).clamp_(min=0)
@@ -87,7 +87,7 @@ def _grid_for_range(low: Tensor, high: Tensor, spec: GridSpec) -> tuple[Tensor, 
     scale = _as_stored((high - low) / spec.max_code, spec.scale_bits)
     zero = torch.round(-low / scale).clamp_(0, spec.max_code)
     if spec.min_zero:
-        # A group without negative weights wants zero = 0; where that cannot be stored, it keeps its reach instead.
+        # A group without negative weights has zero point 0. If that cannot be stored, widen the scale to keep the maximum.
         raised = zero < spec.min_zero
         widened = _as_stored(high / (spec.max_code - spec.min_zero), spec.scale_bits)
         scale = torch.where(raised, torch.maximum(scale, widened), scale)
@@ -96,13 +96,13 @@ def _grid_for_range(low: Tensor, high: Tensor, spec: GridSpec) -> tuple[Tensor, 
 
 
 def _as_stored(scale: Tensor, bits: int) -> Tensor:
-    """Round to fp16 and there to so many significant bits, and back.
+    """Round scales to fp16 numbers of ``bits`` significant bits, returned in their own dtype.
 
-    An all-zero group gets scale 1, one that would underflow the smallest fp16 number, one too large Inf.
+    0 (a group of zeros) becomes 1. An underflow becomes the smallest fp16 number, an overflow Inf.
     """
     half = scale.to(torch.float16)
     if bits < SCALE_BITS:
-        # To nearest, ties to even, on the bit pattern: a carry out of the fraction is a carry into the exponent, up to Inf.
+        # Round the bit pattern to nearest, ties to even. A carry out of the fraction increments the exponent, up to Inf.
         pattern = half.view(torch.int16)
         drop = SCALE_BITS - bits
         pattern = (pattern + ((1 << (drop - 1)) - 1) + ((pattern >> drop) & 1)) >> drop << drop

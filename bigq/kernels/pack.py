@@ -1,8 +1,8 @@
-"""Codes to 32-bit words and back.
+"""Packing codes into 32-bit words, and unpacking them.
 
-A stream of b-bit codes along the first dimension, least significant bits first: code i occupies bits
-``[i·b, (i+1)·b)`` of the stream. For 2, 4 and 8 bits no code straddles a word; for 3 bits 32 codes fill 3 words,
-with codes 10 and 21 split across a boundary (``10 | 1 | 10 | 1 | 10``).
+The b-bit codes along the first dimension form a bit stream, least significant bits first: code i occupies bits
+``[i·b, (i+1)·b)``. With 2, 4 and 8 bits no code crosses a word boundary. With 3 bits, 32 codes fill 3 words, and codes 10 and 21
+cross a boundary (``10 | 1 | 10 | 1 | 10``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bigq.kernels.pick import use_triton
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [k, ...] below ``2**bits`` → int32 words [k·bits/32, ...]. k is a multiple of the codes in a cycle."""
+    """uint8 codes [k, ...] below ``2**bits`` → int32 words [k·bits/32, ...]. With 3 bits, k must be a multiple of 32."""
     assert codes.shape[0] % _cycle(bits)[0] == 0, f"{codes.shape[0]} codes of {bits} bits do not fill whole words"
     if use_triton(codes) and codes.ndim == 2:
         from bigq.kernels.gpu.pack import pack_triton
@@ -64,6 +64,6 @@ def unpack_reference(words: Tensor, bits: int) -> Tensor:
 
 
 def _cycle(bits: int) -> tuple[int, int]:
-    """The shortest run of codes that fills whole words: (codes, words)."""
+    """The smallest number of codes that fills whole words: (codes, words)."""
     words = bits // math.gcd(bits, 32)
     return words * 32 // bits, words

@@ -1,7 +1,7 @@
-"""Which version of a kernel runs.
+"""Dispatch between the two versions of a kernel.
 
-Every kernel has a plain-torch version, its reference, which runs anywhere; next to it, in ``gpu/<kernel>.py``, lies
-the one for GPUs. Those files are imported at their first use: triton takes 73 MiB and 0.4 s that a CPU need not spend.
+Every kernel has a reference in plain torch, which runs anywhere, and a Triton version in ``gpu/<kernel>.py``. The Triton
+version is imported at its first use, since importing triton takes 73 MiB and 0.4 s.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from torch import Tensor
 
 
 def use_triton(x: Tensor) -> bool:
-    """True where the Triton version serves: on CUDA devices, and not for fp64, which is there to check against."""
+    """True if the Triton version runs for x: on CUDA devices, except for fp64, which serves as the reference in tests."""
     return x.is_cuda and x.dtype != torch.float64
 
 
-def interpreted(x: Tensor) -> bool:
-    """True where a Triton kernel called with x runs in Triton's interpreter, which lacks arithmetic in bf16."""
+def uses_interpreter(x: Tensor) -> bool:
+    """True if a Triton kernel called with x runs in Triton's interpreter, which has no bf16 arithmetic."""
     return not x.is_cuda
 
 
 def empty_columns(k: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised [k, m] in the memory order that the column loop wants: by columns on a CPU, by rows on a GPU."""
+    """An uninitialized [k, m] in the memory order of the column loop: each column contiguous on a CPU, each row on a GPU."""
     if device.type == "cuda":
         return torch.empty(m, k, dtype=dtype, device=device).T
     return torch.empty(k, m, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""``C −= A·Bᵀ`` as a Cholesky factorization needs it: most of its arithmetic, at fp32 accuracy."""
+"""``C −= A·Bᵀ`` at fp32 accuracy: most of the arithmetic of a Cholesky factorization."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from torch import Tensor
 
 from bigq.kernels.pick import use_triton
 
-#: Columns of the square at the bottom that the plain version takes at a time.
+#: Columns of the square at the bottom that the reference updates at a time.
 TILE = 128
 
 
 def rank_update_(c: Tensor, a: Tensor, b: Tensor) -> None:
     """Subtract ``a·bᵀ`` from c [m, n] in place; a: [m, k], b: [n, k], fp32 or fp64.
 
-    The last n rows of c make a square, of which only the upper triangle is touched.
+    The last n rows of c form a square. Only its upper triangle is updated.
     """
     if use_triton(c):
         from bigq.kernels.gpu.rank_update import rank_update_triton_

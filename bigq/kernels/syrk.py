@@ -1,4 +1,4 @@
-"""Accumulate ``XᵀX`` into the upper triangle of a matrix: half the arithmetic of a full product."""
+"""Accumulate ``XᵀX`` into the upper triangle of a matrix, with half the arithmetic of a full product."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from bigq.kernels.pick import use_triton
 
-#: Tokens converted to the accumulator's precision at a time, and columns per tile of the triangle.
-#: At n = 2816 on two CPU cores, tiles of 128 or 256 take 56 % of the full product's time, of 512 58 %, of 1024 67 %.
+#: Tokens that are converted to h's dtype at a time, and columns per tile.
+#: For n = 2816 on two CPU cores, tiles of 128 or 256 take 56 % of the full product's time, tiles of 512 58 %, of 1024 67 %.
 CHUNK_TOKENS = 4096
 TILE = 256
 
@@ -16,8 +16,8 @@ TILE = 256
 def syrk_(h: Tensor, x: Tensor) -> None:
     """Add ``xᵀ·x`` to the upper triangle of h, in place.
 
-    h: fp32 or fp64 [n, n]; what lies below the diagonal outside the diagonal tiles is left alone.
-    x: any floating type [tokens, n], converted to h's type: products of 16-bit values are exact in fp32.
+    h: fp32 or fp64 [n, n]. Below the diagonal, only tiles on the diagonal may be written.
+    x: [tokens, n] of any floating type, converted to h's. Products of 16-bit values are exact in fp32.
     """
     if use_triton(h) and h.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
         from bigq.kernels.gpu.syrk import syrk_triton_
@@ -28,7 +28,7 @@ def syrk_(h: Tensor, x: Tensor) -> None:
 
 
 def syrk_reference_(h: Tensor, x: Tensor) -> None:
-    """``syrk_`` in plain torch, by columns of tiles."""
+    """``syrk_`` in plain torch, one column of tiles at a time."""
     n = h.shape[0]
     for chunk in x.split(CHUNK_TOKENS):
         chunk = chunk.to(h.dtype)

@@ -1,4 +1,4 @@
-"""Symmetric matrices in one buffer: half of it is enough, and the other half can hold a copy. All in place, tile by tile."""
+"""In-place operations on symmetric matrices, tile by tile. One triangle defines the matrix; the other can hold a copy of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def mirror_(h: Tensor) -> None:
 
 
 def restore_upper_(h: Tensor, diagonal: Tensor) -> None:
-    """Undo what happened above the diagonal since ``mirror_``: the lower triangle and ``diagonal`` are the copy."""
+    """Restore the upper triangle and the diagonal to their values at ``mirror_``, from the lower triangle and ``diagonal`` [n]."""
     n = h.shape[0]
     for lo in range(0, n, TILE):
         hi = min(lo + TILE, n)
@@ -32,7 +32,7 @@ def restore_upper_(h: Tensor, diagonal: Tensor) -> None:
 
 
 def permute_(h: Tensor, perm: Tensor) -> None:
-    """Bring rows and columns of a square matrix into the order ``perm``."""
+    """Permute rows and columns of a square matrix: ``h[perm][:, perm]``."""
     n = h.shape[0]
     step = max(1, MOVED // n)
     for lo in range(0, n, step):

@@ -1,1 +1,1 @@
-"""What this machine has: devices, memory, free space, and how fast it computes."""
+"""The machine: its devices, memory, free disk space and peak rates."""

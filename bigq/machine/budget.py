@@ -1,4 +1,4 @@
-"""How much memory and disk there is to use."""
+"""How much memory and disk space a job may use."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from pathlib import Path
 import psutil
 import torch
 
-#: Left to the CUDA context, to library workspaces and to what the allocator cannot use.
+#: Reserved for the CUDA context, library workspaces and fragmentation.
 GPU_RESERVE = 2 * 2**30
-#: Left to everybody else on the host.
+#: Reserved for other processes on the host.
 HOST_RESERVE = 256 * 2**20
 
 
 def host_budget(resident: int, root: Path = Path("/")) -> int:
-    """Bytes that this process may come to hold: what it has (``resident``) and what the machine or its cgroup still gives."""
+    """Bytes of host memory that this process may hold: what it holds now (``resident``), plus what is free on the machine and in its
+    cgroups. root: the root of the file system, which tests replace.
+    """
     free = psutil.virtual_memory().available - HOST_RESERVE
     for limit, used in _cgroup_limits(root):
         free = min(free, limit - used)
@@ -24,7 +26,7 @@ def host_budget(resident: int, root: Path = Path("/")) -> int:
 
 
 def _cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
-    """(limit, bytes in use that cannot be reclaimed) of this process's memory cgroups and those above them, v1 and v2."""
+    """(limit, bytes in use without page cache) of this process's memory cgroups and their ancestors, v1 and v2."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -67,7 +69,7 @@ def gpu_budget(device: torch.device) -> int:
 
 
 def disk_budget(out: Path) -> int:
-    """Free bytes where the output will lie, though its folder may not exist yet."""
+    """Free bytes on the file system of ``out``, which need not exist yet."""
     folder = out.absolute()
     while not folder.exists():
         folder = folder.parent

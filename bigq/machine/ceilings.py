@@ -1,4 +1,4 @@
-"""How fast a device can be at best: what a plan's times are counted with. Measured where the device is at hand."""
+"""Peak rates of a device, from which plans estimate times: measured if the device is present, else from data sheets."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from dataclasses import dataclass
 
 import torch
 
-#: Bytes per second of a good NVMe disk or parallel file system, where nobody says what the disk gives.
+#: Bytes per second of a good NVMe disk or parallel file system. Used if the disk's rate is not given.
 DISK_RATE = 3e9
 
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """Rates of a device. products: operations per second of a product in the compute dtype; correcting: of one that spreads GPTQ's
-    errors (TF32 on a GPU, fp32 on a CPU); single: in fp32. copy: bytes per second moved in memory. memory: bytes it has, 0 for the
-    host's own. source: where the figures are from.
+    """Peak rates of a device.
+
+    products: operations per second of matrix products in the compute dtype. correcting: of GPTQ's error feedback (TF32 on a GPU,
+        fp32 on a CPU). single: in fp32.
+    copy: bytes per second read and written by a copy within its memory.
+    memory: bytes of device memory, 0 for a CPU.
+    source: where the figures are from.
     """
 
     name: str
@@ -28,7 +32,7 @@ class Ceilings:
     source: str
 
 
-#: Dense peaks of data sheets (SXM cards): tensor cores in bf16 and TF32, fp32, memory.
+#: Peaks from data sheets (SXM cards, dense): tensor cores in bf16 and TF32, fp32, memory bandwidth.
 KNOWN = {
     "a100": Ceilings("A100 80 GB", 312e12, 156e12, 19.5e12, 2.04e12, 80 * 10**9, "data sheet"),
     "h100": Ceilings("H100 80 GB", 989e12, 494e12, 67e12, 3.35e12, 80 * 10**9, "data sheet"),
@@ -37,7 +41,7 @@ KNOWN = {
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Products of 1024² (a GPU's of 8192²) and a copy of 8 MiB (1 GiB), the best of a few runs: a fraction of a second."""
+    """Measure a device, in a fraction of a second: matrix products of 1024² (GPU 8192²) and a copy of 8 MiB (GPU 1 GiB)."""
     gpu = device.type == "cuda"
     size = 8192 if gpu else 1024
     products = {kind: _products(device, kind, size) for kind in {dtype, torch.float32}}
@@ -62,7 +66,7 @@ def _products(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
 
 def _best(device: torch.device, run: Callable[[], object]) -> float:
-    """Seconds of the fastest of four runs, the first not counted."""
+    """Seconds of the fastest of three runs, after one warm-up."""
     seconds = []
     for _ in range(4):
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Choosing the device, and telling its errors in our terms."""
+"""The choice of the device, and the translation of its memory errors."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ import torch
 from bigq.errors import ResourceError, UsageError
 from bigq.machine.memory import return_freed_memory
 
-#: How allocations fail that libraries make beside torch's allocator, in words that accelerate does not look for.
-OTHER_WORDS = ("CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+#: Messages of allocations that fail outside of torch's allocator, which accelerate does not recognize.
+OTHER_MESSAGES = ("CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
-#: Eight buffers of 4 MiB.
+#: cuBLAS workspace: eight buffers of 4096 KiB.
 CUBLAS_WORKSPACES = ":4096:8"
 
 
 def choose_device(wanted: str) -> torch.device:
-    """ "auto" is the first GPU, else the CPU. Raises UsageError for a malformed name, ResourceError for an absent device."""
+    """The device named ``wanted``; "auto" is the first GPU if there is one, else the CPU.
+
+    Raises UsageError for an invalid name, ResourceError for an absent device.
+    """
     if wanted == "auto":
         wanted = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(wanted)
     except RuntimeError:
-        raise UsageError(f"--device {wanted}: is not a device; use auto, cpu or cuda:0") from None
+        raise UsageError(f"--device {wanted}: not a device; use auto, cpu or cuda:0") from None
     if device.type == "cpu":
         return device
     if device.type != "cuda":
-        raise UsageError(f"--device {wanted}: bigq runs on cpu and cuda")
+        raise UsageError(f"--device {wanted}: bigq supports only CPUs and CUDA GPUs; use auto, cpu or cuda:0")
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise ResourceError(f"--device {wanted}: this machine has {count} usable CUDA devices; use --device cpu, or check the driver")
+        raise ResourceError(f"--device {wanted}: PyTorch finds {count} CUDA devices here; use --device cpu, or check the NVIDIA driver")
     # Triton launches on the current device.
     torch.cuda.set_device(device.index or 0)
     _fix_workspaces()
@@ -41,10 +44,10 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def _fix_workspaces() -> None:
-    """Let products be summed in the same order in every run: cuBLAS picks its algorithms by the workspace that it is given.
+    """Make matrix products reproducible: cuBLAS chooses its algorithms by the size of its workspace.
 
-    One size per stream, as NVIDIA's cuBLAS documentation asks for where results must be reproducible with several streams; read by
-    torch when the first product is taken. cuDNN's trials of algorithms are off, which is torch's default too.
+    NVIDIA's cuBLAS documentation recommends a fixed size where results must be reproducible with several streams. torch reads the
+    variable at the first product. cuDNN's benchmark of algorithms is off, which is torch's default.
     """
     os.putenv("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES)
     torch.backends.cudnn.benchmark = False
@@ -52,12 +55,14 @@ def _fix_workspaces() -> None:
 
 @contextlib.contextmanager
 def memory_errors(device: torch.device) -> Iterator[None]:
-    """Tell an allocation that failed as a ResourceError."""
+    """Turn a failed allocation into a ResourceError."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        said = str(error).partition("\n")[0]
-        raise ResourceError(f"{device}: out of memory ({said}); use fewer --samples, a shorter --seqlen or --activations host") from error
+        message = str(error).partition("\n")[0]
+        raise ResourceError(
+            f"{device}: out of memory ({message}); use fewer --samples, a shorter --seqlen or --activations host"
+        ) from error
     except MemoryError as error:
         raise ResourceError("the host is out of memory; use fewer --samples or a smaller --batch") from error
     except RuntimeError as error:
@@ -67,8 +72,8 @@ def memory_errors(device: torch.device) -> Iterator[None]:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that an allocation failed, so that a smaller batch may do."""
-    if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OTHER_WORDS):
+    """Whether an error means that an allocation failed, so that a smaller batch may fit."""
+    if isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in OTHER_MESSAGES):
         return True
     from accelerate.utils.memory import should_reduce_batch_size  # imported here: it takes seconds
 
@@ -76,7 +81,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what nothing refers to any more, after an allocation failed."""
+    """Free unreferenced memory of device and host, after an allocation failed."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Keeping the host's memory in check."""
+"""Tuning of glibc's heap."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import functools
 import sys
 from collections.abc import Callable
 
-#: mallopt's parameter numbers (malloc.h), and what they are set to in bytes.
+#: Parameter numbers of mallopt (malloc.h) and their values in bytes.
 _M_TRIM_THRESHOLD, _TRIM_BYTES = -1, 2**30
 _M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 2**25
 
 
 def hold_heap() -> None:
-    """Let glibc serve buffers below 32 MiB from its heap and keep what is freed there until ``return_freed_memory``.
+    """Make glibc allocate buffers below 32 MiB on its heap, and keep freed memory there until ``return_freed_memory``.
 
-    Mapping each afresh costs a page fault for every 4 KiB: a job on a small model spent a fifth of its CPU time on them.
+    Otherwise each buffer is mapped anew, with a page fault for every 4 KiB: a fifth of the CPU time of a job on a small model.
     """
     mallopt = _libc("mallopt")
     if mallopt is not None:
@@ -24,9 +24,9 @@ def hold_heap() -> None:
 
 
 def return_freed_memory() -> None:
-    """Hand the heap's free pages back to the system, those between live allocations too.
+    """Return the heap's free pages to the system, including those between live allocations.
 
-    Called between blocks, it keeps resident memory from growing with their number.
+    Called after each block, it keeps resident memory from growing with the number of blocks.
     """
     malloc_trim = _libc("malloc_trim")
     if malloc_trim is not None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from bigq.errors import BigqError, UnsupportedModelError
-from bigq.io.json_file import plain
+from bigq.io.json_file import show_name
 from bigq.machine.device import out_of_memory
-from bigq.model.pager import replaced_forward
+from bigq.model.pager import replace_forward
 
 
 class StopForward(Exception):
@@ -87,7 +87,7 @@ def forward_errors() -> Iterator[None]:
         if out_of_memory(error):
             raise
         raise UnsupportedModelError(
-            f"the model's own forward fails with this config.json: {type(error).__name__}: {plain(' '.join(str(error).split())[:300])}"
+            f"the model's own forward fails with this config.json: {type(error).__name__}: {show_name(' '.join(str(error).split())[:300])}"
         ) from error
 
 
@@ -99,7 +99,7 @@ def first_input(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[T
         seen.append(_split(args, kwargs))
         raise StopForward
 
-    with replaced_forward(blocks[0], forward), contextlib.suppress(StopForward):
+    with replace_forward(blocks[0], forward), contextlib.suppress(StopForward):
         model(input_ids=ids, use_cache=False)
     if not seen:
         raise UnsupportedModelError(f"{type(model).__name__}: its forward never calls its first decoder block")
@@ -133,7 +133,7 @@ def record_calls(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: Out
 
         return forward
 
-    with all_replaced(list(blocks), patched), contextlib.suppress(StopForward):
+    with replace_forwards(list(blocks), patched), contextlib.suppress(StopForward):
         model(input_ids=ids, use_cache=False)
     if len(calls) != len(blocks):
         raise UnsupportedModelError(f"only {len(calls)} of {len(blocks)} decoder blocks are called; this architecture is not supported")
@@ -153,11 +153,11 @@ def check_streamable(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form:
 
 
 @contextlib.contextmanager
-def all_replaced(modules: Sequence[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+def replace_forwards(modules: Sequence[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
     """Replace the forward of several module instances; ``make(i)`` gives the i-th its new one."""
     with contextlib.ExitStack() as stack:
         for i, module in enumerate(modules):
-            stack.enter_context(replaced_forward(module, make(i)))
+            stack.enter_context(replace_forward(module, make(i)))
         yield
 
 

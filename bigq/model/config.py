@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bigq.errors import CheckpointError, UnsupportedModelError
-from bigq.io.json_file import plain, shown
+from bigq.io.json_file import show_name, show_value
 
 #: Kind of number → the names that it goes by, and the most that is taken. Of several kinds the first counts.
 _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
@@ -29,26 +29,30 @@ _PROBABILITY = re.compile(r"drop(out)?(_prob|_rate|_p)?$|(^|_)pdrop$")
 _OWN_ATTENTION = (None, "eager", "sdpa", "flex_attention")
 
 
-def require_sane(path: Path, config: dict[str, Any], *, trust_remote_code: bool) -> None:
+def check_config(path: Path, config: dict[str, Any], *, trust_remote_code: bool) -> None:
     """Raise CheckpointError where a number is absurd, UnsupportedModelError where code from elsewhere would be needed."""
     for name, value in _leaves("", config):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         if _PROBABILITY.search(name) and not 0 <= value <= 1:
-            raise CheckpointError(f"{path}: {plain(name)} is {shown(value)}, which is no probability; correct it")
+            raise CheckpointError(f"{path}: {show_name(name)} is {show_value(value)}, which is no probability; correct it")
         if isinstance(value, float):
             continue
         limit = next(most for names, most in _LIMITS if names.search(name))
         if abs(value) > limit:
-            raise CheckpointError(f"{path}: {plain(name)} is {shown(value)}, and more than {limit} is taken for a mistake; correct it")
+            raise CheckpointError(
+                f"{path}: {show_name(name)} is {show_value(value)}, and more than {limit} is taken for a mistake; correct it"
+            )
     if trust_remote_code:
         return
     for name, value in config.items():
         if any(inner == "auto_map" for inner, _ in _names(value)):
-            raise UnsupportedModelError(f"{path}: {plain(name)} comes with code of its own (auto_map); pass --trust-remote-code to run it")
+            raise UnsupportedModelError(
+                f"{path}: {show_name(name)} comes with code of its own (auto_map); pass --trust-remote-code to run it"
+            )
 
 
-def foreign_attention(config: dict[str, Any]) -> bool:
+def uses_hub_kernels(config: dict[str, Any]) -> bool:
     """Whether a config asks for attention or expert code that may have to be fetched from a hub."""
     return any(
         name.lstrip("_") in ("attn_implementation", "experts_implementation")

@@ -14,7 +14,7 @@ from bigq.model import skeleton
 from bigq.model.blocks import find_blocks
 
 
-class Described:
+class ModelDescription:
     """What can be asked of a model before any of its weights is read.
 
     folder: where its config lies. model, blocks_path, blocks: the skeleton. sources: parameter or buffer name → the checkpoint's tensor;

@@ -17,21 +17,21 @@ from torch import Tensor, nn
 
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.folders import STATE_FOLDER
-from bigq.io.formats import PackedSchemes, Stored, read_schemes
+from bigq.io.formats import PackedSchemes, PackedWeight, read_schemes
 from bigq.io.index import Checkpoint, TensorInfo
-from bigq.io.json_file import read_json_object, shown
-from bigq.io.prefetch.prefetch import ReadAhead, open_read_ahead
+from bigq.io.json_file import read_json_object, show_value
+from bigq.io.prefetch.prefetch import Prefetch, open_prefetch
 from bigq.io.reader import read_rows, read_tensor
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.model import skeleton
-from bigq.model.description import Described
+from bigq.model.description import ModelDescription
 from bigq.progress.trace import Trace
 
 #: Parameters that are made for each tensor of the checkpoint, at most, before it is clear that some are missing.
 MOST_PARAMETERS = 4
 
 
-class Pager(Described):
+class Pager(ModelDescription):
     """A model on meta whose parts can be loaded and evicted.
 
     dtype: of the forward passes. device: where loaded parts live. packed: weight name → prefix of its packed tensors.
@@ -45,13 +45,13 @@ class Pager(Described):
         self.schemes: PackedSchemes | None = None
         self.dtype = skeleton.compute_dtype(config, dtype, (t.dtype for t in self.checkpoint.tensors.values()))
         most = MOST_PARAMETERS * len(self.checkpoint.tensors) + 1000
-        super().__init__(folder, config, skeleton.build(config, self.dtype, trust_remote_code=trust_remote_code, most=most), {})
+        super().__init__(folder, config, skeleton.build(config, self.dtype, trust_remote_code=trust_remote_code, max_parameters=most), {})
         self.packed = self._packed_linears()
         self._name_sources()
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._forced = skeleton.forced_dtypes(self.model, self.dtype, self._meta)
         self._check_complete()
-        self._ahead: ReadAhead | None = None
+        self._ahead: Prefetch | None = None
         self._budget = 0
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -64,7 +64,7 @@ class Pager(Described):
         if said is None:
             return {}
         if not isinstance(said, dict):
-            raise CheckpointError(f"{path}: quantization_config is {shown(said)}, not an object; fetch it again")
+            raise CheckpointError(f"{path}: quantization_config is {show_value(said)}, not an object; fetch it again")
         self.schemes = read_schemes(path, said)
         mark = f".{self.schemes.format.mark}"
         prefixes = [name.removesuffix(mark) for name in self.checkpoint if name.endswith(mark)]
@@ -159,9 +159,9 @@ class Pager(Described):
         return infos
 
     @contextlib.contextmanager
-    def reading_ahead(self, budget: int, trace: Trace) -> Iterator[None]:
+    def prefetch(self, budget: int, trace: Trace) -> Iterator[None]:
         """Let ``announce_block`` read so many bytes ahead; all reading is a lane of the trace."""
-        with contextlib.closing(open_read_ahead(self.device, budget, trace)) as self._ahead:
+        with contextlib.closing(open_prefetch(self.device, budget, trace)) as self._ahead:
             self._budget = budget
             try:
                 yield
@@ -222,7 +222,7 @@ class Pager(Described):
         padding, embedding.padding_idx = embedding.padding_idx, None
         embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
         try:
-            with replaced_forward(embedding, lambda x: type(embedding).forward(embedding, places[x])):
+            with replace_forward(embedding, lambda x: type(embedding).forward(embedding, places[x])):
                 yield
         finally:
             embedding._parameters["weight"] = self._meta[name]
@@ -239,7 +239,7 @@ class Pager(Described):
         words, scales, zeros = (t.to(self.device) for t in self.stored(name))
         return dequantize_packed(words, scales, zeros, self.schemes.scheme(name.removesuffix(".weight")).bits, self.dtype)
 
-    def stored(self, name: str) -> Stored:
+    def stored(self, name: str) -> PackedWeight:
         """The weight of a packed Linear as it is packed, where it was read."""
         assert self.schemes is not None
         scheme = self.schemes.scheme(name.removesuffix(".weight"))
@@ -263,7 +263,7 @@ class Pager(Described):
             return
         if name in self.packed:
             weight = self.dequantized(name)
-            value = weight.T.contiguous() if skeleton.stored_transposed(module) else weight
+            value = weight.T.contiguous() if skeleton.is_transposed(module) else weight
         else:
             value = self.to_device(name, self._read(self.sources[name]))
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
@@ -286,7 +286,7 @@ def _require_finished(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let one module instance run ``forward`` instead of its own."""
     before = module.__dict__.get("forward")
     module.forward = forward

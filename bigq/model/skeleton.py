@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bigq.errors import BigqError, CheckpointError, UnsupportedModelError
-from bigq.io.json_file import plain, read_json_object, shown
-from bigq.model.config import foreign_attention, require_sane
+from bigq.io.json_file import read_json_object, show_name, show_value
+from bigq.model.config import check_config, uses_hub_kernels
 
 #: Freshly made tensors above this size go straight to meta: they are parameters on their way to being registered.
 _LARGE_BYTES = 2**28
@@ -36,8 +36,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     raw = read_json_object(path)
     if not isinstance(raw.get("model_type"), str):
         raise CheckpointError(f"{path}: has no model_type, so the architecture is unknown")
-    require_sane(path, raw, trust_remote_code=trust_remote_code)
-    kind = shown(raw["model_type"])
+    check_config(path, raw, trust_remote_code=trust_remote_code)
+    kind = show_value(raw["model_type"])
     if raw.get("auto_map") and not trust_remote_code:
         from transformers import CONFIG_MAPPING
 
@@ -50,11 +50,11 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         if "model type" in str(error) or raw["model_type"] in str(error):
-            raise UnsupportedModelError(f"{folder}: transformers does not know model type {kind}: {_one_line(error)}") from error
-        raise CheckpointError(f"{path}: is not a valid configuration: {_one_line(error)}") from error
+            raise UnsupportedModelError(f"{folder}: transformers does not know model type {kind}: {_error_line(error)}") from error
+        raise CheckpointError(f"{path}: is not a valid configuration: {_error_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    if foreign_attention(raw) and not trust_remote_code:
+    if uses_hub_kernels(raw) and not trust_remote_code:
         # Kernels of a hub, and flash attention where it is not installed, would be fetched and run. None is transformers' own choice.
         config._attn_implementation = None
         config._experts_implementation = None
@@ -77,29 +77,29 @@ def build(
     *,
     trust_remote_code: bool = False,
     initialised: bool = True,
-    most: int = _MAX_PARAMETERS,
+    max_parameters: int = _MAX_PARAMETERS,
 ) -> nn.Module:
     """The causal language model of a config, parameters on meta, in evaluation mode.
 
     initialised False: where only shapes matter; buffers that a model fills in as it initialises its weights are undefined.
-    most: parameters that it may have. Raises UnsupportedModelError; CheckpointError where it comes to have more, or large buffers.
+    max_parameters: the limit. Raises UnsupportedModelError; CheckpointError for more parameters than that or for large buffers.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     # Same reason as in load_config: a model's constructor may raise anything for a config that it does not like.
     try:
-        with _parameters_on_meta(most), contextlib.nullcontext() if initialised else no_init_weights():
+        with _parameters_on_meta(max_parameters), contextlib.nullcontext() if initialised else no_init_weights():
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except BigqError:
         raise
     except Exception as error:
-        raise UnsupportedModelError(f"transformers cannot build a causal language model from this config: {_one_line(error)}") from error
+        raise UnsupportedModelError(f"transformers cannot build a causal language model from this config: {_error_line(error)}") from error
     if not initialised:
         model.tie_weights()  # type: ignore[operator]
     for module in model.modules():
         if hasattr(module, "warn_if_padding_and_no_attention_mask"):  # it looks at token ids, which a model on meta has none of
-            module.__dict__["warn_if_padding_and_no_attention_mask"] = _say_nothing
+            module.__dict__["warn_if_padding_and_no_attention_mask"] = _no_warning
     return model.eval().requires_grad_(False)
 
 
@@ -147,7 +147,7 @@ def forced_dtypes(model: nn.Module, dtype: torch.dtype, names: Iterable[str]) ->
     return result
 
 
-def silence() -> None:
+def silence_transformers() -> None:
     """Stop transformers from printing to the terminal: bigq reports in its own words."""
     from transformers.utils import logging
 
@@ -157,7 +157,7 @@ def silence() -> None:
 
 def is_linear(module: nn.Module) -> bool:
     """An ``nn.Linear`` (or subclass), or GPT-2's Conv1D, which is a Linear stored transposed."""
-    return isinstance(module, nn.Linear) or stored_transposed(module)
+    return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 def linears(model: nn.Module) -> tuple[str, ...]:
@@ -165,7 +165,7 @@ def linears(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
 
 
-def stored_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)
@@ -175,7 +175,7 @@ def linear_weight(module: nn.Module) -> Tensor:
     """A Linear's weight as a [outputs, inputs] view."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.T if stored_transposed(module) else weight
+    return weight.T if is_transposed(module) else weight
 
 
 def set_linear_weight(module: nn.Module, weight: Tensor) -> None:
@@ -196,21 +196,21 @@ def _dtype(value: Any) -> torch.dtype:
     dtype = value if isinstance(value, torch.dtype) else getattr(torch, str(value), None)
     if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UnsupportedModelError(
-            f"the model's dtype is {plain(str(value))}; bigq computes in float32, bfloat16 or float16 (choose one with --dtype)"
+            f"the model's dtype is {show_name(str(value))}; bigq computes in float32, bfloat16 or float16 (choose one with --dtype)"
         )
     return dtype
 
 
-def _say_nothing(*_: Any) -> None:
+def _no_warning(*_: Any) -> None:
     """In place of a warning."""
 
 
-def _one_line(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300] if text.isprintable() else shown(text)}"
+    return f"{type(error).__name__}: {text[:300] if text.isprintable() else show_value(text)}"
 
 
-class _LargeToMeta(TorchFunctionMode):
+class _LargeTensorsToMeta(TorchFunctionMode):
     """Sends large uninitialized or constant tensors to meta, so that they never ask for address space.
 
     Other calls that might make a large tensor are tried on meta first. Raises CheckpointError where it would be too large.
@@ -224,25 +224,25 @@ class _LargeToMeta(TorchFunctionMode):
             size = kwargs.get("size", args[0] if args and isinstance(args[0], (tuple, list)) else args)
             if all(isinstance(s, int) for s in size) and math.prod(size) * 4 > _LARGE_BYTES:
                 kwargs["device"] = "meta"
-        elif _most_elements((*args, *kwargs.values())) > _MAX_BUFFER_BYTES // 8:
-            _require_affordable(func, args, kwargs)
+        elif _element_bound((*args, *kwargs.values())) > _MAX_BUFFER_BYTES // 8:
+            _refuse_large_buffer(func, args, kwargs)
         return func(*args, **kwargs)
 
 
-def _most_elements(values: Iterable[Any]) -> int:
+def _element_bound(values: Iterable[Any]) -> int:
     """No call with these arguments makes a tensor of more elements in memory: the product of all sizes and numbers in them."""
     product = 1
     for value in values:
         if isinstance(value, Tensor):
             product *= 1 if value.is_meta else max(1, value.numel())
         elif isinstance(value, (tuple, list)):
-            product *= _most_elements(value)
+            product *= _element_bound(value)
         elif isinstance(value, (int, float)) and value > 1 and math.isfinite(value):
             product *= math.ceil(value)
     return product
 
 
-def _require_affordable(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _refuse_large_buffer(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     def on_meta(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
             return type(value)(on_meta(v) for v in value)
@@ -263,22 +263,24 @@ def _require_affordable(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 @contextlib.contextmanager
-def _parameters_on_meta(most: int) -> Iterator[None]:
+def _parameters_on_meta(max_parameters: int) -> Iterator[None]:
     register = nn.Module.register_parameter
     registered = 0
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         nonlocal registered
         registered += 1
-        if registered > most:
-            raise CheckpointError(f"config.json makes a model of more than {most} tensors, which the checkpoint does not hold; correct it")
+        if registered > max_parameters:
+            raise CheckpointError(
+                f"config.json makes a model of more than {max_parameters} tensors, which the checkpoint does not hold; correct it"
+            )
         register(self, name, param)
         if param is not None and param.device.type != "meta":
             self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
     try:
-        with _LargeToMeta():
+        with _LargeTensorsToMeta():
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]

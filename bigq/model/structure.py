@@ -7,6 +7,7 @@ of its Linears (attention and its output projection): once that Linear is solved
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from bigq.model.blocks import block_linears
-from bigq.model.capture import BlockCall, OutputForm, all_replaced, hidden_of
+from bigq.model.capture import BlockCall, OutputForm, hidden_of, replace_forwards
 from bigq.model.skeleton import linear_weight
 
 #: Linears with fewer inputs or outputs than this are gates of some kind and stay as they are.
-SMALLEST = 32
+MIN_FEATURES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,10 @@ class BlockPlan:
     left_out: tuple[str, ...]
     shortcuts: tuple[Shortcut, ...]
 
+    def without_shortcuts(self) -> BlockPlan:
+        """The same structure, with every module running each time."""
+        return dataclasses.replace(self, shortcuts=())
+
     def levels(self, true_sequential: bool) -> list[list[Group]]:
         if not true_sequential:
             return [list(self.groups)]
@@ -64,7 +69,7 @@ class BlockPlan:
         return [[g for g in self.groups if g.level == level] for level in range(depth)]
 
 
-class Evidence(Protocol):
+class DataflowTracer(Protocol):
     """How dataflow shows."""
 
     def begin(self, hidden: Tensor) -> Tensor:
@@ -73,7 +78,7 @@ class Evidence(Protocol):
     def mark(self, y: Tensor) -> Tensor:
         """A tensor like y with a mark that spreads to all that is computed from it."""
 
-    def marked(self, x: Tensor) -> bool:
+    def is_marked(self, x: Tensor) -> bool:
         """Whether x has it."""
 
     def is_sum(self, total: Tensor, a: Tensor, b: Tensor) -> bool:
@@ -83,7 +88,7 @@ class Evidence(Protocol):
         """Whether two ways of computing something agree."""
 
 
-class Values:
+class NanTracer:
     """NaN spreads, and equal bits are no accident."""
 
     def begin(self, hidden: Tensor) -> Tensor:
@@ -92,7 +97,7 @@ class Values:
     def mark(self, y: Tensor) -> Tensor:
         return torch.full_like(y, float("nan"))
 
-    def marked(self, x: Tensor) -> bool:
+    def is_marked(self, x: Tensor) -> bool:
         return bool(torch.isnan(x).any())
 
     def is_sum(self, total: Tensor, a: Tensor, b: Tensor) -> bool:
@@ -102,7 +107,7 @@ class Values:
         return torch.equal(a, b)
 
 
-class Gradients:
+class GradientTracer:
     """For tensors without values (meta), where gradients are enabled. What needs values is taken on trust."""
 
     def begin(self, hidden: Tensor) -> Tensor:
@@ -111,7 +116,7 @@ class Gradients:
     def mark(self, y: Tensor) -> Tensor:
         return y.detach().requires_grad_().clone()
 
-    def marked(self, x: Tensor) -> bool:
+    def is_marked(self, x: Tensor) -> bool:
         return x.requires_grad
 
     def is_sum(self, total: Tensor, a: Tensor, b: Tensor) -> bool:
@@ -124,12 +129,12 @@ class Gradients:
         return a.shape == b.shape
 
 
-def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, evidence: Evidence | None = None) -> BlockPlan:
+def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: DataflowTracer | None = None) -> BlockPlan:
     """Find the groups of a loaded block and their levels from one probe [B, T, d]."""
-    evidence = evidence or Values()
+    tracer = tracer or NanTracer()
     linears = block_linears(block)
     groups = _groups(block, linears, hidden, call)
-    reached = [_marked(block, linears, groups, i, hidden, call, evidence) for i in range(len(groups))]
+    reached = [_reached_groups(block, linears, groups, i, hidden, call, tracer) for i in range(len(groups))]
     levels = [0] * len(groups)
     for _ in groups:
         for i, targets in enumerate(reached):
@@ -138,7 +143,7 @@ def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, evidence: Evid
     used = {name for group in groups for name in group}
     planned = tuple(Group(tuple(names), level) for names, level in zip(groups, levels, strict=True))
     left_out = tuple(name for name in linears if name not in used)
-    return BlockPlan(planned, left_out, _shortcuts(block, planned, hidden, call, evidence))
+    return BlockPlan(planned, left_out, _shortcuts(block, planned, hidden, call, tracer))
 
 
 def _groups(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, call: BlockCall) -> list[list[str]]:
@@ -170,7 +175,7 @@ def _groups(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, 
         for handle in handles:
             handle.remove()
     unfit |= {name for name, count in calls.items() if count > 1}
-    unfit |= {name for name, module in linears.items() if min(linear_weight(module).shape) < SMALLEST}
+    unfit |= {name for name, module in linears.items() if min(linear_weight(module).shape) < MIN_FEATURES}
     return [kept for group in members if (kept := [name for name in group if name not in unfit])]
 
 
@@ -183,14 +188,14 @@ def _same_tensor(a: Tensor, b: Tensor) -> bool:
     return identity(a) == identity(b)
 
 
-def _marked(
+def _reached_groups(
     block: nn.Module,
     linears: Mapping[str, nn.Module],
     groups: list[list[str]],
     source: int,
     hidden: Tensor,
     call: BlockCall,
-    evidence: Evidence,
+    tracer: DataflowTracer,
 ) -> set[int]:
     """The groups whose input is marked when the outputs of group ``source`` are."""
     names = [name for group in groups for name in group]
@@ -201,20 +206,20 @@ def _marked(
         name, module = names[k], linears[names[k]]
 
         def forward(x: Tensor) -> Tensor:
-            if evidence.marked(x):
+            if tracer.is_marked(x):
                 reached.add(group_of[name])
             y: Tensor = type(module).forward(module, x)
-            return evidence.mark(y) if group_of[name] == source else y
+            return tracer.mark(y) if group_of[name] == source else y
 
         return forward
 
-    with all_replaced([linears[name] for name in names], make):
+    with replace_forwards([linears[name] for name in names], make):
         call.run(block, hidden)
     return reached - {source}
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class _ModuleCall:
     """One call of a module. The hidden states that it returned are kept twice: as they were then, and where they lie."""
 
     args: tuple[Any, ...]
@@ -223,23 +228,25 @@ class _Seen:
     then: Tensor
 
 
-def _shortcuts(block: nn.Module, groups: tuple[Group, ...], hidden: Tensor, call: BlockCall, evidence: Evidence) -> tuple[Shortcut, ...]:
+def _shortcuts(
+    block: nn.Module, groups: tuple[Group, ...], hidden: Tensor, call: BlockCall, tracer: DataflowTracer
+) -> tuple[Shortcut, ...]:
     """Modules that return a Linear's output, untouched or with an argument added, where that Linear is no wider than the hidden states.
 
     Each is tried out: with it, the block must return the same bits.
     """
     level_of = {name: group.level for group in groups for name in group.names}
-    seen: dict[str, list[_Seen]] = {}
+    seen: dict[str, list[_ModuleCall]] = {}
 
     def hook(name: str) -> Callable[..., None]:
         def after(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
             if OutputForm.fits(output):
-                seen.setdefault(name, []).append(_Seen(args, kwargs, output, hidden_of(output).clone()))
+                seen.setdefault(name, []).append(_ModuleCall(args, kwargs, output, hidden_of(output).clone()))
 
         return after
 
     handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in block.named_modules() if name]
-    hidden = evidence.begin(hidden)
+    hidden = tracer.begin(hidden)
     try:
         expected = call.run(block, hidden.clone())
     finally:
@@ -255,33 +262,35 @@ def _shortcuts(block: nn.Module, groups: tuple[Group, ...], hidden: Tensor, call
                 continue
             if max(linear_weight(block.get_submodule(source)).shape) > hidden.shape[-1]:
                 continue
-            shortcut = _shortcut(name, calls[0], source, seen[source][0], evidence)
-            if shortcut is not None and _holds(shortcut, block, seen[source][0].then, hidden, call, expected, evidence):
+            shortcut = _shortcut(name, calls[0], source, seen[source][0], tracer)
+            if shortcut is not None and _is_exact(shortcut, block, seen[source][0].then, hidden, call, expected, tracer):
                 found[source] = shortcut
     return tuple(found.values())
 
 
-def _shortcut(name: str, module: _Seen, source: str, linear: _Seen, evidence: Evidence) -> Shortcut | None:
+def _shortcut(name: str, module: _ModuleCall, source: str, linear: _ModuleCall, tracer: DataflowTracer) -> Shortcut | None:
     """How a module's output comes from that of a Linear in it, if it does so simply."""
     result, form = hidden_of(module.output), OutputForm.of(module.output)
     if result is linear.output:
         return Shortcut(name, source, form)
     places: list[tuple[int | str, Any]] = [*enumerate(module.args), *module.kwargs.items()]
     for place, r in places:
-        if isinstance(r, Tensor) and r.shape == result.shape == linear.output.shape and evidence.is_sum(result, linear.output, r):
+        if isinstance(r, Tensor) and r.shape == result.shape == linear.output.shape and tracer.is_sum(result, linear.output, r):
             return Shortcut(name, source, form, place)
     return None
 
 
-def _holds(shortcut: Shortcut, block: nn.Module, y: Tensor, hidden: Tensor, call: BlockCall, expected: Tensor, evidence: Evidence) -> bool:
+def _is_exact(
+    shortcut: Shortcut, block: nn.Module, y: Tensor, hidden: Tensor, call: BlockCall, expected: Tensor, tracer: DataflowTracer
+) -> bool:
     """Whether the block returns the same with a shortcut. y: what the Linear returned."""
 
     def make(_: int) -> Callable[..., Any]:
         return lambda *args, **kwargs: shortcut.returns(y, args, kwargs)
 
     # Whatever a block does with an extra output that is not there, the shortcut is not for it.
-    with all_replaced([block.get_submodule(shortcut.module)], make):
+    with replace_forwards([block.get_submodule(shortcut.module)], make):
         try:
-            return evidence.same(call.run(block, hidden.clone()), expected)
+            return tracer.same(call.run(block, hidden.clone()), expected)
         except (AttributeError, TypeError, RuntimeError):
             return False

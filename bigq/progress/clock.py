@@ -36,13 +36,13 @@ class Timeline(Protocol):
     def mark(self) -> Any:
         """Here and now, behind all work that was begun before."""
 
-    def passed(self, mark: Any) -> bool:
+    def has_passed(self, mark: Any) -> bool:
         """Whether the timeline has come to a mark."""
 
     def wait(self, mark: Any) -> None:
         """Until the timeline has come to a mark."""
 
-    def between(self, first: Any, second: Any) -> float:
+    def seconds_between(self, first: Any, second: Any) -> float:
         """Seconds from one mark to another; both have been passed."""
 
     def release(self, *marks: Any) -> None:
@@ -57,13 +57,13 @@ class HostTimeline:
     def mark(self) -> float:
         return time.perf_counter()
 
-    def passed(self, mark: float) -> bool:
+    def has_passed(self, mark: float) -> bool:
         return True
 
     def wait(self, mark: float) -> None:
         pass
 
-    def between(self, first: float, second: float) -> float:
+    def seconds_between(self, first: float, second: float) -> float:
         return second - first
 
     def release(self, *marks: float) -> None:
@@ -98,13 +98,13 @@ class StreamTimeline:
         event.record()
         return event
 
-    def passed(self, mark: Event) -> bool:
+    def has_passed(self, mark: Event) -> bool:
         return mark.query()
 
     def wait(self, mark: Event) -> None:
         mark.synchronize()
 
-    def between(self, first: Event, second: Event) -> float:
+    def seconds_between(self, first: Event, second: Event) -> float:
         return first.elapsed_time(second) / 1000
 
     def release(self, *marks: Event) -> None:
@@ -145,13 +145,13 @@ class Lap:
         clock._open = self._outer
         self._subject = clock.subject or self._name
         self._end = clock._timeline.mark()
-        clock._ended(self)
+        clock._close_lap(self)
 
     @property
     def seconds(self) -> float:
         """The whole stretch, with the phases inside it. Waits for the device where it has not come to the lap's end."""
         if self._seconds is None:
-            self._clock.settle()
+            self._clock.synchronize()
         assert self._seconds is not None, "a lap has no length before it ends"
         return self._seconds
 
@@ -175,8 +175,8 @@ class Clock:
         #: Laps that have ended and were not read off, in the order in which they ended.
         self._ended_laps: list[Lap] = []
         #: A mark that was passed, and when that was by the host's clock: what the trace is told goes by it.
-        self._anchor, self._anchored = self._align()
-        self._started = self._anchored
+        self._anchor, self._anchor_time = self._align()
+        self._started = self._anchor_time
 
     def phase(self, name: str) -> Lap:
         """Time what runs inside, also where it fails."""
@@ -185,14 +185,14 @@ class Clock:
     @property
     def seconds(self) -> dict[str, float]:
         """By phase, for all that have ended. Waits for the device."""
-        self.settle()
+        self.synchronize()
         return dict(self._seconds)
 
     def seconds_so_far(self) -> dict[str, float]:
         """By phase, for those that have been read off already. From any thread; waits for nothing."""
         return dict(self._seconds)
 
-    def waiting(self) -> dict[str, float]:
+    def wait_seconds(self) -> dict[str, float]:
         """Seconds that the compute device waited for files or the host, by cause. Waits for the device.
 
         Without a GPU it is the main thread that computes: then it is told to wait where it reads, writes or copies.
@@ -204,7 +204,7 @@ class Clock:
             found[BETWEEN] = max(0.0, time.perf_counter() - self._started - sum(seconds.values()))
         return found
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Read off all laps that have ended; waits once for all work that is queued. Does nothing where none has."""
         if not self._ended_laps:
             return
@@ -213,7 +213,7 @@ class Clock:
             anchor, anchored = self._align()
             self._read_off(len(self._ended_laps))
             self._timeline.release(self._anchor)
-            self._anchor, self._anchored = anchor, anchored
+            self._anchor, self._anchor_time = anchor, anchored
         else:
             self._read_off(len(self._ended_laps))
 
@@ -222,13 +222,13 @@ class Clock:
         self._timeline.wait(mark)
         return mark, time.perf_counter()
 
-    def _ended(self, lap: Lap) -> None:
+    def _close_lap(self, lap: Lap) -> None:
         self._ended_laps.append(lap)
         if not self._timeline.deferred:
             self._read_off(1)
         elif len(self._ended_laps) % PENDING == 0:
             # In the stream's order: none behind the first that is pending was passed.
-            count = next((i for i, each in enumerate(self._ended_laps) if not self._timeline.passed(each._end)), len(self._ended_laps))
+            count = next((i for i, each in enumerate(self._ended_laps) if not self._timeline.has_passed(each._end)), len(self._ended_laps))
             self._read_off(count)
 
     def _read_off(self, count: int) -> None:
@@ -236,12 +236,12 @@ class Clock:
         timeline = self._timeline
         laps, self._ended_laps = self._ended_laps[:count], self._ended_laps[count:]
         for lap in laps:
-            whole = lap._seconds = timeline.between(lap._begin, lap._end)
+            whole = lap._seconds = timeline.seconds_between(lap._begin, lap._end)
             self._seconds[lap._name] = self._seconds.get(lap._name, 0.0) + whole - lap._inner
             if lap._outer is not None:
                 lap._outer._inner += whole
             if self.trace.keep:
-                begin = self._anchored + timeline.between(self._anchor, lap._begin)
+                begin = self._anchor_time + timeline.seconds_between(self._anchor, lap._begin)
                 self.trace.add(lap._name, lap._subject, begin, begin + whole)
             timeline.release(lap._begin, lap._end)
             lap._begin = lap._end = lap._outer = None

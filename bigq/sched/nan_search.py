@@ -8,31 +8,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bigq.kernels.finiteness import finite
+from bigq.kernels.finiteness import is_finite
 from bigq.model.capture import BlockCall, OutputForm, StopForward, hidden_of
 from bigq.solver.hessian import finite_tokens
 
 #: Rows that are told one by one, at most.
-TOLD_ROWS = 6
+MAX_LISTED_ROWS = 6
 
 
-def bad_rows(output: Tensor, lo: int) -> str:
+def nonfinite_rows(output: Tensor, lo: int) -> str:
     """The calibration rows of a batch [B, T, d] that hold a token which is not finite, in words; ``lo`` is the first one's number."""
     rows = [lo + i for i, sound in enumerate(finite_tokens(output).all(1).tolist()) if not sound]
-    told = ", ".join(map(str, rows[:TOLD_ROWS]))
-    if len(rows) > TOLD_ROWS:
+    told = ", ".join(map(str, rows[:MAX_LISTED_ROWS]))
+    if len(rows) > MAX_LISTED_ROWS:
         return f"calibration rows {told} … {rows[-1]} ({len(rows)} rows)"
     return f"calibration row{'s' if len(rows) > 1 else ''} {told}"
 
 
-def culprit(block: nn.Module, call: BlockCall, hidden: Tensor) -> str:
+def first_nonfinite(block: nn.Module, call: BlockCall, hidden: Tensor) -> str:
     """What is not finite first when the block runs on hidden states [B, T, d], in words: found by running it, module by module."""
-    if not finite(hidden):
+    if not is_finite(hidden):
         return "what the block is given"
     found: list[str] = []
 
     def note(tensor: Any, words: str) -> None:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not finite(tensor):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not is_finite(tensor):
             found.append(words)
             raise StopForward
 

@@ -31,7 +31,7 @@ from bigq.progress.records import device_memory_peak, host_memory_peak
 from bigq.sched.plan.planner import Plan
 
 
-def begun(
+def run_entry(
     pager: Pager,
     request: Mapping[str, Any],
     plan: Plan,
@@ -96,7 +96,7 @@ class RunMeter:
         Of a device that failed the phases that have been read off already.
         """
         try:
-            by_phase, waiting = self._clock.seconds, self._clock.waiting()
+            by_phase, waiting = self._clock.seconds, self._clock.wait_seconds()
         except RuntimeError:
             by_phase, waiting = self._clock.seconds_so_far(), {}
         now = _bytes_moved()
@@ -113,7 +113,7 @@ class RunMeter:
 
 
 @contextlib.contextmanager
-def run_recorded(journal: Journal, owner: Owner, run: Mapping[str, Any], meter: RunMeter, say: Callable[[str], None]) -> Iterator[None]:
+def record_run(journal: Journal, owner: Owner, run: Mapping[str, Any], meter: RunMeter, say: Callable[[str], None]) -> Iterator[None]:
     """Record a run when it begins, and how it went when it ends. Raises ResourceError where it cannot be recorded at the beginning.
 
     That the end cannot be recorded costs a finished job a warning; where the job failed, there is enough to say already.

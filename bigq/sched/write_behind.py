@@ -11,18 +11,18 @@ class WriteBehind:
     """One step at a time in a thread of its own, in the order in which they were given.
 
     A step waits for the one before it, so no more than one finished block is held. An error comes out at the next call.
-    beside False: a step runs when it is given, in the caller's thread.
+    threaded False: a step runs when it is given, in the caller's thread.
     """
 
-    def __init__(self, *, beside: bool) -> None:
-        self._beside = beside
+    def __init__(self, *, threaded: bool) -> None:
+        self._threaded = threaded
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
         self._pending: Future[None] | None = None
 
     def start(self, step: Callable[[], None]) -> None:
         """Run a step, after the pending one. Raises what that one raised; then ``step`` does not run."""
         self.wait()
-        if self._beside:
+        if self._threaded:
             self._pending = self._pool.submit(step)
         else:
             step()

@@ -1,1 +1,1 @@
-"""The math of quantizing one Linear: pure functions of tensors."""
+"""The math of quantizing one Linear, as functions of tensors."""

@@ -1,15 +1,15 @@
-"""GPTQ (Frantar et al. 2022) for all the rows of one weight, left-looking and without an inverse.
+"""GPTQ (Frantar et al. 2022) for all rows of a weight, left-looking and without forming ``H⁻¹``.
 
-With ``H = R·Rᵀ`` (R upper), ``U = R⁻¹`` is the factor that GPTQ spreads errors with. Let ``E = W − Q`` be the
-error of the columns quantized so far. For the next columns G = [a, b) the weight that GPTQ would have reached is
+With ``H = R·Rᵀ`` (R upper triangular), ``U = R⁻¹`` is the factor by which GPTQ spreads errors. Let ``E = W − Q`` be the error of
+the columns quantized so far. For the next columns G = [a, b), GPTQ's updated weight is
 
     W'_G = W_G + (E[:, :a] · R[:a, G]) · U_GG,     U_GG = R_GG⁻¹
 
-so each block of columns is corrected once, when its turn comes, and only small triangles are ever inverted. The
-algorithm keeps E in W's storage: a column of W gives way to its error as soon as it is quantized.
+So each block of columns is corrected once, just before it is quantized, and only small triangles are inverted. E is stored in
+place of W: a column of W is overwritten by its error as soon as it is quantized.
 
-The product with E has two levels. What lies before a panel of some blocks is taken for the whole panel at once, which
-makes large products; what lies inside the panel, for one block at a time.
+The product with E has two levels. Columns before a panel (a few blocks) contribute to the whole panel in one large product.
+Columns inside the panel contribute to one block at a time.
 
 Weights are indexed [n, m], inputs first.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 from bigq.errors import NumericsError, UsageError
 from bigq.kernels.cholesky import diagonal_inverses
 from bigq.kernels.feedback import feedback
-from bigq.kernels.finiteness import finite
+from bigq.kernels.finiteness import is_finite
 from bigq.kernels.gptq_block import Scratch, gptq_block_
 from bigq.kernels.grid import GridSpec, GroupGrid, find_grid
 from bigq.kernels.pick import empty_columns
@@ -36,31 +36,30 @@ from bigq.solver.hessian import LEAVE_OUT, Factor, factorize
 from bigq.solver.storage_range import require_storable
 from bigq.solver.upstream_error import Correction
 
-#: Columns that the column loop takes at once, at most.
+#: Maximum columns of one call of the column loop.
 BLOCK = 128
 
-#: Columns that are corrected by one product for all that lies before them, where groups are not wider.
+#: Columns of a panel, unless groups are wider.
 PANEL = 512
 
-#: Rows of each weight whose energy is computed, where there are more; their loss then tells that of the others.
+#: Maximum rows of a weight whose energy is computed. The energy of the others is estimated from their loss.
 ENERGY_ROWS = 128
 
-#: With so few bits, scales are those of the original weights, unless they are searched for. What is left of the errors before them
-#: makes corrected weights wider, by 6 to 32 % in Linears of the shipped model at 2 bits (at 3 bits by 1 to 5 %), so a grid found then is
-#: coarser: with groups of 32, KL 0.047 against 0.057 symmetric and 0.031 against 0.033 asymmetric. Taking for each row the scales that
-#: lose less gave 0.053.
+#: Up to this many bits, grids are those of the original weights, unless there is a grid search. Error feedback widens the range of
+#: weights: in Linears of the shipped model by 6 to 32 % at 2 bits, by 1 to 5 % at 3 bits. So grids of corrected weights are coarser.
+#: At 2 bits in groups of 32, KL is 0.047 with original and 0.057 with corrected weights (symmetric), 0.031 and 0.033 (asymmetric).
+#: Choosing for each row the grid with the lower loss gave 0.053.
 STATIC_BITS = 2
 
-#: Elements of a weight that are converted at a time.
+#: Elements of a weight that are converted to the working dtype at a time.
 CONVERTED = 2**24
 
 
-def grids_of_originals(scheme: QuantScheme, n: int) -> bool:
-    """Whether the grids of a Linear of n inputs are found before any error is spread.
+def has_static_grids(scheme: QuantScheme, n: int) -> bool:
+    """Whether the grids of a Linear of n inputs are found from its original weights, before any error is spread.
 
-    A search for the best grid wants the weights as they will be rounded, even with few bits: it cuts off too much of those that errors
-    have yet to widen. At 2 bits in groups of 32, with the power 2.4, it gives KL 0.044 so, 0.069 with those of the
-    original weights.
+    A grid search needs the corrected weights even with few bits: on the original ones it clips too much of what errors widen later.
+    At 2 bits in groups of 32, with exponent 2.4, KL is 0.044 for a search on corrected weights and 0.069 on original ones.
     """
     return scheme.act_order or scheme.group_width(n) == n or (scheme.bits <= STATIC_BITS and not scheme.mse)
 
@@ -70,9 +69,9 @@ def solve(
 ) -> list[QuantizedWeight]:
     """Quantize the weights [m_i, n] of Linears that share an input, in one pass over their stacked rows.
 
-    correction: applied to them first; losses and energies are those of the corrected weights.
-    Computes in the dtype of the factor (fp32 or fp64). Raises NumericsError where something is not finite, UsageError
-    where the group size does not divide n.
+    correction: applied to the weights first. Losses and energies are then those of the corrected weights.
+    Computes in the dtype of the factor (fp32 or fp64). Raises NumericsError if a result is not finite, UsageError if the group
+    size does not divide n.
     """
     with fp32_products(factor.r, tf32=False):
         return _solve(weights, factor, scheme, name, correction)
@@ -83,8 +82,8 @@ def _solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str
     rows = [w.shape[0] for w in weights]
     energy = [_energy(part, factor.r) for part in columns.work.split(rows, 1)]
     codes, loss = _quantize_columns(columns, factor.r)
-    solved = finite(loss)
-    if solved or bool(torch.isinf(columns.scale).any()):  # without an Inf, NaN among the scales is the solve's
+    solved = is_finite(loss)
+    if solved or bool(torch.isinf(columns.scale).any()):  # NaN scales without an Inf come from the solve
         require_storable(columns.scale, name)
     if not solved:
         raise NumericsError(f"{name}: the solve produced NaN or Inf; use a higher --damping, or {LEAVE_OUT}")
@@ -108,27 +107,27 @@ def _solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str
 def quantize_linear(
     weight: Tensor, hessian: Tensor, scheme: QuantScheme, cross: Tensor | None = None, alpha: float = 1.0
 ) -> QuantizedWeight:
-    """Quantize one Linear with GPTQ, or with asymmetric calibration where a cross matrix is given.
+    """Quantize one Linear with GPTQ, or with asymmetric calibration (GPTAQ) if a cross matrix is given.
 
-    weight: [m, n], any floating type. hessian: symmetric [n, n], ``2/T · XᵀX`` of the layer's inputs (any positive
-    multiple gives the same codes); it is not changed. cross: ``2/T · (X₀ − X)ᵀX`` [n, n], where X₀ is what the inputs were in the
-    original model (the same multiple as H's); alpha: its strength, see ``solver.asymmetric``.
-    Computes in fp64 where weight or Hessian is fp64, else in fp32.
+    weight: [m, n], any floating type.
+    hessian: symmetric [n, n], ``2/T · XᵀX`` of the Linear's inputs. Any positive multiple gives the same codes. Not modified.
+    cross: ``2/T · (X₀ − X)ᵀX`` [n, n], where X₀ are the inputs in the original model; the same multiple as the Hessian.
+    alpha: strength of the correction, see ``bigq.solver.upstream_error``.
 
-    Raises NumericsError where a value is not finite or H cannot be factored, UsageError where shapes or the
-    group size do not fit.
+    Computes in fp64 if weight or Hessian is fp64, else in fp32. Raises NumericsError if a value is not finite or H cannot be
+    factored, UsageError if shapes or the group size do not fit.
     """
     m, n = weight.shape
     if hessian.shape != (n, n):
-        raise UsageError(f"weight is {m} × {n}, so the Hessian must be {n} × {n}, not {tuple(hessian.shape)}")
+        raise UsageError(f"hessian: must be {n} × {n} for a weight of {m} × {n}, not {' × '.join(map(str, hessian.shape))}")
     if cross is not None and cross.shape != (n, n):
-        raise UsageError(f"weight is {m} × {n}, so the cross matrix must be {n} × {n}, not {tuple(cross.shape)}")
-    if cross is not None and not finite(cross):
+        raise UsageError(f"cross: must be {n} × {n} for a weight of {m} × {n}, not {' × '.join(map(str, cross.shape))}")
+    if cross is not None and not is_finite(cross):
         raise NumericsError("the cross matrix contains NaN or Inf")
-    if not finite(weight):
+    if not is_finite(weight):
         raise NumericsError("the weight contains NaN or Inf")
     dtype = torch.float64 if torch.float64 in (weight.dtype, hessian.dtype) else torch.float32
-    # Triton launches on the current device, which need not be the one that holds the tensors.
+    # Triton launches on the current device, which may differ from the one that holds the tensors.
     with torch.cuda.device(hessian.device) if hessian.is_cuda else contextlib.nullcontext():
         factor = factorize(hessian.to(dtype, copy=True), act_order=scheme.act_order, damping=scheme.damping)
         correction = None if cross is None else Correction(cross.to(hessian.device, dtype), alpha)
@@ -137,13 +136,13 @@ def quantize_linear(
 
 @dataclass(slots=True)
 class _Columns:
-    """Stacked weights on their way through the loop.
+    """The stacked weights in the column loop.
 
-    work: [n, m] in the working dtype and in the order of the loop; column by column the weights give way to W − Q.
-    group: int32 [n], the group of each column. width: inputs per group. spec: what a group's grid may be.
+    work: [n, m] in the working dtype and in the order of the loop. Weights are overwritten by W − Q, column by column.
+    group: int32 [n], the group of each column. width: inputs per group. spec: the grids that are allowed.
     scale, zero: [G, m] in the working dtype.
-    static: they are known from the original (or with asymmetric calibration, corrected) weights, before any error is spread; else each
-        group's is found when the loop reaches it, which needs the natural order.
+    static: the grids are found before any error is spread, from the original weights (with asymmetric calibration, the corrected
+        ones). Otherwise each is found when the loop reaches its group, which requires the natural order.
     """
 
     work: Tensor
@@ -156,11 +155,11 @@ class _Columns:
 
     @classmethod
     def load(cls, weights: list[Tensor], factor: Factor, scheme: QuantScheme, correction: Correction | None = None) -> _Columns:
-        """Convert weights [m_i, n] of any floating type, some rows at a time, and correct them; dead inputs become zero."""
+        """Convert weights [m_i, n] of any floating type, some rows at a time, and correct them. Weights of dead inputs become 0."""
         n, dtype, device = factor.r.shape[0], factor.r.dtype, factor.r.device
         m = sum(w.shape[0] for w in weights)
         width = scheme.group_width(n)
-        static = factor.perm is not None or grids_of_originals(scheme, n)
+        static = factor.perm is not None or has_static_grids(scheme, n)
         scale = torch.empty(n // width, m, dtype=dtype, device=device)
         group = torch.arange(n, device=device) if factor.perm is None else factor.perm
         columns = cls(
@@ -182,7 +181,7 @@ class _Columns:
         return columns
 
     def panels(self) -> Iterator[list[tuple[int, int]]]:
-        """The blocks [a, b) of each panel. A group lies in one block, or where it is wider in one panel and whole blocks."""
+        """The blocks [a, b) of each panel. A group is inside one block; a wider group consists of whole blocks of one panel."""
         n = self.work.shape[0]
         if self.static:
             group, block = n, BLOCK
@@ -197,7 +196,7 @@ class _Columns:
             yield [(a, min(a + block, s + group, hi)) for s in starts for a in range(s, min(s + group, hi), block)]
 
     def grid(self, a: int, b: int) -> GroupGrid:
-        """The grid of columns a … b."""
+        """The grid of columns [a, b)."""
         if self.static or self.width > b - a:
             return GroupGrid(self.spec, self.scale, self.zero, self.group[a:b], False)
         groups = slice(a // self.width, b // self.width)
@@ -205,7 +204,7 @@ class _Columns:
 
 
 def _energy(work: Tensor, r: Tensor) -> Tensor:
-    """``w·H·wᵀ = ‖w·R‖²`` of evenly spaced rows w of work [n, m] before anything is quantized, fp64 [at most ENERGY_ROWS].
+    """``w·H·wᵀ = ‖w·R‖²`` of evenly spaced rows w, before anything is quantized. work: [n, m]. Returns fp64 [at most ENERGY_ROWS].
 
     All rows would cost as much as the solve itself.
     """
@@ -238,7 +237,7 @@ def _total_energy(energy: Tensor, loss: Tensor) -> float:
 
 
 def _quantize_columns(columns: _Columns, r: Tensor) -> tuple[Tensor, Tensor]:
-    """The loop over panels and blocks of columns. ``columns.work`` is overwritten by the error W − Q.
+    """The loop over panels and blocks. ``columns.work`` is overwritten by the error W − Q.
 
     Returns codes uint8 [n, m] in the order of work, and the loss of each row, fp64 [m].
     """
@@ -265,7 +264,7 @@ def _quantize_columns(columns: _Columns, r: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _correct(work: Tensor, r: Tensor, u: Tensor, spread: Tensor, at: tuple[int, int, int], out: Tensor) -> Tensor:
-    """Columns a … b as corrected for all before them, where ``spread`` [b − a, m] already holds the product up to ``lo``."""
+    """Columns [a, b) of work, corrected for all columns before them. at: (lo, a, b). spread: [b − a, m], the product of columns [0, lo)."""
     lo, a, b = at
     if a == 0:
         return out.copy_(work[a:b])
@@ -275,7 +274,7 @@ def _correct(work: Tensor, r: Tensor, u: Tensor, spread: Tensor, at: tuple[int, 
 
 
 def _find_wide(columns: _Columns, a: int, spread: Tensor, lo: int, r: Tensor) -> None:
-    """Find the grid of the group of columns that begins at a and is wider than a block. ``spread`` is not changed."""
+    """Find the grid of a group that is wider than a block and begins at column a. ``spread`` is not modified."""
     b = a + columns.width
     u = diagonal_inverses(r, [(a, b)])[0]
     corrected = _correct(columns.work, r, u, spread.clone(), (lo, a, b), out=torch.empty_like(spread))

@@ -1,45 +1,57 @@
 """The Hessian of a Linear's output error, and its factor.
 
-With calibration inputs X [T, n], ``H = 2/T · XᵀX`` (n × n). Linears that read the same input share one Hessian
-and one factor; the factor is an immutable value, so nobody can damp or permute a shared H twice.
+With calibration inputs X [T, n], ``H = 2/T · XᵀX`` [n, n]. Linears with the same input share one Hessian and one factor. The
+factor is immutable, so a shared H is damped and permuted only once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from bigq.errors import NumericsError
 from bigq.kernels.cholesky import upper_cholesky_
-from bigq.kernels.finiteness import finite
+from bigq.kernels.finiteness import is_finite
 from bigq.kernels.syrk import CHUNK_TOKENS, syrk_
 from bigq.kernels.triangles import mirror_, permute_, restore_upper_
 
-#: When the factorization fails, damping is raised tenfold up to the whole mean of the diagonal.
+#: If the factorization fails, damping is multiplied by 10, up to 1 (the mean of the diagonal).
 LADDER_FACTOR = 10.0
 LADDER_TOP = 1.0
 
-#: What to do about numbers that overflow, and about a Linear that cannot be solved.
-OTHER_DTYPE = "try another --dtype (bfloat16 has more range than float16)"
-LEAVE_OUT = "leave this Linear as it is with --skip or --on-nonfinite skip"
+#: Advice in messages: about values that overflow, and about a Linear that cannot be solved.
+OTHER_DTYPE = "use another --dtype (bfloat16 has more range than float16)"
+LEAVE_OUT = "leave this Linear unquantized with --skip or --on-nonfinite skip"
 
 
 def finite_tokens(x: Tensor) -> Tensor:
-    """Which tokens of activations [..., n] hold neither NaN nor Inf: bool [...].
+    """Which tokens of activations [..., n] contain neither NaN nor Inf: bool [...].
 
-    The extremes show them, as in ``kernels.finite``, without a mask as large as x. For 2048 × 2816 numbers on two CPU cores they
-    take 0.5 ms (fp32) to 2.4 ms (bf16), ``isfinite(x).all(-1)`` 14 ms.
+    Like ``is_finite``, it checks the minimum and maximum and needs no mask as large as x. For 2048 × 2816 values on two CPU cores
+    this takes 0.5 ms (fp32) to 2.4 ms (bf16), ``isfinite(x).all(-1)`` takes 14 ms.
     """
     return torch.isfinite(x.amin(-1)) & torch.isfinite(x.amax(-1))
+
+
+class Reduction(Protocol):
+    """Adds up what several processes have accumulated."""
+
+    def tensor_(self, share: Tensor) -> None:
+        """Replace this process's share by the sum over all processes, in place."""
+
+    def number(self, share: int) -> int:
+        """The sum over all processes."""
 
 
 class HessianSum:
     """Accumulates XᵀX over batches of activations, upper triangle only, in one fp32 buffer.
 
-    finite_only: leave out tokens that hold NaN or Inf, which asks the device once per batch; otherwise nothing is looked at, and
-    they spoil the sum. tokens: how many were added; left_out: how many were not.
+    finite_only: leave out tokens with NaN or Inf. This synchronizes with the device once per batch. Otherwise nothing is checked, and
+        such tokens make the sum NaN or Inf.
+    tokens: number of tokens added. left_out: number of tokens left out.
     """
 
     def __init__(self, n: int, device: torch.device, *, finite_only: bool = False) -> None:
@@ -51,14 +63,14 @@ class HessianSum:
     def add(self, x: Tensor) -> None:
         """Add activations [..., n] of any floating type."""
         rows = x.reshape(-1, x.shape[-1])
-        if self._finite_only and not finite(rows):
+        if self._finite_only and not is_finite(rows):
             self._add_finite(rows)
             return
         syrk_(self._sum, rows)
         self.tokens += rows.shape[0]
 
     def _add_finite(self, rows: Tensor) -> None:
-        """Add the tokens of [tokens, n] that are finite. The others become 0 in a copy of so many tokens at a time."""
+        """Add the finite tokens of [tokens, n]. The others are set to 0 in copies of ``CHUNK_TOKENS`` tokens."""
         keep = finite_tokens(rows)
         kept = int(keep.sum())
         if kept:
@@ -67,13 +79,18 @@ class HessianSum:
         self.tokens += kept
         self.left_out += rows.shape[0] - kept
 
-    def finish(self, name: str = "the Linear") -> Tensor:
-        """``2/T · XᵀX`` as a full symmetric matrix in the accumulator's own storage. Ends this object's life.
+    def reduce(self, reduction: Reduction) -> None:
+        """Add up the shares of all processes: sums and numbers of tokens."""
+        reduction.tensor_(self._sum)
+        self.tokens, self.left_out = reduction.number(self.tokens), reduction.number(self.left_out)
 
-        Raises NumericsError, naming ``name``, where no token was added.
+    def finish(self, name: str = "the Linear") -> Tensor:
+        """``2/T · XᵀX`` as a full symmetric matrix, in the accumulator's storage. This object cannot be used afterwards.
+
+        Raises NumericsError, naming ``name``, if no token was added.
         """
         if not self.tokens:
-            raise NumericsError(f"{name}: the calibration inputs are not finite for a single token; {OTHER_DTYPE}")
+            raise NumericsError(f"{name}: the calibration inputs of all tokens contain NaN or Inf; {OTHER_DTYPE}")
         h = self._sum
         del self._sum
         h.mul_(2.0 / self.tokens)
@@ -83,9 +100,9 @@ class HessianSum:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factor:
-    """``H' = R·Rᵀ``, where H' is H in the order ``perm``, with dead inputs made harmless and the diagonal damped.
+    """``H' = R·Rᵀ``, where H' is H permuted by ``perm`` and damped, with 1 on the diagonal for dead inputs.
 
-    r: [n, n], R in the upper triangle; what lies below is not R's.
+    r: [n, n], R in the upper triangle. The lower triangle is not part of R.
     perm: the order in which columns are quantized, int64 [n], or None for the natural order.
     dead: bool [n] in natural order, inputs that were always 0.
     damping: the fraction of the mean diagonal that was added.
@@ -98,16 +115,16 @@ class Factor:
 
 
 def factorize(h: Tensor, *, act_order: bool, damping: float, name: str = "the Linear") -> Factor:
-    """Factor a symmetric H [n, n] (fp32 or fp64). H's storage is taken over; the caller gives it up.
+    """Factor a symmetric H [n, n] (fp32 or fp64) in its own storage; the caller must not use h afterwards.
 
-    A failing factorization is tried again with more damping. Raises NumericsError, naming ``name``, where H is
-    not finite or stays indefinite.
+    If the factorization fails, damping is raised and it is repeated. Raises NumericsError, naming ``name``, if H is not finite or
+    not positive definite even with the highest damping.
     """
     diagonal = h.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
         raise NumericsError(
-            f"{name}: the calibration inputs are not finite, or too large to be squared (NaN or Inf in the Hessian); "
-            f"{OTHER_DTYPE}, or leave such tokens out with --on-nonfinite skip"
+            f"{name}: the calibration inputs contain NaN or Inf, or their squares overflow (NaN or Inf in the Hessian); "
+            f"{OTHER_DTYPE}, or leave out such tokens with --on-nonfinite skip"
         )
     dead = diagonal == 0
     diagonal[dead] = 1

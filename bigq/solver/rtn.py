@@ -1,4 +1,4 @@
-"""Plain rounding to nearest: no calibration, each weight to the closest point of its group's grid."""
+"""Round to nearest (RTN): each weight becomes the closest point of its group's grid, without calibration."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import torch
 from torch import Tensor
 
 from bigq.errors import NumericsError
-from bigq.kernels.finiteness import finite
+from bigq.kernels.finiteness import is_finite
 from bigq.kernels.grid import MSE_POWER, GridSpec, find_grid
 from bigq.scheme import QuantizedWeight, QuantScheme
 from bigq.solver.storage_range import require_storable
 
 
-def plain_grid(scheme: QuantScheme) -> GridSpec:
-    """What a group's grid may be where no errors are spread, so that a search need not leave room for them."""
+def rtn_grid(scheme: QuantScheme) -> GridSpec:
+    """The grids for RTN. A grid search uses exponent 2.4 at all widths, since no error feedback widens the weights."""
     return dataclasses.replace(scheme.grid, mse_power=scheme.mse_power or MSE_POWER)
 
 
 def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "the Linear") -> QuantizedWeight:
-    """Quantize a weight [m, n] without looking at any input. Loss and energy are plain squares (H = identity).
+    """Quantize a weight [m, n] without calibration. Loss and energy are sums of squares (H is the identity).
 
-    Raises NumericsError where the weight is not finite, UsageError where the group size does not divide n.
+    Raises NumericsError if the weight is not finite, UsageError if the group size does not divide n.
     """
-    if not finite(weight):
+    if not is_finite(weight):
         raise NumericsError(f"{name}: the weight contains NaN or Inf")
     m, n = weight.shape
     width = scheme.group_width(n)
     groups = weight.float().reshape(m, n // width, width).permute(2, 0, 1)
-    scale, zero = find_grid(groups, plain_grid(scheme))
+    scale, zero = find_grid(groups, rtn_grid(scheme))
     require_storable(scale, name)
     steps = torch.clamp(torch.round(groups / scale), -zero, scheme.grid.max_code - zero)
     codes = (steps + zero).to(torch.uint8).permute(1, 2, 0).reshape(m, n)

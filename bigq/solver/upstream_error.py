@@ -1,16 +1,18 @@
-"""Asymmetric calibration (Li et al. 2025, "GPTAQ"): make up for what the quantized Linears before this one have done to its inputs.
+"""Asymmetric calibration (GPTAQ, Li et al. 2025): correct a Linear's weight for the upstream error.
 
-GPTQ asks a Linear for what it gave on the inputs X̂ that it has now, behind quantized Linears. Asymmetric calibration asks for
-what it gave in the original model, on the inputs X there: ``min ‖X̂·Qᵀ − X·Wᵀ‖²``. With ``H = 2/T · X̂ᵀX̂`` and the cross matrix
-``D = 2/T · (X − X̂)ᵀX̂``, that is up to a constant ``(Q − W*)·H·(Q − W*)ᵀ`` with the corrected target
+The upstream error is the change that quantized Linears before this one cause in its inputs. X are the inputs in the original
+model, X̂ those in the quantized model. GPTQ preserves the output on X̂: ``min ‖X̂·Qᵀ − X̂·Wᵀ‖²``. Asymmetric calibration preserves
+the output of the original model: ``min ‖X̂·Qᵀ − X·Wᵀ‖²``. With ``H = 2/T · X̂ᵀX̂`` and the cross matrix ``D = 2/T · (X − X̂)ᵀX̂``, this
+is, up to a constant, ``(Q − W*)·H·(Q − W*)ᵀ`` with the corrected target
 
     W* = W + W·D·H⁻¹
 
-so it is GPTQ on another weight, and since ``H = R·Rᵀ`` is factored for GPTQ anyway, the correction takes one product and two
-triangular solves. A strength α scales the correction; 0 leaves plain GPTQ.
+So it is GPTQ on another weight. Since ``H = R·Rᵀ`` is factored for GPTQ anyway, the correction costs one product and two
+triangular solves. A strength α scales the correction; with 0 it is plain GPTQ.
 
-The paper spreads the same residual column by column, and of ``D·Uᵀ·U`` (``H⁻¹ = UᵀU``) only what lies right of the diagonal of
-``D·Uᵀ``: no column is corrected for a residual of its own or of one behind it. The whole correction is the exact least-squares target.
+The paper spreads the same residual column by column. Of ``D·Uᵀ·U`` (``H⁻¹ = UᵀU``) it uses only the part of ``D·Uᵀ`` right of the
+diagonal, so no column is corrected for its own residual or for those of later columns. The full correction here is the exact
+least-squares target.
 """
 
 from __future__ import annotations
@@ -21,16 +23,16 @@ import torch
 from torch import Tensor
 
 from bigq.errors import NumericsError
-from bigq.kernels.finiteness import finite
+from bigq.kernels.finiteness import is_finite
 from bigq.kernels.precision import fp32_products
 from bigq.kernels.syrk import CHUNK_TOKENS
-from bigq.solver.hessian import OTHER_DTYPE, Factor, finite_tokens
+from bigq.solver.hessian import OTHER_DTYPE, Factor, Reduction, finite_tokens
 
 
 class CrossSum:
     """Accumulates ``(X − X̂)ᵀX̂`` over batches of activations in one fp32 buffer [n, n].
 
-    finite_only: leave out tokens that hold NaN or Inf on either side.
+    finite_only: leave out tokens with NaN or Inf in X or X̂.
     """
 
     def __init__(self, n: int, device: torch.device, *, finite_only: bool = False) -> None:
@@ -40,7 +42,7 @@ class CrossSum:
     def add(self, original: Tensor, quantized: Tensor) -> None:
         """Add the inputs [..., n] of the same tokens in the original model (X) and in the quantized one (X̂), of one floating type.
 
-        The difference is taken in fp32. On a GPU the product of 16-bit activations takes TF32 factors, which X̂ fits exactly.
+        The difference is computed in fp32. On a GPU, 16-bit activations are multiplied in TF32, which represents X̂ exactly.
         """
         n = original.shape[-1]
         pairs = zip(original.reshape(-1, n).split(CHUNK_TOKENS), quantized.reshape(-1, n).split(CHUNK_TOKENS), strict=True)
@@ -48,43 +50,48 @@ class CrossSum:
             for x, now in pairs:
                 now = now.float()
                 drift = x.float().sub_(now) if x.dtype != torch.float32 else x - now
-                if self._finite_only and not finite(drift):  # so it is where either is not
+                if self._finite_only and not is_finite(drift):  # NaN or Inf in X or X̂ shows in their difference
                     lost = ~(finite_tokens(drift) & finite_tokens(now))[:, None]
                     drift, now = drift.masked_fill_(lost, 0), now.masked_fill(lost, 0)
                 self._sum.addmm_(drift.T, now)
 
-    def finish(self, tokens: int, name: str = "the Linear") -> Tensor:
-        """D of so many tokens (those of the Hessian) in the accumulator's own storage. Ends this object's life.
+    def reduce(self, reduction: Reduction) -> None:
+        """Add up the shares of all processes."""
+        reduction.tensor_(self._sum)
 
-        Raises NumericsError, naming ``name``, where it is not finite.
+    def finish(self, tokens: int, name: str = "the Linear") -> Tensor:
+        """D, in the accumulator's storage. This object cannot be used afterwards. tokens: the number of tokens in the Hessian.
+
+        Raises NumericsError, naming ``name``, if it is not finite.
         """
         d = self._sum
         del self._sum
-        if not finite(d):
+        if not is_finite(d):
             raise NumericsError(
-                f"{name}: its inputs in the original model are not finite, or too large (NaN or Inf in the cross matrix); {OTHER_DTYPE}, "
-                "or leave such tokens out with --on-nonfinite skip"
+                f"{name}: its inputs in the original model contain NaN or Inf, or are too large (NaN or Inf in the cross matrix); "
+                f"{OTHER_DTYPE}, or leave out such tokens with --on-nonfinite skip"
             )
         return d.mul_(2.0 / tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """How weights are corrected before they are quantized. cross: D [n, n] in natural order, of the factor's dtype. alpha: its strength."""
+    """The correction of weights before they are quantized. cross: D [n, n] in natural order, in the factor's dtype. alpha: its strength."""
 
     cross: Tensor
     alpha: float
 
     def apply(self, rows: Tensor, factor: Factor) -> Tensor:
-        """``W + α·W·D·H'⁻¹`` for rows W [k, n] of a weight in the factor's dtype, where H' is damped as it was factored. Overwrites rows.
+        """``W + α·W·D·H'⁻¹`` for rows W [k, n] of a weight in the factor's dtype, with the damped H' of the factor. Overwrites rows.
 
-        Inputs that are always 0 in the quantized model are not corrected, but what they contributed in the original one is made up for.
+        Weights of inputs that are always 0 in the quantized model get no correction. Their contribution in the original model is
+        compensated by the other weights.
         """
         with fp32_products(rows, tf32=True):
             spread = rows @ self.cross
         if factor.perm is not None:
             spread = spread[:, factor.perm]
-        # Columns of a transposed matrix are contiguous, which is how the library wants them.
+        # LAPACK and cuSOLVER need contiguous columns, which a transposed matrix has.
         spread = torch.linalg.solve_triangular(factor.r, spread.T, upper=True)
         spread = torch.linalg.solve_triangular(factor.r.T, spread, upper=False).T
         if factor.perm is None:

@@ -174,7 +174,7 @@ def test_scales_that_do_not_fit_the_models_type_are_refused(tmp_path: Path) -> N
     source = make_checkpoint(tmp_path / "model", "llama", dtype=torch.bfloat16, num_hidden_layers=1)
     ids = save_ids(tmp_path / "ids.safetensors", random_ids())
     bigq.quantize(str(source), tmp_path / "fine", job(ids, scheme=QuantScheme(group_size=32, scale_bits=11)))
-    refused(tmp_path / "fine", tmp_path / "out", "compressed-tensors", r"scales do not fit torch\.bfloat16.*--scale-bits 8")
+    refused(tmp_path / "fine", tmp_path / "out", "compressed-tensors", r"scales are not exact in torch\.bfloat16.*--scale-bits 8")
     with pytest.raises(UsageError, match=r"--scale-bits 11: .* use --scale-bits 8"):
         bigq.quantize(
             str(source), tmp_path / "job", job(ids, scheme=QuantScheme(group_size=32, scale_bits=11), format="compressed-tensors")
@@ -261,9 +261,9 @@ def test_numbered_groups_are_read_in_natural_order_only(made: Callable[..., Path
     got, expected = stored_tensors(tmp_path / "fine"), stored_tensors(tmp_path / "expected")
     assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
     for name, order, said in (
-        ("other", natural.flip(0).contiguous(), "does not number the groups in natural order"),
-        ("short", natural[:32].clone(), "does not number the groups in natural order"),
-        ("none", None, "is missing, although actorder says"),
+        ("other", natural.flip(0).contiguous(), "groups are not in natural order"),
+        ("short", natural[:32].clone(), "groups are not in natural order"),
+        ("none", None, "is missing, but actorder says"),
     ):
         copy = numbered(source, tmp_path / name, order)
         refused(copy, tmp_path / "out", "gptq", rf"model-.*safetensors: tensor .*weight_g_idx {said}", UnsupportedModelError)

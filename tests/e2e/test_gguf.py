@@ -320,7 +320,7 @@ def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(packed: Path, tmp_p
     word_tokenizer().save_pretrained(folder)
     pager, config = Pager(folder, device=CPU), bigq.JobConfig(scheme=bigq.QuantScheme(group_size=32))
     for check in (lambda: check_gguf(pager), lambda: check_gguf_job(pager, config)):
-        with pytest.raises(UnsupportedModelError, match=r"no tokenizer like this one \(it is of kind 'WordLevel'"):
+        with pytest.raises(UnsupportedModelError, match=r"does not support this tokenizer \(its type is 'WordLevel'"):
             check()
 
 

@@ -30,11 +30,11 @@ import bigq
 from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import NumericsError, UsageError
-from bigq.io.checksummed import unseal
+from bigq.io.checksum import unseal
 from bigq.job.journal import Commit, Journal
 from bigq.model.capture import BlockCall
 from bigq.sched.plan import inputs
-from bigq.sched.rows.original import Original
+from bigq.sched.rows.reference import ReferenceBlock
 from bigq.sched.rows.store import ActivationStore
 from bigq.scheme import QuantScheme, Rule
 from bigq.solver.gptq import quantize_linear
@@ -293,10 +293,10 @@ def test_tokens_that_overflow_in_the_original_model_only(tmp_path: Path) -> None
     """They are left out of the cross matrix with skip, and named without."""
     source = make_checkpoint(tmp_path / "model", "llama")
     ids = save_ids(tmp_path / "ids.safetensors", random_ids(ROWS, SEQLEN))
-    follow, spoilt = Original.follow, [False]
+    align, spoilt = ReferenceBlock.align, [False]
 
-    def with_inf(self: Original, store: ActivationStore) -> ActivationStore:
-        found = follow(self, store)
+    def with_inf(self: ReferenceBlock, store: ActivationStore) -> ActivationStore:
+        found = align(self, store)
         if not spoilt[0]:
             spoilt[0] = True
             rows = found.rows(0, 1).clone()
@@ -305,8 +305,8 @@ def test_tokens_that_overflow_in_the_original_model_only(tmp_path: Path) -> None
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Original, "follow", with_inf)
-        with pytest.raises(NumericsError, match=r"q_proj.*its inputs in the original model are not finite.*--on-nonfinite skip"):
+        patch.setattr(ReferenceBlock, "align", with_inf)
+        with pytest.raises(NumericsError, match=r"q_proj.*its inputs in the original model contain NaN or Inf.*--on-nonfinite skip"):
             bigq.quantize(str(source), tmp_path / "stop", job(ids))
         spoilt[0] = False
         report = bigq.quantize(str(source), tmp_path / "skip", job(ids, on_nonfinite="skip"))

@@ -22,9 +22,10 @@ from bigq.errors import Stopped, UsageError
 from bigq.inspect.verify import verify
 from bigq.job.journal import Commit, Journal
 from bigq.job.stop import Stop
+from bigq.methods import gptq as gptq_module
 from bigq.progress.progress import Progress
-from bigq.sched import head as head_module
-from bigq.sched import pipeline
+from bigq.sched import solve_head as head_module
+from bigq.sched import solving
 from bigq.sched.plan.inputs import plan
 from bigq.scheme import QuantScheme, Rule
 from bigq.solver.gptq import quantize_linear
@@ -71,9 +72,9 @@ def expected_hessian(model: Any, rows: Tensor) -> Tensor:
 def test_the_head_is_solved_on_what_reaches_it(family: str, checkpoint: Callable[[str], Path], ids: Path, tmp_path: Path) -> None:
     source, out = checkpoint(family), tmp_path / "out"
     seen: list[Tensor] = []
-    factorize = head_module.factorize
+    factorize = gptq_module.factorize
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_module, "factorize", lambda h, **options: factorize(seen.append(h.clone()) or h, **options))
+        patch.setattr(gptq_module, "factorize", lambda h, **options: factorize(seen.append(h.clone()) or h, **options))
         bigq.quantize(str(source), out, job(ids))
     rows = calibration_rows(str(ids), source, samples=8, seqlen=24, seed=0)
     model = dense(out, source)
@@ -220,7 +221,7 @@ def test_a_job_that_is_asked_to_stop_there_leaves_and_goes_on(
     moment: str, checkpoint: Callable[[str], Path], ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, stop = str(checkpoint("llama")), Stop()
-    solve_head = pipeline.solve_head
+    solve_head = solving.solve_head
     block_done = Progress.block_done
 
     def asked(*args: Any, **kwargs: Any) -> Any:
@@ -233,7 +234,7 @@ def test_a_job_that_is_asked_to_stop_there_leaves_and_goes_on(
             stop.request("SIGTERM")
 
     if moment == "within":
-        monkeypatch.setattr(pipeline, "solve_head", asked)
+        monkeypatch.setattr(solving, "solve_head", asked)
     else:
         monkeypatch.setattr(Progress, "block_done", done)
     with pytest.raises(Stopped, match="stopped at the output head; run the same command again"):

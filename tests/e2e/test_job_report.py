@@ -25,7 +25,7 @@ from bigq.infer.evaluate import EvalConfig
 from bigq.inspect.history import read_history
 from bigq.inspect.linear_results import BY_RULE, UNFIT
 from bigq.inspect.verify import verify
-from bigq.io.checksummed import unseal
+from bigq.io.checksum import unseal
 from bigq.job.finish import CARD_MARK
 from bigq.job.journal import Journal
 from bigq.reports import write
@@ -332,12 +332,12 @@ def test_a_quantized_head_counts_and_is_in_no_block(method: str, source: Path, i
 
 
 def test_a_head_that_cannot_be_quantized_is_left_out(source: Path, ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bigq.sched import head
+    from bigq.methods import gptq
 
     def failing(*_: Any, name: str, **__: Any) -> Any:
         raise NumericsError(f"{name}: cannot be factored; use more")
 
-    monkeypatch.setattr(head, "factorize", failing)
+    monkeypatch.setattr(gptq, "factorize", failing)
     bigq.quantize(str(source), tmp_path / "out", job(ids_file, lm_head=True, on_nonfinite="skip", rules=()))
     history = read_history(tmp_path / "out")
     assert history.head is None and [(left.block, left.name) for left in history.left_out] == [(None, "lm_head")]
@@ -390,16 +390,16 @@ def test_an_unfinished_job_is_reported_as_such(source: Path, ids_file: Path, tmp
 
 
 def test_raised_damping_and_skipped_linears_are_told(source: Path, ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bigq.sched import block
+    from bigq.methods import gptq
 
-    factorize = block.factorize
+    factorize = gptq.factorize
 
     def failing(h: Any, *, damping: float, name: str, **options: Any) -> Any:
         if ".2.mlp.down_proj" in name:
             raise NumericsError(f"{name}: cannot be factored; use more")
         return factorize(h, damping=damping * (10 if ".1.mlp.gate_proj" in name else 1), name=name, **options)
 
-    monkeypatch.setattr(block, "factorize", failing)
+    monkeypatch.setattr(gptq, "factorize", failing)
     bigq.quantize(str(source), tmp_path / "out", job(ids_file, on_nonfinite="skip"))
     history = read_history(tmp_path / "out")
     assert {(linear.block, linear.name) for linear in history.linears if linear.has_raised_damping} == {

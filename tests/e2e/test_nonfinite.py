@@ -37,7 +37,7 @@ from bigq.errors import NumericsError
 from bigq.inspect.verify import verify
 from bigq.job.journal import Commit, Journal
 from bigq.machine.ceilings import Ceilings, measure
-from bigq.sched import block as block_module
+from bigq.methods import gptq as gptq_module
 from bigq.sched.plan import inputs
 from bigq.scheme import QuantScheme, Rule
 from bigq.solver import hessian
@@ -138,7 +138,7 @@ def test_where_all_is_finite_the_bytes_are_the_same(
 
 
 def test_a_job_stops_by_default_and_names_the_linear(fragile: Path, ids: Path, tmp_path: Path) -> None:
-    with pytest.raises(NumericsError, match=r"^model\.layers\.0\.mlp\.down_proj: .*not finite.*--on-nonfinite skip") as caught:
+    with pytest.raises(NumericsError, match=r"^model\.layers\.0\.mlp\.down_proj: .*contain NaN or Inf.*--on-nonfinite skip") as caught:
         bigq.quantize(str(fragile), tmp_path / "out", job(ids, on_nonfinite="stop", quiet=True))
     assert caught.value.exit_code == 3
     assert not (tmp_path / "out" / "config.json").exists()
@@ -202,14 +202,14 @@ def test_a_job_that_stopped_can_be_gone_on_with(fragile: Path, ids: Path, skippe
 
 def indefinite(patch: pytest.MonkeyPatch, linear: str) -> None:
     """Let every factorization of this Linear's Hessian fail."""
-    factorize, upper_cholesky_ = block_module.factorize, hessian.upper_cholesky_
+    factorize, upper_cholesky_ = gptq_module.factorize, hessian.upper_cholesky_
 
     def chosen(h: Tensor, *, name: str, **options: Any) -> Any:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(hessian, "upper_cholesky_", (lambda _: False) if linear in name else upper_cholesky_)
             return factorize(h, name=name, **options)
 
-    patch.setattr(block_module, "factorize", chosen)
+    patch.setattr(gptq_module, "factorize", chosen)
 
 
 @pytest.mark.parametrize("linear", ["self_attn.o_proj", "mlp.up_proj"])
@@ -275,7 +275,7 @@ def test_a_linear_that_sees_nothing_finite_stays_as_it_is(ids: Path, tmp_path: P
     report = bigq.quantize(str(source), out, job(ids, quiet=True))
     assert report.left_out == ("model.layers.2.mlp.down_proj",)
     (reason,) = commits(out)[3]["skipped"].values()
-    assert reason == "the calibration inputs are not finite for a single token"
+    assert reason == "the calibration inputs of all tokens contain NaN or Inf"
     tokens = random_ids(2, SEQLEN, seed=9)
     got = streamed_logits(out, tokens, 2, "float32")
     assert torch.isfinite(got).all() and torch.equal(got, logits_of(with_packed(source, out), tokens, 2))

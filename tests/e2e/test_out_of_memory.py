@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from bigq.io.checksum import unseal
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -20,16 +21,16 @@ import bigq
 from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, ResourceError
-from bigq.io.checksummed import unseal
-from bigq.job.batches import Halving
+from bigq.job.batches import Batches, Halving
 from bigq.job.journal import Commit, Journal
 from bigq.model.capture import BlockCall
 from bigq.progress.records import Report
-from bigq.sched import block as block_module
-from bigq.sched import pipeline
+from bigq.sched import solve_block as block_module
+from bigq.sched.rows import calibration
 from bigq.sched.rows import probe as probe_module
-from bigq.sched.rows import shortcut_cache as memo_module
+from bigq.sched.rows import shortcut_cache as cache_module
 from bigq.sched.rows.store import ActivationStore
+from bigq.sched.units import base as units_base
 from bigq.scheme import QuantScheme
 
 ROWS, BATCH = 16, 8
@@ -144,7 +145,7 @@ def test_a_device_too_small_for_the_embedding(
 def test_one_row_that_does_not_fit_is_an_error(
     checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, out = pipeline.plan_block, tmp_path / "out"
+    load, out = units_base.plan_block, tmp_path / "out"
 
     def planned(*args: Any) -> Any:
         """The structure is found on a row; only then memory ends."""
@@ -152,7 +153,7 @@ def test_one_row_that_does_not_fit_is_an_error(
         small_device(monkeypatch, 0)
         return plan
 
-    monkeypatch.setattr(pipeline, "plan_block", planned)
+    monkeypatch.setattr(units_base, "plan_block", planned)
     with pytest.raises(ResourceError, match=r"cpu: out of memory \(CUDA out of memory.*use fewer --samples"):
         bigq.quantize(str(checkpoint("llama")), out, job(ids_file))
     assert [h[3] for h in halvings_of(out)] == [4, 2, 1]
@@ -180,13 +181,13 @@ def test_other_errors_are_not_taken_for_it(
     def broken(self: BlockCall, block: nn.Module, hidden: Tensor) -> Tensor:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    capture = block_module._capture
+    capture = block_module._collect
 
     def breaking(*args: Any) -> Any:
         monkeypatch.setattr(BlockCall, "run", broken)
         return capture(*args)
 
-    monkeypatch.setattr(block_module, "_capture", breaking)
+    monkeypatch.setattr(block_module, "_collect", breaking)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         bigq.quantize(str(checkpoint("llama")), tmp_path / "out", job(ids_file))
     assert not (tmp_path / "out" / ".bigq" / "batches.json").exists()
@@ -197,7 +198,7 @@ def test_an_error_of_the_embedding_is_told_as_it_is(
     activations: str, checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not that the rows that it leaves behind were given up twice."""
-    embed = pipeline.embed
+    embed = calibration.embed
 
     def breaking(*args: Any) -> None:
         def broken(*args: Any) -> Any:
@@ -206,7 +207,7 @@ def test_an_error_of_the_embedding_is_told_as_it_is(
         monkeypatch.setattr(probe_module, "first_input", broken)
         embed(*args)
 
-    monkeypatch.setattr(pipeline, "embed", breaking)
+    monkeypatch.setattr(calibration, "embed", breaking)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         bigq.quantize(str(checkpoint("llama")), tmp_path / "out", job(ids_file, activations=activations))
 
@@ -245,7 +246,7 @@ MOMENTS: Mapping[str, tuple[str, int, tuple[int, int, int]]] = {
 
 def fail_once(patch: pytest.MonkeyPatch, what: str, number: int) -> None:
     """Let the device run out of memory at the given call, and never again."""
-    owner, name = {"run": (BlockCall, "run"), "keep": (memo_module._Kept, "put")}[what]
+    owner, name = {"run": (BlockCall, "run"), "keep": (cache_module._CachedRows, "put")}[what]
     original = getattr(owner, name)
     calls = [0]
 
@@ -387,15 +388,15 @@ def kill_and_resume(source: Path, out: Path, config: JobConfig, moment: str, kil
 
 def fail_at_place(patch: pytest.MonkeyPatch, block: int, step: int, row: int) -> None:
     """Let the device run out of memory at a place of a job, once."""
-    at, done = pipeline.Batches.at, list[bool]()
+    at, done = Batches.at, list[bool]()
 
-    def placed(self: pipeline.Batches, *here: int) -> int:
+    def placed(self: Batches, *here: int) -> int:
         if not done and (*here, 0)[:3] == (block, step, row):
             done.append(True)
             self.halve(block, step, row)
         return at(self, *here)
 
-    patch.setattr(pipeline.Batches, "at", placed)
+    patch.setattr(Batches, "at", placed)
 
 
 @pytest.mark.parametrize("moment", ["first batch of a propagation", "middle of a propagation", "keeping outputs, second batch"])

@@ -40,11 +40,11 @@ from torch import Tensor, nn
 import bigq
 from bigq.config import JobConfig
 from bigq.io.formats import Format
+from bigq.methods import gptq as gptq_module
 from bigq.model.pager import Pager
 from bigq.model.structure import plan_block
 from bigq.progress.records import Report
-from bigq.sched import block as block_module
-from bigq.sched import pipeline
+from bigq.sched.rows.probe import probe_model
 from bigq.scheme import QuantizedWeight, QuantScheme, Rule
 from bigq.solver.gptq import ENERGY_ROWS
 
@@ -86,7 +86,7 @@ def job(ids: Path, **changes: Any) -> JobConfig:
 def run_job(source: Path, out: Path, config: JobConfig) -> Run:
     solved: dict[str, QuantizedWeight] = {}
     hessians: dict[str, Tensor] = {}
-    pack, factorize = Format.pack, block_module.factorize
+    pack, factorize = Format.pack, gptq_module.factorize
 
     def recording_pack(self: Format, prefix: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         assert prefix not in solved
@@ -99,7 +99,7 @@ def run_job(source: Path, out: Path, config: JobConfig) -> Run:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Format, "pack", recording_pack)
-        patch.setattr(block_module, "factorize", recording_factorize)
+        patch.setattr(gptq_module, "factorize", recording_factorize)
         report = bigq.quantize(str(source), out, config)
     return Run(source, out, report, solved, hessians)
 
@@ -214,7 +214,7 @@ def test_output_folder_is_complete(family: str, family_run: Callable[[str], Run]
 def test_levels_of_a_block(family: str, checkpoint: Callable[[str], Path]) -> None:
     pager = Pager(checkpoint(family), device=torch.device("cpu"))
     with torch.no_grad():
-        probe = pipeline.probe_model(pager)
+        probe = probe_model(pager)
         plan = plan_block(pager.load_block(0), probe.hidden, probe.calls[0])
     assert plan.left_out == ()
     found = [[set(group.names) for group in level] for level in plan.levels(true_sequential=True)]
@@ -228,7 +228,7 @@ def test_levels_are_in_order_of_execution(checkpoint: Callable[[str], Path]) -> 
     def levels(family: str) -> list[int]:
         pager = Pager(checkpoint(family), device=torch.device("cpu"))
         with torch.no_grad():
-            probe = pipeline.probe_model(pager)
+            probe = probe_model(pager)
             return [g.level for g in plan_block(pager.load_block(0), probe.hidden, probe.calls[0]).groups]
 
     assert levels("llama") == [0, 1, 2, 3]

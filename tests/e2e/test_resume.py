@@ -26,8 +26,8 @@ from bigq.io import atomic
 from bigq.job import finish
 from bigq.job import journal as journal_module
 from bigq.job.journal import Commit, Journal
-from bigq.sched import block as block_module
-from bigq.sched import pipeline
+from bigq.methods import gptq as gptq_module
+from bigq.sched import shards, solving
 from bigq.scheme import QuantScheme, Rule
 
 #: What decides the output's bytes, besides the default: rules that leave some Linears out and give others more bits.
@@ -60,14 +60,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, commits: int, error: BaseExcepti
 
 def count_solves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The labels of what gets factored from now on."""
-    factorize = block_module.factorize
+    factorize = gptq_module.factorize
     labels: list[str] = []
 
     def counting(h: torch.Tensor, *, name: str, **options: Any) -> Any:
         labels.append(name)
         return factorize(h, name=name, **options)
 
-    monkeypatch.setattr(block_module, "factorize", counting)
+    monkeypatch.setattr(gptq_module, "factorize", counting)
     return labels
 
 
@@ -175,7 +175,7 @@ def test_stopped_between_shard_and_journal(
 ) -> None:
     """A shard that no journal line vouches for is made again."""
     source, out = checkpoint("llama"), tmp_path / "out"
-    write_shard = pipeline.write_shard
+    write_shard = shards.write_shard
 
     def striking(path: Path, tensors: Any) -> Any:
         record = write_shard(path, tensors)
@@ -184,7 +184,7 @@ def test_stopped_between_shard_and_journal(
         return record
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_shard", striking)
+        patch.setattr(shards, "write_shard", striking)
         with pytest.raises(KeyboardInterrupt):
             bigq.quantize(str(source), out, job(ids_file))
     assert len(list(out.glob("*.safetensors"))) == 3
@@ -528,14 +528,14 @@ def test_saved_activations_spare_the_replay(
     saved = [path.name for path in (out / ".bigq").glob("activations-*")]
     assert saved == (["activations-00001.safetensors"] if every == 0 else [])
     replayed: list[int] = []
-    propagate = pipeline.propagate
+    propagate = solving.propagate
 
     def counting(index: int, *args: Any) -> None:
         replayed.append(index)
         propagate(index, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "propagate", counting)
+        patch.setattr(solving, "propagate", counting)
         solved = count_solves(patch)
         bigq.quantize(str(source), out, config)
     assert replayed == ([1] if every == 0 else [0, 1])
@@ -614,17 +614,17 @@ def test_source_that_changes_during_the_job(
     source, out = make_checkpoint(tmp_path / "m", "llama"), tmp_path / "out"
     victim = source / "config.json" if what == "config" else shard_of(source, "model.layers.1.mlp.down_proj.weight")
     kept, times = victim.read_bytes(), victim.stat()
-    solve_block = pipeline.solve_block
+    solve_block = solving.solve_block
 
-    def meddling(job: Any, *args: Any) -> Any:
+    def meddling(job: Any, *args: Any, **kwargs: Any) -> Any:
         if job.index == 1:
             if what == "shard replaced":
                 victim.unlink()
             victim.write_bytes(kept)
-        yield from solve_block(job, *args)
+        yield from solve_block(job, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "solve_block", meddling)
+        patch.setattr(solving, "solve_block", meddling)
         with pytest.raises(CheckpointError, match="changed or replaced while") as error:
             bigq.quantize(str(source), out, job(ids_file))
     assert str(victim) in str(error.value)

@@ -14,8 +14,8 @@ import pytest
 import bigq
 from bigq.errors import UsageError
 from bigq.io.prefetch import pieces
+from bigq.methods import gptq
 from bigq.progress.trace import Trace
-from bigq.sched import block
 
 
 def config(ids: Path, **more: Any) -> bigq.JobConfig:
@@ -51,7 +51,7 @@ def test_a_failed_job_leaves_its_trace(
     def broken(*_: object, **__: object) -> None:
         raise bigq.errors.NumericsError("no")
 
-    monkeypatch.setattr(block, "factorize", broken)
+    monkeypatch.setattr(gptq, "factorize", broken)
     with pytest.raises(bigq.errors.NumericsError):
         bigq.quantize(str(checkpoint("llama")), tmp_path / "out", config(ids_file, trace=str(tmp_path / "trace.json")))
     assert "hessian" in lanes_of(tmp_path / "trace.json")
@@ -74,14 +74,14 @@ def test_reading_lies_beside_computing(
         time.sleep(0.1)
         read_piece(*args)
 
-    factorize = block.factorize
+    factorize = gptq.factorize
 
     def slow_factor(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.08)
         return factorize(*args, **kwargs)
 
     monkeypatch.setattr(pieces, "read_piece", slow_read)
-    monkeypatch.setattr(block, "factorize", slow_factor)
+    monkeypatch.setattr(gptq, "factorize", slow_factor)
     bigq.quantize(str(checkpoint("llama")), tmp_path / "out", config(ids_file, trace=str(tmp_path / "trace.json"), read_ahead=1))
     lanes = lanes_of(tmp_path / "trace.json")
     layers = sorted({name for _, _, name in lanes["solve"]})

@@ -20,7 +20,7 @@ import bigq
 from bigq.config import JobConfig
 from bigq.errors import UsageError
 from bigq.inspect.verify import verify
-from bigq.io.checksummed import seal, unseal, write_sealed
+from bigq.io.checksum import save_record, seal, unseal
 from bigq.job.journal import Journal
 from bigq.scheme import QuantScheme, Rule
 
@@ -79,7 +79,7 @@ def reseal(out: Path) -> None:
     for name in manifest["files"]:
         data = (out / name).read_bytes()
         manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    write_sealed(out / ".bigq" / "manifest.json", manifest)
+    save_record(out / ".bigq" / "manifest.json", manifest)
 
 
 def change_tensor(out: Path, name: str, change: Callable[[torch.Tensor], Any]) -> str:
@@ -323,7 +323,7 @@ def test_values_that_no_reader_can_use_are_found(name: str, change: Callable[[to
     file = change_tensor(out, name, change)
     reseal(out)
     (problem,) = verify(out)
-    assert problem.startswith((f"{file}: tensor {name} holds", f"{file}: tensor {name} does not number"))
+    assert problem.startswith((f"{file}: tensor {name} holds", f"{file}: tensor {name} is not in"))
 
 
 def test_an_index_that_disagrees_is_found(out: Path) -> None:
@@ -347,7 +347,7 @@ def reseal_manifest(out: Path, file: str) -> None:
     assert manifest is not None
     data = (out / file).read_bytes()
     manifest["files"][file] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    write_sealed(out / ".bigq" / "manifest.json", manifest)
+    save_record(out / ".bigq" / "manifest.json", manifest)
 
 
 def test_an_index_with_another_total_is_found(out: Path) -> None:
@@ -407,7 +407,7 @@ def test_a_manifest_that_leaves_a_file_out_is_found(file: str, out: Path) -> Non
 
 @pytest.mark.parametrize("value", [{}, {"files": []}, {"files": {"config.json": 3}}, {"files": {"../x": {"size": 1, "sha256": ""}}}])
 def test_a_manifest_that_is_none_is_no_crash(value: dict[str, Any], out: Path) -> None:
-    write_sealed(out / ".bigq" / "manifest.json", value)
+    save_record(out / ".bigq" / "manifest.json", value)
     assert any(line.startswith((".bigq/manifest.json: ", "../x: is missing")) for line in verify(out))
 
 
@@ -430,7 +430,7 @@ def test_a_manifest_that_is_none_is_no_crash(value: dict[str, Any], out: Path) -
 )
 def test_what_nothing_accounts_for_is_found(file: str, out: Path) -> None:
     (out / file).parent.mkdir(exist_ok=True)
-    write_sealed(out / file, {"kept": [], "halvings": []})
+    save_record(out / file, {"kept": [], "halvings": []})
     named = file.partition("/")[0] if file.startswith("folder") else file
     assert [line.partition(":")[0] for line in verify(out)] == [named]
 

@@ -14,8 +14,9 @@ import torch
 import bigq
 from bigq.io.index import TensorInfo
 from bigq.io.prefetch import pieces
-from bigq.sched import block, pipeline, run
-from bigq.sched.rows.tiers import _OnDisk
+from bigq.methods import gptq
+from bigq.sched import claim, shards
+from bigq.sched.rows.tiers import _FileBuffer
 
 
 def job(ids: Path, **more: Any) -> bigq.JobConfig:
@@ -39,14 +40,14 @@ def test_a_slow_disk_is_named_unless_reading_is_hidden(
         reads.append(info.name)
         read_piece(files, info, *rest)
 
-    factorize = block.factorize
+    factorize = gptq.factorize
 
     def slow_factor(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.1)
         return factorize(*args, **kwargs)
 
     monkeypatch.setattr(pieces, "read_piece", slow_read)
-    monkeypatch.setattr(block, "factorize", slow_factor)
+    monkeypatch.setattr(gptq, "factorize", slow_factor)
     waited = {}
     for blocks in (0, 1):
         reads.clear()
@@ -63,13 +64,13 @@ def test_a_slow_disk_is_named_unless_reading_is_hidden(
 
 
 def test_slow_writing_is_named(checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_shard = pipeline.write_shard
+    write_shard = shards.write_shard
 
     def slow(path: Path, tensors: Any) -> Any:
         time.sleep(0.3)
         return write_shard(path, tensors)
 
-    monkeypatch.setattr(pipeline, "write_shard", slow)
+    monkeypatch.setattr(shards, "write_shard", slow)
     report = bigq.quantize(str(checkpoint("llama")), tmp_path / "out", job(ids_file))
     assert report.waiting["writing"] >= 0.3 * report.blocks and report.waiting["copying the rest"] >= 0.3
     assert "): writing " in line_of(report)
@@ -78,13 +79,13 @@ def test_slow_writing_is_named(checkpoint: Callable[[str], Path], ids_file: Path
 def test_slow_activations_are_named_and_have_a_lane(
     checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = _OnDisk._read
+    read = _FileBuffer._read
 
-    def slow(self: _OnDisk, lo: int, hi: int) -> torch.Tensor:
+    def slow(self: _FileBuffer, lo: int, hi: int) -> torch.Tensor:
         time.sleep(0.02)
         return read(self, lo, hi)
 
-    monkeypatch.setattr(_OnDisk, "_read", slow)
+    monkeypatch.setattr(_FileBuffer, "_read", slow)
     trace = tmp_path / "trace.json"
     report = bigq.quantize(str(checkpoint("llama")), tmp_path / "out", job(ids_file, activations="disk", trace=str(trace)))
     assert "): activations " in line_of(report)
@@ -99,14 +100,14 @@ def test_slow_activations_are_named_and_have_a_lane(
 def test_nothing_is_gathered_for_a_trace_that_nobody_asked_for(
     checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    traces: list[run.Trace] = []
+    traces: list[claim.Trace] = []
 
-    class Watched(run.Trace):
+    class Watched(claim.Trace):
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
             traces.append(self)
 
-    monkeypatch.setattr(run, "Trace", Watched)
+    monkeypatch.setattr(claim, "Trace", Watched)
     for file in (None, str(tmp_path / "trace.json")):
         bigq.quantize(str(checkpoint("llama")), tmp_path / str(file is None), job(ids_file, trace=file))
     assert [bool(trace.spans) for trace in traces] == [False, True]

@@ -76,7 +76,7 @@ def test_records_may_hold_anything(name: str, out: Path) -> None:
             if name in LINES:
                 write_lines(out, name, values)
             else:
-                write_sealed(out / ".bigq" / name, values[0])
+                save_record(out / ".bigq" / name, values[0])
         except (UnicodeEncodeError, ValueError, RecursionError):  # no JSON that a file could hold
             continue
         history = read_history(out)

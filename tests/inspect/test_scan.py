@@ -14,7 +14,7 @@ from torch import Tensor
 from bigq.errors import CheckpointError
 from bigq.inspect import scan as scan_module
 from bigq.inspect.scan import Scan, scan_shard
-from bigq.io.formats import FORMATS, PackedLinear, Stored
+from bigq.io.formats import FORMATS, PackedLinear, PackedWeight
 from bigq.kernels.pack import pack
 from bigq.scheme import BITS, QuantizedWeight, QuantScheme
 
@@ -39,7 +39,7 @@ def packed(bits: int, version: int, prefix: str = "a.q") -> dict[str, Tensor]:
         energy=1.0,
         damping=0.01,
     )
-    return VERSIONS[version].store(prefix, Stored.of(weight), weight.scheme, torch.float16)
+    return VERSIONS[version].store(prefix, PackedWeight.of(weight), weight.scheme, torch.float16)
 
 
 def scanned(folder: Path, tensors: dict[str, Tensor], version: int = 1) -> Scan:
@@ -94,7 +94,7 @@ def test_zero_points_that_v1_cannot_mean(bits: int, at: tuple[int, int], tmp_pat
     fields[at] = 2**bits - 1
     tensors = {**packed(bits, 1), "a.q.qzeros": pack(fields, bits).T.contiguous()}
     (problem,) = scanned(tmp_path, tensors, version=1).problems
-    assert problem == f"tensor a.q.qzeros holds zero point {2**bits}, which is no code of {bits} bits"
+    assert problem == f"tensor a.q.qzeros holds zero point {2**bits}, which is above the maximum of {bits} bits"
     assert scanned(tmp_path, tensors, version=2).problems == ()
 
 
@@ -112,7 +112,7 @@ def test_zero_points_that_v1_cannot_mean(bits: int, at: tuple[int, int], tmp_pat
 def test_groups_out_of_natural_order(group: Tensor, tmp_path: Path) -> None:
     tensors = {**packed(4, 1), "a.q.g_idx": group.to(torch.int32)}
     (problem,) = scanned(tmp_path, tensors).problems
-    assert problem == "tensor a.q.g_idx does not number the groups in natural order"
+    assert problem == "tensor a.q.g_idx is not in natural order"
 
 
 @pytest.mark.usefixtures("_pieces")
@@ -146,14 +146,14 @@ def test_shapes_that_do_not_belong_together(change: Callable[[dict[str, Tensor]]
     change(tensors)
     scan = scanned(tmp_path, tensors)
     assert scan.linears == {}
-    assert len(scan.problems) == 1 and "a.q.qweight" in scan.problems[0] and "do not belong together" in scan.problems[0]
+    assert len(scan.problems) == 1 and "a.q.qweight" in scan.problems[0] and "its shape or dtype does not match" in scan.problems[0]
 
 
 @pytest.mark.parametrize("suffix", ["qzeros", "scales", "g_idx"])
 def test_a_packed_linear_with_a_tensor_missing(suffix: str, tmp_path: Path) -> None:
     tensors = packed(4, 1)
     del tensors[f"a.q.{suffix}"]
-    assert scanned(tmp_path, tensors).problems == (f"tensor a.q.{suffix} is missing, although its Linear is packed",)
+    assert scanned(tmp_path, tensors).problems == (f"tensor a.q.{suffix} is missing, but its Linear is packed",)
 
 
 def test_a_header_that_cannot_be_read(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ if fault:
 config = JobConfig(scheme=QuantScheme(group_size=32), calibration=ids, samples=4, seqlen=16, batch=4, quiet=True)
 stop = Stop(config.grace)
 try:
-    with stop.listening():
+    with stop.listen():
         quantize(model, out, config, stop)
 except BigqError as error:
     sys.exit(error.exit_code)

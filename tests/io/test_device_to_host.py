@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bigq.io import device_to_host
-from bigq.io.device_to_host import Outgoing
+from bigq.io.device_to_host import DeviceToHost
 from bigq.io.index import read_header
 from bigq.io.reader import read_tensor
 from bigq.io.writer import OutputTensor, write_shard
@@ -80,14 +80,14 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[LateStream, LateStream]:
 @pytest.mark.parametrize("count", [1, 999, 1000, 1001, 2000, 7777])
 def test_bytes_come_out_whole_and_in_order(count: int, streams: tuple[LateStream, LateStream]) -> None:
     tensor = torch.randint(0, 256, (count,), dtype=torch.uint8)
-    out = Outgoing(torch.device("cuda"))
+    out = DeviceToHost(torch.device("cuda"))
     got = b"".join(bytes(piece) for piece in out.chunks(tensor, out.mark()))
     assert got == tensor.numpy().tobytes()
 
 
 def test_one_piece_is_on_its_way_while_another_is_written(streams: tuple[LateStream, LateStream]) -> None:
     tensor = torch.arange(3 * CHUNK, dtype=torch.int64).to(torch.uint8)
-    out = Outgoing(torch.device("cuda"))
+    out = DeviceToHost(torch.device("cuda"))
     pieces = out.chunks(tensor, out.mark())
     for begun in (2, 3, 3):
         next(pieces)
@@ -97,7 +97,7 @@ def test_one_piece_is_on_its_way_while_another_is_written(streams: tuple[LateStr
 def test_copies_wait_for_what_was_computed_when_the_tensor_was_handed_over(
     streams: tuple[LateStream, LateStream], tmp_path: object
 ) -> None:
-    out = Outgoing(torch.device("cuda"))
+    out = DeviceToHost(torch.device("cuda"))
     tensor = OutputTensor.of("x", torch.ones(10), out)
     assert not streams[0].waited
     b"".join(bytes(piece) for piece in tensor.chunks())
@@ -108,7 +108,7 @@ def test_copies_wait_for_what_was_computed_when_the_tensor_was_handed_over(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_shard_of_a_gpu_s_tensors(tmp_path_factory: pytest.TempPathFactory) -> None:
     device = torch.device("cuda:0")
-    out = Outgoing(device)
+    out = DeviceToHost(device)
     tensors = {f"t{i}": torch.randn(size, device=device) for i, size in enumerate((1, 5_000_000, 40_000_000))}
     path = tmp_path_factory.mktemp("out") / "shard.safetensors"
     write_shard(path, [OutputTensor.of(name, tensor, out) for name, tensor in tensors.items()])

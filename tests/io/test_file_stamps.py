@@ -72,7 +72,7 @@ def test_a_change_is_told_by_file(which: int, change: Callable[[Path], Any], fil
     stamps = Stamps(files)
     change(files[which])
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=f"^{files[which]}: was changed or replaced while the job was running"):
+        with pytest.raises(CheckpointError, match=f"^{files[which]}: changed or replaced while the job was running"):
             stamps.require_unchanged()
 
 
@@ -105,6 +105,6 @@ def test_a_failing_disk_is_not_a_changed_file(number: int, files: list[Path], mo
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", failing)
-        with pytest.raises(ResourceError, match=f"^{files[2]}: cannot be looked at: {os.strerror(number)}"):
+        with pytest.raises(ResourceError, match=f"^{files[2]}: stat failed: {os.strerror(number)}"):
             stamps.require_unchanged()
     stamps.require_unchanged()

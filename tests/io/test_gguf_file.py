@@ -19,7 +19,7 @@ from bigq import faults
 from bigq.calibration import ASSETS
 from bigq.errors import CheckpointError, ResourceError, UnsupportedModelError, UsageError
 from bigq.io import gguf_file
-from bigq.io.formats import Stored
+from bigq.io.formats import PackedWeight
 from bigq.io.gguf_file import BLOCK_BYTES, GgufTensor, block_type, blocks, minimums, require_gguf, write_gguf_file
 from bigq.io.gguf_vocab import read_vocabulary
 from bigq.io.reader import as_bytes
@@ -29,7 +29,7 @@ from bigq.kernels.pack import pack
 M, N = 24, 192
 
 
-def made_up(bits: int, symmetric: bool, groups: int, scale_bits: int = 11, seed: int = 0) -> tuple[Stored, Tensor]:
+def made_up(bits: int, symmetric: bool, groups: int, scale_bits: int = 11, seed: int = 0) -> tuple[PackedWeight, Tensor]:
     """A packed Linear of M × N with scales of all sizes, subnormal ones among them, and its weight."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (M, N), generator=generator, dtype=torch.uint8)
@@ -37,10 +37,10 @@ def made_up(bits: int, symmetric: bool, groups: int, scale_bits: int = 11, seed:
     scales = (fraction * 2.0 ** torch.randint(-24, 0, (M, groups), generator=generator)).half()
     low, high = (2 ** (bits - 1),) * 2 if symmetric else (0, 2**bits - 1)
     zeros = torch.randint(low, high + 1, (M, groups), generator=generator, dtype=torch.uint8)
-    return Stored(pack(codes.T, bits), scales, zeros), dequantize(codes, scales, zeros, torch.float32)
+    return PackedWeight(pack(codes.T, bits), scales, zeros), dequantize(codes, scales, zeros, torch.float32)
 
 
-def by_gguf(stored: Stored, bits: int, type: str, order: Tensor | None = None) -> Tensor:
+def by_gguf(stored: PackedWeight, bits: int, type: str, order: Tensor | None = None) -> Tensor:
     """The weight that the gguf package reads off the blocks."""
     data = b"".join(bytes(piece) for piece in blocks(stored, type, bits, order))
     rows = np.frombuffer(data, dtype=np.uint8).reshape(M, N // 32 * BLOCK_BYTES[type])
@@ -75,9 +75,9 @@ def test_minimums_of_scales_of_7_bits_are_fp16_numbers_and_others_are_not() -> N
         assert minimums(made_up(4, False, 6, 7, seed)[0]) is not None
     assert minimums(made_up(4, False, 6, 11)[0]) is None
     words, scales, zeros = made_up(4, False, 1, 7)[0]
-    too_large = Stored(words, torch.full_like(scales, 2.0**13), torch.full_like(zeros, 15))
+    too_large = PackedWeight(words, torch.full_like(scales, 2.0**13), torch.full_like(zeros, 15))
     assert minimums(too_large) is None
-    no_half = Stored(words, torch.full_like(scales, 2.0**-30, dtype=torch.float32), torch.zeros_like(zeros))
+    no_half = PackedWeight(words, torch.full_like(scales, 2.0**-30, dtype=torch.float32), torch.zeros_like(zeros))
     assert minimums(no_half) is None
 
 
@@ -142,7 +142,7 @@ def test_a_full_disk_leaves_what_was_there(point: str, tmp_path: Path) -> None:
 def test_without_the_package_there_is_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert require_gguf() is gguf
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UsageError, match=r"pip install bigq\[gguf\]"):
+    with pytest.raises(UsageError, match=r"pip install 'bigq\[gguf\]'"):
         require_gguf()
 
 
@@ -236,7 +236,7 @@ def test_what_llama_cpp_would_tokenize_otherwise_is_refused(change: Callable[[di
     values = json.loads(byte_level(None).to_str())
     change(values)
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
-    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.json: llama\.cpp has no tokenizer like this one .*--format gptq"):
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.json: llama\.cpp does not support this tokenizer .*--format gptq"):
         read_vocabulary(tmp_path, 4000)
 
 
@@ -247,13 +247,13 @@ def test_a_piece_that_is_not_merged_from_every_pair_is_refused(tmp_path: Path) -
     made = ["".join(pair) for pair in merges]
     del merges[next(i for i, text in enumerate(made) if made.count(text) > 1)]
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
-    with pytest.raises(UnsupportedModelError, match="not merged from all pairs"):
+    with pytest.raises(UnsupportedModelError, match="merges are missing for"):
         read_vocabulary(tmp_path, 4000)
 
 
 def test_unigram_of_sentencepiece_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_bytes(byte_fallback(), kind=1))
-    with pytest.raises(UnsupportedModelError, match="another method than BPE"):
+    with pytest.raises(UnsupportedModelError, match="SentencePiece model is not BPE"):
         read_vocabulary(tmp_path, 4000)
 
 
@@ -265,7 +265,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_tokenizer_in_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text("{}")
-    with pytest.raises(UnsupportedModelError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+    with pytest.raises(UnsupportedModelError, match=r"no tokenizer\.json or tokenizer\.model"):
         read_vocabulary(tmp_path, 4000)
 
 

@@ -120,7 +120,6 @@ def test_what_is_not_finite_is_refused_by_name(bad: float, dtype: torch.dtype, t
     with pytest.raises(NumericsError, match=message):
         list(iter_chunks(info))
     assert torch.equal(read_rows(info, torch.tensor([0, 3, 5])), w[[0, 3, 5]]), "other rows are sound"
-    assert raw(read_tensor(info, check_finite=False)) == raw(w)
 
 
 @pytest.mark.parametrize("missing", [1, 30, 1500])
@@ -128,7 +127,7 @@ def test_a_file_that_shrinks_after_it_was_opened_is_told(missing: int, tmp_path:
     w = torch.randn(100, 4)
     info = store(tmp_path, {"w": w})["w"]
     os.truncate(info.file, info.stop - missing)
-    message = r"model\.safetensors: ends at byte \d+, sooner than its header says"
+    message = r"model\.safetensors: ends at byte \d+, before the end of tensor"
     with pytest.raises(CheckpointError, match=message):
         read_tensor(info)
     with pytest.raises(CheckpointError, match=message):

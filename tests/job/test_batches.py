@@ -19,7 +19,7 @@ def test_a_halving_holds_from_its_place_on() -> None:
     batches.halve(2, 3)
     assert [batches.at(*place) for place in places] == [8, 8, 8, 8, 4, 4, 4, 4]
     assert (batches.at(2, 2, 99), batches.at(2, 3), batches.at(7, 0)) == (4, 2, 2)
-    assert batches.used == (8, 4, 2)
+    assert batches.sizes == (8, 4, 2)
 
 
 def test_an_earlier_place_may_halve_later() -> None:
@@ -28,12 +28,12 @@ def test_an_earlier_place_may_halve_later() -> None:
     batches.halve(2, 0, 8)
     batches.halve(2, 0, 8)
     assert (batches.at(2, 0), batches.at(2, 0, 8), batches.at(5, 1), batches.at(6, 0)) == (8, 2, 2, 2)
-    assert batches.used == (8, 4, 2)
+    assert batches.sizes == (8, 4, 2)
 
 
 def test_what_was_told_is_enough_to_know_it_again() -> None:
     told: list[tuple[int, Halving]] = []
-    batches = Batches(7, tell=lambda before, halving: told.append((before, halving)))
+    batches = Batches(7, on_halving=lambda before, halving: told.append((before, halving)))
     batches.halve(0, 2)
     batches.halve(3, 0, 5)
     assert [(before, h.batch) for before, h in told] == [(7, 3), (3, 1)]

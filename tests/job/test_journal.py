@@ -16,11 +16,11 @@ import pytest
 
 from bigq import faults
 from bigq.errors import BigqError, CheckpointError, ResourceError, UsageError
-from bigq.io.checksummed import seal, unseal, write_sealed
+from bigq.io.checksum import save_record, seal, unseal
 from bigq.io.shard_record import ShardRecord
 from bigq.job import journal as journal_module
 from bigq.job.batches import Halving
-from bigq.job.journal import Commit, Journal, read_commits, read_job, require_ours
+from bigq.job.journal import Commit, Journal, read_commits, read_job, require_job_folder
 
 UNITS = ["rest-0", "block-0", "block-1", "block-2"]
 REQUEST = {"version": 1, "source": "abc", "rules": [["a", {"bits": 8}]]}
@@ -127,7 +127,7 @@ def test_commits_are_there_when_the_job_is_taken_up(out: Path) -> None:
     commits = began(out)
     journal = opened(out)
     assert journal.commits == commits and journal.missing == [3] and journal.notes == []
-    assert journal.committed(1) == commits[1] and journal.committed(3) is None
+    assert journal.commit_of(1) == commits[1] and journal.commit_of(3) is None
     last = add(journal, "block-2")
     assert journal.commits == [*commits, last] and journal.missing == []
     assert opened(out).commits == [*commits, last] and lines(out) == UNITS
@@ -359,7 +359,9 @@ def test_a_disk_that_fails_for_a_while_costs_nothing_that_is_committed(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "stat", no_stat)
         patch.setattr("bigq.io.shard_record.open", no_open, raising=False)
-        with pytest.raises(ResourceError, match=f"^{shard}: cannot be .*: {os.strerror(number)}; check the disk and run the command again"):
+        with pytest.raises(
+            ResourceError, match=f"^{shard}: cannot be .*: {os.strerror(number)}; check the disk, then run the same command again"
+        ):
             opened(out)
     assert path_of(out).read_bytes() == before and surviving(out) == UNITS[:3]
 
@@ -373,7 +375,7 @@ def test_a_commit_that_fails_leaves_the_journal_as_it_was(place: str, number: st
     began(out)
     before, journal = path_of(out).read_bytes(), opened(out)
     faults.arm(f"{place}:1:{number}")
-    with pytest.raises(ResourceError, match=f"^cannot write {path_of(out)}: {os.strerror(getattr(errno, number))}; free some space"):
+    with pytest.raises(ResourceError, match=f"^{path_of(out)}: cannot be written: {os.strerror(getattr(errno, number))}; free some space"):
         add(journal, "block-2")
     assert path_of(out).read_bytes() == before
     assert journal.missing == [3], "a commit that was not written must not count"
@@ -384,7 +386,7 @@ def test_a_commit_that_fails_leaves_the_journal_as_it_was(place: str, number: st
 def test_a_first_commit_that_fails(out: Path) -> None:
     journal = opened(out)
     faults.arm("journal.half:1:ENOSPC")
-    with pytest.raises(ResourceError, match="cannot write"):
+    with pytest.raises(ResourceError, match="cannot be written"):
         add(journal, "rest-0")
     assert path_of(out).read_bytes() == b"" and surviving(out) == []
 
@@ -414,7 +416,7 @@ def test_a_disk_that_takes_part_of_a_line(room: int, out: Path) -> None:
 def test_a_journal_that_cannot_be_written_is_a_bigq_error(out: Path) -> None:
     journal = opened(out)
     path_of(out).mkdir()
-    with pytest.raises(BigqError, match=r"cannot write .*journal\.jsonl: Is a directory"):
+    with pytest.raises(BigqError, match=r"journal\.jsonl: cannot be written: Is a directory"):
         add(journal, "rest-0")
     assert journal.commits == []
 
@@ -444,7 +446,7 @@ def test_killed_while_the_request_is_frozen(place: str, out: Path) -> None:
         opened(out)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    require_ours(out)
+    require_job_folder(out)
     assert read_job(out) == (REQUEST if place in ("file.renamed", "job.written") else None)
     assert opened(out).missing == [0, 1, 2, 3] and read_job(out) == REQUEST
 
@@ -470,10 +472,10 @@ def test_a_leftover_that_cannot_be_removed_is_no_error(out: Path) -> None:
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UsageError, match=f"{tmp_path}: OUT is not empty and holds no job of bigq"):
-        require_ours(tmp_path)
+        require_job_folder(tmp_path)
     (tmp_path / ".bigq").write_text("not a folder")
     with pytest.raises(UsageError, match="holds no job of bigq"):
-        require_ours(tmp_path)
+        require_job_folder(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".bigq", "thesis.tex"]
 
 
@@ -482,16 +484,16 @@ def test_a_file_is_refused_and_left_alone(tmp_path: Path) -> None:
     file.write_text("x")
     assert read_job(file) is None
     with pytest.raises(UsageError, match=f"{file}: OUT is a file"):
-        require_ours(file)
+        require_job_folder(file)
     assert file.read_text() == "x"
 
 
 def test_folders_that_may_be_used(tmp_path: Path) -> None:
     for ours in (tmp_path, tmp_path / "new", tmp_path / "new" / "deep"):
-        require_ours(ours)
+        require_job_folder(ours)
     (tmp_path / ".bigq").mkdir()
     (tmp_path / "model.safetensors").write_text("x")
-    require_ours(tmp_path)
+    require_job_folder(tmp_path)
 
 
 def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,9 +502,9 @@ def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Path, "iterdir", refused)
     with pytest.raises(ResourceError, match=f"^{tmp_path}: cannot be used as output folder: Permission denied"):
-        require_ours(tmp_path)
+        require_job_folder(tmp_path)
     with pytest.raises(ResourceError, match="cannot be used as output folder: File name too long"):
-        require_ours(tmp_path / ("x" * 300))
+        require_job_folder(tmp_path / ("x" * 300))
 
 
 # The request.
@@ -528,9 +530,7 @@ def test_a_damaged_request_is_told_by_file(data: bytes, out: Path) -> None:
     before = path_of(out).read_bytes()
     (out / ".bigq" / "job.json").write_bytes(data)
     for use in (opened, read_job):
-        with pytest.raises(
-            CheckpointError, match=rf"^{out}/\.bigq/job\.json: is damaged or was changed by hand; restore it from a copy, or"
-        ):
+        with pytest.raises(CheckpointError, match=rf"^{out}/\.bigq/job\.json: damaged or edited by hand; restore it from a copy, or"):
             use(out)
     assert path_of(out).read_bytes() == before
 
@@ -566,7 +566,7 @@ def test_a_missing_journal_is_begun_anew(out: Path) -> None:
 
 def test_a_journal_that_is_absurdly_large_is_told(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began(out)
-    monkeypatch.setattr("bigq.io.checksummed.MAX_BYTES", 2**20)
+    monkeypatch.setattr("bigq.io.checksum.MAX_BYTES", 2**20)
     with open(path_of(out), "ab") as file:
         file.truncate(2**40)
     with pytest.raises(CheckpointError, match=r"journal\.jsonl: is larger than"):
@@ -596,7 +596,7 @@ def test_a_run_that_cannot_be_recorded_leaves_those_before(out: Path) -> None:
     journal.record_run({"run": 0})
     for place in ("file.opened", "file.written", "file.synced"):
         faults.arm(f"{place}:1:ENOSPC")
-        with pytest.raises(ResourceError, match=r"cannot write .*runs\.jsonl: No space left"):
+        with pytest.raises(ResourceError, match=r"runs\.jsonl: cannot be written: No space left"):
             journal.record_run({"run": 1})
         assert runs(out) == [{"run": 0}]
 
@@ -604,7 +604,7 @@ def test_a_run_that_cannot_be_recorded_leaves_those_before(out: Path) -> None:
 def test_halvings_come_back(out: Path) -> None:
     journal = opened(out)
     for halving in (Halving(0, 0, 0, 4), Halving(2, 9, 8, 2)):
-        journal.halve(halving)
+        journal.record_halving(halving)
     assert opened(out).halvings == [Halving(0, 0, 0, 4), Halving(2, 9, 8, 2)]
 
 
@@ -613,14 +613,14 @@ def test_halvings_come_back(out: Path) -> None:
 )
 def test_halvings_that_are_none_are_told(value: dict[str, Any], out: Path) -> None:
     began(out)
-    write_sealed(out / ".bigq" / "batches.json", value)
+    save_record(out / ".bigq" / "batches.json", value)
     with pytest.raises(CheckpointError, match=r"batches\.json: is not a list of halvings; restore it from a copy"):
         opened(out)
 
 
 def test_damaged_halvings_are_told(out: Path) -> None:
-    opened(out).halve(Halving(0, 0, 0, 4))
+    opened(out).record_halving(Halving(0, 0, 0, 4))
     path = out / ".bigq" / "batches.json"
     path.write_bytes(path.read_bytes().replace(b"4", b"2", 1))
-    with pytest.raises(CheckpointError, match=r"batches\.json: is damaged or was changed by hand"):
+    with pytest.raises(CheckpointError, match=r"batches\.json: damaged or edited by hand"):
         opened(out)

@@ -24,7 +24,7 @@ import torch
 from bigq import faults
 from bigq.errors import BigqError, ResourceError, Stopped, UsageError
 from bigq.job import owner as owner_module
-from bigq.job.owner import Holder, Owner, owned, process_started, refuse_if_held, this_machine
+from bigq.job.owner import Holder, Owner, ownership, process_start, refuse_if_held, this_machine
 from bigq.progress.progress import Progress
 
 BEAT = 0.05
@@ -171,9 +171,9 @@ def test_a_new_folder_is_owned_at_once_and_says_so(state: Path) -> None:
         assert owner.notes == []
         value = known(state)
         assert value["pid"] == os.getpid() and value["host"] == os.uname().nodename and value["machine"] == this_machine()
-        assert value["started"] == process_started(os.getpid()) and value["outcome"] is None and value["facts"] == {"blocks": 3}
+        assert value["started"] == process_start(os.getpid()) and value["outcome"] is None and value["facts"] == {"blocks": 3}
         holder = Holder.read(state)
-        assert holder is not None and holder.here and holder.alive
+        assert holder is not None and holder.same_machine and holder.alive
         assert str(holder) == f"process {os.getpid()} on {os.uname().nodename}, last heartbeat {value['at']}"
     holder = Holder.read(state)
     assert holder is not None and holder.outcome == "stopped" and holder.alive is False
@@ -263,7 +263,7 @@ def test_a_stopped_process_is_alive(state: Path, process: Callable[[], Process])
 def test_another_process_with_its_number_is_not_it(state: Path) -> None:
     """The number of a process that lives, with another start, and with its own."""
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
-        started = process_started(other.pid)
+        started = process_start(other.pid)
         assert started is not None
         write_owner(state, machine=this_machine(), pid=other.pid, started=started - 1)
         assert "ended without a word" in take(state)[0]
@@ -274,7 +274,7 @@ def test_another_process_with_its_number_is_not_it(state: Path) -> None:
 
 
 def test_a_job_of_this_process_that_could_not_say_how_it_ended_is_over(state: Path) -> None:
-    write_owner(state, machine=this_machine(), pid=os.getpid(), started=process_started(os.getpid()))
+    write_owner(state, machine=this_machine(), pid=os.getpid(), started=process_start(os.getpid()))
     assert "ended without a word" in take(state)[0]
 
 
@@ -286,12 +286,12 @@ def test_numbers_of_no_such_process(pid: int, state: Path) -> None:
 
 def test_process_starts() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
-        mine, its = process_started(os.getpid()), process_started(other.pid)
+        mine, its = process_start(os.getpid()), process_start(other.pid)
         assert mine is not None and its is not None and its > mine
-        assert process_started(other.pid) == its
+        assert process_start(other.pid) == its
         other.kill()
         other.wait()
-        assert process_started(other.pid) is None
+        assert process_start(other.pid) is None
 
 
 @pytest.mark.parametrize("name", ["a) R 1 2 (b", ") Z 0 0", "((("])
@@ -302,7 +302,7 @@ def test_names_of_processes_may_hold_anything(name: str, tmp_path: Path) -> None
         until = time.monotonic() + 10
         while name[:15] not in Path(f"/proc/{other.pid}/stat").read_text() and time.monotonic() < until:
             time.sleep(0.01)
-        started, mine = process_started(other.pid), process_started(os.getpid())
+        started, mine = process_start(other.pid), process_start(os.getpid())
         other.kill()
     assert started is not None and mine is not None and mine <= started < mine + 1e7
 
@@ -603,7 +603,7 @@ def test_without_locks_the_heartbeat_keeps_others_out(number: int, state: Path, 
 def test_without_locks_of_two_that_begin_at_once_the_later_goes_on(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both find an empty folder; the first notices before it commits anything."""
     failing_flock(monkeypatch, errno.ENOLCK)
-    outlive, owners = Owner._outlive, list[Owner]()
+    outlive, owners = Owner._wait_for_holder, list[Owner]()
 
     def meanwhile(self: Owner, *args: Any) -> None:
         outlive(self, *args)
@@ -611,7 +611,7 @@ def test_without_locks_of_two_that_begin_at_once_the_later_goes_on(state: Path, 
             owners.append(self)
             owners.append(Owner(state, dict, steal=False, say=lambda _: None))
 
-    monkeypatch.setattr(Owner, "_outlive", meanwhile)
+    monkeypatch.setattr(Owner, "_wait_for_holder", meanwhile)
     later = Owner(state, dict, steal=False, say=lambda _: None)
     first, second = owners[1], later
     second.check()
@@ -634,11 +634,11 @@ def test_a_folder_that_cannot_be_written_to_is_told(tmp_path: Path) -> None:
     progress = Progress(1, torch.device("cpu"), quiet=True)
     (tmp_path / "file").write_text("x")
     with pytest.raises(ResourceError, match=f"^{tmp_path / 'file' / 'out'}: cannot be used as output folder: "):
-        owned(tmp_path / "file" / "out" / ".bigq", progress, steal=False).__enter__()
+        ownership(tmp_path / "file" / "out" / ".bigq", progress, steal=False).__enter__()
     state = tmp_path / "out" / ".bigq"
     (state / "lock").mkdir(parents=True)
     with pytest.raises(ResourceError, match=f"^{tmp_path / 'out'}: cannot be used as output folder: Is a directory"):
-        owned(state, progress, steal=False).__enter__()
+        ownership(state, progress, steal=False).__enter__()
 
 
 @pytest.mark.parametrize("place", ["lock.taken", "owner.written"])
@@ -709,7 +709,7 @@ def test_odd_values_that_could_be_are_somebody(state: Path) -> None:
 
 
 def test_an_absurdly_large_file_is_nobody(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigq.io.checksummed.MAX_BYTES", 2**16)
+    monkeypatch.setattr("bigq.io.checksum.MAX_BYTES", 2**16)
     with open(state / "owner.json", "wb") as file:
         file.truncate(2**40)
     assert take(state) == []
@@ -729,7 +729,7 @@ def test_garbage_does_not_take_a_folder_from_its_owner(state: Path) -> None:
 def begin(out: Path, **facts: Any) -> contextlib.AbstractContextManager[Owner]:
     progress = Progress(2, torch.device("cpu"), quiet=True)
     progress._facts = facts
-    return owned(out / ".bigq", progress, steal=False)
+    return ownership(out / ".bigq", progress, steal=False)
 
 
 def test_how_a_job_ended_is_left_in_its_folder(tmp_path: Path) -> None:

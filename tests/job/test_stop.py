@@ -17,7 +17,7 @@ import pytest
 import bigq
 from bigq.errors import Stopped
 from bigq.job import stop as stop_module
-from bigq.job.stop import SIGNALS, Haste, Stop
+from bigq.job.stop import SIGNALS, GraceEstimate, Stop
 
 ROOT = Path(bigq.__file__).resolve().parent.parent
 
@@ -32,7 +32,7 @@ from bigq.errors import BigqError
 from bigq.job.stop import Stop
 stop = Stop({grace})
 try:
-    with stop.listening():
+    with stop.listen():
         print("ready", flush=True)
         {body}
 except BigqError as error:
@@ -116,7 +116,7 @@ def test_others_said_twice_change_nothing(again: signal.Signals, start: Callable
 
 
 def test_a_step_that_ends_in_time_ends_the_job(start: Callable[..., Program]) -> None:
-    program = start("while not stop.requested:\n    time.sleep(0.02)\nassert 50 < stop.left <= 60\nraise stop.stopped('at block 3')")
+    program = start("while not stop.requested:\n    time.sleep(0.02)\nassert 50 < stop.seconds_left <= 60\nraise stop.error('at block 3')")
     program.send(signal.SIGUSR1)
     code, out, err = program.ended()
     assert (code, out) == (75, "SIGUSR1: stopped at block 3; run the same command again to go on\n")
@@ -196,7 +196,7 @@ def test_handlers_come_back_and_nothing_stays() -> None:
         files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
         for _ in range(3):
             stop = Stop(0.2)
-            with stop.listening():
+            with stop.listen():
                 assert all(signal.getsignal(number) is not expected[number] for number in SIGNALS)
                 os.kill(os.getpid(), signal.SIGUSR1)
                 while not stop.requested:
@@ -212,7 +212,7 @@ def test_handlers_come_back_and_nothing_stays() -> None:
 
 def test_handlers_come_back_after_an_error() -> None:
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    with pytest.raises(ValueError, match="x"), Stop().listening():
+    with pytest.raises(ValueError, match="x"), Stop().listen():
         raise ValueError("x")
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
 
@@ -222,7 +222,7 @@ def test_a_handler_that_is_not_python_s_does_not_break_the_way_out(monkeypatch: 
     real, before = signal.signal, signal.getsignal(signal.SIGUSR1)
     monkeypatch.setattr(stop_module.signal, "signal", lambda n, h: (real(n, h), None)[1] if n == signal.SIGUSR1 else real(n, h))
     try:
-        with Stop().listening():
+        with Stop().listen():
             pass
         assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
     finally:
@@ -234,7 +234,7 @@ def test_a_wakeup_pipe_of_another_comes_back() -> None:
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write)
     try:
-        with Stop().listening():
+        with Stop().listen():
             pass
     finally:
         assert signal.set_wakeup_fd(-1) == write
@@ -245,11 +245,11 @@ def test_a_wakeup_pipe_of_another_comes_back() -> None:
 def test_nobody_asks_without_listening() -> None:
     stop = Stop(5)
     stop.check()
-    assert not stop.requested and stop.left == float("inf")
+    assert not stop.requested and stop.seconds_left == float("inf")
     stop.request("told so")
-    first = stop.left
+    first = stop.seconds_left
     stop.request("told again")
-    assert stop.requested and stop.left <= first <= 5
+    assert stop.requested and stop.seconds_left <= first <= 5
     with pytest.raises(Stopped, match=r"^told so: stopped .*; run the same command again to go on$"):
         stop.check()
 
@@ -270,14 +270,14 @@ def clock() -> Clock:
     return Clock()
 
 
-def taken(clock: Clock, **seconds: float) -> Haste:
+def taken(clock: Clock, **seconds: float) -> GraceEstimate:
     """After blocks that took so long."""
-    haste = Haste(clock)
+    estimate = GraceEstimate(clock)
     for kind, took in seconds.items():
-        haste.begin(kind)
+        estimate.begin(kind)
         clock.now += took
-        haste.end()
-    return haste
+        estimate.end()
+    return estimate
 
 
 @pytest.mark.parametrize(
@@ -296,54 +296,54 @@ def taken(clock: Clock, **seconds: float) -> Haste:
     ],
 )
 def test_staying_takes_that_what_is_left_to_do_fits_well(spent: float, left: float, leaves: bool, clock: Clock) -> None:
-    haste = taken(clock, solve=100.0)
-    haste.begin("solve")
+    estimate = taken(clock, solve=100.0)
+    estimate.begin("solve")
     clock.now += spent
-    assert haste.must_leave(left) is leaves
+    assert estimate.must_stop(left) is leaves
 
 
 def test_of_a_kind_never_finished_nothing_is_known(clock: Clock) -> None:
-    haste = taken(clock, replay=1.0)
-    haste.begin("solve")
+    estimate = taken(clock, replay=1.0)
+    estimate.begin("solve")
     clock.now += 0.5
-    assert haste.must_leave(1e9)
-    haste.end()
-    haste.begin("replay")
+    assert estimate.must_stop(1e9)
+    estimate.end()
+    estimate.begin("replay")
     clock.now += 0.5
-    assert not haste.must_leave(60.0)
+    assert not estimate.must_stop(60.0)
 
 
 def test_the_latest_of_a_kind_counts(clock: Clock) -> None:
-    haste = taken(clock, solve=100.0)
+    estimate = taken(clock, solve=100.0)
     for took, leaves in ((100.0, True), (10.0, False)):
-        haste.begin("solve")
+        estimate.begin("solve")
         clock.now += took
-        haste.end()
-        haste.begin("solve")
+        estimate.end()
+        estimate.begin("solve")
         clock.now += 11.0
-        assert haste.must_leave(30.0) is leaves
-        haste.end()
+        assert estimate.must_stop(30.0) is leaves
+        estimate.end()
 
 
 def test_the_answer_stays_for_the_block_under_way(clock: Clock) -> None:
     """Else a job that chose to finish would leave half-way, and one that is leaving would begin another step."""
-    haste = taken(clock, solve=100.0)
-    haste.begin("solve")
+    estimate = taken(clock, solve=100.0)
+    estimate.begin("solve")
     clock.now += 50.0
-    assert not haste.must_leave(90.0)
+    assert not estimate.must_stop(90.0)
     clock.now += 1.0
-    assert not haste.must_leave(0.1)
-    haste.begin("solve")
-    assert haste.must_leave(1e9)
+    assert not estimate.must_stop(0.1)
+    estimate.begin("solve")
+    assert estimate.must_stop(1e9)
     clock.now += 95.0
-    assert haste.must_leave(1e9)
+    assert estimate.must_stop(1e9)
 
 
 def test_a_block_of_no_time_at_all(clock: Clock) -> None:
-    haste = taken(clock, solve=0.0)
-    haste.begin("solve")
-    assert haste.must_leave(60.0)
+    estimate = taken(clock, solve=0.0)
+    estimate.begin("solve")
+    assert estimate.must_stop(60.0)
     clock.now += 0.1
-    haste.begin("solve")
+    estimate.begin("solve")
     clock.now += 0.1
-    assert not haste.must_leave(60.0)
+    assert not estimate.must_stop(60.0)

@@ -151,7 +151,7 @@ def test_groups_that_begin_inside_a_cycle_are_left_to_plain_torch(
     monkeypatch.setattr(module, "dequant_matvec_triton", lambda *args: calls.append(1) or run(*args))
     operands, weight = problem(bits, 2, 9, 192, width, dtype, device)
     assert near(dequant_matvec(*operands, bits), operands[0], weight)
-    assert bool(calls) == served == module.serves(width, bits)
+    assert bool(calls) == served == module.supports_group(width, bits)
 
 
 def test_more_than_sixteen_vectors_are_refused() -> None:

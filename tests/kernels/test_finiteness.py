@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bigq.kernels.finiteness import finite
+from bigq.kernels.finiteness import is_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -13,10 +13,10 @@ from bigq.kernels.finiteness import finite
 def test_finite_sees_a_single_bad_element(bad: float, dtype: torch.dtype) -> None:
     x = torch.full((9, 11), torch.finfo(dtype).max, dtype=dtype)
     x[0] = -x[0]
-    assert finite(x)
+    assert is_finite(x)
     x[4, 7] = bad
-    assert not finite(x)
+    assert not is_finite(x)
 
 
 def test_nothing_is_finite() -> None:
-    assert finite(torch.empty(0, 5))
+    assert is_finite(torch.empty(0, 5))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bigq.model.capture import BlockCall
-from bigq.model.structure import BlockPlan, Gradients, Shortcut, plan_block
+from bigq.model.structure import BlockPlan, GradientTracer, Shortcut, plan_block
 
 D = 32
 
@@ -117,5 +117,5 @@ def test_the_same_is_found_without_values() -> None:
     for made, added in ((lambda y, r, o: y, None), (lambda y, r, o: r + y, 1), (lambda y, r, o: y - r, "none")):
         with torch.enable_grad():
             block = Block(made, lambda result, hidden: result).to("meta").requires_grad_(False)
-            found = shortcut(plan_block(block, torch.empty(2, 5, D, device="meta"), BlockCall((), {}), Gradients()))
+            found = shortcut(plan_block(block, torch.empty(2, 5, D, device="meta"), BlockCall((), {}), GradientTracer()))
         assert ("none" if found is None else found.added) == added

@@ -85,7 +85,7 @@ def test_the_host_waits_where_it_reads_writes_or_copies(hands: Hands) -> None:
         with clock.phase(phase):
             hands.now += seconds
         hands.now += 1000
-    assert clock.waiting() == {"reading weights": 1, "writing": 3, "copying the rest": 4, "activations": 7}
+    assert clock.wait_seconds() == {"reading weights": 1, "writing": 3, "copying the rest": 4, "activations": 7}
 
 
 def test_spans_are_kept_only_when_asked_for(hands: Hands) -> None:
@@ -189,7 +189,7 @@ def test_a_gpu_waits_between_phases_too(device: Device, hands: Hands) -> None:
         hands.now += 3
     with clock.phase("transfer"):
         hands.now += 1
-    assert clock.waiting() == {"reading weights": 11, "writing": 3, "activations": 1, BETWEEN: 4}
+    assert clock.wait_seconds() == {"reading weights": 11, "writing": 3, "activations": 1, BETWEEN: 4}
 
 
 def test_laps_are_known_when_asked_for_and_not_before(device: Device, hands: Hands) -> None:
@@ -221,7 +221,7 @@ def test_events_are_used_again(device: Device, hands: Hands) -> None:
     clock = clock_of(device)
     for _ in range(20):
         block(clock, device, hands, reading=1)
-        clock.settle()
+        clock.synchronize()
     assert device.events <= 2 * 4 + 2
     assert clock.seconds["hessian"] == 20 * 8
 
@@ -255,7 +255,7 @@ def test_device_phases_lie_on_the_host_s_time(device: Device, hands: Hands) -> N
             device.work(4)
         with trace.span("read", "weights"):
             hands.now += 1
-        clock.settle()
+        clock.synchronize()
     spans = [(s.lane, s.name, s.begin, s.end) for s in trace.spans]
     assert spans == [
         ("read", "weights", 7, 8),
@@ -287,6 +287,6 @@ def test_a_gpu_s_phases_add_up_to_the_run() -> None:
     assert sum(seconds.values()) == pytest.approx(whole, rel=0.05, abs=0.005)
     assert seconds["replay"] > queued or queued < 0.05
     assert 0.3 - seconds["replay"] <= seconds["load"] <= 0.31
-    assert clock.waiting()["reading weights"] == seconds["load"]
+    assert clock.wait_seconds()["reading weights"] == seconds["load"]
     begins = [span.begin for span in trace.spans]
     assert begins == sorted(begins) and begins[0] >= 0

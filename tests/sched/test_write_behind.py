@@ -11,7 +11,8 @@ import pytest
 
 import bigq
 from bigq.errors import ResourceError
-from bigq.sched import pipeline
+from bigq.sched import shards
+from bigq.sched import solving as solving_module
 from bigq.sched.write_behind import WriteBehind
 
 
@@ -22,7 +23,7 @@ def test_a_step_runs_beside_its_giver_and_after_the_one_before() -> None:
         assert go.wait(10)
         order.append(1)
 
-    with contextlib.closing(WriteBehind(beside=True)) as behind:
+    with contextlib.closing(WriteBehind(threaded=True)) as behind:
         behind.start(first)
         assert order == []
         go.set()
@@ -37,7 +38,7 @@ def test_an_error_comes_out_at_the_next_call_and_once() -> None:
         raise ResourceError("full")
 
     later: list[int] = []
-    with contextlib.closing(WriteBehind(beside=True)) as behind:
+    with contextlib.closing(WriteBehind(threaded=True)) as behind:
         behind.start(broken)
         with pytest.raises(ResourceError, match="full"):
             behind.start(lambda: later.append(1))
@@ -48,7 +49,7 @@ def test_an_error_comes_out_at_the_next_call_and_once() -> None:
 
 def test_without_a_thread_a_step_runs_at_once() -> None:
     ran: list[int] = []
-    with contextlib.closing(WriteBehind(beside=False)) as behind:
+    with contextlib.closing(WriteBehind(threaded=False)) as behind:
         behind.start(lambda: ran.append(threading.get_ident()))
         assert ran == [threading.get_ident()]
         with pytest.raises(ZeroDivisionError):
@@ -60,7 +61,7 @@ def test_the_next_block_is_solved_while_one_is_written(
     checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first block's write does not end before the second block's solve has begun."""
-    write_shard, solve_block = pipeline.write_shard, pipeline.solve_block
+    write_shard, solve_block = shards.write_shard, solving_module.solve_block
     solving = [threading.Event() for _ in range(16)]
 
     def slow_write(path: Path, tensors: object) -> object:
@@ -68,12 +69,12 @@ def test_the_next_block_is_solved_while_one_is_written(
             assert solving[1].wait(30), "the job waits for its writes"
         return write_shard(path, tensors)  # type: ignore[arg-type]
 
-    def seen(job: pipeline.BlockJob, *args: object) -> object:
+    def seen(job: solving_module.BlockJob, *args: object, **kwargs: object) -> object:
         solving[job.index].set()
-        return solve_block(job, *args)  # type: ignore[arg-type]
+        return solve_block(job, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline, "write_shard", slow_write)
-    monkeypatch.setattr(pipeline, "solve_block", seen)
+    monkeypatch.setattr(shards, "write_shard", slow_write)
+    monkeypatch.setattr(solving_module, "solve_block", seen)
     config = bigq.JobConfig(
         scheme=bigq.QuantScheme(group_size=32), calibration=str(ids_file), samples=4, seqlen=40, read_ahead=1, device="cpu", quiet=True
     )

@@ -1,4 +1,4 @@
-"""The formats that packed checkpoints are written in and read from, by name."""
+"""The formats of packed checkpoints, by name."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from bigq.errors import UnsupportedModelError
-from bigq.io.formats.base import Format, PackedLinear, PackedSchemes, Quantization, Stored
+from bigq.io.formats.base import Format, PackedLinear, PackedSchemes, PackedWeight, Quantization
 from bigq.io.formats.compressed_tensors import CompressedTensors, CompressedTensorsSchemes
 from bigq.io.formats.gptq import Gptq, GptqV2
 from bigq.io.formats.gptq_config import GptqSchemes
-from bigq.io.json_file import shown
+from bigq.io.json_file import show_value
 
-__all__ = ["FORMATS", "Format", "PackedLinear", "PackedSchemes", "Quantization", "Stored", "read_schemes"]
+__all__ = ["FORMATS", "Format", "PackedLinear", "PackedSchemes", "Quantization", "PackedWeight", "read_schemes"]
 
 FORMATS: Mapping[str, Format] = {made.name: made for made in (Gptq(), GptqV2(), CompressedTensors())}
 
 
 def read_schemes(path: Path, config: Mapping[str, Any]) -> PackedSchemes:
-    """What the ``quantization_config`` of the config.json at ``path`` says.
+    """Parse the ``quantization_config`` of the config.json at ``path``.
 
-    Raises CheckpointError where it cannot be understood, UnsupportedModelError where it is of a method that bigq does not read.
+    Raises CheckpointError if it is invalid, UnsupportedModelError if bigq does not read its method.
     """
     method = config.get("quant_method")
     if method == "gptq":
@@ -29,5 +29,6 @@ def read_schemes(path: Path, config: Mapping[str, Any]) -> PackedSchemes:
     if method == "compressed-tensors":
         return CompressedTensorsSchemes.read(path, config, FORMATS["compressed-tensors"])
     raise UnsupportedModelError(
-        f"{path.parent}: is already quantized ({shown(method)}); bigq reads fp32, fp16 and bf16 checkpoints and its own output"
+        f"{path.parent}: already quantized ({show_value(method)}); bigq reads models in fp32, fp16 or bf16, and packed ones "
+        "in the gptq and compressed-tensors formats"
     )

@@ -1,7 +1,7 @@
-"""What a format of packed checkpoints is: how a packed Linear lies in safetensors, and what config.json says of it.
+"""The interface of a checkpoint format: the tensors of a packed Linear in safetensors, and its quantization config.
 
-However a format arranges its tensors, in memory a packed Linear is always the same three: ``Stored``. So that every format can be made
-of every other, and whoever computes needs to know none.
+In memory, a packed Linear is a ``PackedWeight`` whatever its format. So every format can be converted to every other, and code that
+computes does not depend on the format.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from bigq.io.index import TensorInfo
 from bigq.kernels.pack import pack
 from bigq.scheme import QuantizedWeight, QuantScheme, Rule
 
-#: Codes are packed into whole words, in cycles of at most so many.
+#: Codes are packed into whole words, at most this many codes at a time.
 ALIGNMENT = 32
 
 
-class Stored(NamedTuple):
+class PackedWeight(NamedTuple):
     """A packed Linear of m outputs, n inputs, G groups and b bits: ``weight = scale · (code − zero)``.
 
-    words: int32 [n·b/32, m], codes packed along the inputs as a stream of bits, least significant first. scales: [m, G], of a floating
-    type that holds them exactly. zeros: uint8 [m, G].
+    words: int32 [n·b/32, m], codes packed along the inputs as a bit stream, least significant bits first.
+    scales: [m, G], of a floating type that represents them exactly.
+    zeros: uint8 [m, G].
     """
 
     words: Tensor
@@ -35,13 +36,13 @@ class Stored(NamedTuple):
     zeros: Tensor
 
     @classmethod
-    def of(cls, weight: QuantizedWeight) -> Stored:
+    def of(cls, weight: QuantizedWeight) -> PackedWeight:
         return cls(pack(weight.codes.T, weight.scheme.bits), weight.scales, weight.zeros)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedLinear:
-    """A packed Linear as its tensors say: m outputs, n inputs, G groups along the inputs."""
+    """The dimensions of a packed Linear, from its tensors. groups: the number of groups along the inputs."""
 
     bits: int
     outputs: int
@@ -53,23 +54,26 @@ class PackedLinear:
 
 
 class PackedSchemes(Protocol):
-    """A quantization config that was read: the scheme of every packed Linear."""
+    """A parsed quantization config: the scheme of every packed Linear."""
 
     @property
     def format(self) -> Format: ...
 
     def scheme(self, name: str) -> QuantScheme:
-        """Of the packed Linear ``name`` (its module name). Raises CheckpointError where it should not be packed."""
+        """The scheme of the packed Linear ``name`` (its module name). Raises CheckpointError if the config says it is not packed."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """What a quantization config tells of a finished job.
+    """What a quantization config records of a finished job.
 
-    scheme, rules: as asked for. packed: the scheme of every packed Linear, by module name. left_out: module names of Linears inside
-    blocks that stay unquantized although no rule says so. others: module names of all Linears that are not packed, wherever they are.
-    head: the output head's name, if it is packed. meta: for people.
+    scheme, rules: as requested.
+    packed: the scheme of every packed Linear, by module name.
+    left_out: module names of Linears inside blocks that stay unquantized although no rule skips them.
+    others: module names of all Linears that are not packed, inside and outside of blocks.
+    head: the module name of the output head, if it is packed.
+    meta: further entries for human readers.
     """
 
     scheme: QuantScheme
@@ -82,14 +86,19 @@ class Quantization:
 
 
 class Format(ABC):
-    """How packed Linears lie in safetensors. Instances have no state.
+    """The layout of packed Linears in safetensors. Instances have no state.
 
-    name: as ``--format`` says. mark: the suffix of the one tensor that only packed Linears have. zeros: that of their zero points.
-    symmetric_key: what the config says with whether they are all in the middle. min_zero: the smallest one that can be stored.
-    spare: suffixes of tensors that others put beside those of a packed Linear and that, where ``geometry`` takes them, say nothing more.
-    takes_transposed: whether readers know Linears that are stored transposed (GPT-2's Conv1D). config_file: a file
-    beside config.json that holds the quantization config too, if readers look for one. names_linears: whether the config names Linears,
-    packed or not, one by one. scales_as_weights: whether scales have the type of the weights that were packed, instead of fp16.
+    name: the value of ``--format``.
+    mark: suffix of the one tensor that every packed Linear has, and only these.
+    zeros: suffix of the zero points.
+    symmetric_key: key in the config for whether zero points are fixed at ``2**(bits-1)``.
+    min_zero: the smallest zero point that can be stored.
+    spare: suffixes of optional tensors that other writers add to a packed Linear. If ``geometry`` accepts them, they hold no further
+        information.
+    takes_transposed: whether readers support Linears that are stored transposed (GPT-2's Conv1D).
+    config_file: a file beside config.json to which the quantization config is written too, for readers that look for it.
+    names_linears: whether the config lists Linears, packed or not, by name.
+    scales_as_weights: whether scales have the dtype of the original weights, instead of fp16.
     """
 
     name: ClassVar[str]
@@ -105,69 +114,76 @@ class Format(ABC):
 
     @abstractmethod
     def suffixes(self, symmetric: bool) -> tuple[str, ...]:
-        """Of the tensors that stand for a packed weight; ``mark`` comes first."""
+        """Suffixes of the tensors of a packed weight, ``mark`` first."""
 
     @abstractmethod
-    def store(self, prefix: str, stored: Stored, scheme: QuantScheme, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors that stand for ``prefix.weight``. dtype: of the weight that they stand for."""
+    def store(self, prefix: str, stored: PackedWeight, scheme: QuantScheme, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors that replace ``prefix.weight``, by name. dtype: that of the original weight.
+
+        Raises UsageError if the scales cannot be stored exactly.
+        """
 
     @abstractmethod
     def layout(
         self, prefix: str, linear: PackedLinear, symmetric: bool, dtype: torch.dtype
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtypes and shapes of the tensors that ``store`` gives for such a Linear, in the same order. dtype: as there."""
+        """Dtypes and shapes of the tensors that ``store`` returns for such a Linear, in the same order."""
 
     def pack(self, prefix: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-        """``store`` for a weight as it was solved."""
-        return self.store(prefix, Stored.of(weight), weight.scheme, dtype)
+        """``store`` for a weight from the solver."""
+        return self.store(prefix, PackedWeight.of(weight), weight.scheme, dtype)
 
     @abstractmethod
-    def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> Stored:
-        """From the tensors that ``get`` returns by name. Raises CheckpointError where they do not belong together."""
+    def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> PackedWeight:
+        """Read a packed weight from the tensors that ``get`` returns by name. Raises CheckpointError if their shapes do not match."""
 
     @abstractmethod
     def geometry(self, prefix: str, tensors: Mapping[str, TensorInfo]) -> PackedLinear:
-        """What the tensors of a packed Linear say, values aside.
+        """The dimensions of a packed Linear, from the headers of its tensors.
 
-        Raises CheckpointError where one is missing or does not fit the others, UnsupportedModelError where its groups are not in natural
-        order and ``read`` would not see that.
+        Raises CheckpointError if a tensor is missing or does not match the others, UnsupportedModelError if groups are not in natural
+        order and ``read`` would not detect it.
         """
 
     @abstractmethod
-    def look(self, suffix: str, linear: PackedLinear, piece: Tensor, start: int) -> tuple[str | None, tuple[int, int] | None]:
-        """(what is wrong with elements [start, …) of a tensor, if anything; its least and greatest zero point, if it holds such).
+    def check_values(self, suffix: str, linear: PackedLinear, piece: Tensor, start: int) -> tuple[str | None, tuple[int, int] | None]:
+        """Check a piece of a tensor, whose first element is number ``start`` of the tensor.
 
-        The piece holds a multiple of ``together`` elements, or all that are left.
+        The piece has a multiple of ``values_per_check`` elements, or all remaining ones. Returns what is wrong with it, or None; and the
+        minimum and maximum zero point, or None if the tensor holds no zero points.
         """
 
     @abstractmethod
-    def together(self, suffix: str, info: TensorInfo) -> int:
-        """How many elements of a tensor can only be looked at together."""
+    def values_per_check(self, suffix: str, info: TensorInfo) -> int:
+        """The smallest number of elements that ``check_values`` can check separately."""
 
     @abstractmethod
-    def config(self, told: Quantization) -> dict[str, Any]:
+    def config(self, job: Quantization) -> dict[str, Any]:
         """``config.json["quantization_config"]``."""
 
     def require(self, name: str, m: int, n: int, scheme: QuantScheme, *, transposed: bool = False) -> None:
-        """Raise UsageError, naming the Linear, where its shape does not fit the format or the group size."""
+        """Raise UsageError, naming the Linear, if its shape [m, n] does not fit the format or the group size."""
         if transposed and not self.takes_transposed:
             raise UsageError(
-                f"{name} is stored transposed (Conv1D), which readers of {self.name} do not know; use --format gptq, or leave it out "
-                f"with --skip '{name}$'"
+                f"{name} is stored transposed (Conv1D), which readers of {self.name} do not support; use --format gptq, or leave this "
+                f"Linear unquantized with --skip '{name}$'"
             )
         if m % ALIGNMENT or n % ALIGNMENT:
-            raise UsageError(f"{name} is {m} × {n}, but the format packs multiples of {ALIGNMENT}; leave it out with --skip '{name}$'")
+            raise UsageError(
+                f"{name} is {m} × {n}, but packed dimensions must be multiples of {ALIGNMENT}; leave this Linear unquantized with "
+                f"--skip '{name}$'"
+            )
         if scheme.group_size != -1 and n % scheme.group_size:
             raise UsageError(
-                f"{name} has {n} inputs, which group size {scheme.group_size} does not divide; choose another --group-size, "
-                f"or give it its own with --rule '{name}$:group_size=…' (-1 always fits)"
+                f"{name} has {n} inputs, which group size {scheme.group_size} does not divide; choose another --group-size, or set one for "
+                f"this Linear with --rule '{name}$:group_size=…' (-1 always fits)"
             )
 
 
 def require_tensor(tensors: Mapping[str, TensorInfo], name: str) -> TensorInfo:
-    """Raises CheckpointError where a packed Linear lacks it."""
+    """The tensor ``name`` of a packed Linear. Raises CheckpointError if it is missing."""
     if name not in tensors:
-        raise CheckpointError(f"tensor {name} is missing, although its Linear is packed")
+        raise CheckpointError(f"tensor {name} is missing, but its Linear is packed")
     return tensors[name]
 
 

@@ -1,14 +1,14 @@
-"""The ``compressed-tensors`` checkpoint format, "pack-quantized", as transformers and vLLM read it.
+"""The ``compressed-tensors`` checkpoint format, variant "pack-quantized", as transformers and vLLM read it.
 
 For a Linear X with K inputs, N outputs, G groups and b bits:
 
     X.weight_packed       int32 [N, K·b/32]        codes packed along K
-    X.weight_scale        [N, G]                   of the weight's own dtype
+    X.weight_scale        [N, G]                   dtype of the original weight
     X.weight_shape        int64 [2]                N, K
-    X.weight_zero_point   int32 [⌈N·b/32⌉, G]      zero points packed along N; only where they are not all in the middle
-    X.weight_g_idx        int32 [K]                never written; read where it says what goes without saying: natural order
+    X.weight_zero_point   int32 [⌈N·b/32⌉, G]      zero points packed along N; asymmetric schemes only
+    X.weight_g_idx        int32 [K]                never written; accepted if groups are in natural order
 
-Codes of 3 bits are packed as one stream of bits, which readers know from version 0.18 on.
+Codes of 3 bits are packed as one bit stream, which the compressed-tensors package reads since version 0.18.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ import torch
 from torch import Tensor
 
 from bigq.errors import CheckpointError, UnsupportedModelError, UsageError
-from bigq.io.formats.base import Format, PackedLinear, Quantization, Stored, natural_groups, require_tensor
-from bigq.io.formats.gptq import look_at_scales
+from bigq.io.formats.base import Format, PackedLinear, PackedWeight, Quantization, natural_groups, require_tensor
+from bigq.io.formats.gptq import check_scales
 from bigq.io.index import TensorInfo
-from bigq.io.json_file import plain, shown
+from bigq.io.json_file import show_name, show_value
 from bigq.io.reader import read_tensor
 from bigq.kernels.pack import pack, unpack
 from bigq.scheme import BITS, QuantScheme, Rule
 
-#: Targets and names to ignore in one config.
+#: Maximum number of targets, and of names to ignore, in a config.
 MAX_NAMES = 1_000_000
-#: Those of them that are patterns: each may have to be tried on every Linear.
+#: Maximum number of patterns among them. Each may be matched against every Linear.
 MAX_PATTERNS = 1000
-#: What ``actorder`` may say, and whether only tensors tell the order of groups then.
+#: Values of ``actorder``, and whether the order of groups is then stored in ``weight_g_idx``.
 _ORDERS: Mapping[str, bool] = {"static": False, "weight": False, "group": True, "dynamic": True}
-#: What ``quantization_status`` may say of packed tensors. Older writers called them frozen.
+#: Values of ``quantization_status`` for packed tensors. Older writers used "frozen".
 _STATUSES = (None, "compressed", "frozen")
 
 
 class CompressedTensors(Format):
-    """Where Linears differ, all are listed by name, each in the config group of its kind.
+    """If Linears have different schemes, the config has one group per scheme, which lists its Linears by name.
 
-    Patterns would do for some readers. vLLM looks for a fused Linear's own name, then for its class, and only then for the names of
-    its parts: a group for the class would take it away from that of its parts.
+    A group with the target "Linear" would be wrong there: for a fused Linear, vLLM matches the fused name, then the class, and only
+    then the names of the parts.
     """
 
     name = "compressed-tensors"
@@ -56,22 +56,22 @@ class CompressedTensors(Format):
     takes_transposed = False
     names_linears = True
     scales_as_weights = True
-    #: Whether groups are in natural order only where a tensor says so.
-    numbered: ClassVar[bool] = False
+    #: Whether ``weight_g_idx`` must be present and show that groups are in natural order.
+    requires_g_idx: ClassVar[bool] = False
 
     def suffixes(self, symmetric: bool) -> tuple[str, ...]:
         always = ("weight_packed", "weight_scale", "weight_shape")
         return always if symmetric else (*always, "weight_zero_point")
 
-    def store(self, prefix: str, stored: Stored, scheme: QuantScheme, dtype: torch.dtype) -> dict[str, Tensor]:
+    def store(self, prefix: str, stored: PackedWeight, scheme: QuantScheme, dtype: torch.dtype) -> dict[str, Tensor]:
         words, scales, zeros = stored
         if scheme.symmetric and bool((zeros != 2 ** (scheme.bits - 1)).any()):
-            raise ValueError(f"{prefix}: has zero points that are not in the middle, so its scheme is not symmetric")
+            raise ValueError(f"{prefix}: a zero point is not {2 ** (scheme.bits - 1)}, so the scheme is not symmetric")
         exact = scales.to(dtype)
         if not torch.equal(exact.to(scales.dtype), scales):
             raise UsageError(
-                f"{prefix}: its scales do not fit {dtype} exactly, the type that readers of {self.name} give them; quantize with --format "
-                f"{self.name} or with --scale-bits 8"
+                f"{prefix}: its scales are not exact in {dtype}, the dtype of scales in {self.name}; quantize the original model "
+                f"with --format {self.name} or with --scale-bits 8"
             )
         tensors = {
             f"{prefix}.weight_packed": words.T.contiguous(),
@@ -93,27 +93,27 @@ class CompressedTensors(Format):
         }
         return tensors if symmetric else {**tensors, f"{prefix}.weight_zero_point": (torch.int32, (m * bits // 32, groups))}
 
-    def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> Stored:
+    def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> PackedWeight:
         bits = scheme.bits
         packed, scales, shape = (get(f"{prefix}.{name}") for name in self.suffixes(True))
         if packed.ndim != 2 or scales.ndim != 2 or packed.shape[1] * 32 % bits or len(packed) != len(scales):
-            raise CheckpointError(f"{prefix}: weight_packed and weight_scale are no matrices of {bits}-bit codes and their scales")
+            raise CheckpointError(f"{prefix}: weight_packed and weight_scale are not matrices of packed {bits}-bit codes and scales")
         (m, groups), n = scales.shape, packed.shape[1] * 32 // bits
         if shape.tolist() != [m, n] or not groups or n % groups:
-            raise CheckpointError(f"{prefix}: weight_packed, weight_scale and weight_shape do not belong together")
+            raise CheckpointError(f"{prefix}: weight_packed, weight_scale and weight_shape do not match")
         if scheme.symmetric:
             zeros = torch.full((m, groups), 2 ** (bits - 1), dtype=torch.uint8, device=packed.device)
         else:
             words = get(f"{prefix}.weight_zero_point")
             if words.shape != (m * bits // 32, groups):
-                raise CheckpointError(f"{prefix}: weight_zero_point and weight_scale have shapes that do not belong together")
+                raise CheckpointError(f"{prefix}: the shapes of weight_zero_point and weight_scale do not match")
             zeros = unpack(words, bits)
-        return Stored(packed.T, scales, zeros)
+        return PackedWeight(packed.T, scales, zeros)
 
     def geometry(self, prefix: str, tensors: Mapping[str, TensorInfo]) -> PackedLinear:
         packed, scales, shape = (require_tensor(tensors, f"{prefix}.{suffix}") for suffix in self.suffixes(True))
         zeros = tensors.get(f"{prefix}.weight_zero_point")
-        wrong = CheckpointError(f"tensor {prefix}.weight_packed and those beside it have shapes or dtypes that do not belong together")
+        wrong = CheckpointError(f"tensor {prefix}.weight_packed: its shape or dtype does not match those of the tensors beside it")
         floats = (torch.float16, torch.bfloat16, torch.float32)
         if packed.dtype != torch.int32 or shape.dtype != torch.int64 or scales.dtype not in floats or shape.shape != (2,):
             raise wrong
@@ -121,7 +121,7 @@ class CompressedTensors(Format):
             raise wrong
         if zeros is not None and (zeros.dtype != torch.int32 or len(zeros.shape) != 2 or zeros.shape[1] != scales.shape[1]):
             raise wrong
-        # How many bits a code has follows from the number of inputs, which only a value tells.
+        # The number of bits follows from the number of inputs, which is stored as a value.
         m, n = read_tensor(shape).tolist()
         bits = packed.shape[1] * 32 // n if n > 0 else 0
         groups = scales.shape[1]
@@ -133,51 +133,51 @@ class CompressedTensors(Format):
         return PackedLinear(bits=bits, outputs=m, inputs=n, groups=groups)
 
     def _require_natural(self, prefix: str, tensors: Mapping[str, TensorInfo], n: int, groups: int) -> None:
-        """Raise UnsupportedModelError where n inputs are not known to be in groups one after the other."""
+        """Raise UnsupportedModelError unless the groups of n inputs are known to be in natural order."""
         name = f"{prefix}.weight_g_idx"
-        remedy = "bigq reads natural order only; take a checkpoint made with actorder static or without"
+        remedy = "bigq reads only natural order; use a checkpoint that was quantized with actorder=static or without actorder"
         if name in tensors:
             order = tensors[name]
             fits = order.shape == (n,) and order.dtype in (torch.int32, torch.int64)
             if not fits or not torch.equal(read_tensor(order).to(torch.int32), natural_groups(n, groups)):
-                raise UnsupportedModelError(f"tensor {name} does not number the groups in natural order; {remedy}")
-        elif self.numbered:
-            raise UnsupportedModelError(f"tensor {name} is missing, although actorder says that groups are numbered; {remedy}")
+                raise UnsupportedModelError(f"tensor {name}: groups are not in natural order; {remedy}")
+        elif self.requires_g_idx:
+            raise UnsupportedModelError(f"tensor {name} is missing, but actorder says that groups are reordered; {remedy}")
 
-    def together(self, suffix: str, info: TensorInfo) -> int:
-        # Three rows of words hold whole 3-bit codes; for other widths any number of rows will do.
+    def values_per_check(self, suffix: str, info: TensorInfo) -> int:
+        # Three rows of words hold whole 3-bit codes. With other widths, any number of rows does.
         return 3 * info.shape[1] if suffix == "weight_zero_point" else 1
 
-    def look(self, suffix: str, linear: PackedLinear, piece: Tensor, start: int) -> tuple[str | None, tuple[int, int] | None]:
+    def check_values(self, suffix: str, linear: PackedLinear, piece: Tensor, start: int) -> tuple[str | None, tuple[int, int] | None]:
         if suffix == "weight_scale":
-            return look_at_scales(piece), None
+            return check_scales(piece), None
         if suffix == "weight_zero_point":
             low, high = (int(extreme) for extreme in torch.aminmax(unpack(piece.view(-1, linear.groups), linear.bits)))
             return None, (low, high)
         return None, None
 
-    def config(self, told: Quantization) -> dict[str, Any]:
+    def config(self, job: Quantization) -> dict[str, Any]:
         groups: dict[tuple[int, int, bool], list[str]] = {}
-        for name, scheme in told.packed.items():
+        for name, scheme in job.packed.items():
             groups.setdefault(_kind(scheme), []).append(name)
         if len(groups) < 2:
-            # By class; the output head is of another class in vLLM.
-            targets = ["Linear"] if told.head is None else ["Linear", told.head]
-            groups = dict.fromkeys(groups or [_kind(told.scheme)], targets)
+            # By class. In vLLM the output head is not a "Linear", so it is named.
+            targets = ["Linear"] if job.head is None else ["Linear", job.head]
+            groups = dict.fromkeys(groups or [_kind(job.scheme)], targets)
         return {
             "quant_method": self.name,
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": {f"group_{i}": _config_group(kind, targets) for i, (kind, targets) in enumerate(groups.items())},
-            "ignore": sorted(told.others),
+            "ignore": sorted(job.others),
             "kv_cache_scheme": None,
         }
 
 
-class NumberedCompressedTensors(CompressedTensors):
-    """As a config describes it whose actorder is "group": each Linear's weight_g_idx says which inputs are in which group."""
+class CompressedTensorsGroupOrder(CompressedTensors):
+    """The format with actorder "group": the weight_g_idx of each Linear gives the group of each input."""
 
-    numbered = True
+    requires_g_idx = True
 
 
 def _kind(scheme: QuantScheme) -> tuple[int, int, bool]:
@@ -200,9 +200,9 @@ def _config_group(kind: tuple[int, int, bool], targets: list[str]) -> dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class CompressedTensorsSchemes:
-    """A quantization config, read from JSON that others may have written.
+    """A parsed quantization config; the JSON may come from other programs.
 
-    groups: targets and the scheme of each config group. ignore: names and patterns that are not packed.
+    groups: targets and scheme of each config group. ignore: names and patterns that are not packed.
     """
 
     path: Path
@@ -212,21 +212,21 @@ class CompressedTensorsSchemes:
 
     @classmethod
     def read(cls, path: Path, config: Mapping[str, Any], format: Format) -> CompressedTensorsSchemes:
-        """From the ``quantization_config`` of the config.json at ``path``. Raises CheckpointError."""
+        """Parse the ``quantization_config`` of the config.json at ``path``. Raises CheckpointError."""
         if config.get("format") != "pack-quantized":
             raise _bad(
-                path, f"format {shown(config.get('format'))} is not one that bigq reads; of compressed-tensors it reads pack-quantized"
+                path, f"format {show_value(config.get('format'))} is not supported; of compressed-tensors, bigq reads pack-quantized"
             )
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups or len(groups) > MAX_PATTERNS:
-            raise _bad(path, f"config_groups {shown(groups)} is not an object of 1 to {MAX_PATTERNS} groups")
+            raise _bad(path, f"config_groups {show_value(groups)} is not an object of 1 to {MAX_PATTERNS} groups")
         _require_plain(path, config)
-        if any(_numbered(path, group) for group in groups.values()):
-            format = NumberedCompressedTensors()
+        if any(_requires_g_idx(path, group) for group in groups.values()):
+            format = CompressedTensorsGroupOrder()
         return cls(
             path,
             tuple(
-                (_Targets.read(path, f"{plain(name)}.targets", _get(group, "targets")), _scheme(path, group))
+                (_Targets.read(path, f"{show_name(name)}.targets", _get(group, "targets")), _scheme(path, group))
                 for name, group in groups.items()
             ),
             _Targets.read(path, "ignore", config.get("ignore") or []),
@@ -235,17 +235,17 @@ class CompressedTensorsSchemes:
 
     def scheme(self, name: str) -> QuantScheme:
         if self.ignore.match(name):
-            raise CheckpointError(f"{self.path}: {name} is packed although the quantization config leaves it out")
+            raise CheckpointError(f"{self.path}: {name} is packed, but the quantization config ignores it; fetch the model again")
         for by_name in (True, False):
             for targets, scheme in self.groups:
                 if targets.match(name) if by_name else targets.linears:
                     return scheme
-        raise CheckpointError(f"{self.path}: {name} is packed, but no group of the quantization config has it")
+        raise CheckpointError(f"{self.path}: {name} is packed, but no group of the quantization config contains it; fetch the model again")
 
 
 @dataclass(frozen=True, slots=True)
 class _Targets:
-    """What some Linears are called. linears: all of them."""
+    """Names and patterns of Linears. linears: whether the class "Linear" is a target, which matches all of them."""
 
     names: frozenset[str]
     patterns: tuple[str, ...]
@@ -254,7 +254,7 @@ class _Targets:
     @classmethod
     def read(cls, path: Path, what: str, value: Any) -> _Targets:
         if not isinstance(value, list) or len(value) > MAX_NAMES or not all(isinstance(name, str) for name in value):
-            raise _bad(path, f"{what} is {shown(value)}, not a list of names")
+            raise _bad(path, f"{what} is {show_value(value)}, not a list of names")
         patterns = [name.removeprefix("re:") for name in value if name.startswith("re:")]
         if len(patterns) > MAX_PATTERNS:
             raise _bad(path, f"{what} has {len(patterns)} patterns, more than {MAX_PATTERNS}")
@@ -262,7 +262,7 @@ class _Targets:
             for pattern in patterns:
                 Rule(pattern, None)
         except UsageError as error:
-            raise _bad(path, f"{what}: {plain(str(error))}") from None
+            raise _bad(path, f"{what}: {show_name(str(error))}") from None
         return cls(frozenset(value), tuple(patterns), "Linear" in value)
 
     def match(self, name: str) -> bool:
@@ -274,26 +274,26 @@ def _get(group: Any, key: str) -> Any:
 
 
 def _require_plain(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where the config says that weights are more than codes, scales and zero points.
+    """Raise CheckpointError if weights are more than codes, scales and zero points (sparse, transformed, not compressed).
 
-    ``kv_cache_scheme`` is about the cache and says nothing of weights.
+    ``kv_cache_scheme`` concerns only the cache and is ignored.
     """
     status, sparsity, transform = (config.get(key) for key in ("quantization_status", "sparsity_config", "transform_config"))
     if status not in _STATUSES:
-        raise _bad(path, f"quantization_status {shown(status)} is not compressed, so its tensors may not be what they are called")
+        raise _bad(path, f"quantization_status is {show_value(status)}; bigq reads only compressed weights")
     if sparsity and _get(sparsity, "format") != "dense":
-        raise _bad(path, f"sparsity_config {shown(sparsity)} is not dense, which bigq does not read")
+        raise _bad(path, f"sparsity_config is {show_value(sparsity)}; bigq reads only dense weights")
     if transform and (not isinstance(transform, dict) or any(transform.values())):
-        raise _bad(path, "transform_config says that weights are transformed, which bigq does not read")
+        raise _bad(path, "transform_config is set; bigq does not read transformed weights")
 
 
-def _numbered(path: Path, group: Any) -> bool:
-    """Whether only tensors tell the order of groups."""
+def _requires_g_idx(path: Path, group: Any) -> bool:
+    """Whether the order of groups is stored in ``weight_g_idx``."""
     order = _get(_get(group, "weights"), "actorder")
     if order is None or isinstance(order, bool):
         return bool(order)
     if not isinstance(order, str) or order.lower() not in _ORDERS:
-        raise _bad(path, f"actorder {shown(order)} is not one that bigq knows")
+        raise _bad(path, f"actorder {show_value(order)} is not one of {', '.join(_ORDERS)}")
     return _ORDERS[order.lower()]
 
 
@@ -301,15 +301,15 @@ def _scheme(path: Path, group: Any) -> QuantScheme:
     weights = _get(group, "weights")
     bits, size, symmetric, strategy = (_get(weights, key) for key in ("num_bits", "group_size", "symmetric", "strategy"))
     if _get(weights, "type") != "int" or strategy not in ("group", "channel") or type(bits) is not int or type(symmetric) is not bool:
-        raise _bad(path, f"weights {shown(weights)} are none that bigq reads (integers by group or channel)")
+        raise _bad(path, f"weights {show_value(weights)} are not supported; bigq reads integers with strategy group or channel")
     if _get(weights, "dynamic"):
-        raise _bad(path, f"weights {shown(weights)} are dynamic, which bigq does not read")
+        raise _bad(path, f"weights {show_value(weights)} are dynamic; bigq reads only static weights")
     if _get(group, "format") not in (None, "pack-quantized"):
-        raise _bad(path, f"a group's format is {shown(_get(group, 'format'))}; of compressed-tensors bigq reads pack-quantized")
+        raise _bad(path, f"the format of a group is {show_value(_get(group, 'format'))}; of compressed-tensors, bigq reads pack-quantized")
     if _get(group, "input_activations") is not None or _get(group, "output_activations") is not None:
-        raise _bad(path, "has activations quantized, which bigq does not read")
+        raise _bad(path, "activations are quantized; bigq reads only weight-only quantization")
     if strategy == "group" and type(size) is not int:
-        raise _bad(path, f"group_size is {shown(size)}")
+        raise _bad(path, f"group_size is {show_value(size)}, not an integer")
     try:
         return QuantScheme(bits=bits, group_size=-1 if strategy == "channel" else size, symmetric=symmetric)
     except UsageError as error:
@@ -317,4 +317,4 @@ def _scheme(path: Path, group: Any) -> QuantScheme:
 
 
 def _bad(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path}: quantization_config: {what}; fetch it again, or give the original model")
+    return CheckpointError(f"{path}: quantization_config: {what}; fetch it again, or give the unquantized model as MODEL")

@@ -5,7 +5,7 @@ For a Linear X with K inputs, N outputs, G groups and b bits:
     X.qweight  int32 [K·b/32, N]   codes packed down K
     X.qzeros   int32 [G, N·b/32]   zero points packed along N; v1 stores zero − 1, v2 the zero itself
     X.scales   fp16  [G, N]
-    X.g_idx    int32 [K]           the group of each input, natural order
+    X.g_idx    int32 [K]           the group of each input, in natural order
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from bigq.errors import CheckpointError, UsageError
-from bigq.io.formats.base import Format, PackedLinear, Quantization, Stored, natural_groups, require_tensor
+from bigq.io.formats.base import Format, PackedLinear, PackedWeight, Quantization, natural_groups, require_tensor
 from bigq.io.index import TensorInfo
-from bigq.kernels.finiteness import finite
+from bigq.kernels.finiteness import is_finite
 from bigq.kernels.pack import pack, unpack
 from bigq.scheme import BITS, QuantScheme
 
 
 class Gptq(Format):
-    """v1 of the format: zero points are stored minus one, so a zero point of 0 cannot be."""
+    """Version 1: zero points are stored minus one, so a zero point of 0 is impossible."""
 
     name = "gptq"
     mark = "qweight"
@@ -33,21 +33,21 @@ class Gptq(Format):
     symmetric_key = "sym"
     min_zero = 1
     config_file = "quantize_config.json"
-    #: What is added to a zero point where it is stored.
+    #: Added to zero points when they are stored.
     shift = -1
 
     def suffixes(self, symmetric: bool) -> tuple[str, ...]:
         return ("qweight", "qzeros", "scales", "g_idx")
 
-    def store(self, prefix: str, stored: Stored, scheme: QuantScheme, dtype: torch.dtype) -> dict[str, Tensor]:
+    def store(self, prefix: str, stored: PackedWeight, scheme: QuantScheme, dtype: torch.dtype) -> dict[str, Tensor]:
         words, scales, zeros = stored
         if bool((zeros < self.min_zero).any()):
-            raise ValueError(f"{prefix}: a zero point of 0 cannot be stored in format v1; solve with min_zero=1")
+            raise ValueError(f"{prefix}: format gptq (v1) cannot store a zero point of 0; solve with min_zero=1")
         n, groups = words.shape[0] * 32 // scheme.bits, scales.shape[1]
         half = scales.to(torch.float16)
         if not torch.equal(half.to(scales.dtype), scales):
             raise UsageError(
-                f"{prefix}: its scales do not fit fp16 exactly, which is what {self.name} has; leave it in a format whose scales are wider"
+                f"{prefix}: its scales are not exact in fp16, the dtype of scales in {self.name}; keep the model in its present format"
             )
         return {
             f"{prefix}.qweight": words.contiguous(),
@@ -67,27 +67,25 @@ class Gptq(Format):
             f"{prefix}.g_idx": (torch.int32, (n,)),
         }
 
-    def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> Stored:
+    def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> PackedWeight:
         bits = scheme.bits
         qweight, qzeros, scales, g_idx = (get(f"{prefix}.{name}") for name in self.suffixes(scheme.symmetric))
         if any(t.ndim != 2 for t in (qweight, qzeros, scales)) or qweight.shape[0] * 32 % bits or qzeros.shape[1] * 32 % bits:
-            raise CheckpointError(f"{prefix}: qweight, qzeros or scales is not a matrix of {bits}-bit codes in whole words")
+            raise CheckpointError(f"{prefix}: qweight, qzeros and scales are not matrices of packed {bits}-bit codes and scales")
         zeros = unpack(qzeros.T.contiguous(), bits) - self.shift
         k, n, groups = qweight.shape[0] * 32 // bits, qweight.shape[1], scales.shape[0]
         if n != scales.shape[1] or zeros.shape != (n, groups) or not groups or k % groups:
-            raise CheckpointError(f"{prefix}: qweight, qzeros and scales have shapes that do not belong together")
+            raise CheckpointError(f"{prefix}: the shapes of qweight, qzeros and scales do not match")
         if not torch.equal(g_idx.to(torch.int32), natural_groups(k, groups, g_idx.device)):
             raise CheckpointError(
-                f"{prefix}: its groups are not in natural order (desc_act without static groups), which bigq does not read"
+                f"{prefix}: groups are not in natural order (desc_act without static_groups); bigq reads only natural order"
             )
-        return Stored(qweight, scales.T, zeros)
+        return PackedWeight(qweight, scales.T, zeros)
 
     def geometry(self, prefix: str, tensors: Mapping[str, TensorInfo]) -> PackedLinear:
         parts = [require_tensor(tensors, f"{prefix}.{suffix}") for suffix in self.suffixes(True)]
         qweight, qzeros, scales, g_idx = parts
-        wrong = CheckpointError(
-            f"tensor {prefix}.qweight and its qzeros, scales and g_idx have shapes or dtypes that do not belong together"
-        )
+        wrong = CheckpointError(f"tensor {prefix}.qweight: its shape or dtype does not match those of qzeros, scales and g_idx")
         if [t.dtype for t in parts] != [torch.int32, torch.int32, torch.float16, torch.int32] or [len(t.shape) for t in parts] != [
             2,
             2,
@@ -103,40 +101,40 @@ class Gptq(Format):
                 raise wrong
         raise wrong
 
-    def together(self, suffix: str, info: TensorInfo) -> int:
+    def values_per_check(self, suffix: str, info: TensorInfo) -> int:
         return info.shape[1] if suffix == "qzeros" else 1
 
-    def look(self, suffix: str, linear: PackedLinear, piece: Tensor, start: int) -> tuple[str | None, tuple[int, int] | None]:
+    def check_values(self, suffix: str, linear: PackedLinear, piece: Tensor, start: int) -> tuple[str | None, tuple[int, int] | None]:
         if suffix == "scales":
-            return look_at_scales(piece), None
+            return check_scales(piece), None
         if suffix == "qzeros":
-            return self._look_at_zeros(linear, piece)
+            return self._check_zeros(linear, piece)
         if suffix == "g_idx":
             natural = torch.arange(start, start + len(piece)) // (linear.inputs // linear.groups)
-            return None if torch.equal(piece.long(), natural) else "does not number the groups in natural order", None
-        # All that words of qweight can hold are codes, of 3 bits too: 32 of them fill three words.
+            return None if torch.equal(piece.long(), natural) else "is not in natural order", None
+        # Every word of qweight is valid, with 3 bits too: 32 codes fill three words.
         return None, None
 
-    def _look_at_zeros(self, linear: PackedLinear, words: Tensor) -> tuple[str | None, tuple[int, int]]:
-        """Zero points are codes; as v1 stores them less one, the greatest number that fits stands for none."""
+    def _check_zeros(self, linear: PackedLinear, words: Tensor) -> tuple[str | None, tuple[int, int]]:
+        """Zero points must be codes. In v1 the maximum stored value means zero point 2**bits, which is not a code."""
         stored = unpack(words.view(-1, linear.outputs * linear.bits // 32).T.contiguous(), linear.bits)
         low, high = (int(extreme) - self.shift for extreme in torch.aminmax(stored))
-        wrong = None if high < 2**linear.bits else f"holds zero point {high}, which is no code of {linear.bits} bits"
+        wrong = None if high < 2**linear.bits else f"holds zero point {high}, which is above the maximum of {linear.bits} bits"
         return wrong, (low, high)
 
-    def config(self, told: Quantization) -> dict[str, Any]:
-        """Overrides per module go into ``dynamic``, first match first, as GPTQModel and vLLM read it."""
-        dynamic: dict[str, dict[str, Any]] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in told.left_out}
-        for rule in told.rules:
+    def config(self, job: Quantization) -> dict[str, Any]:
+        """Overrides per module are written to ``dynamic``. GPTQModel and vLLM apply the first match."""
+        dynamic: dict[str, dict[str, Any]] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in job.left_out}
+        for rule in job.rules:
             if rule.overrides is None:
                 dynamic.setdefault(f"-:{rule.pattern}", {})
             else:
-                said = {k: v for k, v in rule.overrides.items() if k in ("bits", "group_size", "sym")}
-                dynamic.setdefault(f"+:{rule.pattern}", said)
-        scheme = told.scheme
-        # What readers by way of optimum want to know where some Linears of the blocks are left out.
-        skips = bool(told.left_out) or any(rule.overrides is None for rule in told.rules)
-        named = {"modules_in_block_to_quantize": [sorted(told.packed)]} if skips and told.packed else {}
+                overrides = {k: v for k, v in rule.overrides.items() if k in ("bits", "group_size", "sym")}
+                dynamic.setdefault(f"+:{rule.pattern}", overrides)
+        scheme = job.scheme
+        # optimum needs this list if some Linears of the blocks are unquantized.
+        skips = bool(job.left_out) or any(rule.overrides is None for rule in job.rules)
+        module_list = {"modules_in_block_to_quantize": [sorted(job.packed)]} if skips and job.packed else {}
         return {
             "quant_method": "gptq",
             "checkpoint_format": self.name,
@@ -145,26 +143,26 @@ class Gptq(Format):
             "sym": scheme.symmetric,
             "desc_act": False,
             "static_groups": scheme.act_order,
-            "lm_head": told.head is not None,
+            "lm_head": job.head is not None,
             "pack_dtype": "int32",
             "damp_percent": scheme.damping,
             "dynamic": dynamic,
-            **named,
-            "meta": dict(told.meta),
+            **module_list,
+            "meta": dict(job.meta),
         }
 
 
 class GptqV2(Gptq):
-    """v2: zero points are stored as they are."""
+    """Version 2: zero points are stored unchanged."""
 
     name = "gptq_v2"
     min_zero = 0
     shift = 0
 
 
-def look_at_scales(piece: Tensor) -> str | None:
-    """What is wrong with some scales, if anything."""
-    if not finite(piece):
+def check_scales(piece: Tensor) -> str | None:
+    """What is wrong with some scales, or None."""
+    if not is_finite(piece):
         return "holds NaN or Inf"
-    # Groups of zeros get scale 1, and what would round to 0 gets the smallest number of fp16.
-    return None if bool((piece > 0).all()) else "holds a scale that is not above 0"
+    # Valid scales are positive: a group of zeros has scale 1, and scales that would round to 0 become the smallest fp16 number.
+    return None if bool((piece > 0).all()) else "holds a scale that is not positive"

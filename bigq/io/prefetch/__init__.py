@@ -1,1 +1,1 @@
-"""Reading tensors ahead of the computation, into host memory or onto a GPU."""
+"""Prefetch: reading tensors before they are needed, into host memory or onto a GPU."""

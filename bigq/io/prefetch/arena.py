@@ -1,7 +1,4 @@
-"""Who has which bytes of a bounded buffer: pure bookkeeping, in offsets.
-
-Knows nothing of what the bytes are or how they come to be.
-"""
+"""An allocator for regions of a fixed buffer. It handles offsets only and owns no memory."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: Regions begin at multiples of this and take up whole multiples, so any dtype can lie at their beginning.
+#: Offsets and sizes of regions are multiples of this, so a region can hold any dtype.
 ALIGNMENT = 512
 
 
@@ -23,21 +20,21 @@ class Region:
 
 
 class Arena:
-    """First fit over segments of given sizes in bytes; a region lies within one segment.
+    """First-fit allocation in segments of the given sizes in bytes. A region is inside one segment.
 
-    capacity: bytes of all segments. held: bytes of the regions given out, rounded up to ``ALIGNMENT``.
+    capacity: bytes of all segments. held: allocated bytes, where each region is rounded up to ``ALIGNMENT``.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         assert all(size > 0 and size % ALIGNMENT == 0 for size in sizes), f"segments of {sizes} bytes"
         self.capacity = sum(sizes)
         self.held = 0
-        #: By segment, the free extents (begin, end), ascending; no two touch.
+        #: For each segment, the free extents (begin, end), ascending and merged.
         self._free = [[(0, size)] for size in sizes]
-        self._out: set[Region] = set()
+        self._allocated: set[Region] = set()
 
     def allocate(self, size: int) -> Region | None:
-        """So many bytes in one piece, or None while there are none."""
+        """A region of ``size`` bytes, or None if no segment has that much contiguous space."""
         assert size > 0
         whole = _rounded(size)
         for segment, free in enumerate(self._free):
@@ -46,13 +43,13 @@ class Arena:
                     free[i : i + 1] = [(begin + whole, end)] if end - begin > whole else []
                     self.held += whole
                     region = Region(segment, begin, size)
-                    self._out.add(region)
+                    self._allocated.add(region)
                     return region
         return None
 
     def release(self, region: Region) -> None:
-        """The bytes of a region may be given out again."""
-        self._out.remove(region)
+        """Free a region."""
+        self._allocated.remove(region)
         free = self._free[region.segment]
         begin, end = region.offset, region.offset + _rounded(region.size)
         self.held -= end - begin
@@ -66,7 +63,7 @@ class Arena:
 
 
 def segments(budget: int, least: int, most: int) -> list[int]:
-    """Powers of two between least and most (themselves such), largest first, that together come close to a budget in bytes."""
+    """Segment sizes for a budget in bytes: powers of two from ``least`` to ``most``, descending, whose sum is at most the budget."""
     sizes = []
     while budget >= least:
         sizes.append(min(most, 1 << (budget.bit_length() - 1)))

@@ -1,13 +1,13 @@
-"""Copies from pinned host memory to a CUDA device on a stream of their own.
+"""Copies from pinned host memory to a CUDA device on a separate stream.
 
     current stream  … work ─┬─ target allocated ────────────────┬─ uses the tensor …
                             ▼ wait                              ▲ wait
     copy stream             └── piece ── piece ── piece ────────┘
                                     event    event    event ──▶ the piece's host memory may be overwritten
 
-A target's memory belongs to the current stream, where all else lives too; the caching allocator may have handed it out while
-earlier work of that stream still uses it, so copies wait for that work. ``record_stream`` keeps it from going to another tensor
-while a copy into it is under way, where its taker fails before the streams were joined.
+A target is allocated on the current stream. The caching allocator may reuse memory that earlier work on that stream still
+accesses, so copies wait for that work. ``record_stream`` keeps the target's memory from being reused during a copy, in case the
+caller fails before the streams are joined.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ from bigq.errors import ResourceError
 
 
 class CudaCopier:
-    """One copy stream of one device. See ``bigq.io.prefetch.to_device.Copier``."""
+    """A ``bigq.io.prefetch.to_device.Copier`` with one copy stream of one device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
     def host_memory(self, size: int) -> Tensor:
-        """Pinned. Raises ResourceError. PyTorch rounds such memory up to a power of two, so only those are asked for."""
+        """Pinned memory. PyTorch rounds its size up to a power of two, so size must be one. Raises ResourceError."""
         assert size & (size - 1) == 0
         try:
-            # A thread begins on device 0, where pinning would set up a context of its own.
+            # The current device of a new thread is 0. Pinning there would create a second CUDA context.
             with torch.cuda.device(self._device):
                 return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError as error:
             raise ResourceError(
-                f"{size} bytes of host memory cannot be pinned to read ahead through ({str(error).splitlines()[0]}); "
-                "use a smaller --read-ahead"
+                f"cannot pin {size} bytes of host memory for prefetch ({str(error).splitlines()[0]}); use a smaller --read-ahead"
             ) from error
 
     def target(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -49,7 +48,7 @@ class CudaCopier:
     def copy(self, target: Tensor, source: Tensor) -> _CudaCopy:
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-            # blocking: whoever waits for it sleeps rather than spins.
+            # blocking=True: a waiting thread sleeps instead of spinning.
             event = torch.cuda.Event(blocking=True)
             event.record(self._stream)
         return _CudaCopy(event, self._device)

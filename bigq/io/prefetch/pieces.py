@@ -1,7 +1,6 @@
-"""A few threads that read tensors piece by piece into memory that they are handed.
+"""A thread pool that reads tensors in pieces into memory that its callers provide.
 
-Where that memory comes from, and when there is some, is for others to say. Reading, and looking for NaN, releases Python's
-lock, so it runs beside the computation.
+Reading and checking for NaN release Python's global lock, so they overlap with computation.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from bigq.io.index import TensorInfo
 from bigq.io.reader import drop_cached, fill, open_file, require_finite
 from bigq.progress.trace import Trace
 
-#: 1 GiB on a virtual disk, two cores, four threads: pieces of 4 MiB 2.0 GB/s (16.4 when cached), of 8 MiB 1.2 (16.5), of 16 MiB
-#: 1.6 (16.1); one thread reads 2.2 (12.6). Pieces through one descriptor per file, rather than each its own: 2.0 against 1.5.
+#: Measured with 1 GiB on a virtual disk, two cores and four threads: 2.0 GB/s with pieces of 4 MiB (16.4 from the page cache), 1.2 (16.5)
+#: with 8 MiB, 1.6 (16.1) with 16 MiB. One thread reads 2.2 (12.6). One descriptor per file gives 2.0, one per piece 1.5.
 THREADS = 4
 CHUNK_BYTES = 4 * 2**20
 
-#: Reads of one tensor that are so many seconds apart, or less, are one span of the trace.
+#: Reads of a tensor with pauses of at most this many seconds are one span in the trace.
 PAUSE = 0.002
 
 
 class Piece:
     """Bytes [start, stop) of a file, part of one tensor.
 
-    done: ends when they are read; cancelled where they are given up, by the reader's end too.
+    done: finished when they are read; cancelled if they are not needed any more or the reader is closed.
     """
 
     __slots__ = ("done", "start", "stop")
@@ -43,8 +42,8 @@ class Piece:
         self.done: Future[None] = Future()
 
 
-class Coming:
-    """A tensor on its way in pieces, in the order of its bytes. A tensor without bytes has none."""
+class PendingRead:
+    """A tensor that is read in pieces, in the order of its bytes. An empty tensor has no pieces."""
 
     def __init__(self, info: TensorInfo, chunk: int) -> None:
         self.info = info
@@ -52,15 +51,15 @@ class Coming:
         self._lock = threading.Lock()
         self._reads: list[tuple[float, float]] = []
 
-    def was_read(self, begin: float, end: float) -> list[tuple[float, float]]:
-        """Note one more piece's time; with the last one, the spans of the whole tensor's."""
+    def add_span(self, begin: float, end: float) -> list[tuple[float, float]]:
+        """Record the time of a piece. Returns the merged spans of the whole tensor after the last piece, before that none."""
         with self._lock:
             self._reads.append((begin, end))
-            return merged(self._reads, PAUSE) if len(self._reads) == len(self.pieces) else []
+            return merge_spans(self._reads, PAUSE) if len(self._reads) == len(self.pieces) else []
 
 
 class PieceReader:
-    """check_finite: refuse NaN and Inf where they are read. Pages that were read are dropped from the page cache."""
+    """The thread pool. Pages that were read are dropped from the page cache. check_finite: raise NumericsError for NaN and Inf."""
 
     def __init__(self, trace: Trace, *, check_finite: bool) -> None:
         self._trace, self._check_finite = trace, check_finite
@@ -68,49 +67,49 @@ class PieceReader:
         self._stopped = threading.Event()
         self._files = _OpenFiles()
 
-    def start(self, coming: Coming, piece: Piece, memory: Callable[[], Tensor]) -> None:
-        """Read a piece in a thread, as soon as one is free, into what ``memory`` returns there: uint8 of the piece's size.
+    def start(self, pending: PendingRead, piece: Piece, memory: Callable[[], Tensor]) -> None:
+        """Queue a piece for reading. The thread calls ``memory`` for a buffer: uint8 [piece's size].
 
         ``piece.done`` raises CheckpointError, NumericsError, or what ``memory`` raises.
         """
 
-        def give_up(job: Future[None]) -> None:
+        def cancel_piece(job: Future[None]) -> None:
             if job.cancelled():
                 piece.done.cancel()
 
-        self._pool.submit(self.read, coming, piece, memory).add_done_callback(give_up)
+        self._pool.submit(self.read, pending, piece, memory).add_done_callback(cancel_piece)
 
-    def read(self, coming: Coming, piece: Piece, memory: Callable[[], Tensor]) -> None:
-        """The same at once, in the caller's thread; errors go to ``piece.done`` too."""
+    def read(self, pending: PendingRead, piece: Piece, memory: Callable[[], Tensor]) -> None:
+        """Read a piece in the caller's thread. Errors are set in ``piece.done``, as with ``start``."""
         if not piece.done.set_running_or_notify_cancel():
             return
         try:
             buffer = memory()
             begin = time.perf_counter()
             try:
-                read_piece(self._files, coming.info, piece, buffer, self._stopped.is_set)
+                read_piece(self._files, pending.info, piece, buffer, self._stopped.is_set)
                 if self._stopped.is_set():
                     raise CancelledError
                 if self._check_finite:
-                    require_finite(buffer.view(coming.info.dtype), coming.info)
+                    require_finite(buffer.view(pending.info.dtype), pending.info)
             finally:
-                for span in coming.was_read(begin, time.perf_counter()):
-                    self._trace.add("read", coming.info.name, *span)
+                for span in pending.add_span(begin, time.perf_counter()):
+                    self._trace.add("read", pending.info.name, *span)
         except BaseException as error:
             piece.done.set_exception(error)
         else:
             piece.done.set_result(None)
 
     def close(self) -> None:
-        """Read no more. Waits for the one request to the system that each thread may be in."""
+        """Stop reading. Waits for at most one system call per thread."""
         self._stopped.set()
         self._pool.shutdown(cancel_futures=True)
 
 
 def cut(info: TensorInfo, chunk: int) -> list[tuple[int, int]]:
-    """The byte range of a tensor, cut where the file's offset is a multiple of ``chunk``, or just before, between two elements.
+    """Cut the byte range of a tensor at file offsets that are multiples of ``chunk``, or at the last element boundary before.
 
-    Folios of the page cache begin at such offsets, so a piece's can be dropped without its neighbours'.
+    Folios of the page cache begin at multiples of ``chunk``. So a piece can be dropped from the cache without its neighbours.
     """
     assert chunk >= info.dtype.itemsize
     cuts = [info.start]
@@ -122,8 +121,8 @@ def cut(info: TensorInfo, chunk: int) -> list[tuple[int, int]]:
     return [(begin, end) for begin, end in itertools.pairwise(cuts) if begin < end]
 
 
-def merged(spans: list[tuple[float, float]], pause: float) -> list[tuple[float, float]]:
-    """The union of spans of time, ascending; those not further apart than ``pause`` become one."""
+def merge_spans(spans: list[tuple[float, float]], pause: float) -> list[tuple[float, float]]:
+    """The union of time spans, ascending. Spans at most ``pause`` apart become one."""
     union: list[tuple[float, float]] = []
     for begin, end in sorted(spans):
         if union and begin <= union[-1][1] + pause:
@@ -134,9 +133,9 @@ def merged(spans: list[tuple[float, float]], pause: float) -> list[tuple[float, 
 
 
 class _OpenFiles:
-    """File descriptors shared by the threads, each open while one of them uses it.
+    """File descriptors shared by the threads. Each is closed when no thread uses it.
 
-    The system reads ahead by descriptor: with one for all, it sees one long read instead of many short ones.
+    Linux's readahead works per descriptor, so with a shared one it detects a sequential read.
     """
 
     def __init__(self) -> None:
@@ -160,7 +159,7 @@ class _OpenFiles:
 
 
 def read_piece(files: _OpenFiles, info: TensorInfo, piece: Piece, buffer: Tensor, stopped: Callable[[], bool]) -> None:
-    """Read a piece's bytes into a buffer of its size, and let the page cache forget them."""
+    """Read a piece into a buffer of its size, and drop its pages from the page cache."""
     with files.using(info) as fd:
         fill(fd, info, buffer, piece.start, stopped)
         drop_cached(fd, piece.start, piece.stop)

@@ -1,4 +1,4 @@
-"""Reading tensors before they are asked for, beside the computation, within a budget of host memory."""
+"""The interface of prefetch: tensors are read while the device computes, within a budget of host memory."""
 
 from __future__ import annotations
 
@@ -10,32 +10,35 @@ from torch import Tensor
 
 from bigq.io.index import TensorInfo
 from bigq.io.prefetch.cuda_copier import CudaCopier
-from bigq.io.prefetch.to_device import IntoDevice
-from bigq.io.prefetch.to_host import IntoHost
+from bigq.io.prefetch.to_device import DevicePrefetch
+from bigq.io.prefetch.to_host import HostPrefetch
 from bigq.progress.trace import Trace
 
 
-class ReadAhead(Protocol):
-    """Tensors on their way from the disk to the device, in the order in which they are announced."""
+class Prefetch(Protocol):
+    """Reads tensors from disk to the device in the order in which they are announced."""
 
     @property
     def peak(self) -> int:
-        """The most bytes of host memory that were held at once for tensors that were not taken yet."""
+        """Peak bytes of host memory held for tensors that were not taken yet."""
 
     def announce(self, infos: Iterable[TensorInfo]) -> None:
-        """These will be taken next, in about this order; those that are announced already stay where they are."""
+        """Queue tensors that will be taken, in about this order. Tensors already announced keep their place."""
 
     def take(self, info: TensorInfo) -> Tensor:
-        """The whole tensor, announced or not, on the device. Raises CheckpointError, or NumericsError now or in ``check``."""
+        """The tensor on the device, whether it was announced or not. Raises CheckpointError. NaN and Inf raise NumericsError here or in
+        ``check``.
+        """
 
     def check(self) -> None:
-        """Raise NumericsError where a tensor that was taken holds NaN or Inf, naming it. Call it before using what was taken."""
+        """Raise NumericsError, naming the tensor, if a taken tensor contains NaN or Inf. Call it before using taken tensors."""
 
     def close(self) -> None:
-        """Give up what was not taken, and give back the memory."""
+        """Cancel pending reads and free the memory."""
 
 
-def open_read_ahead(device: torch.device, budget: int, trace: Trace) -> ReadAhead:
-    """For a job that computes on ``device``. budget: bytes of host memory; on a GPU at least ``into_device.least_budget()``
-    are used."""
-    return IntoDevice(budget, CudaCopier(device), trace) if device.type == "cuda" else IntoHost(budget, trace)
+def open_prefetch(device: torch.device, budget: int, trace: Trace) -> Prefetch:
+    """The prefetch for a job that computes on ``device``. budget: bytes of host memory; on a GPU, ``to_device.least_budget()`` is the
+    minimum.
+    """
+    return DevicePrefetch(budget, CudaCopier(device), trace) if device.type == "cuda" else HostPrefetch(budget, trace)

@@ -1,14 +1,14 @@
-"""Reading ahead for a job that computes on a GPU: through a bounded ring of host memory onto the device.
+"""Prefetch for a job that computes on a GPU: through a bounded buffer of host memory (the ring) onto the device.
 
-    disk ── threads ──▶ region of the ring ── copy stream ──▶ device tensor of whoever takes it
+    disk ── threads ──▶ region of the ring ── copy stream ──▶ device tensor
                              ▲                      │
-                             └── free again when its copy is done
+                             └── freed after its copy
 
-Tensors travel in pieces, each with a region of the ring of its own, so one larger than the ring passes through it. Announced
-tensors wait in the ring until they are taken. The pieces of a tensor that is taken before they were begun go another way, the
-direct lane, whose regions only takers hold: whatever the order of takes, nobody waits for room that nobody gives back.
+Tensors are read in pieces, each with its own region, so a tensor may be larger than the ring. Announced tensors stay in the ring
+until they are taken. If a tensor is taken before its reads have begun, its pieces use separate memory, the direct lane. Only ``take``
+holds regions of the direct lane, so tensors can be taken in any order without a deadlock.
 
-Knows nothing of CUDA: how bytes get to the device is the ``Copier``'s affair.
+Knows nothing of CUDA: the ``Copier`` copies bytes to the device.
 """
 
 from __future__ import annotations
@@ -27,51 +27,50 @@ from torch import Tensor
 from bigq.io.index import TensorInfo
 from bigq.io.prefetch import pieces
 from bigq.io.prefetch.arena import Arena, Region, segments
-from bigq.io.prefetch.pieces import PAUSE, Coming, Piece, PieceReader, merged
-from bigq.io.reader import not_finite
-from bigq.kernels.finiteness import all_finite
+from bigq.io.prefetch.pieces import PAUSE, PendingRead, Piece, PieceReader, merge_spans
+from bigq.io.reader import nonfinite_error
+from bigq.kernels.finiteness import finite_flag
 from bigq.progress.trace import Trace
 
-#: Pieces that the direct lane has room for: one per thread that reads, and as many that are being copied.
+#: Capacity of the direct lane in pieces: one per reading thread, and as many that are being copied.
 DIRECT_PIECES = 2 * pieces.THREADS
-#: Host memory is allocated in segments of at most this size, when they are first read into.
+#: Host memory is allocated in segments of at most this size, each at its first use.
 SEGMENT_BYTES = 256 * 2**20
 
 
 class Copy(Protocol):
-    """A copy that was begun."""
+    """A copy in progress."""
 
     def wait(self) -> None:
-        """Until it is done, from any thread."""
+        """Block until it is done. May be called in any thread."""
 
 
 class Copier(Protocol):
-    """Moves bytes to a device in the order in which it is told to, beside what the device computes."""
+    """Copies bytes to a device in the order of the calls, overlapping with the device's computation."""
 
     def host_memory(self, size: int) -> Tensor:
-        """uint8 [size] on the host that copies can be made from; size is a power of two. May be called in any thread."""
+        """uint8 [size] on the host, a source for copies. size must be a power of two. May be called in any thread."""
 
     def target(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor on the device, for copies that begin after this call."""
 
     def copy(self, target: Tensor, source: Tensor) -> Copy:
-        """Begin to copy uint8 [k] from host memory; it must not be touched until the copy is done."""
+        """Start copying uint8 [k] from host memory, which must not change until the copy is done."""
 
     def join(self) -> None:
-        """What the caller lets the device compute from now on comes after all copies begun so far."""
+        """Make the device's further work wait for all copies started so far."""
 
 
 def least_budget() -> int:
-    """Bytes of host memory that the ring takes at least: the direct lane."""
+    """The minimum of host memory in bytes: the direct lane."""
     return DIRECT_PIECES * pieces.CHUNK_BYTES
 
 
-class IntoDevice:
-    """Whole tensors on the device, in their stored dtype.
+class DevicePrefetch:
+    """A ``Prefetch`` of tensors to the device, in their stored dtype.
 
-    budget: bytes of host memory, counted as ``least_budget()`` where it is less; all that is allocated stays within it.
-    peak: the most bytes of it that were in use at once. Everything may be called from any thread that computes on the copier's
-    current stream.
+    budget: bytes of host memory, at least ``least_budget()``. Allocations stay within it. peak: peak bytes in use.
+    Methods may be called from any thread that computes on the copier's current stream.
     """
 
     def __init__(self, budget: int, copier: Copier, trace: Trace | None = None) -> None:
@@ -82,7 +81,7 @@ class IntoDevice:
         self._ring = _Lane(segments(budget - direct, self._chunk, max(SEGMENT_BYTES, self._chunk)), copier)
         self._reader = PieceReader(self._trace, check_finite=False)
         self._releaser = ThreadPoolExecutor(1, thread_name_prefix="copied")
-        #: Guards everything below and both lanes' arenas and queues.
+        #: Guards the attributes below, and the arenas and queues of both lanes.
         self._changed = threading.Condition()
         self._announced: dict[TensorInfo, _Transfer] = {}
         self._takers = 0
@@ -94,11 +93,11 @@ class IntoDevice:
 
     @property
     def capacity(self) -> int:
-        """Bytes of host memory that may come to be allocated."""
+        """Maximum bytes of host memory that are allocated."""
         return self._direct.arena.capacity + self._ring.arena.capacity
 
     def announce(self, infos: Iterable[TensorInfo]) -> None:
-        """These will be taken, in about this order: they are read as far as the ring has room, the rest as others leave it."""
+        """Queue tensors that will be taken, in about this order. They are read as soon as the ring has room."""
         with self._changed:
             for info in infos:
                 if info not in self._announced:
@@ -107,10 +106,9 @@ class IntoDevice:
             self._admit()
 
     def take(self, info: TensorInfo) -> Tensor:
-        """The whole tensor on the device, its copy perhaps still under way: the current stream waits for it, the caller does not.
+        """The tensor on the device. Its copy may still be running: the current stream waits for it, the caller does not.
 
-        Raises CheckpointError, CancelledError where the reader is closed meanwhile, or what the device raises. Whether it
-        is finite, ``check`` says.
+        Raises CheckpointError, CancelledError if this is closed meanwhile, or the device's error. For NaN and Inf see ``check``.
         """
         with self._changed:
             if self._closed or self._failure is not None:
@@ -132,7 +130,7 @@ class IntoDevice:
                 self._changed.notify_all()
 
     def _receive(self, transfer: _Transfer) -> Tensor:
-        info, sent = transfer.coming.info, 0
+        info, sent = transfer.pending.info, 0
         try:
             target = self._copier.target(info.shape, info.dtype)
             flat = target.view(-1).view(torch.uint8)
@@ -149,19 +147,19 @@ class IntoDevice:
                 part.piece.done.cancel()
                 part.piece.done.add_done_callback(partial(self._release_after_read, part))
         if info.dtype.is_floating_point and info.dtype.itemsize > 1:
-            self._finite.append((info, all_finite(target)))
+            self._finite.append((info, finite_flag(target)))
         return target
 
     def check(self) -> None:
-        """Raise NumericsError where a tensor that was taken since the last check holds NaN or Inf. Waits for the device, once."""
+        """Raise NumericsError if a tensor taken since the last check contains NaN or Inf. Synchronizes with the device once."""
         taken, self._finite = self._finite, []
         if taken:
             for (info, _), fine in zip(taken, torch.stack([flag for _, flag in taken]).tolist(), strict=True):
                 if not fine:
-                    raise not_finite(info)
+                    raise nonfinite_error(info)
 
     def close(self) -> None:
-        """Give up what was not taken. Waits for copies that were begun, and for at most one request to the system per thread."""
+        """Cancel pending reads. Waits for copies in progress, and for at most one system call per thread."""
         with self._changed:
             self._closed = True
             waiting = [part for transfer in self._announced.values() for part in transfer.parts]
@@ -179,7 +177,7 @@ class IntoDevice:
         self._ring.forget()
 
     def _admit(self) -> None:
-        """Give room to the pieces that wait for it, as far as there is some, and let them be read."""
+        """Allocate regions for waiting pieces while there is room, and start to read them."""
         if self._closed or self._failure is not None:
             return
         for lane in (self._direct, self._ring):
@@ -190,7 +188,7 @@ class IntoDevice:
                     if region is None:
                         break
                     part.lane, part.region = lane, region
-                    self._reader.start(part.coming, part.piece, partial(lane.memory, region))
+                    self._reader.start(part.pending, part.piece, partial(lane.memory, region))
                 lane.queue.popleft()
         self.peak = max(self.peak, self._direct.arena.held + self._ring.arena.held)
 
@@ -205,20 +203,20 @@ class IntoDevice:
         self._release(part)
 
     def _after_copy(self, copy: Copy, transfer: _Transfer, part: _Part, begin: float) -> None:
-        """In the releaser's thread, in the order of the copies."""
+        """Free a region after its copy. Runs in the releaser's thread, in the order of the copies."""
         try:
             copy.wait()
             end = time.perf_counter()
-            for span in transfer.was_copied(max(begin, self._copied_until), end):
-                self._trace.add("copy to device", transfer.coming.info.name, *span)
+            for span in transfer.add_span(max(begin, self._copied_until), end):
+                self._trace.add("copy to device", transfer.pending.info.name, *span)
             self._copied_until = end
             self._release(part)
         except BaseException as error:
-            # The device is lost, and whether it still reads the region unknown: nobody gets it any more.
+            # The device may still read the region, so it is never reused.
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """Nothing goes on: who waits for a piece is told."""
+        """Stop after an error of the device, and wake up all who wait for a piece."""
         with self._changed:
             self._failure = error
             waiting = [*self._direct.queue, *self._ring.queue]
@@ -227,7 +225,7 @@ class IntoDevice:
 
 
 class _Lane:
-    """A part of the ring: room, and the pieces that wait for it."""
+    """A part of the host memory, and the pieces that wait for space in it."""
 
     def __init__(self, sizes: Sequence[int], copier: Copier) -> None:
         self.arena = Arena(sizes)
@@ -237,7 +235,7 @@ class _Lane:
         self._lock = threading.Lock()
 
     def memory(self, region: Region) -> Tensor:
-        """A region's bytes. Its segment is allocated by whoever comes first."""
+        """The bytes of a region. Its segment is allocated at the first use."""
         with self._lock:
             segment = self._memory[region.segment]
             if segment is None:
@@ -250,26 +248,26 @@ class _Lane:
 
 
 class _Part:
-    """A piece on its way through the ring. lane, region: once it has room. direct: it was taken before it had."""
+    """A piece and its region. lane, region: None until it has one. direct: the tensor was taken before this piece had a region."""
 
-    __slots__ = ("coming", "direct", "lane", "piece", "region")
+    __slots__ = ("direct", "lane", "pending", "piece", "region")
 
-    def __init__(self, coming: Coming, piece: Piece) -> None:
-        self.coming, self.piece = coming, piece
+    def __init__(self, pending: PendingRead, piece: Piece) -> None:
+        self.pending, self.piece = pending, piece
         self.lane: _Lane | None = None
         self.region: Region | None = None
         self.direct = False
 
 
 class _Transfer:
-    """A tensor on its way through the ring."""
+    """A tensor that is read into the ring and copied to the device."""
 
     def __init__(self, info: TensorInfo, chunk: int) -> None:
-        self.coming = Coming(info, chunk)
-        self.parts = [_Part(self.coming, piece) for piece in self.coming.pieces]
+        self.pending = PendingRead(info, chunk)
+        self.parts = [_Part(self.pending, piece) for piece in self.pending.pieces]
         self._copies: list[tuple[float, float]] = []
 
-    def was_copied(self, begin: float, end: float) -> list[tuple[float, float]]:
-        """Note one more piece's time; with the last one, the spans of the whole tensor's."""
+    def add_span(self, begin: float, end: float) -> list[tuple[float, float]]:
+        """Record the time of a piece's copy. Returns the merged spans of the whole tensor after the last piece, before that none."""
         self._copies.append((begin, end))
-        return merged(self._copies, PAUSE) if len(self._copies) == len(self.parts) else []
+        return merge_spans(self._copies, PAUSE) if len(self._copies) == len(self.parts) else []

@@ -1,4 +1,4 @@
-"""Reading ahead for a job that computes on the CPU: what is read becomes the parameters themselves."""
+"""Prefetch for a job that computes on the CPU: tensors are read into the memory that the model then uses."""
 
 from __future__ import annotations
 
@@ -11,63 +11,63 @@ from torch import Tensor
 
 from bigq.io.index import TensorInfo
 from bigq.io.prefetch import pieces
-from bigq.io.prefetch.pieces import Coming, PieceReader
+from bigq.io.prefetch.pieces import PendingRead, PieceReader
 from bigq.progress.trace import Trace
 
 
-class IntoHost:
-    """Whole tensors in fresh memory, checked for NaN and Inf in the threads that read them.
+class HostPrefetch:
+    """A ``Prefetch`` of tensors to host memory. The reading threads check them for NaN and Inf.
 
-    budget: bytes that may be held for tensors that were announced and not taken yet. One larger than that is read when it is taken.
-    peak: the most bytes that were held so. Everything may be called from any thread.
+    budget: maximum bytes of announced tensors that were not taken yet. A larger tensor is read when it is taken.
+    peak: peak bytes of such tensors. Methods may be called from any thread.
     """
 
     def __init__(self, budget: int, trace: Trace | None = None) -> None:
         self._budget = budget
         self._reader = PieceReader(trace or Trace(), check_finite=True)
         self._lock = threading.Lock()
-        #: Announced and not begun, in that order (a dict for its order; the values are nothing).
+        #: Announced tensors whose reads have not begun, in order (a dict used as an ordered set).
         self._waiting: dict[TensorInfo, None] = {}
-        self._coming: dict[TensorInfo, tuple[Coming, Tensor]] = {}
+        self._pending: dict[TensorInfo, tuple[PendingRead, Tensor]] = {}
         self._held = 0
         self.peak = 0
 
     def announce(self, infos: Iterable[TensorInfo]) -> None:
-        """These will be taken, in about this order: they are read as far as the budget allows, the rest as others are taken."""
+        """Queue tensors that will be taken, in about this order. They are read as soon as the budget allows."""
         with self._lock:
             for info in infos:
-                if info not in self._coming and info.nbytes <= self._budget:
+                if info not in self._pending and info.nbytes <= self._budget:
                     self._waiting[info] = None
             self._admit()
 
     def take(self, info: TensorInfo) -> Tensor:
-        """The whole tensor. Raises CheckpointError or NumericsError; CancelledError where the reader is closed meanwhile."""
+        """The whole tensor. Raises CheckpointError or NumericsError; CancelledError if this is closed meanwhile."""
         with self._lock:
-            begun = self._coming.pop(info, None)
+            begun = self._pending.pop(info, None)
             if begun is not None:
                 self._held -= info.nbytes
             self._waiting.pop(info, None)
-        coming, tensor = begun or self._begin(info, here=True)
+        pending, tensor = begun or self._begin(info, here=True)
         with self._lock:
             self._admit()
         try:
-            for piece in coming.pieces:
+            for piece in pending.pieces:
                 piece.done.result()
         except BaseException:
-            _give_up(coming)
+            _cancel(pending)
             raise
         return tensor
 
     def check(self) -> None:
-        """What was taken is checked already."""
+        """Does nothing: ``take`` has checked the tensors."""
 
     def close(self) -> None:
-        """Give up what was not taken. Waits for at most one request to the system per thread."""
+        """Cancel pending reads. Waits for at most one system call per thread."""
         with self._lock:
             self._waiting.clear()
-            for coming, _ in self._coming.values():
-                _give_up(coming)
-            self._coming.clear()
+            for pending, _ in self._pending.values():
+                _cancel(pending)
+            self._pending.clear()
             self._held = 0
         self._reader.close()
 
@@ -79,22 +79,22 @@ class IntoHost:
             del self._waiting[info]
             self._held += info.nbytes
             self.peak = max(self.peak, self._held)
-            self._coming[info] = self._begin(info)
+            self._pending[info] = self._begin(info)
 
-    def _begin(self, info: TensorInfo, *, here: bool = False) -> tuple[Coming, Tensor]:
-        """here: the caller waits, and does a single piece itself rather than let a thread do it."""
-        coming, tensor = Coming(info, pieces.CHUNK_BYTES), torch.empty(info.shape, dtype=info.dtype)
+    def _begin(self, info: TensorInfo, *, here: bool = False) -> tuple[PendingRead, Tensor]:
+        """Start to read a tensor. here: if it is a single piece, read it in the caller's thread, which would wait anyway."""
+        pending, tensor = PendingRead(info, pieces.CHUNK_BYTES), torch.empty(info.shape, dtype=info.dtype)
         flat = tensor.view(-1).view(torch.uint8)
-        read = self._reader.read if here and len(coming.pieces) == 1 else self._reader.start
-        for piece in coming.pieces:
-            read(coming, piece, partial(_part, flat, piece.start - info.start, piece.stop - info.start))
-        return coming, tensor
+        read = self._reader.read if here and len(pending.pieces) == 1 else self._reader.start
+        for piece in pending.pieces:
+            read(pending, piece, partial(_part, flat, piece.start - info.start, piece.stop - info.start))
+        return pending, tensor
 
 
 def _part(flat: Tensor, begin: int, end: int) -> Tensor:
     return flat[begin:end]
 
 
-def _give_up(coming: Coming) -> None:
-    for piece in coming.pieces:
+def _cancel(pending: PendingRead) -> None:
+    for piece in pending.pieces:
         piece.done.cancel()

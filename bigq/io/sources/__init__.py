@@ -1,1 +1,1 @@
-"""How weights are stored in a source checkpoint, and how they become plain tensors."""
+"""Readers for the ways in which source checkpoints store weights."""

@@ -1,1 +1,1 @@
-"""The Triton versions of the kernels: one module per kernel, named as its reference in ``bigq.kernels``."""
+"""The Triton versions of the kernels. Each module is named like the one with its reference in ``bigq.kernels``."""

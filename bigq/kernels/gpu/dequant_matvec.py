@@ -1,13 +1,13 @@
 """``dequant_matvec`` on a GPU.
 
-A program takes BM outputs and a share of the inputs, some words of each output at a time: neighbouring outputs' words are
-neighbours in memory. Codes become 16-bit floats without a conversion, by an ``or`` that puts them into the mantissa of a
-power of two, and one subtraction takes off that power and the zero point together; both are exact. The tensor cores
-multiply them with up to 16 vectors at once. With ONE_GROUP, all that a program reads at a time is of one group and only
-sums are scaled; else each weight is.
+A program computes BM outputs for a share of the inputs. It reads some words of each output at a time; words of neighbouring
+outputs are neighbours in memory. Codes become 16-bit floats without a conversion: an ``or`` puts them into the mantissa of
+a power of two, and one subtraction removes that power and the zero point together. Both are exact. The tensor cores then
+multiply with up to 16 vectors at once. With ONE_GROUP, all words read at a time belong to one group, so only the sums are
+scaled; otherwise each weight is.
 
-Programs that share outputs leave partial sums; the last one to finish adds them up in a fixed order, so that the result
-does not depend on who was last.
+Programs with the same outputs store partial sums. The last one to finish adds them up in a fixed order, so the result is
+deterministic.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq.kernels.pick import interpreted
+from bigq.kernels.pick import uses_interpreter
 
 #: Outputs of a program, cycles of words that it reads at a time, and warps.
 OUTPUTS, CYCLES, WARPS = 128, 16, 4
 
-#: Programs wanted at the least, a few for each multiprocessor of the largest GPUs.
+#: The minimum number of programs: a few for each multiprocessor of the largest GPUs.
 PROGRAMS = 1024
 
-#: 1024 as fp16 and 128 as bf16: numbers whose last bit counts one.
+#: The bit patterns of 1024 as fp16 and 128 as bf16: the last bit of these numbers has the value 1.
 MAGIC = {torch.float16: 0x6400, torch.bfloat16: 0x4300}
 
 
-def serves(width: int, bits: int) -> bool:
-    """Whether groups of this many inputs begin at whole cycles of words."""
+def supports_group(width: int, bits: int) -> bool:
+    """Whether groups of ``width`` inputs begin at whole cycles of words, as the kernel requires."""
     return width % (32 // math.gcd(bits, 32)) == 0
 
 
@@ -51,19 +51,19 @@ def dequant_matvec_triton(x: Tensor, words: Tensor, scales: Tensor, zeros: Tenso
     partial = torch.empty(splits, b, m, dtype=torch.float32, device=x.device)
     done = torch.zeros(blocks, dtype=torch.int32, device=x.device)
     assert words.is_contiguous() and scales.is_contiguous() and zeros.is_contiguous() and x.stride(1) == 1
-    # bf16 holds 128 + code for codes below 128 only; Triton's interpreter does not compute in bf16 at all.
-    magic = MAGIC[x.dtype] if x.dtype == torch.float16 or (bits < 8 and not interpreted(x)) else 0
+    # bf16 represents 128 + code only for codes below 128. Triton's interpreter has no bf16 arithmetic.
+    magic = MAGIC[x.dtype] if x.dtype == torch.float16 or (bits < 8 and not uses_interpreter(x)) else 0
     _matvec_kernel[(blocks, splits)](
         x, words, scales, zeros, y, partial, done, b, m, cycles, share, group_cycles, x.stride(0), splits,
         BITS=bits, CODES=cycle_codes, WORDS=cycle_words, CYCLES=CYCLES, BM=OUTPUTS, BB=16,
-        ONE_GROUP=group_cycles % CYCLES == 0, MAGIC=magic, WIDEN=interpreted(x), num_warps=WARPS, num_stages=3,
+        ONE_GROUP=group_cycles % CYCLES == 0, MAGIC=magic, WIDEN=uses_interpreter(x), num_warps=WARPS, num_stages=3,
     )  # fmt: skip
     return y
 
 
 @triton.jit
 def _code(word, at, stride, mask, BIT: tl.constexpr, BITS: tl.constexpr):
-    """The code at a bit of a word; it may run on into the next word."""
+    """The code at bit BIT of a word. It may continue in the next word, ``stride`` further."""
     if BIT + BITS > 32:
         more = tl.load(at + stride, mask=mask, other=0)
         return ((word >> BIT) & ((1 << (32 - BIT)) - 1)) | ((more & ((1 << (BIT + BITS - 32)) - 1)) << (32 - BIT))
@@ -72,7 +72,7 @@ def _code(word, at, stride, mask, BIT: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _as_float(code, DTYPE: tl.constexpr, MAGIC: tl.constexpr):
-    """A code as a float, plus the power of two that MAGIC stands for."""
+    """A code as a float, plus the power of two that MAGIC encodes."""
     if MAGIC > 0:
         value = (code.to(tl.int16) | MAGIC).to(DTYPE, bitcast=True)
     else:

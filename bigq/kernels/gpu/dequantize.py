@@ -41,7 +41,7 @@ def _dequantize_kernel(
     source, scales, zeros, out, m, n, width, stride_m, stride_n, scales_m, scales_g, zeros_m, zeros_g,
     BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """BITS = 0: the source holds codes; else words of codes of that many bits."""
+    """BITS = 0: the source holds codes. Otherwise it holds words of BITS-bit codes."""
     rows = (tl.program_id(1) * BM + tl.arange(0, BM))[:, None].to(tl.int64)
     cols = (tl.program_id(0) * BN + tl.arange(0, BN))[None, :]
     mask = (rows < m) & (cols < n)

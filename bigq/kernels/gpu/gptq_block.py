@@ -1,9 +1,9 @@
-"""``gptq_block`` on a GPU: one launch takes a tile of rows through all the columns of a block.
+"""``gptq_block`` on a GPU: one launch quantizes all columns of a block, each program for a tile of rows.
 
-A program, one warp, holds BM rows × SUB columns of weights in registers. Step j picks column j out of the tile by a masked
-sum, rounds it, and subtracts the outer product of its error and row j of U from what lies to its right. Before a tile of
-columns begins, it takes in the errors of those before it by products, which lie in ``target``. Divisions are IEEE
-and products are never fused with sums, so that the steps are those of the reference.
+A program is one warp and holds BM rows × SUB columns of weights in registers. Step j extracts column j from the tile by a
+masked sum, rounds it, and subtracts the outer product of its error and row j of U from the columns to its right. Before the
+next tile of columns begins, it is corrected for the errors of all tiles before it, which are read from ``target``. Divisions
+are IEEE and multiply-adds are not fused, so the arithmetic is that of the reference.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from bigq.kernels.grid import FP16_TINY, SCALE_BITS, GroupGrid, find_grid
 MAX_COLUMNS = 128
 ROWS = 16
 
-#: Columns in registers, and warps. A step costs instructions for every column in registers, so they are few, unless groups
-#: are found on the way that neither divide a tile nor are made of whole ones.
+#: Columns in registers (SUB), and warps. Each step executes instructions for every column in registers, so a tile is narrow.
 TILE, WARPS = 32, 1
+#: The same for groups whose grid is found in the loop and whose width neither divides TILE nor is a multiple of it.
 WHOLE, WHOLE_WARPS = 128, 4
 
 _TINY = tl.constexpr(FP16_TINY)
-#: Adding and subtracting 1.5 · 2²³ rounds a small fp32 number to the nearest integer, halves to even.
+#: Adding and subtracting 1.5 · 2²³ rounds a small fp32 number to the nearest integer, ties to even.
 _ROUNDER = tl.constexpr(12582912.0)
 
 
@@ -37,7 +37,7 @@ def gptq_block_triton_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, g
     assert k <= MAX_COLUMNS
     if not (grid.find and grid.spec.mse):
         return _launch(target, u, work, codes, grid)
-    # The search for the best range runs in torch, so each of its groups is a launch of its own.
+    # The grid search runs in torch, so each group is a separate launch.
     loss = torch.zeros(target.shape[0], target.shape[2], dtype=target.dtype, device=target.device)
     width = k // grid.scale.shape[1]
     for g in range(grid.scale.shape[1]):
@@ -128,7 +128,7 @@ def _corrected(target, target_k, u, u_k, u_n, k, row_live, first, last, SUB: tl.
     cols = last + tl.arange(0, SUB)
     live = row_live[:, None] & (cols < k)[None, :]
     w = tl.load(target + cols[None, :].to(tl.int64) * target_k, mask=live, other=0.0)
-    # A tile as wide as a block has nothing before it, and compiled as if it had, it would spill.
+    # A tile as wide as a block has no tile before it. Compiling this loop for it would spill registers.
     for t in range(0, first if SUB < 128 else 0, SUB):
         before = t + tl.arange(0, SUB)
         errors = tl.load(target + before[None, :].to(tl.int64) * target_k, mask=row_live[:, None], other=0.0)
@@ -218,6 +218,6 @@ def _gptq_block_kernel(
         before = tl.load(work + column_at * work_k, mask=live, other=0.0)
         tl.store(work + column_at * work_k, before - steps * scales, mask=live)
         tl.store(codes + column_at * codes_k, (steps + zeros).to(tl.uint8), mask=live)
-        # The next tile reads errors that other threads of this program have just stored.
+        # The next tile reads errors that other threads of this program stored.
         tl.debug_barrier()
     tl.store(loss + batch * m + rows, total, mask=row_live)

@@ -41,7 +41,7 @@ def unpack_triton(words: Tensor, bits: int) -> Tensor:
 
 @triton.jit
 def code_at(words, k, stride, mask, BITS: tl.constexpr):
-    """Code number k of the streams that begin at ``words`` and whose words lie ``stride`` apart."""
+    """Code number k of the bit streams that begin at ``words``. The words of a stream are ``stride`` apart."""
     bit = k.to(tl.int64) * BITS
     shift = (bit % 32).to(tl.uint32)
     at = words + bit // 32 * stride

@@ -1,8 +1,8 @@
 """``rank_update`` on a GPU: fp32 accuracy from tensor cores.
 
-Each fp32 number is split into two TF32 numbers, big and small; big·big + big·small + small·big leaves out only what lies
-below fp32's own rounding (Ootomo and Yokota 2022). The tensor cores take TF32 with the summed index contiguous, as the
-rows of a factor have it.
+Each fp32 number is split into two TF32 numbers, big and small. big·big + big·small + small·big omits only terms below fp32's
+own rounding (Ootomo and Yokota 2022). For TF32, tensor cores need the summed index to be contiguous, as it is in the rows of
+a factor.
 """
 
 from __future__ import annotations

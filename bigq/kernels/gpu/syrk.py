@@ -1,7 +1,7 @@
 """``syrk`` on a GPU: the tiles of the upper triangle, on tensor cores.
 
-Programs number the tiles of the whole square, in groups of tile rows so that neighbours share what they read; one whose
-tile lies below the diagonal ends at once. WIDEN is for Triton's interpreter, which cannot multiply bf16.
+There is a program for each tile of the whole square, ordered in groups of tile rows so that neighbours share their reads.
+A program whose tile is below the diagonal returns at once. WIDEN is for Triton's interpreter, which cannot multiply bf16.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bigq.kernels.pick import interpreted
+from bigq.kernels.pick import uses_interpreter
 
-#: Tiles of XᵀX: rows, columns, tokens per step; the second where the bulk copy engine cannot be used. 128 × 256 takes
-#: half of an H100 multiprocessor's registers for its sums; without bulk copies it would spill.
+#: Tiles of XᵀX: rows, columns, tokens per step. The second is used where bulk copies (TMA) cannot be. The sums of a 128 × 256 tile
+#: take half of the registers of an H100 multiprocessor; without bulk copies it would spill.
 SYRK_TILE = (128, 256, 64)
 SYRK_TILE_PLAIN = (128, 128, 64)
-#: Tile rows that are worked on together.
+#: Tile rows per group.
 GROUP = 8
 
 
 def syrk_triton_(h: Tensor, x: Tensor) -> None:
     """``syrk_`` for fp16 and bf16 x [tokens, n] on fp32 h: 16-bit products, summed in fp32."""
     tokens, n = x.shape
-    # The bulk copy engine wants rows that begin at multiples of 16 bytes; the large tile, a data centre GPU's shared memory.
-    large = interpreted(x) or torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    # Bulk copies need rows aligned to 16 bytes. The large tile needs the shared memory of a data centre GPU.
+    large = uses_interpreter(x) or torch.cuda.get_device_capability(x.device)[0] in (9, 10)
     bulk = large and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     bm, bn, bk = SYRK_TILE if bulk else SYRK_TILE_PLAIN
     grid = (triton.cdiv(n, bm) * triton.cdiv(n, bn),)
@@ -34,7 +34,7 @@ def syrk_triton_(h: Tensor, x: Tensor) -> None:
     right = TensorDescriptor.from_tensor(x, [bk, bn]) if bulk else x
     _syrk_kernel[grid](
         left, right, h, tokens, n, *x.stride(), h.stride(0),
-        BM=bm, BN=bn, BK=bk, GROUP=GROUP, BULK=bulk, WIDEN=interpreted(x), num_warps=8, num_stages=3,
+        BM=bm, BN=bn, BK=bk, GROUP=GROUP, BULK=bulk, WIDEN=uses_interpreter(x), num_warps=8, num_stages=3,
     )  # fmt: skip
 
 
@@ -78,6 +78,6 @@ def _syrk_kernel(
                 a, b = a.to(tl.float32), b.to(tl.float32)
             acc = tl.dot(a.T, b, acc)
     at = h + rows[:, None].to(tl.int64) * stride_h + cols[None, :]
-    # Tiles that the diagonal crosses leave alone what lies below it.
+    # Tiles on the diagonal store only their upper triangle.
     mask = (rows[:, None] <= cols[None, :]) & (cols < n)[None, :]
     tl.store(at, tl.load(at, mask=mask) + acc, mask=mask)

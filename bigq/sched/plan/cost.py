@@ -15,10 +15,12 @@ from bigq.kernels.cholesky import PANEL as FACTOR_PANEL
 from bigq.kernels.gptq_block import SUB_BLOCK
 from bigq.kernels.syrk import CHUNK_TOKENS
 from bigq.kernels.triangles import MOVED
+from bigq.methods.base import Method
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, ModelShape
 from bigq.sched.rows.tiers import WRITES_IN_FLIGHT
 from bigq.scheme import QuantScheme
-from bigq.solver.gptq import BLOCK, CONVERTED, PANEL, grids_of_originals
+from bigq.solver.gptq import BLOCK, CONVERTED, PANEL, has_static_grids
+from bigq.vocabulary import OnNonfinite
 
 #: Weights of the output head that are solved at a time (``sched.head``).
 HEAD_CHUNK = 2**26
@@ -41,16 +43,16 @@ class Work:
     rows: int
     tokens: int
     scheme: Callable[[str], QuantScheme | None]
-    method: str
+    method: Method
     true_sequential: bool
-    on_nonfinite: str = "stop"
+    on_nonfinite: OnNonfinite = "stop"
     lm_head: bool = False
     gguf: bool = False
 
     @property
     def streams(self) -> int:
         """How often the rows go through a model: not at all, as quantized, or as quantized and as they were."""
-        return {"rtn": 0, "gptq": 1, "gptaq": 2}[self.method]
+        return self.method.passes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,7 +313,7 @@ class BlockCost:
         most = 0
         for scheme in {self._schemes[linear.name] for linear in linears}:
             rows = [linear.m for linear in linears if self._schemes[linear.name] == scheme]
-            m, static = sum(rows), grids_of_originals(scheme, n)
+            m, static = sum(rows), has_static_grids(scheme, n)
             panel = min(n, PANEL if static else max(PANEL, scheme.group_width(n)))
             buffers = 1 + scheme.act_order + 3 * (static and scheme.mse)
             converted = FP32 * min(CONVERTED, n * max(rows)) * (max(buffers, CORRECTING) if self._paired else buffers)

@@ -20,9 +20,10 @@ from bigq.job.settle import check_shapes, head_scheme, row_length, settled_schem
 from bigq.machine.budget import GPU_RESERVE, disk_budget, gpu_budget, host_budget
 from bigq.machine.ceilings import KNOWN, Ceilings, measure
 from bigq.machine.device import choose_device
+from bigq.methods import method_of
 from bigq.model import skeleton
 from bigq.model.blocks import find_blocks
-from bigq.model.description import Described
+from bigq.model.description import ModelDescription
 from bigq.model.pager import Pager
 from bigq.progress.records import host_memory
 from bigq.sched.plan.cost import Work
@@ -41,12 +42,12 @@ def plan(model: str, out: str | Path = ".", config: JobConfig | None = None, on:
     config = config or JobConfig()
     if on != "this" and on not in KNOWN:
         raise UsageError(f"--on {on}: must be this, {', '.join(KNOWN)}")
-    skeleton.silence()
+    skeleton.silence_transformers()
     folder, tensors = resolve_headers(model)
     with torch.no_grad():
         outline, model_config = _outline(folder, tensors, config)
         seqlen = row_length(model_config, config)
-        config = _checked(Described(folder, model_config, outline.model, dict(outline.sources)), config)
+        config = _checked(ModelDescription(folder, model_config, outline.model, dict(outline.sources)), config)
         shape = survey(outline, seqlen)
         work = _work(config, config.samples, config.samples * seqlen)
         device = torch.device("cpu") if on in KNOWN else choose_device(config.device)
@@ -56,7 +57,7 @@ def plan(model: str, out: str | Path = ".", config: JobConfig | None = None, on:
         return make_plan(shape, work, config, on_gpu=on_gpu, base=host_memory(), budgets=budgets, ceilings=ceilings)
 
 
-def _checked(model: Described, config: JobConfig) -> JobConfig:
+def _checked(model: ModelDescription, config: JobConfig) -> JobConfig:
     """The job with its scheme settled. Raises UsageError, UnsupportedModelError where ``quantize`` would refuse it."""
     config = dataclasses.replace(config, scheme=settled_scheme(model, config))
     check_shapes(model, config)
@@ -95,7 +96,7 @@ def _work(config: JobConfig, rows: int, tokens: int) -> Work:
         rows=rows,
         tokens=tokens,
         scheme=scheme,
-        method=config.method,
+        method=method_of(config),
         true_sequential=config.true_sequential,
         on_nonfinite=config.on_nonfinite,
         lm_head=config.lm_head,

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from bigq.io.index import TensorInfo
 from bigq.model.blocks import block_linears
-from bigq.model.capture import BlockCall, OutputForm, all_replaced, first_input, forward_errors, record_calls
+from bigq.model.capture import BlockCall, OutputForm, first_input, forward_errors, record_calls, replace_forwards
 from bigq.model.skeleton import linear_weight
-from bigq.model.structure import BlockPlan, Gradients, plan_block
+from bigq.model.structure import BlockPlan, GradientTracer, plan_block
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
 
 #: Tokens of the row on which the structure is looked at.
@@ -149,7 +149,7 @@ def _stored(outline: Outline, block: nn.Module, i: int) -> tuple[int, int]:
 
 def _block_shape(outline: Outline, block: nn.Module, i: int, runs: list[_Run], short: _Run) -> BlockShape:
     with torch.enable_grad():
-        plan = plan_block(block, short.hidden, short.calls[i], Gradients())
+        plan = plan_block(block, short.hidden, short.calls[i], GradientTracer())
     prefix = f"{outline.blocks_path}.{i}."
     linears = {
         name: LinearShape(name, linear_weight(module).shape[0], linear_weight(module).shape[1], _bytes(outline, f"{prefix}{name}.weight"))
@@ -202,7 +202,7 @@ class _Watch:
 
             return forward
 
-        with all_replaced(list(linears.values()), make), live:
+        with replace_forwards(list(linears.values()), make), live:
             run.calls[i].run(block, run.hidden)
         return watch
 

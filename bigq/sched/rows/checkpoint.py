@@ -21,7 +21,7 @@ import torch
 
 from bigq import faults
 from bigq.errors import BigqError, CheckpointError, ResourceError
-from bigq.io.checksummed import read_sealed, write_sealed
+from bigq.io.checksum import load_record, save_record
 from bigq.io.index import read_header
 from bigq.io.reader import as_bytes, read_range
 from bigq.io.shard_record import ShardRecord, file_sha256
@@ -36,7 +36,7 @@ EXPECTED_RATE = 500e6
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class CheckpointFile:
     """A checkpoint: the hidden states that enter a block, in a file."""
 
     block: int
@@ -54,15 +54,15 @@ class Checkpoints:
 
     def __init__(self, state: Path, every: float | None, say: Callable[[str], None]) -> None:
         self._state, self._every, self._say = state, every, say
-        self._kept = self._recorded()
+        self._kept = self._read_record()
         self._replay = 0.0
         self._rate = EXPECTED_RATE
-        self._clear()
+        self._remove_others()
 
-    def _recorded(self) -> list[Saved]:
+    def _read_record(self) -> list[CheckpointFile]:
         try:
-            value = read_sealed(self._state / CHECKPOINTS_NAME, "")
-            return [] if value is None else [Saved(**entry) for entry in value["kept"]]
+            value = load_record(self._state / CHECKPOINTS_NAME, "")
+            return [] if value is None else [CheckpointFile(**entry) for entry in value["kept"]]
         except (BigqError, KeyError, TypeError):
             self._say("the record of saved activations is damaged or cannot be read; finished blocks are replayed")
             return []
@@ -99,7 +99,7 @@ class Checkpoints:
                 read_range(info, rows, info.start + lo * row)
                 store.put(lo, rows.to(store.device))
 
-    def replayed(self, seconds: float) -> None:
+    def add_replay_time(self, seconds: float) -> None:
         """A block was finished that would take so long to replay."""
         self._replay += seconds
 
@@ -132,14 +132,14 @@ class Checkpoints:
             self._record(newest)
             shard = self._write(path, stores)
             faults.point("checkpoint.written")
-            self._record([*newest, Saved(block, shard.file, shard.size, shard.sha256)])
+            self._record([*newest, CheckpointFile(block, shard.file, shard.size, shard.sha256)])
             faults.point("checkpoint.recorded")
         except (OSError, ResourceError) as error:
             self._every = None
             # Whatever the record says now, it names this one; the room that others take is needed for the job itself.
             self._kept = newest
-            self._clear()
-            self._say(f"activations are not saved any more, so a job that is killed replays its finished blocks ({_said(error)})")
+            self._remove_others()
+            self._say(f"activations are not saved any more, so a job that is killed replays its finished blocks ({_error_text(error)})")
             return
         self._replay = 0.0
         self._rate = shard.size / max(time.monotonic() - started, 1e-6)
@@ -157,13 +157,13 @@ class Checkpoints:
             ],
         )
 
-    def _record(self, kept: list[Saved]) -> None:
+    def _record(self, kept: list[CheckpointFile]) -> None:
         if kept != self._kept:
-            write_sealed(self._state / CHECKPOINTS_NAME, {"kept": [asdict(saved) for saved in kept]})
+            save_record(self._state / CHECKPOINTS_NAME, {"kept": [asdict(saved) for saved in kept]})
             self._kept = kept
-            self._clear()
+            self._remove_others()
 
-    def _clear(self) -> None:
+    def _remove_others(self) -> None:
         """Remove the files that are not kept."""
         known = {saved.file for saved in self._kept}
         with contextlib.suppress(OSError):
@@ -176,8 +176,8 @@ class Checkpoints:
         self._kept = []
         with contextlib.suppress(OSError):
             (self._state / CHECKPOINTS_NAME).unlink(missing_ok=True)
-            self._clear()
+            self._remove_others()
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -85,4 +85,4 @@ def embed(pager: Pager, rows: Tensor, probe: Probe, store: ActivationStore) -> N
             store.put(lo, hidden)
 
     with pager.rest_loaded(), pager.embedding_rows(rows):
-        store.afresh(0, 0, run)
+        store.read_pass(0, 0, run)

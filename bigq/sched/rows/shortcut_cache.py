@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bigq.model.capture import all_replaced
+from bigq.model.capture import replace_forwards
 from bigq.model.structure import Shortcut
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import RowBuffer
 
 
-class Memo:
+class ShortcutCache:
     """What modules with a shortcut return, row by row; until their Linear is solved, its inputs. Kept in the store's tier.
 
     A pass that begins anew with a smaller batch puts all rows again. Rows serve only passes with the batch that they were made
@@ -27,30 +27,30 @@ class Memo:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Shortcut, _Kept] = {}
+        self._kept: dict[Shortcut, _CachedRows] = {}
         self._finished: list[Shortcut] = []
 
     def put(self, shortcut: Shortcut, store: ActivationStore, x: Tensor) -> None:
         """Keep the Linear's input for the store's current batch."""
         lo, hi = store.at
         if shortcut not in self._kept:
-            self._kept[shortcut] = _Kept.like(x, hi - lo, store)
+            self._kept[shortcut] = _CachedRows.for_batch(x, hi - lo, store)
         self._kept[shortcut].put(lo, hi, x)
         self._kept[shortcut].batch = store.batch
 
-    def finish(self, shortcut: Shortcut, linear: nn.Module, store: ActivationStore, block: int, step: int) -> None:
+    def compute_outputs(self, shortcut: Shortcut, linear: nn.Module, store: ActivationStore, block: int, step: int) -> None:
         """The Linear is solved: turn its inputs into its outputs, in a pass of the store's."""
         inputs = self._kept[shortcut]
-        outputs: _Kept | None = None
+        outputs: _CachedRows | None = None
 
         def run(lo: int, hi: int) -> None:
             nonlocal outputs
             y = linear(inputs.get(lo, hi))
             if outputs is None:
-                outputs = inputs if y.numel() == inputs.elements * (hi - lo) else _Kept.like(y, hi - lo, store)
+                outputs = inputs if y.numel() == inputs.elements * (hi - lo) else _CachedRows.for_batch(y, hi - lo, store)
             outputs.put(lo, hi, y)
 
-        store.in_place(block, step, run)
+        store.update_pass(block, step, run)
         assert outputs is not None
         outputs.batch = inputs.batch if store.batch == inputs.batch else None
         if outputs is not inputs:
@@ -59,7 +59,7 @@ class Memo:
         self._finished.append(shortcut)
 
     @contextlib.contextmanager
-    def active(self, block: nn.Module, store: ActivationStore) -> Iterator[None]:
+    def apply(self, block: nn.Module, store: ActivationStore) -> Iterator[None]:
         """Let finished modules return what is kept for the store's current batch instead of running, as long as it has the same size."""
         usable = [s for s in self._finished if self._kept[s].batch == store.batch]
 
@@ -67,7 +67,7 @@ class Memo:
             shortcut = usable[i]
             return lambda *args, **kwargs: shortcut.returns(self._kept[shortcut].get(*store.at), args, kwargs)
 
-        with all_replaced([block.get_submodule(s.module) for s in usable], make):
+        with replace_forwards([block.get_submodule(s.module) for s in usable], make):
             yield
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class Memo:
 
 
 @dataclass(slots=True)
-class _Kept:
+class _CachedRows:
     """Tensors of a batch as rows of a buffer. shape: of what belongs to one row, whose leading dimension may be folded.
 
     batch: the rows that went through the block at once to make it; None where that was not the same number for all.
@@ -91,7 +91,7 @@ class _Kept:
     batch: int | None = None
 
     @classmethod
-    def like(cls, x: Tensor, rows: int, store: ActivationStore) -> _Kept:
+    def for_batch(cls, x: Tensor, rows: int, store: ActivationStore) -> _CachedRows:
         elements = x.numel() // rows
         return cls(store.buffer(elements, x.dtype), elements, (x.shape[0] // rows, *x.shape[1:]))
 

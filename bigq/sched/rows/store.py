@@ -38,8 +38,8 @@ class ActivationStore:
         self._count, *row = shape
         self._row = tuple(row)
         self._buffer = self.buffer(row[0] * row[1], dtype)
-        self.pause: Callable[[], None] = lambda: None
-        self.passing: Callable[[str, int, int], None] = lambda what, done, of: None
+        self.before_batch: Callable[[], None] = lambda: None
+        self.on_progress: Callable[[str, int, int], None] = lambda what, done, of: None
         self.batch = batches.at(0, 0)
         self.at = (0, 0)
         self.calls: dict[int, list[BlockCall]] = {}
@@ -49,18 +49,18 @@ class ActivationStore:
         """Where batches are computed with."""
         return self._tier.device
 
-    def twin(self) -> ActivationStore:
+    def empty_like(self) -> ActivationStore:
         """Room for other hidden states of the same rows; what blocks are called with is recorded once for both."""
-        twin = ActivationStore(self.shape, self.dtype, self._batches, self._tier, self._record)
-        twin.calls = self.calls
-        return twin
+        store = ActivationStore(self.shape, self.dtype, self._batches, self._tier, self._record)
+        store.calls = self.calls
+        return store
 
-    def follow(self, other: ActivationStore) -> None:
+    def align_with(self, other: ActivationStore) -> None:
         """Be at the batch that another store of as many rows is at."""
-        self._use(other.batch)
+        self._set_batch(other.batch)
         self.at = other.at
 
-    def copy_of(self, other: ActivationStore) -> None:
+    def copy_from(self, other: ActivationStore) -> None:
         """Hold what another store of this shape holds."""
         for lo, hi in other.spans():
             self.put(lo, other.rows(lo, hi))
@@ -69,13 +69,13 @@ class ActivationStore:
         """Room for something else that has so many elements for every row, in the same tier."""
         return self._tier.buffer(self._count, elements, dtype)
 
-    def afresh(self, block: int, step: int, run: Callable[[], T]) -> T:
+    def read_pass(self, block: int, step: int, run: Callable[[], T]) -> T:
         """What ``run`` returns, which makes a pass that leaves the rows as they are; run again with half the batch where memory ends.
 
         block, step: see ``Halving``.
         """
         while True:
-            self._use(self._batches.at(block, step))
+            self._set_batch(self._batches.at(block, step))
             try:
                 return run()
             except RuntimeError as error:
@@ -83,14 +83,14 @@ class ActivationStore:
                     raise
             self._halve(block, step, 0)
 
-    def in_place(self, block: int, step: int, run: Callable[[int, int], None]) -> None:
+    def update_pass(self, block: int, step: int, run: Callable[[int, int], None]) -> None:
         """Call ``run(lo, hi)`` for one batch after the other; with half of a batch where memory ends, and with smaller ones from there.
 
         ``run`` may overwrite its rows, and must do so last. block, step: see ``Halving``.
         """
         lo = 0
         while lo < self._count:
-            self._use(self._batches.at(block, step, lo))
+            self._set_batch(self._batches.at(block, step, lo))
             self.at = lo, min(lo + self.batch, self._count)
             try:
                 self._begin_batch()
@@ -102,9 +102,9 @@ class ActivationStore:
                 lo = self.at[1]
                 continue
             self._halve(block, step, lo)
-        self.passing("rows", self._count, self._count)
+        self.on_progress("rows", self._count, self._count)
 
-    def _use(self, batch: int) -> None:
+    def _set_batch(self, batch: int) -> None:
         if batch != self.batch:
             self.batch = batch
             for size in [size for size in self.calls if size > batch]:
@@ -124,12 +124,12 @@ class ActivationStore:
         for lo, hi in self.spans():
             self.at = lo, hi
             self._begin_batch()
-            yield self.take(lo, hi), self.call(block, hi - lo)
-        self.passing("rows", self._count, self._count)
+            yield self.fetch(lo, hi), self.call(block, hi - lo)
+        self.on_progress("rows", self._count, self._count)
 
     def _begin_batch(self) -> None:
-        self.pause()
-        self.passing("rows", self.at[0], self._count)
+        self.before_batch()
+        self.on_progress("rows", self.at[0], self._count)
         faults.point("batch.begun")
 
     def call(self, block: int, size: int) -> BlockCall:
@@ -138,11 +138,11 @@ class ActivationStore:
             self.calls[size] = self._record(size)
         return self.calls[size][block]
 
-    def take(self, lo: int, hi: int) -> Tensor:
+    def fetch(self, lo: int, hi: int) -> Tensor:
         """Hidden states of a batch; the next one is read meanwhile."""
         hidden = self.rows(lo, hi)
         if hi < self._count:
-            self._buffer.ahead(hi, min(hi + self.batch, self._count))
+            self._buffer.prefetch(hi, min(hi + self.batch, self._count))
         return hidden
 
     def put(self, lo: int, hidden: Tensor) -> None:

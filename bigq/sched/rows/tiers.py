@@ -38,7 +38,7 @@ class RowBuffer(Protocol):
     def put(self, lo: int, rows: Tensor) -> None:
         """Overwrite the rows from lo on with rows [k, ...] of any device."""
 
-    def ahead(self, lo: int, hi: int) -> None:
+    def prefetch(self, lo: int, hi: int) -> None:
         """These rows will be asked for next."""
 
     def close(self) -> None:
@@ -63,13 +63,13 @@ class Tier:
         if self.kind == "disk":
             assert self.scratch is not None
             trace = self.clock.trace if self.clock is not None else Trace(keep=False)
-            return self._timed(_OnDisk(self.scratch, rows, elements, dtype, self.device, trace))
+            return self._time_transfers(_FileBuffer(self.scratch, rows, elements, dtype, self.device, trace))
         if self.kind == "host" and self.device.type == "cuda":
-            return self._timed(_OnHost(rows, elements, dtype, self.device))
-        return _InMemory(rows, elements, dtype, self.device)
+            return self._time_transfers(_PinnedBuffer(rows, elements, dtype, self.device))
+        return _TensorBuffer(rows, elements, dtype, self.device)
 
-    def _timed(self, buffer: RowBuffer) -> RowBuffer:
-        return buffer if self.clock is None else _Timed(buffer, self.clock)
+    def _time_transfers(self, buffer: RowBuffer) -> RowBuffer:
+        return buffer if self.clock is None else _TimedBuffer(buffer, self.clock)
 
 
 def choose_tier(device: torch.device, needed: int, scratch: Path) -> Tier:
@@ -84,7 +84,7 @@ def fastest_tier(needed: int, device_free: int, host_free: int) -> str:
     return "host" if needed <= host_free // 2 else "disk"
 
 
-class _Timed:
+class _TimedBuffer:
     """A buffer whose rows' coming and going is a phase of its own."""
 
     def __init__(self, buffer: RowBuffer, clock: Clock) -> None:
@@ -98,14 +98,14 @@ class _Timed:
         with self._clock.phase("transfer"):
             self._buffer.put(lo, rows)
 
-    def ahead(self, lo: int, hi: int) -> None:
-        self._buffer.ahead(lo, hi)
+    def prefetch(self, lo: int, hi: int) -> None:
+        self._buffer.prefetch(lo, hi)
 
     def close(self) -> None:
         self._buffer.close()
 
 
-class _InMemory:
+class _TensorBuffer:
     """One tensor where it is computed with."""
 
     def __init__(self, rows: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -117,14 +117,14 @@ class _InMemory:
     def put(self, lo: int, rows: Tensor) -> None:
         self._rows[lo : lo + rows.shape[0]].copy_(rows.reshape(rows.shape[0], -1))
 
-    def ahead(self, lo: int, hi: int) -> None:
+    def prefetch(self, lo: int, hi: int) -> None:
         pass
 
     def close(self) -> None:
         del self._rows
 
 
-class _OnHost:
+class _PinnedBuffer:
     """Pinned memory of a GPU's host. Rows come and go on a stream of their own, in the order in which they were asked for."""
 
     def __init__(self, rows: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -150,7 +150,7 @@ class _OnHost:
             self._rows[lo : lo + rows.shape[0]].copy_(rows.reshape(rows.shape[0], -1), non_blocking=True)
         rows.record_stream(self._stream)
 
-    def ahead(self, lo: int, hi: int) -> None:
+    def prefetch(self, lo: int, hi: int) -> None:
         self._next = (lo, hi, *self._fetch(lo, hi))
 
     def _fetch(self, lo: int, hi: int) -> tuple[Tensor, torch.cuda.Event]:
@@ -174,7 +174,7 @@ class _OnHost:
         del self._rows
 
 
-class _OnDisk:
+class _FileBuffer:
     """A file without a name: the system removes it with the process, however that ends.
 
     Once a write failed, nothing can be read any more: the rows there are not those that were put.
@@ -207,7 +207,7 @@ class _OnDisk:
         while len(self._writes) > WRITES_IN_FLIGHT:
             self._writes.popleft().result()
 
-    def ahead(self, lo: int, hi: int) -> None:
+    def prefetch(self, lo: int, hi: int) -> None:
         self._next = (lo, hi, self._pool.submit(self._read, lo, hi))
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bigq.errors import CheckpointError, UnsupportedModelError, UsageError
-from bigq.io.formats import FORMATS, Format, PackedLinear, Quantization, Stored, read_schemes
+from bigq.io.formats import FORMATS, Format, PackedLinear, PackedWeight, Quantization, read_schemes
 from bigq.io.index import read_header
 from bigq.kernels.pack import unpack
 from bigq.scheme import QuantizedWeight, QuantScheme
@@ -44,7 +44,7 @@ def random_weight(bits: int, symmetric: bool, group_size: int = 32) -> Quantized
 
 
 def store(weight: QuantizedWeight, dtype: torch.dtype = torch.bfloat16, prefix: str = "a.q") -> dict[str, Tensor]:
-    return FORMAT.store(prefix, Stored.of(weight), weight.scheme, dtype)
+    return FORMAT.store(prefix, PackedWeight.of(weight), weight.scheme, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -123,7 +123,7 @@ def test_a_missing_tensor_is_named(name: str, tmp_path: Path) -> None:
 def test_scales_that_the_type_of_the_model_cannot_hold_are_refused() -> None:
     weight = random_weight(4, symmetric=True)
     weight.scales[3, 1] = 1 + 2**-10  # whole in fp16, not in bf16
-    with pytest.raises(UsageError, match=r"a\.q: its scales do not fit torch.bfloat16.*--scale-bits 8"):
+    with pytest.raises(UsageError, match=r"a\.q: its scales are not exact in torch.bfloat16.*--scale-bits 8"):
         store(weight)
     store(weight, torch.float16)
 
@@ -174,7 +174,7 @@ def test_every_linear_reads_back_with_its_own_scheme() -> None:
     schemes = read_schemes(Path("config.json"), told(packed, ("lm_head", "m.2.o")))
     assert {name: schemes.scheme(name) for name in packed} == packed
     for name in ("lm_head", "m.2.o"):
-        with pytest.raises(CheckpointError, match=rf"{name} is packed although"):
+        with pytest.raises(CheckpointError, match=rf"{name} is packed, but"):
             schemes.scheme(name)
 
 
@@ -195,7 +195,7 @@ def test_what_other_writers_say_is_understood() -> None:
     assert schemes.scheme("m.0.self_attn.q").bits == 4
     with pytest.raises(CheckpointError, match="no group"):
         schemes.scheme("m.0.mlp.up")
-    with pytest.raises(CheckpointError, match="leaves it out"):
+    with pytest.raises(CheckpointError, match="ignores it"):
         schemes.scheme("lm_head")
 
 
@@ -245,7 +245,7 @@ def test_a_quantization_config_of_nonsense_is_refused(config: dict[str, Any]) ->
     [
         ("input_activations", {"num_bits": 8}, "activations"),
         ("output_activations", {"num_bits": 8}, "activations"),
-        ("format", "nvfp4-pack-quantized", "a group's format"),
+        ("format", "nvfp4-pack-quantized", "the format of a group"),
     ],
 )
 def test_groups_that_are_more_than_weights_are_refused(key: str, value: Any, said: str) -> None:
@@ -295,14 +295,14 @@ def test_groups_are_in_natural_order_or_refused(said: Any, tmp_path: Path) -> No
         if name in ("natural", "of int64") or (order is None and not numbered):
             assert format.geometry("a.q", header).groups == 3
             continue
-        with pytest.raises(UnsupportedModelError, match=r"tensor a\.q\.weight_g_idx .*natural order only; take"):
+        with pytest.raises(UnsupportedModelError, match=r"tensor a\.q\.weight_g_idx .*only natural order; use"):
             format.geometry("a.q", header)
 
 
 def test_zero_points_are_not_left_out_where_they_matter() -> None:
     weight = random_weight(4, symmetric=False)
-    with pytest.raises(ValueError, match=r"a\.q: has zero points that are not in the middle"):
-        FORMAT.store("a.q", Stored.of(weight), QuantScheme(group_size=32), torch.float16)
+    with pytest.raises(ValueError, match=r"a\.q: a zero point is not 8"):
+        FORMAT.store("a.q", PackedWeight.of(weight), QuantScheme(group_size=32), torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -312,6 +312,6 @@ def test_zero_points_are_not_left_out_where_they_matter() -> None:
 def test_layouts_are_those_of_what_is_stored(format: Format, bits: int, symmetric: bool, dtype: torch.dtype) -> None:
     weight = random_weight(bits, symmetric)
     weight.zeros.clamp_(min=1)
-    stored = format.store("a.q", Stored.of(weight), weight.scheme, dtype)
+    stored = format.store("a.q", PackedWeight.of(weight), weight.scheme, dtype)
     linear = PackedLinear(bits=bits, outputs=M, inputs=N, groups=3)
     assert list(format.layout("a.q", linear, symmetric, dtype).items()) == [(n, (t.dtype, tuple(t.shape))) for n, t in stored.items()]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bigq.errors import CheckpointError, UsageError
-from bigq.io.formats import FORMATS, Quantization, Stored
+from bigq.io.formats import FORMATS, PackedWeight, Quantization
 from bigq.kernels.pack import unpack
 from bigq.scheme import QuantizedWeight, QuantScheme, Rule, scheme_for
 
@@ -21,10 +21,10 @@ M, N, GROUP = 64, 96, 32
 
 
 def pack_linear(prefix: str, weight: QuantizedWeight, version: int) -> dict[str, Tensor]:
-    return VERSIONS[version].store(prefix, Stored.of(weight), weight.scheme, torch.float16)
+    return VERSIONS[version].store(prefix, PackedWeight.of(weight), weight.scheme, torch.float16)
 
 
-def read_linear(prefix: str, get: Callable[[str], Tensor], bits: int, version: int) -> Stored:
+def read_linear(prefix: str, get: Callable[[str], Tensor], bits: int, version: int) -> PackedWeight:
     return VERSIONS[version].read(prefix, get, QuantScheme(bits=bits))
 
 
@@ -127,7 +127,7 @@ def test_the_packed_tensors_own_their_memory(symmetric: bool) -> None:
 def test_act_order_groups_are_not_read() -> None:
     tensors = pack_linear("layer.q", random_weight(4), 1)
     tensors["layer.q.g_idx"] = tensors["layer.q.g_idx"].flip(0)
-    with pytest.raises(CheckpointError, match=r"layer\.q: its groups are not in natural order"):
+    with pytest.raises(CheckpointError, match=r"layer\.q: groups are not in natural order"):
         read_linear("layer.q", tensors.__getitem__, 4, 1)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from bigq.errors import NumericsError, ResourceError
 from bigq.io.index import Checkpoint
 from bigq.io.prefetch.cuda_copier import CudaCopier
-from bigq.io.prefetch.to_device import IntoDevice, least_budget
+from bigq.io.prefetch.to_device import DevicePrefetch, least_budget
 from bigq.io.reader import read_tensor
 from bigq.progress.trace import Trace
 
@@ -112,7 +112,7 @@ def test_tensors_arrive_on_the_gpu(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     infos = list(Checkpoint.open(tmp_path).tensors.values())
     trace = Trace()
-    reader = IntoDevice(3 * least_budget(), CudaCopier(device), trace)
+    reader = DevicePrefetch(3 * least_budget(), CudaCopier(device), trace)
     busy = torch.randn(4096, 4096, device=device)
     for _ in range(3):
         reader.announce(infos)
@@ -133,7 +133,7 @@ def test_tensors_arrive_on_the_gpu(tmp_path: Path) -> None:
 def test_what_is_not_finite_is_found_on_the_gpu(tmp_path: Path) -> None:
     save_file({"a": torch.ones(10), "b": torch.tensor([0.0, float("nan")], dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
-    reader = IntoDevice(0, CudaCopier(torch.device("cuda:0")))
+    reader = DevicePrefetch(0, CudaCopier(torch.device("cuda:0")))
     reader.take(checkpoint["a"])
     reader.check()
     reader.take(checkpoint["b"])

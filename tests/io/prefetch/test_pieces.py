@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 
 from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.prefetch import pieces
-from bigq.io.prefetch.pieces import cut, merged
-from bigq.io.prefetch.to_host import IntoHost
-from bigq.io.reader import drop_cached, fill, opened, read_tensor
+from bigq.io.prefetch.pieces import cut, merge_spans
+from bigq.io.prefetch.to_host import HostPrefetch
+from bigq.io.reader import drop_cached, fill, read_tensor, tensor_file
 
 
 @given(
@@ -39,8 +39,8 @@ def test_pieces_are_the_tensor_in_order_and_bounded(start: int, elements: int, d
 
 
 def test_spans_that_touch_or_nearly_so_become_one() -> None:
-    assert merged([(5.0, 6.0), (0.0, 1.0), (0.5, 3.0), (1.0, 2.0), (3.05, 4.0)], 0.1) == [(0.0, 4.0), (5.0, 6.0)]
-    assert merged([], 1) == []
+    assert merge_spans([(5.0, 6.0), (0.0, 1.0), (0.5, 3.0), (1.0, 2.0), (3.05, 4.0)], 0.1) == [(0.0, 4.0), (5.0, 6.0)]
+    assert merge_spans([], 1) == []
 
 
 def cached_share(path: Path) -> float:
@@ -70,7 +70,7 @@ def large(tmp_path: Path) -> Checkpoint:
 
 
 def take_all(checkpoint: Checkpoint) -> None:
-    reader = IntoHost(10**7)
+    reader = HostPrefetch(10**7)
     reader.announce(sorted(checkpoint.tensors.values(), key=lambda info: info.start))
     for i in range(40):
         assert bool((reader.take(checkpoint[f"w{i}"]) == i).all())
@@ -80,7 +80,7 @@ def take_all(checkpoint: Checkpoint) -> None:
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="pages cannot be dropped here")
 def test_pages_that_were_read_leave_the_cache(large: Checkpoint) -> None:
     path = large["w0"].file
-    with opened(large["w0"]) as fd:
+    with tensor_file(large["w0"]) as fd:
         for info in sorted(large.tensors.values(), key=lambda info: info.start):
             fill(fd, info, torch.empty(info.shape, dtype=info.dtype), info.start)
             drop_cached(fd, info.start, info.stop)
@@ -120,7 +120,7 @@ def test_a_large_tensor_is_read_by_several_threads_at_once(tmp_path: Path, monke
         return preadv(*args)
 
     monkeypatch.setattr(os, "preadv", meets)
-    reader = IntoHost(0)
+    reader = HostPrefetch(0)
     assert torch.equal(reader.take(info), torch.arange(4000.0))
     reader.close()
 
@@ -129,7 +129,7 @@ def test_files_are_closed(tmp_path: Path) -> None:
     save_file({f"w{i}": torch.zeros(1000) for i in range(20)}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
-    reader = IntoHost(20_000)
+    reader = HostPrefetch(20_000)
     reader.announce(checkpoint.tensors.values())
     for info in checkpoint.tensors.values():
         reader.take(info)

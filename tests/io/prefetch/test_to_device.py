@@ -21,7 +21,7 @@ from torch import Tensor
 from bigq.errors import CheckpointError, NumericsError, ResourceError
 from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.prefetch import pieces, to_device
-from bigq.io.prefetch.to_device import IntoDevice, least_budget
+from bigq.io.prefetch.to_device import DevicePrefetch, least_budget
 from bigq.io.reader import read_tensor
 from bigq.progress.trace import Trace
 
@@ -55,7 +55,7 @@ def same(tensor: Tensor, info: TensorInfo) -> bool:
     return tensor.dtype == expected.dtype and tensor.shape == expected.shape and torch.equal(tensor, expected)
 
 
-def all_free(reader: IntoDevice) -> bool:
+def all_free(reader: DevicePrefetch) -> bool:
     """Whether all room came back, once the copies that are under way are done."""
     deadline = time.monotonic() + 10
     while (held := reader._direct.arena.held + reader._ring.arena.held) and time.monotonic() < deadline:
@@ -67,7 +67,7 @@ def all_free(reader: IntoDevice) -> bool:
 @pytest.mark.parametrize("order", ["announced", "backwards", "shuffled"])
 def test_tensors_arrive_within_the_budget(infos: list[TensorInfo], budget: int, order: str) -> None:
     copier = SlowCopier(0.0005)
-    reader = IntoDevice(budget, copier)
+    reader = DevicePrefetch(budget, copier)
     allowed = max(budget, least_budget())
     assert reader.capacity <= allowed
     reader.announce(infos[:9])
@@ -88,7 +88,7 @@ def test_tensors_arrive_within_the_budget(infos: list[TensorInfo], budget: int, 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_several_takers_at_once(infos: list[TensorInfo], seed: int) -> None:
-    reader = IntoDevice(20 * CHUNK, SlowCopier(0.0002))
+    reader = DevicePrefetch(20 * CHUNK, SlowCopier(0.0002))
     reader.announce(infos[::2])
     turns = list(infos)
     random.Random(seed).shuffle(turns)
@@ -101,7 +101,7 @@ def test_several_takers_at_once(infos: list[TensorInfo], seed: int) -> None:
 
 def test_what_was_announced_is_read_without_being_asked_for(infos: list[TensorInfo]) -> None:
     trace = Trace()
-    reader = IntoDevice(200 * CHUNK, SlowCopier(), trace)
+    reader = DevicePrefetch(200 * CHUNK, SlowCopier(), trace)
     reader.announce(infos[:8])
     deadline = time.monotonic() + 10
     while len([s for s in trace.spans if s.lane == "read"]) < sum(i.nbytes > 0 for i in infos[:8]) and time.monotonic() < deadline:
@@ -115,7 +115,7 @@ def test_a_region_is_not_overwritten_before_its_copy_is_done(infos: list[TensorI
     large = max(infos, key=lambda info: info.nbytes)
     copier = SlowCopier()
     copier.gate.clear()
-    reader = IntoDevice(16 * CHUNK, copier)
+    reader = DevicePrefetch(16 * CHUNK, copier)
     reader.announce(infos)
     with ThreadPoolExecutor(1) as taker:
         taken = taker.submit(reader.take, large)
@@ -136,7 +136,7 @@ def test_what_is_not_finite_is_told_by_name_at_the_check(tmp_path: Path) -> None
     weights["c"][0] = float("inf")
     save_file(weights | {"ids": torch.ones(3, dtype=torch.int64)}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
-    reader = IntoDevice(0, SlowCopier())
+    reader = DevicePrefetch(0, SlowCopier())
     for info in (checkpoint["ids"], checkpoint["a"]):
         reader.take(info)
     reader.check()
@@ -165,7 +165,7 @@ def test_a_disk_error_comes_out_where_the_tensor_is_taken(
 ) -> None:
     large = max(infos, key=lambda info: info.nbytes)
     monkeypatch.setattr(os, "preadv", failing_preadv(large.start + large.nbytes // 3, errno.EIO))
-    reader = IntoDevice(20 * CHUNK, SlowCopier(0.0005))
+    reader = DevicePrefetch(20 * CHUNK, SlowCopier(0.0005))
     if announced:
         reader.announce([large, *infos])
     with pytest.raises(ResourceError, match=rf"model\.safetensors: reading at byte \d+ \(tensor {large.name}\) failed: Input/output"):
@@ -181,10 +181,10 @@ def test_files_that_end_too_soon_or_go_away(tmp_path: Path) -> None:
     save_file({"a": torch.ones(5000), "b": torch.ones(5000)}, tmp_path / "model.safetensors")
     first, second = sorted(Checkpoint.open(tmp_path).tensors.values(), key=lambda info: info.start)
     os.truncate(first.file, second.stop - 5)
-    reader = IntoDevice(10**5, SlowCopier())
+    reader = DevicePrefetch(10**5, SlowCopier())
     reader.announce([first, second])
     assert torch.equal(reader.take(first), torch.ones(5000))
-    with pytest.raises(CheckpointError, match=rf"ends at byte {second.stop - 5}, sooner.*tensor {second.name}\); fetch it again"):
+    with pytest.raises(CheckpointError, match=rf"ends at byte {second.stop - 5}, before the end of tensor {second.name} .*fetch"):
         reader.take(second)
     first.file.unlink()
     with pytest.raises(CheckpointError, match=rf"cannot be opened to read tensor {first.name}: No such file"):
@@ -196,7 +196,7 @@ def test_files_that_end_too_soon_or_go_away(tmp_path: Path) -> None:
 def test_short_reads_add_up(infos: list[TensorInfo], monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][: max(1, len(buffers[0]) // 3)]], offset))
-    reader = IntoDevice(30 * CHUNK, SlowCopier())
+    reader = DevicePrefetch(30 * CHUNK, SlowCopier())
     reader.announce(infos)
     assert all(same(reader.take(info), info) for info in infos)
     reader.close()
@@ -205,7 +205,7 @@ def test_short_reads_add_up(infos: list[TensorInfo], monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("fail_at", [0, 5])
 def test_a_device_that_fails_is_told_and_nothing_hangs(infos: list[TensorInfo], fail_at: int) -> None:
     large = max(infos, key=lambda info: info.nbytes)
-    reader = IntoDevice(20 * CHUNK, SlowCopier(fail_at=fail_at))
+    reader = DevicePrefetch(20 * CHUNK, SlowCopier(fail_at=fail_at))
     reader.announce(infos)
     with pytest.raises(RuntimeError, match="fell off the bus"):
         reader.take(large)
@@ -223,7 +223,7 @@ def test_memory_that_cannot_be_had_is_told(infos: list[TensorInfo], where: str, 
 
     large = max(infos, key=lambda info: info.nbytes)
     copier = SlowCopier()
-    reader = IntoDevice(20 * CHUNK, copier)
+    reader = DevicePrefetch(20 * CHUNK, copier)
     with monkeypatch.context() as patch:
         patch.setattr(copier, where, refuses)
         for _ in range(2):
@@ -247,7 +247,7 @@ def test_closing_while_reads_are_in_flight(infos: list[TensorInfo], taking: bool
         return real(*args)
 
     monkeypatch.setattr(os, "preadv", hangs)
-    reader = IntoDevice(20 * CHUNK, SlowCopier(0.001))
+    reader = DevicePrefetch(20 * CHUNK, SlowCopier(0.001))
     reader.announce(infos)
     with ThreadPoolExecutor(2) as threads:
         taken = threads.submit(reader.take, large) if taking else None
@@ -266,7 +266,7 @@ def test_closing_while_reads_are_in_flight(infos: list[TensorInfo], taking: bool
 
 def test_reads_and_copies_are_lanes_of_the_trace(infos: list[TensorInfo]) -> None:
     trace = Trace()
-    reader = IntoDevice(50 * CHUNK, SlowCopier(0.0002), trace)
+    reader = DevicePrefetch(50 * CHUNK, SlowCopier(0.0002), trace)
     reader.announce(infos)
     for info in infos:
         reader.take(info)

@@ -19,7 +19,7 @@ import bigq
 from bigq.errors import CheckpointError, NumericsError, ResourceError
 from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.prefetch import pieces
-from bigq.io.prefetch.to_host import IntoHost
+from bigq.io.prefetch.to_host import HostPrefetch
 from bigq.io.reader import read_tensor
 from bigq.model.pager import Pager
 from bigq.progress.trace import Trace
@@ -36,7 +36,7 @@ def infos(tmp_path: Path) -> list[TensorInfo]:
 
 @pytest.mark.parametrize("budget", [0, 4000, 13_000, 10**6])
 def test_tensors_are_what_the_reader_reads_and_the_budget_holds(infos: list[TensorInfo], budget: int) -> None:
-    reader = IntoHost(budget)
+    reader = HostPrefetch(budget)
     reader.announce(infos[:5])
     reader.announce(infos)
     for info in infos:
@@ -49,7 +49,7 @@ def test_tensors_are_what_the_reader_reads_and_the_budget_holds(infos: list[Tens
 
 def test_what_was_announced_is_read_as_far_as_the_budget_allows(infos: list[TensorInfo]) -> None:
     trace = Trace()
-    reader = IntoHost(12_000, trace)
+    reader = HostPrefetch(12_000, trace)
 
     def read() -> list[str]:
         return sorted(span.name for span in trace.spans)
@@ -77,7 +77,7 @@ def test_a_tensor_larger_than_the_budget_does_not_hold_up_others(infos: list[Ten
     save_file({"large": torch.arange(5000.0)}, tmp_path / "model.safetensors")
     large = Checkpoint.open(tmp_path)["large"]
     trace = Trace()
-    reader = IntoHost(8000, trace)
+    reader = HostPrefetch(8000, trace)
     reader.announce([large, *infos])
     assert reached(lambda: len(trace.spans) == 2) and {span.name for span in trace.spans} == {"t0", "t1"}
     assert torch.equal(reader.take(large), torch.arange(5000.0)) and reader.peak == 8000
@@ -90,7 +90,7 @@ def test_several_takers_at_once_and_any_size_of_pieces(
     infos: list[TensorInfo], budget: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "CHUNK_BYTES", chunk)
-    reader = IntoHost(budget)
+    reader = HostPrefetch(budget)
     reader.announce(infos)
     with ThreadPoolExecutor(4) as takers:
         for info, tensor in zip(infos[::-1], takers.map(reader.take, infos[::-1]), strict=True):
@@ -109,7 +109,7 @@ def test_closing_while_reads_are_in_flight(infos: list[TensorInfo], monkeypatch:
         return real(fd, [buffers[0][:1]], offset)
 
     monkeypatch.setattr(os, "preadv", crawls)
-    reader = IntoHost(10**6)
+    reader = HostPrefetch(10**6)
     reader.announce(infos)
     with ThreadPoolExecutor(1) as taker:
         taken = taker.submit(reader.take, infos[9])
@@ -127,7 +127,7 @@ def test_a_disk_error_names_file_tensor_and_byte(infos: list[TensorInfo], monkey
 
     monkeypatch.setattr(os, "preadv", broken)
     for budget in (0, 10**6):
-        reader = IntoHost(budget)
+        reader = HostPrefetch(budget)
         reader.announce(infos)
         with pytest.raises(ResourceError, match=rf"model.safetensors: reading at byte {infos[4].start} \(tensor t4\) failed.*same command"):
             reader.take(infos[4])
@@ -140,12 +140,12 @@ def test_errors_come_out_where_the_tensor_is_taken(infos: list[TensorInfo]) -> N
         file.write(b"\xff" * 4)
         file.truncate(max(info.stop for info in infos) - 1)
     last = max(infos, key=lambda info: info.stop)
-    reader = IntoHost(10**6)
+    reader = HostPrefetch(10**6)
     reader.announce(infos)
     assert torch.equal(reader.take(infos[1]), read_tensor(infos[1]))
     with pytest.raises(NumericsError, match="t3"):
         reader.take(infos[3])
-    with pytest.raises(CheckpointError, match="sooner than its header says"):
+    with pytest.raises(CheckpointError, match="before the end of tensor"):
         reader.take(last)
     reader.close()
 

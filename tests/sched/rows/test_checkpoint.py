@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bigq import faults
-from bigq.io.checksummed import seal
+from bigq.io.checksum import seal
 from bigq.job.batches import Batches
 from bigq.sched.rows import checkpoint as checkpoint_module
 from bigq.sched.rows.checkpoint import EXPECTED_RATE, Checkpoints
@@ -166,7 +166,7 @@ def test_what_is_kept_already_is_not_written_again(saved: Callable[..., Path], s
     state = saved(1, 2)
     before = {path.name: path.stat().st_mtime_ns for path in state.iterdir()}
     checkpoints = opened(state)
-    checkpoints.replayed(5.0)
+    checkpoints.add_replay_time(5.0)
     checkpoints.save(2, store(2))
     assert {path.name: path.stat().st_mtime_ns for path in state.iterdir()} == before
     assert not checkpoints.due, "and it counts as just saved"
@@ -194,13 +194,13 @@ def test_a_folder_that_is_gone_is_discarded_too(saved: Callable[..., Path]) -> N
 def test_due_when_replaying_would_take_longer_than_it_should(state: Path, store: Callable[..., ActivationStore]) -> None:
     checkpoints = opened(state, every=60.0)
     for seconds, due in ((0.0, False), (30.0, False), (29.9, False), (0.2, True), (100.0, True)):
-        checkpoints.replayed(seconds)
+        checkpoints.add_replay_time(seconds)
         assert checkpoints.due is due
     checkpoints.save(3, store(3))
     assert not checkpoints.due
-    checkpoints.replayed(59.0)
+    checkpoints.add_replay_time(59.0)
     assert not checkpoints.due
-    checkpoints.replayed(1.0)
+    checkpoints.add_replay_time(1.0)
     assert checkpoints.due
 
 
@@ -208,7 +208,7 @@ def test_zero_is_after_every_block_and_none_is_never(state: Path, store: Callabl
     always, never = opened(state, every=0.0), opened(state, every=None)
     assert not always.due and not never.due
     for checkpoints in (always, never):
-        checkpoints.replayed(1e-6)
+        checkpoints.add_replay_time(1e-6)
     assert always.due and not never.due
     never.save(3, store(3))
     assert list(state.iterdir()) == []
@@ -421,7 +421,7 @@ def test_a_disk_that_cannot_be_read_does_not_end_the_job(
     place: str, saved: Callable[..., Path], store: Callable[..., ActivationStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state, said = saved(1, 2), list[str]()
-    failing = {"record": "read_sealed", "file": "file_sha256"}[place]
+    failing = {"record": "load_record", "file": "file_sha256"}[place]
 
     def fail(*_: Any) -> Any:
         raise checkpoint_module.ResourceError("x: cannot be read: Input/output error")
@@ -440,7 +440,7 @@ def test_without_room_there_is_a_word_and_the_job_goes_on(
 ) -> None:
     state, said, target = saved(1, 2), list[str](), store()
     checkpoints = opened(state, every=0.0, said=said)
-    checkpoints.replayed(5.0)
+    checkpoints.add_replay_time(5.0)
     faults.arm(f"{place}:{count}:{errno.errorcode[number]}")
     checkpoints.save(3, store(3))
     assert len(said) == 1 and said[0].startswith(
@@ -449,7 +449,7 @@ def test_without_room_there_is_a_word_and_the_job_goes_on(
     assert os.strerror(number) in said[0]
     record = json.loads((state / "checkpoints.json").read_text())
     assert {entry["file"] for entry in record["kept"]} >= set(files(state)), "what nobody will use must not take the room"
-    checkpoints.replayed(5.0)
+    checkpoints.add_replay_time(5.0)
     assert not checkpoints.due
     before = files(state)
     checkpoints.save(4, store(4))

@@ -29,7 +29,7 @@ def test_rows_come_back_as_they_were_put(kind: str, dtype: torch.dtype, tmp_path
     for lo, hi in ((0, 3), (3, 6), (6, 7)):
         buffer.put(lo, rows[lo:hi])
     assert torch.equal(buffer.get(0, 3), rows[:3].reshape(3, 15)) and torch.equal(buffer.get(6, 7), rows[6:].reshape(1, 15))
-    buffer.ahead(3, 6)
+    buffer.prefetch(3, 6)
     assert torch.equal(buffer.get(3, 6), rows[3:6].reshape(3, 15))
     buffer.close()
 
@@ -46,7 +46,7 @@ def test_outputs_overwrite_inputs_while_the_next_are_read(kind: str, tmp_path: P
         for i in range(count):
             x = buffer.get(i, i + 1).clone()
             if i + 1 < count:
-                buffer.ahead(i + 1, i + 2)
+                buffer.prefetch(i + 1, i + 2)
             buffer.put(i, 2 * x + 1)
         expected = 2 * expected + 1
     assert torch.equal(torch.cat([buffer.get(i, i + 1) for i in range(count)]), expected)
@@ -57,7 +57,7 @@ def test_outputs_overwrite_inputs_while_the_next_are_read(kind: str, tmp_path: P
 def test_rows_read_ahead_are_forgotten_when_they_are_overwritten(kind: str, tmp_path: Path) -> None:
     buffer = Tier(kind, CPU, tmp_path).buffer(4, 8, torch.float32)
     buffer.put(0, torch.zeros(4, 8))
-    buffer.ahead(1, 3)
+    buffer.prefetch(1, 3)
     buffer.put(2, torch.ones(1, 8))
     assert buffer.get(1, 3).sum(1).tolist() == [0, 8]
     buffer.close()
@@ -215,12 +215,12 @@ def test_a_gpu_s_host_tier_copies_beside_the_computation(calls: list[str]) -> No
     fetched = ["copies waits for compute", "copy on copies", "kept for copies"]
     assert calls == [*fetched, "compute waits for copy 1"]
     calls.clear()
-    buffer.ahead(2, 4)
+    buffer.prefetch(2, 4)
     buffer.put(0, -rows[:2])
     assert torch.equal(buffer.get(2, 4), rows[2:])
     assert calls == [*fetched, *fetched, "compute waits for copy 2"]
     calls.clear()
-    buffer.ahead(0, 2)
+    buffer.prefetch(0, 2)
     buffer.put(1, torch.zeros(1, 3))
     assert torch.equal(buffer.get(0, 2)[1], torch.zeros(3))
     assert calls[-1] == "compute waits for copy 4"
@@ -240,7 +240,7 @@ def test_rows_go_round_on_a_gpu(kind: str, tmp_path: Path) -> None:
         for i in range(6):
             x = buffer.get(i, i + 1).clone()
             if i < 5:
-                buffer.ahead(i + 1, i + 2)
+                buffer.prefetch(i + 1, i + 2)
             buffer.put(i, x * 2 + 1)
         expected = expected * 2 + 1
     assert torch.equal(torch.cat([buffer.get(i, i + 1).cpu() for i in range(6)]), expected)

@@ -19,19 +19,24 @@ from torch import Tensor, nn
 from bigq.errors import NumericsError
 from bigq.job.batches import Batches
 from bigq.kernels.syrk import CHUNK_TOKENS
+from bigq.methods import gptq as gptq_module
+from bigq.methods.gptq import Gptq
+from bigq.methods.rtn import Rtn
 from bigq.model.blocks import block_linears
 from bigq.model.pager import Pager
 from bigq.model.skeleton import linear_weight
 from bigq.model.structure import plan_block
 from bigq.progress.clock import Clock
 from bigq.progress.trace import Trace
-from bigq.sched import block as block_module
-from bigq.sched.block import BlockJob, Memo, Skipped, Solved, propagate, round_block, solve_block
 from bigq.sched.plan.cost import Choice, Work, job_cost
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, ModelShape, Reach, Rows
+from bigq.sched.propagate import propagate
+from bigq.sched.results import Skipped, Solved
 from bigq.sched.rows.probe import activations_for, probe_model
+from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import Tier
+from bigq.sched.solve_block import BlockJob, BlockRows, quantize_weights, solve_block
 from bigq.scheme import QuantScheme
 from bigq.solver import gptq, hessian
 
@@ -47,6 +52,7 @@ class Bench:
     block: nn.Module
     store: ActivationStore
     job: BlockJob
+    cache: ShortcutCache
     hessians: dict[str, Tensor] = field(default_factory=dict)
 
     def poison(self, row: int, token: int, value: float = NAN) -> None:
@@ -56,11 +62,11 @@ class Bench:
         self.store.put(row, hidden)
 
     def solve(self) -> tuple[list[Solved], list[Skipped]]:
-        results = list(solve_block(self.job, self.store, True))
+        results = list(solve_block(self.job, BlockRows(store=self.store, cache=self.cache), Gptq(), true_sequential=True))
         return [r for r in results if isinstance(r, Solved)], [r for r in results if isinstance(r, Skipped)]
 
-    def propagate(self, on_nonfinite: str = "skip", memo: Memo | None = None) -> int:
-        return propagate(0, self.block, self.store, "model.layers.0", memo, on_nonfinite)
+    def propagate(self, on_nonfinite: str = "skip", cache: ShortcutCache | None = None) -> int:
+        return propagate(0, self.block, self.store, "model.layers.0", cache, on_nonfinite)
 
     def outputs(self) -> Tensor:
         return self.store.rows(0, ROWS).clone()
@@ -70,13 +76,13 @@ class Bench:
 def bench(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
     """(family, on_nonfinite, batch, tier, dtype) → a bench; Hessians are recorded by the label that they are factored under."""
     recorded: dict[str, Tensor] = {}
-    factorize = block_module.factorize
+    factorize = gptq_module.factorize
 
     def recording(h: Tensor, *, name: str, **options: Any) -> Any:
         recorded[name] = h.clone()
         return factorize(h, name=name, **options)
 
-    monkeypatch.setattr(block_module, "factorize", recording)
+    monkeypatch.setattr(gptq_module, "factorize", recording)
     with contextlib.ExitStack() as stack, torch.no_grad():
 
         def make(
@@ -95,8 +101,8 @@ def bench(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest
             block = pager.load_block(0)
             plan = plan_block(block, probe.hidden, probe.calls[0])
             schemes = {name: scheme or QuantScheme(group_size=32) for group in plan.groups for name in group.names}
-            memo = Memo()
-            stack.callback(memo.close)
+            cache = ShortcutCache()
+            stack.callback(cache.close)
             job = BlockJob(
                 index=0,
                 prefix="model.layers.0",
@@ -105,11 +111,10 @@ def bench(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest
                 schemes=schemes,
                 device=CPU,
                 clock=clock,
-                memo=memo,
                 on_nonfinite=on_nonfinite,
             )
             recorded.clear()
-            return Bench(block, store, job, recorded)
+            return Bench(block, store, job, cache, recorded)
 
         yield make
 
@@ -124,7 +129,7 @@ class Spoilt(nn.Module):
 @contextlib.contextmanager
 def failing(monkeypatch: pytest.MonkeyPatch, linear: str, module: Any, name: str, broken: Any) -> Iterator[None]:
     """``module.name`` is ``broken`` while the Hessian of a Linear is factored, or the Linear solved."""
-    inside = {"factorize": block_module.factorize, "solve": block_module.solve}
+    inside = {"factorize": gptq_module.factorize, "solve": gptq_module.solve}
     sound = getattr(module, name)
 
     def wrap(function: Any, label_of: Callable[..., str]) -> Any:
@@ -136,8 +141,8 @@ def failing(monkeypatch: pytest.MonkeyPatch, linear: str, module: Any, name: str
         return wrapped
 
     with monkeypatch.context() as patch:
-        patch.setattr(block_module, "factorize", wrap(inside["factorize"], lambda *args, name, **kwargs: name))
-        patch.setattr(block_module, "solve", wrap(inside["solve"], lambda weights, factor, scheme, label, correction: label))
+        patch.setattr(gptq_module, "factorize", wrap(inside["factorize"], lambda *args, name, **kwargs: name))
+        patch.setattr(gptq_module, "solve", wrap(inside["solve"], lambda weights, factor, scheme, label, correction: label))
         yield
 
 
@@ -178,7 +183,7 @@ def test_the_same_tokens_are_left_out_whatever_the_batch_and_the_tier(batch: int
         solved, skipped = b.solve()
         assert not skipped
         counts.append({s.name: s.left_out for s in solved})
-        lost.append(b.propagate(memo=b.job.memo))
+        lost.append(b.propagate(cache=b.cache))
     assert counts[0] == counts[1] and lost[0] == lost[1]
     assert min(counts[0].values()) == 2 and lost[0] >= 2
 
@@ -206,7 +211,7 @@ def test_on_the_triton_path(dtype: str, bench: Callable[..., Bench]) -> None:
     solved, skipped = b.solve()
     assert not skipped and len(solved) == 7 and min(s.left_out for s in solved) == 1
     assert all(torch.isfinite(linear_weight(module)).all() for module in block_linears(b.block).values())
-    assert 0 < b.propagate(memo=b.job.memo) <= SEQLEN
+    assert 0 < b.propagate(cache=b.cache) <= SEQLEN
 
 
 def test_tokens_are_counted_once_where_memory_ends(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +242,7 @@ def test_a_linear_without_a_finite_token_stays_as_it_is(bench: Callable[..., Ben
     before = linear_weight(block_linears(b.block)["mlp.down_proj"]).clone()
     solved, skipped = b.solve()
     assert [(s.name, s.reason) for s in skipped] == [
-        ("model.layers.0.mlp.down_proj", "the calibration inputs are not finite for a single token")
+        ("model.layers.0.mlp.down_proj", "the calibration inputs of all tokens contain NaN or Inf")
     ]
     assert len(solved) == 6 and torch.equal(linear_weight(block_linears(b.block)["mlp.down_proj"]), before)
 
@@ -248,7 +253,7 @@ def test_a_group_whose_hessian_overflows_stays_as_it_is(bench: Callable[..., Ben
     b.block.input_layernorm.weight.mul_(1e25)  # type: ignore[union-attr, operator]
     skipped = b.solve()[1]
     assert [s.name.rpartition(".")[2] for s in skipped[:3]] == ["q_proj", "k_proj", "v_proj"]
-    assert all("too large to be squared" in s.reason and ";" not in s.reason for s in skipped[:3])
+    assert all("their squares overflow" in s.reason and ";" not in s.reason for s in skipped[:3])
 
 
 def indefinite(_: Tensor) -> bool:
@@ -299,7 +304,7 @@ def test_what_cannot_be_solved_stays_as_it_is(
     for n, m in block_linears(b.block).items():
         assert torch.equal(linear_weight(m), before[n]) == (n in group)
     inputs = b.outputs()
-    assert b.propagate(memo=b.job.memo) == 0
+    assert b.propagate(cache=b.cache) == 0
     with_memo = b.outputs()
     b.store.put(0, inputs)
     b.propagate()
@@ -321,7 +326,7 @@ def test_a_job_that_stops_names_the_linear(
 def test_a_job_that_stops_at_a_hessian_names_the_linears(bench: Callable[..., Bench]) -> None:
     b = bench(on_nonfinite="stop")
     b.poison(3, 11)
-    with pytest.raises(NumericsError, match=r"^model\.layers\.0\.self_attn\.q_proj, .*v_proj: the calibration inputs are not finite"):
+    with pytest.raises(NumericsError, match=r"^model\.layers\.0\.self_attn\.q_proj, .*v_proj: the calibration inputs contain NaN or Inf"):
         b.solve()
 
 
@@ -347,12 +352,12 @@ def test_rules_that_part_a_group_skip_what_fails_alone(bench: Callable[..., Benc
 def test_rounding_skips_a_scale_that_cannot_be_stored(bench: Callable[..., Bench]) -> None:
     b = bench()
     linear_weight(block_linears(b.block)["mlp.up_proj"])[3, 5] = 1e7
-    results = list(round_block(b.job))
+    results = list(quantize_weights(b.job, Rtn()))
     assert [r.name for r in results if isinstance(r, Skipped)] == ["model.layers.0.mlp.up_proj"]
     assert len(results) == 7
     stopping = BlockJob(**{f: getattr(b.job, f) for f in BlockJob.__slots__} | {"on_nonfinite": "stop"})  # type: ignore[attr-defined]
-    with pytest.raises(NumericsError, match="above fp16's largest"):
-        list(round_block(stopping))
+    with pytest.raises(NumericsError, match="above 65504, the maximum of fp16"):
+        list(quantize_weights(stopping, Rtn()))
 
 
 # Outputs.
@@ -379,7 +384,7 @@ def spoil(b: Bench, module: str, rows: tuple[int, ...], *, before: bool = False)
         found.register_forward_hook(after)
 
 
-@pytest.mark.parametrize("memo", [False, True], ids=["plain", "memo"])
+@pytest.mark.parametrize("cache", [False, True], ids=["plain", "cache"])
 @pytest.mark.parametrize(
     ("module", "before", "culprit"),
     [
@@ -390,14 +395,14 @@ def spoil(b: Bench, module: str, rows: tuple[int, ...], *, before: bool = False)
         ("", False, "the sum that the block returns"),
     ],
 )
-def test_outputs_name_the_module_and_the_rows(module: str, before: bool, culprit: str, memo: bool, bench: Callable[..., Bench]) -> None:
+def test_outputs_name_the_module_and_the_rows(module: str, before: bool, culprit: str, cache: bool, bench: Callable[..., Bench]) -> None:
     """Those of the first batch that has any."""
     b = bench()
-    if memo:
+    if cache:
         b.solve()
     spoil(b, module, (3, 5, 6), before=before)
     with pytest.raises(NumericsError) as caught:
-        b.propagate("stop", b.job.memo if memo else None)
+        b.propagate("stop", b.cache if cache else None)
     said = str(caught.value)
     assert said.startswith(f"model.layers.0: its outputs are not finite (NaN or Inf) for calibration rows 3, 5, beginning with {culprit}; ")
     assert "--dtype" in said and "--on-nonfinite skip" in said and "\n" not in said
@@ -454,7 +459,7 @@ def test_a_plan_counts_the_copy_that_tokens_are_left_out_of() -> None:
     for batch in (1, 4):
         for how in ("stop", "skip"):
             work = Work(rows=rows, tokens=10, scheme=lambda _: QuantScheme(), method="gptq", true_sequential=True, on_nonfinite=how)
-            choice = Choice(on_gpu=True, tier="gpu", batch=batch, memo=False, ahead=0, beside=False)
+            choice = Choice(on_gpu=True, tier="gpu", batch=batch, cache=False, ahead=0, beside=False)
             cost = job_cost(shape, work, choice, base=0)
             replay[batch, how] = next(p.device for p in cost.phases if p.name == "replay")
     assert replay[1, "skip"] - replay[1, "stop"] == 2 * seqlen * n

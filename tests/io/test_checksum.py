@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigq.errors import CheckpointError, ResourceError
-from bigq.io import checksummed
-from bigq.io.checksummed import read_record, read_sealed, seal, unseal, write_sealed
+from bigq.io import checksum
+from bigq.io.checksum import load_record, read_record_bytes, save_record, seal, unseal
 
 VALUES: list[dict[str, Any]] = [
     {},
@@ -124,8 +124,8 @@ def test_garbage_is_none_and_named(data: bytes, line: bool, tmp_path: Path) -> N
     assert unseal(data, line=line) is None
     path = tmp_path / "job.json"
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"job\.json: is damaged or was changed by hand; turn back$"):
-        read_sealed(path, "turn back")
+    with pytest.raises(CheckpointError, match=r"job\.json: damaged or edited by hand; turn back$"):
+        load_record(path, "turn back")
 
 
 @given(st.binary(max_size=200))
@@ -155,32 +155,32 @@ def test_any_object_comes_back_and_its_alterations_do_not(value: dict[str, Any],
 
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    assert read_sealed(path, "") is None and read_record(path) is None
-    write_sealed(path, VALUES[2])
-    assert read_sealed(path, "") == VALUES[2] and read_record(path) == seal(VALUES[2])
+    assert load_record(path, "") is None and read_record_bytes(path) is None
+    save_record(path, VALUES[2])
+    assert load_record(path, "") == VALUES[2] and read_record_bytes(path) == seal(VALUES[2])
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
-    assert read_record(path / "below") is None, "below a file there is nothing either"
+    assert read_record_bytes(path / "below") is None, "below a file there is nothing either"
 
 
 def test_a_folder_is_told(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=f"^{tmp_path}: cannot be read: Is a directory; check the disk"):
-        read_record(tmp_path)
-    with pytest.raises(ResourceError, match="cannot write"):
-        write_sealed(tmp_path, {})
+        read_record_bytes(tmp_path)
+    with pytest.raises(ResourceError, match="cannot be written"):
+        save_record(tmp_path, {})
 
 
 def test_a_record_that_is_absurdly_large_is_not_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with open(path, "wb") as file:
         file.truncate(2**40)
-    limit, checksummed.MAX_BYTES = checksummed.MAX_BYTES, 2**20
+    limit, checksum.MAX_BYTES = checksum.MAX_BYTES, 2**20
     try:
         with pytest.raises(CheckpointError, match=r"journal\.jsonl: is larger than 1048576 bytes"):
-            read_record(path)
+            read_record_bytes(path)
         os.truncate(path, 2**20)
-        assert len(read_record(path) or b"") == 2**20
+        assert len(read_record_bytes(path) or b"") == 2**20
     finally:
-        checksummed.MAX_BYTES = limit
+        checksum.MAX_BYTES = limit
 
 
 @pytest.mark.parametrize(("failures", "comes"), [(1, True), (2, True), (3, False)])
@@ -195,9 +195,9 @@ def test_a_file_replaced_over_nfs_is_read_again(failures: int, comes: bool, tmp_
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return open(*args)
 
-    monkeypatch.setattr(checksummed, "open", opening, raising=False)
+    monkeypatch.setattr(checksum, "open", opening, raising=False)
     if comes:
-        assert read_record(path) == b"x"
+        assert read_record_bytes(path) == b"x"
     else:
         with pytest.raises(ResourceError, match=r"owner\.json: cannot be read: Stale file handle"):
-            read_record(path)
+            read_record_bytes(path)

@@ -1,0 +1,24 @@
+"""The methods of quantization: one file each, behind the seam of ``bigq.methods.base``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from bigq.config import JobConfig
+from bigq.methods.base import Method
+from bigq.methods.gptaq import Gptaq
+from bigq.methods.gptq import Gptq
+from bigq.methods.rtn import Rtn
+from bigq.vocabulary import MethodName
+
+#: By the word of ``--method``, how a job's settings make the method.
+METHODS: Mapping[MethodName, Callable[[JobConfig], Method]] = {
+    "gptq": lambda config: Gptq(),
+    "gptaq": lambda config: Gptaq(config.alpha),
+    "rtn": lambda config: Rtn(),
+}
+
+
+def method_of(config: JobConfig) -> Method:
+    """The method that a job asks for."""
+    return METHODS[config.method](config)

@@ -1,0 +1,115 @@
+"""What a method of quantization is: the seam between the loop over units and the arithmetic of one Linear.
+
+A method sees groups of Linears that share an input. A ``DataFreeMethod`` looks at weights alone. A ``CalibratedMethod`` is given the
+group's inputs batch by batch (``Collector.add``), turns what it accumulated into a ``Solver``, and solves the group's Linears with it:
+
+    collector = method.collector(n, device, finite_only=…)
+    collector.add(x, reference)                 once per batch of calibration rows
+    collector.reduce(reduction)                 once, where several processes share the rows
+    solver = collector.finish(label)            frees or takes over the accumulators
+    factor = solver.factor(scheme, label, …)    once per ``solver.kind(scheme)``
+    factor.solve(weights, scheme, label)        one pass over all Linears of one scheme
+
+The loop owns everything else: replaying rows, what becomes of Linears that fail, the clock, and packing. A new method is a new file
+here and a line in ``bigq.methods.METHODS``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from bigq.kernels.grid import GridSpec
+from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.solver.hessian import Reduction
+from bigq.vocabulary import FORMAT_NAMES, FormatName, MethodName
+
+
+class Factor(Protocol):
+    """What Linears of one kind are solved with."""
+
+    def solve(self, weights: list[Tensor], scheme: QuantScheme, label: str) -> list[QuantizedWeight]:
+        """Quantize the weights [m_i, n] of Linears that share the input. Raises NumericsError, which begins with ``label``."""
+
+
+class Solver(Protocol):
+    """What was found out about one group's input."""
+
+    def kind(self, scheme: QuantScheme) -> Hashable:
+        """Schemes of one kind share a factor. Kinds of one solver can be sorted."""
+
+    def factor(self, scheme: QuantScheme, label: str, *, last: bool) -> Factor:
+        """The factor for the scheme's kind. Raises NumericsError, which begins with ``label``.
+
+        last: no other factor will be asked for, so the accumulators' memory may be overwritten.
+        """
+
+
+class Collector(Protocol):
+    """Accumulates the inputs of one group over the calibration rows."""
+
+    @property
+    def left_out(self) -> int:
+        """Tokens that were left out because they are not finite."""
+
+    def add(self, x: Tensor, reference: Tensor | None = None) -> None:
+        """Add the inputs [..., n] of a batch.
+
+        reference: the same tokens' inputs in the unquantized model, for methods with ``passes`` 2.
+        """
+
+    def reduce(self, reduction: Reduction) -> None:
+        """Add up the shares of several processes, each of which saw some of the rows (see ``bigq.sched.ranks``)."""
+
+    def finish(self, label: str) -> Solver:
+        """End the accumulation. Raises NumericsError, which begins with ``label``, where nothing useful was added."""
+
+
+class Method(ABC):
+    """What all methods have.
+
+    name: the word of ``--method``. title: in reports and model cards. passes: how often the calibration rows go through a block at
+    each step: 0 without calibration, 1 through the quantized model, 2 through the unquantized model too. error_meaning: what a Linear's
+    relative error is, for reports. formats: those that can hold what the method produces.
+    """
+
+    name: ClassVar[MethodName]
+    title: ClassVar[str]
+    passes: ClassVar[int]
+    error_meaning: ClassVar[str]
+    formats: ClassVar[tuple[FormatName, ...]] = FORMAT_NAMES
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method looks at calibration rows."""
+        return self.passes > 0
+
+    def grid(self, scheme: QuantScheme) -> GridSpec:
+        """How the method looks for a group's scale and zero point."""
+        return scheme.grid
+
+
+class DataFreeMethod(Method):
+    """A method that looks at weights alone."""
+
+    passes = 0
+
+    @abstractmethod
+    def quantize(self, weight: Tensor, scheme: QuantScheme, label: str) -> QuantizedWeight:
+        """Quantize one weight [m, n]. Raises NumericsError, which begins with ``label``."""
+
+
+class CalibratedMethod(Method):
+    """A method that looks at what Linears receive."""
+
+    @abstractmethod
+    def collector(self, n: int, device: torch.device, *, finite_only: bool) -> Collector:
+        """An accumulator for inputs of n features. finite_only: leave out tokens that hold NaN or Inf."""
+
+    def for_head(self) -> CalibratedMethod:
+        """The method for the output head, whose rows are known in the quantized model only."""
+        return self

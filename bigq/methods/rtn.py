@@ -1,0 +1,24 @@
+"""Rounding to nearest: each weight to the closest point of its group's grid, without calibration."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bigq.kernels.grid import GridSpec
+from bigq.methods.base import DataFreeMethod
+from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.solver.rtn import round_to_nearest, rtn_grid
+
+
+class Rtn(DataFreeMethod):
+    """``--method rtn``."""
+
+    name = "rtn"
+    title = "round-to-nearest"
+    error_meaning = "The squared rounding error of a Linear's weights, relative to the weights: ‖W − Q‖² / ‖W‖²."
+
+    def quantize(self, weight: Tensor, scheme: QuantScheme, label: str) -> QuantizedWeight:
+        return round_to_nearest(weight, scheme, label)
+
+    def grid(self, scheme: QuantScheme) -> GridSpec:
+        return rtn_grid(scheme)

@@ -1,0 +1,76 @@
+"""The output folder, claimed for one run: its owner, its journal, and the record of the run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigq.io.atomic import write_bytes
+from bigq.io.folders import STATE_FOLDER
+from bigq.job.journal import Journal
+from bigq.job.owner import Owner, ownership
+from bigq.job.request import compare
+from bigq.progress.clock import Clock
+from bigq.progress.progress import Progress
+from bigq.progress.trace import Trace
+from bigq.sched.plan.planner import Plan
+from bigq.sched.resolve import Job
+from bigq.sched.rows.checkpoint import Checkpoints
+from bigq.sched.run_record import RunMeter, record_run, run_entry
+from bigq.sched.units.base import Unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A folder that this process owns."""
+
+    owner: Owner
+    journal: Journal
+    checkpoints: Checkpoints
+    clock: Clock
+
+
+@contextlib.contextmanager
+def claimed(
+    job: Job,
+    units: Sequence[Unit],
+    request: Mapping[str, Any],
+    plan: Plan,
+    progress: Progress,
+    *,
+    started: float,
+    command: Sequence[str],
+) -> Iterator[Claim]:
+    """Own OUT, open its journal, and record the run when it begins and when it ends.
+
+    started: of the run, by ``time.monotonic``. command: the arguments that asked for it, for the record.
+    Raises ResourceError where another process owns the folder, UsageError, CheckpointError.
+    """
+    out, config = job.target.out, job.config
+    with ownership(out / STATE_FOLDER, progress, steal=config.steal_lock) as owner:
+        journal = Journal(out, request, [unit.shard.name for unit in units], compare)
+        notes = [*owner.notes, *journal.notes]
+        for note in notes:
+            progress.say(f"warning: {note}")
+        trace = Trace(keep=config.trace is not None)
+        clock = Clock(job.target.device, trace)
+        run = run_entry(job.pager, request, plan, journal, notes, model=job.target.model, command=command)
+        with record_run(journal, owner, run, RunMeter(started, clock, job.target.device), progress.say):
+            every = config.checkpoint_every if plan.choice.checkpoints else None
+            with _traced(config.trace, clock, trace):
+                yield Claim(owner=owner, journal=journal, checkpoints=Checkpoints(out / STATE_FOLDER, every, progress.say), clock=clock)
+
+
+@contextlib.contextmanager
+def _traced(file: str | None, clock: Clock, trace: Trace) -> Iterator[None]:
+    """Write the timeline at the end, also of a run that failed."""
+    try:
+        yield
+    finally:
+        if file is not None:
+            with contextlib.suppress(RuntimeError):  # a device that failed cannot report the rest
+                clock.synchronize()
+            write_bytes(Path(file), trace.to_json())

@@ -1,0 +1,50 @@
+"""The loop over units: each is a transaction.
+
+    load → collect and solve, level by level → write and commit → replay → evict
+
+What lies outside the blocks is copied first, so that a damaged embedding or a full disk is found before hours of work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from bigq.job.finish import reopen_folder
+from bigq.sched.shards import ShardWriter
+from bigq.sched.solving import Solving
+from bigq.sched.units.base import Bench, PlainUnit, StreamedUnit, Unit
+
+
+def run_units(
+    units: Sequence[Unit], writer: ShardWriter, bench: Callable[[], Bench], solving: Callable[[Bench], AbstractContextManager[Solving]]
+) -> int:
+    """Commit every unit that is not committed yet. Returns how many blocks earlier runs had committed.
+
+    bench, solving: made when the first streamed unit needs them, since they probe the model and open the calibration rows.
+    Raises Stopped, DataError, ResourceError; what is committed stays committed.
+    """
+    control = writer.control
+    missing = [unit for unit in units if writer.committed(unit.shard) is None]
+    resumed = sum(unit.block is not None for unit in units) - sum(unit.block is not None for unit in missing)
+    control.progress.start(resumed)
+    if missing:
+        reopen_folder(writer.journal.out)
+    for unit in missing:
+        if isinstance(unit, PlainUnit):
+            control.stop.check()
+            control.progress.phase(unit.doing)
+            with control.clock.phase(unit.phase):
+                writer.commit(unit.shard, unit.product(writer))
+            control.progress.read(unit.nbytes)
+    streamed = [unit for unit in units if isinstance(unit, StreamedUnit)]
+    left = [unit for unit in missing if isinstance(unit, StreamedUnit)]
+    if left:
+        with control.clock.phase("probe"):
+            made = bench()
+        with solving(made) as how:
+            for unit, last in how.visits(streamed, left):
+                unit.visit(made, how, last=last)
+        with control.clock.phase("write"):
+            writer.wait()
+    return resumed

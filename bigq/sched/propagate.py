@@ -1,0 +1,54 @@
+"""Replaying a whole block: its outputs become the inputs of the next one."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from bigq.errors import NumericsError
+from bigq.kernels.finiteness import is_finite
+from bigq.sched.nan_search import first_nonfinite, nonfinite_rows
+from bigq.sched.rows.shortcut_cache import ShortcutCache
+from bigq.sched.rows.store import ActivationStore
+from bigq.solver.hessian import OTHER_DTYPE, finite_tokens
+from bigq.vocabulary import OnNonfinite
+
+
+def propagate(
+    index: int,
+    block: nn.Module,
+    store: ActivationStore,
+    name: str,
+    cache: ShortcutCache | None = None,
+    on_nonfinite: OnNonfinite = "stop",
+    place: tuple[int, int] | None = None,
+) -> int:
+    """Replay the whole block; its outputs overwrite its inputs. Returns how many tokens' outputs are not finite: with "stop" none are.
+
+    place: block and step of this pass (see ``Halving``), where it is not the one that brings rows to the next block's entrance.
+    With "skip" they stay so. A later block's attention hands them on to other tokens of the same row, never to other rows.
+    Raises NumericsError, naming where it began, for outputs that are not finite, or with "skip" where not a single one is finite.
+    """
+    lost = tokens = 0
+
+    def run(lo: int, hi: int) -> None:
+        nonlocal lost, tokens
+        with (cache or ShortcutCache()).apply(block, store):
+            output = store.call(index, hi - lo).run(block, store.fetch(lo, hi))
+        here = 0
+        if not is_finite(output):
+            if on_nonfinite != "skip":
+                raise NumericsError(
+                    f"{name}: its outputs are not finite (NaN or Inf) for {nonfinite_rows(output, lo)}, beginning with "
+                    f"{first_nonfinite(block, store.call(index, hi - lo), store.rows(lo, hi))}; {OTHER_DTYPE}; "
+                    "when quantizing, --on-nonfinite skip goes on without such tokens"
+                )
+            here = int((~finite_tokens(output)).sum())
+        store.put(lo, output)
+        lost, tokens = lost + here, tokens + output[..., 0].numel()
+
+    store.update_pass(*(place or (index + 1, 0)), run)
+    if lost == tokens:
+        raise NumericsError(
+            f"{name}: its outputs are not finite for a single calibration token, so nothing is left to go on with; {OTHER_DTYPE}"
+        )
+    return lost

@@ -1,0 +1,39 @@
+"""How the work of a job is shared among processes: the seam for ``torch.distributed``.
+
+Each rank replays its own share of the calibration rows. What is accumulated over rows is added up (``HessianSum.reduce``), so every
+rank solves with the same sums. Each shard is written by one rank. Today there is one process, which has all rows and writes all shards.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from bigq.solver.hessian import Reduction
+
+
+class Ranks(Reduction, Protocol):
+    """The processes of a job."""
+
+    def rows(self, count: int) -> range:
+        """This rank's share of the calibration rows: a range of row numbers."""
+
+    def writes(self, unit: int) -> bool:
+        """Whether this rank writes and commits the shard of a unit, by its number."""
+
+
+class OneProcess:
+    """A job in one process."""
+
+    def tensor_(self, share: Tensor) -> None:
+        """The share is the sum."""
+
+    def number(self, share: int) -> int:
+        return share
+
+    def rows(self, count: int) -> range:
+        return range(count)
+
+    def writes(self, unit: int) -> bool:
+        return True

@@ -1,0 +1,146 @@
+"""What ``quantize`` was asked for, resolved: first the folders and the settings, then the model, its rows and its units."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigq.calibration import calibration_rows, require_vocabulary
+from bigq.config import JobConfig
+from bigq.conversion.gguf import check_gguf_job
+from bigq.errors import UnsupportedModelError, UsageError
+from bigq.io.file_stamps import Stamps
+from bigq.io.folders import STATE_FOLDER, refuse_nesting
+from bigq.io.hub import resolve_model
+from bigq.job.journal import read_job, require_job_folder
+from bigq.job.owner import refuse_if_held
+from bigq.job.request import compare, make_request, require_same_code
+from bigq.job.settle import check_shapes, row_length, settled_scheme
+from bigq.job.stop import Stop
+from bigq.machine.device import choose_device
+from bigq.methods import method_of
+from bigq.methods.base import Method
+from bigq.model.pager import Pager
+from bigq.sched.units.base import Unit
+from bigq.sched.units.block import BlockUnit
+from bigq.sched.units.copied import copied_units
+from bigq.sched.units.head import HeadUnit, head_to_quantize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where a job reads and writes. begun: the frozen request of the job that OUT holds; None where it holds none.
+
+    model: as it was given. config: as asked for, with what is left open as ``begun`` has it.
+    """
+
+    model: str
+    folder: Path
+    out: Path
+    config: JobConfig
+    begun: Mapping[str, Any] | None
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A job whose settings are settled. rows: calibration tokens [N, T]; None for methods that look at none.
+
+    stamps: notices source files that change.
+    """
+
+    target: Target
+    pager: Pager
+    config: JobConfig
+    method: Method
+    rows: Tensor | None
+    stamps: Stamps
+
+    def with_batch(self, batch: int) -> Job:
+        """The same job with the batch that the plan chose."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, batch=batch))
+
+
+def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Target:
+    """Find the model's folder and look at OUT. Nothing is written.
+
+    config: None means as the job in OUT was begun, or the defaults where there is none.
+    Raises UsageError, CheckpointError, ResourceError.
+    """
+    out = Path(os.path.expanduser(out))
+    begun = read_job(out)
+    before = None if begun is None else JobConfig.from_frozen(begun.get("settings"), f"{out}: its job.json")
+    config = config or before or JobConfig()
+    if config.batch is None and before is not None:
+        config = dataclasses.replace(config, batch=before.batch)
+    device = choose_device(config.device)
+    folder = resolve_model(model)
+    refuse_nesting(folder, out)
+    if config.trace is not None and not Path(config.trace).parent.is_dir():
+        raise UsageError(f"--trace {config.trace}: its folder does not exist; make it first")
+    require_job_folder(out)
+    refuse_if_held(out / STATE_FOLDER)
+    if begun is not None and config.trust_remote_code:
+        require_same_code(out, begun, folder)  # before any of it is run
+    return Target(model=model, folder=folder, out=out, config=config, begun=begun, device=device)
+
+
+def resolve_job(target: Target, stop: Stop) -> Job:
+    """Open the model, settle what the settings leave open, and read the calibration rows.
+
+    Raises Stopped, UsageError, DataError.
+    """
+    config = target.config
+    pager = Pager(target.folder, device=target.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    stamps = Stamps({target.folder / "config.json", *(info.file for info in pager.checkpoint.tensors.values())})
+    if pager.packed:
+        raise UnsupportedModelError(f"{target.folder}: is already quantized; give the reference model")
+    config = dataclasses.replace(config, seqlen=row_length(pager.config, config), scheme=settled_scheme(pager, config))
+    check_shapes(pager, config)
+    if config.format == "gguf":
+        check_gguf_job(pager, config)
+    stop.check()
+    method = method_of(config)
+    rows = _rows(pager, config) if method.calibrated else None
+    stop.check()
+    return Job(target=target, pager=pager, config=config, method=method, rows=rows, stamps=stamps)
+
+
+def _rows(pager: Pager, config: JobConfig) -> Tensor:
+    """The calibration rows [N, T] of a job whose row length is settled. Raises CalibrationError."""
+    assert config.seqlen is not None
+    rows = calibration_rows(
+        config.calibration,
+        pager.folder,
+        samples=config.samples,
+        seqlen=config.seqlen,
+        seed=config.seed,
+        trust_remote_code=config.trust_remote_code,
+    )
+    require_vocabulary(rows, pager.embedding.num_embeddings)
+    return rows
+
+
+def units_of(job: Job) -> list[Unit]:
+    """The units of a job in the order of their shards: copied tensors, blocks, and the head where it is quantized."""
+    pager = job.pager
+    head = head_to_quantize(pager, job.config)
+    copied = copied_units(pager, [] if head is None else [head.source.name])
+    blocks = [BlockUnit(len(copied) + i, i, pager) for i in range(len(pager.blocks))]
+    return [*copied, *blocks, *([] if head is None else [HeadUnit(len(copied) + len(blocks), head)])]
+
+
+def request_of(job: Job) -> dict[str, Any]:
+    """What is kept of the job in OUT. Raises UsageError where the job in OUT was begun otherwise: a refused job changes nothing there."""
+    target = job.target
+    request = make_request(job.config, target.folder, job.pager.checkpoint.fingerprint, job.rows, target.device)
+    if target.begun is not None:
+        compare(target.out, target.begun, request)
+    return request

@@ -1,0 +1,46 @@
+"""What becomes of one Linear: solved, or skipped with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bigq.progress.clock import Lap
+from bigq.progress.records import LinearRecord
+from bigq.scheme import QuantizedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """One quantized Linear: its full module name, its codes, and the seconds of its factor and solve, known once the clock has settled.
+
+    left_out: calibration tokens that were left out of its sums because they are not finite.
+    """
+
+    name: str
+    weight: QuantizedWeight
+    seconds: Mapping[str, Lap]
+    left_out: int = 0
+
+    def record(self) -> LinearRecord:
+        """What the journal and the report say of it."""
+        weight = self.weight
+        m, n = weight.codes.shape
+        return LinearRecord(
+            name=self.name,
+            bits=weight.scheme.bits,
+            group_size=weight.scheme.group_size,
+            shape=(m, n),
+            loss=weight.loss,
+            relative_error=weight.relative_error,
+            damping=weight.damping,
+            seconds=self.seconds,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """One Linear that cannot be quantized and stays unquantized: its full module name, and why."""
+
+    name: str
+    reason: str

@@ -1,0 +1,77 @@
+"""The calibration rows of a job, on their way from the embedding through the blocks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bigq import faults
+from bigq.job.batches import Batches
+from bigq.model.pager import Pager
+from bigq.sched.rows.checkpoint import Checkpoints
+from bigq.sched.rows.probe import Probe, embed, store_for
+from bigq.sched.rows.store import ActivationStore
+from bigq.sched.rows.tiers import Tier
+
+
+@dataclass(slots=True, kw_only=True)
+class CalibrationRows:
+    """Token ids [N, T] and the hidden states that they have become.
+
+    quantized: as the quantized blocks leave them. unquantized: as the unquantized blocks do, for methods that correct the upstream error.
+    at: the block whose inputs the stores hold, the number of blocks behind the last one; None while they are being overwritten.
+    """
+
+    tokens: Tensor
+    probe: Probe
+    quantized: ActivationStore
+    unquantized: ActivationStore | None
+    checkpoints: Checkpoints
+    at: int | None = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(
+        cls, tokens: Tensor, pager: Pager, probe: Probe, batches: Batches, tier: Tier, checkpoints: Checkpoints, *, both_models: bool
+    ) -> Iterator[CalibrationRows]:
+        """Room for the rows; ``enter`` fills it. both_models: for those of the unquantized model too."""
+        with contextlib.ExitStack() as stack:
+            quantized = stack.enter_context(contextlib.closing(store_for(pager, tokens, batches, probe, tier)))
+            unquantized = stack.enter_context(contextlib.closing(quantized.empty_like())) if both_models else None
+            yield cls(tokens=tokens, probe=probe, quantized=quantized, unquantized=unquantized, checkpoints=checkpoints)
+
+    @property
+    def stores(self) -> tuple[ActivationStore, ...]:
+        return (self.quantized,) if self.unquantized is None else (self.quantized, self.unquantized)
+
+    def enter(self, pager: Pager, wanted: int) -> int:
+        """Fill the stores from the newest checkpoint at or before block ``wanted``, else by the embedding. Returns where they are."""
+        at = self.checkpoints.restore(wanted, *self.stores)
+        if at is None:
+            embed(pager, self.tokens, self.probe, self.quantized)
+            if self.unquantized is not None:
+                self.unquantized.copy_from(self.quantized)
+            at = 0
+        self.at = at
+        faults.point("rows.embedded")
+        return at
+
+    def watch(self, pause: Callable[[], None], passing: Callable[[str, int, int], None]) -> None:
+        """Call ``pause`` before each batch, and ``passing`` with how far a pass is."""
+        for store in self.stores:
+            store.before_batch, store.on_progress = pause, passing
+
+    def save(self, event: Callable[..., None], blocks: int) -> None:
+        """Save the hidden states on disk, where there is room. Nothing happens while they are being overwritten."""
+        if self.at is None:
+            return
+        self.checkpoints.save(self.at, *self.stores)
+        if self.checkpoints.keeps(self.at):
+            event("checkpoint", block=self.at + 1, blocks=blocks)
+
+    def expected_saving_seconds(self) -> float:
+        """How long ``save`` is expected to take."""
+        return self.checkpoints.expected_seconds(*self.stores)

@@ -1,0 +1,256 @@
+"""Solving the Linears of one block, level by level ("true-sequential").
+
+Each level replays the calibration rows through what is already quantized, up to the inputs of the level's Linears. A module with a
+shortcut runs once: its output follows from the inputs that were accumulated (``rows.shortcut_cache``).
+
+Methods that correct the upstream error also replay each batch through the unquantized block, on the rows of the unquantized model
+(``rows.reference``), so that a Linear's inputs in both models are known together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bigq.errors import NumericsError
+from bigq.machine.memory import return_freed_memory
+from bigq.methods.base import CalibratedMethod, Collector, DataFreeMethod
+from bigq.model.blocks import block_linears
+from bigq.model.capture import BlockCall, StopForward, replace_forwards
+from bigq.model.skeleton import linear_weight, set_linear_weight
+from bigq.model.structure import BlockPlan, Group, Shortcut
+from bigq.progress.clock import Clock
+from bigq.sched.ranks import OneProcess, Ranks
+from bigq.sched.results import Skipped, Solved
+from bigq.sched.rows.reference import ReferenceBlock
+from bigq.sched.rows.shortcut_cache import ShortcutCache
+from bigq.sched.rows.store import ActivationStore
+from bigq.scheme import QuantScheme
+from bigq.vocabulary import OnNonfinite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockJob:
+    """One loaded block and how its Linears are quantized.
+
+    index: of the block. prefix: its module path. schemes: by the Linear's name in the block; Linears without one stay unquantized.
+    on_nonfinite: "stop" with an error where a value is not finite or a factorization fails, or "skip" the tokens and Linears concerned.
+    """
+
+    index: int
+    prefix: str
+    block: nn.Module
+    plan: BlockPlan
+    schemes: Mapping[str, QuantScheme]
+    device: torch.device
+    clock: Clock
+    on_nonfinite: OnNonfinite = "stop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockRows:
+    """The calibration rows at one block's entrance.
+
+    store: as the quantized blocks before leave them. cache: module outputs that are kept on their way through the block.
+    reference: the same rows in the unquantized model, for methods that correct the upstream error.
+    """
+
+    store: ActivationStore
+    cache: ShortcutCache
+    reference: ReferenceBlock | None = None
+
+
+def solve_block(
+    job: BlockJob, rows: BlockRows, method: CalibratedMethod, *, true_sequential: bool, ranks: Ranks | None = None
+) -> Iterator[Solved | Skipped]:
+    """Quantize a block's Linears with a method that looks at their inputs, level by level.
+
+    Afterwards each Linear holds its dequantized codes; a skipped one is unchanged.
+    Raises NumericsError, naming the Linear, where activations or sums are not finite or a factorization fails, unless the job skips those.
+    """
+    linears = block_linears(job.block)
+    # A level makes at most one pass to collect and one for each shortcut. Numbered so, a level's steps do not depend on the memo.
+    passes = 1 + method.passes * len(linears)
+    for step, level in zip(itertools.count(1, passes), job.plan.levels(true_sequential), strict=False):
+        wanted = [Group(kept, g.level) for g in level if (kept := tuple(n for n in g.names if n in job.schemes))]
+        if not wanted:
+            continue
+        names = {name for group in wanted for name in group.names}
+        keep = [s for s in job.plan.shortcuts if s.linear in names] if true_sequential else []
+        with job.clock.phase("replay"):
+            collectors = rows.store.read_pass(job.index, step, functools.partial(_collect, job, rows, method, linears, wanted, keep))
+        return_freed_memory()
+        for group in wanted:
+            collector = collectors.pop(group.names)
+            collector.reduce(ranks or OneProcess())
+            yield from _solve_group(job, rows, linears, group, collector)
+            del collector
+        return_freed_memory()
+        with job.clock.phase("replay"):
+            for number, shortcut in enumerate(keep, 1):
+                linear = linears[shortcut.linear]
+                rows.cache.compute_outputs(shortcut, linear, rows.store, job.index, step + number)
+                if rows.reference is not None:
+                    with rows.reference.unquantized_weights(job.block):
+                        rows.reference.cache.compute_outputs(
+                            shortcut, linear, rows.reference.store, job.index, step + len(linears) + number
+                        )
+
+
+def _collect(
+    job: BlockJob,
+    rows: BlockRows,
+    method: CalibratedMethod,
+    linears: Mapping[str, nn.Module],
+    groups: list[Group],
+    keep: list[Shortcut],
+) -> dict[tuple[str, ...], Collector]:
+    """Replay the calibration rows until every wanted Linear has seen its input; one collector per group, by the group's names."""
+    store, reference = rows.store, rows.reference
+
+    def collector(group: Group) -> Collector:
+        n = linear_weight(linears[group.names[0]]).shape[1]
+        return method.collector(n, job.device, finite_only=job.on_nonfinite == "skip")
+
+    collectors = {group.names: collector(group) for group in groups}
+    leader = {group.names[0]: collectors[group.names] for group in groups}
+    kept = {shortcut.linear: shortcut for shortcut in keep}
+    seen: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        if name in leader:
+            with job.clock.phase("hessian"):
+                leader[name].add(x, seen.pop(name, None))
+        if name in kept:
+            rows.cache.put(kept[name], store, x)
+
+    def replay_reference(reference: ReferenceBlock, call: BlockCall) -> None:
+        def see_reference(name: str, x: Tensor) -> None:
+            if name in leader:
+                seen[name] = x
+            if name in kept:
+                reference.cache.put(kept[name], reference.store, x)
+
+        with reference.unquantized_weights(job.block), reference.cache.apply(job.block, reference.align(store)):
+            _run_up_to(job.block, linears, groups, call, reference.store.fetch(*store.at), see_reference)
+
+    for hidden, call in store.batches(job.index):
+        if reference is not None:
+            replay_reference(reference, call)
+        with rows.cache.apply(job.block, store):
+            _run_up_to(job.block, linears, groups, call, hidden, see)
+    return collectors
+
+
+def _run_up_to(
+    block: nn.Module,
+    linears: Mapping[str, nn.Module],
+    groups: Sequence[Group],
+    call: BlockCall,
+    hidden: Tensor,
+    see: Callable[[str, Tensor], None],
+) -> None:
+    """Run a block until every Linear of the groups has seen its input; ``see`` is given each Linear's name and input.
+
+    Those of the deepest level do not compute: what they reach is not looked at.
+    """
+    names = [name for g in groups for name in g.names]
+    deepest = max(g.level for g in groups)
+    feeding = {name for g in groups if g.level < deepest for name in g.names}
+    waiting = set(names)
+
+    def make(k: int) -> Callable[[Tensor], Tensor]:
+        name, module = names[k], linears[names[k]]
+        outputs = linear_weight(linears[name]).shape[0]
+
+        def forward(x: Tensor) -> Tensor:
+            see(name, x)
+            waiting.discard(name)
+            if not waiting:
+                raise StopForward
+            if name in feeding:
+                y: Tensor = type(module).forward(module, x)
+                return y
+            return x.new_zeros(*x.shape[:-1], outputs)
+
+        return forward
+
+    with replace_forwards([linears[name] for name in names], make), contextlib.suppress(StopForward):
+        call.run(block, hidden)
+
+
+def _solve_group(
+    job: BlockJob, rows: BlockRows, linears: Mapping[str, nn.Module], group: Group, collector: Collector
+) -> Iterator[Solved | Skipped]:
+    """Solve a group's Linears together, as far as their schemes agree.
+
+    Linears that fail together are skipped together: readers that fuse Linears (q/k/v, gate/up) want all of them quantized or none.
+    """
+    label = ", ".join(f"{job.prefix}.{n}" for n in group.names)
+    with _skipping(job, group.names, label) as skipped, job.clock.phase("hessian"):
+        solver = collector.finish(label)
+    if skipped:
+        yield from skipped
+        return
+    kinds: dict[Hashable, dict[QuantScheme, list[str]]] = {}
+    for name in group.names:
+        scheme = job.schemes[name]
+        kinds.setdefault(solver.kind(scheme), {}).setdefault(scheme, []).append(name)
+    ordered = sorted(kinds)  # type: ignore[type-var]  # the kinds of one solver can be sorted
+    for kind in ordered:
+        alike = kinds[kind]
+        names = [name for same in alike.values() for name in same]
+        with _skipping(job, names, label) as skipped, job.clock.phase("factor") as factor_time:
+            factor = solver.factor(next(iter(alike)), label, last=kind == ordered[-1])
+            return_freed_memory()
+        if skipped:
+            yield from skipped
+            continue
+        for scheme, names in alike.items():
+            with _skipping(job, names, label) as skipped, job.clock.phase("solve") as solve_time:
+                results = factor.solve([linear_weight(linears[n]) for n in names], scheme, label)
+                return_freed_memory()
+            if skipped:
+                yield from skipped
+                continue
+            seconds = {"factor": factor_time, "solve": solve_time}
+            for name, result in zip(names, results, strict=True):
+                if rows.reference is not None:
+                    rows.reference.keep_weight(name, linears[name])
+                set_linear_weight(linears[name], result.dequantize(linear_weight(linears[name]).dtype))
+                yield Solved(f"{job.prefix}.{name}", result, seconds, collector.left_out)
+
+
+@contextlib.contextmanager
+def _skipping(job: BlockJob, names: Sequence[str], label: str) -> Iterator[list[Skipped]]:
+    """Where the job is to skip what fails, a NumericsError inside ends there and fills the list that this gives: one for each name.
+
+    label: what the error's message begins with; behind its first semicolon is advice.
+    """
+    skipped: list[Skipped] = []
+    try:
+        yield skipped
+    except NumericsError as error:
+        if job.on_nonfinite != "skip":
+            raise
+        reason = str(error).removeprefix(f"{label}: ").partition(";")[0]
+        skipped += [Skipped(f"{job.prefix}.{name}", reason) for name in names]
+
+
+def quantize_weights(job: BlockJob, method: DataFreeMethod) -> Iterator[Solved | Skipped]:
+    """Quantize a block's Linears with a method that looks at weights alone. The block itself is unchanged."""
+    linears = block_linears(job.block)
+    for name, scheme in job.schemes.items():
+        label = f"{job.prefix}.{name}"
+        with _skipping(job, [name], label) as skipped, job.clock.phase("solve") as solve_time:
+            result = method.quantize(linear_weight(linears[name]), scheme, label)
+        if skipped:
+            yield from skipped
+            continue
+        yield Solved(label, result, {"solve": solve_time})

@@ -1,0 +1,101 @@
+"""Quantizing the output head, from the hidden states that leave the last block.
+
+The head is the one Linear outside the blocks that is worth it. Its Hessian is as small as the hidden states are wide. Its rows, one for
+each word of the vocabulary, are solved some at a time: they share the factor, and no row depends on another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigq.methods.base import CalibratedMethod, Collector, DataFreeMethod
+from bigq.model import skeleton
+from bigq.model.capture import StopForward, replace_forwards
+from bigq.model.pager import Pager
+from bigq.progress.clock import Clock, Lap
+from bigq.sched.plan.cost import HEAD_CHUNK
+from bigq.sched.ranks import Ranks
+from bigq.sched.results import Solved
+from bigq.sched.rows.calibration import CalibrationRows
+from bigq.scheme import QuantizedWeight, QuantScheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadJob:
+    """The output head and how it is quantized. name, module: its Linear, weight [V, d]. finite_only: leave out tokens with NaN or Inf."""
+
+    name: str
+    module: nn.Linear
+    scheme: QuantScheme
+    pager: Pager
+    clock: Clock
+    finite_only: bool = False
+
+
+def quantize_head(job: HeadJob, method: DataFreeMethod) -> Solved:
+    """Quantize the head from its weight alone; it is loaded only meanwhile. Raises NumericsError."""
+    with job.pager.head_loaded(), job.clock.phase("solve") as solving:
+        return Solved(job.name, _by_rows(job, lambda rows: method.quantize(rows, job.scheme, job.name)), {"solve": solving})
+
+
+def solve_head(job: HeadJob, rows: CalibrationRows, method: CalibratedMethod, ranks: Ranks) -> Solved:
+    """Quantize the head on the hidden states behind the last block; it is loaded only meanwhile. Raises NumericsError."""
+    collector = _collect(job, rows, method)
+    collector.reduce(ranks)
+    with job.clock.phase("hessian"):
+        solver = collector.finish(job.name)
+    seconds: dict[str, Lap] = {}
+    with job.clock.phase("factor") as seconds["factor"]:
+        factor = solver.factor(job.scheme, job.name, last=True)
+    with job.pager.head_loaded(), job.clock.phase("solve") as seconds["solve"]:
+        weight = _by_rows(job, lambda part: factor.solve([part], job.scheme, job.name)[0])
+    return Solved(job.name, weight, seconds, collector.left_out)
+
+
+def _collect(job: HeadJob, rows: CalibrationRows, method: CalibratedMethod) -> Collector:
+    """What the head receives, by the model's own forward behind its blocks. The head itself is not loaded and does not compute."""
+    inputs = skeleton.linear_weight(job.module).shape[1]
+    pager, store = job.pager, rows.quantized
+
+    def run() -> Collector:
+        collector = method.collector(inputs, pager.device, finite_only=job.finite_only)
+
+        def see(x: Tensor) -> Tensor:
+            with job.clock.phase("hessian"):
+                collector.add(x)
+            raise StopForward
+
+        for lo, hi in store.spans():
+            store.before_batch()
+            hidden = store.fetch(lo, hi)
+
+            def make(i: int, hidden: Tensor = hidden) -> Callable[..., Any]:
+                return see if i == len(pager.blocks) else lambda *args, **kwargs: rows.probe.form.wrap(hidden)
+
+            with replace_forwards([*pager.blocks, job.module], make), contextlib.suppress(StopForward):
+                pager.model(input_ids=rows.tokens[lo:hi].to(pager.device), use_cache=False)
+        return collector
+
+    with job.clock.phase("replay"), pager.rest_loaded(), pager.embedding_rows(rows.tokens):
+        return store.read_pass(len(pager.blocks), 1, run)
+
+
+def _by_rows(job: HeadJob, quantize: Callable[[Tensor], QuantizedWeight]) -> QuantizedWeight:
+    """Quantize the head's weight, some rows at a time."""
+    weight = skeleton.linear_weight(job.module)
+    parts = [quantize(rows) for rows in weight.split(max(1, HEAD_CHUNK // weight.shape[1]))]
+    return QuantizedWeight(
+        codes=torch.cat([part.codes for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        zeros=torch.cat([part.zeros for part in parts]),
+        scheme=job.scheme,
+        loss=sum(part.loss for part in parts),
+        energy=sum(part.energy for part in parts),
+        damping=parts[0].damping,
+    )

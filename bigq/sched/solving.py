@@ -1,0 +1,210 @@
+"""How the units of a job are solved: with calibration rows that stream through them, or from weights alone.
+
+``Solving`` hides from units which of the two it is. It decides which units must be visited, since rows have to go through every unit
+before one that is missing, and what a unit's Linears are solved with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from bigq import faults
+from bigq.errors import Stopped
+from bigq.methods.base import CalibratedMethod, DataFreeMethod, Method
+from bigq.model.pager import Pager
+from bigq.sched.control import Control
+from bigq.sched.propagate import propagate
+from bigq.sched.ranks import Ranks
+from bigq.sched.results import Skipped, Solved
+from bigq.sched.rows.calibration import CalibrationRows
+from bigq.sched.rows.reference import REFERENCE_STEP, ReferenceBlock
+from bigq.sched.rows.shortcut_cache import ShortcutCache
+from bigq.sched.solve_block import BlockJob, BlockRows, quantize_weights, solve_block
+from bigq.sched.solve_head import HeadJob, quantize_head, solve_head
+
+U = TypeVar("U")
+
+
+class BlockVisit(Protocol):
+    """One block, while it is loaded."""
+
+    def solve(self) -> Iterator[Solved | Skipped]:
+        """Quantize the block's Linears."""
+
+    def advance(self, restore: Callable[[], None] | None, loading: float) -> int:
+        """Take the calibration rows through the block. Returns how many tokens are not finite afterwards.
+
+        restore: puts the committed weights in place, for a block that was not solved in this run. loading: seconds that it took to load.
+        """
+
+
+class Solving(Protocol):
+    """How units are solved. batch: calibration rows that go through a unit at once now; None without calibration."""
+
+    @property
+    def batch(self) -> int | None: ...
+
+    def visits(self, units: Sequence[U], missing: Sequence[U]) -> Iterator[tuple[U, bool]]:
+        """(unit, whether it is the last one) for the streamed units to visit, in order. missing: those that are not committed."""
+
+    def block(self, job: BlockJob) -> contextlib.AbstractContextManager[BlockVisit]:
+        """The visit of a loaded block."""
+
+    def head(self, job: HeadJob) -> Solved:
+        """Quantize the output head. Raises NumericsError."""
+
+    def between(self) -> None:
+        """Between two units: save the hidden states if that is due."""
+
+
+class WithoutRows:
+    """Units are solved from their weights alone, each by itself."""
+
+    batch = None
+
+    def __init__(self, method: DataFreeMethod) -> None:
+        self._method = method
+
+    def visits(self, units: Sequence[U], missing: Sequence[U]) -> Iterator[tuple[U, bool]]:
+        for unit in missing:
+            yield unit, True
+
+    @contextlib.contextmanager
+    def block(self, job: BlockJob) -> Iterator[BlockVisit]:
+        yield _VisitWithoutRows(job, self._method)
+
+    def head(self, job: HeadJob) -> Solved:
+        return quantize_head(job, self._method)
+
+    def between(self) -> None:
+        """There are no hidden states."""
+
+
+class _VisitWithoutRows:
+    def __init__(self, job: BlockJob, method: DataFreeMethod) -> None:
+        self._job, self._method = job, method
+
+    def solve(self) -> Iterator[Solved | Skipped]:
+        return quantize_weights(self._job, self._method)
+
+    def advance(self, restore: Callable[[], None] | None, loading: float) -> int:
+        """There are no rows."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WithRows:
+    """Units are solved in order, on calibration rows that stream through them.
+
+    wait: returns once everything handed over is committed; called before hidden states are saved.
+    """
+
+    method: CalibratedMethod
+    true_sequential: bool
+    rows: CalibrationRows
+    pager: Pager
+    control: Control
+    ranks: Ranks
+    wait: Callable[[], None]
+
+    @property
+    def batch(self) -> int | None:
+        return self.rows.quantized.batch
+
+    def visits(self, units: Sequence[U], missing: Sequence[U]) -> Iterator[tuple[U, bool]]:
+        """From where the rows are to the last missing unit."""
+        progress, clock = self.control.progress, self.control.clock
+        progress.phase("calibration rows")
+        with clock.phase("embed"):
+            at = self.rows.enter(self.pager, units.index(missing[0]))
+        self.rows.watch(self.control.pause, progress.step)
+        for _ in range(at):
+            progress.block_skipped()
+        for unit in units[at : units.index(missing[-1]) + 1]:
+            yield unit, unit is missing[-1]
+
+    @contextlib.contextmanager
+    def saved_on_stop(self) -> Iterator[None]:
+        """Where the job stops inside, save the hidden states, as far as the grace allows."""
+        try:
+            yield
+        except Stopped:
+            self.wait()
+            if self.rows.expected_saving_seconds() < self.control.stop.seconds_left / 2:
+                self._save()
+            raise
+
+    @contextlib.contextmanager
+    def block(self, job: BlockJob) -> Iterator[BlockVisit]:
+        with contextlib.ExitStack() as stack:
+            cache = stack.enter_context(contextlib.closing(ShortcutCache()))
+            reference = None
+            if self.rows.unquantized is not None:
+                reference = ReferenceBlock(self.rows.unquantized, stack.enter_context(contextlib.closing(ShortcutCache())))
+            yield _VisitWithRows(self, job, BlockRows(store=self.rows.quantized, cache=cache, reference=reference))
+
+    def head(self, job: HeadJob) -> Solved:
+        return solve_head(job, self.rows, self.method.for_head(), self.ranks)
+
+    def between(self) -> None:
+        if self.rows.checkpoints.due and self.rows.at is not None:
+            self.control.progress.phase(f"saving activations at block {self.rows.at + 1}")
+            with self.control.clock.phase("checkpoint"):
+                self.wait()
+                self._save()
+
+    def _save(self) -> None:
+        self.rows.save(self.control.progress.event, len(self.pager.blocks))
+
+
+@dataclass(frozen=True, slots=True)
+class _VisitWithRows:
+    solving: WithRows
+    job: BlockJob
+    at: BlockRows
+
+    def solve(self) -> Iterator[Solved | Skipped]:
+        solving = self.solving
+        return solve_block(self.job, self.at, solving.method, true_sequential=solving.true_sequential, ranks=solving.ranks)
+
+    def advance(self, restore: Callable[[], None] | None, loading: float) -> int:
+        """Replay the block for the unquantized rows first: until they are through, a restored block holds its unquantized weights."""
+        job, rows, control = self.job, self.solving.rows, self.solving.control
+        control.progress.phase("replay", job.index)
+        control.pause()
+        rows.at = None
+        started = time.monotonic()
+        lost = 0
+        if (reference := self.at.reference) is not None:
+            with control.clock.phase("replay"), reference.unquantized_weights(job.block):
+                place = (job.index, REFERENCE_STEP)
+                lost = propagate(job.index, job.block, reference.store, job.prefix, reference.cache, job.on_nonfinite, place)
+        if restore is not None:
+            restore()
+        with control.clock.phase("replay"):
+            lost = propagate(job.index, job.block, self.at.store, job.prefix, self.at.cache, job.on_nonfinite) or lost
+        rows.at = job.index + 1
+        if lost:
+            control.progress.say(
+                f"block {job.index + 1}: the outputs of {lost} calibration tokens are not finite; they are left out from here on"
+            )
+        faults.point("block.replayed")
+        # A resumed job replays the block without kept module outputs, so attention runs a second time.
+        passes = 2 if job.plan.shortcuts and restore is None else 1
+        rows.checkpoints.add_replay_time(loading + passes * (time.monotonic() - started))
+        return lost
+
+
+@contextlib.contextmanager
+def solving_of(method: Method, with_rows: Callable[[CalibratedMethod], contextlib.AbstractContextManager[WithRows]]) -> Iterator[Solving]:
+    """How the units of a job are solved by a method. with_rows: opens the calibration rows, for methods that look at any."""
+    if isinstance(method, CalibratedMethod):
+        with with_rows(method) as solving, solving.saved_on_stop():
+            yield solving
+    else:
+        assert isinstance(method, DataFreeMethod)
+        yield WithoutRows(method)

@@ -1,0 +1,142 @@
+"""A decoder block as a unit of work: load, solve, hand over, replay, evict."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from bigq import faults
+from bigq.config import JobConfig
+from bigq.io.formats import Format
+from bigq.job.finish import FinishedBlock
+from bigq.job.journal import Commit
+from bigq.machine.memory import return_freed_memory
+from bigq.model import skeleton
+from bigq.model.pager import Pager
+from bigq.model.skeleton import linear_weight
+from bigq.model.structure import BlockPlan
+from bigq.progress.records import LinearRecord
+from bigq.sched.results import Skipped
+from bigq.sched.shards import Product, Shard
+from bigq.sched.solve_block import BlockJob
+from bigq.sched.solving import BlockVisit, Solving
+from bigq.sched.units.base import Bench, StreamedUnit
+from bigq.scheme import QuantScheme, scheme_for
+
+
+class BlockUnit(StreamedUnit):
+    """Decoder block ``index``, whose shard has the number ``number``."""
+
+    def __init__(self, number: int, index: int, pager: Pager) -> None:
+        self.block = self.index = index
+        self.prefix = f"{pager.blocks_path}.{index}"
+        own = {info.name for name, info in pager.sources.items() if name.startswith(self.prefix + ".")}
+        self.shard = Shard(number=number, name=f"block-{index}", sources=[name for name in pager.checkpoint if name in own])
+
+    def visit(self, bench: Bench, solving: Solving, *, last: bool) -> None:
+        control, pager, blocks = bench.control, bench.pager, len(bench.pager.blocks)
+        progress = control.progress
+        control.clock.subject = self.prefix
+        commit = bench.writer.committed(self.shard)
+        control.begin("solve" if commit is None else "replay", f"block {self.index + 1} of {blocks}")
+        progress.phase("load", self.index)
+        started = time.monotonic()
+        with control.clock.phase("load"):
+            block = pager.load_block(self.index)
+        loading = time.monotonic() - started
+        progress.read(sum(info.nbytes for info in pager.block_tensors(self.index)))
+        faults.point("block.loaded")
+        if not last:
+            pager.announce_block(self.index + 1)
+        plan = bench.structure(block, self.index)
+        job = BlockJob(
+            index=self.index,
+            prefix=self.prefix,
+            block=block,
+            plan=plan if bench.choice.memo else plan.without_shortcuts(),
+            schemes=self._schemes(bench.config, plan),
+            device=pager.device,
+            clock=control.clock,
+            on_nonfinite=bench.config.on_nonfinite,
+        )
+        records: list[LinearRecord] = []
+        with solving.block(job) as visit:
+            if commit is None:
+                product = self._solve(bench, job, visit, solving)
+                records += product.records
+                bench.writer.hand_over(self.shard, product, self.index)
+            if not last:
+                restore = None if commit is None else functools.partial(self._restore, bench, job, commit)
+                visit.advance(restore, loading)
+        pager.evict_block(self.index)
+        return_freed_memory()
+        control.end()
+        self._show_done(bench, commit, records, time.monotonic() - started)
+        if not last:
+            solving.between()
+
+    def _schemes(self, config: JobConfig, plan: BlockPlan) -> dict[str, QuantScheme]:
+        """The scheme of each Linear of the block that will be quantized, by its name in the block."""
+        names = [name for group in plan.groups for name in group.names]
+        found = {name: scheme_for(f"{self.prefix}.{name}", config.base_scheme, config.rules) for name in names}
+        return {name: scheme for name, scheme in found.items() if scheme is not None}
+
+    def _solve(self, bench: Bench, job: BlockJob, visit: BlockVisit, solving: Solving) -> Product:
+        """Quantize the block's Linears and pack each as it is solved."""
+        control = bench.control
+        control.progress.phase("solve", self.index)
+        packed: dict[str, dict[str, Tensor]] = {}
+        records: list[LinearRecord] = []
+        skipped: dict[str, str] = {}
+        lost = 0
+        for solved in visit.solve():
+            if isinstance(solved, Skipped):
+                skipped[solved.name] = solved.reason
+                control.progress.say(f"block {self.index + 1}: {solved.name} stays unquantized: {solved.reason}")
+                continue
+            lost = max(lost, solved.left_out)
+            source = bench.pager.sources[f"{solved.name}.weight"]
+            with control.clock.phase("pack"):
+                packed[source.name] = bench.config.made.pack(source.name.removesuffix(".weight"), solved.weight, source.dtype)
+            records.append(solved.record())
+            control.progress.solved(len(records), len(job.schemes), _share(job, records))
+            faults.point("linear.solved")
+            control.pause()
+        if lost:
+            control.progress.say(f"block {self.index + 1}: up to {lost} calibration tokens are not finite and were left out of a Hessian")
+        tensors = []
+        for name in self.shard.sources:
+            tensors += bench.writer.packed(packed[name]) if name in packed else [bench.writer.stored(name)]
+        left_out = [f"{self.prefix}.{name}" for name in job.plan.left_out] + list(skipped)
+        return Product(tensors=tensors, records=records, left_out=left_out, skipped=skipped, batch=solving.batch)
+
+    def _restore(self, bench: Bench, job: BlockJob, commit: Commit) -> None:
+        """Give the block, which an earlier run committed, its committed weights."""
+        made: Format = bench.config.made
+        finished = FinishedBlock(bench.writer.journal.out, commit, made)
+        for name, scheme in job.schemes.items():
+            if f"{self.prefix}.{name}" in commit.left_out:
+                continue
+            source = bench.pager.sources[f"{self.prefix}.{name}.weight"].name.removesuffix(".weight")
+            module = job.block.get_submodule(name)
+            weight = finished.weight(source, scheme, linear_weight(module).dtype, bench.pager.device)
+            skeleton.set_linear_weight(module, weight)
+
+    def _show_done(self, bench: Bench, commit: Commit | None, records: Sequence[LinearRecord], seconds: float) -> None:
+        if commit is not None:
+            bench.control.progress.block_skipped()
+            return
+        worst = max(records, key=lambda r: r.relative_error, default=None)
+        named = None if worst is None else (worst.name.removeprefix(self.prefix + "."), worst.relative_error)
+        missing = set(bench.writer.journal.missing)
+        later = range(self.shard.number + 1, self.shard.number + len(bench.pager.blocks) - self.index)
+        bench.control.progress.block_done(self.index, seconds, named, sum(number in missing for number in later))
+
+
+def _share(job: BlockJob, records: Sequence[LinearRecord]) -> float:
+    """The part of the block's weights to be quantized that these Linears have."""
+    whole = sum(linear_weight(job.block.get_submodule(name)).numel() for name in job.schemes)
+    return sum(m * n for m, n in (record.shape for record in records)) / whole

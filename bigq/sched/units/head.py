@@ -1,0 +1,78 @@
+"""The output head as a unit of work, for jobs with ``--lm-head``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from bigq.config import JobConfig
+from bigq.errors import NumericsError
+from bigq.io.index import TensorInfo
+from bigq.job.settle import head_scheme
+from bigq.model.pager import Pager
+from bigq.progress.records import LinearRecord
+from bigq.sched.shards import Product, Shard
+from bigq.sched.solve_head import HeadJob
+from bigq.sched.solving import Solving
+from bigq.sched.units.base import Bench, StreamedUnit
+from bigq.scheme import QuantScheme
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output head that is quantized: its Linear, the checkpoint's tensor that its weight [V, d] comes from, and its scheme."""
+
+    name: str
+    module: nn.Linear
+    source: TensorInfo
+    scheme: QuantScheme
+
+
+def head_to_quantize(pager: Pager, config: JobConfig) -> Head | None:
+    """None where the head stays unquantized. Raises UsageError where it was asked for and cannot be quantized."""
+    scheme = head_scheme(pager, config)
+    name, module = pager.head_name, pager.head
+    if scheme is None or not isinstance(module, nn.Linear):
+        return None
+    return Head(name, module, pager.sources[f"{name}.weight"], scheme)
+
+
+class HeadUnit(StreamedUnit):
+    """The head, whose shard has the number ``number``."""
+
+    def __init__(self, number: int, head: Head) -> None:
+        self.head = head
+        self.shard = Shard(number=number, name="head-0", sources=[head.source.name])
+
+    def visit(self, bench: Bench, solving: Solving, *, last: bool) -> None:
+        head, control, config = self.head, bench.control, bench.config
+        control.begin("head", "the output head")
+        control.progress.phase("output head")
+        control.clock.subject = head.name
+        control.progress.read(head.source.nbytes)
+        job = HeadJob(
+            name=head.name,
+            module=head.module,
+            scheme=head.scheme,
+            pager=bench.pager,
+            clock=control.clock,
+            finite_only=config.on_nonfinite == "skip",
+        )
+        records: list[LinearRecord] = []
+        skipped: dict[str, str] = {}
+        try:
+            solved = solving.head(job)
+        except NumericsError as error:
+            if config.on_nonfinite != "skip":
+                raise
+            skipped[head.name] = str(error).removeprefix(f"{head.name}: ").partition(";")[0]
+            control.progress.say(f"{head.name} stays unquantized: {skipped[head.name]}")
+            tensors = [bench.writer.stored(head.source.name)]
+        else:
+            with control.clock.phase("pack"):
+                packed = config.made.pack(head.source.name.removesuffix(".weight"), solved.weight, head.source.dtype)
+            records.append(solved.record())
+            tensors = bench.writer.packed(packed)
+        product = Product(tensors=tensors, records=records, left_out=list(skipped), skipped=skipped, batch=solving.batch)
+        bench.writer.hand_over(self.shard, product)
