@@ -180,7 +180,7 @@ def _require_own_files(path: Path, values: Any) -> None:
         elif isinstance(value, str) and 0 < len(value) < 4096 and "\0" not in value:
             with contextlib.suppress(OSError, ValueError):  # a string that is not a path
                 if os.path.isfile(value) and path.parent.resolve() not in Path(os.path.abspath(value)).parents:
-                    raise CalibrationError(f"{path}: names a file outside the model's folder, {shown(value)}; remove the entry")
+                    raise CalibrationError(f"{path}: names a file outside the model's folder, {show_value(value)}; remove the entry")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

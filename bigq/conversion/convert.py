@@ -62,7 +62,7 @@ def convert(
     if to not in (*FORMATS, "gguf"):
         raise UsageError(f"--to {to}: must be one of {', '.join(FORMATS)}, gguf")
     place = output_folder(source, out)
-    skeleton.silence()
+    skeleton.silence_transformers()
     with torch.no_grad():
         pager = Pager(source, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
         if pager.schemes is None:
@@ -222,7 +222,7 @@ def _require_fit(pager: Pager, target: Format) -> None:
         m, n = skeleton.linear_weight(module).shape
         scheme = pager.schemes.scheme(name.removesuffix(".weight"))
         try:
-            target.require(name.removesuffix(".weight"), m, n, scheme, transposed=skeleton.stored_transposed(module))
+            target.require(name.removesuffix(".weight"), m, n, scheme, transposed=skeleton.is_transposed(module))
         except UsageError as error:  # its advice is for a job
             raise UsageError(f"{str(error).partition('; ')[0]}; choose another format with --to") from None
 

@@ -67,7 +67,7 @@ def check_gguf(pager: Pager) -> None:
     _check_values(pager)
 
 
-def check_gguf_job(model: Described, config: JobConfig) -> None:
+def check_gguf_job(model: ModelDescription, config: JobConfig) -> None:
     """Raise as ``check_gguf`` where the output of a job could not be written as a GGUF file."""
     _check(model, _scheme_by_rule(model, config))
 
@@ -113,7 +113,7 @@ def write_gguf(
     write_gguf_file(file, family.arch, values, tensors, _block_counter(written, tensors))
 
 
-def _plan(model: Described, family: Family, scheme_of: Callable[[str], QuantScheme | None]) -> list[_TensorPlan]:
+def _plan(model: ModelDescription, family: Family, scheme_of: Callable[[str], QuantScheme | None]) -> list[_TensorPlan]:
     """Every tensor of the file except ``rope_freqs``; those of a block are adjacent."""
     planned = []
     parameters = dict(model.model.named_parameters(remove_duplicate=False))
@@ -198,7 +198,7 @@ def _check_values(pager: Pager) -> None:
             )
 
 
-def _read(pager: Pager, parameter: str, *, codes: bool = True) -> Stored:
+def _read(pager: Pager, parameter: str, *, codes: bool = True) -> PackedWeight:
     """A packed Linear. Without codes, its words are uninitialized."""
     assert pager.schemes is not None
     prefix, scheme = pager.packed[parameter], pager.schemes.scheme(parameter.removesuffix(".weight"))

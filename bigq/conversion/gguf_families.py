@@ -58,7 +58,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def family_of(model: Described) -> Family:
+def family_of(model: ModelDescription) -> Family:
     """The family of a model. Raises UnsupportedModelError where the table does not have it."""
     kind = model.config.model_type
     if kind not in FAMILIES:
@@ -69,7 +69,7 @@ def family_of(model: Described) -> Family:
     return FAMILIES[kind]
 
 
-def tensor_name(model: Described, family: Family, name: str) -> tuple[str, Tensor | None]:
+def tensor_name(model: ModelDescription, family: Family, name: str) -> tuple[str, Tensor | None]:
     """(the GGUF name of a parameter, the order of its rows as int64 [m], None for unchanged). Raises UnsupportedModelError."""
     module, _, leaf = name.rpartition(".")
     if leaf in ("weight", "bias"):
@@ -88,7 +88,7 @@ def _paired_rows(config: Any, inner: str) -> Tensor:
     return torch.arange(heads * _head_dim(config)).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
-def metadata(model: Described, family: Family) -> dict[str, Value]:
+def metadata(model: ModelDescription, family: Family) -> dict[str, Value]:
     """The metadata of the architecture; keys begin with a dot. Raises UnsupportedModelError where llama.cpp would compute differently."""
     config = model.config
     if config.hidden_act != "silu":
@@ -168,5 +168,5 @@ def _head_dim(config: Any) -> int:
 
 def _differs(model: ModelDescription, name: str, value: Any) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{model.folder / 'config.json'}: {name} is {shown(value)}, which llama.cpp computes differently; use --format gptq"
+        f"{model.folder / 'config.json'}: {name} is {show_value(value)}, which llama.cpp computes differently; use --format gptq"
     )

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from bigq.errors import CheckpointError, UsageError
-from bigq.io.formats import Format, Stored
+from bigq.io.formats import Format, PackedWeight
 from bigq.io.index import TensorInfo
 from bigq.io.reader import as_bytes, read_tensor
 from bigq.io.writer import OutputTensor
@@ -79,7 +79,7 @@ class _LinearWriter:
         return [as_bytes(self._made.pop(name).contiguous())]
 
 
-def read_linear(pager: Pager, prefix: str, scheme: QuantScheme) -> Stored:
+def read_linear(pager: Pager, prefix: str, scheme: QuantScheme) -> PackedWeight:
     """A packed Linear. Raises CheckpointError where it has zero points that contradict the config, whether readers need them or not."""
     assert pager.schemes is not None
     format, checkpoint = pager.schemes.format, pager.checkpoint

@@ -131,7 +131,7 @@ def record_evaluation(out: Path, evaluation: Mapping[str, Any]) -> None:
     at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     line = seal({"at": at, "bigq": __version__, "weights": weights, **evaluation, **folder}, line=True)
     with _locked(out / STATE_FOLDER):
-        write_bytes(path, b"".join([*sound_lines(path), line]))
+        write_bytes(path, b"".join([*valid_lines(path), line]))
 
 
 def read_evaluations(out: Path) -> tuple[list[dict[str, Any]], int]:

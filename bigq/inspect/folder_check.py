@@ -14,7 +14,7 @@ from bigq.errors import BigqError
 from bigq.inspect.evaluations import EVALUATIONS_NAME
 from bigq.inspect.scan import Scan, scan_shard
 from bigq.io.atomic import TEMP_SUFFIX
-from bigq.io.checksummed import read_record, read_sealed, unseal
+from bigq.io.checksum import load_record, read_record_bytes, unseal
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import Format, PackedLinear
 from bigq.io.shard_record import file_sha256
@@ -77,7 +77,7 @@ class FolderCheck:
     def lines(self, file: str) -> list[bytes]:
         """The lines of a record with their newlines; none where it cannot be read."""
         try:
-            return (read_record(self.out / file) or b"").splitlines(keepends=True)
+            return (read_record_bytes(self.out / file) or b"").splitlines(keepends=True)
         except BigqError as error:
             self.add_error(file, error)
             return []
@@ -85,7 +85,7 @@ class FolderCheck:
     def sealed(self, file: str) -> dict[str, Any] | None:
         """A record that carries a checksum; None where there is none or it is damaged."""
         try:
-            return read_sealed(self.out / file, self.remedy)
+            return load_record(self.out / file, self.remedy)
         except BigqError as error:
             self.add_error(file, error)
             return None

@@ -20,7 +20,7 @@ from bigq.inspect.bounds import MAX_ITEMS, count, durations, items, mapping, num
 from bigq.inspect.evaluations import EvaluationResult, parse_result, read_evaluations
 from bigq.inspect.linear_results import BLOCK_UNIT, BY_RULE, MAX_BLOCKS, MAX_LINEARS, LeftOut, LinearResult, linear_results
 from bigq.inspect.status import status
-from bigq.io.checksummed import sound_lines, unseal
+from bigq.io.checksum import unseal, valid_lines
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import FORMATS
 from bigq.job.conversion_record import ConversionRecord, read_conversion
@@ -265,7 +265,7 @@ def _commits(out: Path) -> list[Commit]:
 
 def _run_lines(out: Path) -> list[dict[str, Any]]:
     try:
-        return [value for line in sound_lines(out / STATE_FOLDER / RUNS_NAME) if (value := unseal(line, line=True)) is not None]
+        return [value for line in valid_lines(out / STATE_FOLDER / RUNS_NAME) if (value := unseal(line, line=True)) is not None]
     except BigqError:  # ``status`` has reported it
         return []
 

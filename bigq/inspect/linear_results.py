@@ -14,6 +14,7 @@ from bigq.config import JobConfig
 from bigq.inspect.bounds import count, number, text
 from bigq.io.formats import Format, PackedLinear
 from bigq.job.journal import Commit
+from bigq.methods import method_of
 from bigq.scheme import QuantScheme, scheme_for
 
 #: Blocks of a model, and Linears in one, that are read.
@@ -142,6 +143,6 @@ def _linear(
         symmetric=symmetric,
         error=error,
         damping=damping,
-        asked=None if scheme is None or config is None or config.method == "rtn" else scheme.damping,
+        asked=None if scheme is None or config is None or not method_of(config).calibrated else scheme.damping,
         stored_bits=stored,
     )

@@ -96,7 +96,7 @@ def _model_problems(
 
     Raises DataError for what does not fit config.json.
     """
-    skeleton.silence()
+    skeleton.silence_transformers()
     with torch.no_grad():
         pager = Pager(out, device=torch.device("cpu"), dtype="float32", trust_remote_code=trust_remote_code)
     if pager.schemes is None or pager.schemes.format.name != record.format:

@@ -18,7 +18,7 @@ from typing import Any
 
 from bigq.errors import CheckpointError
 from bigq.io.atomic import write_bytes
-from bigq.io.checksummed import read_record, read_sealed, unseal, write_sealed
+from bigq.io.checksum import load_record, read_record_bytes, save_record, unseal
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.shard_record import file_sha256
 from bigq.job.journal import CONVERSION_NAME, JOURNAL_NAME, RUNS_NAME, Commit, read_commits, read_job
@@ -68,13 +68,13 @@ def write_conversion(folder: Path, record: ConversionRecord, commits: Sequence[C
     state = folder / STATE_FOLDER
     state.mkdir()
     write_bytes(state / JOURNAL_NAME, b"".join(commit.to_line() for commit in commits))
-    write_sealed(state / CONVERSION_NAME, dataclasses.asdict(record))
+    save_record(state / CONVERSION_NAME, dataclasses.asdict(record))
     files = {commit.shard.file: {"size": commit.shard.size, "sha256": commit.shard.sha256} for commit in commits}
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     for name in [*names, f"{STATE_FOLDER}/{JOURNAL_NAME}", f"{STATE_FOLDER}/{CONVERSION_NAME}"]:
         if name not in files:
             files[name] = {"size": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
-    write_sealed(state / MANIFEST_NAME, {"files": files})
+    save_record(state / MANIFEST_NAME, {"files": files})
 
 
 def is_conversion(out: Path) -> bool:
@@ -88,7 +88,7 @@ def read_conversion(out: Path) -> ConversionRecord | None:
     Raises CheckpointError where the record is damaged, ResourceError where it cannot be read.
     """
     path = out / STATE_FOLDER / CONVERSION_NAME
-    value = read_sealed(path, CONVERT_AGAIN)
+    value = load_record(path, CONVERT_AGAIN)
     if value is None:
         return None
     known = value.keys() == _KINDS.keys() and all(type(value[name]) in kinds for name, kinds in _KINDS.items())
@@ -120,6 +120,6 @@ def provenance_of(source: Path) -> Provenance:
 
 
 def _last_run(source: Path) -> dict[str, Any] | None:
-    lines = (read_record(source / STATE_FOLDER / RUNS_NAME) or b"").splitlines(keepends=True)
+    lines = (read_record_bytes(source / STATE_FOLDER / RUNS_NAME) or b"").splitlines(keepends=True)
     runs = [run for line in lines if (run := unseal(line, line=True)) is not None]
     return {name: value for name, value in runs[-1].items() if name != "ended"} if runs else None

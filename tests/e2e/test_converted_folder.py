@@ -24,7 +24,7 @@ from bigq.infer.evaluate import EvalConfig
 from bigq.inspect.history import read_history
 from bigq.inspect.status import status
 from bigq.inspect.verify import verify
-from bigq.io.checksummed import seal, unseal, write_sealed
+from bigq.io.checksum import save_record, seal, unseal
 from bigq.job.finish import CARD_MARK
 from bigq.reports.html import render
 from bigq.reports.html_quality import Pictures
@@ -168,7 +168,7 @@ def reseal(out: Path) -> None:
     for name in manifest["files"]:
         data = (out / name).read_bytes()
         manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    write_sealed(out / ".bigq" / "manifest.json", manifest)
+    save_record(out / ".bigq" / "manifest.json", manifest)
 
 
 NAME = "model.layers.1.mlp.up_proj"
@@ -227,7 +227,7 @@ def swap(path: Path, before: str, after: str) -> None:
 def respeak(out: Path, **changes: Any) -> None:
     record = unseal((out / ".bigq" / "conversion.json").read_bytes())
     assert record is not None
-    write_sealed(out / ".bigq" / "conversion.json", {**record, **changes})
+    save_record(out / ".bigq" / "conversion.json", {**record, **changes})
 
 
 def rename_linear(out: Path) -> None:

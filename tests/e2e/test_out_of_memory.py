@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from bigq.io.checksum import unseal
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -21,6 +20,7 @@ import bigq
 from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, ResourceError
+from bigq.io.checksum import unseal
 from bigq.job.batches import Batches, Halving
 from bigq.job.journal import Commit, Journal
 from bigq.model.capture import BlockCall

@@ -401,7 +401,7 @@ def test_a_manifest_that_leaves_a_file_out_is_found(file: str, out: Path) -> Non
     manifest = unseal((out / ".bigq" / "manifest.json").read_bytes())
     assert manifest is not None
     del manifest["files"][file]
-    write_sealed(out / ".bigq" / "manifest.json", manifest)
+    save_record(out / ".bigq" / "manifest.json", manifest)
     assert f".bigq/manifest.json: does not list {file}" in verify(out)
 
 

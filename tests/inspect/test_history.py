@@ -21,7 +21,7 @@ from bigq.inspect.bounds import MAX_NUMBER, MAX_TEXT, text
 from bigq.inspect.evaluations import record_evaluation
 from bigq.inspect.history import read_history
 from bigq.inspect.linear_results import MAX_BLOCKS
-from bigq.io.checksummed import seal, unseal, write_sealed
+from bigq.io.checksum import save_record, seal, unseal
 from bigq.reports.html import render
 from bigq.reports.html_quality import MOST_ROWS, Pictures
 from bigq.reports.model_card import model_card
