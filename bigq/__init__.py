@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from bigq.config import JobConfig as JobConfig
     from bigq.conversion.convert import Conversion as Conversion
     from bigq.errors import BigqError as BigqError
-    from bigq.infer.evaluate import EvalConfig as EvalConfig
     from bigq.infer.evaluate import Evaluation as Evaluation
     from bigq.infer.generate import GenerateConfig as GenerateConfig
     from bigq.infer.generate import Generation as Generation
@@ -55,7 +54,7 @@ _HOMES = {
     "Plan": "bigq.sched.plan.planner",
     "ProgressEvent": "bigq.progress.callback",
     "QuantScheme": "bigq.scheme",
-    "QuantizedWeight": "bigq.scheme",
+    "QuantizedWeight": "bigq.quantized_weight",
     "Report": "bigq.progress.records",
     "Rule": "bigq.scheme",
     "Status": "bigq.inspect.status",

@@ -1,54 +1,97 @@
-"""What a job is asked to do, as one frozen value; the command line and the Python API both build it."""
+"""What a job is asked to do, as one frozen value; the command line and the Python API both build it. Imports no torch.
+
+Each field is declared here once, as an option: see ``bigq.options`` for what is made of that.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from bigq.calibration_data import calibration_source
 from bigq.errors import CheckpointError, UsageError
-from bigq.io.formats import FORMATS, Format
 from bigq.io.json_file import show_name
-from bigq.scheme import QuantScheme, Rule
-from bigq.vocabulary import MethodName, OnNonfinite
+from bigq.options import Converted, Effect, Option, Range, Resume, at_least, option, path, settle, table
+from bigq.progress.sizes import parse_size
+from bigq.scheme import CALIBRATED, WEIGHTS, QuantScheme, Rule
+from bigq.vocabulary import DtypeName, FormatName, MethodName, OnNonfinite, TierChoice
 
-METHODS = ("gptq", "gptaq", "rtn")
-#: Of seeds, as torch takes them.
+if TYPE_CHECKING:
+    from bigq.io.formats import Format
+
+#: The greatest seed that torch takes.
 MAX_SEED = 2**64 - 1
-#: Of packed shards, and "gguf": shards in gptq_v2, which a job goes on from and transformers reads, and a GGUF file made of them.
-JOB_FORMATS = (*FORMATS, "gguf")
 DEFAULT_SEQLEN = 2048
-ACTIVATIONS = ("auto", "gpu", "host", "disk")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-ON_NONFINITE = ("stop", "skip")
+NEVER = "never"
 
-#: Fields that are kept with a job, so that one which is taken up again has them as they were wherever it does not say otherwise.
-#: What may be said otherwise is in ``bigq.job.request.CHANGES``.
-FROZEN_FIELDS = (
-    "scheme",
-    "rules",
-    "method",
-    "alpha",
-    "format",
-    "lm_head",
-    "true_sequential",
-    "calibration",
-    "samples",
-    "seqlen",
-    "seed",
-    "batch",
-    "dtype",
-    "trust_remote_code",
-    "on_nonfinite",
-)
+CALIBRATION, BUDGETS, RUN, OUTPUT = "calibration", "memory and disk", "how it runs", "output"
+
+CORRECTED = Effect(unless="without --method gptaq", holds=lambda job, _: job.method == "gptaq", refused=True)
+ON_GPU = Effect(unless="on a CPU", holds=lambda _, device: device != "cpu")
+
+_SEED = Range(must="be from 0 to 2**64 − 1", holds=lambda seed: 0 <= seed <= MAX_SEED)
+
+
+def _size(given: Any, label: str) -> Any:
+    return parse_size(given, label) if isinstance(given, str) else given
+
+
+def _seconds_or_never(given: Any, label: str) -> Any:
+    if not isinstance(given, str):
+        return given
+    try:
+        return None if given == NEVER else float(given)
+    except ValueError:
+        raise UsageError(f"{label}: must be a number of seconds, such as 60, or never") from None
+
+
+# Declarations that several commands share.
+
+
+def seqlen_option(**more: Any) -> Any:
+    unset = f"{DEFAULT_SEQLEN}, or the model's limit where that is less"
+    return option(None, help="tokens per row", unit="tokens", unset=unset, range=at_least(1), **more)
+
+
+def batch_option(**more: Any) -> Any:
+    """As many as ``default_batch`` says, unless given."""
+    unset = "8 on a GPU, about 1024 tokens on a CPU; fewer where memory is short"
+    return option(None, help="rows that pass through a block at once", group=RUN, unit="rows", unset=unset, range=at_least(1), **more)
+
+
+def seed_option(*, help: str, **more: Any) -> Any:
+    return option(0, help=help, range=_SEED, placeholder="N", **more)
+
+
+def device_option(**more: Any) -> Any:
+    return option("auto", help="auto, cpu or cuda:N; auto is the first GPU, or the CPU without one", group=RUN, **more)
+
+
+def dtype_option(**more: Any) -> Any:
+    return option("auto", help="precision of the forward passes; auto is the checkpoint's own", group=RUN, **more)
+
+
+def trust_option(**more: Any) -> Any:
+    return option(False, help="run model code that comes with the checkpoint", group=RUN, **more)
+
+
+def quiet_option() -> Any:
+    return option(False, help="print no progress and no summary, only errors", group=OUTPUT, opposite=None)
+
+
+def _budget(help: str, **more: Any) -> Any:
+    return option(
+        None, help=help, group=BUDGETS, unit="bytes", placeholder="SIZE", unset="what is free", convert=_size, range=at_least(0), **more
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobConfig:
-    """One quantization job.
+    """One quantization job. docs/options.md lists the fields with units and defaults.
 
     scheme, rules: how Linears are quantized, and which ones otherwise or not at all.
     method: "gptq"; "gptaq" for GPTQ with asymmetric calibration, which makes up for what the Linears before have done to the
@@ -77,32 +120,135 @@ class JobConfig:
         are not finite stay out of the calibration.
     """
 
-    scheme: QuantScheme = field(default_factory=QuantScheme)
-    rules: tuple[Rule, ...] = ()
-    method: MethodName = "gptq"
-    alpha: float = 0.5
-    format: str = "gptq"
-    lm_head: bool = False
-    true_sequential: bool = True
-    calibration: str = "c4"
-    samples: int = 128
-    seqlen: int | None = None
-    seed: int = 0
-    batch: int | None = None
-    activations: str = "auto"
-    read_ahead: int | None = None
-    vram: int | None = None
-    ram: int | None = None
-    disk: int | None = None
-    trace: str | None = None
-    checkpoint_every: float | None = 60.0
-    grace: float = 60.0
-    steal_lock: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    on_nonfinite: OnNonfinite = "stop"
-    quiet: bool = False
+    scheme: Converted[QuantScheme, QuantScheme | Mapping[str, Any]] = option(
+        help="how Linears are quantized",
+        group=WEIGHTS,
+        factory=QuantScheme,
+        flag=None,
+        resume=Resume.REFUSED,
+        convert=lambda given, _: QuantScheme.of(given, "JobConfig: scheme"),
+    )
+    rules: Converted[tuple[Rule, ...], Sequence[Rule | str]] = option(
+        (),
+        help="other schemes for some Linears, or none; the first that matches decides",
+        group=WEIGHTS,
+        flag="--rule",
+        opposite="--skip",
+        resume=Resume.REFUSED,
+        convert=lambda given, _: Rule.all_of(given),
+    )
+    method: MethodName = option(
+        "gptq",
+        help="gptaq also corrects the error that earlier Linears add to the inputs; rtn rounds to nearest without calibration",
+        group=WEIGHTS,
+        resume=Resume.REFUSED,
+    )
+    alpha: float = option(
+        0.5,
+        help="fraction of the upstream error that gptaq corrects",
+        group=WEIGHTS,
+        placeholder="X",
+        resume=Resume.REFUSED,
+        range=Range(must="be between 0 and 1", holds=lambda alpha: 0 <= alpha <= 1),
+        effects=(CORRECTED,),
+    )
+    format: FormatName = option(
+        "gptq",
+        help="output format; gguf writes one file for llama.cpp beside gptq_v2 shards",
+        group=WEIGHTS,
+        resume=Resume.REFUSED,
+    )
+    lm_head: bool = option(
+        False,
+        help="quantize the output head too",
+        group=WEIGHTS,
+        resume=Resume.REFUSED,
+    )
+    true_sequential: bool = option(
+        True,
+        help="solve a block level by level, so that each Linear sees the quantized ones before it",
+        group=WEIGHTS,
+        resume=Resume.REFUSED,
+        effects=(CALIBRATED,),
+    )
+    calibration: Converted[str, str | os.PathLike[str]] = option(
+        "c4",
+        help="text file, JSONL with a text field, token ids in safetensors, or the name of a text",
+        group=CALIBRATION,
+        placeholder="FILE|c4|builtin",
+        resume=Resume.FREE,  # the tokens are compared instead, wherever the text lies
+        convert=path,
+        effects=(CALIBRATED,),
+    )
+    samples: int = option(
+        128,
+        help="rows of calibration tokens",
+        group=CALIBRATION,
+        unit="rows",
+        resume=Resume.REFUSED,
+        range=at_least(1),
+        effects=(CALIBRATED,),
+    )
+    seqlen: int | None = seqlen_option(group=CALIBRATION, resume=Resume.REFUSED, effects=(CALIBRATED,))
+    seed: int = seed_option(help="seed of the choice of rows", group=CALIBRATION, resume=Resume.REFUSED, effects=(CALIBRATED,))
+    batch: int | None = batch_option(resume=Resume.WARNED, effects=(CALIBRATED,))
+    activations: TierChoice = option(
+        "auto",
+        help="where activations are kept between blocks; auto is the first place with room, disk is a file in OUT",
+        group=BUDGETS,
+        effects=(CALIBRATED,),
+    )
+    read_ahead: int | None = option(
+        None,
+        help="blocks to prefetch while one is computed; with 0, finished blocks are not written beside the computation either",
+        group=BUDGETS,
+        unit="blocks",
+        unset="1 on a GPU, 0 on a CPU",  # where files are a small part of the time and blocks in flight a large part of the memory
+        range=Range(must="not be negative", holds=lambda blocks: blocks >= 0),
+    )
+    vram: Converted[int | None, int | str | None] = _budget("GPU memory that the job may use, such as 72GiB", effects=(ON_GPU,))
+    ram: Converted[int | None, int | str | None] = _budget("host memory that the job may use")
+    disk: Converted[int | None, int | str | None] = _budget("disk space that the job may use where OUT lies")
+    trace: Converted[str | None, str | os.PathLike[str] | None] = option(
+        None,
+        help="write the job's timeline there, for chrome://tracing or ui.perfetto.dev",
+        group=OUTPUT,
+        placeholder="FILE",
+        convert=path,
+    )
+    checkpoint_every: Converted[float | None, float | str | None] = option(
+        60.0,
+        help="save activations so often that a resumed job repeats at most about this much work; 0: after every block",
+        group=RUN,
+        unit="seconds",
+        placeholder="SECONDS|never",
+        unset=NEVER,
+        range=Range(
+            must="be 0 or more seconds, or never",
+            holds=lambda every: math.isfinite(every) and every >= 0,
+        ),
+        convert=_seconds_or_never,
+        effects=(CALIBRATED,),
+    )
+    grace: float = option(
+        60.0,
+        help="time to finish the current step after SIGTERM, SIGINT or SIGUSR1",
+        group=RUN,
+        unit="seconds",
+        range=Range(must="be above 0", holds=lambda grace: math.isfinite(grace) and grace > 0),
+    )
+    steal_lock: bool = option(False, help="take over the folder of a job that is dead", group=RUN, opposite=None)
+    # Not kept: a request records what the device turned out to be.
+    device: str = device_option(resume=Resume.WARNED, kept=False)
+    dtype: DtypeName = dtype_option(resume=Resume.REFUSED)
+    trust_remote_code: bool = trust_option(resume=Resume.REFUSED)
+    on_nonfinite: OnNonfinite = option(
+        "stop",
+        help="skip leaves a Linear unquantized where its Hessian is not finite or cannot be factored, and drops such tokens",
+        group=WEIGHTS,
+        resume=Resume.FREE,  # as far as "stop" lets a job come, "skip" does the same
+    )
+    quiet: bool = quiet_option()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "calibration", calibration_source(self.calibration, "calibration"))
@@ -131,17 +277,19 @@ class JobConfig:
             raise UsageError(f"--grace {self.grace:g}: must be a number of seconds above 0")
 
     def blocks_ahead(self, device_type: str) -> int:
-        """``read_ahead`` with nothing left open."""
+        """``read_ahead``, or its default on a type of device."""
         return self.read_ahead if self.read_ahead is not None else int(device_type == "cuda")
 
     @property
     def base_scheme(self) -> QuantScheme:
-        """The scheme with what the output format demands of it."""
+        """The scheme, with what the output format demands of it."""
         return dataclasses.replace(self.scheme, min_zero=self.made.min_zero)
 
     @property
     def made(self) -> Format:
-        """Of the shards."""
+        """The format of the shards."""
+        from bigq.io.formats import FORMATS  # here: it needs torch
+
         return FORMATS["gptq_v2" if self.format == "gguf" else self.format]
 
     def frozen(self) -> dict[str, Any]:
@@ -151,45 +299,32 @@ class JobConfig:
 
     @classmethod
     def from_frozen(cls, settings: Any, where: str = "job.json") -> JobConfig:
-        """The config that ``frozen`` made ``settings`` from; what is not frozen has its default.
+        """The config that ``frozen`` made ``settings`` from; fields that are not kept have their defaults.
 
         where: the file that they come from, for messages. Raises CheckpointError naming what is missing, unknown or wrong.
         """
         try:
             _require_names("settings", settings, FROZEN_FIELDS)
-            values = {name: _checked(f"settings.{name}", settings[name], kinds) for name, kinds in _kinds(cls()).items()}
-            scheme = QuantScheme(**_scheme_fields("settings.scheme", settings["scheme"], _SCHEME_KINDS))
+            values = {name: _checked(f"settings.{name}", settings[name], table(cls)[name]) for name in FROZEN_FIELDS if name not in _NESTED}
+            scheme = QuantScheme(**_scheme_fields("settings.scheme", settings["scheme"], table(QuantScheme)))
             return cls(scheme=scheme, rules=_rules(settings["rules"]), **values)
         except UsageError as error:
             raise CheckpointError(
-                f"{where}: {show_name(str(error))}; the file is damaged, or of another version of bigq: "
-                "begin the job again in another folder"
+                f"{where}: {show_name(str(error))}; the file is damaged or from another version of bigq; "
+                "start the job again in another folder"
             ) from None
 
 
-_Kinds = tuple[type, ...]
+#: Fields that are kept with a job: a resumed job uses them wherever it is not given others.
+FROZEN_FIELDS = tuple(name for name, each in table(JobConfig).items() if each.kept)
+_NESTED = ("scheme", "rules")
 
 
-def _kinds_of(default: Any) -> _Kinds:
-    """The types that a field may have, by its default; where that is None, a number or None."""
-    return (int, type(None)) if default is None else (type(default),)
-
-
-_SCHEME_KINDS: Mapping[str, _Kinds] = {f.name: _kinds_of(f.default) for f in dataclasses.fields(QuantScheme)} | {
-    "mse_power": (float, type(None))
-}
-
-
-def _kinds(default: JobConfig) -> dict[str, _Kinds]:
-    """The types that frozen fields may have, by their defaults."""
-    return {name: _kinds_of(getattr(default, name)) for name in FROZEN_FIELDS if name not in ("scheme", "rules")}
-
-
-# What follows takes apart JSON values that may be anything, and raises UsageError, which ``from_frozen`` tells with the file.
+# What follows takes apart JSON values that may be anything. It raises UsageError, to which ``from_frozen`` adds the file.
 
 
 def _require_names(what: str, value: Any, names: Iterable[str]) -> None:
-    """Of ``value``, that it is an object with just these names."""
+    """Raise UsageError unless ``value`` is an object with exactly these names."""
     if not isinstance(value, dict):
         raise UsageError(f"{what} must be an object, not {value!r}")
     for name in names:
@@ -200,16 +335,15 @@ def _require_names(what: str, value: Any, names: Iterable[str]) -> None:
             raise UsageError(f"{what}.{name} is not known")
 
 
-def _checked(what: str, value: Any, kinds: _Kinds) -> Any:
-    """``value``, of one of the types; a whole number will do for a float, true and false for neither."""
-    if type(value) not in kinds and not (float in kinds and type(value) is int):
+def _checked(what: str, value: Any, declared: Option) -> Any:
+    if not declared.fits(value):
         raise UsageError(f"{what} cannot be {value!r}")
     return value
 
 
 def _scheme_fields(what: str, fields: Any, names: Iterable[str]) -> dict[str, Any]:
     _require_names(what, fields, names)
-    return {name: _checked(f"{what}.{name}", value, _SCHEME_KINDS[name]) for name, value in fields.items()}
+    return {name: _checked(f"{what}.{name}", value, table(QuantScheme)[name]) for name, value in fields.items()}
 
 
 def _rules(rules: Any) -> tuple[Rule, ...]:
@@ -220,12 +354,15 @@ def _rules(rules: Any) -> tuple[Rule, ...]:
 
 def _rule(what: str, rule: Any) -> Rule:
     _require_names(what, rule, ("pattern", "overrides"))
-    pattern, overrides = _checked(f"{what}.pattern", rule["pattern"], (str,)), rule["overrides"]
+    pattern, overrides = rule["pattern"], rule["overrides"]
+    if not isinstance(pattern, str):
+        raise UsageError(f"{what}.pattern cannot be {pattern!r}")
     if overrides is not None:
         what = f"{what}.overrides"
-        _checked(what, overrides, (dict,))
+        if not isinstance(overrides, dict):
+            raise UsageError(f"{what} cannot be {overrides!r}")
         renamed = {"symmetric" if name == "sym" else name: value for name, value in overrides.items()}
-        QuantScheme(**_scheme_fields(what, renamed, [name for name in _SCHEME_KINDS if name in renamed]))
+        _scheme_fields(what, renamed, [name for name in table(QuantScheme) if name in renamed])
     return Rule(pattern, overrides)
 
 

@@ -1,16 +1,27 @@
-"""Errors that bigq raises on purpose, with the exit code each maps to.
+"""Errors that bigq raises on purpose, with the exit code of each.
 
     BigqError
-    ├── UsageError               2   a flag, a combination of flags, or a folder used in the wrong way
-    ├── DataError                3   what was given cannot be quantized
+    ├── UsageError               2   an option, a combination of options, or a folder used in the wrong way
+    ├── DataError                3   the model or the text that was given cannot be used
     │   ├── CheckpointError          a shard, index, tensor or config that is missing, damaged or inconsistent
     │   ├── UnsupportedModelError    a sound checkpoint of a kind that bigq does not handle
     │   ├── CalibrationError         calibration or evaluation text that is missing, unreadable or too short
     │   └── NumericsError            NaN or Inf in weights, activations or a Hessian; a factorization that fails
-    ├── ResourceError            4   memory, disk, device or network
-    └── Stopped                 75   asked to stop by a signal; the same command goes on
+    ├── ResourceError            4   memory, disk, device, network, or a package that is missing
+    │   └── BusyError                another job is writing to the folder
+    └── Stopped                 75   stopped by a signal; the same command resumes the job
 
-Every message names the file, tensor or flag concerned and says what to do about it.
+Exit codes of every command:
+
+    0    done
+    2    usage: an option, or a folder that is not what the command needs (OUT holds no job, OUT is not empty)
+    3    data: a model or a text is missing, damaged or not supported; bigq verify found problems
+    4    environment: memory, disk, device, network, a missing package, a folder that another job is using; bigq plan: does not fit
+    75   stopped by a signal; run the same command again
+    130  interrupted
+    141  nobody reads the output any more
+
+Every message names the file, tensor or option concerned and says what to do about it.
 """
 
 from __future__ import annotations
@@ -48,6 +59,10 @@ class NumericsError(DataError):
 
 class ResourceError(BigqError):
     exit_code = 4
+
+
+class BusyError(ResourceError):
+    pass
 
 
 class Stopped(BigqError):

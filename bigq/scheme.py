@@ -1,7 +1,4 @@
-"""The vocabulary that solver, formats and pipeline share: how to quantize a Linear, and a Linear quantized.
-
-Shapes: m output features, n input features, G groups along the inputs.
-"""
+"""How Linears are quantized: the scheme of one, and rules that give some of them another. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,68 +6,110 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from bigq.errors import UsageError
-from bigq.kernels.dequantize import dequantize
-from bigq.kernels.grid import FEWEST_SCALE_BITS, MSE_POWER, SCALE_BITS, GridSpec
+from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, MSE_POWER, SCALE_BITS, GridSpec
+from bigq.options import Effect, Range, Resume, option, require_known, settle, shown, table
 
 BITS = (2, 3, 4, 8)
 
-#: With so few bits the grid search sums errors to this power. The usual 2.4 cuts off much of the largest weights, and what the errors
-#: before them add comes on top: at 2 bits the shipped model is worse for such a search than for none (docs/quality.md).
+#: With so few bits the grid search sums errors to this power. The usual 2.4 cuts off much of the largest weights, and the errors that
+#: columns before them add come on top: at 2 bits the model is worse for such a search than for none (docs/quality.md).
 FEW_BITS, FEW_BITS_POWER = 3, 4.0
+
+#: The method that has no Hessian, so neither calibration nor an order of columns.
+CALIBRATED = Effect(unless="with --method rtn", holds=lambda job, _: job.method != "rtn")
+SEARCHED = Effect(
+    unless="without --mse",
+    holds=lambda job, _: job.scheme.mse or any((rule.overrides or {}).get("mse") for rule in job.rules),
+    refused=True,
+)
+
+WEIGHTS = "how weights are quantized"
+
+
+def _weights(default: Any, *, help: str, **more: Any) -> Any:
+    """An option of the scheme. Its value may come from a rule too, so messages name the field."""
+    return option(default, help=help, group=WEIGHTS, resume=Resume.REFUSED, by_name=True, **more)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantScheme:
     """How the weights of one Linear are quantized.
 
-    ``w ≈ scale · (code − zero)`` with ``0 ≤ code < 2**bits``; scale and zero are shared by ``group_size``
-    consecutive inputs of one output row.
-
-    bits: 2, 3, 4 or 8.
-    group_size: inputs per group; -1 makes one group of the whole row.
-    symmetric: zero is fixed at ``2**(bits-1)``; else it is found with the scale from the group's range.
-    act_order: quantize columns by decreasing Hessian diagonal. The groups stay those of the natural order
-        ("static groups"), so nothing changes for whoever reads the result.
-    damping: fraction of the Hessian's mean diagonal that is added to its diagonal.
-    mse: shrink each group's range where that lowers its rounding error (a grid search).
-    mse_power: the search's errors are summed to this power. Little is cut off the largest weights with a high one. None: 4 for 2 and
-        3 bits, else 2.4, as others have it; in rounding to nearest, which has no error feedback, always 2.4.
-    min_zero: smallest zero point allowed. The ``gptq`` v1 format stores zero − 1 and needs 1.
-    scale_bits: significant bits of a scale, 7 to 11. fp16 has 11; scales of 8 are whole in bf16 too, and those of 7 are fp16 numbers still
-        when they are multiplied by a zero point of 4 bits. None: 11; in a job 8 where the checkpoint is bf16, since readers convert
-        scales to its type.
+    ``w ≈ scale · (code − zero)`` with ``0 ≤ code < 2**bits``; scale and zero are shared by ``group_size`` consecutive inputs of one
+    output row. symmetric: zero is ``2**(bits−1)``. The other fields say below what they are. Raises UsageError.
     """
 
-    bits: int = 4
-    group_size: int = 128
-    symmetric: bool = True
-    act_order: bool = False
-    damping: float = 0.01
-    mse: bool = False
-    mse_power: float | None = None
-    min_zero: int = 0
-    scale_bits: int | None = None
+    bits: int = _weights(4, help="bits per weight", choices=BITS, rule_key="bits")
+    group_size: int = _weights(
+        128,
+        help="inputs that share a scale; -1: the whole row",
+        unit="inputs",
+        placeholder="N",
+        rule_key="group_size",
+        range=Range(
+            must="be -1 or a positive multiple of 8",
+            holds=lambda size: size == -1 or (size >= 8 and size % 8 == 0),
+        ),
+    )
+    symmetric: bool = _weights(
+        True,
+        help="fix the zero point in the middle; --asym finds one for each group",
+        flag="--sym",
+        opposite="--asym",
+        rule_key="sym",
+    )
+    # Groups stay those of the natural order ("static groups"), so nothing changes for readers of the result.
+    act_order: bool = _weights(
+        False,
+        help="quantize columns by decreasing Hessian diagonal; groups keep their natural order",
+        rule_key="act_order",
+        effects=(CALIBRATED,),
+    )
+    damping: float = _weights(
+        0.01,
+        help="fraction of the Hessian's mean diagonal that is added to its diagonal",
+        placeholder="X",
+        rule_key="damping",
+        range=Range(must="lie between 0 and 1", holds=lambda damping: 0 < damping < 1),
+        effects=(CALIBRATED,),
+    )
+    mse: bool = _weights(
+        False,
+        help="search each group's range for the least rounding error",
+        rule_key="mse",
+    )
+    mse_power: float | None = _weights(
+        None,
+        help="power of the rounding errors that the --mse search sums up; a high one cuts off less of the largest weights",
+        placeholder="P",
+        unset="4 at 2 and 3 bits, else 2.4",
+        rule_key="mse_power",
+        range=Range(must="lie between 1 and 10", holds=lambda power: 1 <= power <= 10),
+        effects=(SEARCHED, CALIBRATED),
+    )
+    # The gptq v1 format stores zero − 1 and needs 1.
+    min_zero: int = _weights(0, help="smallest zero point allowed; the output format decides it", flag=None)
+    # fp16 has 11. Scales of 8 bits are exact in bf16, and those of 7 are fp16 numbers after a product with a zero point of 4 bits.
+    scale_bits: int | None = _weights(
+        None,
+        help="significant bits of a scale",
+        placeholder="N",
+        unset="8 for a bf16 checkpoint, whose readers convert scales to bf16, else 11",
+        range=Range(
+            must=f"lie between {FEWEST_SCALE_BITS} and {SCALE_BITS}, all that fp16 has",
+            holds=lambda bits: FEWEST_SCALE_BITS <= bits <= SCALE_BITS,
+        ),
+    )
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise UsageError(f"bits={self.bits}: must be one of 2, 3, 4, 8")
-        if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
-            raise UsageError(f"group_size={self.group_size}: must be -1 or a positive multiple of 8")
-        if not 0 < self.damping < 1:
-            raise UsageError(f"damping={self.damping}: must lie between 0 and 1")
-        if self.mse_power is not None and not 1 <= self.mse_power <= 10:
-            raise UsageError(f"mse_power={self.mse_power}: must lie between 1 and 10")
-        if self.scale_bits is not None and not FEWEST_SCALE_BITS <= self.scale_bits <= SCALE_BITS:
-            raise UsageError(f"scale_bits={self.scale_bits}: must lie between {FEWEST_SCALE_BITS} and {SCALE_BITS}, all that fp16 has")
+        settle(self)
 
     @property
     def grid(self) -> GridSpec:
-        """What concerns a single group's scale and zero."""
+        """The fields that concern a single group's scale and zero."""
         return GridSpec(
             bits=self.bits,
             symmetric=self.symmetric,
@@ -91,49 +130,20 @@ class QuantScheme:
             raise UsageError(f"group size {self.group_size} does not divide {n} input features")
         return self.group_size
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizedWeight:
-    """A Linear's weight as codes, scales and zero points.
-
-    codes: uint8 [m, n]. scales: fp16 [m, G]. zeros: uint8 [m, G].
-    loss: Σ over rows of (w−q)ᵀ·H·(w−q), with the damped Hessian that was factored. For round-to-nearest,
-        which has no Hessian, H is the identity.
-    energy: the same quadratic form of w itself, so that ``loss / energy`` is the relative output error. Where there
-        are more than 128 rows, GPTQ estimates it from at most 128 evenly spaced ones.
-    damping: the damping that the factorization took (the scheme's, or a step up the ladder).
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    scheme: QuantScheme
-    loss: float
-    energy: float
-    damping: float
-
-    @property
-    def relative_error(self) -> float:
-        return self.loss / self.energy if self.energy > 0 else 0.0
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [m, n] that a reader of the codes sees: computed in fp32, rounded once to ``dtype``."""
-        return dequantize(self.codes, self.scales, self.zeros, dtype)
+    @classmethod
+    def of(cls, given: Any, what: str) -> Any:
+        """The scheme of a mapping; other values unchanged. Raises UsageError, naming ``what``, for an unknown field."""
+        if not isinstance(given, Mapping):
+            return given
+        require_known(cls, given, what)
+        return cls(**given)
 
 
-_OVERRIDES: Mapping[str, type] = {
-    "bits": int,
-    "group_size": int,
-    "sym": bool,
-    "act_order": bool,
-    "damping": float,
-    "mse": bool,
-    "mse_power": float,
-}
+#: What a rule may override, by its name in a rule.
+OVERRIDES = {each.rule_key: each for each in table(QuantScheme).values() if each.rule_key is not None}
 
-
-#: Of a rule's pattern: characters, and repetitions. Patterns come with checkpoints too, and matching one takes time in the power of its
-#: repetitions.
+#: Bounds of a rule's pattern: characters, and repetitions. Patterns come with checkpoints too, and the time that a match takes grows
+#: with the power of its repetitions.
 MAX_PATTERN, MAX_REPETITIONS = 1000, 6
 
 
@@ -141,23 +151,30 @@ MAX_PATTERN, MAX_REPETITIONS = 1000, 6
 class Rule:
     """Overrides for the Linears whose module name matches ``pattern`` (``re.match``: from the start).
 
-    ``overrides`` None means: leave them unquantized.
+    overrides: fields of QuantScheme by name, ``sym`` for symmetric; None skips the Linears, which stay unquantized.
+    Raises UsageError.
     """
 
     pattern: str
     overrides: Mapping[str, int | float | bool] | None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise UsageError(f"Rule: pattern must be a string, not {shown(self.pattern)}")
         too_much = len(re.findall(r"[*+{]", self.pattern)) > MAX_REPETITIONS or re.search(r"\)[*+{]", self.pattern)
         if len(self.pattern) > MAX_PATTERN or too_much:
             raise UsageError(
                 f"{self.pattern[:MAX_PATTERN]!r} is too long or repeats too much to be matched in bounded time; "
-                f"use at most {MAX_REPETITIONS} of * + {{ and none of them behind a group"
+                f"use at most {MAX_REPETITIONS} of * + {{ and none of them after a group"
             )
         try:
             re.compile(self.pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise UsageError(f"{self.pattern!r} is not a regular expression: {error}") from None
+        if self.overrides is not None:
+            if not isinstance(self.overrides, Mapping):
+                raise UsageError(f"Rule: overrides must be a dict or None, not {shown(self.overrides)}")
+            _overridden(QuantScheme(), self.overrides)
 
     @classmethod
     def parse(cls, text: str) -> Rule:
@@ -169,11 +186,24 @@ class Rule:
         for setting in settings.split(","):
             key, equals, value = setting.partition("=")
             key = key.strip()
-            if not equals or key not in _OVERRIDES:
-                raise UsageError(f"--rule {text!r}: {setting!r} is not key=value with a key of {', '.join(_OVERRIDES)}")
-            overrides[key] = _parse_value(_OVERRIDES[key], value.strip(), f"--rule {text!r}: {key}")
-        _overridden(QuantScheme(), overrides)
-        return cls(pattern, overrides)
+            if not equals or key not in OVERRIDES:
+                raise UsageError(f"--rule {text!r}: {setting!r} is not key=value with a key of {', '.join(OVERRIDES)}")
+            overrides[key] = _parse_value(OVERRIDES[key].types[0], value.strip(), f"--rule {text!r}: {key}")
+        try:
+            return cls(pattern, overrides)
+        except UsageError as error:
+            raise UsageError(f"--rule {text!r}: {error}") from None
+
+    @classmethod
+    def all_of(cls, given: Any) -> Any:
+        """A tuple of the rules of a list, in which strings are parsed; other values unchanged. Raises UsageError."""
+        if not isinstance(given, list | tuple):
+            return given
+        rules = tuple(cls.parse(rule) if isinstance(rule, str) else rule for rule in given)
+        for rule in rules:
+            if not isinstance(rule, cls):
+                raise UsageError(f"JobConfig: rules must hold Rules or strings such as 'REGEX:bits=8', not {shown(rule)}")
+        return rules
 
 
 def _parse_value(kind: type, value: str, what: str) -> int | float | bool:
@@ -198,5 +228,6 @@ def scheme_for(name: str, base: QuantScheme, rules: tuple[Rule, ...]) -> QuantSc
 
 
 def _overridden(base: QuantScheme, overrides: Mapping[str, int | float | bool]) -> QuantScheme:
-    renamed = {"symmetric" if k == "sym" else k: v for k, v in overrides.items()}
-    return dataclasses.replace(base, **renamed)  # type: ignore[arg-type]
+    renamed: dict[str, Any] = {OVERRIDES[name].name if name in OVERRIDES else name: value for name, value in overrides.items()}
+    require_known(QuantScheme, renamed, "Rule: QuantScheme")
+    return dataclasses.replace(base, **renamed)

@@ -38,7 +38,8 @@ import ctypes, dataclasses, json, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 from pathlib import Path
 import bigq
-from bigq.cli.main import build_parser, job_config
+from bigq.cli.commands import build_parser
+from bigq.cli.job import job_config
 from bigq.errors import BigqError
 args = build_parser().parse_args(sys.argv[2:])
 try:

@@ -33,7 +33,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import torch
 from facts import drop_from_cache, status_bytes
 
-from bigq.cli.main import build_parser, job_config
+from bigq.cli.commands import build_parser
+from bigq.cli.job import job_config
 from bigq.errors import BigqError
 from bigq.io.index import Checkpoint, TensorInfo, read_header
 from bigq.job.journal import Commit, Journal

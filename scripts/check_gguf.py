@@ -92,6 +92,7 @@ CASES = (
         type="mixed",
         dtype="bfloat16",
         scheme={"group_size": 32},
+        format="gguf",
         rules=(bigq.Rule(r".*v_proj$", {"bits": 8}), bigq.Rule(r".*\.1\..*(k|down)_proj$", None)),
     ),
     Case(name="llama, fp16", type="Q4_0", dtype="float16", scheme={"group_size": 32}),

@@ -1,4 +1,4 @@
-"""Fault points: the list is the code's, what is armed happens once and when it should, and nonsense is refused."""
+"""Fault points: POINTS lists all calls in the code, an armed fault occurs once and at the right time, and invalid specs are refused."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def _disarmed() -> Iterator[None]:
 
 
 def passed_in(source: str) -> list[str]:
-    """What ``faults.point`` is called with in a source."""
+    """The arguments of ``faults.point`` in a source file."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "point":
             assert isinstance(node.func.value, ast.Name) and node.func.value.id == "faults", ast.unparse(node)
-            assert isinstance(node.args[0], ast.Constant), f"{ast.unparse(node)} says no name"
+            assert isinstance(node.args[0], ast.Constant), f"{ast.unparse(node)} has no literal name"
             found.append(node.args[0].value)
     return found
 
 
-def test_the_points_are_those_of_the_code() -> None:
+def test_points_lists_all_calls_in_the_code() -> None:
     found = [name for path in sorted(ROOT.rglob("*.py")) for name in passed_in(path.read_text())]
     assert len(set(faults.POINTS)) == len(faults.POINTS)
     assert sorted(found) == sorted(faults.POINTS), "every point is in POINTS, and is passed in one place"
@@ -125,7 +125,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("spec", BAD)
-def test_nonsense_is_refused_and_arms_nothing(spec: str) -> None:
+def test_an_invalid_spec_is_refused_and_arms_nothing(spec: str) -> None:
     with pytest.raises(UsageError, match=r"is not NAME\[:COUNT\[:ACTION\]\] with a valid action and a NAME of lock\.taken,") as caught:
         faults.arm(spec)
     assert str(caught.value).startswith(f"BIGQ_FAULT={spec}: ") and "\n" not in str(caught.value)

@@ -9,7 +9,8 @@ import torch
 
 from bigq.errors import UsageError
 from bigq.kernels.dequantize import dequantize
-from bigq.scheme import QuantizedWeight, QuantScheme, Rule, scheme_for
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import QuantScheme, Rule, scheme_for
 
 
 @pytest.mark.parametrize(

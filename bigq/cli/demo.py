@@ -1,4 +1,4 @@
-"""``bigq demo``: what quantization costs, shown on the tiny trained Llama that ships with the package."""
+"""``bigq demo``: size and quality of the tiny Llama that ships with the package, at several bit widths."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 from bigq.calibration import ASSETS
 from bigq.config import JobConfig
 from bigq.errors import UsageError
-from bigq.infer.evaluate import EvalConfig, Evaluation, evaluate
+from bigq.infer.evaluate import Evaluation, evaluate
+from bigq.infer.options import EvalConfig
 from bigq.sched.run import quantize
 from bigq.scheme import QuantScheme
-from bigq.vocabulary import MethodName
+from bigq.vocabulary import DtypeName, MethodName
 
 MODEL = ASSETS / "tiny-llama"
 BITS = (4, 3, 2)
@@ -24,12 +25,12 @@ METHODS: tuple[MethodName, ...] = ("rtn", "gptq")
 GROUP_SIZE = -1
 CALIBRATION_ROWS = 256
 HELDOUT_ROWS = 128
-DTYPE = "float32"
+DTYPE: DtypeName = "float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One line of the table: a method at a bit width (16: the original), sizes in bytes, seconds to quantize."""
+    """One row of the table: a method at a bit width (16: the original), size in bytes, seconds to quantize."""
 
     method: str
     bits: int
@@ -52,11 +53,11 @@ class Row:
 
 
 def demo(out: str, device: str = "auto", *, as_json: bool = False) -> list[Row]:
-    """Quantize the shipped model in every way of the table and print it, or one JSON object. Raises UsageError."""
+    """Quantize the shipped model with each method and bit width; print a table, or one JSON object. Raises UsageError."""
     base = Path(out)
     names = {f"{method}-{bits}bit" for bits in BITS for method in METHODS}
     if base.exists() and (not base.is_dir() or any(p.name not in names for p in base.iterdir())):
-        raise UsageError(f"{base}: holds other things than the demo's output; choose another folder with --out")
+        raise UsageError(f"{base}: holds files that are not the demo's; choose another folder with --out")
     started = time.monotonic()
     rows: list[Row] = []
     for bits in BITS:
@@ -70,13 +71,13 @@ def demo(out: str, device: str = "auto", *, as_json: bool = False) -> list[Row]:
     else:
         print(table(rows))
         print(
-            f"\n{rows[0].result.tokens} held-out tokens, one scale per row, act-order for gptq, {time.monotonic() - started:.0f} s in all"
+            f"\n{rows[0].result.tokens} held-out tokens, one scale per row, act-order for gptq, {time.monotonic() - started:.0f} s in total"
         )
     return rows
 
 
 def demo_config(method: MethodName, bits: int, device: str) -> JobConfig:
-    """The job of one line of the table. fp32 passes, to show the rounding of weights and not that of bf16 activations."""
+    """The job of one row. Forward passes are fp32, to show the rounding of weights and not that of bf16 activations."""
     scheme = QuantScheme(bits=bits, group_size=GROUP_SIZE, act_order=True)
     return JobConfig(scheme=scheme, method=method, calibration="builtin", samples=CALIBRATION_ROWS, device=device, dtype=DTYPE, quiet=True)
 

@@ -1,33 +1,68 @@
-"""What the flags of all commands have in common."""
+"""From declared options to arguments of a command, and back to what was given."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from bigq.options import Option
 
-def option(group: argparse._ActionsContainer, *flags: str, help: str, default: object = None, **how: Any) -> None:
-    """Add a flag that parses to None where it is not given; ``default`` is what that stands for at first, for the help."""
-    if isinstance(default, bool):
-        default = "on" if default else "off"
-    group.add_argument(*flags, default=None, help=help if default is None else f"{help} (default: {default})", **how)
+
+class Switch(argparse.Action):
+    """An option that is on or off; ``off`` are the spellings that switch it off. Both in one command are an error."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, off: Sequence[str] = (), **how: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **how)
+        self.off = off
+
+    def __call__(self, parser: argparse.ArgumentParser, args: argparse.Namespace, values: Any, flag: str | None = None) -> None:
+        value, before = flag not in self.off, getattr(args, self.dest, None)
+        typed = vars(args).setdefault("switches", {})
+        if before is not None and before != value:
+            raise argparse.ArgumentError(None, f"{typed[self.dest]} and {flag}: contradict each other; give one of them")
+        typed[self.dest] = flag
+        setattr(args, self.dest, value)
+
+
+def group_of(p: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """The group of that title in a command's help."""
+    return next((group for group in p._action_groups if group.title == title), None) or p.add_argument_group(title)
+
+
+def add_options(p: argparse.ArgumentParser, options: Iterable[Option]) -> None:
+    """Add options in their groups. One that is not given parses to None; its default is only shown."""
+    for each in options:
+        if each.flag is not None:
+            add_option(group_of(p, each.group), each)
+
+
+def add_option(group: argparse._ActionsContainer, each: Option, **more: Any) -> None:
+    assert each.flag is not None
+    text = help_text(each)
+    if each.types == (bool,):
+        off = [] if each.opposite is None else list(dict.fromkeys([f"--no-{each.flag[2:]}", each.opposite]))
+        group.add_argument(each.flag, *off, dest=each.name, action=Switch, off=off, default=None, help=text)
+    else:
+        group.add_argument(each.flag, dest=each.name, type=_reader(each), default=None, metavar=each.placeholder, help=text, **more)
+
+
+def help_text(each: Option) -> str:
+    """Help with the default, as argparse wants it."""
+    default = f" (default: {each.default_text})" if each.default_text else ""
+    return f"{each.help}{default}".replace("%", "%%")
 
 
 def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """Those of the arguments that were given."""
+    """Those of the options that were given, by name."""
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
-def add_device(machine: argparse._ActionsContainer) -> None:
-    """Flags about where and in which precision a model runs."""
-    option(machine, "--device", default="auto", help="cuda:0, cpu or auto")
-    option(
-        machine,
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="of the forward passes; auto is the checkpoint's",
-    )
-    run_code = "run model code that comes with the checkpoint"
-    option(machine, "--trust-remote-code", action=argparse.BooleanOptionalAction, default=False, help=run_code)
+def _reader(each: Option) -> Callable[[str], Any]:
+    """Checks an argument. Where a config converts the value itself, the text is passed on."""
+
+    def read(text: str) -> Any:
+        value = each.parse(text)
+        return value if each.convert is None else text
+
+    return read

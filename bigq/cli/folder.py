@@ -1,4 +1,4 @@
-"""Commands about folders that jobs wrote, on the command line: verify, status, report, convert."""
+"""Commands about folders that jobs wrote, and the demo, on the command line."""
 
 from __future__ import annotations
 
@@ -6,49 +6,55 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
 
-from bigq.errors import CheckpointError
+from bigq.cli.parser import Parser
+from bigq.errors import CheckpointError, UsageError
 from bigq.progress.terminal import keep_quiet, one_line, print_result, tell
+from bigq.vocabulary import FORMAT_NAMES
 
 
-def add_folder_commands(commands: argparse._SubParsersAction[Any]) -> None:
-    """Their parsers."""
-    _add_verify(commands.add_parser("verify", help="check a job's output folder against its record"))
-    _add_status(commands.add_parser("status", help="how far the job of an output folder is"))
-    what = "write what a job did, and how well, as one HTML file or as a model card"
-    _add_report(commands.add_parser("report", help=what, description=f"{what.capitalize()}. Works while the job runs, too."))
-    what = "re-pack a quantized model in another format, without loss"
-    _add_convert(commands.add_parser("convert", help=what, description=f"{what.capitalize()}, or refuse to."))
-
-
-def _add_verify(p: argparse.ArgumentParser) -> None:
+def add_verify(p: Parser) -> None:
     p.add_argument("out", metavar="OUT", help="output folder of a job, finished or not")
-    p.add_argument("--trust-remote-code", action="store_true", help="run model code that is in OUT, to see what its config describes")
+    p.add_argument("--trust-remote-code", action="store_true", help="run model code that lies in OUT, to build the model of its config")
     p.set_defaults(command=_run_verify)
 
 
-def _add_convert(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", metavar="MODEL", help="packed checkpoint, of bigq or others: folder")
+def add_convert(p: Parser) -> None:
+    p.description = f"{p.description} A format that cannot hold the same values is refused."
+    p.add_argument("model", metavar="MODEL", help="folder of a quantized model, from bigq or other tools")
     p.add_argument("out", metavar="OUT", help="folder to write; a file for gguf")
-    p.add_argument("--to", required=True, choices=("gptq", "gptq_v2", "compressed-tensors", "gguf"), help="format to write")
+    p.add_argument("--to", required=True, type=_format, metavar="{" + ",".join(FORMAT_NAMES) + "}", help="format to write")
     p.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
-    p.add_argument("--quiet", action="store_true", help="no progress, no summary")
+    p.add_argument("--quiet", action="store_true", help="print no progress and no summary, only errors")
     p.set_defaults(command=_run_convert)
 
 
-def _add_status(p: argparse.ArgumentParser) -> None:
+def add_status(p: Parser) -> None:
     p.add_argument("out", metavar="OUT", help="output folder of a job, running or not")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.set_defaults(command=_run_status)
 
 
-def _add_report(p: argparse.ArgumentParser) -> None:
+def add_report(p: Parser) -> None:
+    p.description = f"{p.description} Works while the job runs, too."
     p.add_argument("out", metavar="OUT", help="output folder of a job, finished or not")
-    p.add_argument("--out", dest="file", metavar="FILE", help="where to write the HTML file; OUT-report.html beside OUT if not given")
+    p.add_argument("--out", dest="file", metavar="FILE", help="the HTML file to write (default: OUT-report.html beside OUT)")
     card = "write OUT/README.md, a model card for the hub, in place of the source's; no HTML unless --out is given too"
     p.add_argument("--model-card", action="store_true", help=card)
     p.set_defaults(command=_run_report)
+
+
+def add_demo(p: Parser) -> None:
+    p.add_argument("--out", default="bigq-demo", metavar="FOLDER", help="folder for the quantized models (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda:N (default: auto)")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    p.set_defaults(command=_run_demo)
+
+
+def _format(text: str) -> str:
+    if text not in FORMAT_NAMES:
+        raise UsageError(f"--to {text}: must be one of {', '.join(FORMAT_NAMES)}")
+    return text
 
 
 def _run_verify(args: argparse.Namespace) -> int:
@@ -65,6 +71,7 @@ def _run_verify(args: argparse.Namespace) -> int:
 
 
 def _run_convert(args: argparse.Namespace) -> int:
+    args.display.reading(args.model)
     from bigq.conversion.convert import convert
     from bigq.progress.sizes import show_size
 
@@ -92,4 +99,11 @@ def _run_report(args: argparse.Namespace) -> int:
         print_result(str(write_model_card(out)))
     if args.file is not None or not args.model_card:
         print_result(str(write_report(out, None if args.file is None else Path(os.path.expanduser(args.file)))))
+    return 0
+
+
+def _run_demo(args: argparse.Namespace) -> int:
+    from bigq.cli.demo import demo
+
+    demo(args.out, args.device, as_json=args.json)
     return 0

@@ -32,10 +32,10 @@ from bigq.model.capture import OutputForm, replace_forwards
 from bigq.model.pager import Pager
 from bigq.progress.display import Display
 from bigq.progress.progress import Progress
-from bigq.sched.propagate import propagate
 from bigq.sched.rows.probe import activations_for, probe_model
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import choose_tier
+from bigq.sched.solve.propagate import propagate
 
 #: Positions whose distributions over the vocabulary are compared at once, in fp32.
 POSITIONS = 128

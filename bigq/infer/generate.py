@@ -5,7 +5,6 @@ Every token is the most likely one unless a temperature or a top-p is given.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 
 from bigq.calibration import load_tokenizer
-from bigq.config import MAX_SEED
 from bigq.errors import CalibrationError, CheckpointError, ResourceError, UsageError
 from bigq.infer.load import load_resident, stored_bytes
 from bigq.infer.streamer import Streamer

@@ -83,7 +83,7 @@ def bytes_needed(pager: Pager, tokens: int, *, packed: bool) -> int:
         if name in pager.packed:
             dense = param.numel() * pager.dtype.itemsize
             largest = max(largest, dense)
-            stored = sum(pager.checkpoint[tensor].nbytes for tensor in pager.packed_tensors(name))
+            stored = sum(info.nbytes for info in pager.packed_source(name).tensors)
             weights += stored if packed else dense
         elif id(param) not in seen:
             seen.add(id(param))
@@ -130,7 +130,7 @@ def _fill(pager: Pager) -> None:
 
 def _value(pager: Pager, name: str, module: nn.Module) -> Tensor:
     if name not in pager.packed:
-        return pager.to_device(name, read_tensor(pager.sources[name], keep_cached=False))
+        return read_tensor(pager.sources[name], keep_cached=False).to(device=pager.device, dtype=pager.dtype_of(name))
     weight = pager.dequantized(name)
     return weight.T.contiguous() if skeleton.is_transposed(module) else weight
 

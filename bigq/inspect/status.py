@@ -23,6 +23,7 @@ from bigq.job.conversion_record import CONVERT_AGAIN, ConversionRecord, is_conve
 from bigq.job.journal import JOB_NAME, JOURNAL_NAME, RUNS_NAME, Commit, read_commits, read_job
 from bigq.job.manifest import GGUF_NAME, lacks_gguf
 from bigq.job.owner import OWNER_NAME, Holder
+from bigq.progress.layout import rewrapped
 from bigq.progress.sizes import show_duration, show_size
 
 #: The states of a job, and what they mean.
@@ -87,7 +88,7 @@ class Status:
         return dataclasses.asdict(self)
 
     def text(self) -> str:
-        """A few lines for a person."""
+        """A few lines for a person, of at most 60 columns."""
         what = "it can be loaded, but its record is damaged" if self.state == "finished" and self.damaged else STATES[self.state]
         if self.state in RESUMABLE and not self.resumable:
             what = what.partition(";")[0] + "; it cannot be resumed"
@@ -111,7 +112,7 @@ class Status:
             lines.append(f"  said      {self.said}")
         lines += [f"  warning   {text}" for text in self.warnings]
         lines += [f"  damaged   {text}" for text in self.damaged]
-        return "\n".join(lines)
+        return "\n".join(rewrapped(lines, indent=12))
 
 
 def status(out: Path) -> Status:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bigq import faults
-from bigq.errors import CheckpointError, UsageError
+from bigq.errors import CheckpointError, ResourceError
 from bigq.io.atomic import atomic_file
 from bigq.io.formats import PackedWeight
 from bigq.io.reader import as_bytes
@@ -62,11 +62,11 @@ class GgufTensor:
 
 
 def require_gguf() -> Any:
-    """The ``gguf`` package. Raises UsageError if it is not installed."""
+    """The ``gguf`` package. Raises ResourceError if it is not installed."""
     try:
         import gguf
     except ImportError:
-        raise UsageError("GGUF files need the gguf package, which is not installed: pip install 'bigq[gguf]'") from None
+        raise ResourceError("GGUF files need the gguf package, which is not installed: pip install 'bigq[gguf]'") from None
     # Its warnings are false alarms, or repeat what bigq reports itself.
     logging.getLogger("gguf").setLevel(logging.CRITICAL)
     return gguf

@@ -24,7 +24,7 @@ _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-class Splitting(NamedTuple):
+class PreTokenizer(NamedTuple):
     """llama.cpp's name for a pre-tokenizer, and whether words that are tokens are taken whole, without merges."""
 
     name: str
@@ -33,12 +33,12 @@ class Splitting(NamedTuple):
 
 #: The pattern of the pre-tokenizer in tokenizer.json → its name in llama.cpp. "tekken" is missing, since llama.cpp treats combining marks
 #: and non-ASCII capitals differently than Mistral's pattern does.
-SPLITTINGS: Mapping[str, Splitting] = {
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}": Splitting("llama-bpe", True),
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}": Splitting("qwen2", False),
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}": PreTokenizer("llama-bpe", True),
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}": PreTokenizer("qwen2", False),
 }
 #: GPT-2's, for which tokenizer.json has no pattern.
-GPT2_SPLITTING = Splitting("gpt-2", False)
+GPT2_PRE_TOKENIZER = PreTokenizer("gpt-2", False)
 
 #: llama.cpp needs at least one merge. This one never applies: words start as single characters, and "[PAD]" is not one.
 NO_MERGE = "[PAD] [PAD]"
@@ -121,9 +121,9 @@ def _byte_level(path: Path, document: Mapping[str, Any], model: Mapping[str, Any
             raise _unsupported(path, f"model.{name} is {show_value(model[name])}")
     merges = list(_merges(path, model))
     vocabulary = _object(path, model, "vocab")
-    splitting = _splitting(path, document, bool(merges) or any(len(text) > 1 for text in vocabulary))
-    if merges and bool(model.get("ignore_merges")) != splitting.ignore_merges:
-        raise _unsupported(path, f"llama.cpp assumes another model.ignore_merges for {splitting.name}")
+    pre_tokenizer = _pre_tokenizer(path, document, bool(merges) or any(len(text) > 1 for text in vocabulary))
+    if merges and bool(model.get("ignore_merges")) != pre_tokenizer.ignore_merges:
+        raise _unsupported(path, f"llama.cpp assumes another model.ignore_merges for {pre_tokenizer.name}")
     tokens = _Tokens.unused(rows)
     for text, id in vocabulary.items():
         tokens.put(path, id, text, NORMAL, 0.0)
@@ -131,14 +131,14 @@ def _byte_level(path: Path, document: Mapping[str, Any], model: Mapping[str, Any
         tokens.put(path, id, text, type, 0.0)
     return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": splitting.name,
+        "tokenizer.ggml.pre": pre_tokenizer.name,
         "tokenizer.ggml.tokens": tokens.texts,
         "tokenizer.ggml.token_type": tokens.types,
         "tokenizer.ggml.merges": [" ".join(pair) for pair in merges] or [NO_MERGE],
     }
 
 
-def _splitting(path: Path, document: Mapping[str, Any], matters: bool) -> Splitting:
+def _pre_tokenizer(path: Path, document: Mapping[str, Any], matters: bool) -> PreTokenizer:
     """The pre-tokenizer. matters: whether there are tokens of several bytes, so that it makes a difference."""
     normalizer = document.get("normalizer")
     if _types(normalizer) not in ([], ["NFC"]):
@@ -148,10 +148,10 @@ def _splitting(path: Path, document: Mapping[str, Any], matters: bool) -> Splitt
         raise _unsupported(path, "it adds a space before every text")
     match steps:
         case [{"type": "ByteLevel", **rest}] if rest.get("use_regex", True) or not matters:
-            return GPT2_SPLITTING
+            return GPT2_PRE_TOKENIZER
         case [{"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated"}, {"type": "ByteLevel", "use_regex": False}]:
-            if pattern in SPLITTINGS:
-                return SPLITTINGS[pattern]
+            if pattern in PRE_TOKENIZERS:
+                return PRE_TOKENIZERS[pattern]
     raise _unsupported(path, f"its pre-tokenizer is {show_value(document.get('pre_tokenizer'))}")
 
 

@@ -3,53 +3,121 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bigq.errors import CheckpointError, ResourceError
 from bigq.io.containment import require_contained
-from bigq.io.index import MAX_SIZE, MAX_TENSORS, TensorInfo, header_entry
+from bigq.io.index import INDEX_NAME, MAX_SIZE, MAX_TENSORS, SINGLE_NAME, TensorInfo, header_entry, read_weight_map
 from bigq.io.json_file import show_name
 
-#: What a quantization job needs of a hub repository: weights, configs, tokenizer, licence; no pickles.
-MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md"]
+#: What a quantization job needs of a hub repository beside its shards: configs, the index, tokenizer, code, licence.
+SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md")
 #: What planning needs of it.
-CONFIG_FILES = ["config.json", "*.py"]
+PLANNING_FILES = ("config.json", INDEX_NAME, "*.py")
+#: Headers that are fetched at a time.
+HEADERS_AT_ONCE = 8
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Headers:
+    """What planning needs of a model.
+
+    folder: holds its config. tensors: by name, from shards that were not fetched; their files are names, not paths. None where the
+    folder holds all shards that there are. missing: bytes of shards that are still to be fetched, to the folder ``cache``.
+    """
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo] | None = None
+    missing: int = 0
+    cache: Path | None = None
 
 
 def resolve_model(model: str) -> Path:
     """A local folder for MODEL, fetching a hub id (``owner/name`` or ``owner/name@revision``) where it is not a folder.
 
-    All its files lie in it (see ``contained``). Raises CheckpointError where it is neither, or some do not; ResourceError
-    where the hub cannot be reached.
-    """
-    return _local_folder(model) or _snapshot(model, MODEL_FILES)
-
-
-def resolve_headers(model: str) -> tuple[Path, dict[str, TensorInfo] | None]:
-    """For planning: a local folder for MODEL and, of a hub id, what the headers of its shards say. No weights are fetched.
-
-    The tensors' files are names, not paths. Raises as ``resolve_model``.
+    Of a hub repository the shards that its index names are fetched, or the only one, and small files beside them; of its own folders
+    only code. All files lie in the folder that is returned (see ``containment``). Raises CheckpointError where MODEL is neither a folder
+    nor the hub id of a model in safetensors, or a file leads out of the folder; ResourceError where the hub cannot be reached.
     """
     folder = _local_folder(model)
     if folder is not None:
-        return folder, None
-    import huggingface_hub
+        return folder
+    folder = _snapshot(model, SIDE_FILES)
+    # At the commit of the index, whatever is pushed meanwhile.
+    folder = _snapshot(model, [glob.escape(name) for name in _shards(folder)], revision=folder.name)
+    if not (folder / INDEX_NAME).exists() and not (folder / SINGLE_NAME).exists():
+        raise _no_shards(model)
+    return folder
 
-    folder = _snapshot(model, CONFIG_FILES)
-    name, _, revision = model.partition("@")
-    with _hub_errors(model):
-        metadata = huggingface_hub.get_safetensors_metadata(name, revision=revision or None)
+
+def resolve_headers(model: str) -> Headers:
+    """For planning: a local folder for MODEL and, of a hub id, what the headers of its shards say. No weights are fetched.
+
+    Raises as ``resolve_model``.
+    """
+    folder = _local_folder(model)
+    if folder is not None:
+        return Headers(folder=folder)
+    folder = _snapshot(model, PLANNING_FILES)
+    shards = _shards(folder)
+    if all((folder / shard).exists() for shard in shards):
+        return Headers(folder=folder)
+    tensors, sizes = _remote_headers(model, folder, shards)
+    missing = sum(size for shard, size in sizes.items() if not (folder / shard).exists())
+    return Headers(folder=folder, tensors=tensors, missing=missing, cache=folder.parents[2])
+
+
+def _shards(folder: Path) -> list[str]:
+    """File names of the shards of a snapshot that holds the index, if there is one."""
+    index = folder / INDEX_NAME
+    return list(dict.fromkeys(read_weight_map(index).values())) if index.exists() else [SINGLE_NAME]
+
+
+def _remote_headers(model: str, folder: Path, shards: Sequence[str]) -> tuple[dict[str, TensorInfo], dict[str, int]]:
+    """The tensors of shards on the hub, and the shards' bytes by file name. folder: the snapshot of their commit."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    name, indexed = model.partition("@")[0], (folder / INDEX_NAME).exists()
+
+    def fetch(shard: str) -> Any:
+        return huggingface_hub.parse_safetensors_file_metadata(name, shard, revision=folder.name)
+
+    with _hub_errors(model), ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        try:
+            headers = dict(zip(shards, pool.map(fetch, shards), strict=True))
+        except EntryNotFoundError:
+            if not indexed:
+                raise _no_shards(model) from None
+            raise CheckpointError(f"{model}: its index names a shard that the repository lacks; use another revision of it") from None
+    index = read_weight_map(folder / INDEX_NAME) if indexed else None
     tensors: dict[str, TensorInfo] = {}
-    for file, header in metadata.files_metadata.items():
+    sizes: dict[str, int] = {}
+    for shard, header in headers.items():
         for tensor, info in header.tensors.items():
             said = {"dtype": info.dtype, "shape": info.shape, "data_offsets": list(info.data_offsets)}
-            tensors[tensor] = header_entry(Path(file), tensor, said, 0, MAX_SIZE)
+            entry = header_entry(Path(shard), tensor, said, 0, MAX_SIZE)
+            sizes[shard] = max(sizes.get(shard, 0), entry.stop)
+            if index is None or index.get(tensor) == shard:
+                tensors[tensor] = entry
         if len(tensors) > MAX_TENSORS:
             raise CheckpointError(f"{model}: holds more than {MAX_TENSORS} tensors, which is more than bigq reads")
-    return folder, tensors
+    return tensors, sizes
+
+
+def _no_shards(model: str) -> CheckpointError:
+    return CheckpointError(f"{model}: has no safetensors shards; convert it to safetensors first")
+
+
+def _first_line(error: Exception) -> str:
+    return show_name((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def _local_folder(model: str) -> Path | None:
@@ -69,19 +137,24 @@ def _local_folder(model: str) -> Path | None:
     return None
 
 
-def _snapshot(model: str, patterns: list[str]) -> Path:
+def _snapshot(model: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """The folder of a hub repository's snapshot, with the files that match. revision: in place of MODEL's own."""
     import huggingface_hub
 
-    name, _, revision = model.partition("@")
+    name, _, own = model.partition("@")
+    # A pattern matches in folders of the repository too (original/, onnx/); of those only code can matter.
+    inner = [f"*/{pattern}" for pattern in patterns if pattern != "*.py"]
     with _hub_errors(model):
-        folder = Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+        folder = Path(
+            huggingface_hub.snapshot_download(name, revision=revision or own or None, allow_patterns=list(patterns), ignore_patterns=inner)
+        )
     require_contained(folder)
     return folder
 
 
 @contextlib.contextmanager
 def _hub_errors(model: str) -> Iterator[None]:
-    """Tell the hub's errors in our terms."""
+    """Raise CheckpointError or ResourceError in place of the hub client's errors."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -92,6 +165,8 @@ def _hub_errors(model: str) -> Iterator[None]:
         SafetensorsParsingError,
     )
 
+    # The client's own errors have it as their base, and so have its HTTP library's: connections that fail or take too long.
+    http_error = HfHubHTTPError.__bases__[0]
     try:
         yield
     except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -99,20 +174,20 @@ def _hub_errors(model: str) -> Iterator[None]:
             f"{model}: no such folder, and the hub has no such model (or it is private and you are not logged in)"
         ) from None
     except NotASafetensorsRepoError:
-        raise CheckpointError(f"{model}: has no safetensors shards; convert it first") from None
+        raise _no_shards(model) from None
     except SafetensorsParsingError as error:
-        raise CheckpointError(f"{model}: a shard's header cannot be read: {show_name(str(error).splitlines()[0])}") from error
+        raise CheckpointError(f"{model}: a shard's header cannot be read: {_first_line(error)}") from error
     except LocalEntryNotFoundError:
         raise ResourceError(
             f"{model}: no such folder, and the hub cannot be reached to fetch it; download it first or check the network"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise ResourceError(f"{model}: fetching it from the hub failed: {show_name(str(error).splitlines()[0])}") from error
+    except (HfHubHTTPError, http_error, OSError) as error:
+        raise ResourceError(f"{model}: fetching it from the hub failed: {_first_line(error)}; run the same command again") from error
     except HFValidationError:
         raise CheckpointError(f"{model}: no such folder, and not a hub id like owner/name") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        # What huggingface_hub's reading of headers and listings ends in where the other side sends nonsense.
-        raise CheckpointError(f"{model}: what the hub sent of it cannot be read ({type(error).__name__})") from error
+        # Raised by huggingface_hub where headers or listings that it was sent are malformed.
+        raise CheckpointError(f"{model}: the hub sent malformed data ({type(error).__name__}); try again later") from error
 
 
 def fetch_dataset_file(repository: str, filename: str) -> Path:

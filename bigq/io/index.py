@@ -83,21 +83,13 @@ class Checkpoint:
             return cls._open_indexed(folder)
         single = folder / SINGLE_NAME
         if not single.exists():
-            raise CheckpointError(_nothing_to_read(folder))
+            raise CheckpointError(_missing_checkpoint(folder))
         tensors, header = read_header(single)
         return cls(folder, tensors, hashlib.sha256(header).hexdigest())
 
     @classmethod
     def _open_indexed(cls, folder: Path) -> Checkpoint:
-        index_path = folder / INDEX_NAME
-        weight_map = read_json_object(index_path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index_path}: has no weight_map; fetch the index again")
-        for name, shard in weight_map.items():
-            if not _is_file_name(shard):
-                raise CheckpointError(
-                    f"{index_path}: the shard of {show_name(name)} is {show_value(shard)}, which is not a file name; fetch the index again"
-                )
+        weight_map = read_weight_map(folder / INDEX_NAME)
         digest = hashlib.sha256(json.dumps(weight_map, sort_keys=True).encode())
         shards: dict[str, dict[str, TensorInfo]] = {}
         home: dict[str, str] = {}
@@ -149,6 +141,19 @@ class Checkpoint:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """The index at ``path``: tensor name → the file name of its shard, in the index's order. Raises CheckpointError."""
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: has no weight_map; fetch the index again")
+    for name, shard in weight_map.items():
+        if not _is_file_name(shard):
+            raise CheckpointError(
+                f"{path}: the shard of {show_name(name)} is {show_value(shard)}, which is not a file name; fetch the index again"
+            )
+    return weight_map
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
@@ -228,7 +233,7 @@ def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], data_start: int
         raise CheckpointError(f"{path}: {size - position} bytes after the last tensor; the file is damaged, fetch it again")
 
 
-def _nothing_to_read(folder: Path) -> str:
+def _missing_checkpoint(folder: Path) -> str:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         return (
             f"{folder}: contains pickle checkpoints (.bin, .pt), which bigq never loads since they can run code; "

@@ -66,7 +66,7 @@ def read_json_object(path: Path, *, repeats: bool = False) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     value = parse_object(path, data, repeats=repeats)
-    if _deeper_than(value, MAX_JSON_DEPTH):
+    if _exceeds_depth(value, MAX_JSON_DEPTH):
         raise CheckpointError(f"{path}: invalid JSON (nested more than {MAX_JSON_DEPTH} levels); the file is damaged")
     return value
 
@@ -91,7 +91,7 @@ def parse_object(path: Path, data: bytes, *, repeats: bool = False) -> dict[str,
     return value
 
 
-def _deeper_than(value: Any, limit: int) -> bool:
+def _exceeds_depth(value: Any, limit: int) -> bool:
     """Whether lists and objects are nested more than ``limit`` levels."""
     level = [value]
     for _ in range(limit):

@@ -69,11 +69,11 @@ def _piece(file: Any) -> str:
 def _open_text(path: Path) -> Any:
     if path.suffix == ".gz":
         allowed = FREE_EXPANSION + MOST_EXPANSION * path.stat().st_size
-        return io.TextIOWrapper(io.BufferedReader(_Expanded(path, allowed), 2**17), encoding="utf-8")
+        return io.TextIOWrapper(io.BufferedReader(_GzipReader(path, allowed), 2**17), encoding="utf-8")
     return open(path, encoding="utf-8")
 
 
-class _Expanded(io.RawIOBase):
+class _GzipReader(io.RawIOBase):
     """The decompressed contents of a gzip file. Raises CalibrationError after ``allowed`` bytes."""
 
     def __init__(self, path: Path, allowed: int) -> None:

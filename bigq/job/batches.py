@@ -1,7 +1,7 @@
-"""How many calibration rows go through a block at once, at every place of a job: fewer from where the device ran out of memory.
+"""The batch size (calibration rows per forward) at each place of a job. It is halved where the device runs out of memory.
 
-Results may round differently with another batch, so a job that is taken up again must use at each place the batch that was used
-there: where it was halved is remembered. Knows nothing of devices or files.
+Results may round differently with another batch. So a resumed job must use the same batch at the same place, and every halving is
+recorded. Knows nothing of devices or files.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import astuple, dataclass
 
 @dataclass(frozen=True, slots=True, order=True)
 class Halving:
-    """From here on no more than ``batch`` rows at once.
+    """From this place on, at most ``batch`` rows per forward.
 
-    block, step: a pass over the rows. Step 0 brings them to the block's entrance (by the embedding, or through the block before);
-    higher steps, of which not all need be there, solve it. row: the first row of the pass that it holds for.
+    block, step: a pass over the rows. Step 0 computes the block's inputs, by the embedding or by replaying the previous block. Higher
+    steps solve the block; their numbers grow but may have gaps. row: the first row of the pass that the new batch applies to.
     """
 
     block: int
@@ -24,12 +24,12 @@ class Halving:
     batch: int
 
     def to_json(self) -> tuple[int, ...]:
-        """As a list of numbers; ``Halving(*numbers)`` is the way back."""
+        """The four numbers; ``Halving(*numbers)`` restores it."""
         return astuple(self)
 
 
 class Batches:
-    """The batch by place. on_halving: is given (the batch that was too large, what follows) before the job goes on."""
+    """The batch by place. known: halvings of earlier runs. on_halving: called with (old batch, halving) before a halving takes effect."""
 
     def __init__(self, batch: int, known: Iterable[Halving] = (), on_halving: Callable[[int, Halving], None] | None = None) -> None:
         self._batch = batch
@@ -37,12 +37,12 @@ class Batches:
         self._on_halving = on_halving
 
     def at(self, block: int, step: int, row: int = 0) -> int:
-        """The batch at a row of a pass. It never grows from one place to a later one."""
+        """The batch at a row of a pass. It never grows from one place to a later place."""
         here = (block, step, row)
         return min([self._batch, *(h.batch for h in self._halvings if (h.block, h.step, h.row) <= here)])
 
     def halve(self, block: int, step: int, row: int = 0) -> None:
-        """The batch at this place, of at least 2 rows, is too large."""
+        """Halve the batch from this place on. It must be at least 2."""
         batch = self.at(block, step, row)
         assert batch > 1
         halving = Halving(block, step, row, batch // 2)
@@ -52,10 +52,10 @@ class Batches:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """All batches, the largest first."""
+        """All batch sizes in use, largest first."""
         return (self._batch, *sorted({h.batch for h in self._halvings if h.batch < self._batch}, reverse=True))
 
 
 def halving_message(before: int, halving: Halving) -> str:
-    """A halving in words."""
+    """A halving as a line of text. before: the old batch."""
     return f"out of memory: batch {before} → {halving.batch}"

@@ -1,45 +1,43 @@
-"""A job's settings as the flags of ``bigq quantize`` that ask for them."""
+"""A job's settings as the arguments of ``bigq quantize`` that ask for them."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from bigq.config import FROZEN_FIELDS, JobConfig
+from bigq.options import Option, table
 from bigq.scheme import QuantScheme, Rule
-
-#: Settings whose flags are not called as they are, by value.
-_SWITCHES = {"symmetric": {True: "--sym", False: "--asym"}}
-#: What the output format decides.
-_DERIVED = ("min_zero",)
 
 
 def flags(config: JobConfig) -> list[str]:
-    """The flags that differ from the defaults, and ``--batch`` and ``--seqlen``, which depend on the machine and the model otherwise.
+    """The options whose values are not the defaults, but none that the command line would refuse for having no effect.
 
-    The calibration text is told by its name, without its folder.
+    The calibration text is named without its folder.
     """
-    default = JobConfig()
-    found = list(_differing(config.scheme, default.scheme, [field.name for field in dataclasses.fields(QuantScheme)]))
+    kept = [each for name, each in table(JobConfig).items() if name in FROZEN_FIELDS and name not in ("scheme", "rules")]
+    found = list(_differing(config.scheme, _with_effect(config, table(QuantScheme).values())))
     found += [word for rule in config.rules for word in _rule(rule)]
-    found += _differing(config, default, [name for name in FROZEN_FIELDS if name not in ("scheme", "rules")])
+    found += _differing(config, _with_effect(config, kept))
     return found
 
 
-def _differing(values: Any, defaults: Any, names: list[str]) -> Iterator[str]:
-    for name in names:
-        value = getattr(values, name)
-        if value == getattr(defaults, name) or name in _DERIVED:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        if name in _SWITCHES:
-            yield _SWITCHES[name][value]
-        elif isinstance(value, bool):
-            yield flag if value else flag.replace("--", "--no-", 1)
-        else:
-            yield from (flag, os.path.basename(value) if name == "calibration" else str(value))
+def _with_effect(config: JobConfig, options: Iterable[Option]) -> Iterator[Option]:
+    return (each for each in options if all(effect.holds(config, "") for effect in each.effects if effect.refused))
+
+
+def _differing(values: Any, options: Iterable[Option]) -> Iterator[str]:
+    for each in options:
+        value = getattr(values, each.name)
+        if each.flag is not None and value != each.default:
+            yield from each.words(os.path.basename(value) if each.name == "calibration" else value)
+
+
+def rule_option(rule: Rule) -> str:
+    """The option that asks for a rule, for messages."""
+    option, value = _rule(rule)
+    return f"{option} '{value}'"
 
 
 def _rule(rule: Rule) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""A finished job: what makes its folder loadable, and its packed weights read back."""
+"""Finishing a job: the files that make its folder loadable; and reading back the packed weights of a committed block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bigq import faults
 from bigq.config import JobConfig
-from bigq.errors import BigqError, CheckpointError, ResourceError
+from bigq.errors import BigqError, ResourceError
 from bigq.io.atomic import copy_file, json_bytes, remedy, sync_folder, write_bytes, write_json
 from bigq.io.checksum import load_record, save_record
 from bigq.io.folders import STATE_FOLDER
@@ -22,36 +22,59 @@ from bigq.io.formats import Format, Quantization
 from bigq.io.index import INDEX_NAME, read_header, read_json_object
 from bigq.io.reader import read_tensor
 from bigq.io.shard_record import file_sha256
-from bigq.job.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journal
-from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME
+from bigq.job.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journal, read_commits
+from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME, read_manifest
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.methods import method_of
 from bigq.scheme import QuantScheme, scheme_for
 from bigq.version import __version__
 
-#: A model card is a text for people, who may go on writing it: of one that bigq wrote, which says so, the manifest does not speak.
+#: The model card and the mark in one that bigq wrote. Users may edit such a card, so the manifest does not list it.
 CARD_NAME, CARD_MARK = "README.md", "<!-- model card written by bigq -->"
-#: The job's records that do not change any more when it is finished.
+#: The job's records that no longer change once it is finished.
 RECORDS = (JOB_NAME, JOURNAL_NAME, BATCHES_NAME, "linears.jsonl")
 
 
 def is_finished(journal: Journal) -> bool:
     """Whether every shard is committed and all that was written after the last one is there, unchanged."""
-    if journal.missing:
-        return False
+    return not journal.missing and _rest_is_whole(journal.out, journal.commits)
+
+
+def complete_commits(out: Path) -> list[Commit] | None:
+    """The commits of a finished folder, if shards and all other files are there and unchanged; else None. Nothing is repaired.
+
+    A shard counts as unchanged while its size and time of modification are those of its commit.
+    """
     try:
-        manifest = load_record(journal.out / STATE_FOLDER / MANIFEST_NAME, "")
+        found, damaged = read_commits(out)
+        commits = list({commit.unit: commit for commit in found}.values())
+        if damaged or not commits or not commits[0].shard.file.endswith(f"-of-{len(commits):05d}.safetensors"):
+            return None
+        if not _rest_is_whole(out, commits):
+            return None
+        stats = [((out / commit.shard.file).stat(follow_symlinks=False), commit) for commit in commits]
+    except (BigqError, OSError):
+        return None
+    return commits if all((at.st_size, at.st_mtime_ns) == (c.shard.size, c.modified) for at, c in stats) else None
+
+
+def _rest_is_whole(out: Path, commits: Sequence[Commit]) -> bool:
+    """Whether the manifest lists just these shards, and every other file is as it says."""
+    try:
+        manifest = load_record(out / STATE_FOLDER / MANIFEST_NAME, "")
         if manifest is None:
             return False
-        shards = {commit.shard.file for commit in journal.commits}
+        shards = {commit.shard.file for commit in commits}
+        if not shards <= set(manifest["files"]):
+            return False
         others = {name: entry for name, entry in manifest["files"].items() if name not in shards and name != GGUF_NAME}
-        return all(file_sha256(journal.out / name) == entry["sha256"] for name, entry in others.items())
+        return all(file_sha256(out / name) == entry["sha256"] for name, entry in others.items())
     except (BigqError, KeyError, TypeError, AttributeError):
         return False
 
 
 def reopen_folder(out: Path) -> None:
-    """A folder that was finished is not any more: what makes it loadable goes first. Raises ResourceError."""
+    """Remove the files that make a finished folder loadable, before shards are made again. Raises ResourceError."""
     try:
         for name in ("config.json", INDEX_NAME, GGUF_NAME, f"{STATE_FOLDER}/{MANIFEST_NAME}"):
             (out / name).unlink(missing_ok=True)
@@ -61,11 +84,9 @@ def reopen_folder(out: Path) -> None:
 
 
 def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Sequence[str]) -> None:
-    """Write what makes the folder loadable: side files, the index, a manifest of it all, and last config.json.
+    """Write the files that make the folder loadable: side files, the index, the manifest, and config.json last.
 
-    linears: the module names of all Linears of the model.
-
-    Raises ResourceError; then there is no config.json.
+    linears: the module names of all Linears of the model. Raises ResourceError; then there is no config.json.
     """
     out = journal.out
     faults.point("finish.begun")
@@ -82,16 +103,17 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Se
         "true_sequential": config.true_sequential,
         "mse": _search_power(config),
     }
-    told = quantization_of(journal.commits, config, linears, meta)
-    quantization = config.made.config(told)
-    if config.made.config_file is not None and told.packed:
-        write_json(out / config.made.config_file, quantization)
+    quantization = quantization_of(journal.commits, config, linears, meta)
+    quantization_config = config.made.config(quantization)
+    if config.made.config_file is not None and quantization.packed:
+        write_json(out / config.made.config_file, quantization_config)
     weight_map = {name: commit.shard.file for commit in journal.commits for name in commit.shard.tensors}
     total = sum(commit.shard.size for commit in journal.commits)
     write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     faults.point("finish.index")
-    # Where every Linear came out unsound and was left as it is, the folder is a plain checkpoint.
-    final = json_bytes(read_json_object(source / "config.json") | ({"quantization_config": quantization} if told.packed else {}))
+    # If every Linear was skipped, the folder is a plain unquantized checkpoint.
+    added = {"quantization_config": quantization_config} if quantization.packed else {}
+    final = json_bytes(read_json_object(source / "config.json") | added)
     free = {"free": [CARD_NAME]} if is_card(out / CARD_NAME) else {}
     files = {name: entry for name, entry in _manifest(journal, final).items() if name not in free.get("free", ())}
     save_record(out / STATE_FOLDER / MANIFEST_NAME, {"files": files, **free})
@@ -99,7 +121,7 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Se
     try:
         write_bytes(out / "config.json", final)
     except ResourceError:
-        # It has its name before that is durable; a job that failed leaves nothing that loads.
+        # The file may already have its name, although writing it failed. A failed job must leave nothing that loads.
         with contextlib.suppress(OSError):
             (out / "config.json").unlink(missing_ok=True)
         raise
@@ -107,14 +129,14 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Se
 
 
 def _search_power(config: JobConfig) -> float:
-    """Of the errors in the search for scales; 0 where there is none."""
+    """The power p of |error|^p that the search for scales minimizes; 0 where scales are not searched for."""
     if not config.scheme.mse:
         return 0.0
     return method_of(config).grid(config.scheme).mse_power
 
 
 def quantization_of(commits: Iterable[Commit], config: JobConfig, linears: Sequence[str], meta: Mapping[str, Any]) -> Quantization:
-    """What is to be told of a finished job. linears: the module names of all Linears of the model."""
+    """What quantization_config is made from. linears: the module names of all Linears of the model."""
     commits = list(commits)
     names = [name for commit in commits for record in commit.linears if isinstance(name := record.get("name"), str)]
     found = {name: scheme_for(name, config.base_scheme, config.rules) for name in names}
@@ -131,7 +153,7 @@ def quantization_of(commits: Iterable[Commit], config: JobConfig, linears: Seque
 
 
 def is_card(path: Path) -> bool:
-    """Whether a file is a model card that bigq wrote, whoever went on writing it."""
+    """Whether a file is a model card that bigq wrote, edited since or not."""
     try:
         with open(path, "rb") as file:
             return CARD_MARK.encode() in file.read(2**20)
@@ -140,14 +162,11 @@ def is_card(path: Path) -> bool:
 
 
 def free_card(out: Path) -> None:
-    """Let the manifest of a finished folder speak no more of the model card. Raises CheckpointError, ResourceError."""
-    path, remedy = out / STATE_FOLDER / MANIFEST_NAME, "run the command that made the folder again"
-    manifest = load_record(path, remedy)
-    if manifest is None or not isinstance(manifest.get("files"), dict):
-        raise CheckpointError(f"{path}: is missing, or no list of files; {remedy}")
+    """Remove the model card from the manifest of a finished folder, so that it may change. Raises CheckpointError, ResourceError."""
+    manifest = read_manifest(out)
     files = {name: entry for name, entry in manifest["files"].items() if name != CARD_NAME}
     if manifest != (freed := {"files": files, "free": [CARD_NAME]}):
-        save_record(path, freed)
+        save_record(out / STATE_FOLDER / MANIFEST_NAME, freed)
 
 
 def _manifest(journal: Journal, config_json: bytes) -> dict[str, dict[str, Any]]:
@@ -163,7 +182,7 @@ def _manifest(journal: Journal, config_json: bytes) -> dict[str, dict[str, Any]]
 
 
 class FinishedBlock:
-    """The packed Linears of a committed block."""
+    """The packed Linears of a committed block. Raises CheckpointError where its shard cannot be read."""
 
     def __init__(self, out: Path, commit: Commit, format: Format) -> None:
         self._tensors, _ = read_header(out / commit.shard.file)
@@ -177,7 +196,7 @@ class FinishedBlock:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """By name. Raises ResourceError."""
+    """The files in a folder, sorted by name. Raises ResourceError."""
     try:
         return sorted(path for path in folder.iterdir() if path.is_file())
     except OSError as error:
@@ -185,7 +204,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def is_side_file(name: str) -> bool:
-    """Whether a file of the source belongs beside any checkpoint of it: tokenizer, licence, generation config, code."""
+    """Whether a file of the source is copied to the output: tokenizer, licence, generation config, code; no weights or config.json."""
     if name in ("config.json", "quantize_config.json") or name.startswith("."):
         return False
     return not name.endswith((".safetensors", ".index.json", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx"))

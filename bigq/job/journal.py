@@ -1,13 +1,13 @@
-"""The record of a job in its output folder: what was asked for, and which shards are committed.
+"""The record of a job in its output folder: the request, and the shards that are committed.
 
     OUT/.bigq/job.json        the request, frozen when the job starts
-    OUT/.bigq/runs.jsonl      one line per run of the job: versions, machine, and whatever was unusual; when it ends, how it went
-    OUT/.bigq/journal.jsonl   one line per committed shard, appended and flushed after the shard itself is durable
-    OUT/.bigq/batches.json    where the device ran out of memory and the job went on with a smaller batch, if it did
+    OUT/.bigq/runs.jsonl      one line per run: versions, machine and warnings, and how the run ended
+    OUT/.bigq/journal.jsonl   one line per committed shard, appended and flushed after the shard is durable
+    OUT/.bigq/batches.json    where the batch was halved because the device ran out of memory, if it was
     OUT/.bigq/lock, owner.json, activations-….safetensors, checkpoints.json: see ``owner`` and ``checkpoint``
 
-A job that finds these goes on with whatever shard is not committed. Each record carries a checksum: a line that a crash tore or that
-was changed later is as good as absent, so its shard is made again; a request that was changed is refused.
+A job that finds these files resumes: it makes the shards that are not committed. Each record carries a checksum. A journal line that
+a crash tore or that was changed later is ignored, so its shard is made again. A request that was changed is refused.
 """
 
 from __future__ import annotations
@@ -41,14 +41,13 @@ _BEGIN_AGAIN = "restore it from a copy, or begin the job again in an empty folde
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """One committed shard. unit: "rest-0", "block-17", …; linears: the records of what was quantized in it.
+    """One committed shard. unit: "rest-0", "block-17", "head-0"; linears: the records of its quantized Linears.
 
-    modified: its file's time of modification, in ns; while that and the size are the same, the shard is not read again to see
-        whether it is whole.
-    left_out: module names of the block's Linears that stay as they are although no rule says so. skipped: those among them that
-        could not be quantized, with the reason.
-    source: a hash that tells whether the tensors which the shard was made from are still the same.
-    batch: calibration rows that went through the block at once when its last Linears were solved; None where none were needed.
+    modified: the file's modification time in ns. While time and size match, the shard is not hashed again on resume.
+    left_out: module names of the block's Linears that stay unquantized although no rule skips them.
+    skipped: those of ``left_out`` that could not be quantized, with the reason.
+    source: a hash of samples of the source tensors, to detect a changed source.
+    batch: calibration rows per forward when the block's last Linears were solved; None for units that need no rows.
     """
 
     unit: str
@@ -78,7 +77,7 @@ class Commit:
 
     @classmethod
     def from_line(cls, line: bytes) -> Commit | None:
-        """None where the line was torn by a crash, or is not as it was written."""
+        """None for a line that a crash tore or that was changed later."""
         value = unseal(line, line=True)
         if value is None or not _has_kinds(value):
             return None
@@ -110,7 +109,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 
 
 def _has_kinds(value: Mapping[str, Any]) -> bool:
-    """Whether a line holds what lines hold."""
+    """Whether a line has the fields of a commit, with values of the right types."""
     return (
         value.keys() == _KINDS.keys()
         and all(type(value[name]) in kinds for name, kinds in _KINDS.items())
@@ -120,20 +119,20 @@ def _has_kinds(value: Mapping[str, Any]) -> bool:
 
 
 class Journal:
-    """The job of an output folder. The caller owns the folder (see ``owner``)."""
+    """The job in an output folder. The caller must own the folder (see ``owner``)."""
 
     def __init__(self, out: Path, request: Mapping[str, Any], units: list[str], compare: Callable[..., list[str]]) -> None:
-        """Begin a job in ``out`` or take up the one that is there.
+        """Start a job in ``out``, or resume the one that is there.
 
-        request: what decides the output's bytes, and what it is done with. units: the shards to commit, in order.
-        compare: (out, request before, request now) → warnings; raises where the job would be another.
-        Raises UsageError, CheckpointError where what is there is damaged, ResourceError.
+        request: the settings and inputs that decide the output's bytes, plus versions and machine. units: the shards to commit, in order.
+        compare: (out, old request, new request) → warnings; raises UsageError where the requests describe different jobs.
+        Raises UsageError, ResourceError, and CheckpointError where the records are damaged.
         """
         self.out = out
         self.units = units
         self._state = out / STATE_FOLDER
         self._path = self._state / JOURNAL_NAME
-        #: What was unusual about taking the job up.
+        #: Warnings about resuming the job.
         self.notes: list[str] = []
         self._replaced_hashes: dict[str, str] = {}
         self._run: Mapping[str, Any] = {}
@@ -146,15 +145,15 @@ class Journal:
         if before is not None:
             self.notes += compare(self.out, before, request)
         elif self._path.exists():
-            raise CheckpointError(f"{self._state / JOB_NAME}: is missing, so what the job was asked for is unknown; {_BEGIN_AGAIN}")
+            raise CheckpointError(f"{self._state / JOB_NAME}: is missing, so the job's request is unknown; {_BEGIN_AGAIN}")
         else:
             save_record(self._state / JOB_NAME, request)
             faults.point("job.written")
 
     def _sound_commits(self) -> dict[str, Commit]:
-        """The commits that are whole, by unit; the journal keeps no others, leftover temp files go."""
+        """The valid commits by unit. Invalid lines are removed from the journal, and leftover temporary files are deleted."""
         for leftover in [*self.out.glob("*" + TEMP_SUFFIX), *self._state.glob("*" + TEMP_SUFFIX)]:
-            with contextlib.suppress(OSError):  # one that stays is written over, or is told then
+            with contextlib.suppress(OSError):  # one that stays is overwritten later, or reported then
                 leftover.unlink(missing_ok=True)
         lines = (read_record_bytes(self._path) or b"").splitlines(keepends=True)
         found = [Commit.from_line(line) for line in lines]
@@ -162,9 +161,9 @@ class Journal:
         for commit in found:
             if commit is not None and commit.unit in self.units and commit.shard.file == self.shard_name(self.units.index(commit.unit)):
                 kept[commit.unit] = commit
-        # A line that a crash tore has no end. That its shard is made again is nothing unusual.
+        # A line that a crash tore has no newline. It needs no warning: its shard was not committed.
         if any(commit is None and line.endswith(b"\n") for commit, line in zip(found, lines, strict=True)):
-            self.notes.append(f"{self._path.name}: lines of it are damaged; their shards are made again")
+            self.notes.append(f"{self._path.name}: some lines are damaged; their shards are made again")
         for unit, commit in list(kept.items()):
             problem = self._problem(commit)
             if problem is not None:
@@ -176,9 +175,9 @@ class Journal:
         return kept
 
     def _problem(self, commit: Commit) -> str | None:
-        """What is wrong with a committed shard. One whose size and time are as they were is not read.
+        """What is wrong with a committed shard, or None. A shard with the recorded size and modification time is not hashed.
 
-        Raises ResourceError where that cannot be told: a disk that fails for a while must not cost what is committed.
+        Raises ResourceError where the file cannot be checked: a temporary disk error must not discard a committed shard.
         """
         path = self.out / commit.shard.file
         try:
@@ -187,22 +186,22 @@ class Journal:
             return "is missing"
         except OSError as error:
             raise ResourceError(
-                f"{path}: cannot be looked at: {error.strerror}; check the disk and run the command again, or remove the file so that "
-                "it is made again"
+                f"{path}: cannot be read: {error.strerror}; check the disk and run the command again, or remove the file to have "
+                "it made again"
             ) from error
         if there.st_size != commit.shard.size:
             return f"has {there.st_size} bytes instead of {commit.shard.size}"
         if there.st_mtime_ns == commit.modified:
             return None
-        return None if file_sha256(path) == commit.shard.sha256 else "was changed after it had been written"
+        return None if file_sha256(path) == commit.shard.sha256 else "was changed after it was written"
 
     def shard_name(self, number: int) -> str:
-        """The file of unit ``number``."""
+        """The file name of unit ``number``."""
         return f"model-{number + 1:05d}-of-{len(self.units):05d}.safetensors"
 
     @property
     def commits(self) -> list[Commit]:
-        """What is committed, in the order of units."""
+        """The commits in the order of units."""
         return [self._committed[unit] for unit in self.units if unit in self._committed]
 
     @property
@@ -211,18 +210,18 @@ class Journal:
         return [number for number, unit in enumerate(self.units) if unit not in self._committed]
 
     def commit_of(self, number: int) -> Commit | None:
-        """The commit of unit ``number``, if there is one."""
+        """The commit of unit ``number``; None where it is not committed."""
         return self._committed.get(self.units[number])
 
     def differs(self, commit: Commit) -> bool:
-        """Whether the commit is of a shard that had to be made again and did not come out as it was."""
+        """Whether the commit's shard replaces an earlier one that had other bytes."""
         return self._replaced_hashes.get(commit.unit, commit.shard.sha256) != commit.shard.sha256
 
     def commit(self, commit: Commit) -> None:
-        """Append a commit durably; its shard is already on disk. Raises ResourceError; then the journal is as it was."""
+        """Append a commit durably; its shard is already on disk. Raises ResourceError; then the journal is unchanged."""
         line = commit.to_line()
         try:
-            # Unbuffered: a buffer that could not be written out would be tried again when the file is closed, after the cut.
+            # Unbuffered: closing the file would write a failed buffer once more, after the file was truncated.
             with open(self._path, "ab", buffering=0) as file:
                 end = file.tell()
                 faults.point("journal.opened")
@@ -238,7 +237,9 @@ class Journal:
             sync_folder(self._state)
             faults.point("journal.synced")
         except OSError as error:
-            raise ResourceError(f"cannot write {self._path}: {error.strerror}; free some space and run the command again") from error
+            raise ResourceError(
+                f"{self._path}: cannot be written: {error.strerror}; free some space, then run the same command again"
+            ) from error
         self._committed[commit.unit] = commit
 
     def _read_halvings(self) -> list[Halving]:
@@ -252,23 +253,23 @@ class Journal:
             raise CheckpointError(f"{path}: is not a list of halvings; {_BEGIN_AGAIN}") from error
 
     def record_halving(self, halving: Halving) -> None:
-        """Record durably that the job goes on with a smaller batch from some place on.
+        """Record durably where the job continues with a smaller batch.
 
-        Nothing that comes of it is committed before: a job that is taken up again halves where this one did.
+        Call it before anything that depends on the smaller batch is committed: a resumed job halves at the same place.
         """
         self.halvings.append(halving)
         save_record(self._state / BATCHES_NAME, {"halvings": [h.to_json() for h in self.halvings]})
         faults.point("batch.halved")
 
     def record_run(self, run: Mapping[str, Any]) -> None:
-        """Add a line about this run. Raises ResourceError."""
+        """Append a line for this run. Raises ResourceError."""
         self._run = run
         path = self._state / RUNS_NAME
         write_bytes(path, b"".join([*valid_lines(path), seal(run, line=True)]))
         faults.point("run.recorded")
 
     def record_end(self, ended: Mapping[str, Any]) -> None:
-        """Complete the line of the run that ``record_run`` told of. Raises ResourceError; then the line is as it was."""
+        """Add how the run ended to the line that ``record_run`` wrote. Raises ResourceError; then the line is unchanged."""
         path, begun = self._state / RUNS_NAME, seal(self._run, line=True)
         others = [line for line in valid_lines(path) if line != begun]
         write_bytes(path, b"".join([*others, seal({**self._run, "ended": ended}, line=True)]))
@@ -280,15 +281,15 @@ def _write_all(file: FileIO, data: bytes) -> None:
 
 
 def modification_time(path: Path) -> int:
-    """In ns. Raises ResourceError."""
+    """A file's modification time in ns. Raises ResourceError."""
     try:
         return path.stat().st_mtime_ns
     except OSError as error:
-        raise ResourceError(f"{path}: cannot be looked at: {error.strerror}; check the disk and run the command again") from error
+        raise ResourceError(f"{path}: cannot be read: {error.strerror}; check the disk and run the command again") from error
 
 
 def read_commits(out: Path) -> tuple[list[Commit], int]:
-    """The journal's commits as they stand, and how many of its lines are none. For looking on: no shard is read, nothing repaired."""
+    """The commits in a folder's journal, and how many of its lines are invalid. Reads no shard and repairs nothing."""
     lines = (read_record_bytes(out / STATE_FOLDER / JOURNAL_NAME) or b"").splitlines(keepends=True)
     found = [Commit.from_line(line) for line in lines]
     commits = [commit for commit in found if commit is not None]
@@ -296,7 +297,7 @@ def read_commits(out: Path) -> tuple[list[Commit], int]:
 
 
 def read_job(out: Path) -> dict[str, Any] | None:
-    """The frozen request of the job in a folder; None where there is none. Raises CheckpointError where it is damaged."""
+    """The frozen request of the job in a folder; None where there is no job. Raises CheckpointError where it is damaged."""
     return load_record(out / STATE_FOLDER / JOB_NAME, _BEGIN_AGAIN)
 
 
@@ -306,9 +307,9 @@ def require_job_folder(out: Path) -> None:
         raise UsageError(f"{out}: OUT holds a converted model, in which no job can run; choose another folder")
     try:
         if out.exists() and not out.is_dir():
-            raise UsageError(f"{out}: OUT is a file; name a folder")
+            raise UsageError(f"{out}: OUT is a file; give a folder")
         foreign = out.is_dir() and not (out / STATE_FOLDER).is_dir() and any(out.iterdir())
     except OSError as error:
         raise ResourceError(f"{out}: cannot be used as output folder: {error.strerror}; {remedy(error)}") from error
     if foreign:
-        raise UsageError(f"{out}: OUT is not empty and holds no job of bigq; choose another folder, or empty it")
+        raise UsageError(f"{out}: OUT is not empty and holds no bigq job; choose another folder, or empty it")

@@ -1,12 +1,13 @@
 """One owner of an output folder at a time, also after crashes, in containers and on network file systems.
 
-Two things say who owns a folder. ``lock`` is held with flock, which the system lets go however a process ends; it works on local disks,
-on NFS from version 4 and on Lustre mounted with it. ``owner.json`` names the holder (host, process, start) and is rewritten every few
-seconds with a growing number, the heartbeat; it serves where flock does not reach, and to tell a person who the holder is.
+Two files record who owns a folder. ``lock`` is held with flock, which the system releases however a process ends. It works on local
+disks, on NFS from version 4 and on Lustre mounted with ``-o flock``. ``owner.json`` names the holder (host, process, start time) and is
+rewritten every few seconds with a growing number, the heartbeat. It protects the folder where flock does not work, and shows users who
+the holder is.
 
-Whether a holder is alive is never told from clocks: on the same machine its process is looked for, and of another machine the
-heartbeat is watched for a while. A holder that was taken for dead and is not (suspended, cut off from the disk) notices at its next
-heartbeat or commit that the folder has another owner, and stops.
+Wall clocks never decide whether a holder is alive. On the same machine its process is looked up. On another machine its heartbeat is
+watched for a minute. A holder that was wrongly taken for dead (suspended, cut off from the disk) finds another owner in the file at its
+next heartbeat or commit, and stops.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import IO, TYPE_CHECKING, Any
 import psutil
 
 from bigq import faults
-from bigq.errors import BigqError, CheckpointError, ResourceError, Stopped, UsageError
+from bigq.errors import BigqError, BusyError, CheckpointError, ResourceError, Stopped
 from bigq.io.atomic import TEMP_SUFFIX, remedy, sync_folder
 from bigq.io.checksum import read_record_bytes
 
@@ -43,20 +44,20 @@ LOCK_NAME = "lock"
 BEAT_SECONDS = 10.0
 #: Heartbeats that a holder on another machine may miss before it is taken for dead.
 MISSED_BEATS = 6
-#: How often a lock is tried that others replace meanwhile.
+#: Attempts at a lock whose file other jobs keep replacing.
 LOCK_ATTEMPTS = 20
 
 
-#: Tokens of the folders that this process owns: one that could not write down how its job ended does not own it for ever.
+#: Tokens of the folders that this process owns now. An owner.json of this process without an outcome is not alive unless listed here.
 _owned_here: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who owns, or last owned, a folder. beat: how many heartbeats there were. at: the last one's time, for people.
+    """Who owns, or last owned, a folder. beat: the number of heartbeats. at: the wall time of the last one, for display only.
 
-    outcome: how it ended ("finished", "stopped", "failed"); None for one that runs, or that ended without a word.
-    facts: what it last told of its progress.
+    outcome: how its job ended ("finished", "stopped", "failed"); None while it runs, or if it was killed.
+    facts: its progress at the last heartbeat.
     """
 
     token: str
@@ -71,7 +72,7 @@ class Holder:
 
     @classmethod
     def read(cls, state: Path) -> Holder | None:
-        """None where nobody ever owned the folder, or where what is written about it cannot be read."""
+        """The holder in owner.json; None where the file is missing or invalid."""
         try:
             value = json.loads(read_record_bytes(state / OWNER_NAME) or b"")
             return cls(
@@ -90,12 +91,12 @@ class Holder:
 
     @property
     def same_machine(self) -> bool:
-        """Whether it ran where this process runs: same machine since its start, same view of processes."""
+        """Whether it ran on this machine, in the same boot and the same PID namespace."""
         return self.machine == this_machine()
 
     @property
     def alive(self) -> bool | None:
-        """Whether its process runs; None for one of another machine."""
+        """Whether its process runs; None where that is unknown because it is on another machine."""
         if self.outcome is not None:
             return False
         if not self.same_machine:
@@ -109,11 +110,11 @@ class Holder:
 
 
 def process_start(pid: int) -> float | None:
-    """When a process began, by a clock that nobody sets: ticks since the machine was booted. None where no such process runs."""
+    """When a process started, in clock ticks since boot; None where no such process runs."""
     try:
-        # What follows the name, which may hold anything, in parentheses: the state, and the 22nd field of all.
+        # Split after the name, which is in parentheses and may hold anything. Next is the state; the start time is field 22 of all.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        # One that ended and that nobody has waited for, as in a container without an init.
+        # Z and X: ended, but not reaped yet, as in a container without an init.
         return None if fields[0] in "ZX" else float(fields[19])
     except FileNotFoundError:
         return None if Path("/proc/self/stat").exists() else _creation_time(pid)
@@ -128,12 +129,12 @@ def _creation_time(pid: int) -> float | None:
         return None
 
 
-#: In the place of a boot's name where the system tells none: what cannot be told apart is not taken for the same.
+#: Used where the system gives no boot id: unique to this process, so that no other boot is taken for this one.
 _NO_BOOT = uuid.uuid4().hex
 
 
 def this_machine() -> str:
-    """Tells machines, their boots and their containers apart."""
+    """An id that differs between machines, boots and PID namespaces (containers)."""
     parts = [socket.gethostname()]
     try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip() or _NO_BOOT)
@@ -145,14 +146,14 @@ def this_machine() -> str:
 
 
 class Owner:
-    """This process as the owner of a folder, heartbeat and all, until ``release``."""
+    """This process as the owner of a folder, with a heartbeat thread, until ``release``."""
 
     def __init__(self, state: Path, facts: Callable[[], Mapping[str, Any]], *, steal: bool, say: Callable[[str], None]) -> None:
-        """Become the owner of a job's folder ``state``, which exists.
+        """Become the owner of the existing state folder ``state`` of a job.
 
-        facts: asked at each heartbeat for what to tell of the job's progress. steal: take the folder from a holder of another machine
-        without watching its heartbeat, and from a lock that outlived its holder. say: told when there is something to wait for.
-        Raises UsageError, naming the holder, where there is one that may be alive; ResourceError where nothing can be written.
+        facts: returns the job's progress, called at each heartbeat. steal: take the folder from a holder on another machine without
+        watching its heartbeat, also if its lock is still held. say: receives a message before a wait.
+        Raises BusyError, naming the holder, where it may be alive; ResourceError where the folder cannot be written to.
         """
         self._state, self._facts = state, facts
         self._token = uuid.uuid4().hex
@@ -160,7 +161,7 @@ class Owner:
         self._new_owner: str | None = None
         self._ended = threading.Event()
         self._guard = threading.Lock()
-        #: What was unusual about becoming the owner, for the job's record.
+        #: Warnings about taking the folder, for the job's record.
         self.notes: list[str] = []
         self._lock = self._take_lock(steal)
         try:
@@ -191,7 +192,7 @@ class Owner:
                 lock.close()
                 holder = Holder.read(self._state)
                 if not steal or holder is None or holder.alive is not None:
-                    raise UsageError(_held_message(self._state, holder)) from None
+                    raise BusyError(_held_message(self._state, holder)) from None
                 self.notes.append(f"the folder's lock was stolen from {holder}")
                 try:
                     path.unlink(missing_ok=True)
@@ -203,27 +204,27 @@ class Owner:
                     lock.close()
                     raise ResourceError(f"{path}: cannot be locked: {error.strerror}") from error
                 self.notes.append("the file system has no locks; the heartbeat alone keeps others out")
-            # Whoever steals makes a new file: a lock on the old one is worth nothing.
+            # A job that steals the lock makes a new file, so a lock on the old file does not count.
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
                     return lock
             lock.close()
             time.sleep(0.05)
-        raise ResourceError(f"{path}: is replaced again and again; is another job taking the folder? Try again, or choose another folder")
+        raise ResourceError(f"{path}: keeps being replaced, probably by another job; stop that job, or choose another folder")
 
     def _wait_for_holder(self, holder: Holder | None, steal: bool, say: Callable[[str], None]) -> None:
-        """Raise UsageError where the holder before may be alive after all: with locks that reach no further than one machine."""
+        """Raise BusyError where the previous holder may be alive: locks may not reach other machines."""
         if holder is None or holder.alive is False:
             if holder is not None and holder.outcome is None:
-                self.notes.append(f"the job before ended without a word ({holder})")
+                self.notes.append(f"the previous run ended abruptly ({holder})")
             return
         if holder.alive:
-            raise UsageError(_held_message(self._state, holder))
+            raise BusyError(_held_message(self._state, holder))
         if steal:
-            self.notes.append(f"the folder was taken from {holder}, as --steal-lock said")
+            self.notes.append(f"the folder was taken from {holder} because of --steal-lock")
             return
         patience = MISSED_BEATS * BEAT_SECONDS
-        say(f"{self._state.parent}: was held by {holder}; waiting {patience:.0f} s to see whether that one is still alive")
+        say(f"{self._state.parent}: is held by {holder}; waiting {patience:.0f} s to see whether it is still alive")
         until = time.monotonic() + patience
         while time.monotonic() < until:
             time.sleep(min(1.0, BEAT_SECONDS / 4))
@@ -231,11 +232,11 @@ class Owner:
             if now is not None and (now.token, now.beat) != (holder.token, holder.beat):
                 if now.outcome is not None:
                     return
-                raise UsageError(_held_message(self._state, now))
+                raise BusyError(_held_message(self._state, now))
         self.notes.append(f"the folder was taken from {holder}, whose heartbeat had stopped")
 
     def _write(self, outcome: str | None, facts: Mapping[str, Any] | None = None) -> None:
-        """The heartbeat. Not flushed to disk: after a power failure nobody is alive anyway."""
+        """Write owner.json. Not flushed to disk: after a power failure no holder is alive."""
         with self._guard:
             self._beat += 1
             value = {
@@ -250,7 +251,7 @@ class Owner:
                 "facts": dict(self._facts() if facts is None else facts),
             }
             path = self._state / OWNER_NAME
-            # A name of its own: where locks reach nobody, two may be writing.
+            # The name is unique: without working locks two jobs may write at once.
             temp = path.with_name(f"{OWNER_NAME}-{self._token}{TEMP_SUFFIX}")
             try:
                 temp.write_text(json.dumps(value, indent=2) + "\n")
@@ -262,8 +263,8 @@ class Owner:
 
     def _keep_beating(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
-            # A disk that is full now may have room at the next beat; the job itself will say so if not. Whatever else may
-            # happen: a heartbeat that ended would let others take the folder from a job that runs.
+            # A full disk may have room at the next beat; if not, the job itself reports it. No error may end this thread:
+            # without a heartbeat, another job could take the folder from this one.
             with contextlib.suppress(Exception):
                 self._detect_takeover()
                 if self._new_owner is None:
@@ -275,14 +276,14 @@ class Owner:
             self._new_owner = str(holder)
 
     def check(self) -> None:
-        """Raise UsageError where another job has taken the folder over."""
+        """Raise BusyError where another job has taken over the folder."""
         if self._new_owner is None:
             self._detect_takeover()
         if self._new_owner is not None:
-            raise UsageError(f"{self._state.parent}: was taken over by another job ({self._new_owner}); this one stops")
+            raise BusyError(f"{self._state.parent}: was taken over by another job ({self._new_owner}); this one stops")
 
     def release(self, outcome: str, facts: Mapping[str, Any] | None = None) -> None:
-        """Say how it ended, and let others in. Never raises."""
+        """Record how the job ended and release the lock. Never raises."""
         self._ended.set()
         self._thread.join()
         _owned_here.discard(self._token)
@@ -291,28 +292,28 @@ class Owner:
             if self._new_owner is None:
                 try:
                     self._write(outcome, facts)
-                except OSError:  # without room for a word, there is none: a name that is left would keep others out
+                except OSError:  # no room to write the outcome: a holder without one would keep others out
                     (self._state / OWNER_NAME).unlink()
         with contextlib.suppress(OSError):
             self._lock.close()
 
 
 def refuse_if_held(state: Path) -> None:
-    """Raise UsageError where the folder's holder is alive for certain; before much work is put into a job that cannot begin."""
+    """Raise BusyError where the folder's holder is certainly alive. For an early check, before expensive preparation."""
     holder = Holder.read(state)
     if holder is not None and holder.alive:
-        raise UsageError(_held_message(state, holder))
+        raise BusyError(_held_message(state, holder))
 
 
 @contextlib.contextmanager
 def ownership(state: Path, progress: Progress, *, steal: bool) -> Iterator[Owner]:
-    """Own a job's folder, made if need be. How the job ended is left in it. Raises as ``Owner``."""
+    """Own a job's state folder, which is created if needed, and record how the job ended. Raises like ``Owner``."""
     try:
         state.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unusable_folder(state.parent, error) from error
     for folder in (state.parent, state.parent.parent):
-        with contextlib.suppress(OSError):  # of a folder above there may be no leave to read
+        with contextlib.suppress(OSError):  # a parent folder may not be readable
             sync_folder(folder)
     owner = Owner(state, progress.facts, steal=steal, say=progress.say)
     outcome, facts = "failed", {}
@@ -330,7 +331,7 @@ def ownership(state: Path, progress: Progress, *, steal: bool) -> Iterator[Owner
 
 
 def unusable_folder(out: Path, error: OSError) -> ResourceError:
-    """What to tell of an output folder that nothing can be written to."""
+    """The error for an output folder that cannot be written to."""
     return ResourceError(f"{out}: cannot be used as output folder: {error.strerror}; {remedy(error)}")
 
 

@@ -1,12 +1,11 @@
-"""What a job was asked for, and what may be asked of it differently when it is taken up again.
+"""What a job was asked for, and what a resumed job may change.
 
-A request is a plain JSON object, kept in OUT's job.json: the settings, hashes of everything that is read, and on what the job runs.
-``CHANGES`` says of each part whether it may change. ``make_request`` gathers a request; ``compare`` needs nothing but two of them.
+A request is a plain JSON object, kept in OUT's job.json: the settings, hashes of everything that is read, and what the job runs on.
+``CHANGES`` says of each part whether it may change. ``make_request`` gathers a request; ``compare`` needs only two of them.
 """
 
 from __future__ import annotations
 
-import enum
 import hashlib
 import importlib.metadata
 import json
@@ -24,6 +23,8 @@ from bigq.calibration_data import GIVEN
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.json_file import show_name
+from bigq.options import Option, Resume, table
+from bigq.scheme import QuantScheme
 from bigq.version import __version__
 
 #: The packages whose versions are recorded, besides bigq and Python.
@@ -32,94 +33,55 @@ PACKAGES = ("torch", "transformers", "tokenizers", "triton")
 NAMED_TEXTS = ("c4", "builtin", GIVEN)
 
 
-class May(enum.Enum):
-    """What becomes of a job that is taken up again with something changed."""
-
-    FREE = "it goes on; the bytes are the same"
-    WARNED = "it goes on and says so; bytes from here on may differ from those of a job that was never stopped"
-    REFUSED = "it does not go on: blocks of two different jobs would be mixed"
-
-
 @dataclass(frozen=True, slots=True)
 class Change:
     """A part of a job that may or may not change.
 
-    said: the flag, as the user types it, or what it is called. recorded: whether requests hold it; optional: not all of them do.
+    said: the option, as the user types it, or what it is called. recorded: whether requests hold it; optional: not all of them do.
     """
 
-    may: May
+    may: Resume
     said: str
     recorded: bool = True
     optional: bool = False
 
 
-def _free(said: str) -> Change:
-    return Change(May.FREE, said, recorded=False)
+def _settings(prefix: str, options: Mapping[str, Option]) -> dict[str, Change]:
+    """The settings that a request holds."""
+    return {f"{prefix}.{name}": Change(each.resume, each.said) for name, each in options.items() if each.kept and name != "scheme"}
 
 
-#: Every setting of a job and everything else that may decide its bytes, by its place in a request, or for what is not recorded by
-#: the name of JobConfig's field. Refusals and warnings come in this order.
+def _not_recorded(options: Mapping[str, Option]) -> dict[str, Change]:
+    """The options that leave no trace in a request, by the name of JobConfig's field."""
+    return {
+        name: Change(each.resume, each.said, recorded=False)
+        for name, each in options.items()
+        if not each.kept and each.resume is Resume.FREE
+    }
+
+
+#: Every setting of a job and everything else that may decide its bytes, by its place in a request. Settings are those that JobConfig and
+#: QuantScheme declare. Refusals and warnings come in this order.
 CHANGES: Mapping[str, Change] = {
-    "settings.scheme.bits": Change(May.REFUSED, "--bits"),
-    "settings.scheme.group_size": Change(May.REFUSED, "--group-size"),
-    "settings.scheme.symmetric": Change(May.REFUSED, "--sym/--asym"),
-    "settings.scheme.act_order": Change(May.REFUSED, "--act-order"),
-    "settings.scheme.damping": Change(May.REFUSED, "--damping"),
-    "settings.scheme.mse": Change(May.REFUSED, "--mse"),
-    "settings.scheme.mse_power": Change(May.REFUSED, "--mse-power"),
-    "settings.scheme.min_zero": Change(May.REFUSED, "min_zero"),
-    "settings.scheme.scale_bits": Change(May.REFUSED, "--scale-bits"),
-    "settings.rules": Change(May.REFUSED, "--rule/--skip"),
-    "settings.method": Change(May.REFUSED, "--method"),
-    "settings.alpha": Change(May.REFUSED, "--alpha"),
-    "settings.format": Change(May.REFUSED, "--format"),
-    "settings.lm_head": Change(May.REFUSED, "--lm-head"),
-    "settings.true_sequential": Change(May.REFUSED, "--true-sequential"),
-    "settings.samples": Change(May.REFUSED, "--samples"),
-    "settings.seqlen": Change(May.REFUSED, "--seqlen"),
-    "settings.seed": Change(May.REFUSED, "--seed"),
-    "settings.dtype": Change(May.REFUSED, "--dtype"),
-    "settings.trust_remote_code": Change(May.REFUSED, "--trust-remote-code"),
-    "source": Change(May.REFUSED, "MODEL: the hash of its shards' headers"),
-    "config": Change(May.REFUSED, "MODEL: the hash of its config.json"),
-    "remote_code": Change(May.REFUSED, "MODEL: leave to run its own code"),
-    "code": Change(May.REFUSED, "MODEL: its code"),
-    "calibration_tokens": Change(May.REFUSED, "--calibration: the hash of the text's tokens"),
-    "settings.batch": Change(May.WARNED, "--batch"),
-    "machine.device": Change(May.WARNED, "--device"),
-    "machine.name": Change(May.WARNED, "the processor"),
-    "machine.torch_threads": Change(May.WARNED, "the number of CPU threads", optional=True),
-    "versions.bigq": Change(May.WARNED, "bigq"),
-    "versions.torch": Change(May.WARNED, "torch"),
-    "versions.transformers": Change(May.WARNED, "transformers"),
-    "versions.triton": Change(May.WARNED, "triton"),
-    "versions.python": Change(May.WARNED, "Python"),
-    # What a tokenizer makes is compared as tokens, and a text wherever it lies.
-    "versions.tokenizers": Change(May.FREE, "tokenizers"),
-    "settings.calibration": Change(May.FREE, "--calibration: the path"),
-    # As far as "stop" lets a job come, "skip" does the same.
-    "settings.on_nonfinite": Change(May.FREE, "--on-nonfinite"),
-    "model": _free("MODEL: the path"),
-    "vram": _free("--vram"),
-    "ram": _free("--ram"),
-    "disk": _free("--disk"),
-    "activations": _free("--activations"),
-    "read_ahead": _free("--read-ahead"),
-    "checkpoint_every": _free("--checkpoint-every"),
-    "grace": _free("--grace"),
-    "steal_lock": _free("--steal-lock"),
-    "trace": _free("--trace"),
-    "quiet": _free("--quiet"),
-}
-
-#: Flags that are typed in two ways, by what they say.
-_TYPED: Mapping[str, tuple[str, str]] = {
-    "settings.scheme.symmetric": ("--asym", "--sym"),
-    "settings.scheme.act_order": ("--no-act-order", "--act-order"),
-    "settings.scheme.mse": ("--no-mse", "--mse"),
-    "settings.lm_head": ("--no-lm-head", "--lm-head"),
-    "settings.true_sequential": ("--no-true-sequential", "--true-sequential"),
-    "settings.trust_remote_code": ("--no-trust-remote-code", "--trust-remote-code"),
+    **_settings("settings.scheme", table(QuantScheme)),
+    **_settings("settings", table(JobConfig)),
+    "source": Change(Resume.REFUSED, "MODEL: the hash of its shards' headers"),
+    "config": Change(Resume.REFUSED, "MODEL: the hash of its config.json"),
+    "remote_code": Change(Resume.REFUSED, "MODEL: leave to run its own code"),
+    "code": Change(Resume.REFUSED, "MODEL: its code"),
+    "calibration_tokens": Change(Resume.REFUSED, "--calibration: the hash of the text's tokens"),
+    "machine.device": Change(Resume.WARNED, "--device"),
+    "machine.name": Change(Resume.WARNED, "the processor"),
+    "machine.torch_threads": Change(Resume.WARNED, "the number of CPU threads", optional=True),
+    "versions.bigq": Change(Resume.WARNED, "bigq"),
+    "versions.torch": Change(Resume.WARNED, "torch"),
+    "versions.transformers": Change(Resume.WARNED, "transformers"),
+    "versions.triton": Change(Resume.WARNED, "triton"),
+    "versions.python": Change(Resume.WARNED, "Python"),
+    # What a tokenizer makes is compared as tokens.
+    "versions.tokenizers": Change(Resume.FREE, "tokenizers"),
+    "model": Change(Resume.FREE, "MODEL: the path", recorded=False),
+    **_not_recorded(table(JobConfig)),
 }
 
 
@@ -127,16 +89,16 @@ _TYPED: Mapping[str, tuple[str, str]] = {
 
 
 def compare(out: Path, before: Any, now: Mapping[str, Any]) -> list[str]:
-    """What is to be said of a job in ``out``, begun by the request ``before``, that is asked for ``now``: one line per warning.
+    """Warnings about a job in ``out``, begun by the request ``before``, that is resumed with the request ``now``: one line each.
 
     Raises UsageError for the first difference that is refused, CheckpointError where ``before`` is no request of this version.
     """
     old, new = _parts(out, before), _parts(out, now)
     changed = {name: change for name, change in CHANGES.items() if name in old and name in new and old[name] != new[name]}
     for name, change in changed.items():
-        if change.may is May.REFUSED:
+        if change.may is Resume.REFUSED:
             raise UsageError(_refusal(out, name, old[name], new[name]))
-    return [_warning(name, old[name], new[name]) for name, change in changed.items() if change.may is May.WARNED]
+    return [_warning(name, old[name], new[name]) for name, change in changed.items() if change.may is Resume.WARNED]
 
 
 def _parts(out: Path, request: Any) -> dict[str, Any]:
@@ -172,7 +134,7 @@ def _parts(out: Path, request: Any) -> dict[str, Any]:
 
 
 def _version(request: Any) -> str | None:
-    """The version of bigq that made a request, where it tells."""
+    """The version of bigq that made a request, where the request holds it."""
     versions = request.get("versions") if isinstance(request, dict) else None
     version = versions.get("bigq") if isinstance(versions, dict) else None
     return version if isinstance(version, str) else None
@@ -185,13 +147,13 @@ def _refusal(out: Path, name: str, old: Any, new: Any) -> str:
     if not name.startswith("settings."):
         return f"{CHANGES[name].said} {_hash_changed(out, old, new)}"
     return (
-        f"{_typed(name, new)}: the job in {out} was begun with {_typed(name, old)}; run it as it was begun (flags that are not given "
-        "mean as before), or choose another folder"
+        f"{_typed(name, new)}: the job in {out} was begun with {_typed(name, old)}; resume it with that "
+        "(options that are not given keep their values), or choose another folder"
     )
 
 
 def _hash_changed(out: Path, old: Any, new: Any) -> str:
-    """In words; the first digits are enough to tell two hashes apart."""
+    """A change in words; the first digits are enough to distinguish two hashes."""
     then, now = (show_name(value[:12]) if isinstance(value, str) else _shown(value) for value in (old, new))
     return f"was {then} when the job in {out} was begun, is {now} now; give the source that it was begun with, or choose another folder"
 
@@ -204,17 +166,24 @@ def _warning(name: str, old: Any, new: Any) -> str:
 
 
 def _typed(name: str, value: Any) -> str:
-    """A setting as on the command line."""
-    if name in _TYPED and isinstance(value, bool):
-        return _TYPED[name][value]
+    """A setting as arguments on the command line."""
+    declared = _declared(name)
+    if declared.flag is not None and isinstance(value, bool) and bool in declared.types:
+        return " ".join(declared.words(value))
     if name == "settings.rules":
         return _typed_rules(value)
     said = CHANGES[name].said
     return f"no {said}" if value is None else f"{said} {_shown(value)}"
 
 
+def _declared(name: str) -> Option:
+    """The option behind a setting."""
+    parent, _, field = name.rpartition(".")
+    return table(QuantScheme if parent == "settings.scheme" else JobConfig)[field]
+
+
 def _typed_rules(rules: Any) -> str:
-    """Rules as on the command line; ones that were damaged, as they are."""
+    """Rules as arguments on the command line; damaged ones as JSON."""
     if rules == []:
         return "no --rule and no --skip"
     try:
@@ -251,7 +220,7 @@ def make_request(config: JobConfig, folder: Path, fingerprint: str, rows: Tensor
     Raises CheckpointError where a file of the model cannot be read.
     """
     settings = config.frozen()
-    if config.calibration not in NAMED_TEXTS:  # the job may be taken up from another working directory
+    if config.calibration not in NAMED_TEXTS:  # the job may be resumed in another working directory
         settings["calibration"] = os.path.abspath(os.path.expanduser(config.calibration))
     request = {
         "settings": settings,
@@ -280,7 +249,7 @@ def _sha256(path: Path) -> str:
 
 
 def _installed(package: str) -> str | None:
-    """The version of an installed package, which is not imported for it."""
+    """The version of an installed package, without importing it."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -296,7 +265,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 
 def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's model, where the system tells, and its architecture."""
+    """The CPU's model, where the system names it, and its architecture."""
     try:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a job leaves open, settled for its model; and what the model cannot be quantized to, refused."""
+"""Settings that a job leaves open, settled for its model; settings that do not fit the model, refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import nn
 
 from bigq.config import DEFAULT_SEQLEN, JobConfig
 from bigq.errors import UsageError
-from bigq.kernels.grid import FEWEST_SCALE_BITS, SCALE_BITS
+from bigq.job.rules import require_sound_rules
+from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS
 from bigq.model import skeleton
 from bigq.model.blocks import block_linears
 from bigq.model.description import ModelDescription
@@ -29,7 +30,7 @@ def row_length(model_config: object, config: JobConfig) -> int:
 
 
 def settled_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme:
-    """The scheme of a job, with what it leaves open settled. Raises UsageError where its scales would not fit the format."""
+    """The job's scheme with its open settings settled. Raises UsageError where its scales would not fit the format."""
     return dataclasses.replace(config.scheme, scale_bits=_scale_bits(model, config))
 
 
@@ -42,7 +43,7 @@ def _scale_bits(model: ModelDescription, config: JobConfig) -> int:
     if asked is not None:
         if asked > of_type and config.made.scales_as_weights:
             raise UsageError(
-                f"--scale-bits {asked}: {model.folder} is bf16, and so are the scales of --format {config.format}, which hold {of_type} "
+                f"--scale-bits {asked}: {model.folder} is bf16, so --format {config.format} stores scales in bf16, which holds {of_type} "
                 f"significant bits; use --scale-bits {of_type}, or leave it out"
             )
         return asked
@@ -51,7 +52,7 @@ def _scale_bits(model: ModelDescription, config: JobConfig) -> int:
 
 
 def head_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme | None:
-    """How a model's head is to be quantized; None where it stays as it is. Raises UsageError where it cannot be although it should."""
+    """The scheme of a model's output head; None where it stays unquantized. Raises UsageError where it cannot be quantized as asked."""
     if not config.lm_head:
         return None
     name, module = model.head_name, model.head
@@ -59,7 +60,7 @@ def head_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme | Non
         raise UsageError(f"--lm-head: {name} is a {type(module).__name__}, not a Linear; leave out --lm-head")
     if module.weight is model.embedding.weight:
         raise UsageError(
-            f"--lm-head: {name} has the input embedding's weight (tie_word_embeddings), which stays as it is; leave out --lm-head"
+            f"--lm-head: {name} has the input embedding's weight (tie_word_embeddings), which stays unquantized; leave out --lm-head"
         )
     scheme = scheme_for(name, config.base_scheme, config.rules)
     if scheme is not None:
@@ -69,15 +70,22 @@ def head_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme | Non
 
 
 def check_shapes(model: ModelDescription, config: JobConfig) -> None:
-    """Raise UsageError where a Linear fits neither the format nor its group size, or none is to be quantized."""
+    """Raise UsageError where a rule decides nothing or splits what readers fuse, or a Linear fits neither the format nor its group size,
+    or none is to be quantized."""
+    linears = {f"{model.blocks_path}.{i}.{name}": m for i, block in enumerate(model.blocks) for name, m in block_linears(block).items()}
+    require_sound_rules(list(linears), _linear_head(model), config)
     quantized = False
-    for i, block in enumerate(model.blocks):
-        for name, module in block_linears(block).items():
-            full = f"{model.blocks_path}.{i}.{name}"
-            scheme = scheme_for(full, config.base_scheme, config.rules)
-            m, n = linear_weight(module).shape
-            if scheme is not None and min(m, n) >= MIN_FEATURES:
-                config.made.require(full, m, n, scheme, transposed=skeleton.is_transposed(module))
-                quantized = True
+    for name, module in linears.items():
+        scheme = scheme_for(name, config.base_scheme, config.rules)
+        m, n = linear_weight(module).shape
+        if scheme is not None and min(m, n) >= MIN_FEATURES:
+            config.made.require(name, m, n, scheme, transposed=skeleton.is_transposed(module))
+            quantized = True
     if not quantized and head_scheme(model, config) is None:
         raise UsageError("--skip: no Linear is left that would be quantized; give narrower patterns")
+
+
+def _linear_head(model: ModelDescription) -> str | None:
+    """The output head's name, where it is a Linear."""
+    head = model.model.get_output_embeddings()  # type: ignore[operator]
+    return model.head_name if isinstance(head, nn.Linear) else None

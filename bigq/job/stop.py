@@ -1,11 +1,11 @@
-"""Being asked to stop: by a scheduler that wants its machine back, or a person at the keyboard.
+"""Stopping a job on a signal, from a scheduler or from the keyboard.
 
-The first SIGTERM, SIGINT or SIGUSR1 asks the job to finish its step, save its activations and leave; after the grace it is over however
-far the job got, which loses no more than the step. A second SIGINT ends it at once. Neither can damage anything: a job may be
+The first SIGTERM, SIGINT or SIGUSR1 asks the job to finish its step, save its activations and exit. When the grace period is over, the
+process exits in any case and loses at most the current step. A second SIGINT ends it at once. Neither damages the output: a job may be
 killed at any instant.
 
-Signals are read by a thread of their own from a pipe that the interpreter's C handler writes to, so they are heard even
-while the main thread is inside a factorization of minutes.
+A separate thread reads signals from a pipe that the interpreter's C handler writes to. So a signal is noticed even while the main
+thread is inside a factorization that takes minutes.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from bigq.errors import Stopped
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED = 130
 
-#: The handlers that ``listen`` has replaced.
+#: The handlers that ``listen`` replaced.
 _previous_handlers: dict[signal.Signals, Any] = {}
 
 
 def _restore_handlers() -> None:
     for number, handler in _previous_handlers.items():
-        signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that is not Python's
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: the handler was not set from Python
 
 
 def _detach_child() -> None:
-    """A forked process shares the pipe: what it is sent would be heard by this job, and not by itself."""
+    """Restore the handlers in a forked process, which shares the pipe: its signals would stop this job instead of itself."""
     if _previous_handlers:
         signal.set_wakeup_fd(-1)
         _restore_handlers()
@@ -45,9 +45,9 @@ os.register_at_fork(after_in_child=_detach_child)
 
 
 class Stop:
-    """Whether to stop, and until when. Without ``listen`` nobody ever asks.
+    """Whether the job was asked to stop, and its deadline. grace: seconds from the request to the deadline.
 
-    notify: is given what to notify of a signal, and the exit code if that is the end; from the thread that hears it.
+    notify: called from the signal thread with a message, and with the exit code where the process is about to exit.
     """
 
     def __init__(self, grace: float = 60.0, notify: Callable[[str, int | None], None] | None = None) -> None:
@@ -62,33 +62,36 @@ class Stop:
 
     @property
     def seconds_left(self) -> float:
-        """Seconds until the grace is over."""
+        """Seconds until the deadline; infinite before a request."""
         return self._deadline - time.monotonic()
 
     def request(self, reason: str) -> None:
-        """Ask to stop, unless somebody did before."""
+        """Ask the job to stop. Only the first request counts. reason: for the message, such as a signal's name."""
         if self._reason is None:
             self._deadline = time.monotonic() + self.grace
             self._reason = reason
 
     def check(self) -> None:
-        """Raise Stopped where asked to; for steps that cost nothing to repeat."""
+        """Raise Stopped where a stop was requested. For steps before the first block, which are cheap to repeat."""
         if self.requested:
-            raise self.error("before the first block was begun")
+            raise self.error("before the first block")
 
     def error(self, where: str) -> Stopped:
-        """The error that ends the job."""
-        return Stopped(f"{self._reason}: stopped {where}; run the same command again to go on")
+        """The error that ends the job. where: the place it stopped at, such as "at block 3 of 80"."""
+        return Stopped(f"{self._reason}: stopped {where}; run the same command again to resume")
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
-        """Heed signals, in a program of our own. After the grace the process ends here. In other threads than the main one, nothing."""
+        """Handle the stop signals while the context is open. The process exits from here after the grace period.
+
+        For programs that own their process. Outside the main thread, where Python cannot set handlers, it does nothing.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         read, write = os.pipe()
         os.set_blocking(write, False)
-        # The pipe first: a signal that came in between would be heard by nobody.
+        # The pipe is set first: a signal between the two steps would be lost.
         before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         for number in SIGNALS:
             _previous_handlers[number] = signal.signal(number, lambda *_: None)
@@ -109,37 +112,37 @@ class Stop:
             wait = None if self._deadline == float("inf") else max(0.0, self.seconds_left)
             ready, _, _ = select.select([pipe], [], [], wait)
             if not ready:
-                self._exit(Stopped.exit_code, f"stopped {self.grace:g} s after {self._reason}; the step under way is lost, nothing else")
+                self._exit(Stopped.exit_code, f"stopped {self.grace:g} s after {self._reason}; only the current step is lost")
                 return
             numbers = os.read(pipe, 64)
             if not numbers:
                 return
             for number in numbers:
                 if number == signal.SIGINT and self.requested:
-                    self._exit(INTERRUPTED, "interrupted at once; the step under way is lost, nothing else")
+                    self._exit(INTERRUPTED, "interrupted; only the current step is lost")
                 if number in SIGNALS and not self.requested:
                     self.request(signal.Signals(number).name)
-                    said = f"{self._reason}: finishing this step and stopping, within {self.grace:g} s; Ctrl-C ends it at once"
-                    self._notify(said, None)
+                    message = f"{self._reason}: stopping after this step, within {self.grace:g} s; press Ctrl-C to stop at once"
+                    self._notify(message, None)
 
     def _exit(self, code: int, text: str) -> None:
-        self._notify(f"{text}; run the same command again to go on", code)
+        self._notify(f"{text}; run the same command again to resume", code)
         os._exit(code)
 
 
 def _notify(text: str, _: int | None) -> None:
-    if sys.__stderr__ is not None:  # else number 2 may be any file
+    if sys.__stderr__ is not None:  # if it is None, file descriptor 2 may be any file
         with contextlib.suppress(OSError, ValueError):
             os.write(sys.__stderr__.fileno(), f"\nbigq: {text}\n".encode())
 
 
 class GraceEstimate:
-    """Whether a block that is under way can be finished in the time that is left, by what others took.
+    """Estimates from earlier blocks whether the current block can be finished within the grace period.
 
-    Kinds of blocks (those to solve, those to replay) take different times; of a kind that was never finished nothing is known.
+    Each kind of block ("solve", "replay", "head") has its own time. A kind that was never finished has no estimate.
     """
 
-    #: Part of the time left that a block may be expected to take.
+    #: The block's estimated remaining time may be at most this part of the time left.
     SAFETY = 0.6
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
@@ -147,21 +150,25 @@ class GraceEstimate:
         self._seconds: dict[str, float] = {}
         self._kind = ""
         self._began = 0.0
-        self._staying: bool | None = None
+        self._decision: bool | None = None
 
     def begin(self, kind: str) -> None:
-        """A block of a kind is begun."""
-        self._kind, self._began, self._staying = kind, self._now(), None
+        """A block of this kind starts."""
+        self._kind, self._began, self._decision = kind, self._now(), None
 
     def end(self) -> None:
-        """The block is finished: how long it took says how long the next one will take."""
+        """The block is finished. Its time is the estimate for the next one of its kind."""
         self._seconds[self._kind] = self._now() - self._began
 
     def must_stop(self, left: float) -> bool:
-        """To be asked once it is known that the job is to stop in ``left`` seconds; the answer stays for the block under way."""
-        if self._staying is None:
+        """Whether to stop now instead of finishing the block. left: seconds until the deadline.
+
+        Ask only after a stop was requested. The first answer holds for the whole block.
+        """
+        if self._decision is None:
             spent = self._now() - self._began
             typical = self._seconds.get(self._kind)
-            # One that has hardly begun is not worth finishing: what it would bring is lost to nobody.
-            self._staying = typical is not None and spent > 0.1 * typical and typical - spent < self.SAFETY * left
-        return not self._staying
+            # A block that has hardly started is not worth finishing: stopping loses almost no work.
+            finish = typical is not None and spent > 0.1 * typical and typical - spent < self.SAFETY * left
+            self._decision = not finish
+        return self._decision

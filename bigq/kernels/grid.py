@@ -11,32 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FP16_TINY = 2.0**-24
+from bigq.kernels.grid_spec import SCALE_BITS as SCALE_BITS
+from bigq.kernels.grid_spec import GridSpec as GridSpec
 
-#: Significant bits of fp16, and the minimum that a scale may be rounded to.
-SCALE_BITS = 11
-FEWEST_SCALE_BITS = 7
+FP16_TINY = 2.0**-24
 
 #: The grid search of the GPTQ paper's code: the full range is shrunk by 1 % per step, down to 21 %.
 MSE_STEPS = 80
-#: The exponent of the errors that the search sums.
-MSE_POWER = 2.4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GridSpec:
-    """Which grids ``scale · (code − zero)`` a group may have. For the fields see ``QuantScheme``."""
-
-    bits: int
-    symmetric: bool
-    min_zero: int = 0
-    mse: bool = False
-    mse_power: float = MSE_POWER
-    scale_bits: int = SCALE_BITS
-
-    @property
-    def max_code(self) -> int:
-        return (1 << self.bits) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +63,20 @@ def _grid_for_range(low: Tensor, high: Tensor, spec: GridSpec) -> tuple[Tensor, 
     """The grid that spans [low, high], low ≤ 0 ≤ high."""
     if spec.symmetric:
         reach = torch.maximum(-low, high)
-        scale = _as_stored(2 * reach / spec.max_code, spec.scale_bits)
+        scale = _round_scale(2 * reach / spec.max_code, spec.scale_bits)
         return scale, torch.full_like(scale, 2.0 ** (spec.bits - 1))
-    scale = _as_stored((high - low) / spec.max_code, spec.scale_bits)
+    scale = _round_scale((high - low) / spec.max_code, spec.scale_bits)
     zero = torch.round(-low / scale).clamp_(0, spec.max_code)
     if spec.min_zero:
         # A group without negative weights has zero point 0. If that cannot be stored, widen the scale to keep the maximum.
         raised = zero < spec.min_zero
-        widened = _as_stored(high / (spec.max_code - spec.min_zero), spec.scale_bits)
+        widened = _round_scale(high / (spec.max_code - spec.min_zero), spec.scale_bits)
         scale = torch.where(raised, torch.maximum(scale, widened), scale)
         zero = zero.clamp_(min=spec.min_zero)
     return scale, zero
 
 
-def _as_stored(scale: Tensor, bits: int) -> Tensor:
+def _round_scale(scale: Tensor, bits: int) -> Tensor:
     """Round scales to fp16 numbers of ``bits`` significant bits, returned in their own dtype.
 
     0 (a group of zeros) becomes 1. An underflow becomes the smallest fp16 number, an overflow Inf.

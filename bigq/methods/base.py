@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from bigq.kernels.grid import GridSpec
-from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import QuantScheme
 from bigq.solver.hessian import Reduction
 from bigq.vocabulary import FORMAT_NAMES, FormatName, MethodName
 
@@ -63,7 +64,7 @@ class Collector(Protocol):
         """
 
     def reduce(self, reduction: Reduction) -> None:
-        """Add up the shares of several processes, each of which saw some of the rows (see ``bigq.sched.ranks``)."""
+        """Add up the shares of several processes, each of which saw some of the rows (see ``bigq.machine.ranks``)."""
 
     def finish(self, label: str) -> Solver:
         """End the accumulation. Raises NumericsError, which begins with ``label``, where nothing useful was added."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bigq.methods.base import CalibratedMethod
-from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import QuantScheme
 from bigq.solver.gptq import solve
 from bigq.solver.hessian import Factor, HessianSum, Reduction, factorize
 from bigq.solver.upstream_error import Correction

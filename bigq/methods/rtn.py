@@ -6,7 +6,8 @@ from torch import Tensor
 
 from bigq.kernels.grid import GridSpec
 from bigq.methods.base import DataFreeMethod
-from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import QuantScheme
 from bigq.solver.rtn import round_to_nearest, rtn_grid
 
 

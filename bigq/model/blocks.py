@@ -1,4 +1,4 @@
-"""Finding the decoder blocks of a model and the Linears inside one, by looking rather than by a table of families."""
+"""Finds the decoder blocks of a model and the Linears in a block from the modules themselves, without a table of families."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bigq.model.skeleton import is_linear
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path and the list of the decoder blocks: the largest ModuleList made of classes that must not be split.
+    """The path and the list of the decoder blocks: the largest ModuleList whose classes are all in ``_no_split_modules``.
 
     Raises UnsupportedModelError where there is none, or where blocks hold experts or share parameters.
     """
@@ -27,7 +27,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def block_linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The Linears of a block by their name inside it, in order of definition."""
+    """The Linears of a block by their name in it, in order of definition."""
     return {name: module for name, module in block.named_modules() if is_linear(module)}
 
 
@@ -36,9 +36,7 @@ def _refuse_shared(model: nn.Module, path: str) -> None:
     for name, param in model.named_parameters(remove_duplicate=False):
         other = first_name.setdefault(id(param), name)
         if other != name and (name.startswith(path + ".") or other.startswith(path + ".")):
-            raise UnsupportedModelError(
-                f"{name} and {other} are one parameter; models whose blocks share weights cannot be streamed block by block"
-            )
+            raise UnsupportedModelError(f"{name} and {other} are one shared parameter; models whose blocks share weights are not supported")
 
 
 def _refuse_experts(path: str, blocks: nn.ModuleList) -> None:

@@ -1,8 +1,7 @@
-"""Watching a model's own forward: what block 0 receives, and what every block is called with.
+"""Captures from a model's own forward what block 0 receives and the arguments that every block is called with.
 
-The hidden states are streamed by the pipeline; everything else that a block is called with (masks, rotary tables,
-ALiBi) is recorded once per batch size and used again, since calibration rows have one length and no padding. Whether
-that is sound for a model is checked here by running it, not by knowing its family.
+The caller provides a block's hidden states. The other arguments (masks, rotary tables, ALiBi) are recorded once per batch size and
+reused, since calibration rows have one length and no padding. ``check_block_calls`` tests by running the model that this is valid.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from bigq.model.pager import replace_forward
 
 
 class StopForward(Exception):
-    """Raised inside a patched forward to leave the model's forward early."""
+    """Raised in a replaced forward to end the model's forward early."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockCall:
-    """What a block is called with besides the hidden states, which always come first."""
+    """The arguments of a block besides the hidden states, which always come first."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -39,13 +38,13 @@ class BlockCall:
 
 @dataclass(frozen=True, slots=True)
 class OutputForm:
-    """How a block returns its hidden states: bare (extras None), or first in a tuple with ``extras`` behind."""
+    """How a block returns its hidden states: as a tensor (extras None), or first in a tuple. extras: which other items are not None."""
 
     extras: tuple[bool, ...] | None
 
     @staticmethod
     def fits(output: Any) -> bool:
-        """Whether an output is of one of the two forms."""
+        """Whether an output has one of the two forms."""
         return isinstance(output, Tensor) or (isinstance(output, tuple) and bool(output) and isinstance(output[0], Tensor))
 
     @classmethod
@@ -57,17 +56,18 @@ class OutputForm:
         return cls(tuple(extra is not None for extra in output[1:]))
 
     def wrap(self, hidden: Tensor) -> Any:
-        """``hidden`` returned as the block would; extra outputs become sentinels."""
+        """``hidden`` in the block's form of output, with sentinels as extra outputs."""
         if self.extras is None:
             return hidden
         return (hidden, *(_Sentinel() if present else None for present in self.extras))
 
 
 class _Sentinel:
-    """Stands for a block's extra output; nothing may use it."""
+    """Stands for a block's extra output, which no later block may use."""
 
 
 def hidden_of(output: Any) -> Tensor:
+    """The hidden states in a block's output."""
     hidden = output if isinstance(output, Tensor) else output[0]
     assert isinstance(hidden, Tensor)
     return hidden
@@ -75,9 +75,9 @@ def hidden_of(output: Any) -> Tensor:
 
 @contextlib.contextmanager
 def forward_errors() -> Iterator[None]:
-    """Tell what a model's own forward raises as an UnsupportedModelError; our own errors and memory that ended stay what they are.
+    """Turn what a model's own forward raises into an UnsupportedModelError. BigqError and out-of-memory errors pass unchanged.
 
-    For first tries: a config that a model can be built from may still be one that it cannot run with, and then it may raise anything.
+    For the first forward: a config that a model can be built from may still make its forward fail, with any exception.
     """
     try:
         yield
@@ -92,7 +92,7 @@ def forward_errors() -> Iterator[None]:
 
 
 def first_input(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[Tensor, BlockCall]:
-    """What block 0 receives for token ids [B, T]: hidden states [B, T, d] and the rest of the call."""
+    """The arguments of block 0 for token ids [B, T]: hidden states [B, T, d] and the others. Raises UnsupportedModelError."""
     seen: list[tuple[Tensor, BlockCall]] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -107,9 +107,9 @@ def first_input(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[T
 
 
 def record_calls(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm, perturb: float = 0.0) -> list[BlockCall]:
-    """The call of every block for token ids [B, T]. Blocks do not run: each hands on its input (plus ``perturb``).
+    """The call of every block for token ids [B, T]. Blocks do not run: each returns its input plus ``perturb``.
 
-    Raises UnsupportedModelError where the blocks are linked by more than their hidden states.
+    Raises UnsupportedModelError where anything but the hidden states passes from one block to the next.
     """
     calls: list[BlockCall] = []
     handed_on: list[Tensor] = []
@@ -121,10 +121,10 @@ def record_calls(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: Out
                 raise UnsupportedModelError(f"decoder blocks are called out of order or more than once (block {i})")
             if handed_on and hidden is not handed_on[-1]:
                 raise UnsupportedModelError(
-                    f"the input of block {i} is not the output of block {i - 1}; this architecture cannot be streamed"
+                    f"the input of block {i} is not the output of block {i - 1}; this architecture is not supported"
                 )
             if any(isinstance(leaf, _Sentinel) for leaf in _leaves((call.args, call.kwargs))):
-                raise UnsupportedModelError(f"block {i} receives an extra output of an earlier block; this architecture cannot be streamed")
+                raise UnsupportedModelError(f"block {i} receives an extra output of an earlier block; this architecture is not supported")
             calls.append(call)
             if i == len(blocks) - 1:
                 raise StopForward
@@ -140,8 +140,8 @@ def record_calls(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: Out
     return calls
 
 
-def check_streamable(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm) -> None:
-    """Make sure that blocks' calls depend on nothing but the shape of the batch.
+def check_block_calls(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm) -> None:
+    """Check that the blocks' arguments depend only on the shape of the batch.
 
     ids: two different probes of one shape, [2, B, T]. Raises UnsupportedModelError.
     """
@@ -149,12 +149,12 @@ def check_streamable(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form:
     other = record_calls(model, blocks, ids[1], form, perturb=1.0)
     for i, (a, b) in enumerate(zip(one, other, strict=True)):
         if not _same((a.args, a.kwargs), (b.args, b.kwargs)):
-            raise UnsupportedModelError(f"block {i} is called with values that depend on the tokens; this architecture cannot be streamed")
+            raise UnsupportedModelError(f"the arguments of block {i} depend on the tokens; this architecture is not supported")
 
 
 @contextlib.contextmanager
 def replace_forwards(modules: Sequence[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """Replace the forward of several module instances; ``make(i)`` gives the i-th its new one."""
+    """Replace the forward of several module instances; ``make(i)`` returns that of the i-th."""
     with contextlib.ExitStack() as stack:
         for i, module in enumerate(modules):
             stack.enter_context(replace_forward(module, make(i)))

@@ -1,4 +1,4 @@
-"""A model as its config and its checkpoint's headers describe it, weights or none."""
+"""A model as its config and its checkpoint's headers describe it, without weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from bigq.model.blocks import find_blocks
 
 
 class ModelDescription:
-    """What can be asked of a model before any of its weights is read.
+    """A model before any of its weights is read.
 
-    folder: where its config lies. model, blocks_path, blocks: the skeleton. sources: parameter or buffer name → the checkpoint's tensor;
-    where headers are not known, none.
+    folder: holds config.json. model: the skeleton; blocks, blocks_path: its decoder blocks and their module path.
+    sources: parameter or buffer name → the checkpoint's tensor; empty where the headers are unknown.
     """
 
     def __init__(self, folder: Path, config: Any, model: nn.Module, sources: dict[str, TensorInfo]) -> None:
@@ -27,7 +27,7 @@ class ModelDescription:
 
     @functools.cached_property
     def linears(self) -> tuple[str, ...]:
-        """Module names of all Linears of the model, in blocks and outside."""
+        """Module names of all Linears of the model, inside and outside the blocks."""
         return skeleton.linears(self.model)
 
     @property

@@ -1,6 +1,6 @@
-"""Brings parameters of the skeleton to life, one block at a time, and puts them back to meta.
+"""Loads the parameters of the skeleton one block at a time, and evicts them to meta.
 
-A parameter comes from a checkpoint tensor of its own, or, in a packed checkpoint, from the codes of its Linear.
+A parameter is loaded from its own tensor in the checkpoint or, in a packed checkpoint, dequantized from its Linear's packed tensors.
 Knows nothing of activations or of solving.
 """
 
@@ -15,26 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigq.errors import CheckpointError, UnsupportedModelError
+from bigq.errors import CheckpointError
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import PackedSchemes, PackedWeight, read_schemes
 from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.json_file import read_json_object, show_value
 from bigq.io.prefetch.prefetch import Prefetch, open_prefetch
 from bigq.io.reader import read_rows, read_tensor
-from bigq.kernels.dequantize import dequantize_packed
+from bigq.io.sources.base import Source
+from bigq.io.sources.packed import PackedSource
+from bigq.io.sources.plain import PlainSource
 from bigq.model import skeleton
 from bigq.model.description import ModelDescription
 from bigq.progress.trace import Trace
 
-#: Parameters that are made for each tensor of the checkpoint, at most, before it is clear that some are missing.
+#: The most parameters that a model may have for each tensor of the checkpoint. With more, some must be missing.
 MOST_PARAMETERS = 4
 
 
 class Pager(ModelDescription):
     """A model on meta whose parts can be loaded and evicted.
 
-    dtype: of the forward passes. device: where loaded parts live. packed: weight name → prefix of its packed tensors.
+    dtype: of the forward passes. device: of the loaded parts. packed: weight name → prefix of its packed tensors.
     """
 
     def __init__(self, folder: Path, *, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False) -> None:
@@ -46,11 +48,9 @@ class Pager(ModelDescription):
         self.dtype = skeleton.compute_dtype(config, dtype, (t.dtype for t in self.checkpoint.tensors.values()))
         most = MOST_PARAMETERS * len(self.checkpoint.tensors) + 1000
         super().__init__(folder, config, skeleton.build(config, self.dtype, trust_remote_code=trust_remote_code, max_parameters=most), {})
-        self.packed = self._packed_linears()
-        self._name_sources()
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._forced = skeleton.forced_dtypes(self.model, self.dtype, self._meta)
-        self._check_complete()
+        self._weights = self._find_sources()
         self._ahead: Prefetch | None = None
         self._budget = 0
         for module in self.model.modules():
@@ -58,72 +58,64 @@ class Pager(ModelDescription):
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
 
-    def _packed_linears(self) -> dict[str, str]:
+    def _find_packed(self) -> dict[str, PackedSource]:
+        """The packed Linears by the name of their weight. A new way of storing weights is found beside this."""
         path = self.folder / "config.json"
         said = read_json_object(path).get("quantization_config")
         if said is None:
             return {}
         if not isinstance(said, dict):
             raise CheckpointError(f"{path}: quantization_config is {show_value(said)}, not an object; fetch it again")
-        self.schemes = read_schemes(path, said)
-        mark = f".{self.schemes.format.mark}"
+        self.schemes = schemes = read_schemes(path, said)
+        mark = f".{schemes.format.mark}"
         prefixes = [name.removesuffix(mark) for name in self.checkpoint if name.endswith(mark)]
         if not prefixes:
             raise CheckpointError(f"{path}: quantization_config is there, but no tensor is packed; fetch the checkpoint again")
         renamed = skeleton.map_names(self.model, [f"{p}.weight" for p in prefixes])
-        return {target: name.removesuffix(".weight") for name, target in renamed.items()}
+        return {
+            target: PackedSource(
+                format=schemes.format,
+                prefix=name.removesuffix(".weight"),
+                scheme=schemes.scheme(target.removesuffix(".weight")),
+                checkpoint=self.checkpoint,
+            )
+            for name, target in renamed.items()
+        }
 
-    def _name_sources(self) -> None:
-        renamed = skeleton.map_names(self.model, self.checkpoint)
-        self.sources = {target: self.checkpoint[name] for name, target in renamed.items()}
-        by_object = {}
-        for name, param in self.model.named_parameters(remove_duplicate=False):
-            if name in self.sources:
-                by_object[id(param)] = self.sources[name]
-        for name, param in self.model.named_parameters(remove_duplicate=False):
-            if name not in self.sources and id(param) in by_object:
-                self.sources[name] = by_object[id(param)]
+    def _find_plain(self) -> dict[str, TensorInfo]:
+        """The stored tensor of each parameter and buffer that has one; tied parameters share it."""
+        found = {target: self.checkpoint[name] for name, target in skeleton.map_names(self.model, self.checkpoint).items()}
+        parameters = list(self.model.named_parameters(remove_duplicate=False))
+        by_object = {id(param): found[name] for name, param in parameters if name in found}
+        for name, param in parameters:
+            if name not in found and id(param) in by_object:
+                found[name] = by_object[id(param)]
+        return found
 
-    def _check_complete(self) -> None:
+    def _find_sources(self) -> dict[str, Source]:
+        """How each parameter is stored. Raises CheckpointError where one is missing or has another shape, UnsupportedModelError."""
+        packed = self._find_packed()
+        self.packed = {name: source.prefix for name, source in packed.items()}
+        self.sources = self._find_plain()
+        found: dict[str, Source] = {}
         for name, param in self._meta.items():
-            if name in self.packed:
-                self._check_packed(name)
+            if name in packed:
+                packed[name].check(tuple(skeleton.linear_weight(self._owner(name)[0]).shape))
+                found[name] = packed[name]
                 continue
             if name not in self.sources:
                 raise CheckpointError(
                     f"{self.folder}: tensor {name} is missing from the checkpoint; fetch it again, or correct config.json"
                 )
-            info = self.sources[name]
-            if info.shape != tuple(param.shape):
-                raise CheckpointError(
-                    f"{info.file}: tensor {info.name} has shape {list(info.shape)}, but config.json makes it {list(param.shape)}; "
-                    "the two belong to different models"
-                )
-            if not info.dtype.is_floating_point or info.dtype.itemsize == 1:
-                raise UnsupportedModelError(f"{info.file}: tensor {info.name} is {info.dtype}; bigq reads fp32, fp16 and bf16 sources")
+            found[name] = PlainSource(self.sources[name])
+            found[name].check(tuple(param.shape))
+        return found
 
-    def packed_tensors(self, name: str) -> list[str]:
-        """Names of the checkpoint's tensors that the packed weight ``name`` lies in."""
-        assert self.schemes is not None
-        symmetric = self.schemes.scheme(name.removesuffix(".weight")).symmetric
-        return [f"{self.packed[name]}.{suffix}" for suffix in self.schemes.format.suffixes(symmetric)]
-
-    def _check_packed(self, name: str) -> None:
-        assert self.schemes is not None
-        bits = self.schemes.scheme(name.removesuffix(".weight")).bits
-        outputs, inputs = skeleton.linear_weight(self._owner(name)[0]).shape
-        file = self.checkpoint[self.packed_tensors(name)[0]].file
-        try:
-            packed = self.schemes.format.geometry(self.packed[name], self.checkpoint.tensors)
-        except CheckpointError as error:
-            raise CheckpointError(f"{file}: {error}; fetch it again") from None
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{file}: {error}") from None
-        if (packed.bits, packed.outputs, packed.inputs) != (bits, outputs, inputs):
-            raise CheckpointError(
-                f"{file}: tensor {self.packed_tensors(name)[0]} is packed as {packed}, but config.json makes it {bits} bits, "
-                f"{outputs} × {inputs}; the two belong to different models"
-            )
+    def packed_source(self, name: str) -> PackedSource:
+        """How the weight of a packed Linear is stored."""
+        source = self._weights[name]
+        assert isinstance(source, PackedSource), f"{name} is not packed"
+        return source
 
     def block_names(self, i: int) -> list[str]:
         """Names of the parameters and persistent buffers of block i."""
@@ -139,7 +131,7 @@ class Pager(ModelDescription):
         return found
 
     def rest_names(self) -> list[str]:
-        """Names of all parameters and persistent buffers outside the blocks, embedding and head."""
+        """Names of the parameters and persistent buffers outside blocks, embedding and head."""
         prefix = f"{self.blocks_path}."
         large = {id(p) for m in (self.embedding, self.head) for p in m.parameters()}
         return [
@@ -152,15 +144,15 @@ class Pager(ModelDescription):
         """The checkpoint's tensors that block i is loaded from."""
         infos: list[TensorInfo] = []
         for name in self.block_names(i):
-            if name in self.packed:
-                infos += [self.checkpoint[tensor] for tensor in self.packed_tensors(name)]
+            if name in self._weights:
+                infos += self._weights[name].tensors
             elif name in self.sources:
                 infos.append(self.sources[name])
         return infos
 
     @contextlib.contextmanager
     def prefetch(self, budget: int, trace: Trace) -> Iterator[None]:
-        """Let ``announce_block`` read so many bytes ahead; all reading is a lane of the trace."""
+        """Let ``announce_block`` prefetch up to ``budget`` bytes while the context is open. Reads are a lane of the trace."""
         with contextlib.closing(open_prefetch(self.device, budget, trace)) as self._ahead:
             self._budget = budget
             try:
@@ -169,7 +161,7 @@ class Pager(ModelDescription):
                 self._ahead = None
 
     def announce_block(self, i: int) -> None:
-        """Block i will be loaded next, if there is one, and then those that follow: they are read as far as the budget allows."""
+        """Prefetch block i, if there is one, and the blocks after it as far as the budget allows."""
         left = self._budget
         while self._ahead is not None and i < len(self.blocks) and left > 0:
             tensors = self.block_tensors(i)
@@ -178,7 +170,7 @@ class Pager(ModelDescription):
             i += 1
 
     def load_block(self, i: int) -> nn.Module:
-        """Bring block i to the device. Raises CheckpointError or NumericsError."""
+        """Load block i onto the device. Raises CheckpointError; NumericsError for weights that are not finite."""
         if self._ahead is not None:
             self._ahead.announce(self.block_tensors(i))
         self._load_all(self.block_names(i))
@@ -187,12 +179,13 @@ class Pager(ModelDescription):
         return block
 
     def evict_block(self, i: int) -> None:
+        """Put the parameters of block i back to meta."""
         for name in self.block_names(i):
             self._evict(name)
 
     @contextlib.contextmanager
     def rest_loaded(self) -> Iterator[None]:
-        """Everything outside blocks, embedding and head: norms, position embeddings, projections."""
+        """Load everything outside blocks, embedding and head while the context is open: norms, position embeddings, projections."""
         names = self.rest_names()
         try:
             self._load_all(names)
@@ -203,6 +196,7 @@ class Pager(ModelDescription):
 
     @contextlib.contextmanager
     def head_loaded(self) -> Iterator[None]:
+        """Load the output head while the context is open."""
         names = [name for name in self._meta if self._owner(name)[0] is self.head]
         try:
             self._load_all(names)
@@ -213,11 +207,11 @@ class Pager(ModelDescription):
 
     @contextlib.contextmanager
     def embedding_rows(self, ids: Tensor) -> Iterator[None]:
-        """Let the input embedding work for the tokens that occur in ``ids``, having read only their rows."""
+        """Load only those rows of the input embedding that ``ids`` uses; while the context is open, it accepts no other tokens."""
         embedding = self.embedding
         name = next(n for n, m in self.model.named_modules() if m is embedding) + ".weight"
         tokens = ids.unique()
-        rows = self.to_device(name, read_rows(self.sources[name], tokens))
+        rows = read_rows(self.sources[name], tokens).to(device=self.device, dtype=self.dtype_of(name))
         places = torch.searchsorted(tokens, torch.arange(int(tokens[-1]) + 1)).to(self.device)
         padding, embedding.padding_idx = embedding.padding_idx, None
         embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
@@ -228,22 +222,17 @@ class Pager(ModelDescription):
             embedding._parameters["weight"] = self._meta[name]
             embedding.padding_idx = padding
 
-    def to_device(self, name: str, tensor: Tensor) -> Tensor:
-        """Cast a parameter's stored values to what the model computes with, and move them."""
-        dtype = self._forced.get(name, self._meta[name].dtype)
-        return tensor.to(device=self.device, dtype=dtype)
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What the model computes with a parameter in."""
+        return self._forced.get(name, self._meta[name].dtype)
 
     def dequantized(self, name: str) -> Tensor:
         """The weight of a packed Linear, [outputs, inputs], in the compute dtype."""
-        assert self.schemes is not None
-        words, scales, zeros = (t.to(self.device) for t in self.stored(name))
-        return dequantize_packed(words, scales, zeros, self.schemes.scheme(name.removesuffix(".weight")).bits, self.dtype)
+        return self.packed_source(name).value(self._read, self.device, self.dtype)
 
     def stored(self, name: str) -> PackedWeight:
-        """The weight of a packed Linear as it is packed, where it was read."""
-        assert self.schemes is not None
-        scheme = self.schemes.scheme(name.removesuffix(".weight"))
-        return self.schemes.format.read(self.packed[name], lambda n: self._read(self.checkpoint[n]), scheme)
+        """The packed tensors of a packed Linear's weight, on the device that they were read to."""
+        return self.packed_source(name).stored(self._read)
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, leaf = name.rpartition(".")
@@ -265,7 +254,7 @@ class Pager(ModelDescription):
             weight = self.dequantized(name)
             value = weight.T.contiguous() if skeleton.is_transposed(module) else weight
         else:
-            value = self.to_device(name, self._read(self.sources[name]))
+            value = self._weights[name].value(self._read, self.device, self.dtype_of(name))
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     def _read(self, info: TensorInfo) -> Tensor:
@@ -278,16 +267,16 @@ class Pager(ModelDescription):
 
 
 def _require_finished(folder: Path) -> None:
-    """Raise CheckpointError where the folder is that of a job of bigq that is still to be finished: ``config.json`` comes last."""
+    """Raise CheckpointError where the folder is that of an unfinished bigq job, which writes ``config.json`` last."""
     if (folder / STATE_FOLDER).is_dir() and not (folder / "config.json").exists():
         raise CheckpointError(
-            f"{folder / 'config.json'}: is missing, as the job of bigq in this folder is not finished; run the command that made it again"
+            f"{folder / 'config.json'}: is missing because the bigq job in this folder is not finished; run its command again to resume it"
         )
 
 
 @contextlib.contextmanager
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let one module instance run ``forward`` instead of its own."""
+    """Replace the forward of one module instance while the context is open."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:

@@ -1,8 +1,8 @@
-"""The transformers model with its parameters on the meta device, and how checkpoint names map onto it.
+"""The transformers model with its parameters on the meta device, and the mapping of checkpoint names onto it.
 
-This module (with ``calibration``) is the only one that knows transformers. Parameters are put on meta as they are
-registered while buffers are really computed: rotary tables, embedding scales and ALiBi slopes are what
-``from_pretrained`` would compute, ties between parameters survive, and 176 billion parameters cost a few MiB.
+Only this module and ``calibration`` import transformers. Parameters move to meta as they are registered, while buffers are computed:
+rotary tables, embedding scales and ALiBi slopes have the values that ``from_pretrained`` would compute. Ties between parameters
+survive. A model of 176 billion parameters takes a few MiB.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from bigq.errors import BigqError, CheckpointError, UnsupportedModelError
 from bigq.io.json_file import read_json_object, show_name, show_value
 from bigq.model.config import check_config, uses_hub_kernels
 
-#: Freshly made tensors above this size go straight to meta: they are parameters on their way to being registered.
+#: New tensors above this size are made on meta at once: they are parameters that are about to be registered.
 _LARGE_BYTES = 2**28
-#: Buffers are really computed. The largest of a published model, a mask of 8192 positions, has 256 MiB.
+#: The largest buffer allowed. The largest in a published model, a mask of 8192 positions, has 256 MiB.
 _MAX_BUFFER_BYTES = 2**30
-#: Parameters of a model without a checkpoint to compare with. Llama-3.1-405B has 1137; experts are stored together.
+#: The most parameters of a model without a checkpoint to compare with. Llama-3.1-405B has 1137; experts are stored together.
 _MAX_PARAMETERS = 20_000
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a model folder, without its ``quantization_config``. Raises CheckpointError,
-    UnsupportedModelError."""
+    """The transformers config of a model folder, without its ``quantization_config``.
+
+    Raises CheckpointError, UnsupportedModelError.
+    """
     path = folder / "config.json"
     raw = read_json_object(path)
     if not isinstance(raw.get("model_type"), str):
@@ -42,10 +44,10 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         from transformers import CONFIG_MAPPING
 
         if raw["model_type"] not in CONFIG_MAPPING:
-            raise UnsupportedModelError(f"{folder}: model type {kind} comes with code of its own; pass --trust-remote-code to run it")
+            raise UnsupportedModelError(f"{folder}: model type {kind} needs the checkpoint's own code; pass --trust-remote-code to run it")
     from transformers import AutoConfig
 
-    # transformers raises anything from KeyError to its own validation errors for a config with wrong values.
+    # For a config with wrong values transformers may raise anything, from KeyError to its own validation errors.
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -55,14 +57,14 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     if uses_hub_kernels(raw) and not trust_remote_code:
-        # Kernels of a hub, and flash attention where it is not installed, would be fetched and run. None is transformers' own choice.
+        # transformers would fetch kernels from the hub and run them, also for flash attention that is not installed. None: its default.
         config._attn_implementation = None
         config._experts_implementation = None
     return config
 
 
 def compute_dtype(config: Any, wanted: str, stored: Iterable[torch.dtype]) -> torch.dtype:
-    """The dtype of the forward passes: as wanted, else the config's, else that of the first floating tensor stored."""
+    """The dtype of the forward passes: ``wanted``; for "auto" the config's, or else that of the first stored floating-point tensor."""
     if wanted != "auto":
         return _dtype(wanted)
     declared = getattr(config, "dtype", None)
@@ -79,15 +81,15 @@ def build(
     initialised: bool = True,
     max_parameters: int = _MAX_PARAMETERS,
 ) -> nn.Module:
-    """The causal language model of a config, parameters on meta, in evaluation mode.
+    """The causal language model of a config, with parameters on meta, in evaluation mode.
 
-    initialised False: where only shapes matter; buffers that a model fills in as it initialises its weights are undefined.
-    max_parameters: the limit. Raises UnsupportedModelError; CheckpointError for more parameters than that or for large buffers.
+    initialised: False leaves buffers undefined that the model fills in when it initialises its weights; for callers that need shapes only.
+    max_parameters: the largest number of parameter tensors. Raises UnsupportedModelError; CheckpointError for more, or for large buffers.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    # Same reason as in load_config: a model's constructor may raise anything for a config that it does not like.
+    # As in load_config: a model's constructor may raise anything for a config with wrong values.
     try:
         with _parameters_on_meta(max_parameters), contextlib.nullcontext() if initialised else no_init_weights():
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -98,16 +100,16 @@ def build(
     if not initialised:
         model.tie_weights()  # type: ignore[operator]
     for module in model.modules():
-        if hasattr(module, "warn_if_padding_and_no_attention_mask"):  # it looks at token ids, which a model on meta has none of
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):  # it reads token ids, which have no values on meta
             module.__dict__["warn_if_padding_and_no_attention_mask"] = _no_warning
     return model.eval().requires_grad_(False)
 
 
 def map_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Checkpoint name → parameter or buffer name, for every name that the model has a place for.
+    """Checkpoint name → parameter or buffer name, for every tensor that the model uses.
 
-    Follows the renamings that transformers applies on loading. Raises UnsupportedModelError where a tensor would
-    have to be merged or split (as for fused experts).
+    Applies the renamings that transformers applies on loading. Raises UnsupportedModelError where a tensor would have to be merged or
+    split, as for fused experts.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -124,7 +126,7 @@ def map_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
             target, converter = name, None
         if converter is not None:
             raise UnsupportedModelError(
-                f"tensor {name} needs {converter!r} merged or split on loading; mixture-of-experts models are not supported yet"
+                f"tensor {name} has to be merged or split on loading ({converter!r}); mixture-of-experts models are not supported yet"
             )
         if target in places:
             result[name] = target
@@ -132,7 +134,7 @@ def map_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def forced_dtypes(model: nn.Module, dtype: torch.dtype, names: Iterable[str]) -> dict[str, torch.dtype]:
-    """Parameters that transformers keeps in another dtype than the model's (its ``keep_in_fp32`` lists)."""
+    """The dtypes of parameters that transformers keeps in another dtype than the model's (its ``keep_in_fp32`` lists)."""
     plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)  # type: ignore[operator]
     if not plan:
         return {}
@@ -148,7 +150,7 @@ def forced_dtypes(model: nn.Module, dtype: torch.dtype, names: Iterable[str]) ->
 
 
 def silence_transformers() -> None:
-    """Stop transformers from printing to the terminal: bigq reports in its own words."""
+    """Turn off transformers' log messages and progress bars."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -156,16 +158,17 @@ def silence_transformers() -> None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """An ``nn.Linear`` (or subclass), or GPT-2's Conv1D, which is a Linear stored transposed."""
+    """Whether a module is an ``nn.Linear`` (or subclass) or GPT-2's Conv1D, which is a Linear stored transposed."""
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 def linears(model: nn.Module) -> tuple[str, ...]:
-    """Module names of every ``nn.Linear`` of a model, in blocks and outside."""
+    """Module names of every ``nn.Linear`` of a model, inside and outside the blocks."""
     return tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
 
 
 def is_transposed(module: nn.Module) -> bool:
+    """Whether a Linear stores its weight as [inputs, outputs]: GPT-2's Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)
@@ -179,12 +182,12 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 
 def set_linear_weight(module: nn.Module, weight: Tensor) -> None:
-    """Replace a Linear's weight by values [outputs, inputs] of the same dtype, in place."""
+    """Overwrite a Linear's weight in place with ``weight`` [outputs, inputs] of the same dtype."""
     linear_weight(module).copy_(weight)
 
 
 def max_positions(config: Any) -> int | None:
-    """The longest sequence that the model has positions for; None where it says nothing."""
+    """The longest sequence that the model has positions for; None where its config does not say."""
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
@@ -202,7 +205,7 @@ def _dtype(value: Any) -> torch.dtype:
 
 
 def _no_warning(*_: Any) -> None:
-    """In place of a warning."""
+    """Replaces a method that warns."""
 
 
 def _error_line(error: Exception) -> str:
@@ -211,9 +214,9 @@ def _error_line(error: Exception) -> str:
 
 
 class _LargeTensorsToMeta(TorchFunctionMode):
-    """Sends large uninitialized or constant tensors to meta, so that they never ask for address space.
+    """Makes large uninitialized or constant tensors on meta, so that they take no address space.
 
-    Other calls that might make a large tensor are tried on meta first. Raises CheckpointError where it would be too large.
+    Other calls that might make a large tensor run on meta first. Raises CheckpointError where the result would be too large.
     """
 
     _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
@@ -230,7 +233,7 @@ class _LargeTensorsToMeta(TorchFunctionMode):
 
 
 def _element_bound(values: Iterable[Any]) -> int:
-    """No call with these arguments makes a tensor of more elements in memory: the product of all sizes and numbers in them."""
+    """An upper bound of the elements in the result of a call with these arguments: the product of all sizes and numbers in them."""
     product = 1
     for value in values:
         if isinstance(value, Tensor):
@@ -254,11 +257,11 @@ def _refuse_large_buffer(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, 
     try:
         result = func(*on_meta(args), **named)
     except (RuntimeError, TypeError, ValueError):
-        return  # what cannot be tried without making it, or not at all
+        return  # the call cannot run on meta, or fails anyway
     if isinstance(result, Tensor) and result.untyped_storage().nbytes() > _MAX_BUFFER_BYTES:
         raise CheckpointError(
-            f"config.json makes the model hold a buffer {list(result.shape)} of {result.untyped_storage().nbytes()} bytes; "
-            "its sizes are taken for a mistake, correct them"
+            f"config.json asks for a buffer {list(result.shape)} of {result.untyped_storage().nbytes()} bytes, above the limit of "
+            f"{_MAX_BUFFER_BYTES}; correct its sizes"
         )
 
 
@@ -272,7 +275,7 @@ def _parameters_on_meta(max_parameters: int) -> Iterator[None]:
         registered += 1
         if registered > max_parameters:
             raise CheckpointError(
-                f"config.json makes a model of more than {max_parameters} tensors, which the checkpoint does not hold; correct it"
+                f"config.json describes a model of more than {max_parameters} tensors, which the checkpoint does not hold; correct it"
             )
         register(self, name, param)
         if param is not None and param.device.type != "meta":

@@ -1,8 +1,8 @@
-"""The structure of a block, found by experiment on one probe: which Linears share an input, and in which order they depend.
+"""The structure of a block, found by running one probe: which Linears share an input, and which depend on which.
 
-Groups are Linears that receive the same tensor. Poisoning a group's output with NaN shows whose inputs it reaches; a
-group's level is the length of the longest such chain before it. A shortcut is a module whose output is, untouched, that of one
-of its Linears (attention and its output projection): once that Linear is solved, the module need not run again.
+A group is the Linears that receive the same tensor. Filling a group's outputs with NaN shows which groups' inputs they reach; a group's
+level is the length of the longest such chain before it. A shortcut is a module that returns the output of one of its Linears unchanged,
+as attention returns that of its output projection. Once that Linear is solved, the module need not run again.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from bigq.model.blocks import block_linears
 from bigq.model.capture import BlockCall, OutputForm, hidden_of, replace_forwards
 from bigq.model.skeleton import linear_weight
 
-#: Linears with fewer inputs or outputs than this are gates of some kind and stay as they are.
+#: Linears with fewer inputs or outputs than this are taken for gates and stay unquantized.
 MIN_FEATURES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Linears, by their name in the block, that share one input; ``level`` 0 depends on no other group."""
+    """The names in the block of Linears that share one input. A group of level 0 depends on no other group."""
 
     names: tuple[str, ...]
     level: int
@@ -33,9 +33,9 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Shortcut:
-    """A module whose output is that of the Linear ``linear`` inside it, perhaps with one of its arguments added (a residual).
+    """A module that returns the output of the Linear ``linear`` inside it, perhaps with one of its arguments added (a residual).
 
-    form: how it returns it. added: the argument's position or name.
+    form: how the module returns it. added: the argument's position or name.
     """
 
     module: str
@@ -44,7 +44,7 @@ class Shortcut:
     added: int | str | None = None
 
     def returns(self, y: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What the module returns when it is called so and its Linear returns y."""
+        """The module's output for these arguments where its Linear returns y."""
         if self.added is not None:
             y = y + (args[self.added] if isinstance(self.added, int) else kwargs[self.added])
         return self.form.wrap(y)
@@ -52,7 +52,7 @@ class Shortcut:
 
 @dataclass(frozen=True, slots=True)
 class BlockPlan:
-    """The groups of a block in order of execution, the Linears that stay as they are, and the modules to run once."""
+    """The groups of a block in order of execution, the Linears that stay unquantized, and the shortcuts."""
 
     groups: tuple[Group, ...]
     left_out: tuple[str, ...]
@@ -63,6 +63,7 @@ class BlockPlan:
         return dataclasses.replace(self, shortcuts=())
 
     def levels(self, true_sequential: bool) -> list[list[Group]]:
+        """The groups by level; without true-sequential all in one level."""
         if not true_sequential:
             return [list(self.groups)]
         depth = max((g.level for g in self.groups), default=-1) + 1
@@ -70,16 +71,16 @@ class BlockPlan:
 
 
 class DataflowTracer(Protocol):
-    """How dataflow shows."""
+    """How the dataflow in a block is traced."""
 
     def begin(self, hidden: Tensor) -> Tensor:
-        """Hidden states to look for sums with."""
+        """Hidden states that ``is_sum`` works on."""
 
     def mark(self, y: Tensor) -> Tensor:
-        """A tensor like y with a mark that spreads to all that is computed from it."""
+        """A tensor like y with a mark that spreads to everything computed from it."""
 
     def is_marked(self, x: Tensor) -> bool:
-        """Whether x has it."""
+        """Whether x has the mark."""
 
     def is_sum(self, total: Tensor, a: Tensor, b: Tensor) -> bool:
         """Whether total was computed as a + b."""
@@ -89,7 +90,7 @@ class DataflowTracer(Protocol):
 
 
 class NanTracer:
-    """NaN spreads, and equal bits are no accident."""
+    """Traces by values, for loaded blocks: NaN is the mark, and equal bits mean equal computations."""
 
     def begin(self, hidden: Tensor) -> Tensor:
         return hidden
@@ -108,7 +109,7 @@ class NanTracer:
 
 
 class GradientTracer:
-    """For tensors without values (meta), where gradients are enabled. What needs values is taken on trust."""
+    """Traces by gradients, for tensors on meta, with gradients enabled. ``same`` can only compare shapes."""
 
     def begin(self, hidden: Tensor) -> Tensor:
         return self.mark(hidden)
@@ -130,7 +131,7 @@ class GradientTracer:
 
 
 def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: DataflowTracer | None = None) -> BlockPlan:
-    """Find the groups of a loaded block and their levels from one probe [B, T, d]."""
+    """Find the groups of a block, their levels and its shortcuts from one probe [B, T, d]. tracer: defaults to NanTracer."""
     tracer = tracer or NanTracer()
     linears = block_linears(block)
     groups = _groups(block, linears, hidden, call)
@@ -147,7 +148,7 @@ def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: Datafl
 
 
 def _groups(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, call: BlockCall) -> list[list[str]]:
-    """Names of Linears by shared input, in order of first call."""
+    """The names of Linears by shared input, in order of first call, without those that cannot be quantized."""
     inputs: list[Tensor] = []
     members: list[list[str]] = []
     calls: dict[str, int] = {}
@@ -180,7 +181,7 @@ def _groups(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, 
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
-    """Whether two live tensors are views of the same memory in the same shape and state."""
+    """Whether two live tensors are equal views of the same memory, with no write in between."""
 
     def identity(t: Tensor) -> tuple[Any, ...]:
         return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t._version
@@ -197,7 +198,7 @@ def _reached_groups(
     call: BlockCall,
     tracer: DataflowTracer,
 ) -> set[int]:
-    """The groups whose input is marked when the outputs of group ``source`` are."""
+    """The groups whose input gets the mark when the outputs of group ``source`` are marked."""
     names = [name for group in groups for name in group]
     group_of = {name: i for i, group in enumerate(groups) for name in group}
     reached: set[int] = set()
@@ -220,20 +221,20 @@ def _reached_groups(
 
 @dataclass(frozen=True, slots=True)
 class _ModuleCall:
-    """One call of a module. The hidden states that it returned are kept twice: as they were then, and where they lie."""
+    """One call of a module. returned: a copy of the hidden states in ``output``, which may be overwritten later."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Any
-    then: Tensor
+    returned: Tensor
 
 
 def _shortcuts(
     block: nn.Module, groups: tuple[Group, ...], hidden: Tensor, call: BlockCall, tracer: DataflowTracer
 ) -> tuple[Shortcut, ...]:
-    """Modules that return a Linear's output, untouched or with an argument added, where that Linear is no wider than the hidden states.
+    """Modules that return a Linear's output, unchanged or with an argument added, where that Linear is no wider than the hidden states.
 
-    Each is tried out: with it, the block must return the same bits.
+    Each is tested: with it, the block must return the same bits.
     """
     level_of = {name: group.level for group in groups for name in group.names}
     seen: dict[str, list[_ModuleCall]] = {}
@@ -263,13 +264,13 @@ def _shortcuts(
             if max(linear_weight(block.get_submodule(source)).shape) > hidden.shape[-1]:
                 continue
             shortcut = _shortcut(name, calls[0], source, seen[source][0], tracer)
-            if shortcut is not None and _is_exact(shortcut, block, seen[source][0].then, hidden, call, expected, tracer):
+            if shortcut is not None and _is_exact(shortcut, block, seen[source][0].returned, hidden, call, expected, tracer):
                 found[source] = shortcut
     return tuple(found.values())
 
 
 def _shortcut(name: str, module: _ModuleCall, source: str, linear: _ModuleCall, tracer: DataflowTracer) -> Shortcut | None:
-    """How a module's output comes from that of a Linear in it, if it does so simply."""
+    """The shortcut of a module by a Linear in it; None where the module's output is no simple function of the Linear's."""
     result, form = hidden_of(module.output), OutputForm.of(module.output)
     if result is linear.output:
         return Shortcut(name, source, form)
@@ -283,12 +284,12 @@ def _shortcut(name: str, module: _ModuleCall, source: str, linear: _ModuleCall, 
 def _is_exact(
     shortcut: Shortcut, block: nn.Module, y: Tensor, hidden: Tensor, call: BlockCall, expected: Tensor, tracer: DataflowTracer
 ) -> bool:
-    """Whether the block returns the same with a shortcut. y: what the Linear returned."""
+    """Whether the block returns the same with a shortcut. y: the output of its Linear."""
 
     def make(_: int) -> Callable[..., Any]:
         return lambda *args, **kwargs: shortcut.returns(y, args, kwargs)
 
-    # Whatever a block does with an extra output that is not there, the shortcut is not for it.
+    # A block that fails without the module's extra output cannot use the shortcut.
     with replace_forwards([block.get_submodule(shortcut.module)], make):
         try:
             return tracer.same(call.run(block, hidden.clone()), expected)

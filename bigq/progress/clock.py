@@ -1,8 +1,8 @@
-"""Seconds by phase of a job, on the timeline of the device that computes, without making it wait.
+"""Seconds by phase of a job, measured on the compute device without making it wait.
 
-On a GPU the ends of a phase are marks in its stream, read later. The stream runs in order, so a phase's seconds are those
-between the device's arrival at its two marks: a phase in which the host reads a file takes as long as the device stood idle
-for it, and one whose kernels are queued behind others takes none of the host's time. Knows nothing of models or files.
+On a GPU the start and end of a phase are CUDA events that are read later. The stream runs in order, so a phase's seconds are the time
+between the device's arrival at its two events. A phase in which the host reads a file lasts as long as the device stood idle for it.
+The time that kernels wait in the queue counts for the kernels before them. Knows nothing of models or files.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ import torch
 
 from bigq.progress.trace import Trace
 
-#: Laps that wait to be read off, at most, before those that the device has passed are read off without waiting for the others.
+#: After this many unread laps, those that the device has passed are read, without waiting for the others.
 PENDING = 4096
 
-#: Phases in which the device that computes waits, and what for.
+#: Phases in which the compute device waits, and the cause.
 CAUSES: Mapping[str, str] = {"load": "reading weights", "write": "writing", "copy": "copying the rest", "transfer": "activations"}
-#: On a GPU these too: the host prepares what comes next, and the device has a few tokens to compute.
+#: On a GPU these too: the host prepares the next steps, and the device has only a few tokens to compute.
 CAUSES_ON_GPU: Mapping[str, str] = {**CAUSES, "probe": "probing", "embed": "embedding"}
-#: What a GPU waits for outside all phases.
+#: The cause of a GPU's waits outside all phases.
 BETWEEN = "between phases"
 
 
 class Timeline(Protocol):
-    """Where laps are measured. Marks are opaque; each is released once."""
+    """A timeline that laps are measured on. Marks are opaque; each is released once."""
 
-    #: Whether marks may lie in the future, so that reading them means waiting.
+    #: Whether marks may lie in the future, so that reading one may have to wait.
     deferred: bool
 
     def mark(self) -> Any:
-        """Here and now, behind all work that was begun before."""
+        """A mark after all work that was started before."""
 
     def has_passed(self, mark: Any) -> bool:
-        """Whether the timeline has come to a mark."""
+        """Whether the timeline has reached a mark."""
 
     def wait(self, mark: Any) -> None:
-        """Until the timeline has come to a mark."""
+        """Wait until the timeline has reached a mark."""
 
     def seconds_between(self, first: Any, second: Any) -> float:
-        """Seconds from one mark to another; both have been passed."""
+        """Seconds from one mark to another; both must have been reached."""
 
     def release(self, *marks: Any) -> None:
-        """These are not needed any more."""
+        """Reuse marks that are no longer needed."""
 
 
 class HostTimeline:
-    """``time.perf_counter``: work is done when the call returns."""
+    """The host's ``time.perf_counter``: work is done when its call returns."""
 
     deferred = False
 
@@ -71,10 +71,10 @@ class HostTimeline:
 
 
 class Event(Protocol):
-    """What is used of ``torch.cuda.Event``."""
+    """The part of ``torch.cuda.Event`` that is used here."""
 
     def record(self) -> None:
-        """Behind what is queued on the current stream."""
+        """After all work queued on the current stream."""
 
     def query(self) -> bool: ...
 
@@ -85,7 +85,7 @@ class Event(Protocol):
 
 
 class StreamTimeline:
-    """Events on the current stream, which are used again and again."""
+    """Timing events on the current CUDA stream; events are reused."""
 
     deferred = True
 
@@ -112,15 +112,15 @@ class StreamTimeline:
 
 
 def timeline_of(device: torch.device) -> Timeline:
-    """The timeline of what is computed on a device."""
+    """The timeline of the work on a device."""
     if device.type == "cuda":
-        # A blocking event lets the thread sleep while it waits; the readers' threads may need its core.
+        # A blocking event lets the thread sleep while it waits; reader threads may need its core.
         return StreamTimeline(lambda: torch.cuda.Event(enable_timing=True, blocking=True))
     return HostTimeline()
 
 
 class Lap:
-    """One timed stretch, as a context manager."""
+    """One timed interval, as a context manager."""
 
     __slots__ = ("_begin", "_clock", "_end", "_inner", "_name", "_outer", "_seconds", "_subject")
     _begin: Any
@@ -149,10 +149,10 @@ class Lap:
 
     @property
     def seconds(self) -> float:
-        """The whole stretch, with the phases inside it. Waits for the device where it has not come to the lap's end."""
+        """The whole duration, inner phases included. Waits until the device has reached the lap's end."""
         if self._seconds is None:
             self._clock.synchronize()
-        assert self._seconds is not None, "a lap has no length before it ends"
+        assert self._seconds is not None, "a lap has no duration before it ends"
         return self._seconds
 
     def __float__(self) -> float:
@@ -160,9 +160,9 @@ class Lap:
 
 
 class Clock:
-    """Seconds by phase. A phase inside another is not counted in the outer one. Phases are also lanes of the trace.
+    """Seconds by phase. An inner phase does not count for the outer one. Phases are also lanes of the trace.
 
-    To be used from one thread, where the device is current. subject: what the job is working on, for the trace.
+    Use it from one thread, in which the device is current. subject: what the job works on, for the trace.
     """
 
     def __init__(self, device: torch.device, trace: Trace | None = None, timeline: Timeline | None = None) -> None:
@@ -172,30 +172,30 @@ class Clock:
         self._timeline = timeline or timeline_of(device)
         self._seconds: dict[str, float] = {}
         self._open: Lap | None = None
-        #: Laps that have ended and were not read off, in the order in which they ended.
+        #: Laps that have ended but are not read yet, in the order of their ends.
         self._ended_laps: list[Lap] = []
-        #: A mark that was passed, and when that was by the host's clock: what the trace is told goes by it.
+        #: A mark and its time by the host's clock. It converts marks to the trace's times.
         self._anchor, self._anchor_time = self._align()
         self._started = self._anchor_time
 
     def phase(self, name: str) -> Lap:
-        """Time what runs inside, also where it fails."""
+        """Time the code inside, also if it raises."""
         return Lap(self, name)
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By phase, for all that have ended. Waits for the device."""
+        """Seconds by phase, for all laps that have ended. Waits for the device."""
         self.synchronize()
         return dict(self._seconds)
 
     def seconds_so_far(self) -> dict[str, float]:
-        """By phase, for those that have been read off already. From any thread; waits for nothing."""
+        """Seconds by phase, for the laps that were read already. May be called from any thread; does not wait."""
         return dict(self._seconds)
 
     def wait_seconds(self) -> dict[str, float]:
         """Seconds that the compute device waited for files or the host, by cause. Waits for the device.
 
-        Without a GPU it is the main thread that computes: then it is told to wait where it reads, writes or copies.
+        Without a GPU the main thread computes; it counts as waiting while it reads, writes or copies.
         """
         seconds = self.seconds
         causes = CAUSES_ON_GPU if self._on_gpu else CAUSES
@@ -205,17 +205,17 @@ class Clock:
         return found
 
     def synchronize(self) -> None:
-        """Read off all laps that have ended; waits once for all work that is queued. Does nothing where none has."""
+        """Read all laps that have ended; waits once for all queued work. Does nothing without such laps."""
         if not self._ended_laps:
             return
         if self._timeline.deferred:
-            # The new anchor serves what follows: two clocks that drift apart are set by each other again and again.
+            # A new anchor for the laps that follow, since the clocks of host and device drift apart.
             anchor, anchored = self._align()
-            self._read_off(len(self._ended_laps))
+            self._read_laps(len(self._ended_laps))
             self._timeline.release(self._anchor)
             self._anchor, self._anchor_time = anchor, anchored
         else:
-            self._read_off(len(self._ended_laps))
+            self._read_laps(len(self._ended_laps))
 
     def _align(self) -> tuple[Any, float]:
         mark = self._timeline.mark()
@@ -225,14 +225,14 @@ class Clock:
     def _close_lap(self, lap: Lap) -> None:
         self._ended_laps.append(lap)
         if not self._timeline.deferred:
-            self._read_off(1)
+            self._read_laps(1)
         elif len(self._ended_laps) % PENDING == 0:
-            # In the stream's order: none behind the first that is pending was passed.
+            # Laps are in stream order: none after the first unreached one was reached.
             count = next((i for i, each in enumerate(self._ended_laps) if not self._timeline.has_passed(each._end)), len(self._ended_laps))
-            self._read_off(count)
+            self._read_laps(count)
 
-    def _read_off(self, count: int) -> None:
-        """Take the first so many ended laps into account; the device has passed them. Inner laps come before outer ones."""
+    def _read_laps(self, count: int) -> None:
+        """Add the first ``count`` ended laps, which the device has passed. Inner laps come before outer ones."""
         timeline = self._timeline
         laps, self._ended_laps = self._ended_laps[:count], self._ended_laps[count:]
         for lap in laps:

@@ -1,7 +1,7 @@
-"""How a job is shown while it runs: in plain lines, as events for machines, or not at all (on a live line: ``bigq.progress.live_line``).
+"""How progress is shown: as plain lines, as events for programs, or not at all. ``bigq.progress.live_line`` adds a line that moves.
 
-Knows nothing of jobs: ``bigq.progress.progress`` says what there is to show. All of it goes to one stream, stderr as a rule; stdout is for
-results. A stream that cannot be written any more ends nothing but the showing. The events are described in docs/progress.md.
+Knows nothing of jobs: ``bigq.progress.progress`` says what there is to show. Everything goes to one stream, normally stderr; stdout is for
+results. A job continues where the stream can no longer be written. docs/progress.md describes the events.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from typing import Any, TextIO
 from bigq.progress.sizes import show_duration, show_size
 from bigq.progress.terminal import one_line, printable, tell
 
-#: Of the events; in the first one of a run. Fields may be added to a version, none is taken away or changes its meaning.
+#: Version of the events, in the first one of a run. Within a version fields are added, and none is removed or changes its meaning.
 VERSION = 1
-#: What of a job's report the last event tells.
+#: Fields of a job's report that are in its last event.
 DONE_FIELDS = ("out", "blocks", "resumed_blocks", "seconds", "source_bytes", "output_bytes", "host_peak_bytes", "device_peak_bytes")
-#: Seconds that a block may take before a sign of life is due, and between that and the next.
+#: Seconds within a block before the first heartbeat, and from one to the next.
 HEARTBEAT = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """What is known of a job at a moment.
+    """The state of a job at a moment.
 
-    block: the one under way, from 1; None before the first. seconds: since it began. steps: what is counted in the phase, as
-    (done, of). fraction: of the job, 0 to 1. eta: seconds, None where nobody can say. rate: source bytes per second, None before
-    any were read. bytes_read: of the source, in this run. host, device: bytes of memory held now; device None on a CPU.
+    block: the one under way, from 1; None before the first. seconds: since that block began. steps: counters of the phase, as
+    (done, of). fraction: of the job, 0 to 1. eta: seconds left, None where there is no estimate. rate: source bytes per second, None
+    before any were read. bytes_read: of the source, in this run. host, device: bytes of memory held now; device None on a CPU.
     """
 
     blocks: int
@@ -51,7 +51,7 @@ class Moment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """A block that was solved in so many seconds. worst: of its Linears, the name in the block and the relative error."""
+    """A solved block and the seconds it took. worst: the Linear with the largest relative error, as (name in the block, error)."""
 
     block: int
     seconds: float
@@ -59,9 +59,9 @@ class Finished:
 
 
 class Display:
-    """Shows nothing but the error that ends a command: what ``--quiet`` asks for, and what the others begin with.
+    """Shows only the error that ends a command, as ``--quiet`` asks for; the base of the other displays.
 
-    period: seconds between calls of ``tick``; None where none are wanted. Calls come one at a time, from any thread.
+    period: seconds between calls of ``tick``; None for no calls. Calls come one at a time, from any thread.
     """
 
     period: float | None = None
@@ -70,7 +70,7 @@ class Display:
         """A loop over blocks begins."""
 
     def close(self) -> None:
-        """It ended, however that was."""
+        """The loop ended, with or without an error."""
 
     def tick(self, moment: Moment) -> None:
         """Time has passed."""
@@ -82,16 +82,19 @@ class Display:
         """A block was solved."""
 
     def say(self, text: str) -> None:
-        """A message for people; one that begins with "warning: " is a warning."""
+        """A message for people; it may begin with "note: " or, for a warning, "warning: "."""
+
+    def reading(self, model: str) -> None:
+        """A command begins to read a model; the first sign of life, before libraries that take seconds are imported."""
 
     def plan(self, text: str, values: Mapping[str, Any]) -> None:
-        """How the job will be run, in words and as values."""
+        """The plan of the job, in words and as values."""
 
     def event(self, name: str, **values: Any) -> None:
-        """What only machines are told."""
+        """An event that only programs see."""
 
     def error(self, exit_code: int, kind: str, message: str) -> None:
-        """The command ends with this. kind: the error's class, or "Interrupted"."""
+        """The command ends with this error. kind: the error's class, or "Interrupted"."""
         tell(f"bigq: {'' if kind == 'Interrupted' else 'error: '}{one_line(message)}")
 
 
@@ -120,12 +123,15 @@ class Lines(Display):
             self._stream.write(printable_lines(text) + "\n")
             self._stream.flush()
 
+    def reading(self, model: str) -> None:
+        self.say(f"reading {model} …")
+
     def plan(self, text: str, values: Mapping[str, Any]) -> None:
         self.say(text)
 
 
 class Events(Display):
-    """One JSON object a line. quiet: none but the error that ends a command."""
+    """One JSON object a line. quiet: only the error that ends a command."""
 
     def __init__(self, stream: TextIO, *, quiet: bool = False) -> None:
         self._stream, self._quiet = stream, quiet
@@ -151,7 +157,10 @@ class Events(Display):
 
     def say(self, text: str) -> None:
         kind = "warning" if text.startswith("warning: ") else "note"
-        self.event(kind, message=text.removeprefix("warning: "))
+        self.event(kind, message=text.removeprefix("warning: ").removeprefix("note: "))
+
+    def reading(self, model: str) -> None:
+        self.event("reading", model=model)
 
     def plan(self, text: str, values: Mapping[str, Any]) -> None:
         self.event("plan", blocks=values["blocks"], plan=values)
@@ -164,7 +173,7 @@ class Events(Display):
         self._emit("error", {"exit_code": exit_code, "kind": kind, "message": message})
 
     def signalled(self, message: str, exit_code: int | None) -> None:
-        """A signal was heard, and if there is an exit code, the process ends now. Waits for nobody who may be writing."""
+        """A signal arrived; with an exit code, the process ends now. Does not wait for other threads that may be writing."""
         if exit_code is not None:
             line = self._line("error", {"exit_code": exit_code, "kind": "Stopped", "message": message})
         elif self._quiet:
@@ -187,7 +196,7 @@ class Events(Display):
 
 
 def to_json(value: Any) -> str:
-    """JSON in one line of ASCII; numbers that are not finite, which JSON has not, become null."""
+    """JSON in one line of ASCII; numbers that are not finite become null."""
     return json.dumps(_finite(value), allow_nan=False)
 
 
@@ -200,7 +209,7 @@ def block_line(done: Finished, moment: Moment) -> str:
 
 
 def heartbeat_line(moment: Moment) -> str:
-    """A block that is not finished yet, for a person."""
+    """A block under way, for a person."""
     return "  ".join(
         [head_of(moment), *parts_of(moment, ("steps",)), f"{moment.seconds:.0f} s", *parts_of(moment, ("rate", "host", "gpu", "eta"))]
     )
@@ -212,7 +221,7 @@ def show_rate(rate: float) -> str:
 
 
 class _Beat:
-    """When a sign of life is due."""
+    """When a heartbeat is due."""
 
     def __init__(self) -> None:
         self.reset()
@@ -221,7 +230,7 @@ class _Beat:
         self._last = time.monotonic()
 
     def due(self) -> bool:
-        """Whether it is; then it was given."""
+        """Whether a heartbeat is due; if so, the next one is due a period later."""
         if time.monotonic() - self._last < HEARTBEAT:
             return False
         self.reset()
@@ -230,24 +239,24 @@ class _Beat:
 
 @contextlib.contextmanager
 def while_writable() -> Iterator[None]:
-    """A terminal that went away, a pipe that nobody reads, a full disk under a log, a closed stream: the job goes on without."""
+    """Ignore a stream that cannot be written: a terminal that went away, a pipe that nobody reads, a full disk under a log."""
     with contextlib.suppress(OSError, ValueError):
         yield
 
 
 def printable_lines(text: str) -> str:
-    """Lines without characters that a terminal would act upon."""
+    """Lines without control characters."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def head_of(moment: Moment) -> str:
-    """Where the job is."""
+    """Block and phase, for a person."""
     place = "" if moment.block is None else f"block {moment.block}/{moment.blocks}"
     return f"{place} {printable(moment.phase)}".strip() or "starting"
 
 
 def parts_of(moment: Moment, names: Iterable[str]) -> list[str]:
-    """Of "steps", "percent", "eta", "rate", "host" and "gpu", what is asked for and known, for a person."""
+    """Those of "steps", "percent", "eta", "rate", "host" and "gpu" that are asked for and known, for a person."""
     return [text for name in names if (text := _part(moment, name))]
 
 

@@ -1,6 +1,6 @@
-"""The line at the bottom of a terminal that says what a job does now, below the lines that stay.
+"""The line at the bottom of a terminal that shows what a job does now, below the lines that stay.
 
-tqdm knows how to keep a line there and to write above it; what the line says, and how it fits, is ours.
+tqdm keeps the line there and writes above it; its text, and how it fits the terminal, is made here.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from bigq.progress.display import Display, Finished, Lines, Moment, head_of, par
 
 #: Columns of the live line's bar.
 LEAST_BAR, MOST_BAR = 5, 24
-#: What the live line begins with is always there; the rest goes in this order, the last first, where a terminal is narrow.
+#: Parts of the live line after its head, the most important first: a narrow terminal shows the first ones.
 IMPORTANCE = ("percent", "eta", "host", "gpu", "rate", "steps", "bar")
 FULL, PARTS = "█", " ▏▎▍▌▋▊▉"
 
 
 def display_for(stream: TextIO, *, quiet: bool = False, dumb: bool = False) -> Display:
-    """What suits a stream. dumb: it is a terminal that cannot redraw a line."""
+    """The display that suits a stream. dumb: the terminal cannot redraw a line."""
     if quiet:
         return Display()
     return Live(stream) if stream.isatty() and not dumb else Lines(stream)
 
 
 class Live(Lines):
-    """On a terminal: the same lines, and below them one that says what is going on now."""
+    """On a terminal: the same lines, and below them one that shows the current state."""
 
     period = 0.25
 
@@ -63,7 +63,7 @@ class Live(Lines):
         super().block(done, moment)
 
     def _write(self, moment: Moment) -> None:
-        """What the line will say when it is drawn next."""
+        """Set the text that the line shows when it is drawn next."""
         if self._line is not None:
             self._line.text = live_line(moment, _columns(self._stream) - 1, _writes(self._stream, f"{FULL}{PARTS}▕▏–"))
 
@@ -74,7 +74,7 @@ class Live(Lines):
 
 
 def live_line(moment: Moment, width: int, unicode: bool = True) -> str:
-    """All of a moment that fits into so many columns."""
+    """The parts of a moment that fit into ``width`` columns."""
     head = head_of(moment)
     room = width - len(head)
     chosen = set()
@@ -93,7 +93,7 @@ def live_line(moment: Moment, width: int, unicode: bool = True) -> str:
 
 
 def bar(fraction: float, width: int, unicode: bool = True) -> str:
-    """A bar of so many columns, its frame included."""
+    """A bar of ``width`` columns, its frame included."""
     inner = width - 2
     if not unicode:
         return f"[{'#' * int(fraction * inner):{inner}}]"
@@ -102,11 +102,11 @@ def bar(fraction: float, width: int, unicode: bool = True) -> str:
 
 
 class _LiveLine(tqdm):  # type: ignore[type-arg]
-    """tqdm's place at the bottom of the terminal, and its way of writing above it; what the line says is ours.
+    """tqdm's line at the bottom of the terminal, and its way of writing above it, with a text of our own.
 
-    What is left of a longer line is erased by the terminal. tqdm overwrites it with spaces, which wrap where the terminal has
-    become narrower meanwhile. Its lock is left alone: it stays locked for ever where a stream fails in the middle of a line, and
-    calls of a display come one at a time anyway. delay: it draws nothing by itself.
+    The terminal erases the rest of a longer line. tqdm would overwrite it with spaces, which wrap where the terminal has become narrower.
+    tqdm's lock is not used: it stays locked forever where a stream fails in the middle of a line, and calls of a display come one at a
+    time anyway. delay: tqdm draws nothing by itself.
     """
 
     monitor_interval = 0

@@ -1,7 +1,7 @@
-"""How far a job is: what a display shows, and what the job's folder says of it.
+"""How far a job is: for a display, and for the record in the job's folder.
 
-The loop over blocks tells here what it does, in calls that store a few numbers and ask the device nothing; a thread of the display's
-own period looks at them, so that something moves while one Linear is being solved.
+The loop over blocks reports here what it does, in calls that store a few numbers and ask the device nothing. A thread reads them
+periodically, so that the display moves while one Linear is being solved.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from bigq.progress.display import Display, Finished, Moment
 from bigq.progress.live_line import display_for
 from bigq.progress.records import device_memory, host_memory
 
-#: Seconds over which the rate of reading is taken, at the least.
+#: Seconds over which the rate of reading is averaged, at the least.
 WINDOW = 60.0
-#: The part of a block's time that goes to solving it; the rest is its replay. Counts for the first block only, as an estimate.
+#: The fraction of a block's time that solving takes; the rest is its replay. An estimate, used for the first block only:
 #: 81 % on the model of ``scripts/bench_small.py``, on a CPU.
 SOLVING = 0.8
-#: The part of the first block from which on the time that the rest takes can be told from it.
-TELLING = 0.1
+#: The fraction of the first block that must be done before the remaining time is estimated from it.
+ESTIMABLE = 0.1
 
 
 class Pace:
-    """Seconds that are left, by those that blocks took. ``now`` is a monotonic clock's.
+    """Remaining seconds, estimated from the blocks that are done. ``now`` is a monotonic clock's.
 
-    left: blocks to be solved, the one under way among them. part: of the block under way, 0 to 1, as far as that is known without
-    another block to compare with.
+    left: blocks to be solved, the current one included. part: the fraction of the current block that is done, 0 to 1, used while there is
+    no finished block to compare with.
     """
 
     def __init__(self, left: int, now: float) -> None:
@@ -41,13 +41,13 @@ class Pace:
         self._spent, self._timed = 0.0, 0
 
     def begin(self, now: float) -> None:
-        """A block begins; what came before the first one is nobody's."""
+        """A block begins. Time before the first one counts for no block."""
         if not self._timed:
             self._since = now
         self.part = 0.0
 
     def skip(self, now: float) -> None:
-        """A block was there already: what it took says nothing of others."""
+        """A block was already done: its time says nothing about others."""
         self._since, self.part = now, 0.0
 
     def done(self, left: int, now: float) -> None:
@@ -56,22 +56,22 @@ class Pace:
         self.left, self._since, self.part = left, now, 0.0
 
     def fraction(self, now: float) -> float:
-        """Of the block under way."""
+        """The fraction of the current block that is done."""
         return min(0.99, (now - self._since) * self._timed / max(self._spent, 1e-9)) if self._timed else self.part
 
     def eta(self, now: float) -> float | None:
-        """None where nothing can be told yet."""
+        """None where there is no estimate yet."""
         here = now - self._since
         if self.left == 0:
             return 0.0
         if self._timed:
             mean = self._spent / self._timed
             return mean * (self.left - 1) + max(0.0, mean - here)
-        return here / self.part * self.left - here if self.part >= TELLING else None
+        return here / self.part * self.left - here if self.part >= ESTIMABLE else None
 
 
 class Rate:
-    """Bytes, and bytes per second over the last minute or since the last but one read, whichever is longer."""
+    """Bytes read, and bytes per second over the last minute or since the read before the last, whichever is longer."""
 
     def __init__(self, now: float) -> None:
         self.total = 0
@@ -84,7 +84,7 @@ class Rate:
             self._reads.popleft()
 
     def at(self, now: float) -> float | None:
-        """None before anything was read."""
+        """Bytes per second; None before anything was read."""
         if not self.total:
             return None
         reads = list(self._reads)
@@ -93,9 +93,9 @@ class Rate:
 
 
 class Progress:
-    """What the loop over blocks tells of itself; a context around it. Messages and ``facts`` may come from any thread.
+    """What the loop over blocks reports; a context around it. Messages and ``facts`` may be called from any thread.
 
-    device: whose memory is told. display: how it is shown; if not given, as suits ``stream`` (stderr), or not at all with ``quiet``.
+    device: whose memory is reported. display: defaults to the one that suits ``stream`` (stderr), or to none with ``quiet``.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Progress:
         self._thread: threading.Thread | None = None
 
     def facts(self) -> dict[str, Any]:
-        """How far it got, as plain values: blocks, block (how many are done), phase, eta_seconds, as far as they are known."""
+        """Progress as plain values, as far as they are known: blocks, block (how many are done), phase, eta_seconds."""
         eta = self._eta(time.monotonic()) if self._facts else None
         return {"blocks": self.blocks, **self._facts, **({} if eta is None else {"eta_seconds": round(eta, 1)})}
 
@@ -137,12 +137,12 @@ class Progress:
             self._display.close()
 
     def tick(self) -> None:
-        """Let the display look at what there is to show now."""
+        """Have the display show the current state."""
         with self._lock:
             self._display.tick(self.moment())
 
     def moment(self) -> Moment:
-        """All that is known now."""
+        """The current state."""
         now = time.monotonic()
         under_way = self._index is not None and self._position == self._index
         return Moment(
@@ -160,21 +160,21 @@ class Progress:
         )
 
     def _eta(self, now: float) -> float | None:
-        """Seconds that are left; None where nothing tells, as behind the last block."""
+        """Remaining seconds; None where there is no estimate, as after the last block."""
         return None if self._index is None and self._position >= self.blocks else self._pace.eta(now)
 
     def planned(self, text: str, values: dict[str, Any]) -> None:
-        """The job's plan, in words and as values."""
+        """Report the job's plan, in words and as values."""
         with self._lock:
             self._display.plan(text, values)
 
     def start(self, resumed: int) -> None:
-        """The work begins; an earlier run left so many blocks."""
+        """The work begins. resumed: blocks that an earlier run committed."""
         self._pace = Pace(self.blocks - resumed, time.monotonic())
         self.event("start", blocks=self.blocks, resumed_blocks=resumed)
 
     def phase(self, text: str, block: int | None = None) -> None:
-        """What is being done now, in which block if in one."""
+        """A phase begins, in block ``block`` unless that is None."""
         now = time.monotonic()
         if block is not None and (block != self._index or self._position != block):
             self._index = self._position = block
@@ -188,19 +188,19 @@ class Progress:
             self._display.phase(self.moment())
 
     def step(self, what: str, done: int, of: int) -> None:
-        """So many of what the phase goes through are done."""
+        """``done`` of the phase's ``of`` steps are done."""
         self._steps = {**self._steps, what: (done, of)}
         if self._phase == "replay" and self._solved:
             self._pace.part = SOLVING + (1 - SOLVING) * done / of
 
     def solved(self, linears: int, of: int, share: float) -> None:
-        """So many Linears of the block are solved, which have such a share of its weights."""
+        """``linears`` of the block's ``of`` Linears are solved. share: the fraction of its weights that they hold."""
         self._solved = share
         self._pace.part = SOLVING * share
         self.step("Linears", linears, of)
 
     def read(self, count: int) -> None:
-        """So many more bytes of the source were read."""
+        """``count`` more bytes of the source were read."""
         with self._lock:
             self._rate.add(count, time.monotonic())
 
@@ -210,22 +210,22 @@ class Progress:
             self._display.say(line)
 
     def event(self, name: str, **values: Any) -> None:
-        """Something for machines."""
+        """An event for programs that read the job's output."""
         with self._lock:
             self._display.event(name, **values)
 
     def block_skipped(self) -> None:
-        """A block that an earlier run had committed."""
+        """A block is skipped, as an earlier run committed it."""
         self._position += 1
         self._pace.skip(time.monotonic())
 
     def block_passed(self, left: int) -> None:
-        """A block was gone through, of which no line need be told; ``left`` are still to be."""
+        """A block is done that needs no line of its own; ``left`` remain."""
         self._position += 1
         self._pace.done(left, time.monotonic())
 
     def block_done(self, index: int, seconds: float, worst: tuple[str, float] | None, left: int | None = None) -> None:
-        """Block ``index`` is solved; ``left`` are still to be, those behind it if nothing is said."""
+        """Block ``index`` is solved; ``left`` remain, by default those after it."""
         left = self.blocks - index - 1 if left is None else left
         self._position, self._steps = index + 1, {}
         self._pace.done(left, time.monotonic())

@@ -1,4 +1,4 @@
-"""What a job tells: memory, records of Linears, and in the end its report.
+"""What a job reports: memory, records of Linears, and at the end its outcome.
 
 Knows nothing of models; everything arrives as plain values, and nothing is printed here.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import resource
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
@@ -15,6 +16,7 @@ from typing import Any, SupportsFloat
 import psutil
 import torch
 
+from bigq.progress.layout import INDENT, WIDTH, entry, shortened
 from bigq.progress.sizes import show_size
 
 
@@ -46,7 +48,7 @@ def device_memory_peak(device: torch.device) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearRecord:
-    """How quantizing one Linear went. seconds: the factor and solve of the group that it was solved with, numbers or laps of a clock."""
+    """The result of quantizing one Linear. seconds: of the factor and solve of its group, as numbers or laps of a clock."""
 
     name: str
     bits: int
@@ -70,13 +72,54 @@ class LinearRecord:
         }
 
 
+class Stages:
+    """Wall time of the stages that a job goes through before its phases. started: by ``time.monotonic``."""
+
+    def __init__(self, started: float) -> None:
+        self._last = started
+        self._seconds: dict[str, float] = {}
+
+    def ended(self, name: str) -> None:
+        """All since the last stage's end was stage ``name``; a name may come back."""
+        now = time.monotonic()
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By stage, in order."""
+        return dict(self._seconds)
+
+
+#: Time in no stage and no phase.
+OTHER = "other"
+
+
+def rounded_shares(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Parts of a total in tenths of a second, the largest first, that sum to the rounded total exactly.
+
+    Parts of less than 0.05 s are added to ``OTHER``. A part is off by at most 0.1 s.
+    """
+    tenths = {name: 10 * value for name, value in seconds.items() if value >= 0.05 and name != OTHER}
+    total = sum(seconds.values())
+    tenths[OTHER] = max(0.0, 10 * total - sum(tenths.values()))
+    units = {name: int(value) for name, value in tenths.items()}
+    missing = round(10 * float(f"{total:.1f}")) - sum(units.values())
+    for name in sorted(tenths, key=lambda name: units[name] - tenths[name])[: max(0, missing)]:
+        units[name] += 1
+    return {name: units[name] / 10 for name in sorted(units, key=lambda name: -units[name]) if units[name]}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """The outcome of a job. Sizes in bytes, times in seconds.
 
-    waiting: the seconds that the device which computes waited for files or the host, by cause.
+    seconds: of wall time; seconds_before: of the stages before the first phase (start-up, calibration, planning); seconds_by_phase: of the
+    device that computes. waiting: the seconds that this device waited for files or the host, by cause.
+    planned_host_bytes, planned_device_bytes: what the plan predicted; 0 for a job that was finished before, which has no phases.
     batches: how many calibration rows went through a block at once, from the job's beginning on; more than one number where the
-        device ran out of memory and the job went on with fewer. Empty where no rows are needed.
+    device ran out of memory and the job continued with fewer. Empty where no rows are needed.
+    read_by: programs that load the output; reader_notes: sentences about those that do not.
     """
 
     out: str
@@ -94,41 +137,63 @@ class Report:
     left_out: tuple[str, ...] = ()
     waiting: Mapping[str, float] = field(default_factory=dict)
     batches: tuple[int, ...] = ()
+    seconds_before: Mapping[str, float] = field(default_factory=dict)
+    read_by: tuple[str, ...] = ()
+    reader_notes: tuple[str, ...] = ()
 
     @property
     def worst(self) -> Mapping[str, Any] | None:
+        """The record of the Linear with the largest relative error; None where none was quantized."""
         return max(self.linears, key=lambda r: float(r["relative_error"]), default=None)
+
+    def times(self) -> dict[str, float]:
+        """Seconds by stage and phase, and of the rest: they sum to ``seconds``."""
+        parts: dict[str, float] = dict(self.seconds_before)
+        for name, seconds in self.seconds_by_phase.items():
+            parts[name] = parts.get(name, 0.0) + seconds
+        return {**parts, OTHER: parts.get(OTHER, 0.0) + max(0.0, self.seconds - sum(parts.values()))}
 
     def to_json(self) -> dict[str, Any]:
         """As plain values, with the name of the worst Linear among them."""
         worst = None if self.worst is None else self.worst["name"]
         return {**dataclasses.asdict(self), "linears": [dict(linear) for linear in self.linears], "worst": worst}
 
-    def waiting_line(self) -> str:
-        """How long the device waited, and for what; causes that are too short to be told are left out."""
+    def waiting_lines(self) -> list[str]:
+        """How long the device waited, and for what; causes of less than 0.05 s are left out."""
         total = sum(self.waiting.values())
-        line = f"waiting {total:.1f} s of {self.seconds:.1f} s ({100 * total / max(self.seconds, 1e-9):.1f} %)"
-        told = [f"{cause} {s:.1f} s" for cause, s in sorted(self.waiting.items(), key=lambda item: -item[1]) if s >= 0.05]
-        return f"{line}: {', '.join(told)}" if told else line
+        text = f"{total:.1f} s of {self.seconds:.1f} s ({100 * total / max(self.seconds, 1e-9):.1f} %)"
+        causes = [f"{cause} {s:.1f} s" for cause, s in sorted(self.waiting.items(), key=lambda item: -item[1]) if s >= 0.05]
+        if not causes:
+            return entry("waiting", text)
+        return entry("waiting", [f"{text}: {causes[0]}", *causes[1:]])
 
     def summary(self) -> str:
-        """The closing lines for a person."""
-        lines = [f"done in {self.seconds:.1f} s: {self.out}"]
+        """The closing lines for a person, of at most 60 columns."""
+        done = f"done in {self.seconds:.1f} s: "
+        lines = [done + shortened(self.out, WIDTH - len(done))]
         if self.resumed_blocks:
-            lines[0] += f" ({self.resumed_blocks} of {self.blocks} blocks were there already)"
+            lines += entry("resumed", f"{self.resumed_blocks} of {self.blocks} blocks were already done")
         ratio = self.output_bytes / self.source_bytes
-        lines.append(f"  size    {show_size(self.source_bytes)} → {show_size(self.output_bytes)} ({100 * ratio:.0f} %)")
-        lines.append("  time    " + ", ".join(f"{k} {v:.1f} s" for k, v in sorted(self.seconds_by_phase.items(), key=lambda kv: -kv[1])))
-        lines.append("  " + self.waiting_line())
+        lines += entry("size", f"{show_size(self.source_bytes)} → {show_size(self.output_bytes)} ({100 * ratio:.0f} %)")
+        if self.seconds_by_phase:
+            lines += entry("time", [f"{name} {seconds:.1f} s" for name, seconds in rounded_shares(self.times()).items()])
+            lines += self.waiting_lines()
         if len(self.batches) > 1:
-            lines.append(f"  batch   {' → '.join(map(str, self.batches))} rows: the device ran out of memory")
-        memory = f"  memory  host peak {show_size(self.host_peak_bytes)} (planned {show_size(self.planned_host_bytes)})"
-        if self.device_peak_bytes:
-            memory += f", device peak {show_size(self.device_peak_bytes)} (planned {show_size(self.planned_device_bytes)})"
-        lines.append(memory)
+            lines += entry("batch", f"{' → '.join(map(str, self.batches))} rows: the device ran out of memory")
+        if self.planned_host_bytes:
+            memory = [f"host peak {show_size(self.host_peak_bytes)} (planned {show_size(self.planned_host_bytes)})"]
+            if self.device_peak_bytes:
+                memory.append(f"device peak {show_size(self.device_peak_bytes)} (planned {show_size(self.planned_device_bytes)})")
+            lines += entry("memory", memory)
+        room = WIDTH - INDENT
         if self.worst is not None:
-            lines.append(f"  worst   {self.worst['name']}: relative error {self.worst['relative_error']:.2e}")
+            name, error = shortened(str(self.worst["name"]), room - 1), f"relative error {self.worst['relative_error']:.2e}"
+            lines += entry("worst", f"{name}: {error}")
         if self.left_out:
-            some = ", ".join(self.left_out[:4]) + (" …" if len(self.left_out) > 4 else "")
-            lines.append(f"  kept    {len(self.left_out)} Linears unquantized: {some}")
+            names = [shortened(name, room - 1) for name in self.left_out[:4]] + ["…"] * (len(self.left_out) > 4)
+            lines += entry("kept", f"{len(self.left_out)} Linears unquantized:") + entry("", names)
+        if self.read_by or self.reader_notes:
+            lines += entry("read by", list(self.read_by) or "no program known to bigq but bigq")
+        for note in self.reader_notes:
+            lines += entry("note", note)
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write and read them."""
+"""Parses and formats sizes in bytes, and formats durations."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import re
 
 from bigq.errors import UsageError
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
+_UNITS = {"b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]i?)b?|(b))?", re.IGNORECASE)
 
 
-def parse_size(text: str, flag: str) -> int:
-    """Bytes of "80GB", "72GiB", "3g" or "1000000". Raises UsageError."""
+def parse_size(text: str, label: str) -> int:
+    """Bytes of "80GB", "72GiB", "3g" or "500 B". Raises UsageError, which begins with the label; a number needs a unit."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise UsageError(f"{flag} {text}: is not a size; write for instance 72GiB or 80GB")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+        raise UsageError(f"{label}: is not a size; write for instance 72GiB or 80GB")
+    unit = match[2] or match[3]
+    if unit is None:
+        raise UsageError(f"{label}: give a unit, such as {text.strip()}GiB")
+    return int(float(match[1]) * _UNITS[unit.lower()])
 
 
 def show_size(count: float) -> str:
-    """Bytes in the unit that suits them."""
+    """Bytes as text in MiB, GiB or TiB."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30)):
         if count >= size:
             return f"{count / size:.2f} {unit}"

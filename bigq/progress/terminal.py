@@ -1,6 +1,6 @@
-"""The terminal, or what is in its place: results to stdout, the rest to stderr.
+"""The terminal, or a file or pipe in its place: results go to stdout, everything else to stderr.
 
-Names of files, tensors and flags that are printed may hold any characters, and a stream may be closed or gone.
+Names of files, tensors and options that are printed may hold any characters, and a stream may be closed or gone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from bigq.errors import ResourceError, UsageError
 
-#: Characters of a long line that are shown: from its beginning and to its end.
+#: Characters of a long line that are shown, at its beginning and at its end.
 HEAD, TAIL = 500, 1500
 
 
@@ -24,26 +24,26 @@ def one_line(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text whose characters that are not to be printed are escape sequences."""
+    """Text with an escape sequence for each character that cannot be printed."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def print_result(text: str) -> None:
-    """Lines to stdout, at once. Raises ResourceError where they cannot be written, BrokenPipeError where nobody reads them."""
+    """Write lines to stdout and flush. Raises ResourceError where that fails, BrokenPipeError where nobody reads them."""
     with _writing_results():
         sys.stdout.write("\n".join(map(printable, text.split("\n"))) + "\n")
         sys.stdout.flush()
 
 
 def print_piece(text: str) -> None:
-    """Part of a result, to stdout, at once; lines and tabs stay what they are. Raises as ``print_result``."""
+    """Write part of a result to stdout and flush; newlines and tabs stay. Raises as ``print_result``."""
     with _writing_results():
         sys.stdout.write("".join(c if c in "\n\t" else printable(c) for c in text))
         sys.stdout.flush()
 
 
 def read_prompt() -> str:
-    """All of stdin. Raises UsageError where it is not text."""
+    """Everything on stdin. Raises UsageError where it is not text."""
     try:
         return sys.stdin.read()
     except (UnicodeDecodeError, OSError, AttributeError) as error:  # a stream that is closed has no read
@@ -51,7 +51,7 @@ def read_prompt() -> str:
 
 
 def flush_results() -> None:
-    """Write what others have printed. Raises as ``print_result``."""
+    """Flush what other code has printed. Raises as ``print_result``."""
     with _writing_results():
         sys.stdout.flush()
 
@@ -67,21 +67,21 @@ def _writing_results() -> Iterator[None]:
 
 
 def tell(line: str) -> None:
-    """A line to stderr, if anybody can be told."""
+    """Write a line to stderr; nothing where stderr cannot be written."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
 def keep_quiet(_: str) -> None:
-    """In place of ``tell``, where nothing is to be said."""
+    """In place of ``tell`` with --quiet."""
 
 
 def prepare_streams() -> None:
-    """See to it that nothing printed can fail for its characters, or end up in a file of the job's because a stream was closed."""
+    """Make printing safe: no character can fail, and nothing lands in a file of the job because a stream was closed."""
     for fd in range(3):
         try:
             os.fstat(fd)
-        except OSError:  # closed: the next file that is opened would take its number, and get what libraries print there
+        except OSError:  # closed: the next file opened would get its number, and with it what libraries print there
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -91,7 +91,7 @@ def prepare_streams() -> None:
 
 
 def abandon_broken_streams() -> None:
-    """Let what is left in the buffers of streams that cannot be written go nowhere, so that the interpreter ends quietly."""
+    """Discard what is left in the buffers of streams that cannot be written, so that the interpreter ends quietly."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

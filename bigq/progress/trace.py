@@ -1,4 +1,4 @@
-"""A timeline of a job, one lane for each kind of work, in the format that Chrome's trace viewer and Perfetto open."""
+"""A timeline of a job, with one lane for each kind of work, in the JSON format of Chrome's trace viewer and Perfetto."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of work. begin, end: seconds since the trace began."""
+    """An interval of work. begin, end: seconds since the trace began."""
 
     lane: str
     name: str
@@ -20,7 +20,7 @@ class Span:
 
 
 class Trace:
-    """Collects spans, from any thread. keep False: forgets them at once, so that a long job gathers nothing that nobody asked for."""
+    """Collects spans from any thread. keep: False drops them, so that they take no memory in a long job without ``--trace``."""
 
     def __init__(self, *, keep: bool = True) -> None:
         self.keep = keep
@@ -28,13 +28,13 @@ class Trace:
         self.spans: list[Span] = []
 
     def add(self, lane: str, name: str, begin: float, end: float) -> None:
-        """A span by ``time.perf_counter`` at its ends."""
+        """Add a span. begin, end: by ``time.perf_counter``."""
         if self.keep:
             self.spans.append(Span(lane, name, begin - self._origin, end - self._origin))
 
     @contextlib.contextmanager
     def span(self, lane: str, name: str) -> Iterator[None]:
-        """What runs inside is one span, also where it fails."""
+        """Record the code inside as one span, also if it raises."""
         begin = time.perf_counter()
         try:
             yield
@@ -42,7 +42,7 @@ class Trace:
             self.add(lane, name, begin, time.perf_counter())
 
     def to_json(self) -> bytes:
-        """Complete events ("X") in microseconds; lanes are named threads of one process, in the order they first appear."""
+        """Complete events ("X") in microseconds. Lanes are named threads of one process, in order of first appearance."""
         spans = sorted(self.spans, key=lambda span: (span.begin, -span.end))
         lanes = {lane: number for number, lane in enumerate(dict.fromkeys(span.lane for span in spans), 1)}
         events: list[dict[str, object]] = [

@@ -1,13 +1,17 @@
-"""How a finished folder is loaded: a model card's last section. What is said of readers is what docs/formats.md has met with."""
+"""How a finished folder is loaded: a model card's last section. Statements about readers come from ``io.formats.readers``."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from bigq.config import JobConfig
 from bigq.inspect.history import History
+from bigq.io.formats.readers import Kind, Written, fused_linears, verdicts
 from bigq.reports.markdown import block
 
+#: Significant bits of a bf16 number.
+BF16_BITS = 8
 _ASK = '"The answer is"'
 
 
@@ -113,26 +117,45 @@ def _compressed_tensors(config: JobConfig, schemes: set[tuple[int, int, bool]]) 
 
 
 def _vllm(history: History, config: JobConfig) -> Iterator[str]:
-    schemes = _schemes(history, config)
+    verdict = next((each for each in verdicts(_written(history, config)) if each.reader == "vLLM"), None)
+    if verdict is None:
+        return
     more = " --trust-remote-code" if config.trust_remote_code else ""
-    vllm = "With vLLM (by what its sources say; not tried)"
-    if not _is_gptq(config):
-        taken = all(symmetric or bits in (4, 8) for bits, _, symmetric in schemes)
-        yield vllm + (":\n" if taken else ", whose older versions take asymmetric weights of 4 and 8 bits only:\n")
-    elif _fits_marlin(schemes):
-        yield f"{vllm}:\n"
-    else:
-        yield f"{vllm}, older versions; newer ones take GPTQ of 4 and 8 bits only, symmetric, in groups of 32, 64, 128 or whole rows:\n"
-        more += " --dtype float16"
+    if not verdict.loads:
+        yield f"{verdict.note.partition(';')[0]}.{_converted(history, config)}\n"
+        return
+    yield f"With vLLM{f' ({verdict.note})' if verdict.note else ''}:\n"
+    if config.scheme.scale_bits is not None and config.scheme.scale_bits > BF16_BITS:
+        more += " --dtype float16"  # vLLM's own choice for an fp32 source is bf16, which would round the scales
     yield block(f"vllm serve MODEL{more}", "sh")
-    what = ["some Linears have other bits, groups or zero points than the rest"] * (len(schemes) > 1)
+    what = ["some Linears have other bits, groups or zero points than the rest"] * (len(_schemes(history, config)) > 1)
     what += ["some Linears are not quantized"] * any(each.block is not None for each in history.left_out)
     if what:
         where = "`dynamic`" if _is_gptq(config) else "`config_groups` and `ignore`"
         said = " and ".join(what)
-        yield f"{said[0].upper()}{said[1:]} ({where} in config.json). Readers that fuse q/k/v or gate/up want the same for all of those.\n"
+        yield f"{said[0].upper()}{said[1:]} ({where} in config.json).\n"
 
 
-def _fits_marlin(schemes: set[tuple[int, int, bool]]) -> bool:
-    """Whether the kernels that take any precision of activations know all weights: 4 or 8 bits, symmetric, usual groups."""
-    return all(bits in (4, 8) and group_size in (-1, 32, 64, 128) and symmetric for bits, group_size, symmetric in schemes)
+def _written(history: History, config: JobConfig) -> Written:
+    names = [linear.name if linear.block is None else f"{linear.block}.{linear.name}" for linear in history.linears]
+    left_out = [left.name if left.block is None else f"{left.block}.{left.name}" for left in history.left_out]
+    kinds = {name: Kind(each.bits, each.group_size, bool(each.symmetric)) for name, each in zip(names, history.linears, strict=True)}
+    return Written(
+        format=config.format,
+        base=Kind.of(config.scheme),
+        kinds=frozenset(kinds.values()),
+        head=history.head is not None,
+        split=any(len({kinds.get(part) for part in fused.parts}) > 1 for fused in fused_linears([*names, *left_out])),
+    )
+
+
+def _converted(history: History, config: JobConfig) -> str:
+    """How to make what vLLM loads, where that is known."""
+    if not _is_gptq(config):
+        return ""
+    other = next(
+        (e for e in verdicts(dataclasses.replace(_written(history, config), format="compressed-tensors")) if e.reader == "vLLM"), None
+    )
+    if other is None or not other.loads:
+        return ""
+    return " It loads the same weights in another format: `bigq convert MODEL NEW --to compressed-tensors`."

@@ -28,6 +28,8 @@ from bigq.machine.device import choose_device
 from bigq.methods import method_of
 from bigq.methods.base import Method
 from bigq.model.pager import Pager
+from bigq.progress.records import Stages
+from bigq.sched.plan.inputs import plan_before_fetch
 from bigq.sched.units.base import Unit
 from bigq.sched.units.block import BlockUnit
 from bigq.sched.units.copied import copied_units
@@ -69,7 +71,7 @@ class Job:
 
 
 def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Target:
-    """Find the model's folder and look at OUT. Nothing is written.
+    """Find the model's folder and look at OUT. A model on the hub is planned from its headers before it is fetched.
 
     config: None means as the job in OUT was begun, or the defaults where there is none.
     Raises UsageError, CheckpointError, ResourceError.
@@ -81,6 +83,7 @@ def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Tar
     if config.batch is None and before is not None:
         config = dataclasses.replace(config, batch=before.batch)
     device = choose_device(config.device)
+    plan_before_fetch(model, out, config)
     folder = resolve_model(model)
     refuse_nesting(folder, out)
     if config.trace is not None and not Path(config.trace).parent.is_dir():
@@ -92,10 +95,10 @@ def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Tar
     return Target(model=model, folder=folder, out=out, config=config, begun=begun, device=device)
 
 
-def resolve_job(target: Target, stop: Stop) -> Job:
+def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
     """Open the model, settle what the settings leave open, and read the calibration rows.
 
-    Raises Stopped, UsageError, DataError.
+    stages: of the clock on the wall, which ends "start-up" and "calibration" here. Raises Stopped, UsageError, DataError.
     """
     config = target.config
     pager = Pager(target.folder, device=target.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
@@ -108,7 +111,9 @@ def resolve_job(target: Target, stop: Stop) -> Job:
         check_gguf_job(pager, config)
     stop.check()
     method = method_of(config)
+    stages.ended("start-up")
     rows = _rows(pager, config) if method.calibrated else None
+    stages.ended("calibration")
     stop.check()
     return Job(target=target, pager=pager, config=config, method=method, rows=rows, stamps=stamps)
 

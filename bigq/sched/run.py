@@ -15,24 +15,27 @@ from bigq.conversion.gguf import write_gguf
 from bigq.errors import ResourceError
 from bigq.io.device_to_host import DeviceToHost
 from bigq.io.folders import STATE_FOLDER
+from bigq.io.index import Checkpoint
 from bigq.job.batches import Batches, Halving, halving_message
 from bigq.job.finish import finish_folder, is_finished
+from bigq.job.journal import Commit
 from bigq.job.manifest import GGUF_NAME, add_gguf, has_gguf
 from bigq.job.stop import Stop
 from bigq.machine.device import memory_errors
 from bigq.machine.memory import hold_heap
+from bigq.machine.ranks import OneProcess
 from bigq.methods.base import CalibratedMethod
 from bigq.model import skeleton
 from bigq.progress.display import Display
 from bigq.progress.progress import Progress
-from bigq.progress.records import Report, device_memory_peak, host_memory_peak
+from bigq.progress.records import Report, Stages, device_memory_peak, host_memory_peak
 from bigq.sched.claim import Claim, claimed
 from bigq.sched.control import Control
+from bigq.sched.finished import finished_commits
 from bigq.sched.loop import run_units
 from bigq.sched.plan.inputs import plan_job
 from bigq.sched.plan.planner import Plan
-from bigq.sched.ranks import OneProcess
-from bigq.sched.resolve import Job, request_of, resolve_job, resolve_target, units_of
+from bigq.sched.resolve import Job, Target, request_of, resolve_job, resolve_target, units_of
 from bigq.sched.rows.calibration import CalibrationRows
 from bigq.sched.rows.probe import probe_model
 from bigq.sched.rows.tiers import Tier
@@ -50,32 +53,59 @@ def quantize(
     display: Display | None = None,
     *,
     command: Sequence[str] = (),
+    started: float | None = None,
 ) -> Report:
     """Quantize a model folder or hub id into the folder ``out``; resume there if an earlier run of the same job was interrupted.
 
     config: None means as the job in ``out`` was begun, or the defaults where there is none. stop: asked between steps.
     display: how progress is show_value; None means as suits stderr, or not at all with config.quiet.
-    command: the arguments that asked for it, for the record.
+    command: the arguments that asked for it, for the record. started: when the program began, by ``time.monotonic``; None means now.
     Raises UsageError, DataError, ResourceError or Stopped (see ``bigq.errors``); then ``out`` holds no config.json, unless all that
     is missing is a GGUF file.
     """
-    started = time.monotonic()
+    started = time.monotonic() if started is None else started
+    stages = Stages(started)
     target = resolve_target(model, out, config)
+    if (commits := finished_commits(target)) is not None:
+        return _finished_report(target, commits, display, started)
     stop = stop or Stop(target.config.grace)
     hold_heap()
     skeleton.silence_transformers()
     with torch.no_grad(), memory_errors(target.device):
-        job = resolve_job(target, stop)
+        job = resolve_job(target, stop, stages)
         plan = plan_job(job.pager, job.rows, job.config, target.out)
         job = job.with_batch(plan.choice.batch)
         units, request = units_of(job), request_of(job)
+        stages.ended("planning")
         with Progress(len(job.pager.blocks), target.device, job.config.quiet, display=display) as progress:
             _announce(plan, target.out, progress, stop)
             with claimed(job, units, request, plan, progress, started=started, command=command) as claim:
                 control = Control(stop=stop, progress=progress, clock=claim.clock)
                 resumed = _run(job, units, plan, claim, control)
                 _finish(job, claim, control)
-    return _report(job, plan, claim, resumed, started)
+    return _report(job, plan, claim, resumed, started, stages)
+
+
+def _finished_report(target: Target, commits: Sequence[Commit], display: Display | None, started: float) -> Report:
+    """What is said of a job that was finished before."""
+    blocks = sum(commit.unit.startswith("block-") for commit in commits)
+    with Progress(blocks, target.device, target.config.quiet, display=display) as progress:
+        progress.say(f"{target.out}: is finished already; nothing is left to do (bigq verify checks every byte)")
+    return Report(
+        out=str(target.out),
+        blocks=blocks,
+        linears=tuple(record for commit in commits for record in commit.linears),
+        seconds=time.monotonic() - started,
+        seconds_by_phase={},
+        source_bytes=sum(t.nbytes for t in Checkpoint.open(target.folder).tensors.values()),
+        output_bytes=sum(commit.shard.size for commit in commits),
+        host_peak_bytes=host_memory_peak(),
+        device_peak_bytes=device_memory_peak(target.device),
+        planned_host_bytes=0,
+        planned_device_bytes=0,
+        resumed_blocks=blocks,
+        left_out=tuple(name for commit in commits for name in commit.left_out),
+    )
 
 
 def _announce(plan: Plan, out: Path, progress: Progress, stop: Stop) -> None:
@@ -185,7 +215,7 @@ def _write_gguf(job: Job, claim: Claim, control: Control) -> None:
     add_gguf(out)
 
 
-def _report(job: Job, plan: Plan, claim: Claim, resumed: int, started: float) -> Report:
+def _report(job: Job, plan: Plan, claim: Claim, resumed: int, started: float, stages: Stages) -> Report:
     commits = claim.journal.commits
     return Report(
         out=str(job.target.out),
@@ -203,4 +233,7 @@ def _report(job: Job, plan: Plan, claim: Claim, resumed: int, started: float) ->
         left_out=tuple(name for commit in commits for name in commit.left_out),
         waiting=claim.clock.wait_seconds(),
         batches=() if job.rows is None else Batches(plan.choice.batch, claim.journal.halvings).sizes,
+        seconds_before=stages.seconds,
+        read_by=plan.read_by,
+        reader_notes=plan.notes,
     )

@@ -1,7 +1,7 @@
-"""What is kept about each run of a job: how it was begun, and when it ends, how it went.
+"""The record of each run of a job: how it started, and how it ended.
 
-A line in OUT/.bigq/runs.jsonl, for ``bigq report`` and for whoever asks later. A run that was killed has no end in it. Nothing here
-decides a byte of the output.
+A run is a line in OUT/.bigq/runs.jsonl, which ``bigq report`` reads. The line of a run that was killed has no end. The record does not
+affect the output.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def run_entry(
     model: str,
     command: Sequence[str],
 ) -> dict[str, Any]:
-    """A run as it begins, whatever becomes of it. Sizes in bytes.
+    """The entry of a run at its start. Sizes are in bytes.
 
-    model, command: as they were given; folder: where the model lies. planned: what the plan predicts. blocks: see ``_blocks``.
-    resumed_blocks: blocks that were committed already.
+    model, command: as the user gave them; folder: the model's folder. planned: the predicted memory and disk use.
+    blocks: see ``_blocks``. resumed_blocks: the number of blocks that were committed already.
     """
     tensors = pager.checkpoint.tensors.values()
     return {
@@ -68,10 +68,10 @@ def run_entry(
 
 
 def _blocks(pager: Pager) -> dict[str, Any]:
-    """The Linears of the blocks, whether they are quantized or not.
+    """The Linears of the blocks, quantized or not.
 
-    path: of the list of blocks. kinds: the Linears of blocks that are alike, as [name, outputs, inputs], in order of definition;
-    of: the kind of each block.
+    path: the module path of the list of blocks. kinds: for each kind of block its Linears as [name, outputs, inputs], in order of
+    definition. of: the kind of each block.
     """
     kinds: list[list[list[Any]]] = []
     of: list[int] = []
@@ -84,16 +84,16 @@ def _blocks(pager: Pager) -> dict[str, Any]:
 
 
 class RunMeter:
-    """What a run took so far. started: by ``time.monotonic``."""
+    """Measures the time and bytes of a run. started: its start by ``time.monotonic``."""
 
     def __init__(self, started: float, clock: Clock, device: torch.device) -> None:
         self._started, self._clock, self._device = started, clock, device
         self._moved = _bytes_moved()
 
     def read(self) -> dict[str, Any]:
-        """Seconds, and bytes. bytes_read, bytes_written: by this process, whatever for; None where the system does not tell.
+        """The seconds and bytes so far. bytes_read, bytes_written: all I/O of this process; None where the system has no counters.
 
-        Of a device that failed the phases that have been read off already.
+        After an error of the device only the phases measured before it are included.
         """
         try:
             by_phase, waiting = self._clock.seconds, self._clock.wait_seconds()
@@ -114,33 +114,33 @@ class RunMeter:
 
 @contextlib.contextmanager
 def record_run(journal: Journal, owner: Owner, run: Mapping[str, Any], meter: RunMeter, say: Callable[[str], None]) -> Iterator[None]:
-    """Record a run when it begins, and how it went when it ends. Raises ResourceError where it cannot be recorded at the beginning.
+    """Record a run at its start and at its end. Raises ResourceError where the start cannot be recorded.
 
-    That the end cannot be recorded costs a finished job a warning; where the job failed, there is enough to say already.
+    If the end cannot be recorded, a finished job gets a warning. A failed job already has an error to report.
     """
     journal.record_run(run)
-    outcome, said = "failed", None
+    outcome, message = "failed", None
     try:
         yield
         outcome = "finished"
     except (Stopped, KeyboardInterrupt) as stopped:
-        outcome, said = "stopped", str(stopped)
+        outcome, message = "stopped", str(stopped)
         raise
     except BigqError as error:
-        said = str(error)
+        message = str(error)
         raise
     finally:
         try:
             owner.check()
-            journal.record_end({"at": _now(), "outcome": outcome, "said": said, "committed": len(journal.commits), **meter.read()})
+            journal.record_end({"at": _now(), "outcome": outcome, "said": message, "committed": len(journal.commits), **meter.read()})
         except (BigqError, RuntimeError) as error:
-            # A job that failed has said why already; a folder that was taken over is another's.
+            # A failed job has reported why; a folder that was taken over belongs to another job.
             if outcome == "finished":
-                say(f"warning: {error}; how this run went is not recorded, the output is complete")
+                say(f"warning: {error}; the end of this run is not recorded, but the output is complete")
 
 
 def _bytes_moved() -> tuple[int, int] | None:
-    """Bytes that this process has read and written by system calls."""
+    """Bytes that this process has read and written by system calls; None where the system has no counters."""
     try:
         counters = psutil.Process().io_counters()
         return int(counters.read_chars), int(counters.write_chars)

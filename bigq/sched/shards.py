@@ -19,9 +19,9 @@ from bigq.io.index import Checkpoint
 from bigq.io.writer import OutputTensor, write_shard
 from bigq.job.journal import Commit, Journal, modification_time
 from bigq.job.owner import Owner
+from bigq.machine.ranks import Ranks
 from bigq.progress.records import LinearRecord
 from bigq.sched.control import Control
-from bigq.sched.ranks import Ranks
 from bigq.sched.write_behind import WriteBehind
 
 

@@ -14,17 +14,17 @@ from typing import Protocol, TypeVar
 
 from bigq import faults
 from bigq.errors import Stopped
+from bigq.machine.ranks import Ranks
 from bigq.methods.base import CalibratedMethod, DataFreeMethod, Method
 from bigq.model.pager import Pager
 from bigq.sched.control import Control
-from bigq.sched.propagate import propagate
-from bigq.sched.ranks import Ranks
-from bigq.sched.results import Skipped, Solved
 from bigq.sched.rows.calibration import CalibrationRows
 from bigq.sched.rows.reference import REFERENCE_STEP, ReferenceBlock
 from bigq.sched.rows.shortcut_cache import ShortcutCache
-from bigq.sched.solve_block import BlockJob, BlockRows, quantize_weights, solve_block
-from bigq.sched.solve_head import HeadJob, quantize_head, solve_head
+from bigq.sched.solve.block import BlockJob, BlockRows, quantize_weights, solve_block
+from bigq.sched.solve.head import HeadJob, quantize_head, solve_head
+from bigq.sched.solve.propagate import propagate
+from bigq.sched.solve.results import Skipped, Solved
 
 U = TypeVar("U")
 

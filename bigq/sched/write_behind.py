@@ -1,4 +1,4 @@
-"""Writing a finished block while the next one is computed."""
+"""Write-behind: a finished block is written while the next one is computed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class WriteBehind:
-    """One step at a time in a thread of its own, in the order in which they were given.
+    """Runs steps in order, one at a time, in a separate thread.
 
-    A step waits for the one before it, so no more than one finished block is held. An error comes out at the next call.
-    threaded False: a step runs when it is given, in the caller's thread.
+    ``start`` waits for the previous step, so at most one finished block is held in memory. A step's error is raised by the next call.
+    threaded: False runs each step in the caller's thread.
     """
 
     def __init__(self, *, threaded: bool) -> None:
@@ -20,7 +20,7 @@ class WriteBehind:
         self._pending: Future[None] | None = None
 
     def start(self, step: Callable[[], None]) -> None:
-        """Run a step, after the pending one. Raises what that one raised; then ``step`` does not run."""
+        """Start a step once the pending one has ended. Raises the error of the pending step; then ``step`` does not run."""
         self.wait()
         if self._threaded:
             self._pending = self._pool.submit(step)
@@ -28,13 +28,13 @@ class WriteBehind:
             step()
 
     def wait(self) -> None:
-        """Until nothing is pending. Raises what the pending step raised."""
+        """Wait for the pending step. Raises its error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Let the pending step end; what it raises is not told."""
+        """Wait for the pending step and ignore its error."""
         with contextlib.suppress(Exception):
             self.wait()
         self._pool.shutdown()

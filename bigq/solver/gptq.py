@@ -31,7 +31,8 @@ from bigq.kernels.gptq_block import Scratch, gptq_block_
 from bigq.kernels.grid import GridSpec, GroupGrid, find_grid
 from bigq.kernels.pick import empty_columns
 from bigq.kernels.precision import fp32_products
-from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import QuantScheme
 from bigq.solver.hessian import LEAVE_OUT, Factor, factorize
 from bigq.solver.storage_range import require_storable
 from bigq.solver.upstream_error import Correction

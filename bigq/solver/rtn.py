@@ -9,8 +9,10 @@ from torch import Tensor
 
 from bigq.errors import NumericsError
 from bigq.kernels.finiteness import is_finite
-from bigq.kernels.grid import MSE_POWER, GridSpec, find_grid
-from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.kernels.grid import find_grid
+from bigq.kernels.grid_spec import MSE_POWER, GridSpec
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import QuantScheme
 from bigq.solver.storage_range import require_storable
 
 

@@ -26,7 +26,7 @@ SPECIAL: tuple[tuple[str, str, dict[str, Any], tuple[str, ...]], ...] = (
     ("llama-bias-sym", "llama", {"attention_bias": True, "mlp_bias": True}, _FOUR),
     ("llama-tied-sym", "llama", {"tie_word_embeddings": True}, _FOUR),
     ("llama-rtn-sym", "llama", {}, (*_FOUR, "--method", "rtn")),
-    ("llama-rules-sym", "llama", {}, (*_FOUR, "--rule", r".*down_proj$:bits=8", "--rule", r".*up_proj$:group_size=-1,bits=3")),
+    ("llama-rules-sym", "llama", {}, (*_FOUR, "--rule", r".*down_proj$:bits=8", "--rule", r".*(gate|up)_proj$:group_size=-1,bits=3")),
     ("llama-skip-all-blocks-sym", "llama", {}, (*_FOUR, "--skip", r".*\.o_proj$")),
     ("llama-skip-one-block-sym", "llama", {}, (*_FOUR, "--skip", r"model\.layers\.1\.")),
     ("llama-head-sym", "llama", {}, (*_FOUR, "--lm-head")),

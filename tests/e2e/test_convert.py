@@ -30,7 +30,20 @@ from bigq.io import writer
 from bigq.job.finish import CARD_MARK
 from bigq.scheme import QuantScheme, Rule
 
-RULES = (Rule(r".*\.1\..*o_proj", None), Rule.parse(r".*\.down_proj:bits=8,group_size=-1"), Rule.parse(r".*\.up_proj:bits=3,sym=false"))
+RULES = (
+    Rule(r".*\.1\..*o_proj", None),
+    Rule.parse(r".*\.down_proj:bits=8,group_size=-1"),
+    Rule.parse(r".*\.(gate|up|gate_up)_proj:bits=3,sym=false"),
+)
+#: The same for families whose Linears have other names.
+RULES_OF = {
+    "opt": (Rule(r".*\.1\..*out_proj", None), Rule.parse(r".*fc2:bits=8,group_size=-1"), Rule.parse(r".*fc1:bits=3,sym=false")),
+    "bloom": (
+        Rule(r".*\.1\..*attention\.dense", None),
+        Rule.parse(r".*dense_4h_to_h:bits=8,group_size=-1"),
+        Rule.parse(r".*dense_h_to_4h:bits=3,sym=false"),
+    ),
+}
 FORMATS = ("gptq", "gptq_v2", "compressed-tensors")
 
 
@@ -58,7 +71,8 @@ def made(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
         if key not in known:
             known[key] = tmp_path_factory.mktemp("out")
             changed = QuantScheme(**{"group_size": 32, "scale_bits": 8, **scheme})
-            bigq.quantize(str(checkpoint(family)), known[key], job(ids, format=format, scheme=changed))
+            rules = RULES_OF.get(family, RULES)
+            bigq.quantize(str(checkpoint(family)), known[key], job(ids, format=format, scheme=changed, rules=rules))
         return known[key]
 
     return get
@@ -261,12 +275,12 @@ def test_numbered_groups_are_read_in_natural_order_only(made: Callable[..., Path
     got, expected = stored_tensors(tmp_path / "fine"), stored_tensors(tmp_path / "expected")
     assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
     for name, order, said in (
-        ("other", natural.flip(0).contiguous(), "groups are not in natural order"),
-        ("short", natural[:32].clone(), "groups are not in natural order"),
+        ("other", natural.flip(0).contiguous(), ": groups are not in natural order"),
+        ("short", natural[:32].clone(), ": groups are not in natural order"),
         ("none", None, "is missing, but actorder says"),
     ):
         copy = numbered(source, tmp_path / name, order)
-        refused(copy, tmp_path / "out", "gptq", rf"model-.*safetensors: tensor .*weight_g_idx {said}", UnsupportedModelError)
+        refused(copy, tmp_path / "out", "gptq", rf"model-.*safetensors: tensor .*weight_g_idx ?{said}", UnsupportedModelError)
 
 
 def test_a_model_card_of_bigq_stays_behind(made: Callable[..., Path], tmp_path: Path) -> None:
@@ -279,7 +293,7 @@ def test_a_model_card_of_bigq_stays_behind(made: Callable[..., Path], tmp_path: 
 
 
 def test_remedies_are_those_of_the_command(made: Callable[..., Path], tmp_path: Path) -> None:
-    refused(made("gpt2", "gptq"), tmp_path / "out", "compressed-tensors", r"Conv1D.*do not know; choose another format with --to$")
+    refused(made("gpt2", "gptq"), tmp_path / "out", "compressed-tensors", r"Conv1D.*do not support; choose another format with --to$")
     if find_spec("gguf"):
         refused(made("llama", "gptq"), tmp_path / "out", "gguf", r"no blocks for 3 bits.*; run bigq quantize again: .*--skip")
     source = copy_of(made("llama", "gptq_v2", symmetric=False), tmp_path / "copy")
@@ -292,7 +306,7 @@ def test_a_job_that_is_not_finished_is_called_so(made: Callable[..., Path], tmp_
     folder = tmp_path / "job"
     shutil.copytree(made("llama", "gptq"), folder)
     (folder / "config.json").unlink()
-    said = r"job/config\.json: is missing, as the job of bigq in this folder is not finished; run the command that made it again"
+    said = r"job/config\.json: is missing because the bigq job in this folder is not finished; run its command again to resume it"
     refused(folder, tmp_path / "out", "gptq_v2", said, CheckpointError)
     for command in (
         ["convert", str(folder), str(tmp_path / "out"), "--to", "gguf"],

@@ -171,7 +171,7 @@ def test_checkpoint_without_room_is_left_out(what: str, job: TinyJob, disk: Smal
         with at_points({("checkpoint.begun", 1): fill, ("block.loaded", 2): disk.enlarge}):
             outcome = job.attempt(disk.out, capsys)
         assert outcome.error is None
-        assert bool(outcome.files) == ("activations are not saved any more" in outcome.told)
+        assert bool(outcome.files) == ("no more activation checkpoints" in outcome.told)
         return tuple(outcome.files)
 
     assert sweep(run, 1) == ["checkpoint", "checkpoints.json"]

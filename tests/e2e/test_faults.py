@@ -106,7 +106,7 @@ def test_system_refuses(
             faults.disarm()
             words = os.strerror(getattr(errno, name))
             if outcome.error is None:
-                spared = ("activations are not saved any more", "how this run went is not recorded")
+                spared = ("no more activation checkpoints", "the end of this run is not recorded")
                 assert any(said in outcome.told for said in spared) and words in outcome.told
             else:
                 assert isinstance(outcome.error, ResourceError) and outcome.error.exit_code == 4
@@ -188,7 +188,7 @@ def test_activations_that_cannot_be_written(read_ahead: int, job: TinyJob, tmp_p
             failing_writes(patch, first, number)
             outcome = job.attempt(out, capsys, read_ahead=read_ahead)
         if outcome.error is not None:
-            assert f"keeping activations there failed: {os.strerror(number)}" in str(outcome.error)
+            assert f"cannot store activations there: {os.strerror(number)}" in str(outcome.error)
             told += 1
         job.complete(out, capsys)
     assert told > len(sizes) // 2, "what is written last is read by nobody"

@@ -21,10 +21,11 @@ from transformers import PreTrainedTokenizerFast
 import bigq
 from bigq.calibration import load_tokenizer
 from bigq.cli.main import main
-from bigq.config import JobConfig
+from bigq.config import MAX_SEED, JobConfig
 from bigq.errors import BigqError, CheckpointError, ResourceError, UsageError
 from bigq.infer import load
-from bigq.infer.generate import MAX_SEED, GenerateConfig, generate
+from bigq.infer.generate import generate
+from bigq.infer.options import GenerateConfig
 from bigq.infer.packed_linear import PackedLinear
 from bigq.infer.streamer import KEPT, WINDOW, Streamer
 from bigq.scheme import QuantScheme, Rule
@@ -121,10 +122,12 @@ def _with_bias(linear: PackedLinear, bias: Tensor) -> PackedLinear:
 
 
 def test_rules_and_skipped_linears(made: Made) -> None:
-    rules = (Rule(".*k_proj", None), Rule(".*down_proj", {"bits": 8}))
+    rules = (Rule(".*(q|k|v)_proj", None), Rule(".*down_proj", {"bits": 8}))
     out = made("llama", 4, rules=rules)
     packed = packed_linears(bigq.load_model(out, device="cpu", packed=True))
-    assert not [name for name in packed if name.endswith("k_proj")] and {m.bits for n, m in packed.items() if "down" in n} == {8}
+    assert not [name for name in packed if name.endswith(("q_proj", "k_proj", "v_proj"))] and {
+        m.bits for n, m in packed.items() if "down" in n
+    } == {8}
     ids = random_ids(1)
     logits = logits_of(bigq.load_model(out, device="cpu", packed=True), ids, 1)
     torch.testing.assert_close(logits, streamed_logits(out, ids, 1), rtol=1e-4, atol=1e-4)
@@ -189,7 +192,8 @@ def test_the_command(made: Made, capsys: pytest.CaptureFixture[str], monkeypatch
     assert main([*flags, PROMPT]) == 0
     plain = capsys.readouterr()
     assert plain.out.count("\n") == 1 and plain.out.startswith("w")
-    assert plain.err.startswith("5 tokens, ") and "tokens/s" in plain.err and plain.err.count("\n") == 1
+    reading, summary = plain.err.splitlines()
+    assert reading == f"reading {made('llama')} …" and summary.startswith("5 tokens, ") and "tokens/s" in summary
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
     assert main([*flags, "-", "--quiet"]) == 0
     assert capsys.readouterr() == (plain.out, "")

@@ -198,7 +198,7 @@ def test_interrupted_job_ends_with_the_same_bytes(
         {"true_sequential": False},
         {"dtype": "bfloat16"},
         {"scheme": QuantScheme(group_size=-1, bits=2, mse=True, act_order=True)},
-        {"rules": (Rule(r".*\.o_proj", None), Rule.parse(r".*\.(down|q)_proj:bits=8,sym=false,act_order=true"))},
+        {"rules": (Rule(r".*\.o_proj", None), Rule.parse(r".*\.(down|q|k|v|qkv)_proj:bits=8,sym=false,act_order=true"))},
         {"on_nonfinite": "skip"},
     ],
     ids=["together", "bf16", "mse, act-order", "rules", "skip"],

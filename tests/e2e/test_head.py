@@ -24,9 +24,9 @@ from bigq.job.journal import Commit, Journal
 from bigq.job.stop import Stop
 from bigq.methods import gptq as gptq_module
 from bigq.progress.progress import Progress
-from bigq.sched import solve_head as head_module
 from bigq.sched import solving
 from bigq.sched.plan.inputs import plan
+from bigq.sched.solve import head as head_module
 from bigq.scheme import QuantScheme, Rule
 from bigq.solver.gptq import quantize_linear
 from bigq.solver.rtn import round_to_nearest
@@ -147,8 +147,9 @@ def test_a_job_that_is_taken_up_ends_in_the_same_bytes(
 
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
 def test_each_format_tells_it_in_its_way(format: str, checkpoint: Callable[[str], Path], ids: Path, tmp_path: Path) -> None:
-    source, rules = str(checkpoint("llama")), (Rule.parse("lm_head$:bits=8,sym=true"),)
+    source = str(checkpoint("llama"))
     for name, with_head in (("with", True), ("without", False)):
+        rules = (Rule.parse("lm_head$:bits=8,sym=true"),) if with_head else ()
         bigq.quantize(source, tmp_path / name, job(ids, format=format, lm_head=with_head, rules=rules))
         config = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
         if format == "gptq":

@@ -194,7 +194,7 @@ def test_a_socket_and_a_link_to_a_device_are_refused(model: Path, monkeypatch: p
     monkeypatch.chdir(model)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
-    with pytest.raises(CheckpointError, match="socket: is neither"):
+    with pytest.raises(CheckpointError, match="socket: neither"):
         require_contained(model)
     (model / "socket").unlink()
     (model / "vocab.txt").symlink_to("/dev/zero")
@@ -258,8 +258,14 @@ def test_an_absurd_config_is_refused(kind: str, model: Path, ids_file: Path, cap
     assert (
         main(["quantize", str(model), str(out), "--calibration", str(ids_file), "--samples", "2", "--seqlen", "16", "--device", "cpu"]) == 3
     )
-    said = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert len(said) == 1 and said[0].startswith("bigq: error: ") and said[0].isprintable() and len(said[0]) < 1000
+    reading, *said = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert (
+        reading.startswith("reading ")
+        and len(said) == 1
+        and said[0].startswith("bigq: error: ")
+        and said[0].isprintable()
+        and len(said[0]) < 1000
+    )
     assert not out.exists()
 
 
@@ -357,7 +363,7 @@ def test_a_quantization_config_of_nonsense_is_refused(values: dict[str, Any]) ->
 
 
 def test_a_quantization_config_without_numbers_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="no bits"):
+    with pytest.raises(CheckpointError, match="bits or group_size is missing"):
         read_schemes(Path("config.json"), {"quant_method": "gptq"})
 
 
@@ -365,7 +371,7 @@ def test_what_other_writers_say_of_a_module_is_passed_over() -> None:
     said = GPTQ | {"dynamic": {r"+:.*\.1\..*": {"bits": 8, "desc_act": True, "damp_percent": 0.1}, r"-:.*lm_head": {}}}
     schemes = read_schemes(Path("config.json"), said)
     assert (schemes.scheme("layers.1.x").bits, schemes.scheme("layers.2.x").bits, schemes.format.name) == (8, 4, "gptq")
-    with pytest.raises(CheckpointError, match="lm_head is packed although"):
+    with pytest.raises(CheckpointError, match="lm_head is packed, but"):
         schemes.scheme("lm_head")
 
 

@@ -15,10 +15,23 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from conftest import Child
 from models import SEQLEN, stored_tensors, word_tokenizer
+from safetensors.torch import save_file
 
 from bigq.cli.main import main
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+#: Files of the repository that are not to be fetched: no shards of its index, or in folders of their own.
+OTHERS = (
+    "pytorch_model.bin",
+    "consolidated.safetensors",
+    "model-extra.safetensors",
+    "tiny.gguf",
+    "onnx/model.onnx",
+    "onnx/config.json",
+    "original/params.json",
+    "original/consolidated.safetensors",
+    "original/tokenizer.model",
+)
 C4 = ("datasets/allenai/c4", "en/c4-train.00000-of-01024.json.gz")
 
 
@@ -124,17 +137,22 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def repository(checkpoint: Callable[[str], Path], hub: Hub, tmp_path: Path) -> Path:
-    """A model on the hub, as "owner/tiny": shards, config, tokenizer, card, and pickles of the same weights."""
+    """A model on the hub, as "owner/tiny": shards, config, tokenizer, card, and the same weights in other files, which nobody needs."""
     folder = tmp_path / "repository"
     shutil.copytree(checkpoint("llama"), folder)
     word_tokenizer().save_pretrained(folder)
     (folder / "README.md").write_text("a card")
     (folder / "LICENSE").write_text("terms")
-    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
-    (folder / "onnx").mkdir()
-    (folder / "onnx" / "model.onnx").write_bytes(b"x")
+    for name in OTHERS:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes((2).to_bytes(8, "little") + b"{}" if name.endswith(".safetensors") else b"{}")
     hub.repositories["owner/tiny"] = folder
     return folder
+
+
+def shards_of(folder: Path) -> set[str]:
+    """File names of the shards that the index names."""
+    return set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
 
 
 def arguments(model: str, out: Path, calibration: str | Path) -> list[str]:
@@ -155,11 +173,11 @@ def test_quantize_from_the_hub_and_again_offline(
     done = child(*arguments("owner/tiny", out, ids_file), env=environment)
     assert done.returncode == 0, done.stderr
     fetched = hub.fetched()
-    shards = {p.name for p in repository.glob("*.safetensors")}
+    shards = shards_of(repository)
     assert len(shards) > 2
     wanted = {"config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "LICENSE", "README.md"}
     assert shards | wanted <= fetched
-    assert not any(name.endswith((".bin", ".onnx")) for name in fetched)
+    assert not fetched & set(OTHERS)
 
     done = child(*arguments("owner/tiny", again, ids_file), env={**environment, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"})
     assert done.returncode == 0, done.stderr
@@ -185,12 +203,75 @@ def test_a_plan_fetches_config_and_headers_only(
     for name in ("blocks", "rows", "seqlen", "activations", "batch", "written_bytes", "read_bytes"):
         assert plans[0][name] == plans[1][name], name
     assert [[p["phase"], p["flops"]] for p in plans[0]["phases"]] == [[p["phase"], p["flops"]] for p in plans[1]["phases"]]
-    shards = list(repository.glob("*.safetensors"))
+    shards = shards_of(repository)
+    assert plans[0]["download_bytes"] == sum(t.numel() * t.element_size() for t in stored_tensors(repository).values())
+    assert plans[1]["download_bytes"] == 0 and plans[0]["disk_bytes"] == plans[1]["disk_bytes"] + plans[0]["download_bytes"]
     assert len(hub.ranges) >= len(shards)
     whole = {line for line in hub.requests if line.startswith("GET") and line.endswith(".safetensors")}
     assert len(whole) <= len(shards)
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
     assert not any(name.endswith(("tokenizer.json", ".bin", "README.md")) for name in hub.fetched())
+
+
+BEFORE_FETCH = """
+import sys
+from pathlib import Path
+from bigq.config import JobConfig
+from bigq.errors import BigqError
+from bigq.io.hub import resolve_model
+from bigq.scheme import QuantScheme
+from bigq.sched.plan.inputs import plan_before_fetch
+model, out, disk, rule, fetch = sys.argv[1:]
+from bigq.scheme import Rule
+rules = (Rule(rule, None),) if rule else ()
+scheme = QuantScheme(group_size=32)
+config = JobConfig(scheme=scheme, rules=rules, samples=4, seqlen=32, device="cpu", disk=int(disk) or None, checkpoint_every=None)
+if fetch == "fetch":
+    resolve_model(model)
+try:
+    found = plan_before_fetch(model, Path(out), config)
+    print("nothing to fetch" if found is None else found.download.size)
+except BigqError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_job_is_planned_before_its_model_is_fetched(
+    repository: Path, hub: Hub, environment: dict[str, str], child: Child, tmp_path: Path
+) -> None:
+    def planned(model: str | Path, disk: int = 0, rule: str = "", fetch: str = "") -> str:
+        done = child("-c", BEFORE_FETCH, model, tmp_path / "out", str(disk), rule, fetch, env=environment)
+        assert done.returncode == 0, done.stderr
+        return str(done.stdout).strip()
+
+    size = sum(t.numel() * t.element_size() for t in stored_tensors(repository).values())
+    assert planned("owner/tiny") == str(size)
+    # The output is smaller than the model: with room for the one but not for both, nothing is begun.
+    short = planned("owner/tiny", disk=size)
+    assert short.startswith("ResourceError owner/tiny: the job does not fit, so nothing is fetched: disk: ")
+    assert "of MODEL fetched to " in short and short.endswith("(--disk)")
+    assert planned("owner/tiny", disk=3 * size) == str(size)
+    assert planned("owner/tiny", rule="o_proj").startswith("UsageError --skip 'o_proj': matches no Linear")
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+    assert planned(repository) == "nothing to fetch"
+    assert planned("owner/tiny", fetch="fetch") == "nothing to fetch"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_repository_of_one_shard(
+    checkpoint: Callable[[str], Path], hub: Hub, environment: dict[str, str], child: Child, tmp_path: Path
+) -> None:
+    folder = tmp_path / "single"
+    folder.mkdir()
+    save_file(stored_tensors(checkpoint("llama")), folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(checkpoint("llama") / "config.json", folder)
+    (folder / "consolidated.safetensors").write_bytes(b"x")
+    hub.repositories["owner/single"] = folder
+    done = child("-c", BEFORE_FETCH, "owner/single", tmp_path / "out", "0", "", "", env=environment)
+    assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
+    done = child("-c", BEFORE_FETCH, "owner/single", tmp_path / "out", "0", "", "fetch", env=environment)
+    assert done.stdout == "nothing to fetch\n", done.stderr
+    assert {name for name in hub.fetched() if name.endswith(".safetensors")} == {"model.safetensors"}
 
 
 def test_a_plan_for_what_the_hub_does_not_have(repository: Path, hub: Hub, environment: dict[str, str], child: Child) -> None:

@@ -20,7 +20,7 @@ import bigq
 from bigq import faults
 from bigq.cli.main import main
 from bigq.config import JobConfig
-from bigq.errors import CheckpointError, NumericsError, UsageError
+from bigq.errors import BusyError, CheckpointError, NumericsError, UsageError
 from bigq.infer.evaluate import EvalConfig
 from bigq.inspect.history import read_history
 from bigq.inspect.linear_results import BY_RULE, UNFIT
@@ -550,7 +550,7 @@ def test_a_job_with_a_card_is_not_disturbed_by_the_job_that_runs(
     from bigq.reports import card
 
     def quantize(*_: Any) -> None:
-        with pytest.raises(UsageError, match="another bigq job is writing to this folder"):
+        with pytest.raises(BusyError, match="another bigq job is writing to this folder"):
             bigq.quantize(str(source), out, job(ids_file))
 
     monkeypatch.setattr(card, "free_card", quantize)

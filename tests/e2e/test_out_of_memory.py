@@ -25,11 +25,11 @@ from bigq.job.batches import Batches, Halving
 from bigq.job.journal import Commit, Journal
 from bigq.model.capture import BlockCall
 from bigq.progress.records import Report
-from bigq.sched import solve_block as block_module
 from bigq.sched.rows import calibration
 from bigq.sched.rows import probe as probe_module
 from bigq.sched.rows import shortcut_cache as cache_module
 from bigq.sched.rows.store import ActivationStore
+from bigq.sched.solve import block as block_module
 from bigq.sched.units import base as units_base
 from bigq.scheme import QuantScheme
 
@@ -170,9 +170,9 @@ def test_a_smaller_batch_is_told(
     command = ["quantize", str(checkpoint("llama")), str(tmp_path / "out"), "--calibration", str(ids_file), "--samples", "8"]
     assert main([*command, "--seqlen", "24", "--group-size", "32", "--batch", "8", "--device", "cpu"]) == 0
     told = capsys.readouterr()
-    lines = [line for line in told.err.splitlines() if not line.startswith(("plan: ", "  needs "))]
+    lines = [line for line in told.err.splitlines() if not line.startswith(("reading ", "plan: ", "  "))]
     assert lines[:2] == ["out of memory: batch 8 → 4", "out of memory: batch 4 → 2"] and lines[2].startswith("block 1/3")
-    assert "batch   8 → 4 → 2 rows" in told.out
+    assert "batch:   8 → 4 → 2 rows" in told.out
 
 
 def test_other_errors_are_not_taken_for_it(

@@ -77,10 +77,11 @@ def test_a_config_alone_is_enough_however_large_the_model(name: str, child: Chil
 
 def test_the_table_names_what_is_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["bloom-176b"] | {"dtype": "bfloat16"}))
-    assert main(["plan", str(tmp_path), "--on", "a100", "--vram", "20GiB", "--ram", "4GB", "--disk", "50GB"]) == 0
-    printed = capsys.readouterr().out
+    assert main(["plan", str(tmp_path), "--on", "a100", "--vram", "20GiB", "--ram", "4GB", "--disk", "50GB"]) == 4
+    printed, said = capsys.readouterr()
+    assert said.splitlines()[-1].startswith(f"bigq: error: {tmp_path}: the job does not fit: ")
     short = [line for line in printed.splitlines() if line.strip().startswith("short")]
-    assert [line.split()[1] for line in short] == ["device", "host", "disk:"]
+    assert [line.split()[1] for line in short] == ["device", "host", "disk:"] and max(map(len, printed.splitlines())) <= 60
     assert "A100" in printed
 
 
@@ -170,6 +171,10 @@ REFUSED = {
     "no such blocks in GGUF": ("llama", ["--format", "gguf", "--bits", "3", "--group-size", "32"], "GGUF has no blocks for 3 bits"),
     "stored transposed": ("gpt2", ["--format", "compressed-tensors", "--group-size", "32"], "is stored transposed"),
     "groups that do not fit": ("llama", ["--group-size", "48"], "which group size 48 does not divide"),
+    "a rule for nothing": ("llama", ["--group-size", "32", "--skip", "o_proj"], "matches no Linear"),
+    "a hidden rule": ("llama", ["--group-size", "32", "--skip", ".*mlp", "--rule", ".*up_proj:bits=8"], "has no effect"),
+    "part of a fused Linear": ("llama", ["--group-size", "32", "--rule", ".*q_proj:sym=false"], "use '.*(q|k|v|qkv)_proj'"),
+    "a rule for the head": ("llama", ["--group-size", "32", "--rule", "lm_head:bits=8"], "add --lm-head"),
 }
 
 
@@ -199,8 +204,20 @@ def test_a_job_that_cannot_fit_is_refused_before_anything_is_written(
 def test_a_job_prints_its_plan_and_keeps_to_it(model: Path, ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(job(model, tmp_path / "out", ids)) == 0
     printed = capsys.readouterr()
-    assert "plan: 3 blocks, 8 × 32 tokens, activations in host memory, batch 8" in printed.err
+    assert "plan: 3 blocks, 8 × 32 tokens\n  run:     activations in host memory, batch 8," in printed.err
+    assert "\n  read by: transformers (with optimum, gptqmodel),\n           GPTQModel, vLLM\n" in printed.err
     assert "(planned " in printed.out
+
+
+def test_a_plan_counts_what_rules_decide(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the Linears of three blocks, and of the output head where that is quantized."""
+    rules = ["--skip", ".*o_proj", "--rule", ".*mlp:bits=8"]
+    assert main(["plan", str(model), "--group-size", "32", "--device", "cpu", *rules]) == 0
+    assert "  rules:   9 Linears at 8 bits, 3 left out\n" in capsys.readouterr().out
+    assert main(["plan", str(model), "--group-size", "32", "--device", "cpu", "--lm-head", "--rule", "lm_head:bits=8", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["rules"] == [{"pattern": "lm_head", "overrides": {"bits": 8}, "linears": 1}]
+    assert [reader["reader"] for reader in value["readers"] if reader["loads"]] == ["GPTQModel", "vLLM"]
 
 
 def test_the_batch_of_a_job_begun_is_kept(model: Path, ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,8 +44,9 @@ from bigq.methods import gptq as gptq_module
 from bigq.model.pager import Pager
 from bigq.model.structure import plan_block
 from bigq.progress.records import Report
+from bigq.quantized_weight import QuantizedWeight
 from bigq.sched.rows.probe import probe_model
-from bigq.scheme import QuantizedWeight, QuantScheme, Rule
+from bigq.scheme import QuantScheme, Rule
 from bigq.solver.gptq import ENERGY_ROWS
 
 GROUP = 32
@@ -506,7 +507,7 @@ def test_rules_mix_bits_and_groups(checkpoint: Callable[[str], Path], ids_file: 
     rules = (
         Rule.parse(r"model\.layers\.0\.mlp\..*:bits=8"),
         Rule.parse(r".*\.down_proj:bits=3,group_size=-1"),
-        Rule.parse(r".*\.v_proj:sym=false,group_size=16"),
+        Rule.parse(r".*\.(q|k|v|qkv)_proj:sym=false,group_size=16"),
     )
     run = run_job(checkpoint("llama"), tmp_path / "out", job(ids_file, rules=rules))
     bits = dict.fromkeys(run.solved, 4)
@@ -516,13 +517,14 @@ def test_rules_mix_bits_and_groups(checkpoint: Callable[[str], Path], ids_file: 
     decoded = {name: decode(tensors, name, bits[name]) for name in run.solved}
     for name, linear in decoded.items():
         assert torch.equal(linear.codes, run.solved[name].codes.long()), name
-        width = 96 if bits[name] == 3 else 16 if name.endswith("v_proj") else GROUP
+        attention = name.endswith(("q_proj", "k_proj", "v_proj"))
+        width = 96 if bits[name] == 3 else 16 if attention else GROUP
         assert linear.scales.shape[1] == linear.codes.shape[1] // width, name
-        assert (linear.zeros.unique().numel() > 1) == name.endswith("v_proj"), name
+        assert (linear.zeros.unique().numel() > 1) == attention, name
     assert run.config()["dynamic"] == {
         r"+:model\.layers\.0\.mlp\..*": {"bits": 8},
         r"+:.*\.down_proj": {"bits": 3, "group_size": -1},
-        r"+:.*\.v_proj": {"sym": False, "group_size": 16},
+        r"+:.*\.(q|k|v|qkv)_proj": {"sym": False, "group_size": 16},
     }
     assert run.config()["bits"] == 4
     records = {r["name"]: (r["bits"], r["group_size"]) for r in run.report.linears}
@@ -563,14 +565,14 @@ def test_skip_leaves_linears_as_they_are(checkpoint: Callable[[str], Path], ids_
 
 
 def test_skipped_linears_compute_while_others_are_solved(checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path) -> None:
-    """With v_proj skipped, o_proj still sees what the original v_proj makes of the inputs."""
+    """With gate and up skipped, down_proj still sees what the originals make of the inputs."""
     source = checkpoint("llama")
-    run = run_job(source, tmp_path / "out", job(ids_file, rules=(Rule(r".*\.v_proj", None),)))
+    run = run_job(source, tmp_path / "out", job(ids_file, rules=(Rule(r".*\.(gate|up)_proj", None),)))
     model = reference_model(source)
-    for part in "qk":
+    for part in "qkvo":
         name = f"model.layers.0.self_attn.{part}_proj"
         put_matrix(linear_module(model, name), run.decoded()[name].weight(torch.float32))
-    name = "model.layers.0.self_attn.o_proj"
+    name = "model.layers.0.mlp.down_proj"
     assert distance(run.hessian(name), plain_hessians(model, [name], random_ids())[name]) < 1e-5
 
 

@@ -21,7 +21,7 @@ from models import VOCABULARY, make_checkpoint, random_ids, rewrite, save_ids, s
 import bigq
 from bigq.cli.main import main
 from bigq.config import JobConfig
-from bigq.errors import CheckpointError, UsageError
+from bigq.errors import BusyError, CheckpointError, UsageError
 from bigq.io import atomic
 from bigq.job import finish
 from bigq.job import journal as journal_module
@@ -479,7 +479,7 @@ def test_two_jobs_in_one_folder(checkpoint: Callable[[str], Path], ids_file: Pat
     def meddling(self: Journal, record: Commit) -> None:
         commit(self, record)
         if record.unit == "block-1":
-            with pytest.raises(UsageError, match="another bigq job") as error:
+            with pytest.raises(BusyError, match="another bigq job") as error:
                 bigq.quantize(str(source), out, job(ids_file))
             refused.append(str(error.value))
 

@@ -47,14 +47,15 @@ def test_json(command: list[str], capfd: pytest.CaptureFixture[str], tmp_path: P
     """Events on stderr in the order in which things happen, the whole report on stdout; then the job is taken up, with nothing to do."""
     code, out, err = run([*command, "--json"], capfd)
     assert code == 0 and out.count("\n") == 1
-    report, events = json.loads(out), events_of(err)
+    report, (reading, *events) = json.loads(out), events_of(err)
+    assert reading["event"] == "reading" and reading["model"] == command[1] and reading["v"] == 1
     assert (
         len(report["linears"]) == 21
         and report["out"] == str(tmp_path / "out")
         and report["worst"] in {r["name"] for r in report["linears"]}
     )
     names = [event["event"] for event in events]
-    assert names[0] == "plan" and names[1] == "start" and names[-1] == "done" and events[0]["v"] == 1
+    assert names[0] == "plan" and names[1] == "start" and names[-1] == "done" and "v" not in events[0]
     assert events[0]["plan"]["rows"] == 8 and events[1]["resumed_blocks"] == 0
     blocks = [event for event in events if event["event"] == "block"]
     assert [event["block"] for event in blocks] == [1, 2, 3] and blocks[-1]["eta_seconds"] == 0
@@ -66,15 +67,16 @@ def test_json(command: list[str], capfd: pytest.CaptureFixture[str], tmp_path: P
 
     code, out, err = run([*command, "--json"], capfd)
     assert code == 0 and json.loads(out)["resumed_blocks"] == 3
-    again = events_of(err)
+    _, *again = events_of(err)
     assert [event["event"] for event in again] == ["plan", "start", "done"] and again[1]["resumed_blocks"] == 3
 
 
 def test_json_errors_are_events(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     code, out, err = run([*command, "--json", "--group-size", "48"], capfd)
-    (*_, error) = events_of(err)
+    reading, error = events_of(err)
+    assert reading["event"] == "reading" and reading["v"] == 1
     assert (code, out) == (2, "") and error["event"] == "error" and error["exit_code"] == 2 and error["kind"] == "UsageError"
-    assert "group size 48" in error["message"] and error["v"] == 1
+    assert "group size 48" in error["message"]
     code, out, err = run([*command, "--json", "--quiet", "--group-size", "48"], capfd)
     assert (code, out) == (2, "") and [event["event"] for event in events_of(err)] == ["error"]
 
@@ -135,5 +137,6 @@ def test_eval_prints_results_only(checkpoint: Callable[[str], Path], ids_file: P
     code, out = in_terminal(terminal, "eval", str(checkpoint("llama")), *flags)
     assert code == 0 and set(json.loads(out)) == {"perplexity", "tokens"}
     drawn = [line for line in terminal.raw.decode().split("\r") if "of llama" in line]
-    assert any("block 3/3 of llama" in line for line in drawn) and terminal.look().seen == []
+    assert any("block 3/3 of llama" in line for line in drawn)
+    assert "".join(terminal.look().seen) == f"reading {checkpoint('llama')} …"
     terminal.close()

@@ -110,7 +110,7 @@ MIXED = (
     Rule(r".*\.o_proj", None),
     Rule.parse(r".*\.down_proj:bits=8,sym=false,group_size=-1"),
     Rule.parse(r".*\.0\..*:bits=3"),
-    Rule.parse(r".*\.k_proj:bits=2,group_size=16"),
+    Rule.parse(r".*\.(q|k|v|qkv)_proj:bits=2,group_size=16"),
 )
 
 

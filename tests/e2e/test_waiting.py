@@ -25,7 +25,8 @@ def job(ids: Path, **more: Any) -> bigq.JobConfig:
 
 
 def line_of(report: bigq.Report) -> str:
-    return next(line for line in report.summary().splitlines() if line.startswith("  waiting "))
+    """What the summary says of waiting; it may go on over several lines."""
+    return " ".join(report.waiting_lines())
 
 
 def test_a_slow_disk_is_named_unless_reading_is_hidden(

@@ -63,7 +63,7 @@ def kind(path: str) -> str:
 
 def kind_in(line: str) -> str | None:
     """The kind of file that a line complains about; None where it complains about none."""
-    if "keeping activations" in line:
+    if "cannot store activations" in line:
         return "activations"
     if "cannot be used as output folder" in line:
         return "ownership"

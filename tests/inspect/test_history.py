@@ -38,7 +38,7 @@ NASTY = "</title><script>alert(1)</script>&\x00\x1b[31m\ud800$x^{"
 def finished(checkpoint: Callable[[str], Path], ids_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "out"
     values: dict[str, Any] = {"scheme": QuantScheme(group_size=32), "calibration": str(ids_file), "samples": 4, "seqlen": 16, "quiet": True}
-    bigq.quantize(str(checkpoint("llama")), out, JobConfig(**values, rules=(Rule(".*q_proj", None),)), command=["quantize"])
+    bigq.quantize(str(checkpoint("llama")), out, JobConfig(**values, rules=(Rule(".*o_proj", None),)), command=["quantize"])
     bigq.evaluate(str(out), EvalConfig(data=str(ids_file), seqlen=16, samples=2, quiet=True))
     return out
 

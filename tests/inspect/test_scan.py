@@ -16,7 +16,8 @@ from bigq.inspect import scan as scan_module
 from bigq.inspect.scan import Scan, scan_shard
 from bigq.io.formats import FORMATS, PackedLinear, PackedWeight
 from bigq.kernels.pack import pack
-from bigq.scheme import BITS, QuantizedWeight, QuantScheme
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import BITS, QuantScheme
 
 M, N, GROUP = 96, 64, 32
 GROUPS = N // GROUP

@@ -111,8 +111,14 @@ def told(out: Path) -> Status:
     assert json.loads(json.dumps(now.to_json(), allow_nan=False))["state"] == now.state
     assert now.state in STATES and now.state in now.text()
     for text in (*now.damaged, *now.warnings):
-        assert text in now.text()
+        assert words(text) in words(now.text())
+    assert max(map(len, now.text().splitlines())) <= 60
     return now
+
+
+def words(text: str) -> str:
+    """A text without the white space that wrapping moves."""
+    return "".join(text.split())
 
 
 def change_owner(out: Path, **changes: Any) -> None:
@@ -140,7 +146,7 @@ def test_a_job_from_its_beginning_over_its_death_to_its_end(job: Job, tmp_path: 
     assert own.run() == 0
     done = told(own.out)
     assert (done.state, done.resumable, done.blocks_done, done.blocks, done.shards) == ("finished", False, 3, 3, 4)
-    assert any("ended without a word" in warning for warning in done.warnings)
+    assert any("ended abruptly" in warning for warning in done.warnings)
     assert done.damaged == ()
 
 
@@ -181,7 +187,7 @@ def test_a_job_that_was_asked_to_stop_says_so(job: Job, tmp_path: Path) -> None:
         process.kill()
     now = told(own.out)
     assert now.state == "stopped" and now.resumable
-    assert now.said is not None and "SIGTERM" in now.said and now.said in now.text()
+    assert now.said is not None and "SIGTERM" in now.said and words(now.said) in words(now.text())
 
 
 def test_a_job_that_failed_says_why(job: Job, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sealed records: what was changed by a single byte is not taken for sound, and nothing that a file may hold gets past our errors."""
+"""Sealed records: the change of a single byte is detected, and no contents of a file raise anything but bigq's own errors."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ KINDS = pytest.mark.parametrize("line", [False, True], ids=["file", "line"])
 
 @KINDS
 @pytest.mark.parametrize("value", VALUES, ids=range(len(VALUES)))
-def test_what_was_sealed_comes_back(value: dict[str, Any], line: bool) -> None:
+def test_seal_and_unseal(value: dict[str, Any], line: bool) -> None:
     data = seal(value, line=line)
     assert unseal(data, line=line) == value
     assert data.endswith(b"\n") and (not line or data.count(b"\n") == 1)
     assert json.loads(data) == {**value, "check": json.loads(data)["check"]}, "any JSON reader can read it"
 
 
-def test_tuples_come_back_as_lists() -> None:
+def test_tuples_are_read_as_lists() -> None:
     assert unseal(seal({"a": (1, (2,))})) == {"a": [1, [2]]}
 
 
@@ -68,12 +68,12 @@ def test_a_torn_record_is_none(line: bool) -> None:
     assert all(unseal(data[:length], line=line) is None for length in range(len(data)))
 
 
-def test_the_two_forms_are_not_taken_for_each_other() -> None:
+def test_one_line_and_indented_forms_are_distinguished() -> None:
     assert unseal(seal(VALUES[2]), line=True) is None and unseal(seal(VALUES[2], line=True)) is None
 
 
-def test_the_same_object_written_otherwise_is_none() -> None:
-    """The checksum is right in all of them."""
+def test_the_same_object_in_other_json_text_is_none() -> None:
+    """Although the checksum is right."""
     value = {"a": 1, "b": [2.0, "ü"]}
     whole = json.loads(seal(value))
     others = [
@@ -120,7 +120,7 @@ GARBAGE = {
 
 @KINDS
 @pytest.mark.parametrize("data", GARBAGE.values(), ids=GARBAGE.keys())
-def test_garbage_is_none_and_named(data: bytes, line: bool, tmp_path: Path) -> None:
+def test_garbage_is_none_and_the_error_names_the_file(data: bytes, line: bool, tmp_path: Path) -> None:
     assert unseal(data, line=line) is None
     path = tmp_path / "job.json"
     path.write_bytes(data)
@@ -143,7 +143,7 @@ _JSON = st.recursive(
 
 @given(st.dictionaries(st.text(max_size=5).filter(lambda key: key != "check"), _JSON, max_size=5), st.data())
 @settings(max_examples=200, deadline=None)
-def test_any_object_comes_back_and_its_alterations_do_not(value: dict[str, Any], data: st.DataObject) -> None:
+def test_any_object_is_read_and_any_alteration_is_detected(value: dict[str, Any], data: st.DataObject) -> None:
     line = data.draw(st.booleans())
     whole = seal(value, line=line)
     assert unseal(whole, line=line) == value
@@ -162,20 +162,20 @@ def test_files(tmp_path: Path) -> None:
     assert read_record_bytes(path / "below") is None, "below a file there is nothing either"
 
 
-def test_a_folder_is_told(tmp_path: Path) -> None:
+def test_a_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=f"^{tmp_path}: cannot be read: Is a directory; check the disk"):
         read_record_bytes(tmp_path)
     with pytest.raises(ResourceError, match="cannot be written"):
         save_record(tmp_path, {})
 
 
-def test_a_record_that_is_absurdly_large_is_not_read_whole(tmp_path: Path) -> None:
+def test_a_record_above_the_maximum_size_is_refused_without_reading_it(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with open(path, "wb") as file:
         file.truncate(2**40)
     limit, checksum.MAX_BYTES = checksum.MAX_BYTES, 2**20
     try:
-        with pytest.raises(CheckpointError, match=r"journal\.jsonl: is larger than 1048576 bytes"):
+        with pytest.raises(CheckpointError, match=r"journal\.jsonl: larger than 1048576 bytes"):
             read_record_bytes(path)
         os.truncate(path, 2**20)
         assert len(read_record_bytes(path) or b"") == 2**20

@@ -1,4 +1,4 @@
-"""Bytes of a GPU's tensors on their way to the disk: a device that copies late, and on a GPU the real one."""
+"""Copies of tensors from a GPU to the host, with a simulated device that copies late, and on a real GPU if there is one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHUNK = 1000
 
 
 class LateStream:
-    """Copies that nobody has waited for have not been made."""
+    """A stream whose copies are made only when they are waited for."""
 
     def __init__(self) -> None:
         self.begun: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -48,7 +48,7 @@ real_copy = torch.Tensor.copy_
 
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[LateStream, LateStream]:
-    """The stream of copies and the one that computes, of a device whose memory is the host's."""
+    """The copy stream and the compute stream of a simulated device, whose memory is on the host."""
     copies, compute = LateStream(), LateStream()
     real_empty = torch.empty
 
@@ -78,14 +78,14 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[LateStream, LateStream]:
 
 
 @pytest.mark.parametrize("count", [1, 999, 1000, 1001, 2000, 7777])
-def test_bytes_come_out_whole_and_in_order(count: int, streams: tuple[LateStream, LateStream]) -> None:
+def test_chunks_are_the_bytes_in_order(count: int, streams: tuple[LateStream, LateStream]) -> None:
     tensor = torch.randint(0, 256, (count,), dtype=torch.uint8)
     out = DeviceToHost(torch.device("cuda"))
     got = b"".join(bytes(piece) for piece in out.chunks(tensor, out.mark()))
     assert got == tensor.numpy().tobytes()
 
 
-def test_one_piece_is_on_its_way_while_another_is_written(streams: tuple[LateStream, LateStream]) -> None:
+def test_a_piece_is_copied_while_another_is_written(streams: tuple[LateStream, LateStream]) -> None:
     tensor = torch.arange(3 * CHUNK, dtype=torch.int64).to(torch.uint8)
     out = DeviceToHost(torch.device("cuda"))
     pieces = out.chunks(tensor, out.mark())
@@ -94,9 +94,7 @@ def test_one_piece_is_on_its_way_while_another_is_written(streams: tuple[LateStr
         assert len(streams[0].begun) == begun
 
 
-def test_copies_wait_for_what_was_computed_when_the_tensor_was_handed_over(
-    streams: tuple[LateStream, LateStream], tmp_path: object
-) -> None:
+def test_copies_wait_for_work_before_the_mark(streams: tuple[LateStream, LateStream], tmp_path: object) -> None:
     out = DeviceToHost(torch.device("cuda"))
     tensor = OutputTensor.of("x", torch.ones(10), out)
     assert not streams[0].waited

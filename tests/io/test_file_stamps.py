@@ -1,4 +1,4 @@
-"""Files that change while they are being worked with are noticed; ones that only are in reach of a poor disk are not blamed."""
+"""Files that change during a job are detected. A failing disk is not reported as a changed file."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from bigq.io.file_stamps import Stamps
 
 
 def _rewritten(path: Path) -> None:
-    """In place, to the same size: only the time tells."""
+    """In place and with the same size: only the modification time differs."""
     there = path.stat()
     path.write_bytes(b"y" * there.st_size)
     os.utime(path, ns=(there.st_atime_ns, there.st_mtime_ns + 1))
 
 
 def _replaced(path: Path) -> None:
-    """By a file of the same size and time."""
+    """By a file of the same size and modification time."""
     there = path.stat()
     other = path.with_name("other")
     other.write_bytes(b"y" * there.st_size)
@@ -49,7 +49,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def test_another_inode_is_no_change(files: list[Path]) -> None:
-    """Some network and user-space file systems make them up anew."""
+    """Some network and user-space file systems assign new inode numbers."""
     stamps = Stamps(files)
     _replaced(files[1])
     stamps.require_unchanged()
@@ -68,7 +68,7 @@ def test_unchanged_files_pass(files: list[Path]) -> None:
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("which", [0, 2])
-def test_a_change_is_told_by_file(which: int, change: Callable[[Path], Any], files: list[Path]) -> None:
+def test_an_error_names_the_changed_file(which: int, change: Callable[[Path], Any], files: list[Path]) -> None:
     stamps = Stamps(files)
     change(files[which])
     for _ in range(2):
@@ -85,7 +85,7 @@ def test_links_are_followed(files: list[Path]) -> None:
         stamps.require_unchanged()
 
 
-def test_a_file_that_was_not_there_and_came(tmp_path: Path) -> None:
+def test_a_file_that_appears_is_a_change(tmp_path: Path) -> None:
     stamps = Stamps([tmp_path / "x", tmp_path / "y"])
     stamps.require_unchanged()
     (tmp_path / "y").write_bytes(b"")

@@ -51,7 +51,7 @@ def test_a_hundred_thousand_mutated_files_break_no_reader(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_files_that_mutations_start_from_are_sound(name: str, tmp_path: Path) -> None:
+def test_the_files_that_are_mutated_are_valid(name: str, tmp_path: Path) -> None:
     kind, tally = KINDS[name], Tally()
     kind.prepare(tmp_path)
     for seed in kind.seeds:
@@ -61,7 +61,7 @@ def test_the_files_that_mutations_start_from_are_sound(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("file", CORPUS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_what_once_broke_a_reader_is_refused(file: Path, tmp_path: Path) -> None:
+def test_files_that_once_broke_a_reader_are_refused(file: Path, tmp_path: Path) -> None:
     kind, tally = KINDS[file.parent.name], Tally()
     kind.prepare(tmp_path)
     assert feed(kind, tmp_path / kind.name, file.read_bytes(), tally) is None
@@ -73,8 +73,8 @@ def broken_by(read: object) -> list[str]:
     return fuzz(Kind(config.seeds, read, config.name, config.pack, config.unpack), 50, 0).broken  # type: ignore[arg-type]
 
 
-def test_the_fuzzer_sees_what_it_is_there_to_see() -> None:
-    """A reader that raises anything else, one that says something unprintable, one that takes memory without need."""
+def test_the_fuzzer_detects_each_kind_of_violation() -> None:
+    """A reader that raises another exception, one with an unprintable message, one that allocates too much memory."""
     from bigq.errors import CheckpointError
 
     def says(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Blocks of GGUF, the file around them, and tokenizers as its metadata says them."""
+"""GGUF: blocks, the file, and tokenizers in its metadata."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bigq import faults
 from bigq.calibration import ASSETS
-from bigq.errors import CheckpointError, ResourceError, UnsupportedModelError, UsageError
+from bigq.errors import CheckpointError, ResourceError, UnsupportedModelError
 from bigq.io import gguf_file
 from bigq.io.formats import PackedWeight
 from bigq.io.gguf_file import BLOCK_BYTES, GgufTensor, block_type, blocks, minimums, require_gguf, write_gguf_file
@@ -30,7 +30,7 @@ M, N = 24, 192
 
 
 def made_up(bits: int, symmetric: bool, groups: int, scale_bits: int = 11, seed: int = 0) -> tuple[PackedWeight, Tensor]:
-    """A packed Linear of M × N with scales of all sizes, subnormal ones among them, and its weight."""
+    """A packed Linear of M × N with scales of all sizes, including subnormal ones, and its weight."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (M, N), generator=generator, dtype=torch.uint8)
     fraction = torch.randint(2 ** (scale_bits - 1), 2**scale_bits, (M, groups), generator=generator)
@@ -41,7 +41,7 @@ def made_up(bits: int, symmetric: bool, groups: int, scale_bits: int = 11, seed:
 
 
 def by_gguf(stored: PackedWeight, bits: int, type: str, order: Tensor | None = None) -> Tensor:
-    """The weight that the gguf package reads off the blocks."""
+    """The weight that the gguf package decodes from the blocks."""
     data = b"".join(bytes(piece) for piece in blocks(stored, type, bits, order))
     rows = np.frombuffer(data, dtype=np.uint8).reshape(M, N // 32 * BLOCK_BYTES[type])
     return torch.tensor(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[type]))
@@ -56,14 +56,14 @@ def test_blocks_hold_the_weight_exactly(bits: int, symmetric: bool, scale_bits: 
     assert torch.equal(by_gguf(stored, bits, type), weight)
 
 
-def test_rows_are_put_in_order_with_their_scales() -> None:
+def test_rows_are_reordered_with_their_scales() -> None:
     stored, weight = made_up(4, True, 2)
     order = torch.randperm(M, generator=torch.Generator().manual_seed(1))
     assert torch.equal(by_gguf(stored, 4, "Q4_0", order), weight[order])
     assert not torch.equal(by_gguf(stored, 4, "Q4_0"), weight[order])
 
 
-def test_some_rows_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_rows_per_piece_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     stored, weight = made_up(4, False, 2, 7)
     monkeypatch.setattr(gguf_file, "CODES_AT_ONCE", 5 * N)
     assert [len(piece) for piece in blocks(stored, "Q4_1", 4)] == [5 * N // 32 * 20] * 4 + [4 * N // 32 * 20]
@@ -82,7 +82,7 @@ def test_minimums_of_scales_of_7_bits_are_fp16_numbers_and_others_are_not() -> N
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, True), (2, False), (3, False), (8, False)])
-def test_there_is_no_block_type_for_others(bits: int, symmetric: bool) -> None:
+def test_other_schemes_have_no_block_type(bits: int, symmetric: bool) -> None:
     assert block_type(bits, symmetric) is None
 
 
@@ -103,7 +103,7 @@ METADATA: dict[str, Any] = {
 }
 
 
-def test_what_is_written_is_what_the_package_reads(tmp_path: Path) -> None:
+def test_the_gguf_package_reads_what_was_written(tmp_path: Path) -> None:
     stored, weight = made_up(4, True, 2)
     tensors = [
         plain("a", torch.randn(3)),
@@ -127,7 +127,7 @@ def test_what_is_written_is_what_the_package_reads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("point", ["file.opened", "gguf.piece", "gguf.piece:3", "file.written", "file.synced"])
-def test_a_full_disk_leaves_what_was_there(point: str, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_an_older_file_unchanged(point: str, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(b"before")
     faults.arm(f"{point}:ENOSPC" if ":" in point else f"{point}:1:ENOSPC")
@@ -139,18 +139,18 @@ def test_a_full_disk_leaves_what_was_there(point: str, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"] and path.read_bytes() == b"before"
 
 
-def test_without_the_package_there_is_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gguf_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert require_gguf() is gguf
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UsageError, match=r"pip install 'bigq\[gguf\]'"):
+    with pytest.raises(ResourceError, match=r"pip install 'bigq\[gguf\]'"):
         require_gguf()
 
 
-# Tokenizers. That llama.cpp makes the same tokens of texts with what is written here, scripts/check_gguf.py finds out.
+# Tokenizers. scripts/check_gguf.py checks that llama.cpp makes the same tokens with this metadata.
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_tokens_and_merges_come_as_they_are(kind: str, tmp_path: Path) -> None:
+def test_tokens_and_merges_are_unchanged(kind: str, tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path, kind)
     size = tokenizer.get_vocab_size()
     said = read_vocabulary(tmp_path, size + 3)
@@ -193,14 +193,14 @@ def test_the_shipped_tokenizer(tmp_path: Path) -> None:
     assert said["tokenizer.ggml.add_bos_token"] is False
 
 
-def test_the_chat_template_goes_along(tmp_path: Path) -> None:
+def test_the_chat_template_is_written(tmp_path: Path) -> None:
     size = save_tokenizer(tmp_path, "gpt-2").get_vocab_size()
     assert "tokenizer.chat_template" not in read_vocabulary(tmp_path, size)
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert read_vocabulary(tmp_path, size)["tokenizer.chat_template"] == "{{ messages }}"
 
 
-def test_no_tokenizer_is_no_vocabulary(tmp_path: Path) -> None:
+def test_a_folder_without_tokenizer_gives_no_vocabulary(tmp_path: Path) -> None:
     assert read_vocabulary(tmp_path, 100) == {"tokenizer.ggml.model": "none"}
 
 
@@ -232,7 +232,7 @@ def _word_level(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "change", [_without_normalizer, _prefix_space, _split_no_words, _own_words, _ignore_merges, _word_level], ids=lambda f: f.__name__[1:]
 )
-def test_what_llama_cpp_would_tokenize_otherwise_is_refused(change: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
+def test_tokenizers_that_llama_cpp_does_not_support_are_refused(change: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
     values = json.loads(byte_level(None).to_str())
     change(values)
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
@@ -241,7 +241,7 @@ def test_what_llama_cpp_would_tokenize_otherwise_is_refused(change: Callable[[di
 
 
 def test_a_piece_that_is_not_merged_from_every_pair_is_refused(tmp_path: Path) -> None:
-    """llama.cpp joins any two pieces that make up a third; a tokenizer without that merge would not."""
+    """llama.cpp merges any two pieces that form a third. A tokenizer without that merge would not."""
     values = json.loads(byte_fallback().to_str())
     merges = values["model"]["merges"]
     made = ["".join(pair) for pair in merges]
@@ -285,7 +285,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
 
 @pytest.mark.parametrize("base", ["gpt-2", "byte fallback"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_tokenizers_are_told(damage: str, base: str, tmp_path: Path) -> None:
+def test_damaged_tokenizers_are_refused(damage: str, base: str, tmp_path: Path) -> None:
     save_tokenizer(tmp_path, base)
     path = tmp_path / "tokenizer.json"
     values = json.loads(path.read_text())
@@ -295,7 +295,7 @@ def test_damaged_tokenizers_are_told(damage: str, base: str, tmp_path: Path) -> 
         read_vocabulary(tmp_path, 4000)
 
 
-def test_cut_and_changed_sentencepiece_files_are_told_or_read(tmp_path: Path) -> None:
+def test_truncated_and_mutated_sentencepiece_files_are_refused_or_read(tmp_path: Path) -> None:
     whole = sentencepiece_bytes(byte_fallback(size=300))
     path = tmp_path / "tokenizer.model"
     generator = np.random.default_rng(0)
@@ -308,5 +308,5 @@ def test_cut_and_changed_sentencepiece_files_are_told_or_read(tmp_path: Path) ->
             read_vocabulary(tmp_path, 4000)
             outcomes.add("read")
         except (CheckpointError, UnsupportedModelError):
-            outcomes.add("told")
-    assert outcomes == {"read", "told"}
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}

@@ -1,4 +1,4 @@
-"""What is said of a checkpoint's files before any of them is read, and every way in which they can be damaged."""
+"""Headers and indexes of checkpoints: valid ones, and every way in which they can be damaged."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_shards_are_found_through_the_index(tmp_path: Path) -> None:
     assert info.file.read_bytes()[info.start : info.stop] == struct.pack("<3q", 0, 1, 2)
 
 
-def test_fingerprint_tells_checkpoints_apart(tmp_path: Path) -> None:
+def test_fingerprints_of_different_checkpoints_differ(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("one", "same", "renamed", "reshaped")]
     contents = [{"a": torch.zeros(2, 3)}, {"a": torch.zeros(2, 3)}, {"b": torch.zeros(2, 3)}, {"a": torch.zeros(3, 2)}]
     for folder, content in zip(folders, contents, strict=True):
@@ -99,7 +99,7 @@ def test_fingerprint_of_an_indexed_checkpoint_covers_index_and_headers(tmp_path:
     assert len(set(seen)) == 3
 
 
-def test_a_missing_tensor_is_told_with_its_name_and_folder(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_tensor_names_it_and_the_folder(tmp_path: Path) -> None:
     save_file(tensors(), tmp_path / SINGLE)
     with pytest.raises(CheckpointError, match=f"{tmp_path}: tensor lm_head.weight is missing"):
         Checkpoint.open(tmp_path)["lm_head.weight"]
@@ -156,8 +156,8 @@ def test_a_damaged_file_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{tmp_path / SINGLE}: ")
 
 
-def test_what_the_damaged_files_are_made_of_is_sound(tmp_path: Path) -> None:
-    """Else each of them might be refused for another reason than the one it stands for."""
+def test_the_file_that_the_damaged_ones_are_made_from_is_valid(tmp_path: Path) -> None:
+    """Otherwise they might be refused for another reason than their damage."""
     (tmp_path / SINGLE).write_bytes(shard({"v": entry(), "w": entry(8, 16)}, bytes(16)))
     assert set(Checkpoint.open(tmp_path)) == {"v", "w"}
 
@@ -224,23 +224,23 @@ def test_pickles_are_never_opened(name: str, tmp_path: Path) -> None:
     assert str(tmp_path) in str(caught.value)
 
 
-def test_an_empty_folder_is_told(tmp_path: Path) -> None:
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"{tmp_path}: contains no {INDEX} or {SINGLE}"):
         Checkpoint.open(tmp_path)
 
 
-def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"gone: no such folder"):
         Checkpoint.open(tmp_path / "gone")
 
 
-def test_a_json_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_json_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json: missing"):
         read_json_object(tmp_path / "config.json")
 
 
 def opens_or_is_refused(path: Path, data: bytes) -> None:
-    """Whatever is accepted must be consistent; whatever is not must end in a CheckpointError that names the file."""
+    """An accepted file must be consistent. Any other must raise a CheckpointError that names the file."""
     path.write_bytes(data)
     said: str | None = None
     try:
@@ -355,8 +355,8 @@ def test_a_hostile_header_is_refused_in_one_short_line(kind: str, tmp_path: Path
     assert said.startswith(f"{tmp_path / SINGLE}: ") and said.isprintable() and len(said) < 800
 
 
-def test_odd_but_sound_headers_are_read(tmp_path: Path) -> None:
-    """Names with separators and other scripts, many dimensions, sizes of nothing, metadata, unknown keys."""
+def test_unusual_but_valid_headers_are_read(tmp_path: Path) -> None:
+    """Names with separators and other scripts, many dimensions, sizes of 0, metadata, unknown keys."""
     header = {
         "__metadata__": {"format": "pt", "": ""},
         "../a/b\\c:0": entry(),
@@ -377,14 +377,14 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
-def test_tensors_that_the_index_leaves_out_are_left_out(tmp_path: Path) -> None:
+def test_tensors_that_the_index_does_not_name_are_ignored(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     write_index(tmp_path, {"a": "one.safetensors"})
     assert set(Checkpoint.open(tmp_path)) == {"a"}
 
 
 @pytest.mark.parametrize("name", ["\ud800", "a\nb", "a\0b", "\x1b[2J", LONG, ".", "..", "", "a/b", "/", None, [], {}, 3, True])
-def test_names_in_an_index_are_told_in_one_short_line(name: Any, tmp_path: Path) -> None:
+def test_errors_about_names_in_an_index_are_one_short_line(name: Any, tmp_path: Path) -> None:
     write_sharded(tmp_path)
     for weight_map in ({"a": name}, {"a": "one.safetensors", str(name): name}, {str(name): "one.safetensors"}):
         write_index(tmp_path, weight_map)
@@ -393,7 +393,7 @@ def test_names_in_an_index_are_told_in_one_short_line(name: Any, tmp_path: Path)
         assert str(caught.value).startswith(str(tmp_path)) and str(caught.value).isprintable() and len(str(caught.value)) < 1000
 
 
-def test_a_shard_that_is_gone_when_it_is_sampled_is_told(tmp_path: Path) -> None:
+def test_sampling_a_shard_that_was_deleted_is_an_error(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
     (tmp_path / "two.safetensors").unlink()
@@ -412,7 +412,7 @@ def test_too_many_tensors_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_json_is_bounded_before_it_is_read(tmp_path: Path) -> None:
-    """A sparse file of a terabyte; a file nested as deep as Python's parser goes, but not its writer."""
+    """A sparse file of a terabyte; a file nested so deeply that Python parses it, but cannot write it."""
     path = tmp_path / "config.json"
     with open(path, "wb") as file:
         file.truncate(2**40)
@@ -426,7 +426,7 @@ def test_json_is_bounded_before_it_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [SINGLE, INDEX, "config.json"])
-def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+def test_opening_a_pipe_does_not_block(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)
     with pytest.raises(CheckpointError, match=f"{name}: .*not a regular file"):
         read_json_object(tmp_path / name) if name.endswith("json") else read_header(tmp_path / name)

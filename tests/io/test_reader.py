@@ -56,7 +56,7 @@ def raw(tensor: Tensor) -> bytes:
 
 
 def matrix(folder: Path, rows: int = 50) -> tuple[TensorInfo, Tensor]:
-    """A stored matrix with a neighbour on either side, so that reading past it is seen."""
+    """A stored matrix with a tensor on either side, so that reading beyond it is detected."""
     w = torch.randn(rows, 6, generator=torch.Generator().manual_seed(2))
     return store(folder, {"a": torch.full((9,), 7.0), "w": w, "z": torch.full((9,), -7.0)})["w"], w
 
@@ -72,8 +72,8 @@ def test_tensors_are_bit_equal_to_what_safetensors_reads(dtype: torch.dtype, tmp
             assert b"".join(bytes(piece) for piece in iter_chunks(checkpoint[name])) == raw(expected)
 
 
-def test_a_tensor_read_is_our_own_memory(tmp_path: Path) -> None:
-    """It can be written to, and neither the file nor a second reading sees that."""
+def test_a_tensor_that_was_read_has_its_own_memory(tmp_path: Path) -> None:
+    """Writing to it changes neither the file nor a second read."""
     info, w = matrix(tmp_path)
     read_tensor(info).zero_()
     assert torch.equal(read_tensor(info), w)
@@ -84,7 +84,7 @@ def test_a_tensor_read_is_our_own_memory(tmp_path: Path) -> None:
     [[0], [49], [17], [0, 1, 2], [3, 4, 5, 20, 21, 40], [0, 2, 4, 6, 49], list(range(50)), [5, 5, 6, 6, 6], [47, 48, 49], []],
     ids=["first", "last", "single", "run", "runs", "gaps", "all", "repeated", "tail", "none"],
 )
-def test_rows_are_those_that_indexing_gives(rows: list[int], tmp_path: Path) -> None:
+def test_rows_equal_those_of_indexing(rows: list[int], tmp_path: Path) -> None:
     info, w = matrix(tmp_path)
     index = torch.tensor(rows, dtype=torch.int64)
     assert torch.equal(read_rows(info, index), w[index])
@@ -100,7 +100,7 @@ def test_rows_of_other_types_and_shapes(dtype: torch.dtype, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("rows", [[50], [3, 50], [-1, 3]])
-def test_rows_that_are_not_there_are_refused(rows: list[int], tmp_path: Path) -> None:
+def test_rows_out_of_range_are_refused(rows: list[int], tmp_path: Path) -> None:
     info, _ = matrix(tmp_path)
     with pytest.raises(CheckpointError, match=r"tensor w has 50 rows"):
         read_rows(info, torch.tensor(rows))
@@ -108,7 +108,7 @@ def test_rows_that_are_not_there_are_refused(rows: list[int], tmp_path: Path) ->
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_is_refused_by_name(bad: float, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_nan_and_inf_are_refused_with_the_tensors_name(bad: float, dtype: torch.dtype, tmp_path: Path) -> None:
     w = torch.zeros(6, 5, dtype=dtype)
     w[4, 2] = bad
     info = store(tmp_path, {"layer.w": w})["layer.w"]
@@ -119,11 +119,11 @@ def test_what_is_not_finite_is_refused_by_name(bad: float, dtype: torch.dtype, t
         read_rows(info, torch.tensor([0, 4]))
     with pytest.raises(NumericsError, match=message):
         list(iter_chunks(info))
-    assert torch.equal(read_rows(info, torch.tensor([0, 3, 5])), w[[0, 3, 5]]), "other rows are sound"
+    assert torch.equal(read_rows(info, torch.tensor([0, 3, 5])), w[[0, 3, 5]]), "other rows are finite"
 
 
 @pytest.mark.parametrize("missing", [1, 30, 1500])
-def test_a_file_that_shrinks_after_it_was_opened_is_told(missing: int, tmp_path: Path) -> None:
+def test_a_file_that_shrank_after_it_was_opened_is_an_error(missing: int, tmp_path: Path) -> None:
     w = torch.randn(100, 4)
     info = store(tmp_path, {"w": w})["w"]
     os.truncate(info.file, info.stop - missing)
@@ -134,10 +134,10 @@ def test_a_file_that_shrinks_after_it_was_opened_is_told(missing: int, tmp_path:
         read_rows(info, torch.tensor([0, 99]))
     with pytest.raises(CheckpointError, match=message):
         list(iter_chunks(info))
-    assert torch.equal(read_rows(info, torch.tensor([0, 1])), w[:2]), "rows before the cut are sound"
+    assert torch.equal(read_rows(info, torch.tensor([0, 1])), w[:2]), "rows before the end are intact"
 
 
-def test_a_file_that_goes_away_is_told(tmp_path: Path) -> None:
+def test_a_deleted_file_is_an_error(tmp_path: Path) -> None:
     info, _ = matrix(tmp_path)
     info.file.unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be opened"):
@@ -145,8 +145,8 @@ def test_a_file_that_goes_away_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chunk", [8, 64, 1000, 1200, 4096])
-def test_a_tensor_larger_than_a_chunk_comes_in_pieces(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1200 bytes in pieces of ``chunk``: whole, bounded, and with what comes in the last one still checked."""
+def test_a_tensor_larger_than_a_chunk_is_read_in_pieces(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1200 bytes in pieces of ``chunk``: complete, bounded, and all checked, including the last one."""
     info, w = matrix(tmp_path)
     monkeypatch.setattr(reader, "CHUNK_BYTES", chunk)
     pieces = [bytes(piece) for piece in iter_chunks(info)]

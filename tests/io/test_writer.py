@@ -1,4 +1,4 @@
-"""Shards as written, against the safetensors package; and that a failure leaves nothing behind."""
+"""Written shards, against the safetensors package. A failure leaves no file."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_copy_of_a_source_tensor_is_exact(chunk: int, tmp_path: Path, monkeypa
     assert all(torch.equal(copied[name], tensor) for name, tensor in source.items()) and set(copied) == set(source)
 
 
-def test_copying_what_is_not_finite_stops(tmp_path: Path) -> None:
+def test_copying_nan_is_an_error(tmp_path: Path) -> None:
     save_file({"w": torch.tensor([1.0, float("nan")])}, tmp_path / "model.safetensors")
     info = Checkpoint.open(tmp_path)["w"]
     with pytest.raises(NumericsError, match="tensor w"):
@@ -130,7 +130,7 @@ def test_a_failure_halfway_leaves_nothing(error: BaseException, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_halfway_leaves_an_older_file_as_it_was(tmp_path: Path) -> None:
+def test_a_failure_halfway_leaves_an_older_file_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"older")
     with pytest.raises(ValueError, match="no"):
@@ -146,7 +146,7 @@ def test_a_tensor_of_fewer_or_more_bytes_than_its_shape_leaves_nothing(count: in
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_refuses_is_told_with_the_path(tmp_path: Path) -> None:
+def test_a_write_error_names_the_path(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"gone/x\.safetensors: cannot be written: No such file"):
         write_shard(tmp_path / "gone" / "x.safetensors", outputs())
 

@@ -1,4 +1,4 @@
-"""How many rows at once: by place, never growing, and the same for a job that is taken up again."""
+"""The batch by place: it never grows, and a resumed job has the same batch at each place."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_halving_holds_from_its_place_on() -> None:
 
 
 def test_an_earlier_place_may_halve_later() -> None:
-    """A job that is taken up on a device with less memory fails where the first run did not; what follows is no larger."""
+    """A job resumed on a device with less memory may fail at an earlier place than the first run. Later batches are no larger."""
     batches = Batches(8, [Halving(5, 1, 0, 4)])
     batches.halve(2, 0, 8)
     batches.halve(2, 0, 8)
@@ -31,13 +31,13 @@ def test_an_earlier_place_may_halve_later() -> None:
     assert batches.sizes == (8, 4, 2)
 
 
-def test_what_was_told_is_enough_to_know_it_again() -> None:
-    told: list[tuple[int, Halving]] = []
-    batches = Batches(7, on_halving=lambda before, halving: told.append((before, halving)))
+def test_reported_halvings_restore_the_batches() -> None:
+    reported: list[tuple[int, Halving]] = []
+    batches = Batches(7, on_halving=lambda before, halving: reported.append((before, halving)))
     batches.halve(0, 2)
     batches.halve(3, 0, 5)
-    assert [(before, h.batch) for before, h in told] == [(7, 3), (3, 1)]
-    again = Batches(7, [Halving(*numbers) for numbers in json.loads(json.dumps([h.to_json() for _, h in told]))])
+    assert [(before, h.batch) for before, h in reported] == [(7, 3), (3, 1)]
+    again = Batches(7, [Halving(*numbers) for numbers in json.loads(json.dumps([h.to_json() for _, h in reported]))])
     for place in ((0, 0), (0, 2), (3, 0, 4), (3, 0, 5), (9, 9, 9)):
         assert batches.at(*place) == again.at(*place)
     with pytest.raises(AssertionError):

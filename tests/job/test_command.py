@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from bigq.cli.main import build_parser, job_config
+from bigq.cli.commands import build_parser
+from bigq.cli.job import job_config
 from bigq.config import JobConfig
 from bigq.job.command import flags
 from bigq.scheme import QuantScheme, Rule
@@ -41,3 +42,10 @@ def test_every_kept_setting_has_its_flag() -> None:
 
 def test_the_folder_of_the_calibration_text_is_left_out() -> None:
     assert flags(JobConfig(calibration="/home/somebody/secret/text.jsonl")) == ["--calibration", "text.jsonl"]
+
+
+def test_options_that_the_command_line_refuses_are_left_out() -> None:
+    """Python may give them; nothing comes of them."""
+    assert flags(JobConfig(alpha=0.25, scheme=QuantScheme(mse_power=3.0))) == []
+    assert flags(JobConfig(alpha=0.25, method="gptaq")) == ["--method", "gptaq", "--alpha", "0.25"]
+    assert flags(JobConfig(scheme=QuantScheme(mse=True, mse_power=3.0))) == ["--mse", "--mse-power", "3.0"]

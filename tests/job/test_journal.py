@@ -1,4 +1,4 @@
-"""The record of a job: what survives crashes and damage, what is read for it, and who may take a folder up again."""
+"""The record of a job: what survives crashes and damage, which shards are hashed, and which folders may be used."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Stands for ``request.compare``."""
+    """Replaces ``request.compare``."""
     if before["source"] != now["source"]:
         raise UsageError(f"{out}: another source")
     return [] if before["version"] == now["version"] else ["another version"]
@@ -67,7 +67,7 @@ def add(journal: Journal, unit: str) -> Commit:
 
 
 def began(out: Path, count: int = 3) -> list[Commit]:
-    """A job that committed its first units and then went away."""
+    """A job that committed its first units and then ended."""
     journal = opened(out)
     return [add(journal, unit) for unit in UNITS[:count]]
 
@@ -81,13 +81,13 @@ def path_of(out: Path) -> Path:
 
 
 def lines(out: Path) -> list[str]:
-    """The units of the journal's lines, all of which must be sound."""
+    """The units of the journal's lines, all of which must be valid."""
     commits = [Commit.from_line(line) for line in path_of(out).read_bytes().splitlines(keepends=True)]
     return [commit.unit if commit is not None else "damaged" for commit in commits]
 
 
 def touched(path: Path, data: bytes | None = None) -> None:
-    """A file written again at another time."""
+    """A file with the same bytes and another modification time."""
     there = path.stat()
     if data is not None:
         path.write_bytes(data)
@@ -96,7 +96,7 @@ def touched(path: Path, data: bytes | None = None) -> None:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The shards that are read, from now on."""
+    """The shards that are hashed from now on."""
     found: list[str] = []
     real = journal_module.file_sha256
 
@@ -110,11 +110,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For hundreds of jobs that no power failure will meet."""
+    """Without fsync, so that hundreds of jobs are quick."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
-# Beginning, committing, going on.
+# Starting, committing, resuming.
 
 
 def test_a_fresh_job_freezes_its_request(out: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_fresh_job_freezes_its_request(out: Path) -> None:
     assert read_job(out) == REQUEST and unseal((out / ".bigq" / "job.json").read_bytes()) == REQUEST
 
 
-def test_commits_are_there_when_the_job_is_taken_up(out: Path) -> None:
+def test_commits_are_there_when_the_job_is_resumed(out: Path) -> None:
     commits = began(out)
     journal = opened(out)
     assert journal.commits == commits and journal.missing == [3] and journal.notes == []
@@ -150,7 +150,7 @@ def test_units_come_in_their_order_however_they_were_committed(out: Path) -> Non
     assert lines(out) == ["block-1", "rest-0", "block-2"], "nothing to write anew"
 
 
-def test_a_unit_that_is_committed_twice_counts_as_it_was_last(out: Path) -> None:
+def test_the_last_commit_of_a_unit_counts(out: Path) -> None:
     began(out)
     line = path_of(out).read_bytes().splitlines(keepends=True)[1]
     path_of(out).write_bytes(path_of(out).read_bytes() + line)
@@ -199,7 +199,7 @@ def test_a_line_torn_at_any_byte_is_as_good_as_absent(out: Path, unsynced: None)
 
 
 @pytest.mark.parametrize("tail", [b"\x00", b"\x00" * 4096, b"{", b"\xff", b"\r", b"half"], ids=repr)
-def test_what_a_power_failure_leaves_at_the_end_goes(tail: bytes, out: Path) -> None:
+def test_garbage_of_a_power_failure_at_the_end_is_removed(tail: bytes, out: Path) -> None:
     began(out)
     path = path_of(out)
     whole = path.read_bytes()
@@ -215,7 +215,7 @@ def test_what_a_power_failure_leaves_at_the_end_goes(tail: bytes, out: Path) -> 
     ids=lambda line: repr(line[:20]),
 )
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_line_that_is_no_commit_costs_its_unit_alone(at: int, line: bytes, out: Path, reads: list[str]) -> None:
+def test_an_invalid_line_loses_only_its_unit(at: int, line: bytes, out: Path, reads: list[str]) -> None:
     commits = began(out)
     path = path_of(out)
     whole = path.read_bytes().splitlines(keepends=True)
@@ -223,15 +223,15 @@ def test_a_line_that_is_no_commit_costs_its_unit_alone(at: int, line: bytes, out
     assert read_commits(out) == ([c for i, c in enumerate(commits) if i != at], 1)
     journal = opened(out)
     assert journal.commits == [c for i, c in enumerate(commits) if i != at] and journal.missing == [at, 3]
-    assert journal.notes == ["journal.jsonl: lines of it are damaged; their shards are made again"]
+    assert journal.notes == ["journal.jsonl: some lines are damaged; their shards are made again"]
     assert path.read_bytes() == b"".join([*whole[:at], *whole[at + 1 :]])
-    assert reads == [] and opened(out).notes == [], "it is told once"
+    assert reads == [] and opened(out).notes == [], "it is reported once"
     add(journal, UNITS[at])
     assert surviving(out) == UNITS[:3]
 
 
-def test_a_byte_changed_anywhere_costs_a_unit_or_two_and_nothing_else(out: Path, unsynced: None) -> None:
-    """Two where a newline went. What is left is exactly what was committed."""
+def test_a_changed_byte_loses_one_or_two_units_and_nothing_else(out: Path, unsynced: None) -> None:
+    """Two where the byte is a newline. The remaining commits are unchanged."""
     commits = began(out)
     path = path_of(out)
     whole = path.read_bytes()
@@ -244,8 +244,8 @@ def test_a_byte_changed_anywhere_costs_a_unit_or_two_and_nothing_else(out: Path,
                 assert 3 - len(found) == (1 if whole[at] != 10 else min(2, 1 + (at < len(whole) - 1)))
 
 
-def test_a_line_changed_in_its_meaning_is_noticed(out: Path) -> None:
-    """By a hand that means well: JSON as good as before."""
+def test_a_line_with_a_changed_value_is_ignored(out: Path) -> None:
+    """Edited by hand, still valid JSON."""
     began(out)
     path = path_of(out)
     path.write_bytes(path.read_bytes().replace(b'"batch":null', b'"batch":7777', 1))
@@ -272,7 +272,7 @@ def _as_link(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "altered": (_altered, "was changed after it had been written"),
+    "altered": (_altered, "was changed after it was written"),
     "missing": (Path.unlink, "is missing"),
     "shorter": (lambda path: touched(path, path.read_bytes()[:-1]), r"has 2\d bytes instead of 2\d"),
     "longer": (lambda path: touched(path, path.read_bytes() + b"x"), r"has 2\d bytes instead of 2\d"),
@@ -284,7 +284,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize(("damage", "said"), DAMAGES.values(), ids=DAMAGES.keys())
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_damaged_shard_costs_its_unit_alone(at: int, damage: Callable[[Path], Any], said: str, out: Path, reads: list[str]) -> None:
+def test_a_damaged_shard_loses_only_its_unit(at: int, damage: Callable[[Path], Any], said: str, out: Path, reads: list[str]) -> None:
     commits = began(out)
     shard = shard_file(out, UNITS[at])
     damage(shard)
@@ -301,13 +301,13 @@ def test_a_damaged_shard_costs_its_unit_alone(at: int, damage: Callable[[Path], 
     assert surviving(out) == UNITS[:3]
 
 
-def test_shards_as_they_were_left_are_not_read(out: Path, reads: list[str]) -> None:
+def test_unchanged_shards_are_not_read(out: Path, reads: list[str]) -> None:
     began(out)
     assert surviving(out) == UNITS[:3] and reads == []
 
 
-def test_shards_of_another_time_are_read(out: Path, reads: list[str]) -> None:
-    """Those of a copied folder, say."""
+def test_shards_with_another_modification_time_are_read(out: Path, reads: list[str]) -> None:
+    """As in a copied folder."""
     began(out)
     touched(shard_file(out, "block-0"))
     assert surviving(out) == UNITS[:3] and reads == [shard_file(out, "block-0").name]
@@ -315,7 +315,7 @@ def test_shards_of_another_time_are_read(out: Path, reads: list[str]) -> None:
     assert surviving(out) == UNITS[:3] and len(reads) == 2
 
 
-def test_shards_of_the_same_time_and_another_size_are_not_taken(out: Path) -> None:
+def test_shards_of_another_size_are_made_again(out: Path) -> None:
     began(out)
     shard = shard_file(out, "block-0")
     there = shard.stat()
@@ -324,7 +324,7 @@ def test_shards_of_the_same_time_and_another_size_are_not_taken(out: Path) -> No
     assert opened(out).missing == [1, 3]
 
 
-def test_a_commit_of_another_file_or_unit_is_not_taken(out: Path) -> None:
+def test_a_commit_of_another_file_or_unit_is_ignored(out: Path) -> None:
     began(out)
     path = path_of(out)
     value = unseal(path.read_bytes().splitlines(keepends=True)[1], line=True)
@@ -336,9 +336,7 @@ def test_a_commit_of_another_file_or_unit_is_not_taken(out: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.EACCES])
 @pytest.mark.parametrize("failing", ["stat", "read"])
-def test_a_disk_that_fails_for_a_while_costs_nothing_that_is_committed(
-    failing: str, number: int, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_temporary_disk_error_loses_no_commit(failing: str, number: int, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began(out)
     shard = shard_file(out, "block-0")
     if failing == "read":
@@ -359,9 +357,8 @@ def test_a_disk_that_fails_for_a_while_costs_nothing_that_is_committed(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "stat", no_stat)
         patch.setattr("bigq.io.shard_record.open", no_open, raising=False)
-        with pytest.raises(
-            ResourceError, match=f"^{shard}: cannot be .*: {os.strerror(number)}; check the disk, then run the same command again"
-        ):
+        again = "(check the disk, then run the same|check the disk and run the) command again"
+        with pytest.raises(ResourceError, match=f"^{shard}: cannot be .*: {os.strerror(number)}; {again}"):
             opened(out)
     assert path_of(out).read_bytes() == before and surviving(out) == UNITS[:3]
 
@@ -371,7 +368,7 @@ def test_a_disk_that_fails_for_a_while_costs_nothing_that_is_committed(
 
 @pytest.mark.parametrize("number", ["ENOSPC", "EIO", "EDQUOT"])
 @pytest.mark.parametrize("place", ["journal.opened", "journal.half", "journal.written"])
-def test_a_commit_that_fails_leaves_the_journal_as_it_was(place: str, number: str, out: Path) -> None:
+def test_a_commit_that_fails_leaves_the_journal_unchanged(place: str, number: str, out: Path) -> None:
     began(out)
     before, journal = path_of(out).read_bytes(), opened(out)
     faults.arm(f"{place}:1:{number}")
@@ -393,7 +390,7 @@ def test_a_first_commit_that_fails(out: Path) -> None:
 
 @pytest.mark.parametrize("room", [0, 1, 10, 150, 300])
 def test_a_disk_that_takes_part_of_a_line(room: int, out: Path) -> None:
-    """The system's own short write: a limit on file sizes. What did not fit must not come later either, when there is room again."""
+    """A short write, by a limit on file sizes. The rest of the line must not be written later, when there is space again."""
     began(out)
     before, journal = path_of(out).read_bytes(), opened(out)
     pid = os.fork()
@@ -451,10 +448,10 @@ def test_killed_while_the_request_is_frozen(place: str, out: Path) -> None:
     assert opened(out).missing == [0, 1, 2, 3] and read_job(out) == REQUEST
 
 
-# What may lie in the folder besides.
+# Other files in the folder.
 
 
-def test_leftover_temp_files_go_and_nothing_else(out: Path) -> None:
+def test_only_leftover_temporary_files_are_removed(out: Path) -> None:
     began(out)
     for folder in (out, out / ".bigq"):
         (folder / "x.safetensors.bigq-tmp").write_bytes(b"half")
@@ -463,23 +460,23 @@ def test_leftover_temp_files_go_and_nothing_else(out: Path) -> None:
     assert not list(out.rglob("*.bigq-tmp")) and (out / "notes.txt").read_text() == "mine"
 
 
-def test_a_leftover_that_cannot_be_removed_is_no_error(out: Path) -> None:
+def test_a_leftover_that_cannot_be_removed_is_not_an_error(out: Path) -> None:
     began(out)
     (out / "x.bigq-tmp").mkdir()
     assert surviving(out) == UNITS[:3]
 
 
-def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_foreign_folder_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UsageError, match=f"{tmp_path}: OUT is not empty and holds no job of bigq"):
+    with pytest.raises(UsageError, match=f"{tmp_path}: OUT is not empty and holds no bigq job"):
         require_job_folder(tmp_path)
     (tmp_path / ".bigq").write_text("not a folder")
-    with pytest.raises(UsageError, match="holds no job of bigq"):
+    with pytest.raises(UsageError, match="holds no bigq job"):
         require_job_folder(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".bigq", "thesis.tex"]
 
 
-def test_a_file_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_file_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     file = tmp_path / "out"
     file.write_text("x")
     assert read_job(file) is None
@@ -496,7 +493,7 @@ def test_folders_that_may_be_used(tmp_path: Path) -> None:
     require_job_folder(tmp_path)
 
 
-def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(self: Path) -> Iterator[Path]:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -510,7 +507,7 @@ def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path: Path, monkeypatch
 # The request.
 
 
-def test_another_request_is_refused_and_the_job_stays_as_it_was(out: Path) -> None:
+def test_another_request_is_refused_and_the_job_is_unchanged(out: Path) -> None:
     began(out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(UsageError, match="another source"):
@@ -518,14 +515,14 @@ def test_another_request_is_refused_and_the_job_stays_as_it_was(out: Path) -> No
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_what_differs_without_harm_is_noted_and_the_job_stays_as_it_was_asked_for(out: Path) -> None:
+def test_a_harmless_difference_is_noted_and_the_request_is_unchanged(out: Path) -> None:
     began(out)
     assert opened(out, {**REQUEST, "version": 2}).notes == ["another version"]
     assert read_job(out) == REQUEST
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"{}\n", b"\x00" * 50, json.dumps(REQUEST, indent=2).encode() + b"\n"], ids=repr)
-def test_a_damaged_request_is_told_by_file(data: bytes, out: Path) -> None:
+def test_a_damaged_request_is_reported_with_its_file(data: bytes, out: Path) -> None:
     began(out)
     before = path_of(out).read_bytes()
     (out / ".bigq" / "job.json").write_bytes(data)
@@ -548,28 +545,26 @@ def test_any_byte_of_the_request_counts(out: Path) -> None:
 def test_a_missing_request_is_told_where_there_is_a_journal(out: Path) -> None:
     began(out)
     (out / ".bigq" / "job.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=rf"^{out}/\.bigq/job\.json: is missing, so what the job was asked for is unknown; restore it"
-    ):
+    with pytest.raises(CheckpointError, match=rf"^{out}/\.bigq/job\.json: is missing, so the job's request is unknown; restore it"):
         opened(out)
     assert lines(out) == UNITS[:3]
     path_of(out).unlink()
     assert opened(out).missing == [0, 1, 2, 3], "without commits there is nothing to mix"
 
 
-def test_a_missing_journal_is_begun_anew(out: Path) -> None:
+def test_a_missing_journal_is_created_again(out: Path) -> None:
     began(out)
     path_of(out).unlink()
     assert read_commits(out) == ([], 0)
     assert surviving(out) == []
 
 
-def test_a_journal_that_is_absurdly_large_is_told(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absurdly_large_journal_is_reported(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began(out)
     monkeypatch.setattr("bigq.io.checksum.MAX_BYTES", 2**20)
     with open(path_of(out), "ab") as file:
         file.truncate(2**40)
-    with pytest.raises(CheckpointError, match=r"journal\.jsonl: is larger than"):
+    with pytest.raises(CheckpointError, match=r"journal\.jsonl: larger than"):
         opened(out)
 
 
@@ -580,7 +575,7 @@ def runs(out: Path) -> list[Any]:
     return [unseal(line, line=True) for line in (out / ".bigq" / "runs.jsonl").read_bytes().splitlines(keepends=True)]
 
 
-def test_runs_are_kept_and_damaged_lines_of_them_go(out: Path) -> None:
+def test_damaged_lines_of_runs_are_removed(out: Path) -> None:
     for number in range(3):
         opened(out).record_run({"run": number, "notes": ["ü"]})
     assert runs(out) == [{"run": number, "notes": ["ü"]} for number in range(3)]
@@ -591,7 +586,7 @@ def test_runs_are_kept_and_damaged_lines_of_them_go(out: Path) -> None:
     assert [run["run"] for run in runs(out)] == [0, 2, 3]
 
 
-def test_a_run_that_cannot_be_recorded_leaves_those_before(out: Path) -> None:
+def test_a_run_that_cannot_be_recorded_leaves_the_earlier_ones(out: Path) -> None:
     journal = opened(out)
     journal.record_run({"run": 0})
     for place in ("file.opened", "file.written", "file.synced"):
@@ -611,14 +606,14 @@ def test_halvings_come_back(out: Path) -> None:
 @pytest.mark.parametrize(
     "value", [{}, {"halvings": 3}, {"halvings": [[1, 2]]}, {"halvings": [[1, 2, 3, "x"]]}, {"halvings": [None]}], ids=repr
 )
-def test_halvings_that_are_none_are_told(value: dict[str, Any], out: Path) -> None:
+def test_invalid_halvings_are_reported(value: dict[str, Any], out: Path) -> None:
     began(out)
     save_record(out / ".bigq" / "batches.json", value)
     with pytest.raises(CheckpointError, match=r"batches\.json: is not a list of halvings; restore it from a copy"):
         opened(out)
 
 
-def test_damaged_halvings_are_told(out: Path) -> None:
+def test_damaged_halvings_are_reported(out: Path) -> None:
     opened(out).record_halving(Halving(0, 0, 0, 4))
     path = out / ".bigq" / "batches.json"
     path.write_bytes(path.read_bytes().replace(b"4", b"2", 1))

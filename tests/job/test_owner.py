@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from bigq import faults
-from bigq.errors import BigqError, ResourceError, Stopped, UsageError
+from bigq.errors import BigqError, BusyError, ResourceError, Stopped
 from bigq.job import owner as owner_module
 from bigq.job.owner import Holder, Owner, ownership, process_start, refuse_if_held, this_machine
 from bigq.progress.progress import Progress
@@ -56,7 +56,7 @@ def owning(
 
 
 def take(state: Path, *, steal: bool = False) -> list[str]:
-    """The notes of an owner that comes and goes."""
+    """Own the folder, release it, and return the owner's notes."""
     with owning(state, steal=steal) as owner:
         owner.check()
         return owner.notes
@@ -68,7 +68,7 @@ def known(state: Path) -> dict[str, Any]:
 
 
 def write_owner(state: Path, **changes: Any) -> dict[str, Any]:
-    """An owner.json as a process of another machine would leave it."""
+    """Write the owner.json of a process on another machine."""
     value = {
         "token": "theirs",
         "host": "node7",
@@ -89,7 +89,7 @@ def write_owner(state: Path, **changes: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def beating(state: Path, seconds: float = BEAT, **last: Any) -> Iterator[None]:
-    """Another machine's process whose heartbeat goes on; ``last`` is what it writes with its third."""
+    """A process on another machine that keeps its heartbeat; ``last``: changes in its third heartbeat."""
     ended = threading.Event()
 
     def beat() -> None:
@@ -111,7 +111,7 @@ def beating(state: Path, seconds: float = BEAT, **last: Any) -> Iterator[None]:
 
 
 class Process:
-    """A forked process that owns the folder until it is told to go or killed."""
+    """A forked process that owns the folder until it is asked to end or killed."""
 
     def __init__(self, state: Path) -> None:
         self._orders, orders = os.pipe()[::-1]
@@ -183,15 +183,15 @@ def test_a_new_folder_is_owned_at_once_and_says_so(state: Path) -> None:
 def test_a_second_process_is_refused_and_told_by_whom(state: Path, process: Callable[[], Process]) -> None:
     first = process()
     assert first.said == "own"
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(BusyError) as caught:
         take(state)
     message = str(caught.value)
     assert message.startswith(f"{state.parent}: another bigq job is writing to this folder (process {first.pid} on {os.uname().nodename}, ")
     assert message.endswith("; wait for it or stop it") and "\n" not in message
-    with pytest.raises(UsageError, match=f"process {first.pid} on"):
+    with pytest.raises(BusyError, match=f"process {first.pid} on"):
         refuse_if_held(state)
     second = process()
-    assert second.said.startswith("2 ") and f"process {first.pid} on" in second.said
+    assert second.said.startswith("4 ") and f"process {first.pid} on" in second.said
     assert known(state)["pid"] == first.pid, "who was refused leaves nothing"
     first.finish()
     refuse_if_held(state)
@@ -200,28 +200,28 @@ def test_a_second_process_is_refused_and_told_by_whom(state: Path, process: Call
 
 def test_within_one_process_too(state: Path) -> None:
     with owning(state) as owner:
-        with pytest.raises(UsageError, match=f"process {os.getpid()} on"):
+        with pytest.raises(BusyError, match=f"process {os.getpid()} on"):
             take(state)
         owner.check()
 
 
-def test_of_many_that_begin_at_once_one_goes_on(state: Path, process: Callable[[], Process]) -> None:
+def test_of_many_that_start_at_once_one_owns_the_folder(state: Path, process: Callable[[], Process]) -> None:
     said: list[str] = []
     threads = [threading.Thread(target=lambda: said.append(process().said)) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(line[:4] for line in said) == ["2 /t"] * 5 + ["own"] or sorted(line[0] for line in said) == ["2"] * 5 + ["o"]
+    assert sorted(line[:4] for line in said) == ["4 /t"] * 5 + ["own"] or sorted(line[0] for line in said) == ["4"] * 5 + ["o"]
 
 
-def test_the_command_exits_with_2(state: Path, child: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+def test_the_command_exits_with_4(state: Path, child: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     with owning(state) as owner:
         model = tmp_path / "model"
         model.mkdir()
         done = child("-m", "bigq", "quantize", model, state.parent, "--device", "cpu")
         owner.check()
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 4, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"bigq: error: {state.parent}: another bigq job is writing to this folder (process {os.getpid()} on ")
 
@@ -232,22 +232,22 @@ def test_after_a_kill_the_next_takes_over_and_notes_it(state: Path, process: Cal
     assert known(state)["outcome"] is None
     refuse_if_held(state)
     (note,) = take(state)
-    assert note.startswith(f"the job before ended without a word (process {first.pid} on ")
-    assert take(state) == [], "it is told once"
+    assert note.startswith(f"the previous run ended abruptly (process {first.pid} on ")
+    assert take(state) == [], "it is reported once"
 
 
-def test_a_dead_process_that_nobody_has_waited_for_is_dead(state: Path, process: Callable[[], Process]) -> None:
-    """In a container whose first process does not care for orphans they stay for good."""
+def test_a_zombie_process_is_dead(state: Path, process: Callable[[], Process]) -> None:
+    """In a container whose first process does not reap orphans, zombies stay."""
     first = process()
     os.kill(first.pid, signal.SIGKILL)
     until = time.monotonic() + 10
     note = ""
-    while not note:  # its files are closed a little later than it ends
-        with contextlib.suppress(UsageError):
+    while not note:  # its files are closed shortly after it ends
+        with contextlib.suppress(BusyError):
             (note,) = take(state)
         assert time.monotonic() < until, "it is taken to be alive"
     assert ") Z " in Path(f"/proc/{first.pid}/stat").read_text()
-    assert "ended without a word" in note
+    assert "ended abruptly" in note
     first.wait()
 
 
@@ -255,27 +255,27 @@ def test_a_stopped_process_is_alive(state: Path, process: Callable[[], Process])
     first = process()
     os.kill(first.pid, signal.SIGSTOP)
     time.sleep(4 * BEAT)
-    with pytest.raises(UsageError, match=f"process {first.pid} on"):
+    with pytest.raises(BusyError, match=f"process {first.pid} on"):
         take(state)
     os.kill(first.pid, signal.SIGCONT)
 
 
 def test_another_process_with_its_number_is_not_it(state: Path) -> None:
-    """The number of a process that lives, with another start, and with its own."""
+    """The pid of a live process, with another start time and with its own."""
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
         started = process_start(other.pid)
         assert started is not None
         write_owner(state, machine=this_machine(), pid=other.pid, started=started - 1)
-        assert "ended without a word" in take(state)[0]
+        assert "ended abruptly" in take(state)[0]
         write_owner(state, machine=this_machine(), pid=other.pid, started=started)
-        with pytest.raises(UsageError, match=f"process {other.pid} on node7"):
+        with pytest.raises(BusyError, match=f"process {other.pid} on node7"):
             take(state)
         other.kill()
 
 
-def test_a_job_of_this_process_that_could_not_say_how_it_ended_is_over(state: Path) -> None:
+def test_a_job_of_this_process_without_an_outcome_is_over(state: Path) -> None:
     write_owner(state, machine=this_machine(), pid=os.getpid(), started=process_start(os.getpid()))
-    assert "ended without a word" in take(state)[0]
+    assert "ended abruptly" in take(state)[0]
 
 
 @pytest.mark.parametrize("pid", [0, -1, 2**31, 2**80, os.getppid()])
@@ -321,16 +321,16 @@ def test_machines_whose_boot_has_no_name_are_not_taken_for_the_same(monkeypatch:
 
 def test_a_holder_elsewhere_whose_heartbeat_goes_on_is_let_be(state: Path) -> None:
     said: list[str] = []
-    with beating(state), pytest.raises(UsageError) as caught, owning(state, said=said):
+    with beating(state), pytest.raises(BusyError) as caught, owning(state, said=said):
         pass
     assert "another bigq job is writing to this folder (process 4242 on node7, last heartbeat 2001" in str(caught.value)
     assert str(caught.value).endswith("or use --steal-lock if you know that it is dead")
-    assert len(said) == 1 and "was held by process 4242 on node7" in said[0] and "waiting 0 s" in said[0]
+    assert len(said) == 1 and "is held by process 4242 on node7" in said[0] and "waiting 0 s" in said[0]
     assert known(state)["token"] == "theirs"
 
 
-def test_a_slow_heartbeat_counts_as_long_as_it_comes_within_what_may_be_missed(state: Path) -> None:
-    with beating(state, seconds=2.5 * BEAT), pytest.raises(UsageError, match="node7"):
+def test_a_slow_heartbeat_within_the_limit_counts(state: Path) -> None:
+    with beating(state, seconds=2.5 * BEAT), pytest.raises(BusyError, match="node7"):
         take(state)
 
 
@@ -347,7 +347,7 @@ def test_a_holder_elsewhere_that_is_silent_is_outlived(state: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("outcome", ["finished", "stopped", "failed"])
-def test_a_holder_elsewhere_that_said_good_bye_is_not_waited_for(outcome: str, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_holder_elsewhere_with_an_outcome_is_not_waited_for(outcome: str, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owner_module, "BEAT_SECONDS", 100.0)
     write_owner(state, outcome=outcome)
     began, said = time.monotonic(), list[str]()
@@ -355,7 +355,7 @@ def test_a_holder_elsewhere_that_said_good_bye_is_not_waited_for(outcome: str, s
         assert owner.notes == [] and said == [] and time.monotonic() - began < 5
 
 
-def test_one_that_says_good_bye_while_it_is_watched(state: Path) -> None:
+def test_a_holder_that_ends_while_it_is_watched(state: Path) -> None:
     with beating(state, seconds=BEAT / 5, outcome="finished"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner_module, "BEAT_SECONDS", 10.0)
         patch.setattr(time, "sleep", lambda _, sleep=time.sleep: sleep(BEAT))
@@ -372,36 +372,36 @@ def test_stealing_from_elsewhere_does_not_wait(state: Path, monkeypatch: pytest.
 
 def test_one_here_that_lives_cannot_be_stolen_from(state: Path, process: Callable[[], Process]) -> None:
     first = process()
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(BusyError) as caught:
         take(state, steal=True)
     assert f"process {first.pid} on" in str(caught.value) and "--steal-lock" not in str(caught.value)
-    assert known(state)["pid"] == first.pid and process().said.startswith("2 ")
+    assert known(state)["pid"] == first.pid and process().said.startswith("4 ")
 
 
 @contextlib.contextmanager
 def on_another_machine() -> Iterator[None]:
-    """What is made within is by a process of another machine."""
+    """Owners made in this context belong to another machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner_module, "this_machine", lambda: "node7 other-boot pid:[1]")
         yield
 
 
 def test_a_lock_that_outlived_its_holder_is_stolen_and_the_holder_notices(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it was alive after all: it stops at its next commit, and does not speak for the folder any more."""
+    """If it was alive after all, it stops at its next commit and writes no owner.json any more."""
     monkeypatch.setattr(owner_module, "BEAT_SECONDS", 100.0)
     with on_another_machine():
         old = Owner(state, dict, steal=False, say=lambda _: None)
-    with pytest.raises(UsageError, match=r"another bigq job .* or use --steal-lock if you know that it is dead$"):
+    with pytest.raises(BusyError, match=r"another bigq job .* or use --steal-lock if you know that it is dead$"):
         take(state)
     with owning(state, steal=True) as new:
         assert [note.split(" (")[0].split(" from ")[0] for note in new.notes] == ["the folder's lock was stolen", "the folder was taken"]
         for _ in range(2):
-            with pytest.raises(UsageError, match=f"was taken over by another job .process {os.getpid()} on .*; this one stops"):
+            with pytest.raises(BusyError, match=f"was taken over by another job .process {os.getpid()} on .*; this one stops"):
                 old.check()
         old.release("finished")
         new.check()
         assert known(state)["outcome"] is None, "the old one must not say that the job is over"
-        with pytest.raises(UsageError, match="another bigq job"):
+        with pytest.raises(BusyError, match="another bigq job"):
             take(state)
     assert take(state) == []
 
@@ -411,23 +411,23 @@ def test_a_holder_notices_at_its_next_heartbeat_and_stops_beating(state: Path) -
         write_owner(state, beat=1)
         time.sleep(4 * BEAT)
         assert known(state)["token"] == "theirs" and known(state)["beat"] == 1
-        # Even if the thief is gone by now.
+        # Even if the new owner has ended by now.
         (state / "owner.json").unlink()
-        with pytest.raises(UsageError, match=r"taken over by another job .process 4242 on node7"):
+        with pytest.raises(BusyError, match=r"taken over by another job .process 4242 on node7"):
             old.check()
 
 
 def test_a_lock_without_a_holder_s_name_is_not_stolen(state: Path) -> None:
-    """It may be of one that is just beginning."""
+    """Its holder may be just starting."""
     with open(state / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for steal in (False, True):
-            with pytest.raises(UsageError, match=r"another bigq job is writing to this folder; wait for it or stop it$"):
+            with pytest.raises(BusyError, match=r"another bigq job is writing to this folder; wait for it or stop it$"):
                 take(state, steal=steal)
 
 
-def test_a_lock_that_cannot_be_removed_is_told(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder that others write to as well."""
+def test_a_lock_that_cannot_be_removed_is_reported(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a folder that other users write to."""
 
     def refused(self: Path, missing_ok: bool = False) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
@@ -441,12 +441,12 @@ def test_a_lock_that_cannot_be_removed_is_told(state: Path, monkeypatch: pytest.
                 take(state, steal=True)
 
 
-def test_a_lock_that_is_replaced_for_ever_is_told(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or one on a file system whose files change their numbers."""
+def test_a_lock_that_keeps_being_replaced_is_reported(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or on a file system whose inode numbers change."""
     monkeypatch.setattr(os.path, "samestat", lambda *_: False)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     files = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(ResourceError, match=r"lock: is replaced again and again"):
+    with pytest.raises(ResourceError, match=r"lock: keeps being replaced"):
         take(state)
     assert len(os.listdir("/proc/self/fd")) == files
 
@@ -462,7 +462,7 @@ def wait_for_beat(state: Path, beyond: int, seconds: float = 10.0) -> dict[str, 
     return known(state)
 
 
-def test_the_heartbeat_grows_and_tells_how_far_the_job_is(state: Path) -> None:
+def test_the_heartbeat_grows_and_reports_progress(state: Path) -> None:
     progress = Progress(9, torch.device("cpu"), quiet=True)
     with owning(state, facts=progress.facts), progress:
         assert known(state)["facts"] == {"blocks": 9}
@@ -510,7 +510,7 @@ def test_a_disk_that_takes_no_heartbeat_does_not_end_the_job(number: int, state:
 
 
 def test_a_folder_that_vanishes_does_not_end_the_job(state: Path) -> None:
-    """What has to be written there will tell."""
+    """The next commit will report it."""
     with owning(state) as owner:
         away = state.with_name("away")
         state.rename(away)
@@ -520,7 +520,7 @@ def test_a_folder_that_vanishes_does_not_end_the_job(state: Path) -> None:
         wait_for_beat(state, known(state)["beat"] + 1)
 
 
-def test_whatever_goes_wrong_in_it_the_heartbeat_goes_on(state: Path) -> None:
+def test_no_error_ends_the_heartbeat(state: Path) -> None:
     calls = []
 
     def facts() -> dict[str, Any]:
@@ -534,7 +534,7 @@ def test_whatever_goes_wrong_in_it_the_heartbeat_goes_on(state: Path) -> None:
 
 
 def test_the_job_s_cleaning_up_does_not_disturb_it(state: Path) -> None:
-    """Leftover temp files go when a job begins, while its heart beats already."""
+    """Leftover temporary files are removed when a job starts, while its heartbeat runs already."""
     with owning(state) as owner:
         until = time.monotonic() + 10 * BEAT
         while time.monotonic() < until:
@@ -545,7 +545,7 @@ def test_the_job_s_cleaning_up_does_not_disturb_it(state: Path) -> None:
 
 
 def test_no_clock_that_people_set_is_asked(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Years back and forth, on both sides."""
+    """The clocks of both processes jump by years."""
 
     class Jumping(datetime.datetime):
         jumps = iter(range(10**9))
@@ -561,7 +561,7 @@ def test_no_clock_that_people_set_is_asked(state: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(owner_module, "datetime", Module)
     monkeypatch.setattr(time, "time", lambda: 1e9 * (-1) ** next(hours))
     with owning(state) as owner:
-        with pytest.raises(UsageError, match="another bigq job"):
+        with pytest.raises(BusyError, match="another bigq job"):
             take(state)
         wait_for_beat(state, known(state)["beat"] + 3)
         owner.check()
@@ -572,7 +572,7 @@ def test_no_clock_that_people_set_is_asked(state: Path, monkeypatch: pytest.Monk
         assert "heartbeat had stopped" in take(state)[0] and time.monotonic() - began >= 2.9 * BEAT
 
 
-# File systems without locks, and other ways in which a folder cannot be owned.
+# File systems without locks, and folders that cannot be owned.
 
 
 def failing_flock(patch: pytest.MonkeyPatch, number: int) -> None:
@@ -587,21 +587,21 @@ def test_without_locks_the_heartbeat_keeps_others_out(number: int, state: Path, 
     failing_flock(monkeypatch, number)
     with owning(state) as owner:
         assert owner.notes == ["the file system has no locks; the heartbeat alone keeps others out"]
-        with pytest.raises(UsageError, match=f"process {os.getpid()} on"):
+        with pytest.raises(BusyError, match=f"process {os.getpid()} on"):
             take(state)
-        with pytest.raises(UsageError, match=f"process {os.getpid()} on"):
+        with pytest.raises(BusyError, match=f"process {os.getpid()} on"):
             take(state, steal=True)
         owner.check()
     assert len(take(state)) == 1
-    with beating(state), pytest.raises(UsageError, match="node7"):
+    with beating(state), pytest.raises(BusyError, match="node7"):
         take(state)
     assert "heartbeat had stopped" in take(state)[1]
     write_owner(state)
     assert "--steal-lock" in take(state, steal=True)[1]
 
 
-def test_without_locks_of_two_that_begin_at_once_the_later_goes_on(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both find an empty folder; the first notices before it commits anything."""
+def test_without_locks_of_two_that_start_at_once_the_later_owns_the_folder(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find an empty folder; the first notices the other before it commits anything."""
     failing_flock(monkeypatch, errno.ENOLCK)
     outlive, owners = Owner._wait_for_holder, list[Owner]()
 
@@ -615,7 +615,7 @@ def test_without_locks_of_two_that_begin_at_once_the_later_goes_on(state: Path, 
     later = Owner(state, dict, steal=False, say=lambda _: None)
     first, second = owners[1], later
     second.check()
-    with pytest.raises(UsageError, match="was taken over by another job"):
+    with pytest.raises(BusyError, match="was taken over by another job"):
         first.check()
     first.release("failed")
     second.check()
@@ -630,7 +630,7 @@ def test_a_lock_that_fails_is_an_error(number: int, state: Path, monkeypatch: py
         take(state)
 
 
-def test_a_folder_that_cannot_be_written_to_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_to_is_reported(tmp_path: Path) -> None:
     progress = Progress(1, torch.device("cpu"), quiet=True)
     (tmp_path / "file").write_text("x")
     with pytest.raises(ResourceError, match=f"^{tmp_path / 'file' / 'out'}: cannot be used as output folder: "):
@@ -679,7 +679,7 @@ WRONG: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("data", GARBAGE.values(), ids=GARBAGE.keys())
-def test_garbage_is_nobody(data: bytes, state: Path) -> None:
+def test_garbage_is_no_holder(data: bytes, state: Path) -> None:
     (state / "owner.json").write_bytes(data)
     assert Holder.read(state) is None
     refuse_if_held(state)
@@ -687,20 +687,20 @@ def test_garbage_is_nobody(data: bytes, state: Path) -> None:
 
 
 @pytest.mark.parametrize("change", WRONG.values(), ids=WRONG.keys())
-def test_values_of_the_wrong_kind_are_nobody(change: dict[str, Any], state: Path) -> None:
+def test_values_of_the_wrong_type_are_no_holder(change: dict[str, Any], state: Path) -> None:
     write_owner(state, **change)
     assert Holder.read(state) is None and take(state) == []
 
 
 @pytest.mark.parametrize("missing", ["token", "host", "machine", "pid", "started", "beat", "at", "outcome", "facts"])
-def test_missing_values_are_nobody(missing: str, state: Path) -> None:
+def test_missing_values_are_no_holder(missing: str, state: Path) -> None:
     value = write_owner(state)
     del value[missing]
     (state / "owner.json").write_text(json.dumps(value))
     assert Holder.read(state) is None and take(state) == []
 
 
-def test_odd_values_that_could_be_are_somebody(state: Path) -> None:
+def test_unusual_valid_values_are_a_holder(state: Path) -> None:
     for change in ({"started": float("nan")}, {"pid": 4242.0}, {"host": "\ud800"}, {"facts": {"x": [None]}}, {"more": 1}):
         write_owner(state, **change)
         holder = Holder.read(state)
@@ -719,11 +719,11 @@ def test_garbage_does_not_take_a_folder_from_its_owner(state: Path) -> None:
     with owning(state) as owner:
         (state / "owner.json").write_bytes(b"\x00")
         owner.check()
-        with pytest.raises(UsageError, match="another bigq job is writing to this folder"):
+        with pytest.raises(BusyError, match="another bigq job is writing to this folder"):
             take(state)
 
 
-# A job's whole time.
+# A whole job.
 
 
 def begin(out: Path, **facts: Any) -> contextlib.AbstractContextManager[Owner]:
@@ -732,7 +732,7 @@ def begin(out: Path, **facts: Any) -> contextlib.AbstractContextManager[Owner]:
     return ownership(out / ".bigq", progress, steal=False)
 
 
-def test_how_a_job_ended_is_left_in_its_folder(tmp_path: Path) -> None:
+def test_the_outcome_of_a_job_is_recorded_in_its_folder(tmp_path: Path) -> None:
     state = tmp_path / "deep" / "out" / ".bigq"
     with begin(state.parent, block=2):
         assert known(state)["outcome"] is None
@@ -752,17 +752,17 @@ def test_how_a_job_ended_is_left_in_its_folder(tmp_path: Path) -> None:
         assert take(state) == [], "and lets others in"
 
 
-def test_a_job_that_was_taken_over_leaves_the_other_s_word(tmp_path: Path) -> None:
+def test_a_job_that_lost_its_folder_does_not_overwrite_the_new_owner(tmp_path: Path) -> None:
     state = tmp_path / "out" / ".bigq"
     with begin(state.parent) as owner:
         write_owner(state)
-        with pytest.raises(UsageError, match="taken over"):
+        with pytest.raises(BusyError, match="taken over"):
             owner.check()
     assert known(state)["token"] == "theirs" and known(state)["outcome"] is None
 
 
-def test_going_never_fails(tmp_path: Path) -> None:
-    """The job's own error is the one that counts."""
+def test_release_never_raises(tmp_path: Path) -> None:
+    """The job's own error must be the one raised."""
     state = tmp_path / "out" / ".bigq"
     with begin(state.parent):
         for path in state.iterdir():

@@ -18,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bigq
-from bigq.cli.main import build_parser
+from bigq.cli.commands import build_parser
 from bigq.config import FROZEN_FIELDS, JobConfig
 from bigq.errors import CheckpointError, UsageError
 from bigq.job import request as request_module
-from bigq.job.request import CHANGES, May, code_hashes, compare, make_request
+from bigq.job.request import CHANGES, code_hashes, compare, make_request
+from bigq.options import Resume, table
 from bigq.scheme import QuantScheme, Rule
 
 OUT = Path("the/OUT")
@@ -66,7 +67,7 @@ BEFORE: dict[str, Any] = {
 
 #: What is changed (the place in the request, the new value) → everything that the message must hold.
 REFUSED: list[tuple[str, Any, list[str]]] = [
-    ("settings.scheme.bits", 3, ["--bits 3: ", "begun with --bits 4;", "flags that are not given mean as before"]),
+    ("settings.scheme.bits", 3, ["--bits 3: ", "begun with --bits 4;", "options that are not given keep their values"]),
     ("settings.scheme.group_size", -1, ["--group-size -1: ", "with --group-size 128;"]),
     ("settings.scheme.symmetric", False, ["--asym: ", "with --sym;"]),
     ("settings.scheme.act_order", True, ["--act-order: ", "with --no-act-order;"]),
@@ -136,7 +137,7 @@ def without(name: str) -> dict[str, Any]:
     return whole
 
 
-def recorded(may: May) -> set[str]:
+def recorded(may: Resume) -> set[str]:
     return {name for name, change in CHANGES.items() if change.may is may and change.recorded}
 
 
@@ -144,20 +145,20 @@ def recorded(may: May) -> set[str]:
 
 
 def test_the_cases_below_are_all_of_the_table() -> None:
-    assert {name for name, _, _ in REFUSED} == recorded(May.REFUSED)
-    assert {name for name, _, _ in WARNED} == recorded(May.WARNED)
-    assert {name for name, _ in FREE} == recorded(May.FREE)
+    assert {name for name, _, _ in REFUSED} == recorded(Resume.REFUSED)
+    assert {name for name, _, _ in WARNED} == recorded(Resume.WARNED)
+    assert {name for name, _ in FREE} == recorded(Resume.FREE)
 
 
 def test_every_setting_is_in_the_table_and_nothing_else() -> None:
-    """A new field of JobConfig or QuantScheme must be given a place: it may change or it may not."""
+    """Every field of JobConfig or QuantScheme has its place: it may change or it may not."""
     settings = {f"settings.{name}" for name in FROZEN_FIELDS if name != "scheme"}
     settings |= {f"settings.scheme.{f.name}" for f in dataclasses.fields(QuantScheme)}
     assert {name for name in CHANGES if name.startswith("settings.")} == settings
     others = {f.name for f in dataclasses.fields(JobConfig)} - set(FROZEN_FIELDS)
     not_recorded = {name for name, change in CHANGES.items() if not change.recorded}
     assert not_recorded == others - {"device"} | {"model"}, "of the device, what it came to be is recorded"
-    assert all(CHANGES[name].may is May.FREE for name in not_recorded)
+    assert all(CHANGES[name].may is Resume.FREE for name in not_recorded)
 
 
 def test_flags_of_the_table_are_flags(capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +166,9 @@ def test_flags_of_the_table_are_flags(capsys: pytest.CaptureFixture[str]) -> Non
         build_parser().parse_args(["quantize", "--help"])
     words = set(capsys.readouterr().out.replace(",", " ").split())
     said = {part.partition(":")[0] for change in CHANGES.values() if change.said.startswith("--") for part in change.said.split("/")}
-    typed = {flag for pair in request_module._TYPED.values() for flag in pair}
+    declared = [*table(JobConfig).values(), *table(QuantScheme).values()]
+    typed = {word for each in declared if each.flag and each.types == (bool,) for value in (True, False) for word in each.words(value)}
+    typed.discard("")  # of a switch without an opposite
     assert said and said | typed <= words
 
 

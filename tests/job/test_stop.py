@@ -1,4 +1,4 @@
-"""Being asked to stop: signals are heard while the main thread computes, the grace ends, and nothing of it outlives the job."""
+"""Stopping on signals: they are noticed while the main thread computes, the grace period ends, and handlers are restored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bigq.job.stop import SIGNALS, GraceEstimate, Stop
 
 ROOT = Path(bigq.__file__).resolve().parent.parent
 
-#: A C function of minutes that lets other threads run and looks for no signals, as a factorization is.
+#: A long C call that lets other threads run and checks for no signals, like a factorization.
 BUSY = "hashlib.pbkdf2_hmac('sha256', b'x', b'y', 2**30)"
 IDLE = "time.sleep(60)"
 #: A shell that runs tests in the background may have them ignore SIGHUP, which children inherit.
@@ -42,7 +42,7 @@ except BigqError as error:
 
 
 class Program:
-    """A child process that listens, and what it says."""
+    """A child process that handles signals, and its output."""
 
     def __init__(self, body: str, grace: float) -> None:
         code = PROGRAM.format(body=body.replace("\n", "\n        "), grace=grace)
@@ -79,15 +79,15 @@ def start() -> Iterator[Callable[..., Program]]:
 
 @pytest.mark.parametrize("body", [BUSY, IDLE], ids=["busy", "idle"])
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_signal_is_heard_and_the_grace_ends(number: signal.Signals, body: str, start: Callable[..., Program]) -> None:
+def test_a_signal_is_noticed_and_the_grace_ends(number: signal.Signals, body: str, start: Callable[..., Program]) -> None:
     program = start(body, grace=0.5)
     sent = program.send(number)
     code, out, err = program.ended()
     assert code == 75 == Stopped.exit_code
     assert 0.45 < time.monotonic() - sent < 15
     first, second = [line for line in err.splitlines() if line]
-    assert first == f"bigq: {number.name}: finishing this step and stopping, within 0.5 s; Ctrl-C ends it at once"
-    assert second.startswith(f"bigq: stopped 0.5 s after {number.name}; ") and second.endswith("run the same command again to go on")
+    assert first == f"bigq: {number.name}: stopping after this step, within 0.5 s; press Ctrl-C to stop at once"
+    assert second.startswith(f"bigq: stopped 0.5 s after {number.name}; ") and second.endswith("run the same command again to resume")
     assert out == ""
 
 
@@ -95,16 +95,16 @@ def test_a_signal_is_heard_and_the_grace_ends(number: signal.Signals, body: str,
 def test_an_interrupt_on_top_of_anything_ends_it_at_once(first: signal.Signals, start: Callable[..., Program]) -> None:
     program = start(BUSY)
     program.send(first)
-    assert "finishing this step" in "".join([program.err.readline(), program.err.readline()])
+    assert "stopping after this step" in "".join([program.err.readline(), program.err.readline()])
     sent = program.send(signal.SIGINT)
     code, _, err = program.ended()
     assert code == 130 and time.monotonic() - sent < 10
-    assert "interrupted at once" in err
+    assert "interrupted; only the current step is lost" in err
 
 
 @pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGUSR1])
-def test_others_said_twice_change_nothing(again: signal.Signals, start: Callable[..., Program]) -> None:
-    """Schedulers repeat themselves; the grace counts from the first time."""
+def test_a_repeated_signal_changes_nothing(again: signal.Signals, start: Callable[..., Program]) -> None:
+    """Schedulers may send a signal twice; the grace period starts with the first."""
     program = start(BUSY, grace=1.5)
     sent = program.send(signal.SIGTERM)
     for _ in range(3):
@@ -112,14 +112,14 @@ def test_others_said_twice_change_nothing(again: signal.Signals, start: Callable
         program.send(again)
     code, _, err = program.ended()
     assert code == 75 and 1.4 < time.monotonic() - sent < 15
-    assert err.count("finishing this step") == 1
+    assert err.count("stopping after this step") == 1
 
 
 def test_a_step_that_ends_in_time_ends_the_job(start: Callable[..., Program]) -> None:
     program = start("while not stop.requested:\n    time.sleep(0.02)\nassert 50 < stop.seconds_left <= 60\nraise stop.error('at block 3')")
     program.send(signal.SIGUSR1)
     code, out, err = program.ended()
-    assert (code, out) == (75, "SIGUSR1: stopped at block 3; run the same command again to go on\n")
+    assert (code, out) == (75, "SIGUSR1: stopped at block 3; run the same command again to resume\n")
     assert "Traceback" not in err
 
 
@@ -128,7 +128,7 @@ def test_a_signal_sent_right_away_is_not_lost(start: Callable[..., Program]) -> 
     assert program.ended()[0] == 75
 
 
-def test_what_else_is_sent_does_what_it_always_did(start: Callable[..., Program]) -> None:
+def test_other_signals_keep_their_handlers(start: Callable[..., Program]) -> None:
     program = start(IDLE)
     program.send(signal.SIGHUP)
     assert program.ended()[0] == -signal.SIGHUP
@@ -141,8 +141,8 @@ def test_without_stderr_it_ends_too(start: Callable[..., Program]) -> None:
     assert program.ended()[0] == 75
 
 
-def test_what_it_says_gets_into_no_file(tmp_path: Path) -> None:
-    """Started without stderr, the next file that is opened has its number."""
+def test_messages_are_not_written_to_files(tmp_path: Path) -> None:
+    """Without stderr, the next file that is opened gets file descriptor 2."""
     path = tmp_path / "shard"
     code = PROGRAM.format(body="import os, signal; os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", grace=0.3)
     opened = f"file = open({str(path)!r}, 'wb', buffering=0)\nassert file.fileno() == 2\n"
@@ -151,8 +151,8 @@ def test_what_it_says_gets_into_no_file(tmp_path: Path) -> None:
     assert path.read_bytes() == b""
 
 
-def test_started_programs_inherit_nothing(start: Callable[..., Program]) -> None:
-    """A signal to one of them ends it, and is not heard by the job."""
+def test_child_programs_do_not_inherit_the_handlers(start: Callable[..., Program]) -> None:
+    """A signal to one of them ends it and does not reach the job."""
     body = """import subprocess
 child = subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
 child.stdout.readline()
@@ -162,8 +162,8 @@ print(child.wait(), stop.requested, flush=True)"""
     assert (code, out) == (0, "-15 False\n")
 
 
-def test_forked_processes_do_not_speak_for_the_job(start: Callable[..., Program]) -> None:
-    """They share its pipe and have its handlers: both must go."""
+def test_signals_of_forked_processes_do_not_reach_the_job(start: Callable[..., Program]) -> None:
+    """They inherit its pipe and handlers; both must be removed."""
     body = """import os, signal
 parent = os.getpid()
 read, write = os.pipe()
@@ -184,7 +184,7 @@ print("heard", flush=True)"""
     assert (code, out) == (0, "-15\nFalse\nheard\n")
 
 
-def test_handlers_come_back_and_nothing_stays() -> None:
+def test_handlers_are_restored_and_nothing_stays() -> None:
     def mine(*_: object) -> None:
         pass
 
@@ -203,22 +203,22 @@ def test_handlers_come_back_and_nothing_stays() -> None:
                     time.sleep(0.01)
             assert {number: signal.getsignal(number) for number in SIGNALS} == expected
             assert signal.set_wakeup_fd(-1) == -1
-        time.sleep(0.5)  # the grace is over, and nobody cares
+        time.sleep(0.5)  # past the grace period, without effect
         assert len(os.listdir("/proc/self/fd")) == files and threading.active_count() == threads
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def test_handlers_come_back_after_an_error() -> None:
+def test_handlers_are_restored_after_an_error() -> None:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     with pytest.raises(ValueError, match="x"), Stop().listen():
         raise ValueError("x")
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
 
 
-def test_a_handler_that_is_not_python_s_does_not_break_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``signal.signal`` returns None for it, and does not take None."""
+def test_a_handler_that_is_not_python_s_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``signal.signal`` returns None for it and does not accept None."""
     real, before = signal.signal, signal.getsignal(signal.SIGUSR1)
     monkeypatch.setattr(stop_module.signal, "signal", lambda n, h: (real(n, h), None)[1] if n == signal.SIGUSR1 else real(n, h))
     try:
@@ -229,7 +229,7 @@ def test_a_handler_that_is_not_python_s_does_not_break_the_way_out(monkeypatch: 
         real(signal.SIGUSR1, before)
 
 
-def test_a_wakeup_pipe_of_another_comes_back() -> None:
+def test_a_previous_wakeup_pipe_is_restored() -> None:
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write)
@@ -242,15 +242,15 @@ def test_a_wakeup_pipe_of_another_comes_back() -> None:
         os.close(write)
 
 
-def test_nobody_asks_without_listening() -> None:
+def test_there_is_no_stop_without_a_request() -> None:
     stop = Stop(5)
     stop.check()
     assert not stop.requested and stop.seconds_left == float("inf")
-    stop.request("told so")
+    stop.request("a test")
     first = stop.seconds_left
-    stop.request("told again")
+    stop.request("another test")
     assert stop.requested and stop.seconds_left <= first <= 5
-    with pytest.raises(Stopped, match=r"^told so: stopped .*; run the same command again to go on$"):
+    with pytest.raises(Stopped, match=r"^a test: stopped .*; run the same command again to resume$"):
         stop.check()
 
 
@@ -271,7 +271,7 @@ def clock() -> Clock:
 
 
 def taken(clock: Clock, **seconds: float) -> GraceEstimate:
-    """After blocks that took so long."""
+    """An estimate after blocks that took these seconds."""
     estimate = GraceEstimate(clock)
     for kind, took in seconds.items():
         estimate.begin(kind)
@@ -283,26 +283,26 @@ def taken(clock: Clock, **seconds: float) -> GraceEstimate:
 @pytest.mark.parametrize(
     ("spent", "left", "leaves"),
     [
-        (0.0, 1000.0, True),  # hardly begun: nothing is lost
+        (0.0, 1000.0, True),  # hardly started: little is lost
         (10.0, 1000.0, True),
         (10.1, 1000.0, False),
-        (50.0, 84.0, False),  # 50 s to go, of which 0.6 × 84 = 50.4 may be used
+        (50.0, 84.0, False),  # 50 s remain, and 0.6 × 84 = 50.4 s may be used
         (50.0, 83.0, True),
         (99.0, 2.0, False),
         (99.0, 1.5, True),
-        (120.0, 1.0, False),  # it takes longer than usual: about to end
+        (120.0, 1.0, False),  # it takes longer than usual, so it is about to end
         (120.0, -1.0, False),
         (10.1, 0.0, True),
     ],
 )
-def test_staying_takes_that_what_is_left_to_do_fits_well(spent: float, left: float, leaves: bool, clock: Clock) -> None:
+def test_a_block_is_finished_only_if_its_rest_fits_well(spent: float, left: float, leaves: bool, clock: Clock) -> None:
     estimate = taken(clock, solve=100.0)
     estimate.begin("solve")
     clock.now += spent
     assert estimate.must_stop(left) is leaves
 
 
-def test_of_a_kind_never_finished_nothing_is_known(clock: Clock) -> None:
+def test_a_kind_without_a_finished_block_has_no_estimate(clock: Clock) -> None:
     estimate = taken(clock, replay=1.0)
     estimate.begin("solve")
     clock.now += 0.5
@@ -325,8 +325,8 @@ def test_the_latest_of_a_kind_counts(clock: Clock) -> None:
         estimate.end()
 
 
-def test_the_answer_stays_for_the_block_under_way(clock: Clock) -> None:
-    """Else a job that chose to finish would leave half-way, and one that is leaving would begin another step."""
+def test_the_answer_holds_for_the_current_block(clock: Clock) -> None:
+    """Otherwise a job that chose to finish the block could stop halfway, and a stopping job could start another step."""
     estimate = taken(clock, solve=100.0)
     estimate.begin("solve")
     clock.now += 50.0
@@ -339,7 +339,7 @@ def test_the_answer_stays_for_the_block_under_way(clock: Clock) -> None:
     assert estimate.must_stop(1e9)
 
 
-def test_a_block_of_no_time_at_all(clock: Clock) -> None:
+def test_a_block_that_took_no_time(clock: Clock) -> None:
     estimate = taken(clock, solve=0.0)
     estimate.begin("solve")
     assert estimate.must_stop(60.0)

@@ -1,4 +1,4 @@
-"""Scalar versions of grids and of the column loop: numpy and Python's own floats, one group or one weight at a time."""
+"""Scalar versions of grids and of the column loop, in numpy and Python floats: one group or one weight at a time."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def reference_grid(group: np.ndarray, spec: GridSpec) -> tuple[float, int]:
 def column_loop(
     target: Tensor, u: Tensor, work: Tensor, spec: GridSpec, scale: Tensor, zero: Tensor, group: Tensor, find: bool
 ) -> dict[str, Tensor]:
-    """What ``gptq_block_`` should leave behind for target [k, m]; all fp64."""
+    """The expected results of ``gptq_block_`` for target [k, m], all in fp64."""
     k, m = target.shape
     width = k // len(scale)
     out = {name: torch.zeros(k, m, dtype=torch.float64) for name in ("target", "work", "codes")}

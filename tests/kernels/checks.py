@@ -1,4 +1,4 @@
-"""What the kernel tests have in common: both versions of a kernel, memory layouts, and how near is near enough."""
+"""Shared by the kernel tests: both versions of a kernel, memory layouts, and tolerances."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 #: Triton's interpreter truncates where a GPU rounds fp32 to bf16.
 INTERPRETED = not torch.cuda.is_available()
 
-#: Both versions of a kernel: the plain one is tested like the other.
+#: Both versions of a kernel are tested in the same way.
 VERSIONS = ["reference", "triton"]
 
-#: How a matrix may lie in memory.
+#: Memory layouts of a matrix.
 ORDERS = ["by rows", "by columns", "within a larger one"]
 
 
 def kernel(name: str, version: str) -> Callable[..., Any]:
-    """A version of the function ``name``, which may end in ``_`` and lives in the module of that name."""
+    """A version of the function ``name`` (which may end in ``_``) from the module of that name."""
     function = f"{name.rstrip('_')}_{version}{'_' if name.endswith('_') else ''}"
     home = {"unpack": "pack", "dequantize_packed": "dequantize"}.get(name, name.rstrip("_"))
     module = pytest.importorskip(f"bigq.kernels.{'gpu.' if version == 'triton' else ''}{home}")
@@ -32,7 +32,7 @@ def rubbish(dtype: torch.dtype) -> float:
 
 
 def stored(x: Tensor, order: str) -> Tensor:
-    """A copy of x in memory of its own. ``within``: each row at a distance, with rubbish between and around; see ``untouched``."""
+    """A copy of x in its own memory. ``within``: rows at a distance, with fill values between and around them; see ``untouched``."""
     if order == "by rows":
         return x.clone(memory_format=torch.contiguous_format)
     if order == "by columns":
@@ -44,7 +44,7 @@ def stored(x: Tensor, order: str) -> Tensor:
 
 
 def untouched(view: Tensor) -> bool:
-    """Whether all that lies around a view that ``stored`` made within a larger matrix is still rubbish."""
+    """Whether the fill values around a view from ``stored`` are unchanged."""
     assert view._base is not None
     base = view._base.clone()
     base.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(rubbish(view.dtype))
@@ -52,7 +52,7 @@ def untouched(view: Tensor) -> bool:
 
 
 def same_bytes(x: Tensor, y: Tensor) -> bool:
-    """Equality that takes NaN for equal to NaN, but no −0 for 0."""
+    """Equality in which NaN equals NaN, but −0 does not equal 0."""
     return x.dtype == y.dtype and torch.equal(*(t.contiguous().view(torch.uint8) for t in (x, y)))
 
 
@@ -63,5 +63,5 @@ def distance(x: Tensor, exact: Tensor) -> float:
 
 
 def as_good(x: Tensor, own: Tensor, exact: Tensor, factor: float = 2.0, floor: float = 2.0**-24) -> bool:
-    """Whether x is hardly further from the exact values than torch's ``own``. Never where x holds NaN."""
+    """Whether the error of x is at most ``factor`` times that of torch's result ``own``. False if x contains NaN."""
     return x.shape == exact.shape and distance(x, exact) <= factor * distance(own, exact) + floor

@@ -1,4 +1,4 @@
-"""The factorization from the last column to the first, against torch's own from the first to the last."""
+"""The factorization from the last column to the first, against torch's from the first to the last."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_its_inverse_is_the_upper_factor_of_the_inverse(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_lower_triangle_is_left_alone(n: int) -> None:
+def test_lower_triangle_is_not_written(n: int) -> None:
     h = positive_definite(n, torch.float32)
     below = torch.randn(n, n).tril(-1)
     work = h.triu() + below
@@ -79,7 +79,7 @@ def test_lower_triangle_is_not_read(n: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("where", ["first", "last"])
-def test_an_indefinite_matrix_is_told(where: str, n: int, dtype: torch.dtype) -> None:
+def test_an_indefinite_matrix_returns_false(where: str, n: int, dtype: torch.dtype) -> None:
     h = positive_definite(n, dtype)
     at = 0 if where == "first" else n - 1
     h[at, at] = -0.1
@@ -87,14 +87,14 @@ def test_an_indefinite_matrix_is_told(where: str, n: int, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("n", [2, 300, 700])
-def test_an_indefinite_matrix_with_a_positive_diagonal_is_told(n: int) -> None:
+def test_an_indefinite_matrix_with_a_positive_diagonal_returns_false(n: int) -> None:
     h = torch.eye(n)
     h[0, 1] = h[1, 0] = 2
     assert upper_cholesky_(h) is False
 
 
 @pytest.mark.parametrize("n", [3, 300])
-def test_nan_is_told(n: int) -> None:
+def test_nan_returns_false(n: int) -> None:
     h = torch.eye(n)
     h[0, 1] = h[1, 0] = float("nan")
     assert upper_cholesky_(h) is False
@@ -106,7 +106,7 @@ def residual(r: Tensor, h: Tensor) -> float:
 
 
 def own_residual(h: Tensor) -> float:
-    """Torch's own factorization's."""
+    """The residual of torch's factorization."""
     lower = torch.linalg.cholesky(h).double()
     return float((lower @ lower.T - h.double()).norm())
 
@@ -114,7 +114,7 @@ def own_residual(h: Tensor) -> float:
 @pytest.mark.usefixtures("triton_path")
 @pytest.mark.parametrize(("n", "panel"), [(5, 256), (257, 256), (520, 256), (300, 100), (200, 32)])
 def test_on_triton_it_is_no_worse_than_torchs_own(n: int, panel: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies below the diagonal is NaN, and stays it."""
+    """The lower triangle is NaN and stays NaN."""
     monkeypatch.setattr(cholesky, "PANEL", panel)
     h = positive_definite(n, torch.float32).to(device)
     below = torch.ones(n, n, dtype=torch.bool, device=device).tril(-1)
@@ -127,7 +127,7 @@ def test_on_triton_it_is_no_worse_than_torchs_own(n: int, panel: int, device: to
 
 
 @pytest.mark.usefixtures("triton_path")
-def test_on_triton_an_indefinite_matrix_is_told(device: torch.device) -> None:
+def test_on_triton_an_indefinite_matrix_returns_false(device: torch.device) -> None:
     h = positive_definite(300, torch.float32).to(device)
     h[0, 0] = -0.1
     assert upper_cholesky_(h) is False
@@ -155,7 +155,7 @@ def triangular(n: int) -> Tensor:
     ids=str,
 )
 def test_diagonal_inverses(edges: tuple[int, ...], device: torch.device) -> None:
-    """Blocks of several widths: each in the corner of its own matrix, the rest of which must not disturb it."""
+    """Blocks of several widths: each in the corner of its matrix, whose rest must have no effect."""
     blocks = list(itertools.pairwise(edges))
     r = triangular(300).to(device)
     inverses = diagonal_inverses(r, blocks)

@@ -22,7 +22,7 @@ Problem = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def problem(bits: int, b: int, m: int, n: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Problem, Tensor]:
-    """x [b, n], words, scales [G, m] and zeros [G, m] as the checkpoint formats have them; and the weight in fp64."""
+    """x [b, n], words, scales [G, m] and zeros [G, m] in the layout of the checkpoint formats; and the weight in fp64."""
     gen = torch.Generator().manual_seed(b * m * n + bits)
     codes = torch.randint(0, 2**bits, (n, m), dtype=torch.uint8, generator=gen)
     zeros = torch.randint(0, 2**bits, (n // width, m), dtype=torch.uint8, generator=gen)
@@ -33,12 +33,12 @@ def problem(bits: int, b: int, m: int, n: int, width: int, dtype: torch.dtype, d
 
 
 def own(x: Tensor, weight: Tensor) -> Tensor:
-    """What torch makes of it where the weight is formed in x's type."""
+    """The result of torch with a weight in x's dtype."""
     return (x.float() @ weight.to(x.dtype).float().T).to(x.dtype)
 
 
 def near(y: Tensor, x: Tensor, weight: Tensor) -> bool:
-    """As good as torch's own; an interpreted bf16 result may be one unit of the last place lower."""
+    """As good as torch's result. With Triton's interpreter, a bf16 result may be one unit in the last place lower."""
     exact = x.double() @ weight.T
     if INTERPRETED and y.dtype == torch.bfloat16:
         slack = 2**-22 * (x.double().abs() @ weight.abs().T)
@@ -73,7 +73,7 @@ def test_product_is_as_good_as_torchs_own(
 
 @pytest.mark.parametrize(("programs", "splits"), [(1, 1), (4, 2), (6, 3), (1024, 7)])
 @pytest.mark.parametrize(("bits", "group"), [(4, 16), (8, 7)])
-def test_inputs_shared_among_any_number_of_programs(
+def test_inputs_split_among_any_number_of_programs(
     bits: int, group: int, programs: int, splits: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """7 reads of 16 cycles by 2 programs for outputs: partial sums of fp32 differ from one sum by their rounding alone."""
@@ -115,8 +115,8 @@ def test_the_criterion_sees_one_code(version: str, group: int, bits: int, device
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_rows_of_x_may_lie_apart(version: str, dtype: torch.dtype, device: torch.device) -> None:
-    """What lies between them is NaN."""
+def test_rows_of_x_may_be_strided(version: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Between the rows there is NaN."""
     (x, *rest), weight = problem(4, 5, 40, 128, 32, dtype, device)
     buffer = torch.full((9, 150), float("nan"), dtype=dtype, device=device)
     apart = buffer[1:6, 3:131].copy_(x)
@@ -142,7 +142,7 @@ def test_the_largest_codes_are_exact(version: str, bits: int, dtype: torch.dtype
 @pytest.mark.parametrize(
     ("bits", "width", "served"), [(2, 8, False), (2, 16, True), (3, 8, False), (3, 48, False), (3, 64, True), (4, 8, True)]
 )
-def test_groups_that_begin_inside_a_cycle_are_left_to_plain_torch(
+def test_groups_that_begin_inside_a_cycle_use_the_reference(
     bits: int, width: int, served: bool, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = pytest.importorskip("bigq.kernels.gpu.dequant_matvec")

@@ -22,7 +22,7 @@ Quantized = tuple[Tensor, Tensor, Tensor]
 
 
 def quantized(bits: int, m: int, n: int, groups: int, device: torch.device) -> Quantized:
-    """Codes [m, n], scales and zeros [m, groups] as a result holds them."""
+    """Codes [m, n], scales and zeros [m, groups] in the layout of the solver."""
     gen = torch.Generator().manual_seed(bits * m * n)
     codes, zeros = (torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=gen) for shape in ((m, n), (m, groups)))
     scales = (0.001 + torch.rand(m, groups, generator=gen)).to(torch.float16)
@@ -30,7 +30,7 @@ def quantized(bits: int, m: int, n: int, groups: int, device: torch.device) -> Q
 
 
 def expected(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
-    """In fp64, where nothing is rounded, then rounded once. fp16 times a small integer fits into fp32, too."""
+    """Computed in fp64 without rounding, then rounded once. fp16 times a small integer is exact in fp32 too."""
     scales, zeros = (t.double().repeat_interleave(codes.shape[1] // t.shape[1], 1) for t in (scales, zeros))
     return ((codes.double() - zeros) * scales).to(dtype)
 
@@ -45,7 +45,7 @@ def agrees(weight: Tensor, exact: Tensor, version: str = "triton") -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("version", VERSIONS)
-def test_weights_are_what_the_codes_stand_for(
+def test_weights_equal_their_definition(
     version: str, bits: int, dtype: torch.dtype, shape: tuple[int, int, int], device: torch.device
 ) -> None:
     parts = quantized(bits, *shape, device)
@@ -64,7 +64,7 @@ def test_weights_are_what_the_codes_stand_for(
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("grid_order", ORDERS)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_any_memory_order_will_do(version: str, grid_order: str, order: str, device: torch.device) -> None:
+def test_any_memory_order_works(version: str, grid_order: str, order: str, device: torch.device) -> None:
     codes, scales, zeros = quantized(4, 33, 160, 5, device)
     given = stored(codes, order), stored(scales, grid_order), stored(zeros, order)
     assert agrees(kernel("dequantize", version)(*given, torch.float32), expected(codes, scales, zeros, torch.float32))
@@ -76,7 +76,7 @@ def test_any_memory_order_will_do(version: str, grid_order: str, order: str, dev
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.usefixtures("triton_path")
 def test_packed_codes_give_the_same_weights(bits: int, shape: tuple[int, int, int], order: str, device: torch.device) -> None:
-    """Scales and zeros as the checkpoint formats have them: [G, m]."""
+    """Scales and zeros in the layout of the checkpoint formats: [G, m]."""
     codes, scales, zeros = quantized(bits, *shape, device)
     words = stored(pack_reference(codes.T, bits), order)
     for dtype in DTYPES:
@@ -101,7 +101,7 @@ def test_chunks_of_any_size_give_the_same_weights(chunk: int, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("triton_path")
-def test_fp64_is_served_by_plain_torch(device: torch.device) -> None:
+def test_fp64_uses_the_reference(device: torch.device) -> None:
     codes, scales, zeros = quantized(3, 4, 64, 2, device)
     assert torch.equal(dequantize(codes, scales, zeros, torch.float64), expected(codes, scales, zeros, torch.float64))
     words = pack_reference(codes.T, 3)

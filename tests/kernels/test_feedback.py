@@ -1,4 +1,4 @@
-"""The product that corrects a block of columns for all before it."""
+"""The product that corrects a block of columns for the errors of all columns before it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def operands(a: int, s: int, m: int, dtype: torch.dtype, device: torch.device) -
 def test_out_is_overwritten_by_the_product(
     dtype: torch.dtype, tolerance: float, shape: tuple[int, int, int], order: str, device: torch.device
 ) -> None:
-    """What ``out`` held is NaN; r is part of a larger factor. TF32 has a tolerance of its own."""
+    """``out`` is NaN before; r is part of a larger factor. TF32 has its own tolerance."""
     a, s, m = shape
     r, errors = operands(a, s, m, dtype, device)
     out = stored(torch.full((s, m), float("nan"), dtype=dtype, device=device), order)
@@ -49,7 +49,7 @@ def test_the_same_input_gives_the_same_bytes(device: torch.device) -> None:
 
 @pytest.fixture
 def precision() -> Iterator[Any]:
-    """Where torch keeps how exactly fp32 matrices are multiplied, which is put back."""
+    """torch's settings for the precision of fp32 products, restored after the test."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     yield matmul
@@ -59,9 +59,7 @@ def precision() -> Iterator[Any]:
 @pytest.mark.parametrize("is_cuda", [False, True], ids=["cpu", "cuda"])
 @pytest.mark.parametrize("before", ["ieee", "tf32"])
 @pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
-def test_tf32_is_on_for_this_product_alone(
-    is_cuda: bool, before: str, fails: bool, precision: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tf32_is_on_only_for_this_product(is_cuda: bool, before: str, fails: bool, precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def mm(*_: Any, **__: Any) -> None:
@@ -80,7 +78,7 @@ def test_tf32_is_on_for_this_product_alone(
 
 @pytest.mark.parametrize("before", ["ieee", "tf32"])
 def test_products_are_exact_where_they_must_be(before: str, precision: Any) -> None:
-    """Whatever the program around bigq has chosen; the two kinds of stretches nest."""
+    """Whatever the calling program has set. The two kinds of contexts nest."""
     gpu: Any = SimpleNamespace(is_cuda=True)
     precision.fp32_precision = before
     with fp32_products(gpu, tf32=False):
@@ -91,7 +89,7 @@ def test_products_are_exact_where_they_must_be(before: str, precision: Any) -> N
     assert precision.fp32_precision == before
 
 
-def test_a_program_that_uses_the_older_flag_is_served(precision: Any) -> None:
+def test_the_older_flag_of_the_calling_program_is_respected(precision: Any) -> None:
     precision.allow_tf32 = True
     with fp32_products(SimpleNamespace(is_cuda=True), tf32=False):  # type: ignore[arg-type]
         assert precision.fp32_precision == "ieee"

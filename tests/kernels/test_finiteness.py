@@ -1,4 +1,4 @@
-"""Whether a tensor is finite."""
+"""Checks for NaN and Inf."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bigq.kernels.finiteness import is_finite
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_finite_sees_a_single_bad_element(bad: float, dtype: torch.dtype) -> None:
+def test_a_single_bad_element_is_found(bad: float, dtype: torch.dtype) -> None:
     x = torch.full((9, 11), torch.finfo(dtype).max, dtype=dtype)
     x[0] = -x[0]
     assert is_finite(x)
@@ -18,5 +18,5 @@ def test_finite_sees_a_single_bad_element(bad: float, dtype: torch.dtype) -> Non
     assert not is_finite(x)
 
 
-def test_nothing_is_finite() -> None:
+def test_an_empty_tensor_is_finite() -> None:
     assert is_finite(torch.empty(0, 5))

@@ -1,4 +1,4 @@
-"""The column loop, against one that works weight by weight in Python's own floats."""
+"""The column loop, against one that works weight by weight in Python floats."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
 SYMMETRIC = GridSpec(bits=4, symmetric=True)
 
-#: What the kernel leaves behind.
+#: The results of the kernel.
 RESULTS = ("codes", "target", "work", "loss", "scale", "zero")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """The arguments of ``gptq_block_``, fp64 until ``to``."""
+    """The arguments of ``gptq_block_``, in fp64 until ``to``."""
 
     target: Tensor
     u: Tensor
@@ -74,7 +74,7 @@ def stacked(blocks: list[Block]) -> Block:
 
 
 def run(version: str, b: Block, order: str = "by rows") -> dict[str, Tensor]:
-    """What a version makes of copies of the arguments that lie in memory in that order; nothing else may change."""
+    """The results of a version for copies of the arguments in that memory order. Checks that nothing else changes."""
     target, u, work = (stored(t, order) for t in (b.target, b.u, b.work))
     codes = stored(torch.full(b.target.shape, 255, dtype=torch.uint8, device=u.device), order)
     scale, zero = (stored(t, "within a larger one") for t in (b.scale, b.zero))
@@ -136,7 +136,7 @@ def test_grids_found_on_the_way_equal_those_by_hand(k: int, width: int, symmetri
 
 
 @pytest.mark.parametrize("find", [False, True], ids=["given", "found"])
-def test_several_matrices_are_treated_each_on_its_own(find: bool) -> None:
+def test_a_batch_equals_separate_calls(find: bool) -> None:
     b = stacked([block(48, 5, width=16 * find, seed=i) for i in range(3)])
     result, expected = run("reference", b), by_hand(b)
     assert torch.equal(result["codes"].double(), expected["codes"]) and torch.equal(result["scale"], expected["scale"])
@@ -168,7 +168,7 @@ def test_triton_with_grids_found(k: int, m: int, width: int, bits: int, symmetri
 @pytest.mark.parametrize("scale_bits", [7, 8])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 def test_triton_with_coarse_scales(symmetric: bool, scale_bits: int, device: torch.device) -> None:
-    """Groups of zeros and groups below fp16 among them."""
+    """Including groups of zeros and groups below the range of fp16."""
     b = block(32, 6, GridSpec(bits=4, symmetric=symmetric, scale_bits=scale_bits), width=16)
     b.target[:, 0] = 0
     b.target[:, 1] *= 1e-9
@@ -186,14 +186,14 @@ def test_triton_with_coarse_scales(symmetric: bool, scale_bits: int, device: tor
     ],
 )  # fmt: skip
 def test_triton_with_whole_blocks(k: int, width: int, symmetric: bool, device: torch.device) -> None:
-    """Groups narrower and wider than what a program holds at a time, and some that do not fit into it."""
+    """Groups narrower and wider than the tile of a program, and some that do not divide it."""
     check(block(k, 6, GridSpec(bits=4, symmetric=symmetric), width=width), device)
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 @pytest.mark.parametrize(("k", "width"), [(32, 32), (48, 16)])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_triton_with_a_search_for_the_best_range(bits: int, k: int, width: int, symmetric: bool, device: torch.device) -> None:
+def test_triton_with_a_grid_search(bits: int, k: int, width: int, symmetric: bool, device: torch.device) -> None:
     spec = GridSpec(bits=bits, symmetric=symmetric, mse=True)
     got = check(block(k, 9, spec, width=width), device)
     plain = run("reference", block(k, 9, replace(spec, mse=False), width=width).to(torch.float32, device))
@@ -203,7 +203,7 @@ def test_triton_with_a_search_for_the_best_range(bits: int, k: int, width: int, 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("case", "batch", "k"), [("given", 2, 40), ("found", 3, 16), ("mse", 2, 16)])
 def test_triton_with_several_matrices_in_any_memory_order(case: str, batch: int, k: int, order: str, device: torch.device) -> None:
-    """What lies around them is NaN or 255, and stays it."""
+    """The memory around them is NaN or 255, and stays unchanged."""
     spec = GridSpec(bits=3, symmetric=False, min_zero=1, mse=case == "mse")
     blocks = [block(k, 18 if k == 16 else 6, spec, width=8 * (case != "given"), seed=i) for i in range(batch)]
     got = check(stacked(blocks), device, order)
@@ -226,7 +226,7 @@ def test_the_same_input_gives_the_same_bytes(width: int, version: str, device: t
 def test_the_range_of_a_group_of_one_sign_reaches_to_zero(
     version: str, k: int, width: int, sign: int, symmetric: bool, device: torch.device
 ) -> None:
-    """Also where the group is all there is."""
+    """Also if there is only one group."""
     b = block(k, 5, GridSpec(bits=4, symmetric=symmetric), width=width).to(torch.float32, device)
     b = replace(b, target=sign * (2 + b.target.sin()), u=torch.eye(k, device=device))
     reach = b.target.abs().view(-1, width, 5).amax(1).double()
@@ -237,7 +237,7 @@ def test_the_range_of_a_group_of_one_sign_reaches_to_zero(
 
 @pytest.mark.usefixtures("triton_path")
 @pytest.mark.parametrize("width", [0, 8], ids=["given", "found"])
-def test_the_public_function_takes_fp32_to_triton_and_keeps_fp64(width: int, device: torch.device) -> None:
+def test_the_public_function_uses_triton_for_fp32_and_the_reference_for_fp64(width: int, device: torch.device) -> None:
     b = block(24, 7, width=width).to(torch.float32, device)
     one, other = run("public", b), run("triton", b)
     assert all(same_bytes(one[name], other[name]) for name in RESULTS)
@@ -247,7 +247,7 @@ def test_the_public_function_takes_fp32_to_triton_and_keeps_fp64(width: int, dev
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_lies_below_the_diagonal_of_u_is_not_used(version: str, device: torch.device) -> None:
+def test_the_lower_triangle_of_u_is_not_used(version: str, device: torch.device) -> None:
     for width in (0, 8):
         b = block(40, 4, width=width).to(torch.float32, device)
         below = torch.ones(40, 40, dtype=torch.bool, device=device).tril(-1)
@@ -256,7 +256,7 @@ def test_what_lies_below_the_diagonal_of_u_is_not_used(version: str, device: tor
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_each_weight_counts(version: str, device: torch.device) -> None:
+def test_each_weight_has_an_effect(version: str, device: torch.device) -> None:
     """The last row's first weight changes all of its columns that U reaches, and no other row."""
     b = block(24, 17).to(torch.float32, device)
     moved = b.target.clone()
@@ -270,7 +270,7 @@ def test_each_weight_counts(version: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_work_that_is_not_the_target_has_its_own_error(version: str, device: torch.device) -> None:
-    """A number of ``work`` minus the point of the code, whatever was corrected before."""
+    """``work`` minus the value of the code, whatever the correction was."""
     b = block(16, 5, width=8).to(torch.float32, device)
     result = run(version, b)
     points = (result["codes"].double() - result["zero"].double()[b.group]) * result["scale"].double()[b.group]
@@ -281,7 +281,7 @@ def test_work_that_is_not_the_target_has_its_own_error(version: str, device: tor
 
 
 def tiny(target: list[list[float]], u: list[list[float]], spec: GridSpec = SYMMETRIC) -> Block:
-    """One group of scale 1 and the middle zero."""
+    """One group with scale 1 and zero point ``2**(bits-1)``."""
     w = torch.tensor(target)
     ones = torch.ones(1, w.shape[1])
     group = torch.zeros(len(w), dtype=torch.int64)
@@ -321,7 +321,7 @@ def test_a_single_error_is_spread_along_its_row_of_u(version: str, device: torch
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_scales_at_the_ends_of_fp16(version: str, symmetric: bool, device: torch.device) -> None:
-    """A group of zeros takes 1, one that is too small the smallest number, one that is too large Inf; each in its own row."""
+    """In separate rows: a group of zeros has scale 1, a too small one the smallest fp16 number, a too large one Inf."""
     b = block(16, 5, GridSpec(bits=4, symmetric=symmetric), width=16)
     b.target[:, 0], b.target[:, 1] = 0, 1e-9 * b.target[:, 1].sign()
     b.target[:, 2] = 1e-6 * b.target[:, 1].sign()
@@ -337,12 +337,12 @@ def test_scales_at_the_ends_of_fp16(version: str, symmetric: bool, device: torch
 @pytest.mark.parametrize("find", [False, True], ids=["given", "found"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_weight_that_is_not_finite_shows_in_its_rows_loss(version: str, bad: float, find: bool, device: torch.device) -> None:
+def test_a_nonfinite_weight_shows_in_its_rows_loss(version: str, bad: float, find: bool, device: torch.device) -> None:
     b = block(16, 5, width=8 * find).to(torch.float32, device)
     b.target[11, 2] = bad
     assert run(version, b)["loss"].isfinite().tolist() == [True, True, False, True, True]
 
 
-def test_triton_takes_128_columns_at_most(device: torch.device) -> None:
+def test_triton_supports_at_most_128_columns(device: torch.device) -> None:
     with pytest.raises(AssertionError):
         run("triton", block(136, 2).to(torch.float32, device))

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
 
 def groups(seed: int, g: int = 24, count: int = 40) -> Tensor:
-    """fp64 [g, count]: groups of all sizes and offsets, among them some of one sign only."""
+    """fp64 [g, count]: groups of all sizes and offsets, including some of one sign only."""
     gen = torch.Generator().manual_seed(seed)
     w = torch.randn(g, count, dtype=torch.float64, generator=gen)
     w += torch.linspace(-6, 6, count, dtype=torch.float64)
@@ -38,7 +38,7 @@ def test_grid_equals_the_scalar_reference(bits: int, symmetric: bool, mse: float
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
-def test_grid_is_what_will_be_stored(symmetric: bool, dtype: torch.dtype) -> None:
+def test_grid_is_rounded_to_its_stored_precision(symmetric: bool, dtype: torch.dtype) -> None:
     scale, zero = find_grid(groups(0).to(dtype).reshape(24, 8, 5), GridSpec(bits=4, symmetric=symmetric, mse=True))
     assert scale.dtype == zero.dtype == dtype and scale.shape == zero.shape == (8, 5)
     assert torch.equal(scale, scale.half().to(dtype)), "scales are not fp16 numbers"
@@ -48,7 +48,7 @@ def test_grid_is_what_will_be_stored(symmetric: bool, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_grid_search_never_loses_to_the_full_range(bits: int, symmetric: bool) -> None:
+def test_grid_search_is_never_worse_than_the_full_range(bits: int, symmetric: bool) -> None:
     w = groups(seed=9)
     full, searched = (find_grid(w, GridSpec(bits=bits, symmetric=symmetric, mse=mse)) for mse in (False, True))
     for i, column in enumerate(w.T.numpy()):
@@ -81,7 +81,7 @@ def test_a_scale_above_fp16_is_infinite() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_min_zero_keeps_a_positive_group_in_reach(bits: int) -> None:
-    """A group without negative weights would take zero 0; stored as zero − 1 it must become 1 and still reach the top."""
+    """A group without negative weights has zero 0. For storage as zero − 1 it must be 1, and the maximum must still be in range."""
     w = torch.linspace(0, 3, 32, dtype=torch.float64)[:, None]
     scale, zero = find_grid(w, GridSpec(bits=bits, symmetric=False, min_zero=1))
     assert zero.item() == 1
@@ -92,8 +92,8 @@ def test_min_zero_keeps_a_positive_group_in_reach(bits: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 @pytest.mark.parametrize("bits", [7, 8, 9, 10, 11])
-def test_scales_have_as_many_significant_bits_as_asked_for(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
-    """And are the nearest such number to what fp16 would hold."""
+def test_scales_have_the_requested_significant_bits(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+    """And each is the nearest such number to the fp16 scale."""
     w = groups(3).to(dtype)
     scale, _ = find_grid(w, GridSpec(bits=4, symmetric=symmetric, scale_bits=bits))
     fine, _ = find_grid(w, GridSpec(bits=4, symmetric=symmetric))
@@ -104,7 +104,7 @@ def test_scales_have_as_many_significant_bits_as_asked_for(bits: int, symmetric:
     assert torch.equal(scale, fine) == (bits == 11)
 
 
-def test_scales_of_eight_bits_are_whole_in_bf16_and_of_seven_times_a_zero_in_fp16() -> None:
+def test_scales_of_8_bits_are_exact_in_bf16_and_of_7_bits_times_a_zero_in_fp16() -> None:
     w = torch.randn(32, 4000, generator=torch.Generator().manual_seed(1))
     eight, _ = find_grid(w, GridSpec(bits=4, symmetric=True, scale_bits=8))
     assert torch.equal(eight.bfloat16().float(), eight)
@@ -115,7 +115,7 @@ def test_scales_of_eight_bits_are_whole_in_bf16_and_of_seven_times_a_zero_in_fp1
     assert not torch.equal((eleven * zero).half().float(), eleven * zero), "which takes the coarser scales"
 
 
-def test_rounding_scales_keeps_what_is_out_of_range() -> None:
+def test_rounding_scales_keeps_underflow_and_overflow() -> None:
     spec = GridSpec(bits=4, symmetric=True, scale_bits=8)
     w = torch.tensor([[0.0, 1e-9, 65504.0 * 15, 65500.0 * 7.5]]).expand(16, 4)
     assert find_grid(w, spec)[0].tolist() == [1.0, TINY, math.inf, math.inf], "the last is rounded up out of fp16"

@@ -1,4 +1,4 @@
-"""Codes in 32-bit words, against a decoder that reads one long Python integer bit by bit."""
+"""Packed codes, against a decoder that reads one long Python integer bit by bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BITS = [2, 3, 4, 8]
 
 
 def decode(words: list[int], bits: int) -> list[int]:
-    """Code i is made of bits [i·b, (i+1)·b) of the stream; word 0 holds bits 0 to 31."""
+    """Code i is bits [i·b, (i+1)·b) of the stream; word 0 contains bits 0 to 31."""
     stream = 0
     for i, word in enumerate(words):
         stream |= (word & 0xFFFFFFFF) << (32 * i)
@@ -33,7 +33,7 @@ def word(value: int) -> int:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", [(32,), (32, 1), (96, 7), (256, 3), (64, 2, 5)], ids=str)
-def test_pack_is_what_the_decoder_reads(shape: tuple[int, ...], bits: int) -> None:
+def test_the_decoder_reads_packed_codes(shape: tuple[int, ...], bits: int) -> None:
     codes = random_codes(bits, *shape)
     words = pack(codes, bits)
     assert words.dtype == torch.int32 and words.shape == (shape[0] * bits // 32, *shape[1:])
@@ -43,7 +43,7 @@ def test_pack_is_what_the_decoder_reads(shape: tuple[int, ...], bits: int) -> No
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_unpack_is_what_the_decoder_reads(bits: int) -> None:
+def test_unpack_equals_the_decoder(bits: int) -> None:
     words = torch.randint(-(2**31), 2**31, (3 * bits, 6), generator=torch.Generator().manual_seed(1)).to(torch.int32)
     codes = unpack(words, bits)
     assert codes.dtype == torch.uint8 and codes.shape == (96, 6)
@@ -58,7 +58,7 @@ def test_unpack_inverts_pack(shape: tuple[int, ...], bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_codes_that_are_not_contiguous_are_read_right(bits: int) -> None:
+def test_codes_that_are_not_contiguous(bits: int) -> None:
     codes = random_codes(bits, 5, 64).T
     assert torch.equal(pack(codes, bits), pack(codes.contiguous(), bits))
 
@@ -95,7 +95,7 @@ def test_constants(bits: int, code: int, words: list[int]) -> None:
         (31, 0b111, [0, 0, 0xE0000000]),
     ],
 )
-def test_three_bit_codes_straddle_words(index: int, code: int, words: list[int]) -> None:
+def test_three_bit_codes_cross_words(index: int, code: int, words: list[int]) -> None:
     codes = torch.zeros(32, dtype=torch.uint8)
     codes[index] = code
     assert pack(codes, 3).tolist() == [word(w) for w in words]
@@ -110,8 +110,8 @@ def tensor_of_codes(words: Tensor, bits: int) -> Tensor:
 @pytest.mark.parametrize(("cycles", "m"), [(1, 1), (1, 65), (3, 64), (5, 63), (4, 5), (9, 2)])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_version_packs_what_the_decoder_reads(version: str, bits: int, cycles: int, m: int, order: str, device: torch.device) -> None:
-    """Cycles and rows around the tiles; what lies around the codes is 255."""
+def test_the_decoder_reads_what_every_version_packs(version: str, bits: int, cycles: int, m: int, order: str, device: torch.device) -> None:
+    """Cycles and rows around the tile sizes. The memory around the codes is 255."""
     codes = random_codes(bits, cycles * (32 if bits == 3 else 32 // bits), m).to(device)
     given = stored(codes, order)
     words, again = (kernel("pack", version)(given, bits) for _ in range(2))
@@ -126,10 +126,8 @@ def test_every_version_packs_what_the_decoder_reads(version: str, bits: int, cyc
 @pytest.mark.parametrize(("cycles", "m"), [(1, 1), (1, 65), (3, 64), (5, 63), (9, 2)])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_version_unpacks_what_the_decoder_reads(
-    version: str, bits: int, cycles: int, m: int, order: str, device: torch.device
-) -> None:
-    """All bits of the words are random, the sign too."""
+def test_every_version_unpacks_like_the_decoder(version: str, bits: int, cycles: int, m: int, order: str, device: torch.device) -> None:
+    """All bits of the words are random, including the sign."""
     gen = torch.Generator().manual_seed(cycles)
     words = torch.randint(-(2**31), 2**31, (cycles * (3 if bits == 3 else 1), m), generator=gen).to(torch.int32).to(device)
     given = stored(words, order)
@@ -144,7 +142,7 @@ def test_every_version_unpacks_what_the_decoder_reads(
 @pytest.mark.usefixtures("triton_path")
 @pytest.mark.parametrize("shape", [(96,), (96, 5), (32, 2, 3)], ids=str)
 @pytest.mark.parametrize("bits", BITS)
-def test_on_triton_any_number_of_dimensions_comes_back(bits: int, shape: tuple[int, ...], device: torch.device) -> None:
+def test_on_triton_any_number_of_dimensions(bits: int, shape: tuple[int, ...], device: torch.device) -> None:
     codes = random_codes(bits, *shape).to(device)
     words = pack(codes, bits)
     assert torch.equal(words.cpu(), kernel("pack", "reference")(codes.cpu(), bits)) and torch.equal(unpack(words, bits), codes)

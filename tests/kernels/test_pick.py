@@ -1,4 +1,4 @@
-"""Which version of a kernel runs, and that the tests' own way of choosing Triton does choose it."""
+"""The dispatch between versions of a kernel, and that the tests' fixture selects Triton."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def matvec() -> Tensor:
     return dequant_matvec(ones(1, 64, dtype=torch.float16), ones(8, 2, dtype=torch.int32), *quantized(), 4)
 
 
-#: What a kernel's file for GPUs offers.
+#: The function of a kernel's Triton module.
 FUNCTIONS = {
     "syrk": ["syrk_triton_"],
     "rank_update": ["rank_update_triton_"],
@@ -52,7 +52,7 @@ FUNCTIONS = {
     "dequant_matvec": ["dequant_matvec_triton"],
 }
 
-#: A call, and the module and function that serves it on a GPU, or None.
+#: A call, and the module and function that handle it on a GPU, or None.
 CALLS: list[tuple[Callable[[], object], str, str | None]] = [
     (lambda: syrk_(ones(4, 4), ones(3, 4, dtype=torch.float16)), "syrk", "syrk_triton_"),
     (lambda: syrk_(ones(4, 4), ones(3, 4, dtype=torch.bfloat16)), "syrk", "syrk_triton_"),
@@ -76,10 +76,10 @@ CALLS: list[tuple[Callable[[], object], str, str | None]] = [
 
 @pytest.mark.parametrize("triton", [False, True], ids=["cpu", "triton path"])
 @pytest.mark.parametrize(("call", "kernel", "served_by"), CALLS, ids=[f"{kernel}-{served_by}" for _, kernel, served_by in CALLS])
-def test_each_call_reaches_its_version(
+def test_each_call_uses_its_version(
     call: Callable[[], object], kernel: str, served_by: str | None, triton: bool, request: pytest.FixtureRequest
 ) -> None:
-    """Triton's is replaced by one that only tells: on the CPU no call may reach it, on the fixture's path each of these must."""
+    """The Triton function is replaced by one that records calls: on the CPU there must be none, with the fixture one for each."""
     module = pytest.importorskip(f"bigq.kernels.gpu.{kernel}")
     if triton:
         request.getfixturevalue("triton_path")
@@ -93,7 +93,7 @@ def test_each_call_reaches_its_version(
     assert reached == ([served_by] if triton and served_by else [])
 
 
-def test_the_cpu_and_fp64_are_served_by_plain_torch() -> None:
+def test_the_cpu_and_fp64_use_the_reference() -> None:
     assert not pick.use_triton(torch.ones(2))
     assert not pick.use_triton(torch.ones(2, dtype=torch.uint8))
     for dtype in (torch.float32, torch.uint8, torch.float64):
@@ -102,12 +102,12 @@ def test_the_cpu_and_fp64_are_served_by_plain_torch() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_served_by_triton_but_for_fp64() -> None:
+def test_a_gpu_uses_triton_except_for_fp64() -> None:
     for dtype, served in ((torch.float32, True), (torch.uint8, True), (torch.bfloat16, True), (torch.float64, False)):
         assert pick.use_triton(torch.ones(2, device="cuda").to(dtype)) is served
 
 
-def test_columns_lie_as_the_device_wants_them(request: pytest.FixtureRequest) -> None:
+def test_empty_columns_has_the_memory_order_of_the_device(request: pytest.FixtureRequest) -> None:
     columns = pick.empty_columns(5, 3, torch.float32, torch.device("cpu"))
     assert columns.shape == (5, 3) and columns.stride() == (3, 1)
     request.getfixturevalue("triton_path")
@@ -119,7 +119,7 @@ def test_columns_lie_as_the_device_wants_them(request: pytest.FixtureRequest) ->
 
 
 def test_kernels_do_not_load_triton_before_they_need_it(child: Child) -> None:
-    """And an ordinary command is not told to interpret it."""
+    """And a command does not run Triton's interpreter unless it is requested."""
     lines = [
         "import importlib, os, pkgutil, sys, bigq.kernels, bigq.solver.gptq, bigq.scheme",
         "names = [m.name for m in pkgutil.iter_modules(bigq.kernels.__path__) if m.name != 'gpu']",

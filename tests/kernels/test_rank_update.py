@@ -1,4 +1,4 @@
-"""``C −= A·Bᵀ`` but for the last square's lower triangle, against fp64 and torch's own fp32 product."""
+"""``C −= A·Bᵀ`` without the lower triangle of the last square, against fp64 and torch's fp32 product."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def product(c: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_it_is_as_good_as_torchs_own(version: str, shape: tuple[int, int, int], order: str, device: torch.device) -> None:
-    """NaN around the matrices must stay where it is, and that below the diagonal too."""
+    """NaN around the matrices and below the diagonal must stay unchanged."""
     c, a, b = matrices(*shape, torch.float32, device)
     here = live(c)
     result = updated(version, c.where(here, float("nan")), a, b, order)
@@ -70,7 +70,7 @@ def test_fp64_stays_fp64(shape: tuple[int, int, int], device: torch.device) -> N
 
 @pytest.mark.parametrize("shape", [(3, 3, 31), (200, 129, 100), (300, 256, 64)], ids=str)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_lies_below_the_diagonal_is_left_alone(version: str, shape: tuple[int, int, int], device: torch.device) -> None:
+def test_the_lower_triangle_is_not_written(version: str, shape: tuple[int, int, int], device: torch.device) -> None:
     c, a, b = matrices(*shape, torch.float32, device)
     here = live(c)
     result = updated(version, c, a, b)
@@ -79,8 +79,8 @@ def test_what_lies_below_the_diagonal_is_left_alone(version: str, shape: tuple[i
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_panel_of_the_same_matrix_serves(version: str, device: torch.device) -> None:
-    """As the factorization calls it: C, A and B lie in one matrix."""
+def test_panels_of_one_matrix(version: str, device: torch.device) -> None:
+    """As in the factorization: C, A and B are parts of one matrix."""
     before = torch.randn(300, 300, generator=torch.Generator().manual_seed(0)).to(device)
     h = before.clone()
     views = [(x[:170, 40:170], x[:170, 170:], x[40:170, 170:]) for x in (h, before)]
@@ -100,7 +100,7 @@ def test_the_same_input_gives_the_same_bytes(version: str, device: torch.device)
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_criterion_sees_a_last_bit_of_tf32(version: str, device: torch.device) -> None:
-    """Had a factor been rounded to TF32, as a single product on tensor cores would, it would not pass."""
+    """A product with factors rounded to TF32 does not pass."""
     c, a, b = matrices(128, 128, 64, torch.float32, device)
     here = live(c)
     tf32 = (a.view(torch.int32) & ~0x1FFF).view(torch.float32)

@@ -1,4 +1,4 @@
-"""XᵀX into an upper triangle, against fp64 and torch's own fp32 product."""
+"""XᵀX into an upper triangle, against fp64 and torch's fp32 product."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 SIZES = [1, 3, 255, 256, 257, 300, 700]
 HALVES = [torch.bfloat16, torch.float16]
 
-#: Tokens and inputs around the tiles of both versions; n a multiple of 8 takes the bulk copies, 1160 several groups of tiles.
+#: Tokens and inputs around the tiles of both versions. A multiple of 8 as n uses bulk copies, 1160 several groups of tiles.
 SHAPES = [(1, 1), (33, 5), (1, 8), (64, 127), (65, 128), (63, 129), (200, 136), (7, 256), (70, 257), (5, 520), (2, 1160), (3, 1101)]
 
-#: Tensor cores sum in an order and a precision of their own.
+#: Tensor cores sum in another order and precision.
 FLOOR = 2.0**-24 if INTERPRETED else 1e-5
 
 
@@ -40,7 +40,7 @@ def test_upper_triangle_is_as_good_as_torchs_own_product(dtype: torch.dtype, tok
 
 
 @pytest.mark.parametrize("tokens", [4095, 4096, 4099, 8195])
-def test_long_batches_are_counted_whole(tokens: int) -> None:
+def test_long_batches_are_summed_completely(tokens: int) -> None:
     x = activations(tokens, 5, torch.float32)
     h = torch.zeros(5, 5, dtype=torch.float64)
     syrk_(h, x)
@@ -48,7 +48,7 @@ def test_long_batches_are_counted_whole(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("n", [5, 300])
-def test_what_is_there_is_added_to(n: int) -> None:
+def test_the_product_is_added_to_h(n: int) -> None:
     first, second = activations(50, n, torch.float32), activations(71, n, torch.float32)
     h = torch.zeros(n, n, dtype=torch.float64)
     syrk_(h, first)
@@ -57,14 +57,14 @@ def test_what_is_there_is_added_to(n: int) -> None:
     assert torch.allclose(h.triu(), (both.T @ both).triu(), rtol=1e-12, atol=1e-12)
 
 
-def test_rows_that_are_not_contiguous_are_read_right() -> None:
+def test_rows_that_are_not_contiguous() -> None:
     x = activations(64, 600, torch.float32)[:, ::2]
     h = torch.zeros(300, 300, dtype=torch.float64)
     syrk_(h, x)
     assert torch.allclose(h.triu(), (x.double().T @ x.double()).triu(), rtol=1e-12, atol=1e-12)
 
 
-def test_tiles_below_the_diagonal_are_left_alone() -> None:
+def test_tiles_below_the_diagonal_are_not_written() -> None:
     h = torch.zeros(700, 700)
     h[600:, :100] = 7.0
     syrk_(h, activations(16, 700, torch.float32))
@@ -72,7 +72,7 @@ def test_tiles_below_the_diagonal_are_left_alone() -> None:
 
 
 def added(version: str, before: Tensor, x: Tensor, order: str = "by rows") -> Tensor:
-    """What a version makes of a sum that began with ``before``."""
+    """The sum that a version computes from ``before``."""
     h = stored(before, order)
     kernel("syrk_", version)(h, x)
     assert order != "within a larger one" or untouched(h)
@@ -93,8 +93,8 @@ def test_sixteen_bit_inputs_are_summed_in_fp32(version: str, dtype: torch.dtype,
 @pytest.mark.parametrize("where", ["every other column", "unaligned", "wider", "aligned", "stored by columns"])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_inputs_in_any_memory_order_are_read_right(version: str, dtype: torch.dtype, where: str, device: torch.device) -> None:
-    """What lies between them is NaN, and so would be the sum."""
+def test_inputs_in_any_memory_order(version: str, dtype: torch.dtype, where: str, device: torch.device) -> None:
+    """Memory between the rows is NaN. If it were read, the sum would be NaN."""
     plain = activations(70, 136, dtype).to(device)
     buffer = torch.full((80, 320), float("nan"), dtype=dtype, device=device)
     views = {
@@ -110,8 +110,8 @@ def test_inputs_in_any_memory_order_are_read_right(version: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("n", [3, 129, 264, 301])
-def test_triton_leaves_alone_all_that_is_not_the_upper_triangle(n: int, device: torch.device) -> None:
-    """Numbers that would change if anything were added to them; NaN that would spread if it were read."""
+def test_triton_writes_only_the_upper_triangle(n: int, device: torch.device) -> None:
+    """Outside it there are numbers, which any addition would change, and NaN, which would spread if read."""
     x = activations(20, n, torch.float16).to(device)
     below = torch.ones(n, n, dtype=torch.bool, device=device).tril(-1)
     for value in (7.0, float("nan")):

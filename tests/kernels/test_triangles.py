@@ -1,4 +1,4 @@
-"""Symmetric matrices in one buffer: mirroring the upper triangle, taking that back, permuting."""
+"""Symmetric matrices in place: mirror, restore, permute."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_mirror_makes_the_matrix_symmetric(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_restore_brings_back_what_was_mirrored(n: int) -> None:
+def test_restore_undoes_changes_since_mirror(n: int) -> None:
     h = random(n)
     mirror_(h)
     before, diagonal = h.clone(), h.diagonal().clone()
@@ -45,7 +45,7 @@ def test_restore_brings_back_what_was_mirrored(n: int) -> None:
 @pytest.mark.parametrize("moved", [1, 1000, 2**24])
 @pytest.mark.parametrize("n", [1, 3, 64, 257])
 def test_permute_moves_rows_and_columns(n: int, moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also a matrix that is not symmetric, so that rows and columns are not taken for each other."""
+    """Also for a matrix that is not symmetric, so that swapped rows and columns are detected."""
     monkeypatch.setattr(triangles, "MOVED", moved)
     h, perm = random(n), shuffle(n)
     expected = h[perm][:, perm]
@@ -56,7 +56,7 @@ def test_permute_moves_rows_and_columns(n: int, moved: int, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("kernel", ["mirror", "restore", "permute"])
-def test_no_second_matrix_is_made(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_second_matrix_is_allocated(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triangles, "MOVED", 700 * 256)
     h, perm = random(700), shuffle(700)
     diagonal = h.diagonal().clone()

@@ -1,4 +1,4 @@
-"""What there is to use: the machine's memory, and the limits of cgroups in made-up system folders."""
+"""Memory budgets: the machine's memory, and cgroup limits in simulated system folders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cgroup(root: Path, line: str, folder: str, files: dict[str, str]) -> None:
         (root / folder / name).write_text(text + "\n")
 
 
-def test_without_cgroups_it_is_what_the_machine_has_and_the_process_holds(tmp_path: Path) -> None:
+def test_without_cgroups_it_is_free_memory_plus_that_of_the_process(tmp_path: Path) -> None:
     assert host_budget(100 * MIB, tmp_path) == 1100 * MIB - HOST_RESERVE
 
 
@@ -38,7 +38,7 @@ def test_a_limit_of_cgroup_v2_counts_without_the_page_cache(tmp_path: Path) -> N
     assert host_budget(100 * MIB, tmp_path) == (100 + 500 - 100) * MIB
 
 
-def test_the_tightest_limit_on_the_way_up_counts(tmp_path: Path) -> None:
+def test_the_lowest_limit_of_all_ancestors_counts(tmp_path: Path) -> None:
     inner = {"memory.max": "max", "memory.current": "1", "memory.stat": "file 0"}
     outer = {"memory.max": str(400 * MIB), "memory.current": str(50 * MIB), "memory.stat": "file 0"}
     cgroup(tmp_path, "0::/a/b", "sys/fs/cgroup/a", outer)
@@ -56,7 +56,7 @@ def test_a_limit_of_cgroup_v1_counts_without_the_page_cache(tmp_path: Path) -> N
     assert host_budget(0, tmp_path) == 200 * MIB
 
 
-def test_a_limit_that_is_none_does_not_count(tmp_path: Path) -> None:
+def test_no_limit_does_not_count(tmp_path: Path) -> None:
     files = {"memory.limit_in_bytes": str(2**63 - 4096), "memory.usage_in_bytes": "0", "memory.stat": "total_cache 0"}
     cgroup(tmp_path, "4:memory:/", "sys/fs/cgroup/memory", files)
     assert host_budget(0, tmp_path) == 1000 * MIB - HOST_RESERVE
@@ -68,5 +68,5 @@ def test_a_limit_that_is_used_up_leaves_nothing(tmp_path: Path) -> None:
     assert host_budget(10 * MIB, tmp_path) == 0
 
 
-def test_free_disk_space_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
+def test_free_disk_space_is_that_of_the_nearest_existing_folder(tmp_path: Path) -> None:
     assert disk_budget(tmp_path / "not" / "there" / "yet") == pytest.approx(disk_budget(tmp_path), rel=0.01)

@@ -1,4 +1,4 @@
-"""Modules that need not run again once a Linear in them is solved: found where that is exact, and nowhere else."""
+"""Shortcuts: modules that need not run again once a Linear in them is solved. They are found only where that is exact."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ D = 32
 
 
 class Inner(nn.Module):
-    """Two Linears, and something made of the second's output y."""
+    """Two Linears, and a function of the second's output y."""
 
     def __init__(self, made: Callable[..., Any]) -> None:
         super().__init__()
@@ -94,10 +94,10 @@ def test_an_extra_output_that_nobody_uses() -> None:
         "side effect",
     ],
 )
-def test_whatever_else_a_module_does_it_runs_again(made: Callable[..., Any], after: Callable[..., Tensor]) -> None:
+def test_a_module_that_does_anything_else_runs_again(made: Callable[..., Any], after: Callable[..., Tensor]) -> None:
     found = shortcut(plan(made, after))
     if found is not None:
-        # A sum in place is one all the same, where the Linear's output is the one that was changed.
+        # An in-place sum is still a sum, if it changed the Linear's output.
         torch.manual_seed(0)
         block, hidden = Block(made, after), torch.randn(2, 5, D)
         with torch.no_grad():
@@ -107,7 +107,7 @@ def test_whatever_else_a_module_does_it_runs_again(made: Callable[..., Any], aft
             assert torch.equal(block(hidden.clone()), expected)
 
 
-def test_what_is_certain_to_be_refused() -> None:
+def test_modules_without_a_shortcut() -> None:
     assert shortcut(plan(lambda y, r, o: 2 * y)) is None
     assert shortcut(plan(lambda y, r, o: y.add_(1))) is None
     assert shortcut(plan(lambda y, r, o: (y, r * 2), after=lambda result, hidden: result[0] + result[1])) is None

@@ -1,4 +1,4 @@
-"""The clock, on the host and on a device that is played: what phases take, and that nobody waits for them before they are asked for."""
+"""The clock, on the host and on a simulated device: seconds by phase, measured without waiting until they are needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
 
 class Hands:
-    """A clock whose hands the test moves."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -99,13 +99,13 @@ def test_spans_are_kept_only_when_asked_for(hands: Hands) -> None:
     assert [(s.lane, s.name, s.begin, s.end) for s in trace.spans] == [("solve", "layer 3", 14, 16)]
 
 
-# On a device that works through a queue while the host goes on.
+# On a device that works through a queue while the host continues.
 
 
 class Device:
-    """A stream as CUDA has them: work and events are done in order, no sooner than the host queues them. Seconds."""
+    """A simulated CUDA stream: work and events are done in order, after the host queues them. Times are in seconds."""
 
-    #: What the device's own clock is ahead of the host's.
+    #: The offset of the device's clock to the host's.
     OFFSET = 5000.0
 
     def __init__(self, hands: Hands) -> None:
@@ -137,7 +137,7 @@ class DeviceEvent:
         self.device.hands.now = max(self.device.hands.now, self.at)
 
     def elapsed_time(self, end_event: DeviceEvent) -> float:
-        """As CUDA's: milliseconds, and an error where either event is not over."""
+        """As in CUDA: milliseconds, and an error where an event is not reached."""
         assert self.at is not None and end_event.at is not None
         if not (self.query() and end_event.query()):
             raise RuntimeError("device not ready")
@@ -154,7 +154,7 @@ def clock_of(device: Device, trace: Trace | None = None) -> Clock:
 
 
 def block(clock: Clock, device: Device, hands: Hands, reading: float) -> None:
-    """One block of a job: the host reads for a while, and queues 16 seconds of work in no time."""
+    """One block of a job: the host reads for a while, then queues 16 seconds of work at once."""
     with clock.phase("load"):
         hands.now += reading
         device.work(1)
@@ -167,7 +167,7 @@ def block(clock: Clock, device: Device, hands: Hands, reading: float) -> None:
 
 
 def test_phases_take_what_the_device_spent_between_their_ends(device: Device, hands: Hands) -> None:
-    """The first block is waited for; the reading of the second is hidden behind the work of the first, but for one second."""
+    """The device waits for the first block. Reading the second overlaps the work of the first, except for one second."""
     clock = clock_of(device)
     before = device.waits
     block(clock, device, hands, reading=10)
@@ -192,7 +192,7 @@ def test_a_gpu_waits_between_phases_too(device: Device, hands: Hands) -> None:
     assert clock.wait_seconds() == {"reading weights": 11, "writing": 3, "activations": 1, BETWEEN: 4}
 
 
-def test_laps_are_known_when_asked_for_and_not_before(device: Device, hands: Hands) -> None:
+def test_laps_are_read_only_when_needed(device: Device, hands: Hands) -> None:
     clock = clock_of(device)
     before = device.waits
     with clock.phase("replay") as outer:
@@ -226,7 +226,7 @@ def test_events_are_used_again(device: Device, hands: Hands) -> None:
     assert clock.seconds["hessian"] == 20 * 8
 
 
-def test_many_laps_are_read_off_on_the_way_without_waiting(device: Device, hands: Hands, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_laps_are_read_without_waiting(device: Device, hands: Hands, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock_module, "PENDING", 10)
     clock = clock_of(device, Trace())
     before = device.waits
@@ -245,7 +245,7 @@ def test_many_laps_are_read_off_on_the_way_without_waiting(device: Device, hands
 
 
 def test_device_phases_lie_on_the_host_s_time(device: Device, hands: Hands) -> None:
-    """Where they ran, not where they were queued; beside what the host did meanwhile."""
+    """At the time they ran, not when they were queued; beside the host's spans."""
     trace = Trace()
     clock = clock_of(device, trace)
     clock.subject = "layer 0"
@@ -267,7 +267,7 @@ def test_device_phases_lie_on_the_host_s_time(device: Device, hands: Hands) -> N
 
 @pytest.mark.gpu
 def test_a_gpu_s_phases_add_up_to_the_run() -> None:
-    """Products that are queued in no time, and a pause of the host's that the device sees."""
+    """Matrix products that are queued at once, and a pause of the host that the device waits for."""
     x = torch.randn(4096, 4096, device=CUDA)
     x @ x
     torch.cuda.synchronize()

@@ -374,6 +374,7 @@ def all_events(hands: Hands) -> list[dict[str, Any]]:
     stream = io.StringIO()
     display = Events(stream)
     progress = Progress(2, CPU, display=display)
+    display.reading("m/ö")
     progress.planned("plan: …", {"blocks": 2})
     progress.start(0)
     progress.phase("load", 0)
@@ -396,17 +397,17 @@ def all_events(hands: Hands) -> list[dict[str, Any]]:
 def test_events_are_lines_of_json(hands: Hands) -> None:
     events = all_events(hands)
     assert [event["event"] for event in events] == [
-        "plan", "start", "phase", "heartbeat", "block", "checkpoint", "note", "warning", "block", "done", "error",
+        "reading", "plan", "start", "phase", "heartbeat", "block", "checkpoint", "note", "warning", "block", "done", "error",
     ]  # fmt: skip
-    assert ["v" in event for event in events] == [True] + [False] * 10 and events[0]["v"] == 1
+    assert ["v" in event for event in events] == [True] + [False] * 11 and events[0]["v"] == 1
     assert all(re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", event["time"]) for event in events)
-    heartbeat, block = events[3], events[4]
+    heartbeat, block = events[4], events[5]
     assert heartbeat["steps"] == {"rows": [1, 2]} and heartbeat["seconds"] == HEARTBEAT and heartbeat["eta_seconds"] is None
     assert (block["block"], block["blocks"], block["seconds"], block["eta_seconds"]) == (1, 2, 60.0, 60.0)
     assert block["worst"] == {"name": "q", "relative_error": 0.5} and block["bytes_read"] == 1000
     assert block["host_bytes"] > 2**20 and block["device_bytes"] is None
-    assert events[7]["message"] == "\x1b[2J" and events[8]["worst"]["relative_error"] is None, "JSON has no NaN"
-    assert events[10] == {**events[10], "exit_code": 4, "kind": "ResourceError", "message": "no\nroom"}
+    assert events[8]["message"] == "\x1b[2J" and events[9]["worst"]["relative_error"] is None, "JSON has no NaN"
+    assert events[11] == {**events[11], "exit_code": 4, "kind": "ResourceError", "message": "no\nroom"}
 
 
 def test_the_documentation_names_every_event_and_field(hands: Hands) -> None:

@@ -165,21 +165,35 @@ def loading(card: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("linears", "plain"),
+    ("linears", "format", "says"),
     [
-        ([packed()], True),
-        ([packed(bits=8, group_size=-1)], True),
-        ([packed(bits=3)], False),
-        ([packed(symmetric=False)], False),
-        ([packed(group_size=16)], False),
-        ([packed(), packed(bits=8)], True),
-        ([packed(), packed(bits=2)], False),
+        ([packed()], "gptq", None),
+        ([packed(bits=8, group_size=-1)], "gptq_v2", None),
+        ([packed(bits=3)], "gptq", "vLLM does not load gptq of 3 bits. It loads"),
+        ([packed(symmetric=False)], "gptq_v2", "vLLM does not load asymmetric gptq_v2. It loads"),
+        ([packed(symmetric=False)], "compressed-tensors", None),
+        ([packed(group_size=16)], "gptq", "vLLM does not load gptq in groups of 16.\n"),
+        ([packed(), packed(name="b", bits=8)], "gptq", None),
+        ([packed(), packed(name="b", bits=2)], "gptq", "vLLM does not load gptq of 2 bits. It loads"),
+        ([packed(symmetric=False)], "gguf", "vLLM does not load asymmetric gptq_v2 shards. It loads"),
     ],
 )
-def test_vllm_is_told_a_precision_where_its_kernels_need_one(linears: list[LinearResult], plain: bool) -> None:
-    card = model_card(made(*linears), "")
-    assert ("vllm serve MODEL\n" in card) == plain and ("--dtype float16" in card) != plain
-    assert ("`dynamic`" in card) == (len(linears) > 1)
+def test_vllm_is_offered_where_it_loads_the_model(linears: list[LinearResult], format: str, says: str | None) -> None:
+    """Statements come from the table of readers; where another format would do, it is named."""
+    card = model_card(made(*linears, format=format), "")
+    assert ("vllm serve MODEL\n" in card) == (says is None)
+    assert says is None or says in card
+    assert ("bigq convert MODEL NEW --to compressed-tensors" in card) == (says is not None and says.endswith("It loads"))
+    assert ("`dynamic`" in card) == (len(linears) > 1 and says is None)
+
+
+@pytest.mark.parametrize(("scale_bits", "float16"), [(8, False), (11, True), (None, False)])
+def test_scales_of_more_bits_than_bf16_need_float16_in_vllm(scale_bits: int | None, float16: bool) -> None:
+    history = made(packed())
+    assert history.config is not None
+    scheme = dataclasses.replace(history.config.scheme, scale_bits=scale_bits)
+    card = model_card(dataclasses.replace(history, config=dataclasses.replace(history.config, scheme=scheme)), "")
+    assert ("vllm serve MODEL --dtype float16\n" in card) == float16
 
 
 @pytest.mark.parametrize(

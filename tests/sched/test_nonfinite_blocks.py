@@ -30,13 +30,13 @@ from bigq.progress.clock import Clock
 from bigq.progress.trace import Trace
 from bigq.sched.plan.cost import Choice, Work, job_cost
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, ModelShape, Reach, Rows
-from bigq.sched.propagate import propagate
-from bigq.sched.results import Skipped, Solved
 from bigq.sched.rows.probe import activations_for, probe_model
 from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import Tier
-from bigq.sched.solve_block import BlockJob, BlockRows, quantize_weights, solve_block
+from bigq.sched.solve.block import BlockJob, BlockRows, quantize_weights, solve_block
+from bigq.sched.solve.propagate import propagate
+from bigq.sched.solve.results import Skipped, Solved
 from bigq.scheme import QuantScheme
 from bigq.solver import gptq, hessian
 
@@ -47,7 +47,7 @@ NAN = float("nan")
 
 @dataclass
 class Bench:
-    """The first block of a model and calibration rows at its entrance."""
+    """The first block of a model, and its inputs for calibration rows."""
 
     block: nn.Module
     store: ActivationStore
@@ -56,7 +56,7 @@ class Bench:
     hessians: dict[str, Tensor] = field(default_factory=dict)
 
     def poison(self, row: int, token: int, value: float = NAN) -> None:
-        """One number of one token at the block's entrance."""
+        """Set one value of one token in the block's inputs."""
         hidden = self.store.rows(row, row + 1).clone()
         hidden[0, token, 5] = value
         self.store.put(row, hidden)
@@ -74,7 +74,7 @@ class Bench:
 
 @pytest.fixture
 def bench(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
-    """(family, on_nonfinite, batch, tier, dtype) → a bench; Hessians are recorded by the label that they are factored under."""
+    """(family, on_nonfinite, batch, tier, dtype) → a bench; Hessians are recorded by the label of their factorization."""
     recorded: dict[str, Tensor] = {}
     factorize = gptq_module.factorize
 
@@ -151,7 +151,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, linear: str, module: Any, name: str
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])
 def test_hessians_are_made_of_the_finite_tokens(family: str, bench: Callable[..., Bench]) -> None:
-    """Those of the first level, whose inputs no solve has changed, against the inputs themselves."""
+    """Compares the Hessians of the first level, whose inputs no solve has changed, with the inputs."""
     b = bench(family)
     b.poison(3, 11)
     b.poison(5, 0, float("inf"))
@@ -190,7 +190,7 @@ def test_the_same_tokens_are_left_out_whatever_the_batch_and_the_tier(batch: int
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_rows_are_not_reached(family: str, bench: Callable[..., Bench]) -> None:
-    """To the bit; in the row itself the tokens after it are, where attention reaches them, and the count is theirs."""
+    """Other rows keep their bits. In the row itself attention spreads NaN to later tokens, and all of these are counted."""
     clean = bench(family)
     assert clean.propagate() == 0
     b = bench(family)
@@ -214,8 +214,8 @@ def test_on_the_triton_path(dtype: str, bench: Callable[..., Bench]) -> None:
     assert 0 < b.propagate(cache=b.cache) <= SEQLEN
 
 
-def test_tokens_are_counted_once_where_memory_ends(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch that has to be taken again with fewer rows."""
+def test_tokens_are_counted_once_when_memory_runs_out(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch that failed is repeated with fewer rows."""
     b = bench(batch=4)
     b.poison(5, SEQLEN - 1)
     expected = bench(batch=4)
@@ -236,7 +236,7 @@ def test_tokens_are_counted_once_where_memory_ends(bench: Callable[..., Bench], 
 # Linears.
 
 
-def test_a_linear_without_a_finite_token_stays_as_it_is(bench: Callable[..., Bench]) -> None:
+def test_a_linear_without_a_finite_token_stays_unquantized(bench: Callable[..., Bench]) -> None:
     b = bench()
     b.block.mlp.act_fn = Spoilt()  # type: ignore[union-attr]
     before = linear_weight(block_linears(b.block)["mlp.down_proj"]).clone()
@@ -247,7 +247,7 @@ def test_a_linear_without_a_finite_token_stays_as_it_is(bench: Callable[..., Ben
     assert len(solved) == 6 and torch.equal(linear_weight(block_linears(b.block)["mlp.down_proj"]), before)
 
 
-def test_a_group_whose_hessian_overflows_stays_as_it_is(bench: Callable[..., Bench]) -> None:
+def test_a_group_whose_hessian_overflows_stays_unquantized(bench: Callable[..., Bench]) -> None:
     """Every token is finite; its square is not."""
     b = bench()
     b.block.input_layernorm.weight.mul_(1e25)  # type: ignore[union-attr, operator]
@@ -281,7 +281,7 @@ FAILURES = [
         ("bloom", "self_attention.dense", ["self_attention.dense"]),
     ],
 )
-def test_what_cannot_be_solved_stays_as_it_is(
+def test_linears_that_cannot_be_solved_stay_unquantized(
     family: str,
     linear: str,
     group: list[str],
@@ -293,7 +293,7 @@ def test_what_cannot_be_solved_stays_as_it_is(
     bench: Callable[..., Bench],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With all that would be solved with it. Its shortcut returns what the unquantized Linear does, as a replay without it."""
+    """With all Linears solved together with it. Its shortcut returns the unquantized Linear's output, like a replay without shortcuts."""
     b = bench(family, scheme=scheme)
     before = {n: linear_weight(m).clone() for n, m in block_linears(b.block).items()}
     assert b.job.plan.shortcuts
@@ -330,8 +330,8 @@ def test_a_job_that_stops_at_a_hessian_names_the_linears(bench: Callable[..., Be
         b.solve()
 
 
-def test_rules_that_part_a_group_skip_what_fails_alone(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
-    """q has a damping of its own, so a factor of its own: the first to be made, which fails."""
+def test_rules_that_split_a_group_skip_only_what_fails(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """q has its own damping and so its own factorization, which comes first and fails."""
     b = bench()
     schemes = dict(b.job.schemes)
     schemes["self_attn.q_proj"] = QuantScheme(group_size=32, damping=0.001)
@@ -364,7 +364,7 @@ def test_rounding_skips_a_scale_that_cannot_be_stored(bench: Callable[..., Bench
 
 
 def spoil(b: Bench, module: str, rows: tuple[int, ...], *, before: bool = False) -> None:
-    """From now on a module of the block returns (or is given) an Inf in these rows."""
+    """From now on a module of the block returns (or receives) an Inf in these rows."""
 
     def spoilt(x: Tensor) -> Tensor:
         lo, hi = b.store.at
@@ -388,15 +388,15 @@ def spoil(b: Bench, module: str, rows: tuple[int, ...], *, before: bool = False)
 @pytest.mark.parametrize(
     ("module", "before", "culprit"),
     [
-        ("mlp.down_proj", False, "what mlp.down_proj returns"),
-        ("mlp.act_fn", False, "what mlp.act_fn returns"),
-        ("mlp.down_proj", True, "what mlp.down_proj is given"),
-        ("post_attention_layernorm", True, "what post_attention_layernorm is given"),
-        ("", False, "the sum that the block returns"),
+        ("mlp.down_proj", False, "the output of mlp.down_proj"),
+        ("mlp.act_fn", False, "the output of mlp.act_fn"),
+        ("mlp.down_proj", True, "the input of mlp.down_proj"),
+        ("post_attention_layernorm", True, "the input of post_attention_layernorm"),
+        ("", False, "the block's output"),
     ],
 )
 def test_outputs_name_the_module_and_the_rows(module: str, before: bool, culprit: str, cache: bool, bench: Callable[..., Bench]) -> None:
-    """Those of the first batch that has any."""
+    """The rows of the first batch with non-finite outputs."""
     b = bench()
     if cache:
         b.solve()
@@ -409,21 +409,21 @@ def test_outputs_name_the_module_and_the_rows(module: str, before: bool, culprit
     assert not any(m._forward_hooks or m._forward_pre_hooks for n, m in b.block.named_modules() if n != module), "checks are taken off"
 
 
-def test_inputs_that_are_not_finite_are_told_as_such(bench: Callable[..., Bench]) -> None:
+def test_nonfinite_inputs_are_reported_as_such(bench: Callable[..., Bench]) -> None:
     b = bench()
     b.poison(6, 0)
-    with pytest.raises(NumericsError, match=r"for calibration row 6, beginning with what the block is given;"):
+    with pytest.raises(NumericsError, match=r"for calibration row 6, beginning with the block's input;"):
         b.propagate("stop")
 
 
-def test_many_rows_are_told_by_their_number(bench: Callable[..., Bench]) -> None:
+def test_many_rows_are_reported_as_a_count(bench: Callable[..., Bench]) -> None:
     b = bench(batch=7)
     spoil(b, "mlp", tuple(range(7)))
-    with pytest.raises(NumericsError, match=r"calibration rows 0, 1, 2, 3, 4, 5 … 6 \(7 rows\), beginning with what mlp returns;"):
+    with pytest.raises(NumericsError, match=r"calibration rows 0, 1, 2, 3, 4, 5 … 6 \(7 rows\), beginning with the output of mlp;"):
         b.propagate("stop")
 
 
-def test_with_no_finite_token_left_there_is_no_going_on(bench: Callable[..., Bench]) -> None:
+def test_without_a_finite_token_the_job_stops(bench: Callable[..., Bench]) -> None:
     b = bench()
     b.block.mlp.act_fn = Spoilt()  # type: ignore[union-attr]
     with pytest.raises(NumericsError, match=r"^model\.layers\.0: its outputs are not finite for a single calibration token, .*--dtype"):
@@ -437,8 +437,8 @@ def test_with_no_finite_token_left_there_is_no_going_on(bench: Callable[..., Ben
 # The plan.
 
 
-def test_a_plan_counts_the_copy_that_tokens_are_left_out_of() -> None:
-    """At most a chunk of tokens of the level's widest input, beside what the forward holds there."""
+def test_a_plan_counts_the_copy_without_nonfinite_tokens() -> None:
+    """At most one chunk of tokens of the level's widest input, in addition to the memory of the forward."""
     n, rows, seqlen = 512, 4, 3000
     reach = Reach(peak=Rows(0, 100), held=Rows(0, 100))
     block = BlockShape(

@@ -1,4 +1,4 @@
-"""Steps in the background: one at a time, in order, errors told."""
+"""Steps in the background: one at a time, in order, with errors raised."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bigq.sched import solving as solving_module
 from bigq.sched.write_behind import WriteBehind
 
 
-def test_a_step_runs_beside_its_giver_and_after_the_one_before() -> None:
+def test_a_step_runs_beside_its_caller_and_after_the_previous_step() -> None:
     go, order = threading.Event(), []
 
     def first() -> None:
@@ -33,7 +33,7 @@ def test_a_step_runs_beside_its_giver_and_after_the_one_before() -> None:
     assert order == [1, 2]
 
 
-def test_an_error_comes_out_at_the_next_call_and_once() -> None:
+def test_an_error_is_raised_by_the_next_call_only() -> None:
     def broken() -> None:
         raise ResourceError("full")
 

@@ -1,4 +1,4 @@
-"""Asymmetric calibration as Li et al. 2025 write it, column by column; with the signature of ``bigq.solver.gptq.solve``.
+"""Asymmetric calibration in the column-by-column form of Li et al. 2025, with the signature of ``bigq.solver.gptq.solve``.
 
 With column q quantized, ``α·w_q·P[q]`` is added to the columns behind it, ``P = triu(D·Uᵀ, 1)·U`` and ``H⁻¹ = Uᵀ·U``; w_q is the weight
 as corrected so far. With natural order a group's scales are found when the loop reaches it, otherwise from the original weights.
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bigq.kernels.grid import find_grid
-from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import QuantScheme
 from bigq.solver.hessian import Factor
 from bigq.solver.upstream_error import Correction
 

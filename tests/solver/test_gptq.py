@@ -1,4 +1,4 @@
-"""GPTQ against a plain textbook version of it: fp64, the inverse formed in three steps, one column at a time."""
+"""GPTQ against a textbook version in fp64, which forms the inverse and takes one column at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "poisoned")
 
 
 def problem(m: int, n: int, seed: int = 0, dead: tuple[int, ...] = DEAD) -> tuple[Tensor, Tensor]:
-    """An fp64 weight [m, n] and the Hessian of correlated inputs, some of which are always zero."""
+    """An fp64 weight [m, n] and the Hessian of correlated inputs, some of them always zero."""
     gen = torch.Generator().manual_seed(seed)
     mix = torch.randn(n, n, dtype=torch.float64, generator=gen) / n**0.5
     x = torch.randn(3 * n, n, dtype=torch.float64, generator=gen) @ mix
@@ -32,7 +32,7 @@ def problem(m: int, n: int, seed: int = 0, dead: tuple[int, ...] = DEAD) -> tupl
 
 
 def cheap_problem(m: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """As ``problem``, for large n: the Hessian of a few common causes and as much noise of each input's own."""
+    """Like ``problem``, for large n: the inputs are a few common factors plus independent noise."""
     gen = torch.Generator().manual_seed(seed)
     causes = torch.randn(n, 24, dtype=torch.float64, generator=gen)
     own = 24 * torch.rand(n, dtype=torch.float64, generator=gen) + 1
@@ -49,7 +49,7 @@ def textbook_range_grid(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple
 
 
 def textbook_grid(w: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    """Scale, as fp16 stores it, and zero of every row of w [m, g]; with ``mse`` the best of the shrunken ranges."""
+    """Scale (rounded to fp16) and zero of every row of w [m, g]; with ``mse`` the best of the shrunken ranges."""
     low, high, top = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0), 2**scheme.bits - 1
     steps = range(80) if scheme.mse else range(1)
     grids = [textbook_range_grid((1 - i / 100) * low, (1 - i / 100) * high, scheme) for i in steps]
@@ -70,7 +70,7 @@ def textbook_grid(w: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
 
 
 def textbook_gptq(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> tuple[Tensor, float]:
-    """Codes and loss by Frantar et al. 2022, algorithm 1, without any blocking.
+    """Codes and loss by Frantar et al. 2022, algorithm 1, without blocks.
 
     At 2 bits with scales of the original weights, where they are not searched for.
     """
@@ -162,8 +162,8 @@ def test_grid_search_equals_the_textbook(bits: int, symmetric: bool, act_order: 
     ],
     ids=lambda s: f"{s.bits}bit-g{s.group_size}",
 )
-def test_fp32_loses_nothing_to_speak_of(scheme: QuantScheme) -> None:
-    """In fp32 some weights near the middle of two codes go the other way; over enough rows the loss stays the same."""
+def test_fp32_has_the_same_loss(scheme: QuantScheme) -> None:
+    """In fp32 some weights near the middle of two codes are rounded differently. Over enough rows the loss is the same."""
     weight, hessian = problem(1024, 256, seed=3)
     result = quantize_linear(weight.float(), hessian.float(), scheme)
     assert result.loss == pytest.approx(textbook_gptq(weight.float(), hessian.float(), scheme)[1], rel=1e-3)
@@ -257,7 +257,7 @@ def test_on_triton_linears_solved_together_equal_those_solved_apart(act_order: b
 
 @pytest.mark.usefixtures("triton_path")
 def test_on_triton_each_row_gets_its_own_codes(device: torch.device) -> None:
-    """And its own alone: the comparisons above would see a mistake."""
+    """So the comparisons above would detect exchanged rows."""
     weight, hessian = (t.float().to(device) for t in problem(8, 96, seed=9))
     scheme = QuantScheme(bits=4, group_size=32)
     one, other = (quantize_linear(w, hessian, scheme) for w in (weight, weight.flip(0)))
@@ -310,7 +310,7 @@ def test_energy_of_few_rows_is_exact(m: int) -> None:
 @pytest.mark.parametrize("m", [ENERGY_ROWS + 1, 2 * ENERGY_ROWS, 2 * ENERGY_ROWS + 1, 1000])
 @pytest.mark.parametrize("rows", ["alike", "larger at the end", "larger where it does not look"])
 def test_energy_of_many_rows_is_estimated(rows: str, m: int) -> None:
-    """To 10 %, also where the rows looked at are not like the others."""
+    """To 10 %, also if the sampled rows differ from the others."""
     weight, hessian = problem(m, 256, dead=())
     step = -(-m // ENERGY_ROWS)
     factors = {"alike": torch.ones(m), "larger at the end": 1 + torch.arange(m) / m, "larger where it does not look": torch.ones(m)}[rows]
@@ -326,7 +326,7 @@ def test_energy_of_many_rows_is_estimated(rows: str, m: int) -> None:
 @pytest.mark.parametrize("points", [False, True], ids=["with a loss", "without"])
 @pytest.mark.parametrize("m", [ENERGY_ROWS + 1, 4 * ENERGY_ROWS - 1, 700])
 def test_energy_of_equal_rows_is_exact_however_many(m: int, points: bool) -> None:
-    """The rows looked at stand for all, no more and no fewer; also where every weight is on the grid and nothing is lost."""
+    """The estimate counts all rows exactly once, also if every weight is on the grid and the loss is 0."""
     weight, hessian = problem(1, 600, dead=())
     if points:
         weight = torch.arange(600, dtype=torch.float64)[None] % 16 - 7.5
@@ -357,7 +357,7 @@ def test_relative_error_of_a_zero_weight_is_zero() -> None:
 
 
 def test_gptq_beats_rounding_to_nearest() -> None:
-    """Under the Hessian that GPTQ was given, codes rounded to GPTQ's own kind of grid lose more."""
+    """Rounding to the same kind of grid has a higher loss under the same Hessian."""
     weight, hessian = problem(64, 128, seed=5, dead=())
     scheme = QuantScheme(bits=3, group_size=128)
     scale, zero = (t[:, None] for t in textbook_grid(weight, scheme))

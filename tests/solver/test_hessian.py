@@ -1,4 +1,4 @@
-"""The Hessian's sum and its factor, against plain fp64 arithmetic."""
+"""The sum of a Hessian and its factor, against fp64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rotation(n: int) -> Tensor:
 
 
 def with_eigenvalues(n: int, lowest: float, dtype: torch.dtype = torch.float64) -> Tensor:
-    """A symmetric matrix with mean diagonal 1 and one eigenvalue at ``lowest``, the others about between 0.5 and 1.5."""
+    """A symmetric matrix with mean diagonal 1, one eigenvalue ``lowest``, and the others between about 0.5 and 1.5."""
     q = rotation(n)
     values = torch.linspace(0.5, 1.5, n, dtype=torch.float64)
     values[0] = lowest
@@ -31,7 +31,7 @@ def with_eigenvalues(n: int, lowest: float, dtype: torch.dtype = torch.float64) 
 
 
 def damped(h: Tensor, perm: Tensor | None, damping: float) -> Tensor:
-    """What should have been factored: dead inputs made 1, damping · mean added, in the order of perm; fp64."""
+    """The matrix that should be factored: 1 for dead inputs, damping · mean added, in the order of perm; fp64."""
     h = h.double().clone()
     diagonal = h.diagonal()
     diagonal[diagonal == 0] = 1
@@ -100,7 +100,7 @@ def test_act_order_is_by_decreasing_diagonal_and_stable() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [7, 256, 520])
 def test_act_order_factors_the_permuted_matrix(n: int, dtype: torch.dtype, dead: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit, and whatever part of the matrix is moved at a time; in the storage that was handed over."""
+    """Bit-exact, for any number of columns moved at a time, in the storage of the argument."""
     monkeypatch.setattr(triangles, "MOVED", 100 * n + 1)
     h = with_eigenvalues(n, 0.2, dtype) * torch.linspace(1, 3, n, dtype=dtype)[shuffled := rotation(n)[0].argsort()].outer(
         torch.linspace(1, 3, n, dtype=dtype)[shuffled]
@@ -117,8 +117,8 @@ def test_act_order_factors_the_permuted_matrix(n: int, dtype: torch.dtype, dead:
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
-def test_no_second_matrix_is_made(act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One more panel of columns at a time is all it takes, with the damping raised once, too."""
+def test_no_second_matrix_is_allocated(act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one panel of columns is allocated at a time, also if the damping is raised once."""
     n = 1100
     monkeypatch.setattr(triangles, "MOVED", 100 * n)
     h = torch.diag(torch.linspace(1, 2, n))
@@ -133,7 +133,7 @@ def test_no_second_matrix_is_made(act_order: bool, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
-def test_dead_inputs_are_marked_and_made_harmless(act_order: bool) -> None:
+def test_dead_inputs_are_marked_and_get_diagonal_1(act_order: bool) -> None:
     dead = [0, 4, 299]
     h = with_eigenvalues(300, 0.1)
     h[dead], h[:, dead] = 0, 0
@@ -148,8 +148,8 @@ def test_dead_inputs_are_marked_and_made_harmless(act_order: bool) -> None:
     ("lowest", "asked", "taken"), [(-0.05, 0.01, 0.1), (-0.05, 0.001, 0.1), (-0.5, 0.01, 1.0), (-0.7, 0.5, 1.0), (-0.005, 0.01, 0.01)]
 )
 @pytest.mark.parametrize("n", [40, 257, 520])
-def test_damping_climbs_until_the_factorization_holds(n: int, lowest: float, asked: float, taken: float, act_order: bool) -> None:
-    """Each try must start from the original matrix, whatever the failed one before it left behind."""
+def test_damping_is_raised_until_the_factorization_succeeds(n: int, lowest: float, asked: float, taken: float, act_order: bool) -> None:
+    """Each attempt must start from the original matrix."""
     h = with_eigenvalues(n, lowest)
     original = h.clone()
     factor = factorize(h, act_order=act_order, damping=asked)
@@ -177,7 +177,7 @@ BAD = {3: float("nan"), 40: float("inf"), 41: float("-inf"), 99: float("nan")}
 
 
 def with_bad_tokens(n: int, dtype: torch.dtype, tokens: int = 100) -> tuple[Tensor, list[int]]:
-    """Activations [tokens, n] of which the tokens of ``BAD`` hold one number that is not finite, and the numbers of the others."""
+    """Activations [tokens, n] in which each token of ``BAD`` has one nonfinite value, and the indices of the other tokens."""
     x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(n)).to(dtype)
     for token, value in BAD.items():
         x[token, (7 * token) % n] = value
@@ -199,7 +199,7 @@ def test_finite_tokens(dtype: torch.dtype) -> None:
 def test_tokens_that_are_not_finite_are_left_out(
     n: int, dtype: torch.dtype, batch: int, triton: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """However they are spread over batches, and over the copies that they are left out of."""
+    """For any distribution over batches and chunks."""
     if triton:
         request.getfixturevalue("triton_path")
     monkeypatch.setattr(hessian, "CHUNK_TOKENS", 30)
@@ -217,7 +217,7 @@ def test_tokens_that_are_not_finite_are_left_out(
 
 @pytest.mark.parametrize("triton", [False, True], ids=["plain", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_where_all_is_finite_not_a_bit_changes(dtype: torch.dtype, triton: bool, request: pytest.FixtureRequest) -> None:
+def test_finite_only_does_not_change_finite_sums(dtype: torch.dtype, triton: bool, request: pytest.FixtureRequest) -> None:
     if triton:
         request.getfixturevalue("triton_path")
     sums = [HessianSum(65, torch.device("cpu"), finite_only=asked) for asked in (False, True)]
@@ -228,7 +228,7 @@ def test_where_all_is_finite_not_a_bit_changes(dtype: torch.dtype, triton: bool,
     assert torch.equal(sums[0].finish(), sums[1].finish())
 
 
-def test_nothing_is_looked_at_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_checked_unless_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(x: Tensor) -> bool:
         raise AssertionError("the ordinary path must not wait for an answer")
 
@@ -238,7 +238,7 @@ def test_nothing_is_looked_at_unless_asked_for(monkeypatch: pytest.MonkeyPatch) 
         HessianSum(8, torch.device("cpu"), finite_only=True).add(torch.randn(5, 8))
 
 
-def test_a_sum_of_no_token_is_refused_by_name() -> None:
+def test_a_sum_of_no_tokens_is_refused_by_name() -> None:
     total = HessianSum(8, torch.device("cpu"), finite_only=True)
     total.add(torch.full((5, 8), float("nan")))
     assert (total.tokens, total.left_out) == (0, 5)

@@ -21,7 +21,7 @@ def weight(m: int = 12, n: int = 96, dtype: torch.dtype = torch.float32) -> Tens
 @pytest.mark.parametrize("group_size", [-1, 32, 48, 96])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_every_weight_goes_to_its_nearest_point(bits: int, symmetric: bool, group_size: int, dtype: torch.dtype) -> None:
+def test_every_weight_becomes_its_nearest_point(bits: int, symmetric: bool, group_size: int, dtype: torch.dtype) -> None:
     w = weight(dtype=dtype)
     result = round_to_nearest(w, QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric))
     width = 96 if group_size == -1 else group_size
@@ -54,7 +54,7 @@ def test_types_and_shapes() -> None:
     assert result.codes.shape == (12, 96) and result.scales.shape == result.zeros.shape == (12, 3)
 
 
-def test_what_lies_on_the_grid_comes_back_unchanged() -> None:
+def test_weights_on_the_grid_are_unchanged() -> None:
     codes = torch.arange(16).repeat(4, 2).float()
     w = (codes - 5) * 0.25
     result = round_to_nearest(w, QuantScheme(bits=4, group_size=32, symmetric=False))

@@ -1,4 +1,4 @@
-"""Asymmetric calibration against brute force and normal equations in fp64, and against the paper's column by column rule."""
+"""Asymmetric calibration against brute force and normal equations in fp64, and against the paper's column-by-column rule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from paper_rule import solve_by_columns
 from torch import Tensor
 
 from bigq.errors import NumericsError, UsageError
-from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import QuantScheme
 from bigq.solver.gptq import quantize_linear
 from bigq.solver.hessian import HessianSum, factorize
 from bigq.solver.upstream_error import Correction, CrossSum
@@ -22,7 +23,7 @@ DEAD = 7
 
 
 def problem(m: int, n: int, seed: int = 0, drift: float = 0.3) -> tuple[Tensor, Tensor, Tensor]:
-    """fp64 weight [m, n], and inputs [3n, n] in the original model and in the quantized one, where one is dead only there."""
+    """An fp64 weight [m, n], and inputs [3n, n] in the original and in the quantized model; one input is dead only in the latter."""
     gen = torch.Generator().manual_seed(seed)
     mix = torch.randn(n, n, dtype=torch.float64, generator=gen) / n**0.5
     x = torch.randn(3 * n, n, dtype=torch.float64, generator=gen) @ mix
@@ -51,7 +52,7 @@ def values(weight: QuantizedWeight) -> Tensor:
 
 
 def by_columns(w: Tensor, x: Tensor, now: Tensor, scheme: QuantScheme) -> Tensor:
-    """What the paper's rule comes to."""
+    """The weight that the paper's rule gives."""
     h, d = matrices(x, now)
     factor = factorize(h, act_order=scheme.act_order, damping=scheme.damping)
     return values(solve_by_columns([w], factor, scheme, correction=Correction(d, 1.0))[0])
@@ -59,7 +60,7 @@ def by_columns(w: Tensor, x: Tensor, now: Tensor, scheme: QuantScheme) -> Tensor
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_the_corrected_target_solves_the_normal_equations(act_order: bool) -> None:
-    """Without rounding nothing fits the original outputs better than W*, which is least squares of them on the inputs now."""
+    """Without rounding, W* is the least-squares fit of the original outputs on the inputs X̂."""
     w, x, now = problem(5, 40)
     now[:, DEAD] = torch.randn(len(now), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     h, d = matrices(x, now)
@@ -82,8 +83,8 @@ def test_damping_is_that_of_the_factor() -> None:
     assert torch.allclose(Correction(d, 0.5).apply(w.clone(), factorize(h, act_order=True, damping=0.1)), expected, atol=1e-12)
 
 
-def test_what_is_left_of_the_objective_is_the_loss_to_the_corrected_target() -> None:
-    """The identity that makes it GPTQ on another weight: for any Q, up to a constant."""
+def test_the_objective_is_the_loss_to_the_corrected_target_plus_a_constant() -> None:
+    """The identity that makes it GPTQ on another weight, for any Q."""
     w, x, now = problem(4, 24)
     h, d = matrices(x, now)
     dead = h.diagonal() == 0
@@ -99,7 +100,7 @@ def test_what_is_left_of_the_objective_is_the_loss_to_the_corrected_target() -> 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_close_to_the_best_of_all_codes(seed: int) -> None:
-    """Exhaustive: every row of 6 weights at 2 bits has 4096 neighbours. The corrected target comes closer to the best than GPTQ."""
+    """Exhaustive: a row of 6 weights at 2 bits has 4096 codes. The corrected target is closer to the best than GPTQ."""
     w, x, now = problem(24, 6, seed, drift=1.0)
     scheme = QuantScheme(bits=2, group_size=-1, symmetric=True, damping=1e-6)
     with_it = solved(w, x, now, scheme)
@@ -131,7 +132,7 @@ def test_lower_objective_than_gptq_and_than_the_column_by_column_rule(scheme: Qu
 
 @pytest.mark.parametrize("scheme", [QuantScheme(bits=3, group_size=-1, act_order=True), QuantScheme(group_size=32, symmetric=False)])
 def test_the_column_by_column_rule_without_drift_is_gptq(scheme: QuantScheme) -> None:
-    """So the reference that we compare with is sound."""
+    """So the reference is right."""
     w, x, _ = problem(16, 64)
     h, _ = matrices(x, x)
     assert torch.equal(by_columns(w, x, x, scheme), values(quantize_linear(w, h, scheme)))
@@ -151,7 +152,7 @@ def test_without_drift_or_strength_the_codes_are_those_of_gptq(scheme: QuantSche
     assert not torch.equal(quantize_linear(w.float(), h.float(), scheme, d.float()).codes, plain.codes)
 
 
-def test_a_dead_input_is_zero_and_made_up_for() -> None:
+def test_a_dead_input_is_zero_and_compensated() -> None:
     w, x, now = problem(8, 24)
     weight = solved(w, x, now, QuantScheme(bits=8, group_size=-1, damping=1e-6))
     assert not values(weight)[:, DEAD].any()
@@ -172,7 +173,7 @@ def test_fp32_is_close_to_fp64() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_sum_is_that_of_the_products(dtype: torch.dtype) -> None:
+def test_cross_sum_equals_the_sum_of_products(dtype: torch.dtype) -> None:
     _, x, now = problem(1, 40)
     x, now = x.to(dtype), now.to(dtype)
     total, kept = CrossSum(40, CPU), (x.clone(), now.clone())
@@ -183,7 +184,7 @@ def test_the_sum_is_that_of_the_products(dtype: torch.dtype) -> None:
     assert torch.allclose(total.finish(120).double(), expected, atol=1e-5)
 
 
-def test_equal_inputs_leave_exactly_nothing() -> None:
+def test_equal_inputs_give_exactly_0() -> None:
     _, x, _ = problem(1, 40)
     total = CrossSum(40, CPU)
     total.add(x.bfloat16(), x.bfloat16())
@@ -215,10 +216,10 @@ def test_tokens_that_are_not_finite(where: int) -> None:
     assert hessian.left_out == where
 
 
-def test_misfits_are_named() -> None:
+def test_errors_name_the_argument() -> None:
     w, x, now = problem(4, 32)
     h, d = matrices(x, now)
-    with pytest.raises(UsageError, match="cross matrix must be 32 × 32"):
+    with pytest.raises(UsageError, match="cross: must be 32 × 32 for a weight of 4 × 32"):
         quantize_linear(w, h, QuantScheme(group_size=32), d[:16])
     d[0, 0] = torch.nan
     with pytest.raises(NumericsError, match="cross matrix"):

@@ -17,7 +17,8 @@ from torch import Tensor
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.index import TensorInfo
 from bigq.kernels.pack import pack
-from bigq.scheme import QuantizedWeight, QuantScheme, Rule
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import QuantScheme, Rule
 
 #: Codes are packed into whole words, at most this many codes at a time.
 ALIGNMENT = 32

@@ -36,7 +36,7 @@ class Arena:
     def allocate(self, size: int) -> Region | None:
         """A region of ``size`` bytes, or None if no segment has that much contiguous space."""
         assert size > 0
-        whole = _rounded(size)
+        whole = _round_up(size)
         for segment, free in enumerate(self._free):
             for i, (begin, end) in enumerate(free):
                 if end - begin >= whole:
@@ -51,7 +51,7 @@ class Arena:
         """Free a region."""
         self._allocated.remove(region)
         free = self._free[region.segment]
-        begin, end = region.offset, region.offset + _rounded(region.size)
+        begin, end = region.offset, region.offset + _round_up(region.size)
         self.held -= end - begin
         i = bisect.bisect(free, (begin, end))
         first, last = i, i
@@ -71,5 +71,5 @@ def segments(budget: int, least: int, most: int) -> list[int]:
     return sizes
 
 
-def _rounded(size: int) -> int:
+def _round_up(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT

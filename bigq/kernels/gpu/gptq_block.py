@@ -94,7 +94,7 @@ def _round(x):
 
 
 @triton.jit
-def _as_stored(scale, DROP: tl.constexpr):
+def _round_scale(scale, DROP: tl.constexpr):
     half = scale.to(tl.float16)
     if DROP > 0:
         pattern = half.to(tl.int16, bitcast=True).to(tl.int32)
@@ -110,13 +110,13 @@ def _grid_for_range(
     low, high, MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr, DROP: tl.constexpr
 ):
     if SYMMETRIC:
-        scale = _as_stored(tl.div_rn(2.0 * tl.maximum(-low, high), tl.zeros_like(low) + MAX_CODE), DROP)
+        scale = _round_scale(tl.div_rn(2.0 * tl.maximum(-low, high), tl.zeros_like(low) + MAX_CODE), DROP)
         zero = tl.zeros_like(low) + HALF
     else:
-        scale = _as_stored(tl.div_rn(high - low, tl.zeros_like(low) + MAX_CODE), DROP)
+        scale = _round_scale(tl.div_rn(high - low, tl.zeros_like(low) + MAX_CODE), DROP)
         zero = _round(tl.clamp(tl.div_rn(-low, scale), 0.0, MAX_CODE + 0.0))
         if MIN_ZERO > 0:
-            widened = _as_stored(tl.div_rn(high, tl.zeros_like(low) + (MAX_CODE - MIN_ZERO)), DROP)
+            widened = _round_scale(tl.div_rn(high, tl.zeros_like(low) + (MAX_CODE - MIN_ZERO)), DROP)
             scale = tl.where(zero < MIN_ZERO, tl.maximum(scale, widened), scale)
             zero = tl.maximum(zero, MIN_ZERO + 0.0)
     return scale, zero

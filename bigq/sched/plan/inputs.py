@@ -1,10 +1,10 @@
-"""Plans for real models and machines: what there is to know is looked up here and handed to the planner."""
+"""Plans for real models and machines: config, headers, budgets and rates are looked up here and handed to the planner."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from bigq.config import JobConfig
 from bigq.conversion.gguf import check_gguf_job
-from bigq.errors import UnsupportedModelError, UsageError
+from bigq.errors import ResourceError, UnsupportedModelError, UsageError
 from bigq.io.folders import STATE_FOLDER
-from bigq.io.hub import resolve_headers
+from bigq.io.hub import Headers, resolve_headers
 from bigq.io.index import Checkpoint, TensorInfo, read_json_object
+from bigq.job.journal import read_job
+from bigq.job.request import require_same_code
 from bigq.job.settle import check_shapes, head_scheme, row_length, settled_scheme
 from bigq.machine.budget import GPU_RESERVE, disk_budget, gpu_budget, host_budget
 from bigq.machine.ceilings import KNOWN, Ceilings, measure
@@ -27,34 +29,83 @@ from bigq.model.description import ModelDescription
 from bigq.model.pager import Pager
 from bigq.progress.records import host_memory
 from bigq.sched.plan.cost import Work
-from bigq.sched.plan.planner import Budgets, Plan, make_plan
+from bigq.sched.plan.planner import Budgets, Download, Plan, make_plan
 from bigq.sched.plan.survey import Outline, survey
 from bigq.scheme import QuantScheme, scheme_for
 
 
 def plan(model: str, out: str | Path = ".", config: JobConfig | None = None, on: str = "this") -> Plan:
-    """What quantizing a model folder or hub id takes; no weights are read.
+    """What quantizing a model folder or hub id takes: memory, disk space, time. No weights are read.
 
     out: where the output would lie. on: "this" machine, or the GPU to plan for, one of ``ceilings.KNOWN``. A folder needs
-    nothing but a config.json; of a hub id config and headers are fetched.
-    Raises UsageError, DataError or ResourceError.
+    nothing but a config.json; of a hub id config and headers are fetched, and the shards that the job would fetch count as disk space.
+    Raises UsageError, DataError or ResourceError. A job that does not fit is no error: see ``Plan.fits``.
     """
     config = config or JobConfig()
     if on != "this" and on not in KNOWN:
         raise UsageError(f"--on {on}: must be this, {', '.join(KNOWN)}")
+    headers = resolve_headers(model)
+    device = torch.device("cpu") if on in KNOWN else choose_device(config.device)
+    return _plan(headers, Path(out), config, device, lambda dtype: KNOWN[on] if on in KNOWN else measure(device, dtype))
+
+
+def plan_before_fetch(model: str, out: Path, config: JobConfig) -> Plan | None:
+    """The plan of a job whose model has yet to be fetched from the hub; None where nothing is to be fetched.
+
+    config: of the job, also where it resumes. Only config, index, code and headers are fetched.
+    Raises ResourceError where the job or its download does not fit, and UsageError or DataError where ``quantize`` would refuse it.
+    """
+    headers = resolve_headers(model)
+    if headers.tensors is None:
+        return None
+    before = read_job(out)
+    if before is not None and config.trust_remote_code:
+        require_same_code(out, before, headers.folder)  # before any of it is run
+    found = _plan(headers, out, config, choose_device(config.device), lambda dtype: None)
+    if not found.fits:
+        raise ResourceError(f"{model}: the job does not fit, so nothing is fetched: {'; '.join(found.shortages)}")
+    return found
+
+
+def _plan(
+    headers: Headers, out: Path, config: JobConfig, device: torch.device, ceilings_of: Callable[[torch.dtype], Ceilings | None]
+) -> Plan:
+    """The plan of a model whose config and headers are known. ceilings_of: rates for a dtype; None where times do not matter."""
     skeleton.silence_transformers()
-    folder, tensors = resolve_headers(model)
     with torch.no_grad():
-        outline, model_config = _outline(folder, tensors, config)
+        outline, model_config = _outline(headers.folder, headers.tensors, config)
         seqlen = row_length(model_config, config)
-        config = _checked(ModelDescription(folder, model_config, outline.model, dict(outline.sources)), config)
+        config = _checked(ModelDescription(headers.folder, model_config, outline.model, dict(outline.sources)), config)
         shape = survey(outline, seqlen)
         work = _work(config, config.samples, config.samples * seqlen)
-        device = torch.device("cpu") if on in KNOWN else choose_device(config.device)
-        ceilings = KNOWN[on] if on in KNOWN else measure(device, outline.dtype)
-        on_gpu = bool(ceilings.memory)
-        budgets = _budgets(config, device, Path(out), ceilings)
-        return make_plan(shape, work, config, on_gpu=on_gpu, base=host_memory(), budgets=budgets, ceilings=ceilings)
+        ceilings = ceilings_of(outline.dtype)
+        on_gpu = device.type == "cuda" or (ceilings is not None and bool(ceilings.memory))
+        return make_plan(
+            shape,
+            work,
+            config,
+            on_gpu=on_gpu,
+            base=host_memory(),
+            budgets=_budgets(config, device, out, ceilings),
+            ceilings=ceilings,
+            download=_download(headers, out),
+        )
+
+
+def _download(headers: Headers, out: Path) -> Download | None:
+    """The shards that are still to be fetched, and whether they take from the disk space of OUT."""
+    if not headers.missing or headers.cache is None:
+        return None
+    shared = _file_system(headers.cache) == _file_system(out)
+    return Download(size=headers.missing, folder=str(headers.cache), free=None if shared else disk_budget(headers.cache))
+
+
+def _file_system(folder: Path) -> int:
+    """The device number of the file system that a folder lies in, or would lie in."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder.stat().st_dev
 
 
 def _checked(model: ModelDescription, config: JobConfig) -> JobConfig:
@@ -68,7 +119,7 @@ def _checked(model: ModelDescription, config: JobConfig) -> JobConfig:
 
 
 def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path) -> Plan:
-    """The plan of a job that is about to begin in ``out`` or to go on there. Its row length is settled."""
+    """The plan of a job that is about to begin or resume in ``out``. Its row length is settled."""
     assert config.seqlen is not None
     outline = Outline(
         model=copy.deepcopy(pager.model),
@@ -83,8 +134,6 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path) ->
     if pager.device.type == "cuda":
         torch.cuda.empty_cache()
     budgets = _budgets(config, pager.device, out, ceilings)
-    there = sum(path.stat().st_size for pattern in ("model-*", f"{STATE_FOLDER}/activations-*") for path in out.glob(pattern))
-    budgets = dataclasses.replace(budgets, disk=budgets.disk + there)
     return make_plan(shape, work, config, on_gpu=pager.device.type == "cuda", base=host_memory(), budgets=budgets, ceilings=ceilings)
 
 
@@ -104,13 +153,16 @@ def _work(config: JobConfig, rows: int, tokens: int) -> Work:
     )
 
 
-def _budgets(config: JobConfig, device: torch.device, out: Path, ceilings: Ceilings) -> Budgets:
-    """What the flags say, else what is free."""
-    vram = gpu_budget(device) if device.type == "cuda" else max(0, ceilings.memory - GPU_RESERVE)
+def _budgets(config: JobConfig, device: torch.device, out: Path, ceilings: Ceilings | None) -> Budgets:
+    """The budgets that the options name, else what is free. Files that an earlier run of the job wrote count as free."""
+    vram = gpu_budget(device) if device.type == "cuda" else max(0, (0 if ceilings is None else ceilings.memory) - GPU_RESERVE)
+    written = 0
+    if (out / STATE_FOLDER).is_dir():
+        written = sum(path.stat().st_size for pattern in ("model-*", f"{STATE_FOLDER}/activations-*") for path in out.glob(pattern))
     return Budgets(
         device=config.vram if config.vram is not None else vram,
         host=config.ram if config.ram is not None else host_budget(host_memory()),
-        disk=config.disk if config.disk is not None else disk_budget(out),
+        disk=(config.disk if config.disk is not None else disk_budget(out)) + written,
     )
 
 

@@ -10,9 +10,13 @@ from typing import Any
 
 from bigq.config import JobConfig, default_batch
 from bigq.errors import UsageError
+from bigq.io.formats.readers import Verdict, read_by
+from bigq.job.rules import RuleCount, count_words
 from bigq.machine.ceilings import DISK_RATE, Ceilings
+from bigq.progress.layout import entry, shortened
 from bigq.progress.sizes import show_size
 from bigq.sched.plan.cost import Choice, Cost, Phase, Work, job_cost
+from bigq.sched.plan.output import output_of
 from bigq.sched.plan.shape import ModelShape
 
 #: The part of a memory budget to stay within where that is possible: estimates are within a tenth.
@@ -32,10 +36,25 @@ class Budgets:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Download:
+    """Shards of a hub model that are not in the hub's cache yet.
+
+    size: bytes. folder: the cache. free: bytes free in its file system; None where OUT lies in the same one, and the disk budget holds
+    for both.
+    """
+
+    size: int
+    folder: str
+    free: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """How a job is run and what it takes. Sizes in bytes, times in seconds.
 
     seconds: by phase, at the device's best rates: no run is faster. shortages: what is missing, in words; empty where the job fits.
+    rules: how many Linears each rule decides. readers: which programs load the output. notes: what else is to be said of readers.
+    download: what is fetched before the job begins; None where nothing is.
     """
 
     shape: ModelShape
@@ -46,10 +65,25 @@ class Plan:
     ceilings: Ceilings | None
     seconds: Mapping[str, float]
     shortages: tuple[str, ...]
+    rules: tuple[RuleCount, ...] = ()
+    readers: tuple[Verdict, ...] = ()
+    notes: tuple[str, ...] = ()
+    download: Download | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the job fits into all its budgets."""
+        return not self.shortages
+
+    @property
+    def read_by(self) -> tuple[str, ...]:
+        """Programs that load the output, each with what it needs."""
+        return tuple(read_by(self.readers))
 
     @property
     def disk(self) -> int:
-        return self.cost.output + self.cost.scratch
+        """Bytes where OUT lies: the output, activations meanwhile, and what is fetched to the same file system."""
+        return self.cost.output + self.cost.scratch + _shared(self.download)
 
     @property
     def total_seconds(self) -> float:
@@ -62,6 +96,11 @@ class Plan:
         phases = [
             {"phase": p.name, "device_bytes": p.device, "host_bytes": p.host, "flops": dict(p.flops), "seconds": self.seconds.get(p.name)}
             for p in self.cost.phases
+        ]
+        rules = [
+            {"pattern": count.rule.pattern, "overrides": None if count.rule.overrides is None else dict(count.rule.overrides)}
+            | {"linears": count.linears}
+            for count in self.rules
         ]
         return {
             "blocks": len(self.shape.blocks),
@@ -76,15 +115,18 @@ class Plan:
             "disk_bytes": self.disk,
             "read_bytes": self.cost.read,
             "written_bytes": self.cost.output,
+            "download_bytes": 0 if self.download is None else self.download.size,
             "budgets": {"device": self.budgets.device, "host": self.budgets.host, "disk": self.budgets.disk},
             "device": None if self.ceilings is None else self.ceilings.name,
             "seconds_at_least": self.total_seconds if self.ceilings is not None else None,
             "phases": phases,
+            "rules": rules,
+            "readers": [dataclasses.asdict(verdict) for verdict in self.readers],
             "shortages": list(self.shortages),
         }
 
     def brief(self) -> str:
-        """What a job prints before it starts."""
+        """What a job prints before it starts: lines of at most 60 columns."""
         needs = [
             f"{what} {show_size(need)} of {show_size(has)}"
             for what, need, has in (
@@ -94,58 +136,76 @@ class Plan:
             )
             if what != "device" or self.choice.on_gpu
         ]
-        lines = [
-            f"plan: {len(self.shape.blocks)} blocks, {self.work.rows} × {self.shape.seqlen} tokens, {self._how()}",
-            f"  needs   {', '.join(needs)}",
-        ]
-        return "\n".join(lines + [f"  short   {shortage}" for shortage in self.shortages])
-
-    def table(self) -> str:
-        """The whole plan for a person."""
-        lines = [self.brief(), ""]
-        lines.append(f"  {'phase':10} {'device':>11} {'host':>11} {'arithmetic':>14} {'at least':>10}")
-        for phase in self.cost.phases:
-            count = sum(phase.flops.values()) / 1e12
-            arithmetic = f"{count:.1f} TFLOP" if count else "–"
-            device = show_size(phase.device) if self.choice.on_gpu else "–"
-            seconds = f"{self.seconds[phase.name]:.1f} s" if phase.name in self.seconds else "–"
-            lines.append(f"  {phase.name:10} {device:>11} {show_size(phase.host):>11} {arithmetic:>14} {seconds:>10}")
-        scratch = f", and {show_size(self.cost.scratch)} for activations meanwhile" if self.cost.scratch else ""
-        lines.append(f"  reads {show_size(self.cost.read)}, writes {show_size(self.cost.output)}{scratch}")
-        if self.ceilings is not None:
-            lines.append(
-                f"  takes at least {_minutes(self.total_seconds)} on {self.ceilings.name} (its rates: {self.ceilings.source}) "
-                f"with a disk of {DISK_RATE / 1e9:g} GB/s"
-            )
+        lines = [f"plan: {len(self.shape.blocks)} blocks, {self.work.rows} × {self.shape.seqlen} tokens"]
+        lines += entry("run", self._how())
+        lines += entry("needs", needs)
+        if self.download is not None:
+            lines += entry("fetches", f"{show_size(self.download.size)} to {shortened(self.download.folder, 30)}")
+        if words := count_words(self.rules):
+            lines += entry("rules", words)
+        lines += entry("read by", list(self.read_by) or "no program known to bigq but bigq")
+        for note in self.notes:
+            lines += entry("note", note)
+        for shortage in self.shortages:
+            lines += entry("short", shortage)
         return "\n".join(lines)
 
-    def _how(self) -> str:
+    def table(self) -> str:
+        """The whole plan for a person, in lines of at most 60 columns."""
+        lines = [self.brief(), ""]
+        lines.append(f"  {'phase':8}{'device':>12}{'host':>12}{'arithmetic':>14}{'at least':>11}")
+        for phase in self.cost.phases:
+            device = show_size(phase.device) if self.choice.on_gpu else "–"
+            seconds = _duration(self.seconds[phase.name]) if phase.name in self.seconds else "–"
+            arithmetic = _operations(sum(phase.flops.values()))
+            lines.append(f"  {phase.name:8}{device:>12}{show_size(phase.host):>12}{arithmetic:>14}{seconds:>11}")
+        lines.append("")
+        lines += entry("reads", show_size(self.cost.read))
+        scratch = f", and {show_size(self.cost.scratch)} for activations meanwhile" if self.cost.scratch else ""
+        lines += entry("writes", show_size(self.cost.output) + scratch)
+        if self.ceilings is not None:
+            lines += entry(
+                "time", f"at least {_duration(self.total_seconds)} on {self.ceilings.name}, with a disk of {DISK_RATE / 1e9:g} GB/s"
+            )
+            lines += entry("rates", self.ceilings.source)
+        return "\n".join(lines)
+
+    def _how(self) -> list[str]:
         if not self.work.streams:
-            return "rounding to nearest"
+            return ["rounding to nearest"]
         where = {"gpu": "on the GPU", "host": "in host memory", "disk": "on disk"}[self.choice.tier]
         parts = [f"activations {'of both models ' if self.work.streams > 1 else ''}{where}", f"batch {self.choice.batch}"]
         if any(block.memos for block in self.shape.blocks):
             parts.append("attention outputs kept" if self.choice.memo else "attention outputs not kept")
-        parts.append(f"{show_size(self.choice.ahead)} read ahead" if self.choice.ahead else "nothing read ahead")
-        return ", ".join(parts)
+        parts.append(f"{show_size(self.choice.ahead)} prefetched" if self.choice.ahead else "no prefetch")
+        return parts
 
 
 def make_plan(
-    shape: ModelShape, work: Work, config: JobConfig, *, on_gpu: bool, base: int, budgets: Budgets, ceilings: Ceilings | None
+    shape: ModelShape,
+    work: Work,
+    config: JobConfig,
+    *,
+    on_gpu: bool,
+    base: int,
+    budgets: Budgets,
+    ceilings: Ceilings | None,
+    download: Download | None = None,
 ) -> Plan:
-    """The fastest way of running the job that fits with room to spare; where none does, the one that asks for least.
+    """The fastest way to run the job that fits with room to spare; where none fits, the one that needs least.
 
-    base: bytes that the process holds before the job. What ``config`` fixes (tier, batch, read-ahead) stays as it says.
+    base: bytes that the process holds before the job. What ``config`` fixes (tier, batch, read-ahead) stays fixed.
     Raises UsageError for activations on a GPU that is not there.
     """
     if config.activations == "gpu" and not on_gpu:
         raise UsageError("--activations gpu: the job runs on a CPU; use host, disk or auto")
     base += WARM_GPU if on_gpu else WARM_CPU
-    spare = Budgets(device=int(HEADROOM * budgets.device), host=int(HEADROOM * budgets.host), disk=budgets.disk)
+    left = dataclasses.replace(budgets, disk=budgets.disk - _shared(download))
+    spare = Budgets(device=int(HEADROOM * left.device), host=int(HEADROOM * left.host), disk=left.disk)
     best: tuple[tuple[int, int], Choice, Cost] | None = None
     for choice in _choices(shape, work, config, on_gpu):
         cost = job_cost(shape, work, choice, base)
-        strain = sum(_over(cost, budgets)), sum(_over(cost, spare))
+        strain = sum(_over(cost, left)), sum(_over(cost, spare))
         if best is None or strain < best[0]:
             best = strain, choice, cost
         if not any(strain):
@@ -154,9 +214,10 @@ def make_plan(
     _, choice, cost = best
     if config.checkpoint_every is not None and work.streams:
         saving = dataclasses.replace(choice, checkpoints=True)
-        if not _over(with_them := job_cost(shape, work, saving, base), budgets)[2]:
+        if not _over(with_them := job_cost(shape, work, saving, base), left)[2]:
             choice, cost = saving, with_them
     seconds = {} if ceilings is None else {phase.name: phase_seconds(phase, ceilings) for phase in cost.phases}
+    output = output_of(shape, work, config)
     return Plan(
         shape=shape,
         work=work,
@@ -165,7 +226,11 @@ def make_plan(
         budgets=budgets,
         ceilings=ceilings,
         seconds=seconds,
-        shortages=tuple(_shortages(cost, budgets)),
+        shortages=tuple(_shortages(cost, left, download)),
+        rules=output.rules,
+        readers=output.readers,
+        notes=output.notes,
+        download=download,
     )
 
 
@@ -194,13 +259,19 @@ def _choices(shape: ModelShape, work: Work, config: JobConfig, on_gpu: bool) -> 
         yield Choice(on_gpu=on_gpu, tier=tier, batch=batch, memo=memo, ahead=ahead * largest, beside=ahead > 0)
 
 
+def _shared(download: Download | None) -> int:
+    """Bytes that are fetched to the file system of OUT."""
+    return 0 if download is None or download.free is not None else download.size
+
+
 def _over(cost: Cost, budgets: Budgets) -> tuple[int, ...]:
     """Bytes above each budget."""
     needs = (cost.device, cost.host, cost.output + cost.scratch)
     return tuple(max(0, need - has) for need, has in zip(needs, (budgets.device, budgets.host, budgets.disk), strict=True))
 
 
-def _shortages(cost: Cost, budgets: Budgets) -> Iterator[str]:
+def _shortages(cost: Cost, budgets: Budgets, download: Download | None) -> Iterator[str]:
+    """budgets: without what is fetched."""
     device, host, disk = _over(cost, budgets)
     if device:
         worst = max(cost.phases, key=lambda phase: phase.device)
@@ -209,8 +280,23 @@ def _shortages(cost: Cost, budgets: Budgets) -> Iterator[str]:
         worst = max(cost.phases, key=lambda phase: phase.host)
         yield f"host memory: {show_size(host)} more are needed, for the phase '{worst.name}' (--ram)"
     if disk:
-        yield f"disk: {show_size(disk)} more are needed where OUT lies, for {show_size(cost.output)} of output (--disk)"
+        shared = _shared(download)
+        fetched = f" and {show_size(shared)} of MODEL fetched to {download.folder}" if download is not None and shared else ""
+        yield f"disk: {show_size(disk)} more are needed where OUT lies, for {show_size(cost.output)} of output{fetched} (--disk)"
+    if download is not None and download.free is not None and download.size > download.free:
+        more = show_size(download.size - download.free)
+        yield f"disk: {more} more are needed in {download.folder}, for {show_size(download.size)} of MODEL (another cache: set HF_HOME)"
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _operations(count: float) -> str:
+    if not count:
+        return "–"
+    unit, size = next(((unit, size) for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15)) if count >= 10 * size), ("TFLOP", 1e12))
+    return f"{count / size:.1f} {unit}"

@@ -96,6 +96,7 @@ class ModelShape:
     at. width: of the hidden states; itemsize: bytes of an element in the compute dtype. vocabulary: rows of the embedding;
     embedding_row: bytes of one in the checkpoint. rest_stored: bytes of all tensors outside the blocks; rest_loaded: of those that
     an embedding pass needs beside the embedding. head: the output head, by its module name, where it is a Linear of its own.
+    family: the model type of its config. transposed: whether Linears are stored transposed (GPT-2).
     """
 
     path: str
@@ -108,6 +109,12 @@ class ModelShape:
     rest_stored: int
     rest_loaded: int
     head: LinearShape | None = None
+    family: str | None = None
+    transposed: bool = False
+
+    def linear_names(self) -> list[str]:
+        """Module names of the Linears in blocks, in order."""
+        return [f"{self.path}.{i}.{linear.name}" for i, block in enumerate(self.blocks) for linear in block.linears]
 
     @property
     def stored(self) -> int:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from bigq.io.index import TensorInfo
 from bigq.model.blocks import block_linears
 from bigq.model.capture import BlockCall, OutputForm, first_input, forward_errors, record_calls, replace_forwards
-from bigq.model.skeleton import linear_weight
+from bigq.model.skeleton import is_transposed, linear_weight
 from bigq.model.structure import BlockPlan, GradientTracer, plan_block
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
 
@@ -79,6 +79,8 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
         rest_stored=stored - sum(shape.stored for shape in shapes),
         rest_loaded=rest,
         head=_head(outline, model, head, embedding),
+        family=getattr(model.config, "model_type", None),
+        transposed=any(is_transposed(module) for block in blocks for module in block_linears(block).values()),
     )
 
 

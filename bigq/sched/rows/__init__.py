@@ -1,1 +1,1 @@
-"""Calibration rows on their way through the blocks: where they are kept, and what is kept of them."""
+"""The calibration rows between blocks: their hidden states, where these are stored, and checkpoints of them."""

@@ -1,10 +1,10 @@
-"""The hidden states between two blocks, kept on disk so that a job that was killed need not replay all finished blocks.
+"""Activation checkpoints: the hidden states that enter a block, saved so that a resumed job need not replay all finished blocks.
 
-    OUT/.bigq/activations-00012.safetensors   what enters block 12
-    OUT/.bigq/checkpoints.json                which of these files are whole
+    OUT/.bigq/activations-00012.safetensors   the inputs of block 12
+    OUT/.bigq/checkpoints.json                which of these files are complete
 
-A new file is written beside the one before and recorded when it is durable; at most two are there at any time. They are a matter of time
-only: where none can be used, or the disk has no room for one, blocks are replayed from the first on.
+A new file is written before the previous one is removed, and recorded once it is durable. At most two exist at any time. Checkpoints
+only save time: without a usable one, or without disk space for one, blocks are replayed from the first on.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from bigq.io.writer import OutputTensor, write_shard
 from bigq.job.journal import CHECKPOINTS_NAME
 from bigq.sched.rows.store import ActivationStore
 
-#: The hidden states, and where a job follows them, those of the original model.
+#: Tensor names: the hidden states, and with gptaq those of the unquantized model.
 TENSORS = ("hidden_states", "original_hidden_states")
-#: Bytes per second that a checkpoint is expected to be written with, as long as none was.
+#: Expected write rate of the first checkpoint, in bytes per second.
 EXPECTED_RATE = 500e6
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFile:
-    """A checkpoint: the hidden states that enter a block, in a file."""
+    """The file of a checkpoint. block: the block that its hidden states enter. size in bytes."""
 
     block: int
     file: str
@@ -48,8 +48,8 @@ class CheckpointFile:
 class Checkpoints:
     """The activation checkpoints of a job.
 
-    every: seconds of replaying that a job which goes on may have to repeat; None keeps no checkpoints.
-    say: told what is worth knowing.
+    every: the longest replay that a resumed job should have to do, in seconds; None saves no checkpoints.
+    say: receives warnings.
     """
 
     def __init__(self, state: Path, every: float | None, say: Callable[[str], None]) -> None:
@@ -64,13 +64,13 @@ class Checkpoints:
             value = load_record(self._state / CHECKPOINTS_NAME, "")
             return [] if value is None else [CheckpointFile(**entry) for entry in value["kept"]]
         except (BigqError, KeyError, TypeError):
-            self._say("the record of saved activations is damaged or cannot be read; finished blocks are replayed")
+            self._say(f"{CHECKPOINTS_NAME}: is damaged or cannot be read; finished blocks are replayed")
             return []
 
     def restore(self, first: int, *stores: ActivationStore) -> int | None:
-        """Fill the stores with the newest hidden states that enter block ``first`` or one before it; that block, or None.
+        """Fill the stores from the newest checkpoint at or before block ``first``. Returns its block, or None.
 
-        Files that are not as they were written are passed over and removed.
+        Damaged files are skipped and removed.
         """
         for saved in sorted(self._kept, key=lambda s: -s.block):
             if saved.block <= first:
@@ -81,7 +81,7 @@ class Checkpoints:
                         return saved.block
                 except (OSError, BigqError) as error:
                     self._say(f"{path.name}: cannot be read ({error})")
-                self._say(f"{path.name}: is damaged or does not fit; an earlier one is used, or finished blocks are replayed")
+                self._say(f"{path.name}: is damaged or of another shape; an earlier checkpoint is used, or finished blocks are replayed")
                 with contextlib.suppress(OSError, ResourceError):
                     self._record([other for other in self._kept if other is not saved])
         return None
@@ -100,24 +100,24 @@ class Checkpoints:
                 store.put(lo, rows.to(store.device))
 
     def add_replay_time(self, seconds: float) -> None:
-        """A block was finished that would take so long to replay."""
+        """Count a finished block that would take ``seconds`` to replay."""
         self._replay += seconds
 
     @property
     def due(self) -> bool:
-        """Whether replaying what was finished since the last checkpoint takes longer than it should."""
+        """Whether replaying the blocks finished since the last checkpoint would take ``every`` seconds or more."""
         return self._every is not None and self._replay >= max(self._every, 1e-9)
 
     def keeps(self, block: int) -> bool:
-        """Whether the hidden states that enter a block are on disk."""
+        """Whether the inputs of a block are saved."""
         return any(saved.block == block for saved in self._kept)
 
     def expected_seconds(self, *stores: ActivationStore) -> float:
-        """How long saving is expected to take."""
+        """The expected time to save the stores, in seconds."""
         return sum(math.prod(store.shape) * store.dtype.itemsize for store in stores) / self._rate
 
     def save(self, block: int, *stores: ActivationStore) -> None:
-        """Keep the hidden states that enter a block, unless they are kept already. A disk without room for them is no error."""
+        """Save the inputs of a block, unless they are saved already. A full disk is not an error: checkpoints are then switched off."""
         if self._every is None:
             return
         if any(saved.block == block for saved in self._kept):
@@ -128,7 +128,7 @@ class Checkpoints:
         path = self._state / f"activations-{block:05d}.safetensors"
         try:
             faults.point("checkpoint.begun")
-            # Recorded before the file goes: the record never names one that is not there.
+            # First drop older files from the record, then delete them: the record never names a missing file.
             self._record(newest)
             shard = self._write(path, stores)
             faults.point("checkpoint.written")
@@ -136,10 +136,10 @@ class Checkpoints:
             faults.point("checkpoint.recorded")
         except (OSError, ResourceError) as error:
             self._every = None
-            # Whatever the record says now, it names this one; the room that others take is needed for the job itself.
+            # On disk the record names this file in any case. Other files go: the job itself needs their space.
             self._kept = newest
             self._remove_others()
-            self._say(f"activations are not saved any more, so a job that is killed replays its finished blocks ({_error_text(error)})")
+            self._say(f"no more activation checkpoints ({_error_text(error)}); a resumed job may have to replay its finished blocks")
             return
         self._replay = 0.0
         self._rate = shard.size / max(time.monotonic() - started, 1e-6)
@@ -164,7 +164,7 @@ class Checkpoints:
             self._remove_others()
 
     def _remove_others(self) -> None:
-        """Remove the files that are not kept."""
+        """Delete the files that are not in the record."""
         known = {saved.file for saved in self._kept}
         with contextlib.suppress(OSError):
             for path in self._state.glob("activations-*"):
@@ -172,7 +172,7 @@ class Checkpoints:
                     path.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Remove everything: the job is done."""
+        """Delete all checkpoints, when the job is done."""
         self._kept = []
         with contextlib.suppress(OSError):
             (self._state / CHECKPOINTS_NAME).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The entrance to the blocks: the structure of a model seen by a probe, and the calibration rows brought there."""
+"""Probing the structure of a model, and computing the inputs of its first block for the calibration rows."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from bigq.job.batches import Batches
 from bigq.model import skeleton
-from bigq.model.capture import BlockCall, OutputForm, check_streamable, first_input, forward_errors, record_calls
+from bigq.model.capture import BlockCall, OutputForm, check_block_calls, first_input, forward_errors, record_calls
 from bigq.model.pager import Pager
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import Tier
 
-#: Length of the random rows on which a model's structure is probed.
+#: Tokens in each random row that a model is probed with.
 PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A short random batch at the entrance of the blocks; what the structure of a model is found out with."""
+    """A short random batch to probe blocks with. hidden: the inputs of block 0 [1, T, d]. calls: of each block. form: of their output."""
 
     hidden: Tensor
     calls: list[BlockCall]
@@ -29,9 +29,9 @@ class Probe:
 
 
 def probe_model(pager: Pager) -> Probe:
-    """Run a few random tokens through the model's own forward to see how its blocks are called and what they return.
+    """Run a few random tokens through the model's own forward to record how its blocks are called and what they return.
 
-    Raises UnsupportedModelError where the model cannot be streamed block by block.
+    Raises UnsupportedModelError where the model cannot be run block by block.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = pager.embedding.num_embeddings
@@ -44,14 +44,14 @@ def probe_model(pager: Pager) -> Probe:
         block = pager.load_block(0)
         with forward_errors():
             form = OutputForm.of(block(hidden, *call.args, **call.kwargs))
-        check_streamable(pager.model, pager.blocks, ids, form)
+        check_block_calls(pager.model, pager.blocks, ids, form)
         calls = record_calls(pager.model, pager.blocks, ids[0], form)
         pager.evict_block(0)
     return Probe(hidden, calls, form)
 
 
 def activations_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, tier: Tier) -> ActivationStore:
-    """The rows [N, T] at the entrance of the first block: what blocks 0 … will be replayed on."""
+    """The inputs of block 0 for the token ids ``rows`` [N, T]."""
     store = store_for(pager, rows, batches, probe, tier)
     with contextlib.ExitStack() as stack:
         stack.callback(store.close)
@@ -61,10 +61,10 @@ def activations_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, 
 
 
 def store_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, tier: Tier) -> ActivationStore:
-    """Room for the hidden states of the rows [N, T], with nothing in it yet."""
+    """An uninitialized store for the hidden states of the token ids ``rows`` [N, T]."""
 
     def record(size: int) -> list[BlockCall]:
-        """Which tokens does not matter: ``check_streamable`` has made sure."""
+        """Any tokens will do: ``check_block_calls`` has checked that."""
         ids = rows[:1].expand(size, -1)
         with pager.rest_loaded(), pager.embedding_rows(ids):
             return record_calls(pager.model, pager.blocks, ids.to(pager.device), probe.form)
@@ -74,7 +74,7 @@ def store_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, tier: 
 
 
 def embed(pager: Pager, rows: Tensor, probe: Probe, store: ActivationStore) -> None:
-    """Bring the rows to the entrance of the first block, and record how blocks are called."""
+    """Fill the store with the inputs of block 0, and record how blocks are called."""
 
     def run() -> None:
         for lo, hi in store.spans():

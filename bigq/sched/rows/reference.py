@@ -1,7 +1,6 @@
-"""A block as it was before anything in it was quantized, and the rows as the reference model has them: what asymmetric calibration
-looks at beside the block as it is and the rows as they are.
+"""The reference of asymmetric calibration (gptaq): a block with its unquantized weights, and the rows in the unquantized model.
 
-Both go through the same module, one after the other: only the weights of solved Linears are there twice.
+The quantized and the reference rows go through the same module in turn. Only the weights of solved Linears are in memory twice.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from torch import nn
 from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
 
-#: The step (see ``batches.Halving``) of the pass that takes the reference rows through a block: behind all that solves it.
+#: The step (see ``batches.Halving``) of the pass that replays the reference rows through a block: after all steps that solve it.
 REFERENCE_STEP = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceBlock:
-    """The unquantized weights and rows of one block.
+    """One block of the unquantized model.
 
-    store: the rows in the unquantized model, at the block's entrance. cache: module outputs kept on their way through it.
-    kept: unquantized weights of Linears that are solved, by the Linear's name in the block.
+    store: the block's inputs in the unquantized model. cache: the shortcut outputs for these rows.
+    kept: unquantized weights of the solved Linears, by name in the block.
     """
 
     store: ActivationStore
@@ -33,7 +32,7 @@ class ReferenceBlock:
     kept: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def keep_weight(self, name: str, linear: nn.Module) -> None:
-        """The Linear's weight is about to be overwritten: give it another parameter for that."""
+        """Keep a Linear's weight before it is quantized, and give the Linear a new parameter for the quantized one."""
         weight = linear._parameters["weight"]
         assert isinstance(weight, nn.Parameter)
         self.kept[name] = weight
@@ -41,7 +40,7 @@ class ReferenceBlock:
 
     @contextlib.contextmanager
     def unquantized_weights(self, block: nn.Module) -> Iterator[None]:
-        """Let the block have all its unquantized weights."""
+        """Give the block its unquantized weights while the context is open."""
         linears = {name: block.get_submodule(name) for name in self.kept}
         now = {name: linear._parameters["weight"] for name, linear in linears.items()}
         try:
@@ -53,6 +52,6 @@ class ReferenceBlock:
                 linear._parameters["weight"] = now[name]
 
     def align(self, store: ActivationStore) -> ActivationStore:
-        """The reference rows' store, at the batch that another one is at."""
+        """The reference store, moved to the batch of rows that ``store`` is at."""
         self.store.align_with(store)
         return self.store

@@ -1,7 +1,7 @@
-"""What modules with a shortcut return, kept row by row so that they run once.
+"""Caches the outputs of modules with a shortcut, row by row, so that these modules run once.
 
-Keeping that costs one hidden state per token and leaves 1.5 forwards of a llama block's Linears and 1 of its attention, instead of
-2.2 and 4.
+The cache takes one hidden state per token. With it, solving a llama block takes 1.5 forwards of its Linears and 1 of its attention,
+instead of 2.2 and 4.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from bigq.sched.rows.tiers import RowBuffer
 
 
 class ShortcutCache:
-    """What modules with a shortcut return, row by row; until their Linear is solved, its inputs. Kept in the store's tier.
+    """The outputs of modules with a shortcut, by row, in the store's tier. Until a module's Linear is solved, that Linear's inputs.
 
-    A pass that begins anew with a smaller batch puts all rows again. Rows serve only passes with the batch that they were made
-    with: a block that is replayed from its shard has no memo, and must come to the same bytes.
+    A pass that restarts with a smaller batch puts all rows again. Cached rows are used only in passes with the batch that they were
+    computed with: a block that is replayed from its shard has no cache and must give the same bytes.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class ShortcutCache:
         self._finished: list[Shortcut] = []
 
     def put(self, shortcut: Shortcut, store: ActivationStore, x: Tensor) -> None:
-        """Keep the Linear's input for the store's current batch."""
+        """Cache the input x of the shortcut's Linear for the store's current batch of rows."""
         lo, hi = store.at
         if shortcut not in self._kept:
             self._kept[shortcut] = _CachedRows.for_batch(x, hi - lo, store)
@@ -39,7 +39,7 @@ class ShortcutCache:
         self._kept[shortcut].batch = store.batch
 
     def compute_outputs(self, shortcut: Shortcut, linear: nn.Module, store: ActivationStore, block: int, step: int) -> None:
-        """The Linear is solved: turn its inputs into its outputs, in a pass of the store's."""
+        """Replace the cached inputs of a solved Linear by its outputs, in an update pass of the store (block, step: see ``Halving``)."""
         inputs = self._kept[shortcut]
         outputs: _CachedRows | None = None
 
@@ -60,7 +60,10 @@ class ShortcutCache:
 
     @contextlib.contextmanager
     def apply(self, block: nn.Module, store: ActivationStore) -> Iterator[None]:
-        """Let finished modules return what is kept for the store's current batch instead of running, as long as it has the same size."""
+        """Let modules return their cached outputs for the store's current rows instead of running, while the context is open.
+
+        Outputs that were computed with another batch size are not used.
+        """
         usable = [s for s in self._finished if self._kept[s].batch == store.batch]
 
         def make(i: int) -> Callable[..., Any]:
@@ -71,7 +74,7 @@ class ShortcutCache:
             yield
 
     def close(self) -> None:
-        """Give up everything kept."""
+        """Free all buffers."""
         for kept in self._kept.values():
             kept.buffer.close()
         self._kept.clear()
@@ -80,9 +83,10 @@ class ShortcutCache:
 
 @dataclass(slots=True)
 class _CachedRows:
-    """Tensors of a batch as rows of a buffer. shape: of what belongs to one row, whose leading dimension may be folded.
+    """A module's tensor for all rows, in a buffer of ``elements`` per row.
 
-    batch: the rows that went through the block at once to make it; None where that was not the same number for all.
+    shape: of one row's part of the tensor; its first dimension may fold batch and tokens. batch: the batch size that it was computed
+    with; None where it changed on the way.
     """
 
     buffer: RowBuffer

@@ -1,7 +1,7 @@
 """The hidden states of all calibration rows between two blocks, and passes over them.
 
-A pass takes the rows in batches. Where the device runs out of memory the batch is halved and the pass goes on: from its beginning
-if it leaves the rows as they are, and from the batch that failed if it overwrites them, so that no row is overwritten twice.
+A pass takes the rows in batches. Where the device runs out of memory, the batch is halved. A read pass then restarts. An update pass,
+which overwrites the rows, continues with the batch that failed, so that no row goes through a block twice.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ T = TypeVar("T")
 
 
 class ActivationStore:
-    """Hidden states [N, T, d] in one buffer of a tier that outputs overwrite in place.
+    """Hidden states [N, T, d] in one buffer of a tier. A block's outputs overwrite its inputs.
 
-    batches: how many rows are replayed at once, by place; the last batch of a pass may be smaller. batch: that of the pass under
-    way. at: the rows [lo, hi) of the batch that is being replayed.
-    record: batch size → how each block is called; asked once per size, as masks and ALiBi depend on it.
-    pause: called before every batch; may raise to end the pass. passing: told how far a pass is, as ("rows", done, of).
+    batches: the batch size by place; the last batch of a pass may be smaller. batch: the batch size of the current pass.
+    at: the rows [lo, hi) of the current batch.
+    record: batch size → the call of each block; called once per size, since masks and ALiBi depend on it.
+    before_batch: called before every batch; may raise to end the pass. on_progress: called with ("rows", done, total).
     """
 
     def __init__(
@@ -46,33 +46,33 @@ class ActivationStore:
 
     @property
     def device(self) -> torch.device:
-        """Where batches are computed with."""
+        """The device that computes batches."""
         return self._tier.device
 
     def empty_like(self) -> ActivationStore:
-        """Room for other hidden states of the same rows; what blocks are called with is recorded once for both."""
+        """An uninitialized store for other hidden states of the same rows. Both share the recorded block calls."""
         store = ActivationStore(self.shape, self.dtype, self._batches, self._tier, self._record)
         store.calls = self.calls
         return store
 
     def align_with(self, other: ActivationStore) -> None:
-        """Be at the batch that another store of as many rows is at."""
+        """Move to the batch of rows that another store with the same number of rows is at."""
         self._set_batch(other.batch)
         self.at = other.at
 
     def copy_from(self, other: ActivationStore) -> None:
-        """Hold what another store of this shape holds."""
+        """Overwrite all rows with those of another store of this shape."""
         for lo, hi in other.spans():
             self.put(lo, other.rows(lo, hi))
 
     def buffer(self, elements: int, dtype: torch.dtype) -> RowBuffer:
-        """Room for something else that has so many elements for every row, in the same tier."""
+        """A buffer of ``elements`` per row in the same tier."""
         return self._tier.buffer(self._count, elements, dtype)
 
     def read_pass(self, block: int, step: int, run: Callable[[], T]) -> T:
-        """What ``run`` returns, which makes a pass that leaves the rows as they are; run again with half the batch where memory ends.
+        """Call ``run``, which makes a whole pass without changing the rows, and return its result.
 
-        block, step: see ``Halving``.
+        Where the device runs out of memory, ``run`` is called again with half the batch. block, step: see ``Halving``.
         """
         while True:
             self._set_batch(self._batches.at(block, step))
@@ -84,9 +84,9 @@ class ActivationStore:
             self._halve(block, step, 0)
 
     def update_pass(self, block: int, step: int, run: Callable[[int, int], None]) -> None:
-        """Call ``run(lo, hi)`` for one batch after the other; with half of a batch where memory ends, and with smaller ones from there.
+        """Call ``run(lo, hi)`` for each batch; where the device runs out of memory, again for the first half of it, and so on from there.
 
-        ``run`` may overwrite its rows, and must do so last. block, step: see ``Halving``.
+        ``run`` may overwrite its rows, as its last step. block, step: see ``Halving``.
         """
         lo = 0
         while lo < self._count:
@@ -111,7 +111,7 @@ class ActivationStore:
                 del self.calls[size]
 
     def _halve(self, block: int, step: int, row: int) -> None:
-        """To be called when the error is forgotten: what its traceback holds would stay in memory."""
+        """Call it outside the except clause: the error's traceback keeps tensors in memory."""
         free_memory(self._tier.device)
         self._batches.halve(block, step, row)
 
@@ -133,26 +133,26 @@ class ActivationStore:
         faults.point("batch.begun")
 
     def call(self, block: int, size: int) -> BlockCall:
-        """How a block is called with a batch of so many rows."""
+        """The block's call for a batch of ``size`` rows."""
         if size not in self.calls:
             self.calls[size] = self._record(size)
         return self.calls[size][block]
 
     def fetch(self, lo: int, hi: int) -> Tensor:
-        """Hidden states of a batch; the next one is read meanwhile."""
+        """Hidden states [hi − lo, T, d] of a batch. Prefetches the next one."""
         hidden = self.rows(lo, hi)
         if hi < self._count:
             self._buffer.prefetch(hi, min(hi + self.batch, self._count))
         return hidden
 
     def put(self, lo: int, hidden: Tensor) -> None:
-        """Overwrite the rows from ``lo`` on."""
+        """Overwrite rows, starting at ``lo``, with hidden states [k, T, d]."""
         self._buffer.put(lo, hidden)
 
     def rows(self, lo: int, hi: int) -> Tensor:
-        """Hidden states [hi − lo, T, d] on the tier's device."""
+        """Hidden states [hi − lo, T, d] on the compute device."""
         return self._buffer.get(lo, hi).view(hi - lo, *self._row)
 
     def close(self) -> None:
-        """Give up the buffer."""
+        """Free the buffer."""
         self._buffer.close()

@@ -1,7 +1,7 @@
-"""Where the hidden states of the calibration rows are kept: on the GPU, in host memory or in a file.
+"""Storage tiers for the hidden states of the calibration rows: GPU memory, host memory or a file.
 
-All tiers give the same bytes. A tier makes row buffers; a row is a fixed number of elements. Reads and writes of the disk
-tier happen in a thread of their own, in the order in which they were asked for, so a read sees the writes before it.
+All tiers return the same bytes. A tier makes row buffers; a row is a fixed number of elements. The disk tier reads and writes in a
+separate thread, in the order of the calls, so a read sees the writes before it.
 """
 
 from __future__ import annotations
@@ -25,43 +25,41 @@ from bigq.machine.budget import gpu_budget, host_budget
 from bigq.progress.clock import Clock
 from bigq.progress.trace import Trace
 
-#: Batches of a disk buffer whose writing has not ended yet, at most.
+#: The most batches of a file buffer that wait to be written.
 WRITES_IN_FLIGHT = 2
 
 
 class RowBuffer(Protocol):
-    """Rows of equal size, read and overwritten in runs. What was never written is undefined."""
+    """Rows of equal size, read and overwritten in ranges. Rows that were never written are undefined."""
 
     def get(self, lo: int, hi: int) -> Tensor:
-        """Rows lo … hi, [hi − lo, elements], on the compute device."""
+        """Rows [lo, hi) as a tensor [hi − lo, elements] on the compute device."""
 
     def put(self, lo: int, rows: Tensor) -> None:
-        """Overwrite the rows from lo on with rows [k, ...] of any device."""
+        """Overwrite rows, starting at lo, with ``rows`` [k, ...] on any device."""
 
     def prefetch(self, lo: int, hi: int) -> None:
-        """These rows will be asked for next."""
+        """Start to read rows that ``get`` will ask for next."""
 
     def close(self) -> None:
-        """Give up the memory or the file."""
+        """Free the memory or the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """kind: "gpu", "host" or "disk". device: where rows are computed with. scratch: the folder of the disk tier's files.
+    """A tier. kind: "gpu", "host" or "disk". device: the compute device. scratch: the folder for the disk tier's files.
 
-    clock: times the coming and going of rows that are kept elsewhere than where they are computed with; the disk tier's reads and
-    writes are a lane of its trace.
+    clock: times transfers of rows between their tier and the compute device; reads and writes of the disk tier are a lane of its trace.
     """
 
     kind: str
     device: torch.device
-    scratch: Path | None = None
+    scratch: Path
     clock: Clock | None = None
 
     def buffer(self, rows: int, elements: int, dtype: torch.dtype) -> RowBuffer:
-        """Room for rows of that many elements. Raises ResourceError where the disk has none."""
+        """An uninitialized buffer [rows, elements]. Raises ResourceError where the disk has no space for it."""
         if self.kind == "disk":
-            assert self.scratch is not None
             trace = self.clock.trace if self.clock is not None else Trace(keep=False)
             return self._time_transfers(_FileBuffer(self.scratch, rows, elements, dtype, self.device, trace))
         if self.kind == "host" and self.device.type == "cuda":
@@ -73,19 +71,19 @@ class Tier:
 
 
 def choose_tier(device: torch.device, needed: int, scratch: Path) -> Tier:
-    """The fastest tier that takes ``needed`` bytes without filling more than half of what is free; for what has no plan."""
+    """The fastest tier for ``needed`` bytes, see ``fastest_tier``; for commands without a plan."""
     return Tier(fastest_tier(needed, gpu_budget(device), host_budget(resident=0)), device, scratch)
 
 
 def fastest_tier(needed: int, device_free: int, host_free: int) -> str:
-    """The first of GPU, host and disk whose free bytes are at least twice those needed; the disk is never asked."""
+    """The first of GPU and host memory whose free bytes are at least twice ``needed``; otherwise the disk, without a check."""
     if needed <= device_free // 2:
         return "gpu"
     return "host" if needed <= host_free // 2 else "disk"
 
 
 class _TimedBuffer:
-    """A buffer whose rows' coming and going is a phase of its own."""
+    """A buffer whose transfers are timed as the phase "transfer"."""
 
     def __init__(self, buffer: RowBuffer, clock: Clock) -> None:
         self._buffer, self._clock = buffer, clock
@@ -106,7 +104,7 @@ class _TimedBuffer:
 
 
 class _TensorBuffer:
-    """One tensor where it is computed with."""
+    """One tensor on the compute device."""
 
     def __init__(self, rows: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
         self._rows = torch.empty(rows, elements, dtype=dtype, device=device)
@@ -125,7 +123,7 @@ class _TensorBuffer:
 
 
 class _PinnedBuffer:
-    """Pinned memory of a GPU's host. Rows come and go on a stream of their own, in the order in which they were asked for."""
+    """Pinned host memory. Rows are copied on a separate CUDA stream, in the order of the calls."""
 
     def __init__(self, rows: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
         self._device = device
@@ -136,9 +134,9 @@ class _PinnedBuffer:
     def get(self, lo: int, hi: int) -> Tensor:
         expected, self._next = self._next, None
         if expected is None or expected[:2] != (lo, hi):
-            expected = None  # memory may have ended: what was fetched for a larger batch goes first
+            expected = None  # frees rows prefetched for a larger batch, before the batch was halved
             expected = (lo, hi, *self._fetch(lo, hi))
-        # Not for the stream: the rows put last may still be on their way out.
+        # Wait for this copy only, not for the stream: rows that were put last may still be in transit.
         torch.cuda.current_stream(self._device).wait_event(expected[3])
         return expected[2]
 
@@ -154,9 +152,9 @@ class _PinnedBuffer:
         self._next = (lo, hi, *self._fetch(lo, hi))
 
     def _fetch(self, lo: int, hi: int) -> tuple[Tensor, torch.cuda.Event]:
-        """Begin to copy rows to the device: the tensor, and what to wait for before using it.
+        """Start to copy rows to the device. Returns the tensor, and the event to wait for before using it.
 
-        Its memory belongs to the current stream, whose earlier work may still use it: the copy waits for that.
+        The tensor's memory comes from the current stream, whose earlier work may still use it. So the copy waits for that work.
         """
         target = torch.empty(hi - lo, self._rows.shape[1], dtype=self._rows.dtype, device=self._device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -168,16 +166,16 @@ class _PinnedBuffer:
         return target, arrived
 
     def close(self) -> None:
-        """The memory may be handed out again at once, so copies end first."""
+        """Wait for all copies, since the memory may be reused at once."""
         self._next = None
         self._stream.synchronize()
         del self._rows
 
 
 class _FileBuffer:
-    """A file without a name: the system removes it with the process, however that ends.
+    """An unlinked temporary file: the system frees it however the process ends.
 
-    Once a write failed, nothing can be read any more: the rows there are not those that were put.
+    After a failed write every read raises its error, since the rows on disk are not those that were put.
     """
 
     def __init__(self, folder: Path, rows: int, elements: int, dtype: torch.dtype, device: torch.device, trace: Trace) -> None:
@@ -212,7 +210,7 @@ class _FileBuffer:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-        with contextlib.suppress(OSError):  # a network file system may tell only now of a write that failed; nobody reads it any more
+        with contextlib.suppress(OSError):  # a network file system may report a failed write only here; nobody reads the file any more
             self._file.close()
 
     def _read(self, lo: int, hi: int) -> Tensor:
@@ -224,7 +222,9 @@ class _FileBuffer:
             while done < len(view):
                 got = os.preadv(self._file.fileno(), [view[done:]], position + done)
                 if got == 0:
-                    raise ResourceError(f"{self._folder}: the activations' file ends too soon; is something cutting it short?")
+                    raise ResourceError(
+                        f"{self._folder}: the activations file was truncated, perhaps by another program; run the command again"
+                    )
                 done += got
             self._drop(position, len(view))
         return rows
@@ -235,7 +235,7 @@ class _FileBuffer:
             with self._errors(), self._trace.span("activations", f"write {lo} … {lo + len(rows)}"):
                 while done < len(view):
                     done += os.pwritev(self._file.fileno(), [view[done:]], position + done)
-                # Only clean pages can be dropped; otherwise a whole pass would pile up in memory.
+                # Only clean pages can be dropped from the page cache. Without this a whole pass would stay in memory.
                 os.fdatasync(self._file.fileno())
                 self._drop(position, len(view))
         except ResourceError as error:
@@ -251,5 +251,5 @@ class _FileBuffer:
             yield
         except OSError as error:
             raise ResourceError(
-                f"{self._folder}: keeping activations there failed: {error.strerror}; free some space or use --activations host"
+                f"{self._folder}: cannot store activations there: {error.strerror}; free some space, or use --activations host"
             ) from error

@@ -19,9 +19,9 @@ from bigq.model.pager import Pager
 from bigq.model.skeleton import linear_weight
 from bigq.model.structure import BlockPlan
 from bigq.progress.records import LinearRecord
-from bigq.sched.results import Skipped
 from bigq.sched.shards import Product, Shard
-from bigq.sched.solve_block import BlockJob
+from bigq.sched.solve.block import BlockJob
+from bigq.sched.solve.results import Skipped
 from bigq.sched.solving import BlockVisit, Solving
 from bigq.sched.units.base import Bench, StreamedUnit
 from bigq.scheme import QuantScheme, scheme_for

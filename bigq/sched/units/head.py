@@ -13,7 +13,7 @@ from bigq.job.settle import head_scheme
 from bigq.model.pager import Pager
 from bigq.progress.records import LinearRecord
 from bigq.sched.shards import Product, Shard
-from bigq.sched.solve_head import HeadJob
+from bigq.sched.solve.head import HeadJob
 from bigq.sched.solving import Solving
 from bigq.sched.units.base import Bench, StreamedUnit
 from bigq.scheme import QuantScheme

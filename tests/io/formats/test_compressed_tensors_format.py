@@ -15,7 +15,8 @@ from bigq.errors import CheckpointError, UnsupportedModelError, UsageError
 from bigq.io.formats import FORMATS, Format, PackedLinear, PackedWeight, Quantization, read_schemes
 from bigq.io.index import read_header
 from bigq.kernels.pack import unpack
-from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import QuantScheme
 
 BITS = [2, 3, 4, 8]
 M, N = 64, 96
@@ -82,7 +83,7 @@ def test_reading_inverts_packing(bits: int, symmetric: bool) -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits", BITS)
-def test_its_shapes_tell_what_is_packed(bits: int, symmetric: bool, tmp_path: Path) -> None:
+def test_geometry_from_shapes(bits: int, symmetric: bool, tmp_path: Path) -> None:
     save_file(store(random_weight(bits, symmetric)), tmp_path / "x.safetensors")
     tensors, _ = read_header(tmp_path / "x.safetensors")
     assert FORMAT.geometry("a.q", tensors) == PackedLinear(bits=bits, outputs=M, inputs=N, groups=3)
@@ -101,7 +102,7 @@ WRONG: list[tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]]] = [
 
 
 @pytest.mark.parametrize("spoil", [spoil for _, spoil in WRONG], ids=[name for name, _ in WRONG])
-def test_tensors_that_do_not_belong_together_are_refused(spoil: Callable[..., Any], tmp_path: Path) -> None:
+def test_tensors_that_do_not_match_are_refused(spoil: Callable[..., Any], tmp_path: Path) -> None:
     weight = random_weight(4, symmetric=False)
     tensors = spoil(store(weight))
     with pytest.raises(CheckpointError, match=r"a\.q"):
@@ -122,7 +123,7 @@ def test_a_missing_tensor_is_named(name: str, tmp_path: Path) -> None:
 
 def test_scales_that_the_type_of_the_model_cannot_hold_are_refused() -> None:
     weight = random_weight(4, symmetric=True)
-    weight.scales[3, 1] = 1 + 2**-10  # whole in fp16, not in bf16
+    weight.scales[3, 1] = 1 + 2**-10  # exact in fp16, not in bf16
     with pytest.raises(UsageError, match=r"a\.q: its scales are not exact in torch.bfloat16.*--scale-bits 8"):
         store(weight)
     store(weight, torch.float16)
@@ -134,16 +135,16 @@ def test_linears_stored_transposed_are_refused() -> None:
     FORMATS["gptq"].require("h.c_attn", M, N, QuantScheme(group_size=32), transposed=True)
 
 
-def told(packed: dict[str, QuantScheme], others: tuple[str, ...] = ("lm_head",), usual: QuantScheme | None = None) -> dict[str, Any]:
+def config_of(packed: dict[str, QuantScheme], others: tuple[str, ...] = ("lm_head",), usual: QuantScheme | None = None) -> dict[str, Any]:
     usual = usual or QuantScheme()
     return FORMAT.config(
         Quantization(scheme=usual, rules=(), packed=packed, left_out=(), others=others, head=None, meta={"quantizer": "x"})
     )
 
 
-def test_config_says_what_readers_look_for() -> None:
+def test_config_has_the_keys_of_readers() -> None:
     scheme = QuantScheme(bits=3, group_size=64, symmetric=False, act_order=True)
-    assert told({"m.0.q": scheme, "m.0.k": scheme}, ("z", "lm_head"), scheme) == {
+    assert config_of({"m.0.q": scheme, "m.0.k": scheme}, ("z", "lm_head"), scheme) == {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
@@ -171,24 +172,24 @@ def test_config_says_what_readers_look_for() -> None:
 def test_every_linear_reads_back_with_its_own_scheme() -> None:
     usual, other, channel = QuantScheme(), QuantScheme(bits=8, group_size=32), QuantScheme(bits=2, group_size=-1, symmetric=False)
     packed = {"m.0.q": usual, "m.0.k": other, "m.1.q": usual, "m.1.k": channel, "m.2.k": other, "m.2.q": usual}
-    schemes = read_schemes(Path("config.json"), told(packed, ("lm_head", "m.2.o")))
+    schemes = read_schemes(Path("config.json"), config_of(packed, ("lm_head", "m.2.o")))
     assert {name: schemes.scheme(name) for name in packed} == packed
     for name in ("lm_head", "m.2.o"):
         with pytest.raises(CheckpointError, match=rf"{name} is packed, but"):
             schemes.scheme(name)
 
 
-def test_where_linears_differ_all_are_named() -> None:
-    """Or vLLM takes a fused Linear, whose own name is nowhere, for one of a group that speaks of all Linears."""
+def test_linears_with_different_schemes_are_named() -> None:
+    """Otherwise vLLM would match a fused Linear, whose name is not listed, with a group for the class."""
     a, b = QuantScheme(bits=8), QuantScheme(bits=2)
-    config = told({"x": a, "y": b, "z": b}, usual=QuantScheme(bits=3))
+    config = config_of({"x": a, "y": b, "z": b}, usual=QuantScheme(bits=3))
     assert [group["targets"] for group in config["config_groups"].values()] == [["x"], ["y", "z"]]
     schemes = read_schemes(Path("config.json"), config)
     assert [schemes.scheme(name).bits for name in "xyz"] == [8, 2, 2]
 
 
-def test_what_other_writers_say_is_understood() -> None:
-    config = told({"m.0.q": QuantScheme()})
+def test_configs_of_other_writers_are_read() -> None:
+    config = config_of({"m.0.q": QuantScheme()})
     config["config_groups"]["group_0"]["targets"] = ["re:.*self_attn.*"]
     config |= {"version": "0.20.0", "global_compression_ratio": None, "ignore": ["re:.*head"]}
     schemes = read_schemes(Path("config.json"), config)
@@ -200,7 +201,7 @@ def test_what_other_writers_say_is_understood() -> None:
 
 
 def changed(**weights: Any) -> dict[str, Any]:
-    config = told({"q": QuantScheme()})
+    config = config_of({"q": QuantScheme()})
     config["config_groups"]["group_0"]["weights"] |= weights
     return config
 
@@ -208,14 +209,14 @@ def changed(**weights: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "config",
     [
-        told({"q": QuantScheme()}) | {"format": "float-quantized"},
-        told({"q": QuantScheme()}) | {"config_groups": []},
-        told({"q": QuantScheme()}) | {"config_groups": {}},
-        told({"q": QuantScheme()}) | {"config_groups": {"group_0": ["Linear"]}},
-        told({"q": QuantScheme()}) | {"ignore": "lm_head"},
-        told({"q": QuantScheme()}) | {"ignore": [3]},
-        told({"q": QuantScheme()}) | {"ignore": ["re:("]},
-        told({"q": QuantScheme()}) | {"ignore": ["re:(a+)+b"]},
+        config_of({"q": QuantScheme()}) | {"format": "float-quantized"},
+        config_of({"q": QuantScheme()}) | {"config_groups": []},
+        config_of({"q": QuantScheme()}) | {"config_groups": {}},
+        config_of({"q": QuantScheme()}) | {"config_groups": {"group_0": ["Linear"]}},
+        config_of({"q": QuantScheme()}) | {"ignore": "lm_head"},
+        config_of({"q": QuantScheme()}) | {"ignore": [3]},
+        config_of({"q": QuantScheme()}) | {"ignore": ["re:("]},
+        config_of({"q": QuantScheme()}) | {"ignore": ["re:(a+)+b"]},
         changed(num_bits=5),
         changed(num_bits=True),
         changed(type="float"),
@@ -226,15 +227,15 @@ def changed(**weights: Any) -> dict[str, Any]:
         changed(dynamic=True),
         changed(actorder="by size"),
         changed(actorder=3),
-        told({"q": QuantScheme()}) | {"quantization_status": "calibration"},
-        told({"q": QuantScheme()}) | {"quantization_status": ["compressed"]},
-        told({"q": QuantScheme()}) | {"sparsity_config": {"format": "sparse-24-bitmask"}},
-        told({"q": QuantScheme()}) | {"sparsity_config": "dense"},
-        told({"q": QuantScheme()}) | {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}},
-        told({"q": QuantScheme()}) | {"transform_config": "hadamard"},
+        config_of({"q": QuantScheme()}) | {"quantization_status": "calibration"},
+        config_of({"q": QuantScheme()}) | {"quantization_status": ["compressed"]},
+        config_of({"q": QuantScheme()}) | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        config_of({"q": QuantScheme()}) | {"sparsity_config": "dense"},
+        config_of({"q": QuantScheme()}) | {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}},
+        config_of({"q": QuantScheme()}) | {"transform_config": "hadamard"},
     ],
 )
-def test_a_quantization_config_of_nonsense_is_refused(config: dict[str, Any]) -> None:
+def test_an_invalid_quantization_config_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="quantization_config") as caught:
         read_schemes(Path("config.json"), config)
     assert str(caught.value).isprintable()
@@ -248,8 +249,8 @@ def test_a_quantization_config_of_nonsense_is_refused(config: dict[str, Any]) ->
         ("format", "nvfp4-pack-quantized", "the format of a group"),
     ],
 )
-def test_groups_that_are_more_than_weights_are_refused(key: str, value: Any, said: str) -> None:
-    config = told({"q": QuantScheme()})
+def test_groups_with_more_than_weights_are_refused(key: str, value: Any, said: str) -> None:
+    config = config_of({"q": QuantScheme()})
     config["config_groups"]["group_0"][key] = value
     with pytest.raises(CheckpointError, match=said):
         read_schemes(Path("config.json"), config)
@@ -264,8 +265,8 @@ def test_groups_that_are_more_than_weights_are_refused(key: str, value: Any, sai
         {"kv_cache_scheme": {"num_bits": 8, "type": "float"}},
     ],
 )
-def test_what_says_nothing_of_weights_is_let_through(more: dict[str, Any]) -> None:
-    config = told({"q": QuantScheme()}) | more
+def test_entries_that_do_not_concern_weights_are_accepted(more: dict[str, Any]) -> None:
+    config = config_of({"q": QuantScheme()}) | more
     config["config_groups"]["group_0"]["format"] = "pack-quantized"
     assert read_schemes(Path("config.json"), config).scheme("q") == QuantScheme()
     del config["quantization_status"]
@@ -295,11 +296,11 @@ def test_groups_are_in_natural_order_or_refused(said: Any, tmp_path: Path) -> No
         if name in ("natural", "of int64") or (order is None and not numbered):
             assert format.geometry("a.q", header).groups == 3
             continue
-        with pytest.raises(UnsupportedModelError, match=r"tensor a\.q\.weight_g_idx .*only natural order; use"):
+        with pytest.raises(UnsupportedModelError, match=r"tensor a\.q\.weight_g_idx.*only natural order; use"):
             format.geometry("a.q", header)
 
 
-def test_zero_points_are_not_left_out_where_they_matter() -> None:
+def test_zero_points_of_asymmetric_weights_are_not_omitted() -> None:
     weight = random_weight(4, symmetric=False)
     with pytest.raises(ValueError, match=r"a\.q: a zero point is not 8"):
         FORMAT.store("a.q", PackedWeight.of(weight), QuantScheme(group_size=32), torch.float16)
@@ -309,7 +310,7 @@ def test_zero_points_are_not_left_out_where_they_matter() -> None:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
-def test_layouts_are_those_of_what_is_stored(format: Format, bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+def test_layouts_equal_those_of_stored_tensors(format: Format, bits: int, symmetric: bool, dtype: torch.dtype) -> None:
     weight = random_weight(bits, symmetric)
     weight.zeros.clamp_(min=1)
     stored = format.store("a.q", PackedWeight.of(weight), weight.scheme, dtype)

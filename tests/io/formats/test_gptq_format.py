@@ -13,7 +13,8 @@ from torch import Tensor
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.formats import FORMATS, PackedWeight, Quantization
 from bigq.kernels.pack import unpack
-from bigq.scheme import QuantizedWeight, QuantScheme, Rule, scheme_for
+from bigq.quantized_weight import QuantizedWeight
+from bigq.scheme import QuantScheme, Rule, scheme_for
 
 BITS = [2, 3, 4, 8]
 VERSIONS = {1: FORMATS["gptq"], 2: FORMATS["gptq_v2"]}
@@ -35,8 +36,8 @@ def require_packable(name: str, m: int, n: int, scheme: QuantScheme) -> None:
 def quantization_config(
     scheme: QuantScheme, rules: tuple[Rule, ...], version: int, left_out: tuple[str, ...], meta: dict[str, str]
 ) -> dict[str, Any]:
-    told = Quantization(scheme=scheme, rules=rules, packed={}, left_out=left_out, others=("lm_head",), head=None, meta=meta)
-    return VERSIONS[version].config(told)
+    job = Quantization(scheme=scheme, rules=rules, packed={}, left_out=left_out, others=("lm_head",), head=None, meta=meta)
+    return VERSIONS[version].config(job)
 
 
 def bit_fields(words: list[int], bits: int) -> list[int]:
@@ -45,7 +46,7 @@ def bit_fields(words: list[int], bits: int) -> list[int]:
 
 
 def decode(tensors: dict[str, Tensor], prefix: str, bits: int, version: int) -> tuple[list[list[int]], list[list[int]]]:
-    """codes [N, K] and zeros [N, G] by the definition: codes packed down K, zeros along N and one less in v1."""
+    """codes [N, K] and zeros [N, G] by the definition: codes packed along K, zeros along N, minus one in v1."""
     qweight, qzeros = tensors[f"{prefix}.qweight"], tensors[f"{prefix}.qzeros"]
     codes = [bit_fields(qweight[:, i].tolist(), bits) for i in range(qweight.shape[1])]
     by_group = [bit_fields(qzeros[g].tolist(), bits) for g in range(qzeros.shape[0])]
@@ -100,7 +101,7 @@ def test_the_definition_reads_back_what_was_packed(bits: int, group_size: int, v
         pytest.param(2, 2, 0xAAAAAAAA - 2**32),
     ],
 )
-def test_symmetric_zeros_are_the_constants_that_readers_know(bits: int, version: int, expected: int) -> None:
+def test_symmetric_zeros_are_the_constants_that_readers_expect(bits: int, version: int, expected: int) -> None:
     tensors = pack_linear("x", random_weight(bits, symmetric=True), version)
     assert set(tensors["x.qzeros"].flatten().tolist()) == {expected}
 
@@ -119,12 +120,12 @@ def test_reading_inverts_packing(bits: int, symmetric: bool, version: int) -> No
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 def test_the_packed_tensors_own_their_memory(symmetric: bool) -> None:
-    """A shard writer needs contiguous tensors, and none may keep a larger one alive."""
+    """The writer needs contiguous tensors, and none may keep a larger one alive."""
     for name, tensor in pack_linear("x", random_weight(4, symmetric), 1).items():
         assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes, name
 
 
-def test_act_order_groups_are_not_read() -> None:
+def test_groups_in_act_order_are_refused() -> None:
     tensors = pack_linear("layer.q", random_weight(4), 1)
     tensors["layer.q.g_idx"] = tensors["layer.q.g_idx"].flip(0)
     with pytest.raises(CheckpointError, match=r"layer\.q: groups are not in natural order"):
@@ -146,7 +147,7 @@ def test_act_order_groups_are_not_read() -> None:
     ],
     ids=["qweight N", "qweight K", "qzeros N", "qzeros G", "scales N", "scales G", "no scales", "g_idx"],
 )
-def test_shapes_that_disagree_are_refused_by_name(part: str, damage: Callable[[Tensor], Tensor], bits: int) -> None:
+def test_shapes_that_do_not_match_are_refused_by_name(part: str, damage: Callable[[Tensor], Tensor], bits: int) -> None:
     tensors = pack_linear("layer.q", random_weight(bits), 1)
     tensors[f"layer.q.{part}"] = damage(tensors[f"layer.q.{part}"]).contiguous()
     with pytest.raises(CheckpointError, match=r"layer\.q"):
@@ -154,7 +155,7 @@ def test_shapes_that_disagree_are_refused_by_name(part: str, damage: Callable[[T
 
 
 @pytest.mark.parametrize(("m", "n", "group_size"), [(32, 32, -1), (64, 256, 128), (96, 160, 32), (32, 96, 48)])
-def test_shapes_that_fit_are_let_through(m: int, n: int, group_size: int) -> None:
+def test_shapes_that_fit_are_accepted(m: int, n: int, group_size: int) -> None:
     require_packable("x", m, n, QuantScheme(group_size=group_size))
 
 
@@ -169,7 +170,7 @@ def test_a_group_size_that_does_not_divide_is_refused() -> None:
         require_packable("model.up", 64, 160, QuantScheme(group_size=64))
 
 
-def test_config_says_what_readers_look_for() -> None:
+def test_config_has_the_keys_of_readers() -> None:
     scheme = QuantScheme(bits=3, group_size=64, symmetric=False, act_order=True, damping=0.02)
     config = quantization_config(scheme, (), 1, (), {"quantizer": "bigq:1"})
     assert config == {
@@ -190,7 +191,7 @@ def test_config_says_what_readers_look_for() -> None:
 
 
 def read_dynamic(dynamic: dict[str, dict[str, object]], name: str) -> dict[str, object] | None:
-    """As GPTQModel and vLLM do: the first key whose regex matches; None for ``-:``, else its overrides."""
+    """What GPTQModel and vLLM do: the first key whose regex matches; None for ``-:``, else its overrides."""
     for key, overrides in dynamic.items():
         if key.startswith("-:"):
             if re.match(key.removeprefix("-:"), name):
@@ -216,19 +217,19 @@ def test_rules_become_dynamic_overrides_first_match_first() -> None:
     assert read_dynamic(dynamic, "layers.1.router2") == {"group_size": 64}
 
 
-def test_where_some_linears_are_left_out_those_that_are_not_are_named() -> None:
-    """Readers by way of optimum take all others for packed."""
+def test_packed_linears_are_listed_if_others_are_skipped() -> None:
+    """Without the list, readers that use optimum would treat all Linears as packed."""
 
     def named(rules: tuple[Rule, ...], left_out: tuple[str, ...]) -> object:
         packed = {name: QuantScheme() for name in ("layers.0.up", "layers.0.down")}
-        told = Quantization(scheme=QuantScheme(), rules=rules, packed=packed, left_out=left_out, others=(), head=None, meta={})
-        return VERSIONS[1].config(told).get("modules_in_block_to_quantize")
+        job = Quantization(scheme=QuantScheme(), rules=rules, packed=packed, left_out=left_out, others=(), head=None, meta={})
+        return VERSIONS[1].config(job).get("modules_in_block_to_quantize")
 
     assert named((), ()) is None and named((Rule("a", {"bits": 8}),), ()) is None
     assert named((Rule("a", None),), ()) == named((), ("layers.0.router",)) == [["layers.0.down", "layers.0.up"]]
 
 
-def test_of_two_rules_with_one_pattern_readers_see_the_one_that_was_applied() -> None:
+def test_of_two_rules_with_one_pattern_the_applied_one_is_written() -> None:
     rules = (Rule("a", {"bits": 8}), Rule("a", {"bits": 2}))
     applied = scheme_for("a", QuantScheme(), rules)
     assert applied is not None and applied.bits == 8

@@ -1,4 +1,4 @@
-"""A device for tests that have none: copies are made one after the other, some time after they were asked for."""
+"""A simulated device: copies are made one after the other, some time after they were requested."""
 
 from __future__ import annotations
 

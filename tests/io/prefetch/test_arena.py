@@ -1,4 +1,4 @@
-"""Bookkeeping of a bounded buffer, against a map of its bytes."""
+"""The allocator, against a map of bytes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from bigq.io.prefetch.arena import ALIGNMENT, Arena, Region, segments
 
 SIZES = st.lists(st.integers(1, 40).map(lambda k: k * ALIGNMENT), min_size=1, max_size=4)
-#: None releases the oldest region, -1 the newest, a number asks for so many bytes.
+#: None releases the oldest region, -1 the newest, another number allocates this many bytes.
 STEPS = st.lists(st.one_of(st.integers(1, 12_000), st.none(), st.just(-1)), max_size=80)
 
 
 @given(SIZES, STEPS)
-def test_regions_never_overlap_and_all_room_comes_back(sizes: list[int], steps: list[int | None]) -> None:
+def test_regions_never_overlap_and_all_space_is_freed(sizes: list[int], steps: list[int | None]) -> None:
     arena = Arena(sizes)
     used = [bytearray(size) for size in sizes]
     out: list[Region] = []
@@ -54,5 +54,5 @@ def test_segments_are_powers_of_two_within_the_budget(budget: int) -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_no_room_at_all() -> None:
+def test_an_empty_arena() -> None:
     assert segments(100, 4096, 4096) == [] and Arena([]).allocate(1) is None

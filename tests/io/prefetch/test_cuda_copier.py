@@ -1,4 +1,4 @@
-"""Copies on a stream of their own: what is asked of CUDA, in order, and on a GPU that bytes arrive unharmed."""
+"""Copies on a separate stream: the calls to CUDA in order and, on a GPU, that bytes arrive intact."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FakeStream:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the copier asks of CUDA, in order; tensors are the host's."""
+    """The copier's calls to CUDA, in order. Tensors are on the host."""
     calls: list[str] = []
     copying, current = FakeStream("copies", calls), FakeStream("current", calls)
     on = [current]
@@ -93,7 +93,7 @@ def test_streams_wait_for_each_other(calls: list[str]) -> None:
     ]
 
 
-def test_memory_that_cannot_be_pinned_is_told(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_cannot_be_pinned_is_an_error(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_: Any, **__: Any) -> torch.Tensor:
         raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might")
 
@@ -104,7 +104,7 @@ def test_memory_that_cannot_be_pinned_is_told(calls: list[str], monkeypatch: pyt
 
 @pytest.mark.gpu
 def test_tensors_arrive_on_the_gpu(tmp_path: Path) -> None:
-    """Several times the ring, while the GPU is busy with other work on the memory that the tensors get."""
+    """Several times the size of the ring, while the GPU still works on the memory that the tensors get."""
     device = torch.device("cuda:0")
     generator = torch.Generator().manual_seed(0)
     tensors = {f"w{i}": torch.randn(5_000_001 + 777 * i, generator=generator).to(torch.bfloat16) for i in range(20)}
@@ -130,7 +130,7 @@ def test_tensors_arrive_on_the_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_what_is_not_finite_is_found_on_the_gpu(tmp_path: Path) -> None:
+def test_nan_is_found_on_the_gpu(tmp_path: Path) -> None:
     save_file({"a": torch.ones(10), "b": torch.tensor([0.0, float("nan")], dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
     reader = DevicePrefetch(0, CudaCopier(torch.device("cuda:0")))

@@ -1,4 +1,4 @@
-"""Cutting tensors into pieces, reading them in threads, and what the page cache keeps."""
+"""Cutting tensors into pieces, reading them in threads, and dropping pages from the page cache."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_pieces_are_the_tensor_in_order_and_bounded(start: int, elements: int, d
     assert all(begin % chunk == 0 or start % dtype.itemsize for begin, _ in ranges[1:])
 
 
-def test_spans_that_touch_or_nearly_so_become_one() -> None:
+def test_spans_that_touch_or_almost_touch_are_merged() -> None:
     assert merge_spans([(5.0, 6.0), (0.0, 1.0), (0.5, 3.0), (1.0, 2.0), (3.05, 4.0)], 0.1) == [(0.0, 4.0), (5.0, 6.0)]
     assert merge_spans([], 1) == []
 
@@ -57,7 +57,7 @@ def cached_share(path: Path) -> float:
 
 @pytest.fixture
 def large(tmp_path: Path) -> Checkpoint:
-    """48 MB in tensors of odd sizes, none of them in the page cache. Skips where the file system keeps them there."""
+    """48 MB in tensors of odd sizes, none of them in the page cache. Skips if the file system does not drop pages."""
     tensors = {f"w{i}": torch.full((600_003 + 100 * i,), float(i), dtype=torch.bfloat16) for i in range(40)}
     path = tmp_path / "model.safetensors"
     save_file(tensors, path)
@@ -89,13 +89,13 @@ def test_pages_that_were_read_leave_the_cache(large: Checkpoint) -> None:
         read_tensor(info, keep_cached=False)
     assert cached_share(path) < 0.1
     read_tensor(large["w3"])
-    assert cached_share(path) > 0.02, "it is seen what stays"
+    assert cached_share(path) > 0.02, "cached pages are counted"
     take_all(large)
-    assert cached_share(path) < 0.5, "the system reads ahead by itself into what another thread has just dropped"
+    assert cached_share(path) < 0.5, "readahead may load some pages again that another thread has dropped"
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="pages cannot be dropped here")
-def test_without_posix_fadvise_or_where_it_fails_reading_goes_on(large: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_works_without_posix_fadvise_and_if_it_fails(large: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: int) -> None:
         raise OSError(95, "not supported")
 

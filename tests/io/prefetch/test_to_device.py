@@ -1,4 +1,4 @@
-"""Through the ring to a device that is slow to copy: the same tensors, within the budget, whatever happens on the way."""
+"""Prefetch to a simulated slow device: the same tensors, within the budget, in all error cases."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bigq.io.reader import read_tensor
 from bigq.progress.trace import Trace
 
 CHUNK = 1024
-#: Elements of tensors of mixed dtypes: nothing, one, below, at and above a piece, and above the ring.
+#: Numbers of elements of tensors of mixed dtypes: 0, 1, below, at and above a piece, and above the ring.
 COUNTS = (0, 1, 7, 255, 256, 257, 511, 513, 1000, 3333, 20_011)
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float64)
 
@@ -56,7 +56,7 @@ def same(tensor: Tensor, info: TensorInfo) -> bool:
 
 
 def all_free(reader: DevicePrefetch) -> bool:
-    """Whether all room came back, once the copies that are under way are done."""
+    """Whether all memory is free once the copies in progress are done."""
     deadline = time.monotonic() + 10
     while (held := reader._direct.arena.held + reader._ring.arena.held) and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -99,7 +99,7 @@ def test_several_takers_at_once(infos: list[TensorInfo], seed: int) -> None:
     reader.close()
 
 
-def test_what_was_announced_is_read_without_being_asked_for(infos: list[TensorInfo]) -> None:
+def test_announced_tensors_are_read_before_they_are_taken(infos: list[TensorInfo]) -> None:
     trace = Trace()
     reader = DevicePrefetch(200 * CHUNK, SlowCopier(), trace)
     reader.announce(infos[:8])
@@ -111,7 +111,7 @@ def test_what_was_announced_is_read_without_being_asked_for(infos: list[TensorIn
 
 
 def test_a_region_is_not_overwritten_before_its_copy_is_done(infos: list[TensorInfo]) -> None:
-    """The gate is closed: as much is read as the ring holds, and not a byte more until copies end."""
+    """While no copy ends, reads fill the ring and then stop."""
     large = max(infos, key=lambda info: info.nbytes)
     copier = SlowCopier()
     copier.gate.clear()
@@ -130,7 +130,7 @@ def test_a_region_is_not_overwritten_before_its_copy_is_done(infos: list[TensorI
     reader.close()
 
 
-def test_what_is_not_finite_is_told_by_name_at_the_check(tmp_path: Path) -> None:
+def test_check_names_the_tensor_with_nan(tmp_path: Path) -> None:
     weights = {name: torch.zeros(2000) for name in ("a", "b", "c")}
     weights["b"][1999] = float("nan")
     weights["c"][0] = float("inf")
@@ -160,9 +160,7 @@ def failing_preadv(position: int, error: int) -> Any:
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_a_disk_error_comes_out_where_the_tensor_is_taken(
-    infos: list[TensorInfo], announced: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_error_is_raised_by_take(infos: list[TensorInfo], announced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     large = max(infos, key=lambda info: info.nbytes)
     monkeypatch.setattr(os, "preadv", failing_preadv(large.start + large.nbytes // 3, errno.EIO))
     reader = DevicePrefetch(20 * CHUNK, SlowCopier(0.0005))
@@ -177,7 +175,7 @@ def test_a_disk_error_comes_out_where_the_tensor_is_taken(
     reader.close()
 
 
-def test_files_that_end_too_soon_or_go_away(tmp_path: Path) -> None:
+def test_truncated_and_deleted_files(tmp_path: Path) -> None:
     save_file({"a": torch.ones(5000), "b": torch.ones(5000)}, tmp_path / "model.safetensors")
     first, second = sorted(Checkpoint.open(tmp_path).tensors.values(), key=lambda info: info.start)
     os.truncate(first.file, second.stop - 5)
@@ -203,7 +201,7 @@ def test_short_reads_add_up(infos: list[TensorInfo], monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("fail_at", [0, 5])
-def test_a_device_that_fails_is_told_and_nothing_hangs(infos: list[TensorInfo], fail_at: int) -> None:
+def test_a_device_error_is_raised_and_nothing_hangs(infos: list[TensorInfo], fail_at: int) -> None:
     large = max(infos, key=lambda info: info.nbytes)
     reader = DevicePrefetch(20 * CHUNK, SlowCopier(fail_at=fail_at))
     reader.announce(infos)
@@ -215,8 +213,8 @@ def test_a_device_that_fails_is_told_and_nothing_hangs(infos: list[TensorInfo], 
 
 
 @pytest.mark.parametrize("where", ["host_memory", "target"])
-def test_memory_that_cannot_be_had_is_told(infos: list[TensorInfo], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither on the host, where reading asks for it, nor on the device; room comes back, and tensors pass once there is some."""
+def test_failed_allocations_are_raised(infos: list[TensorInfo], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the host, where reads allocate, and on the device. Memory is freed, and tensors can be taken once there is enough."""
 
     def refuses(*_: object) -> Tensor:
         raise MemoryError("no room")
@@ -237,7 +235,7 @@ def test_memory_that_cannot_be_had_is_told(infos: list[TensorInfo], where: str, 
 
 @pytest.mark.parametrize("taking", [True, False])
 def test_closing_while_reads_are_in_flight(infos: list[TensorInfo], taking: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads hang until after closing has begun; who waits for a tensor is told."""
+    """Reads hang until closing has begun. Waiting takers get an error."""
     large = max(infos, key=lambda info: info.nbytes)
     real, begun, released = os.preadv, threading.Event(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""Reading ahead into host memory: the same tensors, within the budget, beside the computation."""
+"""Prefetch into host memory: the same tensors, within the budget, during computation."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_tensors_are_what_the_reader_reads_and_the_budget_holds(infos: list[Tens
     reader.close()
 
 
-def test_what_was_announced_is_read_as_far_as_the_budget_allows(infos: list[TensorInfo]) -> None:
+def test_announced_tensors_are_read_within_the_budget(infos: list[TensorInfo]) -> None:
     trace = Trace()
     reader = HostPrefetch(12_000, trace)
 
@@ -61,7 +61,7 @@ def test_what_was_announced_is_read_as_far_as_the_budget_allows(infos: list[Tens
     reader.take(infos[0])
     assert reached(lambda: len(read()) == 4), "the next one follows when one is taken"
     reader.take(infos[7])
-    assert reached(lambda: read() == ["t0", "t1", "t2", "t3", "t7"]), "what is not begun yet is read at once when it is taken"
+    assert reached(lambda: read() == ["t0", "t1", "t2", "t3", "t7"]), "a tensor whose read has not begun is read when it is taken"
     reader.close()
     assert reader.peak == 12_000
 
@@ -73,7 +73,7 @@ def reached(state: Callable[[], bool]) -> bool:
     return state()
 
 
-def test_a_tensor_larger_than_the_budget_does_not_hold_up_others(infos: list[TensorInfo], tmp_path: Path) -> None:
+def test_a_tensor_larger_than_the_budget_does_not_block_others(infos: list[TensorInfo], tmp_path: Path) -> None:
     save_file({"large": torch.arange(5000.0)}, tmp_path / "model.safetensors")
     large = Checkpoint.open(tmp_path)["large"]
     trace = Trace()
@@ -100,7 +100,7 @@ def test_several_takers_at_once_and_any_size_of_pieces(
 
 
 def test_closing_while_reads_are_in_flight(infos: list[TensorInfo], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads that never come to an end of their file, a byte at a time."""
+    """Endless reads, one byte at a time."""
     real, begun = os.preadv, threading.Event()
 
     def crawls(fd: int, buffers: Any, offset: int) -> int:
@@ -134,7 +134,7 @@ def test_a_disk_error_names_file_tensor_and_byte(infos: list[TensorInfo], monkey
         reader.close()
 
 
-def test_errors_come_out_where_the_tensor_is_taken(infos: list[TensorInfo]) -> None:
+def test_errors_are_raised_by_take(infos: list[TensorInfo]) -> None:
     with open(infos[0].file, "r+b") as file:
         file.seek(infos[3].start)
         file.write(b"\xff" * 4)
@@ -153,7 +153,7 @@ def test_errors_come_out_where_the_tensor_is_taken(infos: list[TensorInfo]) -> N
 def test_a_job_reads_the_next_block_while_it_solves_one(
     checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a slow disk, time spent reading lies within time spent on the block before; the output does not change."""
+    """With a slow disk, reads overlap with the work on the block before. The output does not change."""
     reads: list[str] = []
     read_piece = pieces.read_piece
 
@@ -180,7 +180,7 @@ def test_a_job_reads_the_next_block_while_it_solves_one(
     assert seconds[1] < 0.8 * seconds[0]
 
 
-def test_blocks_are_announced_as_far_as_the_budget_reaches(checkpoint: Callable[[str], Path]) -> None:
+def test_blocks_are_announced_within_the_budget(checkpoint: Callable[[str], Path]) -> None:
     pager = Pager(checkpoint("llama"), device=torch.device("cpu"))
     sizes = [sum(t.nbytes for t in pager.block_tensors(i)) for i in range(len(pager.blocks))]
     assert len(sizes) > 1

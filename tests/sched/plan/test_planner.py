@@ -10,9 +10,9 @@ from bigq.config import JobConfig
 from bigq.errors import UsageError
 from bigq.machine.ceilings import KNOWN, Ceilings
 from bigq.sched.plan.cost import Choice, Cost, Phase, Work, job_cost, packed_bytes
-from bigq.sched.plan.planner import Budgets, Plan, make_plan, phase_seconds
+from bigq.sched.plan.planner import Budgets, Download, Plan, make_plan, phase_seconds
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
-from bigq.scheme import QuantScheme
+from bigq.scheme import QuantScheme, Rule, scheme_for
 
 GIB = 2**30
 WIDTH, INNER, SEQLEN, ROWS, BLOCKS = 4096, 16384, 2048, 128, 10
@@ -207,3 +207,72 @@ def test_activations_are_saved_where_the_disk_has_room_for_them_twice() -> None:
     assert not short.choice.checkpoints and short.cost.scratch == 0 and not short.shortages
     assert not plan(checkpoint_every=None).choice.checkpoints
     assert not plan(work=dataclasses.replace(WORK, method="rtn")).choice.checkpoints
+
+
+def test_a_download_to_the_same_file_system_takes_from_the_disk_budget() -> None:
+    needed = plan().cost.output
+    found = planned(Download(size=5 * GIB, folder="/cache"), disk=needed + 5 * GIB)
+    assert found.fits and not found.choice.checkpoints and found.disk == needed + 5 * GIB
+    assert "  fetches: 5.00 GiB to /cache" in found.brief() and found.to_json()["download_bytes"] == 5 * GIB
+    short = planned(Download(size=5 * GIB, folder="/cache"), disk=needed + 2 * GIB)
+    assert not short.fits and short.shortages[0].startswith("disk: 3.00 GiB more are needed where OUT lies, for ")
+    assert "and 5.00 GiB of MODEL fetched to /cache (--disk)" in short.shortages[0]
+
+
+def test_a_download_to_another_file_system_has_a_budget_of_its_own() -> None:
+    needed = plan().cost.output
+    found = planned(Download(size=5 * GIB, folder="/cache", free=5 * GIB), disk=needed)
+    assert found.fits and found.disk == needed
+    short = planned(Download(size=5 * GIB, folder="/cache", free=4 * GIB), disk=needed)
+    assert short.shortages == ("disk: 1.00 GiB more are needed in /cache, for 5.00 GiB of MODEL (another cache: set HF_HOME)",)
+
+
+def planned(download: Download, disk: int) -> Plan:
+    budgets = dataclasses.replace(PLENTY, disk=disk)
+    return make_plan(SHAPE, WORK, JobConfig(), on_gpu=True, base=GIB, budgets=budgets, ceilings=None, download=download)
+
+
+def test_rules_and_readers_are_told() -> None:
+    rules = (Rule(r".*\.o$", None), Rule.parse(r".*\.(up|down)$:bits=8"))
+    work = dataclasses.replace(WORK, scheme=lambda name: scheme_for(name, SCHEME, rules))
+    found = plan(work=work, rules=rules, format="compressed-tensors")
+    text = found.brief()
+    assert "  rules:   20 Linears at 8 bits, 10 left out\n" in text and "rules" not in plan().brief()
+    assert "  read by: transformers (with compressed-tensors),\n           compressed-tensors, vLLM (CUDA: Marlin)" in text
+    value = found.to_json()
+    assert [rule["linears"] for rule in value["rules"]] == [10, 20] and value["rules"][1]["overrides"] == {"bits": 8}
+    assert {reader["reader"]: reader["loads"] for reader in value["readers"]} == {
+        "transformers": True,
+        "compressed-tensors": True,
+        "vLLM": True,
+    }
+    asymmetric = QuantScheme(symmetric=False)
+    found = plan(work=dataclasses.replace(WORK, scheme=lambda _: asymmetric), scheme=asymmetric)
+    assert "vLLM does not load asymmetric gptq; use --format compressed-tensors" in found.notes
+    assert found.read_by == ("transformers (with optimum, gptqmodel)",)
+
+
+def test_no_line_of_a_plan_wraps_at_60_columns() -> None:
+    """With long names, large numbers and everything that a plan may say."""
+    asymmetric = QuantScheme(symmetric=False, bits=3)
+    rules = (Rule(".*down", None), *(Rule(f".*{name}$", {"bits": 8, "group_size": 32, "mse_power": 2.5}) for name in ("q", "k", "o", "up")))
+    work = dataclasses.replace(WORK, rows=123456, scheme=lambda name: scheme_for(name, asymmetric, rules))
+    rates = Ceilings(
+        "NVIDIA A GPU With A Long Name SXM5 141GB", 1e12, 1e12, 1e12, 1e12, 2**40, "a data sheet of the vendor, and a measurement"
+    )
+    found = make_plan(
+        dataclasses.replace(SHAPE, family="some_model_type_with_a_long_name", seqlen=1048576),
+        work,
+        JobConfig(scheme=asymmetric, rules=rules),
+        on_gpu=True,
+        base=GIB,
+        budgets=Budgets(device=GIB, host=2 * GIB, disk=GIB),
+        ceilings=rates,
+        download=Download(size=2000 * GIB, folder="/a/folder/" * 12, free=GIB),
+    )
+    lines = found.table().splitlines()
+    assert max(map(len, lines)) <= 60
+    assert len(found.shortages) == 4 and sum(line.startswith("  short:") for line in lines) == 4
+    assert any("not run" in line or "readers were run with" in line for line in lines)
+    cells = [line.split() for line in lines if line.startswith("  solve")]
+    assert len(cells) == 1 and "EFLOP" in " ".join(line for line in lines if line.startswith("  replay"))

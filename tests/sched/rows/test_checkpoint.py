@@ -1,4 +1,4 @@
-"""Activation checkpoints: what is restored is sound wherever a job was killed, and nothing about them ends a job."""
+"""Activation checkpoints: restored rows are right wherever a job was killed, and no error of a checkpoint ends a job."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def state(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Callable[..., ActivationStore]]:
-    """(block, …) → a store that holds what enters the block; None: nothing yet."""
+    """(block, …) → a store with the inputs of the block; None: an empty one."""
     made: list[ActivationStore] = []
 
     def make(
@@ -92,7 +92,7 @@ def name(block: int) -> str:
 
 @pytest.fixture
 def saved(state: Path, store: Callable[..., ActivationStore]) -> Callable[..., Path]:
-    """Let a job save what enters these blocks; the folder."""
+    """Save the inputs of these blocks; returns the folder."""
 
     def save(*blocks: int) -> Path:
         checkpoints = opened(state)
@@ -146,7 +146,7 @@ def test_only_the_two_newest_are_kept(saved: Callable[..., Path]) -> None:
 
 
 def test_at_no_instant_are_there_more_than_two(state: Path, store: Callable[..., ActivationStore], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Temp files count. And the record never names one that is not there."""
+    """Temporary files count. The record never names a missing file."""
     seen: set[int] = set()
 
     def watch(_: str) -> None:
@@ -162,7 +162,7 @@ def test_at_no_instant_are_there_more_than_two(state: Path, store: Callable[...,
     assert seen == {0, 1, 2}
 
 
-def test_what_is_kept_already_is_not_written_again(saved: Callable[..., Path], store: Callable[..., ActivationStore]) -> None:
+def test_a_saved_checkpoint_is_not_written_again(saved: Callable[..., Path], store: Callable[..., ActivationStore]) -> None:
     state = saved(1, 2)
     before = {path.name: path.stat().st_mtime_ns for path in state.iterdir()}
     checkpoints = opened(state)
@@ -191,7 +191,7 @@ def test_a_folder_that_is_gone_is_discarded_too(saved: Callable[..., Path]) -> N
 # When to save.
 
 
-def test_due_when_replaying_would_take_longer_than_it_should(state: Path, store: Callable[..., ActivationStore]) -> None:
+def test_due_when_replaying_would_take_too_long(state: Path, store: Callable[..., ActivationStore]) -> None:
     checkpoints = opened(state, every=60.0)
     for seconds, due in ((0.0, False), (30.0, False), (29.9, False), (0.2, True), (100.0, True)):
         checkpoints.add_replay_time(seconds)
@@ -214,12 +214,12 @@ def test_zero_is_after_every_block_and_none_is_never(state: Path, store: Callabl
     assert list(state.iterdir()) == []
 
 
-def test_what_was_saved_is_used_also_if_no_more_is(saved: Callable[..., Path], store: Callable[..., ActivationStore]) -> None:
+def test_saved_checkpoints_are_used_when_no_more_are_saved(saved: Callable[..., Path], store: Callable[..., ActivationStore]) -> None:
     target = store()
     assert opened(saved(2), every=None).restore(2, target) == 2 and same(target, 2)
 
 
-def test_how_long_it_takes_is_learnt(state: Path, store: Callable[..., ActivationStore], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_write_rate_is_measured(state: Path, store: Callable[..., ActivationStore], monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints, rows = opened(state), store(1)
     assert checkpoints.expected_seconds(rows) == pytest.approx(7 * 3 * 5 * 2 / EXPECTED_RATE)
     times = iter([100.0, 104.0])
@@ -234,7 +234,7 @@ def test_how_long_it_takes_is_learnt(state: Path, store: Callable[..., Activatio
 
 PLACES = [
     ("checkpoint.begun", 1),
-    ("file.opened", 1),  # the record, of the newest alone
+    ("file.opened", 1),  # the record, with the newest only
     ("file.renamed", 1),
     ("file.opened", 2),  # the activations
     ("shard.piece", 1),
@@ -252,10 +252,10 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("place", "count"), PLACES)
-def test_killed_anywhere_what_is_found_is_sound(
+def test_killed_anywhere_the_restored_rows_are_right(
     place: str, count: int, saved: Callable[..., Path], store: Callable[..., ActivationStore]
 ) -> None:
-    """Blocks 1 and 2 are kept when block 3's are to be."""
+    """Blocks 1 and 2 are saved when block 3 is being saved."""
     state = saved(1, 2)
     checkpoints, rows = opened(state), store(3)
     pid = os.fork()
@@ -272,7 +272,7 @@ def test_killed_anywhere_what_is_found_is_sound(
     again = opened(state, said=said)
     assert again.restore(9, target) == (3 if recorded else 2) and said == []
     assert same(target, 3 if recorded else 2)
-    # And the job goes on.
+    # And the job continues.
     again.save(3, rows)
     again.save(4, store(4))
     assert files(state) == [name(3), name(4)]
@@ -319,15 +319,15 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_one_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     damage: Callable[[Path], Any], saved: Callable[..., Path], store: Callable[..., ActivationStore]
 ) -> None:
     state, said, target = saved(1, 2), list[str](), store()
     damage(state / name(2))
     checkpoints = opened(state, said=said)
     assert checkpoints.restore(9, target) == 1 and same(target, 1)
-    assert any(line.startswith(f"{name(2)}: is damaged or does not fit") for line in said)
-    # It does not keep the sound one from being kept, nor itself from being made again.
+    assert any(line.startswith(f"{name(2)}: is damaged or of another shape") for line in said)
+    # It prevents neither keeping the valid one nor saving its own block again.
     faults.arm("file.opened:2:ENOSPC")
     checkpoints.save(5, store(5))
     faults.disarm()
@@ -344,10 +344,10 @@ def test_both_damaged_nothing_is_restored(saved: Callable[..., Path], store: Cal
     assert sum("is damaged" in line for line in said) == 2
 
 
-def test_damage_that_shows_only_while_it_is_read(
+def test_damage_that_shows_only_while_reading(
     saved: Callable[..., Path], store: Callable[..., ActivationStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of the rows are in the store by then; the older ones overwrite all of them."""
+    """Half of the rows are in the store by then; the older checkpoint overwrites all of them."""
     state, target, said = saved(1, 2), store(), list[str]()
     read_range, calls = checkpoint_module.read_range, list[int]()
 
@@ -366,7 +366,7 @@ def test_damage_that_shows_only_while_it_is_read(
     ("shape", "dtype"),
     [((7, 3, 6), torch.bfloat16), ((6, 3, 5), torch.bfloat16), ((7, 5, 3), torch.bfloat16), (SHAPE, torch.float16), (SHAPE, torch.float32)],
 )
-def test_one_of_another_shape_or_dtype_is_passed_over(
+def test_a_checkpoint_of_another_shape_or_dtype_is_skipped(
     shape: tuple[int, int, int], dtype: torch.dtype, saved: Callable[..., Path], store: Callable[..., ActivationStore]
 ) -> None:
     said: list[str] = []
@@ -376,7 +376,7 @@ def test_one_of_another_shape_or_dtype_is_passed_over(
     assert f"holds [7, 3, 5] torch.bfloat16 instead of {list(shape)} {dtype}" in said[0]
 
 
-def test_one_that_holds_something_else_is_passed_over(
+def test_a_checkpoint_with_other_contents_is_skipped(
     saved: Callable[..., Path], store: Callable[..., ActivationStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -403,7 +403,7 @@ def test_a_damaged_record_names_nothing(record: bytes, saved: Callable[..., Path
     (state / "checkpoints.json").write_bytes(record)
     checkpoints = opened(state, said=said)
     assert checkpoints.restore(9, store()) is None
-    assert len(said) == 1 and "record of saved activations is damaged" in said[0]
+    assert len(said) == 1 and "checkpoints.json: is damaged or cannot be read" in said[0]
     assert files(state) == [], "what it does not name would never go"
     checkpoints.save(3, store(3))
     assert opened(state).restore(9, store()) == 3
@@ -430,7 +430,7 @@ def test_a_disk_that_cannot_be_read_does_not_end_the_job(
     assert opened(state, said=said).restore(9, store()) is None and said
 
 
-# A disk that is full.
+# A full disk.
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
@@ -443,12 +443,11 @@ def test_without_room_there_is_a_word_and_the_job_goes_on(
     checkpoints.add_replay_time(5.0)
     faults.arm(f"{place}:{count}:{errno.errorcode[number]}")
     checkpoints.save(3, store(3))
-    assert len(said) == 1 and said[0].startswith(
-        "activations are not saved any more, so a job that is killed replays its finished blocks ("
-    )
+    assert len(said) == 1 and said[0].startswith("no more activation checkpoints (")
+    assert said[0].endswith("; a resumed job may have to replay its finished blocks")
     assert os.strerror(number) in said[0]
     record = json.loads((state / "checkpoints.json").read_text())
-    assert {entry["file"] for entry in record["kept"]} >= set(files(state)), "what nobody will use must not take the room"
+    assert {entry["file"] for entry in record["kept"]} >= set(files(state)), "unused files must not take space"
     checkpoints.add_replay_time(5.0)
     assert not checkpoints.due
     before = files(state)
@@ -457,8 +456,8 @@ def test_without_room_there_is_a_word_and_the_job_goes_on(
     assert opened(state).restore(9, target) in (2, 3) and (same(target, 2) or same(target, 3))
 
 
-def test_a_full_disk_of_its_own(saved: Callable[..., Path], store: Callable[..., ActivationStore]) -> None:
-    """A limit on file sizes, of the system's own: pieces are written as far as it goes."""
+def test_a_file_size_limit(saved: Callable[..., Path], store: Callable[..., ActivationStore]) -> None:
+    """Set for the process: data is written up to the limit."""
     state = saved(1, 2)
     size = (state / name(2)).stat().st_size
     checkpoints, rows, said = opened(state), store(3), list[str]()

@@ -1,4 +1,4 @@
-"""Where activations are kept: every tier returns what was put, and a job's output does not depend on the tier."""
+"""Storage tiers of activations: every tier returns what was put, and a job's output does not depend on the tier."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_rows_come_back_as_they_were_put(kind: str, dtype: torch.dtype, tmp_path
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_overwrite_inputs_while_the_next_are_read(kind: str, tmp_path: Path) -> None:
-    """The order of a pass over the batches, several times over."""
+    """Several passes over the batches, in their order."""
     count = 9
     buffer = Tier(kind, CPU, tmp_path).buffer(count, 2000, torch.float32)
     expected = torch.randn(count, 2000)
@@ -54,7 +54,7 @@ def test_outputs_overwrite_inputs_while_the_next_are_read(kind: str, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_read_ahead_are_forgotten_when_they_are_overwritten(kind: str, tmp_path: Path) -> None:
+def test_prefetched_rows_are_dropped_when_they_are_overwritten(kind: str, tmp_path: Path) -> None:
     buffer = Tier(kind, CPU, tmp_path).buffer(4, 8, torch.float32)
     buffer.put(0, torch.zeros(4, 8))
     buffer.prefetch(1, 3)
@@ -71,7 +71,7 @@ def test_the_file_has_no_name_and_takes_its_room_at_once(tmp_path: Path) -> None
     buffer.close()
 
 
-def test_a_full_disk_is_told_before_the_job_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_the_job_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -80,7 +80,7 @@ def test_a_full_disk_is_told_before_the_job_begins(tmp_path: Path, monkeypatch: 
         Tier("disk", CPU, tmp_path).buffer(4, 8, torch.float32)
 
 
-def test_a_write_that_fails_is_told_by_a_later_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_is_raised_by_a_later_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = Tier("disk", CPU, tmp_path).buffer(16, 8, torch.float32)
 
     def broken(*_: object) -> int:
@@ -117,14 +117,14 @@ def test_without_a_plan_memory_limits_count(tmp_path: Path, monkeypatch: pytest.
     assert [choose_tier(CPU, needed, tmp_path).kind for needed in (10, 11)] == ["host", "disk"]
 
 
-def test_a_tier_that_there_is_not() -> None:
+def test_an_unknown_tier() -> None:
     with pytest.raises(UsageError, match="--activations ssd: must be one of"):
         bigq.JobConfig(activations="ssd")
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "bloom", "falcon"])
 def test_the_tiers_give_identical_output(family: str, checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path) -> None:
-    """Families with folded and unfolded rows, with and without shortcuts. A batch that leaves a smaller last one."""
+    """Families with folded and unfolded rows, with and without shortcuts; the last batch is smaller."""
     digests = []
     for kind in KINDS:
         out = tmp_path / kind
@@ -145,7 +145,7 @@ def test_the_tiers_give_identical_output(family: str, checkpoint: Callable[[str]
 
 
 class FakeStream:
-    """A stream of a device that is not there: it tells what waits for what."""
+    """A fake CUDA stream that records what waits for what."""
 
     def __init__(self, name: str, calls: list[str]) -> None:
         self.name, self.calls = name, calls
@@ -173,7 +173,7 @@ class FakeEvent:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What a GPU's host tier asks of CUDA, in order; the device's tensors are the host's."""
+    """The CUDA calls of the host tier, in order; device tensors are on the host."""
     calls: list[str] = []
     copies, current = FakeStream("copies", calls), FakeStream("compute", calls)
     on = [current]
@@ -205,8 +205,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_gpu_s_host_tier_copies_beside_the_computation(calls: list[str]) -> None:
-    """Computing on rows waits for their own copy alone; every copy waits for what was computed before it was asked for."""
-    buffer = Tier("host", torch.device("cuda")).buffer(4, 3, torch.float32)
+    """Computation on rows waits only for their own copy. Every copy waits for the work queued before it."""
+    buffer = Tier("host", torch.device("cuda"), Path()).buffer(4, 3, torch.float32)
     rows = torch.arange(12.0).view(4, 3)
     buffer.put(0, rows)
     assert calls == ["copies waits for compute", "copy on copies", "kept for copies"]
@@ -230,7 +230,7 @@ def test_a_gpu_s_host_tier_copies_beside_the_computation(calls: list[str]) -> No
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["gpu", "host", "disk"])
-def test_rows_go_round_on_a_gpu(kind: str, tmp_path: Path) -> None:
+def test_rows_round_trip_on_a_gpu(kind: str, tmp_path: Path) -> None:
     device = torch.device("cuda:0")
     buffer = Tier(kind, device, tmp_path).buffer(6, 1 << 20, torch.float32)
     expected = torch.randn(6, 1 << 20)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bigq.progress.clock import Lap
 from bigq.progress.records import LinearRecord
-from bigq.scheme import QuantizedWeight
+from bigq.quantized_weight import QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)

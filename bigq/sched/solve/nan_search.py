@@ -1,4 +1,4 @@
-"""Finding where a block's outputs stopped being finite, to tell the user."""
+"""Finds the module in which a block's values stop being finite, for error messages."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from bigq.kernels.finiteness import is_finite
 from bigq.model.capture import BlockCall, OutputForm, StopForward, hidden_of
 from bigq.solver.hessian import finite_tokens
 
-#: Rows that are told one by one, at most.
+#: The most row numbers that a message lists.
 MAX_LISTED_ROWS = 6
 
 
 def nonfinite_rows(output: Tensor, lo: int) -> str:
-    """The calibration rows of a batch [B, T, d] that hold a token which is not finite, in words; ``lo`` is the first one's number."""
+    """Text that names the calibration rows of a batch [B, T, d] with non-finite tokens. lo: the number of the batch's first row."""
     rows = [lo + i for i, sound in enumerate(finite_tokens(output).all(1).tolist()) if not sound]
-    told = ", ".join(map(str, rows[:MAX_LISTED_ROWS]))
+    listed = ", ".join(map(str, rows[:MAX_LISTED_ROWS]))
     if len(rows) > MAX_LISTED_ROWS:
-        return f"calibration rows {told} … {rows[-1]} ({len(rows)} rows)"
-    return f"calibration row{'s' if len(rows) > 1 else ''} {told}"
+        return f"calibration rows {listed} … {rows[-1]} ({len(rows)} rows)"
+    return f"calibration row{'s' if len(rows) > 1 else ''} {listed}"
 
 
 def first_nonfinite(block: nn.Module, call: BlockCall, hidden: Tensor) -> str:
@@ -37,17 +37,17 @@ def first_nonfinite(block: nn.Module, call: BlockCall, hidden: Tensor) -> str:
             raise StopForward
 
     def before(name: str) -> Callable[..., None]:
-        """Of the arguments only the hidden states: masks hold infinities for good."""
+        """Checks only the hidden states: masks contain infinities on purpose."""
 
         def check(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            note(args[0] if args else kwargs.get("hidden_states"), f"what {name} is given")
+            note(args[0] if args else kwargs.get("hidden_states"), f"the input of {name}")
 
         return check
 
     def after(name: str) -> Callable[..., None]:
         def check(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             if OutputForm.fits(output):
-                note(hidden_of(output), f"what {name} returns")
+                note(hidden_of(output), f"the output of {name}")
 
         return check
 
@@ -58,4 +58,4 @@ def first_nonfinite(block: nn.Module, call: BlockCall, hidden: Tensor) -> str:
                 stack.callback(module.register_forward_hook(after(name)).remove)
         with contextlib.suppress(StopForward):
             call.run(block, hidden)
-    return found[0] if found else "the sum that the block returns"
+    return found[0] if found else "the block's output"

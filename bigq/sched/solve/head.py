@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigq.machine.ranks import Ranks
 from bigq.methods.base import CalibratedMethod, Collector, DataFreeMethod
 from bigq.model import skeleton
 from bigq.model.capture import StopForward, replace_forwards
 from bigq.model.pager import Pager
 from bigq.progress.clock import Clock, Lap
+from bigq.quantized_weight import QuantizedWeight
 from bigq.sched.plan.cost import HEAD_CHUNK
-from bigq.sched.ranks import Ranks
-from bigq.sched.results import Solved
 from bigq.sched.rows.calibration import CalibrationRows
-from bigq.scheme import QuantizedWeight, QuantScheme
+from bigq.sched.solve.results import Solved
+from bigq.scheme import QuantScheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,9 @@ from torch import nn
 
 from bigq.errors import NumericsError
 from bigq.kernels.finiteness import is_finite
-from bigq.sched.nan_search import first_nonfinite, nonfinite_rows
 from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
+from bigq.sched.solve.nan_search import first_nonfinite, nonfinite_rows
 from bigq.solver.hessian import OTHER_DTYPE, finite_tokens
 from bigq.vocabulary import OnNonfinite
 

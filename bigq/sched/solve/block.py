@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 from bigq.errors import NumericsError
 from bigq.machine.memory import return_freed_memory
+from bigq.machine.ranks import OneProcess, Ranks
 from bigq.methods.base import CalibratedMethod, Collector, DataFreeMethod
 from bigq.model.blocks import block_linears
 from bigq.model.capture import BlockCall, StopForward, replace_forwards
 from bigq.model.skeleton import linear_weight, set_linear_weight
 from bigq.model.structure import BlockPlan, Group, Shortcut
 from bigq.progress.clock import Clock
-from bigq.sched.ranks import OneProcess, Ranks
-from bigq.sched.results import Skipped, Solved
 from bigq.sched.rows.reference import ReferenceBlock
 from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
+from bigq.sched.solve.results import Skipped, Solved
 from bigq.scheme import QuantScheme
 from bigq.vocabulary import OnNonfinite
 

@@ -10,11 +10,15 @@ from typing import Protocol
 
 from torch import Tensor
 
-from bigq.solver.hessian import Reduction
 
+class Ranks(Protocol):
+    """The processes of a job. It is a ``bigq.solver.hessian.Reduction`` too."""
 
-class Ranks(Reduction, Protocol):
-    """The processes of a job."""
+    def tensor_(self, share: Tensor) -> None:
+        """Replace this rank's share by the sum over all ranks, in place and in a fixed order."""
+
+    def number(self, share: int) -> int:
+        """The sum over all ranks."""
 
     def rows(self, count: int) -> range:
         """This rank's share of the calibration rows: a range of row numbers."""

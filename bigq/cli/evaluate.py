@@ -1,0 +1,42 @@
+"""``bigq eval`` on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from bigq.cli.flags import add_option, add_options, given, group_of
+from bigq.cli.parser import Parser
+from bigq.config import OUTPUT
+from bigq.infer.options import TEXT, EvalConfig
+from bigq.options import table
+from bigq.progress.terminal import print_result
+
+
+def add_eval(p: Parser) -> None:
+    p.description = f"{p.description} Where MODEL is the folder of a finished job, the result is kept with the job, for bigq report."
+    p.add_argument("model", metavar="MODEL", help="original model or output of bigq: folder or hub id")
+    options = table(EvalConfig)
+    # The API's default text is the shipped one; a command names its text.
+    add_option(group_of(p, TEXT), dataclasses.replace(options["data"], default=None), required=True)
+    add_options(p, (each for name, each in options.items() if name != "data"))
+    baseline = "also compare with this model: KL divergence per token and top-1 agreement"
+    group_of(p, TEXT).add_argument("--baseline", metavar="MODEL", help=baseline)
+    group_of(p, OUTPUT).add_argument("--json", action="store_true", help="print one JSON object")
+    p.set_defaults(command=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = EvalConfig(**given(args, table(EvalConfig)))
+    args.display.reading(args.model)
+    from bigq.infer.evaluate import evaluate
+
+    result = evaluate(args.model, config, baseline=args.baseline, display=args.display)
+    values = {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
+    if args.json:
+        print_result(json.dumps(values))
+    else:
+        for name, value in values.items():
+            print_result(f"{name.replace('_', ' '):20} {value:.6g}" if isinstance(value, float) else f"{name.replace('_', ' '):20} {value}")
+    return 0

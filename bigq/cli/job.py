@@ -1,0 +1,156 @@
+"""``bigq quantize`` and ``bigq plan`` on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from bigq.cli.flags import add_option, add_options, given, group_of
+from bigq.cli.parser import Parser
+from bigq.config import OUTPUT, RUN, JobConfig
+from bigq.errors import ResourceError
+from bigq.options import Option, table, without_effect
+from bigq.progress.display import DONE_FIELDS, Events, to_json
+from bigq.progress.terminal import print_result
+from bigq.scheme import WEIGHTS, QuantScheme, Rule
+
+#: Options of a job that a plan does not need.
+ONLY_QUANTIZE = ("grace", "steal_lock", "trace")
+
+_KEPT = "Where OUT holds a job, options that are not given keep the job's values; else they have their defaults."
+
+
+def job_options() -> list[Option]:
+    """Everything that a job may be given, in the order of the help. Rules are typed in two ways and added apart."""
+    return [*table(QuantScheme).values(), *(each for name, each in table(JobConfig).items() if name not in ("scheme", "rules"))]
+
+
+def add_quantize(p: Parser) -> None:
+    p.description = f"{p.description} {_KEPT}"
+    p.add_argument("model", metavar="MODEL", help="folder with safetensors shards, or hub id (owner/name[@revision])")
+    p.add_argument("out", metavar="OUT", help="output folder; where it holds the same job, unfinished, that job is resumed")
+    _add_job(p, job_options())
+    group_of(p, OUTPUT).add_argument("--json", action="store_true", help="print a JSON object on stdout, and events on stderr, one a line")
+    p.set_defaults(command=_run_quantize)
+
+
+def add_plan(p: Parser) -> None:
+    p.description = f"{p.description} Exits with 4 where the job does not fit. {_KEPT}"
+    p.add_argument("model", metavar="MODEL", help="folder (its config.json is enough), or hub id (only config and headers are fetched)")
+    p.add_argument("out", metavar="OUT", nargs="?", help="where the output would lie, for the free disk space (default: here)")
+    _add_job(p, (each for each in job_options() if each.name not in ONLY_QUANTIZE))
+    on = "plan for another machine's GPU: a100, h100 or h200 (default: this)"
+    group_of(p, RUN).add_argument("--on", default="this", metavar="DEVICE", help=on)
+    group_of(p, OUTPUT).add_argument("--json", action="store_true", help="print one JSON object, and events on stderr")
+    p.set_defaults(command=_run_plan)
+
+
+def _add_job(p: Parser, options: Iterable[Option]) -> None:
+    add_options(p, options)
+    weights, rules = group_of(p, WEIGHTS), table(JobConfig)["rules"]
+    keys = ", ".join(each.rule_key for each in table(QuantScheme).values() if each.rule_key)
+    help = f"another scheme for Linears whose name matches, given by {keys}; may be repeated"
+    rule = dataclasses.replace(rules, help=help, placeholder="REGEX:key=value,…", convert=_rule_text, default=None)
+    add_option(weights, rule, action="append")
+    help = "leave Linears whose name matches unquantized; may be repeated"
+    weights.add_argument("--skip", action="append", metavar="REGEX", help=help)
+
+
+def _rule_text(text: str, _: str) -> Rule:
+    return Rule.parse(text)
+
+
+def job_config(args: argparse.Namespace, before: object = None) -> JobConfig:
+    """The job that the arguments of ``bigq quantize`` describe. Options that are not given are those of ``before``, else the defaults.
+
+    before: the settings in the job.json of ``args.out``, if it has one. Raises UsageError, CheckpointError (for ``before``).
+    """
+    base = JobConfig() if before is None else JobConfig.from_frozen(before, f"{args.out}: its job.json")
+    values = given(args, (each.name for each in job_options() if each.name in table(JobConfig)))
+    scheme = dataclasses.replace(base.scheme, **given(args, table(QuantScheme)))
+    return dataclasses.replace(base, scheme=scheme, rules=_rules(args, base.rules), **values)
+
+
+def _rules(args: argparse.Namespace, before: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The rules as given, those that skip first; of the kind that is not given, those from before."""
+    if args.skip is None and args.rules is None:
+        return before
+    skips = (rule for rule in before if rule.overrides is None) if args.skip is None else (Rule(pattern, None) for pattern in args.skip)
+    others = (rule for rule in before if rule.overrides is not None) if args.rules is None else (Rule.parse(text) for text in args.rules)
+    return (*skips, *others)
+
+
+def _settings_before(out: str) -> object:
+    """The settings of the job that OUT holds; None where it holds none. Raises CheckpointError."""
+    from bigq.job.journal import read_job
+
+    job = read_job(Path(os.path.expanduser(out)))
+    return None if job is None else job.get("settings", {})
+
+
+def idle_options(args: argparse.Namespace, config: JobConfig, device: str) -> list[str]:
+    """Notes about options that were given in vain. device: "cpu", "cuda", or "" for not known yet. Raises UsageError."""
+    options = job_options()
+    notes = without_effect(given(args, (each.name for each in options)), options, config, device)
+    if args.device is not None and getattr(args, "on", "this") != "this":
+        notes.append(f"--device: no effect with --on {args.on}")
+    return notes
+
+
+def _begin(args: argparse.Namespace, config: JobConfig) -> None:
+    """The first lines of a job, before torch is imported as far as may be. Raises UsageError, ResourceError for the device."""
+    idle_options(args, config, "")
+    args.display.reading(args.model)
+    device = "cpu" if config.device == "cpu" else ""
+    if getattr(args, "on", "this") != "this":
+        device = "cuda"
+    elif args.vram is not None and not device:
+        from bigq.machine.device import choose_device
+
+        device = choose_device(config.device).type
+    for note in idle_options(args, config, device):
+        args.display.say(f"note: {note}")
+
+
+def _run_quantize(args: argparse.Namespace) -> int:
+    from bigq.job.stop import Stop
+
+    stop = Stop(notify=args.display.signalled if isinstance(args.display, Events) else None)
+    with stop.listen():
+        config = job_config(args, _settings_before(args.out))
+        stop.grace = config.grace
+        _begin(args, config)
+        from bigq.sched.run import quantize
+
+        report = quantize(args.model, args.out, config, stop, args.display, command=args.given, started=args.started)
+    values = report.to_json()
+    args.display.event("done", **{name: values[name] for name in DONE_FIELDS})
+    if args.json:
+        print_result(to_json(values))
+    elif not args.quiet:
+        print_result(report.summary())
+    return 0
+
+
+def _run_plan(args: argparse.Namespace) -> int:
+    # A plan takes seconds, of which a seventh would go to looking for garbage in what is being imported.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        config = job_config(args, None if args.out is None else _settings_before(args.out))
+        _begin(args, config)
+        from bigq.sched.plan.inputs import plan
+
+        result = plan(args.model, args.out or ".", config, args.on)
+    finally:
+        if collecting:
+            gc.enable()
+    print_result(json.dumps(result.to_json()) if args.json else result.table())
+    if result.shortages:
+        raise ResourceError(f"{args.model}: the job does not fit: {'; '.join(result.shortages)}")
+    return 0

@@ -1,0 +1,301 @@
+"""Which programs load what bigq writes: one table, from what was run or read off their sources, and nothing else.
+
+The plan, the closing summary, the model card and docs/formats.md take their statements from here. Versions that were run: transformers 5.22
+and 5.23, optimum with GPTQModel 7.7, compressed-tensors 0.18 and 0.20, llama.cpp by llama-cpp-python 0.3.36, vLLM 0.32 on a CPU
+(engine and loader; which kernels it picks on CUDA was read off its sources).
+
+Act-order changes nothing for readers: groups stay in natural order ("static groups").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from bigq.scheme import QuantScheme
+
+#: Linears that vLLM 0.32 loads as one, by the name of the one (``packed_modules_mapping`` of its model classes). Parts of one that
+#: differ in bits, group size or symmetry end in an AssertionError, or load with the first part's scheme for all of them.
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+#: Formats that vLLM reads, and whether it looks a fused Linear's rule up by the fused name (``dynamic``) or by the names of the parts.
+BY_FUSED_NAME: Mapping[str, bool] = {"gptq": True, "gptq_v2": True, "compressed-tensors": False}
+
+ALL_BITS = (2, 3, 4, 8)
+#: Group sizes that vLLM was run with or whose kernels name them; -1 is the whole row.
+VLLM_GROUPS = (-1, 32, 64, 128)
+#: Model types whose packed checkpoints readers were run with.
+RUN_FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "transformers": ("llama", "qwen2", "opt", "bloom"),
+    "GPTQModel": ("llama", "qwen2", "opt", "bloom"),
+    "compressed-tensors": ("llama", "qwen2", "opt", "bloom"),
+    "vLLM": ("llama", "qwen2", "opt"),
+    "llama.cpp": ("llama", "mistral", "qwen2", "qwen3"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What packed Linears may differ in, for a reader. group_size: -1 is the whole row."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    @classmethod
+    def of(cls, scheme: QuantScheme) -> Kind:
+        return cls(scheme.bits, scheme.group_size, scheme.symmetric)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What a job writes, as far as readers care.
+
+    format: as ``--format`` says. base: the kind that the config names for all; kinds: those of the packed Linears. family: the model type,
+    None where it is not known. head: whether the output head is packed. transposed: whether Linears are stored transposed (GPT-2), which
+    compressed-tensors cannot hold. split: whether parts of a fused Linear differ.
+    """
+
+    format: str
+    base: Kind
+    kinds: frozenset[Kind]
+    family: str | None = None
+    head: bool = False
+    transposed: bool = False
+    split: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A reader loads Linears of these kinds in these formats.
+
+    group_sizes: None means any. mixed: whether Linears of one checkpoint may differ in bits and group size. head: whether the output head
+    may be packed. fuses: whether the reader fuses Linears. not_families: model types that fail. not_base: symmetry that the config must
+    not name for all. needs: what must be installed; kernel: what runs on CUDA.
+    """
+
+    reader: str
+    formats: tuple[str, ...]
+    bits: tuple[int, ...] = ALL_BITS
+    symmetric: tuple[bool, ...] = (True, False)
+    group_sizes: tuple[int, ...] | None = None
+    mixed: bool = True
+    head: bool = True
+    fuses: bool = False
+    not_families: tuple[str, ...] = ()
+    not_base: bool | None = None
+    needs: str = ""
+    kernel: str = ""
+
+    def has(self, kind: Kind) -> bool:
+        return (
+            kind.bits in self.bits
+            and kind.symmetric in self.symmetric
+            and (self.group_sizes is None or kind.group_size in self.group_sizes)
+        )
+
+
+_CT = ("compressed-tensors",)
+_GPTQ = ("gptq", "gptq_v2")
+ROWS: tuple[Row, ...] = (
+    Row(reader="transformers", formats=_GPTQ, mixed=False, head=False, needs="optimum, gptqmodel"),
+    Row(reader="transformers", formats=_CT, bits=(2, 4, 8), symmetric=(True,), needs="compressed-tensors"),
+    Row(reader="transformers", formats=_CT, bits=(3,), symmetric=(True,), needs="compressed-tensors>=0.18"),
+    Row(reader="transformers", formats=_CT, bits=(2, 4, 8), symmetric=(False,), needs="transformers<5.23"),
+    Row(reader="transformers", formats=_CT, bits=(3,), symmetric=(False,), needs="transformers<5.23, compressed-tensors>=0.18"),
+    Row(reader="GPTQModel", formats=("gptq",), not_base=False),
+    Row(reader="GPTQModel", formats=("gptq_v2",)),
+    Row(reader="compressed-tensors", formats=_CT, bits=(2, 4, 8)),
+    Row(reader="compressed-tensors", formats=_CT, bits=(3,), needs="compressed-tensors>=0.18"),
+    Row(
+        reader="vLLM",
+        formats=_GPTQ,
+        bits=(4, 8),
+        symmetric=(True,),
+        group_sizes=VLLM_GROUPS,
+        fuses=True,
+        not_families=("bloom",),
+    ),
+    Row(
+        reader="vLLM",
+        formats=_CT,
+        bits=(4, 8),
+        symmetric=(True,),
+        group_sizes=VLLM_GROUPS,
+        fuses=True,
+        not_families=("bloom",),
+        kernel="Marlin",
+    ),
+    Row(
+        reader="vLLM",
+        formats=_CT,
+        bits=(4,),
+        symmetric=(False,),
+        group_sizes=VLLM_GROUPS,
+        fuses=True,
+        not_families=("bloom",),
+        kernel="Marlin",
+    ),
+    Row(
+        reader="vLLM",
+        formats=_CT,
+        bits=(8,),
+        symmetric=(False,),
+        group_sizes=VLLM_GROUPS,
+        fuses=True,
+        not_families=("bloom",),
+        kernel="Machete or Conch",
+    ),
+    Row(
+        reader="vLLM",
+        formats=_CT,
+        bits=(2, 3),
+        group_sizes=VLLM_GROUPS,
+        fuses=True,
+        not_families=("bloom",),
+        needs="humming",
+    ),
+    Row(reader="llama.cpp", formats=("gguf",), bits=(4, 8)),
+)
+#: The format of the safetensors shards that a job of format gguf writes beside its GGUF file.
+GGUF_SHARDS = "gptq_v2"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Whether a reader loads what is written.
+
+    note: where it does, what it needs and which kernel runs on CUDA; else the reason and what to do instead, as a sentence.
+    """
+
+    reader: str
+    loads: bool
+    note: str = ""
+
+    @property
+    def named(self) -> str:
+        """The reader with its note, for a list."""
+        return f"{self.reader} ({self.note})" if self.note else self.reader
+
+
+def verdicts(written: Written) -> tuple[Verdict, ...]:
+    """Of every reader that reads the format at all, in the table's order; of GGUF the file's reader, then those of the shards."""
+    if written.format == "gguf":
+        return (*_verdicts(written, written.format), *_verdicts(written, GGUF_SHARDS))
+    return tuple(_verdicts(written, written.format))
+
+
+def read_by(found: Iterable[Verdict]) -> list[str]:
+    """Names of the readers that load it, each with what it needs."""
+    return [verdict.named for verdict in found if verdict.loads]
+
+
+def refused_by(found: Iterable[Verdict]) -> list[str]:
+    """A sentence for each reader that does not load it."""
+    return [verdict.note for verdict in found if not verdict.loads]
+
+
+def not_run_with(found: Iterable[Verdict], family: str | None) -> str | None:
+    """That the readers were run with other model types than this one; None where one was run with it, or the type is not known."""
+    named = [verdict.reader for verdict in found if verdict.loads]
+    if family is None or not named or any(family in RUN_FAMILIES[reader] for reader in named):
+        return None
+    families = dict.fromkeys(each for reader in named for each in RUN_FAMILIES[reader])
+    return f"readers were run with {', '.join(families)}, not with {family}"
+
+
+def _verdicts(written: Written, format: str) -> Iterator[Verdict]:
+    for reader in dict.fromkeys(row.reader for row in ROWS if format in row.formats):
+        rows = [row for row in ROWS if row.reader == reader and format in row.formats]
+        used = {kind: next((row for row in rows if row.has(kind)), None) for kind in written.kinds or {written.base}}
+        reason = _refusal(written, format, rows[0], used)
+        if reason is not None:
+            yield Verdict(reader=reader, loads=False, note=f"{reader} does not load {reason}")
+            continue
+        found = [row for row in rows if row in used.values()]
+        kernels = dict.fromkeys(row.kernel for row in found if row.kernel)
+        needs = dict.fromkeys(need for row in found if row.needs for need in row.needs.split(", "))
+        if any(need.startswith("compressed-tensors>") for need in needs):
+            needs.pop("compressed-tensors", None)
+        notes = [f"with {', '.join(needs)}"] * bool(needs) + [f"CUDA: {', '.join(kernels)}"] * bool(kernels)
+        yield Verdict(reader=reader, loads=True, note="; ".join(notes))
+
+
+def _refusal(written: Written, format: str, row: Row, used: Mapping[Kind, Row | None]) -> str | None:
+    """What a reader does not load of what is written, and what to do; None where it loads all. row: the reader's first."""
+    shards = " shards" if written.format == "gguf" else ""
+    here = f"{format}{shards}"
+    if written.family in row.not_families:
+        return f"{here} of {written.family} models"
+    if written.split and row.fuses:
+        return f"{here} whose fused Linears have parts that differ"
+    other = _advice(written, "compressed-tensors")
+    if row.not_base is not None and written.base.symmetric == row.not_base:
+        what = "symmetric" if row.not_base else "asymmetric"
+        return f"{what} {here}{_advice(written, 'gptq_v2')}"
+    if not row.mixed and len({(kind.bits, kind.group_size) for kind in written.kinds}) > 1:
+        return f"{here} with several bits or group sizes{other}"
+    if not row.head and written.head:
+        return f"{here} with a packed output head{other}"
+    for kind in sorted((kind for kind, found in used.items() if found is None), key=lambda k: (k.bits, k.group_size, k.symmetric)):
+        rows = [each for each in ROWS if each.reader == row.reader and format in each.formats]
+        if not any(kind.symmetric in each.symmetric for each in rows):
+            return f"{'symmetric' if kind.symmetric else 'asymmetric'} {here}{other if format in _GPTQ else ''}"
+        if not any(kind.bits in each.bits for each in rows):
+            return f"{here} of {kind.bits} bits{other if format in _GPTQ else ''}"
+        sizes = ", ".join(str(size) for size in VLLM_GROUPS[1:])
+        return f"{here} in groups of {kind.group_size}; use --group-size {sizes} or -1"
+    return None
+
+
+def _advice(written: Written, format: str) -> str:
+    """Only where it works: for a GGUF job nothing is to be changed, and compressed-tensors holds no transposed Linears."""
+    if written.format == "gguf" or (format == "compressed-tensors" and written.transposed):
+        return ""
+    return f"; use --format {format}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusedLinear:
+    """Linears of one module that a reader loads as one. name: of the one; parts: of the Linears, full module names."""
+
+    name: str
+    parts: tuple[str, ...]
+
+    @property
+    def last_names(self) -> tuple[str, ...]:
+        return tuple(part.rpartition(".")[2] for part in self.parts)
+
+
+def fused_linears(names: Iterable[str]) -> tuple[FusedLinear, ...]:
+    """Of the Linears ``names``, those that readers fuse: parts that lie in one module, and so share their input. Two parts are enough."""
+    whole_of = {part: whole for whole, parts in FUSED.items() for part in parts}
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        module, _, last = name.rpartition(".")
+        if last in whole_of:
+            found.setdefault((module, whole_of[last]), []).append(name)
+    return tuple(
+        FusedLinear(name=f"{module}.{whole}" if module else whole, parts=tuple(parts))
+        for (module, whole), parts in found.items()
+        if len(parts) > 1
+    )
+
+
+def markdown_table() -> str:
+    """The table for docs/formats.md."""
+    lines = ["| format | reader | bits | zero points | group sizes | limits and needs |", "|---|---|---|---|---|---|"]
+    for row in ROWS:
+        zeros = "both" if len(row.symmetric) > 1 else "symmetric" if row.symmetric[0] else "asymmetric"
+        limits = [f"needs {row.needs}"] * bool(row.needs) + [f"CUDA kernel: {row.kernel}"] * bool(row.kernel)
+        limits += ["one bit width and group size for all"] * (not row.mixed) + ["no packed output head"] * (not row.head)
+        limits += ["not asymmetric as a whole"] * (row.not_base is False) + [f"not {', '.join(row.not_families)}"] * bool(row.not_families)
+        sizes = "any" if row.group_sizes is None else ", ".join("whole row" if size == -1 else str(size) for size in row.group_sizes)
+        if row.formats == ("gguf",):
+            sizes, limits = "multiples of 32, whole row", ["8 bits: symmetric"]
+        formats = ", ".join(f"`{format}`" for format in row.formats)
+        lines.append(f"| {formats} | {row.reader} | {', '.join(map(str, row.bits))} | {zeros} | {sizes} | {'; '.join(limits)} |")
+    return "\n".join(lines)

@@ -1,0 +1,46 @@
+"""What a job will write: how many Linears each rule decides, and which programs load the result. Pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bigq.config import JobConfig
+from bigq.io.formats.readers import Kind, Verdict, Written, not_run_with, refused_by, verdicts
+from bigq.job.rules import RuleCount, rule_counts, splits
+from bigq.sched.plan.cost import Work
+from bigq.sched.plan.shape import ModelShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """rules: one per rule, in order. readers: what each reader of the format makes of it. notes: sentences about readers that do not
+    load it, or were not run with such a model."""
+
+    rules: tuple[RuleCount, ...]
+    readers: tuple[Verdict, ...]
+    notes: tuple[str, ...]
+
+
+def output_of(shape: ModelShape, work: Work, config: JobConfig) -> Output:
+    """The output of a job whose scheme is settled."""
+    names = shape.linear_names()
+    head = [shape.head.name] if work.lm_head and shape.head is not None else []
+    schemes = [work.scheme(name) for name in (*names, *head)]
+    readers = verdicts(
+        Written(
+            format=config.format,
+            base=Kind.of(config.scheme),
+            kinds=frozenset(Kind.of(scheme) for scheme in schemes if scheme is not None),
+            family=shape.family,
+            head=any(work.scheme(name) is not None for name in head),
+            transposed=shape.transposed,
+            split=splits(names, config.base_scheme, config.rules),
+        )
+    )
+    notes = refused_by(readers)
+    untried = not_run_with(readers, shape.family)
+    return Output(
+        rules=rule_counts([*names, *head], config.rules),
+        readers=readers,
+        notes=(*notes, *([untried] if untried is not None else [])),
+    )

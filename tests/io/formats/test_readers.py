@@ -1,0 +1,161 @@
+"""The table of readers: what is said of each, and that advice works when it is followed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+
+import pytest
+from test_vllm_rules import FUSED as LOOKED_UP
+from test_vllm_rules import GROUP_SIZES
+
+from bigq.io.formats import FORMATS
+from bigq.io.formats.readers import (
+    BY_FUSED_NAME,
+    FUSED,
+    ROWS,
+    RUN_FAMILIES,
+    VLLM_GROUPS,
+    FusedLinear,
+    Kind,
+    Written,
+    fused_linears,
+    markdown_table,
+    not_run_with,
+    read_by,
+    refused_by,
+    verdicts,
+)
+
+FOUR = Kind(4, 128, True)
+
+
+def written(format: str, *kinds: Kind, **changes: object) -> Written:
+    kinds = kinds or (FOUR,)
+    return dataclasses.replace(Written(format=format, base=kinds[0], kinds=frozenset(kinds), family="llama"), **changes)  # type: ignore[arg-type]
+
+
+def said(format: str, *kinds: Kind, **changes: object) -> tuple[list[str], list[str]]:
+    found = verdicts(written(format, *kinds, **changes))
+    return read_by(found), refused_by(found)
+
+
+@pytest.mark.parametrize(
+    ("format", "kind", "loads", "refuses"),
+    [
+        ("gptq", FOUR, ["transformers (with optimum, gptqmodel)", "GPTQModel", "vLLM"], []),
+        ("gptq_v2", Kind(8, -1, True), ["transformers (with optimum, gptqmodel)", "GPTQModel", "vLLM"], []),
+        (
+            "gptq",
+            Kind(4, 128, False),
+            ["transformers (with optimum, gptqmodel)"],
+            [
+                "GPTQModel does not load asymmetric gptq; use --format gptq_v2",
+                "vLLM does not load asymmetric gptq; use --format compressed-tensors",
+            ],
+        ),
+        (
+            "gptq_v2",
+            Kind(4, 128, False),
+            ["transformers (with optimum, gptqmodel)", "GPTQModel"],
+            ["vLLM does not load asymmetric gptq_v2; use --format compressed-tensors"],
+        ),
+        (
+            "gptq",
+            Kind(3, 64, True),
+            ["transformers (with optimum, gptqmodel)", "GPTQModel"],
+            ["vLLM does not load gptq of 3 bits; use --format compressed-tensors"],
+        ),
+        (
+            "gptq",
+            Kind(4, 16, True),
+            ["transformers (with optimum, gptqmodel)", "GPTQModel"],
+            ["vLLM does not load gptq in groups of 16; use --group-size 32, 64, 128 or -1"],
+        ),
+        (
+            "compressed-tensors",
+            FOUR,
+            ["transformers (with compressed-tensors)", "compressed-tensors", "vLLM (CUDA: Marlin)"],
+            [],
+        ),
+        (
+            "compressed-tensors",
+            Kind(8, 32, False),
+            ["transformers (with transformers<5.23)", "compressed-tensors", "vLLM (CUDA: Machete or Conch)"],
+            [],
+        ),
+        (
+            "compressed-tensors",
+            Kind(3, 32, True),
+            ["transformers (with compressed-tensors>=0.18)", "compressed-tensors (with compressed-tensors>=0.18)", "vLLM (with humming)"],
+            [],
+        ),
+        ("gguf", FOUR, ["llama.cpp", "transformers (with optimum, gptqmodel)", "GPTQModel", "vLLM"], []),
+        (
+            "gguf",
+            Kind(4, 32, False),
+            ["llama.cpp", "transformers (with optimum, gptqmodel)", "GPTQModel"],
+            ["vLLM does not load asymmetric gptq_v2 shards"],
+        ),
+    ],
+)
+def test_who_loads_what(format: str, kind: Kind, loads: list[str], refuses: list[str]) -> None:
+    assert said(format, kind) == (loads, refuses)
+
+
+def test_what_depends_on_more_than_the_kind() -> None:
+    assert (
+        "transformers does not load gptq with several bits or group sizes; use --format compressed-tensors"
+        in said("gptq", FOUR, Kind(8, 128, True))[1]
+    )
+    assert said("gptq", FOUR, Kind(4, 128, False))[0] == ["transformers (with optimum, gptqmodel)", "GPTQModel"]
+    assert "transformers does not load gptq with a packed output head; use --format compressed-tensors" in said("gptq", head=True)[1]
+    assert said("gptq", Kind(3, 64, True), transposed=True)[1] == ["vLLM does not load gptq of 3 bits"]
+    for format in ("gptq", "compressed-tensors"):
+        assert f"vLLM does not load {format} of bloom models" in said(format, family="bloom")[1]
+    assert said("gguf", split=True)[1] == ["vLLM does not load gptq_v2 shards whose fused Linears have parts that differ"]
+
+
+def test_advice_works() -> None:
+    """For every kind in every format: with the format or group size that a refusal names, the same reader loads it."""
+    followed = 0
+    for format, bits, size, symmetric in itertools.product(FORMATS, (2, 3, 4, 8), (-1, 16, 32, 64, 128, 256), (True, False)):
+        kind = Kind(bits, size, symmetric)
+        for verdict in verdicts(written(format, kind)):
+            advised = re.search(r"; use --(format|group-size) ([^ ,]+)", verdict.note)
+            if advised is None or verdict.loads:
+                continue
+            if advised[1] == "format":
+                # A group size that fits nothing has a refusal of its own.
+                changed = written(advised[2], dataclasses.replace(kind, group_size=32 if size not in VLLM_GROUPS else size))
+            else:
+                changed = written(format, dataclasses.replace(kind, group_size=int(advised[2])))
+            again = {each.reader: each for each in verdicts(changed)}
+            assert again[verdict.reader].loads, (format, kind, verdict.note)
+            followed += 1
+    assert followed > 50
+
+
+def test_families_that_readers_were_not_run_with_are_told() -> None:
+    found = verdicts(written("gptq", family="gemma2"))
+    assert not_run_with(found, "gemma2") == "readers were run with llama, qwen2, opt, bloom, not with gemma2"
+    assert not_run_with(found, "llama") is None and not_run_with(found, None) is None
+    assert {row.reader for row in ROWS} == set(RUN_FAMILIES)
+
+
+def test_fused_linears_are_those_that_vllm_looks_up() -> None:
+    assert all(FUSED[whole] == parts for whole, parts in LOOKED_UP.items()) and VLLM_GROUPS == GROUP_SIZES
+    names = [f"h.{i}.attn.{part}_proj" for i in range(2) for part in "qkvo"] + ["h.0.mlp.gate_proj", "h.1.mlp.up_proj", "q_proj", "k_proj"]
+    assert fused_linears(names) == (
+        FusedLinear(name="h.0.attn.qkv_proj", parts=tuple(f"h.0.attn.{p}_proj" for p in "qkv")),
+        FusedLinear(name="h.1.attn.qkv_proj", parts=tuple(f"h.1.attn.{p}_proj" for p in "qkv")),
+        FusedLinear(name="qkv_proj", parts=("q_proj", "k_proj")),
+    )
+    assert set(BY_FUSED_NAME) == set(FORMATS)
+
+
+def test_the_table_for_the_docs_has_every_row() -> None:
+    lines = markdown_table().splitlines()
+    assert len(lines) == len(ROWS) + 2 and all(line.count("|") == 7 for line in lines)
+    assert any("vLLM" in line and "Machete or Conch" in line and "asymmetric" in line for line in lines)
