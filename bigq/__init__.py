@@ -32,13 +32,14 @@ if TYPE_CHECKING:
     from bigq.conversion.convert import Conversion as Conversion
     from bigq.errors import BigqError as BigqError
     from bigq.infer.evaluate import Evaluation as Evaluation
-    from bigq.infer.generate import GenerateConfig as GenerateConfig
     from bigq.infer.generate import Generation as Generation
+    from bigq.infer.options import EvalConfig as EvalConfig
+    from bigq.infer.options import GenerateConfig as GenerateConfig
     from bigq.inspect.status import Status as Status
     from bigq.progress.callback import ProgressEvent as ProgressEvent
     from bigq.progress.records import Report as Report
+    from bigq.quantized_weight import QuantizedWeight as QuantizedWeight
     from bigq.sched.plan.planner import Plan as Plan
-    from bigq.scheme import QuantizedWeight as QuantizedWeight
     from bigq.scheme import QuantScheme as QuantScheme
     from bigq.scheme import Rule as Rule
 
@@ -46,9 +47,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "BigqError": "bigq.errors",
     "Conversion": "bigq.conversion.convert",
-    "EvalConfig": "bigq.infer.evaluate",
+    "EvalConfig": "bigq.infer.options",
     "Evaluation": "bigq.infer.evaluate",
-    "GenerateConfig": "bigq.infer.generate",
+    "GenerateConfig": "bigq.infer.options",
     "Generation": "bigq.infer.generate",
     "JobConfig": "bigq.config",
     "Plan": "bigq.sched.plan.planner",

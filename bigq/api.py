@@ -18,15 +18,17 @@ if TYPE_CHECKING:
 
     from bigq.config import JobConfig
     from bigq.conversion.convert import Conversion
-    from bigq.infer.evaluate import EvalConfig, Evaluation
-    from bigq.infer.generate import GenerateConfig, Generation
+    from bigq.infer.evaluate import Evaluation
+    from bigq.infer.generate import Generation
+    from bigq.infer.options import EvalConfig, GenerateConfig
     from bigq.inspect.status import Status
     from bigq.job.stop import Stop
     from bigq.progress.callback import ProgressEvent
     from bigq.progress.display import Display
     from bigq.progress.records import Report
+    from bigq.quantized_weight import QuantizedWeight
     from bigq.sched.plan.planner import Plan
-    from bigq.scheme import QuantizedWeight, QuantScheme
+    from bigq.scheme import QuantScheme
 
 StrPath = str | os.PathLike[str]
 Callback = Callable[["ProgressEvent"], object]
@@ -121,8 +123,8 @@ def evaluate(
     >>> bigq.evaluate("llama-4bit", bigq.EvalConfig(data="text.txt"), baseline="models/llama").kl
     0.0123
     """
-    from bigq.infer.evaluate import EvalConfig
     from bigq.infer.evaluate import evaluate as run
+    from bigq.infer.options import EvalConfig
     from bigq.progress.display import Display
 
     _require_type("config", config, EvalConfig)
@@ -151,8 +153,8 @@ def generate(
     >>> bigq.generate("llama-4bit", "The answer is", bigq.GenerateConfig(max_new_tokens=8)).text
     ' 42.'
     """
-    from bigq.infer.generate import GenerateConfig
     from bigq.infer.generate import generate as run
+    from bigq.infer.options import GenerateConfig
 
     _require_text("prompt", prompt)
     _require_type("config", config, GenerateConfig)

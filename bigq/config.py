@@ -93,31 +93,8 @@ def _budget(help: str, **more: Any) -> Any:
 class JobConfig:
     """One quantization job. docs/options.md lists the fields with units and defaults.
 
-    scheme, rules: how Linears are quantized, and which ones otherwise or not at all.
-    method: "gptq"; "gptaq" for GPTQ with asymmetric calibration, which makes up for what the Linears before have done to the
-        inputs; or "rtn" for plain rounding to nearest (no calibration).
-    alpha: how much of that is made up for, from 0 (nothing, as "gptq") to 1 (all); for "gptaq" only.
-    format: "gptq" (v1), "gptq_v2", "compressed-tensors", or "gguf" (one more file, beside shards in gptq_v2).
-    lm_head: quantize the output head too.
-    true_sequential: solve a block's Linears level by level, each seeing the quantized ones before it.
-    calibration: a file, "c4" or "builtin", or data as ``bigq.calibration_data`` takes it; samples rows of seqlen tokens, drawn by seed.
-        seqlen None means 2048 or the model's limit, whichever is less.
-    batch: calibration rows that go through a block at once; None means 8 on a GPU, and on a CPU about 1024 tokens, or as many
-        as there is memory for.
-    activations: where calibration activations are kept between blocks: "gpu", "host", "disk", or "auto", the first of them
-        that has room. The output is the same.
-    read_ahead: blocks whose weights are read while the block before is computed; with 0, finished blocks are not written beside
-        the computation either. None means 1 on a GPU, and 0 on a CPU, where files are a small part of a job's time and blocks
-        in flight a large part of its memory.
-    vram, ram, disk: bytes of device memory, host memory and disk space that the job may take; None is what is free.
-    trace: a file for the job's timeline, as Chrome's trace viewer and Perfetto read it.
-    checkpoint_every: keep activations on disk so often that going on after a kill replays at most about so many seconds of
-        finished blocks; 0 after every block, None never.
-    grace: seconds that the job has after SIGTERM, SIGINT or SIGUSR1 to finish its step.
-    steal_lock: take over the folder of a job that is dead.
-    device: "auto", "cpu" or "cuda:N". dtype: of the forward passes; "auto" is the checkpoint's own.
-    on_nonfinite: "stop", or "skip": Linears whose Hessian is not finite or cannot be factored stay unquantized, and tokens that
-        are not finite stay out of the calibration.
+    Sizes are numbers of bytes or strings with a unit ("72GiB"), paths are strings or ``Path``, scheme may be a dict of QuantScheme's
+    fields, and rules may hold strings ("REGEX:bits=8"). Raises UsageError, naming the field, for a value that cannot be used.
     """
 
     scheme: Converted[QuantScheme, QuantScheme | Mapping[str, Any]] = option(
@@ -171,13 +148,13 @@ class JobConfig:
         resume=Resume.REFUSED,
         effects=(CALIBRATED,),
     )
-    calibration: Converted[str, str | os.PathLike[str]] = option(
+    calibration: Converted[str, Any] = option(
         "c4",
         help="text file, JSONL with a text field, token ids in safetensors, or the name of a text",
         group=CALIBRATION,
         placeholder="FILE|c4|builtin",
         resume=Resume.FREE,  # the tokens are compared instead, wherever the text lies
-        convert=path,
+        convert=calibration_source,
         effects=(CALIBRATED,),
     )
     samples: int = option(
@@ -251,30 +228,7 @@ class JobConfig:
     quiet: bool = quiet_option()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "calibration", calibration_source(self.calibration, "calibration"))
-        for name, value, allowed in (
-            ("--method", self.method, METHODS),
-            ("--format", self.format, JOB_FORMATS),
-            ("--dtype", self.dtype, DTYPES),
-            ("--activations", self.activations, ACTIVATIONS),
-            ("--on-nonfinite", self.on_nonfinite, ON_NONFINITE),
-        ):
-            if value not in allowed:
-                raise UsageError(f"{name} {value}: must be one of {', '.join(allowed)}")
-        for name, number in (("--samples", self.samples), ("--batch", self.batch), ("--seqlen", self.seqlen)):
-            if number is not None and number < 1:
-                raise UsageError(f"{name} {number}: must be at least 1")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise UsageError(f"--seed {self.seed}: must be from 0 to {MAX_SEED}")
-        if not 0 <= self.alpha <= 1:
-            raise UsageError(f"--alpha {self.alpha:g}: must be between 0 and 1")
-        if self.read_ahead is not None and self.read_ahead < 0:
-            raise UsageError(f"--read-ahead {self.read_ahead}: must not be negative")
-        every = self.checkpoint_every
-        if every is not None and not (math.isfinite(every) and every >= 0):
-            raise UsageError(f"--checkpoint-every {every:g}: must be a number of seconds, 0 for after every block, or never")
-        if not (math.isfinite(self.grace) and self.grace > 0):
-            raise UsageError(f"--grace {self.grace:g}: must be a number of seconds above 0")
+        settle(self)
 
     def blocks_ahead(self, device_type: str) -> int:
         """``read_ahead``, or its default on a type of device."""

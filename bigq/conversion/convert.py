@@ -19,7 +19,7 @@ import torch
 from bigq.conversion.gguf import write_gguf
 from bigq.conversion.repack import Repacking, read_linear
 from bigq.conversion.staging import output_folder, staging_folder
-from bigq.errors import BigqError, UsageError
+from bigq.errors import BigqError, CheckpointError, UsageError
 from bigq.io.atomic import copy_file, json_bytes, write_bytes, write_json
 from bigq.io.formats import FORMATS, Format, Quantization
 from bigq.io.formats.gptq_config import GptqSchemes
@@ -61,6 +61,8 @@ def convert(
     source = Path(os.path.expanduser(model))
     if to not in (*FORMATS, "gguf"):
         raise UsageError(f"--to {to}: must be one of {', '.join(FORMATS)}, gguf")
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: no such folder; convert takes the folder of a quantized model")
     place = output_folder(source, out)
     skeleton.silence_transformers()
     with torch.no_grad():

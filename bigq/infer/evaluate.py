@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from bigq.calibration import evaluation_rows, require_vocabulary
-from bigq.calibration_data import calibration_source
 from bigq.config import DEFAULT_SEQLEN, default_batch
 from bigq.errors import BigqError, UsageError
+from bigq.infer.options import EvalConfig
 from bigq.inspect.evaluations import holds_output, record_evaluation
 from bigq.io.hub import resolve_model
 from bigq.job.batches import Batches, halving_message
@@ -56,23 +56,6 @@ class Evaluation:
     kl: float | None = None
     kl_stderr: float | None = None
     top1_agreement: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig:
-    """data: a file as for calibration, or "builtin". seqlen None: 2048 or the model's limit. samples None: all rows."""
-
-    data: str = "builtin"
-    seqlen: int | None = None
-    samples: int | None = None
-    batch: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    quiet: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "data", calibration_source(self.data, "data"))
 
 
 def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | None = None, display: Display | None = None) -> Evaluation:

@@ -16,6 +16,7 @@ import torch
 from bigq.calibration import load_tokenizer
 from bigq.errors import CalibrationError, CheckpointError, ResourceError, UsageError
 from bigq.infer.load import load_resident, stored_bytes
+from bigq.infer.options import GenerateConfig
 from bigq.infer.streamer import Streamer
 from bigq.io.hub import resolve_model
 from bigq.io.json_file import read_json_object, show_name
@@ -24,40 +25,6 @@ from bigq.machine.memory import hold_heap
 from bigq.model import skeleton
 from bigq.model.pager import Pager
 from bigq.progress.sizes import show_size
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateConfig:
-    """max_new_tokens: at most so many. temperature, top_p: draw tokens, by seed; neither means the most likely ones.
-
-    chat: put the prompt into the tokenizer's chat template, as a user's message. device, dtype: as for ``JobConfig``.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int = 0
-    chat: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
-        if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise UsageError(f"--temperature {self.temperature:g}: must be above 0; leave it out for the most likely tokens")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"--top-p {self.top_p:g}: must be above 0 and at most 1")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise UsageError(f"--seed {self.seed}: must be from 0 to {MAX_SEED}")
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """The arguments of transformers' ``generate`` that say how tokens are chosen."""
-        if self.temperature is None and self.top_p is None:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"do_sample": True, "temperature": self.temperature or 1.0, "top_p": self.top_p or 1.0, "top_k": 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +139,7 @@ def _room(ids: list[int], pager: Pager, config: GenerateConfig) -> int:
     vocabulary = pager.embedding.num_embeddings
     if max(ids) >= vocabulary:
         raise CheckpointError(
-            f"{pager.folder}: its tokenizer makes token {max(ids)}, but the model has {vocabulary}; the two belong to different models"
+            f"{pager.folder}: its tokenizer makes token {max(ids)}, but the model has {vocabulary}; fetch the tokenizer of this model"
         )
     limit = skeleton.max_positions(pager.config)
     if limit is None:

@@ -27,7 +27,7 @@ from bigq.job.conversion_record import ConversionRecord, read_conversion
 from bigq.job.journal import RUNS_NAME, Commit, read_commits, read_job
 from bigq.job.manifest import GGUF_NAME, has_gguf
 from bigq.scheme import scheme_for
-from bigq.vocabulary import FORMAT_NAMES
+from bigq.vocabulary import FORMAT_NAMES, FormatName
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/[0-9a-f]{7,64}/?$")
@@ -75,7 +75,7 @@ class ConversionFacts:
     format: str
     source: str
     source_bytes: int
-    job_format: str | None
+    job_format: FormatName | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,11 +229,12 @@ def _conversion(out: Path) -> ConversionRecord | None:
 
 def _converted_config(conversion: ConversionRecord, damaged: list[str]) -> JobConfig | None:
     """The settings of the job that quantized a converted model, with the format that it has now."""
-    if conversion.job is None or conversion.format not in FORMATS:
+    format = next((name for name in FORMAT_NAMES if name == conversion.format and name in FORMATS), None)
+    if conversion.job is None or format is None:
         return None
     try:
         config = JobConfig.from_frozen(conversion.job.get("settings"), f"{STATE_FOLDER}/conversion.json: its job")
-        return dataclasses.replace(config, format=conversion.format)
+        return dataclasses.replace(config, format=format)
     except BigqError as error:
         damaged.append(str(error))
         return None
@@ -251,9 +252,9 @@ def _conversion_facts(record: ConversionRecord) -> ConversionFacts:
     )
 
 
-def _job_format(record: ConversionRecord) -> str | None:
+def _job_format(record: ConversionRecord) -> FormatName | None:
     said = mapping(mapping(record.job).get("settings")).get("format")
-    return said if said in FORMAT_NAMES else None
+    return next((name for name in FORMAT_NAMES if name == said), None)
 
 
 def _commits(out: Path) -> list[Commit]:

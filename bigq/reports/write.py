@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from bigq.errors import BusyError, UsageError
+from bigq.errors import UsageError
 from bigq.inspect.history import History, read_history
 from bigq.io.atomic import write_bytes
 from bigq.progress.terminal import tell
