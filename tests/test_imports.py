@@ -32,8 +32,10 @@ OWNERS: Mapping[str, tuple[str, ...]] = {
 #: Rooms on one floor do not import each other.
 FLOORS: Sequence[tuple[str, ...]] = (
     ("bigq.version", "bigq.errors", "bigq.vocabulary", "bigq.kernels"),
-    ("bigq.faults", "bigq.scheme", "bigq.calibration_data"),
-    ("bigq.machine", "bigq.progress"),
+    ("bigq.options",),
+    ("bigq.faults", "bigq.scheme"),
+    ("bigq.calibration_data",),
+    ("bigq.machine", "bigq.progress", "bigq.quantized_weight"),
     ("bigq.io", "bigq.solver"),
     ("bigq.config", "bigq.calibration"),
     ("bigq.methods",),
