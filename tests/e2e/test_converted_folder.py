@@ -87,7 +87,7 @@ def test_status_says_that_it_is_complete_and_whence(converted: Path, quantized: 
     assert found.bytes_written == sum(path.stat().st_size for path in converted.glob("*.safetensors")) and found.damaged == ()
     assert found.converted == f"compressed-tensors → gptq from {quantized}"
     assert main(["status", str(converted)]) == 0
-    assert f"compressed-tensors → gptq from {quantized}" in capsys.readouterr().out
+    assert f"compressed-tensors → gptq from {quantized}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_status_names_damage(out: Path) -> None:
@@ -97,7 +97,7 @@ def test_status_names_damage(out: Path) -> None:
     assert [line.partition(":")[0] for line in found.damaged] == list(FILES[:2])
     assert all("convert the model again" in line for line in found.damaged)
     (out / ".bigq" / "conversion.json").write_text("{}")
-    assert any(line.startswith(".bigq/conversion.json: is damaged") for line in status(out).damaged)
+    assert any(line.startswith(".bigq/conversion.json: ") for line in status(out).damaged)
     (out / "config.json").unlink()
     assert status(out).state == "failed" and not status(out).resumable
 
@@ -112,7 +112,9 @@ def test_every_conversion_is_sound(
     family: str, symmetric: bool, to: str, checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path
 ) -> None:
     scheme = QuantScheme(group_size=32, symmetric=symmetric, scale_bits=8, min_zero=1)
-    bigq.quantize(str(checkpoint(family)), tmp_path / "q", job(ids_file, method="rtn", format="compressed-tensors", scheme=scheme))
+    bigq.quantize(
+        str(checkpoint(family)), tmp_path / "q", job(ids_file, method="rtn", format="compressed-tensors", scheme=scheme, rules=())
+    )
     convert(tmp_path / "q", tmp_path / "out", to)
     assert verify(tmp_path / "out") == []
     convert(tmp_path / "out", tmp_path / "back", "compressed-tensors")
@@ -368,5 +370,5 @@ def test_a_damaged_record_of_the_source_costs_the_provenance_only(quantized: Pat
     (source / ".bigq" / "job.json").write_text("{}")
     said: list[str] = []
     convert(source, tmp_path / "out", "gptq", say=said.append)
-    assert any(re.match(r"warning: .*job\.json: is damaged", line) for line in said)
+    assert any(re.match(r"warning: .*job\.json: damaged", line) for line in said)
     assert read_history(tmp_path / "out").config is None and verify(tmp_path / "out") == []
