@@ -1,10 +1,12 @@
 """bigq: GPTQ quantization of language models that are far larger than the machine.
 
-report = bigq.quantize("path/or/hub-id", "out", bigq.JobConfig(scheme=bigq.QuantScheme(bits=4)))
-result = bigq.evaluate("out", bigq.EvalConfig(data="text.txt"), baseline="path/or/hub-id")
-weight = bigq.quantize_linear(w, hessian, bigq.QuantScheme(bits=4, group_size=128))
-model = bigq.load_model("out")
-text = bigq.generate("out", "Once upon a time").text
+    config = bigq.JobConfig(scheme=bigq.QuantScheme(bits=4, group_size=128))
+    print(bigq.plan("path/or/hub-id", "out", config).table())
+    report = bigq.quantize("path/or/hub-id", "out", config)
+    result = bigq.evaluate("out", bigq.EvalConfig(data="text.txt"), baseline="path/or/hub-id")
+    text = bigq.generate("out", "Once upon a time").text
+
+``bigq.api`` documents every function.
 """
 
 from __future__ import annotations
@@ -15,48 +17,68 @@ from typing import TYPE_CHECKING, Any
 from bigq.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from bigq.api import convert as convert
+    from bigq.api import evaluate as evaluate
+    from bigq.api import generate as generate
+    from bigq.api import load_model as load_model
+    from bigq.api import model_card as model_card
+    from bigq.api import plan as plan
+    from bigq.api import quantize as quantize
+    from bigq.api import quantize_linear as quantize_linear
+    from bigq.api import report as report
+    from bigq.api import status as status
+    from bigq.api import verify as verify
     from bigq.config import JobConfig as JobConfig
+    from bigq.conversion.convert import Conversion as Conversion
     from bigq.errors import BigqError as BigqError
     from bigq.infer.evaluate import Evaluation as Evaluation
-    from bigq.infer.evaluate import evaluate as evaluate
-    from bigq.infer.generate import Generated as Generated
-    from bigq.infer.generate import generate as generate
-    from bigq.infer.load import load_model as load_model
+    from bigq.infer.generate import Generation as Generation
     from bigq.infer.options import EvalConfig as EvalConfig
     from bigq.infer.options import GenerateConfig as GenerateConfig
+    from bigq.inspect.status import Status as Status
+    from bigq.progress.callback import ProgressEvent as ProgressEvent
     from bigq.progress.records import Report as Report
     from bigq.quantized_weight import QuantizedWeight as QuantizedWeight
-    from bigq.sched.plan.inputs import plan as plan
     from bigq.sched.plan.planner import Plan as Plan
-    from bigq.sched.run import quantize as quantize
     from bigq.scheme import QuantScheme as QuantScheme
     from bigq.scheme import Rule as Rule
-    from bigq.solver.gptq import quantize_linear as quantize_linear
 
-#: Where each public name lives. They are imported when first asked for: torch alone takes seconds.
+#: The module of each public name. It is imported when the name is first used: torch alone takes seconds.
 _HOMES = {
     "BigqError": "bigq.errors",
+    "Conversion": "bigq.conversion.convert",
     "EvalConfig": "bigq.infer.options",
     "Evaluation": "bigq.infer.evaluate",
     "GenerateConfig": "bigq.infer.options",
-    "Generated": "bigq.infer.generate",
+    "Generation": "bigq.infer.generate",
     "JobConfig": "bigq.config",
     "Plan": "bigq.sched.plan.planner",
+    "ProgressEvent": "bigq.progress.callback",
     "QuantScheme": "bigq.scheme",
     "QuantizedWeight": "bigq.quantized_weight",
     "Report": "bigq.progress.records",
     "Rule": "bigq.scheme",
-    "evaluate": "bigq.infer.evaluate",
-    "generate": "bigq.infer.generate",
-    "load_model": "bigq.infer.load",
-    "plan": "bigq.sched.plan.inputs",
-    "quantize": "bigq.sched.run",
-    "quantize_linear": "bigq.solver.gptq",
+    "Status": "bigq.inspect.status",
+    "convert": "bigq.api",
+    "evaluate": "bigq.api",
+    "generate": "bigq.api",
+    "load_model": "bigq.api",
+    "model_card": "bigq.api",
+    "plan": "bigq.api",
+    "quantize": "bigq.api",
+    "quantize_linear": "bigq.api",
+    "report": "bigq.api",
+    "status": "bigq.api",
+    "verify": "bigq.api",
 }
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted([*_HOMES, "__version__"])  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'bigq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bigq.calibration_data import calibration_source
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.json_file import show_name
 from bigq.options import Converted, Effect, Option, Range, Resume, at_least, option, path, settle, table
@@ -147,13 +148,13 @@ class JobConfig:
         resume=Resume.REFUSED,
         effects=(CALIBRATED,),
     )
-    calibration: Converted[str, str | os.PathLike[str]] = option(
+    calibration: Converted[str, Any] = option(
         "c4",
         help="text file, JSONL with a text field, token ids in safetensors, or the name of a text",
         group=CALIBRATION,
         placeholder="FILE|c4|builtin",
         resume=Resume.FREE,  # the tokens are compared instead, wherever the text lies
-        convert=path,
+        convert=calibration_source,
         effects=(CALIBRATED,),
     )
     samples: int = option(

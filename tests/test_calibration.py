@@ -5,6 +5,7 @@ The tokenizer makes token i of the word "wi", so that rows can be read back agai
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import os
@@ -12,7 +13,7 @@ import re
 import shutil
 import struct
 import tracemalloc
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from bigq.calibration import BUILTIN_CALIBRATION, BUILTIN_HELDOUT, calibration_rows, evaluation_rows, require_vocabulary
-from bigq.errors import BigqError, CalibrationError
+from bigq.calibration_data import GIVEN, calibration_source
+from bigq.errors import BigqError, CalibrationError, UsageError
 from bigq.io.text_files import LONGEST_LINE, PIECE_CHARS, documents, text_pieces
 
 PERIOD = VOCABULARY - FIRST_ID
@@ -445,3 +447,107 @@ def test_a_tokenizer_file_beyond_bounds(tmp_path: Path, model: Path) -> None:
         file.truncate(2**29)
     with pytest.raises(CalibrationError, match=r"tokenizer\.json: is larger than"):
         rows_of(text_file(tmp_path / "t.txt", ids_of(400)), folder)
+
+
+# Data that is given in Python.
+
+
+class Dataset:
+    """Texts that can be read again and again, as those of ``datasets.Dataset``."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self._texts = texts
+
+    def __iter__(self) -> Iterator[dict[str, object]]:
+        return iter([{"text": text, "n": len(text)} for text in self._texts])
+
+
+def given_rows(value: object, model: Path, **changes: int) -> Tensor:
+    sizes = {"samples": 6, "seqlen": 16, "seed": 0, **changes}
+    return calibration_rows(calibration_source(value, "calibration"), model, **sizes)
+
+
+@pytest.mark.parametrize("kind", ["list", "tuple", "generator", "dataset", "mappings"])
+def test_texts_make_the_rows_of_the_same_jsonl(kind: str, tmp_path: Path, model_with_bos: Path) -> None:
+    """The draw from more documents than are needed included."""
+    made = [ids_of(30, 30 * i) for i in range(60)]
+    texts = [words(d) for d in made]
+    given = {
+        "list": texts,
+        "tuple": tuple(texts),
+        "generator": (text for text in texts),
+        "dataset": Dataset(texts),
+        "mappings": [{"text": text} for text in texts],
+    }[kind]
+    path = jsonl(tmp_path / "t.jsonl", made)
+    source = calibration_source(given, "calibration")
+    for seed in (0, 5):
+        expected = rows_of(path, model_with_bos, seed=seed)
+        assert torch.equal(calibration_rows(source, model_with_bos, samples=6, seqlen=16, seed=seed), expected), "read once more"
+    expected = evaluation_rows(str(path), model_with_bos, seqlen=16, samples=5)
+    assert torch.equal(evaluation_rows(source, model_with_bos, seqlen=16, samples=5), expected)
+
+
+def test_sequences_of_different_lengths_are_joined(model: Path) -> None:
+    ids = ids_of(100)
+    given = [ids[:10], ids[10:50], ids[50:53], ids[53:]]
+    assert given_rows(given, model).flatten().tolist() == ids[:96]
+    assert given_rows(ids, model).flatten().tolist() == ids[:96], "one long sequence"
+    assert given_rows(torch.tensor(ids), model).flatten().tolist() == ids[:96]
+
+
+def test_no_more_of_an_endless_dataset_is_read_than_needed(model: Path) -> None:
+    class Endless:
+        def __iter__(self) -> Iterator[dict[str, list[int]]]:
+            for start in range(1000):
+                assert start < 7, "reads on and on"
+                yield {"input_ids": ids_of(20, 20 * start)}
+
+    assert given_rows(Endless(), model).tolist() == [ids_of(20, 20 * i)[:16] for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "calibration: a NoneType is not calibration data; give a path, c4, builtin"),
+        (3.5, "calibration: a float is not"),
+        (b"text", "calibration: a bytes is not"),
+        ([], "calibration: is empty"),
+        ({"labels": [1]}, "calibration: a mapping needs a field input_ids"),
+        ([{"labels": [1]}], "calibration: item 0 is a mapping without a text or input_ids field"),
+        (["a", None], "calibration: item 1 is a NoneType"),
+        (torch.rand(3, 4), r"must be integers \[N, T\] or \[T\], not torch.float32 \[3, 4\]"),
+        (torch.zeros(2, 2, 2, dtype=torch.int64), r"not torch.int64 \[2, 2, 2\]"),
+        (torch.zeros(3, 4, dtype=torch.bool), "not torch.bool"),
+        (torch.zeros(0, 4, dtype=torch.int64), "holds no token ids"),
+        ([2**70, 1], "are no token ids"),
+    ],
+)
+def test_what_is_no_data_is_named(value: object, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as raised:
+        calibration_source(value, "calibration")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([ids_of(8), ids_of(8)], "calibration: its rows have 8 tokens, 16 were asked for; use --seqlen 8"),
+        ([ids_of(20), ids_of(16)], "calibration: has 2 rows of 16 tokens, 6 were asked for: 64 tokens are missing"),
+        (["w5 w6"], "calibration: has 0 rows"),
+        (["w5", {"input_ids": [1]}], "item 1 holds token ids, but the first item holds text"),
+        ([{"input_ids": [1.5]}], "calibration: item 0: token ids must be integers"),
+        ([{"input_ids": ["a"]}], "calibration: item 0: are no token ids"),
+    ],
+)
+def test_data_that_is_too_little_or_mixed_is_named(value: object, said: str, model: Path) -> None:
+    with pytest.raises(CalibrationError, match=said):
+        given_rows(value, model)
+
+
+def test_a_source_is_a_string_in_records_and_copies() -> None:
+    source = calibration_source([[1, 2]], "calibration")
+    assert source == GIVEN == json.loads(json.dumps(source)) and type(copy.deepcopy(source)) is str
+    assert calibration_source(source, "calibration") is source and calibration_source(Path("a/b"), "calibration") == "a/b"
+    with pytest.raises(UsageError, match="resume it in Python"):
+        calibration_rows(GIVEN, Path("model"), samples=1, seqlen=1, seed=0)

@@ -1,1 +1,1 @@
-"""A finished folder in another format."""
+"""Conversion of a packed checkpoint to another format."""

@@ -1,32 +1,33 @@
-"""Re-packing a packed checkpoint in another format: codes, scales and zero points stay what they are, or it is refused.
+"""Conversion of a packed checkpoint to another format: codes, scales and zero points stay the same, or the conversion is refused.
 
-What is read may be any packed checkpoint that bigq reads, others' too. A shard becomes a shard; in memory is one Linear at a time.
-Everything is written into a folder beside the one that was asked for, which gets its name when it is complete.
+The source may be any packed checkpoint that bigq reads, by whatever tool. Each shard becomes one shard.
+Everything is written into a staging folder beside the output, which gets the output's name when it is complete.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import datetime
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bigq.conversion.gguf import write_gguf
-from bigq.conversion.staging import place_for, unfinished
-from bigq.errors import CheckpointError, UsageError
+from bigq.conversion.repack import Repacking, read_linear
+from bigq.conversion.staging import output_folder, staging_folder
+from bigq.errors import BigqError, CheckpointError, UsageError
 from bigq.io.atomic import copy_file, json_bytes, write_bytes, write_json
-from bigq.io.formats import FORMATS, Format, PackedWeight, Quantization
+from bigq.io.formats import FORMATS, Format, Quantization
 from bigq.io.formats.gptq_config import GptqSchemes
-from bigq.io.index import INDEX_NAME, TensorInfo, read_json_object
-from bigq.io.reader import as_bytes, read_tensor
-from bigq.io.writer import OutputTensor, write_shard
+from bigq.io.index import INDEX_NAME, read_json_object
+from bigq.io.writer import write_shard
+from bigq.job.conversion_record import ConversionRecord, Provenance, provenance_of, write_conversion
 from bigq.job.finish import CARD_NAME, is_card, is_side_file
+from bigq.job.journal import Commit, modification_time
 from bigq.model import skeleton
 from bigq.model.blocks import block_linears
 from bigq.model.pager import Pager
@@ -34,10 +35,13 @@ from bigq.progress.sizes import show_size
 from bigq.scheme import QuantScheme, Rule
 from bigq.version import __version__
 
+#: Units of a job, whose commits keep their names in a converted folder.
+_JOB_UNIT = re.compile(r"(rest|block|head)-\d+")
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """What was done. Sizes in bytes."""
+    """The result of a conversion. linears: how many are packed. bytes_before, bytes: of the shards, or of the GGUF file."""
 
     format_before: str
     format: str
@@ -51,15 +55,15 @@ def convert(
 ) -> Conversion:
     """Write the packed checkpoint in the folder ``model`` to the folder ``out``, in the format ``to``; to the file ``out`` for "gguf".
 
-    say: gets a line for each shard, or block. Raises UsageError where the format cannot hold what is there exactly, CheckpointError,
-    UnsupportedModelError, ResourceError; then ``out`` is as it was.
+    say: gets a line for each shard, or block. Raises UsageError where the format cannot hold the weights exactly, CheckpointError,
+    UnsupportedModelError, ResourceError; then ``out`` is unchanged.
     """
     source = Path(os.path.expanduser(model))
     if to not in (*FORMATS, "gguf"):
         raise UsageError(f"--to {to}: must be one of {', '.join(FORMATS)}, gguf")
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder; convert takes the folder of a quantized model")
-    place = place_for(source, out)
+    place = output_folder(source, out)
     skeleton.silence_transformers()
     with torch.no_grad():
         pager = Pager(source, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
@@ -67,44 +71,133 @@ def convert(
             raise UsageError(f"{source}: is not quantized; convert takes a packed checkpoint, such as the output of bigq quantize")
         if to == "gguf":
             return _to_gguf(pager, Path(os.path.expanduser(out)), trust_remote_code, say)
-        target = FORMATS[to]
         if pager.schemes.format.name == to:
             raise UsageError(f"{source}: is in the {to} format already")
-        schemes = {prefix: pager.schemes.scheme(name.removesuffix(".weight")) for name, prefix in pager.packed.items()}
-        _require(pager, target)
-        size = sum(info.nbytes for info in pager.checkpoint.tensors.values())
-        with unfinished(place, size) as folder:
-            written, done = 0, set[str]()
-            weight_map: dict[str, str] = {}
-            files = sorted({info.file for info in pager.checkpoint.tensors.values()})
-            for number, file in enumerate(files, 1):
-                tensors = _repacked([i for i in pager.checkpoint.tensors.values() if i.file == file], pager, schemes, target, done)
-                shard = write_shard(folder / file.name, tensors)
-                weight_map |= dict.fromkeys(shard.tensors, file.name)
-                written += shard.size
-                say(f"{file.name}: {show_size(shard.size)} ({number} of {len(files)})")
-            for path in sorted(source.iterdir()):
-                if path.is_file() and is_side_file(path.name) and not (path.name == CARD_NAME and is_card(path)):
-                    copy_file(path, folder / path.name)
-            write_json(folder / INDEX_NAME, {"metadata": {"total_size": written}, "weight_map": dict(sorted(weight_map.items()))})
-            quantization = _quantization(pager, target)
-            if target.config_file is not None:
-                write_json(folder / target.config_file, quantization)
-            config = read_json_object(source / "config.json") | {"quantization_config": quantization}
-            write_bytes(folder / "config.json", json_bytes(config))
-    return Conversion(format_before=pager.schemes.format.name, format=to, linears=len(schemes), bytes_before=size, bytes=written)
+        return _to_folder(pager, place, FORMATS[to], say)
+
+
+def _to_folder(pager: Pager, place: Path, target: Format, say: Callable[[str], None]) -> Conversion:
+    assert pager.schemes is not None
+    _require_fit(pager, target)
+    source, before = pager.folder, pager.schemes.format.name
+    provenance = _provenance(source, say)
+    size = sum(info.nbytes for info in pager.checkpoint.tensors.values())
+    with staging_folder(place, size) as folder:
+        commits = _write_shards(pager, target, folder, provenance, say)
+        written = sum(commit.shard.size for commit in commits)
+        _copy_side_files(source, folder)
+        _write_configs(pager, target, folder, commits)
+        record = ConversionRecord(
+            at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            bigq=__version__,
+            format_before=before,
+            format=target.name,
+            source=os.path.realpath(source),
+            source_bytes=size,
+            fingerprint=pager.checkpoint.fingerprint,
+            blocks=len(pager.blocks),
+            job=provenance.job,
+            run=provenance.run,
+        )
+        write_conversion(folder, record, commits)
+    return Conversion(format_before=before, format=target.name, linears=len(pager.packed), bytes_before=size, bytes=written)
+
+
+def _provenance(source: Path, say: Callable[[str], None]) -> Provenance:
+    """What the source's own record says. One that is damaged costs no more than a warning."""
+    try:
+        return provenance_of(source)
+    except BigqError as error:
+        say(f"warning: {error}; the converted folder will not say how its source was quantized")
+        return Provenance(job=None, run=None, commits={})
+
+
+def _write_shards(pager: Pager, target: Format, folder: Path, provenance: Provenance, say: Callable[[str], None]) -> list[Commit]:
+    """Write every shard in the new format; returns their commits."""
+    assert pager.schemes is not None
+    modules = {prefix: name.removesuffix(".weight") for name, prefix in pager.packed.items()}
+    schemes = {prefix: pager.schemes.scheme(module) for prefix, module in modules.items()}
+    repacking = Repacking(pager, schemes, target)
+    files = sorted({info.file for info in pager.checkpoint.tensors.values()})
+    commits = []
+    for number, file in enumerate(files):
+        tensors, prefixes = repacking.tensors([info for info in pager.checkpoint.tensors.values() if info.file == file])
+        shard = write_shard(folder / file.name, tensors)
+        known = provenance.commits.get(file.name)
+        unit = known.unit if known is not None and _JOB_UNIT.fullmatch(known.unit) else f"shard-{number}"
+        records = [_linear_record(pager, modules[prefix], schemes[prefix]) for prefix in prefixes]
+        commits.append(
+            Commit(
+                unit=unit,
+                shard=shard,
+                linears=tuple(_with_errors(records, known)),
+                modified=modification_time(folder / file.name),
+                left_out=() if known is None else known.left_out,
+                skipped=None if known is None else known.skipped,
+            )
+        )
+        say(f"{file.name}: {show_size(shard.size)} ({number + 1} of {len(files)})")
+    return commits
+
+
+def _linear_record(pager: Pager, module: str, scheme: QuantScheme) -> dict[str, Any]:
+    """What the journal says of a packed Linear. block: its number, None outside the blocks."""
+    inside = module.removeprefix(f"{pager.blocks_path}.") if module.startswith(f"{pager.blocks_path}.") else ""
+    block = inside.partition(".")[0]
+    return {
+        "name": module,
+        "block": int(block) if block.isdecimal() else None,
+        "shape": list(skeleton.linear_weight(pager.model.get_submodule(module)).shape),
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "symmetric": scheme.symmetric,
+    }
+
+
+def _with_errors(records: Sequence[dict[str, Any]], known: Commit | None) -> list[dict[str, Any]]:
+    """The records with what the source's job measured of the same Linears, such as their errors; in the source's order."""
+    measured = {str(record.get("name")): (place, record) for place, record in enumerate(() if known is None else known.linears)}
+
+    def place(record: Mapping[str, Any]) -> int:
+        return measured[record["name"]][0] if record["name"] in measured else len(measured)
+
+    merged = []
+    for record in sorted(records, key=place):
+        found = measured[record["name"]][1] if record["name"] in measured else {}
+        same = all(found.get(name) == record[name] for name in ("shape", "bits", "group_size"))
+        merged.append({**found, **record} if same else record)
+    return merged
+
+
+def _copy_side_files(source: Path, folder: Path) -> None:
+    """Tokenizer, licence and the like; not a model card of bigq, which describes the source."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and is_side_file(path.name) and not (path.name == CARD_NAME and is_card(path)):
+            copy_file(path, folder / path.name)
+
+
+def _write_configs(pager: Pager, target: Format, folder: Path, commits: Sequence[Commit]) -> None:
+    """The index and the configs that say the new format."""
+    weight_map = {name: commit.shard.file for commit in commits for name in commit.shard.tensors}
+    total = sum(commit.shard.size for commit in commits)
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    quantization = _quantization(pager, target)
+    if target.config_file is not None:
+        write_json(folder / target.config_file, quantization)
+    config = read_json_object(pager.folder / "config.json") | {"quantization_config": quantization}
+    write_bytes(folder / "config.json", json_bytes(config))
 
 
 def _to_gguf(pager: Pager, out: Path, trust_remote_code: bool, say: Callable[[str], None]) -> Conversion:
     assert pager.schemes is not None
     if out.exists():
-        raise UsageError(f"{out}: is there already; name a file that is not")
+        raise UsageError(f"{out}: exists already; name a file that does not")
     format = pager.schemes.format
-    if format.zeros not in format.suffixes(symmetric=True):  # then GGUF's writer does not look at them
+    if format.zeros not in format.suffixes(symmetric=True):  # then the GGUF writer does not read them
         for name, prefix in pager.packed.items():
             scheme = pager.schemes.scheme(name.removesuffix(".weight"))
             if scheme.symmetric and f"{prefix}.{format.zeros}" in pager.checkpoint:
-                _read_as_said(pager, prefix, scheme)
+                read_linear(pager, prefix, scheme)
 
     def written(done: int, blocks: int) -> None:
         say(f"{out.name}: block {done} of {blocks}")
@@ -112,8 +205,8 @@ def _to_gguf(pager: Pager, out: Path, trust_remote_code: bool, say: Callable[[st
     try:
         write_gguf(pager.folder, out, trust_remote_code=trust_remote_code, say=say, written=written)
     except UsageError as error:
-        what, _, flags = str(error).partition("; ")
-        raise UsageError(f"{what}; that takes another run of bigq quantize: {flags}") if "--" in flags else error from None
+        what, _, options = str(error).partition("; ")
+        raise UsageError(f"{what}; run bigq quantize again: {options}") if "--" in options else error from None
     return Conversion(
         format_before=pager.schemes.format.name,
         format="gguf",
@@ -123,8 +216,8 @@ def _to_gguf(pager: Pager, out: Path, trust_remote_code: bool, say: Callable[[st
     )
 
 
-def _require(pager: Pager, target: Format) -> None:
-    """Raise UsageError, naming it, where a packed Linear does not fit the format; what its values are is seen when it is packed."""
+def _require_fit(pager: Pager, target: Format) -> None:
+    """Raise UsageError, naming it, where a packed Linear does not fit the format. Its values are checked when it is packed."""
     assert pager.schemes is not None
     for name in pager.packed:
         module = pager.model.get_submodule(name.removesuffix(".weight"))
@@ -132,79 +225,18 @@ def _require(pager: Pager, target: Format) -> None:
         scheme = pager.schemes.scheme(name.removesuffix(".weight"))
         try:
             target.require(name.removesuffix(".weight"), m, n, scheme, transposed=skeleton.is_transposed(module))
-        except UsageError as error:  # its remedies are those of a job
+        except UsageError as error:  # its advice is for a job
             raise UsageError(f"{str(error).partition('; ')[0]}; choose another format with --to") from None
 
 
-class _Repacked:
-    """A packed Linear in its new format: read when the first of its tensors is written, and held until the last of them is."""
-
-    def __init__(self, pager: Pager, prefix: str, scheme: QuantScheme, target: Format) -> None:
-        self._pager, self._prefix, self._scheme, self._target = pager, prefix, scheme, target
-        self._made: dict[str, Tensor] = {}
-
-    def tensors(self) -> list[OutputTensor]:
-        """To be written in this order."""
-        assert self._pager.schemes is not None
-        linear = self._pager.schemes.format.geometry(self._prefix, self._pager.checkpoint.tensors)
-        layout = self._target.layout(self._prefix, linear, self._scheme.symmetric, self._pager.dtype)
-        return [
-            OutputTensor(name=name, dtype=dtype, shape=shape, chunks=functools.partial(self._chunks, name))
-            for name, (dtype, shape) in layout.items()
-        ]
-
-    def _chunks(self, name: str) -> list[memoryview]:
-        if not self._made:
-            stored = _read_as_said(self._pager, self._prefix, self._scheme)
-            if bool((stored.zeros < self._target.min_zero).any()):
-                raise UsageError(
-                    f"{self._prefix}: has zero points of 0, which the {self._target.name} format cannot hold; use --to gptq_v2"
-                )
-            self._made = self._target.store(self._prefix, stored, self._scheme, self._pager.dtype)
-        return [as_bytes(self._made.pop(name).contiguous())]
-
-
-def _read_as_said(pager: Pager, prefix: str, scheme: QuantScheme) -> PackedWeight:
-    """A packed Linear. Raises CheckpointError where zero points are there that the config denies, whether they would be needed or not."""
-    assert pager.schemes is not None
-    format, checkpoint = pager.schemes.format, pager.checkpoint
-    zeros, middle = f"{prefix}.{format.zeros}", 2 ** (scheme.bits - 1)
-    as_stored = dataclasses.replace(scheme, symmetric=scheme.symmetric and zeros not in checkpoint)
-    stored = format.read(prefix, lambda name: read_tensor(checkpoint[name], keep_cached=False), as_stored)
-    if scheme.symmetric and bool((stored.zeros != middle).any()):
-        raise CheckpointError(
-            f"{checkpoint[zeros].file}: tensor {zeros} holds zero points other than {middle}, although the quantization_config of "
-            f"{pager.folder / 'config.json'} does not say {format.symmetric_key}: false; say so if they are meant, else fetch it again"
-        )
-    return stored
-
-
-def _repacked(
-    infos: list[TensorInfo], pager: Pager, schemes: Mapping[str, QuantScheme], target: Format, done: set[str]
-) -> list[OutputTensor]:
-    """The tensors of a shard; those of packed Linears in the new format, where the first of them was. done: Linears that were packed."""
-    assert pager.schemes is not None
-    before = pager.schemes.format
-    old = {*before.suffixes(symmetric=False), *before.spare}
-    tensors: list[OutputTensor] = []
-    for info in infos:
-        prefix, _, suffix = info.name.rpartition(".")
-        if prefix not in schemes or suffix not in old:
-            tensors.append(OutputTensor.copy_of(info))
-        elif prefix not in done:
-            done.add(prefix)
-            tensors += _Repacked(pager, prefix, schemes[prefix], target).tensors()
-    return tensors
-
-
 def _quantization(pager: Pager, target: Format) -> dict[str, Any]:
-    """The quantization config of the re-packed checkpoint."""
+    """The quantization config of the converted checkpoint."""
     schemes = pager.schemes
     assert schemes is not None
     packed = {name.removesuffix(".weight"): schemes.scheme(name.removesuffix(".weight")) for name in pager.packed}
-    said = read_json_object(pager.folder / "config.json")["quantization_config"]
+    before = read_json_object(pager.folder / "config.json")["quantization_config"]
     meta = {
-        **(said.get("meta") if isinstance(said.get("meta"), dict) else {}),
+        **(before.get("meta") if isinstance(before.get("meta"), dict) else {}),
         "converted": f"{schemes.format.name} by bigq:{__version__}",
     }
     left_out: tuple[str, ...] = ()
@@ -213,23 +245,22 @@ def _quantization(pager: Pager, target: Format) -> dict[str, Any]:
     else:
         kinds = list(packed.values())
         base = max(dict.fromkeys(kinds), key=kinds.count)
-        rules = tuple(Rule(f"{re.escape(name)}$", _said(scheme)) for name, scheme in packed.items() if scheme != base)
+        rules = tuple(Rule(f"{re.escape(name)}$", _overrides(scheme)) for name, scheme in packed.items() if scheme != base)
         inside = (f"{pager.blocks_path}.{i}.{name}" for i, block in enumerate(pager.blocks) for name in block_linears(block))
         left_out = tuple(name for name in inside if name not in packed)
-    others = tuple(name for name in pager.linears if name not in packed)
-    told = Quantization(
+    quantization = Quantization(
         scheme=base,
         rules=rules,
         packed=packed,
         left_out=left_out,
-        others=others,
+        others=tuple(name for name in pager.linears if name not in packed),
         head=pager.head_name if pager.head_name in packed else None,
         meta=meta,
     )
-    config = target.config(told)
-    # What else the source said of how it was made, such as the damping, is still so.
-    return {key: said.get(key, value) if key in ("damp_percent", "static_groups") else value for key, value in config.items()}
+    config = target.config(quantization)
+    # What else the source's config says of how it was quantized, such as the damping, still holds.
+    return {key: before.get(key, value) if key in ("damp_percent", "static_groups") else value for key, value in config.items()}
 
 
-def _said(scheme: QuantScheme) -> dict[str, int | float | bool]:
+def _overrides(scheme: QuantScheme) -> dict[str, int | float | bool]:
     return {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}

@@ -1,7 +1,7 @@
-"""From a finished folder to one GGUF file, as llama.cpp reads it: packed Linears code for code, everything else as it is stored.
+"""One GGUF file for llama.cpp from a finished folder: packed Linears with the same codes, everything else unchanged.
 
-The types are those that hold what bigq solved exactly: Q4_0 for 4 bits symmetric, Q4_1 for 4 bits asymmetric where minimums are fp16
-numbers, Q8_0 for 8 bits symmetric. What would have to be rounded again is refused, before a job begins (``check_gguf``) and before
+Only types are used that hold the quantized weights exactly: Q4_0 for 4 bits symmetric, Q4_1 for 4 bits asymmetric where minimums are
+fp16 numbers, Q8_0 for 8 bits symmetric. What would need another rounding is refused, before a job begins (``check_gguf_job``) and before
 anything is written (``write_gguf``).
 """
 
@@ -39,17 +39,17 @@ from bigq.model.description import ModelDescription
 from bigq.model.pager import Pager
 from bigq.scheme import QuantScheme, scheme_for
 
-#: ``general.file_type``: the type that most weights have, as llama.cpp counts.
+#: ``general.file_type``, llama.cpp's number of the type that most weights have.
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
-#: Of the block types, so far.
+#: Version of the block types.
 QUANTIZATION_VERSION = 2
-#: Significant bits of a scale that is an fp16 number still when it is multiplied by a zero point of 4 bits.
+#: Significant bits of a scale whose product with a zero point of 4 bits is still an fp16 number.
 SCALE_BITS = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Planned:
-    """A tensor of the file: GGUF's name and type, the parameter that it comes from, and the order of its rows if not its own."""
+class _TensorPlan:
+    """A tensor of the file: GGUF name and type, the parameter that it comes from, and the order of its rows, None for unchanged."""
 
     name: str
     type: str
@@ -58,17 +58,17 @@ class _Planned:
 
 
 def check_gguf(pager: Pager) -> None:
-    """Raise where no GGUF file could be made of a folder.
+    """Raise where a folder cannot be written as a GGUF file.
 
-    UsageError: a Linear that no block type holds exactly, or the ``gguf`` package is not installed. UnsupportedModelError: a family,
-    setting or tokenizer that llama.cpp does not have. CheckpointError: damaged tokenizer files.
+    UsageError: no block type holds a Linear exactly, or the ``gguf`` package is not installed. UnsupportedModelError: llama.cpp does
+    not have the family, a setting or the tokenizer. CheckpointError: damaged tokenizer files.
     """
     _check(pager, _scheme_as_packed(pager))
     _check_values(pager)
 
 
 def check_gguf_job(model: ModelDescription, config: JobConfig) -> None:
-    """Raise where none could be made of what a job will make of a model: as ``check_gguf`` does."""
+    """Raise as ``check_gguf`` where the output of a job could not be written as a GGUF file."""
     _check(model, _scheme_by_rule(model, config))
 
 
@@ -90,45 +90,45 @@ def write_gguf(
 ) -> None:
     """Write the model in ``folder``, packed or not, to ``file``, one tensor in memory at a time.
 
-    say: gets what is to be known of the file. written: gets how many of the blocks are in it, after each.
-    Nothing is under the name ``file`` before all of it is. Raises what ``check_gguf`` does, and ResourceError where the disk refuses.
+    say: gets notes about the file. written: gets (blocks written, blocks) after each block.
+    The file gets its name when it is complete. Raises as ``check_gguf``, and ResourceError where the disk refuses.
     """
     if file.is_dir() or not file.parent.is_dir():
-        raise UsageError(f"{file}: is a folder, or its folder is not there; name a file in a folder that is")
+        raise UsageError(f"{file}: is a folder, or its folder does not exist; name a file in an existing folder")
     pager = Pager(folder, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
     check_gguf(pager)
     family = family_of(pager)
-    planned = _plan(pager, family, _scheme_as_packed(pager))
-    tensors = [_tensor(pager, one) for one in planned]
+    plans = _plan(pager, family, _scheme_as_packed(pager))
+    tensors = [_tensor(pager, one) for one in plans]
     factors = rope_factors(pager.config)
     if factors is not None:
-        tensors.append(_whole("rope_freqs.weight", "F32", tuple(factors.shape), lambda: factors))
-    said = (
+        tensors.append(_in_memory("rope_freqs.weight", "F32", tuple(factors.shape), lambda: factors))
+    values = (
         _general(str(pager.config.model_type), tensors) | metadata(pager, family) | read_vocabulary(folder, pager.embedding.num_embeddings)
     )
-    if said["tokenizer.ggml.model"] == "none":
-        say(f"{folder} has no tokenizer: {file.name} will take token ids only")
+    if values["tokenizer.ggml.model"] == "none":
+        say(f"{folder} has no tokenizer: {file.name} takes token ids only")
     if sliding_window(pager.config) is not None:
-        say(f"{file.name} says that its context is {said['.context_length']}, the sliding window, which llama.cpp ignores here")
-    write_gguf_file(file, family.arch, said, tensors, _told(written, tensors))
+        say(f"{file.name} has a context length of {values['.context_length']}, the sliding window, which llama.cpp ignores for this family")
+    write_gguf_file(file, family.arch, values, tensors, _block_counter(written, tensors))
 
 
-def _plan(model: ModelDescription, family: Family, scheme_of: Callable[[str], QuantScheme | None]) -> list[_Planned]:
-    """Every tensor of the file but ``rope_freqs``, those of a block together."""
+def _plan(model: ModelDescription, family: Family, scheme_of: Callable[[str], QuantScheme | None]) -> list[_TensorPlan]:
+    """Every tensor of the file except ``rope_freqs``; those of a block are adjacent."""
     planned = []
     parameters = dict(model.model.named_parameters(remove_duplicate=False))
     tied = model.head.weight is model.embedding.weight
     for parameter in model.model.state_dict():
         name, order = tensor_name(model, family, parameter)
         if tied and name == "output.weight":
-            continue  # llama.cpp takes the embedding where there is none
+            continue  # without it llama.cpp uses the embedding
         module = parameter.rpartition(".")[0]
         scheme = scheme_of(module) if parameter.endswith(".weight") else None
         if scheme is not None:
             type = _require_block_type(module, parameters[parameter].shape[1], scheme)
         else:
             type = _plain_type(model.sources.get(parameter))
-        planned.append(_Planned(name=name, type=type, parameter=parameter, order=order))
+        planned.append(_TensorPlan(name=name, type=type, parameter=parameter, order=order))
     return planned
 
 
@@ -151,37 +151,37 @@ def _scheme_by_rule(model: ModelDescription, config: JobConfig) -> Callable[[str
             and block_type(scheme.bits, scheme.symmetric) == "Q4_1"
             and (scheme.scale_bits or SCALE_BITS + 1) > SCALE_BITS
         ):
-            raise _minimums_lost(module, f"use --scale-bits {SCALE_BITS}, or leave it out")
+            raise _minimums_lost(module, f"use --scale-bits {SCALE_BITS}, or leave out --scale-bits")
         return scheme
 
     return scheme_of
 
 
 def _require_block_type(module: str, inputs: int, scheme: QuantScheme) -> str:
-    """The block type for a Linear. Raises UsageError, naming it, where there is none that holds it exactly."""
+    """The block type of a Linear. Raises UsageError, naming the Linear, where no type holds it exactly."""
     type = block_type(scheme.bits, scheme.symmetric)
     if type is None:
         kind = "symmetric" if scheme.symmetric else "asymmetric"
         raise UsageError(
-            f"{module}: GGUF has no blocks for {scheme.bits} bits {kind}, only for --bits 4 and for --bits 8 --sym; quantize it so "
-            f"(--rule '{module}$:bits=…'), or leave it out with --skip '{module}$'"
+            f"{module}: GGUF has no blocks for {scheme.bits} bits {kind}, only for --bits 4 and for --bits 8 --sym; change "
+            f"that with --rule '{module}$:bits=…', or skip it with --skip '{module}$'"
         )
     if inputs % BLOCK:
-        raise UsageError(f"{module} has {inputs} inputs, but blocks of GGUF hold {BLOCK}; leave it out with --skip '{module}$'")
+        raise UsageError(f"{module} has {inputs} inputs, but blocks of GGUF hold {BLOCK}; skip it with --skip '{module}$'")
     if scheme.group_size != -1 and scheme.group_size % BLOCK:
         raise UsageError(
-            f"{module} has groups of {scheme.group_size}, but blocks of GGUF hold {BLOCK} weights with one scale; quantize with a "
+            f"{module} has groups of {scheme.group_size}, but a block of GGUF holds {BLOCK} weights with one scale; use a "
             f"--group-size that is a multiple of {BLOCK}, or -1"
         )
     return type
 
 
 def _minimums_lost(module: str, remedy: str) -> UsageError:
-    return UsageError(f"{module}: its zero points times scales are not fp16 numbers, as Q4_1 of GGUF has them; {remedy}")
+    return UsageError(f"{module}: the products of its zero points and scales are not fp16 numbers, which Q4_1 of GGUF needs; {remedy}")
 
 
 def _check_values(pager: Pager) -> None:
-    """Raise UsageError where scales and zero points of a packed Linear are not what its block type can hold. Codes are not read."""
+    """Raise UsageError where a block type cannot hold the scales and zero points of a packed Linear. Codes are not read."""
     if pager.schemes is None:
         return
     for parameter in (name for name in pager.model.state_dict() if name in pager.packed):
@@ -193,13 +193,13 @@ def _check_values(pager: Pager) -> None:
                 raise _minimums_lost(module, "quantize the model with --format gguf")
         elif bool((stored.zeros != 1 << (scheme.bits - 1)).any()) or not torch.equal(stored.scales.half().float(), stored.scales.float()):
             raise CheckpointError(
-                f"{pager.folder}: {module} is said to be symmetric, but its zero points or scales are not what Q4_0 and Q8_0 can hold; "
+                f"{pager.folder}: config.json says that {module} is symmetric, but Q4_0 and Q8_0 cannot hold its zero points or scales; "
                 "quantize it again"
             )
 
 
 def _read(pager: Pager, parameter: str, *, codes: bool = True) -> PackedWeight:
-    """A packed Linear; without codes, its words are memory of no meaning."""
+    """A packed Linear. Without codes, its words are uninitialized."""
     assert pager.schemes is not None
     prefix, scheme = pager.packed[parameter], pager.schemes.scheme(parameter.removesuffix(".weight"))
     mark = f"{prefix}.{pager.schemes.format.mark}"
@@ -214,11 +214,14 @@ def _read(pager: Pager, parameter: str, *, codes: bool = True) -> PackedWeight:
 
 
 def _plain_type(info: TensorInfo | None) -> str:
-    """Matrices stay as they are, unless that is fp64; llama.cpp wants everything else in fp32. info: None where headers are not known."""
+    """The type of an unquantized tensor: matrices keep theirs unless that is fp64, llama.cpp wants the rest in fp32.
+
+    info: None where headers are unknown.
+    """
     return "F32" if info is None or len(info.shape) != 2 else next((type for type, dtype in PLAIN.items() if dtype == info.dtype), "F32")
 
 
-def _tensor(pager: Pager, one: _Planned) -> GgufTensor:
+def _tensor(pager: Pager, one: _TensorPlan) -> GgufTensor:
     if one.type in BLOCK_BYTES:
         assert pager.schemes is not None
         bits = pager.schemes.scheme(one.parameter.removesuffix(".weight")).bits
@@ -232,20 +235,20 @@ def _tensor(pager: Pager, one: _Planned) -> GgufTensor:
         tensor = read_tensor(info, keep_cached=False).to(PLAIN[one.type])
         return tensor if one.order is None else tensor[one.order]
 
-    return _whole(one.name, one.type, info.shape, ordered)
+    return _in_memory(one.name, one.type, info.shape, ordered)
 
 
-def _blocks(pager: Pager, one: _Planned, bits: int) -> Iterator[memoryview]:
+def _blocks(pager: Pager, one: _TensorPlan, bits: int) -> Iterator[memoryview]:
     yield from blocks(_read(pager, one.parameter), one.type, bits, one.order)
 
 
-def _whole(name: str, type: str, shape: tuple[int, ...], get: Callable[[], Tensor]) -> GgufTensor:
-    """A tensor that is in memory for as long as it is written."""
+def _in_memory(name: str, type: str, shape: tuple[int, ...], get: Callable[[], Tensor]) -> GgufTensor:
+    """A tensor that is in memory while it is written."""
     return GgufTensor(name=name, type=type, shape=shape, chunks=lambda: [as_bytes(get().contiguous())])
 
 
 def _general(kind: str, tensors: Iterable[GgufTensor]) -> dict[str, Value]:
-    """The name is made of what the file holds, not of its folder's: the same model is the same bytes wherever it lies."""
+    """General metadata. The name comes from the file's content and not from its folder, so the same model makes the same bytes."""
     weights: Counter[str] = Counter()
     parameters = 0
     for tensor in tensors:
@@ -261,8 +264,8 @@ def _general(kind: str, tensors: Iterable[GgufTensor]) -> dict[str, Value]:
     }
 
 
-def _told(written: Callable[[int, int], None], tensors: list[GgufTensor]) -> Callable[[GgufTensor], None]:
-    """To be called for each tensor that was written: the last one of a block counts."""
+def _block_counter(written: Callable[[int, int], None], tensors: list[GgufTensor]) -> Callable[[GgufTensor], None]:
+    """A function to call after each tensor: it calls ``written`` after the last tensor of each block."""
     last = {tensor.name.split(".")[1]: tensor.name for tensor in tensors if tensor.name.startswith("blk.")}
     done = 0
 

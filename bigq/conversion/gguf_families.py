@@ -1,6 +1,6 @@
-"""Model families as llama.cpp knows them: names of tensors, order of rows, metadata. What it would compute differently is refused.
+"""The model families of llama.cpp: names of tensors, order of rows, metadata. What it would compute differently is refused.
 
-A family is in the table when ``scripts/check_gguf.py`` has compared llama.cpp's logits for it with transformers'.
+A family is in the table once ``scripts/check_gguf.py`` has compared llama.cpp's logits for it with those of transformers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from bigq.model.description import ModelDescription
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """arch: llama.cpp's name. inside: module of a block → tensor name. outside: module → tensor name. paired: modules whose rows
-    llama.cpp wants with the two halves of each rotated pair beside each other. llama3: whether it takes Llama 3's factors of frequencies.
+    """A model family.
+
+    arch: llama.cpp's name. inside: module of a block → tensor name. outside: module → tensor name. paired: modules whose rows llama.cpp
+    wants with the two halves of each rotated pair next to each other. llama3: whether it reads Llama 3's frequency factors.
     """
 
     arch: str
@@ -57,7 +59,7 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(model: ModelDescription) -> Family:
-    """Raises UnsupportedModelError where the model is of no family in the table."""
+    """The family of a model. Raises UnsupportedModelError where the table does not have it."""
     kind = model.config.model_type
     if kind not in FAMILIES:
         raise UnsupportedModelError(
@@ -68,7 +70,7 @@ def family_of(model: ModelDescription) -> Family:
 
 
 def tensor_name(model: ModelDescription, family: Family, name: str) -> tuple[str, Tensor | None]:
-    """(GGUF's name for a parameter, the order of its rows, int64 [m], if not its own). Raises UnsupportedModelError."""
+    """(the GGUF name of a parameter, the order of its rows as int64 [m], None for unchanged). Raises UnsupportedModelError."""
     module, _, leaf = name.rpartition(".")
     if leaf in ("weight", "bias"):
         if module in family.outside:
@@ -81,13 +83,13 @@ def tensor_name(model: ModelDescription, family: Family, name: str) -> tuple[str
 
 
 def _paired_rows(config: Any, inner: str) -> Tensor:
-    """Of each head's rows the first half and the second, taken in turn: llama.cpp rotates neighbours, transformers the two halves."""
+    """An order that alternates the first and second half of each head's rows: llama.cpp rotates neighbours, transformers halves."""
     heads = config.num_key_value_heads if inner.endswith("k_proj") else config.num_attention_heads
     return torch.arange(heads * _head_dim(config)).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
 def metadata(model: ModelDescription, family: Family) -> dict[str, Value]:
-    """What is said of the architecture; keys begin with a dot. Raises UnsupportedModelError where llama.cpp would compute otherwise."""
+    """The metadata of the architecture; keys begin with a dot. Raises UnsupportedModelError where llama.cpp would compute differently."""
     config = model.config
     if config.hidden_act != "silu":
         raise _differs(model, "hidden_act", config.hidden_act)
@@ -109,8 +111,11 @@ def metadata(model: ModelDescription, family: Family) -> dict[str, Value]:
 
 
 def sliding_window(config: Any) -> int | None:
-    """The fewest positions that a block attends to, where that is not all of them. llama.cpp attends to all of them in these families:
-    as far as the window reaches it computes the same, and what is said to be the longest context is no more than that."""
+    """The smallest window of positions that a block attends to; None where blocks attend to all.
+
+    In these families llama.cpp attends to all positions. Within the window it computes the same, so the file's context length is the
+    window.
+    """
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None)
     return window if window is not None and (layers is None or "sliding_attention" in layers) else None
@@ -118,19 +123,19 @@ def sliding_window(config: Any) -> int | None:
 
 def _rope(model: ModelDescription, family: Family) -> dict[str, Value]:
     rope = model.config.rope_parameters
-    said: dict[str, Value] = {".rope.freq_base": float(rope["rope_theta"])}
+    values: dict[str, Value] = {".rope.freq_base": float(rope["rope_theta"])}
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise _differs(model, "partial_rotary_factor", rope["partial_rotary_factor"])
     kind = rope["rope_type"]
     if kind == "default" or (kind == "llama3" and family.llama3):
-        return said
+        return values
     if kind == "linear":
-        return said | {".rope.scaling.type": "linear", ".rope.scaling.factor": float(rope["factor"])}
+        return values | {".rope.scaling.type": "linear", ".rope.scaling.factor": float(rope["factor"])}
     if kind == "yarn":
         for name, usual in (("attention_factor", None), ("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
             if rope.get(name, usual) != usual:
                 raise _differs(model, f"rope_parameters.{name}", rope[name])
-        return said | {
+        return values | {
             ".rope.scaling.type": "yarn",
             ".rope.scaling.factor": float(rope["factor"]),
             ".rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
@@ -141,10 +146,10 @@ def _rope(model: ModelDescription, family: Family) -> dict[str, Value]:
 
 
 def rope_factors(config: Any) -> Tensor | None:
-    """fp32 [head_dim / 2], what Llama 3's scaling divides frequencies by, from the shortest wave on; None for other kinds.
+    """The divisors of Llama 3's frequencies, fp32 [head_dim / 2], the shortest wave first; None for other kinds of scaling.
 
-    Waves of up to ``original / high`` positions stay, those of more than ``original / low`` become ``factor`` times as long, and between
-    the two it is a mean of both, linear in the frequency.
+    Waves of up to ``original / high`` positions are unchanged, those of more than ``original / low`` become ``factor`` times as long.
+    Between the two, the scale is interpolated linearly in the frequency.
     """
     rope = config.rope_parameters
     if rope["rope_type"] != "llama3":
@@ -163,5 +168,5 @@ def _head_dim(config: Any) -> int:
 
 def _differs(model: ModelDescription, name: str, value: Any) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{model.folder / 'config.json'}: {name} is {show_value(value)}, which llama.cpp computes otherwise; use --format gptq"
+        f"{model.folder / 'config.json'}: {name} is {show_value(value)}, which llama.cpp computes differently; use --format gptq"
     )

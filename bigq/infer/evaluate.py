@@ -1,6 +1,6 @@
-"""Perplexity, and the distance to another model, by the same streaming: models larger than the device can be judged.
+"""Perplexity, and the distance to another model, for models that may be larger than the device.
 
-Each model's hidden states are streamed through its blocks; only the last step needs the output head, row by row.
+Hidden states are streamed through each model's blocks, one block at a time; then the output head runs row by row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bigq.calibration import evaluation_rows, require_vocabulary
 from bigq.config import DEFAULT_SEQLEN, default_batch
 from bigq.errors import BigqError, UsageError
 from bigq.infer.options import EvalConfig
-from bigq.inspect.evaluations import holds_finished_job, record_evaluation
+from bigq.inspect.evaluations import holds_output, record_evaluation
 from bigq.io.hub import resolve_model
 from bigq.job.batches import Batches, halving_message
 from bigq.machine.device import choose_device, memory_errors
@@ -43,7 +43,9 @@ POSITIONS = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """tokens: predicted tokens, the first of each row excepted. kl: mean KL(baseline ‖ model) per token, in nats.
+    """The result of an evaluation.
+
+    tokens: predicted tokens, all but the first of each row. kl: mean KL(baseline ‖ model) per token, in nats.
 
     The last four are None without a baseline.
     """
@@ -57,9 +59,9 @@ class Evaluation:
 
 
 def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | None = None, display: Display | None = None) -> Evaluation:
-    """Judge a model, original or packed by bigq, on a text. Raises the errors of ``bigq.errors``. display: as for ``quantize``.
+    """Evaluate a model, original or quantized, on a text. display: as for ``quantize``. Raises the errors of ``bigq.errors``.
 
-    Where ``model`` is the folder of a finished job, the result is kept in its record; where that cannot be written, with a warning.
+    Where ``quantize`` or ``convert`` wrote ``model``, the result is added to its records; if that fails, with a warning.
     """
     started = time.monotonic()
     config = config or EvalConfig()
@@ -92,11 +94,11 @@ def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | No
 
 
 def _facts(model: str, config: EvalConfig, baseline: str | None, rows: Tensor, device: torch.device) -> dict[str, Any]:
-    """What was evaluated, and how."""
+    """The settings of the evaluation."""
     return {
         "model": str(model),
         "baseline": baseline,
-        "data": config.data,
+        "data": str(config.data),
         "samples": rows.shape[0],
         "seqlen": rows.shape[1],
         "dtype": config.dtype,
@@ -105,17 +107,17 @@ def _facts(model: str, config: EvalConfig, baseline: str | None, rows: Tensor, d
 
 
 def _record(model: str, evaluation: dict[str, Any], progress: Progress) -> None:
-    """Keep a result with the job that made the model, if there is one."""
+    """Add a result to the records of the model's folder, if it has some."""
     folder = Path(model).expanduser()
     try:
-        if holds_finished_job(folder):
+        if holds_output(folder):
             record_evaluation(folder, evaluation)
     except BigqError as error:
-        progress.say(f"warning: {error}; the result is not kept with the job")
+        progress.say(f"warning: {error}; the result is not recorded")
 
 
 class Stream:
-    """A model's hidden states after its last block for rows [N, T], and the logits that follow from them."""
+    """The hidden states of rows [N, T] after a model's last block, and the logits from them."""
 
     def __init__(self, pager: Pager, rows: Tensor, batch: int, *, quiet: bool = True, display: Display | None = None) -> None:
         self._pager, self._rows = pager, rows
@@ -138,12 +140,12 @@ class Stream:
 
     @contextlib.contextmanager
     def tail_ready(self) -> Iterator[None]:
-        """What comes before and after the blocks, in memory."""
+        """Keep the modules before and after the blocks in memory."""
         with self._pager.rest_loaded(), self._pager.head_loaded(), self._pager.embedding_rows(self._rows):
             yield
 
     def logits(self, lo: int, hi: int) -> Tensor:
-        """Logits [hi − lo, T, V] of some rows, by the model's own forward around its blocks."""
+        """Logits [hi − lo, T, V] of rows lo to hi, by the model's own forward around its blocks."""
         hidden = self._store.rows(lo, hi)
 
         def make(_: int) -> Any:

@@ -1,6 +1,6 @@
-"""Text from a model, original or quantized, that fits the device: transformers' own ``generate`` on a model of bigq's making.
+"""Text from a model, original or quantized, that fits the device: transformers' ``generate`` on a model that bigq loads.
 
-Tokens are the most likely ones unless a temperature or a top-p is asked for.
+Every token is the most likely one unless a temperature or a top-p is given.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from bigq.calibration import load_tokenizer
 from bigq.errors import CalibrationError, CheckpointError, ResourceError, UsageError
-from bigq.infer.load import load_whole, stored_bytes
+from bigq.infer.load import load_resident, stored_bytes
 from bigq.infer.options import GenerateConfig
 from bigq.infer.streamer import Streamer
 from bigq.io.hub import resolve_model
@@ -28,9 +28,10 @@ from bigq.progress.sizes import show_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generated:
-    """text: what follows the prompt. Seconds: of loading, of the prompt up to the first token, and of the others.
+class Generation:
+    """The result of a generation.
 
+    text: without the prompt. load_seconds, prompt_seconds (up to the first token), seconds (of the other tokens).
     weight_bytes: of the model on the device.
     """
 
@@ -58,16 +59,16 @@ def generate(
     *,
     write: Callable[[str], None] = lambda text: None,
     say: Callable[[str], None] = lambda line: None,
-) -> Generated:
-    """What a model, original or quantized by bigq, makes of a prompt. write: is given the text piece by piece, as it comes; say:
-    warnings.
+) -> Generation:
+    """Continue a prompt with a model, original or quantized.
 
+    write: gets the text piece by piece while it is generated. say: gets warnings.
     Raises UsageError (an empty or too long prompt, no chat template), ResourceError where the model does not fit the device, and
     CheckpointError or UnsupportedModelError for the model's folder.
     """
     config = config or GenerateConfig()
     if not prompt.strip():
-        raise UsageError("--prompt: is empty; give some text for the model to go on with")
+        raise UsageError("--prompt: is empty; give some text for the model to continue")
     device = choose_device(config.device)
     folder = resolve_model(str(model))
     hold_heap()
@@ -78,32 +79,32 @@ def generate(
             pager = Pager(folder, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
             tokenizer = _tokenizer(folder, config)
             ids = _prompt_ids(tokenizer, prompt, config, folder)
-            room = _require_fitting(ids, pager, config)
-            whole: Any = load_whole(pager, tokens=len(ids) + room, say=say)
+            room = _room(ids, pager, config)
+            model_on_device: Any = load_resident(pager, tokens=len(ids) + room, say=say)
             loaded = time.monotonic()
             streamer = Streamer(tokenizer, write)
             torch.manual_seed(config.seed)
             given = torch.tensor([ids], device=device)
-            whole.generate(
+            model_on_device.generate(
                 given,
                 attention_mask=torch.ones_like(given),
                 max_new_tokens=room,
                 streamer=streamer,
-                **_ends(folder, tokenizer),
+                **_end_tokens(folder, tokenizer),
                 **config.sampling,
             )
             ended = time.monotonic()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(f"{device}: out of memory while generating; use fewer --max-new-tokens, or --device cpu") from error
     first = streamer.first or ended
-    return Generated(
+    return Generation(
         text=streamer.text,
         prompt_tokens=len(ids),
         new_tokens=streamer.count,
         load_seconds=loaded - started,
         prompt_seconds=first - loaded,
         seconds=ended - first,
-        weight_bytes=stored_bytes(whole),
+        weight_bytes=stored_bytes(model_on_device),
     )
 
 
@@ -129,16 +130,16 @@ def _prompt_ids(tokenizer: Any, prompt: str, config: GenerateConfig, folder: Pat
         said = show_name(" ".join(str(error).split())[:200])
         raise CheckpointError(f"{folder}: its tokenizer fails on the prompt ({type(error).__name__}: {said}); fetch it again") from error
     if not ids:
-        raise UsageError("--prompt: the tokenizer makes no token of it; give some text for the model to go on with")
+        raise UsageError("--prompt: the tokenizer makes no token of it; give some text for the model to continue")
     return ids
 
 
-def _require_fitting(ids: list[int], pager: Pager, config: GenerateConfig) -> int:
+def _room(ids: list[int], pager: Pager, config: GenerateConfig) -> int:
     """How many tokens may follow the prompt."""
     vocabulary = pager.embedding.num_embeddings
     if max(ids) >= vocabulary:
         raise CheckpointError(
-            f"{pager.folder}: its tokenizer makes token {max(ids)}, but the model has {vocabulary}; the two belong to different models"
+            f"{pager.folder}: its tokenizer makes token {max(ids)}, but the model has {vocabulary}; fetch the tokenizer of this model"
         )
     limit = skeleton.max_positions(pager.config)
     if limit is None:
@@ -148,7 +149,7 @@ def _require_fitting(ids: list[int], pager: Pager, config: GenerateConfig) -> in
     return min(config.max_new_tokens, limit - len(ids))
 
 
-def _ends(folder: Path, tokenizer: Any) -> dict[str, Any]:
+def _end_tokens(folder: Path, tokenizer: Any) -> dict[str, Any]:
     """The tokens that end a text: as generation_config.json says, else config.json, else the tokenizer."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name

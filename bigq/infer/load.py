@@ -1,7 +1,7 @@
-"""A whole model on one device, as transformers runs it: to try out what a job made, where it fits.
+"""A complete model on one device, as transformers runs it.
 
-Quantized Linears stay packed on a GPU. On a CPU they are dequantized as they are loaded if there is room: a weight of 4096 × 4096 takes
-2.6 to 2.9 s to form and 0.014 to 0.023 s to multiply one vector with (4 bits; fp32 and bf16, on two busy cores).
+Quantized Linears stay packed on a GPU. On a CPU they are dequantized while they are loaded, if they fit: a weight of 4096 × 4096 takes
+2.6 to 2.9 s to dequantize and 0.014 to 0.023 s to multiply with one vector (4 bits; fp32 and bf16, on two busy cores).
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from bigq.progress.sizes import show_size
 def load_model(
     model: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, packed: bool | None = None
 ) -> nn.Module:
-    """A model, original or quantized by bigq, as a transformers model in evaluation mode.
+    """A model, original or quantized, as a transformers model in evaluation mode.
 
-    packed: whether quantized Linears stay packed; None means yes on a GPU, and on a CPU only where there is no room for the others.
-    Raises ResourceError where it does not fit the device, and otherwise as ``bigq.evaluate``.
+    packed: whether quantized Linears stay packed; None means yes on a GPU, and on a CPU only where dequantized weights do not fit.
+    Raises ResourceError where the model does not fit the device, otherwise as ``bigq.evaluate``.
     """
     hold_heap()
     skeleton.silence_transformers()
     target = choose_device(device)
     pager = Pager(resolve_model(str(model)), device=target, dtype=dtype, trust_remote_code=trust_remote_code)
-    return load_whole(pager, packed=packed)
+    return load_resident(pager, packed=packed)
 
 
-def load_whole(pager: Pager, *, tokens: int = 0, packed: bool | None = None, say: Callable[[str], None] = lambda line: None) -> nn.Module:
-    """All of a pager's model on its device, with room left for a cache of so many tokens. Raises as ``load_model``.
+def load_resident(
+    pager: Pager, *, tokens: int = 0, packed: bool | None = None, say: Callable[[str], None] = lambda line: None
+) -> nn.Module:
+    """The complete model of a pager on its device. Raises as ``load_model``.
 
-    say: is told where the model will be slow.
+    tokens: leave room for a cache of so many. say: gets a warning where the model will be slow.
     """
     if choose_packed(pager, tokens, packed):
         if pager.device.type == "cpu":
-            say(
-                "warning: the weights stay packed, as there is no room for them otherwise; on a CPU that takes about a hundred times longer"
-            )
+            say("warning: the weights stay packed, because they do not fit otherwise; on a CPU this is about a hundred times slower")
         for name in pager.packed:
             _keep_packed(pager, name)
     _fill(pager)
@@ -57,23 +57,26 @@ def load_whole(pager: Pager, *, tokens: int = 0, packed: bool | None = None, say
 
 
 def choose_packed(pager: Pager, tokens: int, packed: bool | None = None) -> bool:
-    """Whether quantized Linears stay packed; ``packed`` decides where it is not None. Raises ResourceError where nothing fits."""
+    """Whether quantized Linears stay packed: as ``packed`` says, or where it is None, as the device has room.
+
+    Raises ResourceError where the model does not fit either way.
+    """
     on_gpu = pager.device.type == "cuda"
     there = gpu_budget(pager.device) if on_gpu else host_budget(0)
     ways = (on_gpu, True) if packed is None else (packed,)
     for way in ways:
-        if needed(pager, tokens, packed=way) <= there:
+        if bytes_needed(pager, tokens, packed=way) <= there:
             return way and bool(pager.packed)
-    least = needed(pager, tokens, packed=ways[-1])
+    least = bytes_needed(pager, tokens, packed=ways[-1])
     raise ResourceError(
-        f"{pager.folder}: needs {show_size(least)} to run as a whole, but {pager.device} has {show_size(there)} free; "
+        f"{pager.folder}: needs {show_size(least)} to generate, but {pager.device} has {show_size(there)} free; "
         + ("use --device cpu, or " if on_gpu else "")
-        + "judge it with bigq eval, which takes one block at a time"
+        + "measure it with bigq eval, which loads one block at a time"
     )
 
 
-def needed(pager: Pager, tokens: int, *, packed: bool) -> int:
-    """Bytes that the model takes, with a cache of so many tokens (as if without grouped queries) and what forming weights takes."""
+def bytes_needed(pager: Pager, tokens: int, *, packed: bool) -> int:
+    """Bytes that the model takes, with a cache of so many tokens (as if without grouped queries) and buffers for dequantizing."""
     weights = largest = 0
     seen = set()
     for name, param in pager.model.named_parameters(remove_duplicate=False):
@@ -87,7 +90,7 @@ def needed(pager: Pager, tokens: int, *, packed: bool) -> int:
             weights += param.numel() * param.dtype.itemsize
     hidden = pager.embedding.embedding_dim
     cache = 2 * len(pager.blocks) * hidden * tokens * pager.dtype.itemsize
-    # The plain version of dequantizing also unpacks codes, a byte each.
+    # Without Triton, dequantizing also unpacks codes, a byte each.
     return weights + cache + (2 * largest if pager.packed else 0)
 
 
@@ -98,7 +101,7 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def _keep_packed(pager: Pager, name: str) -> None:
-    """Put a PackedLinear in the place of the Linear that has the weight ``name``."""
+    """Replace the Linear whose weight is ``name`` by a PackedLinear."""
     path = name.removesuffix(".weight")
     assert pager.schemes is not None
     bits = pager.schemes.scheme(path).bits
@@ -111,7 +114,7 @@ def _keep_packed(pager: Pager, name: str) -> None:
 
 
 def _fill(pager: Pager) -> None:
-    """Read every parameter and buffer that is still to come; those that are tied stay tied."""
+    """Read every parameter and buffer that is not read yet; tied ones stay tied."""
     model = pager.model
     made: dict[int, nn.Parameter] = {}
     for name, param in list(model.named_parameters(remove_duplicate=False)):

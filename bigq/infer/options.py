@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
+from bigq.calibration_data import calibration_source
 from bigq.config import batch_option, device_option, dtype_option, quiet_option, seed_option, seqlen_option, trust_option
-from bigq.options import Converted, Effect, Range, at_least, option, path, settle
+from bigq.options import Converted, Effect, Range, at_least, option, settle
 from bigq.vocabulary import DtypeName
 
 TEXT, TOKENS = "text", "how tokens are chosen"
@@ -20,12 +20,12 @@ DRAWN = Effect(unless="without --temperature or --top-p", holds=lambda config, _
 class EvalConfig:
     """An evaluation. docs/options.md lists the fields with units and defaults. Raises UsageError for a value that cannot be used."""
 
-    data: Converted[str, str | os.PathLike[str]] = option(
+    data: Converted[str, Any] = option(
         "builtin",
         help="text file, JSONL with a text field, token ids in safetensors, or builtin",
         group=TEXT,
         placeholder="FILE|builtin",
-        convert=path,
+        convert=calibration_source,
     )
     seqlen: int | None = seqlen_option(group=TEXT)
     samples: int | None = option(

@@ -1,7 +1,4 @@
-"""A Linear whose weight stays packed: what a quantized model is made of while it generates.
-
-Knows nothing of checkpoints: it is handed words, scales and zero points.
-"""
+"""A Linear whose weight stays packed, for generation with a quantized model. Knows nothing of checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ class PackedLinear(nn.Module):
     """``x·Wᵀ + bias`` for W [m, n] of ``bits`` bits.
 
     words: int32 [n·bits/32, m], codes packed along n. scales: [m, G], fp16 for the kernel; zeros: uint8 [m, G]. bias: [m] or None.
-    Few vectors on a GPU are multiplied with the words as they are; for more of them, and on a CPU, W is formed in x's type each time.
+    On a GPU a kernel multiplies few vectors with the packed words. For more vectors, and on a CPU, W is dequantized to x's type each time.
     """
 
     words: Tensor
@@ -29,7 +26,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.bits = bits
         self.in_features, self.out_features = words.shape[0] * 32 // bits, words.shape[1]
-        # Groups by rows, as the kernel reads them.
+        # One row per group, as the kernel reads them.
         for name, tensor in (("words", words.contiguous()), ("scales", scales.T.contiguous()), ("zeros", zeros.T.contiguous())):
             self.register_buffer(name, tensor, persistent=False)
         self.register_parameter("bias", bias)
@@ -45,7 +42,7 @@ class PackedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """W [m, n], formed anew."""
+        """W [m, n], dequantized anew."""
         return dequantize_packed(self.words, self.scales.T, self.zeros.T, self.bits, dtype)
 
     def extra_repr(self) -> str:

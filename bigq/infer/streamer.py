@@ -1,7 +1,7 @@
-"""Text while its tokens are made: each piece as soon as no further token can change it.
+"""Text while it is generated: each piece as soon as no later token can change it.
 
-What a token stands for depends on those around it: a space may go where a text begins, bytes make a character together, and some
-tokenizers clean up spaces before punctuation.
+A token's text depends on its neighbours: a leading space may be dropped, several bytes make one character, and some tokenizers remove
+spaces before punctuation.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 
 from torch import Tensor
 
-#: What the last characters of a text are decoded to while bytes of them are missing.
-UNFINISHED = "\ufffd"
-#: A token of one byte, as SentencePiece names it. Neighbours are decoded together, and if they are no UTF-8, all of them are unknown.
+#: The end of a decoded text while bytes of its last character are missing.
+REPLACEMENT = "\ufffd"
+#: A token of one byte, as SentencePiece names it. Neighbours are decoded together; if they are not UTF-8, all of them are unknown.
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-#: Characters at the end of a text that cleaning it up may still change: " 've" loses its space.
-_CLEANED = 3
-#: Tokens that are decoded again for each new one, at most, and those of them that the next ones are decoded with after that.
+#: Characters at the end of a text that the clean-up may still change: " 've" loses its space.
+_CLEANUP = 3
+#: The most tokens that are decoded again with each new one; when there are more, the last ``KEPT`` stay.
 WINDOW, KEPT = 32, 8
 
 
 class Streamer:
-    """What transformers' ``generate`` hands tokens to: first those of the prompt, then each new one.
+    """Receives tokens from transformers' ``generate``: first those of the prompt, then each new one.
 
-    The pieces that ``write`` is given make up ``text``: all new tokens decoded at once, special ones left out. count: of the new tokens.
+    write: gets pieces, which together are ``text``: all new tokens decoded at once, without special ones. count: of the new tokens.
     first: when the first of them came, by ``time.monotonic``.
     """
 
@@ -36,7 +36,7 @@ class Streamer:
         self._prompt = True
         self._tokens: list[int] = []
         self._window: list[int] = []
-        #: Tokens of the window that were decoded, their text, and how much of that was shown.
+        #: How many tokens of the window are decoded, their text, and how many of its characters are written.
         self._known, self._seen, self._shown = 0, "", 0
         self._written = 0
         self.text = ""
@@ -47,7 +47,7 @@ class Streamer:
         return len(self._tokens)
 
     def put(self, tokens: Tensor) -> None:
-        """Show what is certain."""
+        """Write the characters that no later token can change."""
         if self._prompt:
             self._prompt = False
             return
@@ -61,40 +61,40 @@ class Streamer:
         self._window += new
         if names[-1] is not None and _BYTE.fullmatch(names[-1]):
             return
-        text = self._decoded(self._window)
-        if text and text == self._seen and self._shown == len(text):  # tokens of no text
+        text = self._decode(self._window)
+        if text and text == self._seen and self._shown == len(text):  # tokens without text
             del self._window[self._known :]
             return
         self._known, self._seen = len(self._window), text
-        certain = self._certain(text)
+        certain = self._certain_length(text)
         self._show(text[self._shown : certain])
         self._shown = max(self._shown, certain)
         if len(self._window) > WINDOW:
             self._forget()
 
     def end(self) -> None:
-        """Nothing more will come."""
-        self.text = self._decoded(self._tokens)
+        """Write the rest: no token follows."""
+        self.text = self._decode(self._tokens)
         self._show(self.text[self._written :])
 
-    def _certain(self, text: str) -> int:
-        """How many characters no further token can change."""
-        end = len(text) - text.endswith(UNFINISHED)
-        space = text.find(" ", max(end - _CLEANED, 0), end) if self._cleans else -1
+    def _certain_length(self, text: str) -> int:
+        """How many characters no later token can change."""
+        end = len(text) - text.endswith(REPLACEMENT)
+        space = text.find(" ", max(end - _CLEANUP, 0), end) if self._cleans else -1
         return end if space < 0 else space
 
     def _forget(self) -> None:
-        """Go on with the last tokens only, if what they are decoded to by themselves is the end of the text.
+        """Keep only the last tokens, if they alone decode to the end of the text.
 
-        They must be decoded to something: a space that is left out where a text begins is then one of theirs, and not of what follows.
+        They must decode to some text: a leading space that is dropped is then theirs, and not that of the next token.
         """
-        kept = self._decoded(self._window[-KEPT:])
+        kept = self._decode(self._window[-KEPT:])
         before = len(self._seen) - len(kept)
         if kept and self._seen.endswith(kept) and self._shown >= before:
             self._window = self._window[-KEPT:]
             self._known, self._seen, self._shown = KEPT, kept, self._shown - before
 
-    def _decoded(self, tokens: list[int]) -> str:
+    def _decode(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 

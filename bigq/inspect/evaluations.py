@@ -1,6 +1,6 @@
-"""Results of ``bigq eval`` on a finished job, kept in its record: OUT/.bigq/evaluations.jsonl, a sealed line each.
+"""Results of ``bigq eval`` on a finished or converted folder, kept in OUT/.bigq/evaluations.jsonl, a line with a checksum each.
 
-They are about the shards that were there, so each says which: ``weights``. Nothing else depends on them, and nobody has to believe them.
+Each names the shards that it was measured on by a hash, ``weights``. Nothing else depends on these records.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from bigq.errors import ResourceError
-from bigq.inspect.untrusted import MAX_NUMBER, count, number, text
+from bigq.inspect.bounds import MAX_NUMBER, count, number, text
 from bigq.io.atomic import remedy, write_bytes
 from bigq.io.checksum import seal, unseal, valid_lines
 from bigq.io.folders import STATE_FOLDER
+from bigq.job.conversion_record import is_conversion
 from bigq.job.journal import Commit, read_commits, read_job
 from bigq.version import __version__
 
@@ -30,11 +31,12 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
+class EvaluationResult:
     """A result of ``bigq eval``: perplexities, KL divergence in nats per token.
 
-    perplexity: infinite where it is beyond ``MAX_NUMBER``, which ruined models are. baseline: as it was given; baseline_folder: where
-    that lay, None where it was no folder or nobody says. of_source: whether it is what the job quantized, as far as records tell.
+    perplexity: infinite where it is beyond ``MAX_NUMBER``, as that of a ruined model is. baseline: as it was given; baseline_folder:
+    where that lay, None where it was not a folder or that is unknown. of_source: whether the baseline is the model that was quantized,
+    by the records.
     """
 
     at: str
@@ -54,7 +56,7 @@ class Judged:
 
     @property
     def settings(self) -> tuple[str, int, int, str]:
-        """What was evaluated, and how: results that have this in common can be compared."""
+        """What was evaluated, and how: results of the same settings can be compared."""
         return self.data, self.samples, self.seqlen, self.dtype
 
     @property
@@ -66,8 +68,8 @@ class Judged:
         return named if self.baseline_folder is None and _HUB_ID.fullmatch(named) else named.rpartition("/")[2]
 
 
-def judged(value: Mapping[str, Any], sources: Iterable[str]) -> Judged | None:
-    """A line of the record; None where it is no result. sources: what the job's source was called, and folders where it lay."""
+def parse_result(value: Mapping[str, Any], sources: Iterable[str]) -> EvaluationResult | None:
+    """A line of the record; None where it is not a result. sources: names of the job's source, and folders where it lay."""
     perplexity: Any = value.get("perplexity")
     counts = [count(value.get(name)) for name in ("samples", "seqlen", "tokens")]
     if type(perplexity) not in (int, float) or perplexity < 0 or None in counts:
@@ -75,7 +77,7 @@ def judged(value: Mapping[str, Any], sources: Iterable[str]) -> Judged | None:
     samples, seqlen, tokens = (known or 0 for known in counts)
     baseline, folder = (text(value[name]) if value.get(name) else None for name in ("baseline", "baseline_folder"))
     names = {os.path.normpath(name) for name in (folder, None if folder else baseline) if name}
-    return Judged(
+    return EvaluationResult(
         at=text(value.get("at") or ""),
         data=text(value.get("data") or "unknown"),
         samples=samples,
@@ -90,11 +92,12 @@ def judged(value: Mapping[str, Any], sources: Iterable[str]) -> Judged | None:
     )
 
 
-def newest(evaluations: Sequence[Judged]) -> list[Judged]:
-    """Of results, the oldest first, those that later ones do not outdo: of the same settings and baseline the last one counts, and one
-    without a baseline tells nothing that one with a baseline does not.
+def current_results(evaluations: Sequence[EvaluationResult]) -> list[EvaluationResult]:
+    """The results that later ones do not replace, the oldest first.
+
+    Of the same settings and baseline the last one counts. One without a baseline is dropped where there is one with a baseline.
     """
-    last: dict[tuple[Any, ...], Judged] = {}
+    last: dict[tuple[Any, ...], EvaluationResult] = {}
     for each in evaluations:
         key = (each.settings, each.baseline and each.baseline_name)
         last.pop(key, None)  # so that it moves to the end
@@ -103,21 +106,23 @@ def newest(evaluations: Sequence[Judged]) -> list[Judged]:
     return [each for each in last.values() if each.baseline is not None or each.settings not in compared]
 
 
-def holds_finished_job(folder: Path) -> bool:
-    """Whether a folder is the output of a job that is complete. Raises CheckpointError where the job's record is damaged."""
-    return (folder / "config.json").is_file() and (folder / STATE_FOLDER).is_dir() and read_job(folder) is not None
+def holds_output(folder: Path) -> bool:
+    """Whether a folder is the complete output of a job or a conversion. Raises CheckpointError where its record is damaged."""
+    if not ((folder / "config.json").is_file() and (folder / STATE_FOLDER).is_dir()):
+        return False
+    return is_conversion(folder) or read_job(folder) is not None
 
 
 def weights_of(commits: Iterable[Commit]) -> str:
-    """A hash that tells whether two looks at a folder saw the same shards."""
+    """A hash of the shards: it differs when any of them changes."""
     lines = sorted(f"{commit.shard.file} {commit.shard.sha256}\n" for commit in commits)
     return hashlib.sha256("".join(lines).encode(errors="backslashreplace")).hexdigest()[:32]
 
 
 def record_evaluation(out: Path, evaluation: Mapping[str, Any]) -> None:
-    """Add a result to the record of the finished job in ``out``. Raises ResourceError; then the record is as it was.
+    """Add a result to the record of the folder ``out``. Raises ResourceError; then the record is unchanged.
 
-    Where the baseline is a folder, its place is recorded too: a path may have been given as seen from here, now.
+    Where the baseline is a folder, its absolute path is recorded too: the path that was given may be relative.
     """
     path = out / STATE_FOLDER / EVALUATIONS_NAME
     baseline = os.path.expanduser(str(evaluation.get("baseline") or ""))
@@ -125,12 +130,12 @@ def record_evaluation(out: Path, evaluation: Mapping[str, Any]) -> None:
     weights = weights_of(read_commits(out)[0])
     at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     line = seal({"at": at, "bigq": __version__, "weights": weights, **evaluation, **folder}, line=True)
-    with _alone(out / STATE_FOLDER):
+    with _locked(out / STATE_FOLDER):
         write_bytes(path, b"".join([*valid_lines(path), line]))
 
 
 def read_evaluations(out: Path) -> tuple[list[dict[str, Any]], int]:
-    """The results that are kept, the oldest first, and how many others are of weights that are not there any more.
+    """(the recorded results, the oldest first; how many others are about weights that have changed since).
 
     Raises ResourceError, CheckpointError where the record is absurdly large.
     """
@@ -142,8 +147,8 @@ def read_evaluations(out: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """No other evaluation writes meanwhile, where the file system has locks."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other evaluations from writing meanwhile, where the file system has locks."""
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:

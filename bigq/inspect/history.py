@@ -1,92 +1,49 @@
-"""What a job did, from the record in its output folder alone: for ``bigq report``.
+"""What a job or a conversion did, from the records in its output folder alone: for ``bigq report``.
 
-Nothing is repaired, no shard is read, and nothing is believed: records carry checksums, but anybody can make one. What comes out of
-here is of the right type, within bounds, and its texts are one printable line each.
+Nothing is repaired, no shard is read, and nothing is trusted: records carry checksums, but anybody can write one. Every value here
+has the right type and is within bounds, and every text is one printable line.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
+import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bigq.config import JobConfig
 from bigq.errors import BigqError
-from bigq.inspect.evaluations import Judged, judged, read_evaluations
+from bigq.inspect.bounds import MAX_ITEMS, count, durations, items, mapping, number, text
+from bigq.inspect.evaluations import EvaluationResult, parse_result, read_evaluations
+from bigq.inspect.linear_results import BLOCK_UNIT, BY_RULE, MAX_BLOCKS, MAX_LINEARS, LeftOut, LinearResult, linear_results
 from bigq.inspect.status import status
-from bigq.inspect.untrusted import MAX_ITEMS, count, durations, items, mapping, number, text
 from bigq.io.checksum import unseal, valid_lines
 from bigq.io.folders import STATE_FOLDER
-from bigq.io.formats import PackedLinear
+from bigq.io.formats import FORMATS
+from bigq.job.conversion_record import ConversionRecord, read_conversion
 from bigq.job.journal import RUNS_NAME, Commit, read_commits, read_job
 from bigq.job.manifest import GGUF_NAME, has_gguf
-from bigq.methods import method_of
-from bigq.scheme import QuantScheme, scheme_for
+from bigq.scheme import scheme_for
+from bigq.vocabulary import FORMAT_NAMES, FormatName
 
-#: Blocks of a model, and Linears in one.
-MAX_BLOCKS, MAX_LINEARS = 2000, 400
-
-BY_RULE = "left as it is by --skip"
-UNFIT = "too small for the format, or calibration never reaches it"
-
-_BLOCK, _HEAD = re.compile(r"block-(0|[1-9]\d{0,5})"), "head-0"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinearResult:
-    """A Linear that was quantized: [outputs, inputs], its relative error, and the damping that was used.
-
-    block: None of the output head. symmetric, asked (the damping that its scheme asks for), stored_bits (of all that the format stores
-    of it): None where that is unknown or there is none.
-    """
-
-    block: int | None
-    name: str
-    shape: tuple[int, int]
-    bits: int
-    group_size: int
-    symmetric: bool | None
-    error: float
-    damping: float
-    asked: float | None
-    stored_bits: int | None
-
-    @property
-    def raised(self) -> bool:
-        """Whether it took more damping than asked for."""
-        return self.asked is not None and self.damping > self.asked * (1 + 1e-6)
-
-    @property
-    def weights(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeftOut:
-    """A Linear that stays as it is. block: None of the output head. wanted: whether that is what was asked for."""
-
-    block: int | None
-    name: str
-    reason: str
-    wanted: bool
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
+_SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/[0-9a-f]{7,64}/?$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One run of the job. Sizes in bytes, times in seconds; None for what is not known.
+    """One run of the job. Sizes in bytes, times in seconds; None for what is unknown.
 
-    outcome: "finished", "stopped", "failed", "running", or "no word" for one that was killed. resumed: blocks that were there already.
+    outcome: "finished", "stopped", "failed", "running", or "not recorded" for a run that was killed. message: the one that it ended with.
+    resumed: blocks that earlier runs had committed.
     """
 
     at: str
     outcome: str
-    said: str | None
+    message: str | None
     seconds: float | None
     by_phase: Mapping[str, float]
     waiting: Mapping[str, float]
@@ -106,13 +63,31 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class History:
-    """All that is known of a job.
+class ConversionFacts:
+    """How a folder was converted. at: when; bigq: the version that did it; source: the folder that was read.
 
-    state: see ``bigq.inspect.status``. config: None where job.json is not this version's. blocks: of the model, None where unknown.
-    names: the Linears in a block, in order; linears, left_out: those of all blocks, and the output head. outdated: evaluations of
-    weights that are not there any more. damaged: what could not be read. source_bytes, parameters: of the source's tensors.
-    output_bytes: of the committed shards and the GGUF file; gguf_bytes: of that, None where there is none.
+    job_format: what the job that quantized the model wrote; None where no job of bigq did.
+    """
+
+    at: str
+    bigq: str
+    format_before: str
+    format: str
+    source: str
+    source_bytes: int
+    job_format: FormatName | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """All that is known of a job, or of a converted folder.
+
+    state: see ``bigq.inspect.status``. config: None where job.json is not of this version, or another tool quantized the model.
+    blocks: of the model, None where unknown. names: the Linears in a block, in order. linears, left_out: those of all blocks, and the
+    output head. outdated: evaluations of weights that have changed since. damaged: what could not be read.
+    source_bytes, parameters: of the source's tensors. output_bytes: of the committed shards and the GGUF file; gguf_bytes: of that
+    file, None where there is none. conversion: of a converted folder; then config, linears and the only run are those of the job that
+    quantized the model, as far as its source knew them.
     """
 
     out: str
@@ -124,21 +99,30 @@ class History:
     linears: tuple[LinearResult, ...]
     left_out: tuple[LeftOut, ...]
     runs: tuple[Run, ...]
-    evaluations: tuple[Judged, ...]
+    evaluations: tuple[EvaluationResult, ...]
     outdated: int
     source_bytes: int | None
     parameters: int | None
     output_bytes: int
     gguf_bytes: int | None
     damaged: tuple[str, ...]
+    conversion: ConversionFacts | None = None
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         return self.state == "finished"
 
-    def worst(self, count: int) -> list[LinearResult]:
+    @property
+    def name(self) -> str:
+        """The model's name: the last part of the hub id or path that it was quantized from; else of the folder that holds it."""
+        run = self.runs[-1] if self.runs else None
+        named = "" if run is None else _model_name(run.model or run.folder or "", run.folder)
+        place = self.conversion.source if self.conversion is not None else self.out
+        return named or place.rstrip("/").rpartition("/")[2] or place
+
+    def largest_errors(self, count: int) -> list[LinearResult]:
         """The Linears with the largest errors, the largest first."""
-        return sorted(self.linears, key=lambda linear: -linear.error)[:count]
+        return sorted((linear for linear in self.linears if linear.error is not None), key=lambda linear: -(linear.error or 0.0))[:count]
 
     @property
     def head(self) -> LinearResult | None:
@@ -147,7 +131,7 @@ class History:
 
     @property
     def linear_bits(self) -> float | None:
-        """Bits per weight of the quantized Linears, with all that the format stores of them; None where that is unknown."""
+        """Bits per weight of the quantized Linears, with all that the format stores for them; None where that is unknown."""
         stored = [linear.stored_bits for linear in self.linears]
         weights = sum(linear.weights for linear in self.linears)
         return sum(bits or 0 for bits in stored) / weights if weights and None not in stored else None
@@ -155,34 +139,53 @@ class History:
     @property
     def all_bits(self) -> float | None:
         """Bits per parameter of the shards; None unless the job is finished."""
-        return 8 * (self.output_bytes - (self.gguf_bytes or 0)) / self.parameters if self.finished and self.parameters else None
+        return 8 * (self.output_bytes - (self.gguf_bytes or 0)) / self.parameters if self.is_finished and self.parameters else None
+
+
+def _model_name(model: str, folder: str | None) -> str:
+    """A model's name without its owner, revision or path; of a snapshot in the hub's cache, its repository's name."""
+    snapshot = _SNAPSHOT.search(folder or model)
+    if snapshot is not None:
+        return snapshot[1].rpartition("--")[2]
+    named = model.rstrip("/").rpartition("/")[2]
+    named = named.partition("@")[0] if _HUB_ID.fullmatch(model) else named
+    return (folder or "").rstrip("/").rpartition("/")[2] if named in ("", ".", "..") else named
 
 
 def read_history(out: Path) -> History:
-    """Gather what is known. Raises UsageError where ``out`` holds no job, ResourceError where it cannot be read."""
+    """Read all records of a folder that ``quantize`` or ``convert`` wrote.
+
+    Raises UsageError where ``out`` is no such folder, ResourceError where it cannot be read.
+    """
     out = out.expanduser()
     found = status(out)
     damaged = list(found.damaged)
-    config = _config(out, damaged)
-    commits, lines = _commits(out), _sealed(out / STATE_FOLDER / RUNS_NAME)
+    conversion = _conversion(out)
+    if conversion is None:
+        config, commits, lines = _config(out, damaged), _commits(out), _run_lines(out)
+    else:
+        config, commits = _converted_config(conversion, damaged), _commits(out)
+        lines = [] if conversion.run is None else [dict(conversion.run)]
     last = lines[-1] if lines else {}
     path, kinds = _structure(last.get("blocks"))
     source_bytes, parameters = count(last.get("source_bytes")), count(last.get("parameters"))
-    linears, left_out = _solved(commits, config, 32 if source_bytes and parameters and source_bytes > 3 * parameters else 16)
+    float_bits = 32 if source_bytes and parameters and source_bytes > 3 * parameters else 16
+    format = FORMATS.get(conversion.format) if conversion is not None else None if config is None else config.made
+    linears, left_out = linear_results(commits, config, format, float_bits)
     names = list(dict.fromkeys(name for kind in kinds for name in kind))
     known = {*((each.block, each.name) for each in linears), *((each.block, each.name) for each in left_out)}
     names += sorted({name for block, name in known if block is not None} - set(names))
-    order = {name: place for place, name in enumerate(names)}
     if config is not None:
-        done = {int(match[1]) for commit in commits if (match := _BLOCK.fullmatch(commit.unit))}
+        done = {int(match[1]) for commit in commits if (match := BLOCK_UNIT.fullmatch(commit.unit))}
         left_out += [
             LeftOut(block=i, name=name, reason=BY_RULE, wanted=True)
             for i, kind in enumerate(kinds)
             for name in kind
             if i in done and (i, name) not in known and scheme_for(f"{path}.{i}.{name}", config.base_scheme, config.rules) is None
         ]
+    order = {name: place for place, name in enumerate(names)}
     runs = [_run(line) for line in lines[-MAX_ITEMS:]]
-    if runs and runs[-1].outcome == "no word" and found.state in ("running", "unknown"):
+    if runs and runs[-1].outcome == "not recorded" and found.state in ("running", "unknown"):
         runs[-1] = _run(lines[-1], "running")
     evaluations, outdated = read_evaluations(out)
     sources = {name for run in runs for name in (run.model, run.folder) if name}
@@ -197,13 +200,14 @@ def read_history(out: Path) -> History:
         linears=tuple(linears),
         left_out=tuple(sorted(left_out, key=lambda each: (_place(each.block), order.get(each.name, 0)))),
         runs=tuple(runs),
-        evaluations=tuple(each for value in evaluations[-MAX_ITEMS:] if (each := judged(value, sources)) is not None),
+        evaluations=tuple(each for value in evaluations[-MAX_ITEMS:] if (each := parse_result(value, sources)) is not None),
         outdated=outdated,
         source_bytes=source_bytes,
         parameters=parameters,
         output_bytes=found.bytes_written + (gguf_bytes or 0),
         gguf_bytes=gguf_bytes,
         damaged=tuple(text(each) for each in damaged[:MAX_ITEMS]),
+        conversion=None if conversion is None else _conversion_facts(conversion),
     )
 
 
@@ -216,22 +220,59 @@ def _config(out: Path, damaged: list[str]) -> JobConfig | None:
         return None
 
 
+def _conversion(out: Path) -> ConversionRecord | None:
+    try:
+        return read_conversion(out)
+    except BigqError:  # ``status`` has reported it
+        return None
+
+
+def _converted_config(conversion: ConversionRecord, damaged: list[str]) -> JobConfig | None:
+    """The settings of the job that quantized a converted model, with the format that it has now."""
+    format = next((name for name in FORMAT_NAMES if name == conversion.format and name in FORMATS), None)
+    if conversion.job is None or format is None:
+        return None
+    try:
+        config = JobConfig.from_frozen(conversion.job.get("settings"), f"{STATE_FOLDER}/conversion.json: its job")
+        return dataclasses.replace(config, format=format)
+    except BigqError as error:
+        damaged.append(str(error))
+        return None
+
+
+def _conversion_facts(record: ConversionRecord) -> ConversionFacts:
+    return ConversionFacts(
+        at=text(record.at),
+        bigq=text(record.bigq),
+        format_before=text(record.format_before),
+        format=text(record.format),
+        source=text(record.source),
+        source_bytes=count(record.source_bytes) or 0,
+        job_format=_job_format(record),
+    )
+
+
+def _job_format(record: ConversionRecord) -> FormatName | None:
+    said = mapping(mapping(record.job).get("settings")).get("format")
+    return next((name for name in FORMAT_NAMES if name == said), None)
+
+
 def _commits(out: Path) -> list[Commit]:
     try:
         return read_commits(out)[0][: MAX_BLOCKS + MAX_ITEMS]
-    except BigqError:  # ``status`` has told
+    except BigqError:  # ``status`` has reported it
         return []
 
 
-def _sealed(path: Path) -> list[dict[str, Any]]:
+def _run_lines(out: Path) -> list[dict[str, Any]]:
     try:
-        return [value for line in valid_lines(path) if (value := unseal(line, line=True)) is not None]
-    except BigqError:  # ``status`` has told
+        return [value for line in valid_lines(out / STATE_FOLDER / RUNS_NAME) if (value := unseal(line, line=True)) is not None]
+    except BigqError:  # ``status`` has reported it
         return []
 
 
 def _structure(blocks: Any) -> tuple[str, list[tuple[str, ...]]]:
-    """Where the blocks are, and the names of the Linears in each; nothing of what a run does not tell."""
+    """Where the blocks are, and the names of the Linears in each; nothing where a run does not say."""
     try:
         kinds = [tuple(text(str(name)) for name, *_ in kind[:MAX_LINEARS]) for kind in blocks["kinds"][:MAX_BLOCKS]]
         return text(str(blocks["path"])), [kinds[index] for index in blocks["of"][:MAX_BLOCKS]]
@@ -240,89 +281,24 @@ def _structure(blocks: Any) -> tuple[str, list[tuple[str, ...]]]:
 
 
 def _gguf_bytes(out: Path) -> int | None:
-    """Size of the GGUF file that belongs to a finished folder; None where there is none."""
-    with contextlib.suppress(BigqError, OSError):  # a manifest that is damaged, or a file that went meanwhile
+    """Size of the GGUF file of a finished folder; None where there is none."""
+    with contextlib.suppress(BigqError, OSError):  # a damaged manifest, or a file that was removed meanwhile
         return (out / GGUF_NAME).stat().st_size if has_gguf(out, by_size=True) else None
     return None
-
-
-def _solved(commits: Iterable[Commit], config: JobConfig | None, float_bits: int) -> tuple[list[LinearResult], list[LeftOut]]:
-    """The Linears that were quantized, and those that could not be. float_bits: of a number of the source."""
-    linears: list[LinearResult] = []
-    left_out: list[LeftOut] = []
-    for i, commit in _units(commits):
-        for record in commit.linears[:MAX_LINEARS]:
-            full = str(record.get("name", ""))
-            scheme = None if config is None else scheme_for(full, config.base_scheme, config.rules)
-            result = _linear(i, text(_in_block(full, i)), record, config, scheme, float_bits)
-            linears += [] if result is None else [result]
-        for full in commit.left_out[:MAX_LINEARS]:
-            reason = text((commit.skipped or {}).get(full, UNFIT))
-            left_out.append(LeftOut(block=i, name=text(_in_block(full, i)), reason=reason, wanted=False))
-    return linears, left_out
-
-
-def _units(commits: Iterable[Commit]) -> Iterator[tuple[int | None, Commit]]:
-    """Each block once, by number, and behind them the output head."""
-    found = {int(match[1]): commit for commit in commits if (match := _BLOCK.fullmatch(commit.unit))}
-    head = [commit for commit in commits if commit.unit == _HEAD]
-    yield from sorted((i, commit) for i, commit in found.items() if i < MAX_BLOCKS)
-    yield from ((None, commit) for commit in head[-1:])
 
 
 def _place(block: int | None) -> int:
     return MAX_BLOCKS if block is None else block
 
 
-def _in_block(full: str, block: int | None) -> str:
-    """The name of a Linear within its block: what follows the block's number."""
-    _, found, name = f".{full}".partition(f".{block}.")
-    return name if found else full
-
-
-def _linear(
-    block: int | None, name: str, record: Mapping[str, Any], config: JobConfig | None, scheme: QuantScheme | None, float_bits: int
-) -> LinearResult | None:
-    """None where a record is none."""
-    try:
-        m, n = record["shape"]
-        sizes = [count(value) for value in (m, n, record["bits"])]
-        group_size = record["group_size"]
-        error, damping = number(record["relative_error"]), number(record["damping"])
-    except (KeyError, TypeError, ValueError):
-        return None
-    if None in sizes or type(group_size) is not int or error is None or damping is None or not name:
-        return None
-    outputs, inputs, bits = (value or 0 for value in sizes)
-    stored = None
-    if config is not None and scheme is not None:
-        groups = 1 if group_size == -1 else inputs // max(group_size, 1)
-        packed = PackedLinear(bits=bits, outputs=outputs, inputs=inputs, groups=groups)
-        dtype = torch.float32 if float_bits == 32 else torch.float16
-        tensors = config.made.layout(name, packed, scheme.symmetric, dtype).values()
-        stored = sum(8 * dtype.itemsize * math.prod(shape) for dtype, shape in tensors)
-    return LinearResult(
-        block=block,
-        name=name,
-        shape=(outputs, inputs),
-        bits=bits,
-        group_size=group_size,
-        symmetric=None if scheme is None else scheme.symmetric,
-        error=error,
-        damping=damping,
-        asked=None if scheme is None or config is None or not method_of(config).calibrated else scheme.damping,
-        stored_bits=stored,
-    )
-
-
-def _run(line: Mapping[str, Any], unended: str = "no word") -> Run:
+def _run(line: Mapping[str, Any], without_end: str = "not recorded") -> Run:
     ended, planned, machine = (mapping(line.get(name)) for name in ("ended", "planned", "machine"))
     outcome = ended.get("outcome")
     device = mapping(line.get("choice")).get("on_gpu")
     return Run(
         at=text(line.get("at") or "at an unknown time"),
-        outcome=outcome if outcome in ("finished", "stopped", "failed") else unended,
-        said=text(ended["said"]) if ended.get("said") else None,
+        outcome=outcome if outcome in ("finished", "stopped", "failed") else without_end,
+        message=text(ended["said"]) if ended.get("said") else None,
         seconds=number(ended.get("seconds")),
         by_phase=durations(ended.get("seconds_by_phase")),
         waiting=durations(ended.get("waiting")),
@@ -343,7 +319,7 @@ def _run(line: Mapping[str, Any], unended: str = "no word") -> Run:
 
 
 def phases_of(runs: Sequence[Run]) -> list[str]:
-    """Names of all phases, the one that took longest first."""
+    """Names of all phases, the longest first."""
     total: dict[str, float] = {}
     for run in runs:
         for name, seconds in run.by_phase.items():

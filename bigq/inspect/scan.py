@@ -1,7 +1,7 @@
-"""Reading a shard once, from its first byte to its last: its hash, and whether its values can be what they are said to be.
+"""One pass over a shard, from its first byte to its last: its hash, and whether a reader can use its values.
 
-Which Linears are packed, and how, is told by the shapes of their tensors alone, so shards of unfinished jobs can be looked at too.
-In memory is a piece of one tensor at a time.
+The shapes of the tensors alone say which Linears are packed and how, so shards of unfinished jobs can be scanned too. In memory is a
+piece of one tensor at a time.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from bigq.io.index import TensorInfo, read_header
 from bigq.io.reader import as_bytes, fill, tensor_file
 from bigq.kernels.finiteness import is_finite
 
-#: Bytes of a tensor that are looked at together; unpacking 2-bit zero points takes about 20 times as much.
+#: Bytes of a tensor that are checked together; unpacking 2-bit zero points takes about 20 times as much.
 PIECE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scan:
-    """A shard that was read.
+    """What a pass over a shard found.
 
-    tensors: what its header says, in its order. linears: the packed ones, by the prefix of their tensors; those whose tensors do not
-    belong together are among the problems instead. zeros: the least and the greatest zero point of each. problems: name the tensor.
+    tensors: those of its header, in its order. linears: the packed ones, by the prefix of their tensors; where tensors of a Linear do
+    not fit each other, it is among the problems instead. zeros: the least and the greatest zero point of each. problems: one line each
+    that names the tensor.
     """
 
     sha256: str
@@ -41,7 +42,7 @@ class Scan:
 
 
 def scan_shard(path: Path, format: Format) -> Scan:
-    """Read a shard whose packed Linears are in a format.
+    """Scan a shard whose packed Linears are in a format.
 
     Raises CheckpointError where its header cannot be read, ResourceError where the disk fails.
     """
@@ -53,14 +54,14 @@ def scan_shard(path: Path, format: Format) -> Scan:
         wrong = None
         for start, piece in _pieces(info, values.together(info)):
             digest.update(as_bytes(piece))
-            wrong = wrong or values.look(info, piece, start)
+            wrong = wrong or values.check(info, piece, start)
         if wrong is not None:
             problems.append(f"tensor {info.name} {wrong}")
     return Scan(sha256=digest.hexdigest(), tensors=tensors, linears=linears, zeros=values.zeros, problems=tuple(problems))
 
 
 def packed_linears(tensors: Mapping[str, TensorInfo], format: Format) -> tuple[dict[str, PackedLinear], list[str]]:
-    """(the packed Linears of a shard by prefix, what is wrong with the others)."""
+    """(the packed Linears of a shard by prefix, problems of the others)."""
     linears: dict[str, PackedLinear] = {}
     problems: list[str] = []
     for prefix in (name.removesuffix(f".{format.mark}") for name in tensors if name.endswith(f".{format.mark}")):
@@ -72,7 +73,7 @@ def packed_linears(tensors: Mapping[str, TensorInfo], format: Format) -> tuple[d
 
 
 class _Values:
-    """What the values of each tensor of a shard must be. zeros: what was seen of zero points, by prefix."""
+    """The values that the tensors of a shard may have. zeros: the least and the greatest zero point so far, by prefix."""
 
     def __init__(self, linears: Mapping[str, PackedLinear], format: Format) -> None:
         self._linears = linears
@@ -80,17 +81,17 @@ class _Values:
         self.zeros: dict[str, tuple[int, int]] = {}
 
     def _place(self, info: TensorInfo) -> tuple[str, PackedLinear | None, str]:
-        """(prefix, the packed Linear that a tensor is part of, which part)."""
+        """(prefix, the packed Linear that a tensor belongs to, the tensor's suffix)."""
         prefix, _, suffix = info.name.rpartition(".")
         return prefix, self._linears.get(prefix) if suffix in self._format.suffixes(symmetric=False) else None, suffix
 
     def together(self, info: TensorInfo) -> int:
-        """How many elements can only be looked at together."""
+        """How many elements must be checked together."""
         _, linear, suffix = self._place(info)
         return 1 if linear is None else self._format.values_per_check(suffix, info)
 
-    def look(self, info: TensorInfo, piece: Tensor, start: int) -> str | None:
-        """What is wrong with elements [start, start + len(piece)) of a tensor, if anything."""
+    def check(self, info: TensorInfo, piece: Tensor, start: int) -> str | None:
+        """The problem of elements [start, start + len(piece)) of a tensor; None where there is none."""
         prefix, linear, suffix = self._place(info)
         if linear is None:
             return "holds NaN or Inf" if piece.is_floating_point() and piece.itemsize > 1 and not is_finite(piece) else None
@@ -102,7 +103,7 @@ class _Values:
 
 
 def _pieces(info: TensorInfo, together: int) -> Iterator[tuple[int, Tensor]]:
-    """(the number of its first element, elements in a row) of a tensor, piece by piece; each is valid until the next."""
+    """The pieces of a tensor as (number of the first element, elements); each is valid until the next."""
     unit = together * info.dtype.itemsize
     step = max(PIECE_BYTES // unit, 1) * unit
     buffer = torch.empty(min(step, info.nbytes), dtype=torch.uint8)

@@ -1,6 +1,6 @@
-"""How far the job of an output folder is, from its record alone: at once, without torch, and without disturbing who writes to it.
+"""The state of an output folder, from its records alone: at once, without torch, and without disturbing a job that writes to it.
 
-Nothing is repaired and no shard is read: what is damaged is said. Whether shards are sound is for ``verify`` to find out.
+Nothing is repaired and no shard is read. Damaged records are reported; whether shards are sound is for ``verify`` to find out.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from typing import Any
 from bigq.errors import BigqError, ResourceError, UsageError
 from bigq.io.checksum import read_record_bytes, unseal
 from bigq.io.folders import STATE_FOLDER
+from bigq.job.conversion_record import CONVERT_AGAIN, ConversionRecord, is_conversion, read_conversion
 from bigq.job.journal import JOB_NAME, JOURNAL_NAME, RUNS_NAME, Commit, read_commits, read_job
 from bigq.job.manifest import GGUF_NAME, lacks_gguf
 from bigq.job.owner import OWNER_NAME, Holder
 from bigq.progress.layout import rewrapped
 from bigq.progress.sizes import show_duration, show_size
 
-#: What may be said of a job, and what it means.
+#: The states of a job, and what they mean.
 STATES: Mapping[str, str] = {
     "not begun": "no job was begun here; run bigq quantize",
-    "running": "a process on this machine is at it",
-    "unknown": "it may be running on another machine or in another container; look again whether its heartbeat goes on",
-    "stopped": "it was asked to stop; run the same command again to go on",
-    "failed": "it ended with an error; see to that and run the same command again to go on",
-    "killed": "its process ended without a word; run the same command again to go on",
-    "finished": "all is written",
+    "running": "a process on this machine is running it",
+    "unknown": "it may be running on another machine or in another container; check again whether its heartbeat advances",
+    "stopped": "it was asked to stop; run the same command again to resume it",
+    "failed": "it ended with an error; fix that and run the same command again to resume it",
+    "killed": "its process was killed; run the same command again to resume it",
+    "finished": "everything is written",
 }
-#: States that the same command goes on from.
+#: States from which the same command resumes the job.
 RESUMABLE = ("stopped", "failed", "killed")
 
 _BLOCK = re.compile(r"block-\d+")
@@ -43,10 +44,10 @@ _BLOCK = re.compile(r"block-\d+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HolderStatus:
-    """Who owns, or last owned, the folder. last_heartbeat: its time by that machine's clock.
+    """The process that owns, or last owned, the folder. last_heartbeat: its time by that machine's clock.
 
-    heartbeat_age: seconds since then by the file system's clock, None where that cannot be told; a matter for people, as nothing is
-    decided by clocks.
+    heartbeat_age: seconds since then by the file system's clock, None where that is unknown. It is for people only: no decision
+    depends on clocks.
     """
 
     host: str
@@ -58,12 +59,13 @@ class HolderStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """How far a job is.
+    """The state of a job, or of a converted folder: "finished", or "failed" where its config.json is gone.
 
-    state: one of ``STATES``. resumable: whether the same command goes on with it.
-    blocks_done: committed blocks; blocks: those of the model, None where nobody says. bytes_written: of the committed shards.
-    phase, eta_seconds: what the job does, and how long it expects to take; None unless it may be running.
-    said: what it said when it ended. warnings: of its last run. damaged: records and shards that are not as they were written.
+    state: one of ``STATES``. resumable: whether the same command resumes the job.
+    blocks_done: committed blocks; blocks: those of the model, None where unknown. bytes_written: of the committed shards.
+    phase, eta_seconds: what the job does, and the time it expects to take; None unless it may be running.
+    said: the message with which it ended. warnings: of its last run. damaged: records and shards that were changed or are missing.
+    converted: of a converted folder, the formats and the source, such as "gptq → gptq_v2 from /models/q"; else None.
     """
 
     out: str
@@ -79,6 +81,7 @@ class Status:
     holder: HolderStatus | None
     warnings: tuple[str, ...]
     damaged: tuple[str, ...]
+    converted: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -88,13 +91,15 @@ class Status:
         """A few lines for a person, of at most 60 columns."""
         what = "it can be loaded, but its record is damaged" if self.state == "finished" and self.damaged else STATES[self.state]
         if self.state in RESUMABLE and not self.resumable:
-            what = what.partition(";")[0] + "; it cannot be taken up"
+            what = what.partition(";")[0] + "; it cannot be resumed"
         of = "" if self.blocks is None else f" of {self.blocks}"
         lines = [
             f"{self.out}: {self.state} ({what})",
             f"  blocks    {self.blocks_done}{of} done",
             f"  written   {show_size(self.bytes_written)} in {self.shards} shards",
         ]
+        if self.converted is not None:
+            lines.append(f"  converted {self.converted}")
         if self.phase is not None:
             lines.append(f"  phase     {self.phase}")
         if self.eta_seconds is not None:
@@ -111,18 +116,20 @@ class Status:
 
 
 def status(out: Path) -> Status:
-    """Look at the job in a folder.
+    """The state of the job in a folder, or of a converted folder.
 
-    Records that are damaged are no error: the result says which ones are. Raises UsageError where ``out`` is neither empty nor the
-    folder of a job, ResourceError where it cannot be looked at.
+    Damaged records are no error: the result names them. Raises UsageError where ``out`` is neither empty nor a folder that ``quantize``
+    or ``convert`` wrote, ResourceError where it cannot be read.
     """
     out = Path(os.path.expanduser(out))
     _require_job(out)
     state = out / STATE_FOLDER
     damaged: list[str] = []
+    conversion = _conversion(out, damaged)
+    again = CONVERT_AGAIN if is_conversion(out) else "it will be written again"
     intact = _has_job(out, damaged)
     holder = _holder(state, damaged)
-    commits = _commits(out, damaged)
+    commits = _commits(out, damaged, again)
     blocks = {commit.unit for commit in commits if _BLOCK.fullmatch(commit.unit)}
     facts = {} if holder is None else holder.facts
     verdict = _state(out, holder, damaged)
@@ -131,30 +138,42 @@ def status(out: Path) -> Status:
         out=str(out),
         state=verdict,
         resumable=verdict in RESUMABLE and intact,
-        blocks_done=len(blocks),
-        blocks=_whole(facts.get("blocks")),
+        blocks_done=len(blocks) if conversion is None else conversion.blocks,
+        blocks=_count(facts.get("blocks")) if conversion is None else conversion.blocks,
         shards=len(commits),
         bytes_written=sum(commit.shard.size for commit in commits),
-        phase=_words(facts.get("phase")) if live else None,
+        phase=_text(facts.get("phase")) if live else None,
         eta_seconds=_seconds(facts.get("eta_seconds")) if live else None,
-        said=_words(facts.get("said")),
+        said=_text(facts.get("said")),
         holder=None if holder is None else _holder_status(holder, state),
         warnings=_warnings(state, damaged),
         damaged=tuple(damaged),
+        converted=None if conversion is None else f"{conversion.format_before} → {conversion.format} from {conversion.source}",
     )
+
+
+def _conversion(out: Path, damaged: list[str]) -> ConversionRecord | None:
+    """The record of a converted folder."""
+    try:
+        return read_conversion(out)
+    except BigqError as error:
+        damaged.append(_about(out, error))
+        return None
 
 
 def _require_job(out: Path) -> None:
     try:
         if (out / STATE_FOLDER).is_dir() or (out.is_dir() and not any(out.iterdir())):
             return
+        if (out / STATE_FOLDER).is_dir():  # a job began since the first look
+            return
     except OSError as error:
-        raise ResourceError(f"{out}: cannot be looked at: {error.strerror}") from error
-    raise UsageError(f"{out}: holds no job of bigq; name the output folder of bigq quantize")
+        raise ResourceError(f"{out}: cannot be read: {error.strerror}; check the disk and run the command again") from error
+    raise UsageError(f"{out}: holds no job of bigq; name the output folder of bigq quantize or bigq convert")
 
 
 def _has_job(out: Path, damaged: list[str]) -> bool:
-    """Whether what the job was asked for is known."""
+    """Whether the job's settings are known."""
     try:
         return read_job(out) is not None
     except BigqError as error:
@@ -170,35 +189,35 @@ def _holder(state: Path, damaged: list[str]) -> Holder | None:
         damaged.append(_about(state.parent, error))
         return None
     if holder is None and there:
-        damaged.append(f"{STATE_FOLDER}/{OWNER_NAME}: cannot be read, so who wrote to the folder last is unknown")
+        damaged.append(f"{STATE_FOLDER}/{OWNER_NAME}: cannot be read, so the process that last wrote to the folder is unknown")
     return holder
 
 
-def _commits(out: Path, damaged: list[str]) -> list[Commit]:
-    """The commits whose shards are there with the size that they should have, one of each unit."""
+def _commits(out: Path, damaged: list[str], again: str) -> list[Commit]:
+    """The commits whose shards exist with their recorded size, one of each unit. again: what becomes of the others."""
     try:
         commits, bad = read_commits(out)
     except BigqError as error:
         damaged.append(_about(out, error))
         return []
     if bad:
-        damaged.append(f"{STATE_FOLDER}/{JOURNAL_NAME}: {bad} of {len(commits) + bad} lines are damaged; their shards will be made again")
+        damaged.append(f"{STATE_FOLDER}/{JOURNAL_NAME}: {bad} of {len(commits) + bad} lines are damaged; {again}")
     found: dict[str, Commit] = {}
     for commit in commits:
         try:
             size = os.stat(out / commit.shard.file).st_size
         except (OSError, ValueError, TypeError):
-            damaged.append(f"{commit.shard.file}: is missing; it will be made again")
+            damaged.append(f"{commit.shard.file}: is missing; {again}")
             continue
         if size == commit.shard.size:
             found[commit.unit] = commit
         else:
-            damaged.append(f"{commit.shard.file}: has {size} bytes instead of {commit.shard.size}; it will be made again")
+            damaged.append(f"{commit.shard.file}: has {size} bytes instead of {commit.shard.size}; {again}")
     return list(found.values())
 
 
 def _warnings(state: Path, damaged: list[str]) -> tuple[str, ...]:
-    """What was unusual about the job's last run."""
+    """The warnings of the job's last run."""
     try:
         lines = (read_record_bytes(state / RUNS_NAME) or b"").splitlines(keepends=True)
     except BigqError as error:
@@ -215,9 +234,12 @@ def _warnings(state: Path, damaged: list[str]) -> tuple[str, ...]:
 def _state(out: Path, holder: Holder | None, damaged: list[str]) -> str:
     if holder is not None and holder.alive:
         return "running"
-    loadable = (out / "config.json").exists()  # it comes last but for a GGUF file, and goes first when a finished job is opened again
+    loadable = (out / "config.json").exists()  # written last but for a GGUF file, removed first when reopened
     if loadable and not lacks_gguf(out):
         return "finished"
+    if is_conversion(out):
+        damaged.append(f"config.json: is missing; {CONVERT_AGAIN}")
+        return "failed"
     if holder is None:
         begun = any((out / STATE_FOLDER / name).exists() for name in (JOB_NAME, JOURNAL_NAME, OWNER_NAME))
         return "unknown" if begun else "not begun"
@@ -256,10 +278,10 @@ def _about(out: Path, error: BigqError) -> str:
     return str(error).replace(f"{out}/", "")
 
 
-# What a heartbeat tells may be anything.
+# A heartbeat may hold anything.
 
 
-def _whole(value: Any) -> int | None:
+def _count(value: Any) -> int | None:
     return value if type(value) is int and value >= 0 else None
 
 
@@ -267,5 +289,5 @@ def _seconds(value: Any) -> float | None:
     return float(value) if type(value) in (int, float) and 0 <= value < 1e9 else None
 
 
-def _words(value: Any) -> str | None:
+def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None

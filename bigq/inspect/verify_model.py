@@ -1,6 +1,6 @@
-"""What the shards of a finished folder hold, against its index, its configs, and the model that they describe.
+"""The tensors of a finished folder's shards, compared with its index, its configs, and the model that they describe.
 
-Every function returns problems as (file, what is wrong with it). Knows nothing of hashes or records.
+Every function returns problems as (file, problem). Knows nothing of hashes or records.
 """
 
 from __future__ import annotations
@@ -28,43 +28,40 @@ Problems = Iterator[tuple[str, str]]
 
 
 def index_problems(index: Mapping[str, Any], scans: Mapping[str, Scan], total: int) -> Problems:
-    """Whether every tensor of every shard is in the index under its file, and nothing else is.
-
-    scans: of all shards. total: their size in bytes.
-    """
+    """Whether the index names exactly the tensors of the shards, each with its file. scans: of all shards. total: their bytes."""
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
-    said = weight_map if isinstance(weight_map, dict) else {}
+    indexed = weight_map if isinstance(weight_map, dict) else {}
     count = Counter(name for scan in scans.values() for name in scan.tensors)
     for file, scan in scans.items():
         for name in scan.tensors:
             if count[name] > 1:
                 yield file, f"tensor {name} is in {count[name]} shards"
-        astray = [name for name in scan.tensors if said.get(name) != file and count[name] == 1]
+        astray = [name for name in scan.tensors if indexed.get(name) != file and count[name] == 1]
         if astray:
-            where = f"says that {astray[0]} is in {said[astray[0]]}" if astray[0] in said else f"does not name {astray[0]}"
-            more = "" if len(astray) == 1 else f", and likewise {len(astray) - 1} more"
+            where = f"says that {astray[0]} is in {indexed[astray[0]]}" if astray[0] in indexed else f"does not name {astray[0]}"
+            more = "" if len(astray) == 1 else f"; the same for {len(astray) - 1} more"
             yield INDEX_NAME, f"{where}, which is in {file}{more}"
-    for name in said.keys() - count.keys():
+    for name in indexed.keys() - count.keys():
         yield INDEX_NAME, f"names tensor {name}, which is in no shard"
     if not isinstance(metadata, dict) or metadata.get("total_size") != total:
         yield INDEX_NAME, f"its total_size is not {total}"
 
 
 def config_problems(out: Path, job: JobConfig, commits: Sequence[Commit], *, trust_remote_code: bool) -> Problems:
-    """Whether config.json, and what else says it, say how the job quantized. Raises DataError where one cannot be understood."""
+    """Whether config.json and the format's own config file say how the job quantized. Raises DataError where one cannot be parsed."""
     linears = _linears(out, trust_remote_code=trust_remote_code) if job.made.names_linears else ()
-    told = quantization_of(commits, job, linears, {})
-    if not told.packed:
+    quantization = quantization_of(commits, job, linears, {})
+    if not quantization.packed:
         if "quantization_config" in read_json_object(out / "config.json"):
-            yield "config.json", "says how it was quantized, but nothing is"
+            yield "config.json", "has a quantization_config, but nothing is quantized"
         return
-    expected = job.made.config(told)
+    expected = job.made.config(quantization)
     files = [("config.json", "quantization_config")] + [(file, None) for file in (job.made.config_file,) if file is not None]
     for file, key in files:
         value = read_json_object(out / file)
-        said = value if key is None else value.get(key)
-        if not isinstance(said, dict) or {**said, "meta": {}} != {**expected, "meta": {}}:
-            yield file, "does not say what the job's record says of how it quantized"
+        found = value if key is None else value.get(key)
+        if not isinstance(found, dict) or {**found, "meta": {}} != {**expected, "meta": {}}:
+            yield file, "differs from the settings in the job's record"
 
 
 def _linears(out: Path, *, trust_remote_code: bool) -> tuple[str, ...]:
@@ -77,7 +74,7 @@ def _linears(out: Path, *, trust_remote_code: bool) -> tuple[str, ...]:
 def model_problems(out: Path, job: JobConfig, left_out: tuple[str, ...], scans: Mapping[str, Scan], *, trust_remote_code: bool) -> Problems:
     """Whether the model has all its parameters, and every Linear of its blocks is packed, or not, as the job says.
 
-    To be asked where index and configs are sound. Raises DataError for what does not fit config.json.
+    Index and configs must be sound. Raises DataError for what does not fit config.json.
     """
     skeleton.silence_transformers()
     with torch.no_grad():
@@ -100,12 +97,12 @@ def model_problems(out: Path, job: JobConfig, left_out: tuple[str, ...], scans: 
         expected = PackedLinear(bits=scheme.bits, outputs=m, inputs=n, groups=n // scheme.group_width(n))
         file, middle = pager.checkpoint[f"{prefix}.{mark}"].file.name, 2 ** (scheme.bits - 1)
         if f"{full}.weight" in pager.sources:
-            yield file, f"tensor {pager.sources[f'{full}.weight'].name} is there although its Linear is packed"
+            yield file, f"tensor {pager.sources[f'{full}.weight'].name} exists although its Linear is packed"
         if prefix not in linears:
-            continue  # its tensors do not belong together, which was said of its shard
+            continue  # its tensors do not fit each other, which the scan reports
         if linears[prefix] != expected:
             yield file, f"tensor {prefix}.{mark} is packed as {linears[prefix]}; the model and the job make it {expected}"
         elif scheme.symmetric and zeros.get(prefix, (middle, middle)) != (middle, middle):
-            yield file, f"tensor {prefix}.{job.made.zeros} holds other zero points than {middle}, although the job's are symmetric"
+            yield file, f"tensor {prefix}.{job.made.zeros} holds zero points other than {middle}, although the job is symmetric"
     for prefix in sorted(linears.keys() - belonging):
-        yield pager.checkpoint[f"{prefix}.{mark}"].file.name, f"{prefix} is packed, but is no Linear that the job packs"
+        yield pager.checkpoint[f"{prefix}.{mark}"].file.name, f"{prefix} is packed, although the job does not pack it"

@@ -33,6 +33,8 @@ JOURNAL_NAME = "journal.jsonl"
 RUNS_NAME = "runs.jsonl"
 BATCHES_NAME = "batches.json"
 CHECKPOINTS_NAME = "checkpoints.json"
+#: In place of job.json where ``bigq convert`` made the folder, see ``bigq.job.conversion_record``.
+CONVERSION_NAME = "conversion.json"
 
 _BEGIN_AGAIN = "restore it from a copy, or begin the job again in an empty folder"
 
@@ -300,7 +302,9 @@ def read_job(out: Path) -> dict[str, Any] | None:
 
 
 def require_job_folder(out: Path) -> None:
-    """Raise UsageError unless ``out`` is absent, empty or the folder of a job; ResourceError where it cannot be read."""
+    """Raise UsageError where ``out`` is neither absent, nor empty, nor the folder of a job; ResourceError where it cannot be read."""
+    if (out / STATE_FOLDER / CONVERSION_NAME).exists():
+        raise UsageError(f"{out}: OUT holds a converted model, in which no job can run; choose another folder")
     try:
         if out.exists() and not out.is_dir():
             raise UsageError(f"{out}: OUT is a file; give a folder")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigq.calibration_data import GIVEN
 from bigq.config import JobConfig
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.json_file import show_name
@@ -29,7 +30,7 @@ from bigq.version import __version__
 #: The packages whose versions are recorded, besides bigq and Python.
 PACKAGES = ("torch", "transformers", "tokenizers", "triton")
 #: Words for --calibration that are no paths.
-NAMED_TEXTS = ("c4", "builtin")
+NAMED_TEXTS = ("c4", "builtin", GIVEN)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,1 @@
-"""What a job did, shown to people: an HTML page with its charts, and a model card."""
+"""What a job did, as an HTML report with charts or as a model card."""

@@ -1,7 +1,7 @@
-"""A model card in a finished folder, in the place of the source's README.md.
+"""A model card in a finished folder, in place of the source's README.md.
 
-The manifest stops to speak of README.md before that is replaced, so the folder is sound at every instant; a job that is run again
-leaves the card as it is. From then on it is its writers', who may change it or take it away.
+The manifest drops README.md before that is replaced, so the folder is sound at every instant. A job that is run again leaves the card
+unchanged. From then on people may edit or remove it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from bigq.job.owner import Holder, Owner, refuse_if_held
 
 
 def put_card(out: Path, card: bytes, say: Callable[[str], None]) -> Path:
-    """Write the model card of the finished job in ``out``; returns its path.
+    """Write the model card of the finished folder ``out``; returns its path.
 
-    say: told when there is something to wait for. Raises UsageError where a job is at the folder, CheckpointError where its manifest is
-    damaged, ResourceError where nothing can be written.
+    say: gets a line when there is something to wait for. Raises UsageError where a job is running in the folder, CheckpointError where
+    its manifest is damaged, ResourceError where the disk refuses.
     """
     state = out / STATE_FOLDER
     refuse_if_held(state)

@@ -1,7 +1,7 @@
-"""Pictures of a report, as SVG to be put into a page: the only place that knows matplotlib, which need not be installed.
+"""Pictures of a report as SVG elements. Only this module imports matplotlib, which is optional.
 
-Text and lines have the colour of the text around them (``currentColor``), so one picture serves light and dark pages. Colours of data
-are ones that colour-blind people can tell apart: viridis, and Okabe's and Ito's. Texts may hold anything.
+Text and lines have the colour of the text around them (``currentColor``), so one picture serves light and dark pages. Data has colours
+that colour-blind people can tell apart: viridis, and the palette of Okabe and Ito. Texts may hold anything.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from bigq.errors import ResourceError
 
-#: Stands for ``currentColor`` while matplotlib draws; no colour of data.
+#: Stands for ``currentColor`` while matplotlib draws; no data has it.
 _INK = "#010203"
 _SETTINGS: Mapping[str, Any] = {
     "svg.fonttype": "none",
@@ -36,13 +36,13 @@ _SETTINGS: Mapping[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-#: Of phases, by size; the rest are gathered.
+#: Colours of the longest phases; the others share one.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 _REST = "#8a8a8a"
 REST, OUTSIDE = "other phases", "outside phases"
-#: Of a picture, in inches.
+#: Width of a picture, in inches.
 WIDTH = 11.0
-#: Squares with their values written in them, and bars, at most.
+#: The most squares that get their values written in, and the most bars.
 MAX_WRITTEN, MAX_BARS = 150, 40
 
 Cell = tuple[int, int]
@@ -51,8 +51,8 @@ Cell = tuple[int, int]
 def heat_map(rows: Sequence[str], columns: int, values: Mapping[Cell, float], marked: Mapping[Cell, str], title: str) -> str:
     """Values by (row, column) on a logarithmic scale of colours; a row per kind of Linear, a column per block.
 
-    values: at least 0. marked: squares without a value that are hatched, and why; squares of neither kind stay empty.
-    title: what the picture shows, for those who do not see it. Raises ResourceError where there is no matplotlib.
+    values: at least 0. marked: squares without a value that are hatched, with the reason; other squares stay empty.
+    title: describes the picture for screen readers. Raises ResourceError where matplotlib is missing.
     """
     with _matplotlib() as (figure_of, patches, colormaps, norms):
         written = len(rows) * columns <= MAX_WRITTEN
@@ -80,7 +80,7 @@ def heat_map(rows: Sequence[str], columns: int, values: Mapping[Cell, float], ma
         axes.set(xlim=(-0.5, columns - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel="block")
         step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if columns <= 24 * step or step == 500)
         axes.set_xticks(range(0, columns, step))
-        axes.set_yticks(range(len(rows)), [_short(name) for name in rows])
+        axes.set_yticks(range(len(rows)), [_shorten(name) for name in rows])
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
@@ -89,21 +89,21 @@ def heat_map(rows: Sequence[str], columns: int, values: Mapping[Cell, float], ma
 
 
 def _put(axes: Any, square: Any) -> None:
-    """Add one of many squares, of which the layout needs to know nothing: looking at each takes most of the time otherwise."""
+    """Add one of many squares without taking part in the layout, which would take most of the time."""
     square.set_in_layout(False)
     axes.add_patch(square)
 
 
 def _colour_bar(figure: Any, axes: Any, norm: Any, colours: Any) -> None:
-    """Beside the map, as rectangles: what matplotlib would draw itself is a bitmap."""
+    """A colour bar beside the map, made of rectangles: matplotlib's own is a bitmap."""
     bar = axes.inset_axes((1.015, 0.0, 0.016, 1.0))
     low, high = math.log10(norm.vmin), math.log10(norm.vmax)
     steps = 64
     for i in range(steps):
         bar.axhspan(low + (high - low) * i / steps, low + (high - low) * (i + 1) / steps, facecolor=colours(i / (steps - 1)))
     bar.set(xlim=(0, 1), ylim=(low, high), xticks=[])
-    whole = list(range(math.ceil(low), math.floor(high) + 1))
-    places = whole[:: max(1, len(whole) // 6)] if len(whole) > 1 else [low, high]
+    decades = list(range(math.ceil(low), math.floor(high) + 1))
+    places = decades[:: max(1, len(decades) // 6)] if len(decades) > 1 else [low, high]
     bar.set_yticks(places, [f"{10**place:.0e}".replace("e-0", "e-") for place in places])
     bar.yaxis.tick_right()
     bar.tick_params(length=2, labelsize=9)
@@ -113,9 +113,9 @@ def _colour_bar(figure: Any, axes: Any, norm: Any, colours: Any) -> None:
 
 
 def stacked_bars(labels: Sequence[str], totals: Sequence[float], parts: Sequence[Mapping[str, float]], title: str) -> str:
-    """Seconds by phase, a bar per run, the last ``MAX_BARS`` of them; what the phases leave of a run's seconds is its own part.
+    """Seconds by phase, a bar per run, for the last ``MAX_BARS`` runs; time outside all phases is a part of its own.
 
-    Phases beyond the largest are one. title: as for ``heat_map``. Raises ResourceError where there is no matplotlib.
+    All but the longest phases share one part. title: as for ``heat_map``. Raises ResourceError where matplotlib is missing.
     """
     labels, totals, parts = labels[-MAX_BARS:], totals[-MAX_BARS:], parts[-MAX_BARS:]
     sums: dict[str, float] = {}
@@ -138,13 +138,13 @@ def stacked_bars(labels: Sequence[str], totals: Sequence[float], parts: Sequence
         for number, (name, values, colour) in enumerate(series):
             scaled = [value / scale for value in values]
             edge = {"edgecolor": _INK, "hatch": "...", "linewidth": 0.5} if colour == "none" else {"linewidth": 0}
-            bars = axes.barh(range(len(labels)), scaled, left=left, height=0.62, color=colour, label=_short(name), **edge)
+            bars = axes.barh(range(len(labels)), scaled, left=left, height=0.62, color=colour, label=_shorten(name), **edge)
             for run, bar in enumerate(bars):
                 bar.set_gid(f"part-{run}-{number}")
                 titles[f"part-{run}-{number}"] = f"{labels[run]}: {name} {values[run]:.1f} s"
             left = [before + value for before, value in zip(left, scaled, strict=True)]
         axes.set(ylim=(len(labels) - 0.5, -0.5), xlim=(0, max([*left, 1e-9]) * 1.01), xlabel=unit)
-        axes.set_yticks(range(len(labels)), [_short(label) for label in labels])
+        axes.set_yticks(range(len(labels)), [_shorten(label) for label in labels])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         if series:
@@ -156,13 +156,13 @@ def _unit(seconds: float) -> tuple[str, float]:
     return ("hours", 3600.0) if seconds >= 7200 else ("minutes", 60.0) if seconds >= 300 else ("seconds", 1.0)
 
 
-def _short(text: str, most: int = 40) -> str:
+def _shorten(text: str, most: int = 40) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 + 1 :]}"
 
 
 @contextlib.contextmanager
 def _matplotlib() -> Iterator[tuple[Any, Any, Any, Any]]:
-    """(what makes a figure of a size in inches, patches, colour maps, norms). Raises ResourceError where it is not installed."""
+    """(a function from a size in inches to a figure, patches, colour maps, norms). Raises ResourceError where it is not installed."""
     try:
         import matplotlib
         from matplotlib import colors, patches
@@ -179,12 +179,12 @@ def _matplotlib() -> Iterator[tuple[Any, Any, Any, Any]]:
         return figure
 
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_SETTINGS}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of characters that a font lacks: the reader's fonts are others
+        warnings.simplefilter("ignore")  # about characters that a font lacks: the page uses the reader's fonts
         yield figure_of, patches, matplotlib.colormaps, colors
 
 
 def _svg(figure: Any, name: str, title: str, titles: Mapping[str, str]) -> str:
-    """The picture as an element for a page. name: what its ids begin with. titles: of elements, by id."""
+    """The picture as an element for a page. name: the prefix of its ids. titles: tooltips of elements, by id."""
     buffer = io.StringIO()
     figure.patch.set_visible(False)
     for axes in figure.axes:

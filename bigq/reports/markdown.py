@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are Markdown; a bar in one does not end it."""
+    """A table. Cells are Markdown; bars in them are escaped."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -16,18 +16,18 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def block(text: str, language: str) -> str:
-    """Lines as they are."""
+    """A code block."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}\n"
 
 
 def code(text: str) -> str:
-    """A text as it is, in a line of Markdown."""
+    """A code span that shows the text literally."""
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{ticks}{pad}{text}{pad}{ticks}"
 
 
 def plain(text: str) -> str:
-    """A text in which no character means anything to Markdown or HTML."""
+    """A text with every character escaped that Markdown or HTML would interpret."""
     return re.sub(r"([\\`*_{}\[\]<>#|&!~$])", r"\\\1", text)

@@ -1,4 +1,4 @@
-"""How a report looks: the style sheet of its page."""
+"""The style sheet of a report."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d8dee4; --page: #ffffff; --panel: #f6f8fa;
@@ -47,7 +47,12 @@ figcaption { color: var(--soft); font-size: .88rem; }
 .picture [id*="cell-"] path, .picture [id*="heat-patch_"] path { shape-rendering: crispEdges; }
 ul { margin: .4rem 0; padding-left: 1.2rem; overflow-wrap: anywhere; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; overflow-wrap: anywhere; }
-@media (max-width: 34rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } h1 { font-size: 1.5rem; } }
+@media (max-width: 34rem) {
+  dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin-bottom: .5rem; }
+  h1 { font-size: 1.5rem; }
+  tbody th { min-width: 8rem; white-space: normal; overflow-wrap: anywhere; }
+}
 @media print {
   :root { --ink: #000; --soft: #444; --line: #bbb; --page: #fff; --panel: #fff; --good: #0b6e4f; --open: #9a5b00; }
   main { max-width: none; padding: 0; }

@@ -1,33 +1,34 @@
-"""``bigq report``: from a job's folder to a file that tells of it."""
+"""``bigq report``: from the records in an output folder to an HTML report or a model card."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from bigq.errors import BusyError, UsageError
+from bigq.errors import UsageError
 from bigq.inspect.history import History, read_history
 from bigq.io.atomic import write_bytes
 from bigq.progress.terminal import tell
 from bigq.reports import charts
 from bigq.reports.card import put_card
-from bigq.reports.html import Pictures, render
+from bigq.reports.html import render
+from bigq.reports.html_quality import Pictures
 from bigq.reports.model_card import model_card, source_readme
 
-#: Of the map of errors: kinds of Linears, and squares. Models have some hundreds; a record may say anything.
+#: Kinds of Linears and squares in the map of errors. Models have some hundreds; a record may say anything.
 MAX_ROWS, MAX_SQUARES = 100, 3_000
 
 
 def write_report(out: Path, file: Path | None = None) -> Path:
-    """Write the report of the job in ``out`` to ``file``, or to OUT-report.html beside OUT; returns which file that is.
+    """Write the report of the folder ``out`` to ``file``, by default to OUT-report.html beside OUT; returns its path.
 
-    Raises UsageError where ``out`` holds no job or ``file`` is none that can be written, ResourceError where writing fails or matplotlib
-    is missing.
+    Raises UsageError where neither ``quantize`` nor ``convert`` wrote ``out`` or ``file`` cannot be written, ResourceError where
+    writing fails or matplotlib is missing.
     """
     folder = Path(os.path.realpath(out))
     history = read_history(folder)
     if not folder.name:
-        raise UsageError(f"{folder}: every file lies in it, and bigq verify objects to strange ones; move the job to a folder of its own")
+        raise UsageError(f"{folder}: every file lies in it, and bigq verify rejects foreign files; move the model to a folder of its own")
     file = folder.with_name(f"{folder.name}-report.html") if file is None else file
     _require_file(file, folder)
     write_bytes(file, render(history, pictures_of(history)).encode("utf-8", "replace"))
@@ -35,23 +36,27 @@ def write_report(out: Path, file: Path | None = None) -> Path:
 
 
 def _require_file(file: Path, folder: Path) -> None:
-    """Raise UsageError where the report of the job in ``folder`` cannot be ``file``."""
+    """Raise UsageError where the report of ``folder`` cannot be written to ``file``."""
     if os.path.isdir(file):
         raise UsageError(f"--out {file}: is a folder; name a file, such as {file / 'report.html'}")
     if os.path.lexists(file) and not os.path.isfile(file):
-        raise UsageError(f"--out {file}: is no ordinary file; name another")
+        raise UsageError(f"--out {file}: is not a regular file; name another")
     if not os.path.isdir(file.parent):
         raise UsageError(f"--out {file}: its folder does not exist; make it first, or name a file elsewhere")
     if folder in Path(os.path.realpath(file)).parents:
-        raise UsageError(f"--out {file}: lies in the job's folder, where bigq verify would object to it; name a file elsewhere")
+        raise UsageError(f"--out {file}: lies in OUT, where bigq verify would reject it; name a file elsewhere")
 
 
 def pictures_of(history: History) -> Pictures:
-    """What can be drawn of a job. Raises ResourceError where matplotlib is missing."""
+    """The pictures of a history. Raises ResourceError where matplotlib is missing."""
     names = history.names[:MAX_ROWS]
     rows = {name: row for row, name in enumerate(names)}
     # The output head is in no block.
-    values = {(rows[each.name], i): each.error for each in history.linears if (i := each.block) is not None and each.name in rows}
+    values = {
+        (rows[each.name], i): each.error
+        for each in history.linears
+        if (i := each.block) is not None and each.name in rows and each.error is not None
+    }
     marked = {(rows[each.name], i): each.reason for each in history.left_out if (i := each.block) is not None and each.name in rows}
     blocks = max([history.blocks or 0, *(column + 1 for _, column in (*values, *marked))])
     columns = min(blocks, MAX_SQUARES // max(1, len(names)))
@@ -73,13 +78,10 @@ def pictures_of(history: History) -> Pictures:
 def write_model_card(out: Path) -> Path:
     """Write OUT/README.md as a model card; returns its path.
 
-    Raises BusyError while a job runs there, UsageError where the job in ``out`` is not finished, or lacks the GGUF file that it was
-    to make.
+    Raises UsageError where the job in ``out`` is not finished, or its GGUF file is missing.
     """
     history = read_history(out)
-    if history.state == "running":
-        raise BusyError(f"{out}: another bigq job is writing to this folder; wait for it or stop it")
-    if not history.finished:
+    if not history.is_finished:
         raise UsageError(f"{out}: the job is not finished ({history.state}), so there is nothing to publish; finish it first")
     card = model_card(history, source_readme(out, history))
     return put_card(out, card.encode("utf-8", "replace"), tell)

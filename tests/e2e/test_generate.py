@@ -153,14 +153,14 @@ def test_a_packed_model_takes_less_than_a_dense_one(ids_file: Path, tmp_path: Pa
     pager = Pager(tmp_path / "out", device=torch.device("cpu"))
     largest = 512 * 1024 * 4
     for packed, size in sizes.items():
-        needed = load.needed(pager, 0, packed=packed)
+        needed = load.bytes_needed(pager, 0, packed=packed)
         assert size - 2**16 < needed < size + 2 * largest + 2**16
-    for there, expected in ((2**40, False), (load.needed(pager, 0, packed=True), True)):
+    for there, expected in ((2**40, False), (load.bytes_needed(pager, 0, packed=True), True)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(load, "host_budget", lambda _, there=there: there)
             assert load.choose_packed(pager, 0) is expected
             said: list[str] = []
-            model = load.load_whole(Pager(tmp_path / "out", device=torch.device("cpu")), say=said.append)
+            model = load.load_resident(Pager(tmp_path / "out", device=torch.device("cpu")), say=said.append)
             assert bool(packed_linears(model)) is expected and len(said) == int(expected)
             if expected:
                 with pytest.raises(ResourceError, match=r"needs .* but cpu has"):

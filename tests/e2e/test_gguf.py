@@ -510,6 +510,6 @@ def test_convert_makes_the_same_file(
     write_gguf(tmp_path / "out", tmp_path / "y.gguf")
     assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "y.gguf").read_bytes()
     assert main(["convert", str(tmp_path / "out"), str(tmp_path / "x.gguf"), "--to", "gguf"]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert main(["convert", str(checkpoint("qwen2")), str(tmp_path / "z.gguf"), "--to", "gguf"]) == 2
     assert "is not quantized" in capsys.readouterr().err and not (tmp_path / "z.gguf").exists()

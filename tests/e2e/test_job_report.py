@@ -22,12 +22,14 @@ from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import BusyError, CheckpointError, NumericsError, UsageError
 from bigq.infer.evaluate import EvalConfig
-from bigq.inspect.history import BY_RULE, UNFIT, read_history
+from bigq.inspect.history import read_history
+from bigq.inspect.linear_results import BY_RULE, UNFIT
 from bigq.inspect.verify import verify
 from bigq.io.checksum import unseal
 from bigq.job.finish import CARD_MARK
 from bigq.job.journal import Journal
 from bigq.reports import write
+from bigq.reports.style import STYLE
 from bigq.reports.write import write_model_card, write_report
 from bigq.scheme import QuantScheme, Rule
 
@@ -133,9 +135,9 @@ def test_a_finished_job_whose_end_cannot_be_recorded_is_finished(
     bigq.quantize(str(source), out, job(ids_file, quiet=False))
     faults.disarm()
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert len(warnings) == 1 and "runs.jsonl: No space left" in warnings[0] and "the output is complete" in warnings[0]
+    assert len(warnings) == 1 and "runs.jsonl: cannot be written: No space left" in warnings[0] and "the output is complete" in warnings[0]
     assert "ended" not in runs(out)[0] and verify(out) == []
-    assert read_history(out).runs[0].outcome == "no word"
+    assert read_history(out).runs[0].outcome == "not recorded"
 
 
 # The record of evaluations.
@@ -177,7 +179,7 @@ def test_a_folder_that_cannot_be_written_costs_an_evaluation_one_warning(
     faults.disarm()
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert result.perplexity > 1 and len(warnings) == 1
-    assert "evaluations.jsonl: Read-only file system" in warnings[0] and "the result is not kept with the job" in warnings[0]
+    assert "evaluations.jsonl: cannot be written: Read-only file system" in warnings[0] and "the result is not recorded" in warnings[0]
     assert (out / ".bigq" / "evaluations.jsonl").read_bytes() == before
 
 
@@ -244,12 +246,30 @@ def test_the_page_can_be_read_by_everybody(page: Page) -> None:
     assert len({*ids}) == len(ids), "an id is used twice"
 
 
+def test_the_title_is_the_models_name(page: Page, source: Path, finished: Path) -> None:
+    """Not that of the folder, which is often "out"."""
+    assert finished.name == "out" and source.name == "m"
+    text = page.text
+    assert text.lstrip().startswith("m: bigq report") and "bigq reportmfinished" in text
+
+
+def test_wide_parts_scroll_on_a_phone(page: Page) -> None:
+    """Each table and picture in a box of its own; the page itself is as wide as the screen."""
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+    wide = [attributes for tag, attributes in page.tags if tag == "div" and attributes.get("class") == "wide"]
+    assert len(wide) == sum(tag in ("table", "svg") for tag, _ in page.tags) and all(each["tabindex"] == "0" for each in wide)
+    inside = [tag for before, (tag, _) in zip(page.tags, page.tags[1:], strict=False) if before == ("div", wide[0]) or before[1] in wide]
+    assert {*inside} == {"table", "svg"}
+    assert re.search(r"\.wide \{[^}]*overflow-x: auto", STYLE)
+    assert re.search(r"@media \(max-width[^@]*tbody th \{[^}]*white-space: normal", STYLE)
+
+
 def test_the_page_tells_what_is_known(page: Page, finished: Path) -> None:
     history = read_history(finished)
     cells = [attributes["id"] for tag, attributes in page.tags if tag == "g" and (attributes.get("id") or "").startswith("heat-cell-")]
     assert len(cells) == 21 and len(history.linears) == 20 and [left.reason for left in history.left_out] == [BY_RULE]
     assert f"block 1, self_attn.o_proj: {BY_RULE}" in page.text
-    worst = history.worst(1)[0]
+    worst = history.largest_errors(1)[0]
     assert f"{worst.error:.2e}" in page.text and f"{worst.shape[0]} × {worst.shape[1]}" in page.text
     assert "--rule '.*\\.down_proj:bits=8'" in page.text and "'<b>:bits=8'" in page.text
     judged = history.evaluations[0]
@@ -301,28 +321,32 @@ def test_a_quantized_head_counts_and_is_in_no_block(method: str, source: Path, i
     bigq.quantize(str(source), tmp_path / "out", job(ids_file, lm_head=True, rules=rules, method=method, alpha=0.25))
     history = read_history(tmp_path / "out")
     head = history.head
-    assert head is not None and len(history.linears) == 22 and history.worst(1) == [head]
+    assert head is not None and len(history.linears) == 22 and history.largest_errors(1) == [head]
     assert (head.name, head.shape, head.bits) == ("lm_head", (128, 64), 2) and "lm_head" not in history.names and history.left_out == ()
     text = write_report(tmp_path / "out").read_text(encoding="utf-8")
     assert len(re.findall('<g id="heat-cell-', text)) == 21
     page = Page(text).text
     assert "output head, lm_head" in page and f"lm_head–{head.error:.2e}128 × 642" in page and "lm_head, quantized" in page
-    assert ("W* is the weight as corrected" in page) == ("strength alpha 0.25" in page) == (method == "gptaq")
+    assert ("W* is the weight corrected" in page) == ("with alpha 0.25" in page) == (method == "gptaq")
     assert "| `lm_head` | – |" in write_model_card(tmp_path / "out").read_text(encoding="utf-8")
 
 
 def test_a_head_that_cannot_be_quantized_is_left_out(source: Path, ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bigq.methods import gptq
 
-    def failing(*_: Any, name: str, **__: Any) -> Any:
-        raise NumericsError(f"{name}: cannot be factored; use more")
+    factorize = gptq.factorize
+
+    def failing(h: Any, *, name: str, **options: Any) -> Any:
+        if name == "lm_head":
+            raise NumericsError(f"{name}: cannot be factored; use more")
+        return factorize(h, name=name, **options)
 
     monkeypatch.setattr(gptq, "factorize", failing)
     bigq.quantize(str(source), tmp_path / "out", job(ids_file, lm_head=True, on_nonfinite="skip", rules=()))
     history = read_history(tmp_path / "out")
     assert history.head is None and [(left.block, left.name) for left in history.left_out] == [(None, "lm_head")]
-    assert "although it was to be quantized: cannot be factored" in write_model_card(tmp_path / "out").read_text(encoding="utf-8")
-    assert "Left unquantized: 1 Linear" in write_report(tmp_path / "out").read_text(encoding="utf-8")
+    assert "unquantized, as it failed: cannot be factored" in write_model_card(tmp_path / "out").read_text(encoding="utf-8")
+    assert "Unquantized: 1 Linear" in write_report(tmp_path / "out").read_text(encoding="utf-8")
 
 
 def test_a_job_of_gguf_counts_both_files(source: Path, ids_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -382,10 +406,13 @@ def test_raised_damping_and_skipped_linears_are_told(source: Path, ids_file: Pat
     monkeypatch.setattr(gptq, "factorize", failing)
     bigq.quantize(str(source), tmp_path / "out", job(ids_file, on_nonfinite="skip"))
     history = read_history(tmp_path / "out")
-    assert {(linear.block, linear.name) for linear in history.linears if linear.raised} == {(1, "mlp.gate_proj"), (1, "mlp.up_proj")}
+    assert {(linear.block, linear.name) for linear in history.linears if linear.has_raised_damping} == {
+        (1, "mlp.gate_proj"),
+        (1, "mlp.up_proj"),
+    }
     assert {left.name: left.reason for left in history.left_out if not left.wanted} == {"mlp.down_proj": "cannot be factored"}
     text = write_report(tmp_path / "out").read_text(encoding="utf-8")
-    assert "Damping raised: 2 Linears" in text and "Left unquantized: 2 Linears" in text and "cannot be factored" in text
+    assert "Damping raised: 2 Linears" in text and "Unquantized: 2 Linears" in text and "cannot be factored" in text
     assert UNFIT not in text
 
 
@@ -403,7 +430,7 @@ def test_by_default_the_page_lies_beside_the_folder(out: Path, capsys: pytest.Ca
 
 def test_a_page_within_the_folder_is_refused(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(out), "--out", str(out / "x.html")]) == 2
-    assert "lies in the job's folder" in capsys.readouterr().err and not (out / "x.html").exists()
+    assert "lies in OUT" in capsys.readouterr().err and not (out / "x.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -411,7 +438,7 @@ def test_a_page_within_the_folder_is_refused(out: Path, capsys: pytest.CaptureFi
     [
         ("", "is a folder; name a file, such as {}/report.html"),
         ("missing/x.html", "its folder does not exist; make it first"),
-        ("pipe", "is no ordinary file"),
+        ("pipe", "is not a regular file"),
     ],
 )
 def test_a_page_that_can_be_no_file_is_refused(file: str, said: str, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -505,7 +532,7 @@ def test_only_a_finished_and_sound_job_gets_a_card(out: Path, source: Path, ids_
     before = hashlib.sha256((out / "README.md").read_bytes()).hexdigest()
     manifest = out / ".bigq" / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:-5])
-    with pytest.raises(CheckpointError, match=r"manifest\.json: is damaged"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json: damaged"):
         write_model_card(out)
     assert hashlib.sha256((out / "README.md").read_bytes()).hexdigest() == before
 
@@ -531,7 +558,7 @@ def test_a_job_with_a_card_is_not_disturbed_by_the_job_that_runs(
 
 
 def test_the_report_of_a_killed_process(child: Callable[..., Any], source: Path, ids_file: Path, tmp_path: Path) -> None:
-    """By the command line: what was typed is in the page, and a run that left no word is told as such."""
+    """By the command line: what was typed is in the page, and a run that was killed has no recorded end."""
     out = tmp_path / "out"
     words = ["quantize", source, out, "--calibration", ids_file, "--samples", "4", "--seqlen", "16", "--group-size", "32", "--quiet"]
     killed = child("-m", "bigq", *words, env={"BIGQ_FAULT": "block.solved:2:kill"})
@@ -539,4 +566,4 @@ def test_the_report_of_a_killed_process(child: Callable[..., Any], source: Path,
     done = child("-m", "bigq", "report", out)
     assert done.returncode == 0, done.stderr
     text = Page((tmp_path / "out-report.html").read_text(encoding="utf-8")).text
-    assert "not finished (killed)" in text and "no word" in text and f"{source} {out} --calibration {ids_file}" in text
+    assert "not finished (killed)" in text and "not recorded" in text and f"{source} {out} --calibration {ids_file}" in text

@@ -294,7 +294,7 @@ def test_a_quantization_config_that_is_not_the_jobs_is_found(file: str, out: Pat
     path = out / file
     path.write_text(path.read_text().replace('"bits": 4', '"bits": 2'))
     reseal(out)
-    assert verify(out) == [f"{file}: does not say what the job's record says of how it quantized"]
+    assert verify(out) == [f"{file}: differs from the settings in the job's record"]
 
 
 def test_a_model_with_code_of_its_own_is_not_run_unasked(out: Path) -> None:
@@ -402,7 +402,7 @@ def test_a_manifest_that_leaves_a_file_out_is_found(file: str, out: Path) -> Non
     assert manifest is not None
     del manifest["files"][file]
     save_record(out / ".bigq" / "manifest.json", manifest)
-    assert f".bigq/manifest.json: says nothing of {file}" in verify(out)
+    assert f".bigq/manifest.json: does not list {file}" in verify(out)
 
 
 @pytest.mark.parametrize("value", [{}, {"files": []}, {"files": {"config.json": 3}}, {"files": {"../x": {"size": 1, "sha256": ""}}}])
@@ -459,7 +459,7 @@ def test_an_unfinished_job_says_so_and_what_is_wrong_besides(
 ) -> None:
     out = tmp_path / "out"
     interrupted(source, out, job(ids_file, checkpoint_every=0.0), 3, monkeypatch)
-    unfinished = f"{out}: the job is not finished, 3 shards are committed; run the same command again to go on"
+    unfinished = f"{out}: the job is not finished, 3 shards are committed; run the same command again to resume it"
     assert verify(out) == [unfinished]
     (saved,) = (out / ".bigq").glob("activations-*.safetensors")
     data = saved.read_bytes()
@@ -494,7 +494,7 @@ def test_what_a_running_job_is_about_is_left_alone(source: Path, ids_file: Path,
     assert len(verify(out)) == 1 + len(passing)
     owner = json.loads((out / ".bigq" / "owner.json").read_text())
     (out / ".bigq" / "owner.json").write_text(json.dumps({**owner, "machine": "elsewhere", "outcome": None}))
-    assert verify(out) == [f"{out}: the job is not finished, 2 shards are committed; a job is at it"]
+    assert verify(out) == [f"{out}: the job is not finished, 2 shards are committed; a job is running"]
 
 
 def test_a_job_that_was_only_begun(tmp_path: Path) -> None:

@@ -17,11 +17,13 @@ import bigq
 from bigq.config import JobConfig
 from bigq.errors import BigqError
 from bigq.infer.evaluate import EvalConfig
+from bigq.inspect.bounds import MAX_NUMBER, MAX_TEXT, text
 from bigq.inspect.evaluations import record_evaluation
-from bigq.inspect.history import MAX_BLOCKS, read_history
-from bigq.inspect.untrusted import MAX_NUMBER, MAX_TEXT, text
+from bigq.inspect.history import read_history
+from bigq.inspect.linear_results import MAX_BLOCKS
 from bigq.io.checksum import save_record, seal, unseal
-from bigq.reports.html import MOST_ROWS, Pictures, render
+from bigq.reports.html import render
+from bigq.reports.html_quality import MOST_ROWS, Pictures
 from bigq.reports.model_card import model_card
 from bigq.reports.write import MAX_SQUARES, pictures_of
 from bigq.scheme import QuantScheme, Rule
@@ -158,7 +160,7 @@ def test_more_blocks_than_any_model_has_are_cut(out: Path) -> None:
     pictures = pictures_of(history)
     assert pictures.cut and pictures.errors is not None and pictures.errors.count('<g id="heat-cell-') <= MAX_SQUARES
     page = render(history, pictures)
-    assert "Not all blocks" in page and page.count("left as it is by --skip") < MOST_ROWS + MAX_BLOCKS
+    assert "Not all blocks" in page and 0 < page.count("skipped by --skip") < MOST_ROWS + MAX_BLOCKS
 
 
 def test_without_what_newer_runs_record_there_is_a_page_all_the_same(out: Path) -> None:
@@ -169,7 +171,7 @@ def test_without_what_newer_runs_record_there_is_a_page_all_the_same(out: Path) 
     assert history.runs[0].seconds is None and history.source_bytes is None and history.all_bits is None
     assert len(history.names) == 6, "those that were quantized"
     page = render(history, pictures_of(history))
-    assert "No run has ended with a word on its time." in page and "not recorded" in page
+    assert "No run has recorded its time yet." in page and "not recorded" in page
 
 
 @pytest.mark.parametrize("name", ["job.json", "runs.jsonl", "journal.jsonl", "evaluations.jsonl"])

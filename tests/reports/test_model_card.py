@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from bigq.config import JobConfig
-from bigq.inspect.history import History, Judged, LeftOut, LinearResult, Run
+from bigq.inspect.evaluations import EvaluationResult
+from bigq.inspect.history import History, Run
+from bigq.inspect.linear_results import LeftOut, LinearResult
 from bigq.reports.model_card import base_model, licence_lines, model_card, source_readme
 from bigq.scheme import QuantScheme, Rule
 
@@ -44,10 +46,10 @@ def packed(block: int | None = 0, name: str = "a|b`c", bits: int = 4, group_size
 HEAD = packed(None, "lm_head")
 
 
-def evaluated(**changes: Any) -> Judged:
-    values: dict[str, Any] = dict.fromkeys((field.name for field in dataclasses.fields(Judged)), None)
+def evaluated(**changes: Any) -> EvaluationResult:
+    values: dict[str, Any] = dict.fromkeys((field.name for field in dataclasses.fields(EvaluationResult)), None)
     values |= {"at": "2026-01-01", "data": "/home/somebody/heldout.txt", "samples": 2, "seqlen": 64, "dtype": "auto", "tokens": 126}
-    return Judged(**{**values, "perplexity": 5.25, "of_source": False, **changes})
+    return EvaluationResult(**{**values, "perplexity": 5.25, "of_source": False, **changes})
 
 
 def history(**changes: Any) -> History:
@@ -147,7 +149,7 @@ def test_names_cannot_break_out_of_tables_or_code() -> None:
     card = model_card(history(), "")
     rows = [line for line in card.splitlines() if line.startswith("|")]
     assert r"| ``a\|b`c`` | 0 | 1.00e-03 |" in rows
-    assert "# my\\_model-4bit" in card and "CPU\\_1" in card
+    assert "# some-model, quantized" in card and "# my\\_model" in model_card(history(runs=()), "") and "CPU\\_1" in card
 
 
 def made(*linears: LinearResult, format: str = "gptq", **changes: Any) -> History:
@@ -214,7 +216,7 @@ def test_each_format_has_its_tags_and_its_packages(format: str, tags: list[str],
 
 def test_of_gguf_both_sizes_are_told() -> None:
     card = model_card(made(packed(), format="gguf"), "")
-    assert "| size of model.gguf | 1.0 MiB |" in card and "| size of the safetensors shards, the same model once more | 1.9 MiB |" in card
+    assert "| size of model.gguf | 1.0 MiB |" in card and "| size of the safetensors shards, which hold the same model | 1.9 MiB |" in card
     assert "| bits per parameter of the whole checkpoint (safetensors) | 3.20 |" in card
     assert "shards beside it are the same model in the checkpoint format `gptq_v2`" in card
 
@@ -262,23 +264,23 @@ def test_who_refuses_asymmetric_gptq_is_told() -> None:
 
 def test_a_quantized_head_is_told_everywhere() -> None:
     card = model_card(made(packed(), dataclasses.replace(HEAD, error=0.5, stored_bits=40_960), lm_head=True), "")
-    assert "| output head | quantized too (`lm_head`) |" in card and "| Linears quantized | 2, the output head among them |" in card
+    assert "| output head | quantized (`lm_head`) |" in card and "| Linears quantized | 2, the output head among them |" in card
     assert "| `lm_head` | – | 5.00e-01 |" in card
     assert f"| {(20_000 + 40_960) / (2 * 64 * 64):.2f} |" in card
-    assert "| output head | left as it is |" in model_card(made(packed()), "")
-    assert "| output head | left as it is, by a rule |" in model_card(made(packed(), lm_head=True), "")
+    assert "| output head | unquantized |" in model_card(made(packed()), "")
+    assert "| output head | unquantized, by a rule |" in model_card(made(packed(), lm_head=True), "")
     failed = dataclasses.replace(
         made(packed(), lm_head=True), left_out=(LeftOut(block=None, name="lm_head", reason="not finite", wanted=False),)
     )
-    assert "although it was to be quantized: not finite" in model_card(failed, "")
-    assert "Linears in the blocks that stay" not in model_card(failed, "")
+    assert "unquantized, as it failed: not finite" in model_card(failed, "")
+    assert "unquantized Linears in the blocks" not in model_card(failed, "")
 
 
 @pytest.mark.parametrize(
     ("method", "named", "errors"),
     [
         ("gptq", "GPTQ", "errors of outputs on the calibration text (squared norms)"),
-        ("gptaq", "GPTQ with asymmetric calibration, GPTAQ", "against the weights as corrected"),
+        ("gptaq", "GPTQ with asymmetric calibration, GPTAQ", "against the weights corrected"),
         ("rtn", "round-to-nearest", "errors of weights"),
     ],
 )

@@ -1,13 +1,13 @@
-"""Values from records that anybody can make: of the right type and within bounds, or unknown."""
+"""Bounds on values from records, which anybody can write: a value has the right type and is within bounds, or it is unknown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-#: Characters of a text that are taken, and how many things of a kind.
+#: Characters of a text, and things of a kind, that are read.
 MAX_TEXT, MAX_ITEMS = 2000, 1000
-#: No error, perplexity or number of seconds is larger and means anything; sums and ratios of what is not stay finite.
+#: No meaningful error, perplexity or number of seconds is larger. Sums and ratios of smaller ones stay finite.
 MAX_NUMBER = 1e12
 
 
@@ -29,7 +29,7 @@ def number(value: Any) -> float | None:
 
 
 def durations(value: Any) -> dict[str, float]:
-    """Seconds by name, those that are known."""
+    """Seconds by name; those that are unknown are dropped."""
     return {text(name): known for name, said in list(mapping(value).items())[:50] if (known := number(said)) is not None}
 
 

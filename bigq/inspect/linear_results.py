@@ -1,0 +1,148 @@
+"""What became of each Linear, by the commits of a job or a conversion: packed with which error, or left unquantized and why."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bigq.config import JobConfig
+from bigq.inspect.bounds import count, number, text
+from bigq.io.formats import Format, PackedLinear
+from bigq.job.journal import Commit
+from bigq.methods import method_of
+from bigq.scheme import QuantScheme, scheme_for
+
+#: Blocks of a model, and Linears in one, that are read.
+MAX_BLOCKS, MAX_LINEARS = 2000, 400
+#: Linears in a shard that may hold many blocks.
+MAX_SHARD_LINEARS = 50_000
+
+BY_RULE = "skipped by --skip"
+UNFIT = "too small for the format, or calibration never reaches it"
+
+BLOCK_UNIT = re.compile(r"block-(0|[1-9]\d{0,5})")
+_HEAD_UNIT, _SHARD_UNIT = "head-0", re.compile(r"shard-\d+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearResult:
+    """A quantized Linear: its shape [outputs, inputs], its relative error and the damping that was used.
+
+    error, damping: None in a folder that was converted from another tool's checkpoint. block: None for the output head.
+    symmetric, asked (the damping that its scheme asks for), stored_bits (of all tensors that the format stores for it): None where
+    unknown or not applicable.
+    """
+
+    block: int | None
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    symmetric: bool | None
+    error: float | None
+    damping: float | None
+    asked: float | None
+    stored_bits: int | None
+
+    @property
+    def has_raised_damping(self) -> bool:
+        """Whether it took more damping than its scheme asks for."""
+        return self.asked is not None and self.damping is not None and self.damping > self.asked * (1 + 1e-6)
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """A Linear that stays unquantized. block: None for the output head. wanted: whether a rule says so."""
+
+    block: int | None
+    name: str
+    reason: str
+    wanted: bool
+
+
+def linear_results(
+    commits: Iterable[Commit], config: JobConfig | None, format: Format | None, float_bits: int
+) -> tuple[list[LinearResult], list[LeftOut]]:
+    """The quantized Linears, and those that could not be quantized. float_bits: of one number of the source."""
+    linears: list[LinearResult] = []
+    left_out: list[LeftOut] = []
+    for unit_block, commit in _units(commits):
+        many_blocks = _SHARD_UNIT.fullmatch(commit.unit) is not None
+        for record in commit.linears[: MAX_SHARD_LINEARS if many_blocks else MAX_LINEARS]:
+            full = str(record.get("name", ""))
+            block = count(record.get("block")) if many_blocks else unit_block
+            if block is not None and block >= MAX_BLOCKS:
+                continue
+            scheme = None if config is None else scheme_for(full, config.base_scheme, config.rules)
+            result = _linear(block, text(_name_in_block(full, block)), record, config, scheme, format, float_bits)
+            linears += [] if result is None else [result]
+        for full in commit.left_out[:MAX_LINEARS]:
+            reason = text((commit.skipped or {}).get(full, UNFIT))
+            left_out.append(LeftOut(block=unit_block, name=text(_name_in_block(full, unit_block)), reason=reason, wanted=False))
+    return linears, left_out
+
+
+def _units(commits: Iterable[Commit]) -> Iterator[tuple[int | None, Commit]]:
+    """Each block once, by number; after them the output head, and the shards of a converted folder that are no units of a job."""
+    found = {int(match[1]): commit for commit in commits if (match := BLOCK_UNIT.fullmatch(commit.unit))}
+    head = [commit for commit in commits if commit.unit == _HEAD_UNIT]
+    yield from sorted((i, commit) for i, commit in found.items() if i < MAX_BLOCKS)
+    yield from ((None, commit) for commit in head[-1:])
+    yield from ((None, commit) for commit in commits if _SHARD_UNIT.fullmatch(commit.unit))
+
+
+def _name_in_block(full: str, block: int | None) -> str:
+    """The name of a Linear within its block: what follows the block's number."""
+    _, found, name = f".{full}".partition(f".{block}.")
+    return name if found else full
+
+
+def _linear(
+    block: int | None,
+    name: str,
+    record: Mapping[str, Any],
+    config: JobConfig | None,
+    scheme: QuantScheme | None,
+    format: Format | None,
+    float_bits: int,
+) -> LinearResult | None:
+    """None where a record is not one."""
+    try:
+        m, n = record["shape"]
+        sizes = [count(value) for value in (m, n, record["bits"])]
+        group_size = record["group_size"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    error, damping = number(record.get("relative_error")), number(record.get("damping"))
+    unmeasured = "relative_error" not in record and "damping" not in record
+    if None in sizes or type(group_size) is not int or not name or (None in (error, damping) and not unmeasured):
+        return None
+    outputs, inputs, bits = (value or 0 for value in sizes)
+    symmetric = scheme.symmetric if scheme is not None else record["symmetric"] if type(record.get("symmetric")) is bool else None
+    stored = None
+    if format is not None and symmetric is not None:
+        groups = 1 if group_size == -1 else inputs // max(group_size, 1)
+        packed = PackedLinear(bits=bits, outputs=outputs, inputs=inputs, groups=groups)
+        tensors = format.layout(name, packed, symmetric, torch.float32 if float_bits == 32 else torch.float16).values()
+        stored = sum(8 * dtype.itemsize * math.prod(shape) for dtype, shape in tensors)
+    return LinearResult(
+        block=block,
+        name=name,
+        shape=(outputs, inputs),
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        error=error,
+        damping=damping,
+        asked=None if scheme is None or config is None or not method_of(config).calibrated else scheme.damping,
+        stored_bits=stored,
+    )
