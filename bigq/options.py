@@ -228,11 +228,15 @@ def _kinds(hint: Any) -> tuple[tuple[type, ...], bool, tuple[Any, ...]]:
     return (typing.get_origin(hint) or hint,), False, ()
 
 
+#: Values that a message repeats whole; others may be large, such as token ids.
+_SCALARS = (str, int, float, os.PathLike, type(None))
+
+
 def settle(config: Any) -> None:
     """Convert and check all fields of a frozen dataclass of options, for its ``__post_init__``. Raises UsageError."""
     for name, each in table(type(config)).items():
         given = getattr(config, name)
-        value = given if each.convert is None else each.convert(given, each.label(given))
+        value = given if each.convert is None else each.convert(given, each.label(given) if isinstance(given, _SCALARS) else each.name)
         if not each.fits(value):
             expected = " or ".join(_ARTICLES.get(kind, f"a {kind.__name__}") for kind in each.types) + (" or None" if each.none else "")
             raise UsageError(f"{type(config).__name__}: {name} must be {expected}, not {shown(value)}")
