@@ -196,7 +196,7 @@ def test_what_a_job_is_given_and_what_it_holds(given: dict[str, Any], as_if: dic
         ({"ram": -1}, "--ram -1: must be at least 0"),
         ({"samples": "8"}, "JobConfig: samples must be an int, not '8'"),
         ({"alpha": "0.5"}, "JobConfig: alpha must be a number, not '0.5'"),
-        ({"calibration": 5}, "JobConfig: calibration must be a string, not 5"),
+        ({"calibration": 5}, "--calibration: an int is not calibration data"),
         ({"device": None}, "JobConfig: device must be a string, not None"),
         ({"quiet": "yes"}, "JobConfig: quiet must be True or False, not 'yes'"),
         ({"method": ["gptq"]}, "JobConfig: method must be a string, not ['gptq']"),

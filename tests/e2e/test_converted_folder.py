@@ -177,7 +177,7 @@ NAME = "model.layers.1.mlp.up_proj"
 VALUES: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor], str]] = {
     "scale": ("scales", lambda t: t.fill_(float("nan")), "holds NaN or Inf"),
     "zero point": ("qzeros", lambda t: t - 1, "holds zero points other than 8"),
-    "group": ("g_idx", lambda t: t.zero_(), "does not number"),
+    "group": ("g_idx", lambda t: t.zero_(), "is not in natural order"),
 }
 
 
