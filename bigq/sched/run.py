@@ -90,6 +90,7 @@ def _finished_report(target: Target, commits: Sequence[Commit], display: Display
     """What is said of a job that was finished before."""
     blocks = sum(commit.unit.startswith("block-") for commit in commits)
     with Progress(blocks, target.device, target.config.quiet, display=display) as progress:
+        progress.start(blocks)
         progress.say(f"{target.out}: is finished already; nothing is left to do (bigq verify checks every byte)")
     return Report(
         out=str(target.out),
