@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bigq.errors import ResourceError
 from bigq.infer.packed_linear import PackedLinear
@@ -120,19 +120,12 @@ def _fill(pager: Pager) -> None:
     for name, param in list(model.named_parameters(remove_duplicate=False)):
         module, leaf = _owner(model, name)
         if id(param) not in made:
-            made[id(param)] = nn.Parameter(_value(pager, name, module), requires_grad=False)
+            made[id(param)] = nn.Parameter(pager.value_of(name), requires_grad=False)
         module._parameters[leaf] = made[id(param)]
     for name, _ in list(model.named_buffers()):
         if name in pager.sources:
             module, leaf = _owner(model, name)
             module._buffers[leaf] = read_tensor(pager.sources[name], keep_cached=False).to(pager.device)
-
-
-def _value(pager: Pager, name: str, module: nn.Module) -> Tensor:
-    if name not in pager.packed:
-        return read_tensor(pager.sources[name], keep_cached=False).to(device=pager.device, dtype=pager.dtype_of(name))
-    weight = pager.dequantized(name)
-    return weight.T.contiguous() if skeleton.is_transposed(module) else weight
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

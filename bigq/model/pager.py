@@ -111,6 +111,26 @@ class Pager(ModelDescription):
             found[name].check(tuple(param.shape))
         return found
 
+    def source_of(self, name: str) -> Source:
+        """How a parameter is stored."""
+        return self._weights[name]
+
+    def stored_under(self, path: str) -> set[str]:
+        """Names of the checkpoint's tensors that hold parameters and buffers of the module ``path``."""
+        found = {info.name for name, info in self.sources.items() if name.startswith(f"{path}.")}
+        return found | {info.name for name, source in self._weights.items() if name.startswith(f"{path}.") for info in source.tensors}
+
+    def has_source(self, name: str) -> bool:
+        """Whether a name is that of a parameter; buffers that are stored have a plain tensor in ``sources``."""
+        return name in self._weights
+
+    def value_of(self, name: str) -> Tensor:
+        """A parameter's value on the device, as the model computes with it."""
+        if name not in self.packed:
+            return self._weights[name].value(self._read, self.device, self.dtype_of(name))
+        weight = self.dequantized(name)
+        return weight.T.contiguous() if skeleton.is_transposed(self._owner(name)[0]) else weight
+
     def packed_source(self, name: str) -> PackedSource:
         """How the weight of a packed Linear is stored."""
         source = self._weights[name]
@@ -250,12 +270,7 @@ class Pager(ModelDescription):
             if name in self.sources:
                 module._buffers[leaf] = self._read(self.sources[name]).to(self.device)
             return
-        if name in self.packed:
-            weight = self.dequantized(name)
-            value = weight.T.contiguous() if skeleton.is_transposed(module) else weight
-        else:
-            value = self._weights[name].value(self._read, self.device, self.dtype_of(name))
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        module._parameters[leaf] = nn.Parameter(self.value_of(name), requires_grad=False)
 
     def _read(self, info: TensorInfo) -> Tensor:
         return read_tensor(info, keep_cached=False) if self._ahead is None else self._ahead.take(info)

@@ -301,7 +301,7 @@ def test_what_an_absurd_config_takes_is_bounded(kind: str, checkpoint: Callable[
     assert "Traceback" not in done.stderr, done.stderr
     status, seconds, peak = done.stdout.splitlines()[-1].split()[1:]
     print(status, seconds, float(peak) / 2**20, done.stderr)
-    assert status in ("0", "3") and float(seconds) < 60 and float(peak) < 3 * 2**30, done.stdout + done.stderr
+    assert status in ("0", "3", "4") and float(seconds) < 60 and float(peak) < 3 * 2**30, done.stdout + done.stderr
 
 
 def test_sizes_of_published_models_are_taken(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -15,7 +15,20 @@ Read = Callable[[TensorInfo], Tensor]
 
 
 class Source(Protocol):
-    """How one weight is stored."""
+    """How one weight is stored.
+
+    name: of the weight in the checkpoint, under which the output has it too. dtype: of the weight, which readers give the scales.
+    is_plain: whether the one stored tensor is the weight itself, so that it can be copied without being loaded.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def is_plain(self) -> bool: ...
 
     @property
     def tensors(self) -> Sequence[TensorInfo]:

@@ -27,6 +27,18 @@ class PackedSource:
     checkpoint: Checkpoint
 
     @property
+    def name(self) -> str:
+        return f"{self.prefix}.weight"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16
+
+    @property
+    def is_plain(self) -> bool:
+        return False
+
+    @property
     def tensors(self) -> Sequence[TensorInfo]:
         return [self.checkpoint[f"{self.prefix}.{suffix}"] for suffix in self.format.suffixes(self.scheme.symmetric)]
 

@@ -20,6 +20,18 @@ class PlainSource:
     info: TensorInfo
 
     @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.info.dtype
+
+    @property
+    def is_plain(self) -> bool:
+        return True
+
+    @property
     def tensors(self) -> Sequence[TensorInfo]:
         return (self.info,)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from bigq import faults
 from bigq.config import JobConfig
 from bigq.io.formats import Format
+from bigq.io.writer import OutputTensor
 from bigq.job.finish import FinishedBlock
 from bigq.job.journal import Commit
 from bigq.machine.memory import return_freed_memory
@@ -33,7 +34,7 @@ class BlockUnit(StreamedUnit):
     def __init__(self, number: int, index: int, pager: Pager) -> None:
         self.block = self.index = index
         self.prefix = f"{pager.blocks_path}.{index}"
-        own = {info.name for name, info in pager.sources.items() if name.startswith(self.prefix + ".")}
+        own = pager.stored_under(self.prefix)
         self.shard = Shard(number=number, name=f"block-{index}", sources=[name for name in pager.checkpoint if name in own])
 
     def visit(self, bench: Bench, solving: Solving, *, last: bool) -> None:
@@ -98,7 +99,7 @@ class BlockUnit(StreamedUnit):
                 control.progress.say(f"block {self.index + 1}: {solved.name} stays unquantized: {solved.reason}")
                 continue
             lost = max(lost, solved.left_out)
-            source = bench.pager.sources[f"{solved.name}.weight"]
+            source = bench.pager.source_of(f"{solved.name}.weight")
             with control.clock.phase("pack"):
                 packed[source.name] = bench.config.made.pack(source.name.removesuffix(".weight"), solved.weight, source.dtype)
             records.append(solved.record())
@@ -107,11 +108,28 @@ class BlockUnit(StreamedUnit):
             control.pause()
         if lost:
             control.progress.say(f"block {self.index + 1}: up to {lost} calibration tokens are not finite and were left out of a Hessian")
-        tensors = []
-        for name in self.shard.sources:
-            tensors += bench.writer.packed(packed[name]) if name in packed else [bench.writer.stored(name)]
+        tensors = self._tensors(bench, packed)
         left_out = [f"{self.prefix}.{name}" for name in job.plan.left_out] + list(skipped)
         return Product(tensors=tensors, records=records, left_out=left_out, skipped=skipped, batch=solving.batch)
+
+    def _tensors(self, bench: Bench, packed: Mapping[str, Mapping[str, Tensor]]) -> list[OutputTensor]:
+        """What the shard holds, in the checkpoint's order. packed: the quantized Linears by the name of their weight in the checkpoint.
+
+        Unquantized weights are copied; of those that are not stored plainly, the loaded value is written.
+        """
+        pager, writer = bench.pager, bench.writer
+        inside = [name for name in pager.block_names(self.index) if pager.has_source(name)]
+        sources = {source.name: (name, source) for name in inside if not (source := pager.source_of(name)).is_plain}
+        owned = {info.name for _, source in sources.values() for info in source.tensors}
+        tensors: list[OutputTensor] = []
+        for name in dict.fromkeys([*self.shard.sources, *sources]):
+            if name in packed:
+                tensors += writer.packed(packed[name])
+            elif name in sources:
+                tensors += writer.packed({name: pager.model.get_parameter(sources[name][0]).detach()})
+            elif name not in owned:
+                tensors.append(writer.stored(name))
+        return tensors
 
     def _restore(self, bench: Bench, job: BlockJob, commit: Commit) -> None:
         """Give the block, which an earlier run committed, its committed weights."""
@@ -120,7 +138,7 @@ class BlockUnit(StreamedUnit):
         for name, scheme in job.schemes.items():
             if f"{self.prefix}.{name}" in commit.left_out:
                 continue
-            source = bench.pager.sources[f"{self.prefix}.{name}.weight"].name.removesuffix(".weight")
+            source = bench.pager.source_of(f"{self.prefix}.{name}.weight").name.removesuffix(".weight")
             module = job.block.get_submodule(name)
             weight = finished.weight(source, scheme, linear_weight(module).dtype, bench.pager.device)
             skeleton.set_linear_weight(module, weight)

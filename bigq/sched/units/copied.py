@@ -32,7 +32,7 @@ class CopiedUnit(PlainUnit):
 
 def copied_units(pager: Pager, quantized: Iterable[str]) -> list[CopiedUnit]:
     """Units for all tensors outside the blocks, in the checkpoint's order. quantized: tensors that other units are made from."""
-    elsewhere = {info.name for name, info in pager.sources.items() if name.startswith(pager.blocks_path + ".")} | set(quantized)
+    elsewhere = pager.stored_under(pager.blocks_path) | set(quantized)
     shards: list[list[TensorInfo]] = []
     size = 0
     for name, info in pager.checkpoint.tensors.items():

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from models import random_ids, reference_model, streamed_logits
+from models import random_ids, reference_model, stored_tensors, streamed_logits
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bigq
 from bigq.errors import CheckpointError, UnsupportedModelError
+from bigq.inspect.verify import verify
 from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.reader import read_tensor
 from bigq.io.sources.base import Read, Source
 from bigq.io.sources.plain import PlainSource
 from bigq.model.pager import Pager
+from bigq.scheme import Rule
 
 CPU = torch.device("cpu")
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -64,6 +69,18 @@ class Negated:
     info: TensorInfo
 
     @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.info.dtype
+
+    @property
+    def is_plain(self) -> bool:
+        return False
+
+    @property
     def tensors(self) -> Sequence[TensorInfo]:
         return (self.info,)
 
@@ -72,6 +89,88 @@ class Negated:
 
     def value(self, read: Read, device: torch.device, dtype: torch.dtype) -> Tensor:
         return -read(self.info).to(device=device, dtype=dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """A way of storing of the test's own: int8 beside a scale per output, [m, n] and [m, 1]."""
+
+    ints: TensorInfo
+    scale: TensorInfo
+
+    @property
+    def name(self) -> str:
+        return self.ints.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale.dtype
+
+    @property
+    def is_plain(self) -> bool:
+        return False
+
+    @property
+    def tensors(self) -> Sequence[TensorInfo]:
+        return (self.ints, self.scale)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        assert self.ints.shape == shape and self.ints.dtype == torch.int8
+
+    def value(self, read: Read, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return (read(self.ints).float() * read(self.scale).float()).to(device=device, dtype=dtype)
+
+
+def int8_checkpoint(source: Path, folder: Path) -> tuple[Path, Path]:
+    """(a copy of a checkpoint whose down projections are int8 with scales, the same with the values that these hold)."""
+    for name in ("int8", "plain"):
+        shutil.copytree(source, folder / name)
+    index = json.loads((folder / "int8" / "model.safetensors.index.json").read_text())
+    for shard in sorted(source.glob("*.safetensors")):
+        ints: dict[str, Tensor] = {}
+        plain: dict[str, Tensor] = {}
+        for name, tensor in load_file(shard).items():
+            ints[name] = plain[name] = tensor
+            if name.endswith("down_proj.weight"):
+                scale = tensor.abs().amax(1, keepdim=True) / 127
+                ints[name] = (tensor / scale).round().to(torch.int8)
+                ints[f"{name}_scale"] = scale
+                plain[name] = ints[name].float() * scale
+                index["weight_map"][f"{name}_scale"] = shard.name
+        save_file(ints, folder / "int8" / shard.name, metadata={"format": "pt"})
+        save_file(plain, folder / "plain" / shard.name, metadata={"format": "pt"})
+    (folder / "int8" / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder / "int8", folder / "plain"
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["quantized", "skipped"])
+def test_a_source_of_several_tensors_leaves_no_trace(
+    skip: bool, checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output is that of the same weights stored plainly, tensor by tensor, with the source's Linears quantized or skipped."""
+    ints, plain = int8_checkpoint(checkpoint("llama"), tmp_path)
+    rules = (Rule(r".*down_proj", None),) if skip else ()
+    config = bigq.JobConfig(
+        scheme=bigq.QuantScheme(group_size=32), rules=rules, calibration=str(ids_file), samples=8, seqlen=24, device="cpu", quiet=True
+    )
+    bigq.quantize(str(plain), tmp_path / "plain-out", config)
+
+    def find(self: Pager) -> dict[str, Source]:
+        self.packed, self.sources = {}, self._find_plain()
+        return {
+            name: Scaled(self.sources[name], self.checkpoint[f"{self.sources[name].name}_scale"])
+            if name.endswith("down_proj.weight")
+            else PlainSource(self.sources[name])
+            for name in self._meta
+        }
+
+    monkeypatch.setattr(Pager, "_find_sources", find)
+    bigq.quantize(str(ints), tmp_path / "out", config)
+    monkeypatch.undo()
+    expected, got = stored_tensors(tmp_path / "plain-out"), stored_tensors(tmp_path / "out")
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+    assert verify(tmp_path / "out") == []
 
 
 def test_a_new_source_is_one_class_and_one_choice(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
