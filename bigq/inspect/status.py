@@ -107,7 +107,10 @@ class Status:
         if self.holder is not None:
             h = self.holder
             ago = "" if h.heartbeat_age is None else f", {show_duration(h.heartbeat_age)} ago"
-            lines.append(f"  process   {h.pid} on {h.host}; heartbeat {h.beats} at {h.last_heartbeat}{ago}")
+            if self.state in ("running", "unknown"):
+                lines.append(f"  process   {h.pid} on {h.host}; heartbeat {h.beats} at {h.last_heartbeat}{ago}")
+            else:
+                lines.append(f"  last run  process {h.pid} on {h.host}, last heartbeat at {h.last_heartbeat}{ago}")
         if self.said is not None:
             lines.append(f"  said      {self.said}")
         lines += [f"  warning   {text}" for text in self.warnings]
