@@ -24,7 +24,7 @@ from bigq.io.shard_record import file_sha256
 from bigq.job.journal import CONVERSION_NAME, JOURNAL_NAME, RUNS_NAME, Commit, read_commits, read_job
 from bigq.job.manifest import MANIFEST_NAME
 
-#: What a damaged record of a conversion asks for.
+#: Advice for a damaged record of a conversion.
 CONVERT_AGAIN = "convert the model again, into another folder"
 
 

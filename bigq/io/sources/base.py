@@ -22,7 +22,7 @@ class Source(Protocol):
         """The stored tensors, in the order in which ``value`` reads them; prefetching follows it."""
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Check headers alone. Raises CheckpointError if the stored weight has another shape, UnsupportedModelError if bigq cannot read it."""
+        """Check headers. Raises CheckpointError if the stored weight has another shape, UnsupportedModelError if bigq cannot read it."""
 
     def value(self, read: Read, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The weight on the device. Linears are [outputs, inputs]. Raises CheckpointError, NumericsError."""
