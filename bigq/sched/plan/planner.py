@@ -140,7 +140,7 @@ class Plan:
         lines += entry("run", self._how())
         lines += entry("needs", needs)
         if self.download is not None:
-            lines += entry("downloads", f"{show_size(self.download.size)} to {shortened(self.download.folder, 30)}")
+            lines += entry("fetches", f"{show_size(self.download.size)} to {shortened(self.download.folder, 30)}")
         if words := count_words(self.rules):
             lines += entry("rules", words)
         lines += entry("read by", list(self.read_by) or "no program known to bigq but bigq")

@@ -215,7 +215,7 @@ def test_a_download_to_the_same_file_system_takes_from_the_disk_budget() -> None
     needed = plan().cost.output
     found = planned(Download(size=5 * GIB, folder="/cache"), disk=needed + 5 * GIB)
     assert found.fits and not found.choice.checkpoints and found.disk == needed + 5 * GIB
-    assert "  downloads: 5.00 GiB to /cache" in found.brief() and found.to_json()["download_bytes"] == 5 * GIB
+    assert "  fetches: 5.00 GiB to /cache" in found.brief() and found.to_json()["download_bytes"] == 5 * GIB
     short = planned(Download(size=5 * GIB, folder="/cache"), disk=needed + 2 * GIB)
     assert not short.fits and short.shortages[0].startswith("disk: 3.00 GiB more needed on OUT's file system, for ")
     assert "and 5.00 GiB of MODEL downloaded to /cache (--disk)" in short.shortages[0]
