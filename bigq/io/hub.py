@@ -1,4 +1,4 @@
-"""From MODEL, a folder or a hub id, to a local folder; and single files of hub data sets."""
+"""Resolves MODEL, a folder or a hub id, to a local folder; and downloads single files of hub data sets."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from bigq.io.containment import require_contained
 from bigq.io.index import INDEX_NAME, MAX_SIZE, MAX_TENSORS, SINGLE_NAME, TensorInfo, header_entry, read_weight_map
 from bigq.io.json_file import show_name
 
-#: What a quantization job needs of a hub repository beside its shards: configs, the index, tokenizer, code, licence.
+#: Files that a job needs from a hub repository besides shards: configs, the index, tokenizer, code, licence.
 SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md")
-#: What planning needs of it.
+#: Files that planning needs.
 PLANNING_FILES = ("config.json", INDEX_NAME, "*.py")
 #: Headers that are fetched at a time.
 HEADERS_AT_ONCE = 8
@@ -27,7 +27,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Headers:
-    """What planning needs of a model.
+    """The input of a plan, from a model's headers.
 
     folder: holds its config. tensors: by name, from shards that were not fetched; their files are names, not paths. None where the
     folder holds all shards that there are. missing: bytes of shards that are still to be fetched, to the folder ``cache``.
