@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-#: How Linears are quantized; each is a file of its own in ``bigq.methods``.
+#: Methods; each has a file in ``bigq.methods``.
 MethodName = Literal["gptq", "gptaq", "rtn"]
 #: Output formats. "gguf": shards in gptq_v2, from which a stopped job resumes, and one GGUF file made from them.
 FormatName = Literal["gptq", "gptq_v2", "compressed-tensors", "gguf"]

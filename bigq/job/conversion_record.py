@@ -107,7 +107,7 @@ class Provenance:
 
 
 def provenance_of(source: Path) -> Provenance:
-    """The provenance of a packed checkpoint; a converted one hands on that of its own source.
+    """The provenance of a packed checkpoint; a converted one passes on that of its source.
 
     Raises CheckpointError where a record is damaged, ResourceError where it cannot be read.
     """

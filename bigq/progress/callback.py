@@ -48,7 +48,7 @@ class ProgressEvent:
 class CallbackDisplay(Display):
     """Shows progress by calling ``callback``. Nothing is printed.
 
-    Calls come one at a time, "tick" from a thread of its own. An exception of the callback does not end the job: it becomes a
+    Calls come one at a time; "tick" comes from a separate thread. An exception of the callback does not end the job: it becomes a
     RuntimeWarning, and the callback is not called again. KeyboardInterrupt and other BaseExceptions pass through.
     """
 

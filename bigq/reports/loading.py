@@ -21,7 +21,7 @@ def loads_with_transformers(history: History) -> bool:
 
 
 def loading(history: History) -> Iterator[str]:
-    """What readers of the format need, as far as the settings decide it, in Markdown."""
+    """How readers of the format load a folder with these settings, in Markdown."""
     config = history.config
     yield "## Loading\n"
     yield "`MODEL` is this repository's id, or a folder that holds its files.\n"
