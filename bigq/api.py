@@ -1,7 +1,7 @@
-"""The Python API: what ``import bigq`` offers as functions. Each imports what it needs when it is called; torch alone takes seconds.
+"""The Python API: the functions of ``import bigq``. Each imports its modules when it is called, since torch alone takes seconds.
 
 Paths are strings or ``Path``, and ``~`` is expanded. All arguments are checked before anything is written. Errors are those of
-``bigq.errors``, with one line that says what to do.
+``bigq.errors``; each message is one line that says what to do.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ Callback = Callable[["ProgressEvent"], object]
 def plan(model: StrPath, out: StrPath = ".", config: JobConfig | None = None, on: str = "this") -> Plan:
     """Predict the memory, disk space and time of a job. No weights are read and nothing is written.
 
-    model: a folder (its config.json is enough) or a hub id, of which config and headers are downloaded.
-    out: where the output would lie, for the free disk space. config: by default ``JobConfig()``.
+    model: a folder (its config.json is enough), or a hub id, of which only config and headers are downloaded.
+    out: where the output would go, for the free disk space. config: defaults to ``JobConfig()``.
     on: "this" machine, or a GPU to plan for: "a100", "h100" or "h200".
 
-    Returns a ``Plan``: ``.cost.host`` and ``.cost.device`` (peak bytes), ``.disk`` (bytes), ``.shortages`` (one line each; empty where
+    Returns a ``Plan``: ``.cost.host`` and ``.cost.device`` (peak bytes), ``.disk`` (bytes), ``.shortages`` (one line each; empty if
     the job fits), ``.table()`` (text), ``.to_json()``.
     Raises UsageError, CheckpointError, UnsupportedModelError, ResourceError.
 
@@ -69,14 +69,14 @@ def quantize(
     """Quantize a model into the folder ``out``, or resume the job that ``out`` holds.
 
     model: a folder with safetensors shards, or a hub id ("owner/name" or "owner/name@revision").
-    config: by default that of the job in ``out``, or ``JobConfig()`` where there is none.
-    progress: called with a ``ProgressEvent`` for each step, instead of lines on stderr; see ``bigq.progress.callback``.
+    config: defaults to that of the job in ``out``, or to ``JobConfig()`` if there is none.
+    progress: called with a ``ProgressEvent`` for each step; then nothing is printed. See ``bigq.progress.callback``.
     stop, display: a ``bigq.job.stop.Stop`` and a ``bigq.progress.display.Display``, as the command line uses them.
     command: arguments to record as the command of this run.
 
     Returns a ``Report``: ``.linears`` (one record per quantized Linear), ``.seconds``, ``.output_bytes``, ``.summary()``, …
-    Raises UsageError, DataError, ResourceError; Stopped where ``stop`` was asked to stop, and then the same call resumes the job.
-    After an error ``out`` holds no config.json, unless only a GGUF file is missing.
+    Raises UsageError, DataError, ResourceError; Stopped if ``stop`` received a request, after which the same call resumes the job.
+    After an error ``out`` holds no config.json, unless only its GGUF file is missing.
 
     >>> config = bigq.JobConfig(scheme=bigq.QuantScheme(bits=4, group_size=128), calibration=["A text.", "Another text."])
     >>> report = bigq.quantize("models/llama", "llama-4bit", config, progress=lambda event: print(event.kind, event.block))
@@ -109,15 +109,15 @@ def evaluate(
     progress: Callback | None = None,
     display: Display | None = None,
 ) -> Evaluation:
-    """Measure the perplexity of a model, original or quantized, and its distance to another model.
+    """Measure the perplexity of a model, original or quantized, and its distance from another model.
 
-    Blocks are streamed, so the model may be larger than the device.
-    model, baseline: folders or hub ids. config: the text and its rows, by default all of the built-in held-out text.
+    The model is run block by block, so it may be larger than the device.
+    model, baseline: folders or hub ids. config: the text and its rows; defaults to all of the built-in held-out text.
     progress, display: as for ``quantize``.
 
     Returns an ``Evaluation``: ``.perplexity``, ``.tokens``, and with a baseline ``.baseline_perplexity``, ``.kl`` (mean KL divergence
     per token, in nats), ``.kl_stderr`` and ``.top1_agreement`` (0 to 1).
-    Where ``model`` is a folder that ``quantize`` or ``convert`` wrote, the result is recorded there for ``report``.
+    If ``quantize`` or ``convert`` wrote the folder ``model``, the result is recorded there for ``report``.
     Raises UsageError, DataError, ResourceError.
 
     >>> bigq.evaluate("llama-4bit", bigq.EvalConfig(data="text.txt"), baseline="models/llama").kl
@@ -143,11 +143,11 @@ def generate(
 ) -> Generation:
     """Continue a prompt with a model, original or quantized, that fits the device.
 
-    model: a folder or hub id. config: how tokens are chosen; by default 128 tokens at most, the most likely ones.
-    write: gets the text piece by piece while it is generated. say: gets warnings.
+    model: a folder or hub id. config: how tokens are chosen; defaults to at most 128 tokens, always the most likely one.
+    write: receives the text piece by piece while it is generated. say: receives warnings.
 
     Returns a ``Generation``: ``.text`` (without the prompt), ``.new_tokens``, ``.seconds``, ``.summary()``, …
-    Raises UsageError (an empty or too long prompt, no chat template), CheckpointError, UnsupportedModelError; ResourceError where the
+    Raises UsageError (an empty or too long prompt, no chat template), CheckpointError, UnsupportedModelError; ResourceError if the
     model does not fit the device.
 
     >>> bigq.generate("llama-4bit", "The answer is", bigq.GenerateConfig(max_new_tokens=8)).text
@@ -169,11 +169,11 @@ def convert(
     """Write a packed checkpoint in another format, with the same codes, scales and zero points.
 
     model: the folder of a packed checkpoint, written by bigq or another tool. out: the folder to write; for "gguf" the file.
-    to: "gptq", "gptq_v2", "compressed-tensors" or "gguf". say: gets a line per shard.
+    to: "gptq", "gptq_v2", "compressed-tensors" or "gguf". say: receives a line per shard.
 
     Returns a ``Conversion``: ``.format_before``, ``.format``, ``.linears`` (how many), ``.bytes_before``, ``.bytes``.
-    Raises UsageError where the format cannot hold the weights exactly, CheckpointError, UnsupportedModelError, ResourceError; then
-    ``out`` is unchanged.
+    Raises UsageError if the format cannot hold the weights exactly, CheckpointError, UnsupportedModelError, ResourceError. After an
+    error ``out`` is unchanged.
 
     >>> bigq.convert("llama-4bit", "llama-ct", "compressed-tensors").linears
     224
@@ -189,12 +189,12 @@ def convert(
 
 
 def verify(out: StrPath, *, trust_remote_code: bool = False) -> list[str]:
-    """Check every byte of an output folder of ``quantize`` or ``convert`` against its records, and its values against the model.
+    """Check every byte of an output folder of ``quantize`` or ``convert`` against its records, and its tensors against the model.
 
-    trust_remote_code: run model code in ``out``, where its config needs that.
+    trust_remote_code: run model code in ``out``, if its config needs it.
 
-    Returns the problems, one line each that names the file or tensor; an empty list where the folder is complete and sound.
-    Raises UsageError where ``out`` is not such a folder, ResourceError where it cannot be read.
+    Returns the problems, one line each that names the file or tensor; an empty list if the folder is complete and intact.
+    Raises UsageError if ``out`` is not such a folder, ResourceError if it cannot be read.
 
     >>> bigq.verify("llama-4bit")
     []
@@ -208,11 +208,11 @@ def verify(out: StrPath, *, trust_remote_code: bool = False) -> list[str]:
 
 
 def status(out: StrPath) -> Status:
-    """The state of a job, running or not, or of a converted folder. Reads records only; a running job is not disturbed.
+    """The state of a job, running or not, or of a converted folder. Reads only records, and does not disturb a running job.
 
     Returns a ``Status``: ``.state`` ("not begun", "running", "unknown", "stopped", "failed", "killed" or "finished"), ``.resumable``,
     ``.blocks_done``, ``.blocks``, ``.bytes_written``, ``.eta_seconds``, ``.damaged``, ``.text()``, …
-    Raises UsageError where ``out`` is neither empty nor a folder of bigq, ResourceError where it cannot be read.
+    Raises UsageError if ``out`` is neither empty nor a folder that bigq wrote, ResourceError if it cannot be read.
 
     >>> bigq.status("llama-4bit").state
     'finished'
@@ -227,11 +227,10 @@ def status(out: StrPath) -> Status:
 def report(out: StrPath, file: StrPath | None = None) -> Path:
     """Write an HTML report of a job, finished or not, or of a converted folder. Needs matplotlib (``pip install bigq[report]``).
 
-    file: by default OUT-report.html beside ``out``.
+    file: defaults to OUT-report.html next to ``out``.
 
     Returns the path of the report.
-    Raises UsageError where ``out`` is not a folder of bigq or ``file`` cannot be written, ResourceError where writing fails or matplotlib
-    is missing.
+    Raises UsageError if bigq did not write ``out`` or ``file`` cannot be written, ResourceError if writing fails or matplotlib is missing.
 
     >>> bigq.report("llama-4bit", "report.html")
     PosixPath('report.html')
@@ -247,8 +246,8 @@ def model_card(out: StrPath) -> Path:
     """Write OUT/README.md, a model card for the hub, in place of the source's README.
 
     Returns the path of the card.
-    Raises UsageError where ``out`` is not a finished folder of bigq or a job is writing to it, CheckpointError where its manifest is
-    damaged, ResourceError where writing fails.
+    Raises UsageError if ``out`` is not a finished folder of bigq or a job is writing to it, CheckpointError if its manifest is damaged,
+    ResourceError if writing fails.
 
     >>> bigq.model_card("llama-4bit")
     PosixPath('llama-4bit/README.md')
@@ -266,10 +265,10 @@ def load_model(
     """Load a model, original or quantized, as a transformers model in evaluation mode.
 
     model: a folder or hub id. device: "auto", "cpu" or "cuda:N". dtype: "auto", "float32", "bfloat16" or "float16".
-    packed: whether quantized Linears stay packed; by default yes on a GPU, and on a CPU only where the dequantized weights do not fit.
+    packed: whether quantized Linears stay packed; defaults to True on a GPU, and on a CPU only if the dequantized weights do not fit.
 
     Returns the model, an ``nn.Module`` with ``generate``.
-    Raises UsageError, CheckpointError, UnsupportedModelError; ResourceError where it does not fit the device.
+    Raises UsageError, CheckpointError, UnsupportedModelError; ResourceError if it does not fit the device.
 
     >>> logits = bigq.load_model("llama-4bit", device="cpu")(input_ids=torch.tensor([[1, 2, 3]])).logits  # [1, 3, vocabulary]
     """
@@ -288,17 +287,16 @@ def load_model(
 def quantize_linear(
     weight: Tensor, hessian: Tensor, scheme: QuantScheme, cross: Tensor | None = None, alpha: float = 1.0
 ) -> QuantizedWeight:
-    """Quantize the weight of one Linear with GPTQ, or with GPTAQ where a cross matrix is given.
+    """Quantize the weight of one Linear with GPTQ, or with GPTAQ if a cross matrix is given.
 
     weight: [m, n], any floating type. hessian: symmetric [n, n], ``2/T · XᵀX`` of the inputs X [T, n]; any positive multiple gives the
-    same codes. It is not changed. cross: ``2/T · (X₀ − X)ᵀX`` [n, n], with X₀ the inputs in the unquantized model, of the same multiple
-    as the Hessian. scheme: bits, groups and damping. alpha: the fraction of the upstream error that is corrected, 0 to 1.
-    Computes in fp64 where weight or Hessian is fp64, else in fp32.
+    same codes. It is not changed. cross: ``2/T · (X₀ − X)ᵀX`` [n, n], where X₀ are the inputs in the unquantized model; scaled like the
+    Hessian. scheme: bits, groups and damping. alpha: the fraction of the upstream error that is corrected, 0 to 1.
+    Computes in fp64 if weight or Hessian is fp64, else in fp32.
 
     Returns a ``QuantizedWeight``: ``.codes`` uint8 [m, n], ``.scales`` fp16 [m, G], ``.zeros`` uint8 [m, G], ``.loss``,
     ``.dequantize()`` [m, n].
-    Raises UsageError where shapes or the group size do not fit, NumericsError where a value is not finite or the Hessian cannot be
-    factored.
+    Raises UsageError if shapes or the group size do not fit, NumericsError if a value is not finite or the Hessian cannot be factored.
 
     >>> bigq.quantize_linear(torch.randn(64, 128), torch.eye(128), bigq.QuantScheme(bits=4)).codes.shape
     torch.Size([64, 128])
@@ -372,7 +370,7 @@ def _require_callable(name: str, value: Any) -> None:
 
 
 def _kind(value: Any) -> str:
-    """A value in a message: short things as they are written, others by their type."""
+    """A value in a message: short values as they are written, others by their type."""
     shape = getattr(value, "shape", None)
     if shape is not None:
         return f"a {type(value).__name__} of {getattr(value, 'dtype', '?')} {list(shape)}"

@@ -1,6 +1,6 @@
-"""What a job is asked to do, as one frozen value; the command line and the Python API both build it. Imports no torch.
+"""The settings of a job, as one frozen value; the command line and the Python API both build it. Imports no torch.
 
-Each field is declared here once, as an option: see ``bigq.options`` for what is made of that.
+Each field is declared here once, as an option: ``bigq.options`` says what follows from the declaration.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def _seconds_or_never(given: Any, label: str) -> Any:
 
 
 def seqlen_option(**more: Any) -> Any:
-    unset = f"{DEFAULT_SEQLEN}, or the model's limit where that is less"
+    unset = f"{DEFAULT_SEQLEN}, or the model's limit if that is less"
     return option(None, help="tokens per row", unit="tokens", unset=unset, range=at_least(1), **more)
 
 
 def batch_option(**more: Any) -> Any:
-    """As many as ``default_batch`` says, unless given."""
-    unset = "8 on a GPU, about 1024 tokens on a CPU; fewer where memory is short"
+    """Rows per batch; defaults to ``default_batch``."""
+    unset = "8 on a GPU, about 1024 tokens on a CPU; fewer if memory is short"
     return option(None, help="rows that pass through a block at once", group=RUN, unit="rows", unset=unset, range=at_least(1), **more)
 
 
@@ -72,7 +72,7 @@ def device_option(**more: Any) -> Any:
 
 
 def dtype_option(**more: Any) -> Any:
-    return option("auto", help="precision of the forward passes; auto is the checkpoint's own", group=RUN, **more)
+    return option("auto", help="precision of the forward passes; auto is that of the checkpoint", group=RUN, **more)
 
 
 def trust_option(**more: Any) -> Any:
@@ -107,7 +107,7 @@ class JobConfig:
     )
     rules: Converted[tuple[Rule, ...], Sequence[Rule | str]] = option(
         (),
-        help="other schemes for some Linears, or none; the first that matches decides",
+        help="other schemes for some Linears, or skips; the first rule that matches decides",
         group=WEIGHTS,
         flag="--rule",
         opposite="--skip",
@@ -131,7 +131,7 @@ class JobConfig:
     )
     format: FormatName = option(
         "gptq",
-        help="output format; gguf writes one file for llama.cpp beside gptq_v2 shards",
+        help="output format; gguf writes gptq_v2 shards and one file for llama.cpp",
         group=WEIGHTS,
         resume=Resume.REFUSED,
     )
@@ -150,7 +150,7 @@ class JobConfig:
     )
     calibration: Converted[str, Any] = option(
         "c4",
-        help="text file, JSONL with a text field, token ids in safetensors, or the name of a text",
+        help="text file, JSONL with a text field, token ids in safetensors, or a text by name",
         group=CALIBRATION,
         placeholder="FILE|c4|builtin",
         resume=Resume.FREE,  # the tokens are compared instead, wherever the text lies
@@ -167,7 +167,7 @@ class JobConfig:
         effects=(CALIBRATED,),
     )
     seqlen: int | None = seqlen_option(group=CALIBRATION, resume=Resume.REFUSED, effects=(CALIBRATED,))
-    seed: int = seed_option(help="seed of the choice of rows", group=CALIBRATION, resume=Resume.REFUSED, effects=(CALIBRATED,))
+    seed: int = seed_option(help="random seed for choosing rows", group=CALIBRATION, resume=Resume.REFUSED, effects=(CALIBRATED,))
     batch: int | None = batch_option(resume=Resume.WARNED, effects=(CALIBRATED,))
     activations: TierChoice = option(
         "auto",
@@ -177,25 +177,25 @@ class JobConfig:
     )
     read_ahead: int | None = option(
         None,
-        help="blocks to prefetch while one is computed; with 0, finished blocks are not written beside the computation either",
+        help="blocks to prefetch while one is computed; 0 turns off write-behind too",
         group=BUDGETS,
         unit="blocks",
-        unset="1 on a GPU, 0 on a CPU",  # where files are a small part of the time and blocks in flight a large part of the memory
+        unset="1 on a GPU, 0 on a CPU",  # there, files take little of the time, and prefetched blocks much of the memory
         range=Range(must="not be negative", holds=lambda blocks: blocks >= 0),
     )
     vram: Converted[int | None, int | str | None] = _budget("GPU memory that the job may use, such as 72GiB", effects=(ON_GPU,))
     ram: Converted[int | None, int | str | None] = _budget("host memory that the job may use")
-    disk: Converted[int | None, int | str | None] = _budget("disk space that the job may use where OUT lies")
+    disk: Converted[int | None, int | str | None] = _budget("disk space that the job may use on OUT's file system")
     trace: Converted[str | None, str | os.PathLike[str] | None] = option(
         None,
-        help="write the job's timeline there, for chrome://tracing or ui.perfetto.dev",
+        help="write a timeline of the job, for chrome://tracing or ui.perfetto.dev",
         group=OUTPUT,
         placeholder="FILE",
         convert=path,
     )
     checkpoint_every: Converted[float | None, float | str | None] = option(
         60.0,
-        help="save activations so often that a resumed job repeats at most about this much work; 0: after every block",
+        help="save activations so often that a resumed job repeats about this much work at most; 0: after every block",
         group=RUN,
         unit="seconds",
         placeholder="SECONDS|never",
@@ -215,15 +215,15 @@ class JobConfig:
         range=Range(must="be above 0", holds=lambda grace: math.isfinite(grace) and grace > 0),
     )
     steal_lock: bool = option(False, help="take over the folder of a job that is dead", group=RUN, opposite=None)
-    # Not kept: a request records what the device turned out to be.
+    # Not kept: a request records the device that was chosen.
     device: str = device_option(resume=Resume.WARNED, kept=False)
     dtype: DtypeName = dtype_option(resume=Resume.REFUSED)
     trust_remote_code: bool = trust_option(resume=Resume.REFUSED)
     on_nonfinite: OnNonfinite = option(
         "stop",
-        help="skip leaves a Linear unquantized where its Hessian is not finite or cannot be factored, and drops such tokens",
+        help="skip drops tokens with NaN or Inf, and leaves a Linear unquantized if its Hessian is not finite or cannot be factored",
         group=WEIGHTS,
-        resume=Resume.FREE,  # as far as "stop" lets a job come, "skip" does the same
+        resume=Resume.FREE,  # both do the same until "stop" ends a job
     )
     quiet: bool = quiet_option()
 
@@ -236,7 +236,7 @@ class JobConfig:
 
     @property
     def base_scheme(self) -> QuantScheme:
-        """The scheme, with what the output format demands of it."""
+        """The scheme, with the smallest zero point that the output format can store."""
         return dataclasses.replace(self.scheme, min_zero=self.made.min_zero)
 
     @property
@@ -253,9 +253,9 @@ class JobConfig:
 
     @classmethod
     def from_frozen(cls, settings: Any, where: str = "job.json") -> JobConfig:
-        """The config that ``frozen`` made ``settings`` from; fields that are not kept have their defaults.
+        """The config from which ``frozen`` made ``settings``; fields that are not kept have their defaults.
 
-        where: the file that they come from, for messages. Raises CheckpointError naming what is missing, unknown or wrong.
+        where: the file of the settings, for messages. Raises CheckpointError, naming the setting that is missing, unknown or wrong.
         """
         try:
             _require_names("settings", settings, FROZEN_FIELDS)
@@ -269,12 +269,12 @@ class JobConfig:
             ) from None
 
 
-#: Fields that are kept with a job: a resumed job uses them wherever it is not given others.
+#: Fields that are kept with a job: a resumed job uses them unless others are given.
 FROZEN_FIELDS = tuple(name for name, each in table(JobConfig).items() if each.kept)
 _NESTED = ("scheme", "rules")
 
 
-# What follows takes apart JSON values that may be anything. It raises UsageError, to which ``from_frozen`` adds the file.
+# The functions below parse untrusted JSON values. They raise UsageError, to which ``from_frozen`` adds the file.
 
 
 def _require_names(what: str, value: Any, names: Iterable[str]) -> None:
@@ -321,7 +321,7 @@ def _rule(what: str, rule: Any) -> Rule:
 
 
 def default_batch(device_type: str, seqlen: int) -> int:
-    """Rows per batch: a GPU wants large products; on a CPU larger ones only take more memory.
+    """Rows per batch: a GPU needs large products; on a CPU large ones only take more memory.
 
     1024 tokens at once peak at 624 MiB on the model of ``scripts/bench_small.py``, 2048 at 670, in the same time.
     """

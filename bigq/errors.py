@@ -19,7 +19,7 @@ Exit codes of every command:
     4    environment: memory, disk, device, network, a missing package, a folder that another job is using; bigq plan: does not fit
     75   stopped by a signal; run the same command again
     130  interrupted
-    141  nobody reads the output any more
+    141  the output's reader has closed the pipe
 
 Every message names the file, tensor or option concerned and says what to do about it.
 """
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 
 class BigqError(Exception):
-    """Base class; ``exit_code`` is what the command line exits with."""
+    """Base class. exit_code: of the command line."""
 
     exit_code = 1
 

@@ -1,9 +1,9 @@
-"""How options are declared: each one once, as a field of a dataclass such as ``JobConfig``.
+"""Declaration of options: each one once, as a field of a dataclass such as ``JobConfig``.
 
-``option`` declares a field with all that is known of it: help, unit, group, flag, allowed values, what a resumed job may change.
-``table`` reads the declarations of a class back. The command line, the checks of ``__post_init__``, the settings in job.json, the table
-of changes in ``bigq.job.request`` and docs/options.md are made from that, so a new option is one new field.
-Imports no torch, so that ``bigq --help`` is quick. Knows nothing of any particular option.
+``option`` declares a field: help, unit, group, flag, allowed values, and whether a resumed job may change it.
+``table`` returns the declarations of a class. The command line, the checks of ``__post_init__``, the settings in job.json, the table
+of changes in ``bigq.job.request`` and docs/options.md are made from them, so a new option is one new field.
+Imports no torch, so that ``bigq --help`` is quick. Knows no particular option.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _Given = TypeVar("_Given", contravariant=True)
 
 
 class Converted(Generic[_Read, _Given]):
-    """Type of a field that is given as one type and read as another: ``vram: Converted[int | None, int | str | None]``.
+    """Type of a field that is read as one type and may be given as others: ``vram: Converted[int | None, int | str | None]``.
 
-    Type checkers read it as a descriptor. At run time the field holds the value that the option's ``convert`` made of what was given.
+    For type checkers it is a descriptor. At run time the field holds the value that the option's ``convert`` returned.
     """
 
     if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Converted(Generic[_Read, _Given]):
 
 
 class Resume(enum.Enum):
-    """What happens where a resumed job is given another value of an option."""
+    """What happens if a resumed job is given another value of an option."""
 
     FREE = "allowed; the output bytes stay the same"
     WARNED = "allowed with a warning; later blocks may round differently"
@@ -47,7 +47,7 @@ class Resume(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Range:
-    """The values that an option may have. must: in words, after "must"; holds: whether a value of the right type is one of them."""
+    """The allowed values of an option. must: the text after "must" in messages. holds: whether a value of the right type is allowed."""
 
     must: str
     holds: Callable[[Any], bool]
@@ -55,11 +55,11 @@ class Range:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
-    """When an option changes anything.
+    """The condition under which an option has an effect.
 
-    unless: the words that follow "no effect", such as "on a CPU". holds: whether a job (a config) on a type of device ("cpu", "cuda",
-    or "" for not known yet) uses the option. refused: giving the option in vain is an error, since the job would not be the one that was
-    meant; else a note.
+    unless: the text after "no effect" in messages, such as "on a CPU". holds: whether a job (a config) uses the option on a type of
+    device ("cpu", "cuda", or "" if not known yet). refused: giving the option without effect is an error, since the user meant another
+    job; otherwise it is a note.
     """
 
     unless: str
@@ -69,12 +69,12 @@ class Effect:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One option, as ``table`` finds it.
+    """One option, as ``table`` returns it.
 
-    name: of the field. types: that its value may have, None apart; none: whether it may be None. unset: what None stands for, in words.
-    flag, opposite: on the command line; opposite is what switches it off. flag None: there is no flag of that name.
-    placeholder: the value in the help. kept: whether job.json holds it. rule_key: its name in a rule, where rules may override it.
-    convert: makes the value from what was given, which may be of another type; called with a label for messages.
+    name: of the field. types: allowed types, except None. none: whether the value may be None. unset: the meaning of None, for the help.
+    flag, opposite: on the command line; opposite switches the option off. flag None: there is no flag.
+    placeholder: stands for the value in the help. kept: whether job.json holds it. rule_key: its name in a rule, if rules may override it.
+    convert: makes the value from the given one, which may be of another type; called with a label for messages.
     by_name: messages about a bad value name the field and not the flag.
     """
 
@@ -100,14 +100,14 @@ class Option:
 
     @property
     def said(self) -> str:
-        """The option as it is named in messages."""
+        """The option's name in messages."""
         if self.flag is None:
             return self.name
         return self.flag if self.opposite in (None, f"--no-{self.flag[2:]}") else f"{self.flag}/{self.opposite}"
 
     @property
     def default_text(self) -> str:
-        """The default, for people; empty where there is nothing to say."""
+        """The default as text; empty if there is none to show."""
         if self.default is None:
             return self.unset
         if isinstance(self.default, bool):
@@ -115,7 +115,7 @@ class Option:
         return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
     def words(self, value: Any) -> tuple[str, ...]:
-        """The arguments that ask for a value on the command line."""
+        """The command-line arguments that give a value."""
         assert self.flag is not None
         if isinstance(value, bool):
             off = self.opposite or ""
@@ -123,7 +123,7 @@ class Option:
         return (self.flag, str(value))
 
     def fits(self, value: Any) -> bool:
-        """Whether a value has one of the types. A whole number is a float too; True and False are no numbers."""
+        """Whether a value has one of the types. An int is accepted as a float; True and False are not numbers."""
         if value is None:
             return self.none
         if isinstance(value, bool):
@@ -141,7 +141,7 @@ class Option:
             raise UsageError(f"{self.label(value, by_flag=by_flag)}: must {self.range.must}")
 
     def label(self, value: Any, *, by_flag: bool = False) -> str:
-        """The option and its value at the start of a message. by_flag: as typed, whatever ``by_name`` says."""
+        """The option and its value, to begin a message. by_flag: name the flag, even if ``by_name`` is set."""
         if self.flag is None or (self.by_name and not by_flag):
             return f"{self.name}={value}"
         return f"{self.flag} {value:g}" if isinstance(value, float) else f"{self.flag} {value}"
@@ -168,9 +168,10 @@ def option(
     factory: Callable[[], Any] | None = None,
     **more: Any,
 ) -> Any:
-    """Declare a field as an option; ``more`` are fields of ``Option`` by name. What is not given follows from name and type.
+    """Declare a field as an option; ``more`` are fields of ``Option`` by name. Fields that are not given follow from name and type.
 
-    Without ``resume`` an option is free and not kept in job.json; with one it is kept, unless ``kept`` says otherwise.
+    Without ``resume``, a resumed job may change the option and job.json does not hold it. With ``resume``, job.json holds it unless
+    ``kept`` is False.
     """
     metadata = {"option": {"help": help, "group": group, **more}}
     if factory is not None:
@@ -217,7 +218,7 @@ def _read(field: dataclasses.Field[Any], hint: Any) -> Option:
 
 
 def _kinds(hint: Any) -> tuple[tuple[type, ...], bool, tuple[Any, ...]]:
-    """Of a field's type: the plain types, whether None is one, and the values where it lists them."""
+    """From a field's type: the plain types, whether None is among them, and the values if the type lists them."""
     if typing.get_origin(hint) is Converted:
         return _kinds(typing.get_args(hint)[0])
     if typing.get_origin(hint) is Literal:
@@ -228,7 +229,7 @@ def _kinds(hint: Any) -> tuple[tuple[type, ...], bool, tuple[Any, ...]]:
     return (typing.get_origin(hint) or hint,), False, ()
 
 
-#: Values that a message repeats whole; others may be large, such as token ids.
+#: Types whose values a message repeats; other values may be large, such as token ids.
 _SCALARS = (str, int, float, os.PathLike, type(None))
 
 
@@ -249,7 +250,7 @@ _ARTICLES: Mapping[type, str] = {int: "an int", bool: "True or False", str: "a s
 
 
 def require_known(config: type, names: Iterable[str], what: str) -> None:
-    """Raise UsageError for the first name that is no field of a class of options."""
+    """Raise UsageError for the first name that is not a field of a class of options."""
     known = [field.name for field in dataclasses.fields(config)]
     for name in names:
         if name not in known:
@@ -257,9 +258,9 @@ def require_known(config: type, names: Iterable[str], what: str) -> None:
 
 
 def without_effect(given: Mapping[str, Any], options: Iterable[Option], job: Any, device: str) -> list[str]:
-    """Notes about options that were given but change nothing in a job on a type of device, as for ``Effect``.
+    """Notes about options that were given but have no effect in a job on a type of device (see ``Effect``).
 
-    Raises UsageError for the first one that is refused then.
+    Raises UsageError for the first one for which this is an error.
     """
     notes = []
     for each in options:
@@ -296,7 +297,7 @@ def _number(kind: type, text: str, label: str) -> Any:
 
 
 def did_you_mean(word: str, known: Iterable[Any]) -> str:
-    """The end of a message about a word that is not known; empty where no known word is like it."""
+    """The end of a message about an unknown word; empty if no known word is similar."""
     import difflib  # here: only messages need it
 
     close = difflib.get_close_matches(word, [str(each) for each in known], n=1, cutoff=0.7)

@@ -1,4 +1,4 @@
-"""A Linear's weight once it is quantized. Shapes: m output features, n input features, G groups along the inputs."""
+"""A Linear's quantized weight. Shapes: m output features, n input features, G groups along the inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How Linears are quantized: the scheme of one, and rules that give some of them another. Imports no torch."""
+"""How Linears are quantized: the scheme of a Linear, and rules that give some Linears another one. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bigq.options import Effect, Range, Resume, option, require_known, settle, s
 
 BITS = (2, 3, 4, 8)
 
-#: With so few bits the grid search sums errors to this power. The usual 2.4 cuts off much of the largest weights, and the errors that
-#: columns before them add come on top: at 2 bits the model is worse for such a search than for none (docs/quality.md).
+#: At up to ``FEW_BITS`` bits the grid search sums errors to this power. The usual 2.4 clips the largest weights too much, and error
+#: feedback from earlier columns widens them further: at 2 bits such a search makes the model worse than no search (docs/quality.md).
 FEW_BITS, FEW_BITS_POWER = 3, 4.0
 
-#: The method that has no Hessian, so neither calibration nor an order of columns.
+#: Options without effect on rtn, which has no Hessian, so no calibration and no order of columns.
 CALIBRATED = Effect(unless="with --method rtn", holds=lambda job, _: job.method != "rtn")
 SEARCHED = Effect(
     unless="without --mse",
@@ -30,7 +30,7 @@ WEIGHTS = "how weights are quantized"
 
 
 def _weights(default: Any, *, help: str, **more: Any) -> Any:
-    """An option of the scheme. Its value may come from a rule too, so messages name the field."""
+    """An option of the scheme. A rule may set its value too, so messages name the field and not the flag."""
     return option(default, help=help, group=WEIGHTS, resume=Resume.REFUSED, by_name=True, **more)
 
 
@@ -39,7 +39,7 @@ class QuantScheme:
     """How the weights of one Linear are quantized.
 
     ``w ≈ scale · (code − zero)`` with ``0 ≤ code < 2**bits``; scale and zero are shared by ``group_size`` consecutive inputs of one
-    output row. symmetric: zero is ``2**(bits−1)``. The other fields say below what they are. Raises UsageError.
+    output row. symmetric: zero is ``2**(bits−1)``. The other fields are described below. Raises UsageError.
     """
 
     bits: int = _weights(4, help="bits per weight", choices=BITS, rule_key="bits")
@@ -83,7 +83,7 @@ class QuantScheme:
     )
     mse_power: float | None = _weights(
         None,
-        help="power of the rounding errors that the --mse search sums up; a high one cuts off less of the largest weights",
+        help="power of the rounding errors that the --mse search sums up; a higher one clips the largest weights less",
         placeholder="P",
         unset="4 at 2 and 3 bits, else 2.4",
         rule_key="mse_power",
@@ -92,7 +92,7 @@ class QuantScheme:
     )
     # The gptq v1 format stores zero − 1 and needs 1.
     min_zero: int = _weights(0, help="smallest zero point allowed; the output format decides it", flag=None)
-    # fp16 has 11. Scales of 8 bits are exact in bf16, and those of 7 are fp16 numbers after a product with a zero point of 4 bits.
+    # fp16 has 11. Scales of 8 bits are exact in bf16. The product of a scale of 7 bits and a zero point of 4 bits is exact in fp16.
     scale_bits: int | None = _weights(
         None,
         help="significant bits of a scale",
@@ -109,7 +109,7 @@ class QuantScheme:
 
     @property
     def grid(self) -> GridSpec:
-        """The fields that concern a single group's scale and zero."""
+        """The fields that decide a group's scale and zero point."""
         return GridSpec(
             bits=self.bits,
             symmetric=self.symmetric,
@@ -142,8 +142,8 @@ class QuantScheme:
 #: What a rule may override, by its name in a rule.
 OVERRIDES = {each.rule_key: each for each in table(QuantScheme).values() if each.rule_key is not None}
 
-#: Bounds of a rule's pattern: characters, and repetitions. Patterns come with checkpoints too, and the time that a match takes grows
-#: with the power of its repetitions.
+#: Limits of a rule's pattern: characters, and repetitions. Checkpoints contain patterns too, and the time of a match grows exponentially
+#: with the number of repetitions.
 MAX_PATTERN, MAX_REPETITIONS = 1000, 6
 
 

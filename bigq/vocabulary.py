@@ -1,18 +1,18 @@
-"""The names that options, records and code share: methods, formats, tiers and what to do with values that are not finite."""
+"""The names that options, records and code share: methods, formats, tiers, dtypes, and reactions to values that are not finite."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
-#: How Linears are quantized; each is a file of its own in ``bigq.methods``.
+#: Methods; each has a file in ``bigq.methods``.
 MethodName = Literal["gptq", "gptaq", "rtn"]
-#: What a job writes. "gguf": shards in gptq_v2, from which a stopped job resumes, and one GGUF file made of them.
+#: Output formats. "gguf": shards in gptq_v2, from which a stopped job resumes, and one GGUF file made from them.
 FormatName = Literal["gptq", "gptq_v2", "compressed-tensors", "gguf"]
 #: Where the calibration rows' hidden states are kept between blocks.
 Tier = Literal["gpu", "host", "disk"]
 #: The same, as asked for: "auto" is the first tier that has room.
 TierChoice = Literal["auto", "gpu", "host", "disk"]
-#: What becomes of a job that meets NaN or Inf.
+#: What a job does when it meets NaN or Inf.
 OnNonfinite = Literal["stop", "skip"]
 #: The precision of forward passes; "auto" is the checkpoint's own.
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]

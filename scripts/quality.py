@@ -349,10 +349,10 @@ def table(result: Mapping[str, Any]) -> str:
         f"Damping is {DAMPING} unless given. All programs compute in fp32:",
         f"{named}.",
         "",
-        "A cell is perplexity / mean KL divergence from the original per token, in nats. Less is better.",
-        "It is the mean over the draws ± the standard deviation of the KL.",
+        "A cell is perplexity / mean KL divergence from the original per token, in nats. Lower is better.",
+        "Both are means over the draws; ± is the standard deviation of the KL.",
         "",
-        "- act-order means static groups: columns keep their places. `bigq rtn` has no order and needs no calibration.",
+        "- act-order uses static groups: columns keep their places. `bigq rtn` has no order and needs no calibration.",
         "- `mse 2.4`, `mse 4` and `mse 6` are grid searches with `--mse-power`; `mse` alone uses the default power.",
         "- With act-order in groups of 32 at 2 bits, no search is best: scales are found before errors widen the weights.",
     ]
@@ -390,7 +390,7 @@ def advice(found: Mapping[tuple[str, Setting], Mapping[int, Mapping[str, Any]]])
         f" {better(2, 32, symmetric=False)}.",
         f"3. At 2 and 3 bits per row use `--mse`: {better(2, -1, mse)}, {better(3, -1, mse)}; not at 2 bits in groups with act-order.",
         f"4. `--method gptaq` takes twice the forward passes: {better(4, 32, gptaq)}, at 2 bits per row {better(2, -1, gptaq)}.",
-        "5. Leave `--damping` alone, and measure your model with `bigq eval --baseline`: these figures are of one tiny model.",
+        "5. Keep the default `--damping`. Measure your model with `bigq eval --baseline`: these figures are for one tiny model.",
     ]
 
 
@@ -401,9 +401,9 @@ def compared(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "bigq against each program with the same settings: natural order or static groups; Linears solved level by level",
         "(GPTQModel), or all Linears of a block on its unquantized activations (llm-compressor, which has no other way).",
-        "A difference counts if it exceeds twice its standard error over the draws (by the spread of all settings), and that",
-        "over the tokens. Each program finds scales in its own way: at 2 bits bigq finds those of groups in the original weights,",
-        "and with `--mse` at 2 and 3 bits it sums errors to the power 4, while GPTQModel was given the usual 2.4.",
+        "A difference counts if it exceeds both twice its standard error over the draws (from the spread of all settings) and",
+        "its standard error over the tokens. Programs find scales differently: at 2 bits bigq takes scales of groups from the",
+        "original weights, and with `--mse` at 2 and 3 bits it sums errors to the power 4, while GPTQModel used the usual 2.4.",
         "",
         "| | compared with | settings | bigq is better | within noise | bigq is worse |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""The commands of bigq, and the parser of them all. Imports no more than the help of one command needs."""
+"""The commands of bigq and their parsers. Imports only what the help of one command needs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Bigq(Parser):
             raise ParseError(command.prog, str(error)) from None
 
     def command(self, arguments: Sequence[str]) -> Parser:
-        """The parser that reads the arguments: a command's, or this one for ``--help`` and ``--version``. Raises ParseError."""
+        """The parser for the arguments: a command's, or this one for ``--help`` and ``--version``. Raises ParseError."""
         if not arguments:
             self.error(f"give a command: {', '.join(COMMANDS)}")
         name = arguments[0]
@@ -121,11 +121,11 @@ def _demo(p: Parser) -> None:
 COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
     "quantize": ("quantize a model, or resume a job that was stopped", "MODEL OUT", _quantize),
     "plan": ("estimate memory, disk and time of a job before it starts", "MODEL [OUT]", _plan),
-    "eval": ("measure a model's perplexity, and its distance from another model", "MODEL --data FILE", _eval),
+    "eval": ("measure a model's perplexity and its distance from another model", "MODEL --data FILE", _eval),
     "generate": ("generate text with a model, original or quantized", "MODEL --prompt TEXT", _generate),
     "convert": ("re-pack a quantized model in another format, without loss", "MODEL OUT --to FORMAT", _convert),
     "verify": ("check a job's output folder against its records", "OUT", _verify),
     "status": ("show the progress of a job", "OUT", _status),
     "report": ("write a job's report as one HTML file, or as a model card", "OUT", _report),
-    "demo": ("quantize the tiny model that ships with bigq, and compare the results", "", _demo),
+    "demo": ("quantize the tiny model that ships with bigq and compare the results", "", _demo),
 }

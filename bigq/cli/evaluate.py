@@ -15,7 +15,7 @@ from bigq.progress.terminal import print_result
 
 
 def add_eval(p: Parser) -> None:
-    p.description = f"{p.description} Where MODEL is the folder of a finished job, the result is kept with the job, for bigq report."
+    p.description = f"{p.description} If MODEL is the folder of a finished job, the result is recorded there for bigq report."
     p.add_argument("model", metavar="MODEL", help="original model or output of bigq: folder or hub id")
     options = table(EvalConfig)
     # The API's default text is the shipped one; a command names its text.

@@ -1,4 +1,4 @@
-"""From declared options to arguments of a command, and back to what was given."""
+"""From declared options to arguments of a command, and from parsed arguments back to options."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def group_of(p: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
 
 
 def add_options(p: argparse.ArgumentParser, options: Iterable[Option]) -> None:
-    """Add options in their groups. One that is not given parses to None; its default is only shown."""
+    """Add options in their groups. An option that is not given parses to None; its default only appears in the help."""
     for each in options:
         if each.flag is not None:
             add_option(group_of(p, each.group), each)
@@ -48,13 +48,13 @@ def add_option(group: argparse._ActionsContainer, each: Option, **more: Any) -> 
 
 
 def help_text(each: Option) -> str:
-    """Help with the default, as argparse wants it."""
+    """Help with the default, escaped for argparse."""
     default = f" (default: {each.default_text})" if each.default_text else ""
     return f"{each.help}{default}".replace("%", "%%")
 
 
 def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """Those of the options that were given, by name."""
+    """The options that were given, by name."""
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 

@@ -15,13 +15,13 @@ from bigq.vocabulary import FORMAT_NAMES
 
 def add_verify(p: Parser) -> None:
     p.add_argument("out", metavar="OUT", help="output folder of a job, finished or not")
-    p.add_argument("--trust-remote-code", action="store_true", help="run model code that lies in OUT, to build the model of its config")
+    p.add_argument("--trust-remote-code", action="store_true", help="run model code in OUT, to build the model from its config")
     p.set_defaults(command=_run_verify)
 
 
 def add_convert(p: Parser) -> None:
     p.description = f"{p.description} A format that cannot hold the same values is refused."
-    p.add_argument("model", metavar="MODEL", help="folder of a quantized model, from bigq or other tools")
+    p.add_argument("model", metavar="MODEL", help="folder of a quantized model, from bigq or another tool")
     p.add_argument("out", metavar="OUT", help="folder to write; a file for gguf")
     p.add_argument("--to", required=True, type=_format, metavar="{" + ",".join(FORMAT_NAMES) + "}", help="format to write")
     p.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
@@ -39,7 +39,7 @@ def add_report(p: Parser) -> None:
     p.description = f"{p.description} Works while the job runs, too."
     p.add_argument("out", metavar="OUT", help="output folder of a job, finished or not")
     p.add_argument("--out", dest="file", metavar="FILE", help="the HTML file to write (default: OUT-report.html beside OUT)")
-    card = "write OUT/README.md, a model card for the hub, in place of the source's; no HTML unless --out is given too"
+    card = "write OUT/README.md, a model card for the hub, in place of the source's README; no HTML unless --out is given too"
     p.add_argument("--model-card", action="store_true", help=card)
     p.set_defaults(command=_run_report)
 

@@ -16,7 +16,7 @@ def add_generate(p: Parser) -> None:
     p.add_argument("model", metavar="MODEL", help="original model or output of bigq that fits the device: folder or hub id")
     p.add_argument("--prompt", required=True, metavar="TEXT|-", help="text that the model continues; - reads it from stdin")
     add_options(p, table(GenerateConfig).values())
-    group_of(p, OUTPUT).add_argument("--quiet", action="store_true", help="print nothing but the text, and errors")
+    group_of(p, OUTPUT).add_argument("--quiet", action="store_true", help="print only the text and errors")
     p.set_defaults(command=_run)
 
 

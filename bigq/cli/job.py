@@ -22,27 +22,27 @@ from bigq.scheme import WEIGHTS, QuantScheme, Rule
 #: Options of a job that a plan does not need.
 ONLY_QUANTIZE = ("grace", "steal_lock", "trace")
 
-_KEPT = "Where OUT holds a job, options that are not given keep the job's values; else they have their defaults."
+_KEPT = "If OUT holds a job, options that are not given keep the job's values; otherwise they have their defaults."
 
 
 def job_options() -> list[Option]:
-    """Everything that a job may be given, in the order of the help. Rules are typed in two ways and added apart."""
+    """All options of a job, in the order of the help. Rules have two flags and are added separately."""
     return [*table(QuantScheme).values(), *(each for name, each in table(JobConfig).items() if name not in ("scheme", "rules"))]
 
 
 def add_quantize(p: Parser) -> None:
     p.description = f"{p.description} {_KEPT}"
     p.add_argument("model", metavar="MODEL", help="folder with safetensors shards, or hub id (owner/name[@revision])")
-    p.add_argument("out", metavar="OUT", help="output folder; where it holds the same job, unfinished, that job is resumed")
+    p.add_argument("out", metavar="OUT", help="output folder; if it holds the same job unfinished, the job is resumed")
     _add_job(p, job_options())
-    group_of(p, OUTPUT).add_argument("--json", action="store_true", help="print a JSON object on stdout, and events on stderr, one a line")
+    group_of(p, OUTPUT).add_argument("--json", action="store_true", help="print a JSON object on stdout and events on stderr, one per line")
     p.set_defaults(command=_run_quantize)
 
 
 def add_plan(p: Parser) -> None:
-    p.description = f"{p.description} Exits with 4 where the job does not fit. {_KEPT}"
-    p.add_argument("model", metavar="MODEL", help="folder (its config.json is enough), or hub id (only config and headers are fetched)")
-    p.add_argument("out", metavar="OUT", nargs="?", help="where the output would lie, for the free disk space (default: here)")
+    p.description = f"{p.description} Exits with 4 if the job does not fit. {_KEPT}"
+    p.add_argument("model", metavar="MODEL", help="folder (its config.json is enough), or hub id (only config and headers are downloaded)")
+    p.add_argument("out", metavar="OUT", nargs="?", help="where the output would go, for the free disk space (default: current folder)")
     _add_job(p, (each for each in job_options() if each.name not in ONLY_QUANTIZE))
     on = "plan for another machine's GPU: a100, h100 or h200 (default: this)"
     group_of(p, RUN).add_argument("--on", default="this", metavar="DEVICE", help=on)
@@ -54,7 +54,7 @@ def _add_job(p: Parser, options: Iterable[Option]) -> None:
     add_options(p, options)
     weights, rules = group_of(p, WEIGHTS), table(JobConfig)["rules"]
     keys = ", ".join(each.rule_key for each in table(QuantScheme).values() if each.rule_key)
-    help = f"another scheme for Linears whose name matches, given by {keys}; may be repeated"
+    help = f"another scheme for Linears whose name matches; keys: {keys}; may be repeated"
     rule = dataclasses.replace(rules, help=help, placeholder="REGEX:key=value,…", convert=_rule_text, default=None)
     add_option(weights, rule, action="append")
     help = "leave Linears whose name matches unquantized; may be repeated"
@@ -66,7 +66,7 @@ def _rule_text(text: str, _: str) -> Rule:
 
 
 def job_config(args: argparse.Namespace, before: object = None) -> JobConfig:
-    """The job that the arguments of ``bigq quantize`` describe. Options that are not given are those of ``before``, else the defaults.
+    """The job that the arguments of ``bigq quantize`` describe. Options that are not given come from ``before``, else from the defaults.
 
     before: the settings in the job.json of ``args.out``, if it has one. Raises UsageError, CheckpointError (for ``before``).
     """
@@ -77,7 +77,7 @@ def job_config(args: argparse.Namespace, before: object = None) -> JobConfig:
 
 
 def _rules(args: argparse.Namespace, before: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """The rules as given, those that skip first; of the kind that is not given, those from before."""
+    """The rules as given, those that skip first. If a kind is not given, the rules of that kind from ``before``."""
     if args.skip is None and args.rules is None:
         return before
     skips = (rule for rule in before if rule.overrides is None) if args.skip is None else (Rule(pattern, None) for pattern in args.skip)
@@ -94,7 +94,7 @@ def _settings_before(out: str) -> object:
 
 
 def idle_options(args: argparse.Namespace, config: JobConfig, device: str) -> list[str]:
-    """Notes about options that were given in vain. device: "cpu", "cuda", or "" for not known yet. Raises UsageError."""
+    """Notes about options that have no effect. device: "cpu", "cuda", or "" for not known yet. Raises UsageError."""
     options = job_options()
     notes = without_effect(given(args, (each.name for each in options)), options, config, device)
     if args.device is not None and getattr(args, "on", "this") != "this":
@@ -103,7 +103,7 @@ def idle_options(args: argparse.Namespace, config: JobConfig, device: str) -> li
 
 
 def _begin(args: argparse.Namespace, config: JobConfig) -> None:
-    """The first lines of a job, before torch is imported as far as may be. Raises UsageError, ResourceError for the device."""
+    """Show the first lines of a job, if possible before torch is imported. Raises UsageError, ResourceError for the device."""
     idle_options(args, config, "")
     args.display.reading(args.model)
     device = "cpu" if config.device == "cpu" else ""
@@ -138,7 +138,7 @@ def _run_quantize(args: argparse.Namespace) -> int:
 
 
 def _run_plan(args: argparse.Namespace) -> int:
-    # A plan takes seconds, of which a seventh would go to looking for garbage in what is being imported.
+    # A seventh of a plan's seconds would go to garbage collection during imports.
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -85,7 +85,7 @@ def _report_parse_error(argv: list[str], error: ParseError) -> None:
 
 
 def _display(command: str, args: argparse.Namespace) -> Display:
-    """How the command shows on stderr what it does."""
+    """How the command shows its progress on stderr."""
     from bigq.progress.display import Display, Events, Lines
 
     quiet = bool(getattr(args, "quiet", False))

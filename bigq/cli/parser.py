@@ -11,14 +11,14 @@ from bigq.errors import UsageError
 
 
 class ParseError(UsageError):
-    """A command line that cannot be understood. prog: the command, as it begins the message."""
+    """A command line that cannot be parsed. prog: the command, with which the message begins."""
 
     def __init__(self, prog: str, message: str) -> None:
         super().__init__(message)
         self.prog = prog
 
 
-#: argparse's messages and what is said instead; the rest stays.
+#: argparse's messages and their replacements; other messages stay.
 _MESSAGES = (
     (r"the following arguments are required: (.*)", r"missing: \1"),
     (r"argument ([^:/]+)[^:]*: expected (?:one|at least one) argument", r"\1: needs a value"),
@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         raise ParseError(self.prog, message if advised else f"{message}; see {self.prog} --help")
 
     def require_known(self, arguments: Sequence[str]) -> None:
-        """Raise ParseError for the first argument that looks like an option and is none."""
+        """Raise ParseError for the first argument that looks like an option but is none."""
         before = ""
         for argument in arguments:
             flag = argument.partition("=")[0]

@@ -1,4 +1,4 @@
-"""Keeping other libraries off stderr, where a program reads it or nobody wants to."""
+"""Keeps other libraries from writing to stderr, for ``--json`` and ``--quiet``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Within it, logging, Python's warnings and tqdm's bars print nothing. bigq's own live line, which is a bar too, stays."""
+    """In this context logging, Python's warnings and tqdm's bars print nothing. bigq's own live line, which uses tqdm too, stays."""
     import tqdm
 
     bars: Any = tqdm.tqdm

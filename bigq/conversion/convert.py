@@ -1,7 +1,7 @@
 """Conversion of a packed checkpoint to another format: codes, scales and zero points stay the same, or the conversion is refused.
 
 The source may be any packed checkpoint that bigq reads, by whatever tool. Each shard becomes one shard.
-Everything is written into a staging folder beside the output, which gets the output's name when it is complete.
+Everything is written into a staging folder next to the output, which is renamed to the output when it is complete.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _JOB_UNIT = re.compile(r"(rest|block|head)-\d+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """The result of a conversion. linears: how many are packed. bytes_before, bytes: of the shards, or of the GGUF file."""
+    """The result of a conversion. linears: the number of packed Linears. bytes_before, bytes: of the shards, or of the GGUF file."""
 
     format_before: str
     format: str
@@ -55,8 +55,8 @@ def convert(
 ) -> Conversion:
     """Write the packed checkpoint in the folder ``model`` to the folder ``out``, in the format ``to``; to the file ``out`` for "gguf".
 
-    say: gets a line for each shard, or block. Raises UsageError where the format cannot hold the weights exactly, CheckpointError,
-    UnsupportedModelError, ResourceError; then ``out`` is unchanged.
+    say: receives a line for each shard, or block. Raises UsageError if the format cannot hold the weights exactly, CheckpointError,
+    UnsupportedModelError, ResourceError. After an error ``out`` is unchanged.
     """
     source = Path(os.path.expanduser(model))
     if to not in (*FORMATS, "gguf"):
@@ -104,7 +104,7 @@ def _to_folder(pager: Pager, place: Path, target: Format, say: Callable[[str], N
 
 
 def _provenance(source: Path, say: Callable[[str], None]) -> Provenance:
-    """What the source's own record says. One that is damaged costs no more than a warning."""
+    """The provenance from the source's own record. If the record is damaged, there is only a warning."""
     try:
         return provenance_of(source)
     except BigqError as error:
@@ -141,7 +141,7 @@ def _write_shards(pager: Pager, target: Format, folder: Path, provenance: Proven
 
 
 def _linear_record(pager: Pager, module: str, scheme: QuantScheme) -> dict[str, Any]:
-    """What the journal says of a packed Linear. block: its number, None outside the blocks."""
+    """The journal's record of a packed Linear. block: its number, None outside the blocks."""
     inside = module.removeprefix(f"{pager.blocks_path}.") if module.startswith(f"{pager.blocks_path}.") else ""
     block = inside.partition(".")[0]
     return {
@@ -155,7 +155,7 @@ def _linear_record(pager: Pager, module: str, scheme: QuantScheme) -> dict[str, 
 
 
 def _with_errors(records: Sequence[dict[str, Any]], known: Commit | None) -> list[dict[str, Any]]:
-    """The records with what the source's job measured of the same Linears, such as their errors; in the source's order."""
+    """The records, with the source job's results for the same Linears, such as their errors; in the source's order."""
     measured = {str(record.get("name")): (place, record) for place, record in enumerate(() if known is None else known.linears)}
 
     def place(record: Mapping[str, Any]) -> int:
@@ -170,14 +170,14 @@ def _with_errors(records: Sequence[dict[str, Any]], known: Commit | None) -> lis
 
 
 def _copy_side_files(source: Path, folder: Path) -> None:
-    """Tokenizer, licence and the like; not a model card of bigq, which describes the source."""
+    """Copy the tokenizer, licence and other side files, but not bigq's model card, which describes the source."""
     for path in sorted(source.iterdir()):
         if path.is_file() and is_side_file(path.name) and not (path.name == CARD_NAME and is_card(path)):
             copy_file(path, folder / path.name)
 
 
 def _write_configs(pager: Pager, target: Format, folder: Path, commits: Sequence[Commit]) -> None:
-    """The index and the configs that say the new format."""
+    """Write the index, and the configs with the new format."""
     weight_map = {name: commit.shard.file for commit in commits for name in commit.shard.tensors}
     total = sum(commit.shard.size for commit in commits)
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
@@ -217,7 +217,7 @@ def _to_gguf(pager: Pager, out: Path, trust_remote_code: bool, say: Callable[[st
 
 
 def _require_fit(pager: Pager, target: Format) -> None:
-    """Raise UsageError, naming it, where a packed Linear does not fit the format. Its values are checked when it is packed."""
+    """Raise UsageError, naming the Linear, if a packed Linear does not fit the format. Its values are checked when it is packed."""
     assert pager.schemes is not None
     for name in pager.packed:
         module = pager.model.get_submodule(name.removesuffix(".weight"))
@@ -258,7 +258,7 @@ def _quantization(pager: Pager, target: Format) -> dict[str, Any]:
         meta=meta,
     )
     config = target.config(quantization)
-    # What else the source's config says of how it was quantized, such as the damping, still holds.
+    # Other entries of the source's config about its quantization, such as the damping, remain valid.
     return {key: before.get(key, value) if key in ("damp_percent", "static_groups") else value for key, value in config.items()}
 
 

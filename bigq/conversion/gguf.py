@@ -1,8 +1,8 @@
 """One GGUF file for llama.cpp from a finished folder: packed Linears with the same codes, everything else unchanged.
 
-Only types are used that hold the quantized weights exactly: Q4_0 for 4 bits symmetric, Q4_1 for 4 bits asymmetric where minimums are
-fp16 numbers, Q8_0 for 8 bits symmetric. What would need another rounding is refused, before a job begins (``check_gguf_job``) and before
-anything is written (``write_gguf``).
+Only types that hold the quantized weights exactly are used: Q4_0 for 4 bits symmetric, Q4_1 for 4 bits asymmetric if minimums are
+fp16 numbers, Q8_0 for 8 bits symmetric. A conversion that would need rounding is refused, before a job begins (``check_gguf_job``) and
+before anything is written (``write_gguf``).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _TensorPlan:
 
 
 def check_gguf(pager: Pager) -> None:
-    """Raise where a folder cannot be written as a GGUF file.
+    """Raise an error if a folder cannot be written as a GGUF file:
 
     UsageError: no block type holds a Linear exactly, or the ``gguf`` package is not installed. UnsupportedModelError: llama.cpp does
     not have the family, a setting or the tokenizer. CheckpointError: damaged tokenizer files.
@@ -68,7 +68,7 @@ def check_gguf(pager: Pager) -> None:
 
 
 def check_gguf_job(model: ModelDescription, config: JobConfig) -> None:
-    """Raise as ``check_gguf`` where the output of a job could not be written as a GGUF file."""
+    """Raise as ``check_gguf`` if the output of a job could not be written as a GGUF file."""
     _check(model, _scheme_by_rule(model, config))
 
 
@@ -90,8 +90,8 @@ def write_gguf(
 ) -> None:
     """Write the model in ``folder``, packed or not, to ``file``, one tensor in memory at a time.
 
-    say: gets notes about the file. written: gets (blocks written, blocks) after each block.
-    The file gets its name when it is complete. Raises as ``check_gguf``, and ResourceError where the disk refuses.
+    say: receives notes about the file. written: receives (blocks written, blocks) after each block.
+    The file gets its name when it is complete. Raises as ``check_gguf``, and ResourceError if writing fails.
     """
     if file.is_dir() or not file.parent.is_dir():
         raise UsageError(f"{file}: is a folder, or its folder does not exist; name a file in an existing folder")

@@ -1,4 +1,4 @@
-"""The model families of llama.cpp: names of tensors, order of rows, metadata. What it would compute differently is refused.
+"""The model families of llama.cpp: names of tensors, order of rows, metadata. Models that it would compute differently are refused.
 
 A family is in the table once ``scripts/check_gguf.py`` has compared llama.cpp's logits for it with those of transformers.
 """

@@ -1,6 +1,6 @@
 """The tensors of a shard in another format: codes, scales and zero points stay the same, or the shard is refused.
 
-In memory is one Linear at a time.
+Only one Linear is in memory at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bigq.scheme import QuantScheme
 
 
 class Repacking:
-    """The packed Linears of a checkpoint on their way into another format.
+    """Re-packs the Linears of a checkpoint in another format.
 
     schemes: of the packed Linears, by the prefix of their tensors.
     """

@@ -1,4 +1,4 @@
-"""The staging folder: the output is written into it, and it gets the output's name when it is complete."""
+"""The staging folder: the output is written into it, and it is renamed to the output when it is complete."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from bigq.io.atomic import remedy, sync_folder
 from bigq.io.folders import refuse_nesting
 from bigq.progress.sizes import show_size
 
-#: Marks a staging folder, so that no other folder is taken for one. It holds the name of the output.
+#: A file that marks a staging folder and holds the name of the output.
 MARK = ".bigq-convert"
 
 
 def output_folder(source: Path, out: str | Path) -> Path:
-    """The folder to write, with links resolved. Raises UsageError where ``out`` cannot be one."""
+    """The folder to write, with links resolved. Raises UsageError if ``out`` cannot be an output folder."""
     place = Path(os.path.realpath(os.path.expanduser(out)))
     if not place.name:
         raise UsageError(f"{out}: is the root of the file system; name another folder")
@@ -33,14 +33,14 @@ def output_folder(source: Path, out: str | Path) -> Path:
 
 @contextlib.contextmanager
 def staging_folder(out: Path, size: int) -> Iterator[Path]:
-    """A folder to write to. It becomes ``out`` at the end, or is removed after an error. size: bytes that it will take."""
+    """A folder to write to. It becomes ``out`` at the end, or is removed after an error. size: bytes that will be written."""
     folder = out.with_name(out.name + ".partial")
     ours = False
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(f"{out}: exists and is not empty; choose another folder, or empty it")
         if os.path.lexists(folder) and not _is_abandoned(folder, out):
-            raise UsageError(f"{folder}: is in the way and was not made by bigq convert; remove it, or choose another folder")
+            raise UsageError(f"{folder}: is not a staging folder of bigq convert, but has its name; remove it, or choose another OUT")
         ours = True
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -53,7 +53,7 @@ def staging_folder(out: Path, size: int) -> Iterator[Path]:
         os.rename(folder, out)
         ours = False
         sync_folder(out.parent)
-        with contextlib.suppress(OSError):  # it is of no use any more, and names no other folder
+        with contextlib.suppress(OSError):  # the mark is not needed any more, and must not appear in the output
             (out / MARK).unlink()
     except OSError as error:
         raise ResourceError(f"{out}: cannot be written: {error.strerror}; {remedy(error)}") from error

@@ -1,1 +1,1 @@
-"""Models tried out: perplexity and KL divergence, text generation, packed Linears."""
+"""Using models: perplexity and KL divergence, text generation, packed Linears."""

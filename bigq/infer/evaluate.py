@@ -1,4 +1,4 @@
-"""Perplexity, and the distance to another model, for models that may be larger than the device.
+"""Perplexity, and the distance from another model, for models that may be larger than the device.
 
 Hidden states are streamed through each model's blocks, one block at a time; then the output head runs row by row.
 """
@@ -61,7 +61,7 @@ class Evaluation:
 def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | None = None, display: Display | None = None) -> Evaluation:
     """Evaluate a model, original or quantized, on a text. display: as for ``quantize``. Raises the errors of ``bigq.errors``.
 
-    Where ``quantize`` or ``convert`` wrote ``model``, the result is added to its records; if that fails, with a warning.
+    If ``quantize`` or ``convert`` wrote ``model``, the result is added to its records; if that fails, there is a warning.
     """
     started = time.monotonic()
     config = config or EvalConfig()
@@ -107,7 +107,7 @@ def _facts(model: str, config: EvalConfig, baseline: str | None, rows: Tensor, d
 
 
 def _record(model: str, evaluation: dict[str, Any], progress: Progress) -> None:
-    """Add a result to the records of the model's folder, if it has some."""
+    """Add a result to the records of the model's folder, if it has any."""
     folder = Path(model).expanduser()
     try:
         if holds_output(folder):

@@ -1,4 +1,4 @@
-"""Text from a model, original or quantized, that fits the device: transformers' ``generate`` on a model that bigq loads.
+"""Text generation with a model, original or quantized, that fits the device: transformers' ``generate`` on a model that bigq loads.
 
 Every token is the most likely one unless a temperature or a top-p is given.
 """
@@ -62,7 +62,7 @@ def generate(
 ) -> Generation:
     """Continue a prompt with a model, original or quantized.
 
-    write: gets the text piece by piece while it is generated. say: gets warnings.
+    write: receives the text piece by piece while it is generated. say: receives warnings.
     Raises UsageError (an empty or too long prompt, no chat template), ResourceError where the model does not fit the device, and
     CheckpointError or UnsupportedModelError for the model's folder.
     """
@@ -112,13 +112,13 @@ def _tokenizer(folder: Path, config: GenerateConfig) -> Any:
     try:
         return load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
     except CalibrationError as error:
-        raise CheckpointError(f"{str(error).partition(';')[0]}; generating takes a tokenizer, add its files to the folder") from error
+        raise CheckpointError(f"{str(error).partition(';')[0]}; generating needs a tokenizer: add its files to the folder") from error
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, config: GenerateConfig, folder: Path) -> list[int]:
     if config.chat and not getattr(tokenizer, "chat_template", None):
         raise UsageError(f"--chat: the tokenizer of {folder} has no chat template; leave --chat out")
-    # Templates are programs that come with the model, and tokenizers that load may still hold nonsense: either may raise anything.
+    # Templates are programs that come with the model, and even tokenizers that load may be invalid: both may raise any exception.
     try:
         if config.chat:
             message = [{"role": "user", "content": prompt}]
@@ -130,16 +130,16 @@ def _prompt_ids(tokenizer: Any, prompt: str, config: GenerateConfig, folder: Pat
         said = show_name(" ".join(str(error).split())[:200])
         raise CheckpointError(f"{folder}: its tokenizer fails on the prompt ({type(error).__name__}: {said}); fetch it again") from error
     if not ids:
-        raise UsageError("--prompt: the tokenizer makes no token of it; give some text for the model to continue")
+        raise UsageError("--prompt: the tokenizer turns it into no tokens; give some text for the model to continue")
     return ids
 
 
 def _room(ids: list[int], pager: Pager, config: GenerateConfig) -> int:
-    """How many tokens may follow the prompt."""
+    """The maximum number of tokens after the prompt."""
     vocabulary = pager.embedding.num_embeddings
     if max(ids) >= vocabulary:
         raise CheckpointError(
-            f"{pager.folder}: its tokenizer makes token {max(ids)}, but the model has {vocabulary}; fetch the tokenizer of this model"
+            f"{pager.folder}: its tokenizer gives token {max(ids)}, but the model has {vocabulary}; fetch the tokenizer of this model"
         )
     limit = skeleton.max_positions(pager.config)
     if limit is None:
@@ -150,7 +150,7 @@ def _room(ids: list[int], pager: Pager, config: GenerateConfig) -> int:
 
 
 def _end_tokens(folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """The tokens that end a text: as generation_config.json says, else config.json, else the tokenizer."""
+    """The tokens that end a text: from generation_config.json, else from config.json, else from the tokenizer."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         said = read_json_object(path).get("eos_token_id") if path.exists() else None

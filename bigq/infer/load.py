@@ -29,8 +29,8 @@ def load_model(
 ) -> nn.Module:
     """A model, original or quantized, as a transformers model in evaluation mode.
 
-    packed: whether quantized Linears stay packed; None means yes on a GPU, and on a CPU only where dequantized weights do not fit.
-    Raises ResourceError where the model does not fit the device, otherwise as ``bigq.evaluate``.
+    packed: whether quantized Linears stay packed; defaults to True on a GPU, and on a CPU only if the dequantized weights do not fit.
+    Raises ResourceError if the model does not fit the device, otherwise as ``bigq.evaluate``.
     """
     hold_heap()
     skeleton.silence_transformers()
@@ -44,7 +44,7 @@ def load_resident(
 ) -> nn.Module:
     """The complete model of a pager on its device. Raises as ``load_model``.
 
-    tokens: leave room for a cache of so many. say: gets a warning where the model will be slow.
+    tokens: leave room for a KV cache of this many tokens. say: receives a warning if the model will be slow.
     """
     if choose_packed(pager, tokens, packed):
         if pager.device.type == "cpu":
@@ -57,9 +57,9 @@ def load_resident(
 
 
 def choose_packed(pager: Pager, tokens: int, packed: bool | None = None) -> bool:
-    """Whether quantized Linears stay packed: as ``packed`` says, or where it is None, as the device has room.
+    """Whether quantized Linears stay packed: ``packed``, or if it is None, depending on the free memory.
 
-    Raises ResourceError where the model does not fit either way.
+    Raises ResourceError if the model does not fit either way.
     """
     on_gpu = pager.device.type == "cuda"
     there = gpu_budget(pager.device) if on_gpu else host_budget(0)
@@ -76,7 +76,7 @@ def choose_packed(pager: Pager, tokens: int, packed: bool | None = None) -> bool
 
 
 def bytes_needed(pager: Pager, tokens: int, *, packed: bool) -> int:
-    """Bytes that the model takes, with a cache of so many tokens (as if without grouped queries) and buffers for dequantizing."""
+    """Bytes that the model needs, with a KV cache of ``tokens`` (as if without grouped queries) and buffers for dequantizing."""
     weights = largest = 0
     seen = set()
     for name, param in pager.model.named_parameters(remove_duplicate=False):
@@ -114,7 +114,7 @@ def _keep_packed(pager: Pager, name: str) -> None:
 
 
 def _fill(pager: Pager) -> None:
-    """Read every parameter and buffer that is not read yet; tied ones stay tied."""
+    """Read all remaining parameters and buffers; ties are kept."""
     model = pager.model
     made: dict[int, nn.Parameter] = {}
     for name, param in list(model.named_parameters(remove_duplicate=False)):

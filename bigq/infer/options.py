@@ -1,4 +1,4 @@
-"""What ``evaluate`` and ``generate`` are asked to do. Imports no torch; see ``bigq.options``."""
+"""The settings of ``evaluate`` and ``generate``. Imports no torch; see ``bigq.options``."""
 
 from __future__ import annotations
 
@@ -62,21 +62,21 @@ class GenerateConfig:
     )
     temperature: float | None = option(
         None,
-        help="draw tokens at random, flatter with a higher value",
+        help="sample tokens at random; a higher value flattens the distribution",
         group=TOKENS,
         placeholder="X",
-        unset="the most likely tokens",
-        range=Range(must="be above 0; leave it out for the most likely tokens", holds=lambda t: math.isfinite(t) and t > 0),
+        unset="no sampling: always the most likely token",
+        range=Range(must="be above 0; leave it out to get the most likely tokens", holds=lambda t: math.isfinite(t) and t > 0),
     )
     top_p: float | None = option(
         None,
-        help="draw from the most likely tokens that together have this probability",
+        help="sample from the most likely tokens that together have this probability",
         group=TOKENS,
         placeholder="P",
         unset="all tokens",
         range=Range(must="be above 0 and at most 1", holds=lambda p: 0 < p <= 1),
     )
-    seed: int = seed_option(help="seed of the draw", group=TOKENS, effects=(DRAWN,))
+    seed: int = seed_option(help="random seed for sampling", group=TOKENS, effects=(DRAWN,))
     chat: bool = option(False, help="put the prompt into the tokenizer's chat template", group=TOKENS, opposite=None)
     device: str = device_option()
     dtype: DtypeName = dtype_option()
@@ -87,7 +87,7 @@ class GenerateConfig:
 
     @property
     def draws(self) -> bool:
-        """Whether tokens are drawn at random."""
+        """Whether tokens are sampled."""
         return self.temperature is not None or self.top_p is not None
 
     @property

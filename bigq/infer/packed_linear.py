@@ -42,7 +42,7 @@ class PackedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """W [m, n], dequantized anew."""
+        """W [m, n], dequantized at each call."""
         return dequantize_packed(self.words, self.scales.T, self.zeros.T, self.bits, dtype)
 
     def extra_repr(self) -> str:

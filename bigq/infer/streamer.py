@@ -1,4 +1,4 @@
-"""Text while it is generated: each piece as soon as no later token can change it.
+"""Streams generated text: each piece is written as soon as no later token can change it.
 
 A token's text depends on its neighbours: a leading space may be dropped, several bytes make one character, and some tokenizers remove
 spaces before punctuation.

@@ -1,6 +1,6 @@
-"""Results of ``bigq eval`` on a finished or converted folder, kept in OUT/.bigq/evaluations.jsonl, a line with a checksum each.
+"""Results of ``bigq eval`` on a finished or converted folder, in OUT/.bigq/evaluations.jsonl, one line with a checksum each.
 
-Each names the shards that it was measured on by a hash, ``weights``. Nothing else depends on these records.
+Each result contains a hash of the evaluated shards, ``weights``. Nothing else depends on these records.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class EvaluationResult:
 
     @property
     def settings(self) -> tuple[str, int, int, str]:
-        """What was evaluated, and how: results of the same settings can be compared."""
+        """The settings of the evaluation: results with equal settings can be compared."""
         return self.data, self.samples, self.seqlen, self.dtype
 
     @property
@@ -93,9 +93,9 @@ def parse_result(value: Mapping[str, Any], sources: Iterable[str]) -> Evaluation
 
 
 def current_results(evaluations: Sequence[EvaluationResult]) -> list[EvaluationResult]:
-    """The results that later ones do not replace, the oldest first.
+    """The current results, the oldest first.
 
-    Of the same settings and baseline the last one counts. One without a baseline is dropped where there is one with a baseline.
+    For equal settings and baseline the last result counts. A result without a baseline is dropped if there is one with a baseline.
     """
     last: dict[tuple[Any, ...], EvaluationResult] = {}
     for each in evaluations:
@@ -135,7 +135,7 @@ def record_evaluation(out: Path, evaluation: Mapping[str, Any]) -> None:
 
 
 def read_evaluations(out: Path) -> tuple[list[dict[str, Any]], int]:
-    """(the recorded results, the oldest first; how many others are about weights that have changed since).
+    """(the recorded results, the oldest first; the number of results for weights that have changed since).
 
     Raises ResourceError, CheckpointError where the record is absurdly large.
     """

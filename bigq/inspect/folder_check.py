@@ -1,4 +1,4 @@
-"""The checks that job folders and converted folders share: files against records that hold their sizes and hashes.
+"""The checks that job folders and converted folders share: files are compared with records of their sizes and hashes.
 
 Files are named by their path in the folder. Nothing is repaired.
 """
@@ -32,10 +32,10 @@ JOURNAL, MANIFEST, OWNER, EVALUATIONS, LOCK = (
 class FolderCheck:
     """The problems of a folder that bigq wrote.
 
-    remedy: what repairs the folder. problems: one line each. bad: the files that have one. listing: every file of the folder and its
-    state folder by path: its size, None for what is not a file. busy: whether a process may be writing to the folder now.
-    commits: the journal's, by unit. manifest: size and hash of the folder's files by path; None where there is none, or none to trust.
-    free: files of which the manifest promises nothing, as people may change them.
+    remedy: how to repair the folder. problems: one line each. bad: the files with problems. listing: every file of the folder and its
+    state folder by path: its size, or None if it is not a file. busy: whether a process may be writing to the folder now.
+    commits: of the journal, by unit. manifest: size and hash of the folder's files by path; None if it is missing or damaged.
+    free: files that the manifest does not cover, since people may change them.
     """
 
     def __init__(self, out: Path, remedy: str) -> None:
@@ -57,7 +57,7 @@ class FolderCheck:
             self.add(file, text)
 
     def add_error(self, file: str, error: BigqError) -> None:
-        """An error that came up when ``file`` was read; the error may name another file."""
+        """Add an error that occurred when ``file`` was read; the error may name another file."""
         text = str(error).replace(f"{self.out}/", "").removeprefix(f"{self.out}: ")
         named = next((name for name in self.listing if text.startswith(f"{name}: ")), file)
         self.add(named, text.removeprefix(f"{named}: "))
@@ -126,7 +126,7 @@ class FolderCheck:
     # Comparing files with records.
 
     def compare(self, file: str, records: Mapping[str, Mapping[str, Any]], scan: Scan | None = None) -> None:
-        """Compare a file with the size and hash that each record has of it. scan: has its hash."""
+        """Compare a file with its size and hash in each record. scan: provides the file's hash."""
         size = self.listing.get(file)
         if size is None:
             what = "is not a file" if file in self.listing else "is missing"
@@ -179,13 +179,13 @@ class FolderCheck:
             passing = file.endswith(TEMP_SUFFIX) or path.match(f"{STATE_FOLDER}/activations-*.safetensors")
             if path.name.startswith(".") or (passing and self.busy):
                 continue
-            # Without a manifest, side files of the model cannot be told from files of somebody else.
+            # Without a manifest, side files of the model cannot be distinguished from foreign files.
             if passing or path.suffix == ".safetensors" or path.parent.name or complete:
-                self.add(file, "no record lists it: it is left over from a killed run, or was put there by hand; remove it")
+                self.add(file, "no record lists it: it is left over from a killed run or was put there by hand; remove it")
 
 
 def list_folder(out: Path) -> dict[str, int | None]:
-    """Everything in the folder and in its state folder, by path in it: the size of a file, None for what is not a file."""
+    """Everything in the folder and in its state folder, by path: the size of a file, None for anything else."""
     return {
         path.relative_to(out).as_posix(): path.stat().st_size if path.is_file() else None
         for folder in (out, out / STATE_FOLDER)
@@ -194,7 +194,7 @@ def list_folder(out: Path) -> dict[str, int | None]:
 
 
 def recorded_geometry(record: Mapping[str, Any]) -> PackedLinear | None:
-    """A packed Linear by its record in the journal; None where that is not one."""
+    """The dimensions of a packed Linear from its record in the journal; None if the record is invalid."""
     try:
         (m, n), size = record["shape"], record["group_size"]
         return PackedLinear(bits=record["bits"], outputs=m, inputs=n, groups=1 if size == -1 else n // size)

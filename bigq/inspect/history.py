@@ -1,7 +1,7 @@
-"""What a job or a conversion did, from the records in its output folder alone: for ``bigq report``.
+"""The history of a job or a conversion, from the records in its output folder alone, for ``bigq report``.
 
-Nothing is repaired, no shard is read, and nothing is trusted: records carry checksums, but anybody can write one. Every value here
-has the right type and is within bounds, and every text is one printable line.
+Nothing is repaired, no shard is read, and nothing is trusted: records have checksums, but anybody can write them. Every value here
+has the right type and is within limits, and every text is one printable line.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/[0-9a-f]{7,64}/?$")
 class Run:
     """One run of the job. Sizes in bytes, times in seconds; None for what is unknown.
 
-    outcome: "finished", "stopped", "failed", "running", or "not recorded" for a run that was killed. message: the one that it ended with.
+    outcome: "finished", "stopped", "failed", "running", or "not recorded" for a run that was killed. message: its final message.
     resumed: blocks that earlier runs had committed.
     """
 
@@ -66,7 +66,7 @@ class Run:
 class ConversionFacts:
     """How a folder was converted. at: when; bigq: the version that did it; source: the folder that was read.
 
-    job_format: what the job that quantized the model wrote; None where no job of bigq did.
+    job_format: the format of the job that quantized the model; None if that was no job of bigq.
     """
 
     at: str
@@ -80,7 +80,7 @@ class ConversionFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """All that is known of a job, or of a converted folder.
+    """The known facts about a job or a converted folder.
 
     state: see ``bigq.inspect.status``. config: None where job.json is not of this version, or another tool quantized the model.
     blocks: of the model, None where unknown. names: the Linears in a block, in order. linears, left_out: those of all blocks, and the
@@ -131,7 +131,7 @@ class History:
 
     @property
     def linear_bits(self) -> float | None:
-        """Bits per weight of the quantized Linears, with all that the format stores for them; None where that is unknown."""
+        """Bits per weight of the quantized Linears, including scales, zero points and all other stored tensors; None if unknown."""
         stored = [linear.stored_bits for linear in self.linears]
         weights = sum(linear.weights for linear in self.linears)
         return sum(bits or 0 for bits in stored) / weights if weights and None not in stored else None
@@ -155,7 +155,7 @@ def _model_name(model: str, folder: str | None) -> str:
 def read_history(out: Path) -> History:
     """Read all records of a folder that ``quantize`` or ``convert`` wrote.
 
-    Raises UsageError where ``out`` is no such folder, ResourceError where it cannot be read.
+    Raises UsageError if ``out`` is no such folder, ResourceError if it cannot be read.
     """
     out = out.expanduser()
     found = status(out)
@@ -272,7 +272,7 @@ def _run_lines(out: Path) -> list[dict[str, Any]]:
 
 
 def _structure(blocks: Any) -> tuple[str, list[tuple[str, ...]]]:
-    """Where the blocks are, and the names of the Linears in each; nothing where a run does not say."""
+    """The path of the blocks, and the names of the Linears in each; empty if no run recorded them."""
     try:
         kinds = [tuple(text(str(name)) for name, *_ in kind[:MAX_LINEARS]) for kind in blocks["kinds"][:MAX_BLOCKS]]
         return text(str(blocks["path"])), [kinds[index] for index in blocks["of"][:MAX_BLOCKS]]

@@ -1,4 +1,4 @@
-"""What became of each Linear, by the commits of a job or a conversion: packed with which error, or left unquantized and why."""
+"""The result of each Linear, from the commits of a job or a conversion: packed with its error, or unquantized with the reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bigq.job.journal import Commit
 from bigq.methods import method_of
 from bigq.scheme import QuantScheme, scheme_for
 
-#: Blocks of a model, and Linears in one, that are read.
+#: The maximum number of blocks, and of Linears in a block, that are read.
 MAX_BLOCKS, MAX_LINEARS = 2000, 400
 #: Linears in a shard that may hold many blocks.
 MAX_SHARD_LINEARS = 50_000
@@ -51,7 +51,7 @@ class LinearResult:
 
     @property
     def has_raised_damping(self) -> bool:
-        """Whether it took more damping than its scheme asks for."""
+        """Whether its factorization needed more damping than its scheme asks for."""
         return self.asked is not None and self.damping is not None and self.damping > self.asked * (1 + 1e-6)
 
     @property
@@ -61,7 +61,7 @@ class LinearResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut:
-    """A Linear that stays unquantized. block: None for the output head. wanted: whether a rule says so."""
+    """A Linear that stays unquantized. block: None for the output head. wanted: whether a rule skips it."""
 
     block: int | None
     name: str
@@ -115,7 +115,7 @@ def _linear(
     format: Format | None,
     float_bits: int,
 ) -> LinearResult | None:
-    """None where a record is not one."""
+    """None if the record is invalid."""
     try:
         m, n = record["shape"]
         sizes = [count(value) for value in (m, n, record["bits"])]

@@ -1,7 +1,7 @@
 """One pass over a shard, from its first byte to its last: its hash, and whether a reader can use its values.
 
-The shapes of the tensors alone say which Linears are packed and how, so shards of unfinished jobs can be scanned too. In memory is a
-piece of one tensor at a time.
+The shapes of the tensors alone show which Linears are packed and how, so shards of unfinished jobs can be scanned too. Only a piece of
+one tensor is in memory at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PIECE_BYTES = 4 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scan:
-    """What a pass over a shard found.
+    """The result of a pass over a shard.
 
     tensors: those of its header, in its order. linears: the packed ones, by the prefix of their tensors; where tensors of a Linear do
     not fit each other, it is among the problems instead. zeros: the least and the greatest zero point of each. problems: one line each

@@ -1,6 +1,6 @@
-"""The state of an output folder, from its records alone: at once, without torch, and without disturbing a job that writes to it.
+"""The state of an output folder, from its records alone: fast, without torch, and without disturbing a job that writes to it.
 
-Nothing is repaired and no shard is read. Damaged records are reported; whether shards are sound is for ``verify`` to find out.
+Nothing is repaired and no shard is read. Damaged records are reported; ``verify`` checks the shards.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Status:
 
     state: one of ``STATES``. resumable: whether the same command resumes the job.
     blocks_done: committed blocks; blocks: those of the model, None where unknown. bytes_written: of the committed shards.
-    phase, eta_seconds: what the job does, and the time it expects to take; None unless it may be running.
+    phase, eta_seconds: the current phase, and the estimated time left; None unless the job may be running.
     said: the message with which it ended. warnings: of its last run. damaged: records and shards that were changed or are missing.
     converted: of a converted folder, the formats and the source, such as "gptq → gptq_v2 from /models/q"; else None.
     """
@@ -121,8 +121,8 @@ class Status:
 def status(out: Path) -> Status:
     """The state of the job in a folder, or of a converted folder.
 
-    Damaged records are no error: the result names them. Raises UsageError where ``out`` is neither empty nor a folder that ``quantize``
-    or ``convert`` wrote, ResourceError where it cannot be read.
+    Damaged records are not an error: the result names them. Raises UsageError if ``out`` is neither empty nor a folder that ``quantize``
+    or ``convert`` wrote, ResourceError if it cannot be read.
     """
     out = Path(os.path.expanduser(out))
     _require_job(out)
@@ -197,7 +197,7 @@ def _holder(state: Path, damaged: list[str]) -> Holder | None:
 
 
 def _commits(out: Path, damaged: list[str], again: str) -> list[Commit]:
-    """The commits whose shards exist with their recorded size, one of each unit. again: what becomes of the others."""
+    """The commits whose shards exist with their recorded size, one per unit. again: the text about what happens to the others."""
     try:
         commits, bad = read_commits(out)
     except BigqError as error:
@@ -266,7 +266,7 @@ def _holder_status(holder: Holder, state: Path) -> HolderStatus:
 
 
 def _age(path: Path) -> float | None:
-    """Seconds since a file was written; by the clock of its file system, where a file can be made there for a moment."""
+    """Seconds since a file was written, by the clock of its file system, if a temporary file can be made there."""
     now = time.time()
     try:
         with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=path.parent) as probe:

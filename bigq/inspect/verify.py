@@ -1,4 +1,4 @@
-"""Whether an output folder is sound: no file changed, missing or extra, and every value usable by a reader.
+"""Checks an output folder: no file is changed, missing or extra, and readers can use every value.
 
 The records of a job or a conversion are compared with its files, the files with each other, and all of it with the model that
 config.json describes. Every byte is read once. Problems are reported, and nothing is repaired.
@@ -40,8 +40,8 @@ _UNIT = re.compile(r"(rest|block|head)-(0|[1-9]\d*)")
 def verify(out: Path, *, trust_remote_code: bool = False) -> list[str]:
     """Problems of an output folder of ``quantize`` or ``convert``, one line each that names the file or tensor.
 
-    None where the folder is complete and sound. trust_remote_code: run model code in ``out``, as the job did.
-    Raises UsageError where ``out`` is no such folder, ResourceError where it cannot be listed.
+    The list is empty if the folder is complete and intact. trust_remote_code: run model code in ``out``, as the job did.
+    Raises UsageError if ``out`` is no such folder, ResourceError if it cannot be listed.
     """
     out = Path(os.path.expanduser(out))
     try:
@@ -58,7 +58,7 @@ class _JobCheck(FolderCheck):
     """The problems of a job's folder. job: its settings; saved: the checkpoints of activations, by file."""
 
     def __init__(self, out: Path) -> None:
-        super().__init__(out, "run the job's command again, which writes it anew")
+        super().__init__(out, "run the job's command again to rewrite it")
         self.job = self._read_job()
         self.commits = self.read_journal()
         self.shards = {commit.shard.file for commit in self.commits.values()}
@@ -66,7 +66,7 @@ class _JobCheck(FolderCheck):
         self.saved = self._read_checkpoints()
 
     def run(self, trust_remote_code: bool) -> None:
-        """Check everything that reading the records has not checked yet."""
+        """Run the checks that go beyond reading the records."""
         self._check_records()
         self._check_units()
         # Where the job's format is unknown: as v2, which can store every zero point.
@@ -111,15 +111,15 @@ class _JobCheck(FolderCheck):
             return {}
 
     def _check_records(self) -> None:
-        """Records that carry checksums of their own."""
+        """Check the records that contain checksums."""
         runs = self.check_lines(_RUNS)
         self.check_lines(EVALUATIONS)
         if self.manifest is not None and not runs and _RUNS not in self.bad:
-            self.add(_RUNS, "is missing or empty; no other record says how the job ran")
+            self.add(_RUNS, "is missing or empty; no other record describes the job's runs")
         self.sealed(_BATCHES)
 
     def _check_units(self) -> None:
-        """The journal's units: blocks after the tensors outside them, and none missing where the job is finished."""
+        """Check the journal's units: blocks come after the tensors outside them, and none is missing if the job is finished."""
         totals, numbers, shifts, outside = set(), set(), set(), 0
         for commit in self.commits.values():
             unit, file = _UNIT.fullmatch(commit.unit), _SHARD.fullmatch(commit.shard.file)
@@ -146,7 +146,7 @@ class _JobCheck(FolderCheck):
             self.add(JOURNAL, "commits no block-0 after the tensors outside the blocks")
 
     def _check_files(self, manifest: Mapping[str, Any]) -> None:
-        """Everything but shards, against the manifest."""
+        """Compare all files except shards with the manifest."""
         packed = any(commit.linears for commit in self.commits.values())
         config_file = self.job.made.config_file if self.job is not None and packed else None
         gguf = [GGUF_NAME] if self.job is not None and self.job.format == "gguf" else []

@@ -1,4 +1,4 @@
-"""Whether a converted folder is sound: its files against the record of its conversion, its tensors against config.json and the model."""
+"""Checks a converted folder: its files against the record of its conversion, its tensors against config.json and the model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ConversionCheck(FolderCheck):
             self.add(MANIFEST, f"is missing, so it is unknown what the folder should hold; {CONVERT_AGAIN}")
 
     def run(self, trust_remote_code: bool) -> None:
-        """Check everything that reading the records has not checked yet."""
+        """Run the checks that go beyond reading the records."""
         self.check_lines(EVALUATIONS)
         # Where the format is unknown: as v2, which can store every zero point.
         format = FORMATS["gptq_v2" if self.record is None else self.record.format]
@@ -63,7 +63,7 @@ class ConversionCheck(FolderCheck):
             return None
 
     def _check_files(self, manifest: Mapping[str, Any]) -> None:
-        """Everything but shards, against the manifest."""
+        """Compare all files except shards with the manifest."""
         config_file = None if self.record is None else FORMATS[self.record.format].config_file
         for file in [*_ALWAYS, *([] if config_file is None else [config_file]), *sorted(self.shards)]:
             if file not in manifest:

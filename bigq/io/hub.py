@@ -1,4 +1,4 @@
-"""From MODEL, a folder or a hub id, to a local folder; and single files of hub data sets."""
+"""Resolves MODEL, a folder or a hub id, to a local folder; and downloads single files of hub data sets."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from bigq.io.containment import require_contained
 from bigq.io.index import INDEX_NAME, MAX_SIZE, MAX_TENSORS, SINGLE_NAME, TensorInfo, header_entry, read_weight_map
 from bigq.io.json_file import show_name
 
-#: What a quantization job needs of a hub repository beside its shards: configs, the index, tokenizer, code, licence.
+#: Files that a job needs from a hub repository besides shards: configs, the index, tokenizer, code, licence.
 SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md")
-#: What planning needs of it.
+#: Files that planning needs.
 PLANNING_FILES = ("config.json", INDEX_NAME, "*.py")
 #: Headers that are fetched at a time.
 HEADERS_AT_ONCE = 8
@@ -27,10 +27,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Headers:
-    """What planning needs of a model.
+    """The input of a plan, from a model's headers.
 
-    folder: holds its config. tensors: by name, from shards that were not fetched; their files are names, not paths. None where the
-    folder holds all shards that there are. missing: bytes of shards that are still to be fetched, to the folder ``cache``.
+    folder: holds the config. tensors: by name, from the headers of shards on the hub; their files are names, not paths. None if the
+    folder holds all shards. missing: bytes of shards that must still be downloaded, to the folder ``cache``.
     """
 
     folder: Path
@@ -40,17 +40,17 @@ class Headers:
 
 
 def resolve_model(model: str) -> Path:
-    """A local folder for MODEL, fetching a hub id (``owner/name`` or ``owner/name@revision``) where it is not a folder.
+    """A local folder for MODEL. If MODEL is not a folder, it is a hub id (``owner/name`` or ``owner/name@revision``) and is downloaded.
 
-    Of a hub repository the shards that its index names are fetched, or the only one, and small files beside them; of its own folders
-    only code. All files lie in the folder that is returned (see ``containment``). Raises CheckpointError where MODEL is neither a folder
-    nor the hub id of a model in safetensors, or a file leads out of the folder; ResourceError where the hub cannot be reached.
+    From a hub repository, the shards that its index names (or the only shard) and small files at its top level are downloaded, and only
+    code from its subfolders. All files lie in the returned folder (see ``containment``). Raises CheckpointError if MODEL is neither a
+    folder nor the hub id of a model in safetensors, or a file leads out of the folder; ResourceError if the hub cannot be reached.
     """
     folder = _local_folder(model)
     if folder is not None:
         return folder
     folder = _snapshot(model, SIDE_FILES)
-    # At the commit of the index, whatever is pushed meanwhile.
+    # At the commit of the index, in case a newer one is pushed meanwhile.
     folder = _snapshot(model, [glob.escape(name) for name in _shards(folder)], revision=folder.name)
     if not (folder / INDEX_NAME).exists() and not (folder / SINGLE_NAME).exists():
         raise _no_shards(model)
@@ -58,7 +58,7 @@ def resolve_model(model: str) -> Path:
 
 
 def resolve_headers(model: str) -> Headers:
-    """For planning: a local folder for MODEL and, of a hub id, what the headers of its shards say. No weights are fetched.
+    """For planning: a local folder for MODEL and, for a hub id, the headers of its shards. No weights are downloaded.
 
     Raises as ``resolve_model``.
     """
@@ -75,7 +75,7 @@ def resolve_headers(model: str) -> Headers:
 
 
 def _shards(folder: Path) -> list[str]:
-    """File names of the shards of a snapshot that holds the index, if there is one."""
+    """File names of the shards of a snapshot, from its index if there is one."""
     index = folder / INDEX_NAME
     return list(dict.fromkeys(read_weight_map(index).values())) if index.exists() else [SINGLE_NAME]
 
@@ -121,11 +121,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _local_folder(model: str) -> Path | None:
-    """MODEL where it is a folder, None where it is a hub id. Raises CheckpointError where it can be neither."""
+    """MODEL if it is a folder, None if it is a hub id. Raises CheckpointError if it can be neither."""
     try:
         folder = Path(model).expanduser()
         is_folder, is_there = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError, ValueError):  # a name that is too long, or of nobody's home, or no name at all
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, of an unknown home directory, or invalid
         raise CheckpointError(f"{show_name(model)}: no such folder (and not a hub id like owner/name)") from None
     if is_folder:
         require_contained(folder)
@@ -142,7 +142,7 @@ def _snapshot(model: str, patterns: Sequence[str], revision: str | None = None) 
     import huggingface_hub
 
     name, _, own = model.partition("@")
-    # A pattern matches in folders of the repository too (original/, onnx/); of those only code can matter.
+    # Patterns also match in subfolders of the repository (original/, onnx/), from which only code is needed.
     inner = [f"*/{pattern}" for pattern in patterns if pattern != "*.py"]
     with _hub_errors(model):
         folder = Path(
@@ -165,7 +165,7 @@ def _hub_errors(model: str) -> Iterator[None]:
         SafetensorsParsingError,
     )
 
-    # The client's own errors have it as their base, and so have its HTTP library's: connections that fail or take too long.
+    # The base class of the client's errors and of its HTTP library's, such as failed connections and timeouts.
     http_error = HfHubHTTPError.__bases__[0]
     try:
         yield
@@ -186,12 +186,12 @@ def _hub_errors(model: str) -> Iterator[None]:
     except HFValidationError:
         raise CheckpointError(f"{model}: no such folder, and not a hub id like owner/name") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        # Raised by huggingface_hub where headers or listings that it was sent are malformed.
+        # Raised by huggingface_hub for malformed headers or listings.
         raise CheckpointError(f"{model}: the hub sent malformed data ({type(error).__name__}); try again later") from error
 
 
 def fetch_dataset_file(repository: str, filename: str) -> Path:
-    """One file of a hub data set. Raises ResourceError where it cannot be had."""
+    """One file of a hub data set. Raises ResourceError if it cannot be downloaded."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

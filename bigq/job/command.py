@@ -1,4 +1,4 @@
-"""A job's settings as the arguments of ``bigq quantize`` that ask for them."""
+"""A job's settings as arguments of ``bigq quantize``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bigq.scheme import QuantScheme, Rule
 
 
 def flags(config: JobConfig) -> list[str]:
-    """The options whose values are not the defaults, but none that the command line would refuse for having no effect.
+    """The options whose values differ from the defaults, except those that the command line would refuse as having no effect.
 
     The calibration text is named without its folder.
     """
@@ -35,7 +35,7 @@ def _differing(values: Any, options: Iterable[Option]) -> Iterator[str]:
 
 
 def rule_option(rule: Rule) -> str:
-    """The option that asks for a rule, for messages."""
+    """A rule as an option, for messages."""
     option, value = _rule(rule)
     return f"{option} '{value}'"
 

@@ -24,7 +24,7 @@ from bigq.io.shard_record import file_sha256
 from bigq.job.journal import CONVERSION_NAME, JOURNAL_NAME, RUNS_NAME, Commit, read_commits, read_job
 from bigq.job.manifest import MANIFEST_NAME
 
-#: What a damaged record of a conversion asks for.
+#: Advice for a damaged record of a conversion.
 CONVERT_AGAIN = "convert the model again, into another folder"
 
 
@@ -107,7 +107,7 @@ class Provenance:
 
 
 def provenance_of(source: Path) -> Provenance:
-    """The provenance of a packed checkpoint; a converted one hands on that of its own source.
+    """The provenance of a packed checkpoint; a converted one passes on that of its source.
 
     Raises CheckpointError where a record is damaged, ResourceError where it cannot be read.
     """

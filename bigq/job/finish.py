@@ -1,4 +1,4 @@
-"""Finishing a job: the files that make its folder loadable; and reading back the packed weights of a committed block."""
+"""Finishing a job: writes the files that make its folder loadable. Also reads back the packed weights of a committed block."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ RECORDS = (JOB_NAME, JOURNAL_NAME, BATCHES_NAME, "linears.jsonl")
 
 
 def is_finished(journal: Journal) -> bool:
-    """Whether every shard is committed and all that was written after the last one is there, unchanged."""
+    """Whether every shard is committed, and all files written after the last shard exist unchanged."""
     return not journal.missing and _rest_is_whole(journal.out, journal.commits)
 
 
 def complete_commits(out: Path) -> list[Commit] | None:
-    """The commits of a finished folder, if shards and all other files are there and unchanged; else None. Nothing is repaired.
+    """The commits of a finished folder if shards and all other files exist unchanged, else None. Nothing is repaired.
 
-    A shard counts as unchanged while its size and time of modification are those of its commit.
+    A shard counts as unchanged if its size and modification time match its commit.
     """
     try:
         found, damaged = read_commits(out)
@@ -59,7 +59,7 @@ def complete_commits(out: Path) -> list[Commit] | None:
 
 
 def _rest_is_whole(out: Path, commits: Sequence[Commit]) -> bool:
-    """Whether the manifest lists just these shards, and every other file is as it says."""
+    """Whether the manifest lists exactly these shards, and every other file matches it."""
     try:
         manifest = load_record(out / STATE_FOLDER / MANIFEST_NAME, "")
         if manifest is None:
@@ -130,14 +130,14 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Se
 
 
 def _search_power(config: JobConfig) -> float:
-    """The power p of |error|^p that the search for scales minimizes; 0 where scales are not searched for."""
+    """The power p of |error|^p that the grid search minimizes; 0 without a grid search."""
     if not config.scheme.mse:
         return 0.0
     return method_of(config).grid(config.scheme).mse_power
 
 
 def quantization_of(commits: Iterable[Commit], config: JobConfig, linears: Sequence[str], meta: Mapping[str, Any]) -> Quantization:
-    """What quantization_config is made from. linears: the module names of all Linears of the model."""
+    """The input of the format's quantization_config. linears: the module names of all Linears of the model."""
     commits = list(commits)
     names = [name for commit in commits for record in commit.linears if isinstance(name := record.get("name"), str)]
     found = {name: scheme_for(name, config.base_scheme, config.rules) for name in names}
@@ -154,7 +154,7 @@ def quantization_of(commits: Iterable[Commit], config: JobConfig, linears: Seque
 
 
 def is_card(path: Path) -> bool:
-    """Whether a file is a model card that bigq wrote, edited since or not."""
+    """Whether a file is a model card that bigq wrote. It may have been edited since."""
     try:
         with open(path, "rb") as file:
             return CARD_MARK.encode() in file.read(2**20)
@@ -183,7 +183,7 @@ def _manifest(journal: Journal, config_json: bytes) -> dict[str, dict[str, Any]]
 
 
 class FinishedBlock:
-    """The packed Linears of a committed block. Raises CheckpointError where its shard cannot be read."""
+    """The packed Linears of a committed block. Raises CheckpointError if its shard cannot be read."""
 
     def __init__(self, out: Path, commit: Commit, format: Format) -> None:
         self._tensors, _ = read_header(out / commit.shard.file)
@@ -205,7 +205,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def is_side_file(name: str) -> bool:
-    """Whether a file of the source is copied to the output: tokenizer, licence, generation config, code; no weights or config.json."""
+    """Whether a file of the source is copied to the output: tokenizer, licence, generation config, code; not weights or config.json."""
     if name in ("config.json", "quantize_config.json") or name.startswith("."):
         return False
     return not name.endswith((".safetensors", ".index.json", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx"))

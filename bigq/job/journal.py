@@ -6,7 +6,7 @@
     OUT/.bigq/batches.json    where the batch was halved because the device ran out of memory, if it was
     OUT/.bigq/lock, owner.json, activations-….safetensors, checkpoints.json: see ``owner`` and ``checkpoint``
 
-A job that finds these files resumes: it makes the shards that are not committed. Each record carries a checksum. A journal line that
+A job that finds these files resumes: it writes the shards that are not committed. Each record carries a checksum. A journal line that
 a crash tore or that was changed later is ignored, so its shard is made again. A request that was changed is refused.
 """
 
@@ -122,7 +122,7 @@ class Journal:
     """The job in an output folder. The caller must own the folder (see ``owner``)."""
 
     def __init__(self, out: Path, request: Mapping[str, Any], units: list[str], compare: Callable[..., list[str]]) -> None:
-        """Start a job in ``out``, or resume the one that is there.
+        """Start a job in ``out``, or resume the job in it.
 
         request: the settings and inputs that decide the output's bytes, plus versions and machine. units: the shards to commit, in order.
         compare: (out, old request, new request) → warnings; raises UsageError where the requests describe different jobs.

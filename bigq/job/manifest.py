@@ -42,7 +42,7 @@ def has_gguf(out: Path, *, by_size: bool = False) -> bool:
 
 
 def lacks_gguf(out: Path) -> bool:
-    """Whether a folder's job is to make a GGUF file that is not there yet. False where its records cannot be read."""
+    """Whether the folder's job must still write its GGUF file. False if its records cannot be read."""
     try:
         job = read_job(out)
         settings = {} if job is None else job.get("settings")

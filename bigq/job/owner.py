@@ -1,6 +1,6 @@
 """One owner of an output folder at a time, also after crashes, in containers and on network file systems.
 
-Two files record who owns a folder. ``lock`` is held with flock, which the system releases however a process ends. It works on local
+Two files record who owns a folder. ``lock`` is held with flock, which the system releases no matter how the process ends. It works on local
 disks, on NFS from version 4 and on Lustre mounted with ``-o flock``. ``owner.json`` names the holder (host, process, start time) and is
 rewritten every few seconds with a growing number, the heartbeat. It protects the folder where flock does not work, and shows users who
 the holder is.

@@ -1,7 +1,7 @@
-"""What a job was asked for, and what a resumed job may change.
+"""The request of a job, and which parts of it a resumed job may change.
 
-A request is a plain JSON object, kept in OUT's job.json: the settings, hashes of everything that is read, and what the job runs on.
-``CHANGES`` says of each part whether it may change. ``make_request`` gathers a request; ``compare`` needs only two of them.
+A request is a plain JSON object, kept in OUT's job.json: the settings, hashes of all inputs, versions and the machine.
+``CHANGES`` says for each part whether it may change. ``make_request`` makes a request; ``compare`` compares two.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from bigq.version import __version__
 
 #: The packages whose versions are recorded, besides bigq and Python.
 PACKAGES = ("torch", "transformers", "tokenizers", "triton")
-#: Words for --calibration that are no paths.
+#: Values of --calibration that are not paths.
 NAMED_TEXTS = ("c4", "builtin", GIVEN)
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A part of a job that may or may not change.
+    """A part of a job, and whether it may change.
 
-    said: the option, as the user types it, or what it is called. recorded: whether requests hold it; optional: not all of them do.
+    said: the option as the user types it, or a name. recorded: whether requests hold it. optional: some requests do not hold it.
     """
 
     may: Resume
@@ -52,7 +52,7 @@ def _settings(prefix: str, options: Mapping[str, Option]) -> dict[str, Change]:
 
 
 def _not_recorded(options: Mapping[str, Option]) -> dict[str, Change]:
-    """The options that leave no trace in a request, by the name of JobConfig's field."""
+    """The options that requests do not record, by the name of JobConfig's field."""
     return {
         name: Change(each.resume, each.said, recorded=False)
         for name, each in options.items()
@@ -60,14 +60,14 @@ def _not_recorded(options: Mapping[str, Option]) -> dict[str, Change]:
     }
 
 
-#: Every setting of a job and everything else that may decide its bytes, by its place in a request. Settings are those that JobConfig and
-#: QuantScheme declare. Refusals and warnings come in this order.
+#: Every setting of a job, and everything else that may affect its bytes, by its path in a request. JobConfig and QuantScheme declare the
+#: settings. Refusals and warnings come in this order.
 CHANGES: Mapping[str, Change] = {
     **_settings("settings.scheme", table(QuantScheme)),
     **_settings("settings", table(JobConfig)),
     "source": Change(Resume.REFUSED, "MODEL: the hash of its shards' headers"),
     "config": Change(Resume.REFUSED, "MODEL: the hash of its config.json"),
-    "remote_code": Change(Resume.REFUSED, "MODEL: leave to run its own code"),
+    "remote_code": Change(Resume.REFUSED, "MODEL: permission to run its code"),
     "code": Change(Resume.REFUSED, "MODEL: its code"),
     "calibration_tokens": Change(Resume.REFUSED, "--calibration: the hash of the text's tokens"),
     "machine.device": Change(Resume.WARNED, "--device"),
@@ -78,7 +78,7 @@ CHANGES: Mapping[str, Change] = {
     "versions.transformers": Change(Resume.WARNED, "transformers"),
     "versions.triton": Change(Resume.WARNED, "triton"),
     "versions.python": Change(Resume.WARNED, "Python"),
-    # What a tokenizer makes is compared as tokens.
+    # The tokenizer is not compared: its tokens are.
     "versions.tokenizers": Change(Resume.FREE, "tokenizers"),
     "model": Change(Resume.FREE, "MODEL: the path", recorded=False),
     **_not_recorded(table(JobConfig)),
@@ -89,9 +89,9 @@ CHANGES: Mapping[str, Change] = {
 
 
 def compare(out: Path, before: Any, now: Mapping[str, Any]) -> list[str]:
-    """Warnings about a job in ``out``, begun by the request ``before``, that is resumed with the request ``now``: one line each.
+    """Compare the request ``before``, with which the job in ``out`` was begun, to the request ``now``. Returns warnings, one line each.
 
-    Raises UsageError for the first difference that is refused, CheckpointError where ``before`` is no request of this version.
+    Raises UsageError for the first difference that is refused, CheckpointError if ``before`` is not a request of this version.
     """
     old, new = _parts(out, before), _parts(out, now)
     changed = {name: change for name, change in CHANGES.items() if name in old and name in new and old[name] != new[name]}
@@ -102,12 +102,12 @@ def compare(out: Path, before: Any, now: Mapping[str, Any]) -> list[str]:
 
 
 def _parts(out: Path, request: Any) -> dict[str, Any]:
-    """A request's values by their names in ``CHANGES``. Raises CheckpointError where one is missing or not known."""
+    """A request's values by their names in ``CHANGES``. Raises CheckpointError if one is missing or unknown."""
 
     def bad(what: str) -> CheckpointError:
         version = _version(request)
         by = (
-            "the file is damaged or of another version of bigq"
+            "the file is damaged or from another version of bigq"
             if version in (None, __version__)
             else f"bigq {show_name(version)} began the job"
         )
@@ -134,7 +134,7 @@ def _parts(out: Path, request: Any) -> dict[str, Any]:
 
 
 def _version(request: Any) -> str | None:
-    """The version of bigq that made a request, where the request holds it."""
+    """The version of bigq that made a request, or None."""
     versions = request.get("versions") if isinstance(request, dict) else None
     version = versions.get("bigq") if isinstance(versions, dict) else None
     return version if isinstance(version, str) else None
@@ -153,7 +153,7 @@ def _refusal(out: Path, name: str, old: Any, new: Any) -> str:
 
 
 def _hash_changed(out: Path, old: Any, new: Any) -> str:
-    """A change in words; the first digits are enough to distinguish two hashes."""
+    """A change as text; the first digits are enough to distinguish two hashes."""
     then, now = (show_name(value[:12]) if isinstance(value, str) else _shown(value) for value in (old, new))
     return f"was {then} when the job in {out} was begun, is {now} now; give the source that it was begun with, or choose another folder"
 
@@ -177,7 +177,7 @@ def _typed(name: str, value: Any) -> str:
 
 
 def _declared(name: str) -> Option:
-    """The option behind a setting."""
+    """The option that declares a setting."""
     parent, _, field = name.rpartition(".")
     return table(QuantScheme if parent == "settings.scheme" else JobConfig)[field]
 
@@ -207,7 +207,7 @@ def _shown(value: Any) -> str:
 
 
 def require_same_code(out: Path, before: Any, folder: Path) -> None:
-    """Raise UsageError where the Python files of a model's folder are not those that the job in ``out`` was begun with."""
+    """Raise UsageError if the Python files of a model's folder differ from those that the job in ``out`` was begun with."""
     old, new = _parts(out, before)["code"], code_hashes(folder)
     if old != new:
         raise UsageError(_refusal(out, "code", old, new))
@@ -216,8 +216,8 @@ def require_same_code(out: Path, before: Any, folder: Path) -> None:
 def make_request(config: JobConfig, folder: Path, fingerprint: str, rows: Tensor | None, device: torch.device) -> dict[str, Any]:
     """The request of a job whose row length and batch are settled.
 
-    folder: the model's. fingerprint: of its shards. rows: calibration tokens, int64 [N, T], None where none are needed.
-    Raises CheckpointError where a file of the model cannot be read.
+    folder: of the model. fingerprint: of its shards. rows: calibration tokens, int64 [N, T], or None if none are needed.
+    Raises CheckpointError if a file of the model cannot be read.
     """
     settings = config.frozen()
     if config.calibration not in NAMED_TEXTS:  # the job may be resumed in another working directory
@@ -232,7 +232,7 @@ def make_request(config: JobConfig, folder: Path, fingerprint: str, rows: Tensor
         "versions": {"bigq": __version__, "python": platform.python_version(), **{name: _installed(name) for name in PACKAGES}},
         "machine": _machine(device),
     }
-    plain: dict[str, Any] = json.loads(json.dumps(request))  # as it will be read again: tuples are lists
+    plain: dict[str, Any] = json.loads(json.dumps(request))  # as it will be read back: tuples become lists
     return plain
 
 
@@ -259,13 +259,13 @@ def _installed(package: str) -> str | None:
 def _machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         return {"device": "cuda", "name": torch.cuda.get_device_name(device)}
-    # Sums over a whole tensor come out differently with another number of threads; the instruction set decides the kernels.
+    # The rounding of sums depends on the number of threads; the choice of kernels depends on the instruction set.
     name = f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
     return {"device": "cpu", "name": name, "torch_threads": torch.get_num_threads()}
 
 
 def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's model, where the system names it, and its architecture."""
+    """The CPU's model, if the system names it, and its architecture."""
     try:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:

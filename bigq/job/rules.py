@@ -1,7 +1,7 @@
-"""A job's rules held against the names of its model's Linears: what each decides, and which are refused. Pure functions.
+"""Checks a job's rules against the names of its model's Linears: how many each decides, and which are refused. Pure functions.
 
-A rule that decides nothing is a mistake, and so is one that treats the parts of a Linear that readers fuse differently: vLLM fails on most
-of those and loads some of them with wrong weights.
+A rule that decides nothing is a mistake. So is a rule that splits a fused Linear, which readers load as one: vLLM fails on most of these
+and loads some with wrong weights.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from bigq.io.formats.readers import BY_FUSED_NAME, FusedLinear, Kind, fused_line
 from bigq.job.command import rule_option
 from bigq.scheme import QuantScheme, Rule, scheme_for
 
-#: Names of Linears that a refusal lists.
+#: The number of Linears that a refusal lists.
 LISTED = 8
-#: What patterns of other quantizers begin with.
+#: Prefixes of patterns for other quantizers.
 _FOREIGN = re.compile(r"re:|[+-]:|\^")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleCount:
-    """How many Linears a rule decides; those that an earlier rule matches are not among them."""
+    """How many Linears a rule decides, without those that an earlier rule matches."""
 
     rule: Rule
     linears: int
 
 
 def deciding_rule(name: str, rules: Sequence[Rule]) -> int | None:
-    """The index of the first rule that matches; None where none does."""
+    """The index of the first rule that matches, or None."""
     return next((i for i, rule in enumerate(rules) if re.match(rule.pattern, name)), None)
 
 
@@ -44,7 +44,7 @@ def rule_counts(names: Iterable[str], rules: Sequence[Rule]) -> tuple[RuleCount,
 
 
 def count_words(counts: Iterable[RuleCount]) -> list[str]:
-    """Such as ["6 Linears at 8 bits", "12 left out"]; nothing where there are no rules."""
+    """The counts as text, such as ["6 Linears at 8 bits", "12 left out"]; empty without rules."""
     summed: dict[str, int] = {}
     for count in counts:
         words = "left out" if count.rule.overrides is None else " ".join(_words(count.rule.overrides))
@@ -74,9 +74,9 @@ def _words(overrides: Mapping[str, int | float | bool]) -> Iterator[str]:
 
 
 def require_sound_rules(names: Sequence[str], head: str | None, config: JobConfig) -> None:
-    """Raise UsageError for the first rule that decides nothing, then for the first that splits what readers fuse.
+    """Raise UsageError for the first rule that decides nothing, then for the first that splits a fused Linear.
 
-    names: module names of the Linears in blocks. head: the output head's, where it is a Linear.
+    names: module names of the Linears in blocks. head: that of the output head, if it is a Linear.
     """
     if not config.rules:
         return
@@ -89,7 +89,7 @@ def require_sound_rules(names: Sequence[str], head: str | None, config: JobConfi
 
 
 def splits(names: Sequence[str], base: QuantScheme, rules: Sequence[Rule]) -> bool:
-    """Whether rules give parts of a Linear that readers fuse different bits, group sizes or symmetry, or skip some of them."""
+    """Whether rules give the parts of a fused Linear different bits, group sizes or symmetry, or skip only some of them."""
     return _Readers.of(names, base, by_fused_name=False).split(rules) is not None
 
 
@@ -145,18 +145,18 @@ def _near(pattern: str, names: Sequence[str]) -> str | None:
 def _hidden(rule: Rule, first: Sequence[Rule]) -> str:
     option = rule_option(rule)
     before = _and([rule_option(owner) for owner in first])
-    said = f"{option}: has no effect, as {before} {'decides' if len(first) == 1 else 'decide'} all Linears that it matches"
+    said = f"{option}: has no effect, since {before} {'decides' if len(first) == 1 else 'decide'} all Linears that it matches"
     if rule.overrides is not None and any(owner.overrides is not None and owner.pattern != rule.pattern for owner in first):
         return f"{said}; give it first, or leave it out"
     return f"{said}; leave it out"
 
 
-# Rules that split what readers fuse.
+# Rules that split fused Linears.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Split:
-    """A fused Linear that rules do not treat as one. rule: the one to change; parts: whether parts differ, or only the fused name."""
+    """A fused Linear that rules split. rule: the one to change; parts: whether the parts differ, or only the fused name does."""
 
     fused: FusedLinear
     rule: Rule | None
@@ -165,7 +165,7 @@ class _Split:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Readers:
-    """What readers make of rules. names: of the Linears in blocks; base: the scheme without rules.
+    """How readers apply rules. names: of the Linears in blocks; base: the scheme without rules.
 
     by_fused_name: whether readers look rules up by the fused Linear's name.
     """
@@ -184,7 +184,7 @@ class _Readers:
         for linear in self.fused:
             kinds = {self._kind(part, rules) for part in linear.parts}
             differ = len(kinds) > 1
-            # A Linear that is not packed in the file is not looked up.
+            # Readers do not look up a Linear that is not packed.
             unseen = self.by_fused_name and kinds != {None} and self._kind(linear.name, rules) not in kinds
             if differ or unseen:
                 members = linear.parts if differ else (*linear.parts, linear.name)
@@ -207,7 +207,7 @@ class _Readers:
         return f"{option}: vLLM looks for {parts} under the name {whole}, for which the rules say something else; {remedy}"
 
     def wider(self, found: _Split, rules: Sequence[Rule]) -> str | None:
-        """A pattern in place of the rule's that decides all it decided and splits no fused Linear; None where none was found."""
+        """A replacement for the rule's pattern that decides the same Linears and splits no fused Linear, or None."""
         if found.rule is None:
             return None
         together = _alternatives(found.fused, self.by_fused_name)

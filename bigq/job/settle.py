@@ -1,4 +1,4 @@
-"""Settings that a job leaves open, settled for its model; settings that do not fit the model, refused."""
+"""Decides the settings that depend on the model, and refuses settings that do not fit it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bigq.scheme import QuantScheme, scheme_for
 
 
 def row_length(model_config: object, config: JobConfig) -> int:
-    """Tokens per calibration row. Raises UsageError where the model has fewer positions than asked for."""
+    """Tokens per calibration row. Raises UsageError if the model has fewer positions than requested."""
     limit = skeleton.max_positions(model_config)
     if config.seqlen is None:
         return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
@@ -30,7 +30,7 @@ def row_length(model_config: object, config: JobConfig) -> int:
 
 
 def settled_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme:
-    """The job's scheme with its open settings settled. Raises UsageError where its scales would not fit the format."""
+    """The job's scheme with all settings decided. Raises UsageError if its scales would not fit the format."""
     return dataclasses.replace(config.scheme, scale_bits=_scale_bits(model, config))
 
 
@@ -52,7 +52,7 @@ def _scale_bits(model: ModelDescription, config: JobConfig) -> int:
 
 
 def head_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme | None:
-    """The scheme of a model's output head; None where it stays unquantized. Raises UsageError where it cannot be quantized as asked."""
+    """The scheme of a model's output head; None if it stays unquantized. Raises UsageError if it cannot be quantized as requested."""
     if not config.lm_head:
         return None
     name, module = model.head_name, model.head
@@ -70,8 +70,8 @@ def head_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme | Non
 
 
 def check_shapes(model: ModelDescription, config: JobConfig) -> None:
-    """Raise UsageError where a rule decides nothing or splits what readers fuse, or a Linear fits neither the format nor its group size,
-    or none is to be quantized."""
+    """Raise UsageError if a rule decides nothing or splits a fused Linear, if a Linear does not fit the format or its group size, or if no
+    Linear would be quantized."""
     linears = {f"{model.blocks_path}.{i}.{name}": m for i, block in enumerate(model.blocks) for name, m in block_linears(block).items()}
     require_sound_rules(list(linears), _linear_head(model), config)
     quantized = False
@@ -82,10 +82,10 @@ def check_shapes(model: ModelDescription, config: JobConfig) -> None:
             config.made.require(name, m, n, scheme, transposed=skeleton.is_transposed(module))
             quantized = True
     if not quantized and head_scheme(model, config) is None:
-        raise UsageError("--skip: no Linear is left that would be quantized; give narrower patterns")
+        raise UsageError("--skip: no Linear would be quantized; give narrower patterns")
 
 
 def _linear_head(model: ModelDescription) -> str | None:
-    """The output head's name, where it is a Linear."""
+    """The output head's name, if it is a Linear."""
     head = model.model.get_output_embeddings()  # type: ignore[operator]
     return model.head_name if isinstance(head, nn.Linear) else None

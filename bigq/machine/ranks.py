@@ -1,6 +1,6 @@
-"""How the work of a job is shared among processes: the seam for ``torch.distributed``.
+"""How processes share the work of a job: the interface for ``torch.distributed``.
 
-Each rank replays its own share of the calibration rows. What is accumulated over rows is added up (``HessianSum.reduce``), so every
+Each rank replays its own share of the calibration rows. Sums over rows are added up over ranks (``HessianSum.reduce``), so every
 rank solves with the same sums. Each shard is written by one rank. Today there is one process, which has all rows and writes all shards.
 """
 

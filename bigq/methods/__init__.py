@@ -1,4 +1,4 @@
-"""The methods of quantization: one file each, behind the seam of ``bigq.methods.base``."""
+"""The quantization methods: one file each, which implements ``bigq.methods.base``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bigq.methods.gptq import Gptq
 from bigq.methods.rtn import Rtn
 from bigq.vocabulary import MethodName
 
-#: By the word of ``--method``, how a job's settings make the method.
+#: For each value of ``--method``, the method made from a job's settings.
 METHODS: Mapping[MethodName, Callable[[JobConfig], Method]] = {
     "gptq": lambda config: Gptq(),
     "gptaq": lambda config: Gptaq(config.alpha),

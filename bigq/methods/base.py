@@ -1,7 +1,7 @@
-"""What a method of quantization is: the seam between the loop over units and the arithmetic of one Linear.
+"""The interface of a quantization method, between the loop over units and the arithmetic of one Linear.
 
-A method sees groups of Linears that share an input. A ``DataFreeMethod`` looks at weights alone. A ``CalibratedMethod`` is given the
-group's inputs batch by batch (``Collector.add``), turns what it accumulated into a ``Solver``, and solves the group's Linears with it:
+A method sees groups of Linears that share an input. A ``DataFreeMethod`` uses only weights. A ``CalibratedMethod`` receives the
+group's inputs batch by batch (``Collector.add``), turns the accumulated sums into a ``Solver``, and solves the group's Linears with it:
 
     collector = method.collector(n, device, finite_only=…)
     collector.add(x, reference)                 once per batch of calibration rows
@@ -10,8 +10,8 @@ group's inputs batch by batch (``Collector.add``), turns what it accumulated int
     factor = solver.factor(scheme, label, …)    once per ``solver.kind(scheme)``
     factor.solve(weights, scheme, label)        one pass over all Linears of one scheme
 
-The loop owns everything else: replaying rows, what becomes of Linears that fail, the clock, and packing. A new method is a new file
-here and a line in ``bigq.methods.METHODS``.
+The loop does everything else: it replays rows, handles Linears that fail, measures time and packs. A new method is a new file here and
+a line in ``bigq.methods.METHODS``.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from bigq.vocabulary import FORMAT_NAMES, FormatName, MethodName
 
 
 class Factor(Protocol):
-    """What Linears of one kind are solved with."""
+    """Solves Linears whose schemes have one kind (see ``Solver.kind``)."""
 
     def solve(self, weights: list[Tensor], scheme: QuantScheme, label: str) -> list[QuantizedWeight]:
         """Quantize the weights [m_i, n] of Linears that share the input. Raises NumericsError, which begins with ``label``."""
 
 
 class Solver(Protocol):
-    """What was found out about one group's input."""
+    """The statistics of one group's input."""
 
     def kind(self, scheme: QuantScheme) -> Hashable:
-        """Schemes of one kind share a factor. Kinds of one solver can be sorted."""
+        """The kind of a scheme. Schemes of one kind share a factor. Kinds of one solver can be sorted."""
 
     def factor(self, scheme: QuantScheme, label: str, *, last: bool) -> Factor:
         """The factor for the scheme's kind. Raises NumericsError, which begins with ``label``.
@@ -67,15 +67,15 @@ class Collector(Protocol):
         """Add up the shares of several processes, each of which saw some of the rows (see ``bigq.machine.ranks``)."""
 
     def finish(self, label: str) -> Solver:
-        """End the accumulation. Raises NumericsError, which begins with ``label``, where nothing useful was added."""
+        """End the accumulation. Raises NumericsError, which begins with ``label``, if no usable token was added."""
 
 
 class Method(ABC):
-    """What all methods have.
+    """The common part of all methods.
 
-    name: the word of ``--method``. title: in reports and model cards. passes: how often the calibration rows go through a block at
-    each step: 0 without calibration, 1 through the quantized model, 2 through the unquantized model too. error_meaning: what a Linear's
-    relative error is, for reports. formats: those that can hold what the method produces.
+    name: the value of ``--method``. title: for reports and model cards. passes: how often the calibration rows pass through a block at
+    each step: 0 without calibration, 1 through the quantized model, 2 through the unquantized model too. error_meaning: the definition
+    of a Linear's relative error, for reports. formats: the formats that can hold the method's results.
     """
 
     name: ClassVar[MethodName]
@@ -86,16 +86,16 @@ class Method(ABC):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the method looks at calibration rows."""
+        """Whether the method needs calibration rows."""
         return self.passes > 0
 
     def grid(self, scheme: QuantScheme) -> GridSpec:
-        """How the method looks for a group's scale and zero point."""
+        """The grid from which the method takes a group's scale and zero point."""
         return scheme.grid
 
 
 class DataFreeMethod(Method):
-    """A method that looks at weights alone."""
+    """A method that uses only weights."""
 
     passes = 0
 
@@ -105,12 +105,12 @@ class DataFreeMethod(Method):
 
 
 class CalibratedMethod(Method):
-    """A method that looks at what Linears receive."""
+    """A method that uses the inputs of Linears."""
 
     @abstractmethod
     def collector(self, n: int, device: torch.device, *, finite_only: bool) -> Collector:
         """An accumulator for inputs of n features. finite_only: leave out tokens that hold NaN or Inf."""
 
     def for_head(self) -> CalibratedMethod:
-        """The method for the output head, whose rows are known in the quantized model only."""
+        """The method for the output head, whose inputs are known only in the quantized model."""
         return self

@@ -29,7 +29,7 @@ class Gptaq(CalibratedMethod):
         return CrossCollector(n, device, self.alpha, finite_only=finite_only)
 
     def for_head(self) -> Gptq:
-        """The unquantized rows end at the last block, so the head is solved with its Hessian alone."""
+        """GPTQ: unquantized rows are not kept after the last block, so the head is solved with its Hessian alone."""
         return Gptq()
 
 

@@ -52,7 +52,7 @@ class HessianCollector:
 
 
 class HessianSolver:
-    """Solves Linears with the Hessian of their input. correction: for inputs that upstream quantization has changed."""
+    """Solves Linears with the Hessian of their input. correction: of the upstream error, or None."""
 
     def __init__(self, hessian: Tensor, correction: Correction | None = None) -> None:
         self._hessian = hessian

@@ -1,1 +1,1 @@
-"""A transformers model taken apart: the skeleton on the meta device, its blocks, their structure, and their weights."""
+"""The parts of a transformers model: the skeleton on the meta device, its blocks, their structure, and their weights."""

@@ -1,4 +1,4 @@
-"""Captures from a model's own forward what block 0 receives and the arguments that every block is called with.
+"""Captures the input of block 0 and the arguments of every block from a model's own forward.
 
 The caller provides a block's hidden states. The other arguments (masks, rotary tables, ALiBi) are recorded once per batch size and
 reused, since calibration rows have one length and no padding. ``check_block_calls`` tests by running the model that this is valid.

@@ -20,7 +20,7 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"(layers?|blocks?|experts?|heads?|stages|depths?|levels?)$"), 2**15),
     # Dimensions of tensors: 134 million. The longest published context has 10 million positions.
     (re.compile(r"size|dim|width|embd|inner|ff|^d_|vocab|position|ctx|channel|kernel|rank|mlp|conv|state|ratio"), 2**27),
-    # Other counts that lists are made of, such as labels.
+    # Other counts that become lengths of lists, such as the number of labels.
     (re.compile(r"layer|block|expert|head|stage|depth|codebook|group|branch|repeat|^n_|^num_|_num_"), 2**20),
     (re.compile(""), 2**63 - 1),
 )

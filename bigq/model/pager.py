@@ -29,7 +29,7 @@ from bigq.model import skeleton
 from bigq.model.description import ModelDescription
 from bigq.progress.trace import Trace
 
-#: The most parameters that a model may have for each tensor of the checkpoint. With more, some must be missing.
+#: The maximum number of parameters per tensor of the checkpoint. With more, some tensors must be missing.
 MOST_PARAMETERS = 4
 
 
@@ -59,7 +59,7 @@ class Pager(ModelDescription):
                     module._buffers[name] = buffer.to(device)
 
     def _find_packed(self) -> dict[str, PackedSource]:
-        """The packed Linears by the name of their weight. A new way of storing weights is found beside this."""
+        """The packed Linears by the name of their weight. Another kind of stored weights needs a method like this one."""
         path = self.folder / "config.json"
         said = read_json_object(path).get("quantization_config")
         if said is None:
@@ -70,7 +70,7 @@ class Pager(ModelDescription):
         mark = f".{schemes.format.mark}"
         prefixes = [name.removesuffix(mark) for name in self.checkpoint if name.endswith(mark)]
         if not prefixes:
-            raise CheckpointError(f"{path}: quantization_config is there, but no tensor is packed; fetch the checkpoint again")
+            raise CheckpointError(f"{path}: has a quantization_config, but no tensor is packed; fetch the checkpoint again")
         renamed = skeleton.map_names(self.model, [f"{p}.weight" for p in prefixes])
         return {
             target: PackedSource(
@@ -181,7 +181,7 @@ class Pager(ModelDescription):
                 self._ahead = None
 
     def announce_block(self, i: int) -> None:
-        """Prefetch block i, if there is one, and the blocks after it as far as the budget allows."""
+        """Prefetch block i, if it exists, and as many blocks after it as the budget allows."""
         left = self._budget
         while self._ahead is not None and i < len(self.blocks) and left > 0:
             tensors = self.block_tensors(i)
@@ -243,7 +243,7 @@ class Pager(ModelDescription):
             embedding.padding_idx = padding
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """What the model computes with a parameter in."""
+        """The dtype in which the model computes with a parameter."""
         return self._forced.get(name, self._meta[name].dtype)
 
     def dequantized(self, name: str) -> Tensor:
@@ -282,7 +282,7 @@ class Pager(ModelDescription):
 
 
 def _require_finished(folder: Path) -> None:
-    """Raise CheckpointError where the folder is that of an unfinished bigq job, which writes ``config.json`` last."""
+    """Raise CheckpointError if the folder holds an unfinished bigq job, which writes ``config.json`` last."""
     if (folder / STATE_FOLDER).is_dir() and not (folder / "config.json").exists():
         raise CheckpointError(
             f"{folder / 'config.json'}: is missing because the bigq job in this folder is not finished; run its command again to resume it"

@@ -63,7 +63,7 @@ class BlockPlan:
         return dataclasses.replace(self, shortcuts=())
 
     def levels(self, true_sequential: bool) -> list[list[Group]]:
-        """The groups by level; without true-sequential all in one level."""
+        """The groups by level; without true-sequential there is one level."""
         if not true_sequential:
             return [list(self.groups)]
         depth = max((g.level for g in self.groups), default=-1) + 1
@@ -71,7 +71,7 @@ class BlockPlan:
 
 
 class DataflowTracer(Protocol):
-    """How the dataflow in a block is traced."""
+    """Traces the dataflow in a block."""
 
     def begin(self, hidden: Tensor) -> Tensor:
         """Hidden states that ``is_sum`` works on."""
@@ -270,7 +270,7 @@ def _shortcuts(
 
 
 def _shortcut(name: str, module: _ModuleCall, source: str, linear: _ModuleCall, tracer: DataflowTracer) -> Shortcut | None:
-    """The shortcut of a module by a Linear in it; None where the module's output is no simple function of the Linear's."""
+    """The shortcut of a module by a Linear in it; None if the module's output is not a simple function of the Linear's."""
     result, form = hidden_of(module.output), OutputForm.of(module.output)
     if result is linear.output:
         return Shortcut(name, source, form)
@@ -284,7 +284,7 @@ def _shortcut(name: str, module: _ModuleCall, source: str, linear: _ModuleCall, 
 def _is_exact(
     shortcut: Shortcut, block: nn.Module, y: Tensor, hidden: Tensor, call: BlockCall, expected: Tensor, tracer: DataflowTracer
 ) -> bool:
-    """Whether the block returns the same with a shortcut. y: the output of its Linear."""
+    """Whether the block returns the same bits with a shortcut. y: the output of its Linear."""
 
     def make(_: int) -> Callable[..., Any]:
         return lambda *args, **kwargs: shortcut.returns(y, args, kwargs)

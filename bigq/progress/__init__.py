@@ -1,1 +1,1 @@
-"""How far a job is and where its time goes, recorded and shown."""
+"""The progress of a job and its times: recorded and shown."""

@@ -29,7 +29,7 @@ class ProgressEvent:
     blocks: decoder blocks of the model. block: the one in progress or done, from 1; None outside the blocks.
     phase: such as "solve" or "load". fraction: of the work, 0 to 1. eta_seconds: None while that is unknown.
     bytes_read: of the source, in this run. host_bytes, device_bytes: memory in use now; device_bytes is None on a CPU.
-    message: one line for people, of a note or warning. values: what only this kind of event has.
+    message: one line for people, of a note or warning. values: fields that only this kind of event has.
     """
 
     kind: EventKind
@@ -48,8 +48,8 @@ class ProgressEvent:
 class CallbackDisplay(Display):
     """Shows progress by calling ``callback``. Nothing is printed.
 
-    Calls come one at a time, "tick" from a thread of its own. An exception of the callback does not end the job: it becomes a
-    RuntimeWarning, and the callback is not called again. KeyboardInterrupt and other exceptions that are no ``Exception`` pass through.
+    Calls come one at a time; "tick" comes from a separate thread. An exception of the callback does not end the job: it becomes a
+    RuntimeWarning, and the callback is not called again. KeyboardInterrupt and other BaseExceptions pass through.
     """
 
     period = 1.0
@@ -83,7 +83,7 @@ class CallbackDisplay(Display):
             self._emit(name, self._moment, **values)  # type: ignore[arg-type]
 
     def error(self, exit_code: int, kind: str, message: str) -> None:
-        """Nothing: the caller gets the exception."""
+        """Does nothing: the caller gets the exception."""
 
     def _emit(self, kind: EventKind, moment: Moment, *, message: str = "", **values: Any) -> None:
         self._moment = moment

@@ -1,7 +1,7 @@
-"""How progress is shown: as plain lines, as events for programs, or not at all. ``bigq.progress.live_line`` adds a line that moves.
+"""How progress is shown: as plain lines, as events for programs, or not at all. ``bigq.progress.live_line`` adds a live line.
 
-Knows nothing of jobs: ``bigq.progress.progress`` says what there is to show. Everything goes to one stream, normally stderr; stdout is for
-results. A job continues where the stream can no longer be written. docs/progress.md describes the events.
+Knows nothing of jobs: ``bigq.progress.progress`` provides the content. Everything goes to one stream, normally stderr; stdout is for
+results. If the stream can no longer be written, the job continues without it. docs/progress.md describes the events.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HEARTBEAT = 60.0
 class Moment:
     """The state of a job at a moment.
 
-    block: the one under way, from 1; None before the first. seconds: since that block began. steps: counters of the phase, as
+    block: the one in progress, from 1; None before the first. seconds: since that block began. steps: counters of the phase, as
     (done, of). fraction: of the job, 0 to 1. eta: seconds left, None where there is no estimate. rate: source bytes per second, None
     before any were read. bytes_read: of the source, in this run. host, device: bytes of memory held now; device None on a CPU.
     """
@@ -82,13 +82,13 @@ class Display:
         """A block was solved."""
 
     def say(self, text: str) -> None:
-        """A message for people; it may begin with "note: " or, for a warning, "warning: "."""
+        """A message for people. A note begins with "note: ", a warning with "warning: "."""
 
     def reading(self, model: str) -> None:
         """A command begins to read a model; the first sign of life, before libraries that take seconds are imported."""
 
     def plan(self, text: str, values: Mapping[str, Any]) -> None:
-        """The plan of the job, in words and as values."""
+        """The plan of the job, as text and as values."""
 
     def event(self, name: str, **values: Any) -> None:
         """An event that only programs see."""
@@ -213,12 +213,12 @@ def block_line(done: Finished, moment: Moment, width: int | None = None) -> str:
 
 
 def heartbeat_line(moment: Moment, width: int | None = None) -> str:
-    """A block under way, for a person. width: columns at most; None for any number."""
+    """A block in progress, for a person. width: columns at most; None for any number."""
     return _joined([head_of(moment), *parts_of(moment, ("steps",)), f"{moment.seconds:.0f} s"], moment, width)
 
 
 def _joined(parts: list[str], moment: Moment, width: int | None) -> str:
-    """The parts and what is measured; where that is too wide, without what is missed least, then cut off."""
+    """The parts and the measurements in one line. If it is too wide, the least important parts are dropped, then it is cut."""
     measured = ["rate", "host", "gpu", "eta"]
     for left_out in ("", "rate", "host", "gpu"):
         measured = [name for name in measured if name != left_out]
@@ -252,7 +252,7 @@ class _Beat:
 
 @contextlib.contextmanager
 def while_writable() -> Iterator[None]:
-    """Ignore a stream that cannot be written: a terminal that went away, a pipe that nobody reads, a full disk under a log."""
+    """Ignore errors of a stream that cannot be written: a closed terminal or pipe, or a full disk under a log."""
     with contextlib.suppress(OSError, ValueError):
         yield
 
@@ -269,7 +269,7 @@ def head_of(moment: Moment) -> str:
 
 
 def parts_of(moment: Moment, names: Iterable[str]) -> list[str]:
-    """Those of "steps", "percent", "eta", "rate", "host" and "gpu" that are asked for and known, for a person."""
+    """The requested parts among "steps", "percent", "eta", "rate", "host" and "gpu", if they are known, for a person."""
     return [text for name in names if (text := _part(moment, name))]
 
 

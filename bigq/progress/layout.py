@@ -12,9 +12,9 @@ INDENT = 11
 
 
 def entry(label: str, parts: str | Iterable[str], indent: int = INDENT) -> list[str]:
-    """Lines ``  label:   text``; what does not fit into one goes on under the text.
+    """Lines ``  label:   text``; further lines are indented to the text.
 
-    label: may be empty. parts: one text, broken between words; or several, set with commas and broken between them where each fits into
+    label: may be empty. parts: one text, wrapped between words; or several, separated by commas and wrapped between them if each fits on
     a line.
     """
     room = WIDTH - indent
@@ -26,12 +26,12 @@ def entry(label: str, parts: str | Iterable[str], indent: int = INDENT) -> list[
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """A text in lines of at most ``width`` columns, broken between words, and within those that are longer than a line."""
+    """A text in lines of at most ``width`` columns, wrapped between words, and within words that are longer than a line."""
     return textwrap.wrap(text, width, break_long_words=True, break_on_hyphens=False)
 
 
 def rewrapped(lines: Iterable[str], indent: int) -> list[str]:
-    """Lines of labelled text whose text begins at column ``indent``, wrapped where they are too wide; headings by words alone."""
+    """Lines of labelled text, whose text begins at column ``indent``, wrapped if they are too wide; headings are wrapped by words."""
     found = []
     for line in lines:
         if len(line) <= WIDTH:

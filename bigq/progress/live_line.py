@@ -1,6 +1,6 @@
-"""The line at the bottom of a terminal that shows what a job does now, below the lines that stay.
+"""The live line at the bottom of a terminal, which shows what a job does now, below the permanent lines.
 
-tqdm keeps the line there and writes above it; its text, and how it fits the terminal, is made here.
+tqdm keeps the line there and writes above it. This module makes its text and fits it to the terminal.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bigq.progress.display import Display, Finished, Lines, Moment, head_of, par
 
 #: Columns of the live line's bar.
 LEAST_BAR, MOST_BAR = 5, 24
-#: Parts of the live line after its head, the most important first: a narrow terminal shows the first ones.
+#: Parts of the live line after its head, the most important first. A narrow terminal shows only the first ones.
 IMPORTANCE = ("percent", "eta", "host", "gpu", "rate", "steps", "bar")
 FULL, PARTS = "█", " ▏▎▍▌▋▊▉"
 
@@ -29,7 +29,7 @@ def display_for(stream: TextIO, *, quiet: bool = False, dumb: bool = False) -> D
 
 
 class Live(Lines):
-    """On a terminal: the same lines, and below them one that shows the current state."""
+    """On a terminal: the same lines, and below them the live line."""
 
     period = 0.25
 

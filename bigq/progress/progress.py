@@ -1,7 +1,7 @@
-"""How far a job is: for a display, and for the record in the job's folder.
+"""The progress of a job, for a display and for the record in the job's folder.
 
-The loop over blocks reports here what it does, in calls that store a few numbers and ask the device nothing. A thread reads them
-periodically, so that the display moves while one Linear is being solved.
+The loop over blocks reports its steps here. A report stores a few numbers and does not wait for the device. A thread reads them
+periodically, so the display moves even while one Linear is being solved.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bigq.progress.display import Display, Finished, Moment
 from bigq.progress.live_line import display_for
 from bigq.progress.records import device_memory, host_memory
 
-#: Seconds over which the rate of reading is averaged, at the least.
+#: Minimum seconds over which the rate of reading is averaged.
 WINDOW = 60.0
 #: The fraction of a block's time that solving takes; the rest is its replay. An estimate, used for the first block only:
 #: 81 % on the model of ``scripts/bench_small.py``, on a CPU.
@@ -93,7 +93,7 @@ class Rate:
 
 
 class Progress:
-    """What the loop over blocks reports; a context around it. Messages and ``facts`` may be called from any thread.
+    """Receives the reports of the loop over blocks; a context around it. Messages and ``facts`` may be called from any thread.
 
     device: whose memory is reported. display: defaults to the one that suits ``stream`` (stderr), or to none with ``quiet``.
     """
@@ -164,7 +164,7 @@ class Progress:
         return None if self._index is None and self._position >= self.blocks else self._pace.eta(now)
 
     def planned(self, text: str, values: dict[str, Any]) -> None:
-        """Report the job's plan, in words and as values."""
+        """Report the job's plan, as text and as values."""
         with self._lock:
             self._display.plan(text, values)
 
@@ -220,7 +220,7 @@ class Progress:
         self._pace.skip(time.monotonic())
 
     def block_passed(self, left: int) -> None:
-        """A block is done that needs no line of its own; ``left`` remain."""
+        """A block is done that gets no line; ``left`` remain."""
         self._position += 1
         self._pace.done(left, time.monotonic())
 

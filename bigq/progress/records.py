@@ -1,4 +1,4 @@
-"""What a job reports: memory, records of Linears, and at the end its outcome.
+"""The records of a job: memory, results of Linears, and the final report.
 
 Knows nothing of models; everything arrives as plain values, and nothing is printed here.
 """
@@ -26,7 +26,7 @@ def host_memory() -> int:
 
 
 def host_memory_peak() -> int:
-    """The most resident bytes that this program ever had.
+    """The peak of this program's resident bytes.
 
     Linux counts them per program (VmHWM); ``ru_maxrss`` begins with what the parent held when it started this one.
     """
@@ -38,7 +38,7 @@ def host_memory_peak() -> int:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes of a GPU's memory that tensors take now, by the allocator's own count: the device is not asked. None on a CPU."""
+    """Bytes of GPU memory held by tensors now, by the allocator's count, without waiting for the device. None on a CPU."""
     return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else None
 
 
@@ -73,14 +73,14 @@ class LinearRecord:
 
 
 class Stages:
-    """Wall time of the stages that a job goes through before its phases. started: by ``time.monotonic``."""
+    """Wall time of the stages of a job before its phases. started: by ``time.monotonic``."""
 
     def __init__(self, started: float) -> None:
         self._last = started
         self._seconds: dict[str, float] = {}
 
     def ended(self, name: str) -> None:
-        """All since the last stage's end was stage ``name``; a name may come back."""
+        """End the stage ``name``, which began at the end of the last stage. A name may be used again."""
         now = time.monotonic()
         self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
         self._last = now
@@ -91,7 +91,7 @@ class Stages:
         return dict(self._seconds)
 
 
-#: Time in no stage and no phase.
+#: Time outside all stages and phases.
 OTHER = "other"
 
 
@@ -116,9 +116,9 @@ class Report:
 
     seconds: of wall time; seconds_before: of the stages before the first phase (start-up, calibration, planning); seconds_by_phase: of the
     device that computes. waiting: the seconds that this device waited for files or the host, by cause.
-    planned_host_bytes, planned_device_bytes: what the plan predicted; 0 for a job that was finished before, which has no phases.
-    batches: how many calibration rows went through a block at once, from the job's beginning on; more than one number where the
-    device ran out of memory and the job continued with fewer. Empty where no rows are needed.
+    planned_host_bytes, planned_device_bytes: predicted by the plan; 0 for a job that was finished before, which has no phases.
+    batches: calibration rows per forward, from the job's beginning on; more than one number if the device ran out of memory and the
+    batch was halved. Empty if no rows are needed.
     read_by: programs that load the output; reader_notes: sentences about those that do not.
     """
 
@@ -143,11 +143,11 @@ class Report:
 
     @property
     def worst(self) -> Mapping[str, Any] | None:
-        """The record of the Linear with the largest relative error; None where none was quantized."""
+        """The record of the Linear with the largest relative error, or None."""
         return max(self.linears, key=lambda r: float(r["relative_error"]), default=None)
 
     def times(self) -> dict[str, float]:
-        """Seconds by stage and phase, and of the rest: they sum to ``seconds``."""
+        """Seconds by stage and phase, and of the remaining time; they sum to ``seconds``."""
         parts: dict[str, float] = dict(self.seconds_before)
         for name, seconds in self.seconds_by_phase.items():
             parts[name] = parts.get(name, 0.0) + seconds
@@ -159,7 +159,7 @@ class Report:
         return {**dataclasses.asdict(self), "linears": [dict(linear) for linear in self.linears], "worst": worst}
 
     def waiting_lines(self) -> list[str]:
-        """How long the device waited, and for what; causes of less than 0.05 s are left out."""
+        """How long the device waited, by cause; causes of less than 0.05 s are left out."""
         total = sum(self.waiting.values())
         text = f"{total:.1f} s of {self.seconds:.1f} s ({100 * total / max(self.seconds, 1e-9):.1f} %)"
         causes = [f"{cause} {s:.1f} s" for cause, s in sorted(self.waiting.items(), key=lambda item: -item[1]) if s >= 0.05]
@@ -168,7 +168,7 @@ class Report:
         return entry("waiting", [f"{text}: {causes[0]}", *causes[1:]])
 
     def summary(self) -> str:
-        """The closing lines for a person, of at most 60 columns."""
+        """The final summary as text, in lines of at most 60 columns."""
         done = f"done in {self.seconds:.1f} s: "
         lines = [done + shortened(self.out, WIDTH - len(done))]
         if self.resumed_blocks:

@@ -1,4 +1,4 @@
-"""The terminal, or a file or pipe in its place: results go to stdout, everything else to stderr.
+"""Output to a terminal, file or pipe: results go to stdout, everything else to stderr.
 
 Names of files, tensors and options that are printed may hold any characters, and a stream may be closed or gone.
 """
@@ -18,7 +18,7 @@ HEAD, TAIL = 500, 1500
 
 
 def one_line(text: str) -> str:
-    """Text as one printable line of bounded length: other characters as escape sequences, the middle of a long one left out."""
+    """Text as one printable line of bounded length: with escape sequences, and without the middle of a long text."""
     line = printable(text)
     return line if len(line) <= HEAD + TAIL else f"{line[:HEAD]} … {line[-TAIL:]}"
 
@@ -29,7 +29,7 @@ def printable(text: str) -> str:
 
 
 def print_result(text: str) -> None:
-    """Write lines to stdout and flush. Raises ResourceError where that fails, BrokenPipeError where nobody reads them."""
+    """Write lines to stdout and flush. Raises ResourceError if that fails, BrokenPipeError if the reader has closed the pipe."""
     with _writing_results():
         sys.stdout.write("\n".join(map(printable, text.split("\n"))) + "\n")
         sys.stdout.flush()
@@ -67,21 +67,21 @@ def _writing_results() -> Iterator[None]:
 
 
 def tell(line: str) -> None:
-    """Write a line to stderr; nothing where stderr cannot be written."""
+    """Write a line to stderr, if it can be written."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
 def keep_quiet(_: str) -> None:
-    """In place of ``tell`` with --quiet."""
+    """Replaces ``tell`` with --quiet."""
 
 
 def prepare_streams() -> None:
-    """Make printing safe: no character can fail, and nothing lands in a file of the job because a stream was closed."""
+    """Make printing safe: every character can be printed, and a closed stream cannot redirect output into a file of the job."""
     for fd in range(3):
         try:
             os.fstat(fd)
-        except OSError:  # closed: the next file opened would get its number, and with it what libraries print there
+        except OSError:  # closed: the next file to be opened would get its descriptor, and the output of libraries with it
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -91,7 +91,7 @@ def prepare_streams() -> None:
 
 
 def abandon_broken_streams() -> None:
-    """Discard what is left in the buffers of streams that cannot be written, so that the interpreter ends quietly."""
+    """Discard the buffers of streams that cannot be written, so that the interpreter exits without an error message."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

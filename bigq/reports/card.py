@@ -18,8 +18,8 @@ from bigq.job.owner import Holder, Owner, refuse_if_held
 def put_card(out: Path, card: bytes, say: Callable[[str], None]) -> Path:
     """Write the model card of the finished folder ``out``; returns its path.
 
-    say: gets a line when there is something to wait for. Raises UsageError where a job is running in the folder, CheckpointError where
-    its manifest is damaged, ResourceError where the disk refuses.
+    say: receives a line before a wait. Raises UsageError if a job is running in the folder, CheckpointError if its manifest is damaged,
+    ResourceError if writing fails.
     """
     state = out / STATE_FOLDER
     refuse_if_held(state)

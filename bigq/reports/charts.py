@@ -17,7 +17,7 @@ from typing import Any
 
 from bigq.errors import ResourceError
 
-#: Stands for ``currentColor`` while matplotlib draws; no data has it.
+#: A placeholder for ``currentColor`` while matplotlib draws; no data uses this colour.
 _INK = "#010203"
 _SETTINGS: Mapping[str, Any] = {
     "svg.fonttype": "none",
@@ -42,7 +42,7 @@ _REST = "#8a8a8a"
 REST, OUTSIDE = "other phases", "outside phases"
 #: Width of a picture, in inches.
 WIDTH = 11.0
-#: The most squares that get their values written in, and the most bars.
+#: The maximum number of squares with written values, and of bars.
 MAX_WRITTEN, MAX_BARS = 150, 40
 
 Cell = tuple[int, int]
@@ -89,13 +89,13 @@ def heat_map(rows: Sequence[str], columns: int, values: Mapping[Cell, float], ma
 
 
 def _put(axes: Any, square: Any) -> None:
-    """Add one of many squares without taking part in the layout, which would take most of the time."""
+    """Add a square that is excluded from the layout: with many squares the layout would take most of the time."""
     square.set_in_layout(False)
     axes.add_patch(square)
 
 
 def _colour_bar(figure: Any, axes: Any, norm: Any, colours: Any) -> None:
-    """A colour bar beside the map, made of rectangles: matplotlib's own is a bitmap."""
+    """A colour bar next to the map, made of rectangles, since matplotlib's own is a bitmap."""
     bar = axes.inset_axes((1.015, 0.0, 0.016, 1.0))
     low, high = math.log10(norm.vmin), math.log10(norm.vmax)
     steps = 64
@@ -113,7 +113,7 @@ def _colour_bar(figure: Any, axes: Any, norm: Any, colours: Any) -> None:
 
 
 def stacked_bars(labels: Sequence[str], totals: Sequence[float], parts: Sequence[Mapping[str, float]], title: str) -> str:
-    """Seconds by phase, a bar per run, for the last ``MAX_BARS`` runs; time outside all phases is a part of its own.
+    """Seconds by phase, a bar per run, for the last ``MAX_BARS`` runs; time outside all phases is a separate part.
 
     All but the longest phases share one part. title: as for ``heat_map``. Raises ResourceError where matplotlib is missing.
     """
@@ -179,7 +179,7 @@ def _matplotlib() -> Iterator[tuple[Any, Any, Any, Any]]:
         return figure
 
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_SETTINGS}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about characters that a font lacks: the page uses the reader's fonts
+        warnings.simplefilter("ignore")  # warnings about characters that a font lacks; the page uses the reader's fonts
         yield figure_of, patches, matplotlib.colormaps, colors
 
 

@@ -44,7 +44,7 @@ def render(history: History, pictures: Pictures) -> str:
         parts.append(_section("Time", *html_resources.time(history, pictures.time)))
         parts.append(_section("Memory and size", *html_resources.memory(history), html_resources.sizes(history)))
         parts.append(_section("Runs", *html_resources.runs(history)))
-    else:  # what the job took says nothing of a folder that was converted from its output
+    else:  # the job's resources do not describe a folder that was converted from its output
         parts.append(_section("Size", html_resources.sizes(history)))
     if history.damaged:
         parts.append(_section("Damaged records", element("ul", *(element("li", each) for each in history.damaged))))

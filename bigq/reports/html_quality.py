@@ -98,7 +98,7 @@ def errors(history: History, pictures: Pictures) -> Iterator[Markup]:
 def _damping(history: History) -> Iterator[Markup]:
     raised = [linear for linear in history.linears if linear.has_raised_damping]
     if raised:
-        yield element("p", "The Hessian could not be factored with the damping asked for, so the damping was raised:")
+        yield element("p", "The Hessian could not be factored with the requested damping, so the damping was raised:")
         rows = [[each.name, block_number(each.block), f"{each.asked:g}", f"{each.damping:g}", error_text(each.error)] for each in raised]
         caption = f"Damping raised: {count_of(len(raised), 'Linear')}"
         yield folded_table(caption, ("Linear", "block", "asked for", "used", "error"), rows, range(1, 5), most=MOST_ROWS)

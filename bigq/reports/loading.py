@@ -21,12 +21,12 @@ def loads_with_transformers(history: History) -> bool:
 
 
 def loading(history: History) -> Iterator[str]:
-    """What readers of the format need, as far as the settings decide it, in Markdown."""
+    """How readers of the format load a folder with these settings, in Markdown."""
     config = history.config
     yield "## Loading\n"
     yield "`MODEL` is this repository's id, or a folder that holds its files.\n"
     if config is None:
-        yield "With transformers; what it needs beside it depends on `quantization_config` in config.json:\n"
+        yield "With transformers; the packages that it needs depend on `quantization_config` in config.json:\n"
         yield _transformers(False)
         return
     if config.format == "gguf":
@@ -98,7 +98,7 @@ def _gptq(history: History, config: JobConfig) -> Iterator[str]:
         more = ", trust_remote_code=True" if config.trust_remote_code else ""
         yield block(f'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("{model}"{more})', "python")
     if config.made.name == "gptq_v2":
-        yield "The checkpoint format is `gptq_v2`. Readers that do not know it take it for `gptq`, and every zero point for another.\n"
+        yield "The checkpoint format is `gptq_v2`. Readers that do not know it would read it as `gptq`, with wrong zero points.\n"
 
 
 def _compressed_tensors(config: JobConfig, schemes: set[tuple[int, int, bool]]) -> Iterator[str]:
@@ -109,7 +109,7 @@ def _compressed_tensors(config: JobConfig, schemes: set[tuple[int, int, bool]]) 
     yield _transformers(config.trust_remote_code)
     if asymmetric:
         yield (
-            "Its weights have zero points. transformers 5.23 with compressed-tensors cannot load zero points, whoever wrote them; "
+            "Its weights have zero points. transformers 5.23 with compressed-tensors cannot load zero points of any program; "
             "transformers up to 5.22 can (tried with compressed-tensors 0.18 to 0.20).\n"
         )
     if three:

@@ -28,7 +28,10 @@ def write_report(out: Path, file: Path | None = None) -> Path:
     folder = Path(os.path.realpath(out))
     history = read_history(folder)
     if not folder.name:
-        raise UsageError(f"{folder}: every file lies in it, and bigq verify rejects foreign files; move the model to a folder of its own")
+        raise UsageError(
+            f"{folder}: is the root of the file system, so the report would lie inside it, where bigq verify would reject it; "
+            "move the model to another folder"
+        )
     file = folder.with_name(f"{folder.name}-report.html") if file is None else file
     _require_file(file, folder)
     write_bytes(file, render(history, pictures_of(history)).encode("utf-8", "replace"))

@@ -1,4 +1,4 @@
-"""The output folder, claimed for one run: its owner, its journal, and the record of the run."""
+"""Claims the output folder for one run: its owner, its journal, and the record of the run."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def claimed(
 ) -> Iterator[Claim]:
     """Own OUT, open its journal, and record the run when it begins and when it ends.
 
-    started: of the run, by ``time.monotonic``. command: the arguments that asked for it, for the record.
-    Raises ResourceError where another process owns the folder, UsageError, CheckpointError.
+    started: the start of the run, by ``time.monotonic``. command: arguments to record for the run.
+    Raises ResourceError if another process owns the folder, UsageError, CheckpointError.
     """
     out, config = job.target.out, job.config
     with ownership(out / STATE_FOLDER, progress, steal=config.steal_lock) as owner:
@@ -66,11 +66,11 @@ def claimed(
 
 @contextlib.contextmanager
 def _traced(file: str | None, clock: Clock, trace: Trace) -> Iterator[None]:
-    """Write the timeline at the end, also of a run that failed."""
+    """Write the timeline at the end, even if the run failed."""
     try:
         yield
     finally:
         if file is not None:
-            with contextlib.suppress(RuntimeError):  # a device that failed cannot report the rest
+            with contextlib.suppress(RuntimeError):  # after a device error, the remaining events cannot be read
                 clock.synchronize()
             write_bytes(Path(file), trace.to_json())

@@ -1,4 +1,4 @@
-"""Whether a job goes on, and what it shows of itself: stop requests, the grace, progress and the clock."""
+"""The control of a running job: stop requests, the grace period, progress and the clock."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from bigq.progress.progress import Progress
 
 @dataclass(slots=True, kw_only=True)
 class Control:
-    """What every step of a job asks and reports to.
+    """Every step of a job checks this for stop requests and reports to it.
 
-    place: where the job is, in words, for the message of a job that stops.
+    place: the place in the job as text, for the message of a job that stops.
     """
 
     stop: Stop
@@ -23,7 +23,7 @@ class Control:
     _grace_estimate: GraceEstimate = field(default_factory=GraceEstimate)
 
     def begin(self, kind: str, place: str) -> None:
-        """A unit begins. kind: units of one kind take about the same time, by which the grace is judged."""
+        """A unit begins. kind: units of one kind take about the same time, from which its remaining time is estimated."""
         self._grace_estimate.begin(kind)
         self.place = place
         self.pause()
@@ -33,6 +33,6 @@ class Control:
         self._grace_estimate.end()
 
     def pause(self) -> None:
-        """Between steps: raise Stopped if the job was asked to stop, unless the unit can be finished within the grace."""
+        """Between steps: raise Stopped if the job was asked to stop, unless the unit can be finished within the grace period."""
         if self.stop.requested and self._grace_estimate.must_stop(self.stop.seconds_left):
             raise self.stop.error(f"at {self.place}")

@@ -1,4 +1,4 @@
-"""A job that is run again although it is finished: noticed before the model is built."""
+"""Detects that a job is finished already, before the model is built."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from bigq.sched.resolve import Target
 
 
 def finished_commits(target: Target) -> list[Commit] | None:
-    """The commits of the job in OUT, if it is finished, complete, and the job that is asked for; None where there is anything to do.
+    """The commits of the job in OUT if it is the requested job and is finished and complete; None if there is anything to do.
 
-    Size and time of shards and hashes of all other files are compared, as when a job resumes; ``bigq verify`` reads everything.
-    Raises CheckpointError where the source cannot be read.
+    As when a job resumes, sizes and modification times of shards and hashes of all other files are compared; ``bigq verify`` reads all
+    bytes. Raises CheckpointError if the source cannot be read.
     """
     begun = target.begun
     if begun is None or not _asks_for(begun.get("settings"), target.config):
@@ -34,7 +34,7 @@ def finished_commits(target: Target) -> list[Commit] | None:
 
 
 def _asks_for(settings: Any, config: JobConfig) -> bool:
-    """Whether the settings of a finished job are those asked for; what is left open is as the job settled it."""
+    """Whether the requested settings are those of a finished job; settings that are not given count as equal."""
     if not isinstance(settings, Mapping):
         return False
     asked = config.frozen()

@@ -1,8 +1,8 @@
-"""The loop over units: each is a transaction.
+"""The loop over units. Each unit is a transaction:
 
     load → collect and solve, level by level → write and commit → replay → evict
 
-What lies outside the blocks is copied first, so that a damaged embedding or a full disk is found before hours of work.
+Tensors outside the blocks are copied first, so a damaged embedding or a full disk is noticed before hours of work.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def run_units(
 ) -> int:
     """Commit every unit that is not committed yet. Returns how many blocks earlier runs had committed.
 
-    bench, solving: made when the first streamed unit needs them, since they probe the model and open the calibration rows.
-    Raises Stopped, DataError, ResourceError; what is committed stays committed.
+    bench, solving: called only if a streamed unit is missing, since they probe the model and open the calibration rows.
+    Raises Stopped, DataError, ResourceError; committed units stay committed.
     """
     control = writer.control
     missing = [unit for unit in units if writer.committed(unit.shard) is None]

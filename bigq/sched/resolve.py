@@ -1,4 +1,4 @@
-"""What ``quantize`` was asked for, resolved: first the folders and the settings, then the model, its rows and its units."""
+"""Resolves the request of ``quantize``: first the folders and the settings, then the model, its rows and its units."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from bigq.sched.units.head import Head, HeadUnit, head_to_quantize
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Where a job reads and writes. begun: the frozen request of the job that OUT holds; None where it holds none.
+    """Where a job reads and writes. begun: the frozen request of the job that OUT holds, or None.
 
-    model: as it was given. config: as asked for, with what is left open as ``begun`` has it.
+    model: as given. config: as given, with missing settings taken from ``begun``.
     """
 
     model: str
@@ -53,10 +53,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A job whose settings are settled. rows: calibration tokens [N, T]; None for methods that look at none. head: None where the output
+    """A job whose settings are all decided. rows: calibration tokens [N, T]; None for methods without calibration. head: None if the output
     head stays unquantized.
 
-    stamps: notices source files that change.
+    stamps: detect source files that change.
     """
 
     target: Target
@@ -75,7 +75,7 @@ class Job:
 def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Target:
     """Find the model's folder and look at OUT. A model on the hub is planned from its headers before it is fetched.
 
-    config: None means as the job in OUT was begun, or the defaults where there is none.
+    config: defaults to that of the job in OUT, or to ``JobConfig()`` if there is none.
     Raises UsageError, CheckpointError, ResourceError.
     """
     out = Path(os.path.expanduser(out))
@@ -93,14 +93,14 @@ def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Tar
     require_job_folder(out)
     refuse_if_held(out / STATE_FOLDER)
     if begun is not None and config.trust_remote_code:
-        require_same_code(out, begun, folder)  # before any of it is run
+        require_same_code(out, begun, folder)  # before any code of the model runs
     return Target(model=model, folder=folder, out=out, config=config, begun=begun, device=device)
 
 
 def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
-    """Open the model, settle what the settings leave open, and read the calibration rows.
+    """Open the model, decide the settings that depend on it, and read the calibration rows.
 
-    stages: of the clock on the wall, which ends "start-up" and "calibration" here. Raises Stopped, UsageError, DataError.
+    stages: the stages "start-up" and "calibration" end here. Raises Stopped, UsageError, DataError.
     """
     config = target.config
     pager = Pager(target.folder, device=target.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
@@ -122,7 +122,7 @@ def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
 
 
 def _rows(pager: Pager, config: JobConfig) -> Tensor:
-    """The calibration rows [N, T] of a job whose row length is settled. Raises CalibrationError."""
+    """The calibration rows [N, T] of a job whose row length is known. Raises CalibrationError."""
     assert config.seqlen is not None
     rows = calibration_rows(
         config.calibration,
@@ -137,7 +137,7 @@ def _rows(pager: Pager, config: JobConfig) -> Tensor:
 
 
 def units_of(job: Job) -> list[Unit]:
-    """The units of a job in the order of their shards: copied tensors, blocks, and the head where it is quantized."""
+    """The units of a job in the order of their shards: copied tensors, blocks, and the head if it is quantized."""
     pager, head = job.pager, job.head
     copied = copied_units(pager, [] if head is None else [head.source.name])
     blocks = [BlockUnit(len(copied) + i, i, pager) for i in range(len(pager.blocks))]
@@ -145,7 +145,7 @@ def units_of(job: Job) -> list[Unit]:
 
 
 def request_of(job: Job) -> dict[str, Any]:
-    """What is kept of the job in OUT. Raises UsageError where the job in OUT was begun otherwise: a refused job changes nothing there."""
+    """The request that OUT keeps. Raises UsageError if the job in OUT has another request; then nothing in OUT changes."""
     target = job.target
     request = make_request(job.config, target.folder, job.pager.checkpoint.fingerprint, job.rows, target.device)
     if target.begun is not None:

@@ -55,13 +55,13 @@ def quantize(
     command: Sequence[str] = (),
     started: float | None = None,
 ) -> Report:
-    """Quantize a model folder or hub id into the folder ``out``; resume there if an earlier run of the same job was interrupted.
+    """Quantize a model folder or hub id into the folder ``out``, or resume the job that ``out`` holds.
 
-    config: None means as the job in ``out`` was begun, or the defaults where there is none. stop: asked between steps.
-    display: how progress is shown; None means as suits stderr, or not at all with config.quiet.
-    command: the arguments that asked for it, for the record. started: when the program began, by ``time.monotonic``; None means now.
-    Raises UsageError, DataError, ResourceError or Stopped (see ``bigq.errors``); then ``out`` holds no config.json, unless all that
-    is missing is a GGUF file.
+    config: defaults to that of the job in ``out``, or to ``JobConfig()`` if there is none. stop: checked between steps.
+    display: how progress is shown; by default as suits stderr, or not at all with config.quiet.
+    command: arguments to record for this run. started: when the program began, by ``time.monotonic``; defaults to now.
+    Raises UsageError, DataError, ResourceError or Stopped (see ``bigq.errors``); then ``out`` holds no config.json, unless only its
+    GGUF file is missing.
     """
     started = time.monotonic() if started is None else started
     stages = Stages(started)
@@ -87,11 +87,11 @@ def quantize(
 
 
 def _finished_report(target: Target, commits: Sequence[Commit], display: Display | None, started: float) -> Report:
-    """What is said of a job that was finished before."""
+    """The report of a job that an earlier run finished."""
     blocks = sum(commit.unit.startswith("block-") for commit in commits)
     with Progress(blocks, target.device, target.config.quiet, display=display) as progress:
         progress.start(blocks)
-        progress.say(f"{target.out}: is finished already; nothing is left to do (bigq verify checks every byte)")
+        progress.say(f"{target.out}: is finished already; there is nothing to do (bigq verify checks every byte)")
     return Report(
         out=str(target.out),
         blocks=blocks,
@@ -110,7 +110,7 @@ def _finished_report(target: Target, commits: Sequence[Commit], display: Display
 
 
 def _announce(plan: Plan, out: Path, progress: Progress, stop: Stop) -> None:
-    """Show the plan. Raises ResourceError where the job does not fit, before anything is written."""
+    """Show the plan. Raises ResourceError if the job does not fit, before anything is written."""
     progress.planned(plan.brief(), plan.to_json())
     if plan.shortages:
         raise ResourceError(f"{out}: the job does not fit: {'; '.join(plan.shortages)}")
@@ -141,7 +141,7 @@ def _run(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Con
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Setup:
-    """Makes what streamed units need, once it is known that some are missing."""
+    """Prepares the work on streamed units, if any are missing."""
 
     job: Job
     plan: Plan
@@ -191,7 +191,7 @@ class _Setup:
 
 
 def _finish(job: Job, claim: Claim, control: Control) -> None:
-    """Make the folder loadable, and its GGUF file where one was asked for."""
+    """Make the folder loadable, and write its GGUF file if the job asks for one."""
     if not is_finished(claim.journal):
         claim.owner.check()
         finish_folder(job.target.folder, claim.journal, job.config, job.pager.linears)
@@ -201,7 +201,7 @@ def _finish(job: Job, claim: Claim, control: Control) -> None:
 
 
 def _write_gguf(job: Job, claim: Claim, control: Control) -> None:
-    """Make the GGUF file of a finished folder. A job that stops here makes it when it is run again. Raises Stopped."""
+    """Write the GGUF file of a finished folder. A job that stops here writes it when it resumes. Raises Stopped."""
     out, progress, stop = job.target.out, control.progress, control.stop
 
     def written(done: int, blocks: int) -> None:

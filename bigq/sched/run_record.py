@@ -44,7 +44,7 @@ def run_entry(
     """The entry of a run at its start. Sizes are in bytes.
 
     model, command: as the user gave them; folder: the model's folder. planned: the predicted memory and disk use.
-    blocks: see ``_blocks``. resumed_blocks: the number of blocks that were committed already.
+    blocks: see ``_blocks``. resumed_blocks: the number of blocks that earlier runs committed.
     """
     tensors = pager.checkpoint.tensors.values()
     return {

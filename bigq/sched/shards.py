@@ -27,10 +27,10 @@ from bigq.sched.write_behind import WriteBehind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Product:
-    """What a unit's shard holds, and what the journal says of it.
+    """The content of a unit's shard, and its record for the journal.
 
-    left_out: module names of Linears that stay unquantized although no rule says so; skipped: those among them that could not be
-    quantized, with the reason. batch: calibration rows that went through the block at once; None where none were needed.
+    left_out: module names of Linears that stay unquantized although no rule skips them; skipped: those among them that could not be
+    quantized, with the reason. batch: calibration rows per forward; None for units that need no rows.
     """
 
     tensors: Sequence[OutputTensor]
@@ -42,7 +42,7 @@ class Product:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One shard of the output: its number and name in the journal, and the checkpoint's tensors that it is made from."""
+    """One shard of the output: its number, its name in the journal, and the names of the checkpoint's tensors that it is made from."""
 
     number: int
     name: str
@@ -51,7 +51,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardWriter:
-    """Writes the shards of a job that owns its folder. exporter: brings a GPU's tensors to the host; None on a CPU."""
+    """Writes the shards of a job that owns its folder. exporter: copies tensors from the GPU to the host; None on a CPU."""
 
     checkpoint: Checkpoint
     journal: Journal
@@ -63,22 +63,22 @@ class ShardWriter:
     ranks: Ranks
 
     def committed(self, shard: Shard) -> Commit | None:
-        """The shard's commit, by this run or an earlier one."""
+        """The shard's commit, from this run or an earlier one; None if it is not committed."""
         return self.journal.commit_of(shard.number)
 
     def packed(self, tensors: Mapping[str, Tensor]) -> list[OutputTensor]:
-        """Tensors of a packed Linear as they are to be written."""
+        """The tensors of a packed Linear, ready to be written."""
         return [OutputTensor.of(name, tensor, self.exporter) for name, tensor in tensors.items()]
 
     def stored(self, name: str) -> OutputTensor:
-        """A tensor of the checkpoint, unchanged."""
+        """An unchanged tensor of the checkpoint, ready to be written."""
         return OutputTensor.copy_of(self.checkpoint[name])
 
     def hand_over(self, shard: Shard, product: Product, block: int | None = None) -> None:
-        """Write and commit in the background (see ``WriteBehind``). block: its number, for the display."""
+        """Write and commit a shard in the background (see ``WriteBehind``). block: its number, for the display."""
         faults.point("block.solved")
         self.control.progress.phase("write", block)
-        self.control.clock.synchronize()  # the records' seconds become numbers before another thread writes them
+        self.control.clock.synchronize()  # resolves the records' seconds, since another thread will write them
         with self.control.clock.phase("write"):
             self.behind.start(lambda: self.commit(shard, product))
 
@@ -106,12 +106,12 @@ class ShardWriter:
             if self.journal.differs(commit):
                 self.control.progress.say(
                     f"warning: {shard.name} was made again and its bytes differ, because the device, the batch or a version differs; "
-                    "later blocks were solved on the former bytes"
+                    "later blocks were solved with the old bytes"
                 )
             self.journal.commit(commit)
 
     def require_same_sources(self, shards: Sequence[Shard], source: str) -> None:
-        """Raise UsageError where a committed shard was made from other weights than the source holds now."""
+        """Raise UsageError if a committed shard was made from weights that differ from the source's."""
         for shard in shards:
             commit = self.committed(shard)
             if commit is not None and commit.source != self.checkpoint.sample(list(shard.sources)):
@@ -121,5 +121,5 @@ class ShardWriter:
                 )
 
     def wait(self) -> None:
-        """Until everything that was handed over is committed. Raises what went wrong there."""
+        """Wait until everything that was handed over is committed. Raises the error of that work."""
         self.behind.wait()

@@ -1,7 +1,7 @@
-"""How the units of a job are solved: with calibration rows that stream through them, or from weights alone.
+"""How the units of a job are solved: with calibration rows that pass through them, or from weights alone.
 
-``Solving`` hides from units which of the two it is. It decides which units must be visited, since rows have to go through every unit
-before one that is missing, and what a unit's Linears are solved with.
+``Solving`` hides this difference from units. It decides which units are visited, since rows must pass through every unit before a
+missing one, and it solves a unit's Linears.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ class BlockVisit(Protocol):
         """Quantize the block's Linears."""
 
     def advance(self, restore: Callable[[], None] | None, loading: float) -> int:
-        """Take the calibration rows through the block. Returns how many tokens are not finite afterwards.
+        """Replay the calibration rows through the block. Returns how many tokens are not finite afterwards.
 
-        restore: puts the committed weights in place, for a block that was not solved in this run. loading: seconds that it took to load.
+        restore: sets the committed weights, for a block that was not solved in this run. loading: seconds for which the block was loaded.
         """
 
 
 class Solving(Protocol):
-    """How units are solved. batch: calibration rows that go through a unit at once now; None without calibration."""
+    """How units are solved. batch: the current number of calibration rows per forward; None without calibration."""
 
     @property
     def batch(self) -> int | None: ...
 
     def visits(self, units: Sequence[U], missing: Sequence[U]) -> Iterator[tuple[U, bool]]:
-        """(unit, whether it is the last one) for the streamed units to visit, in order. missing: those that are not committed."""
+        """The streamed units to visit, in order, as (unit, whether it is the last one). missing: the units that are not committed."""
 
     def block(self, job: BlockJob) -> contextlib.AbstractContextManager[BlockVisit]:
-        """The visit of a loaded block."""
+        """A visit of a loaded block."""
 
     def head(self, job: HeadJob) -> Solved:
         """Quantize the output head. Raises NumericsError."""
 
     def between(self) -> None:
-        """Between two units: save the hidden states if that is due."""
+        """Between two units: save the hidden states if a checkpoint is due."""
 
 
 class WithoutRows:
-    """Units are solved from their weights alone, each by itself."""
+    """Solves each unit from its weights alone."""
 
     batch = None
 
@@ -98,9 +98,9 @@ class _VisitWithoutRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WithRows:
-    """Units are solved in order, on calibration rows that stream through them.
+    """Solves units in order, on calibration rows that pass through them.
 
-    wait: returns once everything handed over is committed; called before hidden states are saved.
+    wait: waits until everything that was handed over is committed; called before hidden states are saved.
     """
 
     method: CalibratedMethod
@@ -116,7 +116,7 @@ class WithRows:
         return self.rows.quantized.batch
 
     def visits(self, units: Sequence[U], missing: Sequence[U]) -> Iterator[tuple[U, bool]]:
-        """From where the rows are to the last missing unit."""
+        """From the unit that the rows have reached to the last missing unit."""
         progress, clock = self.control.progress, self.control.clock
         progress.phase("calibration rows")
         with clock.phase("embed"):
@@ -129,7 +129,7 @@ class WithRows:
 
     @contextlib.contextmanager
     def saved_on_stop(self) -> Iterator[None]:
-        """Where the job stops inside, save the hidden states, as far as the grace allows."""
+        """If the job stops inside this context, save the hidden states, provided that the grace period allows it."""
         try:
             yield
         except Stopped:
@@ -172,7 +172,7 @@ class _VisitWithRows:
         return solve_block(self.job, self.at, solving.method, true_sequential=solving.true_sequential, ranks=solving.ranks)
 
     def advance(self, restore: Callable[[], None] | None, loading: float) -> int:
-        """Replay the block for the unquantized rows first: until they are through, a restored block holds its unquantized weights."""
+        """Replay the unquantized rows first: a block to be restored still holds its unquantized weights then."""
         job, rows, control = self.job, self.solving.rows, self.solving.control
         control.progress.phase("replay", job.index)
         control.pause()
@@ -201,7 +201,7 @@ class _VisitWithRows:
 
 @contextlib.contextmanager
 def solving_of(method: Method, with_rows: Callable[[CalibratedMethod], contextlib.AbstractContextManager[WithRows]]) -> Iterator[Solving]:
-    """How the units of a job are solved by a method. with_rows: opens the calibration rows, for methods that look at any."""
+    """How a method solves the units of a job. with_rows: opens the calibration rows, for calibrated methods."""
     if isinstance(method, CalibratedMethod):
         with with_rows(method) as solving, solving.saved_on_stop():
             yield solving

@@ -329,7 +329,7 @@ def test_a_folder_in_use_is_left_alone(made: Callable[..., Path], tmp_path: Path
         convert(made("llama", "gptq"), tmp_path / "there", "gptq_v2")
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine").write_text("x")
-    with pytest.raises(UsageError, match="in the way"):
+    with pytest.raises(UsageError, match="not a staging folder"):
         convert(made("llama", "gptq"), tmp_path / "out", "gptq_v2")
     assert (tmp_path / "there" / "mine").read_text() == (tmp_path / "out.partial" / "mine").read_text() == "x"
 
@@ -371,7 +371,7 @@ def test_a_kill_around_the_last_step_blocks_nothing(when: str, made: Callable[..
     complete = hashes(tmp_path / "a.partial")
     assert complete.keys() == {*hashes(made("llama", "gptq_v2")), MARK}
     assert torch.equal(logits(tmp_path / "a.partial"), logits(made("llama", "gptq")))
-    for out, said in ((tmp_path / "a.partial", "not empty"), (tmp_path / "a", "in the way")):
+    for out, said in ((tmp_path / "a.partial", "not empty"), (tmp_path / "a", "not a staging folder")):
         with pytest.raises(UsageError, match=said):
             convert(made("llama", "gptq"), out, "gptq_v2")
     assert hashes(tmp_path / "a.partial") == complete

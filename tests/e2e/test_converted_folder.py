@@ -211,7 +211,7 @@ def retell(out: Path, shard: Path) -> None:
 
 Record = dict[str, Any]
 FORGERIES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "bits in the config": (lambda out: swap(out / "config.json", '"bits": 4', '"bits": 8'), "but config.json makes it 8 bits"),
+    "bits in the config": (lambda out: swap(out / "config.json", '"bits": 4', '"bits": 8'), "but config.json says 8 bits"),
     "group size in the config": (lambda out: swap(out / "config.json", '"group_size": 32', '"group_size": 16'), "config.json"),
     "format in the record": (lambda out: respeak(out, format="gptq_v2"), "does not say the format gptq_v2"),
     "an unknown format": (lambda out: respeak(out, format="gguf"), "names a format"),

@@ -455,7 +455,7 @@ def test_the_root_is_no_job(out: Path, capsys: pytest.CaptureFixture[str], monke
     history = read_history(out)
     monkeypatch.setattr(write, "read_history", lambda _: history)
     assert main(["report", "/"]) == 2
-    assert "/: every file lies in it" in capsys.readouterr().err
+    assert "/: is the root of the file system" in capsys.readouterr().err
 
 
 def test_without_matplotlib_there_is_one_line_that_says_what_to_install(

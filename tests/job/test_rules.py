@@ -82,10 +82,10 @@ def test_without_anything_close_the_linears_are_listed() -> None:
             (".*:bits=8", ".*down_proj:bits=3"),
             r"--rule '\.\*down_proj:bits=3': has no effect.*'\.\*:bits=8' decides.*give it first, or leave",
         ),
-        (("-.*mlp", ".*mlp.*:bits=3"), r"--rule '\.\*mlp\.\*:bits=3': has no effect, as --skip '\.\*mlp' decides all .*; leave it out$"),
+        (("-.*mlp", ".*mlp.*:bits=3"), r"--rule '\.\*mlp\.\*:bits=3': has no effect, since --skip '\.\*mlp' decides all .*; leave it out$"),
         (("-.*mlp", "-.*down_proj"), r"--skip '\.\*down_proj': has no effect.*; leave it out$"),
         ((".*down_proj:bits=8", ".*down_proj:bits=8"), r"has no effect.*; leave it out$"),
-        (("-.*down", "-.*gate|.*up", ".*mlp:bits=3"), r"'\.\*mlp:bits=3': has no effect, as --skip '\.\*down' and --skip .* decide all"),
+        (("-.*down", "-.*gate|.*up", ".*mlp:bits=3"), r"'\.\*mlp:bits=3': has no effect, since --skip '\.\*down' and --skip .* decide all"),
     ],
 )
 def test_a_hidden_rule_is_refused(rules: tuple[str, ...], says: str) -> None:

@@ -210,7 +210,7 @@ def test_each_format_has_its_tags_and_its_packages(format: str, tags: list[str],
     assert front(card)["tags"] == tags and front(card)["library_name"] == "transformers"
     assert f"({packages})".replace("(", "(`").replace(")", "`)") in loading(card)
     assert ("optimum" in card) == (format != "compressed-tensors")
-    assert ("Readers that do not know it take it for `gptq`" in card) == (format in ("gptq_v2", "gguf"))
+    assert ("Readers that do not know it would read it as `gptq`" in card) == (format in ("gptq_v2", "gguf"))
     assert ("llama-cli -m model.gguf" in card) == ("llama-cpp-python" in card) == (format == "gguf")
 
 

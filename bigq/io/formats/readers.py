@@ -1,8 +1,8 @@
-"""Which programs load what bigq writes: one table, from what was run or read off their sources, and nothing else.
+"""Which programs load bigq's output: one table, from runs of these programs and from their source code.
 
-The plan, the closing summary, the model card and docs/formats.md take their statements from here. Versions that were run: transformers 5.22
+The plan, the final summary, the model card and docs/formats.md use this table. Versions that were run: transformers 5.22
 and 5.23, optimum with GPTQModel 7.7, compressed-tensors 0.18 and 0.20, llama.cpp by llama-cpp-python 0.3.36, vLLM 0.32 on a CPU
-(engine and loader; which kernels it picks on CUDA was read off its sources).
+(engine and loader; its choice of kernels on CUDA was read in its source code).
 
 Act-order changes nothing for readers: groups stay in natural order ("static groups").
 """
@@ -39,7 +39,7 @@ RUN_FAMILIES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What packed Linears may differ in, for a reader. group_size: -1 is the whole row."""
+    """The properties of packed Linears that matter to readers. group_size: -1 is the whole row."""
 
     bits: int
     group_size: int
@@ -52,9 +52,9 @@ class Kind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What a job writes, as far as readers care.
+    """The properties of a job's output that matter to readers.
 
-    format: as ``--format`` says. base: the kind that the config names for all; kinds: those of the packed Linears. family: the model type,
+    format: the value of ``--format``. base: the default kind in the config; kinds: those of the packed Linears. family: the model type,
     None where it is not known. head: whether the output head is packed. transposed: whether Linears are stored transposed (GPT-2), which
     compressed-tensors cannot hold. split: whether parts of a fused Linear differ.
     """
@@ -73,8 +73,8 @@ class Row:
     """A reader loads Linears of these kinds in these formats.
 
     group_sizes: None means any. mixed: whether Linears of one checkpoint may differ in bits and group size. head: whether the output head
-    may be packed. fuses: whether the reader fuses Linears. not_families: model types that fail. not_base: symmetry that the config must
-    not name for all. needs: what must be installed; kernel: what runs on CUDA.
+    may be packed. fuses: whether the reader fuses Linears. not_families: model types that fail. not_base: the symmetry that
+    must not be the config's default. needs: packages to install; kernel: the kernel on CUDA.
     """
 
     reader: str
@@ -166,9 +166,9 @@ GGUF_SHARDS = "gptq_v2"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Whether a reader loads what is written.
+    """Whether a reader loads the output.
 
-    note: where it does, what it needs and which kernel runs on CUDA; else the reason and what to do instead, as a sentence.
+    note: if it does, its requirements and its kernel on CUDA; otherwise a sentence with the reason and what to do instead.
     """
 
     reader: str
@@ -182,24 +182,24 @@ class Verdict:
 
 
 def verdicts(written: Written) -> tuple[Verdict, ...]:
-    """Of every reader that reads the format at all, in the table's order; of GGUF the file's reader, then those of the shards."""
+    """The verdict of every reader of the format, in the table's order. For GGUF: the file's reader, then the readers of the shards."""
     if written.format == "gguf":
         return (*_verdicts(written, written.format), *_verdicts(written, GGUF_SHARDS))
     return tuple(_verdicts(written, written.format))
 
 
 def read_by(found: Iterable[Verdict]) -> list[str]:
-    """Names of the readers that load it, each with what it needs."""
+    """Names of the readers that load the output, each with its requirements."""
     return [verdict.named for verdict in found if verdict.loads]
 
 
 def refused_by(found: Iterable[Verdict]) -> list[str]:
-    """A sentence for each reader that does not load it."""
+    """A sentence for each reader that does not load the output."""
     return [verdict.note for verdict in found if not verdict.loads]
 
 
 def not_run_with(found: Iterable[Verdict], family: str | None) -> str | None:
-    """That the readers were run with other model types than this one; None where one was run with it, or the type is not known."""
+    """A sentence if no reader was run with this model type; None if one was, or if the type is unknown."""
     named = [verdict.reader for verdict in found if verdict.loads]
     if family is None or not named or any(family in RUN_FAMILIES[reader] for reader in named):
         return None
@@ -225,7 +225,7 @@ def _verdicts(written: Written, format: str) -> Iterator[Verdict]:
 
 
 def _refusal(written: Written, format: str, row: Row, used: Mapping[Kind, Row | None]) -> str | None:
-    """What a reader does not load of what is written, and what to do; None where it loads all. row: the reader's first."""
+    """What a reader cannot load, and what to do about it; None if it loads the output. row: the reader's first row."""
     shards = " shards" if written.format == "gguf" else ""
     here = f"{format}{shards}"
     if written.family in row.not_families:
@@ -252,7 +252,7 @@ def _refusal(written: Written, format: str, row: Row, used: Mapping[Kind, Row | 
 
 
 def _advice(written: Written, format: str) -> str:
-    """Only where it works: for a GGUF job nothing is to be changed, and compressed-tensors holds no transposed Linears."""
+    """Advice, if it works: a GGUF job cannot follow it, and compressed-tensors cannot hold transposed Linears."""
     if written.format == "gguf" or (format == "compressed-tensors" and written.transposed):
         return ""
     return f"; use --format {format}"
@@ -260,7 +260,7 @@ def _advice(written: Written, format: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FusedLinear:
-    """Linears of one module that a reader loads as one. name: of the one; parts: of the Linears, full module names."""
+    """Linears of one module that a reader loads as one. name: of the fused Linear; parts: full module names of the Linears."""
 
     name: str
     parts: tuple[str, ...]
@@ -271,7 +271,7 @@ class FusedLinear:
 
 
 def fused_linears(names: Iterable[str]) -> tuple[FusedLinear, ...]:
-    """Of the Linears ``names``, those that readers fuse: parts that lie in one module, and so share their input. Two parts are enough."""
+    """The fused Linears among ``names``: at least two parts in one module, which share their input."""
     whole_of = {part: whole for whole, parts in FUSED.items() for part in parts}
     found: dict[tuple[str, str], list[str]] = {}
     for name in names:
@@ -292,7 +292,7 @@ def markdown_table() -> str:
         zeros = "both" if len(row.symmetric) > 1 else "symmetric" if row.symmetric[0] else "asymmetric"
         limits = [f"needs {row.needs}"] * bool(row.needs) + [f"CUDA kernel: {row.kernel}"] * bool(row.kernel)
         limits += ["one bit width and group size for all"] * (not row.mixed) + ["no packed output head"] * (not row.head)
-        limits += ["not asymmetric as a whole"] * (row.not_base is False) + [f"not {', '.join(row.not_families)}"] * bool(row.not_families)
+        limits += ["not with --asym"] * (row.not_base is False) + [f"not {', '.join(row.not_families)}"] * bool(row.not_families)
         sizes = "any" if row.group_sizes is None else ", ".join("whole row" if size == -1 else str(size) for size in row.group_sizes)
         if row.formats == ("gguf",):
             sizes, limits = "multiples of 32, whole row", ["8 bits: symmetric"]

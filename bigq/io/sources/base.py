@@ -1,4 +1,4 @@
-"""What a source is: the seam between stored tensors and the weights that they hold."""
+"""The interface of a source, between stored tensors and the weights that they hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bigq.io.index import TensorInfo
 
-#: Reads one stored tensor into host memory, from the file or from what was prefetched.
+#: Reads one stored tensor into host memory, from the file or from prefetched bytes.
 Read = Callable[[TensorInfo], Tensor]
 
 
@@ -35,8 +35,7 @@ class Source(Protocol):
         """The stored tensors, in the order in which ``value`` reads them; prefetching follows it."""
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """From headers alone: raise CheckpointError where no weight of this shape is stored, UnsupportedModelError where it cannot be
-        read."""
+        """Check headers. Raises CheckpointError if the stored weight has another shape, UnsupportedModelError if bigq cannot read it."""
 
     def value(self, read: Read, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The weight on the device. Linears are [outputs, inputs]. Raises CheckpointError, NumericsError."""

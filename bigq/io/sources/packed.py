@@ -19,7 +19,7 @@ from bigq.scheme import QuantScheme
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedSource:
-    """One packed Linear. prefix: of its tensors. checkpoint: that holds them."""
+    """One packed Linear. prefix: of its tensors' names. checkpoint: the one that holds them."""
 
     format: Format
     prefix: str
@@ -53,7 +53,7 @@ class PackedSource:
             raise UnsupportedModelError(f"{first.file}: {error}") from None
         if (packed.bits, packed.outputs, packed.inputs) != (self.scheme.bits, outputs, inputs):
             raise CheckpointError(
-                f"{first.file}: tensor {first.name} is packed as {packed}, but config.json makes it {self.scheme.bits} bits, "
+                f"{first.file}: tensor {first.name} is packed as {packed}, but config.json says {self.scheme.bits} bits, "
                 f"{outputs} × {inputs}; the two belong to different models"
             )
 
@@ -62,5 +62,5 @@ class PackedSource:
         return dequantize_packed(words, scales, zeros, self.scheme.bits, dtype)
 
     def stored(self, read: Read) -> PackedWeight:
-        """The packed tensors, where they were read."""
+        """The packed tensors, in host memory."""
         return self.format.read(self.prefix, lambda name: read(self.checkpoint[name]), self.scheme)

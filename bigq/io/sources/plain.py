@@ -39,7 +39,7 @@ class PlainSource:
         info = self.info
         if info.shape != shape:
             raise CheckpointError(
-                f"{info.file}: tensor {info.name} has shape {list(info.shape)}, but config.json makes it {list(shape)}; "
+                f"{info.file}: tensor {info.name} has shape {list(info.shape)}, but config.json says {list(shape)}; "
                 "the two belong to different models"
             )
         if not info.dtype.is_floating_point or info.dtype.itemsize == 1:

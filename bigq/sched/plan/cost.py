@@ -1,7 +1,7 @@
-"""What a job takes in memory, disk space, bytes moved and arithmetic, from the shape of its model. Pure functions.
+"""The memory, disk space, bytes moved and arithmetic of a job, from the shape of its model. Pure functions.
 
-The terms follow the code that they predict: ``block`` (levels), ``solver.gptq`` (buffers of a solve), ``tiers`` (activations),
-``io.ahead`` (weights read ahead). Tests compare them with measured peaks.
+The terms follow the code that they predict: ``solve.block`` (levels), ``solver.gptq`` (buffers of a solve), ``rows.tiers``
+(activations), ``io.prefetch`` (prefetched weights). Tests compare them with measured peaks.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from bigq.scheme import QuantScheme
 from bigq.solver.gptq import BLOCK, CONVERTED, PANEL, has_static_grids
 from bigq.vocabulary import OnNonfinite
 
-#: Weights of the output head that are solved at a time (``sched.head``).
+#: Weights of the output head that are solved at a time (``solve.head``).
 HEAD_CHUNK = 2**26
 
 #: Bytes of an fp32 number.
 FP32 = 4
 
-#: Buffers as large as some rows of a weight, themselves among them, while they are corrected (``solver.asymmetric``).
+#: Buffers of the size of a chunk of rows while the chunk is corrected, the chunk included (``solver.upstream_error``).
 CORRECTING = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a job is to do, whatever the machine. rows: of calibration tokens. scheme: of a Linear by its full module name.
+    """The work of a job, independent of the machine. rows: number of calibration rows. scheme: of a Linear, by its full module name.
 
-    tokens: different ones among the calibration tokens, or the most there can be. on_nonfinite: see ``BlockJob``.
-    lm_head: whether the output head is quantized too. gguf: whether a GGUF file is made of the shards.
+    tokens: distinct calibration tokens, or the maximum. on_nonfinite: see ``BlockJob``.
+    lm_head: whether the output head is quantized too. gguf: whether a GGUF file is made from the shards.
     """
 
     rows: int
@@ -51,16 +51,16 @@ class Work:
 
     @property
     def streams(self) -> int:
-        """How often the rows go through a model: 0: not at all; 1: quantized; 2: quantized and unquantized."""
+        """How many models the rows pass through: 0: none; 1: the quantized one; 2: the quantized and the unquantized one."""
         return self.method.passes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """How a job is run. on_gpu: where it computes. tier: of the activations. memo: whether modules with a shortcut run once.
+    """How a job is run. on_gpu: whether it computes on a GPU. tier: of the activations. memo: whether modules with a shortcut run once.
 
-    ahead: bytes for weights that are read ahead; beside: whether finished blocks are written beside the computation.
-    checkpoints: whether activations are saved now and then.
+    ahead: bytes for prefetched weights. beside: whether finished blocks are written in parallel with the computation (write-behind).
+    checkpoints: whether activations are saved for resumed jobs.
     """
 
     on_gpu: bool
@@ -74,10 +74,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A phase at its largest over all blocks, and summed over them.
+    """A phase: its peak memory over all blocks, and its work summed over them.
 
-    device, host: most bytes held (device 0 on a CPU). flops: by kind of arithmetic ("products" in the compute dtype, "single" for
-    fp32). moved: bytes of device memory read and written beside products.
+    device, host: peak bytes (device 0 on a CPU). flops: by kind of arithmetic ("products" in the compute dtype, "single" for fp32).
+    moved: bytes of device memory read and written outside of products.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Phase:
     moved: float = 0
 
     def joined(self, other: Phase) -> Phase:
-        """Both, one after the other."""
+        """Both phases, one after the other."""
         flops = {kind: self.flops.get(kind, 0.0) + other.flops.get(kind, 0.0) for kind in {**self.flops, **other.flops}}
         return Phase(self.name, max(self.device, other.device), max(self.host, other.host), flops, self.moved + other.moved)
 
@@ -117,17 +117,17 @@ def packed_bytes(linear: LinearShape, scheme: QuantScheme) -> int:
 
 
 def gguf_bytes(linear: LinearShape, scheme: QuantScheme) -> int:
-    """Bytes of a Linear in blocks of 32 weights, each with its scale, and its minimum where it is asymmetric."""
+    """Bytes of a Linear in blocks of 32 weights, each with its scale and, if asymmetric, its minimum."""
     return linear.m * (linear.n // 32) * (scheme.bits * 4 + (2 if scheme.symmetric else 4))
 
 
 def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
-    """The cost of a whole job. base: resident bytes of the process before it begins, libraries warmed up."""
+    """The cost of a whole job. base: resident bytes of the process before the job, with libraries warmed up."""
     activations = _activations(shape, work, choice)
     phases: dict[str, Phase] = {}
 
     def add(name: str, held: int, flops: Mapping[str, float], moved: float = 0, host: int = 0, *, early: bool = False) -> None:
-        """held: on the device that computes. early: before there are hidden states."""
+        """held: bytes on the computing device. early: before hidden states exist."""
         held += 0 if early else activations.device
         host += base + _read_ahead(choice) + (0 if early else activations.host)
         new = Phase(name, held, host, flops, moved) if choice.on_gpu else Phase(name, 0, host + held, flops, moved)
@@ -151,7 +151,7 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
         add("load", block.weights + _converted(block) + late, {}, block.weights)
         for name, held, flops, moved in costs[key].phases():
             add(name, held + late, flops, moved, costs[key].largest_packed if choice.on_gpu else 0)
-        # Where it is written beside the computation, a finished block stays until the next one is finished too.
+        # With write-behind, a finished block stays in memory until the next one is finished too.
         late = costs[key].packed if choice.beside else 0
         output += costs[key].output
         again += costs[key].blocks_of_gguf if work.gguf else 0
@@ -168,7 +168,7 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
 def _head_phases(
     shape: ModelShape, head: LinearShape, scheme: QuantScheme, work: Work, choice: Choice
 ) -> list[tuple[str, int, dict[str, float]]]:
-    """(name, most bytes held, operations) of quantizing the output head: see ``sched.head``."""
+    """(name, peak bytes, operations) of quantizing the output head: see ``solve.head``."""
     weight, codes = shape.itemsize * head.m * head.n, head.m * head.n
     rows = min(head.m, max(1, HEAD_CHUNK // head.n))
     solving = FP32 * rows * (3 * head.n if not work.streams or scheme.act_order or scheme.mse else 2 * head.n + PANEL)
@@ -187,18 +187,18 @@ def _head_phases(
 
 
 def _read_ahead(choice: Choice) -> int:
-    """Host bytes for weights between the disk and their place: on a GPU's way there is always a ring."""
+    """Host bytes for weights that are being read. With a GPU there is always a ring of pinned memory."""
     return max(choice.ahead, least_budget()) if choice.on_gpu else choice.ahead
 
 
 def _converted(block: BlockShape) -> int:
-    """Bytes of a tensor as it is stored, beside what it is converted to where it computes."""
+    """Bytes of a stored tensor that are held in addition to the converted one on the computing device."""
     return block.largest_stored if block.stored != block.weights else 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Activations:
-    """Bytes that the hidden states take for good."""
+    """Bytes of the hidden states throughout the job."""
 
     device: int = 0
     host: int = 0
@@ -210,7 +210,7 @@ def _activations(shape: ModelShape, work: Work, choice: Choice) -> _Activations:
     memos = max((_memo_width(block) for block in shape.blocks), default=0) if choice.memo else 0
     kept = work.rows * (row + work.streams * shape.seqlen * memos * shape.itemsize)
     if choice.tier == "disk":
-        # One batch at work, one read ahead, and those on their way to the disk.
+        # One batch in use, one prefetched, and those waiting to be written.
         return _Activations(host=(3 + WRITES_IN_FLIGHT) * choice.batch * row, disk=kept)
     if choice.tier == "host" and choice.on_gpu:
         return _Activations(device=2 * choice.batch * row, host=kept)
@@ -218,15 +218,15 @@ def _activations(shape: ModelShape, work: Work, choice: Choice) -> _Activations:
 
 
 def _memo_width(block: BlockShape) -> int:
-    """Elements per token that the memo of a block keeps at most."""
+    """The maximum elements per token in a block's shortcut cache."""
     return sum(max(memo.m, memo.n) for memo in block.memos)
 
 
 class BlockCost:
-    """The phases of one block on the device that computes, without the hidden states.
+    """The phases of one block on the computing device, without the hidden states.
 
-    packed: bytes of its packed Linears; largest_packed: of one of them; output: of all that is written for it; blocks_of_gguf: of what a
-    GGUF file has of it.
+    packed: bytes of its packed Linears; largest_packed: of the largest one; output: of its shard; blocks_of_gguf: of its part of a GGUF
+    file.
     """
 
     def __init__(self, shape: ModelShape, work: Work, choice: Choice, block: BlockShape, schemes: Mapping[str, QuantScheme]) -> None:
@@ -241,7 +241,7 @@ class BlockCost:
         self._paired = work.streams > 1
 
     def phases(self) -> list[tuple[str, int, dict[str, float], float]]:
-        """(name, most bytes held, operations by kind, bytes moved), several of one name."""
+        """(name, peak bytes, operations by kind, bytes moved); names may repeat."""
         result: list[tuple[str, int, dict[str, float], float]] = []
         if not self._work.streams:
             for linear in self._wanted(self._block.linears):
@@ -253,7 +253,7 @@ class BlockCost:
             wanted = [(g, linears) for g, linears in wanted if linears]
             if not wanted:
                 continue
-            # One for the cross matrix too.
+            # One buffer for the cross matrix too.
             sums = self._work.streams * sum(FP32 * g.n * g.n for g, _ in wanted)
             held = self._block.weights + originals + packed + self._block.calls.at(self._batch)
             deepest = max(g.level for g, _ in wanted)
@@ -285,7 +285,7 @@ class BlockCost:
         return [[g for g in self._block.groups if g.level == level] for level in range(len(self._block.reach))]
 
     def _capture(self, level: int, groups: list[GroupShape]) -> int:
-        """Bytes of the forwards that feed a level's Hessians, of the input in the Hessian's precision, and of it without NaN."""
+        """Bytes of the forwards that feed a level's Hessians, of the input in the Hessian's precision, and of its copy without NaN."""
         reach = self._block.reach[level]
         tokens = min(CHUNK_TOKENS, self._batch * self._shape.seqlen)
         chunk = tokens * max(g.n for g in groups)
@@ -293,14 +293,14 @@ class BlockCost:
         masked = self._shape.itemsize * chunk if self._work.on_nonfinite == "skip" else 0
         if not self._paired:
             return max(reach.peak.at(self._batch), reach.held.at(self._batch) + widened + masked)
-        # The inputs in the original model stay while the block runs again; then they are widened, and their difference is one more chunk.
+        # The inputs in the original model stay while the block runs again. Then they are widened; their difference takes one more chunk.
         before = self._shape.itemsize * self._batch * self._shape.seqlen * sum(g.n for g in groups)
         widened = FP32 * chunk * (1 if self._shape.itemsize == FP32 else 2)
         masked = FP32 * chunk if self._work.on_nonfinite == "skip" else 0
         return before + max(reach.peak.at(self._batch), reach.held.at(self._batch) + widened + masked)
 
     def _factor(self, group: GroupShape, linears: list[LinearShape]) -> int:
-        """Beside the Hessian: what a permutation moves, or the panels; and a copy where schemes need factors of their own."""
+        """In addition to the Hessian: the buffer of a permutation, or the panels; and a copy if schemes need separate factors."""
         schemes = [self._schemes[linear.name] for linear in linears]
         square = group.n * group.n
         moved = min(MOVED, square) if any(s.act_order for s in schemes) else 0
@@ -308,7 +308,7 @@ class BlockCost:
         return FP32 * (max(moved, 2 * FACTOR_PANEL * group.n) + copied)
 
     def _solve(self, group: GroupShape, linears: list[LinearShape]) -> int:
-        """Beside the factor: see ``solver.gptq``."""
+        """In addition to the factor: see ``solver.gptq``."""
         n = group.n
         most = 0
         for scheme in {self._schemes[linear.name] for linear in linears}:
@@ -322,12 +322,12 @@ class BlockCost:
         return most
 
     def _pack(self, group: GroupShape, linears: list[LinearShape]) -> int:
-        """Codes of all, and one Linear's new weight or words on the way."""
+        """The codes of all Linears, and the new weight or words of one."""
         codes = group.n * sum(linear.m for linear in linears)
         return codes + max(group.n * linear.m * self._shape.itemsize for linear in linears)
 
     def _replayed(self, level: int | None) -> dict[str, float]:
-        """Operations of one pass over the calibration set: up to a level's inputs, or the whole block."""
+        """Operations of one pass over the calibration rows: up to a level's inputs, or through the whole block."""
         level_of = {linear.name: group.level for group in self._block.groups for linear in group.linears}
         skipped: set[str] = set()
         if self._choice.memo:
@@ -335,7 +335,7 @@ class BlockCost:
                 if memo.linear in self._schemes and (level is None or level_of[memo.linear] < level):
                     skipped.update(memo.inside)
         run = [linear for linear in self._block.linears if (level is None or level_of[linear.name] < level) and linear.name not in skipped]
-        # Attention lies behind the first level; where its module is skipped, so is it.
+        # Attention comes after the first level. If its module is skipped, so is attention.
         attention = (level is None or level > 0) and not any(level_of.get(name) == 0 for name in skipped)
         products = 2.0 * self._tokens * sum(linear.m * linear.n for linear in run)
         return {"products": self._work.streams * (products + attention * self._work.rows * self._block.attention)}

@@ -1,4 +1,4 @@
-"""Plans for real models and machines: config, headers, budgets and rates are looked up here and handed to the planner."""
+"""Plans for real models and machines: looks up config, headers, budgets and rates, and passes them to the planner."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from bigq.scheme import QuantScheme, scheme_for
 
 
 def plan(model: str, out: str | Path = ".", config: JobConfig | None = None, on: str = "this") -> Plan:
-    """What quantizing a model folder or hub id takes: memory, disk space, time. No weights are read.
+    """Predict the memory, disk space and time of quantizing a model folder or hub id. No weights are read.
 
-    out: where the output would lie. on: "this" machine, or the GPU to plan for, one of ``ceilings.KNOWN``. A folder needs
-    nothing but a config.json; of a hub id config and headers are fetched, and the shards that the job would fetch count as disk space.
-    Raises UsageError, DataError or ResourceError. A job that does not fit is no error: see ``Plan.fits``.
+    out: where the output would go. on: "this" machine, or the GPU to plan for, one of ``ceilings.KNOWN``. A folder needs only a
+    config.json. For a hub id, config and headers are downloaded, and the shards that the job would download count as disk space.
+    Raises UsageError, DataError or ResourceError. A job that does not fit is not an error: see ``Plan.fits``.
     """
     config = config or JobConfig()
     if on != "this" and on not in KNOWN:
@@ -50,17 +50,17 @@ def plan(model: str, out: str | Path = ".", config: JobConfig | None = None, on:
 
 
 def plan_before_fetch(model: str, out: Path, config: JobConfig) -> Plan | None:
-    """The plan of a job whose model has yet to be fetched from the hub; None where nothing is to be fetched.
+    """The plan of a job whose model has not been downloaded from the hub yet; None if nothing needs to be downloaded.
 
-    config: of the job, also where it resumes. Only config, index, code and headers are fetched.
-    Raises ResourceError where the job or its download does not fit, and UsageError or DataError where ``quantize`` would refuse it.
+    config: of the job, new or resumed. Only config, index, code and headers are downloaded.
+    Raises ResourceError if the job or its download does not fit, and UsageError or DataError if ``quantize`` would refuse it.
     """
     headers = resolve_headers(model)
     if headers.tensors is None:
         return None
     before = read_job(out)
     if before is not None and config.trust_remote_code:
-        require_same_code(out, before, headers.folder)  # before any of it is run
+        require_same_code(out, before, headers.folder)  # before any code of the model runs
     found = _plan(headers, out, config, choose_device(config.device), lambda dtype: None)
     if not found.fits:
         raise ResourceError(f"{model}: the job does not fit, so nothing is fetched: {'; '.join(found.shortages)}")
@@ -70,7 +70,7 @@ def plan_before_fetch(model: str, out: Path, config: JobConfig) -> Plan | None:
 def _plan(
     headers: Headers, out: Path, config: JobConfig, device: torch.device, ceilings_of: Callable[[torch.dtype], Ceilings | None]
 ) -> Plan:
-    """The plan of a model whose config and headers are known. ceilings_of: rates for a dtype; None where times do not matter."""
+    """The plan of a model whose config and headers are known. ceilings_of: rates for a dtype; None if times are not needed."""
     skeleton.silence_transformers()
     with torch.no_grad():
         outline, model_config = _outline(headers.folder, headers.tensors, config)
@@ -93,7 +93,7 @@ def _plan(
 
 
 def _download(headers: Headers, out: Path) -> Download | None:
-    """The shards that are still to be fetched, and whether they take from the disk space of OUT."""
+    """The shards that must still be downloaded, and whether they use the disk space of OUT."""
     if not headers.missing or headers.cache is None:
         return None
     shared = _file_system(headers.cache) == _file_system(out)
@@ -101,7 +101,7 @@ def _download(headers: Headers, out: Path) -> Download | None:
 
 
 def _file_system(folder: Path) -> int:
-    """The device number of the file system that a folder lies in, or would lie in."""
+    """The device number of a folder's file system. The folder need not exist."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -109,7 +109,7 @@ def _file_system(folder: Path) -> int:
 
 
 def _checked(model: ModelDescription, config: JobConfig) -> JobConfig:
-    """The job with its scheme settled. Raises UsageError, UnsupportedModelError where ``quantize`` would refuse it."""
+    """The job with its scheme settled. Raises UsageError or UnsupportedModelError if ``quantize`` would refuse it."""
     config = dataclasses.replace(config, scheme=settled_scheme(model, config))
     check_shapes(model, config)
     head_scheme(model, config)
@@ -154,7 +154,7 @@ def _work(config: JobConfig, rows: int, tokens: int) -> Work:
 
 
 def _budgets(config: JobConfig, device: torch.device, out: Path, ceilings: Ceilings | None) -> Budgets:
-    """The budgets that the options name, else what is free. Files that an earlier run of the job wrote count as free."""
+    """The budgets of the options; they default to what is free. Files that an earlier run of the job wrote count as free."""
     vram = gpu_budget(device) if device.type == "cuda" else max(0, (0 if ceilings is None else ceilings.memory) - GPU_RESERVE)
     written = 0
     if (out / STATE_FOLDER).is_dir():
@@ -167,7 +167,7 @@ def _budgets(config: JobConfig, device: torch.device, out: Path, ceilings: Ceili
 
 
 def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: JobConfig) -> tuple[Outline, object]:
-    """The model of a config, and of headers where there are some; and its config. Raises CheckpointError, UnsupportedModelError."""
+    """The model described by a config and by headers, if there are any; and its config. Raises CheckpointError, UnsupportedModelError."""
     if "quantization_config" in read_json_object(folder / "config.json"):
         raise UnsupportedModelError(f"{folder}: is already quantized; give the original model")
     if tensors is None and any(folder.glob("*.safetensors")):

@@ -1,4 +1,4 @@
-"""What a job will write: how many Linears each rule decides, and which programs load the result. Pure functions."""
+"""The output of a job: how many Linears each rule decides, and which programs load the result. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from bigq.sched.plan.shape import ModelShape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """rules: one per rule, in order. readers: what each reader of the format makes of it. notes: sentences about readers that do not
-    load it, or were not run with such a model."""
+    """rules: one per rule, in order. readers: whether each reader of the format loads it. notes: sentences about readers that do not load
+    it, or were not run with such a model."""
 
     rules: tuple[RuleCount, ...]
     readers: tuple[Verdict, ...]

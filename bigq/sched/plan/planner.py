@@ -1,4 +1,4 @@
-"""The plan of a job: how it will be run within given budgets, and what each phase takes. Pure functions."""
+"""The plan of a job: how it runs within given budgets, and what each phase needs. Pure functions."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from bigq.sched.plan.cost import Choice, Cost, Phase, Work, job_cost
 from bigq.sched.plan.output import output_of
 from bigq.sched.plan.shape import ModelShape
 
-#: The part of a memory budget to stay within where that is possible: estimates are within a tenth.
+#: The fraction of a memory budget to stay within if possible: estimates are within a tenth.
 HEADROOM = 0.9
 
-#: What the libraries come to hold after a job's first products, on a CPU and on the host of a GPU, in bytes.
+#: Memory of the libraries after a job's first products, on a CPU and on the host of a GPU, in bytes.
 WARM_CPU, WARM_GPU = 20 * 2**20, 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budgets:
-    """Bytes that a job may take: of device memory (0 on a CPU), of the host's, of free disk space."""
+    """Bytes that a job may use: of device memory (0 on a CPU), of host memory, of disk space."""
 
     device: int
     host: int
@@ -39,8 +39,8 @@ class Budgets:
 class Download:
     """Shards of a hub model that are not in the hub's cache yet.
 
-    size: bytes. folder: the cache. free: bytes free in its file system; None where OUT lies in the same one, and the disk budget holds
-    for both.
+    size: bytes. folder: the cache. free: bytes free on its file system; None if OUT is on the same file system, so that one disk budget
+    applies to both.
     """
 
     size: int
@@ -50,11 +50,11 @@ class Download:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How a job is run and what it takes. Sizes in bytes, times in seconds.
+    """How a job is run and what it needs. Sizes in bytes, times in seconds.
 
-    seconds: by phase, at the device's best rates: no run is faster. shortages: what is missing, in words; empty where the job fits.
-    rules: how many Linears each rule decides. readers: which programs load the output. notes: what else is to be said of readers.
-    download: what is fetched before the job begins; None where nothing is.
+    seconds: by phase, at the device's peak rates: no run is faster. shortages: one sentence each; empty if the job fits.
+    rules: how many Linears each rule decides. readers: which programs load the output. notes: further sentences about readers.
+    download: the shards to download before the job begins, or None.
     """
 
     shape: ModelShape
@@ -77,17 +77,17 @@ class Plan:
 
     @property
     def read_by(self) -> tuple[str, ...]:
-        """Programs that load the output, each with what it needs."""
+        """Programs that load the output, each with its requirements."""
         return tuple(read_by(self.readers))
 
     @property
     def disk(self) -> int:
-        """Bytes where OUT lies: the output, activations meanwhile, and what is fetched to the same file system."""
+        """Bytes on OUT's file system: the output, activations during the job, and downloads to the same file system."""
         return self.cost.output + self.cost.scratch + _shared(self.download)
 
     @property
     def total_seconds(self) -> float:
-        """Reading and writing go on beside the computation where the plan says so."""
+        """A lower bound. Reading and writing overlap with the computation if the plan says so."""
         moving = (self.cost.read + self.cost.output) / DISK_RATE
         computing = sum(self.seconds.values())
         return max(moving, computing) if self.choice.beside else moving + computing
@@ -126,7 +126,7 @@ class Plan:
         }
 
     def brief(self) -> str:
-        """What a job prints before it starts: lines of at most 60 columns."""
+        """The text that a job prints before it starts: lines of at most 60 columns."""
         needs = [
             f"{what} {show_size(need)} of {show_size(has)}"
             for what, need, has in (
@@ -151,7 +151,7 @@ class Plan:
         return "\n".join(lines)
 
     def table(self) -> str:
-        """The whole plan for a person, in lines of at most 60 columns."""
+        """The whole plan as text, in lines of at most 60 columns."""
         lines = [self.brief(), ""]
         lines.append(f"  {'phase':8}{'device':>12}{'host':>12}{'arithmetic':>14}{'at least':>11}")
         for phase in self.cost.phases:
@@ -161,7 +161,7 @@ class Plan:
             lines.append(f"  {phase.name:8}{device:>12}{show_size(phase.host):>12}{arithmetic:>14}{seconds:>11}")
         lines.append("")
         lines += entry("reads", show_size(self.cost.read))
-        scratch = f", and {show_size(self.cost.scratch)} for activations meanwhile" if self.cost.scratch else ""
+        scratch = f", and {show_size(self.cost.scratch)} for activations during the job" if self.cost.scratch else ""
         lines += entry("writes", show_size(self.cost.output) + scratch)
         if self.ceilings is not None:
             lines += entry(
@@ -192,10 +192,10 @@ def make_plan(
     ceilings: Ceilings | None,
     download: Download | None = None,
 ) -> Plan:
-    """The fastest way to run the job that fits with room to spare; where none fits, the one that needs least.
+    """The fastest way to run the job that fits with room to spare; if none does, the one that needs least.
 
-    base: bytes that the process holds before the job. What ``config`` fixes (tier, batch, read-ahead) stays fixed.
-    Raises UsageError for activations on a GPU that is not there.
+    base: bytes that the process holds before the job. Settings that ``config`` gives (tier, batch, read-ahead) are kept.
+    Raises UsageError for activations on a GPU if the job runs on a CPU.
     """
     if config.activations == "gpu" and not on_gpu:
         raise UsageError("--activations gpu: the job runs on a CPU; use host, disk or auto")
@@ -235,7 +235,7 @@ def make_plan(
 
 
 def phase_seconds(phase: Phase, ceilings: Ceilings) -> float:
-    """The least time of a phase: its arithmetic at the device's best rates, and its moving of data."""
+    """The minimum time of a phase: arithmetic and data movement at the device's peak rates."""
     rates = {"products": ceilings.products, "hessian": ceilings.products, "single": ceilings.single, "solve": ceilings.correcting}
     if not ceilings.memory:
         rates["hessian"] = ceilings.single
@@ -243,7 +243,7 @@ def phase_seconds(phase: Phase, ceilings: Ceilings) -> float:
 
 
 def _choices(shape: ModelShape, work: Work, config: JobConfig, on_gpu: bool) -> Iterator[Choice]:
-    """Ways to run a job, the fastest first: the batch gives way first, then what is kept, what is read ahead, and last the tier."""
+    """Ways to run a job, the fastest first: the batch shrinks first, then the cache and the prefetch are dropped, last the tier changes."""
     tiers = (("gpu", "host", "disk") if on_gpu else ("host", "disk")) if config.activations == "auto" else (config.activations,)
     kind = "cuda" if on_gpu else "cpu"
     first = min(config.batch or default_batch(kind, shape.seqlen), max(1, work.rows))
@@ -253,14 +253,14 @@ def _choices(shape: ModelShape, work: Work, config: JobConfig, on_gpu: bool) -> 
     wanted = config.blocks_ahead(kind)
     aheads = (wanted,) if config.read_ahead is not None or not wanted else (wanted, 0)
     largest = max(block.stored for block in shape.blocks)
-    # Only level by level is anything replayed behind a solved Linear.
+    # Only true-sequential jobs replay anything after a solved Linear.
     memos = (True, False) if work.true_sequential and any(block.memos for block in shape.blocks) else (False,)
     for tier, ahead, memo, batch in itertools.product(tiers, aheads, memos, batches):
         yield Choice(on_gpu=on_gpu, tier=tier, batch=batch, memo=memo, ahead=ahead * largest, beside=ahead > 0)
 
 
 def _shared(download: Download | None) -> int:
-    """Bytes that are fetched to the file system of OUT."""
+    """Bytes that are downloaded to the file system of OUT."""
     return 0 if download is None or download.free is not None else download.size
 
 
@@ -271,21 +271,21 @@ def _over(cost: Cost, budgets: Budgets) -> tuple[int, ...]:
 
 
 def _shortages(cost: Cost, budgets: Budgets, download: Download | None) -> Iterator[str]:
-    """budgets: without what is fetched."""
+    """One sentence per shortage. budgets: without the download."""
     device, host, disk = _over(cost, budgets)
     if device:
         worst = max(cost.phases, key=lambda phase: phase.device)
-        yield f"device memory: {show_size(device)} more are needed, for the phase '{worst.name}' (--vram)"
+        yield f"device memory: {show_size(device)} more needed, for the phase '{worst.name}' (--vram)"
     if host:
         worst = max(cost.phases, key=lambda phase: phase.host)
-        yield f"host memory: {show_size(host)} more are needed, for the phase '{worst.name}' (--ram)"
+        yield f"host memory: {show_size(host)} more needed, for the phase '{worst.name}' (--ram)"
     if disk:
         shared = _shared(download)
-        fetched = f" and {show_size(shared)} of MODEL fetched to {download.folder}" if download is not None and shared else ""
-        yield f"disk: {show_size(disk)} more are needed where OUT lies, for {show_size(cost.output)} of output{fetched} (--disk)"
+        fetched = f" and {show_size(shared)} of MODEL downloaded to {download.folder}" if download is not None and shared else ""
+        yield f"disk: {show_size(disk)} more needed on OUT's file system, for {show_size(cost.output)} of output{fetched} (--disk)"
     if download is not None and download.free is not None and download.size > download.free:
         more = show_size(download.size - download.free)
-        yield f"disk: {more} more are needed in {download.folder}, for {show_size(download.size)} of MODEL (another cache: set HF_HOME)"
+        yield f"disk: {more} more needed in {download.folder}, for {show_size(download.size)} of MODEL (set HF_HOME to use another cache)"
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The shape of a model, as plain numbers: all that planning a job needs to know of it."""
+"""The shape of a model as plain numbers: the input of a plan."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class GroupShape:
 
 @dataclass(frozen=True, slots=True)
 class MemoShape:
-    """A module whose output is kept once ``linear`` (n inputs, m outputs), inside it, is solved. inside: all its Linears."""
+    """A module with a shortcut: its output is cached once ``linear`` (n inputs, m outputs) is solved. inside: all its Linears."""
 
     linear: str
     m: int
@@ -55,9 +55,9 @@ class MemoShape:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """Bytes that a forward takes on its way to the inputs of a level's Linears, beside weights and hidden states.
+    """Bytes of a forward up to the inputs of a level's Linears, in addition to weights and hidden states.
 
-    peak: the most until then. held: what is still held there.
+    peak: the maximum up to there. held: the bytes still held there.
     """
 
     peak: Rows
@@ -68,8 +68,8 @@ class Reach:
 class BlockShape:
     """One kind of block.
 
-    groups: in order of execution. reach: by level. forward: bytes that a whole forward takes. calls: bytes of masks and tables
-    that it is called with. weights: bytes of its parameters in the compute dtype; stored: in the checkpoint; largest_stored:
+    groups: in order of execution. reach: by level. forward: bytes that a whole forward needs. calls: bytes of masks and tables
+    among its arguments. weights: bytes of its parameters in the compute dtype; stored: in the checkpoint; largest_stored:
     of the largest tensor. attention: floating-point operations per row that are not a Linear's.
     """
 
@@ -92,10 +92,10 @@ class BlockShape:
 class ModelShape:
     """A model to be quantized.
 
-    path: of the list of blocks. blocks: one by one (blocks of a kind share one object). seqlen: tokens of the rows that were looked
-    at. width: of the hidden states; itemsize: bytes of an element in the compute dtype. vocabulary: rows of the embedding;
+    path: of the list of blocks. blocks: one by one (blocks of a kind share one object). seqlen: tokens per row of the survey.
+    width: of the hidden states; itemsize: bytes of an element in the compute dtype. vocabulary: rows of the embedding;
     embedding_row: bytes of one in the checkpoint. rest_stored: bytes of all tensors outside the blocks; rest_loaded: of those that
-    an embedding pass needs beside the embedding. head: the output head, by its module name, where it is a Linear of its own.
+    an embedding pass needs besides the embedding. head: the output head, by its module name, if it is a Linear with its own weight.
     family: the model type of its config. transposed: whether Linears are stored transposed (GPT-2).
     """
 

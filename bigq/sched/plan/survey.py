@@ -1,7 +1,7 @@
 """The shape of a model, found by running it on the meta device: nothing is read, computed or allocated.
 
-Which Linears share an input and which depend on which is found as for the real thing (``structure``), with gradients instead
-of NaN as the mark that spreads. What a forward takes in memory is counted as its tensors come and go.
+Shared inputs and dependencies of Linears are found as for loaded blocks (``model.structure``), with gradients instead of NaN as the
+mark that spreads. The memory of a forward is counted as its tensors are allocated and freed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from bigq.model.skeleton import is_transposed, linear_weight
 from bigq.model.structure import BlockPlan, GradientTracer, plan_block
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
 
-#: Tokens of the row on which the structure is looked at.
+#: Tokens of the row with which the structure is probed.
 _STRUCTURE_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outline:
-    """A model whose weights need not be there.
+    """A model whose weights need not exist.
 
     model: the skeleton, which the survey takes over; blocks_path: of its decoder blocks. dtype: of the forward passes.
     sources: parameter name → the checkpoint's tensor; parameters without one count in ``dtype``. stored: bytes of all the
@@ -45,7 +45,7 @@ class Outline:
 
 
 def survey(outline: Outline, seqlen: int) -> ModelShape:
-    """Look at a model for calibration rows of ``seqlen`` tokens. Raises UnsupportedModelError where it cannot be streamed."""
+    """Survey a model for calibration rows of ``seqlen`` tokens. Raises UnsupportedModelError if it cannot be streamed."""
     model = outline.model.to("meta")
     blocks = model.get_submodule(outline.blocks_path)
     assert isinstance(blocks, nn.ModuleList)
@@ -85,7 +85,7 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
 
 
 def _head(outline: Outline, model: nn.Module, head: nn.Module | None, embedding: nn.Module) -> LinearShape | None:
-    """The output head, where it is a Linear with a weight of its own."""
+    """The output head, if it is a Linear with its own weight."""
     if not isinstance(head, nn.Linear) or head.weight is embedding.weight:
         return None
     name = next(n for n, m in model.named_modules() if m is head)
@@ -94,7 +94,7 @@ def _head(outline: Outline, model: nn.Module, head: nn.Module | None, embedding:
 
 @dataclass(slots=True)
 class _Run:
-    """A batch on its way into the blocks. hidden [rows, seqlen, width]; calls: of every block."""
+    """A batch that enters the blocks. hidden [rows, seqlen, width]; calls: the call of every block."""
 
     hidden: Tensor
     calls: list[BlockCall]
@@ -106,7 +106,7 @@ class _Run:
         return cls(hidden, record_calls(model, blocks, ids, form))
 
     def tensors(self) -> Iterator[Tensor]:
-        """All tensors that the blocks are called with besides the hidden states."""
+        """All tensors among the blocks' arguments, except the hidden states."""
         for call in self.calls:
             yield from (leaf for leaf in tree_leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Tensor))
 
@@ -126,7 +126,7 @@ def _form(model: nn.Module, blocks: nn.ModuleList) -> OutputForm:
 
 
 def _signature(block: nn.Module) -> tuple[Any, ...]:
-    """Equal for blocks that run alike: the same modules, parameters and plain settings such as a layer's kind of attention."""
+    """Equal for blocks that run alike: with the same modules, parameters and plain settings, such as the layer's kind of attention."""
 
     def settings(module: nn.Module) -> tuple[Any, ...]:
         return tuple(sorted((k, v) for k, v in vars(module).items() if isinstance(v, (int, str)) and k != "layer_idx"))
@@ -178,7 +178,7 @@ def _block_shape(outline: Outline, block: nn.Module, i: int, runs: list[_Run], s
 
 @dataclass(slots=True)
 class _Watch:
-    """What one forward of a block took. levels: (most bytes until then, bytes held then) at the inputs of each level's last Linear."""
+    """The memory of one block forward. levels: (peak bytes so far, bytes held) at the inputs of each level's last Linear."""
 
     live: _Live
     levels: list[tuple[int, int]]
@@ -210,7 +210,7 @@ class _Watch:
 
 
 class _Live(TorchDispatchMode):
-    """Counts bytes of the tensors that are alive, and the operations of batched products (attention).
+    """Counts the bytes of live tensors, and the operations of batched products (attention).
 
     known: tensors that do not count.
     """
@@ -252,8 +252,8 @@ class _Live(TorchDispatchMode):
 
 
 class _WholeRows(TorchFunctionMode):
-    """Lets a model run on meta: fused attention takes no memory for scores, and what transformers asks of ids and masks
-    (whether all rows are whole, without padding or packing) is true of calibration rows."""
+    """Lets a model run on meta: fused attention needs no memory for scores, and transformers' checks of ids and masks get the answers for
+    calibration rows, which are whole rows without padding or packing."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})

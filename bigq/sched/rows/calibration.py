@@ -1,4 +1,4 @@
-"""The calibration rows of a job, on their way from the embedding through the blocks."""
+"""The calibration rows of a job, from the embedding through the blocks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from bigq.sched.rows.tiers import Tier
 
 @dataclass(slots=True, kw_only=True)
 class CalibrationRows:
-    """Token ids [N, T] and the hidden states that they have become.
+    """Token ids [N, T] and their hidden states.
 
-    quantized: as the quantized blocks leave them. unquantized: as the unquantized blocks do, for methods that correct the upstream error.
-    at: the block whose inputs the stores hold, the number of blocks behind the last one; None while they are being overwritten.
+    quantized: hidden states of the quantized model. unquantized: of the unquantized model, for methods that correct the upstream error.
+    at: the block whose inputs the stores hold (the number of blocks after the last one); None while they are being overwritten.
     """
 
     tokens: Tensor
@@ -37,7 +37,7 @@ class CalibrationRows:
     def opened(
         cls, tokens: Tensor, pager: Pager, probe: Probe, batches: Batches, tier: Tier, checkpoints: Checkpoints, *, both_models: bool
     ) -> Iterator[CalibrationRows]:
-        """Room for the rows; ``enter`` fills it. both_models: for those of the unquantized model too."""
+        """Open stores for the rows; ``enter`` fills them. both_models: also a store for the unquantized model."""
         with contextlib.ExitStack() as stack:
             quantized = stack.enter_context(contextlib.closing(store_for(pager, tokens, batches, probe, tier)))
             unquantized = stack.enter_context(contextlib.closing(quantized.empty_like())) if both_models else None
@@ -48,7 +48,7 @@ class CalibrationRows:
         return (self.quantized,) if self.unquantized is None else (self.quantized, self.unquantized)
 
     def enter(self, pager: Pager, wanted: int) -> int:
-        """Fill the stores from the newest checkpoint at or before block ``wanted``, else by the embedding. Returns where they are."""
+        """Fill the stores from the newest checkpoint at or before block ``wanted``, else with the embedding. Returns their block."""
         at = self.checkpoints.restore(wanted, *self.stores)
         if at is None:
             embed(pager, self.tokens, self.probe, self.quantized)
@@ -60,12 +60,12 @@ class CalibrationRows:
         return at
 
     def watch(self, pause: Callable[[], None], passing: Callable[[str, int, int], None]) -> None:
-        """Call ``pause`` before each batch, and ``passing`` with how far a pass is."""
+        """Call ``pause`` before each batch, and ``passing`` with the progress of a pass."""
         for store in self.stores:
             store.before_batch, store.on_progress = pause, passing
 
     def save(self, event: Callable[..., None], blocks: int) -> None:
-        """Save the hidden states on disk, where there is room. Nothing happens while they are being overwritten."""
+        """Save the hidden states on disk, if there is room. Does nothing while they are being overwritten."""
         if self.at is None:
             return
         self.checkpoints.save(self.at, *self.stores)

@@ -29,9 +29,9 @@ class Probe:
 
 
 def probe_model(pager: Pager) -> Probe:
-    """Run a few random tokens through the model's own forward to record how its blocks are called and what they return.
+    """Run a few random tokens through the model's own forward, to record the arguments and outputs of its blocks.
 
-    Raises UnsupportedModelError where the model cannot be run block by block.
+    Raises UnsupportedModelError if the model cannot be run block by block.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = pager.embedding.num_embeddings
@@ -64,7 +64,7 @@ def store_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, tier: 
     """An uninitialized store for the hidden states of the token ids ``rows`` [N, T]."""
 
     def record(size: int) -> list[BlockCall]:
-        """Any tokens will do: ``check_block_calls`` has checked that."""
+        """Any tokens work, as ``check_block_calls`` has checked."""
         ids = rows[:1].expand(size, -1)
         with pager.rest_loaded(), pager.embedding_rows(ids):
             return record_calls(pager.model, pager.blocks, ids.to(pager.device), probe.form)
@@ -74,7 +74,7 @@ def store_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, tier: 
 
 
 def embed(pager: Pager, rows: Tensor, probe: Probe, store: ActivationStore) -> None:
-    """Fill the store with the inputs of block 0, and record how blocks are called."""
+    """Fill the store with the inputs of block 0, and record the arguments of the blocks."""
 
     def run() -> None:
         for lo, hi in store.spans():

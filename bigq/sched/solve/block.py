@@ -1,10 +1,10 @@
 """Solving the Linears of one block, level by level ("true-sequential").
 
-Each level replays the calibration rows through what is already quantized, up to the inputs of the level's Linears. A module with a
-shortcut runs once: its output follows from the inputs that were accumulated (``rows.shortcut_cache``).
+Each level replays the calibration rows through the Linears solved so far, up to the inputs of the level's Linears. A module with a
+shortcut runs once: its output is computed from the cached inputs of its Linear (``rows.shortcut_cache``).
 
 Methods that correct the upstream error also replay each batch through the unquantized block, on the rows of the unquantized model
-(``rows.reference``), so that a Linear's inputs in both models are known together.
+(``rows.reference``), so a Linear's inputs in both models are available at the same time.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from bigq.vocabulary import OnNonfinite
 class BlockJob:
     """One loaded block and how its Linears are quantized.
 
-    index: of the block. prefix: its module path. schemes: by the Linear's name in the block; Linears without one stay unquantized.
-    on_nonfinite: "stop" with an error where a value is not finite or a factorization fails, or "skip" the tokens and Linears concerned.
+    index: of the block. prefix: its module path. schemes: by the Linear's name in the block; Linears without a scheme stay unquantized.
+    on_nonfinite: if a value is not finite or a factorization fails, "stop" with an error, or "skip" the tokens and Linears concerned.
     """
 
     index: int
@@ -55,9 +55,9 @@ class BlockJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockRows:
-    """The calibration rows at one block's entrance.
+    """The calibration rows that enter one block.
 
-    store: as the quantized blocks before leave them. cache: module outputs that are kept on their way through the block.
+    store: the hidden states that leave the quantized blocks before it. cache: outputs of modules with a shortcut.
     reference: the same rows in the unquantized model, for methods that correct the upstream error.
     """
 
@@ -69,13 +69,13 @@ class BlockRows:
 def solve_block(
     job: BlockJob, rows: BlockRows, method: CalibratedMethod, *, true_sequential: bool, ranks: Ranks | None = None
 ) -> Iterator[Solved | Skipped]:
-    """Quantize a block's Linears with a method that looks at their inputs, level by level.
+    """Quantize a block's Linears with a calibrated method, level by level.
 
-    Afterwards each Linear holds its dequantized codes; a skipped one is unchanged.
-    Raises NumericsError, naming the Linear, where activations or sums are not finite or a factorization fails, unless the job skips those.
+    Afterwards each Linear holds its dequantized codes; skipped Linears are unchanged.
+    Raises NumericsError, naming the Linear, if activations or sums are not finite or a factorization fails, unless the job skips these.
     """
     linears = block_linears(job.block)
-    # A level makes at most one pass to collect and one for each shortcut. Numbered so, a level's steps do not depend on the memo.
+    # A level makes at most one pass to collect and one for each shortcut. With these numbers, a level's steps do not depend on the cache.
     passes = 1 + method.passes * len(linears)
     for step, level in zip(itertools.count(1, passes), job.plan.levels(true_sequential), strict=False):
         wanted = [Group(kept, g.level) for g in level if (kept := tuple(n for n in g.names if n in job.schemes))]
@@ -111,7 +111,7 @@ def _collect(
     groups: list[Group],
     keep: list[Shortcut],
 ) -> dict[tuple[str, ...], Collector]:
-    """Replay the calibration rows until every wanted Linear has seen its input; one collector per group, by the group's names."""
+    """Replay the calibration rows up to the inputs of all Linears in the groups. Returns one collector per group, by the group's names."""
     store, reference = rows.store, rows.reference
 
     def collector(group: Group) -> Collector:
@@ -156,9 +156,9 @@ def _run_up_to(
     hidden: Tensor,
     see: Callable[[str, Tensor], None],
 ) -> None:
-    """Run a block until every Linear of the groups has seen its input; ``see`` is given each Linear's name and input.
+    """Run a block until every Linear of the groups has received its input; ``see`` is called with each Linear's name and input.
 
-    Those of the deepest level do not compute: what they reach is not looked at.
+    Linears of the deepest level do not compute, since no other group depends on their outputs.
     """
     names = [name for g in groups for name in g.names]
     deepest = max(g.level for g in groups)
@@ -188,9 +188,9 @@ def _run_up_to(
 def _solve_group(
     job: BlockJob, rows: BlockRows, linears: Mapping[str, nn.Module], group: Group, collector: Collector
 ) -> Iterator[Solved | Skipped]:
-    """Solve a group's Linears together, as far as their schemes agree.
+    """Solve a group's Linears; those with equal schemes are solved together.
 
-    Linears that fail together are skipped together: readers that fuse Linears (q/k/v, gate/up) want all of them quantized or none.
+    Linears that fail together are skipped together: readers that fuse Linears (q/k/v, gate/up) need all of them quantized or none.
     """
     label = ", ".join(f"{job.prefix}.{n}" for n in group.names)
     with _skipping(job, group.names, label) as skipped, job.clock.phase("hessian"):
@@ -229,9 +229,9 @@ def _solve_group(
 
 @contextlib.contextmanager
 def _skipping(job: BlockJob, names: Sequence[str], label: str) -> Iterator[list[Skipped]]:
-    """Where the job is to skip what fails, a NumericsError inside ends there and fills the list that this gives: one for each name.
+    """If the job skips failures, catch a NumericsError and add a ``Skipped`` for each name to the yielded list.
 
-    label: what the error's message begins with; behind its first semicolon is advice.
+    label: the beginning of the error's message. The text after its first semicolon is advice, which is dropped.
     """
     skipped: list[Skipped] = []
     try:
@@ -244,7 +244,7 @@ def _skipping(job: BlockJob, names: Sequence[str], label: str) -> Iterator[list[
 
 
 def quantize_weights(job: BlockJob, method: DataFreeMethod) -> Iterator[Solved | Skipped]:
-    """Quantize a block's Linears with a method that looks at weights alone. The block itself is unchanged."""
+    """Quantize a block's Linears with a method without calibration. The block itself is unchanged."""
     linears = block_linears(job.block)
     for name, scheme in job.schemes.items():
         label = f"{job.prefix}.{name}"

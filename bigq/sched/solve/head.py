@@ -1,7 +1,7 @@
 """Quantizing the output head, from the hidden states that leave the last block.
 
-The head is the one Linear outside the blocks that is worth it. Its Hessian is as small as the hidden states are wide. Its rows, one for
-each word of the vocabulary, are solved some at a time: they share the factor, and no row depends on another.
+The head is the only large Linear outside the blocks. Its Hessian [d, d] is small, where d is the width of the hidden states. Its rows,
+one for each token of the vocabulary, are solved in chunks: they share the factor, and are independent of each other.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class HeadJob:
 
 
 def quantize_head(job: HeadJob, method: DataFreeMethod) -> Solved:
-    """Quantize the head from its weight alone; it is loaded only meanwhile. Raises NumericsError."""
+    """Quantize the head from its weight alone. The weight is loaded for this only. Raises NumericsError."""
     with job.pager.head_loaded(), job.clock.phase("solve") as solving:
         return Solved(job.name, _by_rows(job, lambda rows: method.quantize(rows, job.scheme, job.name)), {"solve": solving})
 
 
 def solve_head(job: HeadJob, rows: CalibrationRows, method: CalibratedMethod, ranks: Ranks) -> Solved:
-    """Quantize the head on the hidden states behind the last block; it is loaded only meanwhile. Raises NumericsError."""
+    """Quantize the head on the hidden states after the last block. The weight is loaded for this only. Raises NumericsError."""
     collector = _collect(job, rows, method)
     collector.reduce(ranks)
     with job.clock.phase("hessian"):
@@ -60,7 +60,7 @@ def solve_head(job: HeadJob, rows: CalibrationRows, method: CalibratedMethod, ra
 
 
 def _collect(job: HeadJob, rows: CalibrationRows, method: CalibratedMethod) -> Collector:
-    """What the head receives, by the model's own forward behind its blocks. The head itself is not loaded and does not compute."""
+    """Collect the head's inputs with the model's own forward after its blocks. The head itself is not loaded and does not compute."""
     inputs = skeleton.linear_weight(job.module).shape[1]
     pager, store = job.pager, rows.quantized
 
@@ -88,7 +88,7 @@ def _collect(job: HeadJob, rows: CalibrationRows, method: CalibratedMethod) -> C
 
 
 def _by_rows(job: HeadJob, quantize: Callable[[Tensor], QuantizedWeight]) -> QuantizedWeight:
-    """Quantize the head's weight, some rows at a time."""
+    """Quantize the head's weight in chunks of rows."""
     weight = skeleton.linear_weight(job.module)
     parts = [quantize(rows) for rows in weight.split(max(1, HEAD_CHUNK // weight.shape[1]))]
     return QuantizedWeight(

@@ -25,8 +25,8 @@ def propagate(
     """Replay the whole block; its outputs overwrite its inputs. Returns how many tokens have outputs that are not finite.
 
     on_nonfinite: "stop" raises for the first such token. "skip" keeps them: the attention of later blocks spreads them to other tokens of
-    the same row, never to other rows. place: block and step of this pass (see ``Halving``), if it does not lead to the next block.
-    Raises NumericsError, which names the module where it began; with "skip" only where no token has finite outputs.
+    the same row, never to other rows. place: block and step of this pass (see ``Halving``); by default step 0 of the next block.
+    Raises NumericsError, which names the first module with such values; with "skip" only if no token has finite outputs.
     """
     lost = tokens = 0
 

@@ -1,4 +1,4 @@
-"""What becomes of one Linear: solved, or skipped with a reason."""
+"""The result for one Linear: solved, or skipped with a reason."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bigq.quantized_weight import QuantizedWeight
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """One quantized Linear: its full module name, its codes, and the seconds of its factor and solve, known once the clock has settled.
+    """One quantized Linear: its full module name, its weight, and the seconds of its factor and solve (laps of the clock).
 
-    left_out: calibration tokens that were left out of its sums because they are not finite.
+    left_out: calibration tokens that were left out of its Hessian because they are not finite.
     """
 
     name: str
@@ -23,7 +23,7 @@ class Solved:
     left_out: int = 0
 
     def record(self) -> LinearRecord:
-        """What the journal and the report say of it."""
+        """The record for the journal and the report."""
         weight = self.weight
         m, n = weight.codes.shape
         return LinearRecord(
@@ -40,7 +40,7 @@ class Solved:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """One Linear that cannot be quantized and stays unquantized: its full module name, and why."""
+    """One Linear that cannot be quantized and stays unquantized: its full module name, and the reason."""
 
     name: str
     reason: str

@@ -1,8 +1,8 @@
-"""What a unit of work is: the seam between the loop and the parts of a model.
+"""The interface between the loop and the parts of a model: units of work.
 
 A job is a list of units. Each is made from some tensors of the checkpoint, becomes one shard, and is committed as a whole. A
-``PlainUnit`` needs no forward pass. A ``StreamedUnit`` has its place in the order in which calibration rows go through the model: it is
-solved when their hidden states arrive, or, if an earlier run committed it, restored from its shard, and it hands the rows on.
+``PlainUnit`` needs no forward pass. A ``StreamedUnit`` has a place in the forward pass. When the calibration rows reach it, it is solved,
+or restored from its shard if an earlier run committed it. Then it passes the rows on.
 
 A new kind of unit (a group of experts, say) is a new file in ``bigq.sched.units`` and a line in ``bigq.sched.resolve.units_of``.
 """
@@ -29,7 +29,7 @@ from bigq.sched.solving import Solving
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """What streamed units work with. structures: of blocks seen so far, by their shape."""
+    """The common objects of streamed units. structures: of the blocks so far, by their shape."""
 
     pager: Pager
     config: JobConfig
@@ -40,7 +40,7 @@ class Bench:
     structures: dict[Any, BlockPlan] = field(default_factory=dict)
 
     def structure(self, block: nn.Module, index: int) -> BlockPlan:
-        """The groups, levels and shortcuts of a loaded block; blocks of one shape are probed once."""
+        """The groups, levels and shortcuts of a loaded block. Blocks of one shape are probed once."""
         shape = tuple((name, type(m).__name__, linear_weight(m).shape) for name, m in block_linears(block).items())
         if shape not in self.structures:
             with self.control.clock.phase("probe"):
@@ -49,7 +49,7 @@ class Bench:
 
 
 class Unit(ABC):
-    """shard: what the unit becomes. block: its number among the decoder blocks, for the display; None for others."""
+    """shard: the shard that the unit becomes. block: its number among the decoder blocks, for the display; None for other units."""
 
     shard: Shard
     block: int | None = None
@@ -58,18 +58,18 @@ class Unit(ABC):
 class PlainUnit(Unit):
     """A unit that needs no forward pass."""
 
-    #: What the display says, and the phase of the clock.
+    #: The text for the display, and the phase of the clock.
     doing: str
     phase: str
 
     @abstractmethod
     def product(self, writer: ShardWriter) -> Product:
-        """What the shard will hold."""
+        """The content of the shard."""
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes of the checkpoint that are read for it."""
+        """Bytes that are read from the checkpoint for this unit."""
 
 
 class StreamedUnit(Unit):
@@ -77,7 +77,7 @@ class StreamedUnit(Unit):
 
     @abstractmethod
     def visit(self, bench: Bench, solving: Solving, *, last: bool) -> None:
-        """Solve and hand over the unit if it is not committed yet; then take the calibration rows through it, unless it is the last one.
+        """Solve and hand over the unit if it is not committed yet. Then replay the calibration rows through it, unless it is the last one.
 
-        Raises Stopped where the job was asked to stop, NumericsError, ResourceError, CheckpointError.
+        Raises Stopped if the job was asked to stop, NumericsError, ResourceError, CheckpointError.
         """

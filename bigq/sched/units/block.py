@@ -29,7 +29,7 @@ from bigq.scheme import QuantScheme, scheme_for
 
 
 class BlockUnit(StreamedUnit):
-    """Decoder block ``index``, whose shard has the number ``number``."""
+    """Decoder block ``index``. number: of its shard."""
 
     def __init__(self, number: int, index: int, pager: Pager) -> None:
         self.block = self.index = index
@@ -86,7 +86,7 @@ class BlockUnit(StreamedUnit):
         return {name: scheme for name, scheme in found.items() if scheme is not None}
 
     def _solve(self, bench: Bench, job: BlockJob, visit: BlockVisit, solving: Solving) -> Product:
-        """Quantize the block's Linears and pack each as it is solved."""
+        """Quantize the block's Linears, and pack each as soon as it is solved."""
         control = bench.control
         control.progress.phase("solve", self.index)
         packed: dict[str, dict[str, Tensor]] = {}
@@ -132,7 +132,7 @@ class BlockUnit(StreamedUnit):
         return tensors
 
     def _restore(self, bench: Bench, job: BlockJob, commit: Commit) -> None:
-        """Give the block, which an earlier run committed, its committed weights."""
+        """Load the committed weights of a block into its modules."""
         made: Format = bench.config.made
         finished = FinishedBlock(bench.writer.journal.out, commit, made)
         for name, scheme in job.schemes.items():
@@ -155,6 +155,6 @@ class BlockUnit(StreamedUnit):
 
 
 def _share(job: BlockJob, records: Sequence[LinearRecord]) -> float:
-    """The part of the block's weights to be quantized that these Linears have."""
+    """The fraction of the block's weights to be quantized that these Linears hold."""
     whole = sum(linear_weight(job.block.get_submodule(name)).numel() for name in job.schemes)
     return sum(m * n for m, n in (record.shape for record in records)) / whole

@@ -1,4 +1,4 @@
-"""Tensors that stay unquantized: all outside the blocks, and those that the model has no place for."""
+"""Tensors that are copied unquantized: those outside the blocks, and those that the model does not use."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from bigq.model.pager import Pager
 from bigq.sched.shards import Product, Shard, ShardWriter
 from bigq.sched.units.base import PlainUnit
 
-#: Tensors are gathered into shards of at most this size in bytes; a larger tensor has a shard of its own.
+#: The maximum size of a shard of copied tensors, in bytes. A larger tensor gets its own shard.
 SHARD_BYTES = 5 * 10**9
 
 
 class CopiedUnit(PlainUnit):
-    """A shard of tensors that are copied in bounded pieces, and checked for NaN and Inf on the way."""
+    """A shard of tensors that are copied in bounded pieces and checked for NaN and Inf."""
 
     doing, phase = "copying unquantized tensors", "copy"
 
@@ -31,7 +31,7 @@ class CopiedUnit(PlainUnit):
 
 
 def copied_units(pager: Pager, quantized: Iterable[str]) -> list[CopiedUnit]:
-    """Units for all tensors outside the blocks, in the checkpoint's order. quantized: tensors that other units are made from."""
+    """Units for all tensors outside the blocks, in the checkpoint's order. quantized: names of tensors that belong to other units."""
     elsewhere = pager.stored_under(pager.blocks_path) | set(quantized)
     shards: list[list[TensorInfo]] = []
     size = 0

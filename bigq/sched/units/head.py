@@ -30,7 +30,7 @@ class Head:
 
 
 def head_to_quantize(pager: Pager, config: JobConfig) -> Head | None:
-    """None where the head stays unquantized. Raises UsageError where it was asked for and cannot be quantized."""
+    """The head, or None if it stays unquantized. Raises UsageError if the job asks for it but it cannot be quantized."""
     scheme = head_scheme(pager, config)
     name, module = pager.head_name, pager.head
     if scheme is None or not isinstance(module, nn.Linear):
@@ -39,7 +39,7 @@ def head_to_quantize(pager: Pager, config: JobConfig) -> Head | None:
 
 
 class HeadUnit(StreamedUnit):
-    """The head, whose shard has the number ``number``."""
+    """The output head. number: of its shard."""
 
     def __init__(self, number: int, head: Head) -> None:
         self.head = head

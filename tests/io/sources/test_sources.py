@@ -40,7 +40,7 @@ def test_a_plain_weight_is_read_and_converted(checkpoint: Callable[[str], Path])
 
 def test_a_plain_weight_of_another_shape_or_type_is_refused(checkpoint: Callable[[str], Path]) -> None:
     info = Checkpoint.open(checkpoint("llama"))[NAME]
-    with pytest.raises(CheckpointError, match=r"down_proj\.weight has shape \[64, 96\], but config\.json makes it \[96, 64\]"):
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight has shape \[64, 96\], but config\.json says \[96, 64\]"):
         PlainSource(info).check((96, 64))
     for dtype in (torch.float8_e4m3fn, torch.int32):
         with pytest.raises(UnsupportedModelError, match="bigq reads fp32, fp16 and bf16"):

@@ -217,8 +217,8 @@ def test_a_download_to_the_same_file_system_takes_from_the_disk_budget() -> None
     assert found.fits and not found.choice.checkpoints and found.disk == needed + 5 * GIB
     assert "  fetches: 5.00 GiB to /cache" in found.brief() and found.to_json()["download_bytes"] == 5 * GIB
     short = planned(Download(size=5 * GIB, folder="/cache"), disk=needed + 2 * GIB)
-    assert not short.fits and short.shortages[0].startswith("disk: 3.00 GiB more are needed where OUT lies, for ")
-    assert "and 5.00 GiB of MODEL fetched to /cache (--disk)" in short.shortages[0]
+    assert not short.fits and short.shortages[0].startswith("disk: 3.00 GiB more needed on OUT's file system, for ")
+    assert "and 5.00 GiB of MODEL downloaded to /cache (--disk)" in short.shortages[0]
 
 
 def test_a_download_to_another_file_system_has_a_budget_of_its_own() -> None:
@@ -226,7 +226,7 @@ def test_a_download_to_another_file_system_has_a_budget_of_its_own() -> None:
     found = planned(Download(size=5 * GIB, folder="/cache", free=5 * GIB), disk=needed)
     assert found.fits and found.disk == needed
     short = planned(Download(size=5 * GIB, folder="/cache", free=4 * GIB), disk=needed)
-    assert short.shortages == ("disk: 1.00 GiB more are needed in /cache, for 5.00 GiB of MODEL (another cache: set HF_HOME)",)
+    assert short.shortages == ("disk: 1.00 GiB more needed in /cache, for 5.00 GiB of MODEL (set HF_HOME to use another cache)",)
 
 
 def planned(download: Download, disk: int) -> Plan:
