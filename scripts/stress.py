@@ -99,9 +99,9 @@ def make_inputs(work: Path) -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     from models import make_checkpoint, random_ids, save_ids
 
-    from bigq.model.skeleton import silence
+    from bigq.model.skeleton import silence_transformers
 
-    silence()
+    silence_transformers()
     for family in sorted({family for family, _ in JOBS.values()}):
         make_checkpoint(work / family, family, **{LAYERS[family]: BLOCKS})
     save_ids(work / "ids.safetensors", random_ids())

@@ -65,7 +65,8 @@ def _rest_is_whole(out: Path, commits: Sequence[Commit]) -> bool:
         if manifest is None:
             return False
         shards = {commit.shard.file for commit in commits}
-        if not shards <= set(manifest["files"]):
+        records = {name for record in RECORDS if (out / (name := f"{STATE_FOLDER}/{record}")).exists()}
+        if not shards | records <= set(manifest["files"]):
             return False
         others = {name: entry for name, entry in manifest["files"].items() if name not in shards and name != GGUF_NAME}
         return all(file_sha256(out / name) == entry["sha256"] for name, entry in others.items())

@@ -33,7 +33,7 @@ from bigq.sched.plan.inputs import plan_before_fetch
 from bigq.sched.units.base import Unit
 from bigq.sched.units.block import BlockUnit
 from bigq.sched.units.copied import copied_units
-from bigq.sched.units.head import HeadUnit, head_to_quantize
+from bigq.sched.units.head import Head, HeadUnit, head_to_quantize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,8 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A job whose settings are all decided. rows: calibration tokens [N, T]; None for methods without calibration.
+    """A job whose settings are all decided. rows: calibration tokens [N, T]; None for methods without calibration. head: None if the
+    output head stays unquantized.
 
     stamps: detect source files that change.
     """
@@ -62,6 +63,7 @@ class Job:
     pager: Pager
     config: JobConfig
     method: Method
+    head: Head | None
     rows: Tensor | None
     stamps: Stamps
 
@@ -107,6 +109,7 @@ def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
         raise UnsupportedModelError(f"{target.folder}: is already quantized; give the reference model")
     config = dataclasses.replace(config, seqlen=row_length(pager.config, config), scheme=settled_scheme(pager, config))
     check_shapes(pager, config)
+    head = head_to_quantize(pager, config)
     if config.format == "gguf":
         check_gguf_job(pager, config)
     stop.check()
@@ -115,7 +118,7 @@ def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
     rows = _rows(pager, config) if method.calibrated else None
     stages.ended("calibration")
     stop.check()
-    return Job(target=target, pager=pager, config=config, method=method, rows=rows, stamps=stamps)
+    return Job(target=target, pager=pager, config=config, method=method, head=head, rows=rows, stamps=stamps)
 
 
 def _rows(pager: Pager, config: JobConfig) -> Tensor:
@@ -135,8 +138,7 @@ def _rows(pager: Pager, config: JobConfig) -> Tensor:
 
 def units_of(job: Job) -> list[Unit]:
     """The units of a job in the order of their shards: copied tensors, blocks, and the head if it is quantized."""
-    pager = job.pager
-    head = head_to_quantize(pager, job.config)
+    pager, head = job.pager, job.head
     copied = copied_units(pager, [] if head is None else [head.source.name])
     blocks = [BlockUnit(len(copied) + i, i, pager) for i in range(len(pager.blocks))]
     return [*copied, *blocks, *([] if head is None else [HeadUnit(len(copied) + len(blocks), head)])]

@@ -90,6 +90,7 @@ def _finished_report(target: Target, commits: Sequence[Commit], display: Display
     """The report of a job that an earlier run finished."""
     blocks = sum(commit.unit.startswith("block-") for commit in commits)
     with Progress(blocks, target.device, target.config.quiet, display=display) as progress:
+        progress.start(blocks)
         progress.say(f"{target.out}: is finished already; there is nothing to do (bigq verify checks every byte)")
     return Report(
         out=str(target.out),

@@ -72,7 +72,7 @@ def one_error_line(stderr: str) -> str:
     assert len(lines) == 1, stderr
     assert "Traceback" not in stderr, stderr
     # A plan is several lines; all but the first are indented.
-    progress = ("reading ", "block ", "plan: ", "  ")
+    progress = ("reading ", "note: ", "block ", "plan: ", "  ")
     rest = [line for line in stderr.splitlines() if line.strip() and line != lines[0] and not line.startswith(progress)]
     assert not rest, stderr
     assert len(lines[0]) > len("bigq: error: ") + 20

@@ -37,6 +37,7 @@ RULES = (
 )
 #: The same for families whose Linears have other names.
 RULES_OF = {
+    "gpt2": (Rule(r".*\.1\..*attn\.c_proj", None),),
     "opt": (Rule(r".*\.1\..*out_proj", None), Rule.parse(r".*fc2:bits=8,group_size=-1"), Rule.parse(r".*fc1:bits=3,sym=false")),
     "bloom": (
         Rule(r".*\.1\..*attention\.dense", None),
@@ -145,7 +146,7 @@ def test_verify_names_zero_points_by_the_format(made: Callable[..., Path]) -> No
         out = made("llama", format, symmetric=False)
         scans = {path.name: scan_shard(path, KNOWN[format]) for path in out.glob("*.safetensors")}
         said = [what for _, what in model_problems(out, job(Path("ids"), format=format), (), scans, trust_remote_code=False)]
-        assert f"tensor model.layers.0.mlp.gate_proj.{tensor} holds zero points other than 8, although the job is symmetric" in said
+        assert f"tensor model.layers.0.self_attn.q_proj.{tensor} holds zero points other than 8, although the job is symmetric" in said
 
 
 def test_scales_follow_the_type_of_the_checkpoint(tmp_path: Path) -> None:
@@ -187,11 +188,11 @@ def test_a_zero_point_of_zero_does_not_fit_the_first_version(made: Callable[...,
 def test_scales_that_do_not_fit_the_models_type_are_refused(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "model", "llama", dtype=torch.bfloat16, num_hidden_layers=1)
     ids = save_ids(tmp_path / "ids.safetensors", random_ids())
-    bigq.quantize(str(source), tmp_path / "fine", job(ids, scheme=QuantScheme(group_size=32, scale_bits=11)))
+    bigq.quantize(str(source), tmp_path / "fine", job(ids, scheme=QuantScheme(group_size=32, scale_bits=11), rules=()))
     refused(tmp_path / "fine", tmp_path / "out", "compressed-tensors", r"scales are not exact in torch\.bfloat16.*--scale-bits 8")
     with pytest.raises(UsageError, match=r"--scale-bits 11: .* use --scale-bits 8"):
         bigq.quantize(
-            str(source), tmp_path / "job", job(ids, scheme=QuantScheme(group_size=32, scale_bits=11), format="compressed-tensors")
+            str(source), tmp_path / "job", job(ids, scheme=QuantScheme(group_size=32, scale_bits=11), format="compressed-tensors", rules=())
         )
 
 
@@ -201,7 +202,7 @@ def test_linears_stored_transposed_do_not_fit_compressed_tensors(
     refused(made("gpt2", "gptq"), tmp_path / "out", "compressed-tensors", r"c_attn is stored transposed \(Conv1D\)")
     ids = save_ids(tmp_path / "ids.safetensors", random_ids())
     with pytest.raises(UsageError, match="stored transposed"):
-        bigq.quantize(str(checkpoint("gpt2")), tmp_path / "job", job(ids, format="compressed-tensors"))
+        bigq.quantize(str(checkpoint("gpt2")), tmp_path / "job", job(ids, format="compressed-tensors", rules=()))
     assert not (tmp_path / "job").exists()
 
 

@@ -68,7 +68,8 @@ def test_json(command: list[str], capfd: pytest.CaptureFixture[str], tmp_path: P
     code, out, err = run([*command, "--json"], capfd)
     assert code == 0 and json.loads(out)["resumed_blocks"] == 3
     _, *again = events_of(err)
-    assert [event["event"] for event in again] == ["plan", "start", "done"] and again[1]["resumed_blocks"] == 3
+    assert [event["event"] for event in again] == ["start", "note", "done"] and again[0]["resumed_blocks"] == 3
+    assert "is finished already" in again[1]["message"]
 
 
 def test_json_errors_are_events(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:

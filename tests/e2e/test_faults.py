@@ -352,8 +352,7 @@ def test_read_only_mount(read_only: Callable[[str], Path], job: TinyJob, capsys:
     job.complete(out, capsys)
     (out / STATE_FOLDER / owner.OWNER_NAME).unlink()
     read_only("ro")
-    with pytest.raises(ResourceError, match="Read-only file system"):
-        bigq.quantize(str(job.source), out, job.config(quiet=True))
+    assert bigq.quantize(str(job.source), out, job.config(quiet=True)).resumed_blocks > 0, "nothing has to be written"
     assert hashes(out) == job.expected
 
 

@@ -360,7 +360,7 @@ def test_where_results_depend_much_on_the_batch_too(
 
 def kill_and_resume(source: Path, out: Path, config: JobConfig, moment: str, kill: str | int) -> None:
     """A job whose device fails at a moment, killed right after it has halved or after so many commits, and then taken up again."""
-    commit, halve = Journal.commit, Journal.halve
+    commit, halve = Journal.commit, Journal.record_halving
     commits: list[str] = []
 
     def committing(self: Journal, record: Commit) -> None:
@@ -377,7 +377,7 @@ def kill_and_resume(source: Path, out: Path, config: JobConfig, moment: str, kil
     with pytest.MonkeyPatch.context() as patch:
         fail_once(patch, *MOMENTS[moment][:2])
         patch.setattr(Journal, "commit", committing)
-        patch.setattr(Journal, "halve", halving)
+        patch.setattr(Journal, "record_halving", halving)
         with pytest.raises(KeyboardInterrupt):
             bigq.quantize(str(source), out, config)
     with pytest.MonkeyPatch.context() as patch:

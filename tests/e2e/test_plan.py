@@ -224,6 +224,7 @@ def test_a_plan_counts_what_rules_decide(model: Path, capsys: pytest.CaptureFixt
 def test_the_batch_of_a_job_begun_is_kept(model: Path, ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Not given again, it is as before, though the machine's own choice would be another."""
     assert main(job(model, tmp_path / "out", ids, "--batch", "3")) == 0
+    (tmp_path / "out" / "config.json").unlink()  # what is finished needs no plan
     assert main(job(model, tmp_path / "out", ids)) == 0
     assert capsys.readouterr().err.count("batch 3") == 2
 

@@ -444,7 +444,7 @@ def test_interrupt_on_the_command_line(
     output = capsys.readouterr()
     assert output.out == "" and "run the same command again" in output.err and "Traceback" not in output.err
     assert main(command) == 0
-    assert "1 of 3 blocks were there already" in capsys.readouterr().out
+    assert "1 of 3 blocks were already done" in capsys.readouterr().out
 
 
 def test_killed_process_resumes(tmp_path: Path) -> None:
