@@ -53,8 +53,8 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A job whose settings are all decided. rows: calibration tokens [N, T]; None for methods without calibration. head: None if the output
-    head stays unquantized.
+    """A job whose settings are all decided. rows: calibration tokens [N, T]; None for methods without calibration. head: None if the
+    output head stays unquantized.
 
     stamps: detect source files that change.
     """
