@@ -11,7 +11,7 @@ group's inputs batch by batch (``Collector.add``), turns what it accumulated int
     factor.solve(weights, scheme, label)        one pass over all Linears of one scheme
 
 The loop owns everything else: replaying rows, what becomes of Linears that fail, the clock, and packing. A new method is a new file
-here and a line in ``bigq.methods.METHODS``.
+here, a line in ``bigq.methods.METHODS``, and its name in ``bigq.vocabulary``.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Method(ABC):
 
     name: the word of ``--method``. title: in reports and model cards. passes: how often the calibration rows go through a block at
     each step: 0 without calibration, 1 through the quantized model, 2 through the unquantized model too. error_meaning: what a Linear's
-    relative error is, for reports. formats: those that can hold what the method produces.
+    relative error is, in sentences for reports. formats: those that can hold what the method produces; ``quantize`` and ``plan`` refuse
+    others.
     """
 
     name: ClassVar[MethodName]
