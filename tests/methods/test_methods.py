@@ -194,7 +194,7 @@ def test_a_new_method_is_one_class_and_one_line(
     assert "--samples: no effect with --method" in told and "no calibration" in told and Halves.title in told
     assert verify(out) == [] and weights(out) != weights(tmp_path / "plain")
 
-    assert main(["report", str(out), "--out", str(page), "--card"]) == 0
+    assert main(["report", str(out), "--out", str(page), "--model-card"]) == 0
     text, card = page.read_text(), (out / "README.md").read_text()
     assert Halves.error_meaning in text and "tokens of" not in text and "more damping" not in text
     assert f"| method | {plain(Halves.title)} |" in card and Halves.error_meaning in card
