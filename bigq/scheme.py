@@ -11,6 +11,7 @@ from typing import Any
 from bigq.errors import UsageError
 from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, MSE_POWER, SCALE_BITS, GridSpec
 from bigq.options import Effect, Range, Resume, option, require_known, settle, shown, table
+from bigq.vocabulary import DATA_FREE_METHODS
 
 BITS = (2, 3, 4, 8)
 
@@ -18,8 +19,11 @@ BITS = (2, 3, 4, 8)
 #: feedback from earlier columns widens them further: at 2 bits such a search makes the model worse than no search (docs/quality.md).
 FEW_BITS, FEW_BITS_POWER = 3, 4.0
 
-#: Options without effect on rtn, which has no Hessian, so no calibration and no order of columns.
-CALIBRATED = Effect(unless="with --method rtn", holds=lambda job, _: job.method != "rtn")
+#: Of options about calibration, the Hessian or the order of columns: data-free methods have none of these.
+CALIBRATED = Effect(
+    unless=f"with --method {' or '.join(DATA_FREE_METHODS)}",
+    holds=lambda job, _: job.method not in DATA_FREE_METHODS,
+)
 SEARCHED = Effect(
     unless="without --mse",
     holds=lambda job, _: job.scheme.mse or any((rule.overrides or {}).get("mse") for rule in job.rules),

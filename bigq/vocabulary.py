@@ -23,3 +23,5 @@ TIERS: tuple[Tier, ...] = get_args(Tier)
 TIER_CHOICES: tuple[TierChoice, ...] = get_args(TierChoice)
 ON_NONFINITE: tuple[OnNonfinite, ...] = get_args(OnNonfinite)
 DTYPES: tuple[DtypeName, ...] = get_args(DtypeName)
+#: Methods that look at weights alone, so options about calibration have no effect: those of ``bigq.methods`` that are not calibrated.
+DATA_FREE_METHODS: tuple[MethodName, ...] = ("rtn",)

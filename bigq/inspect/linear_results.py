@@ -14,7 +14,7 @@ from bigq.config import JobConfig
 from bigq.inspect.bounds import count, number, text
 from bigq.io.formats import Format, PackedLinear
 from bigq.job.journal import Commit
-from bigq.methods import method_of
+from bigq.methods import known_method
 from bigq.scheme import QuantScheme, scheme_for
 
 #: The maximum number of blocks, and of Linears in a block, that are read.
@@ -122,6 +122,7 @@ def _linear(
         group_size = record["group_size"]
     except (KeyError, TypeError, ValueError):
         return None
+    method = None if config is None else known_method(config)
     error, damping = number(record.get("relative_error")), number(record.get("damping"))
     unmeasured = "relative_error" not in record and "damping" not in record
     if None in sizes or type(group_size) is not int or not name or (None in (error, damping) and not unmeasured):
@@ -143,6 +144,6 @@ def _linear(
         symmetric=symmetric,
         error=error,
         damping=damping,
-        asked=None if scheme is None or config is None or not method_of(config).calibrated else scheme.damping,
+        asked=None if scheme is None or method is None or not method.calibrated else scheme.damping,
         stored_bits=stored,
     )

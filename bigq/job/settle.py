@@ -11,12 +11,20 @@ from bigq.config import DEFAULT_SEQLEN, JobConfig
 from bigq.errors import UsageError
 from bigq.job.rules import require_sound_rules
 from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS
+from bigq.methods import method_of
 from bigq.model import skeleton
 from bigq.model.blocks import block_linears
 from bigq.model.description import ModelDescription
 from bigq.model.skeleton import linear_weight
 from bigq.model.structure import MIN_FEATURES
 from bigq.scheme import QuantScheme, scheme_for
+
+
+def require_format(config: JobConfig) -> None:
+    """Raise UsageError where the format cannot hold what the job's method produces."""
+    formats = method_of(config).formats
+    if config.format not in formats:
+        raise UsageError(f"--format {config.format}: {config.method} writes {', '.join(formats)}; use --format {formats[0]}")
 
 
 def row_length(model_config: object, config: JobConfig) -> int:

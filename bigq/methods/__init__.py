@@ -22,3 +22,8 @@ METHODS: Mapping[MethodName, Callable[[JobConfig], Method]] = {
 def method_of(config: JobConfig) -> Method:
     """The method that a job asks for."""
     return METHODS[config.method](config)
+
+
+def known_method(config: JobConfig) -> Method | None:
+    """The method of a job's record; None where this version of bigq does not have it."""
+    return method_of(config) if config.method in METHODS else None

@@ -10,8 +10,8 @@ group's inputs batch by batch (``Collector.add``), turns the accumulated sums in
     factor = solver.factor(scheme, label, …)    once per ``solver.kind(scheme)``
     factor.solve(weights, scheme, label)        one pass over all Linears of one scheme
 
-The loop does everything else: it replays rows, handles Linears that fail, measures time and packs. A new method is a new file here and
-a line in ``bigq.methods.METHODS``.
+The loop does everything else: it replays rows, handles Linears that fail, measures time and packs. A new method is a new file
+here, a line in ``bigq.methods.METHODS``, and its name in ``bigq.vocabulary``.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Method(ABC):
 
     name: the value of ``--method``. title: for reports and model cards. passes: how often the calibration rows pass through a block at
     each step: 0 without calibration, 1 through the quantized model, 2 through the unquantized model too. error_meaning: the definition
-    of a Linear's relative error, for reports. formats: the formats that can hold the method's results.
+    of a Linear's relative error, in sentences for reports. formats: those that can hold the method's results; ``quantize`` and ``plan`` refuse
+    others.
     """
 
     name: ClassVar[MethodName]

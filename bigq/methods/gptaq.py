@@ -15,11 +15,11 @@ class Gptaq(CalibratedMethod):
     """``--method gptaq``. alpha: the strength of the correction, 0 to 1."""
 
     name = "gptaq"
-    title = "GPTQ with upstream error correction (GPTAQ)"
+    title = "GPTQ with asymmetric calibration, GPTAQ"
     passes = 2
     error_meaning = (
-        "The squared error of a Linear's output on the calibration data, relative to the output: (W* − Q)·H·(W* − Q)ᵀ over W*·H·W*ᵀ, with "
-        "the damped Hessian H of its inputs and the weight W* that corrects the upstream error."
+        "Relative errors of outputs on the calibration text (squared norms), against the weights corrected for the upstream error: "
+        "‖(W* − Q)X‖² / ‖W*X‖². W* is the weight corrected for the upstream error in X; an output head is not corrected."
     )
 
     def __init__(self, alpha: float) -> None:

@@ -22,10 +22,7 @@ class Gptq(CalibratedMethod):
     name = "gptq"
     title = "GPTQ"
     passes = 1
-    error_meaning = (
-        "The squared error of a Linear's output on the calibration data, relative to the output: (W − Q)·H·(W − Q)ᵀ over W·H·Wᵀ, with the "
-        "damped Hessian H of its inputs."
-    )
+    error_meaning = "Relative errors of outputs on the calibration text (squared norms): ‖(W − Q)X‖² / ‖WX‖²."
 
     def collector(self, n: int, device: torch.device, *, finite_only: bool) -> HessianCollector:
         return HessianCollector(n, device, finite_only=finite_only)

@@ -16,7 +16,7 @@ class Rtn(DataFreeMethod):
 
     name = "rtn"
     title = "round-to-nearest"
-    error_meaning = "The squared rounding error of a Linear's weights, relative to the weights: ‖W − Q‖² / ‖W‖²."
+    error_meaning = "Relative rounding errors of weights (squared norms): ‖W − Q‖² / ‖W‖²."
 
     def quantize(self, weight: Tensor, scheme: QuantScheme, label: str) -> QuantizedWeight:
         return round_to_nearest(weight, scheme, label)

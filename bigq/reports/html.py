@@ -20,6 +20,7 @@ from bigq.reports.figures import count_of, duration, perplexity, place, when
 from bigq.reports.html_quality import Pictures
 from bigq.reports.html_resources import UNKNOWN
 from bigq.reports.markup import Markup, element, facts, join
+from bigq.reports.method import method_text
 from bigq.reports.style import STYLE
 from bigq.version import __version__
 
@@ -162,14 +163,15 @@ def settings(config: JobConfig) -> list[tuple[str, object]]:
     extra += [f"scales of {scheme.scale_bits} significant bits"] if scheme.scale_bits is not None else []
     pairs: list[tuple[str, object]] = [("weights", ", ".join([f"{scheme.bits} bits", groups, zeros, *extra]))]
     order = "true-sequential" if config.true_sequential else "all Linears of a block at once"
-    how = config.method if config.method == "rtn" else f"{config.method}, {order}, damping {scheme.damping}"
+    calibrated = method_text(config).calibrated
+    how = f"{config.method}, {order}, damping {scheme.damping}" if calibrated else config.method
     how += f", upstream error corrected with alpha {config.alpha}" if config.method == "gptaq" else ""
     pairs.append(("method", how))
     if config.rules:
         pairs.append(("rules", join((element("code", rule) for rule in _rules(config)), " ")))
     shards = ": model.gguf, and shards in gptq_v2" if config.format == "gguf" else ""
     pairs.append(("format", config.format + shards))
-    if config.method != "rtn":
+    if calibrated:
         text = "data given in Python" if config.calibration == GIVEN else config.calibration
         rows = f"{config.samples} × {config.seqlen} tokens of {text}, seed {config.seed}"
         pairs.append(("calibration", rows))

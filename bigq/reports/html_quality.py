@@ -11,19 +11,10 @@ from bigq.inspect.history import History
 from bigq.inspect.linear_results import LinearResult
 from bigq.reports.figures import block_number, count_of, error_text, perplexity, when
 from bigq.reports.markup import Markup, element, folded_table, join, table
+from bigq.reports.method import method_text
 
 #: Rows of tables that are shown.
 WORST, MOST_ROWS = 20, 200
-
-#: What the errors measure, by method.
-ERRORS = {
-    "gptq": "The squared error of a Linear's outputs on the calibration rows, relative to the outputs: ‖(W − Q)X‖² / ‖WX‖².",
-    "gptaq": (
-        "The squared error of a Linear's outputs on the calibration rows of the quantized model, relative to the outputs: "
-        "‖(W* − Q)X‖² / ‖W*X‖². W* is the weight corrected for the upstream error in X; an output head is not corrected."
-    ),
-    "rtn": "The squared rounding error of a Linear's weights, relative to the weights: ‖W − Q‖² / ‖W‖².",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +69,7 @@ def errors(history: History, pictures: Pictures) -> Iterator[Markup]:
         return
     yield element(
         "p",
-        ERRORS["gptq" if history.config is None else history.config.method],
+        method_text(history.config).error_meaning,
         " The loss of the model also depends on how much each Linear matters, which these errors do not measure.",
     )
     if pictures.errors is not None:
@@ -102,7 +93,7 @@ def _damping(history: History) -> Iterator[Markup]:
         rows = [[each.name, block_number(each.block), f"{each.asked:g}", f"{each.damping:g}", error_text(each.error)] for each in raised]
         caption = f"Damping raised: {count_of(len(raised), 'Linear')}"
         yield folded_table(caption, ("Linear", "block", "asked for", "used", "error"), rows, range(1, 5), most=MOST_ROWS)
-    elif history.config is None or history.config.method != "rtn":
+    elif method_text(history.config).calibrated:
         yield element("p", "No Linear needed more damping than asked for.")
 
 

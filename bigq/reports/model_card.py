@@ -26,13 +26,13 @@ from bigq.job.request import NAMED_TEXTS
 from bigq.progress.sizes import show_size
 from bigq.reports.loading import loading, loads_with_transformers
 from bigq.reports.markdown import block, code, plain, table
+from bigq.reports.method import method_text
 from bigq.version import __version__
 
 #: Bytes of the source's README that are read: front matter comes first.
 MAX_README = 2**20
 #: Linears that the card names.
 WORST = 5
-METHODS = {"gptq": "GPTQ", "gptaq": "GPTQ with asymmetric calibration, GPTAQ", "rtn": "round-to-nearest"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{7,64})/?$")
 _LICENCE = re.compile(r"""^(license|license_name|license_link):[ \t]*["']?([A-Za-z0-9][\w./:#?=&%+-]{0,200})["']?[ \t]*$""", re.MULTILINE)
@@ -110,7 +110,7 @@ def _summary(history: History, base: str | None, revision: str | None) -> str:
         if base is None
         else f"[{base}](https://huggingface.co/{base})" + (f" (revision `{revision[:12]}`)" if revision else "")
     )
-    how = "" if history.config is None else f" ({METHODS[history.config.method]})"
+    how = "" if history.config is None else f" ({plain(method_text(history.config).title)})"
     text = f"This is {of}, quantized with bigq{how}.\n"
     if history.conversion is not None:
         text = text if history.config is not None else f"This is {of}, quantized by another tool.\n"
@@ -142,7 +142,7 @@ def _provenance(history: History, base: str | None, revision: str | None) -> Ite
         yield table(("setting", "value"), list(_settings(history, history.config)))
     worst = history.largest_errors(WORST)
     if worst:
-        yield f"Largest relative errors of {_error_meaning(history.config)} (squared norms):\n"
+        yield f"The Linears with the largest errors. {plain(method_text(history.config).error_meaning)}\n"
         rows = [(code(each.name), "–" if each.block is None else str(each.block), f"{each.error:.2e}") for each in worst]
         yield table(("Linear", "block", "error"), rows)
     if history.config is not None:
@@ -150,10 +150,10 @@ def _provenance(history: History, base: str | None, revision: str | None) -> Ite
         model = shlex.quote(f"{base}@{revision}" if base and revision else base or "SOURCE")
         yield block("\n".join(_commands(history, history.config, model)), "sh")
         named = ["`SOURCE` is the source model"] if base is None else []
-        text = history.config.calibration.rpartition("/")[2]
-        if history.config.method != "rtn" and text == GIVEN:
+        text, calibrated = history.config.calibration.rpartition("/")[2], method_text(history.config).calibrated
+        if calibrated and text == GIVEN:
             named.append("`DATA` stands for the calibration data, which was given in Python")
-        elif history.config.method != "rtn" and text not in NAMED_TEXTS:
+        elif calibrated and text not in NAMED_TEXTS:
             named.append(f"{code(text)} is the calibration text")
         yield f"{', '.join([*named, '`OUT` is a folder that bigq makes'])}.\n"
         versions = history.runs[-1].versions if history.runs else {"bigq": __version__}
@@ -175,25 +175,16 @@ def _commands(history: History, config: JobConfig, model: str) -> Iterator[str]:
 
 def _effective_config(config: JobConfig) -> JobConfig:
     """The config without settings that have no effect on the output of its method."""
-    names = ["alpha"] if config.method == "gptq" else []
-    names += ["alpha", "calibration", "samples", "seqlen", "seed", "batch"] if config.method == "rtn" else []
+    names = [] if config.method == "gptaq" else ["alpha"]
+    names += [] if method_text(config).calibrated else ["calibration", "samples", "seqlen", "seed", "batch"]
     default = JobConfig()
     config = dataclasses.replace(config, calibration="DATA") if config.calibration == GIVEN else config
     return dataclasses.replace(config, **{name: getattr(default, name) for name in names})
 
 
-def _error_meaning(config: JobConfig | None) -> str:
-    """What the errors are relative to."""
-    if config is not None and config.method == "rtn":
-        return "weights, from rounding alone"
-    if config is not None and config.method == "gptaq":
-        return "outputs on the calibration text, against the weights corrected for the upstream error"
-    return "outputs on the calibration text"
-
-
 def _settings(history: History, config: JobConfig) -> Iterator[tuple[str, str]]:
-    scheme = config.scheme
-    yield "method", METHODS[config.method]
+    scheme, method = config.scheme, method_text(config)
+    yield "method", plain(method.title)
     yield "bits", str(scheme.bits)
     yield "group size", "whole rows" if scheme.group_size == -1 else str(scheme.group_size)
     yield "zero points", "symmetric" if scheme.symmetric else "asymmetric"
@@ -203,7 +194,7 @@ def _settings(history: History, config: JobConfig) -> Iterator[tuple[str, str]]:
         yield "scales", "grid search for the least rounding error"
     if config.method == "gptaq":
         yield "correction of the upstream error (alpha)", str(config.alpha)
-    if config.method != "rtn":
+    if method.calibrated:
         yield "act-order", "on, groups in natural order" if scheme.act_order else "off"
         yield "damping", str(scheme.damping)
         yield "order within a block", "true-sequential" if config.true_sequential else "all at once"

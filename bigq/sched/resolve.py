@@ -22,7 +22,7 @@ from bigq.io.hub import resolve_model
 from bigq.job.journal import read_job, require_job_folder
 from bigq.job.owner import refuse_if_held
 from bigq.job.request import compare, make_request, require_same_code
-from bigq.job.settle import check_shapes, row_length, settled_scheme
+from bigq.job.settle import check_shapes, require_format, row_length, settled_scheme
 from bigq.job.stop import Stop
 from bigq.machine.device import choose_device
 from bigq.methods import method_of
@@ -84,6 +84,7 @@ def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Tar
     config = config or before or JobConfig()
     if config.batch is None and before is not None:
         config = dataclasses.replace(config, batch=before.batch)
+    require_format(config)
     device = choose_device(config.device)
     plan_before_fetch(model, out, config)
     folder = resolve_model(model)

@@ -18,7 +18,7 @@ from bigq.io.hub import Headers, resolve_headers
 from bigq.io.index import Checkpoint, TensorInfo, read_json_object
 from bigq.job.journal import read_job
 from bigq.job.request import require_same_code
-from bigq.job.settle import check_shapes, head_scheme, row_length, settled_scheme
+from bigq.job.settle import check_shapes, head_scheme, require_format, row_length, settled_scheme
 from bigq.machine.budget import GPU_RESERVE, disk_budget, gpu_budget, host_budget
 from bigq.machine.ceilings import KNOWN, Ceilings, measure
 from bigq.machine.device import choose_device
@@ -71,13 +71,15 @@ def _plan(
     headers: Headers, out: Path, config: JobConfig, device: torch.device, ceilings_of: Callable[[torch.dtype], Ceilings | None]
 ) -> Plan:
     """The plan of a model whose config and headers are known. ceilings_of: rates for a dtype; None if times are not needed."""
+    require_format(config)
     skeleton.silence_transformers()
     with torch.no_grad():
         outline, model_config = _outline(headers.folder, headers.tensors, config)
         seqlen = row_length(model_config, config)
         config = _checked(ModelDescription(headers.folder, model_config, outline.model, dict(outline.sources)), config)
         shape = survey(outline, seqlen)
-        work = _work(config, config.samples, config.samples * seqlen)
+        samples = config.samples if method_of(config).calibrated else 0
+        work = _work(config, samples, samples * seqlen)
         ceilings = ceilings_of(outline.dtype)
         on_gpu = device.type == "cuda" or (ceilings is not None and bool(ceilings.memory))
         return make_plan(

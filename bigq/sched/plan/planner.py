@@ -136,7 +136,8 @@ class Plan:
             )
             if what != "device" or self.choice.on_gpu
         ]
-        lines = [f"plan: {len(self.shape.blocks)} blocks, {self.work.rows} × {self.shape.seqlen} tokens"]
+        rows = f"{self.work.rows} × {self.shape.seqlen} tokens" if self.work.method.calibrated else "no calibration"
+        lines = [f"plan: {len(self.shape.blocks)} blocks, {rows}"]
         lines += entry("run", self._how())
         lines += entry("needs", needs)
         if self.download is not None:
@@ -172,7 +173,7 @@ class Plan:
 
     def _how(self) -> list[str]:
         if not self.work.streams:
-            return ["rounding to nearest"]
+            return [self.work.method.title]
         where = {"gpu": "on the GPU", "host": "in host memory", "disk": "on disk"}[self.choice.tier]
         parts = [f"activations {'of both models ' if self.work.streams > 1 else ''}{where}", f"batch {self.choice.batch}"]
         if any(block.memos for block in self.shape.blocks):

@@ -185,7 +185,7 @@ def test_output_is_packed_linears_and_everything_else() -> None:
 def test_rounding_to_nearest_needs_no_activations() -> None:
     rtn = plan(work=dataclasses.replace(WORK, rows=0, tokens=0, method=Rtn()), method="rtn")
     assert rtn.cost.device < job_cost(SHAPE, WORK, BEST, 0).device - HIDDEN
-    assert "rounding to nearest" in rtn.brief()
+    assert "no calibration" in rtn.brief() and "round-to-nearest" in rtn.brief() and "tokens" not in rtn.brief()
     assert "replay" not in {p.name for p in rtn.cost.phases}
 
 
