@@ -73,10 +73,10 @@ class Collector(Protocol):
 class Method(ABC):
     """The common part of all methods.
 
-    name: the value of ``--method``. title: for reports and model cards. passes: how often the calibration rows pass through a block at
-    each step: 0 without calibration, 1 through the quantized model, 2 through the unquantized model too. error_meaning: the definition
-    of a Linear's relative error, in sentences for reports. formats: those that can hold the method's results; ``quantize`` and ``plan`` refuse
-    others.
+    name: the value of ``--method``. title: for reports and model cards. passes: how often the calibration rows pass through a block
+    at each step: 0 without calibration, 1 through the quantized model, 2 through the unquantized model too. error_meaning: the
+    definition of a Linear's relative error, in sentences for reports. formats: those that can hold the method's results; ``quantize``
+    and ``plan`` refuse others.
     """
 
     name: ClassVar[MethodName]
