@@ -78,8 +78,9 @@ def quantize(
     Raises UsageError, DataError, ResourceError; Stopped if ``stop`` received a request, after which the same call resumes the job.
     After an error ``out`` holds no config.json, unless only its GGUF file is missing.
 
-    >>> config = bigq.JobConfig(scheme=bigq.QuantScheme(bits=4, group_size=128), calibration=["A text.", "Another text."])
-    >>> report = bigq.quantize("models/llama", "llama-4bit", config, progress=lambda event: print(event.kind, event.block))
+    >>> scheme = bigq.QuantScheme(bits=4, group_size=64)
+    >>> config = bigq.JobConfig(scheme=scheme, calibration="builtin", samples=16, seqlen=128)
+    >>> report = bigq.quantize("bigq/assets/tiny-llama", "out", config, progress=lambda event: print(event.kind, event.block))
     """
     from bigq.config import JobConfig
     from bigq.job.stop import Stop
@@ -120,8 +121,9 @@ def evaluate(
     If ``quantize`` or ``convert`` wrote the folder ``model``, the result is recorded there for ``report``.
     Raises UsageError, DataError, ResourceError.
 
-    >>> bigq.evaluate("llama-4bit", bigq.EvalConfig(data="text.txt"), baseline="models/llama").kl
-    0.0123
+    >>> data = bigq.EvalConfig(data="builtin", samples=16, seqlen=128)
+    >>> bigq.evaluate("out", data, baseline="bigq/assets/tiny-llama").kl
+    0.0029
     """
     from bigq.infer.evaluate import evaluate as run
     from bigq.infer.options import EvalConfig

@@ -56,9 +56,10 @@ def calibration_rows(source: str, model_folder: Path, *, samples: int, seqlen: i
             rows = _pack(_joined_tokens(data.pieces(), tokenizer, enough), seqlen)
     if len(rows) < samples:
         have, need = len(rows) * seqlen, samples * seqlen
+        remedy = f"--samples {len(rows)}" if len(rows) else "a smaller --seqlen"
         raise CalibrationError(
             f"{data.name}: has {len(rows)} rows of {seqlen} tokens, {samples} were asked for: {need - have} tokens are missing; "
-            f"give more text, or use --samples {max(len(rows), 1)}"
+            f"give more text, or use {remedy}"
         )
     if data.ids is not None:
         return rows[:samples]

@@ -146,6 +146,8 @@ class QuantScheme:
 #: What a rule may override, by its name in a rule.
 OVERRIDES = {each.rule_key: each for each in table(QuantScheme).values() if each.rule_key is not None}
 
+EXPECTED = "expected REGEX:key=value[,key=value…]"
+
 #: Limits of a rule's pattern: characters, and repetitions. Checkpoints contain patterns too, and the time of a match grows exponentially
 #: with the number of repetitions.
 MAX_PATTERN, MAX_REPETITIONS = 1000, 6
@@ -185,13 +187,13 @@ class Rule:
         """Read ``REGEX:bits=8,group_size=32``. Raises UsageError."""
         pattern, _, settings = text.rpartition(":")
         if not pattern or not settings:
-            raise UsageError(f"--rule {text!r}: expected REGEX:key=value[,key=value…]")
+            raise UsageError(f"--rule {text!r}: {EXPECTED}")
         overrides: dict[str, int | float | bool] = {}
         for setting in settings.split(","):
             key, equals, value = setting.partition("=")
             key = key.strip()
             if not equals or key not in OVERRIDES:
-                raise UsageError(f"--rule {text!r}: {setting!r} is not key=value with a key of {', '.join(OVERRIDES)}")
+                raise UsageError(f"--rule {text!r}: {setting!r} is not key=value with a key of {', '.join(OVERRIDES)}; {EXPECTED}")
             overrides[key] = _parse_value(OVERRIDES[key].types[0], value.strip(), f"--rule {text!r}: {key}")
         try:
             return cls(pattern, overrides)

@@ -190,6 +190,8 @@ def test_too_short_text_says_how_much_is_missing(tmp_path: Path, model: Path, ha
         rows_of(path, model)
     assert str(path) in str(error.value)
     assert f"has {have // 16} rows of 16 tokens, 6 were asked for" in str(error.value)
+    remedy = f"--samples {have // 16}" if have >= 16 else "a smaller --seqlen"
+    assert str(error.value).endswith(f"give more text, or use {remedy}")
 
 
 def test_too_few_rows_of_ids(tmp_path: Path, model: Path) -> None:

@@ -40,6 +40,7 @@ def test_good_rules(text: str, pattern: str, overrides: dict[str, int | float | 
         (":bits=8", "expected REGEX:key=value"),
         ("q:", "expected REGEX:key=value"),
         ("q:bits", "'bits' is not key=value"),
+        (".*down_proj=bits:8", r"'8' is not key=value with a key of bits, .*; expected REGEX:key=value\[,key=value…\]$"),
         ("q:bits=8,", "'' is not key=value"),
         ("q:colour=blue", "'colour=blue' is not key=value with a key of bits, group_size"),
         ("q:symmetric=true", "'symmetric=true' is not key=value"),

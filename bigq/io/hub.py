@@ -13,6 +13,7 @@ from typing import Any
 
 from bigq.errors import CheckpointError, ResourceError
 from bigq.io.containment import require_contained
+from bigq.io.folders import STATE_FOLDER
 from bigq.io.index import INDEX_NAME, MAX_SIZE, MAX_TENSORS, SINGLE_NAME, TensorInfo, header_entry, read_weight_map
 from bigq.io.json_file import show_name
 
@@ -129,6 +130,11 @@ def _local_folder(model: str) -> Path | None:
         raise CheckpointError(f"{show_name(model)}: no such folder (and not a hub id like owner/name)") from None
     if is_folder:
         require_contained(folder)
+        # The folder of an unfinished job has no config.json either; its readers say what to do with it.
+        if not (folder / "config.json").exists() and not (folder / STATE_FOLDER).exists():
+            raise CheckpointError(
+                f"{folder / 'config.json'}: missing; MODEL must be a folder with config.json and safetensors shards, or a hub id"
+            )
         return folder
     if is_there:
         raise CheckpointError(f"{model}: is a file; MODEL must be a folder of safetensors shards or a hub id")

@@ -117,7 +117,8 @@ def _no_match(rule: Rule, names: Sequence[str], head: str | None, config: JobCon
             return f"{option}: the output head {head} stays unquantized unless --lm-head is given; leave out this --skip"
         return f"{option}: matches only the output head {head}, which is quantized with --lm-head; add --lm-head or leave out this rule"
     said = f"{option}: matches no Linear (patterns match from the start of a name such as {names[0]})"
-    candidate = _near(rule.pattern, names)
+    exact = _completed(rule.pattern, names)
+    candidate = exact or _near(rule.pattern, names)
     if candidate is None:
         last = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
         return f"{said}; Linears are called {', '.join(last[:LISTED])}{' …' if len(last) > LISTED else ''}"
@@ -128,17 +129,26 @@ def _no_match(rule: Rule, names: Sequence[str], head: str | None, config: JobCon
             wider = readers.wider(found, changed)
             if wider is not None:
                 parts = _and(found.fused.last_names)
+                if exact is None:
+                    return f"{said}; did you mean '{wider}'? Readers load {parts} as one Linear"
                 return f"{said}; '{candidate}' would match, but readers load {parts} as one Linear: use '{wider}'"
-    return f"{said}; use '{candidate}'"
+    return f"{said}; did you mean '{candidate}'?" if exact is None else f"{said}; use '{candidate}'"
+
+
+def _completed(pattern: str, names: Sequence[str]) -> str | None:
+    """The pattern without the prefix of another quantizer, or with the ``.*`` that it lacks; None where neither matches some names."""
+    bare = _FOREIGN.sub("", pattern, count=1) if _FOREIGN.match(pattern) else pattern
+    return _first_match([bare, f".*{bare}"], names)
 
 
 def _near(pattern: str, names: Sequence[str]) -> str | None:
-    """A pattern like the one given that matches some names."""
-    bare = _FOREIGN.sub("", pattern, count=1) if _FOREIGN.match(pattern) else pattern
-    candidates = [bare, f".*{bare}"]
+    """A guess: a pattern for the Linears whose last name is much like a word of the pattern."""
     last = sorted({name.rpartition(".")[2] for name in names})
-    for word in reversed(re.findall(r"\w+", pattern)):
-        candidates += [f".*{close}" for close in difflib.get_close_matches(word, last, n=1)]
+    words = reversed(re.findall(r"\w+", pattern))
+    return _first_match([f".*{close}" for word in words for close in difflib.get_close_matches(word, last, n=1)], names)
+
+
+def _first_match(candidates: Sequence[str], names: Sequence[str]) -> str | None:
     return next((each for each in candidates if _is_rule(each) and any(re.match(each, name) for name in names)), None)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from bigq.config import DEFAULT_SEQLEN, JobConfig
 from bigq.errors import UsageError
-from bigq.job.rules import require_sound_rules
+from bigq.job.command import rule_option
+from bigq.job.rules import deciding_rule, require_sound_rules
 from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS
 from bigq.methods import method_of
 from bigq.model import skeleton
@@ -73,24 +75,54 @@ def head_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme | Non
     scheme = scheme_for(name, config.base_scheme, config.rules)
     if scheme is not None:
         m, n = skeleton.linear_weight(module).shape
-        config.made.require(name, m, n, scheme)
+        source = _group_source(name, config)
+        inputs = _inputs_by_source(_block_linears(model), config).get(source, [])
+        config.made.require(name, m, n, scheme, inputs=inputs, rule=_option(source, config))
     return scheme
 
 
 def check_shapes(model: ModelDescription, config: JobConfig) -> None:
     """Raise UsageError if a rule decides nothing or splits a fused Linear, if a Linear does not fit the format or its group size, or if no
     Linear would be quantized."""
-    linears = {f"{model.blocks_path}.{i}.{name}": m for i, block in enumerate(model.blocks) for name, m in block_linears(block).items()}
+    linears = _block_linears(model)
     require_sound_rules(list(linears), _linear_head(model), config)
+    inputs = _inputs_by_source(linears, config)
     quantized = False
     for name, module in linears.items():
         scheme = scheme_for(name, config.base_scheme, config.rules)
         m, n = linear_weight(module).shape
         if scheme is not None and min(m, n) >= MIN_FEATURES:
-            config.made.require(name, m, n, scheme, transposed=skeleton.is_transposed(module))
+            source = _group_source(name, config)
+            option = _option(source, config)
+            config.made.require(name, m, n, scheme, transposed=skeleton.is_transposed(module), inputs=inputs[source], rule=option)
             quantized = True
     if not quantized and head_scheme(model, config) is None:
         raise UsageError("--skip: no Linear would be quantized; give narrower patterns")
+
+
+def _block_linears(model: ModelDescription) -> dict[str, nn.Module]:
+    """The Linears of all blocks by module name."""
+    return {f"{model.blocks_path}.{i}.{name}": m for i, block in enumerate(model.blocks) for name, m in block_linears(block).items()}
+
+
+def _group_source(name: str, config: JobConfig) -> int | None:
+    """The index of the rule that gives a Linear's group size; None where ``--group-size`` gives it."""
+    i = deciding_rule(name, config.rules)
+    return i if i is not None and "group_size" in (config.rules[i].overrides or {}) else None
+
+
+def _option(source: int | None, config: JobConfig) -> str | None:
+    return None if source is None else rule_option(config.rules[source])
+
+
+def _inputs_by_source(linears: Mapping[str, nn.Module], config: JobConfig) -> dict[int | None, list[int]]:
+    """The numbers of inputs of the Linears to be quantized, by what gives their group size."""
+    found: dict[int | None, list[int]] = {}
+    for name, module in linears.items():
+        m, n = linear_weight(module).shape
+        if min(m, n) >= MIN_FEATURES and scheme_for(name, config.base_scheme, config.rules) is not None:
+            found.setdefault(_group_source(name, config), []).append(n)
+    return found
 
 
 def _linear_head(model: ModelDescription) -> str | None:

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from bigq.errors import CheckpointError
 from bigq.io.folders import STATE_FOLDER
-from bigq.io.formats import PackedSchemes, PackedWeight, read_schemes
+from bigq.io.formats import PackedSchemes, PackedWeight
 from bigq.io.index import Checkpoint, TensorInfo
-from bigq.io.json_file import read_json_object, show_value
 from bigq.io.prefetch.prefetch import Prefetch, open_prefetch
 from bigq.io.reader import read_rows, read_tensor
 from bigq.io.sources.base import Source
@@ -27,6 +26,7 @@ from bigq.io.sources.packed import PackedSource
 from bigq.io.sources.plain import PlainSource
 from bigq.model import skeleton
 from bigq.model.description import ModelDescription
+from bigq.model.quantization import packed_schemes
 from bigq.progress.trace import Trace
 
 #: The maximum number of parameters per tensor of the checkpoint. With more, some tensors must be missing.
@@ -60,16 +60,13 @@ class Pager(ModelDescription):
 
     def _find_packed(self) -> dict[str, PackedSource]:
         """The packed Linears by the name of their weight. Another kind of stored weights needs a method like this one."""
-        path = self.folder / "config.json"
-        said = read_json_object(path).get("quantization_config")
-        if said is None:
+        self.schemes = schemes = packed_schemes(self.folder)
+        if schemes is None:
             return {}
-        if not isinstance(said, dict):
-            raise CheckpointError(f"{path}: quantization_config is {show_value(said)}, not an object; fetch it again")
-        self.schemes = schemes = read_schemes(path, said)
         mark = f".{schemes.format.mark}"
         prefixes = [name.removesuffix(mark) for name in self.checkpoint if name.endswith(mark)]
         if not prefixes:
+            path = self.folder / "config.json"
             raise CheckpointError(f"{path}: has a quantization_config, but no tensor is packed; fetch the checkpoint again")
         renamed = skeleton.map_names(self.model, [f"{p}.weight" for p in prefixes])
         return {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from bigq.config import JobConfig
 from bigq.inspect.history import History
-from bigq.io.formats.readers import Kind, Written, fused_linears, verdicts
+from bigq.io.formats.readers import Kind, Written, fused_linears, readers_of, verdicts
 from bigq.reports.markdown import block
 
 #: Significant bits of a bf16 number.
@@ -17,7 +17,12 @@ _ASK = '"The answer is"'
 
 def loads_with_transformers(history: History) -> bool:
     """Whether transformers can load the shards: of GPTQ optimum, its reader, packs Linears of blocks only, all of them alike."""
-    return history.config is None or not _is_gptq(history.config) or (history.head is None and not _sizes_differ(history))
+    config = history.config
+    if config is None:
+        return True
+    if "transformers" not in readers_of(config.made.name):
+        return False
+    return not _is_gptq(config) or (history.head is None and not _sizes_differ(history))
 
 
 def loading(history: History) -> Iterator[str]:
@@ -31,14 +36,26 @@ def loading(history: History) -> Iterator[str]:
         return
     if config.format == "gguf":
         yield from _llama_cpp()
-    yield from _gptq(history, config) if _is_gptq(config) else _compressed_tensors(config, _schemes(history, config))
+    readers = readers_of(config.made.name)
+    if _is_gptq(config):
+        yield from _gptq(history, config)
+    elif "compressed-tensors" in readers:
+        yield from _compressed_tensors(config, _schemes(history, config))
+    elif "transformers" in readers:
+        yield "With transformers:\n"
+        yield _transformers(config.trust_remote_code)
     yield from _vllm(history, config)
-    yield "bigq itself reads it too:\n"
+    yield (
+        "bigq itself reads it too:\n"
+        if readers
+        else f"No other program is known to read the format `{config.made.name}`. Load it with bigq:\n"
+    )
     yield block(f"bigq generate MODEL --prompt {_ASK}{' --trust-remote-code' if config.trust_remote_code else ''}", "sh")
 
 
 def _is_gptq(config: JobConfig) -> bool:
-    return config.made.name in ("gptq", "gptq_v2")
+    """Whether GPTQModel reads the shards, by itself and for transformers."""
+    return "GPTQModel" in readers_of(config.made.name)
 
 
 def _schemes(history: History, config: JobConfig) -> set[tuple[int, int, bool]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from bigq.calibration import calibration_rows, require_vocabulary
 from bigq.config import JobConfig
 from bigq.conversion.gguf import check_gguf_job
-from bigq.errors import UnsupportedModelError, UsageError
+from bigq.errors import UsageError
 from bigq.io.file_stamps import Stamps
 from bigq.io.folders import STATE_FOLDER, refuse_nesting
 from bigq.io.hub import resolve_model
@@ -28,6 +28,7 @@ from bigq.machine.device import choose_device
 from bigq.methods import method_of
 from bigq.methods.base import Method
 from bigq.model.pager import Pager
+from bigq.model.quantization import require_unpacked
 from bigq.progress.records import Stages
 from bigq.sched.plan.inputs import plan_before_fetch
 from bigq.sched.units.base import Unit
@@ -106,8 +107,7 @@ def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
     config = target.config
     pager = Pager(target.folder, device=target.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     stamps = Stamps({target.folder / "config.json", *(info.file for info in pager.checkpoint.tensors.values())})
-    if pager.packed:
-        raise UnsupportedModelError(f"{target.folder}: is already quantized; give the reference model")
+    require_unpacked(target.folder)
     config = dataclasses.replace(config, seqlen=row_length(pager.config, config), scheme=settled_scheme(pager, config))
     check_shapes(pager, config)
     head = head_to_quantize(pager, config)

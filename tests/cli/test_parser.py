@@ -8,6 +8,7 @@ import pytest
 
 from bigq.cli.commands import COMMANDS
 from bigq.cli.main import main
+from bigq.vocabulary import FORMAT_NAMES
 
 
 @pytest.mark.parametrize(
@@ -35,9 +36,9 @@ from bigq.cli.main import main
         ("quantize M O --damping much", "bigq quantize: error: --damping much: must be a number"),
         (
             "quantize M O --format gptqv2",
-            "bigq quantize: error: --format gptqv2: must be one of gptq, gptq_v2, compressed-tensors, gguf; did you mean gptq_v2?",
+            f"bigq quantize: error: --format gptqv2: must be one of {', '.join(FORMAT_NAMES)}; did you mean gptq_v2?",
         ),
-        ("convert M O --to awq", "bigq convert: error: --to awq: must be one of gptq, gptq_v2, compressed-tensors, gguf"),
+        ("convert M O --to awq", f"bigq convert: error: --to awq: must be one of {', '.join(FORMAT_NAMES)}"),
         ("quantize M O --vram 72", "bigq quantize: error: --vram 72: give a unit, such as 72GiB"),
         ("quantize M O --ram lots", "bigq quantize: error: --ram lots: is not a size; write for instance 72GiB or 80GB"),
         ("quantize M O --sym --asym", "bigq quantize: error: --sym and --asym: contradict each other; give one of them"),

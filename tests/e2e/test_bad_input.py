@@ -279,7 +279,8 @@ def test_fp8_weights(case: Case) -> None:
 
 def test_config_missing(case: Case) -> None:
     (case.model / "config.json").unlink()
-    case.fails(code=3, says=(str(case.model / "config.json"), "missing"))
+    advice = "MODEL must be a folder with config.json and safetensors shards, or a hub id"
+    case.fails(code=3, says=(str(case.model / "config.json"), "missing", advice))
 
 
 @pytest.mark.parametrize("text", ["", "{", "not json", "[]", "null", "\xff\xfe", '{"model_type": 3}', "{}", '{"a": 1, "a": 2}'])

@@ -27,6 +27,7 @@ from bigq.conversion.staging import MARK
 from bigq.errors import BigqError, CheckpointError, ResourceError, UnsupportedModelError, UsageError
 from bigq.inspect.verify import verify
 from bigq.io import writer
+from bigq.io.formats import FORMATS as KNOWN
 from bigq.job.finish import CARD_MARK
 from bigq.scheme import QuantScheme, Rule
 
@@ -45,7 +46,7 @@ RULES_OF = {
         Rule.parse(r".*dense_h_to_4h:bits=3,sym=false"),
     ),
 }
-FORMATS = ("gptq", "gptq_v2", "compressed-tensors")
+FORMATS = tuple(KNOWN)
 
 
 def hashes(out: Path) -> dict[str, str]:
@@ -123,7 +124,6 @@ def test_a_compressed_tensors_job_is_verified_and_taken_up(
 def test_verify_looks_at_every_tensor_of_a_compressed_tensors_job(suffix: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """Values that the hashes of a forged record would pass."""
     from bigq.inspect.scan import scan_shard
-    from bigq.io.formats import FORMATS as KNOWN
 
     ids = save_ids(tmp_path / "ids.safetensors", random_ids())
     bigq.quantize(str(checkpoint("llama")), tmp_path / "out", job(ids, format="compressed-tensors"))
@@ -140,7 +140,6 @@ def test_verify_names_zero_points_by_the_format(made: Callable[..., Path]) -> No
     """Asked of a record that says symmetric, for shards that are not."""
     from bigq.inspect.scan import scan_shard
     from bigq.inspect.verify_model import model_problems
-    from bigq.io.formats import FORMATS as KNOWN
 
     for format, tensor in (("gptq_v2", "qzeros"), ("compressed-tensors", "weight_zero_point")):
         out = made("llama", format, symmetric=False)

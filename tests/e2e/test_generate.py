@@ -233,7 +233,7 @@ def test_a_text_ends_where_the_model_has_no_more_positions(made: Made) -> None:
         ("tokenizer", CheckpointError, "tokenizer"),
         ("shard", CheckpointError, "safetensors"),
         ("config", BigqError, "config.json"),
-        ("vocabulary", CheckpointError, "the two belong to different models"),
+        ("vocabulary", CheckpointError, "fetch the tokenizer of this model"),
     ],
 )
 def test_refusals(damage: str, error: type[BigqError], said: str, made: Made, tmp_path: Path) -> None:

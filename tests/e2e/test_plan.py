@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import time
 from collections.abc import Callable
@@ -200,6 +201,25 @@ def test_a_job_that_cannot_fit_is_refused_before_anything_is_written(
     assert flag in last
     assert "more needed" in last
     assert not out.exists()
+    advised = re.search(rf"give {flag} (\S+) or more", last)
+    assert advised is not None
+    assert main(job(model, out, ids, flag, advised[1], "--quiet")) == 0
+
+
+def test_the_group_size_that_is_advised_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For all Linears at once: of 192, 320 and 192 inputs; and for those of a rule."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    changed = CONFIGS["llama-2-7b"] | heads | {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    command = ["plan", str(tmp_path), "--samples", "8", "--seqlen", "32", "--device", "cpu"]
+    assert main(command) == 2
+    assert capsys.readouterr().err.endswith("has 192 inputs, which group size 128 does not divide; use --group-size 64\n")
+    assert main([*command, "--group-size", "64"]) == 0
+    rule = ".*mlp:group_size="
+    capsys.readouterr()
+    assert main([*command, "--group-size", "64", "--rule", f"{rule}48"]) == 2
+    assert capsys.readouterr().err.endswith(f"which group size 48 does not divide; use group_size=32 in --rule '{rule}48'\n")
+    assert main([*command, "--group-size", "64", "--rule", f"{rule}32"]) == 0
 
 
 def test_a_job_prints_its_plan_and_keeps_to_it(model: Path, ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from bigq.config import JobConfig
 from bigq.errors import UsageError
+from bigq.io.formats.readers import BY_FUSED_NAME
 from bigq.job.rules import count_words, require_sound_rules, rule_counts, splits
 from bigq.scheme import QuantScheme, Rule
 
@@ -31,10 +32,10 @@ def refusal(*rules: str, format: str = "gptq", names: list[str] = NAMES, lm_head
 
 
 def advised(said: str) -> str:
-    """The pattern that a refusal ends with."""
-    found = re.search(r"use '([^']*)'$", said)
+    """The pattern that a refusal advises, or guesses."""
+    found = re.search(r"use '([^']*)'$|did you mean '([^']*)'\?", said)
     assert found is not None, said
-    return found[1]
+    return found[1] or found[2]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,13 @@ def test_the_advice_of_the_simplest_mistake_names_both_patterns() -> None:
     )
     said = refusal("-q_proj")
     assert said is not None and "'.*q_proj' would match, but readers load q_proj, k_proj and v_proj as one Linear" in said
+
+
+def test_a_guess_is_a_question() -> None:
+    assert (refusal("-.*oproj") or "").endswith("; did you mean '.*o_proj'?")
+    assert (refusal("-.*qproj", format="gguf") or "").endswith("; did you mean '.*q_proj'?")
+    said = refusal("-.*qproj") or ""
+    assert said.endswith("; did you mean '.*(q|k|v|qkv)_proj'? Readers load q_proj, k_proj and v_proj as one Linear")
 
 
 def test_without_anything_close_the_linears_are_listed() -> None:
@@ -104,7 +112,7 @@ def test_rules_for_the_head() -> None:
     assert "matches no Linear" in (refusal("lm_head:bits=8", head=None) or "")
 
 
-@pytest.mark.parametrize("format", ["gptq", "gptq_v2", "compressed-tensors"])
+@pytest.mark.parametrize("format", BY_FUSED_NAME)
 @pytest.mark.parametrize(
     "text",
     [

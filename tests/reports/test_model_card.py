@@ -14,6 +14,7 @@ from bigq.config import JobConfig
 from bigq.inspect.evaluations import EvaluationResult
 from bigq.inspect.history import History, Run
 from bigq.inspect.linear_results import LeftOut, LinearResult
+from bigq.io.formats import readers
 from bigq.reports.model_card import base_model, licence_lines, model_card, source_readme
 from bigq.scheme import QuantScheme, Rule
 
@@ -212,6 +213,15 @@ def test_each_format_has_its_tags_and_its_packages(format: str, tags: list[str],
     assert ("optimum" in card) == (format != "compressed-tensors")
     assert ("Readers that do not know it would read it as `gptq`" in card) == (format in ("gptq_v2", "gguf"))
     assert ("llama-cli -m model.gguf" in card) == ("llama-cpp-python" in card) == (format == "gguf")
+
+
+def test_a_format_that_no_program_was_run_with_is_for_bigq(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said of loading follows the table of readers, not the format's name."""
+    monkeypatch.setattr(readers, "ROWS", tuple(row for row in readers.ROWS if "compressed-tensors" not in row.formats))
+    card = model_card(made(packed(), format="compressed-tensors"), "")
+    said = loading(card)
+    assert "No other program is known to read the format `compressed-tensors`. Load it with bigq:" in said and "bigq generate MODEL" in said
+    assert "transformers" not in said and "vllm" not in said and "library_name" not in front(card)
 
 
 def test_of_gguf_both_sizes_are_told() -> None:

@@ -6,8 +6,9 @@ computes does not depend on the format.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -162,8 +163,22 @@ class Format(ABC):
     def config(self, job: Quantization) -> dict[str, Any]:
         """``config.json["quantization_config"]``."""
 
-    def require(self, name: str, m: int, n: int, scheme: QuantScheme, *, transposed: bool = False) -> None:
-        """Raise UsageError, naming the Linear, if its shape [m, n] does not fit the format or the group size."""
+    def require(
+        self,
+        name: str,
+        m: int,
+        n: int,
+        scheme: QuantScheme,
+        *,
+        transposed: bool = False,
+        inputs: Sequence[int] = (),
+        rule: str | None = None,
+    ) -> None:
+        """Raise UsageError, naming the Linear, if its shape [m, n] does not fit the format or the group size.
+
+        inputs: the numbers of inputs of all Linears that get their group size from the same option; the advised size divides them too.
+        rule: the ``--rule`` option that gives the group size; None for ``--group-size``.
+        """
         if transposed and not self.takes_transposed:
             raise UsageError(
                 f"{name} is stored transposed (Conv1D), which readers of {self.name} do not support; use --format gptq, or leave this "
@@ -175,10 +190,18 @@ class Format(ABC):
                 f"--skip '{name}$'"
             )
         if scheme.group_size != -1 and n % scheme.group_size:
-            raise UsageError(
-                f"{name} has {n} inputs, which group size {scheme.group_size} does not divide; choose another --group-size, or set one for "
-                f"this Linear with --rule '{name}$:group_size=…' (-1 always fits)"
-            )
+            size = fitting_group_size((n, *inputs), scheme.group_size)
+            remedy = f"use --group-size {size}" if rule is None else f"use group_size={size} in {rule}"
+            raise UsageError(f"{name} has {n} inputs, which group size {scheme.group_size} does not divide; {remedy}")
+
+
+def fitting_group_size(inputs: Sequence[int], at_most: int) -> int:
+    """The largest power of two from 8 to ``at_most`` that divides all ``inputs``; -1, the whole row, if there is none."""
+    common = math.gcd(*inputs)
+    size = common & -common
+    while size > at_most:
+        size //= 2
+    return size if size >= 8 else -1
 
 
 def require_tensor(tensors: Mapping[str, TensorInfo], name: str) -> TensorInfo:

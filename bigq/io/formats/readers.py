@@ -188,6 +188,11 @@ def verdicts(written: Written) -> tuple[Verdict, ...]:
     return tuple(_verdicts(written, written.format))
 
 
+def readers_of(format: str) -> tuple[str, ...]:
+    """Programs with a row for the format of safetensors shards, in the table's order; none for a format that no program was run with."""
+    return tuple(dict.fromkeys(row.reader for row in ROWS if format in row.formats))
+
+
 def read_by(found: Iterable[Verdict]) -> list[str]:
     """Names of the readers that load the output, each with its requirements."""
     return [verdict.named for verdict in found if verdict.loads]

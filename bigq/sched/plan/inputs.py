@@ -12,10 +12,10 @@ from torch import Tensor
 
 from bigq.config import JobConfig
 from bigq.conversion.gguf import check_gguf_job
-from bigq.errors import ResourceError, UnsupportedModelError, UsageError
+from bigq.errors import ResourceError, UsageError
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.hub import Headers, resolve_headers
-from bigq.io.index import Checkpoint, TensorInfo, read_json_object
+from bigq.io.index import Checkpoint, TensorInfo
 from bigq.job.journal import read_job
 from bigq.job.request import require_same_code
 from bigq.job.settle import check_shapes, head_scheme, require_format, row_length, settled_scheme
@@ -27,6 +27,7 @@ from bigq.model import skeleton
 from bigq.model.blocks import find_blocks
 from bigq.model.description import ModelDescription
 from bigq.model.pager import Pager
+from bigq.model.quantization import require_unpacked
 from bigq.progress.records import host_memory
 from bigq.sched.plan.cost import Work
 from bigq.sched.plan.planner import Budgets, Download, Plan, make_plan
@@ -170,8 +171,7 @@ def _budgets(config: JobConfig, device: torch.device, out: Path, ceilings: Ceili
 
 def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: JobConfig) -> tuple[Outline, object]:
     """The model described by a config and by headers, if there are any; and its config. Raises CheckpointError, UnsupportedModelError."""
-    if "quantization_config" in read_json_object(folder / "config.json"):
-        raise UnsupportedModelError(f"{folder}: is already quantized; give the original model")
+    require_unpacked(folder)
     if tensors is None and any(folder.glob("*.safetensors")):
         tensors = Checkpoint.open(folder).tensors
     tensors = tensors or {}

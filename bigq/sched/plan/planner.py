@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -227,7 +228,7 @@ def make_plan(
         budgets=budgets,
         ceilings=ceilings,
         seconds=seconds,
-        shortages=tuple(_shortages(cost, left, download)),
+        shortages=tuple(_shortages(cost, left, download, config)),
         rules=output.rules,
         readers=output.readers,
         notes=output.notes,
@@ -271,22 +272,36 @@ def _over(cost: Cost, budgets: Budgets) -> tuple[int, ...]:
     return tuple(max(0, need - has) for need, has in zip(needs, (budgets.device, budgets.host, budgets.disk), strict=True))
 
 
-def _shortages(cost: Cost, budgets: Budgets, download: Download | None) -> Iterator[str]:
+def _shortages(cost: Cost, budgets: Budgets, download: Download | None, config: JobConfig) -> Iterator[str]:
     """One sentence per shortage. budgets: without the download."""
+
+    def remedy(flag: str, given: int | None, need: int) -> str:
+        free = "" if given is not None else "free as much, or "
+        return f"{free}give {flag} {_budget(need)} or more"
+
     device, host, disk = _over(cost, budgets)
     if device:
         worst = max(cost.phases, key=lambda phase: phase.device)
-        yield f"device memory: {show_size(device)} more needed, for the phase '{worst.name}' (--vram)"
+        advice = remedy("--vram", config.vram, cost.device)
+        yield f"device memory: {show_size(device)} more needed, for the phase '{worst.name}'; {advice}"
     if host:
         worst = max(cost.phases, key=lambda phase: phase.host)
-        yield f"host memory: {show_size(host)} more needed, for the phase '{worst.name}' (--ram)"
+        advice = remedy("--ram", config.ram, cost.host)
+        yield f"host memory: {show_size(host)} more needed, for the phase '{worst.name}'; {advice}"
     if disk:
         shared = _shared(download)
         fetched = f" and {show_size(shared)} of MODEL downloaded to {download.folder}" if download is not None and shared else ""
-        yield f"disk: {show_size(disk)} more needed on OUT's file system, for {show_size(cost.output)} of output{fetched} (--disk)"
+        more = f"{show_size(disk)} more needed on OUT's file system, for {show_size(cost.output)} of output{fetched}"
+        yield f"disk: {more}; {remedy('--disk', config.disk, cost.output + cost.scratch + shared)}"
     if download is not None and download.free is not None and download.size > download.free:
         more = show_size(download.size - download.free)
         yield f"disk: {more} more needed in {download.folder}, for {show_size(download.size)} of MODEL (set HF_HOME to use another cache)"
+
+
+def _budget(need: int) -> str:
+    """A budget that is enough, as options take it: rounded up, after 1 % for what the process itself holds, which varies between runs."""
+    tens = math.ceil(1.01 * need / (10 * 2**20))
+    return f"{10 * tens}MiB" if tens < 1024 else f"{math.ceil(10 * 1.01 * need / 2**30) / 10:.1f}GiB"
 
 
 def _duration(seconds: float) -> str:

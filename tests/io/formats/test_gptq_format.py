@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.formats import FORMATS, PackedWeight, Quantization
+from bigq.io.formats.base import fitting_group_size
 from bigq.kernels.pack import unpack
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme, Rule, scheme_for
@@ -166,8 +167,17 @@ def test_shapes_that_do_not_fill_words_are_refused(m: int, n: int) -> None:
 
 
 def test_a_group_size_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"^model\.up has 160 inputs, which group size 64 does not divide.*--rule"):
+    with pytest.raises(UsageError, match=r"^model\.up has 160 inputs, which group size 64 does not divide; use --group-size 32$"):
         require_packable("model.up", 64, 160, QuantScheme(group_size=64))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "at_most", "size"),
+    [((192,), 128, 64), ((4096,), 96, 64), ((192, 352), 128, 32), ((160,), 48, 32), ((192,), 8, 8), ((100,), 128, -1), ((64,), 256, 64)],
+)
+def test_the_advised_group_size_divides_all_inputs(inputs: tuple[int, ...], at_most: int, size: int) -> None:
+    assert fitting_group_size(inputs, at_most) == size
+    assert all(n % QuantScheme(group_size=size).group_width(n) == 0 for n in inputs)
 
 
 def test_config_has_the_keys_of_readers() -> None:

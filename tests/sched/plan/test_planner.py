@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -11,6 +12,7 @@ from bigq.errors import UsageError
 from bigq.machine.ceilings import KNOWN, Ceilings
 from bigq.methods.gptq import Gptq
 from bigq.methods.rtn import Rtn
+from bigq.progress.sizes import parse_size
 from bigq.sched.plan.cost import Choice, Cost, Phase, Work, job_cost, packed_bytes
 from bigq.sched.plan.planner import Budgets, Download, Plan, make_plan, phase_seconds
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
@@ -111,6 +113,30 @@ def test_where_nothing_fits_each_budget_is_named_with_what_it_lacks() -> None:
     assert all(flag in text for flag, text in zip(("--vram", "--ram", "--disk"), found.shortages, strict=True))
     assert found.cost.device > GIB
     assert "short" in found.brief()
+
+
+def advised(shortage: str, flag: str) -> int:
+    """The budget that a shortage advises, as the option reads it."""
+    found = re.search(rf"give {flag} (\S+) or more$", shortage)
+    assert found is not None, shortage
+    return parse_size(found[1], flag)
+
+
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_budgets_that_a_shortage_advises_are_enough(rows: int) -> None:
+    work = dataclasses.replace(WORK, rows=rows)
+    for scale in (1, 2, 30):
+        tight = Budgets(device=scale * GIB // 4, host=scale * GIB // 4, disk=GIB // 4)
+        found = plan(tight, work=work, vram=tight.device, ram=tight.host, disk=tight.disk)
+        assert found.shortages
+        given = {"vram": tight.device, "ram": tight.host, "disk": tight.disk}
+        for shortage in found.shortages:
+            flag = next(name for name in given if f"--{name} " in shortage)
+            needed = advised(shortage, f"--{flag}")
+            assert given[flag] < needed
+            assert "free as much" not in shortage
+            given[flag] = needed
+        assert plan(Budgets(device=given["vram"], host=given["ram"], disk=given["disk"]), work=work).fits
 
 
 def test_what_is_asked_for_stays_as_it_is() -> None:
@@ -218,7 +244,9 @@ def test_a_download_to_the_same_file_system_takes_from_the_disk_budget() -> None
     assert "  fetches: 5.00 GiB to /cache" in found.brief() and found.to_json()["download_bytes"] == 5 * GIB
     short = planned(Download(size=5 * GIB, folder="/cache"), disk=needed + 2 * GIB)
     assert not short.fits and short.shortages[0].startswith("disk: 3.00 GiB more needed on OUT's file system, for ")
-    assert "and 5.00 GiB of MODEL downloaded to /cache (--disk)" in short.shortages[0]
+    assert "and 5.00 GiB of MODEL downloaded to /cache; free as much, or give --disk " in short.shortages[0]
+    enough = advised(short.shortages[0], "--disk")
+    assert planned(Download(size=5 * GIB, folder="/cache"), disk=enough).fits
 
 
 def test_a_download_to_another_file_system_has_a_budget_of_its_own() -> None:
