@@ -303,9 +303,9 @@ def read_job(out: Path) -> dict[str, Any] | None:
 
 def require_job_folder(out: Path) -> None:
     """Raise UsageError where ``out`` is neither absent, nor empty, nor the folder of a job; ResourceError where it cannot be read."""
-    if (out / STATE_FOLDER / CONVERSION_NAME).exists():
-        raise UsageError(f"{out}: OUT holds a converted model, in which no job can run; choose another folder")
     try:
+        if (out / STATE_FOLDER / CONVERSION_NAME).exists():
+            raise UsageError(f"{out}: OUT holds a converted model, in which no job can run; choose another folder")
         if out.exists() and not out.is_dir():
             raise UsageError(f"{out}: OUT is a file; give a folder")
         foreign = out.is_dir() and not (out / STATE_FOLDER).is_dir() and any(out.iterdir())

@@ -8,6 +8,8 @@ from pathlib import Path
 from bigq.errors import UsageError
 from bigq.inspect.history import History, read_history
 from bigq.io.atomic import write_bytes
+from bigq.io.folders import STATE_FOLDER
+from bigq.job.owner import refuse_if_held
 from bigq.progress.terminal import tell
 from bigq.reports import charts
 from bigq.reports.card import put_card
@@ -81,8 +83,9 @@ def pictures_of(history: History) -> Pictures:
 def write_model_card(out: Path) -> Path:
     """Write OUT/README.md as a model card; returns its path.
 
-    Raises UsageError where the job in ``out`` is not finished, or its GGUF file is missing.
+    Raises UsageError where the job in ``out`` is not finished, or its GGUF file is missing, BusyError where a job is running in it.
     """
+    refuse_if_held(out / STATE_FOLDER)
     history = read_history(out)
     if not history.is_finished:
         raise UsageError(f"{out}: the job is not finished ({history.state}), so there is nothing to publish; finish it first")
