@@ -15,14 +15,14 @@ from torch import Tensor
 from bigq import faults
 from bigq.config import JobConfig
 from bigq.errors import BigqError, ResourceError
-from bigq.io.atomic import copy_file, json_bytes, remedy, sync_folder, write_bytes, write_json
+from bigq.io.atomic import TEMP_SUFFIX, copy_file, json_bytes, remedy, sync_folder, write_bytes, write_json
 from bigq.io.checksum import load_record, save_record
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import Format, Quantization
 from bigq.io.index import INDEX_NAME, read_header, read_json_object
 from bigq.io.reader import read_tensor
 from bigq.io.shard_record import file_sha256
-from bigq.job.journal import BATCHES_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journal, read_commits
+from bigq.job.journal import BATCHES_NAME, CHECKPOINTS_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journal, read_commits
 from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME, read_manifest
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.methods import method_of
@@ -50,12 +50,18 @@ def complete_commits(out: Path) -> list[Commit] | None:
         commits = list({commit.unit: commit for commit in found}.values())
         if damaged or not commits or not commits[0].shard.file.endswith(f"-of-{len(commits):05d}.safetensors"):
             return None
-        if not _rest_is_whole(out, commits):
+        if _leftovers(out) or not _rest_is_whole(out, commits):
             return None
         stats = [((out / commit.shard.file).stat(follow_symlinks=False), commit) for commit in commits]
     except (BigqError, OSError):
         return None
     return commits if all((at.st_size, at.st_mtime_ns) == (c.shard.size, c.modified) for at, c in stats) else None
+
+
+def _leftovers(out: Path) -> list[Path]:
+    """Files of a run that was killed: temporary ones, and saved activations. Raises OSError."""
+    state = out / STATE_FOLDER
+    return [*out.glob("*" + TEMP_SUFFIX), *state.glob("*" + TEMP_SUFFIX), *state.glob("activations-*"), *state.glob(CHECKPOINTS_NAME)]
 
 
 def _rest_is_whole(out: Path, commits: Sequence[Commit]) -> bool:

@@ -190,7 +190,7 @@ def test_context_ends_with_the_sliding_window(tmp_path: Path) -> None:
     blocks: list[tuple[int, int]] = []
     write_gguf(folder, tmp_path / "x.gguf", say=told.append, written=lambda *at: blocks.append(at))
     assert field(tmp_path / "x.gguf", "llama.context_length") == 16
-    assert "no tokenizer" in told[0] and "its context is 16, the sliding window" in told[1]
+    assert "no tokenizer" in told[0] and "a context length of 16, the sliding window" in told[1]
     assert blocks == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -232,7 +232,7 @@ SCHEMES: Mapping[str, tuple[dict[str, Any], str]] = {
     "groups of 16": ({"group_size": 16}, "q_proj has groups of 16.*--group-size that is a multiple of 32, or -1"),
     "asymmetric": (
         {"symmetric": False},
-        "q_proj: its zero points times scales are not fp16 numbers.*(use --scale-bits 7|quantize the model with --format gguf)",
+        "q_proj: the products of its zero points and scales are not fp16 numbers.*(use --scale-bits 7|quantize the model with --format gguf)",
     ),
     "one of them": (
         {"rules": (bigq.Rule(r".*\.2\.mlp\.down_proj$", {"bits": 3}),)},
@@ -272,7 +272,7 @@ def test_what_will_be_exact_is_let_through(settings: dict[str, Any], checkpoint:
 
 MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
     "family": ("bloom", {}, "no GGUF files of model type 'bloom', only of llama, mistral, qwen2, qwen3"),
-    "activation": ("llama", {"hidden_act": "gelu"}, r"config\.json: hidden_act is 'gelu', which llama\.cpp computes otherwise"),
+    "activation": ("llama", {"hidden_act": "gelu"}, r"config\.json: hidden_act is 'gelu', which llama\.cpp computes differently"),
     "rope": ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
     "llama3 elsewhere": (
         "qwen2",
@@ -333,14 +333,14 @@ def test_scales_and_zero_points_of_others_are_looked_at(packed: Path, tmp_path: 
     zeros = stored_tensors(folder)[name]
     zeros[1, 3] += 1 << 8
     rewrite(folder, name, zeros)
-    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.up_proj is said to be symmetric"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.up_proj is symmetric, but"):
         write_gguf(folder, tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
 
 
 def test_places_that_no_file_can_have_are_refused(packed: Path, tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "no" / "x.gguf"):
-        with pytest.raises(UsageError, match="name a file in a folder that is"):
+        with pytest.raises(UsageError, match="name a file in an existing folder"):
             write_gguf(packed, path)
 
 
