@@ -232,7 +232,8 @@ SCHEMES: Mapping[str, tuple[dict[str, Any], str]] = {
     "groups of 16": ({"group_size": 16}, "q_proj has groups of 16.*--group-size that is a multiple of 32, or -1"),
     "asymmetric": (
         {"symmetric": False},
-        "q_proj: the products of its zero points and scales are not fp16 numbers.*(use --scale-bits 7|quantize the model with --format gguf)",
+        "q_proj: the products of its zero points and scales are not fp16 numbers.*"
+        "(use --scale-bits 7|quantize the model with --format gguf)",
     ),
     "one of them": (
         {"rules": (bigq.Rule(r".*\.2\.mlp\.down_proj$", {"bits": 3}),)},

@@ -249,7 +249,7 @@ def test_a_job_is_planned_before_its_model_is_fetched(
     # The output is smaller than the model: with room for the one but not for both, nothing is begun.
     short = planned("owner/tiny", disk=size)
     assert short.startswith("ResourceError owner/tiny: the job does not fit, so nothing is fetched: disk: ")
-    assert "of MODEL downloaded to " in short and short.endswith("(--disk)")
+    assert "of MODEL downloaded to " in short and short.endswith("; give --disk 10MiB or more")
     assert planned("owner/tiny", disk=3 * size) == str(size)
     assert planned("owner/tiny", rule="o_proj").startswith("UsageError --skip 'o_proj': matches no Linear")
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
