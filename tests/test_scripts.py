@@ -28,6 +28,7 @@ def kernel_lines(file: Path) -> list[str]:
     return [b for a, b in itertools.pairwise(lines) if a == "@triton.jit" and "_kernel(" in b]
 
 
+@pytest.mark.long
 def test_gpu_check_runs_all_its_steps(child: Child, tmp_path: Path) -> None:
     done = child(ROOT / "scripts/gpu_check.py", "--smoke", "--out", tmp_path, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -87,13 +87,13 @@ def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Tar
         config = dataclasses.replace(config, batch=before.batch)
     require_format(config)
     device = choose_device(config.device)
-    require_job_folder(out)
     refuse_if_held(out / STATE_FOLDER)
     plan_before_fetch(model, out, config)
     folder = resolve_model(model)
     refuse_nesting(folder, out)
     if config.trace is not None and not Path(config.trace).parent.is_dir():
         raise UsageError(f"--trace {config.trace}: its folder does not exist; make it first")
+    require_job_folder(out)
     if begun is not None and config.trust_remote_code:
         require_same_code(out, begun, folder)  # before any code of the model runs
     return Target(model=model, folder=folder, out=out, config=config, begun=begun, device=device)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, Child
 
 #: Of killing, after the uninterrupted runs that are compared with.
 SECONDS = 90
 
 
+@pytest.mark.long
 def test_killed_at_every_step_and_at_random(child: Child, tmp_path: Path) -> None:
     result = tmp_path / "stress.json"
     done = child(ROOT / "scripts/stress.py", "--work", tmp_path / "work", "--seconds", str(SECONDS), "--json", result, timeout=900)

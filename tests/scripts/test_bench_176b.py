@@ -43,6 +43,7 @@ def committed_blocks(folder: Path) -> int:
     return sum(line["unit"].startswith("block-") for line in read_lines(folder))
 
 
+@pytest.mark.long
 def test_slices_that_were_killed_and_stopped_add_up(child: Child, tmp_path: Path) -> None:
     """No time at all; killed after the first block; a slice that finds its time over after a block; then the rest."""
     work, out = tmp_path / "work", tmp_path / "out"

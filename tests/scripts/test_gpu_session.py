@@ -133,6 +133,7 @@ def test_steps_that_do_not_exist_are_refused(arguments: tuple[str, ...], capsys:
     assert exit.value.code == 2 and ("speed" in capsys.readouterr().err or "--skip" in arguments)
 
 
+@pytest.mark.long
 def test_a_smoke_run_passes_every_step(child: Child, tmp_path: Path) -> None:
     done = child(SCRIPT, "--smoke", "--out", tmp_path, env={"OMP_NUM_THREADS": "1"}, timeout=600)
     result = json.loads((tmp_path / "results.json").read_text())
