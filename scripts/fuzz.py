@@ -34,12 +34,14 @@ from mutate import mutate_bytes, mutate_json
 from safetensors.torch import save, save_file
 
 from bigq.config import JobConfig
+from bigq.data.opening import documents
+from bigq.data.records import is_known
 from bigq.errors import BigqError
 from bigq.io.checksum import seal
 from bigq.io.index import INDEX_NAME, Checkpoint, read_header
 from bigq.io.json_file import read_json_object
 from bigq.io.shard_record import ShardRecord
-from bigq.io.text_files import documents
+from bigq.io.text_files import contents_of, text_pieces
 from bigq.job.journal import Commit, read_commits, read_job
 from bigq.job.request import compare, make_request
 
@@ -128,8 +130,9 @@ def read_config(path: Path) -> None:
 
 
 def read_documents(path: Path) -> None:
-    for text in documents(path):
-        text.encode()
+    kind = contents_of(path, is_known)
+    for each in text_pieces(path) if kind == "text" else documents(path, kind):
+        each.encode() if isinstance(each, str) else json.dumps(each.messages).encode()
 
 
 def read_journal(path: Path) -> None:
