@@ -257,12 +257,15 @@ def _reading(path: Path, place: Callable[[], str] = lambda: "") -> Iterator[None
     try:
         yield
     except UnicodeDecodeError as error:
+        if not error.encoding.startswith("utf-8"):
+            promised = error.encoding.upper()
+            raise CalibrationError(
+                f"{path}{place()}: is not the {promised} text that its byte order mark promises; fetch it again"
+            ) from None
         byte = error.object[error.start]
         raise CalibrationError(
             f"{path}{place()}: is not UTF-8 text (byte 0x{byte:02x}); if it is text, convert it: iconv -f ENCODING -t UTF-8 FILE"
         ) from None
-    except UnicodeError:  # a UTF-16 file without the beginning that its mark promised
-        raise CalibrationError(f"{path}: cannot be decoded; convert it to UTF-8, or fetch it again") from None
     except (OSError, EOFError, zlib.error) as error:
         said = getattr(error, "strerror", None) or show_name(str(error))
         raise CalibrationError(f"{path}{place()}: cannot be read ({said}); fetch it again") from error
