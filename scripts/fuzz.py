@@ -199,6 +199,12 @@ COMMITS = [
     for i, unit in enumerate(("rest-0", "block-0"))
 ]
 
+CONVERSATIONS = [
+    {"messages": [{"role": "user", "content": "a question"}, {"role": "assistant", "content": None, "tool_calls": []}], "tools": [{}]},
+    {"conversations": [{"from": "human", "value": "a question"}, {"from": "gpt", "value": "an answer"}]},
+    {"instruction": "a question", "input": "more", "output": "an answer"},
+]
+
 KINDS: dict[str, Kind] = {
     "header": Kind(
         seeds=_shards(),
@@ -235,11 +241,18 @@ KINDS: dict[str, Kind] = {
         prepare=state_folder,
     ),
     "documents": Kind(
-        seeds=(b'{"text": "some words", "url": "x"}\n\n' * 3,),
+        seeds=(b'{"text": "some words", "url": "x"}\n\n' * 3, b"".join(dumped(record) + b"\n" for record in CONVERSATIONS)),
         read=read_documents,
         name="text.jsonl",
         pack=lambda value, seed: b"\n".join(dumped(line) for line in value) if isinstance(value, list) else dumped(value),
         unpack=lambda file: [json.loads(line) for line in file.splitlines() if line],
+    ),
+    "array": Kind(
+        seeds=(json.dumps([{"text": "some words"}, *CONVERSATIONS], indent=1).encode(),),
+        read=read_documents,
+        name="text.txt",
+        pack=lambda value, seed: dumped(value),
+        unpack=json.loads,
     ),
 }
 
