@@ -315,12 +315,9 @@ def test_true_sequential_gives_other_codes(family_run: Callable[[str], Run], ids
 
 
 def damped(h: Tensor, weight: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """What GPTQ makes of a Hessian and a weight before it begins: dead inputs harmless, diagonal damped (fp64)."""
+    """What GPTQ makes of a Hessian and a weight before it begins: damped by the mean of the live diagonal (fp64)."""
     h, weight = h.double().clone(), weight.double().clone()
-    dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1
-    weight[:, dead] = 0
-    h.diagonal().add_(damping * h.diagonal().mean())
+    h.diagonal().add_(damping * h.diagonal()[h.diagonal() != 0].mean())
     return h, weight
 
 
