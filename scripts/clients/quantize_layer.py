@@ -3,8 +3,8 @@
 
     quantize_layer.py gptqmodel|llmc LAYERS OUT
 
-LAYERS: safetensors with the weight ``w`` [m, n] and inputs ``x0``, ``x1``, … [T, n], fp32. OUT gets the dequantized weights ``q0``, ``q1``, …
-and, as metadata, the program's version. Symmetric, 3 bits, groups of 128, natural order, damping 0.01.
+LAYERS: safetensors with the weight ``w`` [m, n] and inputs ``x0``, ``x1``, … [T, n], fp32. OUT gets the dequantized weights ``q0``,
+``q1``, … and, as metadata, the program's version. Symmetric, 3 bits, groups of 128, natural order, damping 0.01.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,7 +25,9 @@ def gptqmodel(w: Tensor, x: Tensor) -> Tensor:
 
     module = nn.Linear(w.shape[1], w.shape[0], bias=False)
     module.weight.data = w.clone()
-    config = QuantizeConfig(bits=BITS, group_size=GROUP, sym=True, desc_act=False, act_group_aware=False, damp_percent=DAMPING, fallback=None)
+    config = QuantizeConfig(
+        bits=BITS, group_size=GROUP, sym=True, desc_act=False, act_group_aware=False, damp_percent=DAMPING, fallback=None
+    )
     task = GPTQ(module, config)
     task.quantizer.configure(perchannel=True)
     task.add_batch(x[None], x[None] @ w.T, batch_index=0)
