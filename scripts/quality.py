@@ -390,8 +390,8 @@ def advice(found: Mapping[tuple[str, Setting], Mapping[int, Mapping[str, Any]]])
 
     mse, gptaq = "bigq gptq, mse", "bigq gptaq"
     return [
-        "1. Keep the default order, which does not slow readers down. Against `--no-act-order`, KL is"
-        f" {change(runs(4, 32, act_order=False), runs(4, 32))} (4 bits, groups of 32).",
+        "1. Keep the default order, which does not slow readers down. From `--no-act-order` to it, KL is"
+        f"\n   {change(runs(4, 32, act_order=False), runs(4, 32))} (4 bits, groups of 32).",
         f"2. Use `--asym` if your [reader](formats.md) takes it: {better(4, 32, symmetric=False)}, at 2 bits"
         f" {better(2, 32, symmetric=False)}.",
         f"3. At 2 and 3 bits per row use `--mse`: {better(2, -1, mse)}, {better(3, -1, mse)}; not at 2 bits in groups with act-order.",
