@@ -133,6 +133,7 @@ class Stream:
                 progress.phase(f"of {pager.folder.name}", i)
                 block = pager.load_block(i)
                 progress.read(sum(info.nbytes for info in pager.block_tensors(i)))
+                probe.check.run(i, block)
                 propagate(i, block, self._store, f"{pager.blocks_path}.{i}")
                 pager.evict_block(i)
                 return_freed_memory()

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from bigq.io.index import TensorInfo
 from bigq.model.blocks import block_linears
 from bigq.model.capture import BlockCall, OutputForm, first_input, forward_errors, record_calls, replace_forwards
+from bigq.model.checks import check_hidden_paths
 from bigq.model.skeleton import is_transposed, linear_weight
 from bigq.model.structure import BlockPlan, GradientTracer, plan_block
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
@@ -52,6 +53,7 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
     with torch.no_grad(), _WholeRows():
         form = _form(model, blocks)
         runs = [_Run.of(model, blocks, form, rows, seqlen) for rows in (1, 2)]
+        check_hidden_paths(model, blocks, torch.zeros(1, min(seqlen, _STRUCTURE_TOKENS), dtype=torch.long, device="meta"), form)
         short = _Run.of(model, blocks, form, 1, min(seqlen, _STRUCTURE_TOKENS))
         kinds: dict[Any, BlockShape] = {}
         shapes = []
