@@ -6,15 +6,17 @@ and the modules around them keep no state, and the output head sees nothing of t
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from bigq.errors import UnsupportedModelError
 from bigq.model.blocks import block_linears
@@ -33,6 +35,8 @@ from bigq.model.skeleton import linear_weight
 
 #: Rounding errors that two runs of one computation may differ by, relative to the largest value, in units of the dtype's epsilon.
 ROUNDING = 64
+#: The order in which probes run to see that the first gives the same again: at once, and after another one.
+_TWICE = (0, 0, 1, 0)
 #: How deep objects among a block's arguments are compared.
 _DEPTH = 8
 
@@ -56,9 +60,8 @@ class BlockCheck:
         Raises UnsupportedModelError.
         """
         name, call = f"{self.path}.{i}", self.calls[i]
-        one = self._outputs(name, block, call, 0)
-        self._outputs(name, block, call, 1)
-        if not agree(one, self._outputs(name, block, call, 0)):
+        one, again, _, later = (self._outputs(name, block, call, k) for k in _TWICE)
+        if not (agree(one, again) and agree(one, later)):
             raise UnsupportedModelError(
                 f"{name}: the same input gives another output the second time, so the block keeps state between calls (such as a cache or "
                 "a counter), or draws random numbers (such as dropout); this architecture is not supported"
@@ -70,7 +73,7 @@ class BlockCheck:
 
     def _outputs(self, name: str, block: nn.Module, call: BlockCall, k: int) -> Tensor:
         hidden = self.hidden[k].clone()
-        with _Linears(name, block):
+        with _Linears(name, block), forward_errors("where a block runs by itself"):
             output = block(hidden, *call.args, **call.kwargs)
         if not OutputForm.fits(output) or OutputForm.of(output) != self.form:
             raise UnsupportedModelError(f"{name}: returns its outputs in another form than block 0; this architecture is not supported")
@@ -137,20 +140,21 @@ def probe_blocks(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: Out
         if block._forward_hooks or block._forward_pre_hooks:
             raise UnsupportedModelError(f"{path}.{i}: has forward hooks, which would run twice; this architecture is not supported")
     calls = check_block_calls(model, blocks, ids[:2], form)
-    hidden = torch.stack([first_input(model, blocks, part)[0] for part in ids])
-    _require_agreement(hidden[0], first_input(model, blocks, ids[0])[0], hidden[2], "its first block")
+    one, again, other, later, mixed = (first_input(model, blocks, ids[k])[0] for k in (*_TWICE, 2))
+    _require_agreement([one, again, later], mixed, "its first block")
+    hidden = torch.stack([one, other, mixed])
     _check_tail(model, blocks, ids, form, hidden[0])
     return BlockCheck(hidden=hidden, calls=calls, form=form, path=path)
 
 
-def _require_agreement(one: Tensor, again: Tensor, mixed: Tensor, where: str) -> None:
-    """Compare what arrives somewhere for one batch, for the same batch again, and for one with the same first row."""
-    if not agree(one, again):
+def _require_agreement(runs: Sequence[Tensor], mixed: Tensor, where: str) -> None:
+    """Compare what arrives somewhere in several runs of one batch, and for a batch with the same first row."""
+    if not all(agree(runs[0], run) for run in runs):
         raise UnsupportedModelError(
             f"what reaches {where} differs between two runs on the same tokens: the model keeps state between calls, or draws random "
             "numbers (such as dropout); this architecture is not supported"
         )
-    if not agree(one[0], mixed[0]):
+    if not agree(runs[0][0], mixed[0]):
         raise UnsupportedModelError(f"what reaches {where} for a row depends on the other rows; this architecture is not supported")
 
 
@@ -165,13 +169,10 @@ def _check_tail(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: Outp
         return torch.randn(hidden.shape, generator=generator).to(hidden)
 
     last, other, between = noise(), noise(), noise()
-    last_only = {len(blocks) - 1: last}
-    one = _tail(model, blocks, ids[0], form, last, last_only)
-    _tail(model, blocks, ids[1], form, other, {})
-    again = _tail(model, blocks, ids[0], form, last, last_only)
-    mixed = _tail(model, blocks, ids[2], form, torch.cat([last[:1], other[1:]]), {})
-    for a, b, c in zip(one, again, mixed, strict=True):
-        _require_agreement(a, b, c, "its output head")
+    probes = (last, other, torch.cat([last[:1], other[1:]]))
+    one, again, _, later, mixed = (_tail(model, blocks, ids[k], form, probes[k], {}) for k in (*_TWICE, 2))
+    for *runs, alike in zip(one, again, later, mixed, strict=True):
+        _require_agreement(runs, alike, "its output head")
 
     def changed(values: Mapping[int, Tensor]) -> bool:
         return not all(agree(a, b) for a, b in zip(one, _tail(model, blocks, ids[0], form, last, values), strict=True))
@@ -212,8 +213,8 @@ def _tail(
 def check_hidden_paths(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm) -> None:
     """Check that blocks pass on nothing but their hidden states, for a model on meta. Raises UnsupportedModelError.
 
-    Each block runs twice. First on hidden states without gradients: if its output has some, they come by another way from an earlier
-    block, such as an attribute of a shared module. Then on hidden states with gradients, so that whatever it leaves behind has them.
+    First, no argument of a block but the hidden states comes from the embeddings. Then each block runs twice. First on hidden states without gradients: if its output has some, they come by another way from an earlier
+    block, such as an attribute of a shared module. The second time on hidden states with gradients, so that whatever it leaves behind has them.
     """
 
     def make(i: int) -> Callable[..., Any]:
@@ -238,8 +239,28 @@ def check_hidden_paths(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, for
             )
         return x[..., :1].expand(*x.shape[:-1], 1)
 
+    with forward_errors(), torch.enable_grad():
+        with _marked_embeddings(model):
+            calls = record_calls(model, blocks, ids, form)
+        for i, call in enumerate(calls):
+            if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((call.args, dict(call.kwargs)))):
+                raise UnsupportedModelError(f"the arguments of block {i} depend on the tokens; this architecture is not supported")
     with forward_errors(), torch.enable_grad(), replace_forwards([*blocks, output_head(model)], make):
         model(input_ids=ids, use_cache=False)
+
+
+@contextlib.contextmanager
+def _marked_embeddings(model: nn.Module) -> Iterator[None]:
+    """Let everything that is computed from the input embeddings have gradients."""
+
+    def mark(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_().clone()
+
+    handle = model.get_input_embeddings().register_forward_hook(mark)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def agree(a: Tensor, b: Tensor, rounding: int = ROUNDING) -> bool:

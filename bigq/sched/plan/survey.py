@@ -50,7 +50,7 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
     model = outline.model.to("meta")
     blocks = model.get_submodule(outline.blocks_path)
     assert isinstance(blocks, nn.ModuleList)
-    with torch.no_grad(), _WholeRows():
+    with torch.no_grad(), _WholeRows(), forward_errors():
         form = _form(model, blocks)
         runs = [_Run.of(model, blocks, form, rows, seqlen) for rows in (1, 2)]
         check_hidden_paths(model, blocks, torch.zeros(1, min(seqlen, _STRUCTURE_TOKENS), dtype=torch.long, device="meta"), form)
