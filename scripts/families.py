@@ -40,17 +40,30 @@ VOCABULARY, ROWS, TOKENS, SEQLEN = 160, 3, 24, 32
 #: Sizes of a tiny model, for whatever names a family's config has for them.
 TINY: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "text_vocab_size", "n_vocab", "vocabulary_size"), VOCABULARY),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "dim", "embedding_size", "model_dim", "embed_dim", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(
+        ("hidden_size", "d_model", "n_embd", "emb_dim", "dim", "embedding_size", "model_dim", "embed_dim", "word_embed_proj_dim"), 64
+    ),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim", "d_ff"), 96),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 3),
     **dict.fromkeys(
-        ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads", "num_key_value_heads"), 4
+        (
+            "num_attention_heads",
+            "n_head",
+            "n_heads",
+            "num_heads",
+            "decoder_attention_heads",
+            "encoder_attention_heads",
+            "num_key_value_heads",
+        ),
+        4,
     ),
     **dict.fromkeys(("head_dim", "d_kv", "v_head_dim", "qk_nope_head_dim", "global_head_dim"), 16),
     **dict.fromkeys(("qk_rope_head_dim",), 8),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok"), 4),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp", "moe_shared_expert_intermediate_size"), 64),
+    **dict.fromkeys(
+        ("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp", "moe_shared_expert_intermediate_size"), 64
+    ),
     "sliding_window": 16,
     "attention_window": 16,
     "type_vocab_size": 2,
@@ -61,7 +74,13 @@ TINY: dict[str, int] = {
 #: Settings of families for which the sizes above do not make a model that runs.
 SPECIAL: dict[str, dict[str, Any]] = {
     "cpmant": {"prompt_types": 4, "prompt_length": 4, "segment_types": 4},
-    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32], "feed_forward_size": 64, "attention_head_size": 16},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_shape": [8, 16],
+        "axial_pos_embds_dim": [32, 32],
+        "feed_forward_size": 64,
+        "attention_head_size": 16,
+    },
     "xlm": {"emb_dim": 64, "n_langs": 1, "causal": True},
     "transfo-xl": {},
     "opt": {"word_embed_proj_dim": 32},
@@ -86,7 +105,12 @@ def shrink(config: Any, kind: str) -> Any:
             setattr(config, name, tiny)
     layers = getattr(config, "num_hidden_layers", None)
     for name, value in list(vars(config).items()):
-        if isinstance(value, list) and isinstance(layers, int) and len(value) > layers and name.lstrip("_").startswith(("layer", "block", "attention", "mlp")):
+        if (
+            isinstance(value, list)
+            and isinstance(layers, int)
+            and len(value) > layers
+            and name.lstrip("_").startswith(("layer", "block", "attention", "mlp"))
+        ):
             setattr(config, name, [*value[: layers - 1], value[-1]])
         elif name.endswith(("token_id", "_index")) and isinstance(value, int) and value >= VOCABULARY:
             setattr(config, name, 2)
@@ -106,7 +130,15 @@ def configs(kind: str) -> Iterator[Any]:
     yield config
     small = {
         name: TINY[name]
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        )
     }
     yield CONFIG_MAPPING[kind](**{**small, "max_position_embeddings": 128, "pad_token_id": 0, **special})
     yield CONFIG_MAPPING[kind](**{**small, "max_position_embeddings": 128, "pad_token_id": 0, "num_hidden_layers": 4, **special})

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bigq.errors import BigqError, UnsupportedModelError
@@ -209,7 +208,9 @@ def split_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor
         hidden, call = rest.pop("hidden_states", None), BlockCall((), rest)
     if not isinstance(hidden, Tensor):
         given = ", ".join(kwargs) or "nothing"
-        raise UnsupportedModelError(f"decoder blocks do not take hidden states first (they take {given}); this architecture is not supported")
+        raise UnsupportedModelError(
+            f"decoder blocks do not take hidden states first (they take {given}); this architecture is not supported"
+        )
     return hidden, call
 
 

@@ -135,7 +135,10 @@ def first_difference(one: list[BlockCall], other: list[BlockCall]) -> int | None
 
 
 def probe_blocks(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm, path: str) -> BlockCheck:
-    """Check what happens before and after the blocks, for token ids [3, 2, T] as ``BlockCheck`` wants them. Raises UnsupportedModelError."""
+    """Check what happens before and after the blocks, for token ids [3, 2, T] that make the hidden states of a ``BlockCheck``.
+
+    Raises UnsupportedModelError.
+    """
     for i, block in enumerate(blocks):
         if block._forward_hooks or block._forward_pre_hooks:
             raise UnsupportedModelError(f"{path}.{i}: has forward hooks, which would run twice; this architecture is not supported")
@@ -213,8 +216,9 @@ def _tail(
 def check_hidden_paths(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm) -> None:
     """Check that blocks pass on nothing but their hidden states, for a model on meta. Raises UnsupportedModelError.
 
-    First, no argument of a block but the hidden states comes from the embeddings. Then each block runs twice. First on hidden states without gradients: if its output has some, they come by another way from an earlier
-    block, such as an attribute of a shared module. The second time on hidden states with gradients, so that whatever it leaves behind has them.
+    First, no argument of a block but the hidden states comes from the embeddings. Then each block runs twice. First on hidden states
+    without gradients: if its output has some, they come by another way from an earlier block, such as an attribute of a shared module.
+    The second time on hidden states with gradients, so that whatever it leaves behind has them.
     """
 
     def make(i: int) -> Callable[..., Any]:
@@ -235,7 +239,7 @@ def check_hidden_paths(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, for
     def at_head(x: Tensor, *_: Any, **__: Any) -> Tensor:
         if x.requires_grad:
             raise UnsupportedModelError(
-                "something from the blocks other than the last one's output is used after the last block; this architecture is not supported"
+                "something from the blocks besides the last one's output is used after the last block; this architecture is not supported"
             )
         return x[..., :1].expand(*x.shape[:-1], 1)
 
@@ -293,5 +297,5 @@ def _same(a: Any, b: Any, depth: int = _DEPTH) -> bool:
         return bool(a == b)
     if isinstance(a, types.FunctionType):
         cells = [[cell.cell_contents for cell in f.__closure__ or ()] for f in (a, b)]
-        return a.__code__ is b.__code__ and _same(*cells, depth - 1)
+        return a.__code__ is b.__code__ and _same(cells[0], cells[1], depth - 1)
     return isinstance(a, nn.Module) or _same(getattr(a, "__dict__", None), getattr(b, "__dict__", None), depth - 1)

@@ -131,7 +131,9 @@ def eval_config(tmp_path: Path) -> EvalConfig:
 
 
 def job_config(ids_file: Path) -> JobConfig:
-    return JobConfig(calibration=str(ids_file), samples=4, seqlen=24, scheme=QuantScheme(bits=4, group_size=32), trust_remote_code=True, quiet=True)
+    return JobConfig(
+        calibration=str(ids_file), samples=4, seqlen=24, scheme=QuantScheme(bits=4, group_size=32), trust_remote_code=True, quiet=True
+    )
 
 
 @pytest.mark.parametrize("twist", SOUND)

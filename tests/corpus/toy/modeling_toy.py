@@ -74,15 +74,13 @@ class ToyBlock(nn.Module):
 
 class ToyModel(PreTrainedModel):
     config_class = ToyConfig
-    _no_split_modules = ["ToyBlock"]
+    _no_split_modules = ("ToyBlock",)
 
     def _init_weights(self, module):
         pass
 
 
 class ToyForCausalLM(ToyModel, GenerationMixin):
-    _tied_weights_keys = {}
-
     def __init__(self, config):
         super().__init__(config)
         common = {}
@@ -112,7 +110,7 @@ class ToyForCausalLM(ToyModel, GenerationMixin):
         embedded = first = h
         mask, memory = None, [] if twist == "memory" else None
         if twist == "mask_of_padding":  # token 5 is never attended to, except by itself
-            b, t = input_ids.shape
+            t = input_ids.shape[1]
             seen = (input_ids != 5)[:, None, None, :] & torch.ones(t, t, dtype=torch.bool, device=h.device).tril()
             mask = seen | torch.eye(t, dtype=torch.bool, device=h.device)
         for step, i in enumerate(self.order()):
