@@ -70,6 +70,7 @@ TINY: dict[str, int] = {
     "q_lora_rank": 32,
     "kv_lora_rank": 32,
     "num_experts_per_token": 2,
+    "rotary_dim": 8,
 }
 #: Settings of families for which the sizes above do not make a model that runs.
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -164,6 +165,7 @@ def make(kind: str, folder: Path) -> str:
             if not torch.isfinite(logits).all():
                 raise ValueError("its logits are not finite")
             model.save_pretrained(folder)
+            AutoModelForCausalLM.from_pretrained(folder)
             return type(model).__name__
         except Exception as error:
             problems.append(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
