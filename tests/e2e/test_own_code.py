@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -55,8 +56,8 @@ REFUSED = {
     "head_function": "its forward never calls its output head",
 }
 
-#: Twists that only the plan sees, since it runs all blocks in one forward. ``quantize`` plans first.
-PLANNED = {
+#: Twists that only show where all blocks run in one forward, on meta; ``quantize`` and ``eval`` look first.
+ON_META = {
     "shared_values": "block 1 receives something from an earlier block by another way",
 }
 
@@ -155,11 +156,21 @@ def test_what_streaming_would_get_wrong_is_refused(twist: str, toy: Callable[[st
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-@pytest.mark.parametrize("twist", PLANNED)
+@pytest.mark.parametrize("twist", ON_META)
 def test_what_passes_between_blocks_out_of_sight_is_refused(twist: str, toy: Callable[[str], Path], tmp_path: Path, ids_file: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=re.escape(PLANNED[twist])):
+    with pytest.raises(UnsupportedModelError, match=re.escape(ON_META[twist])):
+        evaluate(str(toy(twist)), eval_config(tmp_path))
+    with pytest.raises(UnsupportedModelError, match=re.escape(ON_META[twist])):
         quantize(str(toy(twist)), tmp_path / "out", job_config(ids_file))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("twist", ["dropout", "counter_after", "running_maximum", "scaled_linear", "skip"])
+def test_rounding_to_sixteen_bits_hides_nothing(twist: str, toy: Callable[[str], Path], tmp_path: Path) -> None:
+    config = dataclasses.replace(eval_config(tmp_path), dtype="bfloat16")
+    with pytest.raises(UnsupportedModelError, match=re.escape(REFUSED[twist])):
+        evaluate(str(toy(twist)), config)
+    assert evaluate(str(toy("none")), config).perplexity > 1
 
 
 @pytest.mark.parametrize("twist", ["looped", "twice_in_a_row", "other_order", "skip", "scaled_between", "scaled_in_place"])
