@@ -158,7 +158,7 @@ class _Recorder:
         if any(isinstance(leaf, _Sentinel) for leaf in _leaves((call.args, call.kwargs))):
             raise UnsupportedModelError(f"block {i} receives an extra output of an earlier block; this architecture is not supported")
         self.calls.append(call)
-        # A new tensor object, so that it is told from the block's input; without a perturbation it shares the memory.
+        # A tensor object other than the block's input, so that the two cannot be mixed up; without a perturbation it shares the memory.
         self._handed_on = hidden + self._perturb if self._perturb else hidden.view_as(hidden)
         self._version = self._handed_on._version
         return self._form.wrap(self._handed_on)
