@@ -248,12 +248,15 @@ def _quantization(pager: Pager, target: Format) -> dict[str, Any]:
         rules = tuple(Rule(f"{re.escape(name)}$", _overrides(scheme)) for name, scheme in packed.items() if scheme != base)
         inside = (f"{pager.blocks_path}.{i}.{name}" for i, block in enumerate(pager.blocks) for name in block_linears(block))
         left_out = tuple(name for name in inside if name not in packed)
+    modules = pager.plain_modules()
     quantization = Quantization(
         scheme=base,
         rules=rules,
         packed=packed,
         left_out=left_out,
-        others=tuple(name for name in pager.linears if name not in packed),
+        others=tuple(name for name in modules.every if name not in packed),
+        outside=tuple(name for name in modules.outside if name not in packed),
+        apart=modules.apart,
         head=pager.head_name if pager.head_name in packed else None,
         meta=meta,
     )

@@ -26,6 +26,7 @@ from bigq.job.journal import BATCHES_NAME, CHECKPOINTS_NAME, JOB_NAME, JOURNAL_N
 from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME, read_manifest
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.methods import method_of
+from bigq.model.plain import PlainModules
 from bigq.scheme import QuantScheme, scheme_for
 from bigq.version import __version__
 
@@ -90,10 +91,10 @@ def reopen_folder(out: Path) -> None:
         raise ResourceError(f"{out}: cannot be written to: {error.strerror}; {remedy(error)}") from error
 
 
-def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Sequence[str]) -> None:
+def finish_folder(source: Path, journal: Journal, config: JobConfig, modules: PlainModules) -> None:
     """Write the files that make the folder loadable: side files, the index, the manifest, and config.json last.
 
-    linears: the module names of all Linears of the model. Raises ResourceError; then there is no config.json.
+    modules: of the model and the tensors of the output. Raises ResourceError; then there is no config.json.
     """
     out = journal.out
     faults.point("finish.begun")
@@ -110,7 +111,7 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Se
         "true_sequential": config.true_sequential,
         "mse": _search_power(config),
     }
-    quantization = quantization_of(journal.commits, config, linears, meta)
+    quantization = quantization_of(journal.commits, config, modules, meta)
     quantization_config = config.made.config(quantization)
     if config.made.config_file is not None and quantization.packed:
         write_json(out / config.made.config_file, quantization_config)
@@ -142,8 +143,8 @@ def _search_power(config: JobConfig) -> float:
     return method_of(config).grid(config.scheme).mse_power
 
 
-def quantization_of(commits: Iterable[Commit], config: JobConfig, linears: Sequence[str], meta: Mapping[str, Any]) -> Quantization:
-    """The input of the format's quantization_config. linears: the module names of all Linears of the model."""
+def quantization_of(commits: Iterable[Commit], config: JobConfig, modules: PlainModules, meta: Mapping[str, Any]) -> Quantization:
+    """The input of the format's quantization_config. modules: of the model and the tensors of the output."""
     commits = list(commits)
     names = [name for commit in commits for record in commit.linears if isinstance(name := record.get("name"), str)]
     found = {name: scheme_for(name, config.base_scheme, config.rules) for name in names}
@@ -153,7 +154,9 @@ def quantization_of(commits: Iterable[Commit], config: JobConfig, linears: Seque
         rules=config.rules,
         packed=packed,
         left_out=tuple(name for commit in commits for name in commit.left_out),
-        others=tuple(name for name in linears if name not in packed),
+        others=tuple(name for name in modules.every if name not in packed),
+        outside=modules.outside,
+        apart=modules.apart,
         head=next((str(record.get("name")) for commit in commits if commit.unit.startswith("head") for record in commit.linears), None),
         meta=meta,
     )

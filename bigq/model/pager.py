@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from bigq.io.sources.packed import PackedSource
 from bigq.io.sources.plain import PlainSource
 from bigq.model import skeleton
 from bigq.model.description import ModelDescription
+from bigq.model.extras import Extras, find_extras
+from bigq.model.plain import PlainModules, plain_modules
 from bigq.model.quantization import packed_schemes
 from bigq.progress.trace import Trace
 
@@ -79,9 +81,23 @@ class Pager(ModelDescription):
             for name, target in renamed.items()
         }
 
+    @functools.cached_property
+    def _placed(self) -> dict[str, str]:
+        """Tensor of the checkpoint → parameter or buffer."""
+        return skeleton.map_names(self.model, self.checkpoint)
+
+    @functools.cached_property
+    def extras(self) -> Extras:
+        """The tensors that the model has no place for. Packed ones count too, so this is for checkpoints that are to be quantized."""
+        return find_extras(self.model, self.config, self.blocks_path, self.checkpoint.tensors, self._placed)
+
+    def plain_modules(self, dropped: Iterable[str] = ()) -> PlainModules:
+        """The modules that a quantization config must not count as packed. dropped: tensors that the output does not hold."""
+        return plain_modules(self.model, self.blocks_path, self.checkpoint.tensors, dropped)
+
     def _find_plain(self) -> dict[str, TensorInfo]:
         """The stored tensor of each parameter and buffer that has one; tied parameters share it."""
-        found = {target: self.checkpoint[name] for name, target in skeleton.map_names(self.model, self.checkpoint).items()}
+        found = {target: self.checkpoint[name] for name, target in self._placed.items()}
         parameters = list(self.model.named_parameters(remove_duplicate=False))
         by_object = {id(param): found[name] for name, param in parameters if name in found}
         for name, param in parameters:

@@ -26,6 +26,7 @@ from bigq.methods import method_of
 from bigq.model import skeleton
 from bigq.model.blocks import find_blocks
 from bigq.model.description import ModelDescription
+from bigq.model.extras import Extras, find_extras
 from bigq.model.pager import Pager
 from bigq.model.quantization import require_unpacked
 from bigq.progress.records import host_memory
@@ -75,7 +76,7 @@ def _plan(
     require_format(config)
     skeleton.silence_transformers()
     with torch.no_grad():
-        outline, model_config = _outline(headers.folder, headers.tensors, config)
+        outline, model_config, extras = _outline(headers.folder, headers.tensors, config)
         seqlen = row_length(model_config, config)
         config = _checked(ModelDescription(headers.folder, model_config, outline.model, dict(outline.sources)), config)
         shape = survey(outline, seqlen)
@@ -92,6 +93,7 @@ def _plan(
             budgets=_budgets(config, device, out, ceilings),
             ceilings=ceilings,
             download=_download(headers, out),
+            warnings=extras.warnings(),
         )
 
 
@@ -129,7 +131,7 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path) ->
         blocks_path=pager.blocks_path,
         dtype=pager.dtype,
         sources=pager.sources,
-        stored=sum(info.nbytes for info in pager.checkpoint.tensors.values()),
+        stored=_kept_bytes(pager.checkpoint.tensors, pager.extras),
     )
     shape = survey(outline, config.seqlen)
     work = _work(config, 0 if rows is None else len(rows), 0 if rows is None else len(rows.unique()))
@@ -137,7 +139,16 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path) ->
     if pager.device.type == "cuda":
         torch.cuda.empty_cache()
     budgets = _budgets(config, pager.device, out, ceilings)
-    return make_plan(shape, work, config, on_gpu=pager.device.type == "cuda", base=host_memory(), budgets=budgets, ceilings=ceilings)
+    return make_plan(
+        shape,
+        work,
+        config,
+        on_gpu=pager.device.type == "cuda",
+        base=host_memory(),
+        budgets=budgets,
+        ceilings=ceilings,
+        warnings=pager.extras.warnings(),
+    )
 
 
 def _work(config: JobConfig, rows: int, tokens: int) -> Work:
@@ -169,8 +180,11 @@ def _budgets(config: JobConfig, device: torch.device, out: Path, ceilings: Ceili
     )
 
 
-def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: JobConfig) -> tuple[Outline, object]:
-    """The model described by a config and by headers, if there are any; and its config. Raises CheckpointError, UnsupportedModelError."""
+def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: JobConfig) -> tuple[Outline, object, Extras]:
+    """The model described by a config and by headers, if there are any; its config; and the tensors that it has no place for.
+
+    Raises CheckpointError, UnsupportedModelError.
+    """
     require_unpacked(folder)
     if tensors is None and any(folder.glob("*.safetensors")):
         tensors = Checkpoint.open(folder).tensors
@@ -179,6 +193,14 @@ def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: Job
     dtype = skeleton.compute_dtype(model_config, config.dtype, (t.dtype for t in tensors.values()))
     model = skeleton.build(model_config, dtype, trust_remote_code=config.trust_remote_code, initialised=False)
     path, _ = find_blocks(model)
-    sources = {target: tensors[name] for name, target in skeleton.map_names(model, tensors).items()}
-    stored = sum(info.nbytes for info in tensors.values()) or None
-    return Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored), model_config
+    placed = skeleton.map_names(model, tensors)
+    sources = {target: tensors[name] for name, target in placed.items()}
+    extras = find_extras(model, model_config, path, tensors, placed)
+    stored = _kept_bytes(tensors, extras) or None
+    return Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored), model_config, extras
+
+
+def _kept_bytes(tensors: Mapping[str, TensorInfo], extras: Extras) -> int:
+    """Bytes of all tensors but those that the output leaves out."""
+    dropped = set(extras.dropped)
+    return sum(info.nbytes for name, info in tensors.items() if name not in dropped)
