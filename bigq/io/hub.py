@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bigq.errors import CheckpointError, ResourceError
+from bigq.io.adapter import ADAPTER_CONFIG, refuse_adapter
 from bigq.io.containment import require_contained
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.index import INDEX_NAME, MAX_SIZE, MAX_TENSORS, SINGLE_NAME, TensorInfo, header_entry, read_weight_map
@@ -20,7 +21,7 @@ from bigq.io.json_file import show_name
 #: Files that a job needs from a hub repository besides shards: configs, the index, tokenizer, code, licence.
 SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md")
 #: Files that planning needs.
-PLANNING_FILES = ("config.json", INDEX_NAME, "*.py")
+PLANNING_FILES = ("config.json", INDEX_NAME, ADAPTER_CONFIG, "*.py")
 #: Headers that are fetched at a time.
 HEADERS_AT_ONCE = 8
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
@@ -130,6 +131,7 @@ def _local_folder(model: str) -> Path | None:
         raise CheckpointError(f"{show_name(model)}: no such folder (and not a hub id like owner/name)") from None
     if is_folder:
         require_contained(folder)
+        refuse_adapter(folder)
         # The folder of an unfinished job has no config.json either; its readers say what to do with it.
         if not (folder / "config.json").exists() and not (folder / STATE_FOLDER).exists():
             raise CheckpointError(
@@ -155,6 +157,7 @@ def _snapshot(model: str, patterns: Sequence[str], revision: str | None = None) 
             huggingface_hub.snapshot_download(name, revision=revision or own or None, allow_patterns=list(patterns), ignore_patterns=inner)
         )
     require_contained(folder)
+    refuse_adapter(folder)
     return folder
 
 

@@ -106,9 +106,9 @@ def _predictor_layers(
     found = set()
     for name, (target, ignored) in renamed.items():
         layer, own = blocks.layer(target)
-        if layer >= blocks.count and (ignored or layer < blocks.count + announced):
-            if own not in blocks.inside and len(tensors[name].shape) == 2:
-                found.add(layer)
+        expected = ignored or layer < blocks.count + announced
+        if layer >= blocks.count and expected and own not in blocks.inside and len(tensors[name].shape) == 2:
+            found.add(layer)
     return frozenset(found)
 
 

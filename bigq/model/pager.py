@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bigq.errors import CheckpointError
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import PackedSchemes, PackedWeight
-from bigq.io.index import Checkpoint, TensorInfo
+from bigq.io.index import Checkpoint, TensorInfo, unread_warnings
 from bigq.io.prefetch.prefetch import Prefetch, open_prefetch
 from bigq.io.reader import read_rows, read_tensor
 from bigq.io.sources.base import Source
@@ -27,8 +27,9 @@ from bigq.io.sources.plain import PlainSource
 from bigq.model import skeleton
 from bigq.model.description import ModelDescription
 from bigq.model.extras import Extras, find_extras
+from bigq.model.names import require_parameters
 from bigq.model.plain import PlainModules, plain_modules
-from bigq.model.quantization import packed_schemes
+from bigq.model.quantization import packed_schemes, refuse_quantized_tensors
 from bigq.progress.trace import Trace
 
 #: The maximum number of parameters per tensor of the checkpoint. With more, some tensors must be missing.
@@ -91,6 +92,11 @@ class Pager(ModelDescription):
         """The tensors that the model has no place for. Packed ones count too, so this is for checkpoints that are to be quantized."""
         return find_extras(self.model, self.config, self.blocks_path, self.checkpoint.tensors, self._placed)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences about what the folder holds besides the model, for those who quantize it."""
+        return (*self.extras.warnings(), *unread_warnings(self.folder, self.checkpoint.tensors))
+
     def plain_modules(self, dropped: Iterable[str] = ()) -> PlainModules:
         """The modules that a quantization config must not count as packed. dropped: tensors that the output does not hold."""
         return plain_modules(self.model, self.blocks_path, self.checkpoint.tensors, dropped)
@@ -110,16 +116,17 @@ class Pager(ModelDescription):
         packed = self._find_packed()
         self.packed = {name: source.prefix for name, source in packed.items()}
         self.sources = self._find_plain()
+        parts = {info.name for source in packed.values() for info in source.tensors}
+        unplaced = [name for name in self.checkpoint if name not in self._placed and name not in parts]
+        if self.schemes is None:
+            refuse_quantized_tensors(self.folder, unplaced)
+        require_parameters(self.folder, self.model, [*packed, *self.sources], unplaced)
         found: dict[str, Source] = {}
         for name, param in self._meta.items():
             if name in packed:
                 packed[name].check(tuple(skeleton.linear_weight(self._owner(name)[0]).shape))
                 found[name] = packed[name]
                 continue
-            if name not in self.sources:
-                raise CheckpointError(
-                    f"{self.folder}: tensor {name} is missing from the checkpoint; fetch it again, or correct config.json"
-                )
             found[name] = PlainSource(self.sources[name])
             found[name].check(tuple(param.shape))
         return found

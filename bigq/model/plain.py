@@ -46,9 +46,7 @@ def plain_modules(model: nn.Module, blocks_path: str, tensors: Mapping[str, Tens
         elif not isinstance(modules[path], nn.Embedding) and not skeleton.is_linear(modules[path]):
             others.add(path)
             outside.add(path)
-    return PlainModules(
-        every=tuple(dict.fromkeys([*linears, *sorted(others)])), outside=tuple(sorted(outside)), apart=tuple(sorted(apart))
-    )
+    return PlainModules(every=tuple(dict.fromkeys([*linears, *sorted(others)])), outside=tuple(sorted(outside)), apart=tuple(sorted(apart)))
 
 
 def _apart(path: str, modules: Mapping[str, nn.Module]) -> str:

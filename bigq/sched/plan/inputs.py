@@ -15,7 +15,7 @@ from bigq.conversion.gguf import check_gguf_job
 from bigq.errors import ResourceError, UsageError
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.hub import Headers, resolve_headers
-from bigq.io.index import Checkpoint, TensorInfo
+from bigq.io.index import Checkpoint, TensorInfo, unread_warnings
 from bigq.job.journal import read_job
 from bigq.job.request import require_same_code
 from bigq.job.settle import check_shapes, head_scheme, require_format, row_length, settled_scheme
@@ -27,8 +27,9 @@ from bigq.model import skeleton
 from bigq.model.blocks import find_blocks
 from bigq.model.description import ModelDescription
 from bigq.model.extras import Extras, find_extras
+from bigq.model.names import require_parameters
 from bigq.model.pager import Pager
-from bigq.model.quantization import require_unpacked
+from bigq.model.quantization import refuse_quantized_tensors, require_unpacked
 from bigq.progress.records import host_memory
 from bigq.sched.plan.cost import Work
 from bigq.sched.plan.planner import Budgets, Download, Plan, make_plan
@@ -76,7 +77,7 @@ def _plan(
     require_format(config)
     skeleton.silence_transformers()
     with torch.no_grad():
-        outline, model_config, extras = _outline(headers.folder, headers.tensors, config)
+        outline, model_config, warnings = _outline(headers.folder, headers.tensors, config)
         seqlen = row_length(model_config, config)
         config = _checked(ModelDescription(headers.folder, model_config, outline.model, dict(outline.sources)), config)
         shape = survey(outline, seqlen)
@@ -93,7 +94,7 @@ def _plan(
             budgets=_budgets(config, device, out, ceilings),
             ceilings=ceilings,
             download=_download(headers, out),
-            warnings=extras.warnings(),
+            warnings=warnings,
         )
 
 
@@ -147,7 +148,7 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path) ->
         base=host_memory(),
         budgets=budgets,
         ceilings=ceilings,
-        warnings=pager.extras.warnings(),
+        warnings=pager.warnings,
     )
 
 
@@ -180,13 +181,14 @@ def _budgets(config: JobConfig, device: torch.device, out: Path, ceilings: Ceili
     )
 
 
-def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: JobConfig) -> tuple[Outline, object, Extras]:
-    """The model described by a config and by headers, if there are any; its config; and the tensors that it has no place for.
+def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: JobConfig) -> tuple[Outline, object, tuple[str, ...]]:
+    """The model described by a config and by headers, if there are any; its config; and warnings.
 
     Raises CheckpointError, UnsupportedModelError.
     """
     require_unpacked(folder)
-    if tensors is None and any(folder.glob("*.safetensors")):
+    local = tensors is None
+    if local and any(folder.glob("*.safetensors")):
         tensors = Checkpoint.open(folder).tensors
     tensors = tensors or {}
     model_config = skeleton.load_config(folder, trust_remote_code=config.trust_remote_code)
@@ -195,9 +197,14 @@ def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: Job
     path, _ = find_blocks(model)
     placed = skeleton.map_names(model, tensors)
     sources = {target: tensors[name] for name, target in placed.items()}
+    if tensors:
+        unplaced = [name for name in tensors if name not in placed]
+        refuse_quantized_tensors(folder, unplaced)
+        require_parameters(folder, model, sources, unplaced)
     extras = find_extras(model, model_config, path, tensors, placed)
     stored = _kept_bytes(tensors, extras) or None
-    return Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored), model_config, extras
+    warnings = (*extras.warnings(), *(unread_warnings(folder, tensors) if local else ()))
+    return Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored), model_config, warnings
 
 
 def _kept_bytes(tensors: Mapping[str, TensorInfo], extras: Extras) -> int:

@@ -199,7 +199,8 @@ def make_plan(
 ) -> Plan:
     """The fastest way to run the job that fits with room to spare; if none does, the one that needs least.
 
-    warnings: about the model. base: bytes that the process holds before the job. Settings that ``config`` gives (tier, batch, read-ahead) are kept.
+    base: bytes that the process holds before the job. warnings: about the model.
+    Settings that ``config`` gives (tier, batch, read-ahead) are kept.
     Raises UsageError for activations on a GPU if the job runs on a CPU.
     """
     if config.activations == "gpu" and not on_gpu:
