@@ -20,6 +20,8 @@ from bigq.io.json_file import show_name
 
 #: Files that a job needs from a hub repository besides shards: configs, the index, tokenizer, code, licence.
 SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md")
+#: Patterns that count in subfolders too.
+_FROM_SUBFOLDERS = ("*.py", "*.jinja")
 #: Files that planning needs.
 PLANNING_FILES = ("config.json", INDEX_NAME, ADAPTER_CONFIG, "*.py")
 #: Headers that are fetched at a time.
@@ -150,8 +152,11 @@ def _snapshot(model: str, patterns: Sequence[str], revision: str | None = None) 
     import huggingface_hub
 
     name, _, own = model.partition("@")
-    # Patterns also match in subfolders of the repository (original/, onnx/), from which only code is needed.
-    inner = [f"*/{pattern}" for pattern in patterns if pattern != "*.py"]
+    # Patterns also match in subfolders of the repository (original/, onnx/), from which only code and templates are needed, and the
+    # settings of sentence-transformers (1_Pooling/), which are named in full.
+    inner = [f"*/{pattern}" for pattern in patterns if pattern not in _FROM_SUBFOLDERS]
+    if "*.json" in patterns:
+        inner = [*(pattern for pattern in inner if pattern != "*/*.json"), "[!0-9]*/*.json", "*/*/*.json"]
     with _hub_errors(model):
         folder = Path(
             huggingface_hub.snapshot_download(name, revision=revision or own or None, allow_patterns=list(patterns), ignore_patterns=inner)

@@ -242,7 +242,7 @@ def _require_one_model(folder: Path, weight_map: Mapping[str, str]) -> None:
     others = [shard for shard in weight_map.values() if shard != SINGLE_NAME]
     if others and (folder / SINGLE_NAME).exists():
         raise CheckpointError(
-            f"{folder / SINGLE_NAME}: lies beside {INDEX_NAME}, which names other files ({others[0]}); transformers loads the single file, "
+            f"{folder / SINGLE_NAME}: lies beside {INDEX_NAME}, which names other files ({min(others)}); transformers loads that one, "
             f"bigq the shards: remove {SINGLE_NAME}, or {INDEX_NAME} and its shards, whichever is not your model"
         )
 

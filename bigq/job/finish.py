@@ -22,6 +22,7 @@ from bigq.io.formats import Format, Quantization
 from bigq.io.index import INDEX_NAME, read_header, read_json_object
 from bigq.io.reader import read_tensor
 from bigq.io.shard_record import file_sha256
+from bigq.io.side_files import side_files
 from bigq.job.journal import BATCHES_NAME, CHECKPOINTS_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journal, read_commits
 from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME, read_manifest
 from bigq.kernels.dequantize import dequantize_packed
@@ -62,7 +63,7 @@ def complete_commits(out: Path) -> list[Commit] | None:
 def _leftovers(out: Path) -> list[Path]:
     """Files of a run that was killed: temporary ones, and saved activations. Raises OSError."""
     state = out / STATE_FOLDER
-    return [*out.glob("*" + TEMP_SUFFIX), *state.glob("*" + TEMP_SUFFIX), *state.glob("activations-*"), *state.glob(CHECKPOINTS_NAME)]
+    return [*out.rglob("*" + TEMP_SUFFIX), *state.glob("activations-*"), *state.glob(CHECKPOINTS_NAME)]
 
 
 def _rest_is_whole(out: Path, commits: Sequence[Commit]) -> bool:
@@ -101,9 +102,8 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, modules: Pl
     reopen_folder(out)
     lines = [_json_line(record) for commit in journal.commits for record in commit.linears]
     write_bytes(out / STATE_FOLDER / "linears.jsonl", b"".join(lines))
-    for path in _files_in(source):
-        if is_side_file(path.name) and not (path.name == CARD_NAME and is_card(out / CARD_NAME)):
-            copy_file(path, out / path.name)
+    side = [name for name in side_files(source).files if not (name == CARD_NAME and is_card(out / CARD_NAME))]
+    copy_side_files(source, side, out)
     faults.point("finish.side")
     meta = {
         "quantizer": [f"bigq:{__version__}"],
@@ -123,7 +123,7 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, modules: Pl
     added = {"quantization_config": quantization_config} if quantization.packed else {}
     final = json_bytes(read_json_object(source / "config.json") | added)
     free = {"free": [CARD_NAME]} if is_card(out / CARD_NAME) else {}
-    files = {name: entry for name, entry in _manifest(journal, final).items() if name not in free.get("free", ())}
+    files = {name: entry for name, entry in _manifest(journal, final, side).items() if name not in free.get("free", ())}
     save_record(out / STATE_FOLDER / MANIFEST_NAME, {"files": files, **free})
     faults.point("finish.manifest")
     try:
@@ -179,12 +179,22 @@ def free_card(out: Path) -> None:
         save_record(out / STATE_FOLDER / MANIFEST_NAME, freed)
 
 
-def _manifest(journal: Journal, config_json: bytes) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file of a finished folder, by name."""
+def copy_side_files(source: Path, names: Iterable[str], out: Path) -> None:
+    """Copy files to the same places in another folder. Raises ResourceError."""
+    for name in names:
+        try:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(f"{(out / name).parent}: cannot be made: {error.strerror}; {remedy(error)}") from error
+        copy_file(source / name, out / name)
+
+
+def _manifest(journal: Journal, config_json: bytes, side: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file of a finished folder, by path. side: of the side files, which may be in subfolders."""
     out = journal.out
     files = {c.shard.file: {"size": c.shard.size, "sha256": c.shard.sha256} for c in journal.commits}
     records = [path.name for path in _files_in(out / STATE_FOLDER) if path.name in RECORDS]
-    names = [path.name for path in _files_in(out)] + [f"{STATE_FOLDER}/{name}" for name in records]
+    names = [path.name for path in _files_in(out)] + [f"{STATE_FOLDER}/{name}" for name in records] + list(side)
     for name in sorted(set(names) - set(files) - {"config.json"}):
         files[name] = {"size": (out / name).stat().st_size, "sha256": file_sha256(out / name)}
     files["config.json"] = {"size": len(config_json), "sha256": hashlib.sha256(config_json).hexdigest()}
@@ -211,13 +221,6 @@ def _files_in(folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if path.is_file())
     except OSError as error:
         raise ResourceError(f"{folder}: cannot be listed: {error.strerror}; check the disk, then run the same command again") from error
-
-
-def is_side_file(name: str) -> bool:
-    """Whether a file of the source is copied to the output: tokenizer, licence, generation config, code; not weights or config.json."""
-    if name in ("config.json", "quantize_config.json") or name.startswith("."):
-        return False
-    return not name.endswith((".safetensors", ".index.json", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx"))
 
 
 def _json_line(value: Any) -> bytes:

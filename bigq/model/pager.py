@@ -21,6 +21,7 @@ from bigq.io.formats import PackedSchemes, PackedWeight
 from bigq.io.index import Checkpoint, TensorInfo, unread_warnings
 from bigq.io.prefetch.prefetch import Prefetch, open_prefetch
 from bigq.io.reader import read_rows, read_tensor
+from bigq.io.side_files import side_files
 from bigq.io.sources.base import Source
 from bigq.io.sources.packed import PackedSource
 from bigq.io.sources.plain import PlainSource
@@ -95,7 +96,8 @@ class Pager(ModelDescription):
     @property
     def warnings(self) -> tuple[str, ...]:
         """Sentences about what the folder holds besides the model, for those who quantize it."""
-        return (*self.extras.warnings(), *unread_warnings(self.folder, self.checkpoint.tensors))
+        unread = unread_warnings(self.folder, self.checkpoint.tensors)
+        return (*self.extras.warnings(), *unread, *side_files(self.folder).warnings())
 
     def plain_modules(self, dropped: Iterable[str] = ()) -> PlainModules:
         """The modules that a quantization config must not count as packed. dropped: tensors that the output does not hold."""

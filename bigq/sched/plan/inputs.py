@@ -16,6 +16,7 @@ from bigq.errors import ResourceError, UsageError
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.hub import Headers, resolve_headers
 from bigq.io.index import Checkpoint, TensorInfo, unread_warnings
+from bigq.io.side_files import side_files
 from bigq.job.journal import read_job
 from bigq.job.request import require_same_code
 from bigq.job.settle import check_shapes, head_scheme, require_format, row_length, settled_scheme
@@ -203,7 +204,8 @@ def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: Job
         require_parameters(folder, model, sources, unplaced)
     extras = find_extras(model, model_config, path, tensors, placed)
     stored = _kept_bytes(tensors, extras) or None
-    warnings = (*extras.warnings(), *(unread_warnings(folder, tensors) if local else ()))
+    beside = (*unread_warnings(folder, tensors), *side_files(folder).warnings()) if local else ()
+    warnings = (*extras.warnings(), *beside)
     return Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored), model_config, warnings
 
 
