@@ -174,8 +174,9 @@ class FolderCheck:
 
         Other names that begin with a dot belong to other programs.
         """
-        folders = {str(parent) for file in known for parent in Path(file).parents}
-        for file in sorted(self.listing.keys() - known - folders):
+        folders = {parent for file in known for parent in Path(file).parents}
+        unknown = {str(_unknown_part(Path(file), folders)) for file in self.listing.keys() - known if Path(file) not in folders}
+        for file in sorted(unknown):
             path = Path(file)
             passing = file.endswith(TEMP_SUFFIX) or path.match(f"{STATE_FOLDER}/activations-*.safetensors")
             if path.name.startswith(".") or (passing and self.busy):
@@ -183,6 +184,11 @@ class FolderCheck:
             # Without a manifest, side files of the model cannot be distinguished from foreign files.
             if passing or path.suffix == ".safetensors" or path.parts[0] == STATE_FOLDER or complete:
                 self.add(file, "no record lists it: it is left over from a killed run or was put there by hand; remove it")
+
+
+def _unknown_part(path: Path, folders: set[Path]) -> Path:
+    """A file that no record lists, or the outermost of its folders that holds nothing else. folders: that hold files of a record."""
+    return next((parent for parent in reversed(path.parents) if parent not in folders), path)
 
 
 def list_folder(out: Path) -> dict[str, int | None]:
