@@ -43,6 +43,13 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -175,7 +182,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     entries = parse_object(path, header)
-    _check_metadata(path, entries.pop("__metadata__", {}))
+    _check_metadata(path, entries.pop("__metadata__", None))
     if len(entries) > MAX_TENSORS:
         raise CheckpointError(f"{path}: has more than {MAX_TENSORS} tensors, the maximum that bigq reads")
     data_start = 8 + length
@@ -190,6 +197,8 @@ def _is_file_name(name: Any) -> bool:
 
 
 def _check_metadata(path: Path, metadata: Any) -> None:
+    if metadata is None:  # as the safetensors library reads it
+        return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ is {show_value(metadata)}, not an object of strings; fetch the file again")
 
