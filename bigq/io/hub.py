@@ -54,6 +54,7 @@ def resolve_model(model: str) -> Path:
     if folder is not None:
         return folder
     folder = _snapshot(model, SIDE_FILES)
+    _require_one_model(model, folder)
     # At the commit of the index, in case a newer one is pushed meanwhile.
     folder = _snapshot(model, [glob.escape(name) for name in _shards(folder)], revision=folder.name)
     if not (folder / INDEX_NAME).exists() and not (folder / SINGLE_NAME).exists():
@@ -73,6 +74,7 @@ def resolve_headers(model: str) -> Headers:
     shards = _shards(folder)
     if all((folder / shard).exists() for shard in shards):
         return Headers(folder=folder)
+    _require_one_model(model, folder)
     tensors, sizes = _remote_headers(model, folder, shards)
     missing = sum(size for shard, size in sizes.items() if not (folder / shard).exists())
     return Headers(folder=folder, tensors=tensors, missing=missing, cache=folder.parents[2])
@@ -82,6 +84,22 @@ def _shards(folder: Path) -> list[str]:
     """File names of the shards of a snapshot, from its index if there is one."""
     index = folder / INDEX_NAME
     return list(dict.fromkeys(read_weight_map(index).values())) if index.exists() else [SINGLE_NAME]
+
+
+def _require_one_model(model: str, folder: Path) -> None:
+    """Raise CheckpointError if a repository holds a single file beside the index of other shards. Asked only before shards are fetched."""
+    shards = _shards(folder)
+    if SINGLE_NAME in shards or all((folder / shard).exists() for shard in shards):
+        return
+    import huggingface_hub
+
+    with _hub_errors(model):
+        both = huggingface_hub.file_exists(model.partition("@")[0], SINGLE_NAME, revision=folder.name)
+    if both:
+        raise CheckpointError(
+            f"{model}: holds {SINGLE_NAME} beside {INDEX_NAME}, which names other files ({min(shards)}); transformers loads the single "
+            "file, bigq the shards: download the one that is your model into a folder, and give that"
+        )
 
 
 def _remote_headers(model: str, folder: Path, shards: Sequence[str]) -> tuple[dict[str, TensorInfo], dict[str, int]]:
