@@ -129,6 +129,9 @@ def unplaced_names(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[st
     transformers expects it in checkpoints of this class, so that its loader ignores it without a warning."""
     renamed = {name: target for name, (target, _) in _renamed(model, names).items()}
     found = SimpleNamespace(missing_keys=set(), unexpected_keys=set(renamed.values()))
+    for patterns in ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
+        # Models with code of their own may have left these as lists.
+        model.__dict__[patterns] = set(getattr(model, patterns, None) or ())
     model._adjust_missing_and_unexpected_keys(found)  # type: ignore[operator]
     return {name: (target, target not in found.unexpected_keys) for name, target in renamed.items()}
 
