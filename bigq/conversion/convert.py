@@ -20,13 +20,15 @@ from bigq.conversion.gguf import write_gguf
 from bigq.conversion.repack import Repacking, read_linear
 from bigq.conversion.staging import output_folder, staging_folder
 from bigq.errors import BigqError, CheckpointError, UsageError
-from bigq.io.atomic import copy_file, json_bytes, write_bytes, write_json
+from bigq.io.atomic import json_bytes, write_bytes, write_json
+from bigq.io.containment import require_contained
 from bigq.io.formats import FORMATS, Format, Quantization
 from bigq.io.formats.gptq_config import GptqSchemes
 from bigq.io.index import INDEX_NAME, read_json_object
+from bigq.io.side_files import side_files
 from bigq.io.writer import write_shard
 from bigq.job.conversion_record import ConversionRecord, Provenance, provenance_of, write_conversion
-from bigq.job.finish import CARD_NAME, is_card, is_side_file
+from bigq.job.finish import CARD_NAME, copy_side_files, is_card
 from bigq.job.journal import Commit, modification_time
 from bigq.model import skeleton
 from bigq.model.blocks import block_linears
@@ -63,6 +65,7 @@ def convert(
         raise UsageError(f"--to {to}: must be one of {', '.join(FORMATS)}, gguf")
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder; convert takes the folder of a quantized model")
+    require_contained(source)
     place = output_folder(source, out)
     skeleton.silence_transformers()
     with torch.no_grad():
@@ -171,9 +174,8 @@ def _with_errors(records: Sequence[dict[str, Any]], known: Commit | None) -> lis
 
 def _copy_side_files(source: Path, folder: Path) -> None:
     """Copy the tokenizer, licence and other side files, but not bigq's model card, which describes the source."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and is_side_file(path.name) and not (path.name == CARD_NAME and is_card(path)):
-            copy_file(path, folder / path.name)
+    names = side_files(source).files
+    copy_side_files(source, [name for name in names if not (name == CARD_NAME and is_card(source / CARD_NAME))], folder)
 
 
 def _write_configs(pager: Pager, target: Format, folder: Path, commits: Sequence[Commit]) -> None:
@@ -248,12 +250,15 @@ def _quantization(pager: Pager, target: Format) -> dict[str, Any]:
         rules = tuple(Rule(f"{re.escape(name)}$", _overrides(scheme)) for name, scheme in packed.items() if scheme != base)
         inside = (f"{pager.blocks_path}.{i}.{name}" for i, block in enumerate(pager.blocks) for name in block_linears(block))
         left_out = tuple(name for name in inside if name not in packed)
+    modules = pager.plain_modules()
     quantization = Quantization(
         scheme=base,
         rules=rules,
         packed=packed,
         left_out=left_out,
-        others=tuple(name for name in pager.linears if name not in packed),
+        others=tuple(name for name in modules.every if name not in packed),
+        outside=tuple(name for name in modules.outside if name not in packed),
+        apart=modules.apart,
         head=pager.head_name if pager.head_name in packed else None,
         meta=meta,
     )

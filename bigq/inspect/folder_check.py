@@ -174,23 +174,38 @@ class FolderCheck:
 
         Other names that begin with a dot belong to other programs.
         """
-        for file in sorted(self.listing.keys() - known):
+        folders = {parent for file in known for parent in Path(file).parents}
+        unknown = {str(_unknown_part(Path(file), folders)) for file in self.listing.keys() - known if Path(file) not in folders}
+        for file in sorted(unknown):
             path = Path(file)
             passing = file.endswith(TEMP_SUFFIX) or path.match(f"{STATE_FOLDER}/activations-*.safetensors")
             if path.name.startswith(".") or (passing and self.busy):
                 continue
             # Without a manifest, side files of the model cannot be distinguished from foreign files.
-            if passing or path.suffix == ".safetensors" or path.parent.name or complete:
+            if passing or path.suffix == ".safetensors" or path.parts[0] == STATE_FOLDER or complete:
                 self.add(file, "no record lists it: it is left over from a killed run or was put there by hand; remove it")
 
 
+def _unknown_part(path: Path, folders: set[Path]) -> Path:
+    """A file that no record lists, or the outermost of its folders that holds nothing else. folders: that hold files of a record."""
+    return next((parent for parent in reversed(path.parents) if parent not in folders), path)
+
+
 def list_folder(out: Path) -> dict[str, int | None]:
-    """Everything in the folder and in its state folder, by path: the size of a file, None for anything else."""
-    return {
-        path.relative_to(out).as_posix(): path.stat().st_size if path.is_file() else None
-        for folder in (out, out / STATE_FOLDER)
-        for path in sorted(folder.iterdir())
-    }
+    """Everything in the folder, its state folder and folders that are not hidden, by path: the size of a file, None for anything else.
+
+    A folder that holds something is there by what it holds.
+    """
+    found: dict[str, int | None] = {}
+    left = [out, out / STATE_FOLDER]
+    for folder in left:
+        for path in sorted(folder.iterdir()):
+            inner = path.is_dir() and not path.is_symlink() and not path.name.startswith(".") and folder.name != STATE_FOLDER
+            if inner and any(path.iterdir()):
+                left.append(path)
+            else:
+                found[path.relative_to(out).as_posix()] = path.stat().st_size if path.is_file() else None
+    return found
 
 
 def recorded_geometry(record: Mapping[str, Any]) -> PackedLinear | None:

@@ -168,7 +168,7 @@ class _JobCheck(FolderCheck):
             if self.job is None or code or self.bad & {INDEX_NAME, "config.json", "quantize_config.json"}:
                 return
             commits = list(self.commits.values())
-            self.add_all(config_problems(self.out, self.job, commits, trust_remote_code=trust_remote_code))
+            self.add_all(config_problems(self.out, self.job, commits, scans, trust_remote_code=trust_remote_code))
             if not self.bad & {"config.json", "quantize_config.json"}:
                 self.add_all(model_problems(self.out, self.job, left_out, scans, trust_remote_code=trust_remote_code))
         except BigqError as error:

@@ -15,12 +15,13 @@ import torch
 from bigq.config import JobConfig
 from bigq.inspect.scan import Scan
 from bigq.io.formats import PackedLinear
-from bigq.io.index import INDEX_NAME, read_json_object
+from bigq.io.index import INDEX_NAME, TensorInfo, read_json_object
 from bigq.job.finish import quantization_of
 from bigq.job.journal import Commit
 from bigq.model import skeleton
-from bigq.model.blocks import block_linears
+from bigq.model.blocks import block_linears, find_blocks
 from bigq.model.pager import Pager
+from bigq.model.plain import PlainModules, plain_modules
 from bigq.model.skeleton import linear_weight
 from bigq.scheme import scheme_for
 
@@ -47,10 +48,12 @@ def index_problems(index: Mapping[str, Any], scans: Mapping[str, Scan], total: i
         yield INDEX_NAME, f"its total_size is not {total}"
 
 
-def config_problems(out: Path, job: JobConfig, commits: Sequence[Commit], *, trust_remote_code: bool) -> Problems:
+def config_problems(
+    out: Path, job: JobConfig, commits: Sequence[Commit], scans: Mapping[str, Scan], *, trust_remote_code: bool
+) -> Problems:
     """Whether config.json and the format's own config file say how the job quantized. Raises DataError where one cannot be parsed."""
-    linears = _linears(out, trust_remote_code=trust_remote_code) if job.made.names_linears else ()
-    quantization = quantization_of(commits, job, linears, {})
+    tensors = {name: info for scan in scans.values() for name, info in scan.tensors.items()}
+    quantization = quantization_of(commits, job, _modules(out, tensors, trust_remote_code=trust_remote_code), {})
     if not quantization.packed:
         if "quantization_config" in read_json_object(out / "config.json"):
             yield "config.json", "has a quantization_config, but nothing is quantized"
@@ -64,11 +67,12 @@ def config_problems(out: Path, job: JobConfig, commits: Sequence[Commit], *, tru
             yield file, "differs from the settings in the job's record"
 
 
-def _linears(out: Path, *, trust_remote_code: bool) -> tuple[str, ...]:
-    """Module names of all Linears of the model that config.json describes."""
+def _modules(out: Path, tensors: Mapping[str, TensorInfo], *, trust_remote_code: bool) -> PlainModules:
+    """The modules of the model that config.json describes, and of the tensors of the shards."""
     skeleton.silence_transformers()
     config = skeleton.load_config(out, trust_remote_code=trust_remote_code)
-    return skeleton.linears(skeleton.build(config, torch.float32, trust_remote_code=trust_remote_code))
+    model = skeleton.build(config, torch.float32, trust_remote_code=trust_remote_code)
+    return plain_modules(model, find_blocks(model)[0], tensors)
 
 
 def model_problems(out: Path, job: JobConfig, left_out: tuple[str, ...], scans: Mapping[str, Scan], *, trust_remote_code: bool) -> Problems:

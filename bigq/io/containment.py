@@ -24,7 +24,7 @@ def require_contained(folder: Path) -> None:
     model. Hidden subfolders (``.git``, ``.cache``) are skipped, since nothing is read there.
     """
     root = folder.resolve()
-    blobs = _blobs(root)
+    blobs = hub_blobs(root)
     left = [folder]
     seen = 0
     while left:
@@ -45,7 +45,7 @@ def require_contained(folder: Path) -> None:
             raise CheckpointError(f"{show_name(str(error.filename or folder))}: cannot be read: {error.strerror}") from error
 
 
-def _blobs(root: Path) -> Path | None:
+def hub_blobs(root: Path) -> Path | None:
     """The folder that the links of a hub cache snapshot point into, or None if ``root`` is not a snapshot."""
     model = root.parent.parent
     return model / "blobs" if root.parent.name == "snapshots" and model.name.startswith("models--") else None

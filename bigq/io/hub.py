@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bigq.errors import CheckpointError, ResourceError, UnsupportedModelError
+from bigq.io.adapter import ADAPTER_CONFIG, refuse_adapter
 from bigq.io.containment import require_contained
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.index import INDEX_NAME, MAX_SIZE, MAX_TENSORS, SINGLE_NAME, TensorInfo, header_entry, read_weight_map
@@ -19,8 +20,10 @@ from bigq.io.json_file import show_name
 
 #: Files that a job needs from a hub repository besides shards: configs, the index, tokenizer, code, licence.
 SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md")
+#: Patterns that count in subfolders too.
+_FROM_SUBFOLDERS = ("*.py", "*.jinja")
 #: Files that planning needs.
-PLANNING_FILES = ("config.json", INDEX_NAME, "*.py")
+PLANNING_FILES = ("config.json", INDEX_NAME, ADAPTER_CONFIG, "*.py")
 #: Headers that are fetched at a time.
 HEADERS_AT_ONCE = 8
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
@@ -51,6 +54,7 @@ def resolve_model(model: str) -> Path:
     if folder is not None:
         return folder
     folder = _snapshot(model, SIDE_FILES)
+    _require_one_model(model, folder)
     # At the commit of the index, in case a newer one is pushed meanwhile.
     folder = _snapshot(model, [glob.escape(name) for name in _shards(folder)], revision=folder.name)
     if not (folder / INDEX_NAME).exists() and not (folder / SINGLE_NAME).exists():
@@ -70,6 +74,7 @@ def resolve_headers(model: str) -> Headers:
     shards = _shards(folder)
     if all((folder / shard).exists() for shard in shards):
         return Headers(folder=folder)
+    _require_one_model(model, folder)
     tensors, sizes = _remote_headers(model, folder, shards)
     missing = sum(size for shard, size in sizes.items() if not (folder / shard).exists())
     return Headers(folder=folder, tensors=tensors, missing=missing, cache=folder.parents[2])
@@ -79,6 +84,22 @@ def _shards(folder: Path) -> list[str]:
     """File names of the shards of a snapshot, from its index if there is one."""
     index = folder / INDEX_NAME
     return list(dict.fromkeys(read_weight_map(index).values())) if index.exists() else [SINGLE_NAME]
+
+
+def _require_one_model(model: str, folder: Path) -> None:
+    """Raise CheckpointError if a repository holds a single file beside the index of other shards. Asked only before shards are fetched."""
+    shards = _shards(folder)
+    if SINGLE_NAME in shards or all((folder / shard).exists() for shard in shards):
+        return
+    import huggingface_hub
+
+    with _hub_errors(model):
+        both = huggingface_hub.file_exists(model.partition("@")[0], SINGLE_NAME, revision=folder.name)
+    if both:
+        raise CheckpointError(
+            f"{model}: holds {SINGLE_NAME} beside {INDEX_NAME}, which names other files ({min(shards)}); transformers loads the single "
+            "file, bigq the shards: download the one that is your model into a folder, and give that"
+        )
 
 
 def _remote_headers(model: str, folder: Path, shards: Sequence[str]) -> tuple[dict[str, TensorInfo], dict[str, int]]:
@@ -130,6 +151,7 @@ def _local_folder(model: str) -> Path | None:
         raise CheckpointError(f"{show_name(model)}: no such folder (and not a hub id like owner/name)") from None
     if is_folder:
         require_contained(folder)
+        refuse_adapter(folder)
         # The folder of an unfinished job has no config.json either; its readers say what to do with it.
         if not (folder / "config.json").exists() and not (folder / STATE_FOLDER).exists():
             if (folder / "model_index.json").exists():
@@ -152,13 +174,17 @@ def _snapshot(model: str, patterns: Sequence[str], revision: str | None = None) 
     import huggingface_hub
 
     name, _, own = model.partition("@")
-    # Patterns also match in subfolders of the repository (original/, onnx/), from which only code is needed.
-    inner = [f"*/{pattern}" for pattern in patterns if pattern != "*.py"]
+    # Patterns also match in subfolders of the repository (original/, onnx/), from which only code and templates are needed, and the
+    # settings of sentence-transformers (1_Pooling/), which are named in full.
+    inner = [f"*/{pattern}" for pattern in patterns if pattern not in _FROM_SUBFOLDERS]
+    if "*.json" in patterns:
+        inner = [*(pattern for pattern in inner if pattern != "*/*.json"), "[!0-9]*/*.json", "*/*/*.json"]
     with _hub_errors(model):
         folder = Path(
             huggingface_hub.snapshot_download(name, revision=revision or own or None, allow_patterns=list(patterns), ignore_patterns=inner)
         )
     require_contained(folder)
+    refuse_adapter(folder)
     return folder
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from bigq.io.json_file import read_json_object as read_json_object
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SAMPLE_BYTES = 64
+#: Names of the shards of a model.
+_SHARD = re.compile(r"\w+-\d{5,}-of-\d{5,}\.safetensors")
 #: Maximum number of tensors in a checkpoint. The largest published ones have some 200,000. A tensor's entry takes about 600 bytes.
 MAX_TENSORS = 1_000_000
 MAX_NAME_CHARACTERS = 1024
@@ -40,6 +43,13 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -79,9 +89,9 @@ class Checkpoint:
         """Read the index and every shard's header. Raises CheckpointError."""
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder; give MODEL as a folder or a hub id")
+        single = folder / SINGLE_NAME
         if (folder / INDEX_NAME).exists():
             return cls._open_indexed(folder)
-        single = folder / SINGLE_NAME
         if not single.exists():
             raise CheckpointError(_missing_checkpoint(folder))
         tensors, header = read_header(single)
@@ -90,6 +100,7 @@ class Checkpoint:
     @classmethod
     def _open_indexed(cls, folder: Path) -> Checkpoint:
         weight_map = read_weight_map(folder / INDEX_NAME)
+        _require_one_model(folder, weight_map)
         digest = hashlib.sha256(json.dumps(weight_map, sort_keys=True).encode())
         shards: dict[str, dict[str, TensorInfo]] = {}
         home: dict[str, str] = {}
@@ -171,7 +182,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     entries = parse_object(path, header)
-    _check_metadata(path, entries.pop("__metadata__", {}))
+    _check_metadata(path, entries.pop("__metadata__", None))
     if len(entries) > MAX_TENSORS:
         raise CheckpointError(f"{path}: has more than {MAX_TENSORS} tensors, the maximum that bigq reads")
     data_start = 8 + length
@@ -186,6 +197,8 @@ def _is_file_name(name: Any) -> bool:
 
 
 def _check_metadata(path: Path, metadata: Any) -> None:
+    if metadata is None:  # as the safetensors library reads it
+        return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ is {show_value(metadata)}, not an object of strings; fetch the file again")
 
@@ -233,7 +246,35 @@ def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], data_start: int
         raise CheckpointError(f"{path}: {size - position} bytes after the last tensor; the file is damaged, fetch it again")
 
 
+def _require_one_model(folder: Path, weight_map: Mapping[str, str]) -> None:
+    """Raise CheckpointError where a single file lies beside the index of other shards: other readers load the file, not the shards."""
+    others = [shard for shard in weight_map.values() if shard != SINGLE_NAME]
+    if others and (folder / SINGLE_NAME).exists():
+        raise CheckpointError(
+            f"{folder / SINGLE_NAME}: lies beside {INDEX_NAME}, which names other files ({min(others)}); transformers loads that one, "
+            f"bigq the shards: remove {SINGLE_NAME}, or {INDEX_NAME} and its shards, whichever is not your model"
+        )
+
+
+def unread_warnings(folder: Path, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """A warning of files that are named like shards, but hold none of the tensors: no index names them, and no program reads them."""
+    read = {info.file.name for info in tensors.values()}
+    unread = sorted(path.name for path in folder.glob("*.safetensors") if _SHARD.fullmatch(path.name) and path.name not in read)
+    if not unread:
+        return ()
+    which = unread[0] if len(unread) == 1 else f"{len(unread)} shards, such as {unread[0]},"
+    return (f"{folder}: {which} {'is' if len(unread) == 1 else 'are'} not in the index and not read; are they left from another model?",)
+
+
 def _missing_checkpoint(folder: Path) -> str:
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    if any(_SHARD.fullmatch(name) for name in shards):
+        return f"{folder}: contains shards ({shards[0]}) but no {INDEX_NAME}, which says what they hold; fetch the index too"
+    if shards:
+        return (
+            f"{folder}: contains {shards[0]}, but neither {SINGLE_NAME} nor {INDEX_NAME}; "
+            f"if it is the whole model, rename it to {SINGLE_NAME}"
+        )
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         return (
             f"{folder}: contains pickle checkpoints (.bin, .pt), which bigq never loads since they can run code; "

@@ -70,7 +70,8 @@ def write_conversion(folder: Path, record: ConversionRecord, commits: Sequence[C
     write_bytes(state / JOURNAL_NAME, b"".join(commit.to_line() for commit in commits))
     save_record(state / CONVERSION_NAME, dataclasses.asdict(record))
     files = {commit.shard.file: {"size": commit.shard.size, "sha256": commit.shard.sha256} for commit in commits}
-    names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    names = [name for path in paths if not (name := path.relative_to(folder).as_posix()).startswith(".")]
     for name in [*names, f"{STATE_FOLDER}/{JOURNAL_NAME}", f"{STATE_FOLDER}/{CONVERSION_NAME}"]:
         if name not in files:
             files[name] = {"size": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}

@@ -22,10 +22,12 @@ from bigq.io.formats import Format, Quantization
 from bigq.io.index import INDEX_NAME, read_header, read_json_object
 from bigq.io.reader import read_tensor
 from bigq.io.shard_record import file_sha256
+from bigq.io.side_files import side_files
 from bigq.job.journal import BATCHES_NAME, CHECKPOINTS_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journal, read_commits
 from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME, read_manifest
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.methods import method_of
+from bigq.model.plain import PlainModules
 from bigq.scheme import QuantScheme, scheme_for
 from bigq.version import __version__
 
@@ -61,7 +63,7 @@ def complete_commits(out: Path) -> list[Commit] | None:
 def _leftovers(out: Path) -> list[Path]:
     """Files of a run that was killed: temporary ones, and saved activations. Raises OSError."""
     state = out / STATE_FOLDER
-    return [*out.glob("*" + TEMP_SUFFIX), *state.glob("*" + TEMP_SUFFIX), *state.glob("activations-*"), *state.glob(CHECKPOINTS_NAME)]
+    return [*out.rglob("*" + TEMP_SUFFIX), *state.glob("activations-*"), *state.glob(CHECKPOINTS_NAME)]
 
 
 def _rest_is_whole(out: Path, commits: Sequence[Commit]) -> bool:
@@ -90,19 +92,18 @@ def reopen_folder(out: Path) -> None:
         raise ResourceError(f"{out}: cannot be written to: {error.strerror}; {remedy(error)}") from error
 
 
-def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Sequence[str]) -> None:
+def finish_folder(source: Path, journal: Journal, config: JobConfig, modules: PlainModules) -> None:
     """Write the files that make the folder loadable: side files, the index, the manifest, and config.json last.
 
-    linears: the module names of all Linears of the model. Raises ResourceError; then there is no config.json.
+    modules: of the model and the tensors of the output. Raises ResourceError; then there is no config.json.
     """
     out = journal.out
     faults.point("finish.begun")
     reopen_folder(out)
     lines = [_json_line(record) for commit in journal.commits for record in commit.linears]
     write_bytes(out / STATE_FOLDER / "linears.jsonl", b"".join(lines))
-    for path in _files_in(source):
-        if is_side_file(path.name) and not (path.name == CARD_NAME and is_card(out / CARD_NAME)):
-            copy_file(path, out / path.name)
+    side = [name for name in side_files(source).files if not (name == CARD_NAME and is_card(out / CARD_NAME))]
+    copy_side_files(source, side, out)
     faults.point("finish.side")
     meta = {
         "quantizer": [f"bigq:{__version__}"],
@@ -110,7 +111,7 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Se
         "true_sequential": config.true_sequential,
         "mse": _search_power(config),
     }
-    quantization = quantization_of(journal.commits, config, linears, meta)
+    quantization = quantization_of(journal.commits, config, modules, meta)
     quantization_config = config.made.config(quantization)
     if config.made.config_file is not None and quantization.packed:
         write_json(out / config.made.config_file, quantization_config)
@@ -122,7 +123,7 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, linears: Se
     added = {"quantization_config": quantization_config} if quantization.packed else {}
     final = json_bytes(read_json_object(source / "config.json") | added)
     free = {"free": [CARD_NAME]} if is_card(out / CARD_NAME) else {}
-    files = {name: entry for name, entry in _manifest(journal, final).items() if name not in free.get("free", ())}
+    files = {name: entry for name, entry in _manifest(journal, final, side).items() if name not in free.get("free", ())}
     save_record(out / STATE_FOLDER / MANIFEST_NAME, {"files": files, **free})
     faults.point("finish.manifest")
     try:
@@ -142,8 +143,8 @@ def _search_power(config: JobConfig) -> float:
     return method_of(config).grid(config.scheme).mse_power
 
 
-def quantization_of(commits: Iterable[Commit], config: JobConfig, linears: Sequence[str], meta: Mapping[str, Any]) -> Quantization:
-    """The input of the format's quantization_config. linears: the module names of all Linears of the model."""
+def quantization_of(commits: Iterable[Commit], config: JobConfig, modules: PlainModules, meta: Mapping[str, Any]) -> Quantization:
+    """The input of the format's quantization_config. modules: of the model and the tensors of the output."""
     commits = list(commits)
     names = [name for commit in commits for record in commit.linears if isinstance(name := record.get("name"), str)]
     found = {name: scheme_for(name, config.base_scheme, config.rules) for name in names}
@@ -153,7 +154,9 @@ def quantization_of(commits: Iterable[Commit], config: JobConfig, linears: Seque
         rules=config.rules,
         packed=packed,
         left_out=tuple(name for commit in commits for name in commit.left_out),
-        others=tuple(name for name in linears if name not in packed),
+        others=tuple(name for name in modules.every if name not in packed),
+        outside=modules.outside,
+        apart=modules.apart,
         head=next((str(record.get("name")) for commit in commits if commit.unit.startswith("head") for record in commit.linears), None),
         meta=meta,
     )
@@ -176,12 +179,22 @@ def free_card(out: Path) -> None:
         save_record(out / STATE_FOLDER / MANIFEST_NAME, freed)
 
 
-def _manifest(journal: Journal, config_json: bytes) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file of a finished folder, by name."""
+def copy_side_files(source: Path, names: Iterable[str], out: Path) -> None:
+    """Copy files to the same places in another folder. Raises ResourceError."""
+    for name in names:
+        try:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(f"{(out / name).parent}: cannot be made: {error.strerror}; {remedy(error)}") from error
+        copy_file(source / name, out / name)
+
+
+def _manifest(journal: Journal, config_json: bytes, side: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file of a finished folder, by path. side: of the side files, which may be in subfolders."""
     out = journal.out
     files = {c.shard.file: {"size": c.shard.size, "sha256": c.shard.sha256} for c in journal.commits}
     records = [path.name for path in _files_in(out / STATE_FOLDER) if path.name in RECORDS]
-    names = [path.name for path in _files_in(out)] + [f"{STATE_FOLDER}/{name}" for name in records]
+    names = [path.name for path in _files_in(out)] + [f"{STATE_FOLDER}/{name}" for name in records] + list(side)
     for name in sorted(set(names) - set(files) - {"config.json"}):
         files[name] = {"size": (out / name).stat().st_size, "sha256": file_sha256(out / name)}
     files["config.json"] = {"size": len(config_json), "sha256": hashlib.sha256(config_json).hexdigest()}
@@ -208,13 +221,6 @@ def _files_in(folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if path.is_file())
     except OSError as error:
         raise ResourceError(f"{folder}: cannot be listed: {error.strerror}; check the disk, then run the same command again") from error
-
-
-def is_side_file(name: str) -> bool:
-    """Whether a file of the source is copied to the output: tokenizer, licence, generation config, code; not weights or config.json."""
-    if name in ("config.json", "quantize_config.json") or name.startswith("."):
-        return False
-    return not name.endswith((".safetensors", ".index.json", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx"))
 
 
 def _json_line(value: Any) -> bytes:

@@ -152,7 +152,7 @@ class Journal:
 
     def _sound_commits(self) -> dict[str, Commit]:
         """The valid commits by unit. Invalid lines are removed from the journal, and leftover temporary files are deleted."""
-        for leftover in [*self.out.glob("*" + TEMP_SUFFIX), *self._state.glob("*" + TEMP_SUFFIX)]:
+        for leftover in self.out.rglob("*" + TEMP_SUFFIX):
             with contextlib.suppress(OSError):  # one that stays is overwritten later, or reported then
                 leftover.unlink(missing_ok=True)
         lines = (read_record_bytes(self._path) or b"").splitlines(keepends=True)

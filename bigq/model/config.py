@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bigq.errors import CheckpointError, UnsupportedModelError
+from bigq.io.index import INDEX_NAME, SINGLE_NAME
 from bigq.io.json_file import show_name, show_value
 
 #: Pattern of a setting's name, and the largest value allowed. The first pattern that matches counts.
@@ -41,6 +42,12 @@ def check_config(path: Path, config: dict[str, Any], *, trust_remote_code: bool)
         limit = next(most for names, most in _LIMITS if names.search(name))
         if abs(value) > limit:
             raise CheckpointError(f"{path}: {show_name(name)} is {show_value(value)}, above the limit of {limit}; correct it")
+    weights = config.get("transformers_weights")
+    if weights not in (None, SINGLE_NAME, INDEX_NAME):
+        raise UnsupportedModelError(
+            f"{path}: transformers_weights names {show_value(weights)} as the model's weights, but bigq reads {SINGLE_NAME} or "
+            f"{INDEX_NAME}; rename that file and remove the entry"
+        )
     if trust_remote_code:
         return
     for name, value in config.items():

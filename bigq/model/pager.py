@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,19 @@ from torch import Tensor, nn
 from bigq.errors import CheckpointError
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import PackedSchemes, PackedWeight
-from bigq.io.index import Checkpoint, TensorInfo
+from bigq.io.index import Checkpoint, TensorInfo, unread_warnings
 from bigq.io.prefetch.prefetch import Prefetch, open_prefetch
 from bigq.io.reader import read_rows, read_tensor
+from bigq.io.side_files import side_files
 from bigq.io.sources.base import Source
 from bigq.io.sources.packed import PackedSource
 from bigq.io.sources.plain import PlainSource
 from bigq.model import skeleton
 from bigq.model.description import ModelDescription
-from bigq.model.quantization import packed_schemes
+from bigq.model.extras import Extras, find_extras
+from bigq.model.names import require_parameters
+from bigq.model.plain import PlainModules, plain_modules
+from bigq.model.quantization import packed_schemes, refuse_quantized_tensors
 from bigq.progress.trace import Trace
 
 #: The maximum number of parameters per tensor of the checkpoint. With more, some tensors must be missing.
@@ -79,9 +83,29 @@ class Pager(ModelDescription):
             for name, target in renamed.items()
         }
 
+    @functools.cached_property
+    def _placed(self) -> dict[str, str]:
+        """Tensor of the checkpoint → parameter or buffer."""
+        return skeleton.map_names(self.model, self.checkpoint)
+
+    @functools.cached_property
+    def extras(self) -> Extras:
+        """The tensors that the model has no place for. Packed ones count too, so this is for checkpoints that are to be quantized."""
+        return find_extras(self.model, self.config, self.blocks_path, self.checkpoint.tensors, self._placed)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences about what the folder holds besides the model, for those who quantize it."""
+        unread = unread_warnings(self.folder, self.checkpoint.tensors)
+        return (*self.extras.warnings(), *unread, *side_files(self.folder).warnings())
+
+    def plain_modules(self, dropped: Iterable[str] = ()) -> PlainModules:
+        """The modules that a quantization config must not count as packed. dropped: tensors that the output does not hold."""
+        return plain_modules(self.model, self.blocks_path, self.checkpoint.tensors, dropped)
+
     def _find_plain(self) -> dict[str, TensorInfo]:
         """The stored tensor of each parameter and buffer that has one; tied parameters share it."""
-        found = {target: self.checkpoint[name] for name, target in skeleton.map_names(self.model, self.checkpoint).items()}
+        found = {target: self.checkpoint[name] for name, target in self._placed.items()}
         parameters = list(self.model.named_parameters(remove_duplicate=False))
         by_object = {id(param): found[name] for name, param in parameters if name in found}
         for name, param in parameters:
@@ -94,16 +118,17 @@ class Pager(ModelDescription):
         packed = self._find_packed()
         self.packed = {name: source.prefix for name, source in packed.items()}
         self.sources = self._find_plain()
+        parts = {info.name for source in packed.values() for info in source.tensors}
+        unplaced = [name for name in self.checkpoint if name not in self._placed and name not in parts]
+        if self.schemes is None:
+            refuse_quantized_tensors(self.folder, unplaced)
+        require_parameters(self.folder, self.model, [*packed, *self.sources], unplaced)
         found: dict[str, Source] = {}
         for name, param in self._meta.items():
             if name in packed:
                 packed[name].check(tuple(skeleton.linear_weight(self._owner(name)[0]).shape))
                 found[name] = packed[name]
                 continue
-            if name not in self.sources:
-                raise CheckpointError(
-                    f"{self.folder}: tensor {name} is missing from the checkpoint; fetch it again, or correct config.json"
-                )
             found[name] = PlainSource(self.sources[name])
             found[name].check(tuple(param.shape))
         return found

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -118,6 +119,32 @@ def map_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     Applies the renamings that transformers applies on loading. Raises UnsupportedModelError where a tensor would have to be merged or
     split, as for fused experts.
     """
+    places = model.state_dict()
+    result = {}
+    for name, (target, converter) in _renamed(model, names).items():
+        if converter is not None:
+            raise UnsupportedModelError(
+                f"tensor {name} has to be merged or split on loading ({converter!r}); mixture-of-experts models are not supported yet"
+            )
+        if target in places:
+            result[name] = target
+    return result
+
+
+def unplaced_names(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """For names of tensors that the model has no place for: the name that transformers' renaming rules make of each, and whether
+    transformers expects it in checkpoints of this class, so that its loader ignores it without a warning."""
+    renamed = {name: target for name, (target, _) in _renamed(model, names).items()}
+    found = SimpleNamespace(missing_keys=set(), unexpected_keys=set(renamed.values()))
+    for patterns in ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
+        # Models with code of their own may have left these as lists.
+        model.__dict__[patterns] = set(getattr(model, patterns, None) or ())
+    model._adjust_missing_and_unexpected_keys(found)  # type: ignore[operator]
+    return {name: (target, target not in found.unexpected_keys) for name, target in renamed.items()}
+
+
+def _renamed(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+    """Checkpoint name → the name that transformers' renaming rules make of it, and the rule that would merge or split the tensor."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -126,17 +153,12 @@ def map_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     places = model.state_dict()
     prefix = model.base_model_prefix
-    result = {}
+    result: dict[str, tuple[str, str | None]] = {}
     for name in names:
         target, converter = rename_source_key(name, renamings, converters, prefix, places)
         if target not in places and name in places:
             target, converter = name, None
-        if converter is not None:
-            raise UnsupportedModelError(
-                f"tensor {name} has to be merged or split on loading ({converter!r}); mixture-of-experts models are not supported yet"
-            )
-        if target in places:
-            result[name] = target
+        result[name] = target, converter
     return result
 
 

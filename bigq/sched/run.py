@@ -194,7 +194,7 @@ def _finish(job: Job, claim: Claim, control: Control) -> None:
     """Make the folder loadable, and write its GGUF file if the job asks for one."""
     if not is_finished(claim.journal):
         claim.owner.check()
-        finish_folder(job.target.folder, claim.journal, job.config, job.pager.linears)
+        finish_folder(job.target.folder, claim.journal, job.config, job.pager.plain_modules(job.pager.extras.dropped))
     if job.config.format == "gguf" and not has_gguf(job.target.out):
         _write_gguf(job, claim, control)
     claim.checkpoints.discard()

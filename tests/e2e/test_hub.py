@@ -289,6 +289,34 @@ def test_a_plan_for_what_the_hub_does_not_have(repository: Path, hub: Hub, envir
     assert "Traceback" not in done.stderr
 
 
+def test_an_adapter_and_two_models_on_the_hub(repository: Path, environment: dict[str, str], child: Child, tmp_path: Path) -> None:
+    """Refused before any weights are fetched."""
+    command = ("-m", "bigq", "plan", "owner/tiny", "--group-size", "32", "--device", "cpu")
+    (repository / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    done = child(*command, env=environment)
+    assert done.returncode == 3 and "adapter_config.json: a LORA adapter lies beside the weights" in done.stderr
+    (repository / "adapter_config.json").unlink()
+    (repository / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    done = child(*command, env={**environment, "HF_HOME": str(tmp_path / "other")})
+    assert done.returncode == 3, done.stderr
+    assert "owner/tiny: holds model.safetensors beside model.safetensors.index.json, which names other files (model-00001" in done.stderr
+
+
+def test_files_in_subfolders_on_the_hub(
+    repository: Path, environment: dict[str, str], ids_file: Path, child: Child, tmp_path: Path
+) -> None:
+    """Templates, code and the settings of sentence-transformers are fetched; other copies of the model are not."""
+    kept = ("additional_chat_templates/tool.jinja", "1_Pooling/config.json", "code/layers.py")
+    left = ("onnx/config.json", "original/params.json", "1_Dense/model.safetensors")
+    for name in (*kept, *left):
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text("{}")
+    done = child(*arguments("owner/tiny", tmp_path / "out", ids_file), env=environment)
+    assert done.returncode == 0, done.stderr
+    assert all((tmp_path / "out" / name).read_text() == "{}" for name in kept)
+    assert not any((tmp_path / "out" / name).exists() for name in left)
+
+
 def test_unknown_repository_and_unknown_revision(
     repository: Path, environment: dict[str, str], ids_file: Path, child: Child, tmp_path: Path
 ) -> None:

@@ -15,10 +15,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 
 from bigq.errors import CheckpointError
 from bigq.io.index import Checkpoint, read_header, read_json_object
+from bigq.io.writer import OutputTensor, write_shard
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -442,3 +444,25 @@ def test_reading_a_header_takes_memory_in_proportion(tmp_path: Path) -> None:
         assert len(tensors) == 20_000 and tracemalloc.get_traced_memory()[1] < 20 * len(header)
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "name", ["uint16", "uint32", "uint64", "complex64", "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e5m2", "bool"]
+)
+def test_dtypes_of_the_library(name: str, tmp_path: Path) -> None:
+    """A model may carry a tensor of any of them beside its weights, which is copied byte by byte."""
+    dtype = getattr(torch, name)
+    stored = torch.arange(64, dtype=torch.uint8).remainder(2).view(8, 8).view(dtype)
+    save_file({"x": stored}, tmp_path / SINGLE)
+    info = Checkpoint.open(tmp_path)["x"]
+    assert info.dtype == dtype and info.shape == tuple(stored.shape)
+    write_shard(tmp_path / "copy.safetensors", [OutputTensor.copy_of(info)])
+    assert torch.equal(load_file(tmp_path / "copy.safetensors")["x"].view(torch.uint8), stored.view(torch.uint8))
+
+
+def test_metadata_of_null(tmp_path: Path) -> None:
+    """The safetensors library reads it as none, so such files exist."""
+    (tmp_path / SINGLE).write_bytes(shard({"__metadata__": None, "w": entry()}, b"x" * 8))
+    with safe_open(tmp_path / SINGLE, "pt") as file:
+        assert file.metadata() is None
+    assert list(Checkpoint.open(tmp_path)) == ["w"]

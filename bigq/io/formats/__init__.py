@@ -11,11 +11,27 @@ from bigq.io.formats.base import Format, PackedLinear, PackedSchemes, PackedWeig
 from bigq.io.formats.compressed_tensors import CompressedTensors, CompressedTensorsSchemes
 from bigq.io.formats.gptq import Gptq, GptqV2
 from bigq.io.formats.gptq_config import GptqSchemes
-from bigq.io.json_file import show_value
+from bigq.io.json_file import show_name, show_value
 
-__all__ = ["FORMATS", "Format", "PackedLinear", "PackedSchemes", "Quantization", "PackedWeight", "read_schemes"]
+__all__ = ["FORMATS", "Format", "PackedLinear", "PackedSchemes", "Quantization", "PackedWeight", "quantization_method", "read_schemes"]
 
 FORMATS: Mapping[str, Format] = {made.name: made for made in (Gptq(), GptqV2(), CompressedTensors())}
+
+
+#: Entries that name a method in place of ``quant_method``.
+_METHOD_KEYS = ("quant_type", "quant_algo", "quantization_method", "method", "format", "fmt")
+#: Entries that only one method has.
+_TELLING_KEYS: Mapping[str, str] = {
+    "load_in_4bit": "bitsandbytes",
+    "load_in_8bit": "bitsandbytes",
+    "_load_in_4bit": "bitsandbytes",
+    "_load_in_8bit": "bitsandbytes",
+    "w_bit": "awq",
+    "config_groups": "compressed-tensors",
+    "desc_act": "gptq",
+    "weight_block_size": "fp8",
+    "activation_scheme": "fp8",
+}
 
 
 def read_schemes(path: Path, config: Mapping[str, Any]) -> PackedSchemes:
@@ -29,9 +45,22 @@ def read_schemes(path: Path, config: Mapping[str, Any]) -> PackedSchemes:
     if method == "compressed-tensors":
         return CompressedTensorsSchemes.read(path, config, FORMATS["compressed-tensors"])
     raise UnsupportedModelError(
-        f"{path.parent}: already quantized ({show_value(method)}); bigq reads models in fp32, fp16 or bf16, and packed ones "
-        "in the gptq and compressed-tensors formats"
+        f"{path.parent}: is already quantized ({quantization_method(config)}); give the original model, in fp32, fp16 or bf16 (of "
+        "quantized ones, bigq reads gptq and compressed-tensors)"
     )
+
+
+def quantization_method(config: Mapping[str, Any]) -> str:
+    """What a ``quantization_config`` says of its method, for a message. Some writers leave out ``quant_method``."""
+    name = config.get("quant_method") or next((config[key] for key in _METHOD_KEYS if config.get(key)), None)
+    if isinstance(name, dict):
+        name = None
+    if name is None:
+        name = next((method for key, method in _TELLING_KEYS.items() if key in config), None)
+    if name is None:
+        return f"its quantization_config names no method; it has {', '.join(map(show_name, list(config)[:4])) or 'no entries'}"
+    bits = next((config[key] for key in ("bits", "w_bit") if type(config.get(key)) is int), None)
+    return f"{show_name(name) if isinstance(name, str) else show_value(name)}{'' if bits is None else f', {bits} bits'}"
 
 
 def _gptq_variant(path: Path, name: Any) -> Format:

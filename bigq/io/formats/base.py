@@ -73,7 +73,9 @@ class Quantization:
     scheme, rules: as requested.
     packed: the scheme of every packed Linear, by module name.
     left_out: module names of Linears inside blocks that stay unquantized although no rule skips them.
-    others: module names of all Linears that are not packed, inside and outside of blocks.
+    others: module names of all Linears that are not packed, inside and outside of blocks, and of other plain 2-D weights.
+    outside: those of them outside the blocks and beside the head, and those inside that are no Linear.
+    apart: module paths that hold nothing of the model but plain weights, such as MTP layers.
     head: the module name of the output head, if it is packed.
     meta: further entries for human readers.
     """
@@ -83,6 +85,8 @@ class Quantization:
     packed: Mapping[str, QuantScheme]
     left_out: tuple[str, ...]
     others: tuple[str, ...]
+    outside: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
     head: str | None
     meta: Mapping[str, Any]
 
@@ -99,7 +103,6 @@ class Format(ABC):
         information.
     takes_transposed: whether readers support Linears that are stored transposed (GPT-2's Conv1D).
     config_file: a file beside config.json to which the quantization config is written too, for readers that look for it.
-    names_linears: whether the config lists Linears, packed or not, by name.
     scales_as_weights: whether scales have the dtype of the original weights, instead of fp16.
     """
 
@@ -111,7 +114,6 @@ class Format(ABC):
     spare: ClassVar[tuple[str, ...]] = ()
     takes_transposed: ClassVar[bool] = True
     config_file: ClassVar[str | None] = None
-    names_linears: ClassVar[bool] = False
     scales_as_weights: ClassVar[bool] = False
 
     @abstractmethod

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bigq.errors import CheckpointError, UnsupportedModelError, UsageError
 from bigq.io.formats.base import Format, PackedLinear, PackedWeight, Quantization, natural_groups, require_tensor
-from bigq.io.formats.gptq import check_scales
+from bigq.io.formats.gptq import check_scales, escaped
 from bigq.io.index import TensorInfo
 from bigq.io.json_file import show_name, show_value
 from bigq.io.reader import read_tensor
@@ -54,7 +54,6 @@ class CompressedTensors(Format):
     symmetric_key = "symmetric"
     spare = ("weight_g_idx",)
     takes_transposed = False
-    names_linears = True
     scales_as_weights = True
     #: Whether ``weight_g_idx`` must be present and show that groups are in natural order.
     requires_g_idx: ClassVar[bool] = False
@@ -169,7 +168,8 @@ class CompressedTensors(Format):
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": {f"group_{i}": _config_group(kind, targets) for i, (kind, targets) in enumerate(groups.items())},
-            "ignore": sorted(job.others),
+            # Fused experts of other parts have no name of their own here, so these parts are ignored as a whole too.
+            "ignore": [*sorted(job.others), *(f"re:^{escaped(path)}(\\.|$)" for path in job.apart)],
             "kv_cache_scheme": None,
         }
 

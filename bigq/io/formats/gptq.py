@@ -10,6 +10,7 @@ For a Linear X with K inputs, N outputs, G groups and b bits:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -123,8 +124,12 @@ class Gptq(Format):
         return wrong, (low, high)
 
     def config(self, job: Quantization) -> dict[str, Any]:
-        """Overrides per module are written to ``dynamic``. GPTQModel and vLLM apply the first match."""
-        dynamic: dict[str, dict[str, Any]] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in job.left_out}
+        """Overrides per module are written to ``dynamic``. GPTQModel and vLLM apply the first match.
+
+        Modules beside the model's own are excluded by path: vLLM looks fused Linears up by their fused name only.
+        """
+        dynamic: dict[str, dict[str, Any]] = {f"-:^{escaped(path)}(\\.|$)": {} for path in job.apart}
+        dynamic |= {f"-:^{escaped(name)}$": {} for name in (*job.outside, *job.left_out)}
         for rule in job.rules:
             if rule.overrides is None:
                 dynamic.setdefault(f"-:{rule.pattern}", {})
@@ -132,8 +137,8 @@ class Gptq(Format):
                 overrides = {k: v for k, v in rule.overrides.items() if k in ("bits", "group_size", "sym")}
                 dynamic.setdefault(f"+:{rule.pattern}", overrides)
         scheme = job.scheme
-        # optimum needs this list if some Linears of the blocks are unquantized.
-        skips = bool(job.left_out) or any(rule.overrides is None for rule in job.rules)
+        # optimum needs this list if some Linears of the blocks are unquantized; vLLM, for modules that it renames.
+        skips = bool(job.left_out or job.outside or job.apart) or any(rule.overrides is None for rule in job.rules)
         module_list = {"modules_in_block_to_quantize": [sorted(job.packed)]} if skips and job.packed else {}
         return {
             "quant_method": "gptq",
@@ -158,6 +163,11 @@ class GptqV2(Gptq):
     name = "gptq_v2"
     min_zero = 0
     shift = 0
+
+
+def escaped(name: str) -> str:
+    """A module name as a regular expression. ``re.escape`` would also escape characters that need it in no dialect."""
+    return re.sub(r"([.^$*+?{}\[\]\\|()])", r"\\\1", name)
 
 
 def check_scales(piece: Tensor) -> str | None:

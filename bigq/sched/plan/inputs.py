@@ -16,7 +16,8 @@ from bigq.conversion.gguf import check_gguf_job
 from bigq.errors import ResourceError, UsageError
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.hub import Headers, resolve_headers
-from bigq.io.index import Checkpoint, TensorInfo
+from bigq.io.index import Checkpoint, TensorInfo, unread_warnings
+from bigq.io.side_files import side_files
 from bigq.job.journal import read_job
 from bigq.job.request import require_same_code
 from bigq.job.settle import check_shapes, head_scheme, require_format, row_length, settled_scheme
@@ -27,8 +28,10 @@ from bigq.methods import method_of
 from bigq.model import skeleton
 from bigq.model.blocks import find_blocks
 from bigq.model.description import ModelDescription
+from bigq.model.extras import Extras, find_extras
+from bigq.model.names import require_parameters
 from bigq.model.pager import Pager
-from bigq.model.quantization import require_unpacked
+from bigq.model.quantization import refuse_quantized_tensors, require_unpacked
 from bigq.progress.records import host_memory
 from bigq.sched.plan.cost import Work
 from bigq.sched.plan.planner import Budgets, Download, Plan, make_plan
@@ -92,7 +95,7 @@ def _plan(
     require_format(config)
     skeleton.silence_transformers()
     with torch.no_grad():
-        outline, model_config = _outline(headers.folder, headers.tensors, config)
+        outline, model_config, warnings = _outline(headers.folder, headers.tensors, config)
         seqlen = row_length(model_config, config)
         config = _checked(ModelDescription(headers.folder, model_config, outline.model, dict(outline.sources)), config)
         shape = survey(outline, seqlen)
@@ -109,6 +112,7 @@ def _plan(
             budgets=_budgets(config, device, out, ceilings),
             ceilings=ceilings,
             download=_download(headers, out),
+            warnings=warnings,
         )
 
 
@@ -146,7 +150,7 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path, te
         blocks_path=pager.blocks_path,
         dtype=pager.dtype,
         sources=pager.sources,
-        stored=sum(info.nbytes for info in pager.checkpoint.tensors.values()),
+        stored=_kept_bytes(pager.checkpoint.tensors, pager.extras),
     )
     shape = survey(outline, config.seqlen)
     work = _work(config, 0 if rows is None else len(rows), 0 if rows is None else len(rows.unique()))
@@ -154,8 +158,17 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path, te
     if pager.device.type == "cuda":
         torch.cuda.empty_cache()
     budgets = _budgets(config, pager.device, out, ceilings)
-    on_gpu = pager.device.type == "cuda"
-    return make_plan(shape, work, config, on_gpu=on_gpu, base=host_memory(), budgets=budgets, ceilings=ceilings, texts=texts)
+    return make_plan(
+        shape,
+        work,
+        config,
+        on_gpu=pager.device.type == "cuda",
+        base=host_memory(),
+        budgets=budgets,
+        ceilings=ceilings,
+        warnings=pager.warnings,
+        texts=texts,
+    )
 
 
 def _work(config: JobConfig, rows: int, tokens: int) -> Work:
@@ -187,16 +200,34 @@ def _budgets(config: JobConfig, device: torch.device, out: Path, ceilings: Ceili
     )
 
 
-def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: JobConfig) -> tuple[Outline, object]:
-    """The model described by a config and by headers, if there are any; and its config. Raises CheckpointError, UnsupportedModelError."""
+def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: JobConfig) -> tuple[Outline, object, tuple[str, ...]]:
+    """The model described by a config and by headers, if there are any; its config; and warnings.
+
+    Raises CheckpointError, UnsupportedModelError.
+    """
     require_unpacked(folder)
-    if tensors is None and any(folder.glob("*.safetensors")):
+    local = tensors is None
+    if local and any(folder.glob("*.safetensors")):
         tensors = Checkpoint.open(folder).tensors
     tensors = tensors or {}
     model_config = skeleton.load_config(folder, trust_remote_code=config.trust_remote_code)
     dtype = skeleton.compute_dtype(model_config, config.dtype, (t.dtype for t in tensors.values()))
     model = skeleton.build(model_config, dtype, trust_remote_code=config.trust_remote_code, initialised=False)
     path, _ = find_blocks(model)
-    sources = {target: tensors[name] for name, target in skeleton.map_names(model, tensors).items()}
-    stored = sum(info.nbytes for info in tensors.values()) or None
-    return Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored), model_config
+    placed = skeleton.map_names(model, tensors)
+    sources = {target: tensors[name] for name, target in placed.items()}
+    if tensors:
+        unplaced = [name for name in tensors if name not in placed]
+        refuse_quantized_tensors(folder, unplaced)
+        require_parameters(folder, model, sources, unplaced)
+    extras = find_extras(model, model_config, path, tensors, placed)
+    stored = _kept_bytes(tensors, extras) or None
+    beside = (*unread_warnings(folder, tensors), *side_files(folder).warnings()) if local else ()
+    warnings = (*extras.warnings(), *beside)
+    return Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored), model_config, warnings
+
+
+def _kept_bytes(tensors: Mapping[str, TensorInfo], extras: Extras) -> int:
+    """Bytes of all tensors but those that the output leaves out."""
+    dropped = set(extras.dropped)
+    return sum(info.nbytes for name, info in tensors.items() if name not in dropped)

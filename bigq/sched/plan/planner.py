@@ -56,7 +56,8 @@ class Plan:
 
     seconds: by phase, at the device's peak rates: no run is faster. shortages: one sentence each; empty if the job fits.
     rules: how many Linears each rule decides. readers: which programs load the output. notes: further sentences about readers.
-    download: the shards to download before the job begins, or None. texts: what was made of the calibration text, an entry per text.
+    warnings: sentences about the model. download: the shards to download before the job begins, or None.
+    texts: what was made of the calibration text, an entry per text.
     """
 
     shape: ModelShape
@@ -70,6 +71,7 @@ class Plan:
     rules: tuple[RuleCount, ...] = ()
     readers: tuple[Verdict, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     download: Download | None = None
     texts: tuple[Made, ...] = ()
 
@@ -126,6 +128,7 @@ class Plan:
             "phases": phases,
             "rules": rules,
             "readers": [dataclasses.asdict(verdict) for verdict in self.readers],
+            "warnings": list(self.warnings),
             "shortages": list(self.shortages),
         }
 
@@ -159,7 +162,7 @@ class Plan:
 
     def table(self) -> str:
         """The whole plan as text, in lines of at most 60 columns."""
-        lines = [self.brief(), ""]
+        lines = [self.brief(), *(line for warning in self.warnings for line in entry("warning", warning)), ""]
         lines.append(f"  {'phase':8}{'device':>12}{'host':>12}{'arithmetic':>14}{'at least':>11}")
         for phase in self.cost.phases:
             device = show_size(phase.device) if self.choice.on_gpu else "–"
@@ -198,11 +201,13 @@ def make_plan(
     budgets: Budgets,
     ceilings: Ceilings | None,
     download: Download | None = None,
+    warnings: tuple[str, ...] = (),
     texts: Sequence[Made] = (),
 ) -> Plan:
     """The fastest way to run the job that fits with room to spare; if none does, the one that needs least.
 
-    base: bytes that the process holds before the job. Settings that ``config`` gives (tier, batch, read-ahead) are kept.
+    base: bytes that the process holds before the job. warnings: about the model.
+    Settings that ``config`` gives (tier, batch, read-ahead) are kept.
     Raises UsageError for activations on a GPU if the job runs on a CPU.
     """
     if config.activations == "gpu" and not on_gpu:
@@ -238,6 +243,7 @@ def make_plan(
         rules=output.rules,
         readers=output.readers,
         notes=output.notes,
+        warnings=warnings,
         download=download,
         texts=tuple(texts),
     )

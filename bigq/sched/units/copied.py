@@ -1,4 +1,4 @@
-"""Tensors that are copied unquantized: those outside the blocks, and those that the model does not use."""
+"""Tensors that are copied unquantized: those outside the blocks, and those that the model does not use but its loaders expect."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ class CopiedUnit(PlainUnit):
 
 
 def copied_units(pager: Pager, quantized: Iterable[str]) -> list[CopiedUnit]:
-    """Units for all tensors outside the blocks, in the checkpoint's order. quantized: names of tensors that belong to other units."""
-    elsewhere = pager.stored_under(pager.blocks_path) | set(quantized)
+    """Units for all tensors outside the blocks, in the checkpoint's order, without those that the output leaves out.
+
+    quantized: names of tensors that belong to other units.
+    """
+    elsewhere = pager.stored_under(pager.blocks_path) | set(quantized) | set(pager.extras.dropped)
     shards: list[list[TensorInfo]] = []
     size = 0
     for name, info in pager.checkpoint.tensors.items():
