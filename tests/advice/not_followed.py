@@ -1,0 +1,1 @@
+NOT_FOLLOWED: dict[str, tuple[str, ...]] = {}
