@@ -39,6 +39,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if not isinstance(raw.get("model_type"), str):
         raise CheckpointError(f"{path}: has no model_type, so the architecture is unknown")
     check_config(path, raw, trust_remote_code=trust_remote_code)
+    packing = raw.get("quantization_config")
+    if packing is not None and not isinstance(packing, dict):
+        raise CheckpointError(f"{path}: quantization_config is {show_value(packing)}, not an object; fetch it again")
     kind = show_value(raw["model_type"])
     if raw.get("auto_map") and not trust_remote_code:
         from transformers import CONFIG_MAPPING

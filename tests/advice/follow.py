@@ -53,10 +53,10 @@ def _one(words: list[str], advice: str, option: str | None, value: str) -> Itera
 def _with(words: Sequence[str], flag: str, value: str | None) -> list[str]:
     """Options that may be given several times are added at the end."""
     words, given = list(words), [flag] if value is None else [flag, value]
-    if flag in words and flag not in ("--rule", "--skip") and value is not None:
-        at = words.index(flag)
-        words[at + 1] = value
-        return words
+    if flag not in ("--rule", "--skip") and value is not None:
+        for at in [i for i, word in enumerate(words) if word == flag]:
+            words[at + 1] = value
+        return words if flag in words else [*words, *given]
     return words if flag in words and value is None else [*words, *given]
 
 
