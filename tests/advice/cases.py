@@ -341,9 +341,27 @@ def own_code(place: Place) -> None:
 
 
 MORE = (
+    Case(
+        "quantize the original model with --format gguf {}",
+        "convert {model} {tmp}/x.gguf --to gguf --quiet",
+        lambda p: quantized(p, "--bits 3"),
+        lambda p: [*line(RTN.replace("{model}", "{original}"), **vars(p)), "--bits", "4", "--format", "gguf"],
+    ),
+    Case("use --scale-bits {}, or leave out --scale-bits", PLAN + " --format gguf --asym --scale-bits 11"),
+    Case(
+        "{}: it or MODEL is a link that leads to itself; name a folder",
+        CONVERT + " --to compressed-tensors",
+        lambda p: (packed(p), p.out.symlink_to(p.out.name)),
+        lambda p: p.out.unlink(),
+    ),
     Case("--prompt: is empty; give some text", GENERATE.replace("w5", "''"), tokenizer, asked(GENERATE)),
     Case("--chat: the tokenizer of {} has no chat template; leave --chat out", GENERATE + " --chat", tokenizer),
-    Case("; give a shorter one", GENERATE.replace("w5", f"'{'w5 ' * 200}'"), tokenizer, asked(GENERATE)),
+    Case(
+        "--prompt: has {} tokens, but the model has {} positions; give a shorter one",
+        GENERATE.replace("w5", f"'{'w5 ' * 200}'"),
+        tokenizer,
+        asked(GENERATE),
+    ),
     Case("{}; generating needs a tokenizer: add its files to the folder", GENERATE, None, tokenizer),
     Case("but the model has {}; fetch the tokenizer of this model", GENERATE, lambda p: tokens(p, w5=4000), tokenizer),
     Case("{}give {} {} or more", PLAN + " --ram 1KiB"),
@@ -381,7 +399,7 @@ MORE = (
         lambda p: pickled(p),
         restored,
     ),
-    Case("; Linears are called {}{}", PLAN + " --skip '.*router'", None, lambda p: [*line(PLAN, **vars(p)), "--skip", ".*o_proj"]),
+    Case("{}; Linears are called {}{}", PLAN + " --skip '.*router'", None, lambda p: [*line(PLAN, **vars(p)), "--skip", ".*o_proj"]),
     Case("is too long or repeats too much to be matched in bounded time; use at most", PLAN + " --skip '(a*)*b'", None, asked(PLAN)),
     Case("{}: OUT holds a converted model, in which no job can run; choose another folder", RTN, lambda p: converted(p), elsewhere),
     Case(
