@@ -28,6 +28,9 @@ _MAX_BUFFER_BYTES = 2**30
 #: The most parameters of a model without a checkpoint to compare with. Llama-3.1-405B has 1137; experts are stored together.
 _MAX_PARAMETERS = 20_000
 
+#: What a refusal says of the models that can be quantized.
+TAKEN = "bigq takes decoder-only causal language models, which transformers loads by AutoModelForCausalLM"
+
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a model folder, without its ``quantization_config``.
@@ -37,7 +40,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     path = folder / "config.json"
     raw = read_json_object(path)
     if not isinstance(raw.get("model_type"), str):
-        raise CheckpointError(f"{path}: has no model_type, so the architecture is unknown")
+        if "_class_name" in raw or (folder / "model_index.json").exists():
+            raise UnsupportedModelError(f"{path}: is of a part of a diffusion pipeline; {TAKEN}")
+        raise CheckpointError(f"{path}: has no model_type, so the architecture is unknown; {TAKEN}")
     check_config(path, raw, trust_remote_code=trust_remote_code)
     packing = raw.get("quantization_config")
     if packing is not None and not isinstance(packing, dict):
@@ -55,7 +60,14 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         if "model type" in str(error) or raw["model_type"] in str(error):
-            raise UnsupportedModelError(f"{folder}: transformers does not know model type {kind}: {_error_line(error)}") from error
+            from transformers import CONFIG_MAPPING, __version__
+
+            if raw["model_type"] not in CONFIG_MAPPING:
+                raise UnsupportedModelError(
+                    f"{folder}: transformers {__version__} does not know model type {kind}; install a transformers that does, or correct "
+                    "model_type in config.json"
+                ) from error
+            raise UnsupportedModelError(f"{folder}: transformers cannot read model type {kind}: {_error_line(error)}") from error
         raise CheckpointError(f"{path}: is not a valid configuration: {_error_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
@@ -99,6 +111,8 @@ def build(
     except BigqError:
         raise
     except Exception as error:
+        if (reason := _not_causal(config)) is not None:
+            raise UnsupportedModelError(reason) from error
         raise UnsupportedModelError(f"transformers cannot build a causal language model from this config: {_error_line(error)}") from error
     if not initialised:
         model.tie_weights()  # type: ignore[operator]
@@ -209,6 +223,29 @@ def _dtype(value: Any) -> torch.dtype:
 
 def _no_warning(*_: Any) -> None:
     """Replaces a method that warns."""
+
+
+def _not_causal(config: Any) -> str | None:
+    """Why transformers has no causal language model of a config's class; None if it has one."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = type(config)
+    if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "auto_map", None):
+        return None
+    inner = getattr(config, "text_config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        what = "an encoder-decoder model"
+    elif kind in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or (inner is not None and hasattr(config, "vision_config")):
+        what = "a model of images and text"
+    elif kind in auto.MODEL_FOR_MASKED_LM_MAPPING:
+        what = "an encoder"
+    elif kind in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        what = "an image model"
+    elif kind in auto.MODEL_FOR_CTC_MAPPING or kind in auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING:
+        what = "an audio model"
+    else:
+        what = "no causal language model"
+    return f"model type {show_value(str(config.model_type))} is {what}; {TAKEN}"
 
 
 def _error_line(error: Exception) -> str:

@@ -357,7 +357,7 @@ MORE = (
     Case("--prompt: is empty; give some text", GENERATE.replace("w5", "''"), tokenizer, asked(GENERATE)),
     Case("--chat: the tokenizer of {} has no chat template; leave --chat out", GENERATE + " --chat", tokenizer),
     Case(
-        "--prompt: has {} tokens, but the model has {} positions; give a shorter one",
+        "but the model has {} positions; give a shorter one",
         GENERATE.replace("w5", f"'{'w5 ' * 200}'"),
         tokenizer,
         asked(GENERATE),
