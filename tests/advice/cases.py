@@ -249,6 +249,10 @@ FOLDERS = (
 )
 
 DAMAGED = (
+    damaged(
+        "{}: transformers {} does not know model type {}; install a transformers that does, or correct model_type in config.json",
+        lambda p: p.config(model_type="nonsense"),
+    ),
     damaged("{}: has no weight_map; fetch the index again", lambda p: index(p, lambda value: value.pop("weight_map"))),
     damaged("{}: the shard of {} is {}, which is not a file name; fetch the index again", lambda p: weights(p, x="../y")),
     damaged("{}: missing, but the index names it; fetch it again", lambda p: weights(p, x="y.safetensors")),

@@ -155,6 +155,5 @@ NOT_FOLLOWED: dict[str, tuple[str, ...]] = {
         "give {} the same bits, group_size and sym, or skip all of them",
         "--format {}: {} writes {}; use --format {}",
         "--lm-head: {} is a {}, not a Linear; leave out --lm-head",
-        "{}: transformers {} does not know model type {}; install a transformers that does, or correct model_type in config.json",
     ),
 }

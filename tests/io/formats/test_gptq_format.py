@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigq.errors import CheckpointError, UsageError
+from bigq.errors import CheckpointError
 from bigq.io.formats import FORMATS, PackedWeight, Quantization
 from bigq.io.formats.base import fitting_group_size
 from bigq.kernels.pack import unpack
