@@ -239,13 +239,6 @@ FOLDERS = (
         then="zero points of 0",
     ),
     Case("{}: is already quantized; give the original model", PLAN, packed, restored),
-    Case(
-        "{}: no such folder (and not a hub id like owner/name)",
-        "generate {model} --prompt w5 --device cpu",
-        lambda p: shutil.rmtree(p.model),
-        restored,
-        then="tokenizer",
-    ),
 )
 
 DAMAGED = (
@@ -282,7 +275,7 @@ DAMAGED = (
     ),
     damaged("{}: {} is {}, above the limit of {}; correct it", lambda p: p.config(num_hidden_layers=10**9)),
     damaged("{}: {} is {}, which is not a probability; correct it", lambda p: p.config(attention_dropout=5)),
-    damaged("(choose one with --dtype)", lambda p: p.config(dtype="float64"), RTN),
+    damaged("bigq computes in float32, bfloat16 or float16 (choose one with --dtype)", lambda p: p.config(dtype="float64"), RTN),
     damaged(
         "{}: missing; MODEL must be a folder with config.json and safetensors shards, or a hub id",
         lambda p: (p.model / "config.json").unlink(),

@@ -175,12 +175,18 @@ class Format(ABC):
     def config(self, job: Quantization) -> dict[str, Any]:
         """``config.json["quantization_config"]``."""
 
+    def multiples(self, bits: int) -> tuple[int, int]:
+        """Of which numbers the outputs and inputs of a packed Linear must be multiples."""
+        return ALIGNMENT, ALIGNMENT
+
     def misfit(self, m: int, n: int, scheme: QuantScheme, *, transposed: bool = False) -> Misfit | None:
         """Why a Linear of m outputs and n inputs does not fit the format or its group size; None if it does."""
         if transposed and not self.takes_transposed:
             return Misfit("transposed", f"is stored transposed (Conv1D), which readers of {self.name} do not support")
-        if m % ALIGNMENT or n % ALIGNMENT:
-            return Misfit("shape", f"is {m} × {n}, but packed dimensions must be multiples of {ALIGNMENT}")
+        outputs, inputs = self.multiples(scheme.bits)
+        if m % outputs or n % inputs:
+            only = "packed dimensions" if outputs == inputs else f"the inputs of Linears packed at {scheme.bits} bits"
+            return Misfit("shape", f"is {m} × {n}, but {only} must be multiples of {inputs}")
         if scheme.group_size != -1 and n % scheme.group_size:
             return Misfit("group_size", f"has {n} inputs, which group size {scheme.group_size} does not divide")
         return None
