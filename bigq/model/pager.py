@@ -95,15 +95,17 @@ class Pager(ModelDescription):
         self.packed = {name: source.prefix for name, source in packed.items()}
         self.sources = self._find_plain()
         found: dict[str, Source] = {}
+        missing = [name for name in self._meta if name not in packed and name not in self.sources]
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise CheckpointError(
+                f"{self.folder}: tensor {missing[0]}{more} is missing from the checkpoint; fetch it again, or correct config.json"
+            )
         for name, param in self._meta.items():
             if name in packed:
                 packed[name].check(tuple(skeleton.linear_weight(self._owner(name)[0]).shape))
                 found[name] = packed[name]
                 continue
-            if name not in self.sources:
-                raise CheckpointError(
-                    f"{self.folder}: tensor {name} is missing from the checkpoint; fetch it again, or correct config.json"
-                )
             found[name] = PlainSource(self.sources[name])
             found[name].check(tuple(param.shape))
         return found

@@ -243,12 +243,17 @@ FOLDERS = (
 
 DAMAGED = (
     damaged(
+        "{}: contains no {} or {}; MODEL must be a folder of safetensors shards or a hub id",
+        lambda p: [path.unlink() for path in p.model.glob("*.safetensors*")],
+        RTN,
+    ),
+    damaged(
         "{}: transformers {} does not know model type {}; install a transformers that does, or correct model_type in config.json",
         lambda p: p.config(model_type="nonsense"),
     ),
     damaged("{}: has no weight_map; fetch the index again", lambda p: index(p, lambda value: value.pop("weight_map"))),
     damaged("{}: the shard of {} is {}, which is not a file name; fetch the index again", lambda p: weights(p, x="../y")),
-    damaged("{}: missing, but the index names it; fetch it again", lambda p: weights(p, x="y.safetensors")),
+    damaged("{}{}: missing, but the index names it; fetch it again", lambda p: weights(p, x="y.safetensors")),
     damaged(
         "{}: tensor {} is missing, but the index names it; fetch the shard again",
         lambda p: weights(p, x=shard_of(p.model, p.tensor("0.mlp.down_proj.weight")).name),
@@ -378,7 +383,7 @@ MORE = (
     ),
     Case("{}: model type {} needs the checkpoint's own code; pass --trust-remote-code to run it", PLAN, own_code),
     Case(
-        "{}: tensor {} is missing from the checkpoint; fetch it again, or correct config.json",
+        "{}: tensor {}{} is missing from the checkpoint; fetch it again, or correct config.json",
         RTN,
         lambda p: p.config(num_hidden_layers=4),
         restored,

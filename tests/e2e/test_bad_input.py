@@ -94,6 +94,15 @@ def test_the_case_itself_is_sound(case: Case) -> None:
 # MODEL.
 
 
+def test_all_shards_and_all_tensors_that_are_missing_are_counted(case: Case) -> None:
+    case.change_config(num_hidden_layers=4)
+    case.fails(code=3, says=("tensor model.layers.3.self_attn.q_proj.weight (and 8 more) is missing from the checkpoint",))
+    shards = sorted(case.model.glob("*.safetensors"))
+    for path in shards[1:4]:
+        path.unlink()
+    case.fails(code=3, says=("(and 2 more shards): missing, but the index names it",))
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [
