@@ -21,6 +21,7 @@ class QuantizedWeight:
     energy: the same quadratic form of w itself, so that ``loss / energy`` is the relative output error. Where there
         are more than 128 rows, GPTQ estimates it from at most 128 evenly spaced ones.
     damping: the damping that the factorization took (the scheme's, or a step up the ladder).
+    dead_inputs: inputs that were 0 in every calibration token. Their weights are rounded to nearest.
     """
 
     codes: Tensor
@@ -30,6 +31,7 @@ class QuantizedWeight:
     loss: float
     energy: float
     damping: float
+    dead_inputs: int = 0
 
     @property
     def relative_error(self) -> float:

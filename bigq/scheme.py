@@ -67,14 +67,14 @@ class QuantScheme:
     )
     # Groups stay those of the natural order ("static groups"), so nothing changes for readers of the result.
     act_order: bool = _weights(
-        False,
+        True,
         help="quantize columns by decreasing Hessian diagonal; groups keep their natural order",
         rule_key="act_order",
         effects=(CALIBRATED,),
     )
     damping: float = _weights(
         0.01,
-        help="fraction of the Hessian's mean diagonal that is added to its diagonal",
+        help="fraction of the Hessian's mean diagonal, over inputs that are not always 0, that is added to its diagonal",
         placeholder="X",
         rule_key="damping",
         range=Range(must="lie between 0 and 1", holds=lambda damping: 0 < damping < 1),

@@ -15,6 +15,7 @@ from bigq.inspect.bounds import count, number, text
 from bigq.io.formats import Format, PackedLinear
 from bigq.job.journal import Commit
 from bigq.methods import known_method
+from bigq.progress.records import has_many_dead_inputs
 from bigq.scheme import QuantScheme, scheme_for
 
 #: The maximum number of blocks, and of Linears in a block, that are read.
@@ -35,7 +36,7 @@ class LinearResult:
 
     error, damping: None in a folder that was converted from another tool's checkpoint. block: None for the output head.
     symmetric, asked (the damping that its scheme asks for), stored_bits (of all tensors that the format stores for it): None where
-    unknown or not applicable.
+    unknown or not applicable. dead_inputs: inputs that were 0 in every calibration token.
     """
 
     block: int | None
@@ -48,11 +49,17 @@ class LinearResult:
     damping: float | None
     asked: float | None
     stored_bits: int | None
+    dead_inputs: int = 0
 
     @property
     def has_raised_damping(self) -> bool:
         """Whether its factorization needed more damping than its scheme asks for."""
         return self.asked is not None and self.damping is not None and self.damping > self.asked * (1 + 1e-6)
+
+    @property
+    def has_many_dead_inputs(self) -> bool:
+        """Whether more than a tenth of its inputs were 0 in every calibration token."""
+        return has_many_dead_inputs(self.dead_inputs, self.shape[1])
 
     @property
     def weights(self) -> int:
@@ -146,4 +153,5 @@ def _linear(
         damping=damping,
         asked=None if scheme is None or method is None or not method.calibrated else scheme.damping,
         stored_bits=stored,
+        dead_inputs=min(count(record.get("dead_inputs", 0)) or 0, inputs),
     )

@@ -40,7 +40,8 @@ def row_length(model_config: object, config: JobConfig) -> int:
 
 def settled_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme:
     """The job's scheme with all settings decided. Raises UsageError if its scales would not fit the format."""
-    return dataclasses.replace(config.scheme, scale_bits=_scale_bits(model, config))
+    ordered = config.scheme.act_order and method_of(config).calibrated  # without a Hessian there is no other order than the natural one
+    return dataclasses.replace(config.scheme, act_order=ordered, scale_bits=_scale_bits(model, config))
 
 
 def _scale_bits(model: ModelDescription, config: JobConfig) -> int:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
 
@@ -48,7 +48,10 @@ def device_memory_peak(device: torch.device) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearRecord:
-    """The result of quantizing one Linear. seconds: of the factor and solve of its group, as numbers or laps of a clock."""
+    """The result of quantizing one Linear. seconds: of the factor and solve of its group, as numbers or laps of a clock.
+
+    dead_inputs: inputs that were 0 in every calibration token.
+    """
 
     name: str
     bits: int
@@ -57,6 +60,7 @@ class LinearRecord:
     loss: float
     relative_error: float
     damping: float
+    dead_inputs: int
     seconds: Mapping[str, SupportsFloat]
 
     def to_json(self) -> dict[str, Any]:
@@ -68,8 +72,32 @@ class LinearRecord:
             "loss": self.loss,
             "relative_error": self.relative_error,
             "damping": self.damping,
+            "dead_inputs": self.dead_inputs,
             "seconds": {k: round(float(v), 6) for k, v in self.seconds.items()},
         }
+
+
+#: A Linear has many dead inputs if they are more than this fraction of its inputs.
+MANY_DEAD = 0.1
+
+
+def has_many_dead_inputs(dead: int, inputs: int) -> bool:
+    return dead > MANY_DEAD * inputs
+
+
+def dead_inputs_warning(records: Iterable[LinearRecord]) -> str | None:
+    """The warning about Linears with many dead inputs; None if there are none. Names the Linear with most."""
+    many = [record for record in records if has_many_dead_inputs(record.dead_inputs, record.shape[1])]
+    if not many:
+        return None
+    most = max(many, key=lambda record: record.dead_inputs / record.shape[1])
+    n = most.shape[1]
+    share = f"all {n} inputs" if most.dead_inputs == n else f"{most.dead_inputs} of {n} inputs"
+    others = "" if len(many) == 1 else f", and more than a tenth of those of {len(many) - 1} other Linear{'s' * (len(many) > 2)}"
+    return (
+        f"{most.name}: {share} were 0 in every calibration token{others}; the weights of such inputs are only rounded to nearest; "
+        "use more --samples, or a --calibration text that is nearer to what the model will read"
+    )
 
 
 class Stages:
@@ -142,6 +170,11 @@ class Report:
     reader_notes: tuple[str, ...] = ()
 
     @property
+    def many_dead(self) -> list[Mapping[str, Any]]:
+        """The records of Linears with many dead inputs."""
+        return [each for each in self.linears if (dead := each.get("dead_inputs")) and has_many_dead_inputs(dead, each["shape"][1])]
+
+    @property
     def worst(self) -> Mapping[str, Any] | None:
         """The record of the Linear with the largest relative error, or None."""
         return max(self.linears, key=lambda r: float(r["relative_error"]), default=None)
@@ -189,6 +222,9 @@ class Report:
         if self.worst is not None:
             name, error = shortened(str(self.worst["name"]), room - 1), f"relative error {self.worst['relative_error']:.2e}"
             lines += entry("worst", f"{name}: {error}")
+        if self.many_dead:
+            many = f"{len(self.many_dead)} Linear{'s' * (len(self.many_dead) > 1)}"
+            lines += entry("dead", f"more than a tenth of the inputs of {many} were 0 in all calibration tokens")
         if self.left_out:
             names = [shortened(name, room - 1) for name in self.left_out[:4]] + ["…"] * (len(self.left_out) > 4)
             lines += entry("kept", f"{len(self.left_out)} Linears unquantized:") + entry("", names)

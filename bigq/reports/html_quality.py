@@ -81,6 +81,7 @@ def errors(history: History, pictures: Pictures) -> Iterator[Markup]:
     headings = ("Linear", "block", "error", "shape", "bits", "group", "damping")
     yield table(f"The {len(worst)} largest errors", headings, map(_linear, worst), range(1, 7))
     yield from _damping(history)
+    yield from _dead_inputs(history)
     if history.left_out:
         rows = [[left.name, block_number(left.block), left.reason] for left in sorted(history.left_out, key=lambda left: left.wanted)]
         yield folded_table(f"Unquantized: {count_of(len(rows), 'Linear')}", ("Linear", "block", "reason"), rows, (1,), most=MOST_ROWS)
@@ -95,6 +96,20 @@ def _damping(history: History) -> Iterator[Markup]:
         yield folded_table(caption, ("Linear", "block", "asked for", "used", "error"), rows, range(1, 5), most=MOST_ROWS)
     elif method_text(history.config).calibrated:
         yield element("p", "No Linear needed more damping than asked for.")
+
+
+def _dead_inputs(history: History) -> Iterator[Markup]:
+    many = [linear for linear in history.linears if linear.has_many_dead_inputs]
+    if many:
+        many.sort(key=lambda linear: -linear.dead_inputs / linear.shape[1])
+        yield element(
+            "p",
+            "More than a tenth of the inputs of these Linears were 0 in every calibration token. The weights of such inputs are only "
+            "rounded to nearest. More or other calibration text may reach them.",
+        )
+        rows = [[each.name, block_number(each.block), f"{each.dead_inputs} of {each.shape[1]}", error_text(each.error)] for each in many]
+        caption = f"Dead inputs: {count_of(len(many), 'Linear')}"
+        yield folded_table(caption, ("Linear", "block", "dead inputs", "error"), rows, range(1, 4), most=MOST_ROWS)
 
 
 def _linear(linear: LinearResult) -> list[object]:

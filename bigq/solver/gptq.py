@@ -100,6 +100,7 @@ def _solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str
             loss=float(part_loss.sum()),
             energy=_total_energy(part_energy, part_loss),
             damping=factor.damping,
+            dead_inputs=factor.dead_inputs,
         )
         for part_codes, scale, zero, part_loss, part_energy in parts
     ]
@@ -156,7 +157,7 @@ class _Columns:
 
     @classmethod
     def load(cls, weights: list[Tensor], factor: Factor, scheme: QuantScheme, correction: Correction | None = None) -> _Columns:
-        """Convert weights [m_i, n] of any floating type, some rows at a time, and correct them. Weights of dead inputs become 0."""
+        """Convert weights [m_i, n] of any floating type, some rows at a time, and correct them."""
         n, dtype, device = factor.r.shape[0], factor.r.dtype, factor.r.device
         m = sum(w.shape[0] for w in weights)
         width = scheme.group_width(n)
@@ -166,14 +167,9 @@ class _Columns:
         columns = cls(
             empty_columns(n, m, dtype, device), (group // width).to(torch.int32), width, scheme.grid, scale, torch.empty_like(scale), static
         )
-        alive = ~factor.dead
-        all_alive = bool(alive.all())
         at = 0
         for rows in (part for w in weights for part in w.split(max(1, CONVERTED // n))):
-            if correction is None:
-                natural = rows.to(dtype) if all_alive else rows.to(dtype) * alive
-            else:
-                natural = correction.apply(rows.to(dtype, copy=True), factor).mul_(alive)
+            natural = rows.to(dtype) if correction is None else correction.apply(rows.to(dtype, copy=True), factor)
             to = slice(at, at + len(rows))
             if static:
                 columns.scale[:, to], columns.zero[:, to] = find_grid(natural.view(len(rows), -1, width).permute(2, 1, 0), scheme.grid)

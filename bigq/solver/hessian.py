@@ -18,7 +18,7 @@ from bigq.kernels.finiteness import is_finite
 from bigq.kernels.syrk import CHUNK_TOKENS, syrk_
 from bigq.kernels.triangles import mirror_, permute_, restore_upper_
 
-#: If the factorization fails, damping is multiplied by 10, up to 1 (the mean of the diagonal).
+#: If the factorization fails, damping is multiplied by 10, up to 1 (the mean of the live diagonal).
 LADDER_FACTOR = 10.0
 LADDER_TOP = 1.0
 
@@ -100,23 +100,26 @@ class HessianSum:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factor:
-    """``H' = R·Rᵀ``, where H' is H permuted by ``perm`` and damped, with 1 on the diagonal for dead inputs.
+    """``H' = R·Rᵀ``, where H' is H damped and permuted by ``perm``.
 
     r: [n, n], R in the upper triangle. The lower triangle is not part of R.
     perm: the order in which columns are quantized, int64 [n], or None for the natural order.
-    dead: bool [n] in natural order, inputs that were always 0.
-    damping: the fraction of the mean diagonal that was added.
+    dead_inputs: inputs that were 0 in every token, so that their row of H is 0.
+    damping: the fraction of the mean diagonal of the other inputs that was added to the diagonal.
     """
 
     r: Tensor
     perm: Tensor | None
-    dead: Tensor
+    dead_inputs: int
     damping: float
 
 
 def factorize(h: Tensor, *, act_order: bool, damping: float, name: str = "the Linear") -> Factor:
     """Factor a symmetric H [n, n] (fp32 or fp64) in its own storage; the caller must not use h afterwards.
 
+    Damping is a fraction of the mean over live inputs. Dead ones have no part in it, so the factor of c·H is √c times that of H. In H'
+    a dead input has only the damping on its diagonal: it is corrected for no other input and corrects none, so its weights are rounded
+    to nearest. An input that was nearly always 0 is treated in nearly the same way.
     If the factorization fails, damping is raised and it is repeated. Raises NumericsError, naming ``name``, if H is not finite or
     not positive definite even with the highest damping.
     """
@@ -126,18 +129,18 @@ def factorize(h: Tensor, *, act_order: bool, damping: float, name: str = "the Li
             f"{name}: the calibration inputs contain NaN or Inf, or their squares overflow (NaN or Inf in the Hessian); "
             f"{OTHER_DTYPE}, or leave out such tokens with --on-nonfinite skip"
         )
-    dead = diagonal == 0
-    diagonal[dead] = 1
+    live = int((diagonal != 0).sum())
+    # In fp64: a sum of large fp32 numbers may overflow.
+    mean = float(diagonal.double().sum()) / live if live else 1.0
     perm: Tensor | None = None
     if act_order:
         perm = torch.argsort(diagonal, descending=True, stable=True)
         permute_(h, perm)
-    mean = float(h.diagonal().mean())
     undamped = h.diagonal().clone()
     while True:
         h.diagonal().copy_(undamped + damping * mean)
         if upper_cholesky_(h):
-            return Factor(r=h, perm=perm, dead=dead, damping=damping)
+            return Factor(r=h, perm=perm, dead_inputs=len(h) - live, damping=damping)
         if damping >= LADDER_TOP:
             raise NumericsError(
                 f"{name}: its Hessian is not positive definite even with damping {damping:g}; use more calibration samples, or {LEAVE_OUT}"

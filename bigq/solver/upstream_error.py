@@ -84,8 +84,8 @@ class Correction:
     def apply(self, rows: Tensor, factor: Factor) -> Tensor:
         """``W + α·W·D·H'⁻¹`` for rows W [k, n] of a weight in the factor's dtype, with the damped H' of the factor. Overwrites rows.
 
-        Weights of inputs that are always 0 in the quantized model get no correction. Their contribution in the original model is
-        compensated by the other weights.
+        Weights of inputs that are always 0 in the quantized model get no correction, since their columns of D and H are 0. Their
+        contribution in the original model is compensated by the other weights.
         """
         with fp32_products(rows, tf32=True):
             spread = rows @ self.cross

@@ -144,8 +144,8 @@ def test_defaults_in_the_help_are_those_of_the_api(command: str, configs: list[A
         ("--sym", {}),
         ("--asym", {"scheme": QuantScheme(symmetric=False)}),
         ("--no-sym", {"scheme": QuantScheme(symmetric=False)}),
-        ("--act-order", {"scheme": QuantScheme(act_order=True)}),
-        ("--no-act-order", {}),
+        ("--act-order", {}),
+        ("--no-act-order", {"scheme": QuantScheme(act_order=False)}),
         ("--no-mse", {}),
         ("--no-trust-remote-code", {}),
         ("--damping 0.05", {"scheme": QuantScheme(damping=0.05)}),
@@ -256,6 +256,24 @@ def test_nothing_given_is_everything_as_before() -> None:
 def test_what_is_given_changes_that_and_nothing_else(flags: str, changes: dict[str, Any]) -> None:
     """Defaults, too, can be asked for."""
     assert parsed(*flags.split(), before=BEFORE) == dataclasses.replace(BEFORE, **changes)
+
+
+def test_a_job_in_natural_order_keeps_it(checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path) -> None:
+    """Although act-order is the default: the order is decided when a job begins."""
+    given = ["--calibration", str(ids_file), "--samples", "4", "--seqlen", "8", "--group-size", "32", "--device", "cpu", "--quiet"]
+    job = ["quantize", str(checkpoint("llama")), str(tmp_path / "out"), *given]
+    assert main([*job, "--no-act-order"]) == 0
+    shards = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")}
+    next((tmp_path / "out").glob("model-00002-*")).unlink()
+    assert main(job) == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")} == shards
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["static_groups"] is False
+    with pytest.raises(UsageError, match="--no-act-order"):
+        bigq.quantize(
+            checkpoint("llama"),
+            tmp_path / "out",
+            JobConfig(scheme=QuantScheme(group_size=32), calibration=str(ids_file), samples=4, seqlen=8, device="cpu"),
+        )
 
 
 def test_settings_that_make_no_sense_are_told_with_the_folder() -> None:

@@ -315,12 +315,9 @@ def test_true_sequential_gives_other_codes(family_run: Callable[[str], Run], ids
 
 
 def damped(h: Tensor, weight: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """What GPTQ makes of a Hessian and a weight before it begins: dead inputs harmless, diagonal damped (fp64)."""
+    """What GPTQ makes of a Hessian and a weight before it begins: damped by the mean of the live diagonal (fp64)."""
     h, weight = h.double().clone(), weight.double().clone()
-    dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1
-    weight[:, dead] = 0
-    h.diagonal().add_(damping * h.diagonal().mean())
+    h.diagonal().add_(damping * h.diagonal()[h.diagonal() != 0].mean())
     return h, weight
 
 
@@ -363,7 +360,7 @@ VARIANTS: Mapping[str, dict[str, Any]] = {
     "asym, gptq_v2": {"symmetric": False, "format": "gptq_v2"},
     "asym, 3 bits, gptq_v2": {"symmetric": False, "bits": 3, "format": "gptq_v2"},
     "asym, 2 bits": {"symmetric": False, "bits": 2},
-    "act order": {"act_order": True},
+    "natural order": {"act_order": False},
     "act order, asym, 3 bits": {"act_order": True, "symmetric": False, "bits": 3},
     "mse": {"mse": True},
     "mse, asym, 2 bits": {"mse": True, "symmetric": False, "bits": 2},
@@ -389,7 +386,7 @@ def test_variant(variant: str, family_run: Callable[[str], Run], ids_file: Path,
     assert config["group_size"] == settings.get("group_size", GROUP)
     assert config["sym"] is settings.get("symmetric", True)
     assert config["checkpoint_format"] == settings.get("format", "gptq")
-    assert config["desc_act"] is False and config["static_groups"] is settings.get("act_order", False)
+    assert config["desc_act"] is False and config["static_groups"] is settings.get("act_order", settings.get("method") != "rtn")
     assert config["damp_percent"] == settings.get("damping", 0.01)
     assert config["meta"]["method"] == settings.get("method", "gptq")
     for prefix, got in decoded.items():
@@ -536,12 +533,12 @@ def test_rules_mix_bits_and_groups(checkpoint: Callable[[str], Path], ids_file: 
 def test_rules_for_act_order_and_damping_within_one_group(checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path) -> None:
     """q, k and v share a Hessian and still each get what was asked for: as in jobs where all Linears have it."""
     source = checkpoint("llama")
-    rules = (Rule.parse(r".*\.q_proj:act_order=true"), Rule.parse(r".*\.k_proj:damping=0.3"))
+    rules = (Rule.parse(r".*\.q_proj:act_order=false"), Rule.parse(r".*\.k_proj:damping=0.3"))
     mixed = run_job(source, tmp_path / "mixed", job(ids_file, rules=rules))
-    ordered = run_job(source, tmp_path / "ordered", job(ids_file, act_order=True))
+    natural = run_job(source, tmp_path / "natural", job(ids_file, act_order=False))
     damped_run = run_job(source, tmp_path / "damped", job(ids_file, damping=0.3))
     plain = run_job(source, tmp_path / "plain", job(ids_file))
-    for part, run in (("q", ordered), ("k", damped_run), ("v", plain)):
+    for part, run in (("q", natural), ("k", damped_run), ("v", plain)):
         name = f"model.layers.0.self_attn.{part}_proj"
         assert torch.equal(mixed.solved[name].codes, run.solved[name].codes), part
     q, k = (f"model.layers.0.self_attn.{p}_proj" for p in "qk")

@@ -153,6 +153,7 @@ def test_linear_record_is_plain_json() -> None:
         loss=0.5,
         relative_error=0.01,
         damping=0.01,
+        dead_inputs=3,
         seconds={"factor": 0.12345678, "solve": 1.0},
     )
     assert json.loads(json.dumps(record.to_json())) == {
@@ -163,6 +164,7 @@ def test_linear_record_is_plain_json() -> None:
         "loss": 0.5,
         "relative_error": 0.01,
         "damping": 0.01,
+        "dead_inputs": 3,
         "seconds": {"factor": 0.123457, "solve": 1.0},
     }
 

@@ -21,7 +21,7 @@ def solve_by_columns(
 ) -> list[QuantizedWeight]:
     assert correction is not None
     n, dtype = factor.r.shape[0], factor.r.dtype
-    w = torch.cat(weights).to(dtype) * ~factor.dead
+    w = torch.cat(weights).to(dtype)
     perm = torch.arange(n) if factor.perm is None else factor.perm
     width, top = scheme.group_width(n), 2**scheme.bits - 1
     u = torch.linalg.inv(factor.r.triu())

@@ -31,11 +31,10 @@ def with_eigenvalues(n: int, lowest: float, dtype: torch.dtype = torch.float64) 
 
 
 def damped(h: Tensor, perm: Tensor | None, damping: float) -> Tensor:
-    """The matrix that should be factored: 1 for dead inputs, damping · mean added, in the order of perm; fp64."""
+    """The matrix that should be factored: damping · mean of the live inputs added, in the order of perm; fp64."""
     h = h.double().clone()
     diagonal = h.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += damping * float(diagonal.mean())
+    diagonal += damping * float(diagonal[diagonal != 0].mean())
     return h if perm is None else h[perm][:, perm]
 
 
@@ -83,7 +82,7 @@ def test_factor_multiplies_back_to_the_damped_matrix(dtype: torch.dtype, toleran
     factor = factorize(h, act_order=act_order, damping=0.01)
     expected = damped(original, factor.perm, 0.01)
     assert float((product(factor.r) - expected).abs().max() / expected.abs().max()) < tolerance
-    assert factor.r.dtype == dtype and factor.damping == 0.01 and not factor.dead.any()
+    assert factor.r.dtype == dtype and factor.damping == 0.01 and factor.dead_inputs == 0
     assert (factor.perm is not None) == act_order
 
 
@@ -110,7 +109,6 @@ def test_act_order_factors_the_permuted_matrix(n: int, dtype: torch.dtype, dead:
     factor = factorize(h, act_order=True, damping=0.01)
     assert factor.perm is not None and factor.perm.tolist() != list(range(n))
     assert factor.r.data_ptr() == h.data_ptr() and factor.r.shape == (n, n)
-    original[dead, dead] = 1
     explicit = factorize(original[factor.perm][:, factor.perm], act_order=False, damping=0.01)
     assert torch.equal(factor.r.triu(), explicit.r.triu())
     assert not torch.equal(factor.r.triu(), factorize(original, act_order=False, damping=0.01).r.triu())
@@ -133,14 +131,44 @@ def test_no_second_matrix_is_allocated(act_order: bool, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
-def test_dead_inputs_are_marked_and_get_diagonal_1(act_order: bool) -> None:
+def test_dead_inputs_are_counted_and_get_only_the_damping(act_order: bool) -> None:
     dead = [0, 4, 299]
     h = with_eigenvalues(300, 0.1)
     h[dead], h[:, dead] = 0, 0
     original = h.clone()
     factor = factorize(h, act_order=act_order, damping=0.05)
-    assert factor.dead.nonzero().flatten().tolist() == dead, "dead is in natural order"
+    assert factor.dead_inputs == 3
+    if act_order:
+        assert factor.perm is not None and sorted(factor.perm[-3:].tolist()) == dead
     assert torch.allclose(product(factor.r), damped(original, factor.perm, 0.05), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("units", [2.0**-40, 2.0**-14, 2.0**30])
+@pytest.mark.parametrize("dead", [0, 1, 150, 300])
+def test_the_factor_does_not_depend_on_the_units_of_the_inputs(dead: int, units: float, act_order: bool) -> None:
+    """Bit-exact for powers of 4: the factor of 4ᵏ·H is 2ᵏ times that of H, with or without dead inputs."""
+    h = with_eigenvalues(300, 0.1, torch.float32)
+    h[:dead], h[:, :dead] = 0, 0
+    plain = factorize(h.clone(), act_order=act_order, damping=0.01)
+    scaled = factorize(h * units**2, act_order=act_order, damping=0.01)
+    expected = 1.0 if dead == 300 else units  # without a live input there is no unit
+    assert torch.equal(scaled.r.triu(), plain.r.triu() * expected)
+    assert scaled.dead_inputs == plain.dead_inputs == dead
+
+
+def test_the_damping_of_live_inputs_does_not_depend_on_dead_ones() -> None:
+    h = with_eigenvalues(300, 0.1) * 1e-4
+    alive = h[100:, 100:].clone()
+    h[:100], h[:, :100] = 0, 0
+    r = factorize(h, act_order=False, damping=0.01).r
+    assert torch.allclose(r[100:, 100:].triu(), factorize(alive, act_order=False, damping=0.01).r.triu(), rtol=1e-12, atol=0)
+
+
+def test_the_sum_of_a_large_diagonal_does_not_overflow() -> None:
+    """Each of the 8 numbers fits fp32, their sum does not."""
+    factor = factorize(torch.eye(8) * 2e38, act_order=False, damping=0.01)
+    assert torch.allclose(factor.r.diagonal().double().square(), torch.full((8,), 2.02e38, dtype=torch.float64), rtol=1e-6)
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])

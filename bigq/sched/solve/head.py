@@ -99,4 +99,5 @@ def _by_rows(job: HeadJob, quantize: Callable[[Tensor], QuantizedWeight]) -> Qua
         loss=sum(part.loss for part in parts),
         energy=sum(part.energy for part in parts),
         damping=parts[0].damping,
+        dead_inputs=parts[0].dead_inputs,
     )

@@ -34,6 +34,7 @@ class Solved:
             loss=weight.loss,
             relative_error=weight.relative_error,
             damping=weight.damping,
+            dead_inputs=weight.dead_inputs,
             seconds=self.seconds,
         )
 

@@ -19,7 +19,7 @@ from bigq.model import skeleton
 from bigq.model.pager import Pager
 from bigq.model.skeleton import linear_weight
 from bigq.model.structure import BlockPlan
-from bigq.progress.records import LinearRecord
+from bigq.progress.records import LinearRecord, dead_inputs_warning
 from bigq.sched.shards import Product, Shard
 from bigq.sched.solve.block import BlockJob
 from bigq.sched.solve.results import Skipped
@@ -108,6 +108,8 @@ class BlockUnit(StreamedUnit):
             control.pause()
         if lost:
             control.progress.say(f"block {self.index + 1}: up to {lost} calibration tokens are not finite and were left out of a Hessian")
+        if (warning := dead_inputs_warning(records)) is not None:
+            control.progress.say(f"warning: {warning}")
         tensors = self._tensors(bench, packed)
         left_out = [f"{self.prefix}.{name}" for name in job.plan.left_out] + list(skipped)
         return Product(tensors=tensors, records=records, left_out=left_out, skipped=skipped, batch=solving.batch)

@@ -11,7 +11,7 @@ from bigq.errors import NumericsError
 from bigq.io.index import TensorInfo
 from bigq.job.settle import head_scheme
 from bigq.model.pager import Pager
-from bigq.progress.records import LinearRecord
+from bigq.progress.records import LinearRecord, dead_inputs_warning
 from bigq.sched.shards import Product, Shard
 from bigq.sched.solve.head import HeadJob
 from bigq.sched.solving import Solving
@@ -73,6 +73,8 @@ class HeadUnit(StreamedUnit):
             with control.clock.phase("pack"):
                 packed = config.made.pack(head.source.name.removesuffix(".weight"), solved.weight, head.source.dtype)
             records.append(solved.record())
+            if (warning := dead_inputs_warning(records)) is not None:
+                control.progress.say(f"warning: {warning}")
             tensors = bench.writer.packed(packed)
         product = Product(tensors=tensors, records=records, left_out=list(skipped), skipped=skipped, batch=solving.batch)
         bench.writer.hand_over(self.shard, product)
