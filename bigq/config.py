@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bigq.calibration_data import calibration_source
+from bigq.data.given import calibration_source
+from bigq.data.spec import is_named
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.json_file import show_name
 from bigq.options import Converted, Effect, Option, Range, Resume, at_least, option, path, settle, table
@@ -31,6 +32,7 @@ NEVER = "never"
 CALIBRATION, BUDGETS, RUN, OUTPUT = "calibration", "memory and disk", "how it runs", "output"
 
 CORRECTED = Effect(unless="without --method gptaq", holds=lambda job, _: job.method == "gptaq", refused=True)
+ON_RECORDS = Effect(unless="on texts by name", holds=lambda job, _: not is_named(job.calibration))
 ON_GPU = Effect(unless="on a CPU", holds=lambda _, device: device != "cpu")
 
 _SEED = Range(must="be from 0 to 2**64 − 1", holds=lambda seed: 0 <= seed <= MAX_SEED)
@@ -55,6 +57,12 @@ def _seconds_or_never(given: Any, label: str) -> Any:
 def seqlen_option(**more: Any) -> Any:
     unset = f"{DEFAULT_SEQLEN}, or the model's limit if that is less"
     return option(None, help="tokens per row", unit="tokens", unset=unset, range=at_least(1), **more)
+
+
+def text_field_option(**more: Any) -> Any:
+    unset = "text; or messages, ShareGPT conversations, or prompt and completion, through the chat template"
+    help = "field of records that holds the text, or a list of messages"
+    return option(None, help=help, placeholder="NAME", unset=unset, range=Range(must="not be empty", holds=bool), **more)
 
 
 def batch_option(**more: Any) -> Any:
@@ -150,12 +158,18 @@ class JobConfig:
     )
     calibration: Converted[str, Any] = option(
         "c4",
-        help="text file, JSONL with a text field, token ids in safetensors, or a text by name",
+        help="file or pattern: text, JSON records, parquet, or token ids in safetensors; or c4, wikitext2, ultrachat, code, builtin; "
+        "commas join several, with weights: c4:0.7,ultrachat:0.3",
         group=CALIBRATION,
-        placeholder="FILE|c4|builtin",
+        placeholder="FILE|NAME",
         resume=Resume.FREE,  # the tokens are compared instead, wherever the text lies
         convert=calibration_source,
         effects=(CALIBRATED,),
+    )
+    text_field: str | None = text_field_option(
+        group=CALIBRATION,
+        resume=Resume.FREE,  # as for calibration
+        effects=(CALIBRATED, ON_RECORDS),
     )
     samples: int = option(
         128,

@@ -44,9 +44,11 @@ from models import FIRST_ID, VOCABULARY, make_checkpoint, random_ids, save_ids, 
 from tokenizers_for_gguf import TEXTS, TOKENIZERS, save_tokenizer
 
 import bigq
-from bigq.calibration import ASSETS, BUILTIN_HELDOUT, evaluation_rows, load_tokenizer
+from bigq.calibration import evaluation_rows
 from bigq.conversion import gguf, gguf_families
 from bigq.conversion.gguf import write_gguf
+from bigq.data.opening import ASSETS, BUILTIN_HELDOUT
+from bigq.data.tokenizer import load_tokenizer
 from bigq.io import gguf_vocab
 from bigq.model.pager import Pager
 

@@ -34,12 +34,14 @@ from mutate import mutate_bytes, mutate_json
 from safetensors.torch import save, save_file
 
 from bigq.config import JobConfig
+from bigq.data.opening import documents
+from bigq.data.records import is_known
 from bigq.errors import BigqError
 from bigq.io.checksum import seal
 from bigq.io.index import INDEX_NAME, Checkpoint, read_header
 from bigq.io.json_file import read_json_object
 from bigq.io.shard_record import ShardRecord
-from bigq.io.text_files import documents
+from bigq.io.text_files import contents_of, text_pieces
 from bigq.job.journal import Commit, read_commits, read_job
 from bigq.job.request import compare, make_request
 
@@ -128,8 +130,9 @@ def read_config(path: Path) -> None:
 
 
 def read_documents(path: Path) -> None:
-    for text in documents(path):
-        text.encode()
+    kind = contents_of(path, is_known)
+    for each in text_pieces(path) if kind == "text" else documents(path, kind):
+        each.encode() if isinstance(each, str) else json.dumps(each.messages).encode()
 
 
 def read_journal(path: Path) -> None:
@@ -196,6 +199,12 @@ COMMITS = [
     for i, unit in enumerate(("rest-0", "block-0"))
 ]
 
+CONVERSATIONS = [
+    {"messages": [{"role": "user", "content": "a question"}, {"role": "assistant", "content": None, "tool_calls": []}], "tools": [{}]},
+    {"conversations": [{"from": "human", "value": "a question"}, {"from": "gpt", "value": "an answer"}]},
+    {"instruction": "a question", "input": "more", "output": "an answer"},
+]
+
 KINDS: dict[str, Kind] = {
     "header": Kind(
         seeds=_shards(),
@@ -232,11 +241,18 @@ KINDS: dict[str, Kind] = {
         prepare=state_folder,
     ),
     "documents": Kind(
-        seeds=(b'{"text": "some words", "url": "x"}\n\n' * 3,),
+        seeds=(b'{"text": "some words", "url": "x"}\n\n' * 3, b"".join(dumped(record) + b"\n" for record in CONVERSATIONS)),
         read=read_documents,
         name="text.jsonl",
         pack=lambda value, seed: b"\n".join(dumped(line) for line in value) if isinstance(value, list) else dumped(value),
         unpack=lambda file: [json.loads(line) for line in file.splitlines() if line],
+    ),
+    "array": Kind(
+        seeds=(json.dumps([{"text": "some words"}, *CONVERSATIONS], indent=1).encode(),),
+        read=read_documents,
+        name="text.txt",
+        pack=lambda value, seed: dumped(value),
+        unpack=json.loads,
     ),
 }
 

@@ -156,7 +156,8 @@ def prepare(work: Path) -> None:
     """WORK/model, the shipped model in fp32, and WORK/ids-SEED.safetensors."""
     from safetensors.torch import load_file, save_file
 
-    from bigq.calibration import ASSETS, calibration_rows
+    from bigq.calibration import calibration_rows
+    from bigq.data.opening import ASSETS
 
     source, model = ASSETS / "tiny-llama", work / "model"
     (work / "runs").mkdir(parents=True, exist_ok=True)

@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from bigq.calibration import BUILTIN_CALIBRATION, BUILTIN_HELDOUT, calibration_rows, evaluation_rows, require_vocabulary
-from bigq.calibration_data import GIVEN, calibration_source
+from bigq.calibration import calibration_rows, evaluation_rows, require_vocabulary
+from bigq.data.given import GIVEN, calibration_source
+from bigq.data.opening import BUILTIN_CALIBRATION, BUILTIN_HELDOUT
 from bigq.errors import BigqError, CalibrationError, UsageError
-from bigq.io.text_files import LONGEST_LINE, PIECE_CHARS, documents, text_pieces
+from bigq.io.text_files import LONGEST_LINE, PIECE_CHARS, json_lines, text_pieces
 
 PERIOD = VOCABULARY - FIRST_ID
 
@@ -189,9 +190,10 @@ def test_too_short_text_says_how_much_is_missing(tmp_path: Path, model: Path, ha
     with pytest.raises(CalibrationError, match=rf"\b{missing} tokens are missing") as error:
         rows_of(path, model)
     assert str(path) in str(error.value)
-    assert f"has {have // 16} rows of 16 tokens, 6 were asked for" in str(error.value)
-    remedy = f"--samples {have // 16}" if have >= 16 else "a smaller --seqlen"
-    assert str(error.value).endswith(f"give more text, or use {remedy}")
+    in_all = "" if have >= 16 else f" ({have} tokens in all)"
+    assert f"has {have // 16} rows of 16 tokens{in_all}, 6 were asked for" in str(error.value)
+    remedy = f", or use --samples {have // 16}" if have >= 16 else ", or use --seqlen 2" if have else ""
+    assert str(error.value).endswith(f"give more text{remedy}")
 
 
 def test_too_few_rows_of_ids(tmp_path: Path, model: Path) -> None:
@@ -365,7 +367,7 @@ def test_a_gzip_bomb_is_refused(name: str, tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(CalibrationError, match=r"expands to more than 100 times|longer than") as error:
-            for _ in text_pieces(path) if name == "bomb.txt.gz" else documents(path):
+            for _ in text_pieces(path) if name == "bomb.txt.gz" else json_lines(path):
                 pass
         assert tracemalloc.get_traced_memory()[1] < 6 * 2**24
     finally:
@@ -392,7 +394,7 @@ def test_a_long_document_is_refused(tmp_path: Path, model: Path, monkeypatch: py
 
 
 def test_long_documents_are_not_all_held(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigq.calibration.MAX_KEPT_CHARS", 1000)
+    monkeypatch.setattr("bigq.data.rows.MAX_KEPT_CHARS", 1000)
     with pytest.raises(CalibrationError, match="too long to draw"):
         rows_of(jsonl(tmp_path / "t.jsonl", [ids_of(40)] * 20), model)
 

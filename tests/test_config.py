@@ -21,6 +21,7 @@ OTHER: dict[str, Any] = {
     "lm_head": True,
     "true_sequential": False,
     "calibration": "a\udcff.txt",
+    "text_field": "body",
     "samples": 7,
     "seqlen": 40,
     "seed": 3,

@@ -21,11 +21,12 @@ MAX_LINES = 400
 OWNERS: Mapping[str, tuple[str, ...]] = {
     "triton": ("bigq.kernels",),
     "safetensors": ("bigq.io",),
-    "transformers": ("bigq.model.skeleton", "bigq.calibration"),
+    "transformers": ("bigq.model.skeleton", "bigq.data.tokenizer"),
     "torch.distributed": ("bigq.machine.ranks",),
     "huggingface_hub": ("bigq.io.hub",),
     "matplotlib": ("bigq.reports.charts",),
     "gguf": ("bigq.io.gguf_file",),
+    "pyarrow": ("bigq.io.parquet_file",),
 }
 
 #: The rooms, and the modules of ``bigq/`` itself, from the lowest floor up. A module imports from its own room and from floors below.
@@ -34,9 +35,9 @@ FLOORS: Sequence[tuple[str, ...]] = (
     ("bigq.version", "bigq.errors", "bigq.vocabulary", "bigq.kernels"),
     ("bigq.options",),
     ("bigq.faults", "bigq.scheme"),
-    ("bigq.calibration_data",),
     ("bigq.machine", "bigq.progress", "bigq.quantized_weight"),
     ("bigq.io", "bigq.solver"),
+    ("bigq.data",),
     ("bigq.config", "bigq.calibration"),
     ("bigq.methods",),
     ("bigq.model",),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from bigq.calibration import BUILTIN_CALIBRATION
+from bigq.data.opening import BUILTIN_CALIBRATION
 
 SPECIAL = ("<s>", "</s>")
 #: Words, contractions, numbers, runs of spaces and line ends, other scripts, combining marks, emoji, capitals, control characters.

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigq.calibration import ASSETS
 from bigq.config import JobConfig
+from bigq.data.opening import ASSETS
 from bigq.errors import UsageError
 from bigq.infer.evaluate import Evaluation, evaluate
 from bigq.infer.options import EvalConfig

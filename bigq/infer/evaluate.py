@@ -168,6 +168,7 @@ def _rows(pagers: list[Pager], config: EvalConfig) -> Tensor:
         pagers[0].folder,
         seqlen=config.seqlen or min([DEFAULT_SEQLEN, *limits]),
         samples=config.samples,
+        text_field=config.text_field,
         trust_remote_code=config.trust_remote_code,
     )
     for pager in pagers:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bigq.calibration import load_tokenizer
+from bigq.data.tokenizer import load_tokenizer
 from bigq.errors import CalibrationError, CheckpointError, ResourceError, UsageError
 from bigq.infer.load import load_resident, stored_bytes
 from bigq.infer.options import GenerateConfig

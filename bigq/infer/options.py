@@ -6,8 +6,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from bigq.calibration_data import calibration_source
-from bigq.config import batch_option, device_option, dtype_option, quiet_option, seed_option, seqlen_option, trust_option
+from bigq.config import (
+    batch_option,
+    device_option,
+    dtype_option,
+    quiet_option,
+    seed_option,
+    seqlen_option,
+    text_field_option,
+    trust_option,
+)
+from bigq.data.given import calibration_source
 from bigq.options import Converted, Effect, Range, at_least, option, settle
 from bigq.vocabulary import DtypeName
 
@@ -22,11 +31,12 @@ class EvalConfig:
 
     data: Converted[str, Any] = option(
         "builtin",
-        help="text file, JSONL with a text field, token ids in safetensors, or builtin",
+        help="file, pattern or name, as for quantize --calibration; wikitext2 and ultrachat are their test texts",
         group=TEXT,
-        placeholder="FILE|builtin",
+        placeholder="FILE|NAME",
         convert=calibration_source,
     )
+    text_field: str | None = text_field_option(group=TEXT)
     seqlen: int | None = seqlen_option(group=TEXT)
     samples: int | None = option(
         None,

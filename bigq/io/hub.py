@@ -196,15 +196,24 @@ def _hub_errors(model: str) -> Iterator[None]:
         raise CheckpointError(f"{model}: the hub sent malformed data ({type(error).__name__}); try again later") from error
 
 
-def fetch_dataset_file(repository: str, filename: str) -> Path:
-    """One file of a hub data set. Raises ResourceError if it cannot be downloaded."""
+def fetch_dataset_file(repository: str, filename: str, option: str = "--calibration") -> Path:
+    """One file of a hub data set. option: for messages. Raises ResourceError if it cannot be downloaded."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(huggingface_hub.hf_hub_download(repository, filename, repo_type="dataset"))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        what = "calibration text" if option == "--calibration" else "text"
         raise ResourceError(
-            f"the calibration text {repository}/{filename} cannot be fetched ({type(error).__name__}); "
-            "give your own text with --calibration FILE, or use --calibration builtin"
+            f"the {what} {repository}/{filename} cannot be fetched ({type(error).__name__}); "
+            f"give your own text with {option} FILE, or use {option} builtin"
         ) from error
+
+
+def cached_dataset_file(repository: str, filename: str) -> Path | None:
+    """One file of a hub data set if it was fetched before. Asks no server."""
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(repository, filename, repo_type="dataset")
+    return Path(found) if isinstance(found, str) else None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from bigq.config import FROZEN_FIELDS, JobConfig
+from bigq.data.spec import without_folders
 from bigq.options import Option, Resume, table
 from bigq.scheme import QuantScheme, Rule
 
@@ -32,7 +32,7 @@ def _differing(values: Any, options: Iterable[Option]) -> Iterator[str]:
     for each in options:
         value = getattr(values, each.name)
         if each.flag is not None and value != each.default:
-            yield from each.words(os.path.basename(value) if each.name == "calibration" else value)
+            yield from each.words(without_folders(value) if each.name == "calibration" else value)
 
 
 def kept_options(message: str) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigq.calibration_data import GIVEN
 from bigq.config import JobConfig
+from bigq.data.spec import absolute
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.json_file import show_name
 from bigq.options import Option, Resume, table
@@ -29,8 +28,6 @@ from bigq.version import __version__
 
 #: The packages whose versions are recorded, besides bigq and Python.
 PACKAGES = ("torch", "transformers", "tokenizers", "triton")
-#: Values of --calibration that are not paths.
-NAMED_TEXTS = ("c4", "builtin", GIVEN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +217,7 @@ def make_request(config: JobConfig, folder: Path, fingerprint: str, rows: Tensor
     Raises CheckpointError if a file of the model cannot be read.
     """
     settings = config.frozen()
-    if config.calibration not in NAMED_TEXTS:  # the job may be resumed in another working directory
-        settings["calibration"] = os.path.abspath(os.path.expanduser(config.calibration))
+    settings["calibration"] = absolute(config.calibration)  # the job may be resumed in another working directory
     request = {
         "settings": settings,
         "source": fingerprint,

@@ -9,8 +9,8 @@ import itertools
 import shlex
 from collections.abc import Iterator
 
-from bigq.calibration_data import GIVEN
 from bigq.config import JobConfig
+from bigq.data.given import GIVEN
 from bigq.inspect.evaluations import EvaluationResult, current_results
 from bigq.inspect.history import History
 from bigq.job.command import flags

@@ -13,8 +13,9 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from bigq.calibration_data import GIVEN
 from bigq.config import JobConfig
+from bigq.data.given import GIVEN
+from bigq.data.spec import is_named, without_folders
 from bigq.errors import CheckpointError
 from bigq.inspect.evaluations import EvaluationResult, current_results
 from bigq.inspect.history import History
@@ -22,7 +23,6 @@ from bigq.io.json_file import open_regular
 from bigq.job.command import flags
 from bigq.job.finish import CARD_MARK, CARD_NAME
 from bigq.job.manifest import GGUF_NAME
-from bigq.job.request import NAMED_TEXTS
 from bigq.progress.sizes import show_size
 from bigq.reports.loading import loading, loads_with_transformers
 from bigq.reports.markdown import block, code, plain, table
@@ -150,10 +150,10 @@ def _provenance(history: History, base: str | None, revision: str | None) -> Ite
         model = shlex.quote(f"{base}@{revision}" if base and revision else base or "SOURCE")
         yield block("\n".join(_commands(history, history.config, model)), "sh")
         named = ["`SOURCE` is the source model"] if base is None else []
-        text, calibrated = history.config.calibration.rpartition("/")[2], method_text(history.config).calibrated
+        text, calibrated = without_folders(history.config.calibration), method_text(history.config).calibrated
         if calibrated and text == GIVEN:
             named.append("`DATA` stands for the calibration data, which was given in Python")
-        elif calibrated and text not in NAMED_TEXTS:
+        elif calibrated and not is_named(text):
             named.append(f"{code(text)} is the calibration text")
         yield f"{', '.join([*named, '`OUT` is a folder that bigq makes'])}.\n"
         versions = history.runs[-1].versions if history.runs else {"bigq": __version__}
@@ -176,7 +176,7 @@ def _commands(history: History, config: JobConfig, model: str) -> Iterator[str]:
 def _effective_config(config: JobConfig) -> JobConfig:
     """The config without settings that have no effect on the output of its method."""
     names = [] if config.method == "gptaq" else ["alpha"]
-    names += [] if method_text(config).calibrated else ["calibration", "samples", "seqlen", "seed", "batch"]
+    names += [] if method_text(config).calibrated else ["calibration", "text_field", "samples", "seqlen", "seed", "batch"]
     default = JobConfig()
     config = dataclasses.replace(config, calibration="DATA") if config.calibration == GIVEN else config
     return dataclasses.replace(config, **{name: getattr(default, name) for name in names})
@@ -198,7 +198,7 @@ def _settings(history: History, config: JobConfig) -> Iterator[tuple[str, str]]:
         yield "act-order", "on, groups in natural order" if scheme.act_order else "off"
         yield "damping", str(scheme.damping)
         yield "order within a block", "true-sequential" if config.true_sequential else "all at once"
-        text = config.calibration.rpartition("/")[2]
+        text = without_folders(config.calibration)
         of = "data given in Python" if config.calibration == GIVEN else code(text)
         yield "calibration", f"{config.samples} × {config.seqlen} tokens of {of}, seed {config.seed}"
     for rule in config.rules:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from bigq.config import JobConfig
+from bigq.data.spec import absolute
 from bigq.io.index import Checkpoint
 from bigq.job.finish import complete_commits
 from bigq.job.journal import Commit
 from bigq.job.manifest import has_gguf
-from bigq.job.request import NAMED_TEXTS
 from bigq.sched.resolve import Target
 
 
@@ -38,8 +37,7 @@ def _asks_for(settings: Any, config: JobConfig) -> bool:
     if not isinstance(settings, Mapping):
         return False
     asked = config.frozen()
-    if asked["calibration"] not in NAMED_TEXTS:
-        asked["calibration"] = os.path.abspath(os.path.expanduser(asked["calibration"]))
+    asked["calibration"] = absolute(asked["calibration"])
     begun_scheme, asked_scheme = settings.get("scheme"), asked.pop("scheme")
     if not isinstance(begun_scheme, Mapping):
         return False

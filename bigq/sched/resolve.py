@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigq.calibration import calibration_rows, require_vocabulary
+from bigq.calibration import Made, Rows, read_calibration, require_vocabulary
 from bigq.config import JobConfig
 from bigq.conversion.gguf import check_gguf_job
+from bigq.data.opening import require_texts
 from bigq.errors import UsageError
 from bigq.io.file_stamps import Stamps
 from bigq.io.folders import STATE_FOLDER, refuse_nesting
@@ -55,7 +56,7 @@ class Target:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """A job whose settings are all decided. rows: calibration tokens [N, T]; None for methods without calibration. head: None if the
-    output head stays unquantized.
+    output head stays unquantized. made: what was made of the calibration text.
 
     stamps: detect source files that change.
     """
@@ -66,6 +67,7 @@ class Job:
     method: Method
     head: Head | None
     rows: Tensor | None
+    made: tuple[Made, ...]
     stamps: Stamps
 
     def with_batch(self, batch: int) -> Job:
@@ -88,6 +90,8 @@ def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Tar
     require_format(config)
     device = choose_device(config.device)
     refuse_if_held(out / STATE_FOLDER)
+    if begun is None and method_of(config).calibrated:  # before anything is fetched
+        require_texts(config.calibration)
     plan_before_fetch(model, out, config)
     folder = resolve_model(model)
     refuse_nesting(folder, out)
@@ -116,25 +120,27 @@ def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
     stop.check()
     method = method_of(config)
     stages.ended("start-up")
-    rows = _rows(pager, config) if method.calibrated else None
+    read = _rows(pager, config) if method.calibrated else None
     stages.ended("calibration")
     stop.check()
-    return Job(target=target, pager=pager, config=config, method=method, head=head, rows=rows, stamps=stamps)
+    rows, made = (None, ()) if read is None else (read.rows, read.made)
+    return Job(target=target, pager=pager, config=config, method=method, head=head, rows=rows, made=made, stamps=stamps)
 
 
-def _rows(pager: Pager, config: JobConfig) -> Tensor:
-    """The calibration rows [N, T] of a job whose row length is known. Raises CalibrationError."""
+def _rows(pager: Pager, config: JobConfig) -> Rows:
+    """The calibration rows of a job whose row length is known. Raises CalibrationError."""
     assert config.seqlen is not None
-    rows = calibration_rows(
+    found = read_calibration(
         config.calibration,
         pager.folder,
         samples=config.samples,
         seqlen=config.seqlen,
         seed=config.seed,
+        text_field=config.text_field,
         trust_remote_code=config.trust_remote_code,
     )
-    require_vocabulary(rows, pager.embedding.num_embeddings)
-    return rows
+    require_vocabulary(found.rows, pager.embedding.num_embeddings)
+    return found
 
 
 def units_of(job: Job) -> list[Unit]:

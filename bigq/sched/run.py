@@ -74,7 +74,7 @@ def quantize(
     skeleton.silence_transformers()
     with torch.no_grad(), memory_errors(target.device):
         job = resolve_job(target, stop, stages)
-        plan = plan_job(job.pager, job.rows, job.config, target.out)
+        plan = plan_job(job.pager, job.rows, job.config, target.out, job.made)
         job = job.with_batch(plan.choice.batch)
         units, request = units_of(job), request_of(job)
         stages.ended("planning")

@@ -43,6 +43,7 @@ def run_entry(
 ) -> dict[str, Any]:
     """The entry of a run at its start. Sizes are in bytes.
 
+    text: what was made of the calibration text, an entry per text.
     model, command: as the user gave them; folder: the model's folder. planned: the predicted memory and disk use.
     blocks: see ``_blocks``. resumed_blocks: the number of blocks that earlier runs committed.
     """
@@ -59,6 +60,7 @@ def run_entry(
         "model": model,
         "folder": str(Path(pager.folder).resolve()),
         "command": list(command),
+        "text": [made.to_json() for made in plan.texts],
         "planned": {"host": plan.cost.host, "device": plan.cost.device, "disk": plan.disk},
         "source_bytes": sum(info.nbytes for info in tensors),
         "parameters": sum(math.prod(info.shape) for info in tensors),

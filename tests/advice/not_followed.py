@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 #: Modules whose messages other tests follow.
-ELSEWHERE = ("calibration.py", "calibration_data.py", "io/text_files.py")
+ELSEWHERE = ("calibration.py", "calibration_data.py", "io/text_files.py", "data/")
 #: Reason → messages, as ``templates`` finds them.
 NOT_FOLLOWED: dict[str, tuple[str, ...]] = {
     "no message: help, a title, or a part of another text": (

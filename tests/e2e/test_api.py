@@ -17,8 +17,8 @@ from models import random_ids, save_ids
 from tinyjob import hashes
 
 import bigq
-from bigq.calibration_data import CalibrationData
 from bigq.config import JobConfig
+from bigq.data.given import CalibrationData
 from bigq.errors import BigqError, CalibrationError, UsageError
 from bigq.infer.evaluate import EvalConfig
 from bigq.job.journal import read_job

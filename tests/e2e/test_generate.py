@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 import bigq
-from bigq.calibration import load_tokenizer
 from bigq.cli.main import main
 from bigq.config import MAX_SEED, JobConfig
+from bigq.data.tokenizer import load_tokenizer
 from bigq.errors import BigqError, CheckpointError, ResourceError, UsageError
 from bigq.infer import load
 from bigq.infer.generate import generate

@@ -21,8 +21,8 @@ import transformers
 from conftest import ROOT, Child
 from models import word_tokenizer
 
-from bigq.calibration import load_tokenizer
 from bigq.cli.main import main
+from bigq.data.tokenizer import load_tokenizer
 from bigq.errors import BigqError, CalibrationError, CheckpointError, UnsupportedModelError
 from bigq.io.containment import require_contained
 from bigq.io.formats import read_schemes

@@ -16,8 +16,11 @@ import pytest
 from conftest import Child
 from models import SEQLEN, stored_tensors, word_tokenizer
 from safetensors.torch import save_file
+from texts import ids_of, save_lines, tokenizer_folder, words
 
+from bigq.calibration import calibration_rows, evaluation_rows
 from bigq.cli.main import main
+from bigq.data.spec import HUB_TEXTS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 #: Files of the repository that are not to be fetched: no shards of its index, or in folders of their own.
@@ -277,10 +280,10 @@ def test_a_repository_of_one_shard(
 def test_a_plan_for_what_the_hub_does_not_have(repository: Path, hub: Hub, environment: dict[str, str], child: Child) -> None:
     for shard in repository.glob("*.safetensors*"):
         shard.unlink()
-    for model, status, words in (("owner/absent", 3, "no such model"), ("owner/tiny", 3, "no safetensors")):
+    for model, status, said in (("owner/absent", 3, "no such model"), ("owner/tiny", 3, "no safetensors")):
         done = child("-m", "bigq", "plan", model, env=environment)
         assert done.returncode == status, done.stderr
-        assert words in done.stderr.splitlines()[-1]
+        assert said in done.stderr.splitlines()[-1]
     done = child("-m", "bigq", "plan", "owner/tiny", env={**environment, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent"})
     assert done.returncode == 4, done.stderr
     assert "Traceback" not in done.stderr
@@ -315,6 +318,76 @@ def test_c4_from_the_hub(repository: Path, hub: Hub, environment: dict[str, str]
     assert f"GET /{name}/resolve/main/{file}" in hub.requests or f"GET /{name}/resolve/{COMMIT}/{file}" in hub.requests
     one, two = stored_tensors(tmp_path / "one"), stored_tensors(tmp_path / "two")
     assert one.keys() == two.keys() and all(one[n].equal(two[n]) for n in one)
+
+
+ROWS = """
+import sys
+from pathlib import Path
+from bigq.calibration import evaluation_rows, read_calibration
+model, *sources = sys.argv[1:]
+for source in sources:
+    found = read_calibration(source, Path(model), samples=12, seqlen=16, seed=3)
+    held = evaluation_rows(source.partition(":")[0], Path(model), seqlen=16, samples=4)
+    print(found.rows.tolist(), held.tolist(), [made.text() for made in found.made], sep="\\n")
+"""
+
+
+def test_code_from_the_hub(hub: Hub, environment: dict[str, str], child: Child, tmp_path: Path) -> None:
+    """The rows of the same file given by its path, by its own field; in a mix, which fetches what it names."""
+    folder = tokenizer_folder(tmp_path / "model")
+    path = tmp_path / "code" / HUB_TEXTS["code"].file
+    path.parent.mkdir()
+    with gzip.open(path, "wt", encoding="utf-8") as out:
+        out.writelines(json.dumps({"content": words(ids_of(30, 30 * i)), "license": "mit"}) + "\n" for i in range(100))
+    hub.repositories[f"datasets/{HUB_TEXTS['code'].repository}"] = tmp_path / "code"
+    done = child("-c", ROWS, folder, "code", env=environment)
+    assert done.returncode == 0, done.stderr
+    expected = calibration_rows(str(path), folder, samples=12, seqlen=16, seed=3, text_field="content")
+    assert json.loads(done.stdout.splitlines()[0]) == expected.tolist()
+    save_lines(tmp_path / "own.txt", [{"text": words([20] * 16)}] * 20)
+    done = child("-c", ROWS, folder, f"code:0.5,{tmp_path / 'own.txt'}:0.5", env={**environment, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    half = calibration_rows(str(path), folder, samples=6, seqlen=16, seed=3, text_field="content").tolist()
+    assert json.loads(done.stdout.splitlines()[0]) == [*half, *[[20] * 16] * 6]
+    assert "code: 6 rows from" in done.stdout and "own.txt: 6 rows from" in done.stdout
+
+
+def test_conversations_and_paragraphs_from_the_hub(hub: Hub, environment: dict[str, str], child: Child, tmp_path: Path) -> None:
+    """ultrachat through the chat template; wikitext2 as one text with blank lines; evaluation takes their other files."""
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    folder = tokenizer_folder(tmp_path / "model", bos=True, chat=True)
+    chat = [
+        [{"content": words(ids_of(9, 20 * i)), "role": "user"}, {"content": words(ids_of(20, i)), "role": "assistant"}] for i in range(60)
+    ]
+    paragraphs = ["", *(" " + words(ids_of(12, 12 * i)) + " \n" for i in range(100)), ""]
+    for name, records in (
+        ("ultrachat", [{"prompt": "w3", "prompt_id": "x", "messages": each} for each in chat]),
+        ("wikitext2", [{"text": each} for each in paragraphs]),
+    ):
+        text = HUB_TEXTS[name]
+        for file, of in ((text.file, records), (str(text.heldout), records[::-1])):
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parquet.write_table(pyarrow.Table.from_pylist(of), path)
+        hub.repositories[f"datasets/{text.repository}"] = tmp_path / name
+    local = {"ultrachat": tmp_path / "chat.jsonl", "wikitext2": tmp_path / "wiki.txt"}
+    done = child("-c", ROWS, folder, *local, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for step in (1, -1):
+        save_lines(local["ultrachat"], [{"messages": each} for each in chat[::step]])
+        local["wikitext2"].write_text("\n\n".join(paragraphs[::step]))
+        for (name, path), (rows, held, made) in zip(local.items(), (lines[:3], lines[3:]), strict=True):
+            if step < 0:
+                assert json.loads(held) == evaluation_rows(str(path), folder, seqlen=16, samples=4).tolist()
+            else:
+                assert json.loads(rows) == calibration_rows(str(path), folder, samples=12, seqlen=16, seed=3).tolist()
+                assert ("conversations by the chat template" if name == "ultrachat" else "tokens of one text") in made
+    assert {line.rpartition("/")[2] for line in hub.requests if line.startswith("GET") and line.endswith(".parquet")} == {
+        file.rpartition("/")[2] for name in local for file in (HUB_TEXTS[name].file, str(HUB_TEXTS[name].heldout))
+    }
 
 
 def test_c4_missing_on_the_hub(repository: Path, environment: dict[str, str], child: Child, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tokenizers_for_gguf import TOKENIZERS, byte_fallback, byte_level, save_toke
 from torch import Tensor
 
 from bigq import faults
-from bigq.calibration import ASSETS
+from bigq.data.opening import ASSETS
 from bigq.errors import CheckpointError, ResourceError, UnsupportedModelError
 from bigq.io import gguf_file
 from bigq.io.formats import PackedWeight

@@ -46,6 +46,7 @@ SETTINGS = {
     "lm_head": False,
     "true_sequential": True,
     "calibration": "/texts/a.txt",
+    "text_field": None,
     "samples": 128,
     "seqlen": 2048,
     "seed": 0,
@@ -111,6 +112,7 @@ WARNED: list[tuple[str, Any, str]] = [
 ]
 FREE: list[tuple[str, Any]] = [
     ("settings.calibration", "/elsewhere/b.txt"),
+    ("settings.text_field", "body"),
     ("settings.on_nonfinite", "skip"),
     ("versions.tokenizers", "0.23"),
 ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bigq.calibration import Made, foretell
 from bigq.config import JobConfig
 from bigq.conversion.gguf import check_gguf_job
 from bigq.errors import ResourceError, UsageError
@@ -47,7 +48,23 @@ def plan(model: str, out: str | Path = ".", config: JobConfig | None = None, on:
         raise UsageError(f"--on {on}: must be this, {', '.join(KNOWN)}")
     headers = resolve_headers(model)
     device = torch.device("cpu") if on in KNOWN else choose_device(config.device)
-    return _plan(headers, Path(out), config, device, lambda dtype: KNOWN[on] if on in KNOWN else measure(device, dtype))
+    found = _plan(headers, Path(out), config, device, lambda dtype: KNOWN[on] if on in KNOWN else measure(device, dtype))
+    if not found.work.method.calibrated:
+        return found
+    return dataclasses.replace(found, texts=_texts(config, headers.folder, found.shape.seqlen))
+
+
+def _texts(config: JobConfig, folder: Path, seqlen: int) -> tuple[Made, ...]:
+    """What would be made of the calibration text, as far as text and tokenizer are here."""
+    return foretell(
+        config.calibration,
+        folder,
+        samples=config.samples,
+        seqlen=seqlen,
+        seed=config.seed,
+        text_field=config.text_field,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def plan_before_fetch(model: str, out: Path, config: JobConfig) -> Plan | None:
@@ -121,8 +138,8 @@ def _checked(model: ModelDescription, config: JobConfig) -> JobConfig:
     return config
 
 
-def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path) -> Plan:
-    """The plan of a job that is about to begin or resume in ``out``. Its row length is settled."""
+def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path, texts: Sequence[Made] = ()) -> Plan:
+    """The plan of a job that is about to begin or resume in ``out``. Its row length is settled. texts: what ``rows`` were made of."""
     assert config.seqlen is not None
     outline = Outline(
         model=copy.deepcopy(pager.model),
@@ -137,7 +154,8 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path) ->
     if pager.device.type == "cuda":
         torch.cuda.empty_cache()
     budgets = _budgets(config, pager.device, out, ceilings)
-    return make_plan(shape, work, config, on_gpu=pager.device.type == "cuda", base=host_memory(), budgets=budgets, ceilings=ceilings)
+    on_gpu = pager.device.type == "cuda"
+    return make_plan(shape, work, config, on_gpu=on_gpu, base=host_memory(), budgets=budgets, ceilings=ceilings, texts=texts)
 
 
 def _work(config: JobConfig, rows: int, tokens: int) -> Work:

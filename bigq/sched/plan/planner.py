@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bigq.calibration import Made
 from bigq.config import JobConfig, default_batch
 from bigq.errors import UsageError
 from bigq.io.formats.readers import Verdict, read_by
@@ -55,7 +56,7 @@ class Plan:
 
     seconds: by phase, at the device's peak rates: no run is faster. shortages: one sentence each; empty if the job fits.
     rules: how many Linears each rule decides. readers: which programs load the output. notes: further sentences about readers.
-    download: the shards to download before the job begins, or None.
+    download: the shards to download before the job begins, or None. texts: what was made of the calibration text, an entry per text.
     """
 
     shape: ModelShape
@@ -70,6 +71,7 @@ class Plan:
     readers: tuple[Verdict, ...] = ()
     notes: tuple[str, ...] = ()
     download: Download | None = None
+    texts: tuple[Made, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -107,6 +109,7 @@ class Plan:
             "blocks": len(self.shape.blocks),
             "rows": self.work.rows,
             "seqlen": self.shape.seqlen,
+            "text": [made.to_json() for made in self.texts],
             "activations": self.choice.tier,
             "batch": self.choice.batch,
             "memo": self.choice.memo,
@@ -139,6 +142,8 @@ class Plan:
         ]
         rows = f"{self.work.rows} × {self.shape.seqlen} tokens" if self.work.method.calibrated else "no calibration"
         lines = [f"plan: {len(self.shape.blocks)} blocks, {rows}"]
+        for made in self.texts:
+            lines += entry("text" if made is self.texts[0] else "", made.text())
         lines += entry("run", self._how())
         lines += entry("needs", needs)
         if self.download is not None:
@@ -193,6 +198,7 @@ def make_plan(
     budgets: Budgets,
     ceilings: Ceilings | None,
     download: Download | None = None,
+    texts: Sequence[Made] = (),
 ) -> Plan:
     """The fastest way to run the job that fits with room to spare; if none does, the one that needs least.
 
@@ -233,6 +239,7 @@ def make_plan(
         readers=output.readers,
         notes=output.notes,
         download=download,
+        texts=tuple(texts),
     )
 
 

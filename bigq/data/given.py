@@ -1,6 +1,6 @@
 """Calibration and evaluation data that is given in Python instead of in a file. Imports no torch before it is given tensors or ids.
 
-Knows nothing of tokenizers: ``bigq.calibration`` makes rows of token ids from it.
+Knows nothing of tokenizers: ``bigq.data.rows`` makes rows of token ids from it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from bigq.data.records import Document, conversation, document, is_known, is_messages
 from bigq.errors import CalibrationError, UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ MAX_IDS = 2**26
 
 WHAT = (
     "a path, c4, builtin, token ids (an integer tensor [N, T] or a list of lists), or an iterable of texts or of mappings with a "
-    "text or input_ids field"
+    "text, messages or input_ids field"
 )
 
 
@@ -31,7 +32,8 @@ class CalibrationData(str):
     """The name ``GIVEN`` with the data attached, so that records, messages and comparisons of settings see a string.
 
     tokens: int64 [N, T], one row per sequence, or [1, T] for one long sequence; None where ``items`` are given.
-    items: texts, or mappings with a ``text`` field (str) or an ``input_ids`` field (ids of one sequence). Can be iterated repeatedly.
+    items: texts, lists of messages, sequences of ids, or mappings that hold one of these (see ``bigq.data.records``; ids in a field
+    ``input_ids``). Can be iterated repeatedly.
     """
 
     tokens: Tensor | None
@@ -76,20 +78,29 @@ def calibration_source(given: Any, label: str) -> Any:
     return CalibrationData(items=given)
 
 
-def texts(data: CalibrationData) -> Iterator[str] | None:
-    """The documents of the data; None where it holds token ids. Raises CalibrationError for an item of neither kind."""
+def documents(data: CalibrationData, text_field: str | None = None) -> Iterator[Document] | None:
+    """The documents of the data; None where it holds token ids. text_field: as for ``document``.
+
+    Raises CalibrationError for an item of neither kind.
+    """
     first = next(iter(data.items), None)
-    if data.tokens is not None or not _is_text(first):
+    if data.tokens is not None or not _is_document(first, text_field):
         return None
-    return _texts(data.items)
+    return _documents(data.items, text_field)
 
 
-def _texts(items: Iterable[Any]) -> Iterator[str]:
+def _documents(items: Iterable[Any], text_field: str | None) -> Iterator[Document]:
     for number, each in enumerate(items):
-        _check_item(each, number, CalibrationError)
-        if not _is_text(each):
-            raise CalibrationError(f"calibration: item {number} holds token ids, but the first item holds text; give items of one kind")
-        yield each if isinstance(each, str) else each["text"]
+        where = f"calibration: item {number}"
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, Mapping) and _is_document(each, text_field):
+            yield document(each, where, text_field)
+        elif not isinstance(each, Mapping) and _is_document(each, text_field):
+            yield conversation(each, where)
+        else:
+            _check_item(each, number, CalibrationError)
+            raise CalibrationError(f"{where} holds token ids, but the first item holds text; give items of one kind")
 
 
 def sequences(data: CalibrationData) -> Iterator[Tensor]:
@@ -99,20 +110,31 @@ def sequences(data: CalibrationData) -> Iterator[Tensor]:
         return
     for number, each in enumerate(data.items):
         _check_item(each, number, CalibrationError)
-        if _is_text(each):
+        if _is_document(each):
             raise CalibrationError(f"calibration: item {number} is a text, but the first item holds token ids; give items of one kind")
         yield _tokens(each["input_ids"] if isinstance(each, Mapping) else each, f"calibration: item {number}", CalibrationError).flatten()
 
 
-def _is_text(item: Any) -> bool:
-    return isinstance(item, str) or (isinstance(item, Mapping) and isinstance(item.get("text"), str))
+def _is_document(item: Any, text_field: str | None = None) -> bool:
+    if isinstance(item, Mapping):
+        return "input_ids" not in item or isinstance(item.get("text"), str) or text_field in item
+    return isinstance(item, str) or (is_messages(item) and len(item) > 0)
 
 
 def _check_item(item: Any, number: int, error: type[UsageError | CalibrationError], label: str = "calibration") -> None:
-    ids = item.get("input_ids") if isinstance(item, Mapping) else item
-    if not _is_text(item) and (ids is None or isinstance(ids, Mapping | bytes | bytearray) or not _is_iterable(ids)):
-        kind = "a mapping without a text or input_ids field" if isinstance(item, Mapping) else _article(type(item).__name__)
+    """Raise ``error`` for an item that holds neither token ids nor, under any name, a text or messages."""
+    if isinstance(item, Mapping):
+        usable = "input_ids" in item and _is_ids(item["input_ids"])
+        usable = usable or is_known(item) or any(isinstance(value, str) or (is_messages(value) and value) for value in item.values())
+        kind = "a mapping without a text or input_ids field"
+    else:
+        usable, kind = _is_document(item) or _is_ids(item), _article(type(item).__name__)
+    if not usable:
         raise error(f"{_option(label)}: item {number} is {kind}; give {WHAT}")
+
+
+def _is_ids(value: Any) -> bool:
+    return value is not None and not isinstance(value, Mapping | str | bytes | bytearray) and _is_iterable(value)
 
 
 def _is_iterable(value: Any) -> bool:
@@ -150,14 +172,21 @@ def _copied(items: Iterator[Any], label: str) -> tuple[Any, ...]:
     characters = 0
     for each in items:
         kept.append(each)
-        text = each if isinstance(each, str) else each.get("text") if isinstance(each, Mapping) else None
-        characters += len(text) if isinstance(text, str) else 0
+        characters += _characters(each)
         if characters > MAX_COPIED_CHARS or len(kept) > MAX_IDS:
             raise UsageError(
                 f"{_option(label)}: the iterator yields more than {MAX_COPIED_CHARS} characters or {MAX_IDS} items; give fewer, or an "
                 "iterable that can be read more than once, such as a list or a Dataset"
             )
     return tuple(kept)
+
+
+def _characters(item: Any) -> int:
+    """Characters of all strings of an item, those of messages among them."""
+    if isinstance(item, str):
+        return len(item)
+    parts = item.values() if isinstance(item, Mapping) else item if is_messages(item) else ()
+    return sum(_characters(part) for part in parts)
 
 
 def _option(label: str) -> str:
