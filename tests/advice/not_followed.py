@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 #: Modules whose messages other tests follow.
-ELSEWHERE = ("calibration.py", "calibration_data.py", "io/text_files.py", "data/")
+ELSEWHERE = ("calibration.py", "calibration_data.py", "io/text_files.py", "io/parquet_file.py", "data/")
 #: Reason → messages, as ``templates`` finds them.
 NOT_FOLLOWED: dict[str, tuple[str, ...]] = {
     "no message: help, a title, or a part of another text": (
@@ -116,7 +116,7 @@ NOT_FOLLOWED: dict[str, tuple[str, ...]] = {
         "{}: no such folder, and the hub cannot be reached to fetch it; download it first or check the network",
         "{}: fetching it from the hub failed: {}; run the same command again",
         "{}: the hub sent malformed data ({}); try again later",
-        "the calibration text {}/{} cannot be fetched ({}); give your own text with --calibration FILE, or use --calibration builtin",
+        "the {} {}/{} cannot be fetched ({}); give your own text with {} FILE, or use {} builtin",
         "{}: its index names a shard that the repository lacks; use another revision of it",
     ),
     "damaged shards of which the fetched ones are sound, as in the cases of this kind": (
