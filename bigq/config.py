@@ -169,6 +169,7 @@ class JobConfig:
     text_field: str | None = text_field_option(
         group=CALIBRATION,
         resume=Resume.FREE,  # as for calibration
+        added=True,
         effects=(CALIBRATED, ON_RECORDS),
     )
     samples: int = option(
@@ -272,8 +273,9 @@ class JobConfig:
         where: the file of the settings, for messages. Raises CheckpointError, naming the setting that is missing, unknown or wrong.
         """
         try:
-            _require_names("settings", settings, FROZEN_FIELDS)
-            values = {name: _checked(f"settings.{name}", settings[name], table(cls)[name]) for name in FROZEN_FIELDS if name not in _NESTED}
+            present = [name for name in FROZEN_FIELDS if not table(cls)[name].added or (isinstance(settings, dict) and name in settings)]
+            _require_names("settings", settings, present)
+            values = {name: _checked(f"settings.{name}", settings[name], table(cls)[name]) for name in present if name not in _NESTED}
             scheme = QuantScheme(**_scheme_fields("settings.scheme", settings["scheme"], table(QuantScheme)))
             return cls(scheme=scheme, rules=_rules(settings["rules"]), **values)
         except UsageError as error:

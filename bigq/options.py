@@ -76,6 +76,7 @@ class Option:
     placeholder: stands for the value in the help. kept: whether job.json holds it. rule_key: its name in a rule, if rules may override it.
     convert: makes the value from the given one, which may be of another type; called with a label for messages.
     by_name: messages about a bad value name the field and not the flag.
+    added: the option is newer than others, so that the job.json of an older job may lack it; then it has its default.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Option:
     convert: Callable[[Any, str], Any] | None
     effects: tuple[Effect, ...]
     by_name: bool
+    added: bool
 
     @property
     def said(self) -> str:
@@ -212,6 +214,7 @@ def _read(field: dataclasses.Field[Any], hint: Any) -> Option:
         "convert": None,
         "effects": (),
         "by_name": False,
+        "added": False,
     }
     values = {**filled, **said}
     return Option(name=field.name, types=kinds, none=none, default=default, flag=flag, choices=choices, unit=unit, **values)

@@ -9,6 +9,7 @@ import pytest
 
 from bigq.config import FROZEN_FIELDS, JobConfig
 from bigq.errors import CheckpointError, UsageError
+from bigq.options import table
 from bigq.scheme import QuantScheme, Rule
 
 #: A value other than the default for every frozen field.
@@ -49,7 +50,13 @@ def test_what_is_not_frozen_has_its_default() -> None:
     assert JobConfig.from_frozen(JobConfig(ram=5, device="cpu", quiet=True, grace=3, steal_lock=True).frozen()) == JobConfig()
 
 
-@pytest.mark.parametrize("name", FROZEN_FIELDS)
+def test_a_field_that_older_jobs_lack_has_its_default() -> None:
+    settings = stored(JobConfig(text_field="body", samples=3))
+    del settings["text_field"]
+    assert JobConfig.from_frozen(settings) == JobConfig(samples=3)
+
+
+@pytest.mark.parametrize("name", [name for name in FROZEN_FIELDS if not table(JobConfig)[name].added])
 def test_a_missing_field_is_named(name: str) -> None:
     settings = stored(JobConfig())
     del settings[name]

@@ -21,7 +21,7 @@ MAX_LINES = 400
 OWNERS: Mapping[str, tuple[str, ...]] = {
     "triton": ("bigq.kernels",),
     "safetensors": ("bigq.io",),
-    "transformers": ("bigq.model.skeleton", "bigq.data.tokenizer"),
+    "transformers": ("bigq.model.skeleton", "bigq.model.architecture", "bigq.data.tokenizer"),
     "torch.distributed": ("bigq.machine.ranks",),
     "huggingface_hub": ("bigq.io.hub",),
     "matplotlib": ("bigq.reports.charts",),

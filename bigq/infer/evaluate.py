@@ -32,6 +32,7 @@ from bigq.model.capture import OutputForm, replace_forwards
 from bigq.model.pager import Pager
 from bigq.progress.display import Display
 from bigq.progress.progress import Progress
+from bigq.sched.plan.survey import require_hidden_paths
 from bigq.sched.rows.probe import activations_for, probe_model
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import choose_tier
@@ -122,6 +123,7 @@ class Stream:
     def __init__(self, pager: Pager, rows: Tensor, batch: int, *, quiet: bool = True, display: Display | None = None) -> None:
         self._pager, self._rows = pager, rows
         probe = probe_model(pager)
+        require_hidden_paths(pager.model, pager.blocks_path)
         self._form: OutputForm = probe.form
         needed = rows.numel() * probe.hidden.shape[-1] * probe.hidden.dtype.itemsize
         tier = choose_tier(pager.device, needed, Path(tempfile.gettempdir()))
@@ -133,6 +135,7 @@ class Stream:
                 progress.phase(f"of {pager.folder.name}", i)
                 block = pager.load_block(i)
                 progress.read(sum(info.nbytes for info in pager.block_tensors(i)))
+                probe.check.run(i, block)
                 propagate(i, block, self._store, f"{pager.blocks_path}.{i}")
                 pager.evict_block(i)
                 return_freed_memory()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigq.errors import CheckpointError, ResourceError
+from bigq.errors import CheckpointError, ResourceError, UnsupportedModelError
 from bigq.io.containment import require_contained
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.index import INDEX_NAME, MAX_SIZE, MAX_TENSORS, SINGLE_NAME, TensorInfo, header_entry, read_weight_map
@@ -132,6 +132,10 @@ def _local_folder(model: str) -> Path | None:
         require_contained(folder)
         # The folder of an unfinished job has no config.json either; its readers say what to do with it.
         if not (folder / "config.json").exists() and not (folder / STATE_FOLDER).exists():
+            if (folder / "model_index.json").exists():
+                raise UnsupportedModelError(
+                    f"{folder}: is a diffusion pipeline (model_index.json), not a causal language model, which bigq needs"
+                )
             raise CheckpointError(
                 f"{folder / 'config.json'}: missing; MODEL must be a folder with config.json and safetensors shards, or a hub id"
             )

@@ -60,8 +60,8 @@ def _not_recorded(options: Mapping[str, Option]) -> dict[str, Change]:
 #: Every setting of a job, and everything else that may affect its bytes, by its path in a request. JobConfig and QuantScheme declare the
 #: settings. Refusals and warnings come in this order.
 CHANGES: Mapping[str, Change] = {
-    **_settings("settings.scheme", table(QuantScheme)),
     **_settings("settings", table(JobConfig)),
+    **_settings("settings.scheme", table(QuantScheme)),  # after the method, which settles some of them
     "source": Change(Resume.REFUSED, "MODEL: the hash of its shards' headers"),
     "config": Change(Resume.REFUSED, "MODEL: the hash of its config.json"),
     "remote_code": Change(Resume.REFUSED, "MODEL: permission to run its code"),
@@ -123,6 +123,8 @@ def _parts(out: Path, request: Any) -> dict[str, Any]:
 
     parts = dict(walk("", request))
     for name, change in CHANGES.items():
+        if name.startswith("settings.") and change.recorded and name not in parts and (declared := _declared(name)).added:
+            parts[name] = declared.default
         if change.recorded and not change.optional and name not in parts:
             raise bad(f"{name} is missing")
     if not isinstance(parts["code"], dict):

@@ -1,7 +1,7 @@
 """Captures the input of block 0 and the arguments of every block from a model's own forward.
 
 The caller provides a block's hidden states. The other arguments (masks, rotary tables, ALiBi) are recorded once per batch size and
-reused, since calibration rows have one length and no padding. ``check_block_calls`` tests by running the model that this is valid.
+reused, since calibration rows have one length and no padding. ``model.checks`` tests by running the model that this is valid.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bigq.errors import BigqError, UnsupportedModelError
@@ -74,10 +73,11 @@ def hidden_of(output: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def forward_errors() -> Iterator[None]:
+def forward_errors(where: str = "with this config.json") -> Iterator[None]:
     """Turn what a model's own forward raises into an UnsupportedModelError. BigqError and out-of-memory errors pass unchanged.
 
     For the first forward: a config that a model can be built from may still make its forward fail, with any exception.
+    where: a part of the message.
     """
     try:
         yield
@@ -87,7 +87,7 @@ def forward_errors() -> Iterator[None]:
         if out_of_memory(error):
             raise
         raise UnsupportedModelError(
-            f"the model's own forward fails with this config.json: {type(error).__name__}: {show_name(' '.join(str(error).split())[:300])}"
+            f"the model's own forward fails {where}: {type(error).__name__}: {show_name(' '.join(str(error).split())[:300])}"
         ) from error
 
 
@@ -96,7 +96,7 @@ def first_input(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[T
     seen: list[tuple[Tensor, BlockCall]] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        seen.append(_split(args, kwargs))
+        seen.append(split_call(args, kwargs))
         raise StopForward
 
     with replace_forward(blocks[0], forward), contextlib.suppress(StopForward):
@@ -109,47 +109,85 @@ def first_input(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[T
 def record_calls(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm, perturb: float = 0.0) -> list[BlockCall]:
     """The call of every block for token ids [B, T]. Blocks do not run: each returns its input plus ``perturb``.
 
-    Raises UnsupportedModelError where anything but the hidden states passes from one block to the next.
+    The forward ends at the output head, so that everything that happens before it is seen. Raises UnsupportedModelError where a block is
+    not called exactly once and in order, or where anything but unchanged hidden states passes from one block to the next.
     """
-    calls: list[BlockCall] = []
-    handed_on: list[Tensor] = []
-
-    def patched(i: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, call = _split(args, kwargs)
-            if i != len(calls):
-                raise UnsupportedModelError(f"decoder blocks are called out of order or more than once (block {i})")
-            if handed_on and hidden is not handed_on[-1]:
-                raise UnsupportedModelError(
-                    f"the input of block {i} is not the output of block {i - 1}; this architecture is not supported"
-                )
-            if any(isinstance(leaf, _Sentinel) for leaf in _leaves((call.args, call.kwargs))):
-                raise UnsupportedModelError(f"block {i} receives an extra output of an earlier block; this architecture is not supported")
-            calls.append(call)
-            if i == len(blocks) - 1:
-                raise StopForward
-            handed_on.append(hidden + perturb)
-            return form.wrap(handed_on[-1])
-
-        return forward
-
-    with replace_forwards(list(blocks), patched), contextlib.suppress(StopForward):
+    recorder = _Recorder(len(blocks), form, perturb)
+    with replace_forwards([*blocks, output_head(model)], recorder.forward), contextlib.suppress(StopForward):
         model(input_ids=ids, use_cache=False)
-    if len(calls) != len(blocks):
-        raise UnsupportedModelError(f"only {len(calls)} of {len(blocks)} decoder blocks are called; this architecture is not supported")
-    return calls
+    recorder.end()
+    return recorder.calls
 
 
-def check_block_calls(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm) -> None:
-    """Check that the blocks' arguments depend only on the shape of the batch.
+class _Recorder:
+    """Stands in for the blocks and the output head of a model during one forward. calls: of the blocks so far."""
 
-    ids: two different probes of one shape, [2, B, T]. Raises UnsupportedModelError.
-    """
-    one = record_calls(model, blocks, ids[0], form)
-    other = record_calls(model, blocks, ids[1], form, perturb=1.0)
-    for i, (a, b) in enumerate(zip(one, other, strict=True)):
-        if not _same((a.args, a.kwargs), (b.args, b.kwargs)):
-            raise UnsupportedModelError(f"the arguments of block {i} depend on the tokens; this architecture is not supported")
+    def __init__(self, count: int, form: OutputForm, perturb: float) -> None:
+        self._count, self._form, self._perturb = count, form, perturb
+        self.calls: list[BlockCall] = []
+        self._handed_on: Tensor | None = None
+        self._version = 0
+
+    def forward(self, i: int) -> Callable[..., Any]:
+        """The forward that replaces that of block i, or of the output head for i = the number of blocks."""
+        if i == self._count:
+            return self._at_head
+        return lambda *args, **kwargs: self._at_block(i, *split_call(args, kwargs))
+
+    def _at_block(self, i: int, hidden: Tensor, call: BlockCall) -> Any:
+        done = len(self.calls)
+        if i < done:
+            after = "itself" if i == done - 1 else f"block {done - 1}"
+            raise UnsupportedModelError(
+                f"block {i} is called again after {after}: the model runs blocks more than once (a looped model), "
+                "and bigq runs each block once; this architecture is not supported"
+            )
+        if i > done:
+            raise UnsupportedModelError(
+                f"decoder blocks are called out of order: block {i} "
+                + (f"comes after block {done - 1}" if done else "comes first")
+                + "; this architecture is not supported"
+            )
+        if self._handed_on is not None:
+            if hidden is not self._handed_on:
+                raise UnsupportedModelError(
+                    f"the input of block {i} is not the output of block {i - 1}: the model changes or replaces the hidden states between "
+                    "its blocks; this architecture is not supported"
+                )
+            self._require_unchanged(f"block {i}")
+        if any(isinstance(leaf, _Sentinel) for leaf in _leaves((call.args, call.kwargs))):
+            raise UnsupportedModelError(f"block {i} receives an extra output of an earlier block; this architecture is not supported")
+        self.calls.append(call)
+        # A tensor object other than the block's input, so that the two cannot be mixed up; without a perturbation it shares the memory.
+        self._handed_on = hidden + self._perturb if self._perturb else hidden.view_as(hidden)
+        self._version = self._handed_on._version
+        return self._form.wrap(self._handed_on)
+
+    def _require_unchanged(self, where: str) -> None:
+        assert self._handed_on is not None
+        if self._handed_on._version != self._version:
+            raise UnsupportedModelError(
+                f"the output of block {len(self.calls) - 1} is changed in place before {where}; this architecture is not supported"
+            )
+
+    def _at_head(self, *_: Any, **__: Any) -> Any:
+        self.end(" before its output head")
+        raise StopForward
+
+    def end(self, where: str = "") -> None:
+        """Check that all blocks have been called."""
+        if len(self.calls) != self._count:
+            raise UnsupportedModelError(
+                f"only {len(self.calls)} of {self._count} decoder blocks are called{where}; this architecture is not supported"
+            )
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """The model's output head. Raises UnsupportedModelError if it has none."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(head, nn.Module):
+        raise UnsupportedModelError(f"{type(model).__name__}: has no output head")
+    return head
 
 
 @contextlib.contextmanager
@@ -161,11 +199,19 @@ def replace_forwards(modules: Sequence[nn.Module], make: Callable[[int], Callabl
         yield
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+def split_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, BlockCall]:
+    """A block's arguments as its hidden states and the others. Raises UnsupportedModelError where it is not clear which they are."""
     if args:
-        return args[0], BlockCall(args[1:], kwargs)
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), BlockCall((), rest)
+        hidden, call = args[0], BlockCall(args[1:], kwargs)
+    else:
+        rest = dict(kwargs)
+        hidden, call = rest.pop("hidden_states", None), BlockCall((), rest)
+    if not isinstance(hidden, Tensor):
+        given = ", ".join(kwargs) or "nothing"
+        raise UnsupportedModelError(
+            f"decoder blocks do not take hidden states first (they take {given}); this architecture is not supported"
+        )
+    return hidden, call
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -177,11 +223,3 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(item)
     else:
         yield value
-
-
-def _same(a: Any, b: Any) -> bool:
-    one, other = list(_leaves(a)), list(_leaves(b))
-    return len(one) == len(other) and all(
-        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else type(x) is type(y)
-        for x, y in zip(one, other, strict=True)
-    )

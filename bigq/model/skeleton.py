@@ -1,6 +1,6 @@
 """The transformers model with its parameters on the meta device, and the mapping of checkpoint names onto it.
 
-Only this module and ``calibration`` import transformers. Parameters move to meta as they are registered, while buffers are computed:
+Only this room and ``calibration`` import transformers. Parameters move to meta as they are registered, while buffers are computed:
 rotary tables, embedding scales and ALiBi slopes have the values that ``from_pretrained`` would compute. Ties between parameters
 survive. A model of 176 billion parameters takes a few MiB.
 """
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from bigq.errors import BigqError, CheckpointError, UnsupportedModelError
 from bigq.io.json_file import read_json_object, show_name, show_value
+from bigq.model.architecture import require_causal
 from bigq.model.config import check_config, uses_hub_kernels
 
 #: New tensors above this size are made on meta at once: they are parameters that are about to be registered.
@@ -39,6 +40,11 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     path = folder / "config.json"
     raw = read_json_object(path)
+    if "_diffusers_version" in raw:
+        raise UnsupportedModelError(
+            f"{path}: is that of a part of a diffusion model ({show_value(raw.get('_class_name'))}); bigq quantizes causal language models "
+            "only: give MODEL one of those"
+        )
     if not isinstance(raw.get("model_type"), str):
         if "_class_name" in raw or (folder / "model_index.json").exists():
             raise UnsupportedModelError(f"{path}: is of a part of a diffusion pipeline; {TAKEN}")
@@ -69,6 +75,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
                 ) from error
             raise UnsupportedModelError(f"{folder}: transformers cannot read model type {kind}: {_error_line(error)}") from error
         raise CheckpointError(f"{path}: is not a valid configuration: {_error_line(error)}") from error
+    require_causal(path, raw, config, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     if uses_hub_kernels(raw) and not trust_remote_code:

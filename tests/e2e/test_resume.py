@@ -287,7 +287,7 @@ def test_torn_journal_line(
 
 CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("--bits 3", {"scheme": QuantScheme(group_size=32, bits=3)}),
-    ("--act-order", {"scheme": QuantScheme(group_size=32, act_order=True)}),
+    ("--no-act-order", {"scheme": QuantScheme(group_size=32, act_order=False)}),
     ("--damping 0.02", {"scheme": QuantScheme(group_size=32, damping=0.02)}),
     ("--rule", {"rules": RULES}),
     ("--method rtn", {"method": "rtn"}),

@@ -6,6 +6,7 @@ mark that spreads. The memory of a forward is counted as its tensors are allocat
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from bigq.io.index import TensorInfo
 from bigq.model.blocks import block_linears
 from bigq.model.capture import BlockCall, OutputForm, first_input, forward_errors, record_calls, replace_forwards
+from bigq.model.checks import check_hidden_paths
 from bigq.model.skeleton import is_transposed, linear_weight
 from bigq.model.structure import BlockPlan, GradientTracer, plan_block
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
@@ -49,9 +51,10 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
     model = outline.model.to("meta")
     blocks = model.get_submodule(outline.blocks_path)
     assert isinstance(blocks, nn.ModuleList)
-    with torch.no_grad(), _WholeRows():
+    with torch.no_grad(), _WholeRows(), forward_errors():
         form = _form(model, blocks)
         runs = [_Run.of(model, blocks, form, rows, seqlen) for rows in (1, 2)]
+        check_hidden_paths(model, blocks, torch.zeros(1, min(seqlen, _STRUCTURE_TOKENS), dtype=torch.long, device="meta"), form)
         short = _Run.of(model, blocks, form, 1, min(seqlen, _STRUCTURE_TOKENS))
         kinds: dict[Any, BlockShape] = {}
         shapes = []
@@ -82,6 +85,19 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
         family=getattr(model.config, "model_type", None),
         transposed=any(is_transposed(module) for block in blocks for module in block_linears(block).values()),
     )
+
+
+def require_hidden_paths(model: nn.Module, blocks_path: str) -> None:
+    """Check that blocks pass on nothing but hidden states, on a copy of a model, for callers that need no plan.
+
+    Raises UnsupportedModelError.
+    """
+    model = copy.deepcopy(model).to("meta")
+    blocks = model.get_submodule(blocks_path)
+    assert isinstance(blocks, nn.ModuleList)
+    with torch.no_grad(), _WholeRows(), forward_errors():
+        ids = torch.zeros(1, _STRUCTURE_TOKENS, dtype=torch.long, device="meta")
+        check_hidden_paths(model, blocks, ids, _form(model, blocks))
 
 
 def _head(outline: Outline, model: nn.Module, head: nn.Module | None, embedding: nn.Module) -> LinearShape | None:

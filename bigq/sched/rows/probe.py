@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bigq.errors import UnsupportedModelError
 from bigq.job.batches import Batches
 from bigq.model import skeleton
-from bigq.model.capture import BlockCall, OutputForm, check_block_calls, first_input, forward_errors, record_calls
+from bigq.model.capture import BlockCall, OutputForm, first_input, forward_errors, record_calls
+from bigq.model.checks import BlockCheck, first_difference, probe_blocks
 from bigq.model.pager import Pager
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import Tier
@@ -21,11 +23,15 @@ PROBE_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A short random batch to probe blocks with. hidden: the inputs of block 0 [1, T, d]. calls: of each block. form: of their output."""
+    """A short random batch to probe blocks with. hidden: the inputs of block 0 [1, T, d]. calls: of each block. form: of their output.
+
+    check: checks other loaded blocks.
+    """
 
     hidden: Tensor
     calls: list[BlockCall]
     form: OutputForm
+    check: BlockCheck
 
 
 def probe_model(pager: Pager) -> Probe:
@@ -36,18 +42,22 @@ def probe_model(pager: Pager) -> Probe:
     generator = torch.Generator().manual_seed(0)
     vocabulary = pager.embedding.num_embeddings
     length = min(PROBE_TOKENS, skeleton.max_positions(pager.config) or PROBE_TOKENS)
-    ids = torch.randint(0, vocabulary, (2, 1, length), generator=generator)
+    ids = torch.randint(0, vocabulary, (3, 2, length), generator=generator)
+    ids[2] = torch.stack([ids[0, 0], ids[1, 1]])
     with pager.rest_loaded(), pager.embedding_rows(ids):
         ids = ids.to(pager.device)
         with forward_errors():
-            hidden, call = first_input(pager.model, pager.blocks, ids[0])
+            hidden, call = first_input(pager.model, pager.blocks, ids[0, :1])
         block = pager.load_block(0)
         with forward_errors():
             form = OutputForm.of(block(hidden, *call.args, **call.kwargs))
-        check_block_calls(pager.model, pager.blocks, ids, form)
-        calls = record_calls(pager.model, pager.blocks, ids[0], form)
+        check = probe_blocks(pager.model, pager.blocks, ids, form, pager.blocks_path)
+        check.run(0, block)
+        # Blocks may have changed what they were given: first_input and record_calls give it anew.
+        hidden, _ = first_input(pager.model, pager.blocks, ids[0, :1])
+        calls = record_calls(pager.model, pager.blocks, ids[0, :1], form)
         pager.evict_block(0)
-    return Probe(hidden, calls, form)
+    return Probe(hidden, calls, form, check)
 
 
 def activations_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, tier: Tier) -> ActivationStore:
@@ -80,8 +90,13 @@ def embed(pager: Pager, rows: Tensor, probe: Probe, store: ActivationStore) -> N
         for lo, hi in store.spans():
             ids = rows[lo:hi].to(pager.device)
             hidden, _ = first_input(pager.model, pager.blocks, ids)
-            if len(ids) not in store.calls:
-                store.calls[len(ids)] = record_calls(pager.model, pager.blocks, ids, probe.form)
+            calls = record_calls(pager.model, pager.blocks, ids, probe.form)
+            differing = first_difference(store.calls.setdefault(len(ids), calls), calls)
+            if differing is not None:
+                raise UnsupportedModelError(
+                    f"the arguments of block {differing} for rows {lo + 1} to {hi} differ from those for the rows before: they depend on "
+                    "the tokens; this architecture is not supported"
+                )
             store.put(lo, hidden)
 
     with pager.rest_loaded(), pager.embedding_rows(rows):

@@ -40,10 +40,14 @@ class Bench:
     structures: dict[Any, BlockPlan] = field(default_factory=dict)
 
     def structure(self, block: nn.Module, index: int) -> BlockPlan:
-        """The groups, levels and shortcuts of a loaded block. Blocks of one shape are probed once."""
+        """The groups, levels and shortcuts of a loaded block, which is checked first. Blocks of one shape are probed once.
+
+        Raises UnsupportedModelError.
+        """
         shape = tuple((name, type(m).__name__, linear_weight(m).shape) for name, m in block_linears(block).items())
-        if shape not in self.structures:
-            with self.control.clock.phase("probe"):
+        with self.control.clock.phase("probe"):
+            self.probe.check.run(index, block)
+            if shape not in self.structures:
                 self.structures[shape] = plan_block(block, self.probe.hidden, self.probe.calls[index])
         return self.structures[shape]
 
