@@ -23,6 +23,7 @@ from bigq.errors import BigqError, CheckpointError, UsageError
 from bigq.io.atomic import json_bytes, write_bytes, write_json
 from bigq.io.containment import require_contained
 from bigq.io.formats import FORMATS, Format, Quantization
+from bigq.io.formats.base import Misfit, listed
 from bigq.io.formats.gptq_config import GptqSchemes
 from bigq.io.index import INDEX_NAME, read_json_object
 from bigq.io.side_files import side_files
@@ -204,11 +205,7 @@ def _to_gguf(pager: Pager, out: Path, trust_remote_code: bool, say: Callable[[st
     def written(done: int, blocks: int) -> None:
         say(f"{out.name}: block {done} of {blocks}")
 
-    try:
-        write_gguf(pager.folder, out, trust_remote_code=trust_remote_code, say=say, written=written)
-    except UsageError as error:
-        what, _, options = str(error).partition("; ")
-        raise UsageError(f"{what}; run bigq quantize again: {options}") if "--" in options else error from None
+    write_gguf(pager.folder, out, trust_remote_code=trust_remote_code, say=say, written=written)
     return Conversion(
         format_before=pager.schemes.format.name,
         format="gguf",
@@ -219,16 +216,29 @@ def _to_gguf(pager: Pager, out: Path, trust_remote_code: bool, say: Callable[[st
 
 
 def _require_fit(pager: Pager, target: Format) -> None:
-    """Raise UsageError, naming the Linear, if a packed Linear does not fit the format. Its values are checked when it is packed."""
+    """Raise UsageError, naming the packed Linears that do not fit the format. Their values are checked when they are packed."""
     assert pager.schemes is not None
-    for name in pager.packed:
-        module = pager.model.get_submodule(name.removesuffix(".weight"))
+    found = _misfits(pager, target)
+    if found:
+        fitting = [
+            f"--to {format.name}"
+            for format in FORMATS.values()
+            if format not in (target, pager.schemes.format) and not _misfits(pager, format)
+        ]
+        advice = f"use {' or '.join(fitting)}" if fitting else "keep the model in its present format"
+        raise UsageError(f"{listed(found)}; {advice}")
+
+
+def _misfits(pager: Pager, target: Format) -> dict[str, Misfit]:
+    assert pager.schemes is not None
+    found = {}
+    for name in (parameter.removesuffix(".weight") for parameter in pager.packed):
+        module = pager.model.get_submodule(name)
         m, n = skeleton.linear_weight(module).shape
-        scheme = pager.schemes.scheme(name.removesuffix(".weight"))
-        try:
-            target.require(name.removesuffix(".weight"), m, n, scheme, transposed=skeleton.is_transposed(module))
-        except UsageError as error:  # its advice is for a job
-            raise UsageError(f"{str(error).partition('; ')[0]}; choose another format with --to") from None
+        misfit = target.misfit(m, n, pager.schemes.scheme(name), transposed=skeleton.is_transposed(module))
+        if misfit is not None:
+            found[name] = misfit
+    return found
 
 
 def _quantization(pager: Pager, target: Format) -> dict[str, Any]:

@@ -7,8 +7,9 @@ before anything is written (``write_gguf``).
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from bigq.config import JobConfig
 from bigq.conversion.gguf_families import Family, family_of, metadata, rope_factors, sliding_window, tensor_name
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.formats import PackedWeight
+from bigq.io.formats.base import Misfit, listed
 from bigq.io.gguf_file import (
     BLOCK,
     BLOCK_BYTES,
@@ -27,6 +29,7 @@ from bigq.io.gguf_file import (
     Value,
     block_type,
     blocks,
+    gguf_misfit,
     minimums,
     require_gguf,
     size_label,
@@ -35,6 +38,7 @@ from bigq.io.gguf_file import (
 from bigq.io.gguf_vocab import read_vocabulary
 from bigq.io.index import TensorInfo
 from bigq.io.reader import as_bytes, iter_chunks, read_tensor
+from bigq.job.fit import GGUF_BITS
 from bigq.model.description import ModelDescription
 from bigq.model.pager import Pager
 from bigq.scheme import QuantScheme, scheme_for
@@ -114,8 +118,12 @@ def write_gguf(
 
 
 def _plan(model: ModelDescription, family: Family, scheme_of: Callable[[str], QuantScheme | None]) -> list[_TensorPlan]:
-    """Every tensor of the file except ``rope_freqs``; those of a block are adjacent."""
+    """Every tensor of the file except ``rope_freqs``; those of a block are adjacent.
+
+    Raises UsageError, naming all Linears that no block type holds exactly.
+    """
     planned = []
+    misfits: dict[str, Misfit] = {}
     parameters = dict(model.model.named_parameters(remove_duplicate=False))
     tied = model.head.weight is model.embedding.weight
     for parameter in model.model.state_dict():
@@ -125,11 +133,24 @@ def _plan(model: ModelDescription, family: Family, scheme_of: Callable[[str], Qu
         module = parameter.rpartition(".")[0]
         scheme = scheme_of(module) if parameter.endswith(".weight") else None
         if scheme is not None:
-            type = _require_block_type(module, parameters[parameter].shape[1], scheme)
+            inputs = parameters[parameter].shape[1]
+            type = block_type(scheme.bits, scheme.symmetric) or ""
+            if (misfit := gguf_misfit(inputs, scheme)) is not None:
+                misfits[module] = misfit
         else:
             type = _plain_type(model.sources.get(parameter))
         planned.append(_TensorPlan(name=name, type=type, parameter=parameter, order=order))
+    if misfits:
+        raise UsageError(f"{listed(misfits)}; {_remedy(misfits)}")
     return planned
+
+
+def _remedy(misfits: Mapping[str, Misfit]) -> str:
+    """What to do with a packed model that does not fit. The advice of a job, which knows its options, comes from ``require_fit``."""
+    kinds = {misfit.kind for misfit in misfits.values()}
+    options = [f"--bits {GGUF_BITS}"] * ("bits" in kinds) + [f"--group-size {BLOCK}"] * ("group_size" in kinds)
+    options += [f"--skip '({'|'.join(re.escape(name) for name, each in misfits.items() if each.kind == 'shape')})$'"] * ("shape" in kinds)
+    return f"quantize the original model with --format gguf {' '.join(options)}"
 
 
 def _scheme_as_packed(pager: Pager) -> Callable[[str], QuantScheme | None]:
@@ -155,25 +176,6 @@ def _scheme_by_rule(model: ModelDescription, config: JobConfig) -> Callable[[str
         return scheme
 
     return scheme_of
-
-
-def _require_block_type(module: str, inputs: int, scheme: QuantScheme) -> str:
-    """The block type of a Linear. Raises UsageError, naming the Linear, where no type holds it exactly."""
-    type = block_type(scheme.bits, scheme.symmetric)
-    if type is None:
-        kind = "symmetric" if scheme.symmetric else "asymmetric"
-        raise UsageError(
-            f"{module}: GGUF has no blocks for {scheme.bits} bits {kind}, only for --bits 4 and for --bits 8 --sym; change "
-            f"that with --rule '{module}$:bits=…', or skip it with --skip '{module}$'"
-        )
-    if inputs % BLOCK:
-        raise UsageError(f"{module} has {inputs} inputs, but blocks of GGUF hold {BLOCK}; skip it with --skip '{module}$'")
-    if scheme.group_size != -1 and scheme.group_size % BLOCK:
-        raise UsageError(
-            f"{module} has groups of {scheme.group_size}, but a block of GGUF holds {BLOCK} weights with one scale; use a "
-            f"--group-size that is a multiple of {BLOCK}, or -1"
-        )
-    return type
 
 
 def _minimums_lost(module: str, remedy: str) -> UsageError:

@@ -24,8 +24,10 @@ from bigq import faults
 from bigq.errors import CheckpointError, ResourceError
 from bigq.io.atomic import atomic_file
 from bigq.io.formats import PackedWeight
+from bigq.io.formats.base import Misfit
 from bigq.io.reader import as_bytes
 from bigq.kernels.pack import unpack
+from bigq.scheme import QuantScheme
 
 #: Weights per block, which share a scale, in every block type used here.
 BLOCK = 32
@@ -75,6 +77,18 @@ def require_gguf() -> Any:
 def block_type(bits: int, symmetric: bool) -> str | None:
     """The block type that represents such codes exactly, or None."""
     return {(4, True): "Q4_0", (4, False): "Q4_1", (8, True): "Q8_0"}.get((bits, symmetric))
+
+
+def gguf_misfit(inputs: int, scheme: QuantScheme) -> Misfit | None:
+    """Why no block type holds a Linear exactly; None if one does."""
+    if block_type(scheme.bits, scheme.symmetric) is None:
+        kind = "symmetric" if scheme.symmetric else "asymmetric"
+        return Misfit("bits", f": GGUF has no blocks for {scheme.bits} bits {kind}, only for --bits 4 and for --bits 8 --sym")
+    if inputs % BLOCK:
+        return Misfit("shape", f"has {inputs} inputs, but blocks of GGUF hold {BLOCK}")
+    if scheme.group_size != -1 and scheme.group_size % BLOCK:
+        return Misfit("group_size", f"has groups of {scheme.group_size}, but a block of GGUF holds {BLOCK} weights with one scale")
+    return None
 
 
 def minimums(stored: PackedWeight) -> Tensor | None:

@@ -109,7 +109,9 @@ class Checkpoint:
             if shard not in shards:
                 path = folder / shard
                 if not os.path.exists(path):
-                    raise CheckpointError(f"{path}: missing, but the index names it; fetch it again")
+                    gone = [each for each in dict.fromkeys(weight_map.values()) if not os.path.exists(folder / each)]
+                    more = f" (and {len(gone) - 1} more shards)" if len(gone) > 1 else ""
+                    raise CheckpointError(f"{path}{more}: missing, but the index names it; fetch it again")
                 shards[shard], header = read_header(path)
                 digest.update(header)
                 for held in shards[shard]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from bigq.config import FROZEN_FIELDS, JobConfig
 from bigq.data.spec import without_folders
-from bigq.options import Option, table
+from bigq.options import Option, Resume, table
 from bigq.scheme import QuantScheme, Rule
 
 
@@ -32,6 +33,14 @@ def _differing(values: Any, options: Iterable[Option]) -> Iterator[str]:
         value = getattr(values, each.name)
         if each.flag is not None and value != each.default:
             yield from each.words(without_folders(value) if each.name == "calibration" else value)
+
+
+def kept_options(message: str) -> list[str]:
+    """The options in a message that a resumed job may not change."""
+    refused = {
+        each.flag for options in (table(JobConfig), table(QuantScheme)) for each in options.values() if each.resume is Resume.REFUSED
+    }
+    return list(dict.fromkeys(flag for flag in re.findall(r"--[a-z][a-z-]*", message) if flag in refused or flag == "--skip"))
 
 
 def rule_option(rule: Rule) -> str:

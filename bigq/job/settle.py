@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from bigq.config import DEFAULT_SEQLEN, JobConfig
 from bigq.errors import UsageError
-from bigq.job.command import rule_option
-from bigq.job.rules import deciding_rule, require_sound_rules
+from bigq.job.fit import Candidate, require_fit
+from bigq.job.rules import require_sound_rules
 from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS
 from bigq.methods import method_of
 from bigq.model import skeleton
@@ -73,57 +72,32 @@ def head_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme | Non
         raise UsageError(
             f"--lm-head: {name} has the input embedding's weight (tie_word_embeddings), which stays unquantized; leave out --lm-head"
         )
-    scheme = scheme_for(name, config.base_scheme, config.rules)
-    if scheme is not None:
-        m, n = skeleton.linear_weight(module).shape
-        source = _group_source(name, config)
-        inputs = _inputs_by_source(_block_linears(model), config).get(source, [])
-        config.made.require(name, m, n, scheme, inputs=inputs, rule=_option(source, config))
-    return scheme
+    return scheme_for(name, config.base_scheme, config.rules)
 
 
 def check_shapes(model: ModelDescription, config: JobConfig) -> None:
-    """Raise UsageError if a rule decides nothing or splits a fused Linear, if a Linear does not fit the format or its group size, or if no
-    Linear would be quantized."""
+    """Raise UsageError if a rule decides nothing or splits a fused Linear, if Linears, the output head among them, do not fit the format
+    or their group size, if the head cannot be quantized as requested, or if no Linear would be quantized."""
     linears = _block_linears(model)
-    require_sound_rules(list(linears), _linear_head(model), config)
-    inputs = _inputs_by_source(linears, config)
-    quantized = False
-    for name, module in linears.items():
-        scheme = scheme_for(name, config.base_scheme, config.rules)
-        m, n = linear_weight(module).shape
-        if scheme is not None and min(m, n) >= MIN_FEATURES:
-            source = _group_source(name, config)
-            option = _option(source, config)
-            config.made.require(name, m, n, scheme, transposed=skeleton.is_transposed(module), inputs=inputs[source], rule=option)
-            quantized = True
-    if not quantized and head_scheme(model, config) is None:
+    names = list(linears)
+    require_sound_rules(names, _linear_head(model), config)
+    head = head_scheme(model, config)
+    if head is not None:
+        linears[model.head_name] = model.head
+    candidates = [each for each in map(_candidate, linears, linears.values()) if min(each.m, each.n) >= MIN_FEATURES]
+    require_fit(candidates, names, _linear_head(model), config)
+    if head is None and all(scheme_for(each.name, config.base_scheme, config.rules) is None for each in candidates):
         raise UsageError("--skip: no Linear would be quantized; give narrower patterns")
+
+
+def _candidate(name: str, module: nn.Module) -> Candidate:
+    m, n = linear_weight(module).shape
+    return Candidate(name=name, m=m, n=n, transposed=skeleton.is_transposed(module))
 
 
 def _block_linears(model: ModelDescription) -> dict[str, nn.Module]:
     """The Linears of all blocks by module name."""
     return {f"{model.blocks_path}.{i}.{name}": m for i, block in enumerate(model.blocks) for name, m in block_linears(block).items()}
-
-
-def _group_source(name: str, config: JobConfig) -> int | None:
-    """The index of the rule that gives a Linear's group size; None where ``--group-size`` gives it."""
-    i = deciding_rule(name, config.rules)
-    return i if i is not None and "group_size" in (config.rules[i].overrides or {}) else None
-
-
-def _option(source: int | None, config: JobConfig) -> str | None:
-    return None if source is None else rule_option(config.rules[source])
-
-
-def _inputs_by_source(linears: Mapping[str, nn.Module], config: JobConfig) -> dict[int | None, list[int]]:
-    """The numbers of inputs of the Linears to be quantized, by what gives their group size."""
-    found: dict[int | None, list[int]] = {}
-    for name, module in linears.items():
-        m, n = linear_weight(module).shape
-        if min(m, n) >= MIN_FEATURES and scheme_for(name, config.base_scheme, config.rules) is not None:
-            found.setdefault(_group_source(name, config), []).append(n)
-    return found
 
 
 def _linear_head(model: ModelDescription) -> str | None:

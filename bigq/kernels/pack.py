@@ -34,6 +34,30 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     return unpack_reference(words, bits)
 
 
+def pack_any(codes: Tensor, bits: int) -> Tensor:
+    """``pack`` for any number of codes: int32 [⌈k·bits/32⌉, ...]; the unused bits of the last word are 0."""
+    k, short = codes.shape[0], -codes.shape[0] % _cycle(bits)[0]
+    whole = torch.cat([codes, codes.new_zeros(short, *codes.shape[1:])]) if short else codes
+    return pack(whole, bits)[: words_for(k, bits)]
+
+
+def unpack_any(words: Tensor, bits: int, k: int) -> Tensor:
+    """The k codes in int32 words [⌈k·bits/32⌉, ...]: uint8 [k, ...]; the inverse of ``pack_any``."""
+    short = -words.shape[0] % _cycle(bits)[1]
+    whole = torch.cat([words, words.new_zeros(short, *words.shape[1:])]) if short else words
+    return unpack(whole, bits)[:k]
+
+
+def words_for(k: int, bits: int) -> int:
+    """The number of words that hold k codes."""
+    return -(-k * bits // 32)
+
+
+def whole_words(bits: int) -> int:
+    """The number of codes of which a multiple fills whole words."""
+    return _cycle(bits)[0]
+
+
 def pack_reference(codes: Tensor, bits: int) -> Tensor:
     """``pack`` in plain torch."""
     per_cycle, words_per_cycle = _cycle(bits)

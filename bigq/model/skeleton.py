@@ -30,6 +30,9 @@ _MAX_BUFFER_BYTES = 2**30
 #: The most parameters of a model without a checkpoint to compare with. Llama-3.1-405B has 1137; experts are stored together.
 _MAX_PARAMETERS = 20_000
 
+#: What a refusal says of the models that can be quantized.
+TAKEN = "bigq takes decoder-only causal language models, which transformers loads by AutoModelForCausalLM"
+
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a model folder, without its ``quantization_config``.
@@ -44,8 +47,13 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             "only: give MODEL one of those"
         )
     if not isinstance(raw.get("model_type"), str):
-        raise CheckpointError(f"{path}: has no model_type, so the architecture is unknown")
+        if "_class_name" in raw or (folder / "model_index.json").exists():
+            raise UnsupportedModelError(f"{path}: is of a part of a diffusion pipeline; {TAKEN}")
+        raise CheckpointError(f"{path}: has no model_type, so the architecture is unknown; {TAKEN}")
     check_config(path, raw, trust_remote_code=trust_remote_code)
+    packing = raw.get("quantization_config")
+    if packing is not None and not isinstance(packing, dict):
+        raise CheckpointError(f"{path}: quantization_config is {show_value(packing)}, not an object; fetch it again")
     kind = show_value(raw["model_type"])
     if raw.get("auto_map") and not trust_remote_code:
         from transformers import CONFIG_MAPPING
@@ -59,7 +67,14 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         if "model type" in str(error) or raw["model_type"] in str(error):
-            raise UnsupportedModelError(f"{folder}: transformers does not know model type {kind}: {_error_line(error)}") from error
+            from transformers import CONFIG_MAPPING, __version__
+
+            if raw["model_type"] not in CONFIG_MAPPING:
+                raise UnsupportedModelError(
+                    f"{folder}: transformers {__version__} does not know model type {kind}; install a transformers that does, or correct "
+                    "model_type in config.json"
+                ) from error
+            raise UnsupportedModelError(f"{folder}: transformers cannot read model type {kind}: {_error_line(error)}") from error
         raise CheckpointError(f"{path}: is not a valid configuration: {_error_line(error)}") from error
     require_causal(path, raw, config, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
@@ -104,6 +119,8 @@ def build(
     except BigqError:
         raise
     except Exception as error:
+        if (reason := _not_causal(config)) is not None:
+            raise UnsupportedModelError(reason) from error
         raise UnsupportedModelError(f"transformers cannot build a causal language model from this config: {_error_line(error)}") from error
     if not initialised:
         model.tie_weights()  # type: ignore[operator]
@@ -235,6 +252,29 @@ def _dtype(value: Any) -> torch.dtype:
 
 def _no_warning(*_: Any) -> None:
     """Replaces a method that warns."""
+
+
+def _not_causal(config: Any) -> str | None:
+    """Why transformers has no causal language model of a config's class; None if it has one."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = type(config)
+    if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "auto_map", None):
+        return None
+    inner = getattr(config, "text_config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        what = "an encoder-decoder model"
+    elif kind in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or (inner is not None and hasattr(config, "vision_config")):
+        what = "a model of images and text"
+    elif kind in auto.MODEL_FOR_MASKED_LM_MAPPING:
+        what = "an encoder"
+    elif kind in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        what = "an image model"
+    elif kind in auto.MODEL_FOR_CTC_MAPPING or kind in auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING:
+        what = "an audio model"
+    else:
+        what = "no causal language model"
+    return f"model type {show_value(str(config.model_type))} is {what}; {TAKEN}"
 
 
 def _error_line(error: Exception) -> str:

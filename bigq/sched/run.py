@@ -12,11 +12,12 @@ import torch
 
 from bigq.config import JobConfig
 from bigq.conversion.gguf import write_gguf
-from bigq.errors import ResourceError
+from bigq.errors import NumericsError, ResourceError
 from bigq.io.device_to_host import DeviceToHost
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.index import Checkpoint
 from bigq.job.batches import Batches, Halving, halving_message
+from bigq.job.command import kept_options
 from bigq.job.finish import finish_folder, is_finished
 from bigq.job.journal import Commit
 from bigq.job.manifest import GGUF_NAME, add_gguf, has_gguf
@@ -81,7 +82,8 @@ def quantize(
             _announce(plan, target.out, progress, stop)
             with claimed(job, units, request, plan, progress, started=started, command=command) as claim:
                 control = Control(stop=stop, progress=progress, clock=claim.clock)
-                resumed = _run(job, units, plan, claim, control)
+                with _in_another_folder(target.out):
+                    resumed = _run(job, units, plan, claim, control)
                 _finish(job, claim, control)
     return _report(job, plan, claim, resumed, started, stages)
 
@@ -188,6 +190,18 @@ class _Setup:
     def _halved(self, before: int, halving: Halving) -> None:
         self.writer.control.progress.say(halving_message(before, halving))
         self.claim.journal.record_halving(halving)
+
+
+@contextlib.contextmanager
+def _in_another_folder(out: Path) -> Iterator[None]:
+    """Errors that advise options which this job may not change any more say so."""
+    try:
+        yield
+    except (NumericsError, ResourceError) as error:
+        options = kept_options(str(error))
+        if not options:
+            raise
+        raise type(error)(f"{error} (in another folder, since the job in {out} keeps its {' and '.join(options)})") from error
 
 
 def _finish(job: Job, claim: Claim, control: Control) -> None:

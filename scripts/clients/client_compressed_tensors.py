@@ -21,6 +21,8 @@ def flags(bits: int, group_size: int, sym: bool, act_order: bool = False) -> tup
 
 
 _FOUR = flags(4, 32, True)
+#: Outputs that are no multiples of 32, nor of what a word of zero points holds; inputs that fill whole words only.
+_ODD: dict[str, Any] = {"intermediate_size": 200, "vocab_size": 131}
 #: Special models and rules: (name, family, config values, options).
 SPECIAL: tuple[tuple[str, str, dict[str, Any], tuple[str, ...]], ...] = (
     ("llama-bias-sym", "llama", {"attention_bias": True, "mlp_bias": True}, _FOUR),
@@ -29,6 +31,9 @@ SPECIAL: tuple[tuple[str, str, dict[str, Any], tuple[str, ...]], ...] = (
     ("llama-rules-sym", "llama", {}, (*_FOUR, "--rule", r".*down_proj$:bits=8", "--rule", r".*(gate|up)_proj$:group_size=-1,bits=3")),
     ("llama-skip-all-blocks-sym", "llama", {}, (*_FOUR, "--skip", r".*\.o_proj$")),
     ("llama-skip-one-block-sym", "llama", {}, (*_FOUR, "--skip", r"model\.layers\.1\.")),
+    ("llama-odd-sizes-asym", "llama", _ODD, (*flags(4, 8, False), "--lm-head")),
+    ("llama-odd-sizes-8bit-sym", "llama", _ODD, (*flags(8, -1, True), "--lm-head")),
+    ("llama-odd-sizes-3bit-asym", "llama", {"intermediate_size": 224, "vocab_size": 131}, (*flags(3, 32, False), "--lm-head")),
     ("llama-head-sym", "llama", {}, (*_FOUR, "--lm-head")),
     ("bloom-rule-sym", "bloom", {}, (*_FOUR, "--rule", r".*dense_h_to_4h$:bits=3,group_size=-1")),
 )

@@ -226,10 +226,10 @@ def test_a_matrix_is_never_whole_in_blocks(packed: Path, tmp_path: Path, monkeyp
 
 
 SCHEMES: Mapping[str, tuple[dict[str, Any], str]] = {
-    "2 bits": ({"bits": 2}, r"model\.layers\.0\.self_attn\.q_proj: GGUF has no blocks for 2 bits symmetric.*--rule.*--skip"),
+    "2 bits": ({"bits": 2}, r"model\.layers\.0\.self_attn\.q_proj and 20 more: GGUF has no blocks for 2 bits symmetric.*--bits 4"),
     "3 bits, asymmetric": ({"bits": 3, "symmetric": False}, "no blocks for 3 bits asymmetric"),
     "8 bits, asymmetric": ({"bits": 8, "symmetric": False}, "no blocks for 8 bits asymmetric.*--bits 8 --sym"),
-    "groups of 16": ({"group_size": 16}, "q_proj has groups of 16.*--group-size that is a multiple of 32, or -1"),
+    "groups of 16": ({"group_size": 16}, "q_proj and 20 more have groups of 16.*--group-size 32"),
     "asymmetric": (
         {"symmetric": False},
         "q_proj: the products of its zero points and scales are not fp16 numbers.*"
@@ -260,7 +260,7 @@ def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "m", "llama", intermediate_size=80)
     pager = Pager(source, device=CPU)
     config = bigq.JobConfig(scheme=bigq.QuantScheme(group_size=-1))
-    with pytest.raises(UsageError, match=r"layers\.0\.mlp\.down_proj has 80 inputs, but blocks of GGUF hold 32.*--skip"):
+    with pytest.raises(UsageError, match=r"layers\.0\.mlp\.down_proj and 2 more have 80 inputs, but blocks of GGUF hold 32.*--skip"):
         check_gguf_job(pager, config)
     check_gguf_job(pager, bigq.JobConfig(scheme=bigq.QuantScheme(group_size=-1), rules=(bigq.Rule(r".*down_proj$", None),)))
 

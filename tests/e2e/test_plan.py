@@ -171,7 +171,7 @@ REFUSED = {
     "nothing to do": ("llama", ["--skip", ".*"], "--skip: no Linear would be quantized"),
     "no such family in llama.cpp": ("bloom", ["--format", "gguf", "--group-size", "32"], "bigq writes no GGUF files of model type 'bloom'"),
     "no such blocks in GGUF": ("llama", ["--format", "gguf", "--bits", "3", "--group-size", "32"], "GGUF has no blocks for 3 bits"),
-    "stored transposed": ("gpt2", ["--format", "compressed-tensors", "--group-size", "32"], "is stored transposed"),
+    "stored transposed": ("gpt2", ["--format", "compressed-tensors", "--group-size", "32"], "are stored transposed"),
     "groups that do not fit": ("llama", ["--group-size", "48"], "which group size 48 does not divide"),
     "a rule for nothing": ("llama", ["--group-size", "32", "--skip", "o_proj"], "matches no Linear"),
     "a hidden rule": ("llama", ["--group-size", "32", "--skip", ".*mlp", "--rule", ".*up_proj:bits=8"], "has no effect"),
@@ -213,7 +213,10 @@ def test_the_group_size_that_is_advised_works(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "config.json").write_text(json.dumps(changed))
     command = ["plan", str(tmp_path), "--samples", "8", "--seqlen", "32", "--device", "cpu"]
     assert main(command) == 2
-    assert capsys.readouterr().err.endswith("has 192 inputs, which group size 128 does not divide; use --group-size 64\n")
+    assert capsys.readouterr().err.endswith(
+        "self_attn.q_proj and 5 more have 192 inputs, which group size 128 does not divide, and model.layers.0.mlp.down_proj has "
+        "320 inputs, which group size 128 does not divide; use --group-size 64\n"
+    )
     assert main([*command, "--group-size", "64"]) == 0
     rule = ".*mlp:group_size="
     capsys.readouterr()

@@ -10,12 +10,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from bigq.errors import CheckpointError, UsageError
+from bigq.errors import CheckpointError
 from bigq.io.index import TensorInfo
 from bigq.kernels.pack import pack
 from bigq.quantized_weight import QuantizedWeight
@@ -23,6 +23,18 @@ from bigq.scheme import QuantScheme, Rule
 
 #: Codes are packed into whole words, at most this many codes at a time.
 ALIGNMENT = 32
+#: Reasons that a refusal lists.
+REASONS = 3
+
+
+class Misfit(NamedTuple):
+    """Why a Linear does not fit. kind: what has to change for it to fit; "shape" and "transposed" mean that nothing helps.
+
+    said: begins with a verb whose subject is the Linear, or with ":".
+    """
+
+    kind: Literal["transposed", "shape", "group_size", "bits"]
+    said: str
 
 
 class PackedWeight(NamedTuple):
@@ -165,45 +177,46 @@ class Format(ABC):
     def config(self, job: Quantization) -> dict[str, Any]:
         """``config.json["quantization_config"]``."""
 
-    def require(
-        self,
-        name: str,
-        m: int,
-        n: int,
-        scheme: QuantScheme,
-        *,
-        transposed: bool = False,
-        inputs: Sequence[int] = (),
-        rule: str | None = None,
-    ) -> None:
-        """Raise UsageError, naming the Linear, if its shape [m, n] does not fit the format or the group size.
+    def multiples(self, bits: int) -> tuple[int, int]:
+        """Of which numbers the outputs and inputs of a packed Linear must be multiples."""
+        return ALIGNMENT, ALIGNMENT
 
-        inputs: the numbers of inputs of all Linears that get their group size from the same option; the advised size divides them too.
-        rule: the ``--rule`` option that gives the group size; None for ``--group-size``.
-        """
+    def misfit(self, m: int, n: int, scheme: QuantScheme, *, transposed: bool = False) -> Misfit | None:
+        """Why a Linear of m outputs and n inputs does not fit the format or its group size; None if it does."""
         if transposed and not self.takes_transposed:
-            raise UsageError(
-                f"{name} is stored transposed (Conv1D), which readers of {self.name} do not support; use --format gptq, or leave this "
-                f"Linear unquantized with --skip '{name}$'"
-            )
-        if m % ALIGNMENT or n % ALIGNMENT:
-            raise UsageError(
-                f"{name} is {m} × {n}, but packed dimensions must be multiples of {ALIGNMENT}; leave this Linear unquantized with "
-                f"--skip '{name}$'"
-            )
+            return Misfit("transposed", f"is stored transposed (Conv1D), which readers of {self.name} do not support")
+        outputs, inputs = self.multiples(scheme.bits)
+        if m % outputs or n % inputs:
+            only = "packed dimensions" if outputs == inputs else f"the inputs of Linears packed at {scheme.bits} bits"
+            return Misfit("shape", f"is {m} × {n}, but {only} must be multiples of {inputs}")
         if scheme.group_size != -1 and n % scheme.group_size:
-            size = fitting_group_size((n, *inputs), scheme.group_size)
-            remedy = f"use --group-size {size}" if rule is None else f"use group_size={size} in {rule}"
-            raise UsageError(f"{name} has {n} inputs, which group size {scheme.group_size} does not divide; {remedy}")
+            return Misfit("group_size", f"has {n} inputs, which group size {scheme.group_size} does not divide")
+        return None
 
 
-def fitting_group_size(inputs: Sequence[int], at_most: int) -> int:
-    """The largest power of two from 8 to ``at_most`` that divides all ``inputs``; -1, the whole row, if there is none."""
+def listed(found: Mapping[str, Misfit]) -> str:
+    """Linears that do not fit, as text: one name and the number of others for each reason, at most ``REASONS`` of these."""
+    by_reason: dict[str, list[str]] = {}
+    for name, misfit in found.items():
+        by_reason.setdefault(misfit.said, []).append(name)
+    said = []
+    for reason, names in list(by_reason.items())[:REASONS]:
+        if len(names) > 1:
+            for one, many in (("is ", "are "), ("has ", "have ")):
+                reason = f"{many}{reason.removeprefix(one)}" if reason.startswith(one) else reason
+        subject = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        said.append(f"{subject}{reason if reason.startswith(':') else f' {reason}'}")
+    rest = sum(map(len, list(by_reason.values())[REASONS:]))
+    return ", and ".join([*said, *([f"{rest} other{'s do' if rest > 1 else ' does'} not fit either"] if rest else [])])
+
+
+def fitting_group_size(inputs: Sequence[int], at_most: int, step: int = 8) -> int:
+    """The largest power of two from ``step`` to ``at_most``, or else ``step``, that divides all ``inputs``; else -1, the whole row."""
     common = math.gcd(*inputs)
     size = common & -common
-    while size > at_most:
+    while size > max(at_most, step):
         size //= 2
-    return size if size >= 8 else -1
+    return size if size >= step else -1
 
 
 def require_tensor(tensors: Mapping[str, TensorInfo], name: str) -> TensorInfo:

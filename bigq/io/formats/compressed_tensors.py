@@ -28,7 +28,7 @@ from bigq.io.formats.gptq import check_scales, escaped
 from bigq.io.index import TensorInfo
 from bigq.io.json_file import show_name, show_value
 from bigq.io.reader import read_tensor
-from bigq.kernels.pack import pack, unpack
+from bigq.kernels.pack import pack_any, unpack_any, whole_words, words_for
 from bigq.scheme import BITS, QuantScheme, Rule
 
 #: Maximum number of targets, and of names to ignore, in a config.
@@ -78,8 +78,12 @@ class CompressedTensors(Format):
             f"{prefix}.weight_shape": torch.tensor([words.shape[1], words.shape[0] * 32 // scheme.bits], dtype=torch.int64),
         }
         if not scheme.symmetric:
-            tensors[f"{prefix}.weight_zero_point"] = pack(zeros, scheme.bits)
+            tensors[f"{prefix}.weight_zero_point"] = pack_any(zeros, scheme.bits)
         return tensors
+
+    def multiples(self, bits: int) -> tuple[int, int]:
+        # Readers take any number of inputs. Packed words in memory are whole, which group sizes, multiples of 8, need at 4 and 8 bits only.
+        return 1, whole_words(bits)
 
     def layout(
         self, prefix: str, linear: PackedLinear, symmetric: bool, dtype: torch.dtype
@@ -90,7 +94,7 @@ class CompressedTensors(Format):
             f"{prefix}.weight_scale": (dtype, (m, groups)),
             f"{prefix}.weight_shape": (torch.int64, (2,)),
         }
-        return tensors if symmetric else {**tensors, f"{prefix}.weight_zero_point": (torch.int32, (m * bits // 32, groups))}
+        return tensors if symmetric else {**tensors, f"{prefix}.weight_zero_point": (torch.int32, (words_for(m, bits), groups))}
 
     def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> PackedWeight:
         bits = scheme.bits
@@ -104,9 +108,9 @@ class CompressedTensors(Format):
             zeros = torch.full((m, groups), 2 ** (bits - 1), dtype=torch.uint8, device=packed.device)
         else:
             words = get(f"{prefix}.weight_zero_point")
-            if words.shape != (m * bits // 32, groups):
+            if words.shape != (words_for(m, bits), groups):
                 raise CheckpointError(f"{prefix}: the shapes of weight_zero_point and weight_scale do not match")
-            zeros = unpack(words, bits)
+            zeros = unpack_any(words, bits, m)
         return PackedWeight(packed.T, scales, zeros)
 
     def geometry(self, prefix: str, tensors: Mapping[str, TensorInfo]) -> PackedLinear:
@@ -126,7 +130,7 @@ class CompressedTensors(Format):
         groups = scales.shape[1]
         if m != scales.shape[0] or bits not in BITS or packed.shape[1] * 32 != n * bits or n % groups:
             raise wrong
-        if zeros is not None and zeros.shape[0] * 32 != m * bits:
+        if zeros is not None and zeros.shape[0] != words_for(m, bits):
             raise wrong
         self._require_natural(prefix, tensors, n, groups)
         return PackedLinear(bits=bits, outputs=m, inputs=n, groups=groups)
@@ -144,14 +148,17 @@ class CompressedTensors(Format):
             raise UnsupportedModelError(f"tensor {name} is missing, but actorder says that groups are reordered; {remedy}")
 
     def values_per_check(self, suffix: str, info: TensorInfo) -> int:
-        # Three rows of words hold whole 3-bit codes. With other widths, any number of rows does.
+        # Three rows of words hold whole 3-bit codes; only the last rows may be fewer. With other widths, any number of rows does.
         return 3 * info.shape[1] if suffix == "weight_zero_point" else 1
 
     def check_values(self, suffix: str, linear: PackedLinear, piece: Tensor, start: int) -> tuple[str | None, tuple[int, int] | None]:
         if suffix == "weight_scale":
             return check_scales(piece), None
         if suffix == "weight_zero_point":
-            low, high = (int(extreme) for extreme in torch.aminmax(unpack(piece.view(-1, linear.groups), linear.bits)))
+            before = start // linear.groups * 32 // linear.bits
+            words = piece.view(-1, linear.groups)
+            codes = unpack_any(words, linear.bits, min(linear.outputs - before, len(words) * 32 // linear.bits))
+            low, high = (int(extreme) for extreme in torch.aminmax(codes))
             return None, (low, high)
         return None, None
 

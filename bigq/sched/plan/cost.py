@@ -118,7 +118,7 @@ def packed_bytes(linear: LinearShape, scheme: QuantScheme) -> int:
 
 def gguf_bytes(linear: LinearShape, scheme: QuantScheme) -> int:
     """Bytes of a Linear in blocks of 32 weights, each with its scale and, if asymmetric, its minimum."""
-    return linear.m * (linear.n // 32) * (scheme.bits * 4 + (2 if scheme.symmetric else 4))
+    return linear.m * -(-linear.n // 32) * (scheme.bits * 4 + (2 if scheme.symmetric else 4))
 
 
 def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:

@@ -1,0 +1,117 @@
+"""Every message with advice: the advice is followed by program, and the next run passes that point."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cases import CASES, Case, Place
+from follow import followed, line
+from messages import ADVICE, matcher, templates
+from models import make_checkpoint
+from not_followed import ELSEWHERE, NOT_FOLLOWED
+
+from bigq.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def done(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished job: 4 bits, asymmetric, gptq_v2. Some zero points are 0, which gptq cannot hold."""
+    source = shutil.copytree(checkpoint("llama"), tmp_path_factory.mktemp("done") / "model")
+    from models import rewrite, stored_tensors
+
+    name = "model.layers.0.mlp.down_proj.weight"
+    rewrite(source, name, stored_tensors(source)[name].abs() + 0.01)
+    out = source.parent / "out"
+    words = line(
+        "quantize {source} {out} --method rtn --device cpu --group-size 32 --asym --format gptq_v2 --quiet", source=source, out=out
+    )
+    assert main(words) == 0
+    return out
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], ids_file: Path, done: Path, tmp_path: Path) -> Place:
+    case: Case = request.param
+    if case.family == "tied":
+        original = make_checkpoint(tmp_path / "original", "llama", num_hidden_layers=1, tie_word_embeddings=True)
+    else:
+        original = checkpoint(case.family)
+    model = Path(shutil.copytree(original, tmp_path / "model"))
+    return Place(model=model, out=tmp_path / "out", tmp=tmp_path, ids=ids_file, original=original, done=done)
+
+
+def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str | None:
+    """The error that a command ends with."""
+    capsys.readouterr()
+    code = main(words)
+    told = capsys.readouterr().err
+    found = [text for text in told.splitlines() if re.match(r"bigq[\w ]*: error: ", text)]
+    assert (code == 0) == (not found), told
+    return re.sub(r"^bigq[\w ]*: error: ", "", found[0]) if found else None
+
+
+@pytest.mark.parametrize(
+    ("place", "case"), [(case, case) for case in CASES], indirect=["place"], ids=lambda case: getattr(case, "says", "")[:50]
+)
+def test_the_next_run_passes(place: Place, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    if case.damage is not None:
+        case.damage(place)
+    words = line(case.made, model=place.model, out=place.out, tmp=place.tmp, ids=place.ids, original=place.original)
+    said = refusal(words, capsys)
+    assert said is not None and matcher(case.says).search(said), said
+    if case.follow is not None:
+        advised = case.follow(place)
+        lines = [advised if isinstance(advised, list) else words]
+    else:
+        lines = followed(words, said)
+    assert lines, f"nothing to do is found in: {said}"
+    for advised in lines:
+        again = refusal(list(map(str, advised)), capsys)
+        assert again is None or (case.then is not None and re.search(case.then, again)), f"{said}\n→ {advised}\n→ {again}"
+        shutil.rmtree(place.out, ignore_errors=True)
+
+
+def test_every_message_with_advice_has_a_case_or_a_reason() -> None:
+    """Of a new message with advice: add a case to cases.py, or a reason to not_followed.py."""
+    found = {text: where for text, where in templates().items() if not where.startswith(ELSEWHERE)}
+    known = {case.says for case in CASES}
+    reasons = [text for texts in NOT_FOLLOWED.values() for text in texts]
+    missing = [f"{where}: {text}" for text, where in found.items() if text not in reasons and not any(_of(says, text) for says in known)]
+    assert not missing, "\n".join(missing)
+    gone = [text for text in reasons if text not in found] + [says for says in known if not any(_of(says, text) for text in found)]
+    assert not gone, "no message is like this any more:\n" + "\n".join(gone)
+
+
+def _of(says: str, template: str) -> bool:
+    """Whether a case's piece means the template: the whole of a short one, or a part of a long one."""
+    return says == template or (len(says) > 25 and says in template)
+
+
+def test_the_search_finds_advice() -> None:
+    assert ADVICE.search("{}: is wrong; use --other") and ADVICE.search("use --scale-bits {}") and not ADVICE.search("a wrong thing")
+    assert len(templates()) > 150
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "expected"),
+    [
+        ("x --a 1", "--a 1: bad; use --a 2, or leave out --a", ["x --a 2", "x"]),
+        ("x --rule p:bits=8", "--rule 'p:bits=8': matches none; use '.*p'", ["x --rule .*p:bits=8"]),
+        ("x --skip p --skip q", "--skip 'q': no effect; leave it out", ["x --skip p"]),
+        (
+            "x --rule p:bits=8 --rule q:bits=3",
+            "--rule 'q:bits=3': no; give it first, or leave it out",
+            ["x --rule q:bits=3 --rule p:bits=8", "x --rule p:bits=8"],
+        ),
+        ("x --dev z", "--dev z: no; use auto, cpu or cuda:0", ["x --dev auto", "x --dev cpu", "x --dev cuda:0"]),
+        ("x", "q is wrong; use --skip 'a$' and --group-size 32", ["x --skip a$ --group-size 32"]),
+        ("x --rule p:group_size=3", "q is wrong; use group_size=8 in --rule 'p:group_size=3'", ["x --rule p:group_size=8"]),
+        ("x --len 1", "--len 1: short; use 2 or more", ["x --len 2"]),
+    ],
+)
+def test_advice_is_read(words: str, message: str, expected: list[str]) -> None:
+    assert [" ".join(found) for found in followed(words.split(), message)] == expected
