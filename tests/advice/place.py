@@ -55,7 +55,7 @@ class Case:
 
     follow: does what is advised; returns another command or call, or several, where it is no longer the same one.
     family: of the model. then: a pattern of the error that the next run may end with. limits: of bigq, lowered for both runs, so that
-    the case stays small.
+    the case stays small. faults: functions that are replaced in the first run only.
     """
 
     says: str
@@ -65,6 +65,7 @@ class Case:
     family: str = "llama"
     then: str | None = None
     limits: tuple[tuple[str, object], ...] = ()
+    faults: tuple[tuple[str, object], ...] = ()
 
 
 #: A plan asks all that a job does before it reads text or weights.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cases import OPTION_CASES
 from checkpoint_cases import CHECKPOINT_CASES
+from folder_cases import FOLDER_CASES
 from follow import followed, line
 from messages import ADVICE, matcher, templates
 from models import make_checkpoint, rewrite, stored_tensors
@@ -22,7 +24,13 @@ from bigq.cli.main import main
 from bigq.errors import BigqError
 from bigq.sched.plan import inputs
 
-CASES = (*OPTION_CASES, *CHECKPOINT_CASES, *TEXT_CASES)
+CASES = (*OPTION_CASES, *CHECKPOINT_CASES, *TEXT_CASES, *FOLDER_CASES)
+#: Llamas of one block: a plain one, one whose head is the embedding, and one with sizes that are no multiples of 32.
+SPECIAL: Mapping[str, dict[str, Any]] = {
+    "small": {},
+    "tied": {"tie_word_embeddings": True},
+    "odd": {"hidden_size": 40, "intermediate_size": 72},
+}
 MEASURE = cache(inputs.measure)
 
 
@@ -42,14 +50,13 @@ def done(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def original(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A family's model; "small": a llama of one block; "tied": one whose head is the embedding."""
+    """A family's model, or one of ``SPECIAL``."""
 
     @cache
     def make(family: str) -> Path:
-        if family not in ("small", "tied"):
+        if family not in SPECIAL:
             return checkpoint(family)
-        folder = tmp_path_factory.mktemp(family) / "original"
-        return make_checkpoint(folder, "llama", num_hidden_layers=1, tie_word_embeddings=family == "tied")
+        return make_checkpoint(tmp_path_factory.mktemp(family) / "original", "llama", num_hidden_layers=1, **SPECIAL[family])
 
     return make
 
@@ -109,7 +116,10 @@ def test_the_next_run_passes(place: Place, case: Case, capsys: pytest.CaptureFix
     for name, value in case.limits:
         monkeypatch.setattr(name, value)
     command: Command = line(case.made, **vars(place)) if isinstance(case.made, str) else partial(case.made, place)
-    said = refusal(command, capsys)
+    with monkeypatch.context() as first:
+        for name, value in case.faults:
+            first.setattr(name, value)
+        said = refusal(command, capsys)
     assert said is not None and matcher(case.says).search(said), said
     commands = advised(place, case, command, said)
     assert commands, f"nothing to do is found in: {said}"
