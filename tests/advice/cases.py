@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 from follow import line
 from place import (
@@ -245,4 +246,6 @@ MORE = (
 )
 
 
-OPTION_CASES = (*MORE, *OPTIONS, *RULES, *FOLDERS)
+#: Of options and rules, a model of one block shows as much.
+PLANNED = tuple(replace(case, family="small") if case.family == "llama" else case for case in (*OPTIONS, *RULES))
+OPTION_CASES = (*MORE, *PLANNED, *FOLDERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ VERB = (
 ADVICE = re.compile(rf";[^;]*\b{VERB}\b|^{VERB} |\b(?:use|give) (?:--|\{{}})")
 
 
+@functools.cache
 def templates() -> dict[str, str]:
     """Every message with advice, or part of one, with ``{}`` for what is filled in → where it is."""
     return {text: place for text, place in _strings() if ADVICE.search(text)}
