@@ -25,8 +25,9 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """The token ids of a text. special: whether to add the special tokens that the tokenizer adds to texts."""
+        tokenizer = self._tokenizer  # one that cannot be loaded has its own message
         try:
-            ids: list[int] = self._tokenizer(text, add_special_tokens=special).input_ids
+            ids: list[int] = tokenizer(text, add_special_tokens=special).input_ids
         except BaseException as error:  # as in load_tokenizer: files that load may still be damaged
             if not _is_failure(error):
                 raise
