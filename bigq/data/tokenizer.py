@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from bigq.data.records import Conversation, Document
+from bigq.data.records import Conversation, Document, with_plain_contents
 from bigq.errors import CalibrationError, CheckpointError
 from bigq.io.json_file import read_json_object, show_name, show_value
 
@@ -51,7 +51,7 @@ class Tokenizer:
         more = {"tools": list(conversation.tools)} if conversation.tools else {}
         # Templates are programs that come with the model, and may raise any exception.
         try:
-            text = self._tokenizer.apply_chat_template(list(conversation.messages), tokenize=False, **more)
+            text = self._tokenizer.apply_chat_template(with_plain_contents(conversation.messages), tokenize=False, **more)
         except BaseException as error:
             if not _is_failure(error):
                 raise
