@@ -33,6 +33,7 @@ from bigq.model.extras import Extras, find_extras
 from bigq.model.names import require_parameters
 from bigq.model.pager import Pager
 from bigq.model.quantization import refuse_quantized_tensors, require_unpacked
+from bigq.model.tied import tie_warnings
 from bigq.progress.records import host_memory
 from bigq.sched.plan.cost import Work
 from bigq.sched.plan.planner import Budgets, Download, Plan, make_plan
@@ -228,7 +229,7 @@ def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: Job
     extras = find_extras(model, model_config, path, tensors, placed)
     stored = _kept_bytes(tensors, extras) or None
     beside = (*unread_warnings(folder, tensors), *side_files(folder).warnings()) if local else ()
-    warnings = (*extras.warnings(), *beside)
+    warnings = (*extras.warnings(), *tie_warnings(model, sources), *beside)
     return Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored), model_config, warnings
 
 
