@@ -179,8 +179,8 @@ def _text_field(record: Mapping[str, Any]) -> str | None:
 
 
 def _has_words(value: str) -> bool:
-    """Whether a string has more than one word, or is written in a script that may have no spaces."""
-    return len(value.split()) > 1 or not value.isascii()
+    """Whether a string has more than one word, or is written in a script that may have no spaces. JSON is no text."""
+    return (len(value.split()) > 1 or not value.isascii()) and not value.lstrip().startswith(("{", "[{"))
 
 
 def _advice(record: Mapping[str, Any]) -> str:

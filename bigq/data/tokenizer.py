@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """The token ids of a text. special: whether to add the special tokens that the tokenizer adds to texts."""
+        tokenizer = self._tokenizer  # one that cannot be loaded has its own message
         try:
-            ids: list[int] = self._tokenizer(text, add_special_tokens=special).input_ids
+            ids: list[int] = tokenizer(text, add_special_tokens=special).input_ids
         except BaseException as error:  # as in load_tokenizer: files that load may still be damaged
             if not _is_failure(error):
                 raise
@@ -51,7 +54,8 @@ class Tokenizer:
         more = {"tools": list(conversation.tools)} if conversation.tools else {}
         # Templates are programs that come with the model, and may raise any exception.
         try:
-            text = self._tokenizer.apply_chat_template(with_plain_contents(conversation.messages), tokenize=False, **more)
+            with _fixed_date():
+                text = self._tokenizer.apply_chat_template(with_plain_contents(conversation.messages), tokenize=False, **more)
         except BaseException as error:
             if not _is_failure(error):
                 raise
@@ -66,6 +70,30 @@ class Tokenizer:
         if self._loaded is None:
             self._loaded = load_tokenizer(self._folder, trust_remote_code=self._trust)
         return self._loaded
+
+
+class _FixedDate(datetime.datetime):
+    """A clock that stands still."""
+
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> Any:
+        return cls(2025, 1, 1, tzinfo=tz)
+
+
+@contextlib.contextmanager
+def _fixed_date() -> Iterator[None]:
+    """Let chat templates take another date for today: with the real one a job could not be repeated, nor resumed after midnight.
+
+    transformers takes no function for ``strftime_now``, so its clock is replaced.
+    """
+    from transformers.utils import chat_template_utils
+
+    before = getattr(chat_template_utils, "datetime", None)
+    chat_template_utils.datetime = _FixedDate
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = before
 
 
 def _without_template(conversation: Conversation) -> str:

@@ -15,6 +15,8 @@ from bigq.errors import UnsupportedModelError
 from bigq.io.json_file import show_value
 
 _ENCODER = "an encoder (a masked language model)"
+_AUDIO = "an audio model"
+_IMAGE = "an image model"
 #: transformers' own tables of classes, and what the classes in them are. The first table that holds a class counts.
 _KINDS: tuple[tuple[str, str], ...] = (
     ("SEQUENCE_CLASSIFICATION", "a sequence classifier (such as a reward model or a reranker)"),
@@ -25,6 +27,9 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("SEQ_TO_SEQ_CAUSAL_LM", "an encoder-decoder model"),
     ("IMAGE_TEXT_TO_TEXT", "a vision-language model"),
     ("MULTIMODAL_LM", "a multimodal model"),
+    ("CTC", _AUDIO),
+    ("AUDIO_CLASSIFICATION", _AUDIO),
+    ("IMAGE_CLASSIFICATION", _IMAGE),
     ("MASKED_LM", _ENCODER),
     ("", "a model without an output head (such as an embedding model)"),
 )
@@ -32,7 +37,23 @@ _KINDS: tuple[tuple[str, str], ...] = (
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 #: The same for classes that are something else, in code of checkpoints.
 _OTHER = re.compile(r"(Classification|Regression|Reward(Model)?|Classifier|Scorer)$")
-_ONLY = "bigq quantizes causal language models only"
+#: What refusals say of the models that can be quantized.
+ONLY = "bigq quantizes causal language models only"
+
+
+def refuse_diffusion(path: Path, raw: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError if a config.json is that of a part of a diffusion model, which has no model type."""
+    if "_diffusers_version" in raw or ("model_type" not in raw and ("_class_name" in raw or (path.parent / "model_index.json").exists())):
+        raise UnsupportedModelError(
+            f"{path}: is that of a part of a diffusion model ({show_value(raw.get('_class_name'))}); {ONLY}: give MODEL one of those"
+        )
+
+
+def not_causal(config: Any) -> str | None:
+    """Why a config has no causal language model; None if transformers, or the checkpoint's own code, has one."""
+    if _causal_classes(config) or getattr(config, "auto_map", None):
+        return None
+    return f"model type {show_value(str(config.model_type))} is that of {_kind_of(config)}; {ONLY}"
 
 
 def require_causal(path: Path, raw: Mapping[str, Any], config: Any, *, trust_remote_code: bool) -> None:
@@ -54,7 +75,7 @@ def require_causal(path: Path, raw: Mapping[str, Any], config: Any, *, trust_rem
             else f"model type {show_value(raw.get('model_type'))} is that of {_kind_of(config)}"
         )
         offers = f"; the checkpoint's own code offers {', '.join(sorted(code))}, but not AutoModelForCausalLM" if code else ""
-        raise UnsupportedModelError(f"{path}: {what}{offers}; {_ONLY}: give MODEL one of those")
+        raise UnsupportedModelError(f"{path}: {what}{offers}; {ONLY}: give MODEL one of those")
     elif name is None:
         _require_whole(path, config, known)
     elif name not in [cls.__name__ for cls in known]:
@@ -70,7 +91,7 @@ def _require_own(path: Path, name: str | None, code: Mapping[str, str]) -> None:
     if others or _OTHER.search(name):
         as_what = f" ({others[0]} in auto_map)" if others else ""
         raise UnsupportedModelError(
-            f"{path}: architectures names {name}{as_what}, but the causal language model of the checkpoint's code is {causal}; {_ONLY}: "
+            f"{path}: architectures names {name}{as_what}, but the causal language model of the checkpoint's code is {causal}; {ONLY}: "
             "give MODEL one of those"
         )
 
@@ -80,7 +101,7 @@ def _require_whole(path: Path, config: Any, known: tuple[type, ...]) -> None:
     if getattr(known[0], "config_class", None) in (getattr(config, "sub_configs", None) or {}).values():
         raise UnsupportedModelError(
             f"{path}: has no architectures, and describes a model of several parts, of which {known[0].__name__} is one; such models (with "
-            f"images, audio or video) are not supported yet; {_ONLY}: give MODEL one of those"
+            f"images, audio or video) are not supported yet; {ONLY}: give MODEL one of those"
         )
 
 
@@ -91,7 +112,7 @@ def _refuse_other(path: Path, name: str, causal: str, config_class: type) -> Non
         if _CAUSAL.search(name):
             return
         raise UnsupportedModelError(
-            f"{path}: architectures names {name}, which transformers does not know; {_ONLY}: if this is one, set architectures to "
+            f"{path}: architectures names {name}, which transformers does not know; {ONLY}: if this is one, set architectures to "
             f'["{causal}"]'
         )
     begin = f"{path}: architectures names {name}, {kind}"
@@ -105,7 +126,7 @@ def _refuse_other(path: Path, name: str, causal: str, config_class: type) -> Non
             f"{begin}; such models are not supported yet, and {causal} is only a part of it; give MODEL a text model"
         )
     advice = "" if kind == _ENCODER else f', or, if the checkpoint does hold {causal}, set architectures to ["{causal}"]'
-    raise UnsupportedModelError(f"{begin}; {_ONLY}: give MODEL one of those{advice}")
+    raise UnsupportedModelError(f"{begin}; {ONLY}: give MODEL one of those{advice}")
 
 
 #: Kinds that hold a causal language model among other parts.
@@ -127,8 +148,9 @@ def _kind(name: str) -> str:
 
 def _kind_of(config: Any) -> str:
     """What a model type that has no causal class is, by the first table with a class of its that generates or predicts tokens."""
-    generating = [(table, kind) for table, kind in _KINDS if kind in (*_LATER, _ENCODER) or table.startswith("SEQ_TO_SEQ")]
-    return next((kind for table, kind in generating if getattr(config, "model_type", None) in _table(table)), "another kind of model")
+    generating = [(table, kind) for table, kind in _KINDS if kind in (*_LATER, _ENCODER, _AUDIO, _IMAGE) or table.startswith("SEQ_TO_SEQ")]
+    kind = next((kind for table, kind in generating if getattr(config, "model_type", None) in _table(table)), "another kind of model")
+    return "a model of images and text" if kind == _IMAGE and hasattr(config, "vision_config") else kind
 
 
 def _table(name: str) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from bigq.errors import BigqError, CheckpointError, UnsupportedModelError
 from bigq.io.json_file import read_json_object, show_name, show_value
-from bigq.model.architecture import require_causal
+from bigq.model.architecture import ONLY, not_causal, refuse_diffusion, require_causal
 from bigq.model.config import check_config, uses_hub_kernels
 
 #: New tensors above this size are made on meta at once: they are parameters that are about to be registered.
@@ -30,9 +30,8 @@ _LARGE_BYTES = 2**28
 _MAX_BUFFER_BYTES = 2**30
 #: The most parameters of a model without a checkpoint to compare with. Llama-3.1-405B has 1137; experts are stored together.
 _MAX_PARAMETERS = 20_000
-
-#: What a refusal says of the models that can be quantized.
-TAKEN = "bigq takes decoder-only causal language models, which transformers loads by AutoModelForCausalLM"
+#: In names of tensors that hold the weights of experts.
+_EXPERTS = re.compile(r"(^|[._])(experts?|moe)([._]|$)")
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -42,15 +41,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     path = folder / "config.json"
     raw = read_json_object(path)
-    if "_diffusers_version" in raw:
-        raise UnsupportedModelError(
-            f"{path}: is that of a part of a diffusion model ({show_value(raw.get('_class_name'))}); bigq quantizes causal language models "
-            "only: give MODEL one of those"
-        )
+    refuse_diffusion(path, raw)
     if not isinstance(raw.get("model_type"), str):
-        if "_class_name" in raw or (folder / "model_index.json").exists():
-            raise UnsupportedModelError(f"{path}: is of a part of a diffusion pipeline; {TAKEN}")
-        raise CheckpointError(f"{path}: has no model_type, so the architecture is unknown; {TAKEN}")
+        raise CheckpointError(f"{path}: has no model_type, so the architecture is unknown; {ONLY}")
     check_config(path, raw, trust_remote_code=trust_remote_code)
     packing = raw.get("quantization_config")
     if packing is not None and not isinstance(packing, dict):
@@ -122,7 +115,7 @@ def build(
     except BigqError:
         raise
     except Exception as error:
-        if (reason := _not_causal(config)) is not None:
+        if (reason := not_causal(config)) is not None:
             raise UnsupportedModelError(reason) from error
         raise UnsupportedModelError(f"transformers cannot build a causal language model from this config: {_error_line(error)}") from error
     if not initialised:
@@ -143,9 +136,8 @@ def map_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     result = {}
     for name, (target, converter) in _renamed(model, names).items():
         if converter is not None:
-            raise UnsupportedModelError(
-                f"tensor {name} has to be merged or split on loading ({converter!r}); mixture-of-experts models are not supported yet"
-            )
+            why = "mixture-of-experts models" if _EXPERTS.search(f"{target} {converter}") else "such models"
+            raise UnsupportedModelError(f"tensor {name} has to be merged or split on loading ({converter!r}); {why} are not supported yet")
         if target in places:
             result[name] = target
     return result
@@ -255,29 +247,6 @@ def _dtype(value: Any) -> torch.dtype:
 
 def _no_warning(*_: Any) -> None:
     """Replaces a method that warns."""
-
-
-def _not_causal(config: Any) -> str | None:
-    """Why transformers has no causal language model of a config's class; None if it has one."""
-    from transformers.models.auto import modeling_auto as auto
-
-    kind = type(config)
-    if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "auto_map", None):
-        return None
-    inner = getattr(config, "text_config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        what = "an encoder-decoder model"
-    elif kind in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or (inner is not None and hasattr(config, "vision_config")):
-        what = "a model of images and text"
-    elif kind in auto.MODEL_FOR_MASKED_LM_MAPPING:
-        what = "an encoder"
-    elif kind in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        what = "an image model"
-    elif kind in auto.MODEL_FOR_CTC_MAPPING or kind in auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING:
-        what = "an audio model"
-    else:
-        what = "no causal language model"
-    return f"model type {show_value(str(config.model_type))} is {what}; {TAKEN}"
 
 
 def _broken_code(folder: Path, raw: Mapping[str, Any], error: Exception) -> str:

@@ -156,16 +156,4 @@ NOT_FOLLOWED: dict[str, tuple[str, ...]] = {
         "--format {}: {} writes {}; use --format {}",
         "--lm-head: {} is a {}, not a Linear; leave out --lm-head",
     ),
-    "classes that bigq cannot stream: tests/model/test_architecture.py; another model is the only way": (
-        "{}; {}: give MODEL one of those{}",
-        "{}: architectures names {}{}, but the causal language model of the checkpoint's code is {}; {}: give MODEL one of those",
-        "{}: has no architectures, and describes a model of several parts, of which {} is one; "
-        "such models (with images, audio or video) "
-        "are not supported yet; {}: give MODEL one of those",
-        '{}: architectures names {}, which transformers does not know; {}: if this is one, set architectures to ["{}"]',
-        "{} of another model type than {}, whose class is {}; correct architectures or model_type",
-        "{}; such models are not supported yet, and {} is only a part of it; give MODEL a text model",
-        "{}: {}{}; {}: give MODEL one of those",
-        "{}: is that of a part of a diffusion model ({}); bigq quantizes causal language models only: give MODEL one of those",
-    ),
 }

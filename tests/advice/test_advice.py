@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-from cases import CASES, Case, Place
+from cases import OPTION_CASES
+from checkpoint_cases import CHECKPOINT_CASES
+from folder_cases import FOLDER_CASES
 from follow import followed, line
 from messages import ADVICE, matcher, templates
-from models import make_checkpoint
-from not_followed import ELSEWHERE, NOT_FOLLOWED
+from models import make_checkpoint, rewrite, stored_tensors
+from not_followed import NOT_FOLLOWED
+from place import Case, Place
+from text_cases import TEXT_CASES
 
 from bigq.cli.main import main
+from bigq.errors import BigqError
+from bigq.sched.plan import inputs
+
+CASES = (*OPTION_CASES, *CHECKPOINT_CASES, *TEXT_CASES, *FOLDER_CASES)
+#: Llamas of one block: a plain one, one whose head is the embedding, and one with sizes that are no multiples of 32.
+SPECIAL: Mapping[str, dict[str, Any]] = {
+    "small": {},
+    "tied": {"tie_word_embeddings": True},
+    "odd": {"hidden_size": 40, "intermediate_size": 72},
+}
+MEASURE = cache(inputs.measure)
 
 
 @pytest.fixture(scope="module")
 def done(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished job: 4 bits, asymmetric, gptq_v2. Some zero points are 0, which gptq cannot hold."""
     source = shutil.copytree(checkpoint("llama"), tmp_path_factory.mktemp("done") / "model")
-    from models import rewrite, stored_tensors
-
     name = "model.layers.0.mlp.down_proj.weight"
     rewrite(source, name, stored_tensors(source)[name].abs() + 0.01)
     out = source.parent / "out"
@@ -33,51 +48,90 @@ def done(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
     return out
 
 
+@pytest.fixture(scope="module")
+def original(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's model, or one of ``SPECIAL``."""
+
+    @cache
+    def make(family: str) -> Path:
+        if family not in SPECIAL:
+            return checkpoint(family)
+        return make_checkpoint(tmp_path_factory.mktemp(family) / "original", "llama", num_hidden_layers=1, **SPECIAL[family])
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def one_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every plan measures the speed of the machine; once is enough here."""
+    monkeypatch.setattr(inputs, "measure", MEASURE)
+
+
 @pytest.fixture
-def place(request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], ids_file: Path, done: Path, tmp_path: Path) -> Place:
+def place(request: pytest.FixtureRequest, original: Callable[[str], Path], ids_file: Path, done: Path, tmp_path: Path) -> Place:
     case: Case = request.param
-    if case.family == "tied":
-        original = make_checkpoint(tmp_path / "original", "llama", num_hidden_layers=1, tie_word_embeddings=True)
-    else:
-        original = checkpoint(case.family)
-    model = Path(shutil.copytree(original, tmp_path / "model"))
-    return Place(model=model, out=tmp_path / "out", tmp=tmp_path, ids=ids_file, original=original, done=done)
+    source = original(case.family)
+    model = Path(shutil.copytree(source, tmp_path / "model"))
+    return Place(model=model, out=tmp_path / "out", tmp=tmp_path, ids=ids_file, original=source, done=done)
 
 
-def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str | None:
-    """The error that a command ends with."""
+Command = list[str] | Callable[[], object]
+
+
+def refusal(command: Command, capsys: pytest.CaptureFixture[str]) -> str | None:
+    """The error that a command or a call ends with."""
+    if not isinstance(command, list):
+        try:
+            command()
+        except BigqError as error:
+            return str(error)
+        return None
     capsys.readouterr()
-    code = main(words)
+    code = main(list(map(str, command)))
     told = capsys.readouterr().err
     found = [text for text in told.splitlines() if re.match(r"bigq[\w ]*: error: ", text)]
     assert (code == 0) == (not found), told
     return re.sub(r"^bigq[\w ]*: error: ", "", found[0]) if found else None
 
 
+def advised(place: Place, case: Case, command: Command, said: str) -> list[Command]:
+    """What to run next: commands that the message gives, or after what was done about it, what ``follow`` returns or the same again."""
+    if case.follow is None:
+        assert isinstance(command, list)
+        return list(followed(command, said))
+    found = case.follow(place)
+    if callable(found):
+        return [found]
+    if isinstance(found, list) and found and isinstance(found[0], list):
+        return found
+    return [found if isinstance(found, list) and found and isinstance(found[0], str) else command]
+
+
 @pytest.mark.parametrize(
     ("place", "case"), [(case, case) for case in CASES], indirect=["place"], ids=lambda case: getattr(case, "says", "")[:50]
 )
-def test_the_next_run_passes(place: Place, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_next_run_passes(place: Place, case: Case, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if case.damage is not None:
         case.damage(place)
-    words = line(case.made, model=place.model, out=place.out, tmp=place.tmp, ids=place.ids, original=place.original)
-    said = refusal(words, capsys)
+    for name, value in case.limits:
+        monkeypatch.setattr(name, value)
+    command: Command = line(case.made, **vars(place)) if isinstance(case.made, str) else partial(case.made, place)
+    with monkeypatch.context() as first:
+        for name, value in case.faults:
+            first.setattr(name, value)
+        said = refusal(command, capsys)
     assert said is not None and matcher(case.says).search(said), said
-    if case.follow is not None:
-        advised = case.follow(place)
-        lines = [advised if isinstance(advised, list) else words]
-    else:
-        lines = followed(words, said)
-    assert lines, f"nothing to do is found in: {said}"
-    for advised in lines:
-        again = refusal(list(map(str, advised)), capsys)
-        assert again is None or (case.then is not None and re.search(case.then, again)), f"{said}\n→ {advised}\n→ {again}"
+    commands = advised(place, case, command, said)
+    assert commands, f"nothing to do is found in: {said}"
+    for each in commands:
+        again = refusal(each, capsys)
+        assert again is None or (case.then is not None and re.search(case.then, again)), f"{said}\n→ {each}\n→ {again}"
         shutil.rmtree(place.out, ignore_errors=True)
 
 
 def test_every_message_with_advice_has_a_case_or_a_reason() -> None:
     """Of a new message with advice: add a case to cases.py, or a reason to not_followed.py."""
-    found = {text: where for text, where in templates().items() if not where.startswith(ELSEWHERE)}
+    found = templates()
     known = {case.says for case in CASES}
     reasons = [text for texts in NOT_FOLLOWED.values() for text in texts]
     missing = [f"{where}: {text}" for text, where in found.items() if text not in reasons and not any(_of(says, text) for says in known)]

@@ -132,6 +132,15 @@ def test_contents_in_parts_are_text_to_templates_that_take_strings(parts: int, t
     assert all_ids(save_lines(tmp_path / "t.jsonl", records), model) == templated(joined, model)
 
 
+def test_the_date_of_a_template_is_always_the_same(tmp_path: Path) -> None:
+    """Templates such as Llama 3.2's write today's date. A job that is resumed on another day needs the same rows."""
+    folder = tokenizer_folder(tmp_path / "m", bos=True, chat=True)
+    template = folder / "chat_template.jinja"
+    template.write_text("w{{ strftime_now('%j') | int + 3 }} w{{ strftime_now('%y') }} " + template.read_text())
+    path = save_lines(tmp_path / "t.jsonl", [{"messages": OPENAI[0]}])
+    assert all_ids(path, folder)[:2] == [4, 25]
+
+
 def test_ids_beside_messages_are_taken_as_before(model: Path) -> None:
     """Datasets that were tokenized keep their other columns."""
     source = calibration_source([{"input_ids": ids_of(16, i), "messages": OPENAI[i]} for i in range(4)], "calibration")
@@ -168,6 +177,7 @@ def test_without_a_template_and_without_text(tmp_path: Path, without_template: P
             r"message 1: has a part that is no text \(image\); remove such parts, or the record",
         ),
         ({"prompt_id": "f" * 64, "chosen": [{"role": "user", "content": "w3"}]}, "holds the messages, such as --text-field chosen"),
+        ({"messages": json.dumps(OPENAI[0])}, r"\(it has messages\); give records with a field 'text'"),
         ({"prompt_id": "f" * 64, "lang": "en"}, "give records with a field 'text', or name the field"),
         (
             {"messages": [{"role": "w3", "content": "w3"}]},

@@ -96,7 +96,7 @@ def test_the_case_itself_is_sound(case: Case) -> None:
 
 def test_all_shards_and_all_tensors_that_are_missing_are_counted(case: Case) -> None:
     case.change_config(num_hidden_layers=4)
-    case.fails(code=3, says=("tensor model.layers.3.self_attn.q_proj.weight (and 8 more) is missing from the checkpoint",))
+    case.fails(code=3, says=("tensor model.layers.3.self_attn.q_proj.weight and 8 more are missing from the checkpoint",))
     shards = sorted(case.model.glob("*.safetensors"))
     for path in shards[1:4]:
         path.unlink()
@@ -106,13 +106,19 @@ def test_all_shards_and_all_tensors_that_are_missing_are_counted(case: Case) -> 
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"model_type": "t5"}, "model type 't5' is an encoder-decoder model; bigq takes decoder-only"),
-        ({"model_type": "clip"}, "model type 'clip' is a model of images and text; bigq takes decoder-only"),
-        ({"model_type": "vit"}, "model type 'vit' is an image model; bigq takes decoder-only"),
-        ({"model_type": "wav2vec2"}, "model type 'wav2vec2' is an audio model; bigq takes decoder-only"),
-        ({"model_type": "distilbert"}, "model type 'distilbert' is an encoder; bigq takes decoder-only"),
+        ({"model_type": "t5"}, "model type 't5' is that of an encoder-decoder model; bigq quantizes causal language models only"),
+        ({"model_type": "clip"}, "model type 'clip' is that of a model of images and text; bigq quantizes causal language models only"),
+        ({"model_type": "vit"}, "model type 'vit' is that of an image model; bigq quantizes causal language models only"),
+        ({"model_type": "wav2vec2"}, "model type 'wav2vec2' is that of an audio model; bigq quantizes causal language models only"),
+        (
+            {"model_type": "distilbert"},
+            "model type 'distilbert' is that of an encoder (a masked language model); bigq quantizes causal language models only",
+        ),
         ({"model_type": "nonsense"}, "does not know model type 'nonsense'; install a transformers that does, or correct"),
-        ({"_class_name": "FluxTransformer2DModel"}, "is of a part of a diffusion pipeline; bigq takes decoder-only"),
+        (
+            {"_class_name": "FluxTransformer2DModel"},
+            "a part of a diffusion model ('FluxTransformer2DModel'); bigq quantizes causal language models only",
+        ),
     ],
 )
 def test_other_kinds_of_models_are_named_in_one_short_sentence(case: Case, config: dict[str, str], says: str) -> None:

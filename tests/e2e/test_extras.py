@@ -100,7 +100,7 @@ def test_the_plan_refuses_token_ids_of_another_model(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "m", "llama")
     ids = save_ids(tmp_path / "ids.safetensors", random_ids(8, 24) + 100)
     config = dataclasses.replace(job(), method="gptq", calibration=str(ids), samples=8, seqlen=24)
-    with pytest.raises(CalibrationError, match="token ids reach from .* but the model's vocabulary has 128"):
+    with pytest.raises(CalibrationError, match=r"token ids reach from .* but the model's vocabulary has 128"):
         plan(str(source), tmp_path / "o", config)
 
 

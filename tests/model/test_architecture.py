@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models import make_checkpoint, random_ids, streamed_logits
 from transformers import (
     CONFIG_MAPPING,
@@ -27,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from bigq import JobConfig, plan
 from bigq.errors import BigqError, UnsupportedModelError
 from bigq.model.architecture import require_causal
-from bigq.model.skeleton import load_config
+from bigq.model.skeleton import build, load_config, map_names
 
 LLAMA = LlamaConfig(
     vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, num_labels=1
@@ -187,3 +188,17 @@ def test_every_causal_class_of_transformers_passes() -> None:
             require_causal(Path("config.json"), {"model_type": kind, "architectures": [name]}, config, trust_remote_code=False)
             passed += 1
     assert passed > 150
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored", "says"),
+    [
+        ("olmo_hybrid", "model.layers.0.linear_attn.q_conv1d.weight", "such models are not supported yet"),
+        ("mixtral", "model.layers.0.mlp.experts.0.w1.weight", "mixture-of-experts models are not supported yet"),
+    ],
+)
+def test_experts_are_named_only_where_tensors_are_those_of_experts(kind: str, stored: str, says: str) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 128}
+    config = CONFIG_MAPPING[kind](**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    with pytest.raises(UnsupportedModelError, match=rf"has to be merged or split on loading \(.*\); {says}$"):
+        map_names(build(config, torch.float32), [stored])
