@@ -5,7 +5,32 @@ from __future__ import annotations
 import shutil
 
 from follow import line
-from place import *  # noqa
+from place import (
+    CONVERT,
+    EVAL,
+    GENERATE,
+    PLAN,
+    RTN,
+    Case,
+    asked,
+    begun,
+    bf16,
+    converted,
+    elsewhere,
+    huge,
+    metadata,
+    no_tokenizer_place,
+    own_code,
+    packed,
+    pickled,
+    quantized,
+    restored,
+    tokenizer,
+    tokens,
+    twice,
+    unfinished,
+    versioned,
+)
 
 OPTIONS = (
     Case("give a command: {}", "", follow=lambda p: ["plan", p.model, "--group-size", "32"]),

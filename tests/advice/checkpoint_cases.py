@@ -82,8 +82,6 @@ DAMAGED = (
 )
 
 
-
-
 def single(place: Place, name: str, **changes: torch.Tensor) -> None:
     """The checkpoint becomes one file."""
     tensors = {**stored_tensors(place.model), **changes}

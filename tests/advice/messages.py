@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent / "bigq"
 NOT_MESSAGES = ("reports", "progress")
 #: A verb that tells the reader what to do.
 VERB = (
-    r"(?:use|give|leave|choose|fetch|free|add|pass|run|convert|correct|remove|restore|resume|begin|make|name|download|check|skip|quantize"
-    r"|set|cut|replace|take|merge|rename|move|save|install|decompress|unpack|export|wait|stop|put|copy|drop|shorten|raise|lower|split|keep|start|load|try|write|need|must be|are called|did you mean)"
+    r"(?:use|give|leave|choose|fetch|free|add|pass|run|convert|correct|remove|restore|resume|begin|make|name|"
+    r"download|check|skip|quantize|set|cut|replace|take|merge|rename|move|save|install|decompress|unpack|export|wait|"
+    r"stop|put|copy|drop|shorten|raise|lower|split|keep|start|load|try|write|need|must be|are called|did you mean)"
 )
 #: Where advice is: after a semicolon, at the start of a part that is put there, or as an option with a value.
 ADVICE = re.compile(rf";[^;]*\b{VERB}\b|^{VERB} |\b(?:use|give) (?:--|\{{}})")

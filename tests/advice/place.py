@@ -228,5 +228,3 @@ def versioned(place: Place) -> None:
     value.pop("check", None)
     value["settings"]["unheard_of"] = 1
     save_record(path, value)
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from folder_cases import FOLDER_CASES
 from follow import followed, line
 from messages import ADVICE, matcher, templates
 from models import make_checkpoint, rewrite, stored_tensors
-from not_followed import NOT_FOLLOWED
+from not_followed import NO_MESSAGE, NOT_FOLLOWED
 from place import Case, Place
 from text_cases import TEXT_CASES
 
@@ -31,6 +32,7 @@ SPECIAL: Mapping[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "odd": {"hidden_size": 40, "intermediate_size": 72},
 }
+TESTS = Path(__file__).resolve().parents[1]
 MEASURE = cache(inputs.measure)
 
 
@@ -133,11 +135,29 @@ def test_every_message_with_advice_has_a_case_or_a_reason() -> None:
     """Of a new message with advice: add a case to cases.py, or a reason to not_followed.py."""
     found = templates()
     known = {case.says for case in CASES}
-    reasons = [text for texts in NOT_FOLLOWED.values() for text in texts]
-    missing = [f"{where}: {text}" for text, where in found.items() if text not in reasons and not any(_of(says, text) for says in known)]
+    reasons = [text for left in NOT_FOLLOWED for text in left.messages]
+    pieces = known - set(found)
+    missing = [
+        f"{where}: {text}"
+        for text, where in found.items()
+        if text not in reasons and text not in known and not any(_of(says, text) for says in pieces)
+    ]
     assert not missing, "\n".join(missing)
-    gone = [text for text in reasons if text not in found] + [says for says in known if not any(_of(says, text) for text in found)]
+    twice = [text for text in reasons if text in known]
+    assert not twice, "these have cases:\n" + "\n".join(twice)
+    gone = [text for text in reasons if text not in found] + [says for says in pieces if not any(_of(says, text) for text in found)]
     assert not gone, "no message is like this any more:\n" + "\n".join(gone)
+
+
+@pytest.mark.parametrize("named", sorted({name for left in NOT_FOLLOWED for name in left.tests}))
+def test_the_tests_that_follow_elsewhere_are_there(named: str) -> None:
+    path, _, function = named.partition("::")
+    tree = ast.parse((TESTS / path).read_text())
+    assert function in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)], named
+
+
+def test_every_reason_but_one_names_a_test() -> None:
+    assert [left.reason for left in NOT_FOLLOWED if not left.tests] == [NO_MESSAGE]
 
 
 def _of(says: str, template: str) -> bool:

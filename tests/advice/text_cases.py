@@ -12,12 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import bigq
 import torch
 from models import save_ids
 from place import EVAL, JOB, PLAN, Act, Case, Place, asked
 from texts import ids_of, save_lines, tokenizer_folder, words
 
+import bigq
 from bigq import JobConfig, QuantScheme
 
 TEXT = PLAN + " --calibration {tmp}/t"
@@ -167,7 +167,10 @@ NAMED = (
 
 RECORD = (
     text(
-        "{}: is no JSON object; give records with a field {}", lambda p: [save_lines(p, [*RECORDS, 3]), p.rename(f"{p}.jsonl")], None, TEXT + ".jsonl",
+        "{}: is no JSON object; give records with a field {}",
+        lambda p: [save_lines(p, [*RECORDS, 3]), p.rename(f"{p}.jsonl")],
+        None,
+        TEXT + ".jsonl",
         follow=put(RECORDS, name="t.jsonl"),
     ),
     text("give records with a field 'text'", [{"x": i} for i in range(9)], RECORDS),
@@ -215,9 +218,13 @@ RECORD = (
 FILES = (
     text("{}: is not JSON ({}); give one JSON object per line, or one array of them", '{"text": "w5"}\n{"text"\n', RECORDS),
     text("{}: is not JSON ({}); give one JSON object per line, or one array of them", '{"text": "w5"}\n{"text"\n', json.dumps(RECORDS)),
-    text("{}: text follows the end of the array; remove it, or give one JSON object per line", json.dumps(RECORDS) + "more", json.dumps(RECORDS)),
+    text(
+        "{}: text follows the end of the array; remove it, or give one JSON object per line",
+        json.dumps(RECORDS) + "more",
+        json.dumps(RECORDS),
+    ),
     text("{}: text follows the end of the array; remove it, or give one JSON object per line", json.dumps(RECORDS) + "more", RECORDS),
-    text("{}: longer than {} characters; split it into several documents", [{"text": SOUND}], RECORDS, LONGEST_DOCUMENT=1000),
+    text("{}: longer than {} characters; split it into several documents", [*RECORDS, {"text": SOUND}], RECORDS, LONGEST_DOCUMENT=1000),
     text(
         "longer than {} characters; split it into several documents",
         json.dumps([*RECORDS, {"text": SOUND}]),
@@ -231,9 +238,21 @@ FILES = (
         LONGEST_DOCUMENT=1000,
     ),
     text("{}{}: is not the {} text that its byte order mark promises; fetch it again", b"\xff\xfe\x00\xd8\x00\xd8w", SOUND),
-    text("{}{}: is not UTF-8 text (byte 0x{}); if it is text, convert it: iconv -f ENCODING -t UTF-8 FILE", f"{SOUND} é".encode("latin-1"), follow=converted("latin-1")),
-    text("{}: looks like {} without a byte order mark; convert it: iconv -f {} -t UTF-8 FILE", SOUND.encode("utf-16-le"), follow=converted("utf-16-le")),
-    text("{}: looks like {} without a byte order mark; convert it: iconv -f {} -t UTF-8 FILE", SOUND.encode("utf-16-be"), follow=converted("utf-16-be")),
+    text(
+        "{}{}: is not UTF-8 text (byte 0x{}); if it is text, convert it: iconv -f ENCODING -t UTF-8 FILE",
+        f"{SOUND} é".encode("latin-1"),
+        follow=converted("latin-1"),
+    ),
+    text(
+        "{}: looks like {} without a byte order mark; convert it: iconv -f {} -t UTF-8 FILE",
+        SOUND.encode("utf-16-le"),
+        follow=converted("utf-16-le"),
+    ),
+    text(
+        "{}: looks like {} without a byte order mark; convert it: iconv -f {} -t UTF-8 FILE",
+        SOUND.encode("utf-16-be"),
+        follow=converted("utf-16-be"),
+    ),
     text("{}{}: cannot be read ({}); fetch it again", gzip.compress(SOUND.encode())[:-9], SOUND),
     text(
         "{}: expands to more than {} times its size, which text does not; give the decompressed file",
@@ -295,14 +314,37 @@ def outside(place: Place) -> None:
 
 
 TOKENIZERS = (
-    Case("{}: its tokenizer cannot be loaded ({}); add the tokenizer files, or give token ids in a safetensors file", EVAL.replace("{ids}", "{tmp}/t"),
-         lambda p: (p.tmp / "t").write_text(SOUND), put(SOUND)),
-    Case("{}: its tokenizer cannot be loaded ({}); add the tokenizer files, or give token ids in a safetensors file", EVAL.replace("{ids}", "{tmp}/t"),
-         lambda p: (p.tmp / "t").write_text(SOUND), asked(EVAL)),
+    Case(
+        "{}: its tokenizer cannot be loaded ({}); add the tokenizer files, or give token ids in a safetensors file",
+        EVAL.replace("{ids}", "{tmp}/t"),
+        lambda p: (p.tmp / "t").write_text(SOUND),
+        put(SOUND),
+    ),
+    Case(
+        "{}: its tokenizer cannot be loaded ({}); add the tokenizer files, or give token ids in a safetensors file",
+        EVAL.replace("{ids}", "{tmp}/t"),
+        lambda p: (p.tmp / "t").write_text(SOUND),
+        asked(EVAL),
+    ),
     Case("the model's tokenizer fails on the text ({}); give token ids in a safetensors file", TEXT, no_vocabulary, with_ids),
-    Case("{}: tokenizer_class {} is not the name of a class; correct it", EVAL.replace("{ids}", "{tmp}/t"), tokenizer_config(tokenizer_class=3), put(SOUND)),
-    Case("{}: tokenizer_class {} is not a tokenizer; correct it, or give token ids", EVAL.replace("{ids}", "{tmp}/t"), tokenizer_config(tokenizer_class="LlamaConfig"), put(SOUND)),
-    Case("{}: tokenizer_class {} is not a tokenizer; correct it, or give token ids", EVAL.replace("{ids}", "{tmp}/t"), tokenizer_config(tokenizer_class="LlamaConfig"), asked(EVAL)),
+    Case(
+        "{}: tokenizer_class {} is not the name of a class; correct it",
+        EVAL.replace("{ids}", "{tmp}/t"),
+        tokenizer_config(tokenizer_class=3),
+        put(SOUND),
+    ),
+    Case(
+        "{}: tokenizer_class {} is not a tokenizer; correct it, or give token ids",
+        EVAL.replace("{ids}", "{tmp}/t"),
+        tokenizer_config(tokenizer_class="LlamaConfig"),
+        put(SOUND),
+    ),
+    Case(
+        "{}: tokenizer_class {} is not a tokenizer; correct it, or give token ids",
+        EVAL.replace("{ids}", "{tmp}/t"),
+        tokenizer_config(tokenizer_class="LlamaConfig"),
+        asked(EVAL),
+    ),
     Case("{}: names a file outside the model's folder, {}; remove the entry", EVAL.replace("{ids}", "{tmp}/t"), outside, put(SOUND)),
 )
 
@@ -362,11 +404,16 @@ GIVEN = (
         Endless(TEXTS),
         MAX_COPIED_CHARS=100,
     ),
-    given("{}: holds more than {} token ids, which is more than bigq reads; give fewer rows", lambda: torch.tensor(ROWS * 2), torch.tensor(ROWS), MAX_IDS=100),
+    given(
+        "{}: holds more than {} token ids, which is more than bigq reads; give fewer rows",
+        lambda: torch.tensor(ROWS * 2),
+        torch.tensor(ROWS),
+        MAX_IDS=100,
+    ),
     given("{}: holds no token ids; give more data", lambda: Endless([]), ROWS),
     Case(
-        "{}: the data of this job was given in Python, and no file holds it; resume it in Python, by bigq.quantize with the settings and the "
-        "calibration data that it was begun with",
+        "{}: the data of this job was given in Python, and no file holds it; resume it in Python, by bigq.quantize with the settings and "
+        "the calibration data that it was begun with",
         "quantize {original} {out} --device cpu --quiet",
         begun_in_python,
         lambda place: lambda: resumed(place),
