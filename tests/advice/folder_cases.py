@@ -47,7 +47,7 @@ from bigq.io.checksum import save_record
 from bigq.io.gguf_file import special_tokens
 from bigq.io.gguf_vocab import read_vocabulary
 from bigq.io.index import Checkpoint
-from bigq.io.reader import read_rows
+from bigq.io.reader import open_file, read_rows
 from bigq.io.text_files import json_array
 
 ODD = "{model} --samples 4 --seqlen 16 --device cpu --group-size -1"
@@ -241,12 +241,6 @@ PACKED = (
     ),
     Case(
         "{}: quantization_config: {}; fetch it again, or give the unquantized model as MODEL",
-        EVAL,
-        lambda p: compressed(p, transform_config={"x": 1}),
-        restored,
-    ),
-    Case(
-        "transform_config is set; bigq does not read transformed weights",
         EVAL,
         lambda p: compressed(p, transform_config={"x": 1}),
         restored,
@@ -666,13 +660,13 @@ def elsewhere_with(*flags: str) -> Act:
     return lambda place: [*line(JOB.replace("{out}", "{tmp}/other"), **vars(place)), *flags]
 
 
-def numbers(says: str, broken: str, made: str = JOB) -> Case:
+def numbers(says: str, broken: str, made: str = JOB, family: str = "small") -> Case:
     """A check of numbers that fails once."""
     flags = (["--dtype", "bfloat16"], ["--on-nonfinite", "skip"], ["--skip", ".*q_proj", "--skip", ".*k_proj", "--skip", ".*v_proj"])
     if "damping" in says:
         flags = (["--damping", "0.1"], *flags)
     follow: Act = lambda p: [[*line(made.replace("{out}", "{tmp}/other" + str(i)), **vars(p)), *each] for i, each in enumerate(flags)]  # noqa: E731
-    return Case(says, made, None, follow, family="small", faults=((broken, finite_never),))
+    return Case(says, made, None, follow, family=family, faults=((broken, finite_never),))
 
 
 LEAVE = "leave this Linear unquantized with --skip or --on-nonfinite skip"
@@ -706,6 +700,7 @@ NUMBERS = (
         "--on-nonfinite skip leaves such tokens out",
         "bigq.sched.solve.propagate.is_finite",
         JOB + " --on-nonfinite stop",
+        "llama",
     ),
     numbers(
         "{}: its inputs in the original model contain NaN or Inf, or are too large (NaN or Inf in the cross matrix); {}"
@@ -724,16 +719,15 @@ NUMBERS = (
 )
 
 
-def once(path: str, number: int) -> tuple[tuple[str, object], ...]:
-    """Opening a file whose name holds ``path`` fails."""
-    opened = os.open
+def removed_meanwhile(place: Place) -> None:
+    """A shard is gone when its tensors are read."""
+    info = Checkpoint.open(place.model)["lm_head.weight"]
+    shutil.rmtree(place.model)
+    open_file(info)
 
-    def failing_open(name: Any, *args: Any, **how: Any) -> int:
-        if path in str(name):
-            raise OSError(number, os.strerror(number))
-        return opened(name, *args, **how)
 
-    return (("os.open", failing_open),)
+def no_memory(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 REST = (
@@ -776,10 +770,18 @@ REST = (
     Case("be above 0; leave it out to get the most likely tokens", GENERATE + " --temperature 0", tokenizer),
     Case(
         "{}: cannot be opened to read tensor {}: {}; check that it exists and is readable",
-        RTN,
+        removed_meanwhile,
         None,
-        again,
-        faults=once("/model-0", errno.EACCES),
+        lambda p: (shutil.copytree(p.original, p.model), lambda: os.close(open_file(Checkpoint.open(p.model)["lm_head.weight"])))[1],
+        family="small",
+    ),
+    Case(
+        "{}: out of memory while generating; use fewer --max-new-tokens, or --device cpu",
+        GENERATE,
+        tokenizer,
+        lambda p: [asked(GENERATE, max_new_tokens="1")(p), line(GENERATE, **vars(p))],
+        family="small",
+        faults=(("transformers.GenerationMixin.generate", no_memory),),
     ),
     Case(
         "{}: no such folder, and the hub cannot be reached to fetch it; download it first or check the network",

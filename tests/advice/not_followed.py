@@ -108,7 +108,6 @@ NOT_FOLLOWED: tuple[Left, ...] = (
             "e2e/test_generate.py::test_a_packed_model_takes_less_than_a_dense_one",
         ),
         (
-            "{}: out of memory while generating; use fewer --max-new-tokens, or --device cpu",
             "use --device cpu, or ",
             "cannot pin {} bytes of host memory for prefetch ({}); use a smaller --read-ahead",
             "{}: out of memory ({}); use fewer --samples, a shorter --seqlen or --activations host",

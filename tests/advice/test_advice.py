@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cases import OPTION_CASES
 from checkpoint_cases import CHECKPOINT_CASES
 from folder_cases import FOLDER_CASES
@@ -23,6 +24,7 @@ from text_cases import TEXT_CASES
 
 from bigq.cli.main import main
 from bigq.errors import BigqError
+from bigq.machine.ceilings import Ceilings
 from bigq.sched.plan import inputs
 
 CASES = (*OPTION_CASES, *CHECKPOINT_CASES, *TEXT_CASES, *FOLDER_CASES)
@@ -33,7 +35,13 @@ SPECIAL: Mapping[str, dict[str, Any]] = {
     "odd": {"hidden_size": 40, "intermediate_size": 72},
 }
 TESTS = Path(__file__).resolve().parents[1]
-MEASURE = cache(inputs.measure)
+_measure = inputs.measure
+
+
+@cache
+def measured(device: torch.device) -> Ceilings:
+    """The speed of the machine, in fp32: products in fp16 take a CPU seconds."""
+    return _measure(device, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +74,7 @@ def original(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 @pytest.fixture(autouse=True)
 def one_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every plan measures the speed of the machine; once is enough here."""
-    monkeypatch.setattr(inputs, "measure", MEASURE)
+    monkeypatch.setattr(inputs, "measure", lambda device, dtype: measured(device))
 
 
 @pytest.fixture

@@ -300,6 +300,9 @@ def test_an_adapter_and_two_models_on_the_hub(repository: Path, environment: dic
     done = child(*command, env={**environment, "HF_HOME": str(tmp_path / "other")})
     assert done.returncode == 3, done.stderr
     assert "owner/tiny: holds model.safetensors beside model.safetensors.index.json, which names other files (model-00001" in done.stderr
+    (repository / "model.safetensors").unlink()
+    done = child("-m", "bigq", "plan", str(repository), *command[4:])
+    assert done.returncode == 0, done.stderr
 
 
 def test_files_in_subfolders_on_the_hub(

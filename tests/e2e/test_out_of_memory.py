@@ -157,6 +157,10 @@ def test_one_row_that_does_not_fit_is_an_error(
     with pytest.raises(ResourceError, match=r"cpu: out of memory \(CUDA out of memory.*use fewer --samples"):
         bigq.quantize(str(checkpoint("llama")), out, job(ids_file))
     assert [h[3] for h in halvings_of(out)] == [4, 2, 1]
+    # With more room, what the message advises is taken.
+    monkeypatch.undo()
+    for i, advised in enumerate(({"samples": 2}, {"seqlen": 8}, {"activations": "host"})):
+        bigq.quantize(str(checkpoint("llama")), tmp_path / str(i), job(ids_file, **advised))
 
 
 def test_a_smaller_batch_is_told(

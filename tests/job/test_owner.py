@@ -439,6 +439,8 @@ def test_a_lock_that_cannot_be_removed_is_reported(state: Path, monkeypatch: pyt
             patch.setattr(Path, "unlink", refused)
             with pytest.raises(ResourceError, match="lock: cannot be removed: Operation not permitted"):
                 take(state, steal=True)
+        (state / "lock").unlink()
+        take(state, steal=True)
 
 
 def test_a_lock_that_keeps_being_replaced_is_reported(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,6 +451,8 @@ def test_a_lock_that_keeps_being_replaced_is_reported(state: Path, monkeypatch: 
     with pytest.raises(ResourceError, match=r"lock: keeps being replaced"):
         take(state)
     assert len(os.listdir("/proc/self/fd")) == files
+    monkeypatch.undo()
+    assert take(state) == []
 
 
 # The heartbeat.
