@@ -98,17 +98,17 @@ def read_calibration(
     return _rows(sources, pools, chosen)
 
 
-def foretell(source: str, model_folder: Path, *, text_field: str | None, **settings: Any) -> tuple[Made, ...]:
+def foretell(source: str, model_folder: Path, *, vocabulary: int, text_field: str | None, **settings: Any) -> tuple[Made, ...]:
     """What ``read_calibration`` will make of the texts, for a plan: read if all of them and the tokenizer are here and they are small.
 
-    Raises as ``read_calibration`` for texts that are here, and cannot be used.
+    vocabulary: of the model. Raises as ``read_calibration`` and ``require_vocabulary`` for texts that are here, and cannot be used.
     """
     if isinstance(source, CalibrationData):
-        return _if_tokenizer(source, model_folder, text_field, **settings)
+        return _if_tokenizer(source, model_folder, vocabulary, text_field, **settings)
     parts = parts_of(source, "--calibration")
     notes = [_unread(part) for part in parts]
     if not any(notes):
-        return _if_tokenizer(source, model_folder, text_field, **settings)
+        return _if_tokenizer(source, model_folder, vocabulary, text_field, **settings)
     return tuple(
         Made(label=without_folders(part.text), note=note or "is here; counted when the job begins")
         for part, note in zip(parts, notes, strict=True)
@@ -130,7 +130,7 @@ def _unread(part: Part) -> str:
     return ""
 
 
-def _if_tokenizer(source: str, model_folder: Path, text_field: str | None, **settings: Any) -> tuple[Made, ...]:
+def _if_tokenizer(source: str, model_folder: Path, vocabulary: int, text_field: str | None, **settings: Any) -> tuple[Made, ...]:
     _, sources = open_parts(source, "--calibration", text_field)
     if any(each.ids is None for each in sources):
         try:
@@ -138,7 +138,9 @@ def _if_tokenizer(source: str, model_folder: Path, text_field: str | None, **set
         except CalibrationError:
             note = "is here; not counted, as the model's tokenizer is not here"
             return tuple(Made(label=each.label, note=note) for each in sources)
-    return read_calibration(source, model_folder, text_field=text_field, **settings).made
+    found = read_calibration(source, model_folder, text_field=text_field, **settings)
+    require_vocabulary(found.rows, vocabulary)
+    return found.made
 
 
 def calibration_rows(source: str, model_folder: Path, **settings: Any) -> Tensor:

@@ -41,6 +41,7 @@ from bigq.io.reader import as_bytes, iter_chunks, read_tensor
 from bigq.job.fit import GGUF_BITS
 from bigq.model.description import ModelDescription
 from bigq.model.pager import Pager
+from bigq.model.tied import has_own_head
 from bigq.scheme import QuantScheme, scheme_for
 
 #: ``general.file_type``, llama.cpp's number of the type that most weights have.
@@ -125,7 +126,7 @@ def _plan(model: ModelDescription, family: Family, scheme_of: Callable[[str], Qu
     planned = []
     misfits: dict[str, Misfit] = {}
     parameters = dict(model.model.named_parameters(remove_duplicate=False))
-    tied = model.head.weight is model.embedding.weight
+    tied = model.head.weight is model.embedding.weight and not has_own_head(model.model, model.sources)
     for parameter in model.model.state_dict():
         name, order = tensor_name(model, family, parameter)
         if tied and name == "output.weight":

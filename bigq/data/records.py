@@ -128,10 +128,33 @@ def _messages(value: Iterable[Any], where: str) -> Iterator[dict[str, Any]]:
             raise CalibrationError(f"{where}: the content of message {count} is neither a string nor a list; correct it")
         if isinstance(each.get(content), str):
             _sound(each[content], where)
+        elif each.get(content) is not None:
+            _require_text_parts(each[content], f"{where}: message {count}")
         others = {} if role == "from" else {name: said for name, said in each.items() if said is not None}
         yield {**others, "role": ROLES.get(each[role].lower(), each[role]), "content": "" if each.get(content) is None else each[content]}
     if not count:
         raise CalibrationError(f"{where}: its conversation has no messages; remove the record")
+
+
+def _require_text_parts(parts: Sequence[Any], where: str) -> None:
+    """Raise CalibrationError where a message has a part that is no text: a text model's template would write it as it stands."""
+    for part in parts:
+        if isinstance(part, str):
+            continue
+        if not isinstance(part, Mapping) or not isinstance(part.get(TEXT), str):
+            kind = show_name(str(part.get("type"))) if isinstance(part, Mapping) and part.get("type") else "unknown type"
+            raise CalibrationError(f"{where}: has a part that is no text ({kind}); remove such parts, or the record")
+
+
+def with_plain_contents(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with contents of several parts joined by line ends, since most templates take strings alone."""
+    joined = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = "\n".join(part if isinstance(part, str) else part[TEXT] for part in content)
+        joined.append({**message, "content": content})
+    return joined
 
 
 def is_messages(value: Any) -> bool:
@@ -150,20 +173,26 @@ def _pair_of(record: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _text_field(record: Mapping[str, Any]) -> str | None:
-    """The field with the longest string; None where no field holds one that is not blank."""
-    found = {str(name): len(value) for name, value in record.items() if isinstance(value, str) and value.strip()}
+    """The field with the longest text of words; None where there is none: ids, hashes and labels are no text."""
+    found = {str(name): len(value) for name, value in record.items() if isinstance(value, str) and _has_words(value)}
     return max(found, key=lambda name: found[name], default=None)
+
+
+def _has_words(value: str) -> bool:
+    """Whether a string has more than one word, or is written in a script that may have no spaces. JSON is no text."""
+    return (len(value.split()) > 1 or not value.isascii()) and not value.lstrip().startswith(("{", "[{"))
 
 
 def _advice(record: Mapping[str, Any]) -> str:
     names = [show_name(str(name)) for name in record]
     listed = ", ".join(names[:SHOWN_FIELDS]) + (", …" if len(names) > SHOWN_FIELDS else "")
-    found = _text_field(record)
-    remedy = (
-        "give records with a field 'text'"
-        if found is None
-        else f"name the field that holds the text, such as --text-field {shlex.quote(found)}"
-    )
+    talk = next((str(name) for name, value in record.items() if value and is_messages(value)), None)
+    if talk is not None:
+        remedy = f"name the field that holds the messages, such as --text-field {shlex.quote(talk)}"
+    elif (found := _text_field(record)) is not None:
+        remedy = f"name the field that holds the text, such as --text-field {shlex.quote(found)}"
+    else:
+        remedy = "give records with a field 'text', or name the field that holds it with --text-field"
     return show_name(f" (it has {listed[:100] or 'no fields'})")[:150] + f"; {show_name(remedy)}"
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bigq.data.records import Conversation, Document
+from bigq.data.records import Conversation, Document, with_plain_contents
 from bigq.errors import CalibrationError, CheckpointError
 from bigq.io.json_file import read_json_object, show_name, show_value
 
@@ -52,7 +54,8 @@ class Tokenizer:
         more = {"tools": list(conversation.tools)} if conversation.tools else {}
         # Templates are programs that come with the model, and may raise any exception.
         try:
-            text = self._tokenizer.apply_chat_template(list(conversation.messages), tokenize=False, **more)
+            with _fixed_date():
+                text = self._tokenizer.apply_chat_template(with_plain_contents(conversation.messages), tokenize=False, **more)
         except BaseException as error:
             if not _is_failure(error):
                 raise
@@ -67,6 +70,30 @@ class Tokenizer:
         if self._loaded is None:
             self._loaded = load_tokenizer(self._folder, trust_remote_code=self._trust)
         return self._loaded
+
+
+class _FixedDate(datetime.datetime):
+    """A clock that stands still."""
+
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> Any:
+        return cls(2025, 1, 1, tzinfo=tz)
+
+
+@contextlib.contextmanager
+def _fixed_date() -> Iterator[None]:
+    """Let chat templates take another date for today: with the real one a job could not be repeated, nor resumed after midnight.
+
+    transformers takes no function for ``strftime_now``, so its clock is replaced.
+    """
+    from transformers.utils import chat_template_utils
+
+    before = getattr(chat_template_utils, "datetime", None)
+    chat_template_utils.datetime = _FixedDate
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = before
 
 
 def _without_template(conversation: Conversation) -> str:

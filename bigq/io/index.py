@@ -177,6 +177,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise CheckpointError(f"{path}: too short for a safetensors file; fetch it again")
+            if prefix == b"version ":
+                raise CheckpointError(f"{path}: is a pointer of Git LFS, not the file itself; run git lfs pull in the model's folder")
             (length,) = struct.unpack("<Q", prefix)
             if length > min(MAX_JSON_BYTES, size - 8):
                 raise CheckpointError(f"{path}: header of {length} bytes in a file of {size}; damaged or not safetensors, fetch it again")

@@ -6,6 +6,7 @@ Knows nothing of what the JSON means.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import reprlib
@@ -80,6 +81,8 @@ def parse_object(path: Path, data: bytes, *, repeats: bool = False) -> dict[str,
             raise CheckpointError(f"{path}: invalid JSON (a name occurs twice in an object); the file is damaged")
         return result
 
+    if data.startswith(codecs.BOM_UTF8):
+        raise CheckpointError(f"{path}: begins with a byte order mark, which JSON files must not have; save it as UTF-8 without one")
     if sum(data.count(mark) for mark in (b",", b":", b"[", b"{")) > MAX_JSON_VALUES:
         raise CheckpointError(f"{path}: invalid JSON (more than {MAX_JSON_VALUES} values); the file is damaged")
     try:

@@ -118,8 +118,8 @@ def _refuse_other(path: Path, name: str, causal: str, config_class: type) -> Non
     begin = f"{path}: architectures names {name}, {kind}"
     if _CAUSAL.search(name):
         raise UnsupportedModelError(
-            f"{begin} of another model type than {show_value(getattr(config_class, 'model_type', None))}, whose class is {causal}; correct "
-            "architectures or model_type"
+            f"{begin} of another model type than {show_value(getattr(config_class, 'model_type', None))}, so readers that go by one or the "
+            f'other run different models; set architectures to ["{causal}"] to quantize what transformers runs, or correct model_type'
         )
     if kind in _LATER:
         raise UnsupportedModelError(

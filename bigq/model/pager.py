@@ -31,6 +31,7 @@ from bigq.model.extras import Extras, find_extras
 from bigq.model.names import require_parameters
 from bigq.model.plain import PlainModules, plain_modules
 from bigq.model.quantization import packed_schemes, refuse_quantized_tensors
+from bigq.model.tied import tie_warnings
 from bigq.progress.trace import Trace
 
 #: The maximum number of parameters per tensor of the checkpoint. With more, some tensors must be missing.
@@ -97,7 +98,7 @@ class Pager(ModelDescription):
     def warnings(self) -> tuple[str, ...]:
         """Sentences about what the folder holds besides the model, for those who quantize it."""
         unread = unread_warnings(self.folder, self.checkpoint.tensors)
-        return (*self.extras.warnings(), *unread, *side_files(self.folder).warnings())
+        return (*self.extras.warnings(), *tie_warnings(self.model, self.sources), *unread, *side_files(self.folder).warnings())
 
     def plain_modules(self, dropped: Iterable[str] = ()) -> PlainModules:
         """The modules that a quantization config must not count as packed. dropped: tensors that the output does not hold."""

@@ -60,6 +60,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
+        if trust_remote_code and raw.get("auto_map") and isinstance(error, (OSError, ImportError, SyntaxError)):
+            raise UnsupportedModelError(_broken_code(folder, raw, error)) from error
         if "model type" in str(error) or raw["model_type"] in str(error):
             from transformers import CONFIG_MAPPING, __version__
 
@@ -245,6 +247,19 @@ def _dtype(value: Any) -> torch.dtype:
 
 def _no_warning(*_: Any) -> None:
     """Replaces a method that warns."""
+
+
+def _broken_code(folder: Path, raw: Mapping[str, Any], error: Exception) -> str:
+    """The message for a checkpoint whose own code cannot be loaded."""
+    from transformers import CONFIG_MAPPING
+
+    lost = re.search(r"file named (\S+\.py)", str(error))
+    package = re.search(r"pip install [\w. -]+", str(error))
+    reason = f"{lost[1]} is missing" if lost else _error_line(error)
+    remedy = f"run {package[0].strip()}" if package else f"fetch {lost[1]} into it" if lost else "fetch its .py files again"
+    known = raw["model_type"] in CONFIG_MAPPING
+    without = f", or leave out --trust-remote-code: transformers has its own code for {show_value(raw['model_type'])}" if known else ""
+    return f"{folder}: the checkpoint's own code cannot be loaded ({reason}); {remedy}{without}"
 
 
 def _error_line(error: Exception) -> str:

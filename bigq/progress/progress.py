@@ -112,6 +112,7 @@ class Progress:
         self._phase = ""
         self._steps: dict[str, tuple[int, int]] = {}
         self._solved = 0.0
+        self._warned: set[str] = set()
         self._lock = threading.RLock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -208,6 +209,12 @@ class Progress:
         """A message for people."""
         with self._lock:
             self._display.say(line)
+
+    def warn_once(self, about: str, line: str) -> None:
+        """A warning, unless there has been one about the same."""
+        if about not in self._warned:
+            self._warned.add(about)
+            self.say(f"warning: {line}")
 
     def event(self, name: str, **values: Any) -> None:
         """An event for programs that read the job's output."""

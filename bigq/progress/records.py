@@ -96,7 +96,7 @@ def dead_inputs_warning(records: Iterable[LinearRecord]) -> str | None:
     others = "" if len(many) == 1 else f", and more than a tenth of those of {len(many) - 1} other Linear{'s' * (len(many) > 2)}"
     return (
         f"{most.name}: {share} were 0 in every calibration token{others}; the weights of such inputs are only rounded to nearest; "
-        "use more --samples, or a --calibration text that is nearer to what the model will read"
+        "use more --samples, or a --calibration text that is nearer to what the model will read (the summary counts all such Linears)"
     )
 
 

@@ -53,6 +53,18 @@ DAMAGED = (
         lambda p: shard_of(p.model, p.tensor("0.mlp.down_proj.weight")).write_bytes(b"123"),
     ),
     damaged(
+        "{}: is a pointer of Git LFS, not the file itself; run git lfs pull in the model's folder",
+        lambda p: shard_of(p.model, p.tensor("0.mlp.down_proj.weight")).write_text(
+            f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
+        ),
+    ),
+    Case(
+        "{}: begins with a byte order mark, which JSON files must not have; save it as UTF-8 without one",
+        PLAN,
+        lambda p: (p.model / "config.json").write_text((p.model / "config.json").read_text(), encoding="utf-8-sig") and None,
+        lambda p: (p.model / "config.json").write_text((p.model / "config.json").read_text(encoding="utf-8-sig")) and None,
+    ),
+    damaged(
         "{}: header of {} bytes in a file of {}; damaged or not safetensors, fetch it again",
         lambda p: shard_of(p.model, p.tensor("0.mlp.down_proj.weight")).write_bytes(b"\xff" * 64),
     ),
@@ -168,6 +180,21 @@ def without_entry(place: Place, *names: str) -> None:
 def named_class(says: str, *architectures: str, advised: str = "LlamaForCausalLM") -> Case:
     """A class that is not the model's, and the one that the message names."""
     return Case(says, PLAN, lambda p: p.config(architectures=list(architectures)), lambda p: p.config(architectures=[advised]))
+
+
+def lost_code(says: str, code: str | None) -> Case:
+    """A model whose own code is missing, or cannot be loaded, and is put there."""
+    sound = (
+        "from transformers import LlamaConfig, LlamaForCausalLM\nclass Mine(LlamaConfig):\n    pass\n"
+        "class MineLM(LlamaForCausalLM):\n    config_class = Mine\n"
+    )
+
+    def damage(place: Place) -> None:
+        place.config(auto_map={"AutoConfig": "own.Mine", "AutoModelForCausalLM": "own.MineLM"}, architectures=["MineLM"])
+        if code is not None:
+            (place.model / "own.py").write_text(code)
+
+    return Case(says, PLAN + " --trust-remote-code", damage, lambda p: (p.model / "own.py").write_text(sound) and None)
 
 
 def own_class(place: Place) -> None:
@@ -298,7 +325,14 @@ CLASSES = (
     named_class(
         '{}: architectures names {}, which transformers does not know; {}: if this is one, set architectures to ["{}"]', "LlamaForScoring"
     ),
-    named_class("{} of another model type than {}, whose class is {}; correct architectures or model_type", "OPTForCausalLM"),
+    named_class(
+        '{} of another model type than {}, so readers that go by one or the other run different models; set architectures to ["{}"] to '
+        "quantize what transformers runs, or correct model_type",
+        "OPTForCausalLM",
+    ),
+    lost_code("fetch {} into it", None),
+    lost_code("run {}", "import no_such_package"),
+    lost_code("fetch its .py files again", "def ("),
     damaged(
         "{}: architectures names {}{}, but the causal language model of the checkpoint's code is {}; {}: give MODEL one of those",
         own_class,

@@ -175,6 +175,13 @@ RECORD = (
     ),
     text("give records with a field 'text'", [{"x": i} for i in range(9)], RECORDS),
     text("name the field that holds the text, such as --text-field {}", [{"x": i, "body": each["text"]} for i, each in enumerate(RECORDS)]),
+    text("name the field that holds the messages, such as --text-field {}", [{"chosen": each["messages"]} for each in CHAT], chat=True),
+    text(
+        "{}: has a part that is no text ({}); remove such parts, or the record",
+        [{"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]}, *CHAT],
+        CHAT,
+        chat=True,
+    ),
     text("{}: message {} has no role; give messages with role and content", [{"messages": [{"content": "w5"}]}], CHAT, chat=True),
     text(
         "{}: the content of message {} is neither a string nor a list; correct it",

@@ -119,6 +119,28 @@ def test_conversations_given_in_python(name: str, tmp_path: Path, model: Path) -
     assert torch.equal(found, calibration_rows(str(path), model, **sizes))
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_contents_in_parts_are_text_to_templates_that_take_strings(parts: int, tmp_path: Path, model: Path) -> None:
+    """Many templates would write the Python form of a list into the text."""
+
+    def cut(content: str) -> list[Any]:
+        said = content.split()
+        return [{"type": "text", "text": " ".join(said[i::parts])} for i in range(parts)]
+
+    records = [{"messages": [{**message, "content": cut(message["content"])} for message in each]} for each in OPENAI]
+    joined = [[{**m, "content": "\n".join(part["text"] for part in m["content"])} for m in record["messages"]] for record in records]
+    assert all_ids(save_lines(tmp_path / "t.jsonl", records), model) == templated(joined, model)
+
+
+def test_the_date_of_a_template_is_always_the_same(tmp_path: Path) -> None:
+    """Templates such as Llama 3.2's write today's date. A job that is resumed on another day needs the same rows."""
+    folder = tokenizer_folder(tmp_path / "m", bos=True, chat=True)
+    template = folder / "chat_template.jinja"
+    template.write_text("w{{ strftime_now('%j') | int + 3 }} w{{ strftime_now('%y') }} " + template.read_text())
+    path = save_lines(tmp_path / "t.jsonl", [{"messages": OPENAI[0]}])
+    assert all_ids(path, folder)[:2] == [4, 25]
+
+
 def test_ids_beside_messages_are_taken_as_before(model: Path) -> None:
     """Datasets that were tokenized keep their other columns."""
     source = calibration_source([{"input_ids": ids_of(16, i), "messages": OPENAI[i]} for i in range(4)], "calibration")
@@ -138,7 +160,7 @@ def test_without_a_template_a_text_field_works(records: list[Any], field: str, t
 
 
 def test_without_a_template_and_without_text(tmp_path: Path, without_template: Path) -> None:
-    path = save_lines(tmp_path / "t.jsonl", [{"messages": OPENAI[0], "n": 3}])
+    path = save_lines(tmp_path / "t.jsonl", [{"messages": OPENAI[0], "n": 3, "id": "identity_7", "hash": "f" * 64}])
     with pytest.raises(CalibrationError, match="has no chat template; give other text, such as --calibration builtin"):
         all_ids(path, without_template)
 
@@ -151,13 +173,20 @@ def test_without_a_template_and_without_text(tmp_path: Path, without_template: P
         ({"messages": [{"role": "user", "content": 7}]}, "the content of message 1 is neither a string nor a list"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
         (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "w3"}, {"type": "image", "image": "a.png"}]}]},
+            r"message 1: has a part that is no text \(image\); remove such parts, or the record",
+        ),
+        ({"prompt_id": "f" * 64, "chosen": [{"role": "user", "content": "w3"}]}, "holds the messages, such as --text-field chosen"),
+        ({"messages": json.dumps(OPENAI[0])}, r"\(it has messages\); give records with a field 'text'"),
+        ({"prompt_id": "f" * 64, "lang": "en"}, "give records with a field 'text', or name the field"),
+        (
             {"messages": [{"role": "w3", "content": "w3"}]},
             r"the model's chat template refuses the conversation \(TemplateError: no such role\)",
         ),
-        ({"messages": "w3"}, r"has no field 'text', and no conversation \(it has messages\); .*--text-field messages"),
+        ({"messages": "w3 w4"}, r"has no field 'text', and no conversation \(it has messages\); .*--text-field messages"),
         ({"text": None}, "its field 'text' is no string"),
         ({}, r"\(it has no fields\); give records with a field 'text'"),
-        ({"a b": "w3"}, "--text-field 'a b'"),
+        ({"a b": "w3 w4"}, "--text-field 'a b'"),
     ],
 )
 def test_a_bad_record_is_named(record: dict[str, Any], said: str, tmp_path: Path, model: Path) -> None:

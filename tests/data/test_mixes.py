@@ -295,7 +295,7 @@ def test_names_and_files_are_told_apart(folder: Path) -> None:
 
 
 def made(source: str, model: Path, **changes: Any) -> list[str]:
-    settings: dict[str, Any] = {"samples": 4, "seqlen": 16, "seed": 0, "text_field": None, **changes}
+    settings: dict[str, Any] = {"samples": 4, "seqlen": 16, "seed": 0, "text_field": None, "vocabulary": 128, **changes}
     return [each.text() for each in foretell(source, model, **settings)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -15,8 +16,9 @@ from torch import Tensor
 
 import bigq
 from bigq.cli.main import main
+from bigq.errors import CalibrationError, CheckpointError, UnsupportedModelError
 from bigq.sched.plan.inputs import plan
-from tests.models import make_checkpoint, reference_model, stored_tensors, streamed_logits
+from tests.models import logits_of, make_checkpoint, random_ids, reference_model, rewrite, save_ids, stored_tensors, streamed_logits
 
 #: A layer behind the last block with a projection of its own, as DeepSeek and GLM store their MTP layers.
 NEXT = {
@@ -59,6 +61,47 @@ def excludes(config: Mapping[str, Any], name: str) -> bool:
         found = next((rule[:2] for rule in config["dynamic"] if re.match(rule[2:], name)), None)
         return found == "-:" and not any(one in name for one in config["modules_in_block_to_quantize"][0])
     return any(re.match(one[3:], name) if one.startswith("re:") else one == name for one in config["ignore"])
+
+
+def test_the_plan_refuses_the_shapes_and_dtypes_that_the_job_refuses(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "m", "llama")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"vocab_size": 160}))
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight has shape \[128, 64\], but config.json says \[160, 64\]"):
+        plan(str(source), tmp_path / "o", job())
+    (source / "config.json").write_text(json.dumps(config))
+    rewrite(source, "model.layers.1.mlp.up_proj.weight", torch.ones(96, 64, dtype=torch.int8))
+    with pytest.raises(UnsupportedModelError, match=r"model.layers.1.mlp.up_proj.weight is torch.int8"):
+        plan(str(source), tmp_path / "o", job())
+
+
+@pytest.mark.parametrize("changed", [0.0, 1.0])
+def test_a_tied_head_with_other_values_is_used_and_named(changed: float, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "m", "llama", tie_word_embeddings=True)
+    stored = stored_tensors(source)
+    for path in source.glob("*.safetensors*"):
+        path.unlink()
+    head = stored["model.embed_tokens.weight"] + changed
+    save_file({**stored, "lm_head.weight": head}, source / "model.safetensors", metadata={"format": "pt"})
+    warned = plan(str(source), tmp_path / "o", job()).warnings
+    assert ["tie_word_embeddings" in warning for warning in warned] == ([True] if changed else [])
+    bigq.quantize(source, tmp_path / "out", job())
+    assert torch.equal(stored_tensors(tmp_path / "out")["lm_head.weight"], head)
+    ids = random_ids(2)
+    assert torch.equal(streamed_logits(source, ids, 2), logits_of(reference_model(source), ids, 2))
+    if changed:  # the advice: the same model, and no warning
+        untied = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False}
+        (source / "config.json").write_text(json.dumps(untied))
+        assert not plan(str(source), tmp_path / "o", job()).warnings
+        assert torch.equal(streamed_logits(source, ids, 2), logits_of(reference_model(source), ids, 2))
+
+
+def test_the_plan_refuses_token_ids_of_another_model(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "m", "llama")
+    ids = save_ids(tmp_path / "ids.safetensors", random_ids(8, 24) + 100)
+    config = dataclasses.replace(job(), method="gptq", calibration=str(ids), samples=8, seqlen=24)
+    with pytest.raises(CalibrationError, match=r"token ids reach from .* but the model's vocabulary has 128"):
+        plan(str(source), tmp_path / "o", config)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import Child
 from models import make_checkpoint, rewrite, shard_of, stored_tensors, word_tokenizer
+from safetensors.torch import save_file
 from torch import Tensor
 
 import bigq
@@ -55,6 +56,23 @@ def tensors_of(path: Path) -> dict[str, tuple[str, Tensor]]:
         )
         for tensor in gguf.GGUFReader(path).tensors
     }
+
+
+def test_a_head_of_its_own_is_written_though_the_config_ties_it(tmp_path: Path) -> None:
+    """Without output.weight, llama.cpp would use the embedding. transformers, and so bigq, use the head that is stored."""
+    source = make_checkpoint(tmp_path / "m", "llama", tie_word_embeddings=True)
+    stored = stored_tensors(source)
+    embedding = stored["model.embed_tokens.weight"]
+    for path in source.glob("*.safetensors*"):
+        path.unlink()
+    for head, written in ((embedding.clone(), False), (embedding.index_fill(0, torch.tensor(99), 0.5), True)):
+        save_file({**stored, "lm_head.weight": head}, source / "model.safetensors", metadata={"format": "pt"})
+        file = tmp_path / f"{written}.gguf"
+        write_gguf(quantized(source, tmp_path / f"out {written}"), file)
+        found = tensors_of(file)
+        assert torch.equal(found["token_embd.weight"][1], embedding)
+        assert ("output.weight" in found) == written
+        assert not written or torch.equal(found["output.weight"][1], head)
 
 
 def field(path: Path, key: str) -> Any:

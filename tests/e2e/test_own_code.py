@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import logits_of, random_ids, stored_tensors
+from models import logits_of, make_checkpoint, random_ids, stored_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -189,6 +189,36 @@ def test_a_mask_made_of_tokens_is_noticed_in_the_rows(toy: Callable[[str], Path]
     with pytest.raises(UnsupportedModelError, match=r"the arguments of block 0 for rows 3 to 4 differ"):
         streamed(folder, ids, 2)
     assert not torch.equal(own_logits(folder, ids, 2), own_logits(toy("none"), ids, 2))
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (None, r"the checkpoint's own code cannot be loaded \(modeling_toy.py is missing\); fetch modeling_toy.py into it$"),
+        ("import no_such_package\n", r"no_such_package.*; run pip install no_such_package$"),
+        ("def (:\n", r"SyntaxError: .*; fetch its .py files again$"),
+    ],
+)
+def test_own_code_that_cannot_be_loaded(code: str | None, said: str, tmp_path: Path, ids_file: Path) -> None:
+    write_toy(tmp_path / "m", "none")
+    file = tmp_path / "m" / "modeling_toy.py"
+    if code is None:
+        file.unlink()
+    else:
+        file.write_text(code)
+    with pytest.raises(UnsupportedModelError, match=said):
+        plan(str(tmp_path / "m"), tmp_path / "o", job_config(ids_file))
+
+
+def test_missing_code_that_transformers_does_not_need(tmp_path: Path, ids_file: Path) -> None:
+    """Phi-3 and Falcon are published with code that transformers has too."""
+    model = make_checkpoint(tmp_path / "m", "phi3")
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="or leave out --trust-remote-code: transformers has its own code for 'phi3'"):
+        plan(str(model), tmp_path / "o", job_config(ids_file))
+    plan(str(model), tmp_path / "o", dataclasses.replace(job_config(ids_file), trust_remote_code=False))
 
 
 def test_a_sound_model_is_quantized_and_evaluated(toy: Callable[[str], Path], tmp_path: Path, ids_file: Path) -> None:

@@ -59,6 +59,19 @@ def test_weights_of_silent_units_are_rounded_and_the_job_warns(
     assert "Dead inputs: 1 Linear" in page and f"{units} of {WIDTH}" in page
 
 
+def test_there_is_one_warning_a_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = silenced(tmp_path / "model", 32)
+    for block in (0, 2):
+        name = f"model.decoder.layers.{block}.fc1.bias"
+        rewrite(model, name, stored_tensors(model)[name].index_fill(0, torch.arange(40), -1e4))
+    ids = save_ids(tmp_path / "ids.safetensors", random_ids(8, 24))
+    config = JobConfig(scheme=QuantScheme(group_size=32), calibration=str(ids), samples=8, seqlen=24, device="cpu")
+    report = bigq.quantize(model, tmp_path / "out", config)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("calibration token") == 1 and "warning: model.decoder.layers.0.fc2: " in said
+    assert "the inputs of 3 Linears" in " ".join(report.summary().split())
+
+
 def test_a_tenth_of_the_inputs_is_no_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, report = quantized(tmp_path, 9)
     assert "calibration token" not in capsys.readouterr().err and "dead:" not in report.summary()

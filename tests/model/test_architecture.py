@@ -126,7 +126,9 @@ def test_unknown_classes_and_classes_of_another_type(tmp_path: Path) -> None:
     said = refusal(with_config(folder, architectures=["LlamaForRewardModel"]), tmp_path)
     assert "LlamaForRewardModel, which transformers does not know" in said
     said = refusal(with_config(folder, architectures=["OPTForCausalLM"]), tmp_path)
-    assert "a causal language model of another model type than 'llama', whose class is LlamaForCausalLM" in said
+    assert "a causal language model of another model type than 'llama', so readers" in said
+    assert said.endswith('set architectures to ["LlamaForCausalLM"] to quantize what transformers runs, or correct model_type')
+    load_config(with_config(folder, architectures=["LlamaForCausalLM"]))
 
 
 def test_without_architectures_the_kind_is_the_model_type_s(tmp_path: Path) -> None:

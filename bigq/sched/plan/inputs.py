@@ -18,6 +18,7 @@ from bigq.io.folders import STATE_FOLDER
 from bigq.io.hub import Headers, resolve_headers
 from bigq.io.index import Checkpoint, TensorInfo, unread_warnings
 from bigq.io.side_files import side_files
+from bigq.io.sources.plain import PlainSource
 from bigq.job.journal import read_job
 from bigq.job.request import require_same_code
 from bigq.job.settle import check_shapes, head_scheme, require_format, row_length, settled_scheme
@@ -32,6 +33,7 @@ from bigq.model.extras import Extras, find_extras
 from bigq.model.names import require_parameters
 from bigq.model.pager import Pager
 from bigq.model.quantization import refuse_quantized_tensors, require_unpacked
+from bigq.model.tied import tie_warnings
 from bigq.progress.records import host_memory
 from bigq.sched.plan.cost import Work
 from bigq.sched.plan.planner import Budgets, Download, Plan, make_plan
@@ -54,14 +56,15 @@ def plan(model: str, out: str | Path = ".", config: JobConfig | None = None, on:
     found = _plan(headers, Path(out), config, device, lambda dtype: KNOWN[on] if on in KNOWN else measure(device, dtype))
     if not found.work.method.calibrated:
         return found
-    return dataclasses.replace(found, texts=_texts(config, headers.folder, found.shape.seqlen))
+    return dataclasses.replace(found, texts=_texts(config, headers.folder, found.shape.seqlen, found.shape.vocabulary))
 
 
-def _texts(config: JobConfig, folder: Path, seqlen: int) -> tuple[Made, ...]:
+def _texts(config: JobConfig, folder: Path, seqlen: int, vocabulary: int) -> tuple[Made, ...]:
     """What would be made of the calibration text, as far as text and tokenizer are here."""
     return foretell(
         config.calibration,
         folder,
+        vocabulary=vocabulary,
         samples=config.samples,
         seqlen=seqlen,
         seed=config.seed,
@@ -220,10 +223,13 @@ def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: Job
         unplaced = [name for name in tensors if name not in placed]
         refuse_quantized_tensors(folder, unplaced)
         require_parameters(folder, model, sources, unplaced)
+        for name, param in model.named_parameters():
+            if name in sources:
+                PlainSource(sources[name]).check(tuple(param.shape))
     extras = find_extras(model, model_config, path, tensors, placed)
     stored = _kept_bytes(tensors, extras) or None
     beside = (*unread_warnings(folder, tensors), *side_files(folder).warnings()) if local else ()
-    warnings = (*extras.warnings(), *beside)
+    warnings = (*extras.warnings(), *tie_warnings(model, sources), *beside)
     return Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored), model_config, warnings
 
 

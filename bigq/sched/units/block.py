@@ -109,7 +109,7 @@ class BlockUnit(StreamedUnit):
         if lost:
             control.progress.say(f"block {self.index + 1}: up to {lost} calibration tokens are not finite and were left out of a Hessian")
         if (warning := dead_inputs_warning(records)) is not None:
-            control.progress.say(f"warning: {warning}")
+            control.progress.warn_once("dead inputs", warning)
         tensors = self._tensors(bench, packed)
         left_out = [f"{self.prefix}.{name}" for name in job.plan.left_out] + list(skipped)
         return Product(tensors=tensors, records=records, left_out=left_out, skipped=skipped, batch=solving.batch)

@@ -74,7 +74,7 @@ class HeadUnit(StreamedUnit):
                 packed = config.made.pack(head.source.name.removesuffix(".weight"), solved.weight, head.source.dtype)
             records.append(solved.record())
             if (warning := dead_inputs_warning(records)) is not None:
-                control.progress.say(f"warning: {warning}")
+                control.progress.warn_once("dead inputs", warning)
             tensors = bench.writer.packed(packed)
         product = Product(tensors=tensors, records=records, left_out=list(skipped), skipped=skipped, batch=solving.batch)
         bench.writer.hand_over(self.shard, product)
