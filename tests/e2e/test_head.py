@@ -198,7 +198,9 @@ def test_what_cannot_be_is_refused_before_any_text_is_read(case: str, tmp_path: 
     """By the plan too."""
     model, changes, says = REFUSED[case]
     source = make_checkpoint(tmp_path / "model", "llama", **model)
-    config = job(tmp_path / "no such text", **changes)
+    unreadable = tmp_path / "text.txt"
+    unreadable.write_bytes(b"caf\xe9")  # refused as soon as it is read
+    config = job(unreadable, **changes)
     for attempt in (lambda: bigq.quantize(str(source), tmp_path / "out", config), lambda: plan(str(source), tmp_path, config)):
         with pytest.raises(UsageError, match=says):
             attempt()
