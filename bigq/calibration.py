@@ -48,8 +48,10 @@ class Made:
         """One line."""
         if self.note:
             return f"{self.label}: {self.note}"
-        of = {"text": "one text", "token ids": "token ids"}.get(self.kind)
-        if of is None:
+        if self.kind == "token ids":
+            return f"{self.label}: {self.rows} rows of {self.tokens} token ids"
+        of = "one text"
+        if self.kind != "text":
             plain = (self.documents or 0) - self.conversations
             of = " and ".join(
                 f"{count} {what}{'' if count == 1 else 's'}{how}"

@@ -308,7 +308,7 @@ def test_a_plan_counts_what_is_here(folder: Path, model: Path, tmp_path: Path) -
     assert made("builtin", TINY)[0].startswith("builtin: 4 rows from ") and made("builtin", TINY)[0].endswith(" tokens of one text")
     save_ids(folder / "ids", torch.full((8, 20), 9))
     (folder / "no-tokenizer").mkdir()
-    assert made("ids", folder / "no-tokenizer") == ["ids: 4 rows from 128 tokens of token ids"]
+    assert made("ids", folder / "no-tokenizer") == ["ids: 4 rows of 128 token ids"]
     with pytest.raises(CalibrationError, match="use --samples 125"):
         made("a.jsonl", model, samples=1000)
 

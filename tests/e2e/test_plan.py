@@ -228,7 +228,7 @@ def test_the_group_size_that_is_advised_works(tmp_path: Path, capsys: pytest.Cap
 def test_a_job_prints_its_plan_and_keeps_to_it(model: Path, ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(job(model, tmp_path / "out", ids)) == 0
     printed = capsys.readouterr()
-    assert "plan: 3 blocks, 8 × 32 tokens\n  text:    ids.safetensors: 8 rows of 32 tokens" in printed.err
+    assert "plan: 3 blocks, 8 × 32 tokens\n  text:    ids.safetensors: 8 rows of 256 token ids\n" in printed.err
     assert "\n  run:     activations in host memory, batch 8," in printed.err
     assert "\n  read by: transformers (with optimum, gptqmodel),\n           GPTQModel, vLLM\n" in printed.err
     assert "(planned " in printed.out
