@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import OPTION_CASES
+from advice_cases import OPTION_CASES
 from checkpoint_cases import CHECKPOINT_CASES
 from folder_cases import FOLDER_CASES
 from follow import followed, line
@@ -140,7 +140,7 @@ def test_the_next_run_passes(place: Place, case: Case, capsys: pytest.CaptureFix
 
 
 def test_every_message_with_advice_has_a_case_or_a_reason() -> None:
-    """Of a new message with advice: add a case to cases.py, or a reason to not_followed.py."""
+    """Of a new message with advice: add a case to advice_cases.py, or a reason to not_followed.py."""
     found = templates()
     known = {case.says for case in CASES}
     reasons = [text for left in NOT_FOLLOWED for text in left.messages]
