@@ -117,6 +117,7 @@ def advised(place: Place, case: Case, command: Command, said: str) -> list[Comma
     return [found if isinstance(found, list) and found and isinstance(found[0], str) else command]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("place", "case"), [(case, case) for case in CASES], indirect=["place"], ids=lambda case: getattr(case, "says", "")[:50]
 )

@@ -145,6 +145,7 @@ def peak(child: Child, tmp_path_factory: pytest.TempPathFactory) -> Callable[[in
     return run
 
 
+@pytest.mark.long
 def test_peak_follows_the_block_and_not_the_model(peak: Callable[[int, int], int], child: Child) -> None:
     """20 blocks more cost less than one block's bytes, and all of them together less than 60 % of the model's size over
     a process that has only imported everything."""

@@ -23,7 +23,7 @@ from bigq.infer.evaluate import Stream
 from bigq.model.pager import Pager
 from bigq.scheme import QuantScheme
 
-CODE = Path(__file__).resolve().parents[1] / "corpus" / "toy" / "modeling_toy.py"
+CODE = Path(__file__).resolve().parent / "modeling_toy.py"
 
 #: Twists with which streaming computes what the whole model computes.
 SOUND = ("none", "embeddings_after", "tokens_after", "last_in_place", "softcap", "logits_of_tokens")
