@@ -11,6 +11,7 @@ from bigq.cli.demo import MODEL
 from bigq.cli.main import main
 
 
+@pytest.mark.long
 def test_demo_shows_gptq_far_below_rounding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--out", str(tmp_path / "demo"), "--device", "cpu", "--json"]) == 0
     rows = {(r["method"], r["bits"]): r for r in json.loads(capsys.readouterr().out)["rows"]}

@@ -108,16 +108,16 @@ print(json.dumps({"peak": report.host_peak_bytes, "planned": report.planned_host
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("hidden", "inner", "rows", "seqlen", "act_order", "method"),
     [
         (512, 1408, 48, 256, False, "gptq"),
         (1024, 4096, 8, 512, True, "gptq"),
         (2048, 5632, 4, 256, False, "gptq"),
-        *(
-            pytest.param(*shape, "gptaq", marks=pytest.mark.long)
-            for shape in ((512, 1408, 48, 256, False), (1024, 4096, 8, 512, True), (2048, 5632, 4, 256, False))
-        ),
+        (512, 1408, 48, 256, False, "gptaq"),
+        (1024, 4096, 8, 512, True, "gptaq"),
+        (2048, 5632, 4, 256, False, "gptaq"),
     ],
     ids=["many tokens", "wide, act-order", "large", "many tokens, gptaq", "wide, act-order, gptaq", "large, gptaq"],
 )
