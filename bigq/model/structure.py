@@ -285,9 +285,7 @@ def _shortcuts(
     return tuple(found.values())
 
 
-def _shortcut(
-    name: str, module: _ModuleCall, source: str, linear: _ModuleCall, tracer: DataflowTracer, last: bool
-) -> Shortcut | None:
+def _shortcut(name: str, module: _ModuleCall, source: str, linear: _ModuleCall, tracer: DataflowTracer, last: bool) -> Shortcut | None:
     """The shortcut of a module by a Linear in it; None if the module's output is not a simple function of the Linear's."""
     result, form = hidden_of(module.output), OutputForm.of(module.output)
     if result is linear.output:
@@ -300,7 +298,7 @@ def _shortcut(
 
 
 def _leaves_idle(shortcut: Shortcut, block: nn.Module, hidden: Tensor, call: BlockCall, tracer: DataflowTracer) -> bool:
-    """Whether the block returns the same bits where the outputs of the idle Linears are marked but the shortcut's Linear returns the same."""
+    """Whether the block returns the same bits where the idle Linears return marked values and the shortcut's Linear what it returned."""
     linear = block.get_submodule(shortcut.linear)
     returned: list[Tensor] = []
     handle = linear.register_forward_hook(lambda module, args, output: returned.append(output.detach().clone()))
