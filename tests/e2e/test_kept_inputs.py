@@ -99,7 +99,7 @@ def test_the_bytes_are_the_same_with_all_some_and_no_rows(
     for rows in (3, 6, ROWS):
         counts.clear()
         assert made(source(family), tmp_path / str(rows), job(ids), rows) == expected
-        # Three batches. Hooks do not see the last Linear, which runs without its module. OPT has none: its fc1 is called, but returns zeros.
+        # Three batches. Hooks do not see the last Linear, which runs without its module. In OPT fc1 is called, but returns zeros.
         assert family == "opt" or [(3 - -(-rows // 3)) * n for n in without] == [3 * n for n in counts]
 
 
