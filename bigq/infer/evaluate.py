@@ -24,7 +24,9 @@ from bigq.errors import BigqError, UsageError
 from bigq.infer.options import EvalConfig
 from bigq.inspect.evaluations import holds_output, record_evaluation
 from bigq.io.hub import resolve_model
+from bigq.io.prefetch.to_device import least_budget
 from bigq.job.batches import Batches, halving_message
+from bigq.machine.budget import host_budget
 from bigq.machine.device import choose_device, memory_errors
 from bigq.machine.memory import hold_heap, return_freed_memory
 from bigq.model import skeleton
@@ -32,6 +34,7 @@ from bigq.model.capture import OutputForm, replace_forwards
 from bigq.model.pager import Pager
 from bigq.progress.display import Display
 from bigq.progress.progress import Progress
+from bigq.progress.trace import Trace
 from bigq.sched.plan.survey import require_hidden_paths
 from bigq.sched.rows.probe import activations_for, probe_model
 from bigq.sched.rows.store import ActivationStore
@@ -127,7 +130,10 @@ class Stream:
         self._form: OutputForm = probe.form
         needed = rows.numel() * probe.hidden.shape[-1] * probe.hidden.dtype.itemsize
         tier = choose_tier(pager.device, needed, Path(tempfile.gettempdir()))
-        with Progress(len(pager.blocks), pager.device, quiet, display=display) as progress:
+        with (
+            Progress(len(pager.blocks), pager.device, quiet, display=display) as progress,
+            pager.prefetch(_read_ahead(pager), Trace(keep=False)),
+        ):
             batches = Batches(batch, on_halving=lambda before, halving: progress.say(halving_message(before, halving)))
             self._store: ActivationStore = activations_for(pager, rows, batches, probe, tier)
             self._store.on_progress = progress.step
@@ -135,6 +141,7 @@ class Stream:
                 progress.phase(f"of {pager.folder.name}", i)
                 block = pager.load_block(i)
                 progress.read(sum(info.nbytes for info in pager.block_tensors(i)))
+                pager.announce_block(i + 1)
                 probe.check.run(i, block)
                 propagate(i, block, self._store, f"{pager.blocks_path}.{i}")
                 pager.evict_block(i)
@@ -158,6 +165,14 @@ class Stream:
             logits = self._pager.model(input_ids=self._rows[lo:hi].to(self._pager.device), use_cache=False).logits
         assert isinstance(logits, Tensor)
         return logits
+
+
+def _read_ahead(pager: Pager) -> int:
+    """Bytes of host memory for reading weights ahead. On a GPU: for a block, if host memory has room for two; on a CPU: none."""
+    if pager.device.type != "cuda":
+        return 0
+    largest = max(sum(info.nbytes for info in pager.block_tensors(i)) for i in range(len(pager.blocks)))
+    return max(least_budget(), min(largest, host_budget(resident=0) // 2))
 
 
 def _rows(pagers: list[Pager], config: EvalConfig) -> Tensor:

@@ -2,7 +2,8 @@
 
 A group is the Linears that receive the same tensor. Filling a group's outputs with NaN shows which groups' inputs they reach; a group's
 level is the length of the longest such chain before it. A shortcut is a module that returns the output of one of its Linears unchanged,
-as attention returns that of its output projection. Once that Linear is solved, the module need not run again.
+as attention returns that of its output projection and an MLP that of its last Linear. Once that Linear is solved, the module need not
+run again: its output follows from the Linear's inputs.
 """
 
 from __future__ import annotations
@@ -35,13 +36,17 @@ class Group:
 class Shortcut:
     """A module that returns the output of the Linear ``linear`` inside it, perhaps with one of its arguments added (a residual).
 
-    form: how the module returns it. added: the argument's position or name.
+    form: how the module returns it. added: the argument's position or name. last: whether the Linear is at the block's deepest level, so
+    that only the replay of the whole block runs the module again. idle: Linears outside the module whose outputs reach nothing but it, as
+    those of a block without an MLP module; module is then the Linear itself.
     """
 
     module: str
     linear: str
     form: OutputForm
     added: int | str | None = None
+    last: bool = False
+    idle: tuple[str, ...] = ()
 
     def returns(self, y: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The module's output for these arguments where its Linear returns y."""
@@ -58,9 +63,9 @@ class BlockPlan:
     left_out: tuple[str, ...]
     shortcuts: tuple[Shortcut, ...]
 
-    def without_shortcuts(self) -> BlockPlan:
-        """The same structure, with every module running each time."""
-        return dataclasses.replace(self, shortcuts=())
+    def with_shortcuts(self, *, last: bool, others: bool) -> BlockPlan:
+        """The same structure, where only some modules have a shortcut: those whose Linear is at the deepest level, or the others."""
+        return dataclasses.replace(self, shortcuts=tuple(s for s in self.shortcuts if (last if s.last else others)))
 
     def levels(self, true_sequential: bool) -> list[list[Group]]:
         """The groups by level; without true-sequential there is one level."""
@@ -144,7 +149,15 @@ def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: Datafl
     used = {name for group in groups for name in group}
     planned = tuple(Group(tuple(names), level) for names, level in zip(groups, levels, strict=True))
     left_out = tuple(name for name in linears if name not in used)
-    return BlockPlan(planned, left_out, _shortcuts(block, planned, hidden, call, tracer))
+    shortcuts = _shortcuts(block, planned, hidden, call, tracer)
+    covered = {shortcut.linear for shortcut in shortcuts}
+    for i, group in enumerate(planned):
+        if group.level == max(levels) and len(group.names) == 1 and group.names[0] not in covered:
+            idle = tuple(name for other, targets in zip(planned, reached, strict=True) if targets == {i} for name in other.names)
+            shortcut = Shortcut(group.names[0], group.names[0], OutputForm(None), last=True, idle=idle)
+            if idle and _leaves_idle(shortcut, block, hidden, call, tracer):
+                shortcuts = (*shortcuts, shortcut)
+    return BlockPlan(planned, left_out, shortcuts)
 
 
 def _groups(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, call: BlockCall) -> list[list[str]]:
@@ -232,9 +245,10 @@ class _ModuleCall:
 def _shortcuts(
     block: nn.Module, groups: tuple[Group, ...], hidden: Tensor, call: BlockCall, tracer: DataflowTracer
 ) -> tuple[Shortcut, ...]:
-    """Modules that return a Linear's output, unchanged or with an argument added, where that Linear is no wider than the hidden states.
+    """Modules that return a Linear's output, unchanged or with an argument added.
 
-    Each is tested: with it, the block must return the same bits.
+    Before the deepest level the Linear must be no wider than the hidden states. Each shortcut is tested: with it, the block must return
+    the same bits.
     """
     level_of = {name: group.level for group in groups for name in group.names}
     seen: dict[str, list[_ModuleCall]] = {}
@@ -253,6 +267,7 @@ def _shortcuts(
     finally:
         for handle in handles:
             handle.remove()
+    deepest = max(level_of.values(), default=0)
     found: dict[str, Shortcut] = {}
     for name, calls in seen.items():
         if name in level_of or len(calls) > 1:
@@ -261,24 +276,46 @@ def _shortcuts(
         for source in inner:
             if source in found or any(level_of[n] > level_of[source] for n in inner):
                 continue
-            if max(linear_weight(block.get_submodule(source)).shape) > hidden.shape[-1]:
+            last = level_of[source] == deepest
+            if not last and max(linear_weight(block.get_submodule(source)).shape) > hidden.shape[-1]:
                 continue
-            shortcut = _shortcut(name, calls[0], source, seen[source][0], tracer)
+            shortcut = _shortcut(name, calls[0], source, seen[source][0], tracer, last)
             if shortcut is not None and _is_exact(shortcut, block, seen[source][0].returned, hidden, call, expected, tracer):
                 found[source] = shortcut
     return tuple(found.values())
 
 
-def _shortcut(name: str, module: _ModuleCall, source: str, linear: _ModuleCall, tracer: DataflowTracer) -> Shortcut | None:
+def _shortcut(name: str, module: _ModuleCall, source: str, linear: _ModuleCall, tracer: DataflowTracer, last: bool) -> Shortcut | None:
     """The shortcut of a module by a Linear in it; None if the module's output is not a simple function of the Linear's."""
     result, form = hidden_of(module.output), OutputForm.of(module.output)
     if result is linear.output:
-        return Shortcut(name, source, form)
+        return Shortcut(name, source, form, last=last)
     places: list[tuple[int | str, Any]] = [*enumerate(module.args), *module.kwargs.items()]
     for place, r in places:
         if isinstance(r, Tensor) and r.shape == result.shape == linear.output.shape and tracer.is_sum(result, linear.output, r):
-            return Shortcut(name, source, form, place)
+            return Shortcut(name, source, form, place, last)
     return None
+
+
+def _leaves_idle(shortcut: Shortcut, block: nn.Module, hidden: Tensor, call: BlockCall, tracer: DataflowTracer) -> bool:
+    """Whether the block returns the same bits where the idle Linears return marked values and the shortcut's Linear what it returned."""
+    linear = block.get_submodule(shortcut.linear)
+    returned: list[Tensor] = []
+    handle = linear.register_forward_hook(lambda module, args, output: returned.append(output.detach().clone()))
+    try:
+        expected = call.run(block, hidden.clone())
+    finally:
+        handle.remove()
+
+    def make(i: int) -> Callable[[Tensor], Tensor]:
+        if i == len(shortcut.idle):
+            return lambda x: returned[0].clone()
+        module = block.get_submodule(shortcut.idle[i])
+        return lambda x: tracer.mark(type(module).forward(module, x))
+
+    with replace_forwards([*map(block.get_submodule, shortcut.idle), linear], make):
+        output = call.run(block, hidden.clone())
+    return not tracer.is_marked(output) and tracer.same(output, expected)
 
 
 def _is_exact(

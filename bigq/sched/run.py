@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from bigq.sched.plan.planner import Plan
 from bigq.sched.resolve import Job, Target, request_of, resolve_job, resolve_target, units_of
 from bigq.sched.rows.calibration import CalibrationRows
 from bigq.sched.rows.probe import probe_model
+from bigq.sched.rows.shortcut_cache import LastInputs
 from bigq.sched.rows.tiers import Tier
 from bigq.sched.shards import ShardWriter
 from bigq.sched.solving import Solving, WithRows, solving_of
@@ -174,9 +176,13 @@ class _Setup:
         assert job.rows is not None, "a calibrated method has rows"
         tier = Tier(choice.tier, job.target.device, job.target.out / STATE_FOLDER, claim.clock)
         batches = Batches(choice.batch, claim.journal.halvings, self._halved)
-        with CalibrationRows.opened(
-            job.rows, job.pager, bench.probe, batches, tier, claim.checkpoints, both_models=method.passes > 1
-        ) as rows:
+        last = LastInputs(choice.kept_rows, dataclasses.replace(tier, kind=choice.kept_tier))
+        with (
+            contextlib.closing(last),
+            CalibrationRows.opened(
+                job.rows, job.pager, bench.probe, batches, tier, claim.checkpoints, both_models=method.passes > 1
+            ) as rows,
+        ):
             yield WithRows(
                 method=method,
                 true_sequential=job.config.true_sequential,
@@ -184,6 +190,7 @@ class _Setup:
                 pager=job.pager,
                 control=bench.control,
                 ranks=self.writer.ranks,
+                last=last,
                 wait=self.writer.wait,
             )
 

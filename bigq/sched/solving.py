@@ -20,7 +20,7 @@ from bigq.model.pager import Pager
 from bigq.sched.control import Control
 from bigq.sched.rows.calibration import CalibrationRows
 from bigq.sched.rows.reference import REFERENCE_STEP, ReferenceBlock
-from bigq.sched.rows.shortcut_cache import ShortcutCache
+from bigq.sched.rows.shortcut_cache import LastInputs, ShortcutCache
 from bigq.sched.solve.block import BlockJob, BlockRows, quantize_weights, solve_block
 from bigq.sched.solve.head import HeadJob, quantize_head, solve_head
 from bigq.sched.solve.propagate import propagate
@@ -100,6 +100,7 @@ class _VisitWithoutRows:
 class WithRows:
     """Solves units in order, on calibration rows that pass through them.
 
+    last: where inputs of the last Linears of a block are kept.
     wait: waits until everything that was handed over is committed; called before hidden states are saved.
     """
 
@@ -109,6 +110,7 @@ class WithRows:
     pager: Pager
     control: Control
     ranks: Ranks
+    last: LastInputs
     wait: Callable[[], None]
 
     @property
@@ -141,10 +143,13 @@ class WithRows:
     @contextlib.contextmanager
     def block(self, job: BlockJob) -> Iterator[BlockVisit]:
         with contextlib.ExitStack() as stack:
-            cache = stack.enter_context(contextlib.closing(ShortcutCache()))
-            reference = None
+            caches = [stack.enter_context(contextlib.closing(ShortcutCache(self.last))) for _ in self.rows.stores]
+            spare = _Spare(self, caches)
+            for store in self.rows.stores:
+                store.spare = spare
+            cache, reference = caches[0], None
             if self.rows.unquantized is not None:
-                reference = ReferenceBlock(self.rows.unquantized, stack.enter_context(contextlib.closing(ShortcutCache())))
+                reference = ReferenceBlock(self.rows.unquantized, caches[1])
             yield _VisitWithRows(self, job, BlockRows(store=self.rows.quantized, cache=cache, reference=reference))
 
     def head(self, job: HeadJob) -> Solved:
@@ -159,6 +164,24 @@ class WithRows:
 
     def _save(self) -> None:
         self.rows.save(self.control.progress.event, len(self.pager.blocks))
+
+
+@dataclass(frozen=True, slots=True)
+class _Spare:
+    """The kept inputs of a block's last Linears. They do not change the output, as a smaller batch might."""
+
+    solving: WithRows
+    caches: Sequence[ShortcutCache]
+
+    @property
+    def held(self) -> bool:
+        return any(cache.holds_inputs for cache in self.caches)
+
+    def drop(self) -> None:
+        for cache in self.caches:
+            cache.drop_inputs()
+        self.solving.last.close()
+        self.solving.control.progress.say("out of memory: inputs of last Linears are not kept any more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +216,8 @@ class _VisitWithRows:
                 f"block {job.index + 1}: the outputs of {lost} calibration tokens are not finite; later blocks leave them out"
             )
         faults.point("block.replayed")
-        # A resumed job replays the block without kept module outputs, so attention runs a second time.
-        passes = 2 if job.plan.shortcuts and restore is None else 1
+        # A resumed job replays the block without what is kept: attention and the MLP run whole, which takes two to three times as long.
+        passes = 1 if restore is not None else 1 + len(job.plan.shortcuts)
         rows.checkpoints.add_replay_time(loading + passes * (time.monotonic() - started))
         return lost
 

@@ -36,6 +36,7 @@ from bigq.model.capture import BlockCall
 from bigq.sched.plan import inputs
 from bigq.sched.rows.reference import ReferenceBlock
 from bigq.sched.rows.store import ActivationStore
+from bigq.sched.solving import _Spare
 from bigq.scheme import QuantScheme, Rule
 from bigq.solver.gptq import quantize_linear
 
@@ -258,8 +259,12 @@ MOMENTS: Mapping[str, tuple[int, tuple[int, int, int]]] = {
 
 
 def fail_once(patch: pytest.MonkeyPatch, number: int) -> None:
-    """Let the device run out of memory at the given call of a block, and never again."""
-    run, calls = BlockCall.run, [0]
+    """Let the device run out of memory at the given call of a block, and never again once the batch is halved."""
+    run, drop, calls = BlockCall.run, _Spare.drop, [0]
+
+    def dropping(self: Any) -> None:
+        drop(self)
+        calls[0] = number - 1
 
     def failing(self: BlockCall, block: nn.Module, hidden: Tensor) -> Tensor:
         if len(hidden) > 1 and not hidden.is_meta:  # the structure is found on one row, or on none that is real
@@ -269,6 +274,7 @@ def fail_once(patch: pytest.MonkeyPatch, number: int) -> None:
         return run(self, block, hidden)
 
     patch.setattr(BlockCall, "run", failing)
+    patch.setattr(_Spare, "drop", dropping)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

@@ -25,6 +25,7 @@ from bigq.job.batches import Batches, Halving
 from bigq.job.journal import Commit, Journal
 from bigq.model.capture import BlockCall
 from bigq.progress.records import Report
+from bigq.sched import solving as solving_module
 from bigq.sched.rows import calibration
 from bigq.sched.rows import probe as probe_module
 from bigq.sched.rows import shortcut_cache as cache_module
@@ -249,10 +250,14 @@ MOMENTS: Mapping[str, tuple[str, int, tuple[int, int, int]]] = {
 
 
 def fail_once(patch: pytest.MonkeyPatch, what: str, number: int) -> None:
-    """Let the device run out of memory at the given call, and never again."""
+    """Let the device run out of memory at the given call, and never again once the batch is halved: dropping kept inputs is not enough."""
     owner, name = {"run": (BlockCall, "run"), "keep": (cache_module._CachedRows, "put")}[what]
-    original = getattr(owner, name)
+    original, drop = getattr(owner, name), solving_module._Spare.drop
     calls = [0]
+
+    def dropping(self: Any) -> None:
+        drop(self)
+        calls[0] = number - 1
 
     def failing(self: Any, *args: Any) -> Any:
         if what == "keep" or (len(args[1]) > 1 and not args[1].is_meta):  # the structure is found on one row, or on none that is real
@@ -262,6 +267,7 @@ def fail_once(patch: pytest.MonkeyPatch, what: str, number: int) -> None:
         return original(self, *args)
 
     patch.setattr(owner, name, failing)
+    patch.setattr(solving_module._Spare, "drop", dropping)
 
 
 @pytest.fixture(scope="module")

@@ -57,8 +57,10 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """How a job is run. on_gpu: whether it computes on a GPU. tier: of the activations. memo: whether modules with a shortcut run once.
+    """How a job is run. on_gpu: whether it computes on a GPU. tier: of the activations. memo: whether outputs of modules with a shortcut
+    are cached.
 
+    kept_rows: for how many rows the inputs of Linears at a block's deepest level are kept; kept_tier: where, "gpu" or "host".
     ahead: bytes for prefetched weights. beside: whether finished blocks are written in parallel with the computation (write-behind).
     checkpoints: whether activations are saved for resumed jobs.
     """
@@ -70,6 +72,8 @@ class Choice:
     ahead: int
     beside: bool
     checkpoints: bool = False
+    kept_rows: int = 0
+    kept_tier: str = "host"
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,20 +210,28 @@ class _Activations:
 
 
 def _activations(shape: ModelShape, work: Work, choice: Choice) -> _Activations:
-    row = work.streams * shape.seqlen * shape.width * shape.itemsize
+    token = work.streams * shape.seqlen * shape.itemsize
+    row = token * shape.width
     memos = max((_memo_width(block) for block in shape.blocks), default=0) if choice.memo else 0
-    kept = work.rows * (row + work.streams * shape.seqlen * memos * shape.itemsize)
+    kept = work.rows * (row + token * memos)
+    pinned = choice.on_gpu and choice.kept_tier == "host"
+    inputs = choice.kept_rows * token * max(map(last_width, shape.blocks), default=0) if pinned else 0
     if choice.tier == "disk":
         # One batch in use, one prefetched, and those waiting to be written.
         return _Activations(host=(3 + WRITES_IN_FLIGHT) * choice.batch * row, disk=kept)
     if choice.tier == "host" and choice.on_gpu:
-        return _Activations(device=2 * choice.batch * row, host=kept)
-    return _Activations(device=kept)
+        return _Activations(device=2 * choice.batch * row, host=kept + inputs)
+    return _Activations(device=kept, host=inputs)
 
 
 def _memo_width(block: BlockShape) -> int:
-    """The maximum elements per token in a block's shortcut cache."""
-    return sum(max(memo.m, memo.n) for memo in block.memos)
+    """The maximum elements per token of a block's cached outputs, and of the inputs that they are computed from."""
+    return sum(max(memo.m, memo.n) for memo in block.memos if not memo.last)
+
+
+def last_width(block: BlockShape) -> int:
+    """The elements per token of the inputs that are kept of a block's last Linears."""
+    return sum(memo.n for memo in block.memos if memo.last)
 
 
 class BlockCost:
@@ -248,14 +260,16 @@ class BlockCost:
                 result.append(("solve", self._block.weights + self.packed + 3 * FP32 * linear.m * linear.n, {}, 16 * linear.m * linear.n))
             return result
         packed = originals = 0
+        always = self._block.weights + self._block.calls.at(self._batch)
         for level in self._levels():
             wanted = [(g, self._wanted(g.linears)) for g in level]
             wanted = [(g, linears) for g, linears in wanted if linears]
             if not wanted:
                 continue
+            always += self._inputs_kept({linear.name for _, linears in wanted for linear in linears})
             # One buffer for the cross matrix too.
             sums = self._work.streams * sum(FP32 * g.n * g.n for g, _ in wanted)
-            held = self._block.weights + originals + packed + self._block.calls.at(self._batch)
+            held = always + originals + packed
             deepest = max(g.level for g, _ in wanted)
             result.append(("replay", held + sums + self._capture(deepest, [g for g, _ in wanted]), self._replayed(deepest), 0))
             for group, linears in wanted:
@@ -267,14 +281,26 @@ class BlockCost:
                 solved = {"solve": 3 * rows * square, "single": 2 * rows * square} if self._paired else {"solve": rows * square}
                 result.append(("solve", held + sums + self._solve(group, linears), solved, 14.0 * rows * group.n))
                 originals += self._paired * self._shape.itemsize * rows * group.n
-                held = self._block.weights + originals + packed + self._block.calls.at(self._batch)
+                held = always + originals + packed
                 result.append(("pack", held + sums + self._pack(group, linears), {}, 6.0 * rows * group.n))
                 packed += sum(packed_bytes(linear, self._schemes[linear.name]) for linear in linears)
-                held = self._block.weights + originals + packed + self._block.calls.at(self._batch)
+                held = always + originals + packed
                 sums -= self._work.streams * FP32 * group.n * group.n
-        held = self._block.weights + originals + self._block.calls.at(self._batch)
-        result.append(("replay", held + self._block.forward.at(self._batch), self._replayed(None), 0))
+        result.append(("replay", always + originals + self._block.forward.at(self._batch), self._replayed(None), 0))
         return result
+
+    def _inputs_kept(self, linears: set[str]) -> int:
+        """Bytes on the computing device for inputs that are kept of these Linears.
+
+        In host memory of a GPU's machine they are on the device for the batch in use and the one that is copied.
+        """
+        if not self._work.true_sequential:
+            return 0
+        rows = self._choice.kept_rows
+        if self._choice.on_gpu and self._choice.kept_tier == "host":
+            rows = min(rows, 2 * self._batch)
+        width = sum(memo.n for memo in self._block.memos if memo.last and memo.linear in linears)
+        return self._work.streams * rows * self._shape.seqlen * width * self._shape.itemsize
 
     def _wanted(self, linears: list[LinearShape] | tuple[LinearShape, ...]) -> list[LinearShape]:
         return [linear for linear in linears if linear.name in self._schemes]
@@ -329,13 +355,16 @@ class BlockCost:
     def _replayed(self, level: int | None) -> dict[str, float]:
         """Operations of one pass over the calibration rows: up to a level's inputs, or through the whole block."""
         level_of = {linear.name: group.level for group in self._block.groups for linear in group.linears}
-        skipped: set[str] = set()
-        if self._choice.memo:
-            for memo in self._block.memos:
-                if memo.linear in self._schemes and (level is None or level_of[memo.linear] < level):
-                    skipped.update(memo.inside)
-        run = [linear for linear in self._block.linears if (level is None or level_of[linear.name] < level) and linear.name not in skipped]
-        # Attention comes after the first level. If its module is skipped, so is attention.
-        attention = (level is None or level > 0) and not any(level_of.get(name) == 0 for name in skipped)
-        products = 2.0 * self._tokens * sum(linear.m * linear.n for linear in run)
+        # The fractions of rows for which a Linear, and attention, are skipped. Attention comes after the first level.
+        skipped: dict[str, float] = {}
+        attention = 1.0 if level is None or level > 0 else 0.0
+        for memo in self._block.memos:
+            if memo.linear not in self._schemes or (level is not None and level_of[memo.linear] >= level):
+                continue
+            share = self._choice.kept_rows / self._work.rows if memo.last else float(self._choice.memo)
+            skipped |= {name: share for name in memo.inside if not (memo.last and name == memo.linear)}
+            if any(level_of.get(name) == 0 for name in memo.inside):
+                attention = min(attention, 1 - share)
+        run = [linear for linear in self._block.linears if level is None or level_of[linear.name] < level]
+        products = 2.0 * self._tokens * sum(linear.m * linear.n * (1 - skipped.get(linear.name, 0)) for linear in run)
         return {"products": self._work.streams * (products + attention * self._work.rows * self._block.attention)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -17,7 +18,7 @@ from bigq.job.rules import RuleCount, count_words
 from bigq.machine.ceilings import DISK_RATE, Ceilings
 from bigq.progress.layout import entry, shortened
 from bigq.progress.sizes import show_size
-from bigq.sched.plan.cost import Choice, Cost, Phase, Work, job_cost
+from bigq.sched.plan.cost import Choice, Cost, Phase, Work, job_cost, last_width
 from bigq.sched.plan.output import output_of
 from bigq.sched.plan.shape import ModelShape
 
@@ -115,6 +116,8 @@ class Plan:
             "activations": self.choice.tier,
             "batch": self.choice.batch,
             "memo": self.choice.memo,
+            "kept_rows": self.choice.kept_rows,
+            "kept_tier": self.choice.kept_tier if self.choice.kept_rows else None,
             "read_ahead_bytes": self.choice.ahead,
             "device_bytes": self.cost.device,
             "host_bytes": self.cost.host,
@@ -185,8 +188,14 @@ class Plan:
             return [self.work.method.title]
         where = {"gpu": "on the GPU", "host": "in host memory", "disk": "on disk"}[self.choice.tier]
         parts = [f"activations {'of both models ' if self.work.streams > 1 else ''}{where}", f"batch {self.choice.batch}"]
-        if any(block.memos for block in self.shape.blocks):
+        memos = [memo for block in self.shape.blocks for memo in block.memos]
+        if not all(memo.last for memo in memos):
             parts.append("attention outputs kept" if self.choice.memo else "attention outputs not kept")
+        if any(memo.last for memo in memos):
+            kept = self.choice.kept_rows
+            which = f"of {kept} rows " if 0 < kept < self.work.rows else ""
+            where = " in host memory" if kept and self.choice.on_gpu and self.choice.kept_tier == "host" else ""
+            parts.append(f"last inputs {which}{'kept' if kept else 'not kept'}{where}")
         parts.append(f"{show_size(self.choice.ahead)} prefetched" if self.choice.ahead else "no prefetch")
         return parts
 
@@ -225,6 +234,8 @@ def make_plan(
             break
     assert best is not None
     _, choice, cost = best
+    if (keeping := _keeping_inputs(shape, work, choice, base, spare)) != choice:
+        choice, cost = keeping, job_cost(shape, work, keeping, base)
     if config.checkpoint_every is not None and work.streams:
         saving = dataclasses.replace(choice, checkpoints=True)
         if not _over(with_them := job_cost(shape, work, saving, base), left)[2]:
@@ -269,9 +280,34 @@ def _choices(shape: ModelShape, work: Work, config: JobConfig, on_gpu: bool) -> 
     aheads = (wanted,) if config.read_ahead is not None or not wanted else (wanted, 0)
     largest = max(block.stored for block in shape.blocks)
     # Only true-sequential jobs replay anything after a solved Linear.
-    memos = (True, False) if work.true_sequential and any(block.memos for block in shape.blocks) else (False,)
+    cached = any(not memo.last for block in shape.blocks for memo in block.memos)
+    memos = (True, False) if work.true_sequential and cached else (False,)
     for tier, ahead, memo, batch in itertools.product(tiers, aheads, memos, batches):
         yield Choice(on_gpu=on_gpu, tier=tier, batch=batch, memo=memo, ahead=ahead * largest, beside=ahead > 0)
+
+
+def _keeping_inputs(shape: ModelShape, work: Work, choice: Choice, base: int, spare: Budgets) -> Choice:
+    """The same way to run a job, with inputs of last Linears kept in the memory that is left, for as many batches as fit.
+
+    Device memory is tried before host memory, which takes them where it holds more. With activations on disk there is none to spare.
+    """
+    replayed = len(shape.blocks) > 1 or work.lm_head
+    if not (work.true_sequential and work.streams and replayed and any(map(last_width, shape.blocks))) or choice.tier == "disk":
+        return choice
+    best = choice
+    for tier in ("gpu", "host") if choice.on_gpu else ("host",):
+
+        def keeping(batches: int, tier: str = tier) -> Choice:
+            return dataclasses.replace(choice, kept_rows=min(batches * choice.batch, work.rows), kept_tier=tier)
+
+        def too_many(batches: int) -> bool:
+            return any(_over(job_cost(shape, work, keeping(batches), base), spare))
+
+        # The first number of batches that does not fit; none fit if one does not.
+        first = bisect.bisect_left(range(1, -(-work.rows // choice.batch) + 1), True, key=too_many) + 1
+        if first > 1 and (found := keeping(first - 1)).kept_rows > best.kept_rows:
+            best = found
+    return best
 
 
 def _shared(download: Download | None) -> int:

@@ -45,12 +45,16 @@ class GroupShape:
 
 @dataclass(frozen=True, slots=True)
 class MemoShape:
-    """A module with a shortcut: its output is cached once ``linear`` (n inputs, m outputs) is solved. inside: all its Linears."""
+    """A module with a shortcut: it need not run again once ``linear`` (n inputs, m outputs) is solved. inside: all its Linears.
+
+    last: whether ``linear`` is at the deepest level (see ``Shortcut``): its inputs are kept, otherwise its outputs.
+    """
 
     linear: str
     m: int
     n: int
     inside: tuple[str, ...]
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from bigq.model.blocks import block_linears
 from bigq.model.capture import BlockCall, OutputForm, first_input, forward_errors, record_calls, replace_forwards
 from bigq.model.checks import check_hidden_paths
 from bigq.model.skeleton import is_transposed, linear_weight
-from bigq.model.structure import BlockPlan, GradientTracer, plan_block
+from bigq.model.structure import BlockPlan, GradientTracer, Shortcut, plan_block
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
 
 #: Tokens of the row with which the structure is probed.
@@ -181,15 +181,18 @@ def _block_shape(outline: Outline, block: nn.Module, i: int, runs: list[_Run], s
         reach=tuple(Reach(Rows.through(a[0], b[0]), Rows.through(a[1], b[1])) for a, b in zip(one.levels, two.levels, strict=True)),
         forward=Rows.through(one.live.peak, two.live.peak),
         calls=Rows.through(runs[0].call_bytes(), runs[1].call_bytes()),
-        memos=tuple(
-            MemoShape(s.linear, linears[s.linear].m, linears[s.linear].n, tuple(n for n in linears if n.startswith(s.module + ".")))
-            for s in plan.shortcuts
-        ),
+        memos=tuple(_memo(shortcut, linears) for shortcut in plan.shortcuts),
         weights=sum(p.numel() * p.dtype.itemsize for p in block.parameters()),
         stored=stored,
         largest_stored=largest,
         attention=two.live.products - one.live.products,
     )
+
+
+def _memo(shortcut: Shortcut, linears: Mapping[str, LinearShape]) -> MemoShape:
+    own = linears[shortcut.linear]
+    inside = tuple(n for n in linears if n.startswith(shortcut.module + ".") or n == own.name or n in shortcut.idle)
+    return MemoShape(own.name, own.m, own.n, inside, shortcut.last)
 
 
 @dataclass(slots=True)

@@ -1,13 +1,14 @@
 """The hidden states of all calibration rows between two blocks, and passes over them.
 
-A pass takes the rows in batches. Where the device runs out of memory, the batch is halved. A read pass then restarts. An update pass,
-which overwrites the rows, continues with the batch that failed, so that no row goes through a block twice.
+A pass takes the rows in batches. Where the device runs out of memory, what can be computed again is dropped, or else the batch is
+halved. A read pass then restarts. An update pass, which overwrites the rows, continues with the batch that failed, so that no row goes
+through a block twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,17 @@ from bigq.sched.rows.tiers import RowBuffer, Tier
 T = TypeVar("T")
 
 
+class Spare(Protocol):
+    """Memory that is held only to save time."""
+
+    @property
+    def held(self) -> bool:
+        """Whether there is any to free."""
+
+    def drop(self) -> None:
+        """Free it, and hold no more."""
+
+
 class ActivationStore:
     """Hidden states [N, T, d] in one buffer of a tier. A block's outputs overwrite its inputs.
 
@@ -28,6 +40,7 @@ class ActivationStore:
     at: the rows [lo, hi) of the current batch.
     record: batch size → the call of each block; called once per size, since masks and ALiBi depend on it.
     before_batch: called before every batch; may raise to end the pass. on_progress: called with ("rows", done, total).
+    spare: is dropped before a batch is halved, since it does not change any result.
     """
 
     def __init__(
@@ -40,6 +53,7 @@ class ActivationStore:
         self._buffer = self.buffer(row[0] * row[1], dtype)
         self.before_batch: Callable[[], None] = lambda: None
         self.on_progress: Callable[[str, int, int], None] = lambda what, done, of: None
+        self.spare: Spare | None = None
         self.batch = batches.at(0, 0)
         self.at = (0, 0)
         self.calls: dict[int, list[BlockCall]] = {}
@@ -72,19 +86,19 @@ class ActivationStore:
     def read_pass(self, block: int, step: int, run: Callable[[], T]) -> T:
         """Call ``run``, which makes a whole pass without changing the rows, and return its result.
 
-        Where the device runs out of memory, ``run`` is called again with half the batch. block, step: see ``Halving``.
+        Where the device runs out of memory, ``run`` is called again, perhaps with half the batch. block, step: see ``Halving``.
         """
         while True:
             self._set_batch(self._batches.at(block, step))
             try:
                 return run()
             except RuntimeError as error:
-                if self.batch == 1 or not out_of_memory(error):
+                if not self._can_make_room(error):
                     raise
-            self._halve(block, step, 0)
+            self._make_room(block, step, 0)
 
     def update_pass(self, block: int, step: int, run: Callable[[int, int], None]) -> None:
-        """Call ``run(lo, hi)`` for each batch; where the device runs out of memory, again for the first half of it, and so on from there.
+        """Call ``run(lo, hi)`` for each batch; where the device runs out of memory, again for it or its first half, and so on from there.
 
         ``run`` may overwrite its rows, as its last step. block, step: see ``Halving``.
         """
@@ -96,12 +110,12 @@ class ActivationStore:
                 self._begin_batch()
                 run(*self.at)
             except RuntimeError as error:
-                if self.batch == 1 or not out_of_memory(error):
+                if not self._can_make_room(error):
                     raise
             else:
                 lo = self.at[1]
                 continue
-            self._halve(block, step, lo)
+            self._make_room(block, step, lo)
         self.on_progress("rows", self._count, self._count)
 
     def _set_batch(self, batch: int) -> None:
@@ -110,8 +124,15 @@ class ActivationStore:
             for size in [size for size in self.calls if size > batch]:
                 del self.calls[size]
 
-    def _halve(self, block: int, step: int, row: int) -> None:
+    def _can_make_room(self, error: RuntimeError) -> bool:
+        return out_of_memory(error) and (self.batch > 1 or (self.spare is not None and self.spare.held))
+
+    def _make_room(self, block: int, step: int, row: int) -> None:
         """Call it outside the except clause: the error's traceback keeps tensors in memory."""
+        if self.spare is not None and self.spare.held:
+            self.spare.drop()
+            free_memory(self._tier.device)
+            return
         free_memory(self._tier.device)
         self._batches.halve(block, step, row)
 

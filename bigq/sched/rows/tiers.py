@@ -57,12 +57,17 @@ class Tier:
     scratch: Path
     clock: Clock | None = None
 
+    @property
+    def pinned(self) -> bool:
+        """Whether its buffers are pinned host memory."""
+        return self.kind == "host" and self.device.type == "cuda"
+
     def buffer(self, rows: int, elements: int, dtype: torch.dtype) -> RowBuffer:
         """An uninitialized buffer [rows, elements]. Raises ResourceError where the disk has no space for it."""
         if self.kind == "disk":
             trace = self.clock.trace if self.clock is not None else Trace(keep=False)
             return self._time_transfers(_FileBuffer(self.scratch, rows, elements, dtype, self.device, trace))
-        if self.kind == "host" and self.device.type == "cuda":
+        if self.pinned:
             return self._time_transfers(_PinnedBuffer(rows, elements, dtype, self.device))
         return _TensorBuffer(rows, elements, dtype, self.device)
 

@@ -1,7 +1,7 @@
 """Solving the Linears of one block, level by level ("true-sequential").
 
 Each level replays the calibration rows through the Linears solved so far, up to the inputs of the level's Linears. A module with a
-shortcut runs once: its output is computed from the cached inputs of its Linear (``rows.shortcut_cache``).
+shortcut runs once: its output is computed from the kept inputs of its Linear (``rows.shortcut_cache``).
 
 Methods that correct the upstream error also replay each batch through the unquantized block, on the rows of the unquantized model
 (``rows.reference``), so a Linear's inputs in both models are available at the same time.
@@ -57,7 +57,7 @@ class BlockJob:
 class BlockRows:
     """The calibration rows that enter one block.
 
-    store: the hidden states that leave the quantized blocks before it. cache: outputs of modules with a shortcut.
+    store: the hidden states that leave the quantized blocks before it. cache: what modules with a shortcut need to run once.
     reference: the same rows in the unquantized model, for methods that correct the upstream error.
     """
 
@@ -94,6 +94,11 @@ def solve_block(
         return_freed_memory()
         with job.clock.phase("replay"):
             for number, shortcut in enumerate(keep, 1):
+                if shortcut.last:
+                    rows.cache.use_inputs(shortcut)
+                    if rows.reference is not None:
+                        rows.reference.cache.use_inputs(shortcut)
+                    continue
                 linear = linears[shortcut.linear]
                 rows.cache.compute_outputs(shortcut, linear, rows.store, job.index, step + number)
                 if rows.reference is not None:

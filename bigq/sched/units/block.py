@@ -57,7 +57,7 @@ class BlockUnit(StreamedUnit):
             index=self.index,
             prefix=self.prefix,
             block=block,
-            plan=plan if bench.choice.memo else plan.without_shortcuts(),
+            plan=plan.with_shortcuts(last=not last and bench.choice.kept_rows > 0, others=bench.choice.memo),
             schemes=self._schemes(bench.config, plan),
             device=pager.device,
             clock=control.clock,

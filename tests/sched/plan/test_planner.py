@@ -306,3 +306,55 @@ def test_no_line_of_a_plan_wraps_at_60_columns() -> None:
     assert any("not run" in line or "readers were run with" in line for line in lines)
     cells = [line.split() for line in lines if line.startswith("  solve")]
     assert len(cells) == 1 and "EFLOP" in " ".join(line for line in lines if line.startswith("  replay"))
+
+
+def with_last(shape: ModelShape = SHAPE) -> ModelShape:
+    """Blocks whose MLP has a shortcut too."""
+    mlp = MemoShape("down", WIDTH, INNER, ("up", "down"), last=True)
+    return dataclasses.replace(shape, blocks=(dataclasses.replace(block(), memos=(*block().memos, mlp)),) * BLOCKS)
+
+
+def last_plan(budgets: Budgets = PLENTY, *, on_gpu: bool = True, work: Work = WORK, **settings: object) -> Plan:
+    config = JobConfig(**settings)  # type: ignore[arg-type]
+    return make_plan(with_last(), work, config, on_gpu=on_gpu, base=GIB, budgets=budgets, ceilings=None)
+
+
+INPUTS = ROWS * SEQLEN * INNER * 2
+
+
+def test_last_inputs_take_the_memory_that_is_left() -> None:
+    """All rows on the device, or else in host memory, or else as many batches as fit somewhere. Nothing else gives way to them."""
+    found = last_plan()
+    assert found.choice == dataclasses.replace(BEST, kept_rows=ROWS, kept_tier="gpu") and "last inputs kept" in found.brief()
+    before = plan()
+    tight = dataclasses.replace(PLENTY, device=int(1.02 * before.cost.device / 0.9) + INPUTS // 2)
+    found = last_plan(tight)
+    assert found.choice == dataclasses.replace(BEST, kept_rows=ROWS, kept_tier="host")
+    assert found.cost.host >= before.cost.host + INPUTS and "kept in host memory" in found.brief().replace("\n           ", " ")
+    found = last_plan(dataclasses.replace(tight, host=before.cost.host * 10 // 9 + 1))
+    assert found.choice == dataclasses.replace(BEST, kept_rows=found.choice.kept_rows, kept_tier="gpu")
+    assert 0 < found.choice.kept_rows < ROWS and found.choice.kept_rows % BEST.batch == 0
+    assert f"of {found.choice.kept_rows} rows kept" in found.brief().replace("\n           ", " ")
+    assert found.cost.device <= 0.9 * tight.device
+    more = dataclasses.replace(found.choice, kept_rows=found.choice.kept_rows + BEST.batch)
+    assert job_cost(with_last(), WORK, more, GIB).device > 0.9 * tight.device
+
+
+def test_last_inputs_are_not_kept_on_disk_nor_where_nothing_is_replayed() -> None:
+    assert last_plan(activations="disk").choice.kept_rows == 0
+    at_once = last_plan(work=dataclasses.replace(WORK, true_sequential=False), true_sequential=False)
+    assert at_once.choice.kept_rows == 0 and "last inputs not kept" in at_once.brief().replace("\n           ", " ")
+    assert last_plan(on_gpu=False).choice.kept_rows == ROWS
+    one = dataclasses.replace(with_last(), blocks=with_last().blocks[:1])
+    for lm_head, kept in ((False, 0), (True, ROWS)):
+        work = dataclasses.replace(WORK, lm_head=lm_head)
+        assert make_plan(one, work, JobConfig(), on_gpu=True, base=GIB, budgets=PLENTY, ceilings=None).choice.kept_rows == kept
+
+
+def test_kept_inputs_spare_their_share_of_the_replay() -> None:
+    tokens = ROWS * SEQLEN
+    up = 2.0 * tokens * WIDTH * INNER
+    for rows in (0, ROWS // 2, ROWS):
+        flops = phase(job_cost(with_last(), WORK, dataclasses.replace(BEST, kept_rows=rows), 0), "replay").flops["products"]
+        without = phase(job_cost(SHAPE, WORK, BEST, 0), "replay").flops["products"]
+        assert flops == pytest.approx(without - BLOCKS * up * rows / ROWS)

@@ -59,8 +59,11 @@ def test_levels_groups_and_shortcuts_are_those_of_the_real_block(pager: Pager, f
             assert [(tuple(linear.name for linear in g.linears), g.level) for g in block.groups] == [
                 (g.names, g.level) for g in real.groups
             ]
-            assert [memo.linear for memo in block.memos] == [shortcut.linear for shortcut in real.shortcuts]
-            assert len(real.shortcuts) == 1
+            assert [(memo.linear, memo.last) for memo in block.memos] == [(s.linear, s.last) for s in real.shortcuts]
+            # Attention's output projection, and the last Linear of the MLP; in parallel blocks both are at the deepest level.
+            attention, mlp = real.shortcuts
+            assert (attention.last, mlp.last) == (len(LEVELS[family]) == 2, True)
+            assert mlp.idle == (("fc1",) if family == "opt" else ())
 
 
 def test_bytes_are_those_of_the_checkpoint(pager: Pager) -> None:
