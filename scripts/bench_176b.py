@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import shlex
 import shutil
@@ -68,14 +67,14 @@ class Inputs:
     rest_bytes: int
 
 
-def ensure_inputs(shape: Shape, folder: Path, samples: int, seqlen: int, device: torch.device) -> Inputs:
+def ensure_inputs(shape: Shape, folder: Path, samples: int, seqlen: int) -> Inputs:
     """Write the missing shards and token ids."""
     write_config(shape, folder)
     layout = layout_of(folder)
     block, ids = folder / "block.safetensors", folder / f"ids-{samples}x{seqlen}.safetensors"
     rest = {folder / f"rest-{i}.safetensors": tensors for i, tensors in enumerate(rest_shards(layout.rest))}
-    block_bytes = sum(t.nbytes for t in ensure_shard(block, layout.of_block(0), 0, device).values())
-    rest_bytes = sum(t.nbytes for path, tensors in rest.items() for t in ensure_shard(path, tensors, 0, device).values())
+    block_bytes = sum(t.nbytes for t in ensure_shard(block, layout.of_block(0)).values())
+    rest_bytes = sum(t.nbytes for path, tensors in rest.items() for t in ensure_shard(path, tensors).values())
     if not ids.exists():
         write_ids(ids, zipf_ids(samples, seqlen, shape.vocabulary))
     return Inputs(layout=layout, block=block, rest=tuple(rest), ids=ids, block_bytes=block_bytes, rest_bytes=rest_bytes)
@@ -201,19 +200,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, options
 
 
-def shards_made(shape: Shape, folder: Path, samples: int, seqlen: int, device: torch.device) -> Inputs:
-    """``ensure_inputs``, with the writing in a separate process, so that this one holds no GPU memory."""
-    wanted = (shape, folder, samples, seqlen, device)
-    if device.type == "cpu":
-        return ensure_inputs(*wanted)
-    maker = multiprocessing.get_context("spawn").Process(target=ensure_inputs, args=wanted)
-    maker.start()
-    maker.join()
-    if maker.exitcode:
-        raise SystemExit("bench_176b: writing the shards failed; see the message above")
-    return ensure_inputs(*wanted)
-
-
 def workload_of(shape: Shape, inputs: Inputs, samples: int, seqlen: int) -> Workload:
     groups = groups_of(inputs.layout.block, shape.groups)
     return Workload(
@@ -242,7 +228,7 @@ def main() -> int:
     job = args.work / f"job-{args.shape}-{hashlib.sha256(json.dumps(request).encode()).hexdigest()[:12]}"
     for folder in (job, args.out):
         folder.mkdir(parents=True, exist_ok=True)
-    inputs = shards_made(shape, args.work / f"shards-{shape.name}", args.samples, args.seqlen, torch.device(args.device))
+    inputs = ensure_inputs(shape, args.work / f"shards-{shape.name}", args.samples, args.seqlen)
     if args.inputs_only:
         return DONE
     work = workload_of(shape, inputs, args.samples, args.seqlen)

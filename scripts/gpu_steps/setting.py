@@ -23,11 +23,13 @@ class NotPossible(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """work: a folder that all steps share. smoke: tiny sizes on the CPU."""
+    """work: a folder that all steps share. smoke: tiny sizes on the CPU. mode, focus: as in ``runner.Step``."""
 
     step: str
     work: Path
     smoke: bool
+    mode: str = ""
+    focus: tuple[str, ...] = ()
 
     @property
     def device(self) -> str:
