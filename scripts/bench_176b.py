@@ -148,6 +148,7 @@ def slice_spec(request: Mapping[str, Any], inputs: Inputs, folder: Path, layers:
         "arguments": arguments,
         "cold": request["cold"],
         "profile_block": request["profile_block"],
+        "profile_shapes": request["profile_shapes"],
         "stop_at": stop_at,
     }
 
@@ -160,7 +161,7 @@ def shown_command(request: Mapping[str, Any]) -> str:
     for name in ("vocabulary", "profile_block"):
         if request[name] is not None:
             words += [f"--{name.replace('_', '-')}", str(request[name])]
-    words += ["--cold"] * request["cold"] + ["--work", "DIR", "--out", "DIR"]
+    words += ["--profile-shapes"] * request["profile_shapes"] + ["--cold"] * request["cold"] + ["--work", "DIR", "--out", "DIR"]
     return shlex.join([*words, *(["--", *request["options"]] if request["options"] else [])])
 
 
@@ -189,6 +190,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--continue-from", type=Path, help="result file of an earlier call, if WORK was lost")
     parser.add_argument("--vocabulary", type=int, help="vocabulary size instead of the shape's: the embedding takes time to write")
     parser.add_argument("--profile-block", type=int, metavar="N", help="profile the device's kernels while block N (from 0) runs")
+    parser.add_argument("--profile-shapes", action="store_true", help="also by operation and shapes of its inputs, which costs more time")
     parser.add_argument("--inputs-only", action="store_true", help="write the shards and token ids, and stop")
     parser.add_argument("--ceilings", type=Path, help="reuse ceilings from this file, as scripts/ceilings.py prints them")
     own, _, options = [*argv], None, []
@@ -224,6 +226,7 @@ def main() -> int:
         "options": options,
         "vocabulary": args.vocabulary,
         "profile_block": args.profile_block,
+        "profile_shapes": args.profile_shapes,
     }
     job = args.work / f"job-{args.shape}-{hashlib.sha256(json.dumps(request).encode()).hexdigest()[:12]}"
     for folder in (job, args.out):

@@ -212,7 +212,9 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     aims = [(name, aim, row) for name, one in result["steps"].items() for aim, row in one.get("found", {}).get(AIMS, {}).items()]
     if aims:
         lines += ["", "## Aims", "", "| step | what | value | aim | met |", "| --- | --- | --- | --- | --- |"]
-        lines += [f"| {name} | {cell(aim)} | {row['value']:.4g} | {row['aim']} | {'yes' if row['met'] else 'NO'} |" for name, aim, row in aims]
+        lines += [
+            f"| {name} | {cell(aim)} | {row['value']:.4g} | {row['aim']} | {'yes' if row['met'] else 'NO'} |" for name, aim, row in aims
+        ]
     for name, one in result["steps"].items():
         found = {key: value for key, value in one.get("found", {}).items() if key != AIMS}
         leaves = list(rows(readable(found, one.get("failures", []))))

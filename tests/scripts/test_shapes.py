@@ -15,8 +15,8 @@ from bigq.io.reader import read_tensor
 
 sys.path.append(str(ROOT / "scripts"))
 
-from flops import Group, block_flops, groups_of
 import shapes
+from flops import Group, block_flops, groups_of
 from shapes import POOL, SHAPES, layout_of, pool, random_tensor, write_checkpoint, write_config, zipf_ids
 
 
