@@ -203,7 +203,7 @@ def _profile_block(number: int, file: Path, *, shapes: bool) -> None:
     point, loaded = faults.point, 0
     on_gpu = torch.cuda.is_available()
     kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-    kinds = [kind, torch.profiler.ProfilerActivity.CPU] if shapes else [kind]
+    kinds = list({kind, torch.profiler.ProfilerActivity.CPU}) if shapes else [kind]
     profiler = torch.profiler.profile(activities=kinds, record_shapes=shapes)
 
     def passed(name: str) -> None:

@@ -144,12 +144,13 @@ class Cases:
         self.repeats(f"cholesky {n}", [h.triu()], [again.triu()])
 
     def rank_update(self) -> None:
+        """Of the last n rows only the upper triangle is updated."""
         m, n, k = 64 * self.size + 8, 256, 32 * self.size
         a, b, c = self.randn(m, k), self.randn(n, k), self.randn(m, n)
         exact, again = c.double() - a.double() @ b.double().T, c.clone()
         rank_update_(c, a, b)
         rank_update_(again, a, b)
-        self.found.check(f"rank update {m} × {n}: error", relative(c, exact), 1e-5)
+        self.found.check(f"rank update {m} × {n}: error", relative(c.triu(n - m), exact.triu(n - m)), 1e-5)
         self.repeats(f"rank update {m} × {n}", [c], [again])
 
     def feedback(self) -> None:

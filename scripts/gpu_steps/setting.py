@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import time
@@ -43,6 +44,12 @@ class Setting:
     def found(self, step: str) -> Path:
         """The file of a step's findings."""
         return self.work / f"{step}.json"
+
+
+def need(*packages: str) -> None:
+    """Raises NotPossible if a package that another process of the step imports is not installed."""
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        raise NotPossible(f"{', '.join(missing)}: not installed")
 
 
 class Findings:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import subprocess
 import time
 
-from gpu_steps.setting import Findings, Setting
-from gpu_steps.slices import SLICES, bench, slice_of
+from gpu_steps.setting import Findings, Setting, need
+from gpu_steps.slices import PACKAGES, SLICES, bench, slice_of
 
 
 def run(setting: Setting, found: Findings) -> None:
+    need(*PACKAGES)
     begun = time.monotonic()
     writers = {name: subprocess.Popen(bench(setting, slice_of(setting, name), "--inputs-only")) for name in SLICES}
     for name, writer in writers.items():

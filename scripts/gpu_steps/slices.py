@@ -14,7 +14,7 @@ from shapes import SHAPES
 
 from gpu_steps.aims import AIMS, Aim, as_finding
 from gpu_steps.runner import LONG, PROFILE
-from gpu_steps.setting import ROOT, Findings, Setting
+from gpu_steps.setting import ROOT, Findings, Setting, need
 
 #: Findings that are taken from the benchmark's result.
 KEPT = (
@@ -38,6 +38,8 @@ LEAST_OF_PLAN, MOST_OF_PLAN, MOST_WAITING = 0.9, 1.1, 0.05
 PROFILED_BLOCKS, LONGER = 4, 2
 #: Exit statuses of bench_176b: all blocks are done, some are.
 DONE, MORE = 0, 75
+#: What bench_176b and its jobs import, besides torch.
+PACKAGES = ("psutil", "safetensors", "tqdm", "transformers")
 MINUTES = "minutes for all"
 
 
@@ -89,6 +91,7 @@ def bench(setting: Setting, one: Slice, *arguments: str) -> list[str]:
 
 
 def run(setting: Setting, found: Findings) -> None:
+    need(*PACKAGES)
     one = slice_of(setting, setting.step)
     command = bench(setting, one, "--blocks", str(one.blocks), "--seconds", str(one.seconds), "--profile-block", str(one.profiled_block))
     command += ["--profile-shapes"] * (setting.mode == PROFILE)
