@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import shlex
 import shutil
@@ -68,14 +67,14 @@ class Inputs:
     rest_bytes: int
 
 
-def ensure_inputs(shape: Shape, folder: Path, samples: int, seqlen: int, device: torch.device) -> Inputs:
+def ensure_inputs(shape: Shape, folder: Path, samples: int, seqlen: int) -> Inputs:
     """Write the missing shards and token ids."""
     write_config(shape, folder)
     layout = layout_of(folder)
     block, ids = folder / "block.safetensors", folder / f"ids-{samples}x{seqlen}.safetensors"
     rest = {folder / f"rest-{i}.safetensors": tensors for i, tensors in enumerate(rest_shards(layout.rest))}
-    block_bytes = sum(t.nbytes for t in ensure_shard(block, layout.of_block(0), 0, device).values())
-    rest_bytes = sum(t.nbytes for path, tensors in rest.items() for t in ensure_shard(path, tensors, 0, device).values())
+    block_bytes = sum(t.nbytes for t in ensure_shard(block, layout.of_block(0)).values())
+    rest_bytes = sum(t.nbytes for path, tensors in rest.items() for t in ensure_shard(path, tensors).values())
     if not ids.exists():
         write_ids(ids, zipf_ids(samples, seqlen, shape.vocabulary))
     return Inputs(layout=layout, block=block, rest=tuple(rest), ids=ids, block_bytes=block_bytes, rest_bytes=rest_bytes)
@@ -149,6 +148,7 @@ def slice_spec(request: Mapping[str, Any], inputs: Inputs, folder: Path, layers:
         "arguments": arguments,
         "cold": request["cold"],
         "profile_block": request["profile_block"],
+        "profile_shapes": request["profile_shapes"],
         "stop_at": stop_at,
     }
 
@@ -161,7 +161,7 @@ def shown_command(request: Mapping[str, Any]) -> str:
     for name in ("vocabulary", "profile_block"):
         if request[name] is not None:
             words += [f"--{name.replace('_', '-')}", str(request[name])]
-    words += ["--cold"] * request["cold"] + ["--work", "DIR", "--out", "DIR"]
+    words += ["--profile-shapes"] * request["profile_shapes"] + ["--cold"] * request["cold"] + ["--work", "DIR", "--out", "DIR"]
     return shlex.join([*words, *(["--", *request["options"]] if request["options"] else [])])
 
 
@@ -190,6 +190,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--continue-from", type=Path, help="result file of an earlier call, if WORK was lost")
     parser.add_argument("--vocabulary", type=int, help="vocabulary size instead of the shape's: the embedding takes time to write")
     parser.add_argument("--profile-block", type=int, metavar="N", help="profile the device's kernels while block N (from 0) runs")
+    parser.add_argument("--profile-shapes", action="store_true", help="also by operation and shapes of its inputs, which costs more time")
     parser.add_argument("--inputs-only", action="store_true", help="write the shards and token ids, and stop")
     parser.add_argument("--ceilings", type=Path, help="reuse ceilings from this file, as scripts/ceilings.py prints them")
     own, _, options = [*argv], None, []
@@ -199,19 +200,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("no CUDA device here; --shape tiny --device cpu tests the script")
     return args, options
-
-
-def shards_made(shape: Shape, folder: Path, samples: int, seqlen: int, device: torch.device) -> Inputs:
-    """``ensure_inputs``, with the writing in a separate process, so that this one holds no GPU memory."""
-    wanted = (shape, folder, samples, seqlen, device)
-    if device.type == "cpu":
-        return ensure_inputs(*wanted)
-    maker = multiprocessing.get_context("spawn").Process(target=ensure_inputs, args=wanted)
-    maker.start()
-    maker.join()
-    if maker.exitcode:
-        raise SystemExit("bench_176b: writing the shards failed; see the message above")
-    return ensure_inputs(*wanted)
 
 
 def workload_of(shape: Shape, inputs: Inputs, samples: int, seqlen: int) -> Workload:
@@ -238,11 +226,12 @@ def main() -> int:
         "options": options,
         "vocabulary": args.vocabulary,
         "profile_block": args.profile_block,
+        "profile_shapes": args.profile_shapes,
     }
     job = args.work / f"job-{args.shape}-{hashlib.sha256(json.dumps(request).encode()).hexdigest()[:12]}"
     for folder in (job, args.out):
         folder.mkdir(parents=True, exist_ok=True)
-    inputs = shards_made(shape, args.work / f"shards-{shape.name}", args.samples, args.seqlen, torch.device(args.device))
+    inputs = ensure_inputs(shape, args.work / f"shards-{shape.name}", args.samples, args.seqlen)
     if args.inputs_only:
         return DONE
     work = workload_of(shape, inputs, args.samples, args.seqlen)

@@ -195,12 +195,16 @@ def _watch(notes: Notes) -> None:
     Journal.commit = committed  # type: ignore[method-assign,assignment]
 
 
-def _profile_block(number: int, file: Path) -> None:
-    """Profile from the moment that block ``number`` (from 0) is loaded until the next block is loaded."""
+def _profile_block(number: int, file: Path, *, shapes: bool) -> None:
+    """Profile from the moment that block ``number`` (from 0) is loaded until the next block is loaded.
+
+    shapes: also by operation and shapes of its inputs.
+    """
     point, loaded = faults.point, 0
     on_gpu = torch.cuda.is_available()
     kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-    profiler = torch.profiler.profile(activities=[kind])
+    kinds = list({kind, torch.profiler.ProfilerActivity.CPU}) if shapes else [kind]
+    profiler = torch.profiler.profile(activities=kinds, record_shapes=shapes)
 
     def passed(name: str) -> None:
         nonlocal loaded
@@ -211,7 +215,8 @@ def _profile_block(number: int, file: Path) -> None:
                 if on_gpu:
                     torch.cuda.synchronize()
                 profiler.stop()
-                file.write_text(json.dumps(kernel_times(profiler, on_gpu=on_gpu), indent=1) + "\n")
+                found = kernel_times(profiler, on_gpu=on_gpu) | (operation_times(profiler, on_gpu=on_gpu) if shapes else {})
+                file.write_text(json.dumps(found, indent=1) + "\n")
             loaded += 1
         point(name)
 
@@ -221,14 +226,25 @@ def _profile_block(number: int, file: Path) -> None:
 def kernel_times(profiler: torch.profiler.profile, *, on_gpu: bool) -> dict[str, Any]:
     """``kernels``: name → [milliseconds, launches], the longest first. ``total``: of all kernels. On a CPU: of torch's operations."""
 
-    def milliseconds(event: Any) -> float:
-        return float(event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
-
-    events = sorted(profiler.key_averages(), key=milliseconds, reverse=True)
+    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    events = [event for event in profiler.key_averages() if event.device_type == kind]
+    events.sort(key=lambda event: _milliseconds(event, on_gpu), reverse=True)
     return {
-        "total": [round(sum(map(milliseconds, events)), 1), sum(event.count for event in events)],
-        "kernels": {event.key[:90]: [round(milliseconds(event), 2), event.count] for event in events[:PROFILED_KERNELS]},
+        "total": [round(sum(_milliseconds(event, on_gpu) for event in events), 1), sum(event.count for event in events)],
+        "kernels": {event.key[:90]: [round(_milliseconds(event, on_gpu), 2), event.count] for event in events[:PROFILED_KERNELS]},
     }
+
+
+def operation_times(profiler: torch.profiler.profile, *, on_gpu: bool) -> dict[str, Any]:
+    """``operations``: torch's operations with the shapes of their inputs → [milliseconds on the device, calls], the longest first."""
+    events = [e for e in profiler.key_averages(group_by_input_shape=True) if e.device_type == torch.autograd.DeviceType.CPU]
+    events.sort(key=lambda event: _milliseconds(event, on_gpu), reverse=True)
+    names = [f"{event.key[:60]} {event.input_shapes}"[:150] for event in events[:PROFILED_KERNELS]]
+    return {"operations": {name: [round(_milliseconds(e, on_gpu), 2), e.count] for name, e in zip(names, events, strict=False)}}
+
+
+def _milliseconds(event: Any, on_gpu: bool) -> float:
+    return float(event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
 
 
 def _keep_cold(path: Path) -> None:
@@ -255,7 +271,7 @@ def main() -> int:
     if spec["cold"]:
         _keep_cold(block)
     if spec.get("profile_block") is not None:
-        _profile_block(spec["profile_block"], folder / "profile.json")
+        _profile_block(spec["profile_block"], folder / "profile.json", shapes=spec.get("profile_shapes", False))
     args = build_parser().parse_args(spec["arguments"])
     notes = Notes(folder, spec["layers"], spec["launched_at"], spec["stop_at"])
     _watch(notes)

@@ -35,10 +35,10 @@ def revision() -> str:
     return f"{commit} with local changes" if said(*git, "status", "--porcelain", "--untracked-files=no") else commit
 
 
-def source_hash() -> str:
-    """SHA-256 over names and contents of bigq's Python files: identifies the sources where there is no git."""
+def source_hash(*folders: str) -> str:
+    """SHA-256 over names and contents of the Python files in folders, bigq's by default: identifies sources where there is no git."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "bigq").rglob("*.py")):
+    for path in sorted(path for folder in folders or ("bigq",) for path in (ROOT / folder).rglob("*.py")):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -2,7 +2,9 @@
 """Write random checkpoints in the shapes of published models, for benchmarks of time and memory.
 
 Tensors are written piece by piece, so a small machine can write a checkpoint of any size. Weights are normal with a standard
-deviation of 0.02, the usual initialization; norms are 1 and biases close to 0; all tensors are bf16.
+deviation of 0.02, the usual initialization; norms are 1 and biases close to 0; all tensors are bf16. A weight of more than
+2²⁴ elements is not drawn by itself, which would take most of the time: it is a pool of 67,108,859 drawn numbers, repeated
+end to end from a place that its name gives.
 
     python scripts/shapes.py llama-2-7b DIR                          # a whole checkpoint; resumes a partial one
     python scripts/shapes.py tiny DIR --ids ids.safetensors --samples 8 --seqlen 128
@@ -11,10 +13,14 @@ deviation of 0.02, the usual initialization; norms are 1 and biases close to 0; 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +38,14 @@ from bigq.io.writer import OutputTensor, write_shard
 from bigq.model import skeleton
 from bigq.model.blocks import find_blocks
 
-#: Elements drawn at a time: 64 MiB in fp32.
+#: Elements drawn at a time, and the most that a tensor may have to be drawn by itself: 64 MiB in fp32.
 PIECE = 2**24
+#: Elements of the pool for larger tensors, a prime: rows of a matrix begin at different places of the pool, so that no row occurs twice.
+POOL = 2**26 - 5
+#: Elements of the pool that one thread draws at a time.
+POOL_PIECE = 2**21
+#: Standard deviation of weights.
+WEIGHT_SCALE = 0.02
 #: Tensors outside the blocks share shards of at most this many bytes (a larger tensor has one of its own).
 REST_SHARD_BYTES = 4 * 10**9
 
@@ -219,26 +231,46 @@ def layout_of(folder: Path) -> Layout:
     )
 
 
-def random_tensor(name: str, shape: tuple[int, ...], seed: int, device: torch.device) -> OutputTensor:
-    """A bf16 tensor whose values are drawn while it is written. They depend only on name, seed and type of device."""
-    elements = torch.Size(shape).numel()
+def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> OutputTensor:
+    """A bf16 tensor whose values are made while it is written. They depend only on name and seed."""
+    elements, own = torch.Size(shape).numel(), zlib.crc32(f"{seed} {name}".encode())
 
-    def chunks() -> Iterator[memoryview]:
-        generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        for lo in range(0, elements, PIECE):
-            size = min(PIECE, elements - lo)
-            values = torch.empty(size, device=device).normal_(generator=generator).mul_(scale).add_(mean)
-            yield as_bytes(values.to(torch.bfloat16).cpu())
+    def drawn() -> Iterator[memoryview]:
+        mean, scale = _distribution(name, shape)
+        yield as_bytes(_normal(elements, own).mul_(scale).add_(mean).to(torch.bfloat16))
 
-    mean, scale = _distribution(name, shape)
-    return OutputTensor(name=name, dtype=torch.bfloat16, shape=shape, chunks=chunks)
+    def repeated() -> Iterator[memoryview]:
+        values, place, left = pool(seed), own % POOL, elements
+        while left:
+            part = values[place : place + min(left, PIECE)]
+            yield as_bytes(part)
+            place, left = (place + len(part)) % POOL, left - len(part)
+
+    return OutputTensor(name=name, dtype=torch.bfloat16, shape=shape, chunks=drawn if elements <= PIECE else repeated)
+
+
+@functools.cache
+def pool(seed: int) -> Tensor:
+    """bf16 [POOL], as ``_distribution`` has weights. Every piece has its own seed, so any number of threads draws the same values."""
+    values = torch.empty(POOL, dtype=torch.bfloat16)
+
+    def draw(piece: Tensor, number: int) -> None:
+        piece.copy_(_normal(len(piece), zlib.crc32(f"{seed} pool {number}".encode())).mul_(WEIGHT_SCALE))
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(draw, values.split(POOL_PIECE), itertools.count()))
+    return values
+
+
+def _normal(elements: int, seed: int) -> Tensor:
+    return torch.empty(elements).normal_(generator=torch.Generator().manual_seed(seed))
 
 
 def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """(mean, standard deviation) of the values of a tensor, by its kind."""
     if name.endswith(".bias"):
         return 0.0, 1e-3
-    return (1.0, 0.0) if len(shape) == 1 else (0.0, 0.02)
+    return (1.0, 0.0) if len(shape) == 1 else (0.0, WEIGHT_SCALE)
 
 
 def rest_shards(rest: Mapping[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]]:
@@ -255,10 +287,10 @@ def rest_shards(rest: Mapping[str, tuple[int, ...]]) -> list[dict[str, tuple[int
     return shards
 
 
-def ensure_shard(path: Path, tensors: Mapping[str, tuple[int, ...]], seed: int, device: torch.device) -> dict[str, TensorInfo]:
+def ensure_shard(path: Path, tensors: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, TensorInfo]:
     """Write a shard of random tensors unless it exists; a partial shard never appears. Returns its tensors."""
     if not path.exists():
-        write_shard(path, [random_tensor(name, shape, seed, device) for name, shape in tensors.items()])
+        write_shard(path, [random_tensor(name, shape, seed) for name, shape in tensors.items()])
     infos, _ = read_header(path)
     if {name: info.shape for name, info in infos.items()} != dict(tensors):
         raise SystemExit(f"{path}: holds the tensors of another shape; delete it and run the command again")
@@ -273,14 +305,14 @@ def write_checkpoint(shape: Shape, folder: Path, blocks: int | None = None, seed
     if (folder / INDEX_NAME).exists():
         return
     write_config(shape, folder, blocks)
-    layout, cpu = layout_of(folder), torch.device("cpu")
+    layout = layout_of(folder)
     count = shape.blocks if blocks is None else blocks
     wanted = [*rest_shards(layout.rest), *(layout.of_block(i) for i in range(count))]
     weight_map: dict[str, str] = {}
     total = 0
     for number, tensors in enumerate(wanted, 1):
         path = folder / SINGLE_NAME.replace(".", f"-{number:05d}-of-{len(wanted):05d}.")
-        infos = ensure_shard(path, tensors, seed, cpu)
+        infos = ensure_shard(path, tensors, seed)
         weight_map |= dict.fromkeys(infos, path.name)
         total += sum(info.nbytes for info in infos.values())
         say(f"{path.name}: {number} of {len(wanted)} shards, {total / 1e9:.2f} GB")

@@ -26,22 +26,3 @@ def kernel_lines(file: Path) -> list[str]:
     """The ``def`` lines of what is launched: functions under @triton.jit whose name ends in _kernel."""
     lines = file.read_text(encoding="utf-8").splitlines()
     return [b for a, b in itertools.pairwise(lines) if a == "@triton.jit" and "_kernel(" in b]
-
-
-@pytest.mark.long
-def test_gpu_check_runs_all_its_steps(child: Child, tmp_path: Path) -> None:
-    done = child(ROOT / "scripts/gpu_check.py", "--smoke", "--out", tmp_path, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert result["smoke"] is True
-    for step in ("ceilings", "syrk", "cholesky", "column_loop", "products", "packing", "matvec", "linears", "tests"):
-        assert result[step] and "error" not in result[step], step
-    assert result["tests"]["passed"] and "tests / passed" in done.stdout
-
-
-def test_gpu_check_refuses_to_measure_without_a_gpu(child: Child, tmp_path: Path) -> None:
-    done = child(ROOT / "scripts/gpu_check.py", "--out", tmp_path, env={"CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 2 and "--smoke" in done.stderr
-    unknown = child(ROOT / "scripts/gpu_check.py", "--smoke", "--out", tmp_path, "--only", "syrk,speed")
-    assert unknown.returncode == 2 and "speed" in unknown.stderr
-    assert not (tmp_path / "gpu_check.json").exists()

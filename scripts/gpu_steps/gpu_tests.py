@@ -9,28 +9,47 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from gpu_check import test_command
-
 from gpu_steps.setting import ROOT, Findings, NotPossible, Setting
 
 #: pytest's exit status if no test was selected.
 NO_TESTS = 5
+PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
+#: Tests that run on the GPU where there is one, though they need none.
+ROOMS = ("tests/kernels", "tests/solver")
 
 
 def run(setting: Setting, found: Findings) -> None:
     if importlib.util.find_spec("pytest") is None:
         raise NotPossible("pytest is not installed")
-    marked, missing = [], {}
-    for path in marked_files(ROOT / "tests"):
-        if absent := missing_imports(path):
-            missing[str(path.relative_to(ROOT))] = f"{', '.join(absent)}: not installed"
-        else:
-            marked.append(str(path.relative_to(ROOT)))
-    found["left out"] = missing
+    if setting.focus:  # tests that failed before
+        pytest(found, "failed before", [*PYTEST, "-m", "", *setting.focus])
+        return
+    marked, missing = possible(marked_files(ROOT / "tests"))
+    others, missing_too = possible(path for room in ROOMS for path in sorted((ROOT / room).rglob("test_*.py")))
+    found["left out"] = missing | missing_too
     found["files with tests marked gpu"] = marked
     if marked:
-        pytest(found, "pytest -m gpu", [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", *marked])
-    pytest(found, "kernel and solver tests", [*test_command(smoke=setting.smoke), "--durations=12"])
+        pytest(found, "pytest -m gpu", [*PYTEST, "-m", "gpu", *marked])
+    pytest(found, "kernel and solver tests", [*PYTEST, "--maxfail=20", "--durations=12", *others, *how(smoke=setting.smoke)])
+
+
+def how(*, smoke: bool) -> list[str]:
+    """Options of the kernel and solver tests: in 8 processes where pytest-xdist is installed; of a few tests for a smoke run."""
+    if smoke:
+        return ["-k", "test_pack and words"]
+    return ["-n", "8"] if importlib.util.find_spec("xdist") else []
+
+
+def possible(paths: Iterable[Path]) -> tuple[list[str], dict[str, str]]:
+    """Test files that can be imported, relative to the source tree, and what the others lack."""
+    good, missing = [], {}
+    for path in paths:
+        name = str(path.relative_to(ROOT))
+        if absent := missing_imports(path):
+            missing[name] = f"{', '.join(absent)}: not installed"
+        else:
+            good.append(name)
+    return good, missing
 
 
 def pytest(found: Findings, name: str, command: list[str]) -> None:

@@ -16,11 +16,15 @@ from torch import Tensor
 from bigq.kernels.cholesky import upper_cholesky_
 from bigq.kernels.dequant_matvec import dequant_matvec
 from bigq.kernels.dequantize import dequantize, dequantize_packed, dequantize_reference
+from bigq.kernels.feedback import feedback
+from bigq.kernels.finiteness import is_finite
 from bigq.kernels.gptq_block import gptq_block_, gptq_block_reference_
 from bigq.kernels.grid import SCALE_BITS, GridSpec, GroupGrid
 from bigq.kernels.pack import pack, pack_reference, unpack
 from bigq.kernels.pick import empty_columns
+from bigq.kernels.rank_update import rank_update_
 from bigq.kernels.syrk import syrk_
+from bigq.kernels.triangles import mirror_, permute_
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import solve
 from bigq.solver.hessian import HessianSum, factorize
@@ -39,6 +43,9 @@ def run(setting: Setting, found: Findings) -> None:
             cases.attempt("syrk", lambda d=dtype, a=aligned: cases.syrk(d, aligned=a))
     for n in (200, 64 * cases.size, 128 * cases.size + 40):
         cases.attempt("cholesky", lambda n=n: cases.cholesky(n))
+    cases.attempt("rank update", cases.rank_update)
+    cases.attempt("feedback", cases.feedback)
+    cases.attempt("whole matrices", cases.whole_matrices)
     for loop in LOOPS:
         cases.attempt("column loop", lambda loop=loop: cases.column_loop(loop))
     for bits in (2, 3, 4, 8):
@@ -135,6 +142,39 @@ class Cases:
         r, lower = h.triu().double(), torch.linalg.cholesky(exact.float()).double()
         self.found.check(f"cholesky {n}: residual", relative(r @ r.T, exact), 5 * relative(lower @ lower.T, exact) + 5e-7)
         self.repeats(f"cholesky {n}", [h.triu()], [again.triu()])
+
+    def rank_update(self) -> None:
+        """Of the last n rows only the upper triangle is updated."""
+        m, n, k = 64 * self.size + 8, 256, 32 * self.size
+        a, b, c = self.randn(m, k), self.randn(n, k), self.randn(m, n)
+        exact, again = c.double() - a.double() @ b.double().T, c.clone()
+        rank_update_(c, a, b)
+        rank_update_(again, a, b)
+        self.found.check(f"rank update {m} × {n}: error", relative(c.triu(n - m), exact.triu(n - m)), 1e-5)
+        self.repeats(f"rank update {m} × {n}", [c], [again])
+
+    def feedback(self) -> None:
+        a, s, m = 64 * self.size, 256, 32 * self.size + 7
+        r, errors = self.randn(a, s), empty_columns(a, m, torch.float32, self.device).normal_()
+        out, again = (empty_columns(s, m, torch.float32, self.device) for _ in range(2))
+        feedback(r, errors, out)
+        feedback(r, errors, again)
+        self.found.check(f"feedback {s} × {m}: error", relative(out, r.double().T @ errors.double()), 2e-3)
+        self.repeats(f"feedback {s} × {m}", [out], [again])
+
+    def whole_matrices(self) -> None:
+        """Mirroring, permuting and the search for NaN and infinity; the step large does the same at the largest size."""
+        n = 64 * self.size + 40
+        h, perm = self.randn(n, n), torch.randperm(n, device=self.device)
+        expected = h.triu() + h.triu(1).T
+        mirror_(h)
+        self.found.require("mirror", torch.equal(h, expected))
+        permute_(h, perm)
+        self.found.require("permutation", torch.equal(h, expected[perm][:, perm]))
+        self.found.require("a finite matrix is finite", is_finite(h))
+        for value in (float("nan"), float("inf")):
+            h[-1, -1] = value
+            self.found.require(f"{value} is found", not is_finite(h))
 
     def column_loop(self, loop: Loop) -> None:
         k, m, width = loop.k, loop.m or 32 * self.size + 7, loop.width

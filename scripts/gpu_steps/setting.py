@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import time
@@ -23,11 +24,13 @@ class NotPossible(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """work: a folder that all steps share. smoke: tiny sizes on the CPU."""
+    """work: a folder that all steps share. smoke: tiny sizes on the CPU. mode, focus: as in ``runner.Step``."""
 
     step: str
     work: Path
     smoke: bool
+    mode: str = ""
+    focus: tuple[str, ...] = ()
 
     @property
     def device(self) -> str:
@@ -41,6 +44,12 @@ class Setting:
     def found(self, step: str) -> Path:
         """The file of a step's findings."""
         return self.work / f"{step}.json"
+
+
+def need(*packages: str) -> None:
+    """Raises NotPossible if a package that another process of the step imports is not installed."""
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        raise NotPossible(f"{', '.join(missing)}: not installed")
 
 
 class Findings:

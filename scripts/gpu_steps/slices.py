@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from gpu_steps.setting import ROOT, Findings, Setting
+from shapes import SHAPES
+
+from gpu_steps.aims import AIMS, Aim, as_finding
+from gpu_steps.runner import LONG, PROFILE
+from gpu_steps.setting import ROOT, Findings, Setting, need
 
 #: Findings that are taken from the benchmark's result.
 KEPT = (
@@ -26,22 +32,29 @@ KEPT = (
     "ceilings",
     "extrapolated",
 )
-#: Limit of the peak of device memory, relative to the plan's.
-OVER_PLAN = 1.1
+#: Bounds of a peak relative to the plan's, and of the share of time spent waiting.
+LEAST_OF_PLAN, MOST_OF_PLAN, MOST_WAITING = 0.9, 1.1, 0.05
+#: Blocks of a slice that explains a measurement, and the factor of a long one.
+PROFILED_BLOCKS, LONGER = 4, 2
 #: Exit statuses of bench_176b: all blocks are done, some are.
 DONE, MORE = 0, 75
+#: What bench_176b and its jobs import, besides torch.
+PACKAGES = ("psutil", "safetensors", "tqdm", "transformers")
+MINUTES = "minutes for all"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
     """Arguments of bench_176b. vocabulary: BLOOM's has 250880 words; that embedding takes long to write and does not affect blocks.
 
-    profiled_block: neither the first one, which compiles kernels, nor the last: a profile ends when the next block is loaded.
+    minutes: the aim for the whole model. profiled_block: neither the first one, which compiles kernels, nor the last: a profile ends
+    when the next block is loaded.
     """
 
     shape: str
     blocks: int
     seconds: float
+    minutes: float
     vocabulary: int | None = None
     profiled_block: int = 2
     samples: int = 128
@@ -55,17 +68,20 @@ class Slice:
 
 
 SLICES = {
-    "bloom": Slice(shape="bloom-176b", blocks=8, seconds=140, vocabulary=8192),
-    "llama": Slice(shape="llama-2-70b", blocks=12, seconds=90),
+    "bloom": Slice(shape="bloom-176b", blocks=8, seconds=140, minutes=15, vocabulary=8192),
+    "llama": Slice(shape="llama-2-70b", blocks=12, seconds=90, minutes=5),
 }
 SMOKE = {
-    "bloom": Slice(shape="tiny", blocks=2, seconds=140, vocabulary=512, profiled_block=0, samples=4, seqlen=64),
-    "llama": Slice(shape="tiny", blocks=2, seconds=90, profiled_block=0, samples=4, seqlen=64),
+    "bloom": Slice(shape="tiny", blocks=2, seconds=140, minutes=15, vocabulary=512, profiled_block=0, samples=4, seqlen=64),
+    "llama": Slice(shape="tiny", blocks=2, seconds=90, minutes=5, profiled_block=0, samples=4, seqlen=64),
 }
 
 
 def slice_of(setting: Setting, name: str) -> Slice:
-    return (SMOKE if setting.smoke else SLICES)[name]
+    one = (SMOKE if setting.smoke else SLICES)[name]
+    if setting.mode == LONG:
+        return replace(one, blocks=LONGER * one.blocks, seconds=LONGER * one.seconds)
+    return replace(one, blocks=min(one.blocks, PROFILED_BLOCKS)) if setting.mode == PROFILE else one
 
 
 def bench(setting: Setting, one: Slice, *arguments: str) -> list[str]:
@@ -75,8 +91,10 @@ def bench(setting: Setting, one: Slice, *arguments: str) -> list[str]:
 
 
 def run(setting: Setting, found: Findings) -> None:
+    need(*PACKAGES)
     one = slice_of(setting, setting.step)
     command = bench(setting, one, "--blocks", str(one.blocks), "--seconds", str(one.seconds), "--profile-block", str(one.profiled_block))
+    command += ["--profile-shapes"] * (setting.mode == PROFILE)
     if setting.ceilings.exists():
         command += ["--ceilings", str(setting.ceilings)]
     status = subprocess.run([*command, "--", "--checkpoint-every", "never"], check=False).returncode
@@ -88,12 +106,15 @@ def run(setting: Setting, found: Findings) -> None:
         if name in result:
             found[name] = result[name]
     found.require("blocks were committed", result["blocks_done"] > 0)
-    found["commits_at_s"] = [round(line["seconds"], 2) for line in lines_of(written) if line["unit"].startswith("block-")]
+    blocks = [line for line in lines_of(written) if line["unit"].startswith("block-")]
+    found["commits_at_s"] = [round(line["seconds"], 2) for line in blocks]
     profile = out / f"bench_{one.shape}.profile.json"
     if profile.exists():
         found["kernels_of_one_block"] = json.loads(profile.read_text())
     if result["blocks_done"]:
-        check_peaks(found, result["peaks"], result["planned"])
+        found["fragmentation"] = fragmentation(result["allocator"])
+        found[AIMS] = as_finding(aims_of(one, result, steady_seconds(blocks, one.profiled_block)))
+        check_peaks(found, result["peaks"], result["planned"], blocks[: max(1, one.profiled_block - 1)])
 
 
 def lines_of(written: dict[str, Any]) -> list[dict[str, Any]]:
@@ -101,9 +122,44 @@ def lines_of(written: dict[str, Any]) -> list[dict[str, Any]]:
     return [line for one in written["slices"] for line in one["lines"]]
 
 
-def check_peaks(found: Findings, peaks: dict[str, int], planned: dict[str, int]) -> None:
-    """Peaks relative to the plan's. The host's is not checked, since the profiler's own memory is in it."""
+def steady_seconds(blocks: list[dict[str, Any]], profiled: int) -> float | None:
+    """The median time from one commit to the next, without the first block, the profiled one and the one after it."""
+    times = [after["seconds"] - before["seconds"] for before, after in itertools.pairwise(blocks)]
+    kept = [seconds for block, seconds in enumerate(times, 1) if block not in (profiled, profiled + 1)]
+    return statistics.median(kept) if kept else None
+
+
+def fragmentation(allocator: dict[str, int]) -> dict[str, float]:
+    """Shares of the reserved memory at its peak: never allocated at once, and lying in parts of blocks that were not in use."""
+    reserved = allocator.get("reserved_bytes.all.peak", 0)
+    if not reserved:
+        return {}
+    split = allocator["inactive_split_bytes.all.peak"] / reserved
+    return {"reserved beyond allocated": 1 - allocator["allocated_bytes.all.peak"] / reserved, "in unused parts": split}
+
+
+def aims_of(one: Slice, result: dict[str, Any], steady: float | None) -> list[Aim]:
+    """Of time, waiting and memory. Minutes are extrapolated from the blocks that ran."""
+    aims = [Aim(name=name, value=value, high=one.minutes) for name, value in result.get("extrapolated", {}).items()]
+    if steady is not None:
+        value = (result["once_s"] + steady * SHAPES[one.shape].blocks) / 60
+        aims.append(
+            Aim(name=f"{MINUTES} {SHAPES[one.shape].blocks} blocks, from the median block (not measured)", value=value, high=one.minutes)
+        )
+    aims.append(Aim(name="share of time spent waiting", value=result["waiting_share"], high=MOST_WAITING))
+    if planned := result["planned"].get("device"):
+        value = result["peaks"]["device_bytes"] / planned
+        aims.append(Aim(name="device peak over plan", value=value, low=LEAST_OF_PLAN, high=MOST_OF_PLAN))
+    return aims
+
+
+def check_peaks(found: Findings, peaks: dict[str, int], planned: dict[str, int], before: list[dict[str, Any]]) -> None:
+    """Peaks relative to the plan's. The host's is not checked, since the profiler's own memory is in it.
+
+    before: the lines of blocks that were committed before the profiler started.
+    """
     if planned.get("device"):
-        found.check("device peak over plan", peaks["device_bytes"] / planned["device"], OVER_PLAN)
+        found.check("device peak over plan", peaks["device_bytes"] / planned["device"], MOST_OF_PLAN)
     if planned.get("host"):
         found["host peak over plan, with the profiler"] = peaks["host_resident_bytes"] / planned["host"]
+        found["host peak over plan, before the profiler"] = max(line["host_peak_bytes"] for line in before) / planned["host"]

@@ -97,7 +97,7 @@ def test_slices_that_were_killed_and_stopped_add_up(child: Child, tmp_path: Path
 
 
 def test_a_job_on_aliased_blocks_is_the_job_on_a_checkpoint_of_equal_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = ensure_inputs(SHAPES["tiny"], tmp_path / "shards", 2, 32, torch.device("cpu"))
+    inputs = ensure_inputs(SHAPES["tiny"], tmp_path / "shards", 2, 32)
     real = tmp_path / "real"
     write_config(SHAPES["tiny"], real, 2)
     blocks = {f"block-{i}.safetensors": renamed(inputs.block, i) for i in range(2)}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
+import subprocess
 import sys
 import time
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,11 @@ from conftest import ROOT, Child
 sys.path.append(str(ROOT / "scripts"))
 
 import gpu_session
+from gpu_steps import runner
+from gpu_steps.benchmarks import ORDER
 from gpu_steps.gpu_tests import marked_files, missing_imports
 from gpu_steps.runner import Session, Step, as_markdown
-from gpu_steps.setting import NOT_POSSIBLE, Findings
+from gpu_steps.setting import NOT_POSSIBLE, Findings, Setting
 
 SCRIPT = ROOT / "scripts/gpu_session.py"
 IMPOSSIBLE = json.dumps({"found": {"not possible": "no tool"}})
@@ -30,6 +36,7 @@ PROGRAMS = {
     "killed": "import os; os.kill(os.getpid(), 9)",
     "hanging": "import faulthandler, time; faulthandler.enable(); open('WORK/hanging.json', 'w').write('{}'); time.sleep(600)",
     "impossible": f"open('WORK/impossible.json', 'w').write('{IMPOSSIBLE}'); raise SystemExit({NOT_POSSIBLE})",
+    "slow": "import time; open('WORK/slow.json', 'w').write('{\"failures\": [], \"found\": {\"rate\": 2}}'); time.sleep(1.5)",
     "parent": f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', '{SLEEP}']); open('WORK/pid', 'w').write(str(c.pid))",
 }
 
@@ -90,6 +97,89 @@ def test_processes_that_a_step_leaves_running_are_ended(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
+SESSION = """
+import os, sys
+sys.path[:0] = ["SCRIPTS"]
+from pathlib import Path
+from gpu_steps.runner import Session, Step
+names = ("quick", "parent")
+program = {"quick": "pass", "parent": PARENT}
+line = lambda step: [sys.executable, "-c", program[step.name]]
+session = Session(Path("OUT"), Path("WORK"), 60, line, os.environ, {}, temporary=True)
+session.run([Step(name=name, seconds=30) for name in names])
+"""
+PARENT = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{SLEEP}', 'TAG']); {SLEEP}"
+
+
+@pytest.mark.parametrize("after", [0.1, 0.5, 1.5])
+def test_a_killed_session_leaves_valid_results_and_no_processes(tmp_path: Path, after: float) -> None:
+    """SIGKILL, at several moments after the results first appear."""
+    out, work, tag = tmp_path / "out", tmp_path / "work", f"tag-{os.getpid()}-{after}"
+    out.mkdir(), work.mkdir()
+    words = {"SCRIPTS": ROOT / "scripts", "OUT": out, "WORK": work, "PARENT": repr(PARENT.replace("TAG", tag))}
+    program = SESSION
+    for word, value in words.items():
+        program = program.replace(f'"{word}"' if word != "PARENT" else word, repr(str(value)) if word != "PARENT" else str(value))
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
+    wait_for(lambda: (out / "results.json").exists(), "no results")
+    time.sleep(after)
+    child.kill()
+    child.wait()
+    assert json.loads((out / "results.json").read_text())["steps"].keys() <= {"quick", "parent"}
+    wait_for(lambda: not running_with(tag), "processes are left")
+    wait_for(lambda: not work.exists(), "the work folder is left")
+
+
+def wait_for(holds: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.05)
+
+
+def running_with(tag: str) -> list[str]:
+    """Command lines of processes that hold a word."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes().decode(errors="replace"))
+    return [line for line in found if tag in line]
+
+
+def test_what_a_running_step_has_found_is_in_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "SAVE_SECONDS", 0.1)
+    saved: list[dict[str, Any]] = []
+    replace = runner.replace
+
+    def noted(path: Path, content: bytes) -> None:
+        replace(path, content)
+        if path.name == "results.json":
+            saved.append(json.loads(content))
+
+    monkeypatch.setattr(runner, "replace", noted)
+    session(tmp_path, [Step(name="slow", seconds=30)])
+    assert saved[0]["steps"] == {} and saved[-1]["steps"]["slow"]["status"] == "passed"
+    assert any(one["steps"].get("slow", {}).get("status") == "running" and one["steps"]["slow"]["found"] == {"rate": 2} for one in saved)
+
+
+def test_a_step_that_lacks_a_package_is_not_possible_and_a_broken_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(step="machine", work=tmp_path, smoke=True)
+    for name, code in (("no_such_package", NOT_POSSIBLE), ("bigq.no_such_module", None)):
+
+        def imports(module: str, name: str = name) -> None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        monkeypatch.setattr(gpu_session.importlib, "import_module", imports)
+        monkeypatch.setattr(gpu_session.ctypes, "CDLL", lambda _: types.SimpleNamespace(prctl=lambda *_: None))
+        monkeypatch.setattr(gpu_session.faulthandler, "enable", lambda: None)
+        if code is None:
+            with pytest.raises(ModuleNotFoundError):
+                gpu_session.run_step("machine", setting, None)
+        else:
+            assert gpu_session.run_step("machine", setting, None) == code
+            assert json.loads(setting.found("machine").read_text())["found"] == {"not possible": "no_such_package is not installed"}
+
+
 def test_results_show_failures_first_and_checks_with_their_limits(tmp_path: Path) -> None:
     found = Findings(tmp_path / "step.json")
     found["rate"] = 2.5
@@ -148,5 +238,6 @@ def test_a_smoke_run_passes_every_step(child: Child, tmp_path: Path) -> None:
         assert found[name]["blocks_done"] == 2 and 0 < found[name]["waiting_share"] < 1 and found[name]["planned"]["host"] > 0
         assert found[name]["kernels_of_one_block"]["total"][1] > 1000 and found[name]["peaks"]["host_resident_bytes"] > 0
     assert "passed" in found["gpu-tests"]["kernel and solver tests: summary"]
-    assert found["benchmarks"]["syrk"] and found["large"]["permutation"]
+    assert set(ORDER) <= set(found["benchmarks"]) and found["large"]["permutation"]
+    assert all(any(name.startswith("share of time") for name in found[step]["aims"]) for step in ("bloom", "llama"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs.txt.gz", "results.json", "results.md"]

@@ -15,8 +15,9 @@ from bigq.io.reader import read_tensor
 
 sys.path.append(str(ROOT / "scripts"))
 
+import shapes
 from flops import Group, block_flops, groups_of
-from shapes import PIECE, SHAPES, layout_of, random_tensor, write_checkpoint, write_config, zipf_ids
+from shapes import POOL, SHAPES, layout_of, pool, random_tensor, write_checkpoint, write_config, zipf_ids
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -54,11 +55,30 @@ def test_a_checkpoint_that_was_cut_off_is_finished_with_the_same_bytes(child: Ch
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == whole
 
 
-def test_tensors_are_drawn_in_pieces_and_told_apart_by_name() -> None:
-    big = [sum(map(len, random_tensor(name, (PIECE + 3,), 0, torch.device("cpu")).chunks())) for name in "a"]
-    assert big == [2 * (PIECE + 3)]
-    some = {name: b"".join(map(bytes, random_tensor(name, (8, 8), 0, torch.device("cpu")).chunks())) for name in ("a.weight", "b.weight")}
+def test_tensors_are_told_apart_by_name() -> None:
+    some = {name: b"".join(map(bytes, random_tensor(name, (8, 8), 0).chunks())) for name in ("a.weight", "b.weight")}
     assert some["a.weight"] != some["b.weight"]
+
+
+def test_a_large_weight_repeats_a_pool_and_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool of 4093 numbers and a weight of 64,000: rows overlap, and none is another one."""
+    monkeypatch.setattr(shapes, "PIECE", 1000)
+    monkeypatch.setattr(shapes, "POOL", 4093)
+    monkeypatch.setattr(shapes, "POOL_PIECE", 512)
+    pool.cache_clear()
+    made = [b"".join(map(bytes, random_tensor(name, (1000, 64), 0).chunks())) for name in ("a.weight", "b.weight", "a.weight")]
+    pool.cache_clear()
+    assert made[0] == made[2] != made[1]
+    weight = torch.frombuffer(bytearray(made[0]), dtype=torch.bfloat16).reshape(1000, 64).float()
+    assert len(weight.unique(dim=0)) == 1000 and torch.linalg.matrix_rank(weight) == 64
+    assert weight.std() == pytest.approx(0.02, rel=0.05) and abs(float(weight.mean())) < 1e-3
+    correlation = torch.corrcoef(weight.T) - torch.eye(64)
+    assert float(correlation.abs().max()) < 0.25
+
+
+def test_rows_of_every_published_shape_begin_at_different_places_of_the_pool() -> None:
+    assert all(POOL % k for k in range(2, int(POOL**0.5) + 1)), "not a prime"
+    assert max(max(shape.vocabulary, shape.hidden) for shape in SHAPES.values()) < POOL
 
 
 def test_token_ids_are_in_the_vocabulary_and_uneven() -> None:
