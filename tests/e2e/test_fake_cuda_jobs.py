@@ -41,7 +41,7 @@ RUNS: dict[str, tuple[str, str, str]] = {
     **{f"{job}, host": (job, "host", "") for job in ("qwen2 gptaq", "opt gptq", "llama rtn", "opt rtn")},
     "qwen2 gptq, disk": ("qwen2 gptq", "disk", ""),
     "llama gptq, host, out of memory": ("llama gptq", "host", "batch.begun:9:OOM"),
-    "bloom gptaq, disk, out of memory": ("bloom gptaq", "disk", "batch.begun:30:OOM"),
+    "bloom gptaq, disk, out of memory": ("bloom gptaq", "disk", "batch.begun:9:OOM"),
 }
 
 
