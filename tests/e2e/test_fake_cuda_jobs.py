@@ -1,0 +1,207 @@
+"""Whole jobs on a simulated CUDA device: the bytes are those of the CPU, and every planted fault is found.
+
+The device (``tests/fake_cuda``) copies as late as CUDA allows. Its jobs run in three child processes; one of them is not ``long``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CUDA, ROOT, Child
+from fake_cuda.planted import FAULTS
+from models import make_checkpoint, random_ids, save_ids, word_tokenizer
+
+from bigq.cli.main import main
+
+pytestmark = pytest.mark.skipif(CUDA, reason="the simulated device takes the place of a real one")
+
+FAMILIES = ("llama", "bloom", "qwen2", "opt")
+TIERS = ("gpu", "host", "disk")
+
+#: Job → family, method and further arguments, which the CPU's run has too.
+JOBS: dict[str, tuple[str, str, list[str]]] = {
+    "llama gptq": ("llama", "gptq", []),
+    "llama rtn": ("llama", "rtn", []),
+    "small gptq": ("small", "gptq", []),
+    "bloom gptaq": ("bloom", "gptaq", ["--act-order"]),
+    "qwen2 gptaq": ("qwen2", "gptaq", ["--no-act-order"]),
+    "qwen2 gptq": ("qwen2", "gptq", ["--bits", "3", "--asym"]),
+    "opt gptq": ("opt", "gptq", ["--on-nonfinite", "skip"]),
+    "opt rtn": ("opt", "rtn", ["--bits", "8"]),
+}
+#: Simulated run → the job, the tier and the fault.
+RUNS: dict[str, tuple[str, str, str]] = {
+    **{f"{job}, {tier}": (job, tier, "") for job in ("llama gptq", "bloom gptaq") for tier in TIERS},
+    **{f"{job}, host": (job, "host", "") for job in ("qwen2 gptaq", "opt gptq", "llama rtn", "opt rtn")},
+    "qwen2 gptq, disk": ("qwen2 gptq", "disk", ""),
+    "llama gptq, host, out of memory": ("llama gptq", "host", "batch.begun:9:OOM"),
+    "bloom gptaq, disk, out of memory": ("bloom gptaq", "disk", "batch.begun:9:OOM"),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a bf16 model of each family, and token ids."""
+    folder = tmp_path_factory.mktemp("fake_cuda")
+    for family in FAMILIES:
+        word_tokenizer().save_pretrained(make_checkpoint(folder / family, family, dtype=torch.bfloat16))
+    make_checkpoint(folder / "small", "llama", dtype=torch.bfloat16, num_hidden_layers=2)
+    save_ids(folder / "ids.safetensors", random_ids())
+    return folder
+
+
+def arguments(place: Path, job: str, out: Path, device: str, tier: str = "host") -> list[str]:
+    family, method, more = JOBS[job]
+    rows = [] if method == "rtn" else ["--calibration", str(place / "ids.safetensors"), "--samples", "16", "--seqlen", "24", "--batch", "4"]
+    run = [] if method == "rtn" else ["--activations", "host" if device == "cpu" and tier == "gpu" else tier]
+    command = ["quantize", str(place / family), str(out), "--method", method, "--group-size", "32", "--device", device]
+    return [*command, *rows, *run, *more]
+
+
+def evaluation(place: Path, model: Path, device: str) -> list[str]:
+    rows = ["--data", str(place / "ids.safetensors"), "--samples", "4", "--seqlen", "24", "--batch", "2"]
+    return ["eval", str(model), "--baseline", str(place / "llama"), *rows, "--device", device, "--json"]
+
+
+def generation(model: Path, device: str) -> list[str]:
+    return ["generate", str(model), "--prompt", "w5 w6 w7", "--max-new-tokens", "8", "--device", device, "--quiet"]
+
+
+def on_device(child: Child, folder: Path, jobs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Run jobs on the simulated device."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = ("-m", "fake_cuda.run_jobs", folder / "jobs.json", folder / "results.json")
+    done = child(*command, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results: dict[str, dict[str, Any]] = json.loads((folder / "results.json").read_text())
+    return results
+
+
+def hashes(out: Path) -> dict[str, str]:
+    """SHA-256 of everything that a job wrote, but its own records."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir()) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def on_cpu(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """(job, fault) → the folder that the CPU's run wrote."""
+    known: dict[tuple[str, str], Path] = {}
+
+    def get(job: str, fault: str = "") -> Path:
+        if (job, fault) not in known:
+            out = known[job, fault] = tmp_path_factory.mktemp("cpu") / "out"
+            with pytest.MonkeyPatch.context() as patch:
+                if fault:
+                    patch.setenv("BIGQ_FAULT", fault)
+                assert main([*arguments(place, job, out, "cpu"), "--quiet"]) == 0
+        return known[job, fault]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def results(place: Path, child: Child) -> dict[str, dict[str, Any]]:
+    """Every run on the simulated device, in one process."""
+    jobs: list[dict[str, Any]] = [
+        {"name": name, "argv": arguments(place, job, place / name, "cuda:0", tier), "fault": fault}
+        for name, (job, tier, fault) in RUNS.items()
+    ]
+    resumed = arguments(place, "llama gptq", place / "resumed", "cuda:0")
+    jobs += [{"name": "killed", "argv": resumed, "fault": "block.solved:2:kill"}, {"name": "resumed", "argv": resumed}]
+    model = place / "llama gptq, gpu"
+    jobs += [{"name": "eval", "argv": evaluation(place, model, "cuda:0")}, {"name": "generate", "argv": generation(model, "cuda:0")}]
+    return on_device(child, place, jobs)
+
+
+def require_sound(result: dict[str, Any]) -> None:
+    assert (result["code"], result["raised"], result["problems"]) == (0, "", []), result["told"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", RUNS)
+def test_a_job_writes_the_bytes_of_the_cpu(name: str, results: dict[str, dict[str, Any]], on_cpu: Callable[..., Path], place: Path) -> None:
+    job, _, fault = RUNS[name]
+    require_sound(results[name])
+    assert hashes(place / name) == hashes(on_cpu(job, fault))
+    done = results[name]["done"]
+    assert done["late copy to the device"] > 10 and done["late copy to the host"] > 10
+    assert done["pack_triton"] and ("rtn" in job or (done["gptq_block_triton_"] and done["syrk_triton_"]))
+
+
+@pytest.mark.long
+def test_a_killed_job_ends_with_the_same_bytes(results: dict[str, dict[str, Any]], on_cpu: Callable[..., Path], place: Path) -> None:
+    assert results["killed"]["code"] == -9
+    require_sound(results["resumed"])
+    assert hashes(place / "resumed") == hashes(on_cpu("llama gptq"))
+
+
+@pytest.mark.long
+def test_eval_gives_the_figures_of_the_cpu(
+    results: dict[str, dict[str, Any]], on_cpu: Callable[..., Path], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    require_sound(results["eval"])
+    assert main(evaluation(place, on_cpu("llama gptq"), "cpu")) == 0
+    found, expected = json.loads(results["eval"]["said"]), json.loads(capsys.readouterr().out)
+    assert found["kl"] > 0
+    assert {name: found[name] for name in ("perplexity", "kl", "top1_agreement")} == pytest.approx(
+        {name: expected[name] for name in ("perplexity", "kl", "top1_agreement")}, rel=1e-6
+    )
+
+
+@pytest.mark.long
+def test_a_packed_model_generates(results: dict[str, dict[str, Any]]) -> None:
+    """One vector at a time through the kernel for packed weights."""
+    require_sound(results["generate"])
+    assert results["generate"]["done"]["dequant_matvec_triton"] >= 7 * 7 * 3
+    words = results["generate"]["said"].split()
+    assert words and all(word.startswith("w") for word in words)
+
+
+def fault_jobs(place: Path, folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A job with each planted fault; "" is none."""
+    folder.mkdir()
+    return [
+        {
+            "name": name or "none",
+            "argv": arguments(place, "small gptq", folder / (name or "none"), "cuda:0", "disk" if "asynchronous" in name else "host"),
+            "planted": name,
+        }
+        for name in names
+    ]
+
+
+def test_a_job_and_a_fault(place: Path, child: Child, on_cpu: Callable[..., Path]) -> None:
+    """The shortest form of all the tests below."""
+    folder, fault = place / "few", next(iter(FAULTS))
+    results = on_device(child, folder, fault_jobs(place, folder, ["", fault]))
+    require_sound(results["none"])
+    assert hashes(folder / "none") == hashes(on_cpu("small gptq"))
+    assert any(FAULTS[fault].found in kind for _, kind, _ in results[fault]["problems"])
+
+
+@pytest.fixture(scope="module")
+def with_faults(place: Path, child: Child) -> dict[str, dict[str, Any]]:
+    """A job with each planted fault, and one without; all in one process."""
+    folder = place / "faults"
+    return on_device(child, folder, fault_jobs(place, folder, ["", *FAULTS]))
+
+
+@pytest.mark.long
+def test_without_a_fault_nothing_is_found(with_faults: dict[str, dict[str, Any]]) -> None:
+    require_sound(with_faults["none"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(name: str, with_faults: dict[str, dict[str, Any]], place: Path) -> None:
+    result, found = with_faults[name], FAULTS[name].found
+    if found:
+        assert any(found in kind for _, kind, _ in result["problems"]), result
+    else:
+        assert result["code"] or hashes(place / "faults" / name) != hashes(place / "faults" / "none")
