@@ -16,6 +16,7 @@ from bigq.kernels.grid_spec import GridSpec as GridSpec
 from bigq.kernels.grid_spec import GroupGrid as GroupGrid
 from bigq.kernels.pick import use_compiled
 
+
 def find_grid(w: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero point of groups of weights.
 
