@@ -36,6 +36,8 @@ BIGQ: Mapping[str, Sequence[str]] = {
     "bigq, act-order and grid search": ("--act-order", "--mse"),
 }
 SAME, PEERS = "bigq, same settings", ("llmcompressor", "gptqmodel")
+#: GPTQModel's pool of threads does not start with fewer workers on two cores.
+PEER_ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
 
 
 def measure(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def main() -> None:
             if number == 0 and name != SAME:
                 continue
             shutil.rmtree(out, ignore_errors=True)
-            result = measure(command, log, cache)
+            result = measure(command, log, PEER_ENVIRONMENT if name in PEERS else cache)
             runs.setdefault(name if number else "bigq, same settings, first run: kernels are compiled", []).append(result)
             print(f"{name:34} {result['wall_s']:8.1f} s {result['cpu_s']:8.1f} CPU s {result['peak_rss_mib']:6} MiB", flush=True)
             if name in PEERS:
