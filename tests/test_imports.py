@@ -20,6 +20,8 @@ MAX_LINES = 400
 #: Dependency → the modules, or packages with everything below them, that may import it.
 OWNERS: Mapping[str, tuple[str, ...]] = {
     "triton": ("bigq.kernels",),
+    "numba": ("bigq.kernels",),
+    "llvmlite": ("bigq.kernels.cpu",),
     "safetensors": ("bigq.io",),
     "transformers": ("bigq.model.skeleton", "bigq.model.architecture", "bigq.data.tokenizer"),
     "torch.distributed": ("bigq.machine.ranks",),

@@ -27,7 +27,7 @@ from bigq.scheme import QuantScheme
 from bigq.version import __version__
 
 #: The packages whose versions are recorded, besides bigq and Python.
-PACKAGES = ("torch", "transformers", "tokenizers", "triton")
+PACKAGES = ("torch", "transformers", "tokenizers", "triton", "numba")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,7 @@ CHANGES: Mapping[str, Change] = {
     "versions.torch": Change(Resume.WARNED, "torch"),
     "versions.transformers": Change(Resume.WARNED, "transformers"),
     "versions.triton": Change(Resume.WARNED, "triton"),
+    "versions.numba": Change(Resume.WARNED, "numba", optional=True),
     "versions.python": Change(Resume.WARNED, "Python"),
     # The tokenizer is not compared: its tokens are.
     "versions.tokenizers": Change(Resume.FREE, "tokenizers"),

@@ -1,7 +1,7 @@
 """GPTQ's column loop over one block: round a column, then spread its error over the columns to its right.
 
 Weights are indexed [k, m]: k columns of the Linear's weight (inputs), m rows of it (outputs). Rows are independent of each
-other. On a CPU each column is contiguous over its rows, so a step is a few long vector operations. On a GPU each row is
+other. On a CPU each column is contiguous over its rows, so a step is a few vector operations. On a GPU each row is
 contiguous, and one launch keeps tiles of rows in registers for all k steps.
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigq.kernels.grid import GroupGrid, find_grid
-from bigq.kernels.pick import use_triton
+from bigq.kernels.grid import GroupGrid, find_grid_reference
+from bigq.kernels.pick import use_compiled, use_triton
 
 #: Columns of a sub-block. Inside it, errors are spread column by column; the rest of the block is corrected by one product.
 #: 32 is the fastest of 16, 32, 64 and 128 for 2816 columns of 1024 rows on two CPU cores.
@@ -41,7 +41,7 @@ def gptq_block_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: Gr
     work: [k, m], the weights before any correction. Overwritten by ``work − q``.
     codes: uint8 [k, m], overwritten.
     grid: scales and zero points. If ``grid.find``, they are computed here and stored into it.
-    scratch: saves time on a CPU when many blocks of m rows are solved in turn.
+    scratch: saves time in plain torch when many blocks of m rows are solved in turn.
     Returns the loss ``Σ_j ((w_j − q_j) / u_jj)²`` of each row, [m].
 
     All arguments may have one more leading dimension: a batch of matrices of one shape, each with its own u and grid.
@@ -50,7 +50,17 @@ def gptq_block_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: Gr
         from bigq.kernels.gpu.gptq_block import gptq_block_triton_
 
         return gptq_block_triton_(target, u, work, codes, grid)
+    if _is_compiled(target, work, codes, grid):
+        from bigq.kernels.cpu.columns import gptq_block_compiled_
+
+        return gptq_block_compiled_(target, u, work, codes, grid)
     return gptq_block_reference_(target, u, work, codes, grid, scratch)
+
+
+def _is_compiled(target: Tensor, work: Tensor, codes: Tensor, grid: GroupGrid) -> bool:
+    """Whether the compiled version runs: for one matrix in the memory order of the loop on a CPU."""
+    contiguous = (target, work, codes, grid.scale, grid.zero)
+    return target.ndim == 2 and use_compiled(target) and all(x.is_contiguous() for x in contiguous)
 
 
 def gptq_block_reference_(
@@ -79,7 +89,7 @@ def gptq_block_reference_(
         e = min(s + sub_block, k)
         if grid.find and s % width == 0:
             g = s // width
-            grid.scale[g], grid.zero[g] = find_grid(target[s : s + width], spec)
+            grid.scale[g], grid.zero[g] = find_grid_reference(target[s : s + width], spec)
         index = slice(group[s], group[s] + 1) if len(set(group[s:e])) == 1 else grid.group[s:e]
         scale, zero = grid.scale[index], grid.zero[index]
         low, high = (-half, half - 1) if spec.symmetric else (-zero, spec.max_code - zero)

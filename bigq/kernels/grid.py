@@ -6,34 +6,15 @@ against exactly the grid that readers use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from bigq.kernels.grid_spec import FP16_TINY as FP16_TINY
+from bigq.kernels.grid_spec import MSE_STEPS
 from bigq.kernels.grid_spec import SCALE_BITS as SCALE_BITS
 from bigq.kernels.grid_spec import GridSpec as GridSpec
-
-FP16_TINY = 2.0**-24
-
-#: The grid search of the GPTQ paper's code: the full range is shrunk by 1 % per step, down to 21 %.
-MSE_STEPS = 80
-
-
-@dataclass(frozen=True, slots=True)
-class GroupGrid:
-    """Scales and zero points of the groups of k columns.
-
-    scale, zero: [..., g, m] in the working dtype. group: int32 [..., k], the group of each column.
-    find: scale and zero are not known yet. The kernel finds them from the corrected weights when it reaches a group's first
-        column; groups must then be consecutive runs of k / g columns.
-    """
-
-    spec: GridSpec
-    scale: Tensor
-    zero: Tensor
-    group: Tensor
-    find: bool
+from bigq.kernels.grid_spec import GroupGrid as GroupGrid
+from bigq.kernels.pick import use_compiled
 
 
 def find_grid(w: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
@@ -42,6 +23,15 @@ def find_grid(w: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
     w: [g, ...], g weights in each group. Returns (scale, zero), each [...] in w's dtype. The scale is rounded to fp16, the zero
     point to an integer. A scale above the range of fp16 is Inf.
     """
+    if use_compiled(w):
+        from bigq.kernels.cpu.columns import find_grid_compiled
+
+        return find_grid_compiled(w, spec)
+    return find_grid_reference(w, spec)
+
+
+def find_grid_reference(w: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    """``find_grid`` in plain torch."""
     low = w.amin(0).clamp_(max=0)
     high = w.amax(0).clamp_(min=0)
     scale, zero = _grid_for_range(low, high, spec)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Significant bits of fp16, and the fewest that a scale may be rounded to.
 SCALE_BITS = 11
@@ -10,6 +14,12 @@ FEWEST_SCALE_BITS = 7
 
 #: The grid search sums errors to this power, as the paper's own code does.
 MSE_POWER = 2.4
+
+#: The grid search of the GPTQ paper's code: the full range is shrunk by 1 % per step, down to 21 %.
+MSE_STEPS = 80
+
+#: The smallest fp16 number above 0.
+FP16_TINY = 2.0**-24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,3 +36,19 @@ class GridSpec:
     @property
     def max_code(self) -> int:
         return (1 << self.bits) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class GroupGrid:
+    """Scales and zero points of the groups of k columns.
+
+    scale, zero: [..., g, m] in the working dtype. group: int32 [..., k], the group of each column.
+    find: scale and zero are not known yet. The kernel finds them from the corrected weights when it reaches a group's first
+        column; groups must then be consecutive runs of k / g columns.
+    """
+
+    spec: GridSpec
+    scale: Tensor
+    zero: Tensor
+    group: Tensor
+    find: bool

@@ -1,10 +1,13 @@
-"""Dispatch between the two versions of a kernel.
+"""Dispatch between the versions of a kernel.
 
-Every kernel has a reference in plain torch, which runs anywhere, and a Triton version in ``gpu/<kernel>.py``. The Triton
-version is imported at its first use, since importing triton takes 73 MiB and 0.4 s.
+Every kernel has a reference in plain torch, which runs anywhere, and a Triton version in ``gpu/<kernel>.py``. Some also have a
+version in ``cpu/``, which numba compiles. Both are imported at their first use: importing triton takes 73 MiB and 0.4 s, numba 0.4 s.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib
 
 import torch
 from torch import Tensor
@@ -13,6 +16,21 @@ from torch import Tensor
 def use_triton(x: Tensor) -> bool:
     """True if the Triton version runs for x: on CUDA devices, except for fp64, which serves as the reference in tests."""
     return x.is_cuda and x.dtype != torch.float64
+
+
+def use_compiled(*tensors: Tensor) -> bool:
+    """True if the version that numba compiles runs for these tensors: all fp32 on a CPU, and numba is installed."""
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and compiler_installed()
+
+
+@functools.cache
+def compiler_installed() -> bool:
+    """Whether numba, an optional dependency, can be imported. Some versions cannot beside a newer numpy."""
+    try:
+        importlib.import_module("numba")
+    except ImportError:
+        return False
+    return True
 
 
 def uses_interpreter(x: Tensor) -> bool:

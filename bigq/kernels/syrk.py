@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigq.kernels.pick import use_triton
+from bigq.kernels.pick import use_compiled, use_triton
 
 #: Tokens that are converted to h's dtype at a time, and columns per tile.
 #: For n = 2816 on two CPU cores, tiles of 128 or 256 take 56 % of the full product's time, tiles of 512 58 %, of 1024 67 %.
@@ -23,8 +23,14 @@ def syrk_(h: Tensor, x: Tensor) -> None:
         from bigq.kernels.gpu.syrk import syrk_triton_
 
         syrk_triton_(h, x)
-    else:
-        syrk_reference_(h, x)
+        return
+    if x.dtype == torch.bfloat16 and use_compiled(h):
+        from bigq.kernels.cpu.syrk import can_accumulate, syrk_compiled_
+
+        if can_accumulate(h, x):
+            syrk_compiled_(h, x)
+            return
+    syrk_reference_(h, x)
 
 
 def syrk_reference_(h: Tensor, x: Tensor) -> None:

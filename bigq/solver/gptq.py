@@ -29,7 +29,7 @@ from bigq.kernels.feedback import feedback
 from bigq.kernels.finiteness import is_finite
 from bigq.kernels.gptq_block import Scratch, gptq_block_
 from bigq.kernels.grid import GridSpec, GroupGrid, find_grid
-from bigq.kernels.pick import empty_columns
+from bigq.kernels.pick import empty_columns, use_compiled
 from bigq.kernels.precision import fp32_products
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
@@ -246,7 +246,7 @@ def _quantize_columns(columns: _Columns, r: Tensor) -> tuple[Tensor, Tensor]:
     loss = torch.zeros(m, dtype=torch.float64, device=work.device)
     spread = empty_columns(max(panel[-1][1] - panel[0][0] for panel in panels), m, work.dtype, work.device)
     target = empty_columns(BLOCK, m, work.dtype, work.device)
-    scratch = None if work.is_cuda else Scratch(m, work.dtype, work.device)
+    scratch = None if work.is_cuda or use_compiled(work) else Scratch(m, work.dtype, work.device)
     for panel in panels:
         lo, hi = panel[0][0], panel[-1][1]
         if lo:

@@ -62,7 +62,15 @@ BEFORE: dict[str, Any] = {
     "calibration_tokens": "c" * 64,
     "remote_code": True,
     "code": {"modeling_x.py": "d" * 64, "sub/part.py": "e" * 64},
-    "versions": {"bigq": "0.1.0", "torch": "2.11.0", "transformers": "5.20.0", "tokenizers": "0.22", "python": "3.11.7", "triton": None},
+    "versions": {
+        "bigq": "0.1.0",
+        "torch": "2.11.0",
+        "transformers": "5.20.0",
+        "tokenizers": "0.22",
+        "python": "3.11.7",
+        "triton": None,
+        "numba": None,
+    },
     "machine": {"device": "cpu", "name": "A CPU x86_64 (AVX512)", "torch_threads": 2},
 }
 
@@ -108,6 +116,7 @@ WARNED: list[tuple[str, Any, str]] = [
     ("versions.torch", "2.13.0", "torch was 2.11.0 when the job was begun, is 2.13.0 now"),
     ("versions.transformers", "5.23.0", "transformers was 5.20.0 when the job was begun, is 5.23.0 now"),
     ("versions.triton", "3.9.0", "triton was not there when the job was begun, is 3.9.0 now"),
+    ("versions.numba", "0.68.1", "numba was not there when the job was begun, is 0.68.1 now"),
     ("versions.python", "3.12.0", "Python was 3.11.7 when the job was begun, is 3.12.0 now"),
 ]
 FREE: list[tuple[str, Any]] = [

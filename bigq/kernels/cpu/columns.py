@@ -1,0 +1,244 @@
+"""The column loop of GPTQ and the grids of groups, compiled for the processor.
+
+Rows are handled ``LANES`` at a time: a tile of all columns of a block and a few rows stays in the first-level cache for all steps.
+Every step of the column loop is one rounded operation (no fused multiply-add), so results do not depend on the processor; they are
+those of the textbook loop in fp32. Only the grid search fuses and approximates: it merely compares errors.
+
+Both kernels are in one file because numba's cache notices changes of a function's own file only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from bigq.kernels.cpu.threads import in_parts
+from bigq.kernels.grid_spec import FP16_TINY, MSE_STEPS, SCALE_BITS, GridSpec, GroupGrid
+
+f32, i32 = np.float32, np.int32
+
+#: Rows of a tile: two vectors of 16. A block of 128 columns takes 16 KiB.
+LANES = 32
+
+#: Weights of a group after which the search drops a candidate that is already worse than the best one in all rows.
+CHECKED = 8
+
+#: Adding and subtracting 1.5 · 2²³ rounds an fp32 number below 2²² to the nearest integer, ties to even.
+ROUNDING = f32(1.5 * 2**23)
+
+#: Rounding fp16 numbers below their smallest normal one: to multiples of 2⁻²⁴, half the spacing of fp32 numbers at 1.
+SMALLEST_NORMAL, SUBNORMAL_ROUNDING = f32(2.0**-14), f32(0.5)
+TINY, FP16_LIMIT = f32(FP16_TINY), f32(65536)
+
+#: log2(1 + m) ≈ m · (L0 + L1·m + …) within 6e-5 for 0 ≤ m < 1; 2^f ≈ E0 + E1·f + … within 4e-6 for |f| ≤ ½. Least squares.
+L0, L1, L2, L3, L4 = (f32(v) for v in (1.44259854, -0.71683599, 0.44145411, -0.22661918, 0.05945945))
+E0, E1, E2, E3, E4 = (f32(v) for v in (1.00000008, 0.69312103, 0.24022107, 0.05592208, 0.00967604))
+
+#: Allows a product and a sum to be fused, and nothing else.
+FUSED = {"contract"}
+
+
+class Spec(NamedTuple):
+    """A ``GridSpec`` as numbers. drop: bits by which scales are narrower than fp16. power: 0 without a search."""
+
+    top: int
+    half: int
+    symmetric: bool
+    min_zero: int
+    drop: int
+    power: float
+
+
+def spec_of(spec: GridSpec) -> Spec:
+    power = spec.mse_power if spec.mse else 0.0
+    return Spec(spec.max_code, 1 << (spec.bits - 1), spec.symmetric, spec.min_zero, SCALE_BITS - spec.scale_bits, power)
+
+
+def find_grid_compiled(w: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    """``find_grid`` for fp32 weights [g, ...] on a CPU."""
+    flat = w.reshape(w.shape[0], -1).contiguous()
+    scale, zero = torch.empty(2, flat.shape[1], dtype=w.dtype)
+    arrays, numbers = (flat.numpy(), scale.numpy(), zero.numpy()), spec_of(spec)
+    in_parts(flat.shape[1], LANES, lambda start, stop: _find_grids(*arrays, numbers, start, stop))
+    return scale.view(w.shape[1:]), zero.view(w.shape[1:])
+
+
+def gptq_block_compiled_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: GroupGrid) -> Tensor:
+    """``gptq_block_`` for fp32 tensors [k, m] on a CPU, each column contiguous."""
+    m = target.shape[1]
+    loss = torch.empty(m, dtype=target.dtype)
+    matrices = (target, u.contiguous(), work, codes, grid.scale, grid.zero, grid.group.to(torch.int32).contiguous(), loss)
+    arrays, numbers = [x.numpy() for x in matrices], spec_of(grid.spec)
+    in_parts(m, LANES, lambda start, stop: _quantize_columns(*arrays, grid.find, numbers, start, stop))
+    return loss
+
+
+@njit(nogil=True, inline="always")
+def _round(x):
+    return (x + ROUNDING) - ROUNDING
+
+
+@njit(nogil=True, inline="always")
+def _to_multiple(bits, drop):
+    """Round a pattern of bits to a multiple of 2^drop, ties to even."""
+    odd = (bits >> i32(drop)) & i32(1)
+    return i32((bits + ((i32(1) << i32(drop - 1)) - i32(1)) + odd) >> i32(drop)) << i32(drop)
+
+
+@njit(nogil=True, inline="always")
+def _round_scale(scale, drop):
+    """Round a scale to fp16, then to ``drop`` bits fewer."""
+    if scale == f32(0):
+        return f32(1)
+    if scale < SMALLEST_NORMAL:
+        stored = (scale + SUBNORMAL_ROUNDING) - SUBNORMAL_ROUNDING
+        if drop:
+            coarse = SUBNORMAL_ROUNDING * f32(i32(1) << i32(drop))
+            stored = (stored + coarse) - coarse
+        return stored if stored > f32(0) else TINY
+    bits = _to_multiple(f32(scale).view(i32), 13)
+    if drop:
+        bits = _to_multiple(bits, 13 + drop)
+    stored = i32(bits).view(f32)
+    return f32(np.inf) if stored >= FP16_LIMIT else stored
+
+
+@njit(nogil=True, inline="always")
+def _grid_for_range(low, high, spec):
+    """The grid that spans [low, high], as ``grid._grid_for_range``."""
+    top = f32(spec.top)
+    if spec.symmetric:
+        return _round_scale(f32(2) * max(-low, high) / top, spec.drop), f32(spec.half)
+    scale = _round_scale((high - low) / top, spec.drop)
+    zero = _round(min(max(-low / scale, f32(0)), top))
+    if spec.min_zero and zero < f32(spec.min_zero):
+        scale = max(scale, _round_scale(high / f32(spec.top - spec.min_zero), spec.drop))
+        zero = f32(spec.min_zero)
+    return scale, zero
+
+
+@njit(nogil=True, inline="always")
+def _to_power(x, power):
+    """x^power for x ≥ 0, within 1e-4."""
+    bits = f32(x).view(i32)
+    exponent = f32((bits >> i32(23)) - i32(127))
+    m = i32((bits & i32(0x7FFFFF)) | i32(0x3F800000)).view(f32) - f32(1)
+    y = max(power * (exponent + m * (L0 + m * (L1 + m * (L2 + m * (L3 + m * L4))))), f32(-126))
+    whole = y + ROUNDING
+    f = y - (whole - ROUNDING)
+    fraction = E0 + f * (E1 + f * (E2 + f * (E3 + f * E4)))
+    return i32(f32(fraction).view(i32) + (f32(whole).view(i32) << i32(23))).view(f32)
+
+
+@njit(nogil=True, fastmath=FUSED, cache=True)
+def _candidate(tile, s, e, scale, zero, best, best_scale, best_zero, top, power, scratch):
+    """Try a grid on columns [s, e) of a tile. Rows in which its error is below the best take it."""
+    error, inverse, unit = scratch[0], scratch[1], scratch[2]
+    for r in range(LANES):
+        error[r] = f32(0)
+        inverse[r] = f32(1) / scale[r]
+        unit[r] = _to_power(scale[r], power)
+    for start in range(s, e, CHECKED):
+        for j in range(start, min(start + CHECKED, e)):
+            for r in range(LANES):
+                steps = tile[j, r] * inverse[r]
+                nearest = _round(min(max(steps, -zero[r]), top - zero[r]))
+                error[r] += _to_power(abs(steps - nearest), power)
+        worse = 0
+        for r in range(LANES):
+            worse += error[r] * unit[r] >= best[r]
+        if worse == LANES:
+            return
+    for r in range(LANES):
+        if error[r] * unit[r] < best[r]:
+            best[r] = error[r] * unit[r]
+            best_scale[r] = scale[r]
+            best_zero[r] = zero[r]
+
+
+@njit(nogil=True, cache=True)
+def _tile_grid(tile, s, e, scale, zero, spec, scratch):
+    """The grid of columns [s, e) of a tile [columns, LANES]: scale and zero, each [LANES]."""
+    low, high, best = scratch[3], scratch[4], scratch[5]
+    low[:] = f32(0)
+    high[:] = f32(0)
+    for j in range(s, e):
+        for r in range(LANES):
+            low[r] = min(low[r], tile[j, r])
+            high[r] = max(high[r], tile[j, r])
+    for r in range(LANES):
+        scale[r], zero[r] = _grid_for_range(low[r], high[r], spec)
+    if spec.power == 0.0:
+        return
+    power, top = f32(spec.power), f32(spec.top)
+    tried_scale, tried_zero = scratch[6], scratch[7]
+    tried_scale[:] = scale
+    tried_zero[:] = zero
+    best[:] = f32(np.inf)
+    _candidate(tile, s, e, tried_scale, tried_zero, best, scale, zero, top, power, scratch)
+    for step in range(1, MSE_STEPS):
+        shrink = f32(1.0 - step / 100.0)
+        for r in range(LANES):
+            tried_scale[r], tried_zero[r] = _grid_for_range(low[r] * shrink, high[r] * shrink, spec)
+        _candidate(tile, s, e, tried_scale, tried_zero, best, scale, zero, top, power, scratch)
+
+
+@njit(nogil=True, cache=True)
+def _find_grids(w, scale, zero, spec, start, stop):
+    """The grids of columns [start, stop) of w [g, c]."""
+    tile = np.zeros((w.shape[0], LANES), f32)
+    scratch = np.empty((8, LANES), f32)
+    tile_scale, tile_zero = np.empty(LANES, f32), np.empty(LANES, f32)
+    for c in range(start, stop, LANES):
+        count = min(LANES, stop - c)
+        tile[:, :count] = w[:, c : c + count]
+        _tile_grid(tile, 0, w.shape[0], tile_scale, tile_zero, spec, scratch)
+        scale[c : c + count] = tile_scale[:count]
+        zero[c : c + count] = tile_zero[:count]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _quantize_columns(target, u, work, codes, scale, zero, group, loss, find, spec, start, stop):
+    """The column loop for rows [start, stop). Arguments as in ``gptq_block_``; loss: [m]."""
+    k = target.shape[0]
+    width = k // scale.shape[0]
+    tile, at_scale, at_zero = np.zeros((k, LANES), f32), np.ones((scale.shape[0], LANES), f32), np.zeros((scale.shape[0], LANES), f32)
+    scratch, total, error = np.empty((8, LANES), f32), np.empty(LANES, f32), np.empty(LANES, f32)
+    top = f32(spec.top)
+    for c in range(start, stop, LANES):
+        count = min(LANES, stop - c)
+        tile[:, :count] = target[:, c : c + count]
+        if not find:
+            at_scale[:, :count] = scale[:, c : c + count]
+            at_zero[:, :count] = zero[:, c : c + count]
+        total[:] = f32(0)
+        for j in range(k):
+            g = group[j]
+            if find and j % width == 0:
+                _tile_grid(tile, j, j + width, at_scale[g], at_zero[g], spec, scratch)
+            pivot = u[j, j]
+            for r in range(LANES):
+                low, s = -at_zero[g, r], at_scale[g, r]
+                step = _round(min(max(tile[j, r] / s, low), top + low))
+                scratch[0, r] = step
+                error[r] = tile[j, r] - s * step
+            for r in range(count):
+                codes[j, c + r] = np.uint8(scratch[0, r] + at_zero[g, r])
+                work[j, c + r] -= scratch[0, r] * at_scale[g, r]
+            for r in range(LANES):
+                error[r] /= pivot
+                total[r] += error[r] * error[r]
+                tile[j, r] = error[r]
+            for later in range(j + 1, k):
+                factor = u[j, later]
+                for r in range(LANES):
+                    tile[later, r] -= error[r] * factor
+        target[:, c : c + count] = tile[:, :count]
+        loss[c : c + count] = total[:count]
+        if find:
+            scale[:, c : c + count] = at_scale[:, :count]
+            zero[:, c : c + count] = at_zero[:, :count]
