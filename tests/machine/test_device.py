@@ -35,7 +35,8 @@ def test_torch_s_allocator_leaves_the_reserve(free: int, reserved: int, allowed:
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: caps.append((fraction, device)))
     monkeypatch.setattr(chosen, "_fix_workspaces", lambda: None)
     device = choose_device("cuda:1")
-    assert caps == [(pytest.approx(allowed / (80 * GIB), rel=1e-12), device)] and 0 < caps[0][0] <= 1
+    [(fraction, capped)] = caps
+    assert capped == device and 0 < fraction <= 1 and fraction == pytest.approx(allowed / (80 * GIB), rel=1e-12)
     assert gpu_budget(device) <= allowed
 
 
