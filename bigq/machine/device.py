@@ -80,14 +80,14 @@ def memory_errors(device: torch.device) -> Iterator[None]:
     """Turn a failed allocation into a ResourceError."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        message = str(error).partition("\n")[0]
-        raise ResourceError(
-            f"{device}: out of memory ({message}); use fewer --samples, a shorter --seqlen or --activations host"
-        ) from error
     except MemoryError as error:
         raise ResourceError("the host is out of memory; use fewer --samples or a smaller --batch") from error
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or OTHER_MESSAGES.search(str(error)):
+            message = str(error).partition("\n")[0]
+            raise ResourceError(
+                f"{device}: out of memory ({message}); use fewer --samples, a shorter --seqlen or --activations host"
+            ) from error
         if "can't allocate memory" not in str(error):
             raise
         raise ResourceError("the host is out of memory; use fewer --samples or a smaller --batch") from error

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
+from bigq.errors import ResourceError
 from bigq.machine import device as chosen
 from bigq.machine.budget import GPU_RESERVE, gpu_budget
-from bigq.machine.device import choose_device, out_of_memory
+from bigq.machine.device import choose_device, memory_errors, out_of_memory
 
 GIB = 2**30
+CUDA = torch.device("cuda:0")
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,8 @@ def test_a_cpu_has_no_cap(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_memory_that_libraries_lack_is_recognized(message: str) -> None:
     assert out_of_memory(RuntimeError(message))
+    with pytest.raises(ResourceError, match=re.escape(f"cuda:0: out of memory ({message.splitlines()[0]}); use")), memory_errors(CUDA):
+        raise RuntimeError(message)
 
 
 @pytest.mark.parametrize(
@@ -84,3 +90,5 @@ def test_memory_that_libraries_lack_is_recognized(message: str) -> None:
 def test_other_errors_of_the_same_libraries_are_not(message: str) -> None:
     """A smaller batch would not help."""
     assert not out_of_memory(RuntimeError(message))
+    with pytest.raises(RuntimeError, match=re.escape(message)), memory_errors(CUDA):
+        raise RuntimeError(message)

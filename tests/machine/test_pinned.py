@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from bigq.io.prefetch.cuda_copier import CudaCopier
+from bigq.io.reader import CHUNK_BYTES
 from bigq.machine.pinned import GRANULE, PinnedMemory, segments
 
 
@@ -50,6 +52,13 @@ def test_pieces_are_the_elements_in_order(dtype: torch.dtype, allocated: list[in
     edge = 4 * GRANULE // dtype.itemsize
     assert torch.cat(list(memory.pieces(edge - 2, edge + 2))).tolist() == [0, 0, 1, 1]
     assert [len(piece) for piece in memory.pieces(edge, edge + 1)] == [1]
+
+
+def test_buffers_of_a_fixed_size_lose_nothing() -> None:
+    """Those of the writer, and of the ring that weights are read into, are one allocation each."""
+    assert CHUNK_BYTES.bit_count() == 1
+    with pytest.raises(AssertionError):
+        CudaCopier.host_memory(None, 3 * GRANULE)  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu
