@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,6 +13,10 @@ from bigq.kernels.precision import fp32_products
 
 #: Bytes per second of a good NVMe disk or parallel file system. Used if the disk's rate is not given.
 DISK_RATE = 3e9
+#: Sides of the products that are measured are powers of two from this one.
+SMALLEST = 64
+#: Runs of each product, and the most seconds that those of one size may be expected to take.
+RUNS, LONGEST = 4, 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,7 @@ KNOWN = {
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure a device, in a fraction of a second: matrix products of 1024² (GPU 8192²) and a copy of 8 MiB (GPU 1 GiB)."""
+    """Measure a device, in about a second: matrix products of up to 1024² (GPU 8192²) and a copy of 8 MiB (GPU 1 GiB)."""
     gpu = device.type == "cuda"
     size = 8192 if gpu else 1024
     source = torch.empty(2**30 if gpu else 2**23, dtype=torch.uint8, device=device)
@@ -61,15 +66,24 @@ def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def _products(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    out = torch.empty_like(a)
-    return 2.0 * size**3 / _best(device, lambda: torch.mm(a, a, out=out))
+    """Operations per second of products of ``size``², or of a smaller power of two where those would take too long.
+
+    A CPU without instructions for fp16 or bf16 takes seconds for a single product of 1024².
+    """
+    side = SMALLEST
+    while True:
+        a = torch.ones(side, side, dtype=dtype, device=device)
+        out = torch.empty_like(a)
+        seconds = _best(device, partial(torch.mm, a, a, out=out))
+        if 2 * side > size or RUNS * 8 * seconds > LONGEST:
+            return 2.0 * side**3 / seconds
+        side *= 2
 
 
 def _best(device: torch.device, run: Callable[[], object]) -> float:
     """Seconds of the fastest of three runs, after one warm-up."""
     seconds = []
-    for _ in range(4):
+    for _ in range(RUNS):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()

@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 from collections.abc import Iterator
 
 import torch
 
 from bigq.errors import ResourceError, UsageError
+from bigq.machine.budget import GPU_RESERVE
 from bigq.machine.memory import return_freed_memory
 
-#: Messages of allocations that fail outside of torch's allocator, which accelerate does not recognize.
-OTHER_MESSAGES = ("CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+#: Messages of allocations that fail outside of torch's allocator, which accelerate does not recognize: in the driver, and in the
+#: libraries as PyTorch and Triton word their errors. cuBLAS and cuSOLVER report other errors when a handle finds no memory.
+OTHER_MESSAGES = re.compile(
+    r"(CUDA|HIP) error: out of memory"
+    r"|Triton Error \[(CUDA|HIP)\]: .*out of memory"
+    r"|(CUBLAS|HIPBLAS|CUSOLVER|HIPSOLVER|CUDNN)_STATUS_ALLOC_FAILED"
+    r"|(CUBLAS|HIPBLAS)_STATUS_NOT_INITIALIZED,? when calling `(cublas|hipblas)(Lt)?Create"
+    r"|CUSOLVER_STATUS_(NOT_INITIALIZED|INTERNAL_ERROR),? when calling `cusolverDnCreate"
+)
 
 #: cuBLAS workspace: eight buffers of 4096 KiB.
 CUBLAS_WORKSPACES = ":4096:8"
@@ -40,7 +49,20 @@ def choose_device(wanted: str) -> torch.device:
     # Triton launches on the current device.
     torch.cuda.set_device(device.index or 0)
     _fix_workspaces()
-    return torch.device("cuda", device.index or 0)
+    chosen = torch.device("cuda", device.index or 0)
+    _cap_allocator(chosen)
+    return chosen
+
+
+def _cap_allocator(device: torch.device) -> None:
+    """Let torch's caching allocator take the memory that plans count on, not the reserve, which it would fill with freed blocks.
+
+    The libraries' handles, loaded kernels and the driver allocate outside of torch's allocator, and fail where it has left nothing.
+    Where little is free the allocator gets half of it, so that small models still run there.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.memory_reserved(device) + max(free - GPU_RESERVE, free // 2, 1)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
 
 
 def _fix_workspaces() -> None:
@@ -58,14 +80,14 @@ def memory_errors(device: torch.device) -> Iterator[None]:
     """Turn a failed allocation into a ResourceError."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        message = str(error).partition("\n")[0]
-        raise ResourceError(
-            f"{device}: out of memory ({message}); use fewer --samples, a shorter --seqlen or --activations host"
-        ) from error
     except MemoryError as error:
         raise ResourceError("the host is out of memory; use fewer --samples or a smaller --batch") from error
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or OTHER_MESSAGES.search(str(error)):
+            message = str(error).partition("\n")[0]
+            raise ResourceError(
+                f"{device}: out of memory ({message}); use fewer --samples, a shorter --seqlen or --activations host"
+            ) from error
         if "can't allocate memory" not in str(error):
             raise
         raise ResourceError("the host is out of memory; use fewer --samples or a smaller --batch") from error
@@ -73,7 +95,7 @@ def memory_errors(device: torch.device) -> Iterator[None]:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error means that an allocation failed, so that a smaller batch may fit."""
-    if isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in OTHER_MESSAGES):
+    if isinstance(error, torch.OutOfMemoryError) or OTHER_MESSAGES.search(str(error)):
         return True
     from accelerate.utils.memory import should_reduce_batch_size  # imported here: it takes seconds
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bigq.model.blocks import block_linears
 from bigq.model.capture import BlockCall, OutputForm, hidden_of, replace_forwards
@@ -136,8 +137,15 @@ class GradientTracer:
 
 
 def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: DataflowTracer | None = None) -> BlockPlan:
-    """Find the groups of a block, their levels and its shortcuts from one probe [B, T, d]. tracer: defaults to NanTracer."""
-    tracer = tracer or NanTracer()
+    """Find the groups of a block, their levels and its shortcuts from one probe [B, T, d]. tracer: defaults to NanTracer.
+
+    Attention is computed by plain operations, which pass every NaN on. Fused kernels need not: the maximum that they keep may ignore NaN.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        return _plan_block(block, hidden, call, tracer or NanTracer())
+
+
+def _plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: DataflowTracer) -> BlockPlan:
     linears = block_linears(block)
     groups = _groups(block, linears, hidden, call)
     reached = [_reached_groups(block, linears, groups, i, hidden, call, tracer) for i in range(len(groups))]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from by_hand import TINY, column_loop
-from checks import ORDERS, VERSIONS, as_good, distance, kernel, same_bytes, stored, untouched
+from checks import FACTOR, ORDERS, OTHER_CODES, VERSIONS, as_good, distance, kernel, same_bytes, stored, untouched
 from torch import Tensor
 
 from bigq.kernels.gptq_block import gptq_block_
@@ -95,19 +95,28 @@ def by_hand(b: Block) -> dict[str, Tensor]:
     return column_loop(b.target, b.u, b.work, b.spec, b.scale, b.zero, b.group, b.find)
 
 
+def differing(result: dict[str, Tensor], other: dict[str, Tensor]) -> Tensor:
+    """bool [..., m]: columns with other codes, scales or zero points."""
+    return torch.stack([(result[name].double() != other[name].double()).any(-2) for name in ("codes", "scale", "zero")]).any(0)
+
+
 def check(b: Block, device: torch.device, order: str = "by rows") -> dict[str, Tensor]:
     """Triton against plain torch in fp32, and both against plain torch in fp64. Returns Triton's result.
 
-    A loss is a sum of squares of errors, so its own error is relative to theirs.
+    A loss is a sum of squares of errors, so its own error is relative to theirs. On a GPU a few columns may get other codes or grids, and
+    then have other values.
     """
     single = b.to(torch.float32, device)
     got, own, exact = run("triton", single, order), run("reference", single), run("reference", single.to(torch.float64, device))
-    for name in ("codes", "scale", "zero"):
-        assert torch.equal(got[name].double(), exact[name].double()) and torch.equal(got[name], own[name]), name
+    others = [differing(got, result) for result in (own, exact)]
+    same = ~(others[0] | others[1])
+    assert int((~same).sum()) <= (max(1.0, OTHER_CODES * b.target.numel()) if OTHER_CODES else 0)
     for name in ("target", "work"):
-        assert got[name].dtype == torch.float32 and as_good(got[name], own[name], exact[name]), name
+        columns = (result[name].mT[same] for result in (got, own, exact))
+        assert got[name].dtype == torch.float32 and as_good(*columns), name
     assert got["loss"].dtype == torch.float32
-    assert distance(got["loss"], exact["loss"]) <= 4 * distance(own["target"], exact["target"]) + 2**-24
+    own_error = distance(own["target"].mT[same], exact["target"].mT[same])
+    assert distance(got["loss"][same], exact["loss"][same]) <= 2 * FACTOR * own_error + 2**-24
     assert distance(got["loss"], got["target"].double().square().sum(-2)) < 1e-6
     return got
 

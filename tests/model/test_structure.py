@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bigq.model.capture import BlockCall
 from bigq.model.structure import BlockPlan, GradientTracer, Shortcut, plan_block
@@ -119,3 +120,40 @@ def test_the_same_is_found_without_values() -> None:
             block = Block(made, lambda result, hidden: result).to("meta").requires_grad_(False)
             found = shortcut(plan_block(block, torch.empty(2, 5, D, device="meta"), BlockCall((), {}), GradientTracer()))
         assert ("none" if found is None else found.added) == added
+
+
+class Attention(nn.Module):
+    """The block of a decoder whose attention is torch's fused function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        q, k, v = (linear(hidden).unflatten(-1, (2, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return hidden + self.out(mixed.transpose(1, 2).flatten(2))
+
+
+FUSED = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "cudnn_sdp_enabled")
+
+
+def test_probes_do_not_depend_on_what_a_fused_attention_makes_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused kernel of this test drops NaN. Without the plain one, all four Linears would be on one level."""
+    real = functional.scaled_dot_product_attention
+
+    def fused() -> bool:
+        return any(getattr(torch.backends.cuda, name)() for name in FUSED)
+
+    def attention(*args: Tensor, **how: Any) -> Tensor:
+        y = real(*args, **how)
+        return y.nan_to_num() if fused() else y
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
+    torch.manual_seed(0)
+    block, hidden = Attention(), torch.randn(2, 5, D)
+    assert fused(), "torch's default"
+    with torch.no_grad():
+        found = plan_block(block, hidden, BlockCall((), {}))
+    assert [(group.names, group.level) for group in found.groups] == [(("q", "k", "v"), 0), (("out",), 1)]
+    assert fused(), "the caller's choice is kept"

@@ -278,15 +278,17 @@ def test_a_gpu_s_phases_add_up_to_the_run() -> None:
         for _ in range(20):
             x = x @ x / 64
     queued = time.perf_counter() - started
+    paused = time.perf_counter()
     with clock.phase("load"):
         time.sleep(0.3)
     with clock.phase("hessian"):
         x @ x
+    paused = time.perf_counter() - paused
     seconds = clock.seconds
     whole = time.perf_counter() - started
     assert sum(seconds.values()) == pytest.approx(whole, rel=0.05, abs=0.005)
     assert seconds["replay"] > queued or queued < 0.05
-    assert 0.3 - seconds["replay"] <= seconds["load"] <= 0.31
+    assert 0.3 - seconds["replay"] <= seconds["load"] <= paused + 0.005, "a busy host sleeps longer than asked"
     assert clock.wait_seconds()["reading weights"] == seconds["load"]
     begins = [span.begin for span in trace.spans]
     assert begins == sorted(begins) and begins[0] >= 0

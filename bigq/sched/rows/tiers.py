@@ -22,6 +22,7 @@ from torch import Tensor
 from bigq.errors import ResourceError
 from bigq.io.reader import as_bytes
 from bigq.machine.budget import gpu_budget, host_budget
+from bigq.machine.pinned import PinnedMemory
 from bigq.progress.clock import Clock
 from bigq.progress.trace import Trace
 
@@ -132,7 +133,8 @@ class _PinnedBuffer:
 
     def __init__(self, rows: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
         self._device = device
-        self._rows = torch.empty(rows, elements, dtype=dtype, pin_memory=True)
+        self._elements, self._dtype = elements, dtype
+        self._rows = PinnedMemory(rows * elements, dtype)
         self._stream = torch.cuda.Stream(device)
         self._next: tuple[int, int, Tensor, torch.cuda.Event] | None = None
 
@@ -150,7 +152,9 @@ class _PinnedBuffer:
             self._next = None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            self._rows[lo : lo + rows.shape[0]].copy_(rows.reshape(rows.shape[0], -1), non_blocking=True)
+            pieces = list(self._pieces(lo, lo + rows.shape[0]))
+            for piece, source in zip(pieces, rows.reshape(-1).split([len(piece) for piece in pieces]), strict=True):
+                piece.copy_(source, non_blocking=True)
         rows.record_stream(self._stream)
 
     def prefetch(self, lo: int, hi: int) -> None:
@@ -161,14 +165,20 @@ class _PinnedBuffer:
 
         The tensor's memory comes from the current stream, whose earlier work may still use it. So the copy waits for that work.
         """
-        target = torch.empty(hi - lo, self._rows.shape[1], dtype=self._rows.dtype, device=self._device)
+        target = torch.empty(hi - lo, self._elements, dtype=self._dtype, device=self._device)
+        pieces = list(self._pieces(lo, hi))
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            target.copy_(self._rows[lo:hi], non_blocking=True)
+            for part, piece in zip(target.view(-1).split([len(piece) for piece in pieces]), pieces, strict=True):
+                part.copy_(piece, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(self._stream)
         target.record_stream(self._stream)
         return target, arrived
+
+    def _pieces(self, lo: int, hi: int) -> Iterator[Tensor]:
+        """Rows [lo, hi), flat."""
+        return self._rows.pieces(lo * self._elements, hi * self._elements)
 
     def close(self) -> None:
         """Wait for all copies, since the memory may be reused at once."""

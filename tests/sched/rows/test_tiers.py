@@ -14,6 +14,7 @@ import torch
 
 import bigq
 from bigq.errors import ResourceError, UsageError
+from bigq.machine import pinned
 from bigq.sched.rows import tiers
 from bigq.sched.rows.tiers import Tier, choose_tier, fastest_tier
 
@@ -226,6 +227,19 @@ def test_a_gpu_s_host_tier_copies_beside_the_computation(calls: list[str]) -> No
     assert calls[-1] == "compute waits for copy 4"
     buffer.close()
     assert calls[-1] == "all of copies awaited"
+
+
+def test_a_gpu_s_host_tier_reads_and_writes_rows_that_lie_in_several_segments(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinned, "GRANULE", 16)
+    buffer = Tier("host", torch.device("cuda"), Path()).buffer(13, 3, torch.float32)  # 156 bytes: segments of 128 and 32
+    expected = torch.arange(39.0).view(13, 3)
+    for lo, hi in ((0, 5), (5, 13)):
+        buffer.put(lo, expected[lo:hi].view(-1, 1, 3))
+    assert calls.count("copy on copies") == 3
+    for lo in range(13):
+        for hi in range(lo + 1, 14):
+            assert torch.equal(buffer.get(lo, hi), expected[lo:hi])
+    buffer.close()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
