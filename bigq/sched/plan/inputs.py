@@ -22,6 +22,7 @@ from bigq.io.sources.plain import PlainSource
 from bigq.job.journal import read_job
 from bigq.job.request import require_same_code
 from bigq.job.settle import check_shapes, head_scheme, require_format, row_length, settled_scheme
+from bigq.kernels.pick import compiled_bytes, load_compiled
 from bigq.machine.budget import GPU_RESERVE, disk_budget, gpu_budget, host_budget
 from bigq.machine.ceilings import KNOWN, Ceilings, measure
 from bigq.machine.device import choose_device
@@ -111,7 +112,7 @@ def _plan(
             work,
             config,
             on_gpu=on_gpu,
-            base=host_memory(),
+            base=host_memory() + (0 if on_gpu else compiled_bytes(device)),
             budgets=_budgets(config, device, out, ceilings),
             ceilings=ceilings,
             download=_download(headers, out),
@@ -158,6 +159,7 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path, te
     shape = survey(outline, config.seqlen)
     work = _work(config, 0 if rows is None else len(rows), 0 if rows is None else len(rows.unique()))
     ceilings = measure(pager.device, pager.dtype)
+    load_compiled(pager.device)
     if pager.device.type == "cuda":
         torch.cuda.empty_cache()
     budgets = _budgets(config, pager.device, out, ceilings)
