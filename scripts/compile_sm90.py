@@ -2,7 +2,7 @@
 """Compile every Triton kernel for sm_90 (H100) or another target, without a GPU: registers, spills, shared memory, instructions.
 
 The script calls each wrapper as a job does, and compiles the launch instead of running it. Exit status 1 if a kernel does not
-compile, or spills more than a few registers. Triton's interpreter must be off. Variants that most jobs launch come first.
+compile, spills more than a few registers, or uses more shared memory than there is. Triton's interpreter must be off. Variants that most jobs launch come first.
 
     python scripts/compile_sm90.py --json docs/results/compile_sm90.json
     python scripts/compile_sm90.py --target gfx942 --json docs/results/compile_gfx942.json
@@ -54,6 +54,9 @@ TYPES = {
 }
 
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+
+#: Bytes of shared memory that a program may use. A launch that wants more fails.
+SHARED = {"sm_90": 227 << 10, "gfx942": 64 << 10}
 
 #: Bytes of stack allowed per thread: the epilogue of syrk stores eight registers once per tile.
 STACK = 32
@@ -237,6 +240,7 @@ def main() -> None:
             call()
             table[name] = caught[0]
             failed |= caught[0]["stack_bytes"] > (WHOLE_STACK if "groups of 40" in name else STACK)
+            failed |= caught[0]["shared_bytes"] > SHARED[args.target]
         except Exception as error:
             table[name] = {"error": first_line(error)}
             failed = True

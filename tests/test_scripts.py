@@ -39,6 +39,7 @@ def test_the_committed_tables_hold_every_kernel_and_the_defaults_of_bf16_checkpo
     assert {launch["kernel"] for launch in launches.values()} == defined
     assert {bits for launch in launches for bits in range(7, 12) if f"groups of 128, {bits}-bit scales" in launch} == set(range(7, 12))
     assert next(iter(launches)) == "gptq_block, column loop, 128 columns, 4 bits symmetric, groups of 128, 8-bit scales"
+    assert all(launch["shared_bytes"] <= {"sm_90": 227 << 10, "gfx942": 64 << 10}[target] for launch in launches.values())
     assert all(launch["stack_bytes"] <= (128 if "groups of 40" in kind else 32) for kind, launch in launches.items())
 
 
