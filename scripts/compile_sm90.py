@@ -2,7 +2,8 @@
 """Compile every Triton kernel for sm_90 (H100) or another target, without a GPU: registers, spills, shared memory, instructions.
 
 The script calls each wrapper as a job does, and compiles the launch instead of running it. Exit status 1 if a kernel does not
-compile, spills more than a few registers, or uses more shared memory than there is. Triton's interpreter must be off. Variants that most jobs launch come first.
+compile, spills more than a few registers, or uses more shared memory than there is. Triton's interpreter must be off.
+Variants that most jobs launch come first.
 
     python scripts/compile_sm90.py --json docs/results/compile_sm90.json
     python scripts/compile_sm90.py --target gfx942 --json docs/results/compile_gfx942.json
