@@ -191,11 +191,12 @@ def others() -> Iterator[Launch]:
     yield column_loop(Loop(bits=4, symmetric=True, width=0), batch=3)
     for scale_bits in (7, 9, 10, 11):
         yield column_loop(Loop(bits=4, symmetric=True, width=128, scale_bits=scale_bits))
+    yield column_loop(Loop(bits=4, symmetric=False, width=128, scale_bits=8))
     for width in (16, 40, 64):
         k = 120 if width == 40 else 128
         yield column_loop(Loop(bits=4, symmetric=True, width=width, k=k, scale_bits=8))
         yield column_loop(Loop(bits=4, symmetric=False, width=width, k=k, scale_bits=8, min_zero=1))
-    yield column_loop(Loop(bits=3, symmetric=True, width=128, scale_bits=8, k=128, m=1030))
+    yield column_loop(Loop(bits=3, symmetric=True, width=128, scale_bits=8, m=1030))
     yield column_loop(Loop(bits=4, symmetric=True, width=128, scale_bits=8, m=1031))
     yield column_loop(Loop(bits=4, symmetric=True, width=64, k=64, scale_bits=8, m=1))
     yield column_loop(Loop(bits=4, symmetric=True, width=0, k=1, m=1))
