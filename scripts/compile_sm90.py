@@ -1,16 +1,19 @@
 #!/usr/bin/env python3
-"""Compile every Triton kernel for sm_90 (H100), without a GPU: registers, spills, shared memory, instructions.
+"""Compile every Triton kernel for sm_90 (H100) or another target, without a GPU: registers, spills, shared memory, instructions.
 
 The script calls each wrapper as a job does, and compiles the launch instead of running it. Exit status 1 if a kernel does not
-compile, or spills more than a few registers. Triton's interpreter must be off.
+compile, spills more than a few registers, or uses more shared memory than there is. Triton's interpreter must be off.
+Variants that most jobs launch come first.
 
     python scripts/compile_sm90.py --json docs/results/compile_sm90.json
-    python scripts/compile_sm90.py --rare             # also the variants that few jobs launch: takes several times as long
+    python scripts/compile_sm90.py --target gfx942 --json docs/results/compile_gfx942.json
+    python scripts/compile_sm90.py --few              # only the variants of common jobs
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -28,7 +31,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
-from gpu_steps.kernels import LOOPS
+from gpu_steps.kernels import LOOPS, Loop
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -51,16 +54,24 @@ TYPES = {
     torch.uint8: "u8",
 }
 
+TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+
+#: Bytes of shared memory that a program may use. A launch that wants more fails.
+SHARED = {"sm_90": 227 << 10, "gfx942": 64 << 10}
+
 #: Bytes of stack allowed per thread: the epilogue of syrk stores eight registers once per tile.
 STACK = 32
-#: The same for rare variants: groups of 40 columns fit no tile of 32.
-RARE_STACK = 128
+#: The same for the column loop over groups that fit no tile of 32 columns, such as groups of 40.
+WHOLE_STACK = 128
 
 #: Instructions to count in PTX.
 COUNTED = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "bulk_copies": "cp.async.bulk.tensor", "async_copies": "cp.async.cg"}
+#: The same in AMD's assembly, and what its compiler notes.
+COUNTED_AMD = {"mfma": "v_mfma"}
+NOTES_AMD = {"registers": r"\.vgpr_count: +(\d+)", "stack_bytes": r"\.private_segment_fixed_size: (\d+)"}
 
 
-def compile_launch(kernel: JITFunction[Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+def compile_launch(kernel: JITFunction[Any], arguments: tuple[Any, ...], named: dict[str, Any], target: GPUTarget) -> dict[str, Any]:
     """Compile one launch, with arguments specialized as in a real launch. Returns registers, stack, shared memory and counts."""
     names = [p.name for p in kernel.params]
     options = {k: v for k, v in named.items() if k not in names}
@@ -82,122 +93,172 @@ def compile_launch(kernel: JITFunction[Any], arguments: tuple[Any, ...], named: 
             if aligned:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    ptx = compiled.asm["ptx"]
+    compiled = triton.compile(source, target=target, options=options)
+    usage, assembly, counted = (noted if target.backend == "hip" else used)(compiled.asm)
     return {
         "kernel": kernel.__name__,
         "warps": options["num_warps"],
-        "registers": found["REG"],
-        "stack_bytes": found["STACK"],
+        **usage,
         "shared_bytes": compiled.metadata.shared,
-        **{name: ptx.count(instruction) for name, instruction in COUNTED.items() if instruction in ptx},
+        **{name: assembly.count(instruction) for name, instruction in counted.items() if instruction in assembly},
     }
 
 
-def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """A name and a call for each variant of a kernel that jobs launch. Tensors are uninitialized."""
-    n, m, k = 4096, 512, 128
+def used(asm: dict[str, Any]) -> tuple[dict[str, int], str, dict[str, str]]:
+    """Registers and stack of a kernel for an NVIDIA GPU, its PTX, and the instructions to count."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    return {"registers": found["REG"], "stack_bytes": found["STACK"]}, asm["ptx"], COUNTED
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype)
 
-    h = empty(n, n)
+def noted(asm: dict[str, Any]) -> tuple[dict[str, int], str, dict[str, str]]:
+    """The same for an AMD GPU."""
+    assembly = asm["amdgcn"]
+    return {name: int(re.findall(note, assembly)[0]) for name, note in NOTES_AMD.items()}, assembly, COUNTED_AMD
+
+
+Launch = tuple[str, Callable[[], object]]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype)
+
+
+def column_loop(loop: Loop, batch: int = 0) -> Launch:
+    """A launch of the column loop. batch: matrices, 0 without a leading dimension."""
+    k, m, groups, lead = loop.k, loop.m or 512, loop.k // loop.width if loop.width else 4, (batch,) if batch else ()
+    spec = GridSpec(bits=loop.bits, symmetric=loop.symmetric, min_zero=loop.min_zero, scale_bits=loop.scale_bits)
+    grid = GroupGrid(spec, empty(*lead, groups, m), empty(*lead, groups, m), empty(*lead, k, dtype=torch.int32), loop.width > 0)
+    columns = (empty(*lead, m, 128).mT[..., :k, :], empty(*lead, 128, 128)[..., :k, :k], empty(*lead, m, 4096).mT[..., :k, :])
+    codes = empty(*lead, m, 4096, dtype=torch.uint8).mT[..., :k, :]
+    name = f"gptq_block, {loop.name}" + (f", {batch} matrices" if batch else "")
+    return name, lambda: gptq_block_triton.gptq_block_triton_(*columns, codes, grid)
+
+
+def matvec(b: int, m: int, n: int, width: int, bits: int, dtype: torch.dtype) -> Launch:
+    x, words = empty(b, n, dtype=dtype), empty(n * bits // 32, m, dtype=torch.int32)
+    by_group = empty(n // width, m, dtype=torch.float16), empty(n // width, m, dtype=torch.uint8)
+    name = f"dequant_matvec, {b} vectors, {m} × {n}, groups of {width}, {bits} bits, {TYPES[dtype]}"
+    return name, lambda: dequant_matvec_triton.dequant_matvec_triton(x, words, *by_group, bits)
+
+
+def syrk(n: int, dtype: torch.dtype, *, aligned: bool = True) -> Launch:
+    """H is not allocated: one row stands for all, since nothing is run."""
+    x = empty(64, n if aligned else n + 1, dtype=dtype)[:, :n]
+    name = f"syrk, n = {n}, {TYPES[dtype]}" + ("" if aligned else ", rows not aligned")
+    return name, lambda: syrk_triton.syrk_triton_(empty(1, n), x)
+
+
+def dequantize(bits: int, dtype: torch.dtype, n: int = 4096, m: int = 512) -> Launch:
+    """bits: 0 for codes."""
+    source = empty(n * bits // 32, m, dtype=torch.int32) if bits else empty(m, n, dtype=torch.uint8)
+    scales, zeros = empty(n // 128, m, dtype=torch.float16).T, empty(n // 128, m, dtype=torch.uint8).T
+    if not bits:
+        return f"dequantize to {TYPES[dtype]}", lambda: dequantize_triton.dequantize_triton(source, scales, zeros, dtype)
+    name = f"dequantize_packed, {bits} bits to {TYPES[dtype]}"
+    return name, lambda: dequantize_triton.dequantize_packed_triton(source, scales, zeros, bits, dtype)
+
+
+def common() -> Iterator[Launch]:
+    """What jobs on bf16 checkpoints launch with the default options: scales have 8 significant bits. Tensors are uninitialized."""
+    yield column_loop(Loop(bits=4, symmetric=True, width=128, scale_bits=8))
+    yield column_loop(Loop(bits=4, symmetric=False, width=128, scale_bits=8, min_zero=1))
+    yield column_loop(Loop(bits=4, symmetric=True, width=32, scale_bits=8))
+    yield column_loop(Loop(bits=4, symmetric=True, width=0))
+    yield column_loop(Loop(bits=4, symmetric=False, width=0, min_zero=1))
     for dtype in (torch.bfloat16, torch.float16):
-        yield f"syrk, {TYPES[dtype]}", lambda dtype=dtype: syrk_triton.syrk_triton_(h, empty(64, n, dtype=dtype))
-    yield "syrk, rows not aligned", lambda: syrk_triton.syrk_triton_(h, empty(64, n + 1, dtype=torch.bfloat16)[:, :n])
-    yield "rank_update", lambda: rank_update_triton.rank_update_triton_(h[:2048, 1792:2048], h[:2048, 2048:], h[1792:2048, 2048:])
-    for name, symmetric, width, min_zero in (
-        ("symmetric, groups of 128", True, 128, 0),
-        ("symmetric, groups of 32", True, 32, 0),
-        ("asymmetric, groups of 128", False, 128, 1),
-        ("symmetric, given scales", True, 0, 0),
-        ("asymmetric, given scales", False, 0, 0),
-        ("symmetric, groups of 40", True, 40, 0),
-    ):
-        groups = k // width if width else 4
-        columns_of_block = groups * width if width else k
-        grid = GroupGrid(
-            GridSpec(bits=4, symmetric=symmetric, min_zero=min_zero),
-            empty(groups, m),
-            empty(groups, m),
-            empty(columns_of_block, dtype=torch.int32),
-            width > 0,
-        )
-        c = columns_of_block
-        columns = (empty(m, k).T[:c], empty(k, k)[:c, :c], empty(m, n).T[:c], empty(m, n, dtype=torch.uint8).T[:c])
-        yield f"gptq_block, {name}", lambda columns=columns, grid=grid: gptq_block_triton.gptq_block_triton_(*columns, grid)
+        yield syrk(4096, dtype)
+    yield syrk(4096, torch.bfloat16, aligned=False)
+    h = empty(4096, 4096)
+    parts = h[:2048, 1792:2048], h[:2048, 2048:], h[1792:2048, 2048:]
+    yield "rank_update", lambda: rank_update_triton.rank_update_triton_(*parts)
     for bits in (2, 3, 4, 8):
-        codes, words = empty(m, n, dtype=torch.uint8), empty(n * bits // 32, m, dtype=torch.int32)
-        scales, zeros = empty(n // 128, m, dtype=torch.float16), empty(n // 128, m, dtype=torch.uint8)
+        codes, words = empty(512, 4096, dtype=torch.uint8), empty(128 * bits, 512, dtype=torch.int32)
         yield f"pack, {bits} bits", lambda codes=codes, bits=bits: pack_triton.pack_triton(codes.T, bits)
         yield f"unpack, {bits} bits", lambda words=words, bits=bits: pack_triton.unpack_triton(words, bits)
-        yield (
-            f"dequantize_packed, {bits} bits",
-            lambda w=words, s=scales, z=zeros, b=bits: dequantize_triton.dequantize_packed_triton(w, s.T, z.T, b, torch.bfloat16),
-        )
+        yield dequantize(bits, torch.bfloat16)
         for dtype in (torch.float16, torch.bfloat16):
-            x = empty(4, n, dtype=dtype)
-            yield (
-                f"dequant_matvec, {bits} bits, {TYPES[dtype]}",
-                lambda x=x, w=words, s=scales, z=zeros, b=bits: dequant_matvec_triton.dequant_matvec_triton(x, w, s, z, b),
-            )
-    yield "dequantize", lambda: dequantize_triton.dequantize_triton(codes, scales.T, zeros.T, torch.bfloat16)
+            yield matvec(4, 512, 4096, 128, bits, dtype)
+    yield dequantize(0, torch.bfloat16)
 
 
-def rare_launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """The column loops that ``gpu_session`` runs, and packed products with few groups, wide groups or many rows."""
+def others() -> Iterator[Launch]:
+    """What other jobs launch: other formats, group sizes, precisions of scales and shapes; the loops that ``gpu_session`` runs."""
+    yield column_loop(Loop(bits=4, symmetric=True, width=128, scale_bits=8), batch=3)
+    yield column_loop(Loop(bits=4, symmetric=True, width=0), batch=3)
+    for scale_bits in (7, 9, 10, 11):
+        yield column_loop(Loop(bits=4, symmetric=True, width=128, scale_bits=scale_bits))
+    yield column_loop(Loop(bits=4, symmetric=False, width=128, scale_bits=8))
+    for width in (16, 40, 64):
+        k = 120 if width == 40 else 128
+        yield column_loop(Loop(bits=4, symmetric=True, width=width, k=k, scale_bits=8))
+        yield column_loop(Loop(bits=4, symmetric=False, width=width, k=k, scale_bits=8, min_zero=1))
+    yield column_loop(Loop(bits=3, symmetric=True, width=128, scale_bits=8, m=1030))
+    yield column_loop(Loop(bits=4, symmetric=True, width=128, scale_bits=8, m=1031))
+    yield column_loop(Loop(bits=4, symmetric=True, width=64, k=64, scale_bits=8, m=1))
+    yield column_loop(Loop(bits=4, symmetric=True, width=0, k=1, m=1))
     for loop in LOOPS:
-        k, m, groups = loop.k, loop.m or 512, loop.k // loop.width if loop.width else 4
-        spec = GridSpec(bits=loop.bits, symmetric=loop.symmetric, min_zero=loop.min_zero, scale_bits=loop.scale_bits)
-        values = (torch.empty(groups, m), torch.empty(groups, m), torch.empty(k, dtype=torch.int32))
-        grid = GroupGrid(spec, *values, loop.width > 0)
-        columns = (torch.empty(m, 128).T[:k], torch.empty(128, 128)[:k, :k], torch.empty(m, 4096).T[:k])
-        codes = torch.empty(m, 4096, dtype=torch.uint8).T[:k]
-        yield f"gptq_block, {loop.name}", lambda c=columns, q=codes, g=grid: gptq_block_triton.gptq_block_triton_(*c, q, g)
-    for b, m, n, groups, bits in ((1, 4096, 4096, 1, 4), (16, 4096, 4096, 128, 4), (1, 4096, 4096, 32, 8), (1, 131200, 256, 2, 4)):
-        x, words = torch.empty(b, n, dtype=torch.bfloat16), torch.empty(n * bits // 32, m, dtype=torch.int32)
-        by_group = torch.empty(groups, m, dtype=torch.float16), torch.empty(groups, m, dtype=torch.uint8)
-        name = f"dequant_matvec, {b} vectors, {m} × {n}, {groups} groups, {bits} bits"
-        yield name, lambda x=x, w=words, g=by_group, k=bits: dequant_matvec_triton.dequant_matvec_triton(x, w, *g, k)
+        yield column_loop(loop)
+    for dtype in (torch.float16, torch.float32):
+        yield dequantize(4, dtype)
+        yield dequantize(0, dtype)
+    yield dequantize(3, torch.float32)
+    yield syrk(57344, torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield matvec(1, 4096, 4096, 4096, 4, dtype)  # one group
+        yield matvec(1, 4096, 4096, 128, 3, dtype)
+        yield matvec(1, 4096, 4096, 128, 8, dtype)
+    yield matvec(16, 4096, 4096, 32, 4, torch.bfloat16)
+    yield matvec(1, 131200, 256, 128, 4, torch.bfloat16)  # no splits
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the table here")
-    parser.add_argument("--rare", action="store_true", help="compile the rare variants as well")
+    parser.add_argument("--few", action="store_true", help="compile only the variants of common jobs")
+    parser.add_argument("--target", choices=TARGETS, default="sm_90", help="what to compile for (default: sm_90)")
     args = parser.parse_args()
+    target = TARGETS[args.target]
     caught: list[dict[str, Any]] = []
 
     def run(self: JITFunction[Any], *arguments: Any, grid: object, warmup: bool, **named: Any) -> None:
-        caught.append(compile_launch(self, arguments, named))
+        caught.append(compile_launch(self, arguments, named, target))
 
     JITFunction.run = run
     for module in (syrk_triton, dequant_matvec_triton):
         module.uses_interpreter = lambda _x: False
-    torch.cuda.get_device_capability = lambda _device=None: (9, 0)
+    torch.cuda.get_device_capability = lambda _device=None: (9, 0) if target.backend == "cuda" else (9, 4)
+    torch.version.hip = None if target.backend == "cuda" else "compiled only"
     table: dict[str, Any] = {}
     failed = False
-    chosen = [(*launch, STACK) for launch in launches()]
-    chosen += [(*launch, RARE_STACK) for launch in rare_launches()] if args.rare else []
-    for name, call, allowed in chosen:
+    for name, call in itertools.chain(common(), () if args.few else others()):
+        if name in table:
+            continue
         caught.clear()
         try:
             call()
             table[name] = caught[0]
-            failed |= caught[0]["stack_bytes"] > allowed
+            failed |= caught[0]["stack_bytes"] > (WHOLE_STACK if "groups of 40" in name else STACK)
+            failed |= caught[0]["shared_bytes"] > SHARED[args.target]
         except Exception as error:
-            table[name] = {"error": f"{type(error).__name__}: {error}"}
+            table[name] = {"error": first_line(error)}
             failed = True
         print(f"{name:32}", " ".join(f"{k}={v}" for k, v in table[name].items()), flush=True)
-    if args.json:
-        result = {"command": "python scripts/compile_sm90.py", "triton": triton.__version__, "target": "sm_90", "launches": table}
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        if args.json:
+            command = f"python scripts/compile_sm90.py{'' if args.target == 'sm_90' else f' --target {args.target}'}"
+            result = {"command": command, "triton": triton.__version__, "target": args.target, "launches": table}
+            args.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     sys.exit(1 if failed else 0)
+
+
+def first_line(error: Exception) -> str:
+    """The innermost error's type and the first line of its message. Triton wraps errors in ones that quote the source."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 if __name__ == "__main__":

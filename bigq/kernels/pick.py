@@ -58,6 +58,14 @@ def uses_interpreter(x: Tensor) -> bool:
     return not x.is_cuda
 
 
+def input_precision() -> str:
+    """``input_precision`` of products of fp32 numbers on tensor cores: three TF32 products on NVIDIA GPUs, fp32 itself on AMD's.
+
+    Triton's compiler for AMD GPUs does not accept three TF32 products; their matrix cores multiply fp32 numbers.
+    """
+    return "tf32x3" if torch.version.hip is None else "ieee"
+
+
 def empty_columns(k: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialized [k, m] in the memory order of the column loop: each column contiguous on a CPU, each row on a GPU."""
     if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -242,6 +243,21 @@ def test_the_range_of_a_group_of_one_sign_reaches_to_zero(
     result = run(version, b)
     assert torch.allclose(result["scale"].double(), reach * (2 if symmetric else 1) / 15, rtol=2**-10, atol=0)
     assert bool((result["zero"] == (8 if symmetric else 15 if sign < 0 else 0)).all())
+
+
+@pytest.mark.parametrize(("width", "expected"), [(0, {0}), (32, {3})], ids=["given", "found"])
+def test_given_scales_of_any_precision_use_one_variant(width: int, expected: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are rounded already; each constant of the kernel is compiled separately."""
+    module = pytest.importorskip("bigq.kernels.gpu.gptq_block")
+    dropped: set[int] = set()
+
+    class Recorder:
+        def __getitem__(self, _grid: object) -> Callable[..., None]:
+            return lambda *_arguments, **named: dropped.add(named["DROP"])
+
+    monkeypatch.setattr(module, "_gptq_block_kernel", Recorder())
+    run("triton", block(64, 5, replace(SYMMETRIC, scale_bits=8), width=width).to(torch.float32, torch.device("cpu")))
+    assert dropped == expected
 
 
 @pytest.mark.usefixtures("triton_path")

@@ -101,6 +101,16 @@ def test_the_cpu_and_fp64_use_the_reference() -> None:
         assert pick.use_triton(on_gpu) is (dtype != torch.float64)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("hip", "expected"), [(None, "tf32x3"), ("6.4.0", "ieee")], ids=["NVIDIA", "AMD"])
+def test_products_of_fp32_have_a_precision_that_the_compiler_accepts(
+    hip: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = pytest.importorskip(f"triton.backends.{'amd' if hip else 'nvidia'}.compiler")
+    options = (compiler.HIPOptions(arch="gfx942") if hip else compiler.CUDAOptions(arch="sm90")).allowed_dot_input_precisions
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert pick.input_precision() == expected and expected in options
+
+
 @pytest.mark.gpu
 def test_a_gpu_uses_triton_except_for_fp64() -> None:
     for dtype, served in ((torch.float32, True), (torch.uint8, True), (torch.bfloat16, True), (torch.float64, False)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from checks import INTERPRETED, ORDERS, VERSIONS, as_good, kernel, same_bytes, stored, untouched
@@ -118,6 +120,31 @@ def test_triton_writes_only_the_upper_triangle(n: int, device: torch.device) -> 
         h = added("triton", torch.zeros(n, n, device=device).masked_fill_(below, value), x, "within a larger one")
         assert same_bytes(h[below], torch.full_like(h[below], value))
         assert not h[~below].isnan().any() and int((h[~below] == 0).sum()) == 0
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "bulk"),
+    [(None, (8, 9), False), (None, (9, 0), True), (None, (10, 0), True), (None, (12, 0), False), ("6.4.0", (9, 4), False)],
+    ids=["Ada", "Hopper", "Blackwell", "GeForce", "gfx942"],
+)
+def test_only_large_nvidia_gpus_have_bulk_copies(
+    hip: str | None, capability: tuple[int, int], bulk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of an AMD architecture looks like a capability."""
+    has_bulk_copies = pytest.importorskip("bigq.kernels.gpu.syrk").has_bulk_copies
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    assert has_bulk_copies(SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))) == bulk
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_without_bulk_copies_the_sum_is_as_good(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("bigq.kernels.gpu.syrk")
+    monkeypatch.setattr(module, "has_bulk_copies", lambda _x: False)
+    monkeypatch.setattr(module, "TensorDescriptor", None)
+    x = activations(70, 264, dtype).to(device)
+    h = added("triton", torch.zeros(264, 264, device=device), x)
+    assert as_good(h.triu(), (x.float().T @ x.float()).triu(), (x.double().T @ x.double()).triu(), floor=FLOOR)
 
 
 @pytest.mark.parametrize("order", [order for order in ORDERS if order != "by columns"])

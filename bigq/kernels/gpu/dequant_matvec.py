@@ -24,6 +24,9 @@ from bigq.kernels.pick import uses_interpreter
 #: Outputs of a program, cycles of words that it reads at a time, and warps.
 OUTPUTS, CYCLES, WARPS = 128, 16, 4
 
+#: Stages of loads. Three at 3 bits take 77 KiB of shared memory; an AMD GPU of the CDNA 3 generation has 64.
+STAGES, STAGES_AMD = 3, 2
+
 #: The minimum number of programs: a few for each multiprocessor of the largest GPUs.
 PROGRAMS = 1024
 
@@ -56,7 +59,8 @@ def dequant_matvec_triton(x: Tensor, words: Tensor, scales: Tensor, zeros: Tenso
     _matvec_kernel[(blocks, splits)](
         x, words, scales, zeros, y, partial, done, b, m, cycles, share, group_cycles, x.stride(0), splits,
         BITS=bits, CODES=cycle_codes, WORDS=cycle_words, CYCLES=CYCLES, BM=OUTPUTS, BB=16,
-        ONE_GROUP=group_cycles % CYCLES == 0, MAGIC=magic, WIDEN=uses_interpreter(x), num_warps=WARPS, num_stages=3,
+        ONE_GROUP=group_cycles % CYCLES == 0, MAGIC=magic, WIDEN=uses_interpreter(x), num_warps=WARPS,
+        num_stages=STAGES if torch.version.hip is None else STAGES_AMD,
     )  # fmt: skip
     return y
 

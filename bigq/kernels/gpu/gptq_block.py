@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bigq.kernels.grid import FP16_TINY, SCALE_BITS, GroupGrid, find_grid
+from bigq.kernels.pick import input_precision
 
 MAX_COLUMNS = 128
 ROWS = 16
@@ -78,10 +79,11 @@ def _launch(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: GroupG
         HALF=2.0 ** (spec.bits - 1),
         SYMMETRIC=spec.symmetric,
         MIN_ZERO=spec.min_zero,
-        DROP=SCALE_BITS - spec.scale_bits,
+        DROP=SCALE_BITS - spec.scale_bits if grid.find else 0,  # given scales are rounded already: one variant for all precisions
         WIDTH=width,
         SUB=TILE if tiled else WHOLE,
         BM=ROWS,
+        PRECISION=input_precision(),
         num_warps=WARPS if tiled else WHOLE_WARPS,
         enable_fp_fusion=False,
     )
@@ -123,7 +125,7 @@ def _grid_for_range(
 
 
 @triton.jit
-def _corrected(target, target_k, u, u_k, u_n, k, row_live, first, last, SUB: tl.constexpr):
+def _corrected(target, target_k, u, u_k, u_n, k, row_live, first, last, SUB: tl.constexpr, PRECISION: tl.constexpr):
     """Columns ``last`` … ``last + SUB`` of target [BM, ·], corrected for the errors of columns 0 … ``first``."""
     cols = last + tl.arange(0, SUB)
     live = row_live[:, None] & (cols < k)[None, :]
@@ -133,7 +135,7 @@ def _corrected(target, target_k, u, u_k, u_n, k, row_live, first, last, SUB: tl.
         before = t + tl.arange(0, SUB)
         errors = tl.load(target + before[None, :].to(tl.int64) * target_k, mask=row_live[:, None], other=0.0)
         spread = tl.load(u + before[:, None] * u_k + cols[None, :] * u_n, mask=(cols < k)[None, :], other=0.0)
-        w -= tl.dot(errors, spread, input_precision="tf32x3")
+        w -= tl.dot(errors, spread, input_precision=PRECISION)
     return w
 
 
@@ -148,7 +150,7 @@ def _gptq_block_kernel(
     grid_b, grid_g, grid_m,
     group_b, group_k,
     MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr, DROP: tl.constexpr,
-    WIDTH: tl.constexpr, SUB: tl.constexpr, BM: tl.constexpr,
+    WIDTH: tl.constexpr, SUB: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -170,13 +172,13 @@ def _gptq_block_kernel(
                 low = tl.zeros((BM,), dtype=tl.float32)
                 high = tl.zeros((BM,), dtype=tl.float32)
                 for part in range(lo, lo + WIDTH, SUB):
-                    inside = _corrected(target, target_k, u, u_k, u_n, k, row_live, lo, part, SUB)
+                    inside = _corrected(target, target_k, u, u_k, u_n, k, row_live, lo, part, SUB, PRECISION)
                     low = tl.minimum(low, tl.min(inside, 1))
                     high = tl.maximum(high, tl.max(inside, 1))
                 s, z = _grid_for_range(low, high, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO, DROP)
                 tl.store(scale + (lo // WIDTH) * grid_g, s, mask=row_live)
                 tl.store(zero + (lo // WIDTH) * grid_g, z, mask=row_live)
-        w = _corrected(target, target_k, u, u_k, u_n, k, row_live, lo, lo, SUB)
+        w = _corrected(target, target_k, u, u_k, u_n, k, row_live, lo, lo, SUB, PRECISION)
         inner = tl.arange(0, SUB)
         cols = lo + inner
         live = row_live[:, None] & (cols < k)[None, :]

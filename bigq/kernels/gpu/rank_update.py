@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigq.kernels.pick import input_precision
+
 #: Rows, columns and depth of a tile.
 TILE = (128, 128, 32)
 
@@ -21,12 +23,16 @@ def rank_update_triton_(c: Tensor, a: Tensor, b: Tensor) -> None:
     assert c.stride(1) == a.stride(1) == b.stride(1) == 1
     bm, bn, bk = TILE
     _rank_update_kernel[(triton.cdiv(n, bn), triton.cdiv(m, bm))](
-        c, a, b, m, n, a.shape[1], c.stride(0), a.stride(0), b.stride(0), BM=bm, BN=bn, BK=bk, num_warps=8, num_stages=3
+        c, a, b, m, n, a.shape[1], c.stride(0), a.stride(0), b.stride(0), BM=bm, BN=bn, BK=bk,
+        PRECISION=input_precision(), num_warps=8, num_stages=3,
     )  # fmt: skip
 
 
 @triton.jit
-def _rank_update_kernel(c, a, b, m, n, k, stride_c, stride_a, stride_b, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def _rank_update_kernel(
+    c, a, b, m, n, k, stride_c, stride_a, stride_b,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(1) * BM
     j = tl.program_id(0) * BN
     above = m - n
@@ -42,7 +48,7 @@ def _rank_update_kernel(c, a, b, m, n, k, stride_c, stride_a, stride_b, BM: tl.c
         live = (depth < k - t)[None, :]
         x = tl.load(left + t, mask=(rows < m)[:, None] & live, other=0.0)
         y = tl.load(right + t, mask=(cols < n)[:, None] & live, other=0.0)
-        acc = tl.dot(x, y.T, acc, input_precision="tf32x3")
+        acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
     at = c + rows[:, None].to(tl.int64) * stride_c + cols[None, :]
     mask = (rows < m)[:, None] & (cols < n)[None, :] & (rows[:, None] - above <= cols[None, :])
     tl.store(at, tl.load(at, mask=mask) - acc, mask=mask)

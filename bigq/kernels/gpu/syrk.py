@@ -22,12 +22,21 @@ SYRK_TILE_PLAIN = (128, 128, 64)
 GROUP = 8
 
 
+def has_bulk_copies(x: Tensor) -> bool:
+    """True if x's device has bulk copies and the shared memory of the large tile: NVIDIA's data centre GPUs from Hopper on.
+
+    On ROCm a capability is the number of an AMD architecture: gfx942 reports (9, 4), as a Hopper GPU reports (9, 0).
+    """
+    if uses_interpreter(x):
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+
+
 def syrk_triton_(h: Tensor, x: Tensor) -> None:
     """``syrk_`` for fp16 and bf16 x [tokens, n] on fp32 h: 16-bit products, summed in fp32."""
     tokens, n = x.shape
-    # Bulk copies need rows aligned to 16 bytes. The large tile needs the shared memory of a data centre GPU.
-    large = uses_interpreter(x) or torch.cuda.get_device_capability(x.device)[0] in (9, 10)
-    bulk = large and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    # Bulk copies need rows aligned to 16 bytes.
+    bulk = has_bulk_copies(x) and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     bm, bn, bk = SYRK_TILE if bulk else SYRK_TILE_PLAIN
     grid = (triton.cdiv(n, bm) * triton.cdiv(n, bn),)
     left = TensorDescriptor.from_tensor(x, [bk, bm]) if bulk else x
