@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -218,3 +219,18 @@ def test_an_error_in_any_part_is_raised_when_all_have_ended() -> None:
         threads.in_parts(2, 1, run)
     assert ended.is_set()
     torch.set_num_threads(before)
+
+
+def test_kernels_run_where_nothing_can_be_cached(child: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """As in a container whose file system is read-only."""
+    program = """
+import numba.core.caching as caching
+caching.CacheImpl._locator_classes = []
+import torch
+from bigq.kernels.cpu import columns
+from bigq.kernels.grid import GridSpec
+assert not columns._find_grids.stats.cache_path
+print(columns.find_grid_compiled(torch.tensor([[7.5], [-7.5]]), GridSpec(bits=4, symmetric=True))[0].item())
+"""
+    done = child("-c", program)
+    assert (done.returncode, done.stdout) == (0, "1.0\n"), done.stderr

@@ -16,6 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from bigq.kernels.cpu.compiler import compiled
 from bigq.kernels.cpu.threads import in_parts
 from bigq.kernels.grid_spec import FP16_TINY, MSE_STEPS, SCALE_BITS, GridSpec, GroupGrid
 
@@ -134,7 +135,7 @@ def _to_power(x, power):
     return i32(f32(fraction).view(i32) + (f32(whole).view(i32) << i32(23))).view(f32)
 
 
-@njit(nogil=True, fastmath=FUSED, cache=True)
+@compiled(fastmath=FUSED)
 def _candidate(tile, s, e, scale, zero, best, best_scale, best_zero, top, power, scratch):
     """Try a grid on columns [s, e) of a tile. Rows in which its error is below the best take it."""
     error, inverse, unit = scratch[0], scratch[1], scratch[2]
@@ -160,7 +161,7 @@ def _candidate(tile, s, e, scale, zero, best, best_scale, best_zero, top, power,
             best_zero[r] = zero[r]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _tile_grid(tile, s, e, scale, zero, spec, scratch):
     """The grid of columns [s, e) of a tile [columns, LANES]: scale and zero, each [LANES]."""
     low, high, best = scratch[3], scratch[4], scratch[5]
@@ -187,7 +188,7 @@ def _tile_grid(tile, s, e, scale, zero, spec, scratch):
         _candidate(tile, s, e, tried_scale, tried_zero, best, scale, zero, top, power, scratch)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _find_grids(w, scale, zero, spec, start, stop):
     """The grids of columns [start, stop) of w [g, c]."""
     tile = np.zeros((w.shape[0], LANES), f32)
@@ -201,7 +202,7 @@ def _find_grids(w, scale, zero, spec, start, stop):
         zero[c : c + count] = tile_zero[:count]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _quantize_columns(target, u, work, codes, scale, zero, group, loss, find, spec, start, stop):
     """The column loop for rows [start, stop). Arguments as in ``gptq_block_``; loss: [m]."""
     k = target.shape[0]

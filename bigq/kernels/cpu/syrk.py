@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from bigq.kernels.cpu.compiler import compiled
 from bigq.kernels.cpu.threads import in_parts
 
 #: Columns of a panel, and rows and vectors of 16 columns of a tile. Its sums fill 16 of the 32 vector registers.
@@ -111,7 +112,7 @@ def _emit_tile(context: Any, builder: Any, signature: Any, arguments: Any) -> An
     return context.get_dummy_value()
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _pack(words, packed, start, stop):
     """Pack panels [start, stop): words int16 [tokens, n] → int32 [panel, pair, column], the earlier token in the lower half."""
     tokens = words.shape[0]
@@ -124,7 +125,7 @@ def _pack(words, packed, start, stop):
                 packed[panel, pair, c] = (high << np.int32(16)) | (np.int32(words[2 * pair, at]) & np.int32(0xFFFF))
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _accumulate(packed, sums, start, stop):
     """Add to the tiles of panels i ≤ j, of which those numbered [start, stop), row by row."""
     panels, pairs, n = packed.shape[0], packed.shape[1], sums.shape[0]
