@@ -61,7 +61,7 @@ def test_licences_are_in_the_wheel(wheel: zipfile.ZipFile, metadata: Message) ->
 def test_metadata(metadata: Message) -> None:
     assert metadata["Name"] == "bigq" and metadata["Version"] == version()
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra") or ()) == {"gguf", "parquet", "report", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra") or ()) == {"cpu", "gguf", "parquet", "report", "test", "dev"}
     assert str(metadata.get_payload()).startswith("# bigq\n")
 
 

@@ -62,9 +62,10 @@ def losses(report: Report) -> dict[str, float]:
 
 
 def require_close(report: Report, other: Report) -> None:
-    """Losses within 0.1 %."""
+    """Losses within 1 %. Other roundings may make a weight near the middle of two codes take the other one, and these models are so small
+    that one weight changes the losses of all later Linears by up to 0.8 %."""
     expected = losses(other)
-    assert losses(report) == {name: pytest.approx(loss, rel=1e-3) for name, loss in expected.items()}
+    assert losses(report) == {name: pytest.approx(loss, rel=1e-2) for name, loss in expected.items()}
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,10 @@ COPIER = "bigq.io.prefetch.cuda_copier:CudaCopier"
 EXPORTER = "bigq.io.device_to_host:DeviceToHost"
 PINNED = "bigq.sched.rows.tiers:_PinnedBuffer"
 WAITS_FOR_MAIN = "self._stream.wait_stream(torch.cuda.current_stream(self._device))"
-COPY = "target.copy_(self._rows[lo:hi], non_blocking=True)"
+COPY = (
+    "for part, piece in zip(target.view(-1).split([len(piece) for piece in pieces]), pieces, strict=True):\n"
+    "                part.copy_(piece, non_blocking=True)"
+)
 RECORD = "arrived = torch.cuda.Event()\n            arrived.record(self._stream)"
 
 FAULTS: Mapping[str, Fault] = {
