@@ -33,7 +33,9 @@ def make_inputs(model: Path, ids: Path) -> None:
     """
     import torch
     from shapes import write_ids, zipf_ids
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -49,6 +51,9 @@ def make_inputs(model: Path, ids: Path) -> None:
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(model, max_shard_size="45MB")
+    # The rows are token ids, but other programs ask for a tokenizer.
+    words = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0").save_pretrained(model)
     write_ids(ids, zipf_ids(ROWS, SEQLEN, VOCABULARY))
 
 
