@@ -1,7 +1,6 @@
 """``python3 -m bigq``."""
 
-import sys
+from bigq.cli.main import program
 
-from bigq.cli.main import main
-
-sys.exit(main())
+if __name__ == "__main__":
+    program()

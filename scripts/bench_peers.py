@@ -40,11 +40,11 @@ SAME, PEERS = "bigq, same settings", ("llmcompressor", "gptqmodel")
 PEER_ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
 
 
-def measure(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Run a command. Exits with its log's end if it fails."""
+def measure(command: Sequence[str], log: Path, environment: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    """Run a command in a folder. Exits with its log's end if it fails."""
     began = time.monotonic()
     with log.open("w") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **environment})
+        process = subprocess.Popen(command, cwd=folder, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **environment})
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if status:
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
+    args.work = args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
     model, ids, out, log = args.work / "llama-small", args.work / "tokens.safetensors", args.work / "out", args.work / "log.txt"
     if not ids.exists():
@@ -97,7 +98,8 @@ def main() -> None:
             if number == 0 and name != SAME:
                 continue
             shutil.rmtree(out, ignore_errors=True)
-            result = measure(command, log, PEER_ENVIRONMENT if name in PEERS else cache)
+            # Other programs leave files in the folder that they run in.
+            result = measure(command, log, *((PEER_ENVIRONMENT, args.work) if name in PEERS else (cache, ROOT)))
             runs.setdefault(name if number else "bigq, same settings, first run: kernels are compiled", []).append(result)
             print(f"{name:34} {result['wall_s']:8.1f} s {result['cpu_s']:8.1f} CPU s {result['peak_rss_mib']:6} MiB", flush=True)
             if name in PEERS:

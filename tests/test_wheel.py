@@ -67,7 +67,7 @@ def test_metadata(metadata: Message) -> None:
 
 def test_the_command_is_installed(wheel: zipfile.ZipFile) -> None:
     text = wheel.read(f"bigq-{version()}.dist-info/entry_points.txt").decode()
-    assert text.split() == ["[console_scripts]", "bigq", "=", "bigq.cli.main:main"]
+    assert text.split() == ["[console_scripts]", "bigq", "=", "bigq.cli.main:program"]
 
 
 def version() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import json
 import os
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from bigq.cli.flags import add_option, add_options, given, group_of
 from bigq.cli.parser import Parser
 from bigq.config import OUTPUT, RUN, JobConfig
 from bigq.errors import ResourceError
+from bigq.machine.memory import without_collection
 from bigq.options import Option, table, without_effect
 from bigq.progress.display import DONE_FIELDS, Events, to_json
 from bigq.progress.terminal import print_result
@@ -125,7 +125,8 @@ def _run_quantize(args: argparse.Namespace) -> int:
         config = job_config(args, _settings_before(args.out))
         stop.grace = config.grace
         _begin(args, config)
-        from bigq.sched.run import quantize
+        with without_collection():
+            from bigq.sched.run import quantize
 
         report = quantize(args.model, args.out, config, stop, args.display, command=args.given, started=args.started)
     values = report.to_json()
@@ -138,18 +139,12 @@ def _run_quantize(args: argparse.Namespace) -> int:
 
 
 def _run_plan(args: argparse.Namespace) -> int:
-    # A seventh of a plan's seconds would go to garbage collection during imports.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with without_collection():
         config = job_config(args, None if args.out is None else _settings_before(args.out))
         _begin(args, config)
         from bigq.sched.plan.inputs import plan
 
         result = plan(args.model, args.out or ".", config, args.on)
-    finally:
-        if collecting:
-            gc.enable()
     print_result(json.dumps(result.to_json()) if args.json else result.table())
     if result.shortages:
         raise ResourceError(f"{args.model}: the job does not fit: {'; '.join(result.shortages)}")

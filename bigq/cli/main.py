@@ -6,13 +6,14 @@ The exit codes are listed in ``bigq.errors``. The environment is read here and n
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from bigq.cli.commands import build_parser
 from bigq.cli.parser import ParseError
@@ -26,6 +27,20 @@ INTERRUPTED = 130
 
 #: Commands whose --json writes events to stderr.
 WITH_EVENTS = ("quantize", "plan")
+
+
+def program() -> NoReturn:
+    """The installed program: run one command and end the process.
+
+    Python's own end, which frees every object that torch and transformers made, takes a second. Nothing waits for it: what
+    ``main`` started has ended, and files and streams are flushed.
+    """
+    status = main()
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,11 +1,13 @@
-"""Tuning of glibc's heap."""
+"""Tuning of glibc's heap and of Python's garbage collection."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 #: Parameter numbers of mallopt (malloc.h) and their values in bytes.
 _M_TRIM_THRESHOLD, _TRIM_BYTES = -1, 2**30
@@ -31,6 +33,21 @@ def return_freed_memory() -> None:
     malloc_trim = _libc("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Collect no garbage while the context is open, for imports: they make objects that stay, and are a seventh faster without."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            # Together these move all objects to the oldest generation. Otherwise the next collection would look at each of them.
+            gc.freeze()
+            gc.unfreeze()
+            gc.enable()
 
 
 @functools.cache

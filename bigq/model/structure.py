@@ -38,8 +38,8 @@ class Shortcut:
     """A module that returns the output of the Linear ``linear`` inside it, perhaps with one of its arguments added (a residual).
 
     form: how the module returns it. added: the argument's position or name. last: whether the Linear is at the block's deepest level, so
-    that only the replay of the whole block runs the module again. idle: Linears outside the module whose outputs reach nothing but it, as
-    those of a block without an MLP module; module is then the Linear itself.
+    that only the replay of the whole block runs the module again. idle: modules outside it whose outputs reach nothing but it, as the norm
+    before it; in a block without an MLP module, module is the Linear itself, and other Linears are idle.
     """
 
     module: str
@@ -165,7 +165,7 @@ def _plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: Dataf
             shortcut = Shortcut(group.names[0], group.names[0], OutputForm(None), last=True, idle=idle)
             if idle and _leaves_idle(shortcut, block, hidden, call, tracer):
                 shortcuts = (*shortcuts, shortcut)
-    return BlockPlan(planned, left_out, shortcuts)
+    return BlockPlan(planned, left_out, tuple(_with_idle_norms(s, block, hidden, call, tracer) for s in shortcuts))
 
 
 def _groups(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, call: BlockCall) -> list[list[str]]:
@@ -305,8 +305,35 @@ def _shortcut(name: str, module: _ModuleCall, source: str, linear: _ModuleCall, 
     return None
 
 
+def _with_idle_norms(shortcut: Shortcut, block: nn.Module, hidden: Tensor, call: BlockCall, tracer: DataflowTracer) -> Shortcut:
+    """The shortcut with those children of the block that only feed its module and keep the shape of their input, as norms do."""
+    for name, child in block.named_children():
+        if block_linears(child) or shortcut.module.split(".")[0] == name:
+            continue
+        tried = dataclasses.replace(shortcut, idle=(*shortcut.idle, name))
+        if _keeps_shape(child, block, hidden, call) and _leaves_idle(tried, block, hidden, call, tracer):
+            shortcut = tried
+    return shortcut
+
+
+def _keeps_shape(module: nn.Module, block: nn.Module, hidden: Tensor, call: BlockCall) -> bool:
+    """Whether the block calls a module once, with one tensor, and it returns another of the same shape and dtype."""
+    kept: list[bool] = []
+
+    def after(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> None:
+        x = args[0] if len(args) == 1 and not kwargs else None
+        kept.append(isinstance(x, Tensor) and isinstance(y, Tensor) and (x.shape, x.dtype) == (y.shape, y.dtype))
+
+    handle = module.register_forward_hook(after, with_kwargs=True)
+    try:
+        call.run(block, hidden.clone())
+    finally:
+        handle.remove()
+    return kept == [True]
+
+
 def _leaves_idle(shortcut: Shortcut, block: nn.Module, hidden: Tensor, call: BlockCall, tracer: DataflowTracer) -> bool:
-    """Whether the block returns the same bits where the idle Linears return marked values and the shortcut's Linear what it returned."""
+    """Whether the block returns the same bits where idle modules return marked values and the shortcut's Linear what it returned."""
     linear = block.get_submodule(shortcut.linear)
     returned: list[Tensor] = []
     handle = linear.register_forward_hook(lambda module, args, output: returned.append(output.detach().clone()))
@@ -315,13 +342,13 @@ def _leaves_idle(shortcut: Shortcut, block: nn.Module, hidden: Tensor, call: Blo
     finally:
         handle.remove()
 
-    def make(i: int) -> Callable[[Tensor], Tensor]:
+    def make(i: int) -> Callable[..., Any]:
         if i == len(shortcut.idle):
-            return lambda x: returned[0].clone()
+            return lambda *args, **kwargs: shortcut.returns(returned[0].clone(), args, kwargs)
         module = block.get_submodule(shortcut.idle[i])
         return lambda x: tracer.mark(type(module).forward(module, x))
 
-    with replace_forwards([*map(block.get_submodule, shortcut.idle), linear], make):
+    with replace_forwards([*map(block.get_submodule, shortcut.idle), block.get_submodule(shortcut.module)], make):
         output = call.run(block, hidden.clone())
     return not tracer.is_marked(output) and tracer.same(output, expected)
 

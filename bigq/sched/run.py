@@ -24,7 +24,7 @@ from bigq.job.journal import Commit
 from bigq.job.manifest import GGUF_NAME, add_gguf, has_gguf
 from bigq.job.stop import Stop
 from bigq.machine.device import memory_errors
-from bigq.machine.memory import hold_heap
+from bigq.machine.memory import hold_heap, without_collection
 from bigq.machine.ranks import OneProcess
 from bigq.methods.base import CalibratedMethod
 from bigq.model import skeleton
@@ -73,10 +73,11 @@ def quantize(
         return _finished_report(target, commits, display, started)
     stop = stop or Stop(target.config.grace)
     hold_heap()
-    skeleton.silence_transformers()
     with torch.no_grad(), memory_errors(target.device):
-        job = resolve_job(target, stop, stages)
-        plan = plan_job(job.pager, job.rows, job.config, target.out, job.made)
+        with without_collection():
+            skeleton.silence_transformers()
+            job = resolve_job(target, stop, stages)
+            plan = plan_job(job.pager, job.rows, job.config, target.out, job.made)
         job = job.with_batch(plan.choice.batch)
         units, request = units_of(job), request_of(job)
         stages.ended("planning")

@@ -169,11 +169,12 @@ class _Columns:
         )
         at = 0
         for rows in (part for w in weights for part in w.split(max(1, CONVERTED // n))):
-            natural = rows.to(dtype) if correction is None else correction.apply(rows.to(dtype, copy=True), factor)
+            natural = rows if correction is None else correction.apply(rows.to(dtype, copy=True), factor)
             to = slice(at, at + len(rows))
             if static:
-                columns.scale[:, to], columns.zero[:, to] = find_grid(natural.view(len(rows), -1, width).permute(2, 1, 0), scheme.grid)
-            columns.work[:, to] = natural.T if factor.perm is None else natural[:, factor.perm].T
+                grouped = natural.to(dtype).view(len(rows), -1, width).permute(2, 1, 0)
+                columns.scale[:, to], columns.zero[:, to] = find_grid(grouped, scheme.grid)
+            columns.work[:, to] = natural.T if factor.perm is None else natural.T[factor.perm]
             at += len(rows)
         return columns
 

@@ -106,7 +106,7 @@ def textbook(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: Group
 
 @pytest.mark.parametrize("find", [False, True], ids=["given", "found"])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
-@pytest.mark.parametrize(("k", "m", "groups"), [(128, 70, 1), (128, 64, 4), (96, 33, 2), (40, 1, 1), (1, 31, 1)])
+@pytest.mark.parametrize(("k", "m", "groups"), [(128, 70, 1), (128, 64, 4), (96, 33, 2), (120, 40, 3), (40, 1, 1), (1, 31, 1)])
 def test_the_column_loop_has_the_bits_of_the_textbook(k: int, m: int, groups: int, symmetric: bool, find: bool, thread_count: int) -> None:
     spec = GridSpec(bits=4, symmetric=symmetric, scale_bits=8)
     x = randn(k, 4 * k, seed=1)

@@ -9,11 +9,13 @@ Both kernels are in one file because numba's cache notices changes of a function
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from bigq.kernels.cpu.compiler import compiled
@@ -24,6 +26,10 @@ f32, i32 = np.float32, np.int32
 
 #: Rows of a tile: two vectors of 16. A block of 128 columns takes 16 KiB.
 LANES = 32
+
+#: Columns whose errors are spread to later ones together, so that these are loaded and stored once for all of them. A strip ends with
+#: its group if the next group's grid is to be found, which needs the corrected weights.
+STRIP = 16
 
 #: Weights of a group after which the search drops a candidate that is already worse than the best one in all rows.
 CHECKED = 8
@@ -202,6 +208,54 @@ def _find_grids(w, scale, zero, spec, start, stop):
         zero[c : c + count] = tile_zero[:count]
 
 
+@intrinsic
+def _spread(context: Any, tile: Any, factors: Any, width: Any, first: Any, end: Any, later: Any) -> Any:
+    """Subtract the errors of columns [first, end) of a tile [columns, LANES] from a later column, in their order.
+
+    tile, factors: addresses of fp32 numbers. width: bytes of a row of ``factors``; element [j, later] is the factor of column j.
+    """
+    return types.void(*[types.intp] * 6), _emit_spread
+
+
+def _emit_spread(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    tile, factors, width, first, end, later = arguments
+    index, number = ir.IntType(64), ir.FloatType()
+    vector = ir.VectorType(number, 16)
+
+    def load(address: Any, kind: Any) -> Any:
+        loaded = builder.load(builder.inttoptr(address, ir.PointerType(kind)), typ=kind)
+        loaded.align = 4
+        return loaded
+
+    def halves(column: Any) -> list[Any]:
+        at = builder.add(tile, builder.mul(column, ir.Constant(index, 4 * LANES)))
+        return [builder.add(at, ir.Constant(index, 4 * start)) for start in range(0, LANES, 16)]
+
+    places = halves(later)
+    loaded = [load(place, vector) for place in places]
+    factor_at = builder.add(factors, builder.mul(later, ir.Constant(index, 4)))
+    before = builder.block
+    loop, after = builder.append_basic_block("columns"), builder.append_basic_block("end")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    column = builder.phi(index)
+    column.add_incoming(first, before)
+    sums = [builder.phi(vector) for _ in places]
+    factor = load(builder.add(factor_at, builder.mul(column, width)), number)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), factor, ir.Constant(ir.IntType(32), 0))
+    repeated = builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), 16), [0] * 16))
+    for total, start, place in zip(sums, loaded, halves(column), strict=True):
+        total.add_incoming(start, before)
+        total.add_incoming(builder.fsub(total, builder.fmul(load(place, vector), repeated)), loop)
+    following = builder.add(column, ir.Constant(index, 1))
+    column.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
+    builder.position_at_end(after)
+    for total, place in zip(sums, places, strict=True):
+        builder.store(total.incomings[1][0], builder.inttoptr(place, ir.PointerType(vector)), align=4)
+    return context.get_dummy_value()
+
+
 @compiled(error_model="numpy")
 def _quantize_columns(target, u, work, codes, scale, zero, group, loss, find, spec, start, stop):
     """The column loop for rows [start, stop). Arguments as in ``gptq_block_``; loss: [m]."""
@@ -209,7 +263,7 @@ def _quantize_columns(target, u, work, codes, scale, zero, group, loss, find, sp
     width = k // scale.shape[0]
     tile, at_scale, at_zero = np.zeros((k, LANES), f32), np.ones((scale.shape[0], LANES), f32), np.zeros((scale.shape[0], LANES), f32)
     scratch, total, error = np.empty((8, LANES), f32), np.empty(LANES, f32), np.empty(LANES, f32)
-    top = f32(spec.top)
+    top, at_tile, at_u = f32(spec.top), tile.ctypes.data, u.ctypes.data
     for c in range(start, stop, LANES):
         count = min(LANES, stop - c)
         tile[:, :count] = target[:, c : c + count]
@@ -217,6 +271,7 @@ def _quantize_columns(target, u, work, codes, scale, zero, group, loss, find, sp
             at_scale[:, :count] = scale[:, c : c + count]
             at_zero[:, :count] = zero[:, c : c + count]
         total[:] = f32(0)
+        first = 0
         for j in range(k):
             g = group[j]
             if find and j % width == 0:
@@ -234,10 +289,14 @@ def _quantize_columns(target, u, work, codes, scale, zero, group, loss, find, sp
                 error[r] /= pivot
                 total[r] += error[r] * error[r]
                 tile[j, r] = error[r]
-            for later in range(j + 1, k):
-                factor = u[j, later]
-                for r in range(LANES):
-                    tile[later, r] -= error[r] * factor
+            # Columns outside the strip [first, end) are changed once it is complete, in the order of the textbook loop.
+            end = min(first + STRIP, k, first // width * width + width if find else k)
+            for later in range(j + 1, end):
+                _spread(at_tile, at_u, 4 * k, j, j + 1, later)
+            if j + 1 == end:
+                for later in range(end, k):
+                    _spread(at_tile, at_u, 4 * k, first, end, later)
+                first = end
         target[:, c : c + count] = tile[:, :count]
         loss[c : c + count] = total[:count]
         if find:

@@ -9,21 +9,31 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+#: Parts per thread. A thread that wakes up late, since torch's own threads still spin, takes fewer of them.
+PARTS = 4
+
 
 def in_parts(total: int, step: int, run: Callable[[int, int], None]) -> None:
-    """Call ``run(start, stop)`` for parts of [0, total), one per thread. Parts begin at multiples of ``step``.
+    """Call ``run(start, stop)`` for parts of [0, total) on all threads. Parts begin at multiples of ``step``.
 
-    ``run`` must release Python's global lock. Errors of all parts are raised after all have ended.
+    ``run`` must release Python's global lock. An error is raised after all threads have ended.
     """
     steps = -(-total // step)
-    parts = max(1, min(torch.get_num_threads(), steps))
+    threads = max(1, min(torch.get_num_threads(), steps))
+    parts = min(steps, threads * PARTS) if threads > 1 else 1
     cuts = [min(total, steps * i // parts * step) for i in range(parts + 1)]
-    others = [_pool().submit(run, start, stop) for start, stop in itertools.pairwise(cuts[1:])]
+    left = itertools.pairwise(cuts)
+
+    def work() -> None:
+        for start, stop in left:
+            run(start, stop)
+
+    others = [_pool().submit(work) for _ in range(threads - 1)]
     try:
-        run(cuts[0], cuts[1])
+        work()
     finally:
-        for part in others:
-            part.result()
+        for other in others:
+            other.result()
 
 
 @functools.cache

@@ -8,6 +8,7 @@ a llama block takes one forward of its attention and of its Linears instead of 4
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bigq.model.capture import replace_forwards
-from bigq.model.skeleton import linear_weight
+from bigq.model.skeleton import is_linear, linear_weight
 from bigq.model.structure import Shortcut
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import RowBuffer, Tier
@@ -120,8 +121,7 @@ class ShortcutCache:
 
         def make(i: int) -> Callable[..., Any]:
             if i >= len(usable):
-                outputs = linear_weight(idle[i - len(usable)]).shape[0]
-                return lambda x: x.new_zeros(*x.shape[:-1], outputs)
+                return functools.partial(_empty_output, idle[i - len(usable)])
             shortcut = usable[i]
             kept = self._kept[shortcut]
             linear = block.get_submodule(shortcut.linear)
@@ -157,6 +157,11 @@ class ShortcutCache:
                 kept.buffer.close()
         self._kept.clear()
         self._finished.clear()
+
+
+def _empty_output(module: nn.Module, x: Tensor) -> Tensor:
+    """What an idle module returns: nothing reads its values, so they are not set."""
+    return x.new_empty(*x.shape[:-1], linear_weight(module).shape[0] if is_linear(module) else x.shape[-1])
 
 
 @dataclass(slots=True)

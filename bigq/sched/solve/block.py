@@ -161,25 +161,27 @@ def _run_up_to(
     hidden: Tensor,
     see: Callable[[str, Tensor], None],
 ) -> None:
-    """Run a block until every Linear of the groups has received its input; ``see`` is called with each Linear's name and input.
+    """Run a block until every group has received its input; ``see`` is called with each Linear's name and input.
 
     Linears of the deepest level do not compute, since no other group depends on their outputs.
     """
-    names = [name for g in groups for name in g.names]
+    group_of = {name: g for g in groups for name in g.names}
+    names = list(group_of)
     deepest = max(g.level for g in groups)
-    feeding = {name for g in groups if g.level < deepest for name in g.names}
-    waiting = set(names)
+    waiting = set(groups)
 
     def make(k: int) -> Callable[[Tensor], Tensor]:
-        name, module = names[k], linears[names[k]]
-        outputs = linear_weight(linears[name]).shape[0]
+        module, group = linears[names[k]], group_of[names[k]]
+        outputs = linear_weight(module).shape[0]
 
         def forward(x: Tensor) -> Tensor:
-            see(name, x)
-            waiting.discard(name)
+            if group in waiting:
+                waiting.remove(group)
+                for member in group.names:
+                    see(member, x)
             if not waiting:
                 raise StopForward
-            if name in feeding:
+            if group.level < deepest:
                 y: Tensor = type(module).forward(module, x)
                 return y
             return x.new_zeros(*x.shape[:-1], outputs)

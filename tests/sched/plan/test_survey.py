@@ -22,6 +22,16 @@ from bigq.sched.plan.survey import Outline, survey
 from bigq.sched.rows.probe import probe_model
 
 CPU = torch.device("cpu")
+
+#: What only feeds the attention and the MLP, where it is not a norm before and one after attention.
+IDLE = {
+    "falcon": (("ln_attn",), ("ln_mlp",)),
+    "gemma2": (("input_layernorm",), ("pre_feedforward_layernorm",)),
+    "gemma3": (("input_layernorm",), ("pre_feedforward_layernorm",)),
+    "gpt2": (("ln_1",), ("ln_2",)),
+    "opt": (("self_attn_layer_norm",), ("fc1", "activation_fn", "final_layer_norm")),
+}
+
 SEQLEN = 48
 
 
@@ -63,7 +73,8 @@ def test_levels_groups_and_shortcuts_are_those_of_the_real_block(pager: Pager, f
             # Attention's output projection, and the last Linear of the MLP; in parallel blocks both are at the deepest level.
             attention, mlp = real.shortcuts
             assert (attention.last, mlp.last) == (len(LEVELS[family]) == 2, True)
-            assert mlp.idle == (("fc1",) if family == "opt" else ())
+            # The norm before each; in OPT also what its block has in place of an MLP module.
+            assert (attention.idle, mlp.idle) == IDLE.get(family, (("input_layernorm",), ("post_attention_layernorm",)))
 
 
 def test_bytes_are_those_of_the_checkpoint(pager: Pager) -> None:
