@@ -62,7 +62,8 @@ def commands(args: argparse.Namespace, model: Path, ids: Path, out: Path) -> dic
     found = {name: [*quantize, *more] for name, more in BIGQ.items()}
     for peer in PEERS:
         if venv := getattr(args, peer):
-            found[peer] = [str(venv.absolute() / "bin/python"), str(ROOT / "scripts/clients/time_peer.py"), peer, str(model), str(ids), str(out)]
+            script = ROOT / "scripts/clients/time_peer.py"
+            found[peer] = [str(venv.absolute() / "bin/python"), str(script), peer, str(model), str(ids), str(out)]
     return found
 
 
