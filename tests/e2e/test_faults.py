@@ -115,6 +115,15 @@ def test_system_refuses(
             shutil.rmtree(out)
 
 
+@pytest.mark.gpu
+def test_system_refuses_a_job_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """When each point of writing is passed first; the job then resumes on the GPU and ends in the same bytes."""
+    with quick():
+        job = make_job(tmp_path, "cuda")
+        for point in WRITING:
+            test_system_refuses(point, 1, job, Counter({point: 1}), tmp_path, capsys)
+
+
 def test_folder_that_is_finished_anew(job: TinyJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One of its last files was damaged: until all are there again it does not load."""
     out = tmp_path / "out"

@@ -90,12 +90,13 @@ class Outcome:
 class TinyJob:
     """Two llama blocks, 8 × 16 tokens, activations on disk, a checkpoint after the first block.
 
-    expected: the hashes of an undisturbed run.
+    expected: the hashes of an undisturbed run on ``device``.
     """
 
     source: Path
     ids: Path
     expected: dict[str, str]
+    device: str = "cpu"
 
     def config(self, **changes: Any) -> JobConfig:
         values: dict[str, Any] = {
@@ -107,7 +108,7 @@ class TinyJob:
             "activations": "disk",
             "checkpoint_every": 0.0,
             "disk": 2**50,
-            "device": "cpu",
+            "device": self.device,
         }
         return JobConfig(**{**values, **changes})
 
@@ -172,10 +173,10 @@ def require_plain(error: BigqError) -> None:
     assert "; " in line or "cannot be used as output folder" in line, f"says not what to do: {line}"
 
 
-def make_job(folder: Path) -> TinyJob:
-    """The job, with its undisturbed run done."""
+def make_job(folder: Path, device: str = "cpu") -> TinyJob:
+    """The job on a device, with its undisturbed run done."""
     source = make_checkpoint(folder / "model", "llama", num_hidden_layers=2)
-    job = TinyJob(source, save_ids(folder / "ids.safetensors", random_ids()), {})
+    job = TinyJob(source, save_ids(folder / "ids.safetensors", random_ids()), {}, device)
     bigq.quantize(str(source), folder / "out", job.config(quiet=True, activations="host", checkpoint_every=None))
     job.expected = hashes(folder / "out")
     return job

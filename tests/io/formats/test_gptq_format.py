@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -244,3 +245,17 @@ def test_of_two_rules_with_one_pattern_the_applied_one_is_written() -> None:
     assert applied is not None and applied.bits == 8
     dynamic = quantization_config(QuantScheme(), rules, 1, (), {})["dynamic"]
     assert read_dynamic(dynamic, "a") == {"bits": 8}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("format", sorted(FORMATS))
+def test_a_gpu_packs_the_bytes_of_the_cpu(format: str, bits: int, symmetric: bool) -> None:
+    weight, made = random_weight(bits, symmetric), FORMATS[format]
+    moved = dataclasses.replace(weight, codes=weight.codes.cuda(), scales=weight.scales.cuda(), zeros=weight.zeros.cuda())
+    on_cpu, on_gpu = (made.pack("linear", each, torch.float16) for each in (weight, moved))
+    assert on_cpu.keys() == on_gpu.keys() and all(torch.equal(on_gpu[name].cpu(), stored) for name, stored in on_cpu.items())
+    words, scales, zeros = made.read("linear", on_gpu.__getitem__, weight.scheme)
+    assert torch.equal(unpack(words, bits).T.cpu(), weight.codes)
+    assert torch.equal(scales.cpu().to(weight.scales.dtype), weight.scales) and torch.equal(zeros.cpu(), weight.zeros)
