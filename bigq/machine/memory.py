@@ -45,8 +45,10 @@ def without_collection() -> Iterator[None]:
     finally:
         if collecting:
             # Together these move all objects to the oldest generation. Otherwise the next collection would look at each of them.
-            gc.freeze()
-            gc.unfreeze()
+            # What the caller has frozen stays so.
+            if not gc.get_freeze_count():
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
