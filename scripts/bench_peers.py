@@ -108,7 +108,8 @@ def main() -> None:
     medians = {name: {key: statistics.median(run[key] for run in each) for key in each[0]} for name, each in runs.items()}
     peers = [name for name in PEERS if name in medians]
     result: dict[str, Any] = {
-        "command": f"python scripts/bench_peers.py --work DIR --gptqmodel VENV --llmcompressor VENV --rounds {args.rounds} --json {args.json}",
+        "command": "python scripts/bench_peers.py --work DIR --gptqmodel VENV --llmcompressor VENV "
+        f"--rounds {args.rounds} --json {args.json}",
         "revision": revision(),
         "cores": os.cpu_count(),
         "peers": versions,
