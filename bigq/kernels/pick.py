@@ -17,6 +17,15 @@ from torch import Tensor
 #: Resident bytes of numba, LLVM and the compiled kernels once they are loaded: measured 109 MiB.
 COMPILED_BYTES = 110 * 2**20
 
+#: Elements that are converted or moved at a time where a whole copy would take as much memory as the matrix. On a CPU a piece fits its
+#: second-level cache: a matrix of 5632 × 5632 is permuted in 92 ms, in pieces of a GPU's size in 151 ms (two cores).
+CPU_PIECE, GPU_PIECE = 2**18, 2**24
+
+
+def piece(*, on_gpu: bool) -> int:
+    """How many elements of a large matrix are converted or moved at a time."""
+    return GPU_PIECE if on_gpu else CPU_PIECE
+
 
 def use_triton(x: Tensor) -> bool:
     """True if the Triton version runs for x: on CUDA devices, except for fp64, which serves as the reference in tests."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-TILE = 256
+from bigq.kernels.pick import piece
 
-#: Elements of the matrix that ``permute_`` moves at a time.
-MOVED = 2**24
+TILE = 256
 
 
 def mirror_(h: Tensor) -> None:
@@ -34,7 +33,7 @@ def restore_upper_(h: Tensor, diagonal: Tensor) -> None:
 def permute_(h: Tensor, perm: Tensor) -> None:
     """Permute rows and columns of a square matrix: ``h[perm][:, perm]``."""
     n = h.shape[0]
-    step = max(1, MOVED // n)
+    step = max(1, piece(on_gpu=h.is_cuda) // n)
     for lo in range(0, n, step):
         h[:, lo : lo + step] = h[perm, lo : lo + step]
     for lo in range(0, n, step):

@@ -29,7 +29,7 @@ from bigq.kernels.feedback import feedback
 from bigq.kernels.finiteness import is_finite
 from bigq.kernels.gptq_block import Scratch, gptq_block_
 from bigq.kernels.grid import GridSpec, GroupGrid, find_grid
-from bigq.kernels.pick import empty_columns, use_compiled
+from bigq.kernels.pick import empty_columns, piece, use_compiled
 from bigq.kernels.precision import fp32_products
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
@@ -51,9 +51,6 @@ ENERGY_ROWS = 128
 #: At 2 bits in groups of 32, KL is 0.047 with original and 0.057 with corrected weights (symmetric), 0.031 and 0.033 (asymmetric).
 #: Choosing for each row the grid with the lower loss gave 0.053.
 STATIC_BITS = 2
-
-#: Elements of a weight that are converted to the working dtype at a time.
-CONVERTED = 2**24
 
 
 def has_static_grids(scheme: QuantScheme, n: int) -> bool:
@@ -168,7 +165,7 @@ class _Columns:
             empty_columns(n, m, dtype, device), (group // width).to(torch.int32), width, scheme.grid, scale, torch.empty_like(scale), static
         )
         at = 0
-        for rows in (part for w in weights for part in w.split(max(1, CONVERTED // n))):
+        for rows in (part for w in weights for part in w.split(max(1, piece(on_gpu=device.type == "cuda") // n))):
             natural = rows if correction is None else correction.apply(rows.to(dtype, copy=True), factor)
             to = slice(at, at + len(rows))
             if static:

@@ -46,7 +46,7 @@ def test_restore_undoes_changes_since_mirror(n: int) -> None:
 @pytest.mark.parametrize("n", [1, 3, 64, 257])
 def test_permute_moves_rows_and_columns(n: int, moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for a matrix that is not symmetric, so that swapped rows and columns are detected."""
-    monkeypatch.setattr(triangles, "MOVED", moved)
+    monkeypatch.setattr(triangles, "piece", lambda on_gpu: moved)
     h, perm = random(n), shuffle(n)
     expected = h[perm][:, perm]
     address = h.data_ptr()
@@ -57,7 +57,7 @@ def test_permute_moves_rows_and_columns(n: int, moved: int, monkeypatch: pytest.
 
 @pytest.mark.parametrize("kernel", ["mirror", "restore", "permute"])
 def test_no_second_matrix_is_allocated(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triangles, "MOVED", 700 * 256)
+    monkeypatch.setattr(triangles, "piece", lambda on_gpu: 700 * 256)
     h, perm = random(700), shuffle(700)
     diagonal = h.diagonal().clone()
     with Largest(but=h) as largest:

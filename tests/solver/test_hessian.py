@@ -100,7 +100,7 @@ def test_act_order_is_by_decreasing_diagonal_and_stable() -> None:
 @pytest.mark.parametrize("n", [7, 256, 520])
 def test_act_order_factors_the_permuted_matrix(n: int, dtype: torch.dtype, dead: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit-exact, for any number of columns moved at a time, in the storage of the argument."""
-    monkeypatch.setattr(triangles, "MOVED", 100 * n + 1)
+    monkeypatch.setattr(triangles, "piece", lambda on_gpu: 100 * n + 1)
     h = with_eigenvalues(n, 0.2, dtype) * torch.linspace(1, 3, n, dtype=dtype)[shuffled := rotation(n)[0].argsort()].outer(
         torch.linspace(1, 3, n, dtype=dtype)[shuffled]
     )
@@ -118,7 +118,7 @@ def test_act_order_factors_the_permuted_matrix(n: int, dtype: torch.dtype, dead:
 def test_no_second_matrix_is_allocated(act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only one panel of columns is allocated at a time, also if the damping is raised once."""
     n = 1100
-    monkeypatch.setattr(triangles, "MOVED", 100 * n)
+    monkeypatch.setattr(triangles, "piece", lambda on_gpu: 100 * n)
     h = torch.diag(torch.linspace(1, 2, n))
     h[0, 1] = h[1, 0] = 1.05
     with Largest(but=h) as largest:

@@ -13,13 +13,13 @@ from bigq.io.prefetch.to_device import least_budget
 from bigq.io.reader import CHUNK_BYTES
 from bigq.kernels.cholesky import PANEL as FACTOR_PANEL
 from bigq.kernels.gptq_block import SUB_BLOCK
+from bigq.kernels.pick import piece
 from bigq.kernels.syrk import CHUNK_TOKENS
-from bigq.kernels.triangles import MOVED
 from bigq.methods.base import Method
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, ModelShape
 from bigq.sched.rows.tiers import WRITES_IN_FLIGHT
 from bigq.scheme import QuantScheme
-from bigq.solver.gptq import BLOCK, CONVERTED, PANEL, has_static_grids
+from bigq.solver.gptq import BLOCK, PANEL, has_static_grids
 from bigq.vocabulary import OnNonfinite
 
 #: Weights of the output head that are solved at a time (``solve.head``).
@@ -182,7 +182,7 @@ def _head_phases(
     square = FP32 * head.n * head.n
     tokens = min(choice.batch, work.rows) * shape.seqlen
     capture = tokens * head.n * (4 * shape.itemsize + FP32) + shape.rest_loaded
-    factor = FP32 * max(min(MOVED, head.n * head.n) if scheme.act_order else 0, 2 * FACTOR_PANEL * head.n)
+    factor = FP32 * max(min(piece(on_gpu=choice.on_gpu), head.n * head.n) if scheme.act_order else 0, 2 * FACTOR_PANEL * head.n)
     return [
         ("replay", square + capture, {"hessian": float(work.rows * shape.seqlen) * head.n * head.n}),
         ("factor", square + factor, {"single": float(head.n) ** 3 / 3}),
@@ -261,12 +261,17 @@ class BlockCost:
             return result
         packed = originals = 0
         always = self._block.weights + self._block.calls.at(self._batch)
+        # Buffers in host memory are those of the block before, so they are there from the beginning.
+        reused = not self._choice.on_gpu
+        if reused:
+            always += self._inputs_kept(set(self._schemes))
         for level in self._levels():
             wanted = [(g, self._wanted(g.linears)) for g in level]
             wanted = [(g, linears) for g, linears in wanted if linears]
             if not wanted:
                 continue
-            always += self._inputs_kept({linear.name for _, linears in wanted for linear in linears})
+            if not reused:
+                always += self._inputs_kept({linear.name for _, linears in wanted for linear in linears})
             # One buffer for the cross matrix too.
             sums = self._work.streams * sum(FP32 * g.n * g.n for g, _ in wanted)
             held = always + originals + packed
@@ -329,7 +334,7 @@ class BlockCost:
         """In addition to the Hessian: the buffer of a permutation, or the panels; and a copy if schemes need separate factors."""
         schemes = [self._schemes[linear.name] for linear in linears]
         square = group.n * group.n
-        moved = min(MOVED, square) if any(s.act_order for s in schemes) else 0
+        moved = min(piece(on_gpu=self._choice.on_gpu), square) if any(s.act_order for s in schemes) else 0
         copied = square if len({(s.act_order, s.damping) for s in schemes}) > 1 else 0
         return FP32 * (max(moved, 2 * FACTOR_PANEL * group.n) + copied)
 
@@ -342,7 +347,8 @@ class BlockCost:
             m, static = sum(rows), has_static_grids(scheme, n)
             panel = min(n, PANEL if static else max(PANEL, scheme.group_width(n)))
             buffers = 1 + scheme.act_order + 3 * (static and scheme.mse)
-            converted = FP32 * min(CONVERTED, n * max(rows)) * (max(buffers, CORRECTING) if self._paired else buffers)
+            copies = max(buffers, CORRECTING) if self._paired else buffers
+            converted = FP32 * min(piece(on_gpu=self._choice.on_gpu), n * max(rows)) * copies
             loop = n * m + FP32 * ((panel + BLOCK + 3 * SUB_BLOCK * (not self._choice.on_gpu)) * m + 3 * BLOCK * n)
             most = max(most, FP32 * n * m + max(converted, loop) + 2 * FP32 * m * (n // scheme.group_width(n)))
         return most

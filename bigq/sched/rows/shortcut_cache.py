@@ -27,8 +27,8 @@ from bigq.sched.rows.tiers import RowBuffer, Tier
 class LastInputs:
     """Where the inputs of Linears at a block's deepest level are kept, throughout a job.
 
-    rows: the first so many rows are kept. tier: of their buffers; None if there are none. Buffers in pinned memory are reused by the next
-    block, since pinning takes longer than what they save.
+    rows: the first so many rows are kept. tier: of their buffers; None if there are none. Buffers in host memory are reused by the next
+    block: pinning takes longer than what they save, and the first write to new pages three times as long as one to known pages.
     """
 
     rows: int = 0
@@ -43,7 +43,7 @@ class LastInputs:
 
     def give(self, buffer: RowBuffer, elements: int, dtype: torch.dtype) -> None:
         """Give back a buffer."""
-        if self.tier is not None and self.tier.pinned:
+        if self.tier is not None and self.tier.kind == "host":
             self._spare.setdefault((elements, dtype), []).append(buffer)
         else:
             buffer.close()
