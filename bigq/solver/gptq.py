@@ -31,6 +31,7 @@ from bigq.kernels.gptq_block import Scratch, gptq_block_
 from bigq.kernels.grid import GridSpec, GroupGrid, find_grid
 from bigq.kernels.pick import empty_columns, piece, use_compiled
 from bigq.kernels.precision import fp32_products
+from bigq.machine.memory import return_freed_memory
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
 from bigq.solver.hessian import LEAVE_OUT, Factor, factorize
@@ -79,6 +80,9 @@ def _solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str
     columns = _Columns.load(weights, factor, scheme, correction)
     rows = [w.shape[0] for w in weights]
     energy = [_energy(part, factor.r) for part in columns.work.split(rows, 1)]
+    if not columns.work.is_cuda:
+        # Conversions leave holes between what stays, into which the loop's buffers would not fit.
+        return_freed_memory()
     codes, loss = _quantize_columns(columns, factor.r)
     solved = is_finite(loss)
     if solved or bool(torch.isinf(columns.scale).any()):  # NaN scales without an Inf come from the solve
