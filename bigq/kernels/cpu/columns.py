@@ -60,6 +60,31 @@ class Spec(NamedTuple):
     power: float
 
 
+class Block(NamedTuple):
+    """The tensors of ``gptq_block_`` as arrays: target, work, codes: [k, m]; u: [k, k]; scale, zero: [groups, m]; group: int32 [k].
+
+    find: whether the loop finds the grids. loss: fp32 [m].
+    """
+
+    target: Any
+    u: Any
+    work: Any
+    codes: Any
+    scale: Any
+    zero: Any
+    group: Any
+    loss: Any
+    find: bool
+
+
+class Grids(NamedTuple):
+    """One grid for each row of a tile: fp32 [LANES] each. error: of the weights on it."""
+
+    scale: Any
+    zero: Any
+    error: Any
+
+
 def spec_of(spec: GridSpec) -> Spec:
     power = spec.mse_power if spec.mse else 0.0
     return Spec(spec.max_code, 1 << (spec.bits - 1), spec.symmetric, spec.min_zero, SCALE_BITS - spec.scale_bits, power)
@@ -78,9 +103,19 @@ def gptq_block_compiled_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor,
     """``gptq_block_`` for fp32 tensors [k, m] on a CPU, each column contiguous."""
     m = target.shape[1]
     loss = torch.empty(m, dtype=target.dtype)
-    matrices = (target, u.contiguous(), work, codes, grid.scale, grid.zero, grid.group.to(torch.int32).contiguous(), loss)
-    arrays, numbers = [x.numpy() for x in matrices], spec_of(grid.spec)
-    in_parts(m, LANES, lambda start, stop: _quantize_columns(*arrays, grid.find, numbers, start, stop))
+    block = Block(
+        target=target.numpy(),
+        u=u.contiguous().numpy(),
+        work=work.numpy(),
+        codes=codes.numpy(),
+        scale=grid.scale.numpy(),
+        zero=grid.zero.numpy(),
+        group=grid.group.to(torch.int32).contiguous().numpy(),
+        loss=loss.numpy(),
+        find=grid.find,
+    )
+    numbers = spec_of(grid.spec)
+    in_parts(m, LANES, lambda start, stop: _quantize_columns(block, numbers, start, stop))
     return loss
 
 
@@ -142,9 +177,11 @@ def _to_power(x, power):
 
 
 @compiled(fastmath=FUSED)
-def _candidate(tile, s, e, scale, zero, best, best_scale, best_zero, top, power, scratch):
-    """Try a grid on columns [s, e) of a tile. Rows in which its error is below the best take it."""
-    error, inverse, unit = scratch[0], scratch[1], scratch[2]
+def _candidate(tile, s, e, tried, best, spec, scratch):
+    """Try grids on columns [s, e) of a tile. Rows in which their error is below the best take them. scratch: [≥ 2, LANES]."""
+    scale, zero, error = tried.scale, tried.zero, tried.error
+    inverse, unit = scratch[0], scratch[1]
+    power, top = f32(spec.power), f32(spec.top)
     for r in range(LANES):
         error[r] = f32(0)
         inverse[r] = f32(1) / scale[r]
@@ -157,20 +194,20 @@ def _candidate(tile, s, e, scale, zero, best, best_scale, best_zero, top, power,
                 error[r] += _to_power(abs(steps - nearest), power)
         worse = 0
         for r in range(LANES):
-            worse += error[r] * unit[r] >= best[r]
+            worse += error[r] * unit[r] >= best.error[r]
         if worse == LANES:
             return
     for r in range(LANES):
-        if error[r] * unit[r] < best[r]:
-            best[r] = error[r] * unit[r]
-            best_scale[r] = scale[r]
-            best_zero[r] = zero[r]
+        if error[r] * unit[r] < best.error[r]:
+            best.error[r] = error[r] * unit[r]
+            best.scale[r] = scale[r]
+            best.zero[r] = zero[r]
 
 
 @compiled()
 def _tile_grid(tile, s, e, scale, zero, spec, scratch):
-    """The grid of columns [s, e) of a tile [columns, LANES]: scale and zero, each [LANES]."""
-    low, high, best = scratch[3], scratch[4], scratch[5]
+    """The grid of columns [s, e) of a tile [columns, LANES]: scale and zero, each [LANES]. scratch: [8, LANES]."""
+    low, high = scratch[2], scratch[3]
     low[:] = f32(0)
     high[:] = f32(0)
     for j in range(s, e):
@@ -181,17 +218,16 @@ def _tile_grid(tile, s, e, scale, zero, spec, scratch):
         scale[r], zero[r] = _grid_for_range(low[r], high[r], spec)
     if spec.power == 0.0:
         return
-    power, top = f32(spec.power), f32(spec.top)
-    tried_scale, tried_zero = scratch[6], scratch[7]
-    tried_scale[:] = scale
-    tried_zero[:] = zero
-    best[:] = f32(np.inf)
-    _candidate(tile, s, e, tried_scale, tried_zero, best, scale, zero, top, power, scratch)
+    best, tried = Grids(scale, zero, scratch[4]), Grids(scratch[5], scratch[6], scratch[7])
+    tried.scale[:] = scale
+    tried.zero[:] = zero
+    best.error[:] = f32(np.inf)
+    _candidate(tile, s, e, tried, best, spec, scratch)
     for step in range(1, MSE_STEPS):
         shrink = f32(1.0 - step / 100.0)
         for r in range(LANES):
-            tried_scale[r], tried_zero[r] = _grid_for_range(low[r] * shrink, high[r] * shrink, spec)
-        _candidate(tile, s, e, tried_scale, tried_zero, best, scale, zero, top, power, scratch)
+            tried.scale[r], tried.zero[r] = _grid_for_range(low[r] * shrink, high[r] * shrink, spec)
+        _candidate(tile, s, e, tried, best, spec, scratch)
 
 
 @compiled()
@@ -257,8 +293,9 @@ def _emit_spread(context: Any, builder: Any, signature: Any, arguments: Any) -> 
 
 
 @compiled(error_model="numpy")
-def _quantize_columns(target, u, work, codes, scale, zero, group, loss, find, spec, start, stop):
-    """The column loop for rows [start, stop). Arguments as in ``gptq_block_``; loss: [m]."""
+def _quantize_columns(block, spec, start, stop):
+    """The column loop for rows [start, stop)."""
+    target, u, work, codes, scale, zero, group, loss, find = block
     k = target.shape[0]
     width = k // scale.shape[0]
     tile, at_scale, at_zero = np.zeros((k, LANES), f32), np.ones((scale.shape[0], LANES), f32), np.zeros((scale.shape[0], LANES), f32)

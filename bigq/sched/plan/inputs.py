@@ -37,7 +37,7 @@ from bigq.model.quantization import refuse_quantized_tensors, require_unpacked
 from bigq.model.tied import tie_warnings
 from bigq.progress.records import host_memory
 from bigq.sched.plan.cost import Work
-from bigq.sched.plan.planner import Budgets, Download, Plan, make_plan
+from bigq.sched.plan.planner import Budgets, Download, Machine, Plan, make_plan
 from bigq.sched.plan.survey import Outline, survey
 from bigq.scheme import QuantScheme, scheme_for
 
@@ -107,17 +107,9 @@ def _plan(
         work = _work(config, samples, samples * seqlen)
         ceilings = ceilings_of(outline.dtype)
         on_gpu = device.type == "cuda" or (ceilings is not None and bool(ceilings.memory))
-        return make_plan(
-            shape,
-            work,
-            config,
-            on_gpu=on_gpu,
-            base=host_memory() + (0 if on_gpu else compiled_bytes(device)),
-            budgets=_budgets(config, device, out, ceilings),
-            ceilings=ceilings,
-            download=_download(headers, out),
-            warnings=warnings,
-        )
+        base = host_memory() + (0 if on_gpu else compiled_bytes(device))
+        machine = Machine(on_gpu=on_gpu, base=base, budgets=_budgets(config, device, out, ceilings), ceilings=ceilings)
+        return make_plan(shape, work, config, machine, download=_download(headers, out), warnings=warnings)
 
 
 def _download(headers: Headers, out: Path) -> Download | None:
@@ -163,17 +155,8 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path, te
     if pager.device.type == "cuda":
         torch.cuda.empty_cache()
     budgets = _budgets(config, pager.device, out, ceilings)
-    return make_plan(
-        shape,
-        work,
-        config,
-        on_gpu=pager.device.type == "cuda",
-        base=host_memory(),
-        budgets=budgets,
-        ceilings=ceilings,
-        warnings=pager.warnings,
-        texts=texts,
-    )
+    machine = Machine(on_gpu=pager.device.type == "cuda", base=host_memory(), budgets=budgets, ceilings=ceilings)
+    return make_plan(shape, work, config, machine, warnings=pager.warnings, texts=texts)
 
 
 def _work(config: JobConfig, rows: int, tokens: int) -> Work:

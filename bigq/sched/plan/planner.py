@@ -39,6 +39,16 @@ class Budgets:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What a job runs on. base: bytes that the process holds before the job. ceilings: None if times are not needed."""
+
+    on_gpu: bool
+    base: int
+    budgets: Budgets
+    ceilings: Ceilings | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Download:
     """Shards of a hub model that are not in the hub's cache yet.
 
@@ -204,25 +214,23 @@ def make_plan(
     shape: ModelShape,
     work: Work,
     config: JobConfig,
+    machine: Machine,
     *,
-    on_gpu: bool,
-    base: int,
-    budgets: Budgets,
-    ceilings: Ceilings | None,
     download: Download | None = None,
     warnings: tuple[str, ...] = (),
     texts: Sequence[Made] = (),
 ) -> Plan:
     """The fastest way to run the job that fits with room to spare; if none does, the one that needs least.
 
-    base: bytes that the process holds before the job. warnings: about the model.
+    warnings: about the model. texts: what the calibration rows were made of.
     Settings that ``config`` gives (tier, batch, read-ahead) are kept.
     Raises UsageError for activations on a GPU if the job runs on a CPU.
     """
+    on_gpu, ceilings = machine.on_gpu, machine.ceilings
     if config.activations == "gpu" and not on_gpu:
         raise UsageError("--activations gpu: the job runs on a CPU; use host, disk or auto")
-    base += WARM_GPU if on_gpu else WARM_CPU
-    left = dataclasses.replace(budgets, disk=budgets.disk - _shared(download))
+    base = machine.base + (WARM_GPU if on_gpu else WARM_CPU)
+    left = dataclasses.replace(machine.budgets, disk=machine.budgets.disk - _shared(download))
     spare = Budgets(device=int(HEADROOM * left.device), host=int(HEADROOM * left.host), disk=left.disk)
     best: tuple[tuple[int, int], Choice, Cost] | None = None
     for choice in _choices(shape, work, config, on_gpu):
@@ -247,7 +255,7 @@ def make_plan(
         work=work,
         choice=choice,
         cost=cost,
-        budgets=budgets,
+        budgets=machine.budgets,
         ceilings=ceilings,
         seconds=seconds,
         shortages=tuple(_shortages(cost, left, download, config)),

@@ -14,7 +14,7 @@ from bigq.methods.gptq import Gptq
 from bigq.methods.rtn import Rtn
 from bigq.progress.sizes import parse_size
 from bigq.sched.plan.cost import Choice, Cost, Phase, Work, job_cost, packed_bytes
-from bigq.sched.plan.planner import Budgets, Download, Plan, make_plan, phase_seconds
+from bigq.sched.plan.planner import Budgets, Download, Machine, Plan, make_plan, phase_seconds
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
 from bigq.scheme import QuantScheme, Rule, scheme_for
 
@@ -66,9 +66,13 @@ HIDDEN = ROWS * SEQLEN * WIDTH * 2
 BEST = Choice(on_gpu=True, tier="gpu", batch=8, memo=True, ahead=block().stored, beside=True, checkpoints=True)
 
 
+def machine(budgets: Budgets, *, on_gpu: bool = True, ceilings: Ceilings | None = None) -> Machine:
+    return Machine(on_gpu=on_gpu, base=GIB, budgets=budgets, ceilings=ceilings)
+
+
 def plan(budgets: Budgets = PLENTY, *, on_gpu: bool = True, work: Work = WORK, **settings: object) -> Plan:
     config = JobConfig(**settings)  # type: ignore[arg-type]
-    return make_plan(SHAPE, work, config, on_gpu=on_gpu, base=GIB, budgets=budgets, ceilings=KNOWN["h100"] if on_gpu else None)
+    return make_plan(SHAPE, work, config, machine(budgets, on_gpu=on_gpu, ceilings=KNOWN["h100"] if on_gpu else None))
 
 
 def phase(cost: Cost, name: str) -> Phase:
@@ -259,7 +263,7 @@ def test_a_download_to_another_file_system_has_a_budget_of_its_own() -> None:
 
 def planned(download: Download, disk: int) -> Plan:
     budgets = dataclasses.replace(PLENTY, disk=disk)
-    return make_plan(SHAPE, WORK, JobConfig(), on_gpu=True, base=GIB, budgets=budgets, ceilings=None, download=download)
+    return make_plan(SHAPE, WORK, JobConfig(), machine(budgets), download=download)
 
 
 def test_rules_and_readers_are_told() -> None:
@@ -294,10 +298,7 @@ def test_no_line_of_a_plan_wraps_at_60_columns() -> None:
         dataclasses.replace(SHAPE, family="some_model_type_with_a_long_name", seqlen=1048576),
         work,
         JobConfig(scheme=asymmetric, rules=rules),
-        on_gpu=True,
-        base=GIB,
-        budgets=Budgets(device=GIB, host=2 * GIB, disk=GIB),
-        ceilings=rates,
+        machine(Budgets(device=GIB, host=2 * GIB, disk=GIB), ceilings=rates),
         download=Download(size=2000 * GIB, folder="/a/folder/" * 12, free=GIB),
     )
     lines = found.table().splitlines()
@@ -316,7 +317,7 @@ def with_last(shape: ModelShape = SHAPE) -> ModelShape:
 
 def last_plan(budgets: Budgets = PLENTY, *, on_gpu: bool = True, work: Work = WORK, **settings: object) -> Plan:
     config = JobConfig(**settings)  # type: ignore[arg-type]
-    return make_plan(with_last(), work, config, on_gpu=on_gpu, base=GIB, budgets=budgets, ceilings=None)
+    return make_plan(with_last(), work, config, machine(budgets, on_gpu=on_gpu))
 
 
 INPUTS = ROWS * SEQLEN * INNER * 2
@@ -348,7 +349,7 @@ def test_last_inputs_are_not_kept_on_disk_nor_where_nothing_is_replayed() -> Non
     one = dataclasses.replace(with_last(), blocks=with_last().blocks[:1])
     for lm_head, kept in ((False, 0), (True, ROWS)):
         work = dataclasses.replace(WORK, lm_head=lm_head)
-        assert make_plan(one, work, JobConfig(), on_gpu=True, base=GIB, budgets=PLENTY, ceilings=None).choice.kept_rows == kept
+        assert make_plan(one, work, JobConfig(), machine(PLENTY)).choice.kept_rows == kept
 
 
 def test_kept_inputs_spare_their_share_of_the_replay() -> None:
