@@ -14,10 +14,14 @@ from torch import Tensor
 from bigq.kernels.precision import fp32_products
 from bigq.kernels.rank_update import rank_update_
 
-#: Columns of a panel. LAPACK or cuSOLVER factors its diagonal block; the rest is matrix products.
-PANEL = 256
-#: The same on a CPU, where a wider corner takes longer than it saves in the products: 2816 columns take 55 instead of 67 ms.
-CPU_PANEL = 96
+#: Columns of a panel. LAPACK or cuSOLVER factors its diagonal block; the rest is matrix products. On a CPU a wider corner takes longer
+#: than it saves in the products: a matrix of 2816 columns takes 55 instead of 67 ms (two cores).
+GPU_PANEL, CPU_PANEL = 256, 96
+
+
+def panel_width(*, on_gpu: bool) -> int:
+    """Columns that are factored at a time."""
+    return GPU_PANEL if on_gpu else CPU_PANEL
 
 
 def upper_cholesky_(h: Tensor) -> bool:
@@ -27,7 +31,7 @@ def upper_cholesky_(h: Tensor) -> bool:
     triangle then holds garbage.
 
     Left-looking: each panel of columns is updated once, by one product with all columns to its right. Each element is written
-    twice. A right-looking version would write it n / PANEL times.
+    twice. A right-looking version would write it n / width times.
     """
     with fp32_products(h, tf32=False):
         return _upper_cholesky_(h)
@@ -35,7 +39,7 @@ def upper_cholesky_(h: Tensor) -> bool:
 
 def _upper_cholesky_(h: Tensor) -> bool:
     n = h.shape[0]
-    width = PANEL if h.is_cuda else CPU_PANEL
+    width = panel_width(on_gpu=h.is_cuda)
     failures = []
     for hi in range(n, 0, -width):
         lo = max(0, hi - width)

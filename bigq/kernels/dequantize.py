@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from bigq.kernels.pack import unpack
-from bigq.kernels.pick import use_triton
-
-#: Weights that the reference dequantizes at a time. Their fp32 intermediate, 1 MiB, stays in the second-level cache.
-CHUNK = 2**18
+from bigq.kernels.pick import piece, use_triton
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
@@ -31,11 +28,11 @@ def dequantize_packed(words: Tensor, scales: Tensor, zeros: Tensor, bits: int, d
 
 
 def dequantize_reference(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
-    """``dequantize`` in plain torch, ``CHUNK`` weights at a time."""
+    """``dequantize`` in plain torch, some weights at a time: their fp32 intermediate is a ``piece``."""
     m, n = codes.shape
     groups = scales.shape[1]
     out = torch.empty(m, n, dtype=dtype, device=codes.device)
-    rows = max(1, CHUNK // n)
+    rows = max(1, piece(on_gpu=codes.is_cuda) // n)
     scales, zeros = scales.float(), zeros.float()
     for lo in range(0, m, rows):
         part = codes[lo : lo + rows].reshape(-1, groups, n // groups).float()

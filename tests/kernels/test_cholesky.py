@@ -115,7 +115,7 @@ def own_residual(h: Tensor) -> float:
 @pytest.mark.parametrize(("n", "panel"), [(5, 256), (257, 256), (520, 256), (300, 100), (200, 32)])
 def test_on_triton_it_is_no_worse_than_torchs_own(n: int, panel: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lower triangle is NaN and stays NaN."""
-    monkeypatch.setattr(cholesky, "PANEL", panel)
+    monkeypatch.setattr(cholesky, "panel_width", lambda on_gpu: panel)
     h = positive_definite(n, torch.float32).to(device)
     below = torch.ones(n, n, dtype=torch.bool, device=device).tril(-1)
     first, second = (h.masked_fill(below, float("nan")) for _ in range(2))
@@ -137,7 +137,7 @@ def test_on_triton_an_indefinite_matrix_returns_false(device: torch.device) -> N
 def test_panels_of_any_width_give_the_same_factor(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     h = positive_definite(257, torch.float64)
     expected = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
-    monkeypatch.setattr(cholesky, "PANEL", panel)
+    monkeypatch.setattr(cholesky, "panel_width", lambda on_gpu: panel)
     assert upper_cholesky_(h)
     assert torch.allclose(h.triu(), expected, rtol=1e-9, atol=1e-12)
 

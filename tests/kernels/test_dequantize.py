@@ -96,7 +96,7 @@ def test_packed_codes_give_the_same_weights_in_plain_torch(bits: int) -> None:
 @pytest.mark.parametrize("chunk", [1, 96, 200, 1000])
 def test_chunks_of_any_size_give_the_same_weights(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = quantized(4, 7, 96, 3, torch.device("cpu"))
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(module, "piece", lambda on_gpu: chunk)
     assert torch.equal(dequantize(*parts, torch.float32), expected(*parts, torch.float32))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bigq.io.prefetch.to_device import least_budget
 from bigq.io.reader import CHUNK_BYTES
-from bigq.kernels.cholesky import PANEL as FACTOR_PANEL
+from bigq.kernels.cholesky import panel_width
 from bigq.kernels.gptq_block import SUB_BLOCK
 from bigq.kernels.pick import piece
 from bigq.kernels.syrk import CHUNK_TOKENS
@@ -182,7 +182,8 @@ def _head_phases(
     square = FP32 * head.n * head.n
     tokens = min(choice.batch, work.rows) * shape.seqlen
     capture = tokens * head.n * (4 * shape.itemsize + FP32) + shape.rest_loaded
-    factor = FP32 * max(min(piece(on_gpu=choice.on_gpu), head.n * head.n) if scheme.act_order else 0, 2 * FACTOR_PANEL * head.n)
+    permuted = min(piece(on_gpu=choice.on_gpu), square // FP32) if scheme.act_order else 0
+    factor = FP32 * max(permuted, 2 * panel_width(on_gpu=choice.on_gpu) * head.n)
     return [
         ("replay", square + capture, {"hessian": float(work.rows * shape.seqlen) * head.n * head.n}),
         ("factor", square + factor, {"single": float(head.n) ** 3 / 3}),
@@ -214,8 +215,8 @@ def _activations(shape: ModelShape, work: Work, choice: Choice) -> _Activations:
     row = token * shape.width
     memos = max((_memo_width(block) for block in shape.blocks), default=0) if choice.memo else 0
     kept = work.rows * (row + token * memos)
-    pinned = choice.on_gpu and choice.kept_tier == "host"
-    inputs = choice.kept_rows * token * max(map(last_width, shape.blocks), default=0) if pinned else 0
+    # Those in host memory are reused by the next block. Buffers of one width at a time: see ``LastInputs``.
+    inputs = choice.kept_rows * token * max(map(last_width, shape.blocks), default=0) if choice.kept_tier == "host" else 0
     if choice.tier == "disk":
         # One batch in use, one prefetched, and those waiting to be written.
         return _Activations(host=(3 + WRITES_IN_FLIGHT) * choice.batch * row, disk=kept)
@@ -261,17 +262,12 @@ class BlockCost:
             return result
         packed = originals = 0
         always = self._block.weights + self._block.calls.at(self._batch)
-        # Buffers in host memory are those of the block before, so they are there from the beginning.
-        reused = not self._choice.on_gpu
-        if reused:
-            always += self._inputs_kept(set(self._schemes))
         for level in self._levels():
             wanted = [(g, self._wanted(g.linears)) for g in level]
             wanted = [(g, linears) for g, linears in wanted if linears]
             if not wanted:
                 continue
-            if not reused:
-                always += self._inputs_kept({linear.name for _, linears in wanted for linear in linears})
+            always += self._inputs_kept({linear.name for _, linears in wanted for linear in linears})
             # One buffer for the cross matrix too.
             sums = self._work.streams * sum(FP32 * g.n * g.n for g, _ in wanted)
             held = always + originals + packed
@@ -295,14 +291,14 @@ class BlockCost:
         return result
 
     def _inputs_kept(self, linears: set[str]) -> int:
-        """Bytes on the computing device for inputs that are kept of these Linears.
+        """Bytes on a GPU for inputs that are kept of these Linears.
 
-        In host memory of a GPU's machine they are on the device for the batch in use and the one that is copied.
+        Buffers in host memory are there throughout the job (``_activations``), and on the GPU the batch in use and the one that is copied.
         """
-        if not self._work.true_sequential:
+        if not self._work.true_sequential or not self._choice.on_gpu:
             return 0
         rows = self._choice.kept_rows
-        if self._choice.on_gpu and self._choice.kept_tier == "host":
+        if self._choice.kept_tier == "host":
             rows = min(rows, 2 * self._batch)
         width = sum(memo.n for memo in self._block.memos if memo.last and memo.linear in linears)
         return self._work.streams * rows * self._shape.seqlen * width * self._shape.itemsize
@@ -336,7 +332,7 @@ class BlockCost:
         square = group.n * group.n
         moved = min(piece(on_gpu=self._choice.on_gpu), square) if any(s.act_order for s in schemes) else 0
         copied = square if len({(s.act_order, s.damping) for s in schemes}) > 1 else 0
-        return FP32 * (max(moved, 2 * FACTOR_PANEL * group.n) + copied)
+        return FP32 * (max(moved, 2 * panel_width(on_gpu=self._choice.on_gpu) * group.n) + copied)
 
     def _solve(self, group: GroupShape, linears: list[LinearShape]) -> int:
         """In addition to the factor: see ``solver.gptq``."""

@@ -28,7 +28,7 @@ class LastInputs:
     """Where the inputs of Linears at a block's deepest level are kept, throughout a job.
 
     rows: the first so many rows are kept. tier: of their buffers; None if there are none. Buffers in host memory are reused by the next
-    block: pinning takes longer than what they save, and the first write to new pages three times as long as one to known pages.
+    block: pinning takes longer than what they save, and 11 MiB are written to new pages in 2.8 ms, to known ones in 0.2 ms (two cores).
     """
 
     rows: int = 0
@@ -36,10 +36,12 @@ class LastInputs:
     _spare: dict[tuple[int, torch.dtype], list[RowBuffer]] = field(default_factory=dict)
 
     def take(self, elements: int, dtype: torch.dtype) -> RowBuffer:
-        """A buffer of ``elements`` per row."""
+        """A buffer of ``elements`` per row. If none was given back, those of other sizes are freed: blocks may differ in width."""
         assert self.tier is not None
-        spare = self._spare.get((elements, dtype))
-        return spare.pop() if spare else self.tier.buffer(self.rows, elements, dtype)
+        if spare := self._spare.get((elements, dtype)):
+            return spare.pop()
+        self._free_spare()
+        return self.tier.buffer(self.rows, elements, dtype)
 
     def give(self, buffer: RowBuffer, elements: int, dtype: torch.dtype) -> None:
         """Give back a buffer."""
@@ -50,11 +52,14 @@ class LastInputs:
 
     def close(self) -> None:
         """Free all buffers that were given back, and keep no rows from now on."""
+        self._free_spare()
+        self.rows, self.tier = 0, None
+
+    def _free_spare(self) -> None:
         for buffers in self._spare.values():
             for buffer in buffers:
                 buffer.close()
         self._spare.clear()
-        self.rows, self.tier = 0, None
 
 
 class ShortcutCache:

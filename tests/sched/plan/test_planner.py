@@ -359,3 +359,16 @@ def test_kept_inputs_spare_their_share_of_the_replay() -> None:
         flops = phase(job_cost(with_last(), WORK, dataclasses.replace(BEST, kept_rows=rows), 0), "replay").flops["products"]
         without = phase(job_cost(SHAPE, WORK, BEST, 0), "replay").flops["products"]
         assert flops == pytest.approx(without - BLOCKS * up * rows / ROWS)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["CPU", "GPU"])
+def test_inputs_in_host_memory_are_there_throughout(on_gpu: bool) -> None:
+    """Their buffers stay for the next block. Where blocks differ, those of the widest count."""
+    blocks = with_last().blocks
+    narrow = dataclasses.replace(blocks[0], memos=tuple(dataclasses.replace(m, n=WIDTH) if m.last else m for m in blocks[0].memos))
+    shape = dataclasses.replace(with_last(), blocks=(blocks[0], *(narrow,) * (BLOCKS - 1)))
+    choice = dataclasses.replace(BEST, on_gpu=on_gpu, tier="host", ahead=0, beside=False, kept_tier="host")
+    without, kept = (job_cost(shape, WORK, dataclasses.replace(choice, kept_rows=rows), 0) for rows in (0, ROWS))
+    more = {p.name: p.host - phase(without, p.name).host for p in kept.phases}
+    early = {"copy", "probe"}
+    assert more == {name: 0 if name in early else INPUTS for name in more} and early < set(more)
