@@ -1,0 +1,205 @@
+"""Banks of experts: found by shape and by a call, run expert by expert, with the bits of the family's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from moe_families import MOE_FAMILIES, moe_model, random_tokens
+from torch import Tensor, nn
+
+from bigq.errors import UnsupportedModelError
+from bigq.model.bank import BankCall, Expert, Product, bank_modules, find_bank, routed, run_bank
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@dataclass
+class Seen:
+    """A bank as the model called it, and what it returned."""
+
+    name: str
+    module: nn.Module
+    call: BankCall
+    output: Tensor
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def seen_banks(family: str, dtype: torch.dtype) -> list[Seen]:
+    model, found = moe_model(family, dtype), []
+
+    def hook(name: str) -> Any:
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            call = BankCall.of(args, kwargs)
+            assert call is not None
+            found.append(Seen(name, module, call, output.clone()))
+
+        return after
+
+    for name, module in bank_modules(model).items():
+        module.register_forward_hook(hook(name), with_kwargs=True)
+    model(input_ids=random_tokens(), use_cache=False)
+    return found
+
+
+class Experts(nn.Module):
+    """A bank whose experts add what ``rule`` makes of their output."""
+
+    def __init__(self, count: int = 4, width: int = 64, rule: str = "plain") -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.up = nn.Parameter(torch.randn(count, 32, width, generator=generator) / 8, requires_grad=False)
+        self.down = nn.Parameter(torch.randn(count, width, 32, generator=generator) / 8, requires_grad=False)
+        self.num_experts, self.rule = count, rule
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        order = range(self.num_experts)
+        for e in reversed(order) if self.rule == "backwards" else order:
+            tokens, slots = torch.where(experts == e)
+            if not len(tokens):
+                continue
+            y = nn.functional.linear(torch.relu(nn.functional.linear(x[tokens], self.up[e])), self.down[e]) * weights[tokens, slots, None]
+            if self.rule == "knows the others":
+                y = y * self.up.amax()
+            if self.rule == "divides by their number":
+                y = y / self.num_experts
+            if self.rule == "up twice":
+                y = y + nn.functional.linear(torch.relu(nn.functional.linear(x[tokens], self.up[e])), self.down[e])
+            if self.rule == "assigns":
+                total[tokens] = total[tokens] + y
+            else:
+                total.index_add_(0, tokens, y)
+            if self.rule == "adds twice":
+                total.index_add_(0, tokens, y)
+        return total
+
+
+def made_call(count: int = 4, k: int = 3) -> BankCall:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(20, 64, generator=generator, dtype=torch.float32)
+    weights, experts = torch.rand(20, count, generator=generator).topk(k)
+    call = BankCall.of((x, experts, weights), {})
+    assert call is not None
+    return call
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_single_experts_add_up_to_the_bits_of_the_bank(family: str, dtype: torch.dtype) -> None:
+    banks = seen_banks(family, dtype)
+    assert banks
+    for seen in banks:
+        bank = find_bank(seen.name, seen.module, seen.call, seen.output)
+        assert bank.experts == seen.module.num_experts
+        assert [p.parameter for p in bank.products] == (
+            ["up_proj", "down_proj"] if family == "nemotron_h" else ["gate_up_proj", "down_proj"]
+        )
+        assert {p.transposed for p in bank.products} == {family == "gpt_oss"}
+        assert bank.total == (torch.float32 if family == "nemotron_h" else dtype)
+        assert torch.equal(run_bank(seen.module, bank, seen.call), seen.output)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_a_changed_expert_changes_the_sum(family: str) -> None:
+    seen = seen_banks(family, torch.float32)[0]
+    bank = find_bank(seen.name, seen.module, seen.call, seen.output)
+    used = int(seen.call.experts[0, 0])
+    getattr(seen.module, bank.products[-1].parameter)[used] *= 1.01
+    assert not torch.equal(run_bank(seen.module, bank, seen.call), seen.output)
+    with pytest.raises(UnsupportedModelError, match="other bits than its own output"):
+        find_bank(seen.name, seen.module, seen.call, seen.output)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_inputs_of_products(family: str) -> None:
+    """Those of the first are the tokens; those of the last give, times the weight and with the bias, what the expert adds."""
+    seen = seen_banks(family, torch.float32)[0]
+    bank = find_bank(seen.name, seen.module, seen.call, seen.output)
+    tokens = seen.call.tokens[:5]
+    expert = Expert(seen.module, bank, seen.call, {name: getattr(seen.module, name)[1] for name in bank.parameters})
+    first, last = bank.products
+    assert torch.equal(expert.input_of(first, tokens), tokens)
+    inner = expert.input_of(last, tokens)
+    assert inner.shape == (5, expert.weight(last).shape[1])
+    y = inner @ expert.weight(last).T
+    if family == "gpt_oss":
+        y = y + seen.module.down_proj_bias[1]
+    assert torch.allclose(expert.run(tokens, torch.full((5,), 0.5)), 0.5 * y, atol=1e-6)
+
+
+def test_a_weight_can_be_replaced() -> None:
+    seen = seen_banks("gpt_oss", torch.float32)[0]
+    bank = find_bank(seen.name, seen.module, seen.call, seen.output)
+    expert = Expert(seen.module, bank, seen.call, {name: getattr(seen.module, name)[0].clone() for name in bank.parameters})
+    before = expert.run(seen.call.tokens[:4], torch.ones(4))
+    expert.weight(bank.products[0]).mul_(2)
+    assert not torch.equal(expert.run(seen.call.tokens[:4], torch.ones(4)), before)
+    assert torch.equal(run_bank(seen.module, bank, seen.call), seen.output), "the bank itself is unchanged"
+
+
+def test_a_plain_bank_is_found() -> None:
+    module, call = Experts(), made_call()
+    bank = find_bank("mlp.experts", module, call, module(call.tokens, call.experts, call.weights))
+    assert bank.products == (Product("up", False), Product("down", False)) and bank.counts == ("num_experts",)
+
+
+@pytest.mark.parametrize(("rule", "counts"), [("plain", ("num_experts",)), ("divides by their number", ())])
+def test_which_attributes_hold_the_number_of_experts(rule: str, counts: tuple[str, ...]) -> None:
+    """Other attributes of that value stay, and so does the number itself where it is part of the arithmetic."""
+    module, call = Experts(rule=rule), made_call()
+    module.width_of_something = 4
+    assert find_bank("bank", module, call, module(call.tokens, call.experts, call.weights)).counts == counts
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        ("backwards", "the sum over single experts has other bits"),
+        ("knows the others", "the sum over single experts has other bits"),
+        ("adds twice", "adds to the output 2 times instead of once"),
+        ("assigns", "adds to the output 0 times instead of once"),
+        ("up twice", "multiplies by up more than once"),
+    ],
+)
+def test_what_is_refused(rule: str, reason: str) -> None:
+    module, call = Experts(rule=rule), made_call()
+    with pytest.raises(UnsupportedModelError, match=reason) as caught:
+        find_bank("layers.3.mlp.experts", module, call, module(call.tokens, call.experts, call.weights))
+    assert str(caught.value).startswith("layers.3.mlp.experts: a bank of 4 experts that cannot be run expert by expert: ")
+
+
+def test_only_modules_of_that_shape_are_banks() -> None:
+    block = nn.Module()
+    block.experts, block.linear, block.conv = Experts(), nn.Linear(4, 4), nn.Conv1d(4, 4, 3)
+    block.odd = nn.Module()
+    block.odd.a, block.odd.b = nn.Parameter(torch.zeros(4, 2, 2)), nn.Parameter(torch.zeros(3, 2, 2))
+    assert list(bank_modules(block)) == ["experts"]
+
+
+def test_calls() -> None:
+    x, experts, weights = torch.zeros(5, 64), torch.zeros(5, 2, dtype=torch.int64), torch.ones(5, 2)
+    call = BankCall.of((x,), {"weights": weights, "experts": experts, "mask": None})
+    assert call is not None and call.places == (0, "experts", "weights")
+    assert call.call(lambda a, weights, experts: (a, experts, weights), x, experts, weights)[2] is weights
+    assert BankCall.of((x, experts), {}) is None
+    assert BankCall.of((x, weights, experts[:, :1]), {}) is None
+    assert BankCall.of((x, experts, weights, 7), {}) is None
+    assert BankCall.of((x[None], experts, weights), {}) is None
+
+
+def test_routes() -> None:
+    """As ``where`` finds them; numbers that are no expert's are left out."""
+    experts = torch.randint(0, 6, (50, 3), generator=torch.Generator().manual_seed(5))
+    for e, tokens, slots in routed(experts, 5):
+        expected = torch.where(experts == e)
+        assert torch.equal(tokens, expected[0]) and torch.equal(slots, expected[1])
+    assert e == 4
