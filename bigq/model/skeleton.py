@@ -11,6 +11,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,6 +172,38 @@ def _renamed(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, str
         if target not in places and name in places:
             target, converter = name, None
         result[name] = target, converter
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A stored tensor that transformers merges with others into the parameter ``target``.
+
+    place, places: which of the rule's kinds of tensors it is. steps: the rule's operations and the dimension that each works on.
+    targets: how many parameters the rule makes.
+    """
+
+    target: str
+    place: int
+    places: int
+    steps: tuple[tuple[str, int | None], ...]
+    targets: int
+
+
+def merges(model: nn.Module, names: Iterable[str]) -> dict[str, Merge]:
+    """Checkpoint name → how transformers merges it on loading, for those tensors that it merges."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    rules = [m for m in get_model_conversion_mapping(model) if isinstance(m, WeightConverter)]
+    places = model.state_dict()
+    result = {}
+    for name, (target, pattern) in _renamed(model, names).items():
+        if pattern is None or target not in places:
+            continue
+        rule = next(r for r in rules if pattern in r.source_patterns)
+        steps = tuple((type(step).__name__, getattr(step, "dim", None)) for step in rule.operations)
+        result[name] = Merge(target, rule.source_patterns.index(pattern), len(rule.source_patterns), steps, len(rule.target_patterns))
     return result
 
 

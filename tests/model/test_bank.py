@@ -12,7 +12,7 @@ from moe_families import MOE_FAMILIES, moe_model, random_tokens
 from torch import Tensor, nn
 
 from bigq.errors import UnsupportedModelError
-from bigq.model.bank import BankCall, Expert, Product, bank_modules, find_bank, routed, run_bank
+from bigq.model.experts.bank import BankCall, Expert, Product, bank_modules, find_bank, routed, run_bank
 
 DTYPES = [torch.float32, torch.bfloat16]
 

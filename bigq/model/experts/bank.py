@@ -65,9 +65,9 @@ class BankCall:
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BankCall | None:
         """The call with these arguments; None if they are not one matrix of tokens and two of equal shape [T, k], one of integers."""
-        given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-        tensors = {place: x for place, x in given.items() if isinstance(x, Tensor)}
-        if len(tensors) != 3 or any(x is not None for place, x in given.items() if place not in tensors):
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        tensors = {place: x for place, x in given if isinstance(x, Tensor)}
+        if len(tensors) != 3 or any(x is not None for place, x in given if place not in tensors):
             return None
         chosen = [place for place, x in tensors.items() if not x.is_floating_point()]
         if len(chosen) != 1:

@@ -1,0 +1,1 @@
+"""Banks of experts: how a block calls them, one expert at a time, and how checkpoints store them."""

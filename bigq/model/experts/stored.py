@@ -1,0 +1,70 @@
+"""How checkpoints store the experts of a bank: matrix by matrix, while the model has one parameter for all of them.
+
+``experts.17.gate_proj.weight`` becomes a part of ``experts.gate_up_proj`` [experts, outputs, inputs]. Which part follows from
+transformers' own rules: their patterns, and the order in which they stack and concatenate.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from bigq.errors import CheckpointError, UnsupportedModelError
+from bigq.io.json_file import show_name
+from bigq.model.skeleton import Merge, merges
+
+#: Rules that are followed: experts are stacked, and then perhaps their matrices concatenated by outputs.
+_STACKING = ((("MergeModulelist", 0),), (("MergeModulelist", 0), ("Concatenate", 1)))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where a stored matrix goes: to ``parameter[expert]``, as the part number ``part`` of ``parts`` along the outputs."""
+
+    parameter: str
+    expert: int
+    part: int
+    parts: int
+
+
+def expert_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Part]:
+    """Checkpoint name → where it goes, for those tensors that transformers would merge.
+
+    Raises UnsupportedModelError for rules that do more than stack experts and concatenate their matrices by outputs, CheckpointError where
+    an expert lacks one of them.
+    """
+    found: dict[str, list[list[str]]] = {}
+    for name, merge in merges(model, names).items():
+        require_stacking(merge)
+        found.setdefault(merge.target, [[] for _ in range(merge.places)])[merge.place].append(name)
+    result: dict[str, Part] = {}
+    for target, matrices in found.items():
+        _require_equal_numbers(matrices)
+        for part, column in enumerate(matrices):
+            ordered = sorted(column, key=_by_number)
+            result |= {name: Part(target, expert, part, len(matrices)) for expert, name in enumerate(ordered)}
+    return result
+
+
+def require_stacking(merge: Merge) -> None:
+    """Raise UnsupportedModelError unless a rule stacks tensors as experts and then concatenates them by outputs at most."""
+    if merge.steps not in _STACKING or merge.targets != 1:
+        steps = ", ".join(name for name, _ in merge.steps)
+        raise UnsupportedModelError(f"{merge.target}: transformers makes it of several tensors by {steps}, which is not supported")
+
+
+def _require_equal_numbers(matrices: list[list[str]]) -> None:
+    most, fewest = max(matrices, key=len), min(matrices, key=len)
+    if len(most) > len(fewest):
+        raise CheckpointError(
+            f"the checkpoint holds {len(most)} tensors like {show_name(most[0])}, but {len(fewest)} of another matrix of the same experts; "
+            "fetch it again"
+        )
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """A key that sorts expert 10 after expert 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
