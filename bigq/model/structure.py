@@ -9,9 +9,9 @@ run again: its output follows from the Linear's inputs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bigq.model.blocks import block_linears
 from bigq.model.capture import BlockCall, OutputForm, hidden_of, replace_forwards
+from bigq.model.experts.bank import BankCall
+from bigq.model.experts.cut import banks_replaced, called_banks
 from bigq.model.skeleton import linear_weight
+from bigq.model.tracers import DataflowTracer, NanTracer
 
 #: Linears with fewer inputs or outputs than this are taken for gates and stay unquantized.
 MIN_FEATURES = 32
@@ -57,12 +60,21 @@ class Shortcut:
 
 
 @dataclass(frozen=True, slots=True)
+class BankPlace:
+    """Where a bank of experts is in a block. name: of its module. level: of its inputs; groups of lower levels come before it."""
+
+    name: str
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
 class BlockPlan:
-    """The groups of a block in order of execution, the Linears that stay unquantized, and the shortcuts."""
+    """The groups of a block in order of execution, the Linears that stay unquantized, the shortcuts, and the banks of experts."""
 
     groups: tuple[Group, ...]
     left_out: tuple[str, ...]
     shortcuts: tuple[Shortcut, ...]
+    banks: tuple[BankPlace, ...] = ()
 
     def with_shortcuts(self, *, last: bool, others: bool) -> BlockPlan:
         """The same structure, where only some modules have a shortcut: those whose Linear is at the deepest level, or the others."""
@@ -76,79 +88,23 @@ class BlockPlan:
         return [[g for g in self.groups if g.level == level] for level in range(depth)]
 
 
-class DataflowTracer(Protocol):
-    """Traces the dataflow in a block."""
-
-    def begin(self, hidden: Tensor) -> Tensor:
-        """Hidden states that ``is_sum`` works on."""
-
-    def mark(self, y: Tensor) -> Tensor:
-        """A tensor like y with a mark that spreads to everything computed from it."""
-
-    def is_marked(self, x: Tensor) -> bool:
-        """Whether x has the mark."""
-
-    def is_sum(self, total: Tensor, a: Tensor, b: Tensor) -> bool:
-        """Whether total was computed as a + b."""
-
-    def same(self, a: Tensor, b: Tensor) -> bool:
-        """Whether two ways of computing something agree."""
-
-
-class NanTracer:
-    """Traces by values, for loaded blocks: NaN is the mark, and equal bits mean equal computations."""
-
-    def begin(self, hidden: Tensor) -> Tensor:
-        return hidden
-
-    def mark(self, y: Tensor) -> Tensor:
-        return torch.full_like(y, float("nan"))
-
-    def is_marked(self, x: Tensor) -> bool:
-        return bool(torch.isnan(x).any())
-
-    def is_sum(self, total: Tensor, a: Tensor, b: Tensor) -> bool:
-        return torch.equal(total, a + b)
-
-    def same(self, a: Tensor, b: Tensor) -> bool:
-        return torch.equal(a, b)
-
-
-class GradientTracer:
-    """Traces by gradients, for tensors on meta, with gradients enabled. ``same`` can only compare shapes."""
-
-    def begin(self, hidden: Tensor) -> Tensor:
-        return self.mark(hidden)
-
-    def mark(self, y: Tensor) -> Tensor:
-        return y.detach().requires_grad_().clone()
-
-    def is_marked(self, x: Tensor) -> bool:
-        return x.requires_grad
-
-    def is_sum(self, total: Tensor, a: Tensor, b: Tensor) -> bool:
-        made = total.grad_fn
-        if made is None or made.name() != "AddBackward0":
-            return False
-        return [source for source, _ in made.next_functions] in ([a.grad_fn, b.grad_fn], [b.grad_fn, a.grad_fn])
-
-    def same(self, a: Tensor, b: Tensor) -> bool:
-        return a.shape == b.shape
-
-
 def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: DataflowTracer | None = None) -> BlockPlan:
     """Find the groups of a block, their levels and its shortcuts from one probe [B, T, d]. tracer: defaults to NanTracer.
 
     Attention is computed by plain operations, which pass every NaN on. Fused kernels need not: the maximum that they keep may ignore NaN.
+    Banks of experts return 0 instead of running.
     """
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), banks_replaced(block, lambda _, bank: torch.zeros_like(bank.tokens)):
         return _plan_block(block, hidden, call, tracer or NanTracer())
 
 
 def _plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: DataflowTracer) -> BlockPlan:
     linears = block_linears(block)
     groups = _groups(block, linears, hidden, call)
-    reached = [_reached_groups(block, linears, groups, i, hidden, call, tracer) for i in range(len(groups))]
+    routers = _routers(block, linears, groups, hidden, call, tracer)
+    groups = [kept for group in groups if (kept := [name for name in group if name not in routers])]
+    traces = [_trace(block, linears, groups, groups[i], hidden, call, tracer) for i in range(len(groups))]
+    reached = [trace.groups - {i} for i, trace in enumerate(traces)]
     levels = [0] * len(groups)
     for _ in groups:
         for i, targets in enumerate(reached):
@@ -165,7 +121,11 @@ def _plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: Dataf
             shortcut = Shortcut(group.names[0], group.names[0], OutputForm(None), last=True, idle=idle)
             if idle and _leaves_idle(shortcut, block, hidden, call, tracer):
                 shortcuts = (*shortcuts, shortcut)
-    return BlockPlan(planned, left_out, tuple(_with_idle_norms(s, block, hidden, call, tracer) for s in shortcuts))
+    places = tuple(
+        BankPlace(name, max((level + 1 for level, trace in zip(levels, traces, strict=True) if name in trace.tokens), default=0))
+        for name in called_banks(block, lambda: call.run(block, hidden))
+    )
+    return BlockPlan(planned, left_out, tuple(_with_idle_norms(s, block, hidden, call, tracer) for s in shortcuts), places)
 
 
 def _groups(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, call: BlockCall) -> list[list[str]]:
@@ -210,34 +170,63 @@ def _same_tensor(a: Tensor, b: Tensor) -> bool:
     return identity(a) == identity(b)
 
 
-def _reached_groups(
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    """What marked outputs reach. groups: those whose input has the mark. tokens, choices: banks of which the tokens, or the weights of the
+    chosen experts, have it."""
+
+    groups: set[int]
+    tokens: set[str]
+    choices: set[str]
+
+
+def _trace(
     block: nn.Module,
     linears: Mapping[str, nn.Module],
     groups: list[list[str]],
-    source: int,
+    marked: Collection[str],
     hidden: Tensor,
     call: BlockCall,
     tracer: DataflowTracer,
-) -> set[int]:
-    """The groups whose input gets the mark when the outputs of group ``source`` are marked."""
+) -> _Trace:
+    """What is reached when the outputs of the Linears ``marked`` are marked. A bank passes the mark of its tokens on."""
     names = [name for group in groups for name in group]
     group_of = {name: i for i, group in enumerate(groups) for name in group}
-    reached: set[int] = set()
+    trace = _Trace(set(), set(), set())
 
     def make(k: int) -> Callable[[Tensor], Tensor]:
         name, module = names[k], linears[names[k]]
 
         def forward(x: Tensor) -> Tensor:
             if tracer.is_marked(x):
-                reached.add(group_of[name])
+                trace.groups.add(group_of[name])
             y: Tensor = type(module).forward(module, x)
-            return tracer.mark(y) if group_of[name] == source else y
+            return tracer.mark(y) if name in marked else y
 
         return forward
 
-    with replace_forwards([linears[name] for name in names], make):
+    def bank(name: str, bank: BankCall) -> Tensor:
+        if tracer.is_marked(bank.weights):
+            trace.choices.add(name)
+        y = torch.zeros_like(bank.tokens)
+        if tracer.is_marked(bank.tokens):
+            trace.tokens.add(name)
+            y = tracer.mark(y)
+        return y
+
+    with replace_forwards([linears[name] for name in names], make), banks_replaced(block, bank):
         call.run(block, hidden)
-    return reached - {source}
+    return trace
+
+
+def _routers(
+    block: nn.Module, linears: Mapping[str, nn.Module], groups: list[list[str]], hidden: Tensor, call: BlockCall, tracer: DataflowTracer
+) -> set[str]:
+    """Linears that only choose experts: their outputs reach the choice of a bank and not its tokens. They stay unquantized."""
+    if not called_banks(block, lambda: call.run(block, hidden)):
+        return set()
+    traces = {name: _trace(block, linears, groups, {name}, hidden, call, tracer) for group in groups for name in group}
+    return {name for name, trace in traces.items() if trace.choices - trace.tokens}
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,10 +108,10 @@ MOE_FAMILIES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def moe_model(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def moe_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     """A random model. Its experts run one after the other ("eager"), the same in every run."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**_BASE, **MOE_FAMILIES[family]})).eval()
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**_BASE, **MOE_FAMILIES[family], **changes})).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for param in model.parameters():

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bigq.model.capture import BlockCall
-from bigq.model.structure import BlockPlan, GradientTracer, Shortcut, plan_block
+from bigq.model.structure import BlockPlan, Shortcut, plan_block
+from bigq.model.tracers import GradientTracer
 
 D = 32
 

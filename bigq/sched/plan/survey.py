@@ -23,7 +23,8 @@ from bigq.model.blocks import block_linears
 from bigq.model.capture import BlockCall, OutputForm, first_input, forward_errors, record_calls, replace_forwards
 from bigq.model.checks import check_hidden_paths
 from bigq.model.skeleton import is_transposed, linear_weight
-from bigq.model.structure import BlockPlan, GradientTracer, Shortcut, plan_block
+from bigq.model.structure import BlockPlan, Shortcut, plan_block
+from bigq.model.tracers import GradientTracer
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
 
 #: Tokens of the row with which the structure is probed.

@@ -1,0 +1,50 @@
+"""Cutting a block at its banks: they return what the caller gives instead of running.
+
+While a block's structure is searched, a bank must not run: marks in the hidden states would reach the router and change which experts run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from bigq.model.capture import replace_forwards
+from bigq.model.experts.bank import BankCall, bank_modules
+
+
+@contextlib.contextmanager
+def banks_replaced(block: nn.Module, returns: Callable[[str, BankCall], Tensor]) -> Iterator[None]:
+    """Let every bank of a block return ``returns(its name, its call)`` while the context is open.
+
+    A module that has the shape of a bank but is called in another way runs as it is.
+    """
+    banks = bank_modules(block)
+    names = list(banks)
+
+    def make(i: int) -> Callable[..., Any]:
+        name, module = names[i], banks[names[i]]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = BankCall.of(args, kwargs)
+            return type(module).forward(module, *args, **kwargs) if call is None else returns(name, call)
+
+        return forward
+
+    with replace_forwards([banks[name] for name in names], make):
+        yield
+
+
+def called_banks(block: nn.Module, run: Callable[[], Any]) -> Mapping[str, BankCall]:
+    """The banks that ``run`` calls, with their calls. Their output is 0. A bank that is called twice counts by its last call."""
+    found: dict[str, BankCall] = {}
+
+    def see(name: str, call: BankCall) -> Tensor:
+        found[name] = call
+        return call.tokens.new_zeros(call.tokens.shape)
+
+    with banks_replaced(block, see):
+        run()
+    return found
