@@ -22,6 +22,7 @@ from bigq.calibration import evaluation_rows, require_vocabulary
 from bigq.config import DEFAULT_SEQLEN, default_batch
 from bigq.errors import BigqError, UsageError
 from bigq.infer.options import EvalConfig
+from bigq.infer.experts import BankRunner
 from bigq.inspect.evaluations import holds_output, record_evaluation
 from bigq.io.hub import resolve_model
 from bigq.io.prefetch.to_device import least_budget
@@ -32,6 +33,7 @@ from bigq.machine.memory import hold_heap, return_freed_memory
 from bigq.model import skeleton
 from bigq.model.capture import OutputForm, replace_forwards
 from bigq.model.pager import Pager
+from bigq.progress.clock import Clock
 from bigq.progress.display import Display
 from bigq.progress.progress import Progress
 from bigq.progress.trace import Trace
@@ -137,13 +139,15 @@ class Stream:
             batches = Batches(batch, on_halving=lambda before, halving: progress.say(halving_message(before, halving)))
             self._store: ActivationStore = activations_for(pager, rows, batches, probe, tier)
             self._store.on_progress = progress.step
+            banks = BankRunner(pager, probe, Clock(pager.device, Trace(keep=False)))
             for i in range(len(pager.blocks)):
                 progress.phase(f"of {pager.folder.name}", i)
                 block = pager.load_block(i)
                 progress.read(sum(info.nbytes for info in pager.block_tensors(i)))
-                pager.announce_block(i + 1)
                 probe.check.run(i, block)
-                propagate(i, block, self._store, f"{pager.blocks_path}.{i}")
+                with banks.outputs(i, block, self._store) as cache:
+                    pager.announce_block(i + 1)
+                    propagate(i, block, self._store, f"{pager.blocks_path}.{i}", cache)
                 pager.evict_block(i)
                 return_freed_memory()
                 progress.block_passed(len(pager.blocks) - i - 1)

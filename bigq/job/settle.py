@@ -79,12 +79,13 @@ def check_shapes(model: ModelDescription, config: JobConfig) -> None:
     """Raise UsageError if a rule decides nothing or splits a fused Linear, if Linears, the output head among them, do not fit the format
     or their group size, if the head cannot be quantized as requested, or if no Linear would be quantized."""
     linears = _block_linears(model)
-    names = list(linears)
+    names = [*linears, *model.expert_linears]
     require_sound_rules(names, _linear_head(model), config)
     head = head_scheme(model, config)
     if head is not None:
         linears[model.head_name] = model.head
     candidates = [each for each in map(_candidate, linears, linears.values()) if min(each.m, each.n) >= MIN_FEATURES]
+    candidates += [Candidate(name=name, m=m, n=n) for name, (m, n) in model.expert_linears.items()]
     require_fit(candidates, names, _linear_head(model), config)
     if head is None and all(scheme_for(each.name, config.base_scheme, config.rules) is None for each in candidates):
         raise UsageError("--skip: no Linear would be quantized; give narrower patterns")

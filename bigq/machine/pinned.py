@@ -30,6 +30,15 @@ class PinnedMemory:
                 yield segment[first:last]
             start += len(segment)
 
+    def whole_rows(self, width: int) -> Iterator[tuple[int, Tensor]]:
+        """The memory as rows of ``width`` elements: (number of the first row, view [rows, width]) for those that lie in one segment."""
+        start = 0
+        for segment in self._segments:
+            first, last = -(-start // width), (start + len(segment)) // width
+            if first < last:
+                yield first, segment[first * width - start : last * width - start].view(-1, width)
+            start += len(segment)
+
 
 def segments(size: int) -> list[int]:
     """Powers of two, largest first, whose sum is ``size`` bytes rounded up to a multiple of GRANULE."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from bigq.errors import UnsupportedModelError
+from bigq.model.experts.bank import bank_modules
 from bigq.model.skeleton import is_linear
 
 
@@ -40,11 +41,16 @@ def _refuse_shared(model: nn.Module, path: str) -> None:
 
 
 def _refuse_experts(path: str, blocks: nn.ModuleList) -> None:
+    banks = bank_modules(blocks)
     for name, param in blocks.named_parameters():
-        if param.ndim > 2 and "expert" in name:
+        if param.ndim > 2 and "expert" in name and name.rpartition(".")[0] not in banks:
             raise UnsupportedModelError(
-                f"{path}.{name} holds the weights of several experts; mixture-of-experts models are not supported yet"
+                f"{path}.{name} holds the weights of several experts in another form than one matrix an expert; this architecture is not "
+                "supported yet"
             )
     for name, module in blocks.named_modules():
         if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "experts":
-            raise UnsupportedModelError(f"{path}.{name} is a list of experts; mixture-of-experts models are not supported yet")
+            raise UnsupportedModelError(
+                f"{path}.{name} is a list of experts, each a module of its own; only banks of experts with one parameter for all of them "
+                "are supported"
+            )

@@ -31,6 +31,7 @@ from bigq.model.capture import (
     replace_forwards,
     split_call,
 )
+from bigq.model.experts.cut import without_banks
 from bigq.model.skeleton import linear_weight
 
 #: Differences that count as rounding, relative to the largest value: this, or four times the dtype's epsilon if that is more.
@@ -75,7 +76,7 @@ class BlockCheck:
 
     def _outputs(self, name: str, block: nn.Module, call: BlockCall, k: int) -> Tensor:
         hidden = self.hidden[k].clone()
-        with forward_errors("where a block runs by itself"):
+        with forward_errors("where a block runs by itself"), without_banks(block):
             output = block(hidden, *call.args, **call.kwargs)
         if not OutputForm.fits(output) or OutputForm.of(output) != self.form:
             raise UnsupportedModelError(f"{name}: returns its outputs in another form than block 0; this architecture is not supported")
@@ -228,14 +229,16 @@ def check_hidden_paths(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, for
 
     def at_block(i: int, hidden: Tensor, call: BlockCall) -> Any:
         block = blocks[i]
-        output = type(block).forward(block, hidden.detach(), *call.args, **call.kwargs)
+        with without_banks(block):
+            output = type(block).forward(block, hidden.detach(), *call.args, **call.kwargs)
         if hidden_of(output).requires_grad:
             raise UnsupportedModelError(
                 f"block {i} receives something from an earlier block by another way than its arguments, such as an attribute of a module; "
                 "this architecture is not supported"
             )
         marked = hidden.detach().requires_grad_().clone()
-        result = hidden_of(type(block).forward(block, marked, *call.args, **call.kwargs))
+        with without_banks(block):
+            result = hidden_of(type(block).forward(block, marked, *call.args, **call.kwargs))
         return form.wrap(result.detach() if i == len(blocks) - 1 else result)
 
     def at_head(x: Tensor, *_: Any, **__: Any) -> Tensor:

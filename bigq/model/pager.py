@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from bigq.io.sources.packed import PackedSource
 from bigq.io.sources.plain import PlainSource
 from bigq.model import skeleton
 from bigq.model.description import ModelDescription
+from bigq.model.experts.pages import StoredBank, stored_banks
+from bigq.model.experts.source import ExpertSource, expert_sources
+from bigq.model.experts.stored import expert_parts
 from bigq.model.extras import Extras, find_extras
 from bigq.model.names import require_parameters
 from bigq.model.plain import PlainModules, plain_modules
@@ -69,11 +72,12 @@ class Pager(ModelDescription):
         if schemes is None:
             return {}
         mark = f".{schemes.format.mark}"
-        prefixes = [name.removesuffix(mark) for name in self.checkpoint if name.endswith(mark)]
-        if not prefixes:
+        weights = [f"{name.removesuffix(mark)}.weight" for name in self.checkpoint if name.endswith(mark)]
+        if not weights:
             path = self.folder / "config.json"
             raise CheckpointError(f"{path}: has a quantization_config, but no tensor is packed; fetch the checkpoint again")
-        renamed = skeleton.map_names(self.model, [f"{p}.weight" for p in prefixes])
+        # Configs name Linears as the model does. A single expert is no module of the model and has its name from the checkpoint.
+        renamed = skeleton.map_names(self.model, weights) | {name: name for name in expert_parts(self.model, weights)}
         return {
             target: PackedSource(
                 format=schemes.format,
@@ -90,9 +94,14 @@ class Pager(ModelDescription):
         return skeleton.map_names(self.model, self.checkpoint)
 
     @functools.cached_property
+    def _expert_parts(self) -> dict[str, str]:
+        """Tensor of the checkpoint → the parameter that it becomes a part of."""
+        return {name: part.parameter for name, part in expert_parts(self.model, self.checkpoint).items()}
+
+    @functools.cached_property
     def extras(self) -> Extras:
         """The tensors that the model has no place for. Packed ones count too, so this is for checkpoints that are to be quantized."""
-        return find_extras(self.model, self.config, self.blocks_path, self.checkpoint.tensors, self._placed)
+        return find_extras(self.model, self.config, self.blocks_path, self.checkpoint.tensors, self._placed | self._expert_parts)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -102,7 +111,7 @@ class Pager(ModelDescription):
 
     def plain_modules(self, dropped: Iterable[str] = ()) -> PlainModules:
         """The modules that a quantization config must not count as packed. dropped: tensors that the output does not hold."""
-        return plain_modules(self.model, self.blocks_path, self.checkpoint.tensors, dropped)
+        return plain_modules(self.model, self.blocks_path, self.checkpoint.tensors, dropped, self._expert_parts)
 
     def _find_plain(self) -> dict[str, TensorInfo]:
         """The stored tensor of each parameter and buffer that has one; tied parameters share it."""
@@ -117,15 +126,21 @@ class Pager(ModelDescription):
     def _find_sources(self) -> dict[str, Source]:
         """How each parameter is stored. Raises CheckpointError where one is missing or has another shape, UnsupportedModelError."""
         packed = self._find_packed()
-        self.packed = {name: source.prefix for name, source in packed.items()}
         self.sources = self._find_plain()
         parts = {info.name for source in packed.values() for info in source.tensors}
-        unplaced = [name for name in self.checkpoint if name not in self._placed and name not in parts]
+        experts = self._find_experts(packed)
+        merged = {info.name for sources in experts.values() for source in sources for info in source.tensors}
+        unplaced = [name for name in self.checkpoint if not (name in self._placed or name in parts or name in merged)]
         if self.schemes is None:
             refuse_quantized_tensors(self.folder, unplaced)
-        require_parameters(self.folder, self.model, [*packed, *self.sources], unplaced)
+        self.packed = {name: source.prefix for name, source in packed.items() if name in self._meta}
+        require_parameters(self.folder, self.model, [*self.packed, *self.sources, *experts], unplaced)
+        self.banks = stored_banks(self.model, experts)
+        self.expert_linears = {name: shape for bank in self.banks.values() for name, shape in bank.linears().items()}
         found: dict[str, Source] = {}
         for name, param in self._meta.items():
+            if name in experts:
+                continue
             if name in packed:
                 packed[name].check(tuple(skeleton.linear_weight(self._owner(name)[0]).shape))
                 found[name] = packed[name]
@@ -134,12 +149,17 @@ class Pager(ModelDescription):
             found[name].check(tuple(param.shape))
         return found
 
+    def _find_experts(self, packed: Mapping[str, PackedSource]) -> dict[str, tuple[ExpertSource, ...]]:
+        """How the experts of each 3-D parameter are stored. packed: the packed Linears, those of experts by their names in the checkpoint."""
+        plain: dict[str, Source] = {name: PlainSource(self.checkpoint[name]) for name in (*self._placed, *self._expert_parts)}
+        return expert_sources(self.model, plain | {name: packed[name] for name in packed if name not in self._meta}, self._placed)
+
     def source_of(self, name: str) -> Source:
         """How a parameter is stored."""
         return self._weights[name]
 
     def stored_under(self, path: str) -> set[str]:
-        """Names of the checkpoint's tensors that hold parameters and buffers of the module ``path``."""
+        """Names of the checkpoint's tensors that hold parameters and buffers of the module ``path``, without those of experts."""
         found = {info.name for name, info in self.sources.items() if name.startswith(f"{path}.")}
         return found | {info.name for name, source in self._weights.items() if name.startswith(f"{path}.") for info in source.tensors}
 
@@ -161,7 +181,7 @@ class Pager(ModelDescription):
         return source
 
     def block_names(self, i: int) -> list[str]:
-        """Names of the parameters and persistent buffers of block i."""
+        """Names of the parameters and persistent buffers of block i, without the matrices of experts."""
         return self._block_names[i]
 
     @functools.cached_property
@@ -169,7 +189,7 @@ class Pager(ModelDescription):
         prefix = f"{self.blocks_path}."
         found: list[list[str]] = [[] for _ in self.blocks]
         for name in self.model.state_dict():
-            if name.startswith(prefix):
+            if name.startswith(prefix) and not (name in self._meta and name not in self._weights):
                 found[int(name.removeprefix(prefix).partition(".")[0])].append(name)
         return found
 
@@ -220,6 +240,30 @@ class Pager(ModelDescription):
         block = self.blocks[i]
         assert isinstance(block, nn.Module)
         return block
+
+    def load_expert(self, path: str, e: int, matrices: Mapping[str, list[Tensor]] | None = None) -> dict[str, Tensor]:
+        """Expert e of the bank ``path`` on the device: its part of every parameter, by the name in the bank.
+
+        Small parameters, such as biases, are loaded with the block. matrices: of its parameters, if they are not to be read from the
+        checkpoint, [outputs, inputs] each. Raises CheckpointError; NumericsError for weights that are not finite.
+        """
+        bank, module = self.banks[path], self.model.get_submodule(path)
+        found = {}
+        for key, param in module.named_parameters(recurse=False):
+            if matrices is not None and key in matrices:
+                found[key] = torch.cat(matrices[key]) if len(matrices[key]) > 1 else matrices[key][0]
+            elif key in bank.sources:
+                found[key] = bank.sources[key][e].value(self._read, self.device, self.dtype_of(f"{path}.{key}"))
+            else:
+                found[key] = param[e].clone()
+        if self._ahead is not None:
+            self._ahead.check()
+        return found
+
+    def announce_experts(self, path: str, experts: Iterable[int]) -> None:
+        """Prefetch some experts of a bank."""
+        if self._ahead is not None:
+            self._ahead.announce(list(self.banks[path].tensors(experts)))
 
     def evict_block(self, i: int) -> None:
         """Put the parameters of block i back to meta."""

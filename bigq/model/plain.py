@@ -5,7 +5,7 @@ Readers build quantized Linears for all modules that the config does not exclude
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -28,8 +28,11 @@ class PlainModules:
     apart: tuple[str, ...] = ()
 
 
-def plain_modules(model: nn.Module, blocks_path: str, tensors: Mapping[str, TensorInfo], dropped: Iterable[str] = ()) -> PlainModules:
-    """The plain modules of a model and its checkpoint. dropped: names of tensors that the output does not hold."""
+def plain_modules(
+    model: nn.Module, blocks_path: str, tensors: Mapping[str, TensorInfo], dropped: Iterable[str] = (), experts: Collection[str] = ()
+) -> PlainModules:
+    """The plain modules of a model and its checkpoint. dropped: names of tensors that the output does not hold. experts: of those that
+    hold one matrix of one expert, which readers take for Linears."""
     modules = dict(model.named_modules())
     head = model.get_output_embeddings()  # type: ignore[operator]
     gone, placed = set(dropped), skeleton.map_names(model, tensors)
@@ -40,6 +43,9 @@ def plain_modules(model: nn.Module, blocks_path: str, tensors: Mapping[str, Tens
         if not name.endswith(".weight") or len(info.shape) != 2 or name in gone:
             continue
         path = placed.get(name, name).removesuffix(".weight")
+        if name in experts:
+            others.add(path)
+            continue
         if path not in modules:
             others.add(path)
             apart.add(_apart(path, modules))

@@ -31,8 +31,6 @@ _LARGE_BYTES = 2**28
 _MAX_BUFFER_BYTES = 2**30
 #: The most parameters of a model without a checkpoint to compare with. Llama-3.1-405B has 1137; experts are stored together.
 _MAX_PARAMETERS = 20_000
-#: In names of tensors that hold the weights of experts.
-_EXPERTS = re.compile(r"(^|[._])(experts?|moe)([._]|$)")
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -119,6 +117,9 @@ def build(
         if (reason := not_causal(config)) is not None:
             raise UnsupportedModelError(reason) from error
         raise UnsupportedModelError(f"transformers cannot build a causal language model from this config: {_error_line(error)}") from error
+    if any(param.ndim == 3 for param in model.parameters()) and getattr(model, "_can_set_experts_implementation", bool)():
+        # One expert after the other: only this can be computed expert by expert with the same bits.
+        model.set_experts_implementation("eager")  # type: ignore[operator]
     if not initialised:
         model.tie_weights()  # type: ignore[operator]
     for module in model.modules():
@@ -128,20 +129,12 @@ def build(
 
 
 def map_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Checkpoint name → parameter or buffer name, for every tensor that the model uses.
+    """Checkpoint name → parameter or buffer name, for every tensor that the model uses as it is stored.
 
-    Applies the renamings that transformers applies on loading. Raises UnsupportedModelError where a tensor would have to be merged or
-    split, as for fused experts.
+    Applies the renamings that transformers applies on loading. Tensors that it merges into a parameter are left out, see ``merges``.
     """
     places = model.state_dict()
-    result = {}
-    for name, (target, converter) in _renamed(model, names).items():
-        if converter is not None:
-            why = "mixture-of-experts models" if _EXPERTS.search(f"{target} {converter}") else "such models"
-            raise UnsupportedModelError(f"tensor {name} has to be merged or split on loading ({converter!r}); {why} are not supported yet")
-        if target in places:
-            result[name] = target
-    return result
+    return {name: target for name, (target, rule) in _renamed(model, names).items() if rule is None and target in places}
 
 
 def unplaced_names(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, bool]]:

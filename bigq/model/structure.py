@@ -92,10 +92,16 @@ def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: Datafl
     """Find the groups of a block, their levels and its shortcuts from one probe [B, T, d]. tracer: defaults to NanTracer.
 
     Attention is computed by plain operations, which pass every NaN on. Fused kernels need not: the maximum that they keep may ignore NaN.
-    Banks of experts return 0 instead of running.
+    Banks of experts return 0 instead of running, with the mark of what they receive.
     """
-    with sdpa_kernel(SDPBackend.MATH), banks_replaced(block, lambda _, bank: torch.zeros_like(bank.tokens)):
-        return _plan_block(block, hidden, call, tracer or NanTracer())
+    tracer = tracer or NanTracer()
+
+    def pass_on(_: str, bank: BankCall) -> Tensor:
+        y = torch.zeros_like(bank.tokens)
+        return tracer.mark(y) if tracer.is_marked(bank.tokens) or tracer.is_marked(bank.weights) else y
+
+    with sdpa_kernel(SDPBackend.MATH), banks_replaced(block, pass_on):
+        return _plan_block(block, hidden, call, tracer)
 
 
 def _plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: DataflowTracer) -> BlockPlan:
@@ -113,18 +119,19 @@ def _plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: Dataf
     used = {name for group in groups for name in group}
     planned = tuple(Group(tuple(names), level) for names, level in zip(groups, levels, strict=True))
     left_out = tuple(name for name in linears if name not in used)
-    shortcuts = _shortcuts(block, planned, hidden, call, tracer)
-    covered = {shortcut.linear for shortcut in shortcuts}
-    for i, group in enumerate(planned):
-        if group.level == max(levels) and len(group.names) == 1 and group.names[0] not in covered:
-            idle = tuple(name for other, targets in zip(planned, reached, strict=True) if targets == {i} for name in other.names)
-            shortcut = Shortcut(group.names[0], group.names[0], OutputForm(None), last=True, idle=idle)
-            if idle and _leaves_idle(shortcut, block, hidden, call, tracer):
-                shortcuts = (*shortcuts, shortcut)
     places = tuple(
         BankPlace(name, max((level + 1 for level, trace in zip(levels, traces, strict=True) if name in trace.tokens), default=0))
         for name in called_banks(block, lambda: call.run(block, hidden))
     )
+    deepest = max([*levels, *(place.level for place in places)], default=0)
+    shortcuts = _shortcuts(block, planned, deepest, hidden, call, tracer)
+    covered = {shortcut.linear for shortcut in shortcuts}
+    for i, group in enumerate(planned):
+        if group.level == deepest and len(group.names) == 1 and group.names[0] not in covered:
+            idle = tuple(name for other, targets in zip(planned, reached, strict=True) if targets == {i} for name in other.names)
+            shortcut = Shortcut(group.names[0], group.names[0], OutputForm(None), last=True, idle=idle)
+            if idle and _leaves_idle(shortcut, block, hidden, call, tracer):
+                shortcuts = (*shortcuts, shortcut)
     return BlockPlan(planned, left_out, tuple(_with_idle_norms(s, block, hidden, call, tracer) for s in shortcuts), places)
 
 
@@ -240,11 +247,12 @@ class _ModuleCall:
 
 
 def _shortcuts(
-    block: nn.Module, groups: tuple[Group, ...], hidden: Tensor, call: BlockCall, tracer: DataflowTracer
+    block: nn.Module, groups: tuple[Group, ...], deepest: int, hidden: Tensor, call: BlockCall, tracer: DataflowTracer
 ) -> tuple[Shortcut, ...]:
     """Modules that return a Linear's output, unchanged or with an argument added.
 
-    Before the deepest level the Linear must be no wider than the hidden states. Each shortcut is tested: with it, the block must return
+    deepest: the block's deepest level, that of a bank included. Before it the Linear must be no wider than the hidden states. Each shortcut is
+    tested: with it, the block must return
     the same bits.
     """
     level_of = {name: group.level for group in groups for name in group.names}
@@ -264,7 +272,6 @@ def _shortcuts(
     finally:
         for handle in handles:
             handle.remove()
-    deepest = max(level_of.values(), default=0)
     found: dict[str, Shortcut] = {}
     for name, calls in seen.items():
         if name in level_of or len(calls) > 1:

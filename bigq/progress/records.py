@@ -50,7 +50,8 @@ def device_memory_peak(device: torch.device) -> int:
 class LinearRecord:
     """The result of quantizing one Linear. seconds: of the factor and solve of its group, as numbers or laps of a clock.
 
-    dead_inputs: inputs that were 0 in every calibration token.
+    dead_inputs: inputs that were 0 in every calibration token. tokens: for a matrix of an expert, how many calibration tokens were routed
+    to the expert. rounded: why it was rounded to nearest instead of solved; None if it was solved.
     """
 
     name: str
@@ -62,8 +63,11 @@ class LinearRecord:
     damping: float
     dead_inputs: int
     seconds: Mapping[str, SupportsFloat]
+    tokens: int | None = None
+    rounded: str | None = None
 
     def to_json(self) -> dict[str, Any]:
+        of_expert = {} if self.tokens is None else {"tokens": self.tokens, "rounded": self.rounded}
         return {
             "name": self.name,
             "bits": self.bits,
@@ -74,6 +78,7 @@ class LinearRecord:
             "damping": self.damping,
             "dead_inputs": self.dead_inputs,
             "seconds": {k: round(float(v), 6) for k, v in self.seconds.items()},
+            **of_expert,
         }
 
 

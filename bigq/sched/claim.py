@@ -51,7 +51,7 @@ def claimed(
     """
     out, config = job.target.out, job.config
     with ownership(out / STATE_FOLDER, progress, steal=config.steal_lock) as owner:
-        journal = Journal(out, request, [unit.shard.name for unit in units], compare)
+        journal = Journal(out, request, [shard.name for unit in units for shard in unit.shards], compare)
         notes = [*owner.notes, *journal.notes, *plan.warnings]
         for note in notes:
             progress.say(f"warning: {note}")

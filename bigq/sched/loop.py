@@ -25,7 +25,7 @@ def run_units(
     Raises Stopped, DataError, ResourceError; committed units stay committed.
     """
     control = writer.control
-    missing = [unit for unit in units if writer.committed(unit.shard) is None]
+    missing = [unit for unit in units if any(writer.committed(shard) is None for shard in unit.shards)]
     resumed = sum(unit.block is not None for unit in units) - sum(unit.block is not None for unit in missing)
     control.progress.start(resumed)
     if missing:

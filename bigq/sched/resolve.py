@@ -147,8 +147,12 @@ def units_of(job: Job) -> list[Unit]:
     """The units of a job in the order of their shards: copied tensors, blocks, and the head if it is quantized."""
     pager, head = job.pager, job.head
     copied = copied_units(pager, [] if head is None else [head.source.name])
-    blocks = [BlockUnit(len(copied) + i, i, pager) for i in range(len(pager.blocks))]
-    return [*copied, *blocks, *([] if head is None else [HeadUnit(len(copied) + len(blocks), head)])]
+    units: list[Unit] = list(copied)
+    number = len(copied)
+    for i in range(len(pager.blocks)):
+        units.append(BlockUnit(number, i, pager))
+        number += len(units[-1].shards)
+    return units if head is None else [*units, HeadUnit(number, head)]
 
 
 def request_of(job: Job) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def _run(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Con
             control=control,
             ranks=OneProcess(),
         )
-        writer.require_same_sources([unit.shard for unit in units], str(job.pager.folder))
+        writer.require_same_sources([shard for unit in units for shard in unit.shards], str(job.pager.folder))
         setup = _Setup(job=job, plan=plan, claim=claim, writer=writer)
         return run_units(units, writer, setup.bench, setup.solving)
 

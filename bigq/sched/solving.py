@@ -21,7 +21,8 @@ from bigq.sched.control import Control
 from bigq.sched.rows.calibration import CalibrationRows
 from bigq.sched.rows.reference import REFERENCE_STEP, ReferenceBlock
 from bigq.sched.rows.shortcut_cache import LastInputs, ShortcutCache
-from bigq.sched.solve.block import BlockJob, BlockRows, quantize_weights, solve_block
+from bigq.sched.solve.bank import SolvedExpert
+from bigq.sched.solve.block import BlockJob, BlockRows, quantize_weights, replay_banks, solve_block
 from bigq.sched.solve.head import HeadJob, quantize_head, solve_head
 from bigq.sched.solve.propagate import propagate
 from bigq.sched.solve.results import Skipped, Solved
@@ -32,7 +33,7 @@ U = TypeVar("U")
 class BlockVisit(Protocol):
     """One block, while it is loaded."""
 
-    def solve(self) -> Iterator[Solved | Skipped]:
+    def solve(self) -> Iterator[Solved | Skipped | SolvedExpert]:
         """Quantize the block's Linears."""
 
     def advance(self, restore: Callable[[], None] | None, loading: float) -> int:
@@ -88,7 +89,7 @@ class _VisitWithoutRows:
     def __init__(self, job: BlockJob, method: DataFreeMethod) -> None:
         self._job, self._method = job, method
 
-    def solve(self) -> Iterator[Solved | Skipped]:
+    def solve(self) -> Iterator[Solved | Skipped | SolvedExpert]:
         return quantize_weights(self._job, self._method)
 
     def advance(self, restore: Callable[[], None] | None, loading: float) -> int:
@@ -190,7 +191,7 @@ class _VisitWithRows:
     job: BlockJob
     at: BlockRows
 
-    def solve(self) -> Iterator[Solved | Skipped]:
+    def solve(self) -> Iterator[Solved | Skipped | SolvedExpert]:
         solving = self.solving
         return solve_block(self.job, self.at, solving.method, true_sequential=solving.true_sequential, ranks=solving.ranks)
 
@@ -208,6 +209,7 @@ class _VisitWithRows:
                 lost = propagate(job.index, job.block, reference.store, job.prefix, reference.cache, job.on_nonfinite, place)
         if restore is not None:
             restore()
+            replay_banks(self.job, self.at, self.solving.method, true_sequential=self.solving.true_sequential)
         with control.clock.phase("replay"):
             lost = propagate(job.index, job.block, self.at.store, job.prefix, self.at.cache, job.on_nonfinite) or lost
         rows.at = job.index + 1

@@ -34,6 +34,10 @@ class Source(Protocol):
     def tensors(self) -> Sequence[TensorInfo]:
         """The stored tensors, in the order in which ``value`` reads them; prefetching follows it."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, by the headers. Raises CheckpointError, UnsupportedModelError."""
+
     def check(self, shape: tuple[int, ...]) -> None:
         """Check headers. Raises CheckpointError if the stored weight has another shape, UnsupportedModelError if bigq cannot read it."""
 

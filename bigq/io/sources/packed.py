@@ -42,6 +42,11 @@ class PackedSource:
     def tensors(self) -> Sequence[TensorInfo]:
         return [self.checkpoint[f"{self.prefix}.{suffix}"] for suffix in self.format.suffixes(self.scheme.symmetric)]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        packed = self.format.geometry(self.prefix, self.checkpoint.tensors)
+        return packed.outputs, packed.inputs
+
     def check(self, shape: tuple[int, ...]) -> None:
         outputs, inputs = shape
         first = self.tensors[0]

@@ -35,6 +35,10 @@ class PlainSource:
     def tensors(self) -> Sequence[TensorInfo]:
         return (self.info,)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.info.shape)
+
     def check(self, shape: tuple[int, ...]) -> None:
         info = self.info
         if info.shape != shape:

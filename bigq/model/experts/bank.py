@@ -40,6 +40,8 @@ class Bank:
 
     products: in the order in which an expert computes them. parameters: all that an expert has a part of, biases included.
     counts: attributes of the module that hold the number of experts. total: the dtype in which outputs of experts are added.
+    by_slot: whether an expert takes its tokens in the order of their position among each token's experts; otherwise by token. A product's
+    bits may depend on where in its input a token is.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Bank:
     parameters: tuple[str, ...]
     counts: tuple[str, ...]
     total: torch.dtype
+    by_slot: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,13 +197,13 @@ def find_bank(name: str, module: nn.Module, call: BankCall, output: Tensor) -> B
     """
     parameters = dict(module.named_parameters(recurse=False))
     experts = next(iter(parameters.values())).shape[0]
-    reason = ""
-    for counts in _counts(module, experts):
-        bank = Bank(name, experts, (), tuple(parameters), counts, output.dtype)
+    by_slot, reason = _takes_by_slot(module, call), ""
+    for counts in count_attributes(module, experts):
+        bank = Bank(name, experts, (), tuple(parameters), counts, output.dtype, by_slot)
         try:
             one = Expert(module, bank, call, {key: p[0] for key, p in parameters.items()})
             products, total = one.products(call.tokens[:2], call.weights[:2, 0])
-            bank = Bank(name, experts, products, tuple(parameters), counts, total)
+            bank = Bank(name, experts, products, tuple(parameters), counts, total, by_slot)
             if {p.parameter for p in products} != {key for key, p in parameters.items() if p.ndim == 3}:
                 reason = "an expert does not multiply by each of its matrices"
             elif torch.equal(run_bank(module, bank, call), output):
@@ -217,28 +220,51 @@ def find_bank(name: str, module: nn.Module, call: BankCall, output: Tensor) -> B
 def run_bank(module: nn.Module, bank: Bank, call: BankCall) -> Tensor:
     """A bank's output [T, d], expert by expert in ascending order."""
     total = torch.zeros(call.tokens.shape, dtype=bank.total, device=call.tokens.device)
-    for e, tokens, slots in routed(call.experts, bank.experts):
+    for e, tokens, slots in routed(call.experts, bank.experts, by_slot=bank.by_slot):
         if len(tokens):
             expert = Expert(module, bank, call, {key: getattr(module, key)[e] for key in bank.parameters})
             total.index_add_(0, tokens, expert.run(call.tokens[tokens], call.weights[tokens, slots]))
     return total.to(call.tokens.dtype)
 
 
-def routed(experts: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For every expert in order: (its number, its tokens in ascending order, the position among each token's experts).
+def routed(experts: Tensor, count: int, *, by_slot: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For every expert in order: (its number, its tokens, the position of the expert among each token's).
 
-    experts: int [T, k], below ``count``; larger numbers stand for no expert. One sort for all experts.
+    experts: int [T, k], below ``count``; larger numbers stand for no expert. Tokens are in ascending order, with ``by_slot`` for each
+    position anew. One sort for all experts.
     """
-    flat = experts.reshape(-1)
+    flat = (experts.T if by_slot else experts).reshape(-1)
     order = flat.argsort(stable=True)
     ends = torch.searchsorted(flat[order].contiguous(), torch.arange(count + 1, device=flat.device, dtype=flat.dtype)).tolist()
-    k = experts.shape[1]
+    tokens, k = experts.shape
     for e in range(count):
         at = order[ends[e] : ends[e + 1]]
-        yield e, at // k, at % k
+        yield (e, at % tokens, at // tokens) if by_slot else (e, at // k, at % k)
 
 
-def _counts(module: nn.Module, experts: int) -> Iterator[tuple[str, ...]]:
+class _Order(TorchFunctionMode):
+    """Sees in which order a bank adds tokens to its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.indices: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _ADDITIONS:
+            self.indices.append(kwargs["index"] if "index" in kwargs else args[2])
+        return func(*args, **kwargs)
+
+
+def _takes_by_slot(module: nn.Module, call: BankCall) -> bool:
+    """Whether some expert of a bank takes its tokens in another than ascending order."""
+    order = _Order()
+    with order:
+        call.call(module.forward, call.tokens, call.experts, call.weights)
+    return any(bool((index[1:] < index[:-1]).any()) for index in order.indices)
+
+
+def count_attributes(module: nn.Module, experts: int) -> Iterator[tuple[str, ...]]:
     """Sets of attributes to set to 1 for a bank of one expert, the likely ones first. With none, a forward looks for all experts."""
     equal = [key for key, value in vars(module).items() if type(value) is int and value == experts]
     named = tuple(key for key in equal if "expert" in key)

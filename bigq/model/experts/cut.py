@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from bigq.errors import UnsupportedModelError
 from bigq.model.capture import replace_forwards
 from bigq.model.experts.bank import BankCall, bank_modules
 
@@ -19,7 +22,7 @@ from bigq.model.experts.bank import BankCall, bank_modules
 def banks_replaced(block: nn.Module, returns: Callable[[str, BankCall], Tensor]) -> Iterator[None]:
     """Let every bank of a block return ``returns(its name, its call)`` while the context is open.
 
-    A module that has the shape of a bank but is called in another way runs as it is.
+    Raises UnsupportedModelError where a module that has the shape of a bank is called in another way.
     """
     banks = bank_modules(block)
     names = list(banks)
@@ -29,12 +32,22 @@ def banks_replaced(block: nn.Module, returns: Callable[[str, BankCall], Tensor])
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = BankCall.of(args, kwargs)
-            return type(module).forward(module, *args, **kwargs) if call is None else returns(name, call)
+            if call is None:
+                raise UnsupportedModelError(
+                    f"{name}: a bank of experts that is not called with tokens, the experts of each token, and their weights; this "
+                    "architecture is not supported yet"
+                )
+            return returns(name, call)
 
         return forward
 
     with replace_forwards([banks[name] for name in names], make):
         yield
+
+
+def without_banks(block: nn.Module) -> AbstractContextManager[None]:
+    """Let the banks of a block return 0 while the context is open: their weights need not be there."""
+    return banks_replaced(block, lambda _, call: torch.zeros_like(call.tokens))
 
 
 def called_banks(block: nn.Module, run: Callable[[], Any]) -> Mapping[str, BankCall]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,40 +11,54 @@ from torch import Tensor, nn
 
 from bigq.errors import CheckpointError
 from bigq.io.index import TensorInfo
-from bigq.io.sources.base import Read
+from bigq.io.sources.base import Read, Source
+from bigq.io.sources.plain import PlainSource
 from bigq.model.experts.stored import expert_parts
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertSource:
-    """One expert's part of a parameter. tensors: stored in this order along the first dimension."""
+    """One expert's part of a parameter. parts: stored matrices, in this order along the first dimension, all of one shape.
 
-    tensors: tuple[TensorInfo, ...]
+    own: whether the parts are tensors of this expert alone; otherwise the part is a slice of a tensor for all experts.
+    """
+
+    parts: tuple[Source, ...]
+    own: bool = True
 
     def value(self, read: Read, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The part, without the dimension of the experts. Raises CheckpointError, NumericsError."""
-        parts = [read(info) for info in self.tensors]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(device=device, dtype=dtype)
+        values = [part.value(read, device, dtype) for part in self.parts]
+        return values[0] if len(values) == 1 else torch.cat(values)
+
+    @property
+    def tensors(self) -> Iterator[TensorInfo]:
+        """The stored tensors, in the order in which ``value`` reads them."""
+        for part in self.parts:
+            yield from part.tensors
 
 
-def expert_sources(model: nn.Module, tensors: Mapping[str, TensorInfo], placed: Mapping[str, str]) -> dict[str, tuple[ExpertSource, ...]]:
-    """Parameter of a bank → its experts' sources. tensors: of the checkpoint. placed: those that are whole parameters, see ``map_names``.
+def expert_sources(model: nn.Module, sources: Mapping[str, Source], placed: Mapping[str, str]) -> dict[str, tuple[ExpertSource, ...]]:
+    """Parameter of a bank → its experts' sources. sources: of the checkpoint's weights, by name. placed: the plain tensors among them
+    that are whole parameters, see ``map_names``.
 
     Raises CheckpointError where the number of experts or the shape of one differs from the model's.
     """
     parameters = dict(model.named_parameters())
-    stored: dict[str, dict[int, dict[int, TensorInfo]]] = {}
-    for name, part in expert_parts(model, tensors).items():
-        stored.setdefault(part.parameter, {}).setdefault(part.expert, {})[part.part] = tensors[name]
+    stored: dict[str, dict[int, dict[int, Source]]] = {}
+    for name, part in expert_parts(model, sources).items():
+        stored.setdefault(part.parameter, {}).setdefault(part.expert, {})[part.part] = sources[name]
     found = {
         parameter: tuple(ExpertSource(tuple(parts[i] for i in sorted(parts))) for _, parts in sorted(experts.items()))
         for parameter, experts in stored.items()
     }
     for name, parameter in placed.items():
         if parameter in parameters and parameters[parameter].ndim == 3:
-            found[parameter] = tuple(ExpertSource((one,)) for one in slices(tensors[name]))
-    for parameter, sources in found.items():
-        _check(parameter, tuple(parameters[parameter].shape), sources)
+            (info,) = sources[name].tensors
+            PlainSource(info).check(tuple(parameters[parameter].shape))
+            found[parameter] = tuple(ExpertSource((PlainSource(one),), own=False) for one in slices(info))
+    for parameter, experts in found.items():
+        _check(parameter, tuple(parameters[parameter].shape), experts)
     return found
 
 
@@ -59,18 +73,13 @@ def slices(info: TensorInfo) -> tuple[TensorInfo, ...]:
     )
 
 
-def _check(parameter: str, shape: tuple[int, ...], sources: tuple[ExpertSource, ...]) -> None:
-    first = sources[0].tensors[0]
-    if len(sources) != shape[0]:
+def _check(parameter: str, shape: tuple[int, ...], experts: Sequence[ExpertSource]) -> None:
+    first = next(experts[0].tensors)
+    if len(experts) != shape[0]:
         raise CheckpointError(
-            f"{first.file}: the checkpoint holds {len(sources)} experts for {parameter}, but config.json says {shape[0]}; "
+            f"{first.file}: the checkpoint holds {len(experts)} experts for {parameter}, but config.json says {shape[0]}; "
             "the two belong to different models"
         )
-    for source in sources:
-        rows = sum(info.shape[0] for info in source.tensors)
-        wrong = next((info for info in source.tensors if info.shape[1:] != shape[2:]), source.tensors[0] if rows != shape[1] else None)
-        if wrong is not None:
-            raise CheckpointError(
-                f"{wrong.file}: tensor {wrong.name} has shape {list(wrong.shape)}, which does not fit an expert of {parameter}, "
-                f"{list(shape[1:])} by config.json; the two belong to different models"
-            )
+    for expert in experts:
+        for part in expert.parts:
+            part.check((shape[1] // len(expert.parts), *shape[2:]))

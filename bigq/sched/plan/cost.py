@@ -16,7 +16,7 @@ from bigq.kernels.gptq_block import SUB_BLOCK
 from bigq.kernels.pick import piece
 from bigq.kernels.syrk import CHUNK_TOKENS
 from bigq.methods.base import Method
-from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, ModelShape
+from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape, ModelShape
 from bigq.sched.rows.tiers import WRITES_IN_FLIGHT
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import BLOCK, PANEL, has_static_grids
@@ -24,6 +24,9 @@ from bigq.vocabulary import OnNonfinite
 
 #: Weights of the output head that are solved at a time (``solve.head``).
 HEAD_CHUNK = 2**26
+
+#: Tokens of an expert that are computed at a time (``solve.bank``), and bytes of a group of packed experts (``units.experts``).
+EXPERT_TOKENS, GROUP_BYTES = 8192, 2**30
 
 #: Bytes of an fp32 number.
 FP32 = 4
@@ -148,7 +151,8 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
     output, late = shape.rest_stored, 0
     again = shape.rest_stored if work.gguf else 0
     for i, block in enumerate(shape.blocks):
-        schemes = {linear.name: work.scheme(f"{shape.path}.{i}.{linear.name}") for linear in block.linears}
+        linears = [*block.linears, *(linear for bank in block.banks for linear in bank.linears)]
+        schemes = {linear.name: work.scheme(f"{shape.path}.{i}.{linear.name}") for linear in linears}
         key = (id(block), tuple(schemes.values()))
         if key not in costs:
             costs[key] = BlockCost(shape, work, choice, block, {k: v for k, v in schemes.items() if v is not None})
@@ -215,6 +219,8 @@ def _activations(shape: ModelShape, work: Work, choice: Choice) -> _Activations:
     row = token * shape.width
     memos = max((_memo_width(block) for block in shape.blocks), default=0) if choice.memo else 0
     kept = work.rows * (row + token * memos)
+    if any(block.banks for block in shape.blocks):  # the inputs of a bank and the sum of its outputs
+        kept += 2 * work.rows * row
     # Those in host memory are reused by the next block. Buffers of one width at a time: see ``LastInputs``.
     inputs = choice.kept_rows * token * max(map(last_width, shape.blocks), default=0) if choice.kept_tier == "host" else 0
     if choice.tier == "disk":
@@ -246,7 +252,11 @@ class BlockCost:
         self._shape, self._work, self._choice, self._block, self._schemes = shape, work, choice, block, schemes
         packed = [packed_bytes(linear, schemes[linear.name]) for linear in block.linears if linear.name in schemes]
         self.packed, self.largest_packed = sum(packed), max(packed, default=0)
-        self.output = self.packed + block.stored - sum(linear.stored for linear in block.linears if linear.name in schemes)
+        experts = [(bank.experts, linear) for bank in block.banks for linear in bank.linears]
+        of_experts = sum(
+            count * (packed_bytes(linear, schemes[linear.name]) if linear.name in schemes else linear.stored) for count, linear in experts
+        )
+        self.output = of_experts + self.packed + block.stored - sum(linear.stored for linear in block.linears if linear.name in schemes)
         kept = block.stored - sum(linear.stored for linear in block.linears if linear.name in schemes)
         self.blocks_of_gguf = kept + sum(gguf_bytes(linear, schemes[linear.name]) for linear in block.linears if linear.name in schemes)
         self._batch = min(choice.batch, work.rows)
@@ -287,7 +297,47 @@ class BlockCost:
                 packed += sum(packed_bytes(linear, self._schemes[linear.name]) for linear in linears)
                 held = always + originals + packed
                 sums -= self._work.streams * FP32 * group.n * group.n
+        for bank in self._block.banks:
+            result += self._bank(bank, always + packed)
         result.append(("replay", always + originals + self._block.forward.at(self._batch), self._replayed(None), 0))
+        return result
+
+    def _bank(self, bank: BankShape, held: int) -> list[tuple[str, int, dict[str, float], float]]:
+        """The phases of a bank: its experts are loaded, solved and run one after the other. held: bytes of the rest of the block."""
+        routed = float(self._tokens) * bank.chosen
+        itemsize = self._shape.itemsize
+        weights = sum(linear.m * linear.n for linear in bank.linears)
+        largest = max(linear.stored for linear in bank.linears)
+        held += weights * itemsize + bank.chosen * self._tokens * 2 * FP32
+        tokens = int(min(EXPERT_TOKENS, routed))
+        # The inputs of a product, what it returns, and what becomes of that; sums of squares are made of a part of it.
+        widths = [(product[0].n, sum(linear.m for linear in product)) for product in bank.products]
+        running = tokens * max(n + 3 * m for n, m in widths) * itemsize + FP32 * min(tokens, CHUNK_TOKENS) * max(n for n, _ in widths)
+        result: list[tuple[str, int, dict[str, float], float]] = []
+        result.append(("load", held + largest, {}, float(bank.experts * weights * itemsize)))
+        solved = all(linear.name in self._schemes for linear in bank.linears)
+        # The first products run once more for the inputs of those after them.
+        repeated = sum(linear.m * linear.n for product in bank.products[:-1] for linear in product) if solved else 0
+        reach = self._block.forward.at(self._batch)
+        result.append(("replay", held + max(running, reach), {"products": 2.0 * routed * (weights + repeated)}, 0))
+        if not solved:
+            return result
+        waiting = min(
+            sum(bank.experts * packed_bytes(linear, self._schemes[linear.name]) for linear in bank.linears),
+            max(GROUP_BYTES, sum(packed_bytes(linear, self._schemes[linear.name]) for linear in bank.linears)),
+        )
+        held += waiting * (1 + self._choice.beside)
+        for product in bank.products:
+            group = GroupShape(product, bank.level)
+            rows, square = sum(linear.m for linear in product), float(group.n) * group.n
+            held_here = held + FP32 * group.n * group.n
+            result.append(("hessian", held_here + running, {"hessian": routed * square}, 0))
+            linears = list(product)
+            result.append(("factor", held_here + self._factor(group, linears), {"single": bank.experts * group.n * square / 3}, 0))
+            result.append(
+                ("solve", held_here + self._solve(group, linears), {"solve": bank.experts * rows * square}, 14.0 * bank.experts * rows * group.n)
+            )
+            result.append(("pack", held + self._pack(group, linears), {}, 6.0 * bank.experts * rows * group.n))
         return result
 
     def _inputs_kept(self, linears: set[str]) -> int:

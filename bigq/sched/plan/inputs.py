@@ -30,6 +30,9 @@ from bigq.methods import method_of
 from bigq.model import skeleton
 from bigq.model.blocks import find_blocks
 from bigq.model.description import ModelDescription
+from bigq.model.experts.pages import stored_banks
+from bigq.model.experts.source import ExpertSource, expert_sources
+from bigq.model.experts.stored import expert_parts
 from bigq.model.extras import Extras, find_extras
 from bigq.model.names import require_parameters
 from bigq.model.pager import Pager
@@ -101,7 +104,8 @@ def _plan(
     with torch.no_grad():
         outline, model_config, warnings = _outline(headers.folder, headers.tensors, config)
         seqlen = row_length(model_config, config)
-        config = _checked(ModelDescription(headers.folder, model_config, outline.model, dict(outline.sources)), config)
+        experts = outline.expert_linears()
+        config = _checked(ModelDescription(headers.folder, model_config, outline.model, dict(outline.sources), experts), config)
         shape = survey(outline, seqlen)
         samples = config.samples if method_of(config).calibrated else 0
         work = _work(config, samples, samples * seqlen)
@@ -147,6 +151,7 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path, te
         dtype=pager.dtype,
         sources=pager.sources,
         stored=_kept_bytes(pager.checkpoint.tensors, pager.extras),
+        banks=pager.banks,
     )
     shape = survey(outline, config.seqlen)
     work = _work(config, 0 if rows is None else len(rows), 0 if rows is None else len(rows.unique()))
@@ -203,19 +208,24 @@ def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: Job
     model = skeleton.build(model_config, dtype, trust_remote_code=config.trust_remote_code, initialised=False)
     path, _ = find_blocks(model)
     placed = skeleton.map_names(model, tensors)
+    merged = {name: part.parameter for name, part in expert_parts(model, tensors).items()}
     sources = {target: tensors[name] for name, target in placed.items()}
+    experts: dict[str, tuple[ExpertSource, ...]] = {}
     if tensors:
-        unplaced = [name for name in tensors if name not in placed]
+        unplaced = [name for name in tensors if name not in placed and name not in merged]
         refuse_quantized_tensors(folder, unplaced)
-        require_parameters(folder, model, sources, unplaced)
+        experts = expert_sources(model, {name: PlainSource(tensors[name]) for name in (*placed, *merged)}, placed)
+        require_parameters(folder, model, [*sources, *experts], unplaced)
         for name, param in model.named_parameters():
             if name in sources:
                 PlainSource(sources[name]).check(tuple(param.shape))
-    extras = find_extras(model, model_config, path, tensors, placed)
+    banks = stored_banks(model, experts) if tensors else {}
+    extras = find_extras(model, model_config, path, tensors, placed | merged)
     stored = _kept_bytes(tensors, extras) or None
     beside = (*unread_warnings(folder, tensors), *side_files(folder).warnings()) if local else ()
     warnings = (*extras.warnings(), *tie_warnings(model, sources), *beside)
-    return Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored), model_config, warnings
+    outline = Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored, banks=banks)
+    return outline, model_config, warnings
 
 
 def _kept_bytes(tensors: Mapping[str, TensorInfo], extras: Extras) -> int:

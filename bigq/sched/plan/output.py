@@ -25,7 +25,8 @@ def output_of(shape: ModelShape, work: Work, config: JobConfig) -> Output:
     """The output of a job whose scheme is settled."""
     names = shape.linear_names()
     head = [shape.head.name] if work.lm_head and shape.head is not None else []
-    schemes = [work.scheme(name) for name in (*names, *head)]
+    experts = shape.experts()
+    schemes = [work.scheme(name) for name in (*names, *experts, *head)]
     readers = verdicts(
         Written(
             format=config.format,
@@ -34,13 +35,13 @@ def output_of(shape: ModelShape, work: Work, config: JobConfig) -> Output:
             family=shape.family,
             head=any(work.scheme(name) is not None for name in head),
             transposed=shape.transposed,
-            split=splits(names, config.base_scheme, config.rules),
+            split=splits([*names, *experts], config.base_scheme, config.rules),
         )
     )
     notes = refused_by(readers)
     untried = not_run_with(readers, shape.family)
     return Output(
-        rules=rule_counts([*names, *head], config.rules),
+        rules=rule_counts([*names, *(name for name, count in experts.items() for _ in range(count)), *head], config.rules),
         readers=readers,
         notes=(*notes, *([untried] if untried is not None else [])),
     )

@@ -69,12 +69,31 @@ class Reach:
 
 
 @dataclass(frozen=True, slots=True)
+class BankShape:
+    """A bank of experts. chosen: experts of each token. level: see ``BankPlace``.
+
+    products: of one expert, in order; each is the Linears that are stored as one weight, by their names in the block.
+    """
+
+    name: str
+    experts: int
+    chosen: int
+    level: int
+    products: tuple[tuple[LinearShape, ...], ...]
+
+    @property
+    def linears(self) -> list[LinearShape]:
+        """Those of one expert."""
+        return [linear for product in self.products for linear in product]
+
+
+@dataclass(frozen=True, slots=True)
 class BlockShape:
     """One kind of block.
 
     groups: in order of execution. reach: by level. forward: bytes that a whole forward needs. calls: bytes of masks and tables
     among its arguments. weights: bytes of its parameters in the compute dtype; stored: in the checkpoint; largest_stored:
-    of the largest tensor. attention: floating-point operations per row that are not a Linear's.
+    of the largest tensor. attention: floating-point operations per row that are not a Linear's. Experts count in ``banks`` alone.
     """
 
     groups: tuple[GroupShape, ...]
@@ -86,6 +105,12 @@ class BlockShape:
     stored: int
     largest_stored: int
     attention: float
+    banks: tuple[BankShape, ...] = ()
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts in the checkpoint."""
+        return sum(bank.experts * linear.stored for bank in self.banks for linear in bank.linears)
 
     @property
     def linears(self) -> list[LinearShape]:
@@ -120,6 +145,15 @@ class ModelShape:
         """Module names of the Linears in blocks, in order."""
         return [f"{self.path}.{i}.{linear.name}" for i, block in enumerate(self.blocks) for linear in block.linears]
 
+    def experts(self) -> dict[str, int]:
+        """The Linears of the first expert of each bank by module name, and how many experts have such a one."""
+        return {
+            f"{self.path}.{i}.{linear.name}": bank.experts
+            for i, block in enumerate(self.blocks)
+            for bank in block.banks
+            for linear in bank.linears
+        }
+
     @property
     def stored(self) -> int:
-        return self.rest_stored + sum(block.stored for block in self.blocks)
+        return self.rest_stored + sum(block.stored + block.expert_bytes for block in self.blocks)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,10 +22,13 @@ from bigq.io.index import TensorInfo
 from bigq.model.blocks import block_linears
 from bigq.model.capture import BlockCall, OutputForm, first_input, forward_errors, record_calls, replace_forwards
 from bigq.model.checks import check_hidden_paths
+from bigq.model.experts.bank import bank_modules
+from bigq.model.experts.cut import called_banks, without_banks
+from bigq.model.experts.pages import StoredBank, nominal_linears
 from bigq.model.skeleton import is_transposed, linear_weight
 from bigq.model.structure import BlockPlan, Shortcut, plan_block
 from bigq.model.tracers import GradientTracer
-from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
+from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
 
 #: Tokens of the row with which the structure is probed.
 _STRUCTURE_TOKENS = 16
@@ -37,7 +40,7 @@ class Outline:
 
     model: the skeleton, which the survey takes over; blocks_path: of its decoder blocks. dtype: of the forward passes.
     sources: parameter name → the checkpoint's tensor; parameters without one count in ``dtype``. stored: bytes of all the
-    checkpoint's tensors, if it is known.
+    checkpoint's tensors, if it is known. banks: of experts, as they are stored.
     """
 
     model: nn.Module
@@ -45,6 +48,13 @@ class Outline:
     dtype: torch.dtype
     sources: Mapping[str, TensorInfo]
     stored: int | None = None
+    banks: Mapping[str, StoredBank] = field(default_factory=dict)
+
+    def expert_linears(self) -> dict[str, tuple[int, int]]:
+        """Every matrix of every expert by its name in the checkpoint; without one, by a name that it might have."""
+        if not self.banks:
+            return nominal_linears(self.model)
+        return {name: shape for bank in self.banks.values() for name, shape in bank.linears().items()}
 
 
 def survey(outline: Outline, seqlen: int) -> ModelShape:
@@ -80,7 +90,7 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
         itemsize=runs[0].hidden.dtype.itemsize,
         vocabulary=embedding.num_embeddings,
         embedding_row=embedding.embedding_dim * (info.dtype if info is not None else outline.dtype).itemsize,
-        rest_stored=stored - sum(shape.stored for shape in shapes),
+        rest_stored=stored - sum(shape.stored + shape.expert_bytes for shape in shapes),
         rest_loaded=rest,
         head=_head(outline, model, head, embedding),
         family=getattr(model.config, "model_type", None),
@@ -139,6 +149,7 @@ class _Run:
 def _form(model: nn.Module, blocks: nn.ModuleList) -> OutputForm:
     with forward_errors():
         hidden, call = first_input(model, blocks, torch.zeros(1, 2, dtype=torch.long, device="meta"))
+    with forward_errors(), without_banks(blocks[0]):
         return OutputForm.of(blocks[0](hidden, *call.args, **call.kwargs))
 
 
@@ -161,7 +172,8 @@ def _bytes(outline: Outline, name: str) -> int:
 def _stored(outline: Outline, block: nn.Module, i: int) -> tuple[int, int]:
     """Bytes of block i in the checkpoint, and of its largest tensor."""
     prefix = f"{outline.blocks_path}.{i}."
-    sizes = [_bytes(outline, prefix + name) for name, _ in block.named_parameters()]
+    own = _matrices_of_experts(block)
+    sizes = [_bytes(outline, prefix + name) for name, _ in block.named_parameters() if name not in own]
     sizes += [info.nbytes for name, _ in block.named_buffers() if (info := outline.sources.get(prefix + name)) is not None]
     return sum(sizes), max(sizes)
 
@@ -183,11 +195,39 @@ def _block_shape(outline: Outline, block: nn.Module, i: int, runs: list[_Run], s
         forward=Rows.through(one.live.peak, two.live.peak),
         calls=Rows.through(runs[0].call_bytes(), runs[1].call_bytes()),
         memos=tuple(_memo(shortcut, linears) for shortcut in plan.shortcuts),
-        weights=sum(p.numel() * p.dtype.itemsize for p in block.parameters()),
+        weights=sum(p.numel() * p.dtype.itemsize for name, p in block.named_parameters() if name not in _matrices_of_experts(block)),
         stored=stored,
         largest_stored=largest,
         attention=two.live.products - one.live.products,
+        banks=tuple(_banks(outline, block, i, plan, short)),
     )
+
+
+def _banks(outline: Outline, block: nn.Module, i: int, plan: BlockPlan, short: _Run) -> Iterator[BankShape]:
+    """The banks of a block, each with the matrices of its first expert."""
+    calls = called_banks(block, lambda: short.calls[i].run(block, short.hidden)) if plan.banks else {}
+    prefix = f"{outline.blocks_path}.{i}."
+    for place in plan.banks:
+        products = []
+        for key, param in block.get_submodule(place.name).named_parameters(recurse=False):
+            if param.ndim != 3:
+                continue
+            experts, m, n = param.shape
+            stored = outline.banks.get(f"{prefix}{place.name}")
+            parts = stored.matrices(key, 0) if stored is not None else ()
+            if not parts:
+                size = m * n * outline.dtype.itemsize
+                products.append((LinearShape(f"{place.name}.0.{key}", m, n, size),))
+                continue
+            names = [part.name.removesuffix(".weight").removeprefix(prefix) for part in parts]
+            sizes = [sum(info.nbytes for info in part.tensors) for part in parts]
+            products.append(tuple(LinearShape(name, m // len(parts), n, size) for name, size in zip(names, sizes, strict=True)))
+        yield BankShape(place.name, experts, calls[place.name].experts.shape[1], place.level, tuple(products))
+
+
+def _matrices_of_experts(block: nn.Module) -> set[str]:
+    """Parameters of a block that are not loaded with it."""
+    return {f"{path}.{key}" for path, bank in bank_modules(block).items() for key, p in bank.named_parameters(recurse=False) if p.ndim == 3}
 
 
 def _memo(shortcut: Shortcut, linears: Mapping[str, LinearShape]) -> MemoShape:
@@ -224,7 +264,7 @@ class _Watch:
 
             return forward
 
-        with replace_forwards(list(linears.values()), make), live:
+        with replace_forwards(list(linears.values()), make), without_banks(block), live:
             run.calls[i].run(block, run.hidden)
         return watch
 

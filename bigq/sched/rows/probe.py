@@ -13,6 +13,7 @@ from bigq.job.batches import Batches
 from bigq.model import skeleton
 from bigq.model.capture import BlockCall, OutputForm, first_input, forward_errors, record_calls
 from bigq.model.checks import BlockCheck, first_difference, probe_blocks
+from bigq.model.experts.cut import without_banks
 from bigq.model.pager import Pager
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import Tier
@@ -49,7 +50,7 @@ def probe_model(pager: Pager) -> Probe:
         with forward_errors():
             hidden, call = first_input(pager.model, pager.blocks, ids[0, :1])
         block = pager.load_block(0)
-        with forward_errors():
+        with forward_errors(), without_banks(block):
             form = OutputForm.of(block(hidden, *call.args, **call.kwargs))
         check = probe_blocks(pager.model, pager.blocks, ids, form, pager.blocks_path)
         check.run(0, block)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from bigq.model.capture import replace_forwards
+from bigq.model.experts.bank import BankCall
+from bigq.model.experts.cut import banks_replaced
 from bigq.model.skeleton import is_linear, linear_weight
 from bigq.model.structure import Shortcut
+from bigq.sched.rows.routed import RoutedRows
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import RowBuffer, Tier
 
@@ -73,6 +76,7 @@ class ShortcutCache:
     def __init__(self, last: LastInputs | None = None) -> None:
         self._last = last or LastInputs()
         self._kept: dict[Shortcut, _CachedRows] = {}
+        self._banks: dict[str, RoutedRows] = {}
         self._finished: list[Shortcut] = []
 
     def put(self, shortcut: Shortcut, store: ActivationStore, x: Tensor) -> None:
@@ -86,6 +90,10 @@ class ShortcutCache:
             self._kept[shortcut] = _CachedRows(buffer, elements, x.dtype, self._last.rows if shortcut.last else store.shape[0])
         self._kept[shortcut].put(lo, hi, x)
         self._kept[shortcut].batch = store.batch
+
+    def use_bank(self, name: str, rows: RoutedRows) -> None:
+        """From now on a bank of experts returns the sum of its experts' outputs. ``close`` frees it."""
+        self._banks[name] = rows
 
     def use_inputs(self, shortcut: Shortcut) -> None:
         """From now on the module's output is computed from the kept inputs of its Linear, which is solved."""
@@ -118,7 +126,7 @@ class ShortcutCache:
     def apply(self, block: nn.Module, store: ActivationStore) -> Iterator[None]:
         """Let modules return their outputs for the store's current rows from the cache instead of running, while the context is open.
 
-        Rows that were computed with another batch size are not used.
+        Rows that were computed with another batch size are not used. Banks of experts that have no outputs yet return 0.
         """
         lo, hi = store.at
         usable = [s for s in self._finished if (kept := self._kept[s]).batch == store.batch and hi <= kept.rows]
@@ -139,8 +147,16 @@ class ShortcutCache:
 
             return forward
 
-        with replace_forwards([*(block.get_submodule(s.module) for s in usable), *idle], make):
+        def bank_output(name: str, call: BankCall) -> Tensor:
+            return self._banks[name].output(lo, hi) if name in self._banks else torch.zeros_like(call.tokens)
+
+        with banks_replaced(block, bank_output), replace_forwards([*(block.get_submodule(s.module) for s in usable), *idle], make):
             yield
+
+    def require_banks(self, names: Iterable[str]) -> None:
+        """The outputs of these banks must be complete. A pass without them would go on with zeros."""
+        missing = set(names) - set(self._banks)
+        assert not missing, f"banks without outputs: {missing}"
 
     @property
     def holds_inputs(self) -> bool:
@@ -160,7 +176,10 @@ class ShortcutCache:
                 self._last.give(kept.buffer, kept.elements, kept.dtype)
             else:
                 kept.buffer.close()
+        for rows in self._banks.values():
+            rows.close()
         self._kept.clear()
+        self._banks.clear()
         self._finished.clear()
 
 

@@ -83,6 +83,10 @@ class ActivationStore:
         """A buffer of ``elements`` per row in the same tier."""
         return self._tier.buffer(self._count, elements, dtype)
 
+    def token_buffer(self, tokens: int, elements: int, dtype: torch.dtype) -> RowBuffer:
+        """A buffer of ``elements`` per token in the same tier."""
+        return self._tier.buffer(tokens, elements, dtype)
+
     def read_pass(self, block: int, step: int, run: Callable[[], T]) -> T:
         """Call ``run``, which makes a whole pass without changing the rows, and return its result.
 

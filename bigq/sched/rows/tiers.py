@@ -28,6 +28,8 @@ from bigq.progress.trace import Trace
 
 #: The most batches of a file buffer that wait to be written.
 WRITES_IN_FLIGHT = 2
+#: Bytes of a file buffer that are read at a time when single rows are wanted.
+PIECE_BYTES = 2**24
 
 
 class RowBuffer(Protocol):
@@ -41,6 +43,12 @@ class RowBuffer(Protocol):
 
     def prefetch(self, lo: int, hi: int) -> None:
         """Start to read rows that ``get`` will ask for next."""
+
+    def take(self, index: Tensor) -> Tensor:
+        """The rows at ``index`` [k], in this order, as a tensor [k, elements] on the compute device."""
+
+    def add(self, index: Tensor, rows: Tensor) -> None:
+        """Add ``rows`` [k, elements] to the rows at ``index`` [k], none of which is there twice."""
 
     def close(self) -> None:
         """Free the memory or the file."""
@@ -105,6 +113,14 @@ class _TimedBuffer:
     def prefetch(self, lo: int, hi: int) -> None:
         self._buffer.prefetch(lo, hi)
 
+    def take(self, index: Tensor) -> Tensor:
+        with self._clock.phase("transfer"):
+            return self._buffer.take(index)
+
+    def add(self, index: Tensor, rows: Tensor) -> None:
+        with self._clock.phase("transfer"):
+            self._buffer.add(index, rows)
+
     def close(self) -> None:
         self._buffer.close()
 
@@ -123,6 +139,12 @@ class _TensorBuffer:
 
     def prefetch(self, lo: int, hi: int) -> None:
         pass
+
+    def take(self, index: Tensor) -> Tensor:
+        return self._rows[index]
+
+    def add(self, index: Tensor, rows: Tensor) -> None:
+        self._rows.index_add_(0, index, rows)
 
     def close(self) -> None:
         del self._rows
@@ -160,6 +182,36 @@ class _PinnedBuffer:
     def prefetch(self, lo: int, hi: int) -> None:
         self._next = (lo, hi, *self._fetch(lo, hi))
 
+    def take(self, index: Tensor) -> Tensor:
+        """The processor gathers the rows, since the device would read them one by one."""
+        self._stream.synchronize()  # what was put last has arrived
+        wanted = index.cpu()
+        found = torch.empty(len(wanted), self._elements, dtype=self._dtype)
+        left = torch.ones(len(wanted), dtype=torch.bool)
+        for start, part in self._rows.whole_rows(self._elements):
+            here = (wanted >= start) & (wanted < start + len(part))
+            found[here] = part[wanted[here] - start]
+            left &= ~here
+        for place in left.nonzero().flatten().tolist():  # rows across two segments
+            row = int(wanted[place])
+            found[place] = torch.cat(list(self._pieces(row, row + 1)))
+        return found.to(self._device)
+
+    def add(self, index: Tensor, rows: Tensor) -> None:
+        self._next = None
+        self._stream.synchronize()
+        wanted, values = index.cpu(), rows.cpu()
+        left = torch.ones(len(wanted), dtype=torch.bool)
+        for start, part in self._rows.whole_rows(self._elements):
+            here = (wanted >= start) & (wanted < start + len(part))
+            part.index_add_(0, wanted[here] - start, values[here])
+            left &= ~here
+        for place in left.nonzero().flatten().tolist():
+            row = int(wanted[place])
+            pieces = list(self._pieces(row, row + 1))
+            for piece, value in zip(pieces, values[place].split([len(piece) for piece in pieces]), strict=True):
+                piece += value
+
     def _fetch(self, lo: int, hi: int) -> tuple[Tensor, torch.cuda.Event]:
         """Start to copy rows to the device. Returns the tensor, and the event to wait for before using it.
 
@@ -196,7 +248,7 @@ class _FileBuffer:
     def __init__(self, folder: Path, rows: int, elements: int, dtype: torch.dtype, device: torch.device, trace: Trace) -> None:
         self._trace = trace
         self._folder, self._elements, self._dtype, self._device = folder, elements, dtype, device
-        self._row_bytes = elements * dtype.itemsize
+        self._count, self._row_bytes = rows, elements * dtype.itemsize
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="activations")
         self._writes: deque[Future[None]] = deque()
         self._next: tuple[int, int, Future[Tensor]] | None = None
@@ -222,6 +274,29 @@ class _FileBuffer:
 
     def prefetch(self, lo: int, hi: int) -> None:
         self._next = (lo, hi, self._pool.submit(self._read, lo, hi))
+
+    def take(self, index: Tensor) -> Tensor:
+        """Reads the whole file once, in order: rows at random places would be read one by one."""
+        wanted = index.cpu()
+        found = torch.empty(len(wanted), self._elements, dtype=self._dtype)
+        for lo, hi in self._pieces():
+            here = (wanted >= lo) & (wanted < hi)
+            if bool(here.any()):
+                found[here] = self._pool.submit(self._read, lo, hi).result()[wanted[here] - lo]
+        return found.to(self._device)
+
+    def add(self, index: Tensor, rows: Tensor) -> None:
+        wanted, values = index.cpu(), rows.detach().cpu()
+        for lo, hi in self._pieces():
+            here = (wanted >= lo) & (wanted < hi)
+            if bool(here.any()):
+                part = self._pool.submit(self._read, lo, hi).result()
+                self.put(lo, part.index_add_(0, wanted[here] - lo, values[here]))
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """All rows, in ranges of a few MiB."""
+        step = max(1, PIECE_BYTES // self._row_bytes)
+        return ((lo, min(lo + step, self._count)) for lo in range(0, self._count, step))
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -6,16 +6,18 @@ Then the expert runs once and is added to the bank's output. One expert and one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from bigq.errors import NumericsError
-from bigq.methods.base import CalibratedMethod
-from bigq.model.experts.bank import Bank, BankCall, Expert, Product, routed
+from bigq.methods.base import CalibratedMethod, DataFreeMethod
+from bigq.model.experts.bank import Bank, Expert, Product
+from bigq.progress.clock import Clock
+from bigq.progress.records import LinearRecord
 from bigq.quantized_weight import QuantizedWeight
+from bigq.sched.rows.routed import RoutedRows
 from bigq.scheme import QuantScheme
 from bigq.solver.rtn import round_to_nearest
 
@@ -25,70 +27,157 @@ CHUNK_TOKENS = 8192
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BankJob:
-    """A bank to be quantized. prefix: its module's full name. schemes: by parameter. load: an expert's parameters, on the device."""
+    """A bank to be quantized. prefix: its module's full name.
+
+    schemes: by parameter; without any, the experts stay unquantized. names: of the matrices that one expert's part of a parameter is
+    stored as, in the order of its outputs. load: an expert's parameters, on the device. finished: whether they are final already, because
+    an earlier run committed the expert; then it only runs. finite_only: leave tokens that are not finite out of Hessians.
+    """
 
     prefix: str
     module: nn.Module
     bank: Bank
     schemes: Mapping[str, QuantScheme]
-    method: CalibratedMethod
+    names: Callable[[str, int], Sequence[str]]
     load: Callable[[int], Mapping[str, Tensor]]
+    clock: Clock
+    finished: Callable[[int], bool] = lambda e: False
+    finite_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SolvedMatrix:
     """One of an expert's matrices. rounded: why it was rounded to nearest instead of solved; None if it was solved."""
 
-    product: Product
+    name: str
     weight: QuantizedWeight
     rounded: str | None = None
+
+    def record(self, tokens: int) -> LinearRecord:
+        """The record for the journal and the report."""
+        m, n = self.weight.codes.shape
+        return LinearRecord(
+            name=self.name,
+            bits=self.weight.scheme.bits,
+            group_size=self.weight.scheme.group_size,
+            shape=(m, n),
+            loss=self.weight.loss,
+            relative_error=self.weight.relative_error,
+            damping=self.weight.damping,
+            dead_inputs=self.weight.dead_inputs,
+            seconds={},
+            tokens=tokens,
+            rounded=self.rounded,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class SolvedExpert:
-    """One expert of a bank. tokens: how many calibration tokens were routed to it."""
+    """One expert of the bank ``bank``. tokens: how many calibration tokens were routed to it. left_out: the most of them that a Hessian
+    left out because they are not finite."""
 
+    bank: str
     number: int
     tokens: int
     matrices: tuple[SolvedMatrix, ...]
+    left_out: int = 0
 
 
-def solve_bank(job: BankJob, rows: BankCall, total: Tensor) -> Iterator[SolvedExpert]:
-    """Quantize every expert, and add its output to ``total`` [tokens, d], which has the dtype of the bank's sum.
+def solve_bank(job: BankJob, method: CalibratedMethod, rows: RoutedRows) -> Iterator[SolvedExpert]:
+    """Quantize every expert that is not finished, and add the outputs of all to ``rows.total``.
 
-    rows: the calibration tokens at the bank. An expert that cannot be solved, or that no token is routed to, is rounded to nearest in
-    the same scheme, since readers take a bank as a whole or not at all. Raises NumericsError for weights that are not finite.
+    An expert that cannot be solved, or that no token is routed to, is rounded to nearest in the same scheme, since readers take a bank as
+    a whole or not at all. Raises NumericsError for weights that are not finite.
     """
-    for number, tokens, slots in routed(rows.experts, job.bank.experts):
-        expert = Expert(job.module, job.bank, rows, job.load(number))
-        matrices = []
+    for number, ((tokens, slots),) in rows.routes(job.bank, None):
+        expert = _expert(job, rows, number)
+        solved, lost = [], 0
+        if job.schemes and not job.finished(number):
+            for product in job.bank.products:
+                matrices, left_out = _solve(job, method, rows, expert, number, product, tokens)
+                _set(expert.weight(product), matrices)
+                solved += matrices
+                lost = max(lost, left_out)
+        _run(job, rows, expert, tokens, slots)
+        if solved:
+            yield SolvedExpert(job.prefix, number, len(tokens), tuple(solved), lost)
+
+
+def run_bank_rows(job: BankJob, rows: RoutedRows, batch: int | None = None) -> None:
+    """Add the outputs of all experts, with the parameters that ``job.load`` returns, to ``rows.total``.
+
+    batch: rows whose tokens an expert takes at once, as the model would; None as ``solve_bank`` does.
+    """
+    for number, parts in rows.routes(job.bank, batch):
+        if any(len(tokens) for tokens, _ in parts):
+            expert = _expert(job, rows, number)
+            for tokens, slots in parts:
+                _run(job, rows, expert, tokens, slots)
+
+
+def round_bank(job: BankJob, method: DataFreeMethod) -> Iterator[SolvedExpert]:
+    """Quantize every expert that is not finished with a method without calibration."""
+    for number in range(job.bank.experts) if job.schemes else ():
+        if job.finished(number):
+            continue
+        held = job.load(number)
+        solved: list[SolvedMatrix] = []
         for product in job.bank.products:
-            solved = _solve(job, expert, number, product, rows.tokens, tokens)
-            weight = expert.weight(product)
-            weight.copy_(solved.weight.dequantize(weight.dtype))
-            matrices.append(solved)
+            value = held[product.parameter]
+            names = job.names(product.parameter, number)
+            parts = (value.T if product.transposed else value).chunk(len(names))
+            with job.clock.phase("solve"):
+                scheme = job.schemes[product.parameter]
+                solved += [SolvedMatrix(n, method.quantize(part, scheme, n)) for n, part in zip(names, parts, strict=True)]
+        yield SolvedExpert(job.prefix, number, 0, tuple(solved))
+
+
+def _expert(job: BankJob, rows: RoutedRows, number: int) -> Expert:
+    with job.clock.phase("load"):
+        return Expert(job.module, job.bank, rows.call, job.load(number))
+
+
+def _set(weight: Tensor, matrices: Sequence[SolvedMatrix]) -> None:
+    at = 0
+    for matrix in matrices:
+        m = matrix.weight.codes.shape[0]
+        weight[at : at + m] = matrix.weight.dequantize(weight.dtype)
+        at += m
+
+
+def _run(job: BankJob, rows: RoutedRows, expert: Expert, tokens: Tensor, slots: Tensor) -> None:
+    """Add the expert's outputs. Each token is there once, so the sum of every token is in the order of the experts."""
+    assert rows.total is not None
+    with job.clock.phase("replay"):
         for part, slot in zip(tokens.split(CHUNK_TOKENS), slots.split(CHUNK_TOKENS), strict=True):
             if len(part):
-                total.index_add_(0, part, expert.run(rows.tokens[part], rows.weights[part, slot]))
-        yield SolvedExpert(number, len(tokens), tuple(matrices))
+                rows.total.add(part, expert.run(rows.inputs.take(part), rows.weights[part, slot]))
 
 
-def _solve(job: BankJob, expert: Expert, number: int, product: Product, hidden: Tensor, tokens: Tensor) -> SolvedMatrix:
+def _solve(
+    job: BankJob, method: CalibratedMethod, rows: RoutedRows, expert: Expert, number: int, product: Product, tokens: Tensor
+) -> tuple[list[SolvedMatrix], int]:
+    """The stored matrices of one product, and how many tokens a Hessian left out."""
     label = f"{job.prefix}.{number}.{product.parameter}"
-    weight, scheme = expert.weight(product), job.schemes[product.parameter]
+    weight, scheme, names = expert.weight(product), job.schemes[product.parameter], job.names(product.parameter, number)
+    weights = list(weight.chunk(len(names)))
+    lost = 0
     try:
         if not len(tokens):
             raise NumericsError(f"{label}: no calibration token is routed to it")
-        collector = job.method.collector(weight.shape[1], weight.device, finite_only=False)
+        collector = method.collector(weight.shape[1], weight.device, finite_only=job.finite_only)
         for part in tokens.split(CHUNK_TOKENS):
-            collector.add(expert.input_of(product, hidden[part]))
-        factor = collector.finish(label).factor(scheme, label, last=True)
-        return SolvedMatrix(product, factor.solve([weight], scheme, label)[0])
+            with job.clock.phase("replay"):
+                x = expert.input_of(product, rows.inputs.take(part))
+            with job.clock.phase("hessian"):
+                collector.add(x)
+        lost = collector.left_out
+        with job.clock.phase("factor"):
+            factor = collector.finish(label).factor(scheme, label, last=True)
+        with job.clock.phase("solve"):
+            results = factor.solve(weights, scheme, label)
+        return [SolvedMatrix(name, result) for name, result in zip(names, results, strict=True)], lost
     except NumericsError as error:
         reason = str(error).removeprefix(f"{label}: ").partition(";")[0]
-    return SolvedMatrix(product, round_to_nearest(weight, scheme, label), reason)
-
-
-def bank_total(bank: Bank, rows: BankCall) -> Tensor:
-    """Where the outputs of a bank's experts are added up: zeros [tokens, d]."""
-    return torch.zeros(rows.tokens.shape, dtype=bank.total, device=rows.tokens.device)
+    with job.clock.phase("solve"):
+        return [SolvedMatrix(n, round_to_nearest(w, scheme, n), reason) for n, w in zip(names, weights, strict=True)], lost

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,10 @@ from bigq.model.skeleton import linear_weight, set_linear_weight
 from bigq.model.structure import BlockPlan, Group, Shortcut
 from bigq.progress.clock import Clock
 from bigq.sched.rows.reference import ReferenceBlock
+from bigq.sched.rows.routed import RoutedRows, record_routed
 from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
+from bigq.sched.solve.bank import BankJob, SolvedExpert, round_bank, run_bank_rows, solve_bank
 from bigq.sched.solve.results import Skipped, Solved
 from bigq.scheme import QuantScheme
 from bigq.vocabulary import OnNonfinite
@@ -41,6 +42,7 @@ class BlockJob:
 
     index: of the block. prefix: its module path. schemes: by the Linear's name in the block; Linears without a scheme stay unquantized.
     on_nonfinite: if a value is not finite or a factorization fails, "stop" with an error, or "skip" the tokens and Linears concerned.
+    banks: the banks of experts by their name in the block.
     """
 
     index: int
@@ -51,6 +53,7 @@ class BlockJob:
     device: torch.device
     clock: Clock
     on_nonfinite: OnNonfinite = "stop"
+    banks: Mapping[str, BankJob] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,16 +71,19 @@ class BlockRows:
 
 def solve_block(
     job: BlockJob, rows: BlockRows, method: CalibratedMethod, *, true_sequential: bool, ranks: Ranks | None = None
-) -> Iterator[Solved | Skipped]:
-    """Quantize a block's Linears with a calibrated method, level by level.
+) -> Iterator[Solved | Skipped | SolvedExpert]:
+    """Quantize a block's Linears and experts with a calibrated method, level by level.
 
-    Afterwards each Linear holds its dequantized codes; skipped Linears are unchanged.
+    A bank comes before the Linears of its level, which may depend on it; without ``true_sequential`` after all Linears. Afterwards each
+    Linear holds its dequantized codes; skipped Linears are unchanged.
     Raises NumericsError, naming the Linear, if activations or sums are not finite or a factorization fails, unless the job skips these.
     """
     linears = block_linears(job.block)
-    # A level makes at most one pass to collect and one for each shortcut. With these numbers, a level's steps do not depend on the cache.
-    passes = 1 + method.passes * len(linears)
-    for step, level in zip(itertools.count(1, passes), job.plan.levels(true_sequential), strict=False):
+    passes = _passes(job, method)
+    for number, level in enumerate(job.plan.levels(true_sequential)):
+        step = 1 + number * passes + len(job.banks)
+        for name in _banks_at(job, number, true_sequential):
+            yield from _solve_bank(job, rows, method, name, true_sequential)
         wanted = [Group(kept, g.level) for g in level if (kept := tuple(n for n in g.names if n in job.schemes))]
         if not wanted:
             continue
@@ -106,6 +112,53 @@ def solve_block(
                         rows.reference.cache.compute_outputs(
                             shortcut, linear, rows.reference.store, job.index, step + len(linears) + number
                         )
+    for name in _banks_at(job, len(job.plan.levels(true_sequential)), true_sequential):
+        yield from _solve_bank(job, rows, method, name, true_sequential)
+
+
+def replay_banks(job: BlockJob, rows: BlockRows, method: CalibratedMethod, *, true_sequential: bool) -> None:
+    """Compute the outputs of a finished block's banks, with the same bits as ``solve_block`` did."""
+    for name, bank in job.banks.items():
+        with _bank_rows(job, rows, method, name, true_sequential) as routed:
+            run_bank_rows(bank, routed)
+
+
+def _solve_bank(job: BlockJob, rows: BlockRows, method: CalibratedMethod, name: str, true_sequential: bool) -> Iterator[SolvedExpert]:
+    with _bank_rows(job, rows, method, name, true_sequential) as routed:
+        yield from solve_bank(job.banks[name], method, routed)
+
+
+def _passes(job: BlockJob, method: CalibratedMethod) -> int:
+    """A level's steps: a pass to each bank, one to collect, one for each shortcut. They do not depend on what is cached."""
+    return 1 + len(job.banks) + method.passes * len(block_linears(job.block))
+
+
+def _bank_level(job: BlockJob, name: str, true_sequential: bool) -> int:
+    """The level before which a bank is solved."""
+    levels = len(job.plan.levels(true_sequential))
+    return min(levels, next(b.level for b in job.plan.banks if b.name == name)) if true_sequential else levels
+
+
+def _banks_at(job: BlockJob, level: int, true_sequential: bool) -> list[str]:
+    return [name for name in job.banks if _bank_level(job, name, true_sequential) == level]
+
+
+@contextlib.contextmanager
+def _bank_rows(job: BlockJob, rows: BlockRows, method: CalibratedMethod, name: str, true_sequential: bool) -> Iterator[RoutedRows]:
+    """The calibration tokens at a bank. If all is well when the context closes, the block takes the bank's output from them."""
+    step = 1 + _bank_level(job, name, true_sequential) * _passes(job, method) + list(job.banks).index(name)
+    running = functools.partial(rows.cache.apply, job.block, rows.store)
+    with contextlib.ExitStack() as undo:
+        with job.clock.phase("replay"):
+            routed = record_routed(name, job.block, rows.store, job.index, step, running, job.prefix)
+        undo.callback(routed.close)
+        undo.callback(routed.drop_inputs)
+        return_freed_memory()
+        routed.begin_total(rows.store, job.banks[name].bank)
+        yield routed
+        undo.pop_all()
+    routed.drop_inputs()
+    rows.cache.use_bank(name, routed)
 
 
 def _collect(
@@ -250,7 +303,7 @@ def _skipping(job: BlockJob, names: Sequence[str], label: str) -> Iterator[list[
         skipped += [Skipped(f"{job.prefix}.{name}", reason) for name in names]
 
 
-def quantize_weights(job: BlockJob, method: DataFreeMethod) -> Iterator[Solved | Skipped]:
+def quantize_weights(job: BlockJob, method: DataFreeMethod) -> Iterator[Solved | Skipped | SolvedExpert]:
     """Quantize a block's Linears with a method without calibration. The block itself is unchanged."""
     linears = block_linears(job.block)
     for name, scheme in job.schemes.items():
@@ -261,3 +314,5 @@ def quantize_weights(job: BlockJob, method: DataFreeMethod) -> Iterator[Solved |
             yield from skipped
             continue
         yield Solved(label, result, {"solve": solve_time})
+    for bank in job.banks.values():
+        yield from round_bank(bank, method)

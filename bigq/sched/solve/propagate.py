@@ -6,6 +6,7 @@ from torch import nn
 
 from bigq.errors import NumericsError
 from bigq.kernels.finiteness import is_finite
+from bigq.model.experts.bank import bank_modules
 from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.solve.nan_search import first_nonfinite, nonfinite_rows
@@ -29,10 +30,12 @@ def propagate(
     Raises NumericsError, which names the first module with such values; with "skip" only if no token has finite outputs.
     """
     lost = tokens = 0
+    cache = cache or ShortcutCache()
+    cache.require_banks(bank_modules(block))
 
     def run(lo: int, hi: int) -> None:
         nonlocal lost, tokens
-        with (cache or ShortcutCache()).apply(block, store):
+        with cache.apply(block, store):
             output = store.call(index, hi - lo).run(block, store.fetch(lo, hi))
         here = 0
         if not is_finite(output):

@@ -1,15 +1,19 @@
 """The interface between the loop and the parts of a model: units of work.
 
-A job is a list of units. Each is made from some tensors of the checkpoint, becomes one shard, and is committed as a whole. A
+A job is a list of units. Each is made from some tensors of the checkpoint and becomes one shard, which is committed as a whole; a block
+with experts becomes further shards, see ``units.experts``. A
 ``PlainUnit`` needs no forward pass. A ``StreamedUnit`` has a place in the forward pass. When the calibration rows reach it, it is solved,
 or restored from its shard if an earlier run committed it. Then it passes the rows on.
 
-A new kind of unit (a group of experts, say) is a new file in ``bigq.sched.units`` and a line in ``bigq.sched.resolve.units_of``.
+A new kind of unit is a new file in ``bigq.sched.units`` and a line in ``bigq.sched.resolve.units_of``.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +21,9 @@ from torch import nn
 
 from bigq.config import JobConfig
 from bigq.model.blocks import block_linears
+from bigq.model.experts.bank import Bank, bank_modules
+from bigq.model.experts.cut import called_banks
+from bigq.model.experts.proof import prove_bank
 from bigq.model.pager import Pager
 from bigq.model.skeleton import linear_weight
 from bigq.model.structure import BlockPlan, plan_block
@@ -29,7 +36,7 @@ from bigq.sched.solving import Solving
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """The common objects of streamed units. structures: of the blocks so far, by their shape."""
+    """The common objects of streamed units. structures, proven: of the blocks and of the banks so far, by their shape."""
 
     pager: Pager
     config: JobConfig
@@ -38,18 +45,39 @@ class Bench:
     control: Control
     probe: Probe
     structures: dict[Any, BlockPlan] = field(default_factory=dict)
+    proven: dict[Any, Bank] = field(default_factory=dict)
 
     def structure(self, block: nn.Module, index: int) -> BlockPlan:
         """The groups, levels and shortcuts of a loaded block, which is checked first. Blocks of one shape are probed once.
 
         Raises UnsupportedModelError.
         """
-        shape = tuple((name, type(m).__name__, linear_weight(m).shape) for name, m in block_linears(block).items())
+        shape = (
+            tuple((name, type(m).__name__, linear_weight(m).shape) for name, m in block_linears(block).items()),
+            tuple(bank_modules(block)),
+        )
         with self.control.clock.phase("probe"):
             self.probe.check.run(index, block)
             if shape not in self.structures:
                 self.structures[shape] = plan_block(block, self.probe.hidden, self.probe.calls[index])
         return self.structures[shape]
+
+    def banks(self, block: nn.Module, index: int, plan: BlockPlan) -> dict[str, Bank]:
+        """How the banks of a loaded block compute, by their name in it. One of each shape is proven. Raises UnsupportedModelError."""
+        found: dict[str, Bank] = {}
+        if not plan.banks:
+            return found
+        prefix = f"{self.pager.blocks_path}.{index}"
+        with self.control.clock.phase("probe"):
+            calls = called_banks(block, lambda: self.probe.calls[index].run(block, self.probe.hidden))
+            for place in plan.banks:
+                module = block.get_submodule(place.name)
+                key = (type(module), place.name, tuple(p.shape for p in module.parameters(recurse=False)))
+                if key not in self.proven:
+                    path = f"{prefix}.{place.name}"
+                    self.proven[key] = prove_bank(path, module, calls[place.name], functools.partial(self.pager.load_expert, path))
+                found[place.name] = dataclasses.replace(self.proven[key], name=place.name)
+        return found
 
 
 class Unit(ABC):
@@ -57,6 +85,11 @@ class Unit(ABC):
 
     shard: Shard
     block: int | None = None
+
+    @property
+    def shards(self) -> Sequence[Shard]:
+        """All shards that the unit becomes, in the order of their numbers. Each is committed by itself."""
+        return [self.shard]
 
 
 class PlainUnit(Unit):

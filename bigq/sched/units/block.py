@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigq import faults
 from bigq.config import JobConfig
@@ -21,10 +21,12 @@ from bigq.model.skeleton import linear_weight
 from bigq.model.structure import BlockPlan
 from bigq.progress.records import LinearRecord, dead_inputs_warning
 from bigq.sched.shards import Product, Shard
+from bigq.sched.solve.bank import SolvedExpert
 from bigq.sched.solve.block import BlockJob
 from bigq.sched.solve.results import Skipped
 from bigq.sched.solving import BlockVisit, Solving
 from bigq.sched.units.base import Bench, StreamedUnit
+from bigq.sched.units.experts import BankWork, expert_groups, uncommitted
 from bigq.scheme import QuantScheme, scheme_for
 
 
@@ -36,13 +38,19 @@ class BlockUnit(StreamedUnit):
         self.prefix = f"{pager.blocks_path}.{index}"
         own = pager.stored_under(self.prefix)
         self.shard = Shard(number=number, name=f"block-{index}", sources=[name for name in pager.checkpoint if name in own])
+        self.groups = expert_groups(pager, index, number + 1)
+
+    @property
+    def shards(self) -> Sequence[Shard]:
+        return [self.shard, *(group.shard for group in self.groups)]
 
     def visit(self, bench: Bench, solving: Solving, *, last: bool) -> None:
         control, pager, blocks = bench.control, bench.pager, len(bench.pager.blocks)
         progress = control.progress
         control.clock.subject = self.prefix
         commit = bench.writer.committed(self.shard)
-        control.begin("solve" if commit is None else "replay", f"block {self.index + 1} of {blocks}")
+        whole = commit is not None and not any(uncommitted(self.groups, bench))
+        control.begin("replay" if whole else "solve", f"block {self.index + 1} of {blocks}")
         progress.phase("load", self.index)
         started = time.monotonic()
         with control.clock.phase("load"):
@@ -50,32 +58,40 @@ class BlockUnit(StreamedUnit):
         loading = time.monotonic() - started
         progress.read(sum(info.nbytes for info in pager.block_tensors(self.index)))
         faults.point("block.loaded")
-        if not last:
+        # Experts are prefetched themselves: the next block would take their place.
+        if not last and not self.groups:
             pager.announce_block(self.index + 1)
         plan = bench.structure(block, self.index)
+        experts = BankWork(bench, self.index, self.groups, solving.batch)
         job = BlockJob(
             index=self.index,
             prefix=self.prefix,
             block=block,
             plan=plan.with_shortcuts(last=not last and bench.choice.kept_rows > 0, others=bench.choice.memo),
-            schemes=self._schemes(bench.config, plan),
+            schemes=self._schemes(bench.config, plan) if commit is None else {},
             device=pager.device,
             clock=control.clock,
             on_nonfinite=bench.config.on_nonfinite,
+            banks=experts.jobs(self.prefix, block, bench.banks(block, self.index, plan)),
         )
         records: list[LinearRecord] = []
         with solving.block(job) as visit:
-            if commit is None:
-                product = self._solve(bench, job, visit, solving)
+            restore = None if commit is None else functools.partial(self._restore, bench, block, plan, commit)
+            if not whole:
+                if restore is not None:
+                    restore()
+                product = self._solve(bench, job, visit, solving, experts)
                 records += product.records
-                bench.writer.hand_over(self.shard, product, self.index)
+                if commit is None:
+                    bench.writer.hand_over(self.shard, product, self.index)
             if not last:
-                restore = None if commit is None else functools.partial(self._restore, bench, job, commit)
-                visit.advance(restore, loading)
+                if self.groups:
+                    pager.announce_block(self.index + 1)
+                visit.advance(restore if whole else None, loading)
         pager.evict_block(self.index)
         return_freed_memory()
         control.end()
-        self._show_done(bench, commit, records, time.monotonic() - started)
+        self._show_done(bench, whole, records, time.monotonic() - started)
         if not last:
             solving.between()
 
@@ -85,20 +101,28 @@ class BlockUnit(StreamedUnit):
         found = {name: scheme_for(f"{self.prefix}.{name}", config.base_scheme, config.rules) for name in names}
         return {name: scheme for name, scheme in found.items() if scheme is not None}
 
-    def _solve(self, bench: Bench, job: BlockJob, visit: BlockVisit, solving: Solving) -> Product:
-        """Quantize the block's Linears, and pack each as soon as it is solved."""
+    def _solve(self, bench: Bench, job: BlockJob, visit: BlockVisit, solving: Solving, experts: BankWork) -> Product:
+        """Quantize the block's Linears and experts, and pack each as soon as it is solved. Groups of experts are handed over."""
         control = bench.control
         control.progress.phase("solve", self.index)
         packed: dict[str, dict[str, Tensor]] = {}
         records: list[LinearRecord] = []
         skipped: dict[str, str] = {}
         lost = 0
+        of_experts: list[LinearRecord] = []
+        experts.copy_unquantized()
         for solved in visit.solve():
             if isinstance(solved, Skipped):
                 skipped[solved.name] = solved.reason
                 control.progress.say(f"block {self.index + 1}: {solved.name} stays unquantized: {solved.reason}")
                 continue
             lost = max(lost, solved.left_out)
+            if isinstance(solved, SolvedExpert):
+                of_experts += experts.take(solved)
+                control.progress.solved(len(records), len(job.schemes), _share(job, [*records, *of_experts]))
+                faults.point("expert.solved")
+                control.pause()
+                continue
             source = bench.pager.source_of(f"{solved.name}.weight")
             with control.clock.phase("pack"):
                 packed[source.name] = bench.config.made.pack(source.name.removesuffix(".weight"), solved.weight, source.dtype)
@@ -133,30 +157,33 @@ class BlockUnit(StreamedUnit):
                 tensors.append(writer.stored(name))
         return tensors
 
-    def _restore(self, bench: Bench, job: BlockJob, commit: Commit) -> None:
-        """Load the committed weights of a block into its modules."""
+    def _restore(self, bench: Bench, block: nn.Module, plan: BlockPlan, commit: Commit) -> None:
+        """Load the committed weights of a block into its modules, without those of experts."""
         made: Format = bench.config.made
         finished = FinishedBlock(bench.writer.journal.out, commit, made)
-        for name, scheme in job.schemes.items():
+        for name, scheme in self._schemes(bench.config, plan).items():
             if f"{self.prefix}.{name}" in commit.left_out:
                 continue
             source = bench.pager.source_of(f"{self.prefix}.{name}.weight").name.removesuffix(".weight")
-            module = job.block.get_submodule(name)
+            module = block.get_submodule(name)
             weight = finished.weight(source, scheme, linear_weight(module).dtype, bench.pager.device)
             skeleton.set_linear_weight(module, weight)
 
-    def _show_done(self, bench: Bench, commit: Commit | None, records: Sequence[LinearRecord], seconds: float) -> None:
-        if commit is not None:
+    def _show_done(self, bench: Bench, whole: bool, records: Sequence[LinearRecord], seconds: float) -> None:
+        if whole:
             bench.control.progress.block_skipped()
             return
         worst = max(records, key=lambda r: r.relative_error, default=None)
         named = None if worst is None else (worst.name.removeprefix(self.prefix + "."), worst.relative_error)
-        missing = set(bench.writer.journal.missing)
-        later = range(self.shard.number + 1, self.shard.number + len(bench.pager.blocks) - self.index)
-        bench.control.progress.block_done(self.index, seconds, named, sum(number in missing for number in later))
+        names = bench.writer.journal.units
+        later = {names[number] for number in bench.writer.journal.missing}
+        left = sum(f"block-{i}" in later for i in range(self.index + 1, len(bench.pager.blocks)))
+        bench.control.progress.block_done(self.index, seconds, named, left)
 
 
 def _share(job: BlockJob, records: Sequence[LinearRecord]) -> float:
     """The fraction of the block's weights to be quantized that these Linears hold."""
     whole = sum(linear_weight(job.block.get_submodule(name)).numel() for name in job.schemes)
+    for bank in job.banks.values():
+        whole += sum(getattr(bank.module, key).numel() for key in bank.schemes)
     return sum(m * n for m, n in (record.shape for record in records)) / whole

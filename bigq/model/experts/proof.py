@@ -1,0 +1,51 @@
+"""Finding out how a bank computes without loading all of it: a bank of its first few experts stands for the whole.
+
+The small bank is the family's own module with fewer experts. That single experts add up to its bits is proven as for a whole bank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bigq.errors import UnsupportedModelError
+from bigq.model.experts.bank import Bank, BankCall, count_attributes, find_bank
+
+#: Experts of a token in the proof, at most, and experts beyond those: sums of few outputs would hide their order.
+_SLOTS, _MORE = 4, 2
+
+
+def prove_bank(name: str, module: nn.Module, call: BankCall, load: Callable[[int], Mapping[str, Tensor]]) -> Bank:
+    """How the bank ``name`` computes. call: of a probe. load: the parameters of one expert on the device.
+
+    Loads six experts at most. Raises UnsupportedModelError, with the reason.
+    """
+    experts = next(iter(module.parameters(recurse=False))).shape[0]
+    slots = min(call.experts.shape[1], _SLOTS)
+    count = min(experts, slots + _MORE)
+    parts = [load(e) for e in range(count)]
+    held = {key: nn.Parameter(torch.stack([part[key] for part in parts]), requires_grad=False) for key in parts[0]}
+    del parts
+    tokens = torch.arange(len(call.tokens), device=call.tokens.device)
+    chosen = (tokens[:, None] * 3 + torch.arange(slots, device=tokens.device) * (1 + tokens[:, None] % 2 * (count - 2))) % count
+    small = dataclasses.replace(call, experts=chosen.to(call.experts.dtype), weights=call.weights[:, :slots].contiguous())
+    failed: UnsupportedModelError | None = None
+    for counts in count_attributes(module, experts):
+        part = object.__new__(type(module))
+        part.__dict__.update(module.__dict__)
+        part.__dict__["_parameters"] = held
+        part.__dict__.update(dict.fromkeys(counts, count))
+        try:
+            output = small.call(part.forward, small.tokens, small.experts, small.weights)
+            return dataclasses.replace(find_bank(name, part, small, output), experts=experts)
+        except UnsupportedModelError as error:
+            failed = failed or error
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            failed = failed or UnsupportedModelError(
+                f"{name}: a bank of {experts} experts that does not run with fewer: {type(error).__name__}: {error}"
+            )
+    assert failed is not None
+    raise failed

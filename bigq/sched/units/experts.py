@@ -1,0 +1,173 @@
+"""The experts of a block in groups: each group becomes one shard, committed as soon as it is solved.
+
+A block with experts may hold tens of GB. Its experts are read, solved and written one after the other, so a group's shard bounds what
+waits to be written and what a killed job does again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from bigq.config import JobConfig
+from bigq.errors import UnsupportedModelError, UsageError
+from bigq.io.writer import OutputTensor
+from bigq.job.finish import FinishedBlock
+from bigq.job.journal import Commit
+from bigq.model.experts.bank import Bank
+from bigq.model.experts.pages import StoredBank
+from bigq.model.pager import Pager
+from bigq.progress.records import LinearRecord
+from bigq.sched.shards import Product, Shard
+from bigq.sched.solve.bank import BankJob, SolvedExpert
+from bigq.sched.units.base import Bench
+from bigq.scheme import QuantScheme, scheme_for
+
+#: Weights in a group of experts: about 1 GB at 4 bits. A larger expert is a group by itself.
+GROUP_WEIGHTS = 2 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertGroup:
+    """Experts [first, stop) of a bank, and the shard that they become."""
+
+    bank: StoredBank
+    first: int
+    stop: int
+    shard: Shard
+
+
+def expert_groups(pager: Pager, index: int, number: int) -> list[ExpertGroup]:
+    """The groups of experts in block ``index``. number: of the first one's shard."""
+    groups: list[ExpertGroup] = []
+    prefix = f"{pager.blocks_path}.{index}."
+    for bank in (bank for path, bank in pager.banks.items() if path.startswith(prefix)):
+        weights = sum(pager.model.get_parameter(f"{bank.path}.{key}")[0].numel() for key in bank.sources)
+        step = max(1, GROUP_WEIGHTS // weights)
+        for first in range(0, bank.experts, step):
+            stop = min(first + step, bank.experts)
+            shard = Shard(
+                number=number + len(groups),
+                name=f"experts-{index}-{len(groups)}",
+                sources=[info.name for info in bank.tensors(range(first, stop))],
+            )
+            groups.append(ExpertGroup(bank, first, stop, shard))
+    return groups
+
+
+def bank_schemes(bank: StoredBank, config: JobConfig) -> dict[str, QuantScheme]:
+    """The scheme of each of a bank's parameters; none if its experts stay unquantized.
+
+    Raises UsageError if rules treat experts of one bank differently: readers take a bank as a whole. UnsupportedModelError if a scheme is
+    asked for but its matrices are not stored one by one.
+    """
+    linears = list(bank.linears()) or [f"{bank.path}.{key}" for key in bank.sources]
+    found = {name: scheme_for(name, config.base_scheme, config.rules) for name in linears} if config.rules else {}
+    one = next(iter(found.values()), config.base_scheme)
+    other = next((name for name, scheme in found.items() if scheme != one), None)
+    if other is not None:
+        raise UsageError(
+            f"--rule and --skip must treat all matrices of all experts in a bank alike, since readers take it as a whole: {other} differs "
+            f"from {linears[0]}; use a pattern such as {bank.path}.*"
+        )
+    if one is None:
+        return {}
+    if not bank.by_matrix:
+        raise UnsupportedModelError(
+            f"{bank.path}: the checkpoint holds one tensor for all experts, and such banks cannot be quantized yet; leave them out with "
+            f"--skip '.*{bank.path.rpartition('.')[2]}.*'"
+        )
+    return dict.fromkeys(bank.sources, one)
+
+
+@dataclass(slots=True)
+class BankWork:
+    """The work on one block's groups of experts: what is committed already, and what waits for the rest of its group."""
+
+    bench: Bench
+    index: int
+    groups: Sequence[ExpertGroup]
+    batch: int | None
+    _packed: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    _records: list[LinearRecord] = field(default_factory=list)
+
+    def commit_of(self, bank: str, expert: int) -> Commit | None:
+        """The commit of an expert's group, if there is one."""
+        return self.bench.writer.committed(self._group(bank, expert).shard)
+
+    def _group(self, bank: str, expert: int) -> ExpertGroup:
+        return next(g for g in self.groups if g.bank.path == bank and g.first <= expert < g.stop)
+
+    def jobs(self, prefix: str, block: nn.Module, banks: Mapping[str, Bank]) -> dict[str, BankJob]:
+        """The work of each bank by its name in the block. banks: how they compute."""
+        bench = self.bench
+        made = {}
+        for name, bank in banks.items():
+            stored = bench.pager.banks[f"{prefix}.{name}"]
+            schemes = bank_schemes(stored, bench.config)
+            made[name] = BankJob(
+                prefix=stored.path,
+                module=block.get_submodule(name),
+                bank=bank,
+                schemes=schemes,
+                names=functools.partial(_names, stored),
+                load=functools.partial(self._load, stored, schemes),
+                clock=bench.control.clock,
+                finished=lambda e, path=stored.path: self.commit_of(path, e) is not None,
+                finite_only=bench.config.on_nonfinite == "skip",
+            )
+        return made
+
+    def _load(self, bank: StoredBank, schemes: Mapping[str, QuantScheme], e: int) -> Mapping[str, Tensor]:
+        """An expert's parameters: as committed, or else those of the checkpoint."""
+        group = self._group(bank.path, e)
+        commit = self.bench.writer.committed(group.shard)
+        pager = self.bench.pager
+        if not schemes or commit is None:
+            pager.announce_experts(bank.path, range(e, min(e + 2, bank.experts)))
+            return pager.load_expert(bank.path, e)
+        finished = FinishedBlock(self.bench.writer.journal.out, commit, self.bench.config.made)
+        parts = {key: [part.name.removesuffix(".weight") for part in bank.matrices(key, e)] for key in bank.sources}
+        return pager.load_expert(
+            bank.path, e, {key: [finished.weight(n, schemes[key], pager.dtype, pager.device) for n in names] for key, names in parts.items()}
+        )
+
+    def take(self, solved: SolvedExpert) -> list[LinearRecord]:
+        """Pack an expert, and hand over its group if it is the last one of it. Returns its records."""
+        bench, group = self.bench, self._group(solved.bank, solved.number)
+        records = [matrix.record(solved.tokens) for matrix in solved.matrices]
+        dtypes = {p.name.removesuffix(".weight"): p.dtype for key in group.bank.sources for p in group.bank.matrices(key, solved.number)}
+        for matrix in solved.matrices:
+            with bench.control.clock.phase("pack"):
+                self._packed[f"{matrix.name}.weight"] = bench.config.made.pack(matrix.name, matrix.weight, dtypes[matrix.name])
+        self._records += records
+        if solved.number + 1 == group.stop:
+            self._hand_over(group)
+        return records
+
+    def copy_unquantized(self) -> None:
+        """Hand over the groups whose experts stay unquantized."""
+        for group in self.groups:
+            if not bank_schemes(group.bank, self.bench.config) and self.bench.writer.committed(group.shard) is None:
+                self._hand_over(group)
+
+    def _hand_over(self, group: ExpertGroup) -> None:
+        writer = self.bench.writer
+        tensors: list[OutputTensor] = []
+        for name in group.bank.names(range(group.first, group.stop)):
+            tensors += writer.packed(self._packed[name]) if name in self._packed else [writer.stored(name)]
+        product = Product(tensors=tensors, records=self._records, batch=self.batch)
+        self._packed, self._records = {}, []
+        writer.hand_over(group.shard, product, self.index)
+
+
+def _names(bank: StoredBank, parameter: str, expert: int) -> list[str]:
+    return [part.name.removesuffix(".weight") for part in bank.matrices(parameter, expert)]
+
+
+def uncommitted(groups: Sequence[ExpertGroup], bench: Bench) -> Iterator[ExpertGroup]:
+    """The groups that are not committed yet."""
+    return (group for group in groups if bench.writer.committed(group.shard) is None)
