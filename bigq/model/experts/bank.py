@@ -1,7 +1,7 @@
 """Banks of experts: modules that hold the weights of many experts, of which every token runs a few.
 
 A bank is found by shape and by one call, not by a table of families: its own parameters have the experts as their first dimension, at
-least one of them is 3-D, and it is called with the tokens, the experts of each token and their weights. One expert is computed by the
+least two of them are 3-D, and it is called with the tokens, the experts of each token and their weights. One expert is computed by the
 family's own forward, given an object that holds that expert's parameters only. What it adds to the output is seen where the forward adds
 it. ``find_bank`` proves on a probe that the sum over all experts has the bits of the module's own output.
 """
@@ -181,11 +181,14 @@ class _Watch(TorchFunctionMode):
 
 
 def bank_modules(block: nn.Module) -> dict[str, nn.Module]:
-    """Modules of a block that have the shape of a bank, by name: their own parameters agree in the first dimension and one is 3-D."""
+    """Modules of a block that have the shape of a bank, by name: their own parameters agree in the first dimension and two are 3-D.
+
+    A convolution has one such parameter.
+    """
     found = {}
     for name, module in block.named_modules():
         own = list(module.parameters(recurse=False))
-        if any(p.ndim == 3 for p in own) and len({p.shape[0] for p in own}) == 1 and all(p.ndim >= 2 for p in own):
+        if sum(p.ndim == 3 for p in own) > 1 and len({p.shape[0] for p in own}) == 1 and all(p.ndim >= 2 for p in own):
             found[name] = module
     return found
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bigq.errors import CheckpointError
+from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.index import TensorInfo
 from bigq.io.sources.base import Read, Source
 from bigq.io.sources.plain import PlainSource
+from bigq.model.experts.bank import bank_modules
 from bigq.model.experts.stored import expert_parts
 
 
@@ -44,16 +45,23 @@ def expert_sources(model: nn.Module, sources: Mapping[str, Source], placed: Mapp
 
     Raises CheckpointError where the number of experts or the shape of one differs from the model's.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {
+        f"{path}.{key}": param
+        for path, bank in bank_modules(model).items()
+        for key, param in bank.named_parameters(recurse=False)
+        if param.ndim == 3
+    }
     stored: dict[str, dict[int, dict[int, Source]]] = {}
     for name, part in expert_parts(model, sources).items():
+        if part.parameter not in parameters:
+            raise UnsupportedModelError(f"{part.parameter}: made of several tensors such as {name}, but belongs to no bank of experts")
         stored.setdefault(part.parameter, {}).setdefault(part.expert, {})[part.part] = sources[name]
     found = {
         parameter: tuple(ExpertSource(tuple(parts[i] for i in sorted(parts))) for _, parts in sorted(experts.items()))
         for parameter, experts in stored.items()
     }
     for name, parameter in placed.items():
-        if parameter in parameters and parameters[parameter].ndim == 3:
+        if parameter in parameters:
             (info,) = sources[name].tensors
             PlainSource(info).check(tuple(parameters[parameter].shape))
             found[parameter] = tuple(ExpertSource((PlainSource(one),), own=False) for one in slices(info))
