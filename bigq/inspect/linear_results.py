@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +28,9 @@ BY_RULE = "skipped by --skip"
 UNFIT = "too small for the format, or calibration never reaches it"
 
 BLOCK_UNIT = re.compile(r"block-(0|[1-9]\d{0,5})")
+_EXPERTS_UNIT = re.compile(r"experts-(0|[1-9]\d{0,5})-(?:0|[1-9]\d{0,5})")
+#: The number of an expert in the name of one of its matrices; the last number counts.
+_EXPERT = re.compile(r"\.\d+\.(?!.*\.\d+\.)")
 _HEAD_UNIT, _SHARD_UNIT = "head-0", re.compile(r"shard-\d+")
 
 
@@ -37,6 +41,10 @@ class LinearResult:
     error, damping: None in a folder that was converted from another tool's checkpoint. block: None for the output head.
     symmetric, asked (the damping that its scheme asks for), stored_bits (of all tensors that the format stores for it): None where
     unknown or not applicable. dead_inputs: inputs that were 0 in every calibration token.
+
+    count: of the Linears that this stands for: a block's experts are summed up, matrix by matrix, with ``*`` for their number in the name.
+    error is then their mean, damping and dead_inputs the largest. tokens: the fewest, the median, and the most calibration tokens that
+    reached one of these experts. rounded: how many were rounded to nearest.
     """
 
     block: int | None
@@ -50,6 +58,9 @@ class LinearResult:
     asked: float | None
     stored_bits: int | None
     dead_inputs: int = 0
+    count: int = 1
+    tokens: tuple[int, int, int] | None = None
+    rounded: int = 0
 
     @property
     def has_raised_damping(self) -> bool:
@@ -63,7 +74,7 @@ class LinearResult:
 
     @property
     def weights(self) -> int:
-        return self.shape[0] * self.shape[1]
+        return self.count * self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +91,7 @@ def linear_results(
     commits: Iterable[Commit], config: JobConfig | None, format: Format | None, float_bits: int
 ) -> tuple[list[LinearResult], list[LeftOut]]:
     """The quantized Linears, and those that could not be quantized. float_bits: of one number of the source."""
+    commits = list(commits)
     linears: list[LinearResult] = []
     left_out: list[LeftOut] = []
     for unit_block, commit in _units(commits):
@@ -95,7 +107,45 @@ def linear_results(
         for full in commit.left_out[:MAX_LINEARS]:
             reason = text((commit.skipped or {}).get(full, UNFIT))
             left_out.append(LeftOut(block=unit_block, name=text(_name_in_block(full, unit_block)), reason=reason, wanted=False))
-    return linears, left_out
+    return [*linears, *_of_experts(commits, config, format, float_bits)], left_out
+
+
+def _of_experts(
+    commits: Iterable[Commit], config: JobConfig | None, format: Format | None, float_bits: int
+) -> Iterator[LinearResult]:
+    """The matrices of experts, summed up by block and name."""
+    found: dict[tuple[int, str], list[tuple[LinearResult, Mapping[str, Any]]]] = {}
+    for commit in commits:
+        match = _EXPERTS_UNIT.fullmatch(commit.unit)
+        if match is None or int(match[1]) >= MAX_BLOCKS:
+            continue
+        block = int(match[1])
+        for record in commit.linears[:MAX_SHARD_LINEARS]:
+            full = str(record.get("name", ""))
+            scheme = None if config is None else scheme_for(full, config.base_scheme, config.rules)
+            name = _EXPERT.sub(".*.", text(_name_in_block(full, block)))
+            result = _linear(block, name, record, config, scheme, format, float_bits)
+            if result is not None:
+                found.setdefault((block, name), []).append((result, record))
+    for _, same in sorted(found.items(), key=lambda item: item[0]):
+        yield _summed([result for result, _ in same], [record for _, record in same])
+
+
+def _summed(results: list[LinearResult], records: list[Mapping[str, Any]]) -> LinearResult:
+    errors = [result.error for result in results if result.error is not None]
+    dampings = [result.damping for result in results if result.damping is not None]
+    stored = [result.stored_bits for result in results if result.stored_bits is not None]
+    tokens = sorted(count(record.get("tokens")) or 0 for record in records)
+    return dataclasses.replace(
+        results[0],
+        error=sum(errors) / len(errors) if errors else None,
+        damping=max(dampings, default=None),
+        stored_bits=sum(stored) if len(stored) == len(results) else None,
+        dead_inputs=max(result.dead_inputs for result in results),
+        count=len(results),
+        tokens=(tokens[0], tokens[len(tokens) // 2], tokens[-1]),
+        rounded=sum(isinstance(record.get("rounded"), str) for record in records),
+    )
 
 
 def _units(commits: Iterable[Commit]) -> Iterator[tuple[int | None, Commit]]:

@@ -6,6 +6,7 @@ config.json describes. Every byte is read once. Problems are reported, and nothi
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ _UNLISTED = (MANIFEST, _RUNS, EVALUATIONS, OWNER, LOCK)
 _ALWAYS = (INDEX_NAME, "config.json", _JOB, JOURNAL, f"{STATE_FOLDER}/linears.jsonl")
 
 _SHARD = re.compile(r"model-(\d{5,})-of-(\d{5,})\.safetensors")
-_UNIT = re.compile(r"(rest|block|head)-(0|[1-9]\d*)")
+_UNIT = re.compile(r"(rest|block|head|experts)-(0|[1-9]\d{0,8})(?:-(0|[1-9]\d{0,8}))?")
 
 
 def verify(out: Path, *, trust_remote_code: bool = False) -> list[str]:
@@ -120,29 +121,30 @@ class _JobCheck(FolderCheck):
 
     def _check_units(self) -> None:
         """Check the journal's units: blocks come after the tensors outside them, and none is missing if the job is finished."""
-        totals, numbers, shifts, outside = set(), set(), set(), 0
+        totals, numbers, outside = set(), set(), 0
+        places: dict[int, tuple[int, int]] = {}
         for commit in self.commits.values():
             unit, file = _UNIT.fullmatch(commit.unit), _SHARD.fullmatch(commit.shard.file)
-            if unit is None or file is None:
+            if unit is None or file is None or (unit[3] is None) == (unit[1] == "experts"):
                 self.add(JOURNAL, f"commits {commit.unit} in {commit.shard.file}, which no job of this version of bigq does")
                 continue
             number, place = int(file[1]), int(unit[2])
             totals.add(int(file[2]))
             numbers.add(number)
-            if unit[1] == "block":
-                shifts.add(number - 1 - place)
+            if unit[1] in ("block", "experts"):
+                places[number] = place, -1 if unit[3] is None else int(unit[3])
             elif unit[1] == "rest" and number == place + 1:
                 outside += 1
             elif unit[1] == "head" and (place, number) == (0, int(file[2])):
                 continue
             else:
                 self.add(JOURNAL, f"commits {commit.unit} in {commit.shard.file}, the place of another")
-        if len(totals) > 1 or len(shifts) > 1:
+        if len(totals) > 1 or not _in_order(places):
             self.add(JOURNAL, "commits shards of several jobs, or blocks in each other's files")
         elif self.manifest is not None and numbers != set(range(1, max(totals, default=1) + 1)):
             count, all_shards = len(self.commits), max(totals, default=1)
             self.add(JOURNAL, f"commits {count} shards, not all of {all_shards}, although the job is finished")
-        elif self.manifest is not None and shifts - {outside}:
+        elif self.manifest is not None and places and min(places.items()) != (outside + 1, (0, -1)):
             self.add(JOURNAL, "commits no block-0 after the tensors outside the blocks")
 
     def _check_files(self, manifest: Mapping[str, Any]) -> None:
@@ -181,3 +183,23 @@ class _JobCheck(FolderCheck):
         if self.manifest is None or self.busy:
             known |= {_CHECKPOINTS, *(f"{STATE_FOLDER}/{name}" for name in RECORDS)}
         self.check_listing(known, complete=self.manifest is not None)
+
+
+def _in_order(places: Mapping[int, tuple[int, int]]) -> bool:
+    """Whether blocks and groups of experts are in the shards of a job. places: shard number → block, and group (−1 for the block itself).
+
+    From one shard to the next comes the next group of the block or the next block. Some may be missing.
+    """
+    shards = sorted(places.items())
+    for (number, (block, group)), (later, (next_block, next_group)) in itertools.pairwise(shards):
+        gap, behind = later - number, next_group + 1
+        if next_block == block:
+            possible = next_group - group == gap
+        else:
+            # Between them are the rest of the groups of one block and whole blocks, each with one shard at least.
+            possible = next_block > block and gap >= (next_block - block) + behind
+        if not possible:
+            return False
+    if any(group >= 0 for _, group in places.values()):
+        return True
+    return len({number - block for number, (block, _) in shards}) <= 1

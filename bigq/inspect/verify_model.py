@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bigq.job.finish import quantization_of
 from bigq.job.journal import Commit
 from bigq.model import skeleton
 from bigq.model.blocks import block_linears, find_blocks
+from bigq.model.experts.stored import expert_parts
 from bigq.model.pager import Pager
 from bigq.model.plain import PlainModules, plain_modules
 from bigq.model.skeleton import linear_weight
@@ -72,7 +74,7 @@ def _modules(out: Path, tensors: Mapping[str, TensorInfo], *, trust_remote_code:
     skeleton.silence_transformers()
     config = skeleton.load_config(out, trust_remote_code=trust_remote_code)
     model = skeleton.build(config, torch.float32, trust_remote_code=trust_remote_code)
-    return plain_modules(model, find_blocks(model)[0], tensors)
+    return plain_modules(model, find_blocks(model)[0], tensors, experts=expert_parts(model, tensors))
 
 
 def model_problems(out: Path, job: JobConfig, left_out: tuple[str, ...], scans: Mapping[str, Scan], *, trust_remote_code: bool) -> Problems:
@@ -86,18 +88,15 @@ def model_problems(out: Path, job: JobConfig, left_out: tuple[str, ...], scans: 
     linears = {prefix: linear for scan in scans.values() for prefix, linear in scan.linears.items()}
     zeros = {prefix: seen for scan in scans.values() for prefix, seen in scan.zeros.items()}
     belonging, mark = set(), job.made.mark
-    modules = {f"{pager.blocks_path}.{i}.{name}": m for i, block in enumerate(pager.blocks) for name, m in block_linears(block).items()}
-    if job.lm_head:
-        modules[pager.head_name] = pager.head
-    for full, module in modules.items():
+    for linear in _linears(pager, head=job.lm_head):
+        full, prefix = linear.name, linear.prefix
         scheme = None if full in left_out else scheme_for(full, job.base_scheme, job.rules)
-        prefix = pager.packed.get(f"{full}.weight")
         if scheme is None or prefix is None:
             if scheme is not None:
-                yield pager.sources[f"{full}.weight"].file.name, f"{full} is not packed, although the job says that it is"
+                yield linear.file, f"{full} is not packed, although the job says that it is"
             continue
         belonging.add(prefix)
-        m, n = linear_weight(module).shape
+        m, n = linear.shape
         expected = PackedLinear(bits=scheme.bits, outputs=m, inputs=n, groups=n // scheme.group_width(n))
         file, middle = pager.checkpoint[f"{prefix}.{mark}"].file.name, 2 ** (scheme.bits - 1)
         if f"{full}.weight" in pager.sources:
@@ -110,3 +109,32 @@ def model_problems(out: Path, job: JobConfig, left_out: tuple[str, ...], scans: 
             yield file, f"tensor {prefix}.{job.made.zeros} holds zero points other than {middle}, although the job is symmetric"
     for prefix in sorted(linears.keys() - belonging):
         yield pager.checkpoint[f"{prefix}.{mark}"].file.name, f"{prefix} is packed, although the job does not pack it"
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """A Linear that a job may quantize: its name, its shape, the prefix of its packed tensors (None if it is not packed), and a file that
+    holds it."""
+
+    name: str
+    shape: tuple[int, int]
+    prefix: str | None
+    file: str
+
+
+def _linears(pager: Pager, *, head: bool) -> Iterator[_Linear]:
+    """Those of the blocks, of the experts, and the output head if it counts."""
+    modules = {f"{pager.blocks_path}.{i}.{name}": m for i, block in enumerate(pager.blocks) for name, m in block_linears(block).items()}
+    if head:
+        modules[pager.head_name] = pager.head
+    for name, module in modules.items():
+        m, n = linear_weight(module).shape
+        source = pager.source_of(f"{name}.weight")
+        yield _Linear(name, (m, n), pager.packed.get(f"{name}.weight"), source.tensors[0].file.name)
+    for bank in pager.banks.values():
+        for key in bank.sources if bank.by_matrix else ():
+            for e in range(bank.experts):
+                for part in bank.matrices(key, e):
+                    m, n = part.shape
+                    prefix = part.name.removesuffix(".weight")
+                    yield _Linear(prefix, (m, n), None if part.is_plain else prefix, part.tensors[0].file.name)

@@ -168,7 +168,11 @@ class Pager(ModelDescription):
         return name in self._weights
 
     def value_of(self, name: str) -> Tensor:
-        """A parameter's value on the device, as the model computes with it."""
+        """A parameter's value on the device, as the model computes with it. The experts of a bank are loaded all at once."""
+        path, _, key = name.rpartition(".")
+        if path in self.banks and key in self.banks[path].sources:
+            module = self.banks[path].sources[key]
+            return torch.stack([source.value(self._read, self.device, self.dtype_of(name)) for source in module])
         if name not in self.packed:
             return self._weights[name].value(self._read, self.device, self.dtype_of(name))
         weight = self.dequantized(name)

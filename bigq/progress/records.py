@@ -205,6 +205,17 @@ class Report:
             return entry("waiting", text)
         return entry("waiting", [f"{text}: {causes[0]}", *causes[1:]])
 
+    def experts_lines(self) -> list[str]:
+        """How many calibration tokens reached the experts, and how many matrices were rounded to nearest."""
+        tokens = sorted(int(each["tokens"]) for each in self.linears if each.get("tokens") is not None)
+        if not tokens:
+            return []
+        rounded = sum(each.get("rounded") is not None for each in self.linears)
+        lines = [f"calibration tokens of one: {tokens[0]} to {tokens[-1]}, median {tokens[len(tokens) // 2]}"]
+        if rounded:
+            lines.append(f"{rounded} of {len(tokens)} matrices only rounded to nearest: no token, or no solution")
+        return entry("experts", lines)
+
     def summary(self) -> str:
         """The final summary as text, in lines of at most 60 columns."""
         done = f"done in {self.seconds:.1f} s: "
@@ -227,6 +238,7 @@ class Report:
         if self.worst is not None:
             name, error = shortened(str(self.worst["name"]), room - 1), f"relative error {self.worst['relative_error']:.2e}"
             lines += entry("worst", f"{name}: {error}")
+        lines += self.experts_lines()
         if self.many_dead:
             many = f"{len(self.many_dead)} Linear{'s' * (len(self.many_dead) > 1)}"
             lines += entry("dead", f"more than a tenth of the inputs of {many} were 0 in all calibration tokens")
