@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -79,16 +80,37 @@ def check_shapes(model: ModelDescription, config: JobConfig) -> None:
     """Raise UsageError if a rule decides nothing or splits a fused Linear, if Linears, the output head among them, do not fit the format
     or their group size, if the head cannot be quantized as requested, or if no Linear would be quantized."""
     linears = _block_linears(model)
-    names = [*linears, *model.expert_linears]
+    experts = {name: shape for bank in model.expert_linears.values() for name, shape in bank.items()}
+    names = [*linears, *experts]
     require_sound_rules(names, _linear_head(model), config)
+    for path, bank in model.expert_linears.items():
+        bank_scheme(path, bank, config)
     head = head_scheme(model, config)
     if head is not None:
         linears[model.head_name] = model.head
     candidates = [each for each in map(_candidate, linears, linears.values()) if min(each.m, each.n) >= MIN_FEATURES]
-    candidates += [Candidate(name=name, m=m, n=n) for name, (m, n) in model.expert_linears.items()]
+    candidates += [Candidate(name=name, m=m, n=n) for name, (m, n) in experts.items()]
     require_fit(candidates, names, _linear_head(model), config)
     if head is None and all(scheme_for(each.name, config.base_scheme, config.rules) is None for each in candidates):
         raise UsageError("--skip: no Linear would be quantized; give narrower patterns")
+
+
+def bank_scheme(path: str, names: Iterable[str], config: JobConfig) -> QuantScheme | None:
+    """The scheme of all experts of a bank; None if they stay unquantized. names: of their matrices.
+
+    Raises UsageError if rules treat them differently: readers take a bank as a whole.
+    """
+    if not config.rules:
+        return config.base_scheme
+    first, *others = names
+    scheme = scheme_for(first, config.base_scheme, config.rules)
+    for name in others:
+        if scheme_for(name, config.base_scheme, config.rules) != scheme:
+            raise UsageError(
+                f"--rule and --skip must treat all matrices of all experts in a bank alike, since readers take it as a whole: {name} "
+                f"differs from {first}; use a pattern such as {path}.*"
+            )
+    return scheme
 
 
 def _candidate(name: str, module: nn.Module) -> Candidate:

@@ -20,7 +20,7 @@ class ModelDescription:
 
     folder: holds config.json. model: the skeleton; blocks, blocks_path: its decoder blocks and their module path.
     sources: parameter or buffer name → the checkpoint's tensor; empty where the headers are unknown.
-    expert_linears: name → [outputs, inputs] of every matrix of every expert, as the checkpoint names them.
+    expert_linears: of each bank of experts, by path: name → [outputs, inputs] of every matrix of every expert, as the checkpoint names them.
     """
 
     def __init__(
@@ -29,9 +29,9 @@ class ModelDescription:
         config: Any,
         model: nn.Module,
         sources: dict[str, TensorInfo],
-        expert_linears: Mapping[str, tuple[int, int]] | None = None,
+        expert_linears: Mapping[str, Mapping[str, tuple[int, int]]] | None = None,
     ) -> None:
-        self.expert_linears: Mapping[str, tuple[int, int]] = expert_linears or {}
+        self.expert_linears: Mapping[str, Mapping[str, tuple[int, int]]] = expert_linears or {}
         self.folder, self.config, self.model, self.sources = folder, config, model, sources
         self.blocks_path, self.blocks = find_blocks(model)
 

@@ -58,6 +58,7 @@ class Pager(ModelDescription):
         super().__init__(folder, config, skeleton.build(config, self.dtype, trust_remote_code=trust_remote_code, max_parameters=most), {})
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._forced = skeleton.forced_dtypes(self.model, self.dtype, self._meta)
+        self.banks: dict[str, StoredBank] = {}
         self._weights = self._find_sources()
         self._ahead: Prefetch | None = None
         self._budget = 0
@@ -136,7 +137,7 @@ class Pager(ModelDescription):
         self.packed = {name: source.prefix for name, source in packed.items() if name in self._meta}
         require_parameters(self.folder, self.model, [*self.packed, *self.sources, *experts], unplaced)
         self.banks = stored_banks(self.model, experts)
-        self.expert_linears = {name: shape for bank in self.banks.values() for name, shape in bank.linears().items()}
+        self.expert_linears = {path: bank.linears() for path, bank in self.banks.items()}
         found: dict[str, Source] = {}
         for name, param in self._meta.items():
             if name in experts:

@@ -28,7 +28,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from bigq import JobConfig, plan
 from bigq.errors import BigqError, UnsupportedModelError
 from bigq.model.architecture import require_causal
-from bigq.model.skeleton import build, load_config, map_names
+from bigq.model.experts.stored import expert_parts
+from bigq.model.skeleton import build, load_config
 
 LLAMA = LlamaConfig(
     vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, num_labels=1
@@ -191,14 +192,13 @@ def test_every_causal_class_of_transformers_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "stored", "says"),
+    ("kind", "stored"),
     [
-        ("olmo_hybrid", "model.layers.0.linear_attn.q_conv1d.weight", "such models are not supported yet"),
-        ("mixtral", "model.layers.0.mlp.experts.0.w1.weight", "mixture-of-experts models are not supported yet"),
+        ("olmo_hybrid", "model.layers.0.linear_attn.q_conv1d.weight"),
     ],
 )
-def test_experts_are_named_only_where_tensors_are_those_of_experts(kind: str, stored: str, says: str) -> None:
+def test_tensors_that_are_made_of_several_are_refused(kind: str, stored: str) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 128}
     config = CONFIG_MAPPING[kind](**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    with pytest.raises(UnsupportedModelError, match=rf"has to be merged or split on loading \(.*\); {says}$"):
-        map_names(build(config, torch.float32), [stored])
+    with pytest.raises(UnsupportedModelError, match=r"transformers makes it of several tensors by .*, which is not supported$"):
+        expert_parts(build(config, torch.float32), [stored])

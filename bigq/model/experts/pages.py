@@ -55,14 +55,16 @@ class StoredBank:
         return found
 
 
-def nominal_linears(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """What ``StoredBank.linears`` might find, for a model without a checkpoint: one matrix for each parameter of each expert."""
+def nominal_linears(model: nn.Module) -> dict[str, dict[str, tuple[int, int]]]:
+    """What ``StoredBank.linears`` might find for each bank of a model without a checkpoint: one matrix for each parameter of an expert."""
     return {
-        f"{path}.{e}.{key}": (param.shape[1], param.shape[2])
+        path: {
+            f"{path}.{e}.{key}": (param.shape[1], param.shape[2])
+            for key, param in module.named_parameters(recurse=False)
+            if param.ndim == 3
+            for e in range(param.shape[0])
+        }
         for path, module in bank_modules(model).items()
-        for key, param in module.named_parameters(recurse=False)
-        if param.ndim == 3
-        for e in range(param.shape[0])
     }
 
 

@@ -16,6 +16,7 @@ from bigq.kernels.gptq_block import SUB_BLOCK
 from bigq.kernels.pick import piece
 from bigq.kernels.syrk import CHUNK_TOKENS
 from bigq.methods.base import Method
+from bigq.sched.plan.bank_cost import BankPhase, BankTerms, bank_phases
 from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape, ModelShape
 from bigq.sched.rows.tiers import WRITES_IN_FLIGHT
 from bigq.scheme import QuantScheme
@@ -24,9 +25,6 @@ from bigq.vocabulary import OnNonfinite
 
 #: Weights of the output head that are solved at a time (``solve.head``).
 HEAD_CHUNK = 2**26
-
-#: Tokens of an expert that are computed at a time (``solve.bank``), and bytes of a group of packed experts (``units.experts``).
-EXPERT_TOKENS, GROUP_BYTES = 8192, 2**30
 
 #: Bytes of an fp32 number.
 FP32 = 4
@@ -302,43 +300,20 @@ class BlockCost:
         result.append(("replay", always + originals + self._block.forward.at(self._batch), self._replayed(None), 0))
         return result
 
-    def _bank(self, bank: BankShape, held: int) -> list[tuple[str, int, dict[str, float], float]]:
-        """The phases of a bank: its experts are loaded, solved and run one after the other. held: bytes of the rest of the block."""
-        routed = float(self._tokens) * bank.chosen
-        itemsize = self._shape.itemsize
-        weights = sum(linear.m * linear.n for linear in bank.linears)
-        largest = max(linear.stored for linear in bank.linears)
-        held += weights * itemsize + bank.chosen * self._tokens * 2 * FP32
-        tokens = int(min(EXPERT_TOKENS, routed))
-        # The inputs of a product, what it returns, and what becomes of that; sums of squares are made of a part of it.
-        widths = [(product[0].n, sum(linear.m for linear in product)) for product in bank.products]
-        running = tokens * max(n + 3 * m for n, m in widths) * itemsize + FP32 * min(tokens, CHUNK_TOKENS) * max(n for n, _ in widths)
-        result: list[tuple[str, int, dict[str, float], float]] = []
-        result.append(("load", held + largest, {}, float(bank.experts * weights * itemsize)))
-        solved = all(linear.name in self._schemes for linear in bank.linears)
-        # The first products run once more for the inputs of those after them.
-        repeated = sum(linear.m * linear.n for product in bank.products[:-1] for linear in product) if solved else 0
-        reach = self._block.forward.at(self._batch)
-        result.append(("replay", held + max(running, reach), {"products": 2.0 * routed * (weights + repeated)}, 0))
-        if not solved:
-            return result
-        waiting = min(
-            sum(bank.experts * packed_bytes(linear, self._schemes[linear.name]) for linear in bank.linears),
-            max(GROUP_BYTES, sum(packed_bytes(linear, self._schemes[linear.name]) for linear in bank.linears)),
+    def _bank(self, bank: BankShape, held: int) -> list[BankPhase]:
+        """The phases of a bank. held: bytes of the rest of the block."""
+        terms = BankTerms(
+            schemes=self._schemes,
+            tokens=self._tokens,
+            itemsize=self._shape.itemsize,
+            reach=self._block.forward.at(self._batch),
+            beside=self._choice.beside,
+            factor=self._factor,
+            solve=self._solve,
+            pack=self._pack,
+            packed=lambda linear: packed_bytes(linear, self._schemes[linear.name]),
         )
-        held += waiting * (1 + self._choice.beside)
-        for product in bank.products:
-            group = GroupShape(product, bank.level)
-            rows, square = sum(linear.m for linear in product), float(group.n) * group.n
-            held_here = held + FP32 * group.n * group.n
-            result.append(("hessian", held_here + running, {"hessian": routed * square}, 0))
-            linears = list(product)
-            result.append(("factor", held_here + self._factor(group, linears), {"single": bank.experts * group.n * square / 3}, 0))
-            result.append(
-                ("solve", held_here + self._solve(group, linears), {"solve": bank.experts * rows * square}, 14.0 * bank.experts * rows * group.n)
-            )
-            result.append(("pack", held + self._pack(group, linears), {}, 6.0 * bank.experts * rows * group.n))
-        return result
+        return bank_phases(bank, held, terms)
 
     def _inputs_kept(self, linears: set[str]) -> int:
         """Bytes on a GPU for inputs that are kept of these Linears.

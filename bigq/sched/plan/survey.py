@@ -50,11 +50,9 @@ class Outline:
     stored: int | None = None
     banks: Mapping[str, StoredBank] = field(default_factory=dict)
 
-    def expert_linears(self) -> dict[str, tuple[int, int]]:
-        """Every matrix of every expert by its name in the checkpoint; without one, by a name that it might have."""
-        if not self.banks:
-            return nominal_linears(self.model)
-        return {name: shape for bank in self.banks.values() for name, shape in bank.linears().items()}
+    def expert_linears(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Of each bank, every matrix of every expert by its name in the checkpoint; without one, by a name that it might have."""
+        return {path: bank.linears() for path, bank in self.banks.items()} if self.banks else nominal_linears(self.model)
 
 
 def survey(outline: Outline, seqlen: int) -> ModelShape:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from bigq.config import JobConfig
-from bigq.errors import UnsupportedModelError, UsageError
+from bigq.errors import UnsupportedModelError
 from bigq.io.writer import OutputTensor
 from bigq.job.finish import FinishedBlock
 from bigq.job.journal import Commit
+from bigq.job.settle import bank_scheme
 from bigq.model.experts.bank import Bank
 from bigq.model.experts.pages import StoredBank
 from bigq.model.pager import Pager
@@ -24,7 +25,7 @@ from bigq.progress.records import LinearRecord
 from bigq.sched.shards import Product, Shard
 from bigq.sched.solve.bank import BankJob, SolvedExpert
 from bigq.sched.units.base import Bench
-from bigq.scheme import QuantScheme, scheme_for
+from bigq.scheme import QuantScheme
 
 #: Weights in a group of experts: about 1 GB at 4 bits. A larger expert is a group by itself.
 GROUP_WEIGHTS = 2 * 10**9
@@ -61,26 +62,17 @@ def expert_groups(pager: Pager, index: int, number: int) -> list[ExpertGroup]:
 def bank_schemes(bank: StoredBank, config: JobConfig) -> dict[str, QuantScheme]:
     """The scheme of each of a bank's parameters; none if its experts stay unquantized.
 
-    Raises UsageError if rules treat experts of one bank differently: readers take a bank as a whole. UnsupportedModelError if a scheme is
-    asked for but its matrices are not stored one by one.
+    Raises UnsupportedModelError if a scheme is asked for but its matrices are not stored one by one.
     """
-    linears = list(bank.linears()) or [f"{bank.path}.{key}" for key in bank.sources]
-    found = {name: scheme_for(name, config.base_scheme, config.rules) for name in linears} if config.rules else {}
-    one = next(iter(found.values()), config.base_scheme)
-    other = next((name for name, scheme in found.items() if scheme != one), None)
-    if other is not None:
-        raise UsageError(
-            f"--rule and --skip must treat all matrices of all experts in a bank alike, since readers take it as a whole: {other} differs "
-            f"from {linears[0]}; use a pattern such as {bank.path}.*"
-        )
-    if one is None:
+    scheme = bank_scheme(bank.path, list(bank.linears()) or [f"{bank.path}.{key}" for key in bank.sources], config)
+    if scheme is None:
         return {}
     if not bank.by_matrix:
         raise UnsupportedModelError(
             f"{bank.path}: the checkpoint holds one tensor for all experts, and such banks cannot be quantized yet; leave them out with "
             f"--skip '.*{bank.path.rpartition('.')[2]}.*'"
         )
-    return dict.fromkeys(bank.sources, one)
+    return dict.fromkeys(bank.sources, scheme)
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 
 from bigq.methods.gptq import Gptq
 from bigq.model.experts.bank import Bank, BankCall, bank_modules, find_bank, run_bank
+from bigq.progress.clock import Clock
+from bigq.sched.rows.routed import RoutedRows
+from bigq.sched.rows.tiers import Tier
 from bigq.sched.solve import bank as solve
-from bigq.sched.solve.bank import BankJob, SolvedExpert, bank_total, solve_bank
+from bigq.sched.solve.bank import BankJob, SolvedExpert, solve_bank
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import quantize_linear
 from bigq.solver.hessian import HessianSum
@@ -39,17 +43,28 @@ def called(family: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, 
     return module, find_bank(name, module, call, output), call
 
 
+def rows_of(call: BankCall, bank: Bank) -> RoutedRows:
+    """The rows of a call, with a sum that is begun."""
+    tier = Tier("host", torch.device("cpu"), Path("."))
+    inputs = tier.buffer(len(call.tokens), call.tokens.shape[1], call.tokens.dtype)
+    total = tier.buffer(len(call.tokens), call.tokens.shape[1], bank.total)
+    inputs.put(0, call.tokens)
+    total.put(0, torch.zeros(call.tokens.shape, dtype=bank.total))
+    return RoutedRows(call=call, inputs=inputs, experts=call.experts, weights=call.weights, per_row=len(call.tokens), total=total)
+
+
 def solved(module: nn.Module, bank: Bank, call: BankCall) -> tuple[list[SolvedExpert], Tensor]:
     job = BankJob(
         prefix=bank.name,
         module=module,
         bank=bank,
         schemes=dict.fromkeys(bank.parameters, SCHEME),
-        method=Gptq(),
+        names=lambda parameter, e: [f"{bank.name}.{e}.{parameter}"],
         load=lambda e: {name: getattr(module, name)[e].clone() for name in bank.parameters},
+        clock=Clock(torch.device("cpu")),
     )
-    total = bank_total(bank, call)
-    return list(solve_bank(job, call, total)), total.to(call.tokens.dtype)
+    rows = rows_of(call, bank)
+    return list(solve_bank(job, Gptq(), rows)), rows.output(0, 1)
 
 
 def by_hand(module: nn.Module, call: BankCall, e: int) -> tuple[Tensor, Tensor]:
@@ -61,7 +76,7 @@ def by_hand(module: nn.Module, call: BankCall, e: int) -> tuple[Tensor, Tensor]:
         result = quantize_linear(weight, hessian.finish(), SCHEME)
         return result.codes, result.dequantize()
 
-    x = call.tokens[(call.experts == e).any(1)]
+    x = call.tokens[torch.where(call.experts.T == e)[1]]
     first, weight = codes(module.gate_up_proj[e], x)
     gate, up = (x @ weight.T).chunk(2, dim=-1)
     second, _ = codes(module.down_proj[e], nn.functional.silu(gate) * up)
@@ -87,8 +102,9 @@ def test_the_output_is_that_of_the_bank_with_quantized_weights(family: str, dtyp
     experts, output = solved(module, bank, call)
     for expert in experts:
         for matrix in expert.matrices:
-            weight = matrix.weight.dequantize(dtype)
-            getattr(module, matrix.product.parameter)[expert.number] = weight.T if matrix.product.transposed else weight
+            weight, parameter = matrix.weight.dequantize(dtype), matrix.name.rpartition(".")[2]
+            transposed = next(product.transposed for product in bank.products if product.parameter == parameter)
+            getattr(module, parameter)[expert.number] = weight.T if transposed else weight
     assert torch.equal(run_bank(module, bank, call), output)
     assert not torch.equal(output, before)
 
@@ -100,7 +116,7 @@ def test_an_expert_without_tokens_is_rounded_to_nearest() -> None:
     assert experts[3].tokens == 0
     for matrix in experts[3].matrices:
         assert matrix.rounded == "no calibration token is routed to it"
-        original = getattr(module, matrix.product.parameter)[3]
+        original = getattr(module, matrix.name.rpartition(".")[2])[3]
         assert torch.equal(matrix.weight.codes, round_to_nearest(original, SCHEME).codes)
     assert all(matrix.rounded is None for expert in experts if expert.number != 3 for matrix in expert.matrices)
 
