@@ -21,8 +21,8 @@ from torch import Tensor
 from bigq.calibration import evaluation_rows, require_vocabulary
 from bigq.config import DEFAULT_SEQLEN, default_batch
 from bigq.errors import BigqError, UsageError
-from bigq.infer.options import EvalConfig
 from bigq.infer.experts import BankRunner
+from bigq.infer.options import EvalConfig
 from bigq.inspect.evaluations import holds_output, record_evaluation
 from bigq.io.hub import resolve_model
 from bigq.io.prefetch.to_device import least_budget

@@ -110,9 +110,7 @@ def linear_results(
     return [*linears, *_of_experts(commits, config, format, float_bits)], left_out
 
 
-def _of_experts(
-    commits: Iterable[Commit], config: JobConfig | None, format: Format | None, float_bits: int
-) -> Iterator[LinearResult]:
+def _of_experts(commits: Iterable[Commit], config: JobConfig | None, format: Format | None, float_bits: int) -> Iterator[LinearResult]:
     """The matrices of experts, summed up by block and name."""
     found: dict[tuple[int, str], list[tuple[LinearResult, Mapping[str, Any]]]] = {}
     for commit in commits:

@@ -192,13 +192,11 @@ def _in_order(places: Mapping[int, tuple[int, int]]) -> bool:
     """
     shards = sorted(places.items())
     for (number, (block, group)), (later, (next_block, next_group)) in itertools.pairwise(shards):
-        gap, behind = later - number, next_group + 1
-        if next_block == block:
-            possible = next_group - group == gap
-        else:
-            # Between them are the rest of the groups of one block and whole blocks, each with one shard at least.
-            possible = next_block > block and gap >= (next_block - block) + behind
-        if not possible:
+        gap = later - number
+        if next_block == block and next_group - group != gap:
+            return False
+        # Between two blocks are the other groups of the first, and whole blocks, each with one shard at least.
+        if next_block != block and not (next_block > block and gap >= next_block - block + next_group + 1):
             return False
     if any(group >= 0 for _, group in places.values()):
         return True

@@ -20,7 +20,7 @@ class ModelDescription:
 
     folder: holds config.json. model: the skeleton; blocks, blocks_path: its decoder blocks and their module path.
     sources: parameter or buffer name → the checkpoint's tensor; empty where the headers are unknown.
-    expert_linears: of each bank of experts, by path: name → [outputs, inputs] of every matrix of every expert, as the checkpoint names them.
+    expert_linears: of each bank of experts, by path: name → [outputs, inputs] of every expert's matrices, as the checkpoint names them.
     """
 
     def __init__(

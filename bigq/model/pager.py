@@ -151,7 +151,7 @@ class Pager(ModelDescription):
         return found
 
     def _find_experts(self, packed: Mapping[str, PackedSource]) -> dict[str, tuple[ExpertSource, ...]]:
-        """How the experts of each 3-D parameter are stored. packed: the packed Linears, those of experts by their names in the checkpoint."""
+        """How the experts of each 3-D parameter are stored. packed: the packed Linears; those of experts have their stored names."""
         plain: dict[str, Source] = {name: PlainSource(self.checkpoint[name]) for name in (*self._placed, *self._expert_parts)}
         return expert_sources(self.model, plain | {name: packed[name] for name in packed if name not in self._meta}, self._placed)
 

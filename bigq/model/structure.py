@@ -251,9 +251,8 @@ def _shortcuts(
 ) -> tuple[Shortcut, ...]:
     """Modules that return a Linear's output, unchanged or with an argument added.
 
-    deepest: the block's deepest level, that of a bank included. Before it the Linear must be no wider than the hidden states. Each shortcut is
-    tested: with it, the block must return
-    the same bits.
+    deepest: the block's deepest level, that of a bank included. Before it the Linear must be no wider than the hidden states. Each
+    shortcut is tested: with it, the block must return the same bits.
     """
     level_of = {name: group.level for group in groups for name in group.names}
     seen: dict[str, list[_ModuleCall]] = {}

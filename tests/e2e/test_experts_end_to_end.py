@@ -26,8 +26,8 @@ from bigq.io.reader import read_tensor
 from bigq.job.stop import Stop
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.model.pager import Pager
-from bigq.scheme import QuantScheme, Rule
 from bigq.sched.units import experts as units
+from bigq.scheme import QuantScheme, Rule
 from bigq.solver.gptq import quantize_linear
 from bigq.solver.hessian import HessianSum
 
@@ -166,7 +166,7 @@ def test_codes_are_those_of_gptq_in_memory(family: str, names: tuple[str, str, s
         return [quantize_linear(w, finished, SCHEME).dequantize() for w in weights]
 
     for e in range(len(block.mlp.experts.down_proj)):
-        x = tokens[torch.where(chosen.T == e)[1]]
+        x = tokens[torch.where(e == chosen.T)[1]]
         assert len(x)
         gate, up = solved(list(block.mlp.experts.gate_up_proj[e].chunk(2)), x)
         (down,) = solved([block.mlp.experts.down_proj[e]], nn.functional.silu(x @ gate.T) * (x @ up.T))

@@ -28,7 +28,7 @@ def banks_replaced(block: nn.Module, returns: Callable[[str, BankCall], Tensor])
     names = list(banks)
 
     def make(i: int) -> Callable[..., Any]:
-        name, module = names[i], banks[names[i]]
+        name = names[i]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = BankCall.of(args, kwargs)

@@ -206,7 +206,7 @@ def _banks(outline: Outline, block: nn.Module, i: int, plan: BlockPlan, short: _
     calls = called_banks(block, lambda: short.calls[i].run(block, short.hidden)) if plan.banks else {}
     prefix = f"{outline.blocks_path}.{i}."
     for place in plan.banks:
-        products = []
+        products: list[tuple[LinearShape, ...]] = []
         for key, param in block.get_submodule(place.name).named_parameters(recurse=False):
             if param.ndim != 3:
                 continue

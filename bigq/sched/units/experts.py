@@ -16,7 +16,6 @@ from bigq.config import JobConfig
 from bigq.errors import UnsupportedModelError
 from bigq.io.writer import OutputTensor
 from bigq.job.finish import FinishedBlock
-from bigq.job.journal import Commit
 from bigq.job.settle import bank_scheme
 from bigq.model.experts.bank import Bank
 from bigq.model.experts.pages import StoredBank
@@ -86,9 +85,9 @@ class BankWork:
     _packed: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
     _records: list[LinearRecord] = field(default_factory=list)
 
-    def commit_of(self, bank: str, expert: int) -> Commit | None:
-        """The commit of an expert's group, if there is one."""
-        return self.bench.writer.committed(self._group(bank, expert).shard)
+    def _is_finished(self, bank: str, expert: int) -> bool:
+        """Whether an expert's group is committed."""
+        return self.bench.writer.committed(self._group(bank, expert).shard) is not None
 
     def _group(self, bank: str, expert: int) -> ExpertGroup:
         return next(g for g in self.groups if g.bank.path == bank and g.first <= expert < g.stop)
@@ -108,7 +107,7 @@ class BankWork:
                 names=functools.partial(_names, stored),
                 load=functools.partial(self._load, stored, schemes),
                 clock=bench.control.clock,
-                finished=lambda e, path=stored.path: self.commit_of(path, e) is not None,
+                finished=functools.partial(self._is_finished, stored.path),
                 finite_only=bench.config.on_nonfinite == "skip",
             )
         return made
@@ -122,10 +121,11 @@ class BankWork:
             pager.announce_experts(bank.path, range(e, min(e + 2, bank.experts)))
             return pager.load_expert(bank.path, e)
         finished = FinishedBlock(self.bench.writer.journal.out, commit, self.bench.config.made)
-        parts = {key: [part.name.removesuffix(".weight") for part in bank.matrices(key, e)] for key in bank.sources}
-        return pager.load_expert(
-            bank.path, e, {key: [finished.weight(n, schemes[key], pager.dtype, pager.device) for n in names] for key, names in parts.items()}
-        )
+        matrices = {
+            key: [finished.weight(name, scheme, pager.dtype_of(f"{bank.path}.{key}"), pager.device) for name in _names(bank, key, e)]
+            for key, scheme in schemes.items()
+        }
+        return pager.load_expert(bank.path, e, matrices)
 
     def take(self, solved: SolvedExpert) -> list[LinearRecord]:
         """Pack an expert, and hand over its group if it is the last one of it. Returns its records."""

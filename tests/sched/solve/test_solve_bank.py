@@ -76,7 +76,7 @@ def by_hand(module: nn.Module, call: BankCall, e: int) -> tuple[Tensor, Tensor]:
         result = quantize_linear(weight, hessian.finish(), SCHEME)
         return result.codes, result.dequantize()
 
-    x = call.tokens[torch.where(call.experts.T == e)[1]]
+    x = call.tokens[torch.where(e == call.experts.T)[1]]
     first, weight = codes(module.gate_up_proj[e], x)
     gate, up = (x @ weight.T).chunk(2, dim=-1)
     second, _ = codes(module.down_proj[e], nn.functional.silu(gate) * up)
