@@ -14,7 +14,7 @@ from bigq.io.index import TensorInfo
 from bigq.io.sources.base import Read, Source
 from bigq.io.sources.plain import PlainSource
 from bigq.model.experts.bank import bank_modules
-from bigq.model.experts.stored import expert_parts
+from bigq.model.experts.stored import Part, expert_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,11 @@ class ExpertSource:
             yield from part.tensors
 
 
-def expert_sources(model: nn.Module, sources: Mapping[str, Source], placed: Mapping[str, str]) -> dict[str, tuple[ExpertSource, ...]]:
+def expert_sources(
+    model: nn.Module, sources: Mapping[str, Source], placed: Mapping[str, str], parts: Mapping[str, Part] | None = None
+) -> dict[str, tuple[ExpertSource, ...]]:
     """Parameter of a bank → its experts' sources. sources: of the checkpoint's weights, by name. placed: the plain tensors among them
-    that are whole parameters, see ``map_names``.
+    that are whole parameters, see ``map_names``. parts: what ``expert_parts`` finds for these names, if it is known already.
 
     Raises CheckpointError where the number of experts or the shape of one differs from the model's.
     """
@@ -52,7 +54,7 @@ def expert_sources(model: nn.Module, sources: Mapping[str, Source], placed: Mapp
         if param.ndim == 3
     }
     stored: dict[str, dict[int, dict[int, Source]]] = {}
-    for name, part in expert_parts(model, sources).items():
+    for name, part in (expert_parts(model, sources) if parts is None else parts).items():
         if part.parameter not in parameters:
             raise UnsupportedModelError(f"{part.parameter}: made of several tensors such as {name}, but belongs to no bank of experts")
         stored.setdefault(part.parameter, {}).setdefault(part.expert, {})[part.part] = sources[name]

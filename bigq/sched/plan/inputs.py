@@ -208,13 +208,14 @@ def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: Job
     model = skeleton.build(model_config, dtype, trust_remote_code=config.trust_remote_code, initialised=False)
     path, _ = find_blocks(model)
     placed = skeleton.map_names(model, tensors)
-    merged = {name: part.parameter for name, part in expert_parts(model, tensors).items()}
+    parts = expert_parts(model, tensors)
+    merged = {name: part.parameter for name, part in parts.items()}
     sources = {target: tensors[name] for name, target in placed.items()}
     experts: dict[str, tuple[ExpertSource, ...]] = {}
     if tensors:
         unplaced = [name for name in tensors if name not in placed and name not in merged]
         refuse_quantized_tensors(folder, unplaced)
-        experts = expert_sources(model, {name: PlainSource(tensors[name]) for name in (*placed, *merged)}, placed)
+        experts = expert_sources(model, {name: PlainSource(tensors[name]) for name in (*placed, *merged)}, placed, parts)
         require_parameters(folder, model, [*sources, *experts], unplaced)
         for name, param in model.named_parameters():
             if name in sources:

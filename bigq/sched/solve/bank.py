@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from bigq.errors import NumericsError
@@ -23,6 +24,9 @@ from bigq.solver.rtn import round_to_nearest
 
 #: Tokens of an expert that are computed at a time, so that memory does not depend on how many are routed to it.
 CHUNK_TOKENS = 8192
+#: Tokens are filled up with zeros to a multiple of this. oneDNN compiles products anew for every number of tokens, of which experts have
+#: any, and keeps a thousand of them: 100 MiB for 128 experts.
+STEP_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +116,7 @@ def run_bank_rows(job: BankJob, rows: RoutedRows, batch: int | None = None) -> N
         if any(len(tokens) for tokens, _ in parts):
             expert = _expert(job, rows, number)
             for tokens, slots in parts:
-                _run(job, rows, expert, tokens, slots)
+                _run(job, rows, expert, tokens, slots, step=1 if batch is not None else STEP_TOKENS)
 
 
 def round_bank(job: BankJob, method: DataFreeMethod) -> Iterator[SolvedExpert]:
@@ -145,13 +149,23 @@ def _set(weight: Tensor, matrices: Sequence[SolvedMatrix]) -> None:
         at += m
 
 
-def _run(job: BankJob, rows: RoutedRows, expert: Expert, tokens: Tensor, slots: Tensor) -> None:
-    """Add the expert's outputs. Each token is there once, so the sum of every token is in the order of the experts."""
+def _run(job: BankJob, rows: RoutedRows, expert: Expert, tokens: Tensor, slots: Tensor, step: int = STEP_TOKENS) -> None:
+    """Add the expert's outputs. Each token is there once, so the sum of every token is in the order of the experts.
+
+    step: see ``STEP_TOKENS``; 1 computes as the model itself would.
+    """
     assert rows.total is not None
     with job.clock.phase("replay"):
         for part, slot in zip(tokens.split(CHUNK_TOKENS), slots.split(CHUNK_TOKENS), strict=True):
             if len(part):
-                rows.total.add(part, expert.run(rows.inputs.take(part), rows.weights[part, slot]))
+                output = expert.run(_filled(rows.inputs.take(part), step), _filled(rows.weights[part, slot], step))
+                rows.total.add(part, output[: len(part)])
+
+
+def _filled(x: Tensor, step: int = STEP_TOKENS) -> Tensor:
+    """x [tokens, ...] with zeros behind it, up to a multiple of ``step`` tokens."""
+    missing = -len(x) % step
+    return x if not missing else torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
 
 
 def _solve(
@@ -168,7 +182,7 @@ def _solve(
         collector = method.collector(weight.shape[1], weight.device, finite_only=job.finite_only)
         for part in tokens.split(CHUNK_TOKENS):
             with job.clock.phase("replay"):
-                x = expert.input_of(product, rows.inputs.take(part))
+                x = expert.input_of(product, _filled(rows.inputs.take(part)))[: len(part)]
             with job.clock.phase("hessian"):
                 collector.add(x)
         lost = collector.left_out
