@@ -43,6 +43,7 @@ POINTS = (
     "block.loaded",
     "batch.begun",
     "linear.solved",
+    "expert.solved",
     "block.solved",
     "block.replayed",
     "checkpoint.begun",

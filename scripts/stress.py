@@ -58,10 +58,18 @@ JOBS: dict[str, tuple[str, str]] = {
     "llama, rtn, read-ahead": ("llama", "--method rtn --read-ahead 1"),
     "llama, gguf, head, asym": ("llama", "--format gguf --asym --lm-head --checkpoint-every 0"),
     "llama, compressed-tensors, head": ("llama", "--format compressed-tensors --lm-head --read-ahead 1"),
+    "qwen3_moe, groups": ("qwen3_moe", "--format compressed-tensors --checkpoint-every 0"),
+    "deepseek_v3, groups, disk, read-ahead": (
+        "deepseek_v3",
+        "--format compressed-tensors --activations disk --read-ahead 1 --checkpoint-every never --dtype bfloat16 --bits 3",
+    ),
+    "mixtral, groups, experts only": ("mixtral", "--format compressed-tensors --skip .*self_attn.* --checkpoint-every 0 --no-act-order"),
     "llama, memory ends": ("llama", "--activations disk --checkpoint-every 0"),
 }
 #: The fault of the job "llama, memory ends": out of memory at the first batch, unless batches.json already records it.
 MEMORY_ENDS = "batch.begun:1:OOM"
+#: Models with experts, and experts in a group: a bank becomes several shards.
+EXPERTS, GROUPED = ("qwen3_moe", "deepseek_v3", "mixtral"), 3
 LAYERS = {"llama": "num_hidden_layers", "gemma2": "num_hidden_layers", "bloom": "n_layer", "gpt2": "n_layer"}
 BLOCKS = 5
 GGUF = "model.gguf"
@@ -98,11 +106,15 @@ def make_inputs(work: Path) -> None:
     """Write a tiny model of each family, and token ids."""
     sys.path.insert(0, str(ROOT / "tests"))
     from models import make_checkpoint, random_ids, save_ids
+    from moe_families import moe_model
 
     from bigq.model.skeleton import silence_transformers
 
     silence_transformers()
     for family in sorted({family for family, _ in JOBS.values()}):
+        if family in EXPERTS:
+            moe_model(family, num_hidden_layers=BLOCKS - 2).save_pretrained(work / family)  # type: ignore[operator]
+            continue
         make_checkpoint(work / family, family, **{LAYERS[family]: BLOCKS})
     save_ids(work / "ids.safetensors", random_ids())
 
@@ -299,6 +311,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after this time")
     parser.add_argument("--kills", type=int, default=1000, help="stop after this number of kills (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", metavar="TEXT", help="only jobs whose name contains this")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--inputs-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -311,6 +324,12 @@ def main() -> int:
     # In a separate process: a parent that has computed anything with torch must not fork.
     subprocess.run([sys.executable, __file__, "--work", args.work, "--inputs-only"], check=True)
     from transformers import AutoModelForCausalLM  # noqa: F401  for all jobs at once
+
+    from bigq.sched.units import experts
+
+    experts.GROUP_WEIGHTS = GROUPED * 3 * 64 * 32  # mixtral's are larger: one a group
+    for name in [name for name in JOBS if args.only not in name]:
+        del JOBS[name]
 
     began = time.monotonic()
     stress = Stress(args.work, args.seed)
