@@ -64,7 +64,7 @@ def packed_linears(tensors: Mapping[str, TensorInfo], format: Format) -> tuple[d
     """(the packed Linears of a shard by prefix, problems of the others)."""
     linears: dict[str, PackedLinear] = {}
     problems: list[str] = []
-    for prefix in (name.removesuffix(f".{format.mark}") for name in tensors if name.endswith(f".{format.mark}")):
+    for prefix in format.prefixes(tensors):
         try:
             linears[prefix] = format.geometry(prefix, tensors)
         except DataError as error:
@@ -82,7 +82,7 @@ class _Values:
 
     def _place(self, info: TensorInfo) -> tuple[str, PackedLinear | None, str]:
         """(prefix, the packed Linear that a tensor belongs to, the tensor's suffix)."""
-        prefix, _, suffix = info.name.rpartition(".")
+        prefix, suffix = self._format.split(info.name)
         return prefix, self._linears.get(prefix) if suffix in self._format.suffixes(symmetric=False) else None, suffix
 
     def together(self, info: TensorInfo) -> int:

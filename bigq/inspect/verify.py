@@ -169,7 +169,8 @@ class _JobCheck(FolderCheck):
             code = any(file.endswith(".py") for file in self.bad)
             if self.job is None or code or self.bad & {INDEX_NAME, "config.json", "quantize_config.json"}:
                 return
-            commits = list(self.commits.values())
+            # In the order of the shards: experts are committed before their block.
+            commits = sorted(self.commits.values(), key=lambda commit: commit.shard.file)
             self.add_all(config_problems(self.out, self.job, commits, scans, trust_remote_code=trust_remote_code))
             if not self.bad & {"config.json", "quantize_config.json"}:
                 self.add_all(model_problems(self.out, self.job, left_out, scans, trust_remote_code=trust_remote_code))

@@ -16,6 +16,7 @@ import torch
 from bigq.config import JobConfig
 from bigq.inspect.scan import Scan
 from bigq.io.formats import PackedLinear
+from bigq.io.formats.base import module_of
 from bigq.io.index import INDEX_NAME, TensorInfo, read_json_object
 from bigq.job.finish import quantization_of
 from bigq.job.journal import Commit
@@ -98,17 +99,18 @@ def model_problems(out: Path, job: JobConfig, left_out: tuple[str, ...], scans: 
         belonging.add(prefix)
         m, n = linear.shape
         expected = PackedLinear(bits=scheme.bits, outputs=m, inputs=n, groups=n // scheme.group_width(n))
-        file, middle = pager.checkpoint[f"{prefix}.{mark}"].file.name, 2 ** (scheme.bits - 1)
+        file, middle = pager.checkpoint[job.made.tensor(prefix, mark)].file.name, 2 ** (scheme.bits - 1)
         if f"{full}.weight" in pager.sources:
             yield file, f"tensor {pager.sources[f'{full}.weight'].name} exists although its Linear is packed"
         if prefix not in linears:
             continue  # its tensors do not fit each other, which the scan reports
         if linears[prefix] != expected:
-            yield file, f"tensor {prefix}.{mark} is packed as {linears[prefix]}; the model and the job make it {expected}"
+            yield file, f"tensor {job.made.tensor(prefix, mark)} is packed as {linears[prefix]}; the model and the job make it {expected}"
         elif scheme.symmetric and zeros.get(prefix, (middle, middle)) != (middle, middle):
-            yield file, f"tensor {prefix}.{job.made.zeros} holds zero points other than {middle}, although the job is symmetric"
+            tensor = job.made.tensor(prefix, job.made.zeros)
+            yield file, f"tensor {tensor} holds zero points other than {middle}, although the job is symmetric"
     for prefix in sorted(linears.keys() - belonging):
-        yield pager.checkpoint[f"{prefix}.{mark}"].file.name, f"{prefix} is packed, although the job does not pack it"
+        yield pager.checkpoint[job.made.tensor(prefix, mark)].file.name, f"{module_of(prefix)} is packed, although the job does not pack it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +134,9 @@ def _linears(pager: Pager, *, head: bool) -> Iterator[_Linear]:
         source = pager.source_of(f"{name}.weight")
         yield _Linear(name, (m, n), pager.packed.get(f"{name}.weight"), source.tensors[0].file.name)
     for bank in pager.banks.values():
-        for key in bank.sources if bank.by_matrix else ():
-            for e in range(bank.experts):
-                for part in bank.matrices(key, e):
-                    m, n = part.shape
-                    prefix = part.name.removesuffix(".weight")
-                    yield _Linear(prefix, (m, n), None if part.is_plain else prefix, part.tensors[0].file.name)
+        for key, sources in bank.sources.items():
+            m, n, _ = bank.shapes[key]
+            for e, expert in enumerate(sources):
+                file = next(expert.tensors).file.name
+                for name, prefix in zip(bank.matrices(key, e), bank.packed_prefixes(key, e), strict=True):
+                    yield _Linear(name, (m, n), prefix, file)

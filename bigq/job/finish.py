@@ -149,6 +149,7 @@ def quantization_of(commits: Iterable[Commit], config: JobConfig, modules: Plain
     names = [name for commit in commits for record in commit.linears if isinstance(name := record.get("name"), str)]
     found = {name: scheme_for(name, config.base_scheme, config.rules) for name in names}
     packed = {name: scheme for name, scheme in found.items() if scheme is not None}
+    bases = {name.rsplit(".", 2)[0] for name in packed}
     return Quantization(
         scheme=config.base_scheme,
         rules=config.rules,
@@ -156,7 +157,7 @@ def quantization_of(commits: Iterable[Commit], config: JobConfig, modules: Plain
         left_out=tuple(name for commit in commits for name in commit.left_out),
         others=tuple(name for name in modules.every if name not in packed),
         outside=modules.outside,
-        apart=modules.apart,
+        apart=(*modules.apart, *(path for path in modules.banks if path not in bases)),
         head=next((str(record.get("name")) for commit in commits if commit.unit.startswith("head") for record in commit.linears), None),
         meta=meta,
     )

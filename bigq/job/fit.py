@@ -26,12 +26,16 @@ FINE = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A Linear that a job quantizes unless a rule skips it: its module name, m outputs, n inputs, whether it is stored transposed."""
+    """A Linear that a job quantizes unless a rule skips it: its module name, m outputs, n inputs, whether it is stored transposed.
+
+    joined: whether it belongs to experts whose gate and up are one Linear.
+    """
 
     name: str
     m: int
     n: int
     transposed: bool = False
+    joined: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +75,7 @@ def misfits(linears: Iterable[Candidate], config: JobConfig) -> dict[str, Misfit
         scheme = _scheme(each, config)
         if scheme is None:
             continue
-        misfit = config.made.misfit(each.m, each.n, scheme, transposed=each.transposed)
+        misfit = config.made.misfit(each.m, each.n, scheme, transposed=each.transposed, joined=each.joined)
         if misfit is None and config.format == "gguf":
             misfit = gguf_misfit(each.n, scheme)
         if misfit is not None:
@@ -88,19 +92,24 @@ def _remedies(
 ) -> Iterator[_Remedy]:
     """Remedies to try, best first. None of them is certain to work."""
     begun = [_Remedy(changes=(), config=config)]
-    if any(misfit.kind == "transposed" for misfit in misfits(linears, config).values()):
+    if _has_no_place(linears, config):
         others = (dataclasses.replace(config, format=format) for format in method_of(config).formats if format != config.format)
-        begun[:0] = [_Remedy(changes=(f"--format {other.format}",), config=other) for other in others]
+        begun[:0] = [_Remedy(changes=(f"--format {o.format}",), config=o) for o in others if not _has_no_place(linears, o)]
     for formatted in begun:
         for skipped in _skips(linears, names, formatted):
             for fewer in _bits(linears, skipped):
                 yield from _group_sizes(linears, names, fewer, works)
 
 
+def _has_no_place(linears: Sequence[Candidate], config: JobConfig) -> bool:
+    """Whether the format cannot hold Linears of some kind, whatever their scheme."""
+    return any(misfit.kind in ("transposed", "joined") for misfit in misfits(linears, config).values())
+
+
 def _skips(linears: Sequence[Candidate], names: Sequence[str], begun: _Remedy) -> Iterator[_Remedy]:
     """Skip the Linears that no scheme makes fit."""
     config = begun.config
-    wanted = [name for name, misfit in misfits(linears, config).items() if misfit.kind in ("shape", "transposed")]
+    wanted = [name for name, misfit in misfits(linears, config).items() if misfit.kind in ("shape", "transposed", "joined")]
     if not wanted:
         yield begun
     for pattern in _patterns(wanted, [each.name for each in linears], names, config) if wanted else ():

@@ -89,7 +89,7 @@ def check_shapes(model: ModelDescription, config: JobConfig) -> None:
     if head is not None:
         linears[model.head_name] = model.head
     candidates = [each for each in map(_candidate, linears, linears.values()) if min(each.m, each.n) >= MIN_FEATURES]
-    candidates += [Candidate(name=name, m=m, n=n) for name, (m, n) in experts.items()]
+    candidates += [Candidate(name=name, m=e.m, n=e.n, joined=e.joined) for name, e in experts.items()]
     require_fit(candidates, names, _linear_head(model), config)
     if head is None and all(scheme_for(each.name, config.base_scheme, config.rules) is None for each in candidates):
         raise UsageError("--skip: no Linear would be quantized; give narrower patterns")

@@ -13,6 +13,7 @@ from bigq.errors import UnsupportedModelError
 from bigq.io.index import TensorInfo
 from bigq.model import skeleton
 from bigq.model.blocks import find_blocks
+from bigq.model.experts.naming import ExpertLinear
 
 
 class ModelDescription:
@@ -20,7 +21,7 @@ class ModelDescription:
 
     folder: holds config.json. model: the skeleton; blocks, blocks_path: its decoder blocks and their module path.
     sources: parameter or buffer name → the checkpoint's tensor; empty where the headers are unknown.
-    expert_linears: of each bank of experts, by path: name → [outputs, inputs] of every expert's matrices, as the checkpoint names them.
+    expert_linears: the matrices of all experts by their name in the output, apart for each bank, by what its names begin with.
     """
 
     def __init__(
@@ -29,9 +30,9 @@ class ModelDescription:
         config: Any,
         model: nn.Module,
         sources: dict[str, TensorInfo],
-        expert_linears: Mapping[str, Mapping[str, tuple[int, int]]] | None = None,
+        expert_linears: Mapping[str, Mapping[str, ExpertLinear]] | None = None,
     ) -> None:
-        self.expert_linears: Mapping[str, Mapping[str, tuple[int, int]]] = expert_linears or {}
+        self.expert_linears: Mapping[str, Mapping[str, ExpertLinear]] = expert_linears or {}
         self.folder, self.config, self.model, self.sources = folder, config, model, sources
         self.blocks_path, self.blocks = find_blocks(model)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bigq.errors import CheckpointError
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import PackedSchemes, PackedWeight
+from bigq.io.formats.base import module_of
 from bigq.io.index import Checkpoint, TensorInfo, unread_warnings
 from bigq.io.prefetch.prefetch import Prefetch, open_prefetch
 from bigq.io.reader import read_rows, read_tensor
@@ -27,8 +28,9 @@ from bigq.io.sources.packed import PackedSource
 from bigq.io.sources.plain import PlainSource
 from bigq.model import skeleton
 from bigq.model.description import ModelDescription
+from bigq.model.experts.naming import packed_parts
 from bigq.model.experts.pages import StoredBank, stored_banks
-from bigq.model.experts.source import ExpertSource, expert_sources
+from bigq.model.experts.source import ExpertSource, expert_sources, joined
 from bigq.model.experts.stored import expert_parts
 from bigq.model.extras import Extras, find_extras
 from bigq.model.names import require_parameters
@@ -72,17 +74,17 @@ class Pager(ModelDescription):
         self.schemes = schemes = packed_schemes(self.folder)
         if schemes is None:
             return {}
-        mark = f".{schemes.format.mark}"
-        weights = [f"{name.removesuffix(mark)}.weight" for name in self.checkpoint if name.endswith(mark)]
+        weights = {f"{module_of(prefix)}.weight": prefix for prefix in schemes.format.prefixes(self.checkpoint)}
         if not weights:
             path = self.folder / "config.json"
             raise CheckpointError(f"{path}: has a quantization_config, but no tensor is packed; fetch the checkpoint again")
         # Configs name Linears as the model does. A single expert is no module of the model and has its name from the checkpoint.
-        renamed = skeleton.map_names(self.model, weights) | {name: name for name in expert_parts(self.model, weights)}
+        renamed = skeleton.map_names(self.model, weights)
+        renamed |= {name: name for name in (*expert_parts(self.model, weights), *packed_parts(self.model, weights))}
         return {
             target: PackedSource(
                 format=schemes.format,
-                prefix=name.removesuffix(".weight"),
+                prefix=weights[name],
                 scheme=schemes.scheme(target.removesuffix(".weight")),
                 checkpoint=self.checkpoint,
             )
@@ -137,7 +139,7 @@ class Pager(ModelDescription):
         self.packed = {name: source.prefix for name, source in packed.items() if name in self._meta}
         require_parameters(self.folder, self.model, [*self.packed, *self.sources, *experts], unplaced)
         self.banks = stored_banks(self.model, experts)
-        self.expert_linears = {path: bank.linears() for path, bank in self.banks.items()}
+        self.expert_linears = {bank.base: bank.linears() for bank in self.banks.values()}
         found: dict[str, Source] = {}
         for name, param in self._meta.items():
             if name in experts:
@@ -161,8 +163,13 @@ class Pager(ModelDescription):
 
     def stored_under(self, path: str) -> set[str]:
         """Names of the checkpoint's tensors that hold parameters and buffers of the module ``path``, without those of experts."""
-        found = {info.name for name, info in self.sources.items() if name.startswith(f"{path}.")}
+        found = {info.name for name, info in self.sources.items() if name.startswith(f"{path}.") and not self._is_of_experts(name)}
         return found | {info.name for name, source in self._weights.items() if name.startswith(f"{path}.") for info in source.tensors}
+
+    def _is_of_experts(self, name: str) -> bool:
+        """Whether a parameter holds a matrix of every expert of a bank."""
+        path, _, key = name.rpartition(".")
+        return path in self.banks and key in self.banks[path].sources
 
     def has_source(self, name: str) -> bool:
         """Whether a name is that of a parameter; buffers that are stored have a plain tensor in ``sources``."""
@@ -170,10 +177,9 @@ class Pager(ModelDescription):
 
     def value_of(self, name: str) -> Tensor:
         """A parameter's value on the device, as the model computes with it. The experts of a bank are loaded all at once."""
-        path, _, key = name.rpartition(".")
-        if path in self.banks and key in self.banks[path].sources:
-            module = self.banks[path].sources[key]
-            return torch.stack([source.value(self._read, self.device, self.dtype_of(name)) for source in module])
+        if self._is_of_experts(name):
+            path, _, key = name.rpartition(".")
+            return torch.stack([source.value(self._read, self.device, self.dtype_of(name)) for source in self.banks[path].sources[key]])
         if name not in self.packed:
             return self._weights[name].value(self._read, self.device, self.dtype_of(name))
         weight = self.dequantized(name)
@@ -256,7 +262,7 @@ class Pager(ModelDescription):
         found = {}
         for key, param in module.named_parameters(recurse=False):
             if matrices is not None and key in matrices:
-                found[key] = torch.cat(matrices[key]) if len(matrices[key]) > 1 else matrices[key][0]
+                found[key] = joined(matrices[key], transposed=bank.is_transposed(key))
             elif key in bank.sources:
                 found[key] = bank.sources[key][e].value(self._read, self.device, self.dtype_of(f"{path}.{key}"))
             else:

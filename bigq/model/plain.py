@@ -12,6 +12,8 @@ from torch import nn
 
 from bigq.io.index import TensorInfo
 from bigq.model import skeleton
+from bigq.model.experts.bank import bank_modules
+from bigq.model.experts.naming import base_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,11 +23,13 @@ class PlainModules:
     every: all Linears of the model, packed ones too, and of other 2-D weights that are no embedding.
     outside: those of them outside the blocks and beside the head, and those inside that are no Linear, such as routers.
     apart: paths that hold no module of the model but such weights: ``mtp``, ``model.layers.61``, ``visual``.
+    banks: paths of the banks that are stored as one tensor for all experts, packed or not.
     """
 
     every: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
+    banks: tuple[str, ...] = ()
 
 
 def plain_modules(
@@ -52,7 +56,15 @@ def plain_modules(
         elif not isinstance(modules[path], nn.Embedding) and not skeleton.is_linear(modules[path]):
             others.add(path)
             outside.add(path)
-    return PlainModules(every=tuple(dict.fromkeys([*linears, *sorted(others)])), outside=tuple(sorted(outside)), apart=tuple(sorted(apart)))
+    paths = bank_modules(model)
+    targets = ((name, target.rpartition(".")[0]) for name, target in placed.items() if len(tensors[name].shape) == 3)
+    banks = {base_name(path, name) for name, path in targets if path in paths}
+    return PlainModules(
+        every=tuple(dict.fromkeys([*linears, *sorted(others)])),
+        outside=tuple(sorted(outside)),
+        apart=tuple(sorted(apart)),
+        banks=tuple(sorted(banks)),
+    )
 
 
 def _apart(path: str, modules: Mapping[str, nn.Module]) -> str:

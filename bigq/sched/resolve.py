@@ -150,7 +150,7 @@ def units_of(job: Job) -> list[Unit]:
     units: list[Unit] = list(copied)
     number = len(copied)
     for i in range(len(pager.blocks)):
-        units.append(BlockUnit(number, i, pager))
+        units.append(BlockUnit(number, i, pager, job.config))
         number += len(units[-1].shards)
     return units if head is None else [*units, HeadUnit(number, head)]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -28,12 +28,13 @@ REASONS = 3
 
 
 class Misfit(NamedTuple):
-    """Why a Linear does not fit. kind: what has to change for it to fit; "shape" and "transposed" mean that nothing helps.
+    """Why a Linear does not fit.
 
+    kind: what has to change for it to fit; "shape", "transposed" and "joined" mean that nothing helps in this format.
     said: begins with a verb whose subject is the Linear, or with ":".
     """
 
-    kind: Literal["transposed", "shape", "group_size", "bits"]
+    kind: Literal["transposed", "joined", "shape", "group_size", "bits"]
     said: str
 
 
@@ -114,6 +115,7 @@ class Format(ABC):
     spare: suffixes of optional tensors that other writers add to a packed Linear. If ``geometry`` accepts them, they hold no further
         information.
     takes_transposed: whether readers support Linears that are stored transposed (GPT-2's Conv1D).
+    takes_joined: whether readers know experts whose gate and up are one Linear (gpt_oss's w13).
     config_file: a file beside config.json to which the quantization config is written too, for readers that look for it.
     scales_as_weights: whether scales have the dtype of the original weights, instead of fp16.
     """
@@ -125,12 +127,28 @@ class Format(ABC):
     min_zero: ClassVar[int] = 0
     spare: ClassVar[tuple[str, ...]] = ()
     takes_transposed: ClassVar[bool] = True
+    takes_joined: ClassVar[bool] = False
     config_file: ClassVar[str | None] = None
     scales_as_weights: ClassVar[bool] = False
 
     @abstractmethod
     def suffixes(self, symmetric: bool) -> tuple[str, ...]:
         """Suffixes of the tensors of a packed weight, ``mark`` first."""
+
+    def tensor(self, prefix: str, suffix: str) -> str:
+        """The name of a packed Linear's tensor."""
+        return f"{prefix}.{suffix}"
+
+    def split(self, name: str) -> tuple[str, str]:
+        """The prefix and the suffix of a tensor's name, if it belongs to a packed Linear."""
+        prefix, _, suffix = name.rpartition(".")
+        return prefix, suffix
+
+    def prefixes(self, names: Iterable[str]) -> list[str]:
+        """The prefixes of all packed Linears among the tensors ``names``."""
+        ends = tuple(f"{between}{self.mark}" for between in "._")
+        split = (self.split(name) for name in names if name.endswith(ends))
+        return [prefix for prefix, suffix in split if suffix == self.mark]
 
     @abstractmethod
     def store(self, prefix: str, stored: PackedWeight, scheme: QuantScheme, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -181,10 +199,12 @@ class Format(ABC):
         """Of which numbers the outputs and inputs of a packed Linear must be multiples."""
         return ALIGNMENT, ALIGNMENT
 
-    def misfit(self, m: int, n: int, scheme: QuantScheme, *, transposed: bool = False) -> Misfit | None:
+    def misfit(self, m: int, n: int, scheme: QuantScheme, *, transposed: bool = False, joined: bool = False) -> Misfit | None:
         """Why a Linear of m outputs and n inputs does not fit the format or its group size; None if it does."""
         if transposed and not self.takes_transposed:
             return Misfit("transposed", f"is stored transposed (Conv1D), which readers of {self.name} do not support")
+        if joined and not self.takes_joined:
+            return Misfit("joined", f"is part of experts whose gate and up are one Linear, for which {self.name} has no names")
         outputs, inputs = self.multiples(scheme.bits)
         if m % outputs or n % inputs:
             only = "packed dimensions" if outputs == inputs else f"the inputs of Linears packed at {scheme.bits} bits"
@@ -192,6 +212,11 @@ class Format(ABC):
         if scheme.group_size != -1 and n % scheme.group_size:
             return Misfit("group_size", f"has {n} inputs, which group size {scheme.group_size} does not divide")
         return None
+
+
+def module_of(prefix: str) -> str:
+    """The module name of a packed Linear. prefix: of its tensors' names; one that ends with an underscore is followed by no dot."""
+    return prefix.removesuffix("_")
 
 
 def listed(found: Mapping[str, Misfit]) -> str:

@@ -8,13 +8,17 @@ For a Linear X with K inputs, N outputs, G groups and b bits:
     X.weight_zero_point   int32 [⌈N·b/32⌉, G]      zero points packed along N; asymmetric schemes only
     X.weight_g_idx        int32 [K]                never written; accepted if groups are in natural order
 
+Experts whose gate and up are one Linear have the names that vLLM gives to those of gpt_oss: ``experts.3.w13_weight_packed``. Their prefix
+ends with the underscore. Only ``experts.3.w13.weight_shape`` has a dot: vLLM does not need it, and fails on a name with w13_weight in it
+that it does not know.
+
 Codes of 3 bits are packed as one bit stream, which the compressed-tensors package reads since version 0.18.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bigq.errors import CheckpointError, UnsupportedModelError, UsageError
-from bigq.io.formats.base import Format, PackedLinear, PackedWeight, Quantization, natural_groups, require_tensor
+from bigq.io.formats.base import Format, PackedLinear, PackedWeight, Quantization, module_of, natural_groups, require_tensor
 from bigq.io.formats.gptq import check_scales, escaped
 from bigq.io.index import TensorInfo
 from bigq.io.json_file import show_name, show_value
@@ -37,6 +41,9 @@ MAX_NAMES = 1_000_000
 MAX_PATTERNS = 1000
 #: Values of ``actorder``, and whether the order of groups is then stored in ``weight_g_idx``.
 _ORDERS: Mapping[str, bool] = {"static": False, "weight": False, "group": True, "dynamic": True}
+#: Names of the tensors of experts whose gate and up are one Linear, as prefix and suffix; and of that Linear.
+_JOINED = re.compile(r"(.+\.experts\.\d+\.w(?:13|2)_)(weight_packed|weight_scale|weight_zero_point)")
+_W13 = re.compile(r"(.+)\.\d+\.w13")
 #: Values of ``quantization_status`` for packed tensors. Older writers used "frozen".
 _STATUSES = (None, "compressed", "frozen")
 
@@ -54,6 +61,7 @@ class CompressedTensors(Format):
     symmetric_key = "symmetric"
     spare = ("weight_g_idx",)
     takes_transposed = False
+    takes_joined = True
     scales_as_weights = True
     #: Whether ``weight_g_idx`` must be present and show that groups are in natural order.
     requires_g_idx: ClassVar[bool] = False
@@ -61,6 +69,15 @@ class CompressedTensors(Format):
     def suffixes(self, symmetric: bool) -> tuple[str, ...]:
         always = ("weight_packed", "weight_scale", "weight_shape")
         return always if symmetric else (*always, "weight_zero_point")
+
+    def tensor(self, prefix: str, suffix: str) -> str:
+        if prefix.endswith("_") and suffix != "weight_shape":
+            return prefix + suffix
+        return f"{module_of(prefix)}.{suffix}"
+
+    def split(self, name: str) -> tuple[str, str]:
+        joined = _JOINED.fullmatch(name)
+        return super().split(name) if joined is None else (joined[1], joined[2])
 
     def store(self, prefix: str, stored: PackedWeight, scheme: QuantScheme, dtype: torch.dtype) -> dict[str, Tensor]:
         words, scales, zeros = stored
@@ -73,12 +90,12 @@ class CompressedTensors(Format):
                 f"with --format {self.name} or with --scale-bits 8"
             )
         tensors = {
-            f"{prefix}.weight_packed": words.T.contiguous(),
-            f"{prefix}.weight_scale": exact.contiguous(),
-            f"{prefix}.weight_shape": torch.tensor([words.shape[1], words.shape[0] * 32 // scheme.bits], dtype=torch.int64),
+            self.tensor(prefix, "weight_packed"): words.T.contiguous(),
+            self.tensor(prefix, "weight_scale"): exact.contiguous(),
+            self.tensor(prefix, "weight_shape"): torch.tensor([words.shape[1], words.shape[0] * 32 // scheme.bits], dtype=torch.int64),
         }
         if not scheme.symmetric:
-            tensors[f"{prefix}.weight_zero_point"] = pack_any(zeros, scheme.bits)
+            tensors[self.tensor(prefix, "weight_zero_point")] = pack_any(zeros, scheme.bits)
         return tensors
 
     def multiples(self, bits: int) -> tuple[int, int]:
@@ -90,15 +107,16 @@ class CompressedTensors(Format):
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         m, n, groups, bits = linear.outputs, linear.inputs, linear.groups, linear.bits
         tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            f"{prefix}.weight_packed": (torch.int32, (m, n * bits // 32)),
-            f"{prefix}.weight_scale": (dtype, (m, groups)),
-            f"{prefix}.weight_shape": (torch.int64, (2,)),
+            self.tensor(prefix, "weight_packed"): (torch.int32, (m, n * bits // 32)),
+            self.tensor(prefix, "weight_scale"): (dtype, (m, groups)),
+            self.tensor(prefix, "weight_shape"): (torch.int64, (2,)),
         }
-        return tensors if symmetric else {**tensors, f"{prefix}.weight_zero_point": (torch.int32, (words_for(m, bits), groups))}
+        zeros = (torch.int32, (words_for(m, bits), groups))
+        return tensors if symmetric else {**tensors, self.tensor(prefix, "weight_zero_point"): zeros}
 
     def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> PackedWeight:
         bits = scheme.bits
-        packed, scales, shape = (get(f"{prefix}.{name}") for name in self.suffixes(True))
+        packed, scales, shape = (get(self.tensor(prefix, name)) for name in self.suffixes(True))
         if packed.ndim != 2 or scales.ndim != 2 or packed.shape[1] * 32 % bits or len(packed) != len(scales):
             raise CheckpointError(f"{prefix}: weight_packed and weight_scale are not matrices of packed {bits}-bit codes and scales")
         (m, groups), n = scales.shape, packed.shape[1] * 32 // bits
@@ -107,16 +125,16 @@ class CompressedTensors(Format):
         if scheme.symmetric:
             zeros = torch.full((m, groups), 2 ** (bits - 1), dtype=torch.uint8, device=packed.device)
         else:
-            words = get(f"{prefix}.weight_zero_point")
+            words = get(self.tensor(prefix, "weight_zero_point"))
             if words.shape != (words_for(m, bits), groups):
                 raise CheckpointError(f"{prefix}: the shapes of weight_zero_point and weight_scale do not match")
             zeros = unpack_any(words, bits, m)
         return PackedWeight(packed.T, scales, zeros)
 
     def geometry(self, prefix: str, tensors: Mapping[str, TensorInfo]) -> PackedLinear:
-        packed, scales, shape = (require_tensor(tensors, f"{prefix}.{suffix}") for suffix in self.suffixes(True))
-        zeros = tensors.get(f"{prefix}.weight_zero_point")
-        wrong = CheckpointError(f"tensor {prefix}.weight_packed: its shape or dtype does not match those of the tensors beside it")
+        packed, scales, shape = (require_tensor(tensors, self.tensor(prefix, suffix)) for suffix in self.suffixes(True))
+        zeros = tensors.get(self.tensor(prefix, "weight_zero_point"))
+        wrong = CheckpointError(f"tensor {packed.name}: its shape or dtype does not match those of the tensors beside it")
         floats = (torch.float16, torch.bfloat16, torch.float32)
         if packed.dtype != torch.int32 or shape.dtype != torch.int64 or scales.dtype not in floats or shape.shape != (2,):
             raise wrong
@@ -137,7 +155,7 @@ class CompressedTensors(Format):
 
     def _require_natural(self, prefix: str, tensors: Mapping[str, TensorInfo], n: int, groups: int) -> None:
         """Raise UnsupportedModelError unless the groups of n inputs are known to be in natural order."""
-        name = f"{prefix}.weight_g_idx"
+        name = self.tensor(prefix, "weight_g_idx")
         remedy = "bigq reads only natural order; use a checkpoint that was quantized with actorder=static or without actorder"
         if name in tensors:
             order = tensors[name]
@@ -163,9 +181,13 @@ class CompressedTensors(Format):
         return None, None
 
     def config(self, job: Quantization) -> dict[str, Any]:
-        groups: dict[tuple[int, int, bool], list[str]] = {}
+        found: dict[tuple[int, int, bool], dict[str, None]] = {}
+        joined = _joined_banks(job.packed)
         for name, scheme in job.packed.items():
-            groups.setdefault(_kind(scheme), []).append(name)
+            bank = name.rsplit(".", 2)[0]
+            # vLLM looks for gate_proj, up_proj and down_proj of such experts, which have no Linears of these names.
+            found.setdefault(_kind(scheme), {})[f"re:^{escaped(bank)}\\." if bank in joined else name] = None
+        groups = {kind: list(targets) for kind, targets in found.items()}
         if len(groups) < 2:
             # By class. In vLLM the output head is not a "Linear", so it is named.
             targets = ["Linear"] if job.head is None else ["Linear", job.head]
@@ -179,6 +201,11 @@ class CompressedTensors(Format):
             "ignore": [*sorted(job.others), *(f"re:^{escaped(path)}(\\.|$)" for path in job.apart)],
             "kv_cache_scheme": None,
         }
+
+
+def _joined_banks(names: Iterable[str]) -> set[str]:
+    """The banks of the experts whose gate and up are one Linear, w13."""
+    return {match[1] for name in names if (match := _W13.fullmatch(name)) is not None}
 
 
 class CompressedTensorsGroupOrder(CompressedTensors):

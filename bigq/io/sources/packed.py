@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.formats import Format
-from bigq.io.formats.base import PackedWeight
+from bigq.io.formats.base import PackedWeight, module_of
 from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.sources.base import Read
 from bigq.kernels.dequantize import dequantize_packed
@@ -28,7 +28,7 @@ class PackedSource:
 
     @property
     def name(self) -> str:
-        return f"{self.prefix}.weight"
+        return f"{module_of(self.prefix)}.weight"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,7 +40,7 @@ class PackedSource:
 
     @property
     def tensors(self) -> Sequence[TensorInfo]:
-        return [self.checkpoint[f"{self.prefix}.{suffix}"] for suffix in self.format.suffixes(self.scheme.symmetric)]
+        return [self.checkpoint[self.format.tensor(self.prefix, suffix)] for suffix in self.format.suffixes(self.scheme.symmetric)]
 
     @property
     def shape(self) -> tuple[int, ...]:

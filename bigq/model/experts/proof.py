@@ -6,13 +6,15 @@ The small bank is the family's own module with fewer experts. That single expert
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from bigq.errors import UnsupportedModelError
-from bigq.model.experts.bank import Bank, BankCall, count_attributes, find_bank
+from bigq.model.experts.bank import Bank, BankCall, Expert, count_attributes, find_bank
+from bigq.model.experts.naming import Naming
 
 #: Experts of a token in the proof, at most, and experts beyond those: sums of few outputs would hide their order.
 _SLOTS, _MORE = 4, 2
@@ -49,3 +51,27 @@ def prove_bank(name: str, module: nn.Module, call: BankCall, load: Callable[[int
             )
     assert failed is not None
     raise failed
+
+
+def require_layout(name: str, module: nn.Module, bank: Bank, call: BankCall, parameters: Mapping[str, Tensor]) -> None:
+    """Raise UnsupportedModelError unless a bank computes with its matrices in the layout by which the output names them.
+
+    parameters: of one expert, which are changed. If two rows are left of a product that returns gate and up, the next product must have
+    one input that is not 0.
+    """
+    naming = Naming.of(module)
+    said = "its matrices are stored in another layout than its class in transformers says; this architecture is not supported yet"
+    if any(product.transposed != naming.transposed for product in bank.products):
+        raise UnsupportedModelError(f"{name}: {said}")
+    expert = Expert(module, bank, call, parameters)
+    for product, following in itertools.pairwise(bank.products):
+        if len(naming.parts[product.parameter]) == 1:
+            continue
+        weight = expert.weight(product)
+        half = weight.shape[0] // 2
+        kept = weight[[1, 1 + half]].clone()
+        weight.zero_()
+        weight[[1, 1 + half]] = kept
+        found = expert.input_of(following, call.tokens).ne(0).any(0).nonzero().flatten().tolist()
+        if found != [1]:
+            raise UnsupportedModelError(f"{name}: {said}")

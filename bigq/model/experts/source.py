@@ -14,6 +14,7 @@ from bigq.io.index import TensorInfo
 from bigq.io.sources.base import Read, Source
 from bigq.io.sources.plain import PlainSource
 from bigq.model.experts.bank import bank_modules
+from bigq.model.experts.naming import is_transposed, packed_parts
 from bigq.model.experts.stored import Part, expert_parts
 
 
@@ -21,22 +22,29 @@ from bigq.model.experts.stored import Part, expert_parts
 class ExpertSource:
     """One expert's part of a parameter. parts: stored matrices, in this order along the first dimension, all of one shape.
 
-    own: whether the parts are tensors of this expert alone; otherwise the part is a slice of a tensor for all experts.
+    whole: the tensor for all experts that the one part is a slice of; None if the parts are tensors of this expert alone.
+    transposed: whether the part is [inputs, outputs], while the stored matrices are [outputs, inputs].
     """
 
     parts: tuple[Source, ...]
-    own: bool = True
+    whole: TensorInfo | None = None
+    transposed: bool = False
 
     def value(self, read: Read, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The part, without the dimension of the experts. Raises CheckpointError, NumericsError."""
-        values = [part.value(read, device, dtype) for part in self.parts]
-        return values[0] if len(values) == 1 else torch.cat(values)
+        return joined([part.value(read, device, dtype) for part in self.parts], transposed=self.transposed)
 
     @property
     def tensors(self) -> Iterator[TensorInfo]:
         """The stored tensors, in the order in which ``value`` reads them."""
         for part in self.parts:
             yield from part.tensors
+
+
+def joined(matrices: Sequence[Tensor], *, transposed: bool) -> Tensor:
+    """One expert's part of a parameter from its matrices [outputs, inputs]. It is contiguous, since a product's bits may depend on that."""
+    value = matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
+    return value.T.contiguous() if transposed else value
 
 
 def expert_sources(
@@ -54,19 +62,25 @@ def expert_sources(
         if param.ndim == 3
     }
     stored: dict[str, dict[int, dict[int, Source]]] = {}
-    for name, part in (expert_parts(model, sources) if parts is None else parts).items():
+    parts = expert_parts(model, sources) if parts is None else parts
+    named = packed_parts(model, [name for name, source in sources.items() if name not in parts and not source.is_plain])
+    for name, part in (dict(parts) | named).items():
         if part.parameter not in parameters:
             raise UnsupportedModelError(f"{part.parameter}: made of several tensors such as {name}, but belongs to no bank of experts")
         stored.setdefault(part.parameter, {}).setdefault(part.expert, {})[part.part] = sources[name]
+    transposed = {part.parameter for part in named.values() if is_transposed(model, part.parameter)}
     found = {
-        parameter: tuple(ExpertSource(tuple(parts[i] for i in sorted(parts))) for _, parts in sorted(experts.items()))
+        parameter: tuple(
+            ExpertSource(tuple(matrices[i] for i in sorted(matrices)), transposed=parameter in transposed)
+            for _, matrices in sorted(experts.items())
+        )
         for parameter, experts in stored.items()
     }
     for name, parameter in placed.items():
         if parameter in parameters:
             (info,) = sources[name].tensors
             PlainSource(info).check(tuple(parameters[parameter].shape))
-            found[parameter] = tuple(ExpertSource((PlainSource(one),), own=False) for one in slices(info))
+            found[parameter] = tuple(ExpertSource((PlainSource(one),), whole=info) for one in slices(info))
     for parameter, experts in found.items():
         _check(parameter, tuple(parameters[parameter].shape), experts)
     return found
@@ -91,5 +105,6 @@ def _check(parameter: str, shape: tuple[int, ...], experts: Sequence[ExpertSourc
             "the two belong to different models"
         )
     for expert in experts:
+        m, n = (shape[2], shape[1]) if expert.transposed else shape[1:]
         for part in expert.parts:
-            part.check((shape[1] // len(expert.parts), *shape[2:]))
+            part.check((m // len(expert.parts), n))

@@ -24,6 +24,7 @@ from bigq.model.capture import BlockCall, OutputForm, first_input, forward_error
 from bigq.model.checks import check_hidden_paths
 from bigq.model.experts.bank import bank_modules
 from bigq.model.experts.cut import called_banks, without_banks
+from bigq.model.experts.naming import ExpertLinear, Naming
 from bigq.model.experts.pages import StoredBank, nominal_linears
 from bigq.model.skeleton import is_transposed, linear_weight
 from bigq.model.structure import BlockPlan, Shortcut, plan_block
@@ -50,9 +51,9 @@ class Outline:
     stored: int | None = None
     banks: Mapping[str, StoredBank] = field(default_factory=dict)
 
-    def expert_linears(self) -> dict[str, dict[str, tuple[int, int]]]:
-        """Of each bank, every matrix of every expert by its name in the checkpoint; without one, by a name that it might have."""
-        return {path: bank.linears() for path, bank in self.banks.items()} if self.banks else nominal_linears(self.model)
+    def expert_linears(self) -> dict[str, dict[str, ExpertLinear]]:
+        """Of each bank, every matrix of every expert by its name in the output; without a checkpoint, by a name that it might have."""
+        return {bank.base: bank.linears() for bank in self.banks.values()} if self.banks else nominal_linears(self.model)
 
 
 def survey(outline: Outline, seqlen: int) -> ModelShape:
@@ -210,16 +211,15 @@ def _banks(outline: Outline, block: nn.Module, i: int, plan: BlockPlan, short: _
         for key, param in block.get_submodule(place.name).named_parameters(recurse=False):
             if param.ndim != 3:
                 continue
-            experts, m, n = param.shape
-            stored = outline.banks.get(f"{prefix}{place.name}")
-            parts = stored.matrices(key, 0) if stored is not None else ()
-            if not parts:
-                size = m * n * outline.dtype.itemsize
-                products.append((LinearShape(f"{place.name}.0.{key}", m, n, size),))
-                continue
-            names = [part.name.removesuffix(".weight").removeprefix(prefix) for part in parts]
-            sizes = [sum(info.nbytes for info in part.tensors) for part in parts]
-            products.append(tuple(LinearShape(name, m // len(parts), n, size) for name, size in zip(names, sizes, strict=True)))
+            experts, stored = param.shape[0], outline.banks.get(f"{prefix}{place.name}")
+            if stored is not None:
+                linear, names, size = stored.shapes[key], stored.matrices(key, 0), stored.nbytes(key)
+            else:
+                naming = Naming.of(block.get_submodule(place.name))
+                linear = naming.linear(key, tuple(param.shape))
+                names = tuple(f"{place.name}.0.{part}" for part in naming.parts[key])
+                size = linear.m * linear.n * outline.dtype.itemsize
+            products.append(tuple(LinearShape(name.removeprefix(prefix), linear.m, linear.n, size) for name in names))
         yield BankShape(place.name, experts, calls[place.name].experts.shape[1], place.level, tuple(products))
 
 

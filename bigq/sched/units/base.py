@@ -23,7 +23,7 @@ from bigq.config import JobConfig
 from bigq.model.blocks import block_linears
 from bigq.model.experts.bank import Bank, bank_modules
 from bigq.model.experts.cut import called_banks
-from bigq.model.experts.proof import prove_bank
+from bigq.model.experts.proof import prove_bank, require_layout
 from bigq.model.pager import Pager
 from bigq.model.skeleton import linear_weight
 from bigq.model.structure import BlockPlan, plan_block
@@ -32,6 +32,7 @@ from bigq.sched.plan.cost import Choice
 from bigq.sched.rows.probe import Probe
 from bigq.sched.shards import Product, Shard, ShardWriter
 from bigq.sched.solving import Solving
+from bigq.sched.units.schemes import bank_schemes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,12 @@ class Bench:
                 key = (type(module), place.name, tuple(p.shape for p in module.parameters(recurse=False)))
                 if key not in self.proven:
                     path = f"{prefix}.{place.name}"
-                    self.proven[key] = prove_bank(path, module, calls[place.name], functools.partial(self.pager.load_expert, path))
+                    load = functools.partial(self.pager.load_expert, path)
+                    bank = prove_bank(path, module, calls[place.name], load)
+                    stored = self.pager.banks[path]
+                    if stored.is_whole and bank_schemes(stored, self.config):
+                        require_layout(path, module, bank, calls[place.name], load(0))
+                    self.proven[key] = bank
                 found[place.name] = dataclasses.replace(self.proven[key], name=place.name)
         return found
 

@@ -33,12 +33,12 @@ from bigq.scheme import QuantScheme, scheme_for
 class BlockUnit(StreamedUnit):
     """Decoder block ``index``. number: of its shard."""
 
-    def __init__(self, number: int, index: int, pager: Pager) -> None:
+    def __init__(self, number: int, index: int, pager: Pager, config: JobConfig) -> None:
         self.block = self.index = index
         self.prefix = f"{pager.blocks_path}.{index}"
         own = pager.stored_under(self.prefix)
         self.shard = Shard(number=number, name=f"block-{index}", sources=[name for name in pager.checkpoint if name in own])
-        self.groups = expert_groups(pager, index, number + 1)
+        self.groups = expert_groups(pager, index, number + 1, config)
 
     @property
     def shards(self) -> Sequence[Shard]:

@@ -35,7 +35,7 @@ def copied_units(pager: Pager, quantized: Iterable[str]) -> list[CopiedUnit]:
 
     quantized: names of tensors that belong to other units.
     """
-    experts = {info.name for bank in pager.banks.values() for info in bank.tensors(range(bank.experts))}
+    experts = {name for bank in pager.banks.values() for name in bank.stored(range(bank.experts))}
     elsewhere = pager.stored_under(pager.blocks_path) | experts | set(quantized) | set(pager.extras.dropped)
     shards: list[list[TensorInfo]] = []
     size = 0

@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from bigq.config import JobConfig
-from bigq.errors import UnsupportedModelError
 from bigq.io.writer import OutputTensor
 from bigq.job.finish import FinishedBlock
-from bigq.job.settle import bank_scheme
 from bigq.model.experts.bank import Bank
 from bigq.model.experts.pages import StoredBank
 from bigq.model.pager import Pager
@@ -24,6 +22,7 @@ from bigq.progress.records import LinearRecord
 from bigq.sched.shards import Product, Shard
 from bigq.sched.solve.bank import BankJob, SolvedExpert
 from bigq.sched.units.base import Bench
+from bigq.sched.units.schemes import bank_schemes
 from bigq.scheme import QuantScheme
 
 #: Weights in a group of experts: about 1 GB at 4 bits. A larger expert is a group by itself.
@@ -40,38 +39,26 @@ class ExpertGroup:
     shard: Shard
 
 
-def expert_groups(pager: Pager, index: int, number: int) -> list[ExpertGroup]:
-    """The groups of experts in block ``index``. number: of the first one's shard."""
+def expert_groups(pager: Pager, index: int, number: int, config: JobConfig) -> list[ExpertGroup]:
+    """The groups of experts in block ``index``. number: of the first one's shard.
+
+    A bank that is copied is one group if a tensor of it holds all experts.
+    """
     groups: list[ExpertGroup] = []
     prefix = f"{pager.blocks_path}.{index}."
     for bank in (bank for path, bank in pager.banks.items() if path.startswith(prefix)):
         weights = sum(pager.model.get_parameter(f"{bank.path}.{key}")[0].numel() for key in bank.sources)
-        step = max(1, GROUP_WEIGHTS // weights)
+        copied = bank.is_whole and not bank_schemes(bank, config)
+        step = bank.experts if copied else max(1, GROUP_WEIGHTS // weights)
         for first in range(0, bank.experts, step):
             stop = min(first + step, bank.experts)
             shard = Shard(
                 number=number + len(groups),
                 name=f"experts-{index}-{len(groups)}",
-                sources=[info.name for info in bank.tensors(range(first, stop))],
+                sources=bank.stored(range(first, stop)),
             )
             groups.append(ExpertGroup(bank, first, stop, shard))
     return groups
-
-
-def bank_schemes(bank: StoredBank, config: JobConfig) -> dict[str, QuantScheme]:
-    """The scheme of each of a bank's parameters; none if its experts stay unquantized.
-
-    Raises UnsupportedModelError if a scheme is asked for but its matrices are not stored one by one.
-    """
-    scheme = bank_scheme(bank.path, list(bank.linears()) or [f"{bank.path}.{key}" for key in bank.sources], config)
-    if scheme is None:
-        return {}
-    if not bank.by_matrix:
-        raise UnsupportedModelError(
-            f"{bank.path}: the checkpoint holds one tensor for all experts, and such banks cannot be quantized yet; leave them out with "
-            f"--skip '.*{bank.path.rpartition('.')[2]}.*'"
-        )
-    return dict.fromkeys(bank.sources, scheme)
 
 
 @dataclass(slots=True)
@@ -104,7 +91,7 @@ class BankWork:
                 module=block.get_submodule(name),
                 bank=bank,
                 schemes=schemes,
-                names=functools.partial(_names, stored),
+                names=stored.matrices,
                 load=functools.partial(self._load, stored, schemes),
                 clock=bench.control.clock,
                 finished=functools.partial(self._is_finished, stored.path),
@@ -122,7 +109,9 @@ class BankWork:
             return pager.load_expert(bank.path, e)
         finished = FinishedBlock(self.bench.writer.journal.out, commit, self.bench.config.made)
         matrices = {
-            key: [finished.weight(name, scheme, pager.dtype_of(f"{bank.path}.{key}"), pager.device) for name in _names(bank, key, e)]
+            key: [
+                finished.weight(bank.prefix(n), scheme, pager.dtype_of(f"{bank.path}.{key}"), pager.device) for n in bank.matrices(key, e)
+            ]
             for key, scheme in schemes.items()
         }
         return pager.load_expert(bank.path, e, matrices)
@@ -131,10 +120,11 @@ class BankWork:
         """Pack an expert, and hand over its group if it is the last one of it. Returns its records."""
         bench, group = self.bench, self._group(solved.bank, solved.number)
         records = [matrix.record(solved.tokens) for matrix in solved.matrices]
-        dtypes = {p.name.removesuffix(".weight"): p.dtype for key in group.bank.sources for p in group.bank.matrices(key, solved.number)}
+        bank = group.bank
+        dtypes = {name: bank.dtype(key) for key in bank.sources for name in bank.matrices(key, solved.number)}
         for matrix in solved.matrices:
             with bench.control.clock.phase("pack"):
-                self._packed[f"{matrix.name}.weight"] = bench.config.made.pack(matrix.name, matrix.weight, dtypes[matrix.name])
+                self._packed[matrix.name] = bench.config.made.pack(bank.prefix(matrix.name), matrix.weight, dtypes[matrix.name])
         self._records += records
         if solved.number + 1 == group.stop:
             self._hand_over(group)
@@ -147,17 +137,16 @@ class BankWork:
                 self._hand_over(group)
 
     def _hand_over(self, group: ExpertGroup) -> None:
-        writer = self.bench.writer
+        writer, bank, experts = self.bench.writer, group.bank, range(group.first, group.stop)
         tensors: list[OutputTensor] = []
-        for name in group.bank.names(range(group.first, group.stop)):
-            tensors += writer.packed(self._packed[name]) if name in self._packed else [writer.stored(name)]
+        if self._packed:
+            for name in (name for e in experts for key in bank.sources for name in bank.matrices(key, e)):
+                tensors += writer.packed(self._packed[name])
+        else:
+            tensors += [writer.stored(name) for name in bank.stored(experts)]
         product = Product(tensors=tensors, records=self._records, batch=self.batch)
         self._packed, self._records = {}, []
         writer.hand_over(group.shard, product, self.index)
-
-
-def _names(bank: StoredBank, parameter: str, expert: int) -> list[str]:
-    return [part.name.removesuffix(".weight") for part in bank.matrices(parameter, expert)]
 
 
 def uncommitted(groups: Sequence[ExpertGroup], bench: Bench) -> Iterator[ExpertGroup]:

@@ -1,0 +1,97 @@
+"""What the output calls the matrices of experts that the checkpoint stores as one tensor for all.
+
+There is no table of families. Names follow from the bank:
+
+    experts.17.gate_proj, up_proj, down_proj   where the first product returns gate and up as two halves, and there are no biases
+    experts.17.w13, w2                         else: gate and up stay one matrix, with rows and biases as in the source
+
+All readers know the first ones from other families. The second are those of vLLM's gpt_oss. Parameters of other names keep them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from bigq.model import skeleton
+from bigq.model.experts.bank import bank_modules
+from bigq.model.experts.stored import Part
+
+#: The matrices that parameters of a bank consist of, and the one that each stays where gate and up cannot be two.
+_HALVES: Mapping[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj")}
+_JOINED: Mapping[str, tuple[str, ...]] = {"gate_up_proj": ("w13",), "up_proj": ("w13",), "down_proj": ("w2",)}
+#: The name of a weight of one expert: its bank, its number, its matrix.
+_WEIGHT = re.compile(r"(.+)\.(\d+)\.(\w+)\.weight")
+
+
+class ExpertLinear(NamedTuple):
+    """A matrix of an expert: its outputs and inputs. joined: whether it belongs to experts whose gate and up are one matrix."""
+
+    m: int
+    n: int
+    joined: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """parts: the matrices of each 3-D parameter, in the order of its outputs. joined: whether gate and up stay one matrix.
+
+    transposed: whether parameters are [experts, inputs, outputs].
+    """
+
+    parts: Mapping[str, tuple[str, ...]]
+    transposed: bool
+    joined: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Naming:
+        """By the parameters of a bank, and by what its class in transformers says of their layout; see ``proof.require_layout``."""
+        own = dict(module.named_parameters(recurse=False))
+        keys = [key for key, param in own.items() if param.ndim == 3]
+        halves = getattr(module, "is_concatenated", True) is True and len(keys) == len(own)
+        joined = not halves and all(key in _JOINED for key in keys)
+        names = _JOINED if joined else _HALVES if halves else {}
+        return cls({key: names.get(key, (key,)) for key in keys}, getattr(module, "is_transposed", False) is True, joined)
+
+    def linear(self, key: str, shape: tuple[int, ...]) -> ExpertLinear:
+        """One matrix of a parameter. shape: of the parameter."""
+        m, n = (shape[2], shape[1]) if self.transposed else (shape[1], shape[2])
+        return ExpertLinear(m // len(self.parts[key]), n, self.joined)
+
+
+def packed_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Part]:
+    """Where the packed weights ``names`` of single experts go, for those that the output of a job names by these rules."""
+    banks = {path: Naming.of(module) for path, module in bank_modules(model).items()}
+    split = {name: match for name in names if (match := _WEIGHT.fullmatch(name)) is not None} if banks else {}
+    keys = {key for naming in banks.values() for key in naming.parts}
+    probes = {f"{base}.{key}": base for base in {match[1] for match in split.values()} for key in keys}
+    targets = skeleton.map_names(model, probes) | {name: merge.target for name, merge in skeleton.merges(model, probes).items()}
+    paths = {probes[name]: target.rpartition(".")[0] for name, target in targets.items() if target.rpartition(".")[0] in banks}
+    found = {}
+    for name, match in split.items():
+        path = paths.get(match[1])
+        for key, parts in banks[path].parts.items() if path is not None else ():
+            if match[3] in parts:
+                found[name] = Part(f"{path}.{key}", int(match[2]), parts.index(match[3]), len(parts))
+    return found
+
+
+def is_transposed(model: nn.Module, parameter: str) -> bool:
+    """Whether a parameter of a bank is [experts, inputs, outputs]."""
+    return Naming.of(model.get_submodule(parameter.rpartition(".")[0])).transposed
+
+
+def base_name(path: str, stored: str) -> str:
+    """What the names of a bank's experts begin with in the output. path: of the bank in the model. stored: a tensor of the checkpoint that
+    is one of its parameters.
+
+    Checkpoints may have a longer path (``model.language_model.layers``), or another name for the bank itself. So the path is that of the
+    tensor up to the module that holds the bank.
+    """
+    parent, _, bank = path.rpartition(".")
+    before, found, _ = stored.rpartition(f".{parent.rpartition('.')[2]}.")
+    return f"{before}{found}{bank}" if found else path
