@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from moe_families import moe_model, random_tokens
+from moe_families import MOE_FAMILIES, moe_model, random_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -169,6 +169,27 @@ def test_a_quantized_model(family: str, dtype: torch.dtype, tmp_path: Path, monk
     logits = streamed(out, ids)
     assert torch.equal(whole(load_model(out, device="cpu"), ids), logits)
     assert not torch.equal(logits, streamed(model, ids))
+
+
+def test_transposed_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """aria stores [experts, inputs, outputs] with gate and up as halves, under names of its own."""
+    monkeypatch.setitem(MOE_FAMILIES, "aria_text", {"moe_num_experts": EXPERTS, "moe_topk": 2, "moe_num_shared_experts": 1})  # type: ignore[arg-type]
+    model, out = saved("aria_text", tmp_path, torch.bfloat16), tmp_path / "out"
+    assert "model.layers.0.mlp.experts.fc1.weight" in Checkpoint.open(model)
+    bigq.quantize(str(model), out, job(tmp_path))
+    assert bigq.verify(out) == []
+    made, all_shards = hashes(out), shards(out)
+    for name in all_shards[1::2]:
+        (out / name).unlink()
+    bigq.quantize(str(model), out, job(tmp_path))
+    assert hashes(out) == made
+    ids = random_tokens(4, 16)
+    loaded = load_model(out, device="cpu")
+    assert torch.equal(whole(loaded, ids), streamed(out, ids))
+    halves = [dequantized(out, f"model.layers.1.mlp.experts.2.{name}", torch.bfloat16) for name in ("gate_proj", "up_proj")]
+    assert torch.equal(loaded.get_parameter("model.layers.1.mlp.experts.gate_up_proj")[2], torch.cat(halves).T)
+    source = load_file(model / "model.safetensors")["model.layers.1.mlp.experts.fc1.weight"][2].float()
+    assert (source - torch.cat(halves).T.float()).norm() < 0.2 * source.norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
