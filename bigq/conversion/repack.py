@@ -41,7 +41,7 @@ class Repacking:
         tensors: list[OutputTensor] = []
         prefixes: list[str] = []
         for info in infos:
-            prefix, _, suffix = info.name.rpartition(".")
+            prefix, suffix = before.split(info.name)
             if prefix not in self._schemes or suffix not in old:
                 tensors.append(OutputTensor.copy_of(info))
             elif prefix not in self._done:
@@ -83,7 +83,7 @@ def read_linear(pager: Pager, prefix: str, scheme: QuantScheme) -> PackedWeight:
     """A packed Linear. Raises CheckpointError where it has zero points that contradict the config, whether readers need them or not."""
     assert pager.schemes is not None
     format, checkpoint = pager.schemes.format, pager.checkpoint
-    zeros, middle = f"{prefix}.{format.zeros}", 2 ** (scheme.bits - 1)
+    zeros, middle = format.tensor(prefix, format.zeros), 2 ** (scheme.bits - 1)
     as_stored = dataclasses.replace(scheme, symmetric=scheme.symmetric and zeros not in checkpoint)
     stored = format.read(prefix, lambda name: read_tensor(checkpoint[name], keep_cached=False), as_stored)
     if scheme.symmetric and bool((stored.zeros != middle).any()):

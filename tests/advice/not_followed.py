@@ -35,7 +35,7 @@ NOT_FOLLOWED: tuple[Left, ...] = (
             "write OUT/README.md, a model card for the hub, in place of the source's README; no HTML unless --out is given too",
             "leave Linears whose name matches unquantized; may be repeated",
             "tensor {}.{} is packed as {}; the model and config.json make it {}",
-            "tensor {}.{} is packed as {}; the model and the job make it {}",
+            "tensor {} is packed as {}; the model and the job make it {}",
             "write {} … {}",
             "copy to device",
             "warning: {}; the end of this run is not recorded, but the output is complete",

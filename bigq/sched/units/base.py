@@ -73,13 +73,14 @@ class Bench:
             calls = called_banks(block, lambda: self.probe.calls[index].run(block, self.probe.hidden))
             for place in plan.banks:
                 module = block.get_submodule(place.name)
-                key = (type(module), place.name, tuple(p.shape for p in module.parameters(recurse=False)))
+                path = f"{prefix}.{place.name}"
+                stored = self.pager.banks[path]
+                named = stored.is_whole and bool(bank_schemes(stored, self.config))
+                key = (type(module), place.name, named, tuple(p.shape for p in module.parameters(recurse=False)))
                 if key not in self.proven:
-                    path = f"{prefix}.{place.name}"
                     load = functools.partial(self.pager.load_expert, path)
                     bank = prove_bank(path, module, calls[place.name], load)
-                    stored = self.pager.banks[path]
-                    if stored.is_whole and bank_schemes(stored, self.config):
+                    if named:
                         require_layout(path, module, bank, calls[place.name], load(0))
                     self.proven[key] = bank
                 found[place.name] = dataclasses.replace(self.proven[key], name=place.name)
