@@ -19,7 +19,7 @@ from bigq.model.experts.bank import BankCall, bank_modules, find_bank
 from bigq.model.experts.naming import ExpertLinear, Naming, base_name, packed_parts
 from bigq.model.experts.pages import StoredBank, nominal_linears, stored_banks
 from bigq.model.experts.proof import require_layout
-from bigq.model.experts.source import ExpertSource, expert_sources
+from bigq.model.experts.source import ExpertSource, expert_sources, joined
 from bigq.model.experts.stored import Part
 from bigq.model.skeleton import map_names
 
@@ -206,6 +206,13 @@ def test_a_bank_that_is_stored_in_both_ways() -> None:
     assert bank.stored(range(2)) == [whole.name, "m.experts.0.down_proj.weight", "m.experts.1.down_proj.weight"]
     assert bank.matrices("gate_up_proj", 1) == ("m.experts.1.gate_proj", "m.experts.1.up_proj")
     assert bank.matrices("down_proj", 1) == ("m.experts.1.down_proj",)
+
+
+def test_matrices_become_the_parameter_as_it_is_in_memory() -> None:
+    gate, up = torch.randn(2, 6, 8)
+    value = joined([gate, up], transposed=True)
+    assert value.is_contiguous() and torch.equal(value, torch.cat([gate, up]).T)
+    assert torch.equal(joined([gate, up], transposed=False), torch.cat([gate, up]))
 
 
 def test_a_packed_expert_without_one_of_its_matrices() -> None:
