@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 #: The greatest seed that torch takes.
 MAX_SEED = 2**64 - 1
 DEFAULT_SEQLEN = 2048
+#: The formats of jobs that are given none. Of models with experts, transformers and vLLM both read this one.
+DEFAULT_FORMAT: FormatName = "gptq"
+FORMAT_WITH_EXPERTS: FormatName = "compressed-tensors"
 NEVER = "never"
 
 CALIBRATION, BUDGETS, RUN, OUTPUT = "calibration", "memory and disk", "how it runs", "output"
@@ -137,10 +140,11 @@ class JobConfig:
         range=Range(must="be between 0 and 1", holds=lambda alpha: 0 <= alpha <= 1),
         effects=(CORRECTED,),
     )
-    format: FormatName = option(
-        "gptq",
+    format: FormatName | None = option(
+        None,
         help="output format; gguf writes gptq_v2 shards and one file for llama.cpp",
         group=WEIGHTS,
+        unset=f"{DEFAULT_FORMAT}; {FORMAT_WITH_EXPERTS} for models with experts",
         resume=Resume.REFUSED,
     )
     lm_head: bool = option(
@@ -250,6 +254,11 @@ class JobConfig:
         return self.read_ahead if self.read_ahead is not None else int(device_type == "cuda")
 
     @property
+    def output_format(self) -> FormatName:
+        """``format``; before it is settled (``bigq.job.settle``), the default of models without experts."""
+        return self.format or DEFAULT_FORMAT
+
+    @property
     def base_scheme(self) -> QuantScheme:
         """The scheme, with the smallest zero point that the output format can store."""
         return dataclasses.replace(self.scheme, min_zero=self.made.min_zero)
@@ -259,7 +268,7 @@ class JobConfig:
         """The format of the shards."""
         from bigq.io.formats import FORMATS  # here: it needs torch
 
-        return FORMATS["gptq_v2" if self.format == "gguf" else self.format]
+        return FORMATS["gptq_v2" if self.format == "gguf" else self.output_format]
 
     def frozen(self) -> dict[str, Any]:
         """The fields that are kept with a job, as plain JSON values."""

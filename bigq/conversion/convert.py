@@ -23,23 +23,25 @@ from bigq.errors import BigqError, CheckpointError, UsageError
 from bigq.io.atomic import json_bytes, write_bytes, write_json
 from bigq.io.containment import require_contained
 from bigq.io.formats import FORMATS, Format, Quantization
-from bigq.io.formats.base import Misfit, listed
+from bigq.io.formats.base import Misfit, bank_of, listed
 from bigq.io.formats.gptq_config import GptqSchemes
 from bigq.io.index import INDEX_NAME, read_json_object
 from bigq.io.side_files import side_files
+from bigq.io.sources.packed import PackedSource
 from bigq.io.writer import write_shard
 from bigq.job.conversion_record import ConversionRecord, Provenance, provenance_of, write_conversion
 from bigq.job.finish import CARD_NAME, copy_side_files, is_card
 from bigq.job.journal import Commit, modification_time
 from bigq.model import skeleton
 from bigq.model.blocks import block_linears
+from bigq.model.experts.pages import StoredBank
 from bigq.model.pager import Pager
 from bigq.progress.sizes import show_size
 from bigq.scheme import QuantScheme, Rule
 from bigq.version import __version__
 
 #: Units of a job, whose commits keep their names in a converted folder.
-_JOB_UNIT = re.compile(r"(rest|block|head)-\d+")
+_JOB_UNIT = re.compile(r"(rest|block|head)-\d+|experts-\d+-\d+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +106,8 @@ def _to_folder(pager: Pager, place: Path, target: Format, say: Callable[[str], N
             run=provenance.run,
         )
         write_conversion(folder, record, commits)
-    return Conversion(format_before=before, format=target.name, linears=len(pager.packed), bytes_before=size, bytes=written)
+    linears = sum(len(commit.linears) for commit in commits)
+    return Conversion(format_before=before, format=target.name, linears=linears, bytes_before=size, bytes=written)
 
 
 def _provenance(source: Path, say: Callable[[str], None]) -> Provenance:
@@ -119,9 +122,9 @@ def _provenance(source: Path, say: Callable[[str], None]) -> Provenance:
 def _write_shards(pager: Pager, target: Format, folder: Path, provenance: Provenance, say: Callable[[str], None]) -> list[Commit]:
     """Write every shard in the new format; returns their commits."""
     assert pager.schemes is not None
-    modules = {prefix: name.removesuffix(".weight") for name, prefix in pager.packed.items()}
-    schemes = {prefix: pager.schemes.scheme(module) for prefix, module in modules.items()}
-    repacking = Repacking(pager, schemes, target)
+    packed = pager.packed_sources()
+    modules = {source.prefix: name for name, source in packed.items()}
+    repacking = Repacking(pager, {prefix: packed[name].scheme for prefix, name in modules.items()}, target)
     files = sorted({info.file for info in pager.checkpoint.tensors.values()})
     commits = []
     for number, file in enumerate(files):
@@ -129,7 +132,7 @@ def _write_shards(pager: Pager, target: Format, folder: Path, provenance: Proven
         shard = write_shard(folder / file.name, tensors)
         known = provenance.commits.get(file.name)
         unit = known.unit if known is not None and _JOB_UNIT.fullmatch(known.unit) else f"shard-{number}"
-        records = [_linear_record(pager, modules[prefix], schemes[prefix]) for prefix in prefixes]
+        records = [_linear_record(pager, modules[prefix], packed[modules[prefix]]) for prefix in prefixes]
         commits.append(
             Commit(
                 unit=unit,
@@ -144,14 +147,14 @@ def _write_shards(pager: Pager, target: Format, folder: Path, provenance: Proven
     return commits
 
 
-def _linear_record(pager: Pager, module: str, scheme: QuantScheme) -> dict[str, Any]:
+def _linear_record(pager: Pager, module: str, source: PackedSource) -> dict[str, Any]:
     """The journal's record of a packed Linear. block: its number, None outside the blocks."""
     inside = module.removeprefix(f"{pager.blocks_path}.") if module.startswith(f"{pager.blocks_path}.") else ""
-    block = inside.partition(".")[0]
+    block, scheme = inside.partition(".")[0], source.scheme
     return {
         "name": module,
         "block": int(block) if block.isdecimal() else None,
-        "shape": list(skeleton.linear_weight(pager.model.get_submodule(module)).shape),
+        "shape": list(source.shape),
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "symmetric": scheme.symmetric,
@@ -232,10 +235,10 @@ def _require_fit(pager: Pager, target: Format) -> None:
 def _misfits(pager: Pager, target: Format) -> dict[str, Misfit]:
     assert pager.schemes is not None
     found = {}
-    for name in (parameter.removesuffix(".weight") for parameter in pager.packed):
-        module = pager.model.get_submodule(name)
-        m, n = skeleton.linear_weight(module).shape
-        misfit = target.misfit(m, n, pager.schemes.scheme(name), transposed=skeleton.is_transposed(module))
+    for name, source in pager.packed_sources().items():
+        m, n = source.shape
+        transposed = bank_of(name) is None and skeleton.is_transposed(pager.model.get_submodule(name))
+        misfit = target.misfit(m, n, source.scheme, transposed=transposed)
         if misfit is not None:
             found[name] = misfit
     return found
@@ -245,7 +248,7 @@ def _quantization(pager: Pager, target: Format) -> dict[str, Any]:
     """The quantization config of the converted checkpoint."""
     schemes = pager.schemes
     assert schemes is not None
-    packed = {name.removesuffix(".weight"): schemes.scheme(name.removesuffix(".weight")) for name in pager.packed}
+    packed = {name: source.scheme for name, source in pager.packed_sources().items()}
     before = read_json_object(pager.folder / "config.json")["quantization_config"]
     meta = {
         **(before.get("meta") if isinstance(before.get("meta"), dict) else {}),
@@ -257,7 +260,7 @@ def _quantization(pager: Pager, target: Format) -> dict[str, Any]:
     else:
         kinds = list(packed.values())
         base = max(dict.fromkeys(kinds), key=kinds.count)
-        rules = tuple(Rule(f"{re.escape(name)}$", _overrides(scheme)) for name, scheme in packed.items() if scheme != base)
+        rules = tuple(Rule(pattern, _overrides(scheme)) for pattern, scheme in _patterns(packed).items() if scheme != base)
         inside = (f"{pager.blocks_path}.{i}.{name}" for i, block in enumerate(pager.blocks) for name in block_linears(block))
         left_out = tuple(name for name in inside if name not in packed)
     modules = pager.plain_modules()
@@ -268,13 +271,33 @@ def _quantization(pager: Pager, target: Format) -> dict[str, Any]:
         left_out=left_out,
         others=tuple(name for name in modules.every if name not in packed),
         outside=tuple(name for name in modules.outside if name not in packed),
-        apart=modules.apart,
+        apart=(*modules.apart, *(path for bank in pager.banks.values() for path in _unquantized(bank))),
         head=pager.head_name if pager.head_name in packed else None,
         meta=meta,
     )
     config = target.config(quantization)
     # Other entries of the source's config about its quantization, such as the damping, remain valid.
     return {key: before.get(key, value) if key in ("damp_percent", "static_groups") else value for key, value in config.items()}
+
+
+def _unquantized(bank: StoredBank) -> list[str]:
+    """The path of a bank in the checkpoint, if its experts are not packed."""
+    return [] if any(bank.packed()) else sorted({path for name in bank.linears() if (path := bank_of(name)) is not None})
+
+
+def _patterns(packed: Mapping[str, QuantScheme]) -> dict[str, QuantScheme]:
+    """The schemes of packed Linears by patterns for their names. One pattern stands for a bank of experts, which readers look up by its
+    path, if all of them have one scheme."""
+    banks: dict[str, set[QuantScheme]] = {}
+    for name, scheme in packed.items():
+        if (bank := bank_of(name)) is not None:
+            banks.setdefault(bank, set()).add(scheme)
+    patterns = {}
+    for name, scheme in packed.items():
+        bank = bank_of(name)
+        whole = bank is not None and len(banks[bank]) == 1
+        patterns[rf"{re.escape(str(bank))}(\.|$)" if whole else f"{re.escape(name)}$"] = scheme
+    return patterns
 
 
 def _overrides(scheme: QuantScheme) -> dict[str, int | float | bool]:

@@ -106,10 +106,10 @@ def _model_problems(
     linears = {prefix: linear for scan in scans.values() for prefix, linear in scan.linears.items()}
     zeros = {prefix: seen for scan in scans.values() for prefix, seen in scan.zeros.items()}
     mark = pager.schemes.format.mark
-    for parameter, prefix in pager.packed.items():
-        module = parameter.removesuffix(".weight")
-        scheme, middle = pager.schemes.scheme(module), 2 ** (pager.schemes.scheme(module).bits - 1)
-        m, n = skeleton.linear_weight(pager.model.get_submodule(module)).shape
+    packed = pager.packed_sources()
+    for module, source in packed.items():
+        prefix, scheme, middle = source.prefix, source.scheme, 2 ** (source.scheme.bits - 1)
+        m, n = skeleton.linear_weight(pager.model.get_submodule(module)).shape if f"{module}.weight" in pager.packed else source.shape
         expected = PackedLinear(bits=scheme.bits, outputs=m, inputs=n, groups=n // scheme.group_width(n))
         file = pager.checkpoint[f"{prefix}.{mark}"].file.name
         if recorded.get(module) != expected:
@@ -119,5 +119,5 @@ def _model_problems(
         elif scheme.symmetric and zeros.get(prefix, (middle, middle)) != (middle, middle):
             tensor = f"{prefix}.{pager.schemes.format.zeros}"
             yield file, f"tensor {tensor} holds zero points other than {middle}, although config.json says that they are symmetric"
-    for name in sorted(recorded.keys() - {parameter.removesuffix(".weight") for parameter in pager.packed}):
+    for name in sorted(recorded.keys() - packed.keys()):
         yield JOURNAL, f"says that {name} is packed, but it is not"

@@ -10,7 +10,7 @@ from typing import Any
 
 from bigq.config import JobConfig
 from bigq.errors import UsageError
-from bigq.io.formats.base import Misfit, fitting_group_size, listed
+from bigq.io.formats.base import Misfit, bank_of, fitting_group_size, listed
 from bigq.io.formats.readers import BY_FUSED_NAME, fused_linears
 from bigq.io.gguf_file import BLOCK, gguf_misfit
 from bigq.job.command import rule_option
@@ -196,9 +196,10 @@ def _with(begun: _Remedy, field: str, values: Mapping[int | None, int]) -> _Reme
 
 def _patterns(wanted: Sequence[str], linears: Sequence[str], names: Sequence[str], config: JobConfig) -> Iterator[str]:
     """Patterns that match the wanted Linears and no others; then patterns that take in what readers load with them as one Linear."""
-    by_fused_name = BY_FUSED_NAME.get(config.format)
+    by_fused_name = BY_FUSED_NAME.get(config.output_format)
     fused = () if by_fused_name is None else fused_linears(names)
-    together = [each for each in fused if any(part in wanted for part in each.parts)]
+    among = set(wanted)
+    together = [each for each in fused if not among.isdisjoint(each.parts)]
     wider = list(dict.fromkeys([*wanted, *(part for each in together for part in each.parts)]))
     whole = [each.name for each in together] if by_fused_name else []
     for parts in (wanted, wider) if together else (wanted,):
@@ -209,7 +210,10 @@ def _patterns(wanted: Sequence[str], linears: Sequence[str], names: Sequence[str
 
 
 def _spellings(names: Sequence[str]) -> Iterator[str]:
-    """Patterns for names, the shortest first: by their last part, by their path in a block, by blocks, one by one."""
+    """Patterns for names, the shortest first: of all experts, by their last part, by their path in a block, by blocks, one by one."""
+    if any(bank_of(name) is not None for name in names):
+        rest = [name for name in names if bank_of(name) is None and not name.endswith(".experts")]
+        yield f"(.*\\.experts|{next(_spellings(rest))})" if rest else r".*\.experts"
     if len(names) == 1 and "." not in names[0]:
         yield f"{names[0]}$"
     yield f".*{_any(name.rpartition('.')[2] for name in names)}$"

@@ -80,7 +80,7 @@ def require_sound_rules(names: Sequence[str], head: str | None, config: JobConfi
     """
     if not config.rules:
         return
-    by_fused_name = BY_FUSED_NAME.get(config.format)
+    by_fused_name = BY_FUSED_NAME.get(config.output_format)
     readers = None if by_fused_name is None else _Readers.of(names, config.base_scheme, by_fused_name)
     _require_effect(names, head, config, readers)
     found = None if readers is None else readers.split(config.rules)
@@ -90,7 +90,7 @@ def require_sound_rules(names: Sequence[str], head: str | None, config: JobConfi
 
 def splits(names: Sequence[str], base: QuantScheme, rules: Sequence[Rule]) -> bool:
     """Whether rules give the parts of a fused Linear different bits, group sizes or symmetry, or skip only some of them."""
-    return _Readers.of(names, base, by_fused_name=False).split(rules) is not None
+    return bool(rules) and _Readers.of(names, base, by_fused_name=False).split(rules) is not None
 
 
 # Rules that decide nothing.
@@ -128,7 +128,7 @@ def _no_match(rule: Rule, names: Sequence[str], head: str | None, config: JobCon
         if found is not None and found.rule is not None and found.rule.pattern == candidate:
             wider = readers.wider(found, changed)
             if wider is not None:
-                parts = _and(found.fused.last_names)
+                parts = found.fused.said
                 if exact is None:
                     return f"{said}; did you mean '{wider}'? Readers load {parts} as one Linear"
                 return f"{said}; '{candidate}' would match, but readers load {parts} as one Linear: use '{wider}'"
@@ -194,8 +194,9 @@ class _Readers:
         for linear in self.fused:
             kinds = {self._kind(part, rules) for part in linear.parts}
             differ = len(kinds) > 1
-            # Readers do not look up a Linear that is not packed.
-            unseen = self.by_fused_name and kinds != {None} and self._kind(linear.name, rules) not in kinds
+            # Readers do not look up a Linear that is not packed, but they do look up experts.
+            looked_up = self.by_fused_name and (linear.experts or kinds != {None})
+            unseen = looked_up and self._kind(linear.name, rules) not in kinds
             if differ or unseen:
                 members = linear.parts if differ else (*linear.parts, linear.name)
                 deciders = [deciding_rule(member, rules) for member in members]
@@ -208,12 +209,13 @@ class _Readers:
         return None if scheme is None else Kind.of(scheme)
 
     def refusal(self, found: _Split, rules: Sequence[Rule]) -> str:
-        parts, whole = _and(found.fused.last_names), found.fused.name.rpartition(".")[2]
+        parts, whole = found.fused.said, found.fused.name.rpartition(".")[2]
         option = "--rule" if found.rule is None else rule_option(found.rule)
         wider = self.wider(found, rules)
         remedy = f"use '{wider}'" if wider is not None else f"give {parts} the same bits, group_size and sym, or skip all of them"
         if found.parts:
-            return f"{option}: readers such as vLLM load {parts} as one Linear, {whole}, which needs one scheme; {remedy}"
+            one = "together" if found.fused.experts else f"as one Linear, {whole}"
+            return f"{option}: readers such as vLLM load {parts} {one}, which needs one scheme; {remedy}"
         return f"{option}: vLLM looks for {parts} under the name {whole}, for which the rules say something else; {remedy}"
 
     def wider(self, found: _Split, rules: Sequence[Rule]) -> str | None:
@@ -221,8 +223,11 @@ class _Readers:
         if found.rule is None:
             return None
         together = _alternatives(found.fused, self.by_fused_name)
+        last_names = () if found.fused.experts else found.fused.last_names
         pattern, i = found.rule.pattern, next(i for i, rule in enumerate(rules) if rule is found.rule)
-        candidates = [pattern.replace(part, together, 1) for part in found.fused.last_names if part in pattern]
+        candidates = [pattern.replace(part, together, 1) for part in last_names if part in pattern]
+        if found.fused.experts:
+            candidates += [rf".*\.{together}", rf"{pattern}|.*\.{together}"]
         head, dot, _ = pattern.rpartition(r"\.")
         candidates += [f"{head}{dot}{together}", f"{head}{dot}.*{together}"] * bool(dot)
         candidates += [f".*{together}", f"{pattern}|.*{together}"]
@@ -235,7 +240,9 @@ class _Readers:
 
 
 def _alternatives(fused: FusedLinear, by_fused_name: bool) -> str:
-    """A pattern for the last names of all parts, such as "(q|k|v|qkv)_proj"."""
+    """A pattern for the last names of all parts, such as "(q|k|v|qkv)_proj"; for the name of a bank of experts."""
+    if fused.experts:
+        return fused.name.rpartition(".")[2]
     names = [*fused.last_names, *([fused.name.rpartition(".")[2]] if by_fused_name else [])]
     if all(name.endswith("_proj") for name in names):
         return f"({'|'.join(name.removesuffix('_proj') for name in names)})_proj"

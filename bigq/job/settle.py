@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from bigq.config import DEFAULT_SEQLEN, JobConfig
+from bigq.config import DEFAULT_FORMAT, DEFAULT_SEQLEN, FORMAT_WITH_EXPERTS, JobConfig
 from bigq.errors import UsageError
 from bigq.job.fit import Candidate, require_fit
 from bigq.job.rules import require_sound_rules
@@ -20,13 +20,23 @@ from bigq.model.description import ModelDescription
 from bigq.model.skeleton import linear_weight
 from bigq.model.structure import MIN_FEATURES
 from bigq.scheme import QuantScheme, scheme_for
+from bigq.vocabulary import FormatName
 
 
 def require_format(config: JobConfig) -> None:
     """Raise UsageError where the format cannot hold what the job's method produces."""
     formats = method_of(config).formats
-    if config.format not in formats:
+    if config.format is not None and config.format not in formats:
         raise UsageError(f"--format {config.format}: {config.method} writes {', '.join(formats)}; use --format {formats[0]}")
+
+
+def _settled_format(model: ModelDescription, config: JobConfig) -> FormatName:
+    """The job's format: the given one, or the one that most readers of such a model take."""
+    if config.format is not None:
+        return config.format
+    usual = FORMAT_WITH_EXPERTS if model.has_experts else DEFAULT_FORMAT
+    formats = method_of(config).formats
+    return usual if usual in formats else formats[0]
 
 
 def row_length(model_config: object, config: JobConfig) -> int:
@@ -39,8 +49,20 @@ def row_length(model_config: object, config: JobConfig) -> int:
     return config.seqlen
 
 
-def settled_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme:
-    """The job's scheme with all settings decided. Raises UsageError if its scales would not fit the format."""
+def settled(model: ModelDescription, config: JobConfig) -> JobConfig:
+    """The job with its format and its scheme decided. Raises UsageError if the method does not take such a model, or if its scales would
+    not fit the format."""
+    if method_of(config).passes > 1 and model.has_experts:
+        raise UsageError(
+            f"--method {config.method}: takes no models with experts, whose tokens are routed differently in the unquantized model; use "
+            "--method gptq"
+        )
+    config = dataclasses.replace(config, format=_settled_format(model, config))
+    return dataclasses.replace(config, scheme=_settled_scheme(model, config))
+
+
+def _settled_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme:
+    """The scheme of a job whose format is settled, with all settings decided. Raises UsageError if its scales would not fit the format."""
     ordered = config.scheme.act_order and method_of(config).calibrated  # without a Hessian there is no other order than the natural one
     return dataclasses.replace(config.scheme, act_order=ordered, scale_bits=_scale_bits(model, config))
 
@@ -54,8 +76,8 @@ def _scale_bits(model: ModelDescription, config: JobConfig) -> int:
     if asked is not None:
         if asked > of_type and config.made.scales_as_weights:
             raise UsageError(
-                f"--scale-bits {asked}: {model.folder} is bf16, so --format {config.format} stores scales in bf16, which holds {of_type} "
-                f"significant bits; use --scale-bits {of_type}, or leave it out"
+                f"--scale-bits {asked}: {model.folder} is bf16, so --format {config.output_format} stores scales in bf16, which holds "
+                f"{of_type} significant bits; use --scale-bits {of_type}, or leave it out"
             )
         return asked
     asymmetric = not config.scheme.symmetric or any((rule.overrides or {}).get("sym") is False for rule in config.rules)

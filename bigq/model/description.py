@@ -13,6 +13,7 @@ from bigq.errors import UnsupportedModelError
 from bigq.io.index import TensorInfo
 from bigq.model import skeleton
 from bigq.model.blocks import find_blocks
+from bigq.model.experts.bank import bank_modules
 from bigq.model.experts.naming import ExpertLinear
 
 
@@ -35,6 +36,11 @@ class ModelDescription:
         self.expert_linears: Mapping[str, Mapping[str, ExpertLinear]] = expert_linears or {}
         self.folder, self.config, self.model, self.sources = folder, config, model, sources
         self.blocks_path, self.blocks = find_blocks(model)
+
+    @functools.cached_property
+    def has_experts(self) -> bool:
+        """Whether the model has banks of experts, quantized or not."""
+        return bool(bank_modules(self.model))
 
     @functools.cached_property
     def linears(self) -> tuple[str, ...]:

@@ -191,6 +191,11 @@ class Pager(ModelDescription):
         assert isinstance(source, PackedSource), f"{name} is not packed"
         return source
 
+    def packed_sources(self) -> dict[str, PackedSource]:
+        """Every packed Linear by its module name, and every packed matrix of an expert by its name in the checkpoint."""
+        found = {name.removesuffix(".weight"): self.packed_source(name) for name in self.packed}
+        return found | {module_of(source.prefix): source for bank in self.banks.values() for source in bank.packed()}
+
     def block_names(self, i: int) -> list[str]:
         """Names of the parameters and persistent buffers of block i, without the matrices of experts."""
         return self._block_names[i]

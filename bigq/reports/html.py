@@ -170,7 +170,7 @@ def settings(config: JobConfig) -> list[tuple[str, object]]:
     if config.rules:
         pairs.append(("rules", join((element("code", rule) for rule in _rules(config)), " ")))
     shards = ": model.gguf, and shards in gptq_v2" if config.format == "gguf" else ""
-    pairs.append(("format", config.format + shards))
+    pairs.append(("format", config.output_format + shards))
     if calibrated:
         text = "data given in Python" if config.calibration == GIVEN else config.calibration
         rows = f"{config.samples} × {config.seqlen} tokens of {text}, seed {config.seed}"

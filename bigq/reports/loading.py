@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from bigq.config import JobConfig
 from bigq.inspect.history import History
+from bigq.io.formats.base import bank_of
 from bigq.io.formats.readers import Kind, Written, fused_linears, readers_of, verdicts
 from bigq.reports.markdown import block
 
@@ -22,7 +23,9 @@ def loads_with_transformers(history: History) -> bool:
         return True
     if "transformers" not in readers_of(config.made.name):
         return False
-    return not _is_gptq(config) or (history.head is None and not _sizes_differ(history))
+    if _is_gptq(config):
+        return history.head is None and not _sizes_differ(history) and not _written(history, config).experts
+    return _refusal_of("transformers", history, config) is None
 
 
 def loading(history: History) -> Iterator[str]:
@@ -40,7 +43,11 @@ def loading(history: History) -> Iterator[str]:
     if _is_gptq(config):
         yield from _gptq(history, config)
     elif "compressed-tensors" in readers:
-        yield from _compressed_tensors(config, _schemes(history, config))
+        refusal = _refusal_of("transformers", history, config) if _written(history, config).experts else None
+        if refusal is None:
+            yield from _compressed_tensors(config, _schemes(history, config))
+        else:
+            yield f"{refusal}.\n"
     elif "transformers" in readers:
         yield "With transformers:\n"
         yield _transformers(config.trust_remote_code)
@@ -101,6 +108,7 @@ def _gptq(history: History, config: JobConfig) -> Iterator[str]:
             )
     else:
         why = ["gives all Linears the same bits and group size"] if _sizes_differ(history) else []
+        why += ["leaves experts random"] * bool(_written(history, config).experts)
         why += ["takes no quantized output head"] if history.head is not None else []
         can = "GPTQModel by itself can (`pip install gptqmodel`)"
         yield f"transformers cannot load this checkpoint: it reads GPTQ by way of optimum, which {' and '.join(why)}. {can}" + (
@@ -158,12 +166,19 @@ def _written(history: History, config: JobConfig) -> Written:
     left_out = [left.name if left.block is None else f"{left.block}.{left.name}" for left in history.left_out]
     kinds = {name: Kind(each.bits, each.group_size, bool(each.symmetric)) for name, each in zip(names, history.linears, strict=True)}
     return Written(
-        format=config.format,
+        format=config.output_format,
         base=Kind.of(config.scheme),
         kinds=frozenset(kinds.values()),
         head=history.head is not None,
+        experts=frozenset(kind for name, kind in kinds.items() if bank_of(f"model.{name}") is not None),
         split=any(len({kinds.get(part) for part in fused.parts}) > 1 for fused in fused_linears([*names, *left_out])),
     )
+
+
+def _refusal_of(reader: str, history: History, config: JobConfig) -> str | None:
+    """Why a reader does not load the folder, without advice; None if it does."""
+    verdict = next((each for each in verdicts(_written(history, config)) if each.reader == reader), None)
+    return None if verdict is None or verdict.loads else verdict.note.partition(";")[0]
 
 
 def _converted(history: History, config: JobConfig) -> str:

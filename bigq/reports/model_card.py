@@ -205,7 +205,7 @@ def _settings(history: History, config: JobConfig) -> Iterator[tuple[str, str]]:
         what = "unquantized" if rule.overrides is None else ", ".join(f"{k} {v}" for k, v in rule.overrides.items())
         yield f"Linears that match {code(rule.pattern)}", what
     yield "output head", _head(history, config)
-    yield "checkpoint format", code(config.format) + (f": {GGUF_NAME}, and shards in `gptq_v2`" if config.format == "gguf" else "")
+    yield "checkpoint format", code(config.output_format) + (f": {GGUF_NAME}, and shards in `gptq_v2`" if config.format == "gguf" else "")
 
 
 def _head(history: History, config: JobConfig) -> str:

@@ -23,7 +23,7 @@ from bigq.io.hub import resolve_model
 from bigq.job.journal import read_job, require_job_folder
 from bigq.job.owner import refuse_if_held
 from bigq.job.request import compare, make_request, require_same_code
-from bigq.job.settle import check_shapes, require_format, row_length, settled_scheme
+from bigq.job.settle import check_shapes, require_format, row_length, settled
 from bigq.job.stop import Stop
 from bigq.machine.device import choose_device
 from bigq.methods import method_of
@@ -85,8 +85,8 @@ def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Tar
     begun = read_job(out)
     before = None if begun is None else JobConfig.from_frozen(begun.get("settings"), f"{out}: its job.json")
     config = config or before or JobConfig()
-    if config.batch is None and before is not None:
-        config = dataclasses.replace(config, batch=before.batch)
+    if before is not None:
+        config = dataclasses.replace(config, batch=config.batch or before.batch, format=config.format or before.format)
     require_format(config)
     device = choose_device(config.device)
     refuse_if_held(out / STATE_FOLDER)
@@ -112,7 +112,7 @@ def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
     pager = Pager(target.folder, device=target.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     stamps = Stamps({target.folder / "config.json", *(info.file for info in pager.checkpoint.tensors.values())})
     require_unpacked(target.folder)
-    config = dataclasses.replace(config, seqlen=row_length(pager.config, config), scheme=settled_scheme(pager, config))
+    config = settled(pager, dataclasses.replace(config, seqlen=row_length(pager.config, config)))
     check_shapes(pager, config)
     head = head_to_quantize(pager, config)
     if config.format == "gguf":

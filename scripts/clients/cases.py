@@ -3,7 +3,7 @@
 The folder of a case holds
 
     model/                  the source, in fp16: the same values whether it is read in fp16 or fp32
-    out/                    bigq's output, quantized on 16 × 40 random tokens
+    out/                    bigq's output, quantized on 16 × 40 random tokens, with experts on 64 × 40
     expected.safetensors    ids int64 [N, T]; logits fp32 [N, T, V] of the dense model with bigq's dequantized weights, rounded to
                             fp16 as readers store them, computed in fp32; weight.NAME fp32 [outputs, inputs] of every packed
                             Linear, not rounded
@@ -29,20 +29,41 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from models import linear_module, logits_of, make_checkpoint, matrix, put_matrix, random_ids, reference_model, save_ids, word_tokenizer
+from models import linear_module, logits_of, make_checkpoint, matrix, random_ids, reference_model, save_ids, word_tokenizer
+from moe_families import MOE_FAMILIES, moe_model
 
 from bigq.cli.main import main as bigq
+from bigq.io.reader import read_tensor
+from bigq.io.sources.base import Source
+from bigq.io.sources.packed import PackedSource
 from bigq.kernels.grid import GridSpec, find_grid
 from bigq.model.pager import Pager
+from bigq.model.skeleton import is_linear
 
+#: Sizes of models with experts that vLLM's kernel for experts takes.
+_EXPERTS: Mapping[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64, "head_dim": 32}
 #: Sizes that are multiples of all group sizes used here; the tests' own models have an intermediate size of 96.
-SIZES: Mapping[str, dict[str, Any]] = {
+SIZES: Mapping[str, Mapping[str, Any]] = {
     "llama": {"intermediate_size": 128},
     "qwen2": {"intermediate_size": 128},
     "opt": {"ffn_dim": 128},
     "bloom": {},
+    **dict.fromkeys(MOE_FAMILIES, _EXPERTS),
+    "mixtral": _EXPERTS | {"intermediate_size": 64, "sliding_window": None},
+    "deepseek_v3": _EXPERTS
+    | {
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
+        "num_key_value_heads": 4,
+        "topk_method": "noaux_tc",
+    },
 }
-CALIBRATION = ("--samples", "16", "--seqlen", "40", "--dtype", "float32")
+CALIBRATION = ("--seqlen", "40", "--dtype", "float32")
+#: Rows of calibration; an expert sees only the tokens that are routed to it.
+ROWS, ROWS_WITH_EXPERTS = 16, 64
 EVALUATED_ROWS = 4
 
 #: Largest error of a weight, relative to the error of rounding to nearest.
@@ -92,11 +113,16 @@ def prepare(case: Case, work: Path) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    values = {**SIZES.get(case.family, {}), **case.model}
     with silent():
-        make_checkpoint(folder / "model", case.family, dtype=torch.float16, **{**SIZES.get(case.family, {}), **case.model})
+        if case.family in MOE_FAMILIES:
+            moe_model(case.family, torch.float16, **values).save_pretrained(folder / "model")
+        else:
+            make_checkpoint(folder / "model", case.family, dtype=torch.float16, **values)
     word_tokenizer().save_pretrained(folder / "model")
-    save_ids(folder / "calibration.safetensors", random_ids())
-    quantize(folder, case.flags)
+    rows = ROWS_WITH_EXPERTS if case.family in MOE_FAMILIES else ROWS
+    save_ids(folder / "calibration.safetensors", random_ids(rows))
+    quantize(folder, ("--samples", str(rows), *case.flags))
     packed = write_expected(folder)
     described.write_text(json.dumps({"settings": settings, "packed": packed, **case.reader}, indent=2) + "\n")
     return folder
@@ -110,7 +136,7 @@ def quantize(folder: Path, flags: tuple[str, ...]) -> None:
 
 
 def dequantized(out: Path) -> Iterator[tuple[str, Tensor]]:
-    """(module name, fp32 [outputs, inputs]) of every packed Linear, as bigq dequantizes it."""
+    """(name, fp32 [outputs, inputs]) of every packed Linear, as bigq dequantizes it; matrices of experts have their names in the file."""
     pager = Pager(out, device=torch.device("cpu"), dtype="float32")
     for i in range(len(pager.blocks)):
         pager.load_block(i)
@@ -118,8 +144,29 @@ def dequantized(out: Path) -> Iterator[tuple[str, Tensor]]:
             if name in pager.packed:
                 yield name.removesuffix(".weight"), pager.model.get_parameter(name).detach().clone()
         pager.evict_block(i)
+    for source, _, _, _ in experts(pager):
+        if isinstance(source, PackedSource):
+            yield source.name.removesuffix(".weight"), source.value(read_tensor, torch.device("cpu"), torch.float32)
     if f"{pager.head_name}.weight" in pager.packed:
         yield pager.head_name, pager.dequantized(f"{pager.head_name}.weight")
+
+
+def experts(pager: Pager) -> Iterator[tuple[Source, str, int, slice]]:
+    """(source, parameter, expert, rows of its part) of every matrix of every expert."""
+    for path, bank in pager.banks.items():
+        for key, sources in bank.sources.items():
+            for e, source in enumerate(sources):
+                rows = pager.model.get_parameter(f"{path}.{key}").shape[1] // len(source.parts)
+                for i, part in enumerate(source.parts):
+                    yield part, f"{path}.{key}", e, slice(i * rows, (i + 1) * rows)
+
+
+def weights_in(model: torch.nn.Module, source: Path) -> dict[str, Tensor]:
+    """Views of a model's matrices [outputs, inputs], by name: of Linears, and of experts as the checkpoint ``source`` names them."""
+    found = {name: matrix(linear_module(model, name)) for name, module in model.named_modules() if is_linear(module)}
+    for stored, parameter, e, rows in experts(Pager(source, device=torch.device("cpu"))):
+        found[stored.name.removesuffix(".weight")] = model.get_parameter(parameter).data[e, rows]
+    return found
 
 
 def write_expected(folder: Path) -> list[str]:
@@ -127,10 +174,13 @@ def write_expected(folder: Path) -> list[str]:
     weights = dict(dequantized(folder / "out"))
     with silent():
         model = reference_model(folder / "model")
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")
     records = {r["name"]: r for r in map(json.loads, (folder / "out/.bigq/linears.jsonl").read_text().splitlines())}
+    places = weights_in(model, folder / "model")
     for name, weight in weights.items():
-        require_near(name, weight, matrix(linear_module(model, name)), records[name]["bits"], records[name]["group_size"])
-        put_matrix(linear_module(model, name), weight.to(torch.float16).float())
+        require_near(name, weight, places[name], records[name]["bits"], records[name]["group_size"])
+        places[name].copy_(weight.to(torch.float16))
     ids = random_ids(EVALUATED_ROWS, seed=1)
     logits = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
     tensors = {"ids": ids, "logits": logits} | {f"weight.{name}": weight.contiguous() for name, weight in weights.items()}

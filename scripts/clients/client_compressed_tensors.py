@@ -39,13 +39,30 @@ SPECIAL: tuple[tuple[str, str, dict[str, Any], tuple[str, ...]], ...] = (
 )
 
 
+#: Models with experts: (name, family, options).
+_EIGHT, _EXPERTS_ONLY = flags(8, 32, True), ("--skip", r".*self_attn", "--skip", r".*shared_experts")
+EXPERTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    *((f"{family}-4bit-g32-sym", family, _FOUR) for family in ("qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3")),
+    ("qwen3_moe-8bit-g32-sym", "qwen3_moe", _EIGHT),
+    ("qwen3_moe-3bit-row-sym", "qwen3_moe", flags(3, -1, True)),
+    ("qwen3_moe-2bit-g64-sym-act", "qwen3_moe", flags(2, 64, True, act_order=True)),
+    ("mixtral-attention-8bit-sym", "mixtral", (*_FOUR, "--rule", r".*self_attn.*:bits=8")),
+    ("qwen3_moe-experts-8bit-sym", "qwen3_moe", (*_FOUR, "--rule", r".*\.experts:bits=8")),
+    ("deepseek_v3-experts-only-sym", "deepseek_v3", (*_FOUR, *_EXPERTS_ONLY)),
+    ("qwen3_moe-4bit-g32-asym-experts", "qwen3_moe", flags(4, 32, False)),
+    ("qwen3_moe-attention-only", "qwen3_moe", (*_FOUR, "--skip", r".*\.experts")),
+    ("qwen3_moe-experts-of-two-schemes", "qwen3_moe", (*_FOUR, "--rule", r".*\.0\.mlp\.experts:bits=8")),
+)
+
+
 def make_cases() -> tuple[Case, ...]:
     cases = []
     for i, (bits, sym, act_order) in enumerate(itertools.product(BITS, (True, False), (False, True))):
         cases.append(_case("llama", bits, GROUPS[(i + i // 4) % 3], sym, act_order))
     for family, (bits, sym) in itertools.product(("qwen2", "opt", "bloom"), ((4, True), (8, True), (3, False), (4, False))):
         cases.append(_case(family, bits, 32, sym, False))
-    return (*cases, *(Case(name=n, family=f, model=m, flags=given, reader={"routes": ROUTES}) for n, f, m, given in SPECIAL))
+    cases += [Case(name=n, family=f, model=m, flags=given, reader={"routes": ROUTES}) for n, f, m, given in SPECIAL]
+    return (*cases, *(Case(name=n, family=f, flags=given, reader={"routes": ROUTES}) for n, f, given in EXPERTS))
 
 
 def _case(family: str, bits: int, group_size: int, sym: bool, act_order: bool) -> Case:
@@ -71,10 +88,17 @@ def fails(row: dict[str, Any]) -> str | None:
     return None
 
 
+LIMITS = {
+    r"^transformers/.*-asym-experts$": "transformers unpacks experts without zero points",
+    r"^transformers/.*-attention-only$": "transformers takes all experts for packed ones",
+    r"^transformers/.*-two-schemes$": "transformers unpacks all experts by one scheme",
+}
+
 CLIENT = Client(
     name="compressed-tensors",
     reader="reader_compressed_tensors.py",
     cases=make_cases(),
     fails=fails,
+    limits=LIMITS,
     environment={"PYTHONWARNINGS": "ignore"},
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+#: Names of an expert's matrices in files → the parameter in which transformers holds those of all experts, and which part of it they are.
+EXPERT_PARTS = {
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+    "down_proj": ("down_proj", 0),
+    "w1": ("gate_up_proj", 0),
+    "w3": ("gate_up_proj", 1),
+    "w2": ("down_proj", 0),
+}
 PACKAGES = ("compressed-tensors", "transformers", "torch", "accelerate", "safetensors")
 
 
@@ -37,8 +47,24 @@ def read_all(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def expert_weights(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """The matrices of experts that transformers holds, by their names in the file."""
+    held = {}
+    for name in names:
+        found = re.search(r"\.layers\.(\d+)\..*experts\.(\d+)\.(\w+)$", name)
+        if found is None:
+            continue
+        parameter, part = EXPERT_PARTS[found[3]]
+        (whole,) = (p for n, p in model.named_parameters() if re.search(rf"\.layers\.{found[1]}\..*experts\.{parameter}$", n))
+        rows = whole.detach()[int(found[2])]
+        held[name] = rows.chunk(2)[part] if parameter == "gate_up_proj" else rows
+    return held
+
+
 def by_transformers(folder: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Any]:
-    model, info = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float16, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder / "out", dtype=torch.float16, experts_implementation="eager", output_loading_info=True
+    )
     model.eval()
     packed = sum(hasattr(module, "weight_packed") for module in model.modules())
     with torch.no_grad():
@@ -48,9 +74,11 @@ def by_transformers(folder: Path, tensors: dict[str, Tensor], expected: dict[str
     difference = (got - tensors["logits"]).abs()
     weights = dict(model.named_parameters())
     held = {name: weights[f"{name}.weight"].detach().float() for name in expected if f"{name}.weight" in weights}
+    experts = expert_weights(model, list(expected))
+    held |= {name: weight.float() for name, weight in experts.items()}
     return {
         **{key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")},
-        "linears": packed,
+        "linears": packed + len(experts),
         "linears_expected": len(expected),
         "weights_equal": sum(torch.equal(weight, expected[name].half().float()) for name, weight in held.items()),
         "logits_max_abs_diff": float(difference.max()),

@@ -51,6 +51,7 @@ OPTIONS = (
         bf16,
     ),
     Case("--lm-head: {} has the input embedding's weight", PLAN + " --lm-head", family="tied"),
+    Case("whose tokens are routed differently in the unquantized model; use --method gptq", PLAN + " --method gptaq", family="mixtral"),
     Case("use {}", PLAN + " --group-size 64"),
     Case("use {}", PLAN + " --format gguf --bits 3"),
     Case("use {}", PLAN + " --format compressed-tensors --group-size 128", family="gpt2"),

@@ -17,6 +17,11 @@ class Left:
 NO_MESSAGE = "no message: help, a title, a note of a state, or a part of another text"
 NOT_FOLLOWED: tuple[Left, ...] = (
     Left(
+        "a note about a reader in a plan, and no error",
+        ("io/formats/test_readers.py::test_asymmetric_experts_become_symmetric_ones",),
+        ("asymmetric experts of {} bits in {}; use --sym",),
+    ),
+    Left(
         "a warning, whose advice is about config.json",
         ("e2e/test_extras.py::test_a_tied_head_with_other_values_is_used_and_named",),
         (

@@ -17,6 +17,10 @@ NAMES = [f"model.layers.{i}.{part}" for i in range(3) for part in PARTS]
 MLA = [f"model.layers.{i}.self_attn.{part}" for i in range(2) for part in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")]
 
 
+EXPERTS = [f"model.layers.{i}.mlp.experts.{e}.{part}_proj" for i in range(2) for e in range(3) for part in ("gate", "up", "down")]
+WITH_EXPERTS = [*NAMES, *EXPERTS]
+
+
 def rule(text: str) -> Rule:
     """ "-PATTERN" skips; else as --rule takes it."""
     return Rule(text[1:], None) if text.startswith("-") else Rule.parse(text)
@@ -185,3 +189,32 @@ def test_counts_and_their_words() -> None:
     assert count_words(counts) == ["9 Linears at 8 bits", "3 asymmetric in whole rows", "3 left out"]
     assert count_words(rule_counts(NAMES, ())) == []
     assert count_words(rule_counts(NAMES[:1], (Rule.parse(".*:mse=true,damping=0.5"),))) == ["1 Linear with mse with damping 0.5"]
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize(
+    "text", [r"-.*experts\.2\.", r".*experts\.\d+\.down_proj:bits=8", ".*down_proj:bits=8", "-model.layers.1.mlp.experts.0.gate_proj"]
+)
+def test_rules_treat_all_experts_of_a_layer_alike(text: str, format: str) -> None:
+    said = refusal(text, format=format, names=WITH_EXPERTS)
+    assert said is not None and "readers such as vLLM load gate_proj, up_proj and down_proj of all experts of a layer together" in said
+    pattern = advised(said)
+    again = f"-{pattern}" if text.startswith("-") else f"{pattern}:bits=8"
+    assert refusal(again, format=format, names=WITH_EXPERTS) is None
+    decided = {name for name in WITH_EXPERTS if re.match(pattern, name)}
+    assert decided >= {name for name in WITH_EXPERTS if re.match(rule(text).pattern, name)} and decided >= set(EXPERTS)
+
+
+@pytest.mark.parametrize("text", [r"-.*\.experts\..*", r".*mlp\.experts\.\d:bits=8"])
+def test_gptq_rules_match_the_name_of_a_bank_too(text: str) -> None:
+    """vLLM looks experts up under the name of all of them, skipped ones too."""
+    assert refusal(text, format="compressed-tensors", names=WITH_EXPERTS) is None
+    said = refusal(text, names=WITH_EXPERTS)
+    assert said is not None and "vLLM looks for gate_proj, up_proj and down_proj of all experts of a layer under the name experts" in said
+    assert advised(said) == r".*\.experts"
+
+
+@pytest.mark.parametrize("text", [r"-.*\.experts", r".*\.experts:bits=8", r".*\.1\.mlp\.experts:bits=8", "-.*self_attn"])
+def test_rules_for_whole_banks_are_sound(text: str) -> None:
+    for format in ("gptq", "compressed-tensors"):
+        assert refusal(text, format=format, names=WITH_EXPERTS) is None

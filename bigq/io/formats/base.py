@@ -7,6 +7,7 @@ computes does not depend on the format.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,16 @@ from bigq.scheme import QuantScheme, Rule
 ALIGNMENT = 32
 #: Reasons that a refusal lists.
 REASONS = 3
+
+
+#: The name of a matrix of one expert; readers take all experts of a bank, the first group, as one module.
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.\w+")
+
+
+def bank_of(name: str) -> str | None:
+    """The path of the bank that holds a matrix of an expert, such as "model.layers.0.mlp.experts"; None for the name of a Linear."""
+    found = _EXPERT.fullmatch(name)
+    return None if found is None else found[1]
 
 
 class Misfit(NamedTuple):

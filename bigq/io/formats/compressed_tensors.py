@@ -18,7 +18,7 @@ Codes of 3 bits are packed as one bit stream, which the compressed-tensors packa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bigq.errors import CheckpointError, UnsupportedModelError, UsageError
-from bigq.io.formats.base import Format, PackedLinear, PackedWeight, Quantization, module_of, natural_groups, require_tensor
+from bigq.io.formats.base import Format, PackedLinear, PackedWeight, Quantization, bank_of, module_of, natural_groups, require_tensor
 from bigq.io.formats.gptq import check_scales, escaped
 from bigq.io.index import TensorInfo
 from bigq.io.json_file import show_name, show_value
@@ -35,6 +35,8 @@ from bigq.io.reader import read_tensor
 from bigq.kernels.pack import pack_any, unpack_any, whole_words, words_for
 from bigq.scheme import BITS, QuantScheme, Rule
 
+#: The target for all experts.
+EXPERTS = r"re:.*\.experts\.\d+\."
 #: Maximum number of targets, and of names to ignore, in a config.
 MAX_NAMES = 1_000_000
 #: Maximum number of patterns among them. Each may be matched against every Linear.
@@ -49,7 +51,7 @@ _STATUSES = (None, "compressed", "frozen")
 
 
 class CompressedTensors(Format):
-    """If Linears have different schemes, the config has one group per scheme, which lists its Linears by name.
+    """If Linears have different schemes, the config has one group per scheme, which lists its Linears by name, and experts by a pattern.
 
     A group with the target "Linear" would be wrong there: for a fused Linear, vLLM matches the fused name, then the class, and only
     then the names of the parts.
@@ -192,6 +194,8 @@ class CompressedTensors(Format):
             # By class. In vLLM the output head is not a "Linear", so it is named.
             targets = ["Linear"] if job.head is None else ["Linear", job.head]
             groups = dict.fromkeys(groups or [_kind(job.scheme)], targets)
+        else:
+            groups = {kind: _with_experts_by_pattern(names, groups) for kind, names in groups.items()}
         return {
             "quant_method": self.name,
             "format": "pack-quantized",
@@ -216,6 +220,13 @@ class CompressedTensorsGroupOrder(CompressedTensors):
 
 def _kind(scheme: QuantScheme) -> tuple[int, int, bool]:
     return scheme.bits, scheme.group_size, scheme.symmetric
+
+
+def _with_experts_by_pattern(names: Sequence[str], groups: Mapping[Any, Sequence[str]]) -> list[str]:
+    """The targets of one of the groups. If all experts have one scheme, a pattern stands for them, by which transformers finds it."""
+    experts = [name for name in names if bank_of(name) is not None]
+    alone = all(bank_of(name) is None for other in groups.values() if other is not names for name in other)
+    return [*(name for name in names if bank_of(name) is None), EXPERTS] if experts and alone else list(names)
 
 
 def _config_group(kind: tuple[int, int, bool], targets: list[str]) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
+from bigq.io.formats.base import bank_of
 from bigq.scheme import QuantScheme
 
 #: Linears that vLLM 0.32 loads as one, by the name of the one (``packed_modules_mapping`` of its model classes). Parts of one that
@@ -27,12 +29,14 @@ BY_FUSED_NAME: Mapping[str, bool] = {"gptq": True, "gptq_v2": True, "compressed-
 ALL_BITS = (2, 3, 4, 8)
 #: Group sizes that vLLM was run with or whose kernels name them; -1 is the whole row.
 VLLM_GROUPS = (-1, 32, 64, 128)
+#: Model types with experts whose packed checkpoints readers were run with.
+WITH_EXPERTS = ("qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3")
 #: Model types whose packed checkpoints readers were run with.
 RUN_FAMILIES: Mapping[str, tuple[str, ...]] = {
-    "transformers": ("llama", "qwen2", "opt", "bloom"),
-    "GPTQModel": ("llama", "qwen2", "opt", "bloom"),
-    "compressed-tensors": ("llama", "qwen2", "opt", "bloom"),
-    "vLLM": ("llama", "qwen2", "opt"),
+    "transformers": ("llama", "qwen2", "opt", "bloom", *WITH_EXPERTS),
+    "GPTQModel": ("llama", "qwen2", "opt", "bloom", "qwen3_moe", "deepseek_v3"),
+    "compressed-tensors": ("llama", "qwen2", "opt", "bloom", *WITH_EXPERTS),
+    "vLLM": ("llama", "qwen2", "opt", *WITH_EXPERTS),
     "llama.cpp": ("llama", "mistral", "qwen2", "qwen3"),
 }
 
@@ -57,6 +61,7 @@ class Written:
     format: the value of ``--format``. base: the default kind in the config; kinds: those of the packed Linears. family: the model type,
     None where it is not known. head: whether the output head is packed. transposed: whether Linears are stored transposed (GPT-2), which
     compressed-tensors cannot hold. split: whether parts of a fused Linear differ.
+    experts: the kinds of experts' matrices among them, None for banks of experts that stay unquantized; empty for models without experts.
     """
 
     format: str
@@ -66,6 +71,7 @@ class Written:
     head: bool = False
     transposed: bool = False
     split: bool = False
+    experts: frozenset[Kind | None] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +81,7 @@ class Row:
     group_sizes: None means any. mixed: whether Linears of one checkpoint may differ in bits and group size. head: whether the output head
     may be packed. fuses: whether the reader fuses Linears. not_families: model types that fail. not_base: the symmetry that
     must not be the config's default. needs: packages to install; kernel: the kernel on CUDA.
+    experts: whether it loads packed experts of these kinds; "alike": only if all experts of the model are packed, with one scheme.
     """
 
     reader: str
@@ -87,6 +94,7 @@ class Row:
     fuses: bool = False
     not_families: tuple[str, ...] = ()
     not_base: bool | None = None
+    experts: bool | Literal["alike"] = True
     needs: str = ""
     kernel: str = ""
 
@@ -101,13 +109,20 @@ class Row:
 _CT = ("compressed-tensors",)
 _GPTQ = ("gptq", "gptq_v2")
 ROWS: tuple[Row, ...] = (
-    Row(reader="transformers", formats=_GPTQ, mixed=False, head=False, needs="optimum, gptqmodel"),
-    Row(reader="transformers", formats=_CT, bits=(2, 4, 8), symmetric=(True,), needs="compressed-tensors"),
-    Row(reader="transformers", formats=_CT, bits=(3,), symmetric=(True,), needs="compressed-tensors>=0.18"),
-    Row(reader="transformers", formats=_CT, bits=(2, 4, 8), symmetric=(False,), needs="transformers<5.23"),
-    Row(reader="transformers", formats=_CT, bits=(3,), symmetric=(False,), needs="transformers<5.23, compressed-tensors>=0.18"),
-    Row(reader="GPTQModel", formats=("gptq",), not_base=False),
-    Row(reader="GPTQModel", formats=("gptq_v2",)),
+    Row(reader="transformers", formats=_GPTQ, mixed=False, head=False, experts=False, needs="optimum, gptqmodel"),
+    Row(reader="transformers", formats=_CT, bits=(2, 4, 8), symmetric=(True,), experts="alike", needs="compressed-tensors"),
+    Row(reader="transformers", formats=_CT, bits=(3,), symmetric=(True,), experts="alike", needs="compressed-tensors>=0.18"),
+    Row(reader="transformers", formats=_CT, bits=(2, 4, 8), symmetric=(False,), experts=False, needs="transformers<5.23"),
+    Row(
+        reader="transformers",
+        formats=_CT,
+        bits=(3,),
+        symmetric=(False,),
+        experts=False,
+        needs="transformers<5.23, compressed-tensors>=0.18",
+    ),
+    Row(reader="GPTQModel", formats=("gptq",), not_families=("glm4_moe", "mixtral"), not_base=False),
+    Row(reader="GPTQModel", formats=("gptq_v2",), not_families=("glm4_moe", "mixtral")),
     Row(reader="compressed-tensors", formats=_CT, bits=(2, 4, 8)),
     Row(reader="compressed-tensors", formats=_CT, bits=(3,), needs="compressed-tensors>=0.18"),
     Row(
@@ -147,6 +162,7 @@ ROWS: tuple[Row, ...] = (
         group_sizes=VLLM_GROUPS,
         fuses=True,
         not_families=("bloom",),
+        experts=False,
         kernel="Machete or Conch",
     ),
     Row(
@@ -238,6 +254,8 @@ def _refusal(written: Written, format: str, row: Row, used: Mapping[Kind, Row | 
     if written.split and row.fuses:
         return f"{here} whose fused Linears have parts that differ"
     other = _advice(written, "compressed-tensors")
+    if (reason := _refused_experts(written, here, row, used)) is not None:
+        return reason
     if row.not_base is not None and written.base.symmetric == row.not_base:
         what = "symmetric" if row.not_base else "asymmetric"
         return f"{what} {here}{_advice(written, 'gptq_v2')}"
@@ -256,6 +274,22 @@ def _refusal(written: Written, format: str, row: Row, used: Mapping[Kind, Row | 
     return None
 
 
+def _refused_experts(written: Written, here: str, row: Row, used: Mapping[Kind, Row | None]) -> str | None:
+    """What is said of packed experts that a reader cannot load, or loads wrongly. row: the reader's first row."""
+    packed = sorted((kind for kind in written.experts if kind is not None), key=lambda k: (k.bits, k.group_size, k.symmetric))
+    if packed and row.experts is False:
+        return f"experts in {here}: it leaves them random{_advice(written, 'compressed-tensors')}"
+    for kind in packed:
+        found = used[kind]
+        if found is not None and found.experts is False:
+            return f"asymmetric experts of {kind.bits} bits in {here}; use --sym"
+    if row.experts == "alike" and None in written.experts:
+        return f"unquantized experts beside packed Linears in {here}"
+    if row.experts == "alike" and len(packed) > 1:
+        return f"experts of several schemes in {here}: it unpacks all of them by one"
+    return None
+
+
 def _advice(written: Written, format: str) -> str:
     """Advice, if it works: a GGUF job cannot follow it, and compressed-tensors cannot hold transposed Linears."""
     if written.format == "gguf" or (format == "compressed-tensors" and written.transposed):
@@ -265,29 +299,44 @@ def _advice(written: Written, format: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FusedLinear:
-    """Linears of one module that a reader loads as one. name: of the fused Linear; parts: full module names of the Linears."""
+    """Linears of one module, or matrices of all experts of a bank, that a reader loads as one.
+
+    name: of the fused Linear or the bank; parts: full names of the Linears or matrices. experts: whether it is a bank.
+    """
 
     name: str
     parts: tuple[str, ...]
+    experts: bool = False
 
     @property
     def last_names(self) -> tuple[str, ...]:
-        return tuple(part.rpartition(".")[2] for part in self.parts)
+        return tuple(dict.fromkeys(part.rpartition(".")[2] for part in self.parts))
+
+    @property
+    def said(self) -> str:
+        """The parts in a message."""
+        *others, last = self.last_names
+        named = f"{', '.join(others)} and {last}" if others else last
+        return f"{named} of all experts of a layer" if self.experts else named
 
 
 def fused_linears(names: Iterable[str]) -> tuple[FusedLinear, ...]:
-    """The fused Linears among ``names``: at least two parts in one module, which share their input."""
+    """The fused Linears among ``names``: at least two parts in one module, which share their input. Then banks of experts."""
     whole_of = {part: whole for whole, parts in FUSED.items() for part in parts}
     found: dict[tuple[str, str], list[str]] = {}
+    banks: dict[str, list[str]] = {}
     for name in names:
         module, _, last = name.rpartition(".")
-        if last in whole_of:
+        if (bank := bank_of(name)) is not None:
+            banks.setdefault(bank, []).append(name)
+        elif last in whole_of:
             found.setdefault((module, whole_of[last]), []).append(name)
-    return tuple(
+    linears = (
         FusedLinear(name=f"{module}.{whole}" if module else whole, parts=tuple(parts))
         for (module, whole), parts in found.items()
         if len(parts) > 1
     )
+    return (*linears, *(FusedLinear(name=bank, parts=tuple(parts), experts=True) for bank, parts in banks.items()))
 
 
 def markdown_table() -> str:
@@ -297,7 +346,12 @@ def markdown_table() -> str:
         zeros = "both" if len(row.symmetric) > 1 else "symmetric" if row.symmetric[0] else "asymmetric"
         limits = [f"needs {row.needs}"] * bool(row.needs) + [f"CUDA kernel: {row.kernel}"] * bool(row.kernel)
         limits += ["one bit width and group size for all"] * (not row.mixed) + ["no packed output head"] * (not row.head)
-        limits += ["not with --asym"] * (row.not_base is False) + [f"not {', '.join(row.not_families)}"] * bool(row.not_families)
+        limits += ["no packed experts"] * (row.experts is False)
+        limits += (
+            ["all experts packed, with one scheme"] * (row.experts == "alike")
+            + ["not with --asym"] * (row.not_base is False)
+            + [f"not {', '.join(row.not_families)}"] * bool(row.not_families)
+        )
         sizes = "any" if row.group_sizes is None else ", ".join("whole row" if size == -1 else str(size) for size in row.group_sizes)
         if row.formats == ("gguf",):
             sizes, limits = "multiples of 32, whole row", ["8 bits: symmetric"]

@@ -95,6 +95,11 @@ class StoredBank:
                 found |= dict.fromkeys([info.name for info in sources[e].tensors] if whole is None else [whole.name])
         return list(found)
 
+    def packed(self) -> Iterator[PackedSource]:
+        """The packed matrices of its experts."""
+        for sources in self.sources.values():
+            yield from (part for source in sources for part in source.parts if isinstance(part, PackedSource))
+
     def linears(self) -> dict[str, ExpertLinear]:
         """Every matrix of every expert by its name in the output."""
         return {

@@ -21,7 +21,7 @@ from bigq.io.side_files import side_files
 from bigq.io.sources.plain import PlainSource
 from bigq.job.journal import read_job
 from bigq.job.request import require_same_code
-from bigq.job.settle import check_shapes, head_scheme, require_format, row_length, settled_scheme
+from bigq.job.settle import check_shapes, head_scheme, require_format, row_length, settled
 from bigq.kernels.pick import compiled_bytes, load_compiled
 from bigq.machine.budget import GPU_RESERVE, disk_budget, gpu_budget, host_budget
 from bigq.machine.ceilings import KNOWN, Ceilings, measure
@@ -133,8 +133,8 @@ def _file_system(folder: Path) -> int:
 
 
 def _checked(model: ModelDescription, config: JobConfig) -> JobConfig:
-    """The job with its scheme settled. Raises UsageError or UnsupportedModelError if ``quantize`` would refuse it."""
-    config = dataclasses.replace(config, scheme=settled_scheme(model, config))
+    """The job with its format and scheme settled. Raises UsageError or UnsupportedModelError if ``quantize`` would refuse it."""
+    config = settled(model, config)
     check_shapes(model, config)
     head_scheme(model, config)
     if config.format == "gguf":

@@ -26,15 +26,17 @@ def output_of(shape: ModelShape, work: Work, config: JobConfig) -> Output:
     names = shape.linear_names()
     head = [shape.head.name] if work.lm_head and shape.head is not None else []
     experts = shape.experts()
-    schemes = [work.scheme(name) for name in (*names, *experts, *head)]
+    of_experts = {work.scheme(name) for name in experts}
+    schemes = [*(work.scheme(name) for name in (*names, *head)), *of_experts]
     readers = verdicts(
         Written(
-            format=config.format,
+            format=config.output_format,
             base=Kind.of(config.scheme),
             kinds=frozenset(Kind.of(scheme) for scheme in schemes if scheme is not None),
             family=shape.family,
             head=any(work.scheme(name) is not None for name in head),
             transposed=shape.transposed,
+            experts=frozenset(None if scheme is None else Kind.of(scheme) for scheme in of_experts),
             split=splits([*names, *experts], config.base_scheme, config.rules),
         )
     )

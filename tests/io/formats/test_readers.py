@@ -117,6 +117,88 @@ def test_what_depends_on_more_than_the_kind() -> None:
     assert said("gguf", split=True)[1] == ["vLLM does not load gptq_v2 shards whose fused Linears have parts that differ"]
 
 
+EIGHT = Kind(8, 128, True)
+
+
+@pytest.mark.parametrize(
+    ("format", "kinds", "changes", "loads", "refuses"),
+    [
+        ("compressed-tensors", (FOUR,), {}, ["transformers", "compressed-tensors", "vLLM"], []),
+        (
+            "gptq",
+            (FOUR,),
+            {},
+            ["GPTQModel", "vLLM"],
+            ["transformers does not load experts in gptq: it leaves them random; use --format compressed-tensors"],
+        ),
+        (
+            "gptq",
+            (FOUR,),
+            {"family": "mixtral"},
+            ["vLLM"],
+            [
+                "transformers does not load experts in gptq: it leaves them random; use --format compressed-tensors",
+                "GPTQModel does not load gptq of mixtral models",
+            ],
+        ),
+        (
+            "compressed-tensors",
+            (Kind(4, 128, False),),
+            {},
+            ["compressed-tensors", "vLLM"],
+            ["transformers does not load asymmetric experts of 4 bits in compressed-tensors; use --sym"],
+        ),
+        (
+            "compressed-tensors",
+            (Kind(8, 128, False),),
+            {},
+            ["compressed-tensors"],
+            [
+                "transformers does not load asymmetric experts of 8 bits in compressed-tensors; use --sym",
+                "vLLM does not load asymmetric experts of 8 bits in compressed-tensors; use --sym",
+            ],
+        ),
+        ("compressed-tensors", (Kind(3, 128, True),), {}, ["transformers", "compressed-tensors", "vLLM"], []),
+        (
+            "compressed-tensors",
+            (FOUR, EIGHT),
+            {},
+            ["compressed-tensors", "vLLM"],
+            ["transformers does not load experts of several schemes in compressed-tensors: it unpacks all of them by one"],
+        ),
+        ("compressed-tensors", (FOUR, EIGHT), {"experts": frozenset([EIGHT])}, ["transformers", "compressed-tensors", "vLLM"], []),
+        (
+            "compressed-tensors",
+            (FOUR,),
+            {"experts": frozenset([None])},
+            ["compressed-tensors", "vLLM"],
+            ["transformers does not load unquantized experts beside packed Linears in compressed-tensors"],
+        ),
+        ("gptq", (FOUR,), {"experts": frozenset([None])}, ["transformers", "GPTQModel", "vLLM"], []),
+    ],
+)
+def test_who_loads_experts(format: str, kinds: tuple[Kind, ...], changes: dict[str, object], loads: list[str], refuses: list[str]) -> None:
+    found = verdicts(written(format, *kinds, **{"family": "qwen3_moe", "experts": frozenset(kinds), **changes}))
+    assert [verdict.reader for verdict in found if verdict.loads] == loads and refused_by(found) == refuses
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_asymmetric_experts_become_symmetric_ones(bits: int) -> None:
+    """The advice of a refusal, followed."""
+    kinds = [Kind(bits, 128, symmetric) for symmetric in (False, True)]
+    before, after = (verdicts(written("compressed-tensors", kind, family="qwen3_moe", experts=frozenset([kind]))) for kind in kinds)
+    refused = [verdict.reader for verdict in before if verdict.note.endswith("; use --sym")]
+    assert "transformers" in refused and all(verdict.loads for verdict in after if verdict.reader in refused)
+
+
+def test_experts_are_one_for_readers() -> None:
+    names = [f"h.{i}.mlp.experts.{e}.{part}" for i in range(2) for e in range(2) for part in ("w1", "w2", "w3")]
+    found = fused_linears(["h.0.mlp.shared_experts.gate_proj", "h.0.mlp.shared_experts.up_proj", *names])
+    assert [each.name for each in found] == ["h.0.mlp.shared_experts.gate_up_proj", "h.0.mlp.experts", "h.1.mlp.experts"]
+    assert found[1] == FusedLinear(name="h.0.mlp.experts", parts=tuple(names[:6]), experts=True)
+    assert found[1].said == "w1, w2 and w3 of all experts of a layer"
+
+
 def test_advice_works() -> None:
     """For every kind in every format: with the format or group size that a refusal names, the same reader loads it."""
     followed = 0
@@ -139,7 +221,9 @@ def test_advice_works() -> None:
 
 def test_families_that_readers_were_not_run_with_are_told() -> None:
     found = verdicts(written("gptq", family="gemma2"))
-    assert not_run_with(found, "gemma2") == "readers were run with llama, qwen2, opt, bloom, not with gemma2"
+    assert not_run_with(found, "gemma2") == (
+        "readers were run with llama, qwen2, opt, bloom, qwen3_moe, mixtral, glm4_moe, deepseek_v3, not with gemma2"
+    )
     assert not_run_with(found, "llama") is None and not_run_with(found, None) is None
     assert {row.reader for row in ROWS} == set(RUN_FAMILIES)
 
