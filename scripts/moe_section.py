@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: Models of the result file: the way that is bigq's own on each.
-OWN = {"silu": "bigq", "relu": "bigq, ReLU"}
+#: The ways that others are compared with.
+OWN = {"silu": "bigq", "few": "bigq, few tokens", "relu": "bigq, ReLU"}
 
 
 def section(result: Mapping[str, Any]) -> list[str]:
@@ -16,13 +16,14 @@ def section(result: Mapping[str, Any]) -> list[str]:
     own = [run for run in result["runs"] if run["way"] == OWN["silu"]]
     perplexity = own[0]["original_perplexity"]
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("llmcompressor", "gptqmodel") if name in result["versions"])
+    rows = f"{calibration['rows']} × {calibration['tokens_per_row']}"
     lines = [
         "## A model with experts",
         "",
-        f"`scripts/train_moe.py` trains a model of Qwen3-MoE's structure on {result['model']['tokens'] / 1e6:.1f} million bytes: 4 layers of",
-        f"32 experts, 2 of them for each token, 3.4 million parameters, perplexity {perplexity:.3f}. It was quantized on",
-        f"{calibration['rows']} × {calibration['tokens_per_row']} tokens, symmetric, in groups of {settings['group_size']}, with act-order:"
-        f" the same tokens for every program, {len(calibration['seeds'])} draws.",
+        f"`scripts/train_moe.py` trains a model of Qwen3-MoE's structure on {result['model']['tokens'] / 1e6:.1f} million bytes:",
+        f"4 layers of 32 experts, 2 of them for each token, 3.4 million parameters, perplexity {perplexity:.3f}.",
+        f"It was quantized on {rows} tokens, symmetric, in groups of {settings['group_size']}, with act-order: the same tokens",
+        f"for every program, {len(calibration['seeds'])} draws.",
         tokens_line(own),
         f"All compute in fp32 ({versions}); routers and output heads stay unquantized.",
         "",
@@ -30,10 +31,16 @@ def section(result: Mapping[str, Any]) -> list[str]:
         "llm-compressor sends all tokens through every expert unless told otherwise. GPTQModel rounds an expert to nearest",
         "that has less than 0.5 % of the tokens. Rows that begin with bigq put other rules in its place; it has no options for them.",
         "",
-        f"A cell is the mean KL divergence from the original per token, in nats, over {held_out['windows']} windows of held-out text, and how",
-        "much higher than bigq's it is, ± a standard error over the windows. Bold: more than two of them in every draw.",
+        f"A cell is the mean KL divergence from the original per token, in nats, over {held_out['windows']} windows of held-out",
+        "text, and how much higher than bigq's it is, ± a standard error over the windows. Bold: more than two of them",
+        "in every draw.",
         "",
         *table(result["comparisons"], OWN["silu"]),
+        "",
+        f"The same with {calibration['few_rows']} × {calibration['tokens_per_row']} tokens:",
+        tokens_line([run for run in result["runs"] if run["way"] == OWN["few"]]),
+        "",
+        *table(result["comparisons"], OWN["few"]),
         "",
         f"The same model with ReLU, trained on for {settings['relu_steps']} steps, has inputs that are 0 in all tokens of an expert:",
         dead_line(result["runs"]),

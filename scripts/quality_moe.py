@@ -50,6 +50,8 @@ from bigq.sched.solve import bank
 
 BITS, GROUP, SEEDS = (4, 3), 32, (0, 1)
 SAMPLES, SEQLEN, WINDOWS = 16, 256, 128
+#: Rows with which many experts have no token or few.
+FEW_ROWS = 2
 DAMPING = 0.01
 RELU_STEPS = 150
 TIMEOUT = 1800.0
@@ -72,12 +74,12 @@ def hessian_tokens(choose: Choice) -> Iterator[None]:
         yield
 
 
-def everyone(rows: RoutedRows) -> Tensor:
+def everyone(rows: RoutedRows, tokens: Tensor, inputs: int) -> Tensor:
     return torch.arange(len(rows.experts))
 
 
 def all_if_none(rows: RoutedRows, tokens: Tensor, inputs: int) -> Tensor:
-    return tokens if len(tokens) else everyone(rows)
+    return tokens if len(tokens) else everyone(rows, tokens, inputs)
 
 
 def none_below(share: float, rows: RoutedRows, tokens: Tensor, inputs: int) -> Tensor:
@@ -123,6 +125,7 @@ class Way:
     name: str
     tool: str = "bigq"
     model: str = "silu"
+    rows: int = SAMPLES
     settings: Mapping[str, Any]
     rule: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     compared_with: str = "bigq"
@@ -132,11 +135,16 @@ def ours(name: str, rule: Callable[[], AbstractContextManager[None]] = contextli
     return Way(name=f"bigq{name}", settings=settings, rule=rule)
 
 
+def starved(name: str, rule: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext) -> Way:
+    """bigq with few tokens."""
+    return Way(name=f"bigq, few tokens{name}", rows=FEW_ROWS, settings={}, rule=rule, compared_with="bigq, few tokens")
+
+
 #: GPTQModel's own default, which quantize_gptqmodel.py switches off.
 FALLBACK = {"strategy": "rtn", "threshold": "0.5%"}
 WAYS = (
     ours(""),
-    ours(", all tokens to all experts", partial(hessian_tokens, lambda rows, tokens, inputs: everyone(rows))),
+    ours(", all tokens to all experts", partial(hessian_tokens, everyone)),
     Way(name="rounding to nearest", settings={"method": "rtn"}),
     Way(name="llm-compressor", tool="llmcompressor", settings={}),
     Way(name="llm-compressor, routed", tool="llmcompressor", settings={"moe_calibrate_all_experts": False}),
@@ -147,7 +155,11 @@ WAYS = (
     ours(", nearest below 0.5 % of tokens", partial(hessian_tokens, partial(none_below, 0.005))),
     ours(", nearest below as many tokens as inputs", partial(hessian_tokens, none_below_inputs)),
     ours(", tokens weighted by the router", weighted),
-    Way(name="bigq, ReLU", model="relu", settings={}),
+    starved(""),
+    starved(", all tokens for an expert without any", partial(hessian_tokens, all_if_none)),
+    starved(", nearest below as many tokens as inputs", partial(hessian_tokens, none_below_inputs)),
+    starved(", all tokens to all experts", partial(hessian_tokens, everyone)),
+    Way(name="bigq, ReLU", model="relu", settings={}, compared_with="bigq, ReLU"),
     Way(name="bigq, ReLU, 0 for dead inputs", model="relu", settings={}, rule=usual_rule, compared_with="bigq, ReLU"),
 )
 
@@ -205,7 +217,13 @@ def run_bigq(run: Run, work: Path, out: Path) -> dict[str, Any]:
     settings = dict(run.way.settings)
     scheme = bigq.QuantScheme(bits=run.bits, group_size=GROUP, damping=settings.pop("damping", DAMPING))
     ids = str(work / f"ids-{run.seed}.safetensors")
-    how: dict[str, Any] = {"samples": SAMPLES, "seqlen": SEQLEN, "format": "compressed-tensors", "device": "cpu", "quiet": True} | settings
+    how: dict[str, Any] = {
+        "samples": run.way.rows,
+        "seqlen": SEQLEN,
+        "format": "compressed-tensors",
+        "device": "cpu",
+        "quiet": True,
+    } | settings
     with run.way.rule():
         report = bigq.quantize(
             str(work / f"{run.way.model}-fp32"), out, bigq.JobConfig(scheme=scheme, calibration=ids, dtype="float32", **how)
@@ -374,7 +392,7 @@ def collect(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
         "host": host(),
         "model": json.loads((work / "silu/training.json").read_text()),
         "settings": {"group_size": GROUP, "symmetric": True, "act_order": True, "damping": DAMPING, "relu_steps": RELU_STEPS},
-        "calibration": {"rows": SAMPLES, "tokens_per_row": SEQLEN, "seeds": list(seeds)},
+        "calibration": {"rows": SAMPLES, "few_rows": FEW_ROWS, "tokens_per_row": SEQLEN, "seeds": list(seeds)},
         "held_out": {"windows": WINDOWS, "tokens_per_window": SEQLEN - 1},
         "runs_missing": [run.name for run in wanted if not (work / "runs" / f"{run.name}.json").exists()],
         "comparisons": compared,
