@@ -48,7 +48,7 @@ from bigq.model.pager import Pager
 from bigq.sched.rows.routed import RoutedRows
 from bigq.sched.solve import bank
 
-BITS, GROUP, SEEDS = (4, 3), 32, (0, 1)
+BITS, GROUP, SEEDS = (4, 3), 32, (0, 1, 2)
 SAMPLES, SEQLEN, WINDOWS = 16, 256, 128
 #: Rows with which many experts have no token or few.
 FEW_ROWS = 2
@@ -345,9 +345,10 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, f
 
 
 def comparisons(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each way against bigq's own: KL by seed, and how much higher than bigq's, with its standard error over the windows.
+    """Each way against bigq's own: KL by seed, and how much higher than bigq's.
 
-    The verdict is "higher" or "lower" where the difference exceeds twice its standard error in every seed.
+    stderr: the larger of the standard errors over the windows and over the draws; by_seed: differences with those over the windows. The
+    verdict is "higher" or "lower" where the difference exceeds twice its standard error over the windows in every seed.
     """
     found = {(record["way"], record["bits"], record["seed"]): record for record in records}
     seeds = sorted({seed for _, _, seed in found})
@@ -364,7 +365,9 @@ def comparisons(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 mine = [found[way.compared_with, bits, seed] for seed in both]
                 each = [difference(a["kl_of_windows"], b["kl_of_windows"]) for a, b in zip(mine, theirs, strict=True)]
                 means = [[statistics.fmean(w) for w in zip(*(r["kl_of_windows"] for r in rs), strict=True)] for rs in (mine, theirs)]
-                row["higher_by"], row["stderr"] = difference(means[0], means[1])
+                row["higher_by"], over_windows = difference(means[0], means[1])
+                over_draws = statistics.stdev(found for found, _ in each) / math.sqrt(len(each)) if len(each) > 1 else 0.0
+                row["stderr"] = max(over_windows, over_draws)
                 row |= {"compared_with": way.compared_with, "by_seed": each, "verdict": verdict(each)}
             rows.append(row)
     return rows

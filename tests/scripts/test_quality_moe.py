@@ -57,6 +57,16 @@ def test_comparisons_are_with_the_own_way_at_the_same_bits_and_seeds() -> None:
     assert (dead["compared_with"], dead["verdict"]) == ("bigq, ReLU", "lower")
 
 
+def test_the_error_of_a_difference_holds_the_spread_over_draws() -> None:
+    records = [record("bigq", [1.0, 1.0], seed) for seed in (0, 1)]
+    records += [record("GPTQModel", [1.1, 1.1], 0), record("GPTQModel", [1.3, 1.3], 1)]
+    row = quality_moe.comparisons(records)[-1]
+    assert (row["higher_by"], row["stderr"]) == pytest.approx((0.2, 0.1)), "over the windows it is 0"
+    records[2:] = [record("GPTQModel", [1.0, 1.4], 0), record("GPTQModel", [1.0, 1.4], 1)]
+    row = quality_moe.comparisons(records)[-1]
+    assert (row["higher_by"], row["stderr"]) == pytest.approx((0.2, 0.2)), "over the draws it is 0"
+
+
 def test_names_of_runs_are_files_of_their_own() -> None:
     runs = quality_moe.all_runs((0, 1))
     assert len({run.name for run in runs}) == len(runs) == 2 * len(WAYS) * len(BITS)
