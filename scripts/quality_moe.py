@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -92,6 +94,20 @@ def none_below_inputs(rows: RoutedRows, tokens: Tensor, inputs: int) -> Tensor:
     return tokens if len(tokens) >= inputs else tokens[:0]
 
 
+def filled(times: float, rows: RoutedRows, tokens: Tensor, inputs: int) -> Tensor:
+    """With other tokens, evenly from all rows, up to this many times the inputs of the matrix."""
+    others = without(tokens, len(rows.experts))
+    missing = min(max(0, int(times * inputs) - len(tokens)), len(others))
+    return torch.cat([tokens, others[torch.arange(missing) * len(others) // max(missing, 1)]])
+
+
+def without(tokens: Tensor, count: int) -> Tensor:
+    """All numbers below count but these."""
+    kept = torch.ones(count, dtype=torch.bool)
+    kept[tokens] = False
+    return kept.nonzero().flatten()
+
+
 class Scaled:
     """A method whose Hessian weighs each token. scale: of a token's inputs [T]."""
 
@@ -118,6 +134,35 @@ def weighted() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def shrunk(share: float) -> Iterator[None]:
+    """Add the mean over all other tokens to an expert's Hessian, as if it were that of so many tokens: a share of the inputs."""
+    solve = bank._solve
+
+    def mixed(job: Any, method: Any, rows: Any, expert: Any, number: int, product: Any, tokens: Tensor) -> Any:
+        others = without(tokens, len(rows.experts))
+        weight = share * expert.weight(product).shape[1] / max(len(others), 1)
+        scale = torch.cat([torch.ones(len(tokens)), torch.full((len(others),), math.sqrt(weight))])
+        return solve(job, Scaled(method, scale), rows, expert, number, product, torch.cat([tokens, others]))
+
+    with mock.patch.object(bank, "_solve", mixed):
+        yield
+
+
+@contextlib.contextmanager
+def damped(factor: float) -> Iterator[None]:
+    """Let the damping of an expert's matrix be at least factor · inputs / tokens, and at most 0.9."""
+    solve = bank._solve
+
+    def more(job: Any, method: Any, rows: Any, expert: Any, number: int, product: Any, tokens: Tensor) -> Any:
+        least = min(0.9, factor * expert.weight(product).shape[1] / max(len(tokens), 1))
+        schemes = {name: dataclasses.replace(s, damping=max(s.damping, least)) for name, s in job.schemes.items()}
+        return solve(dataclasses.replace(job, schemes=schemes), method, rows, expert, number, product, tokens)
+
+    with mock.patch.object(bank, "_solve", more):
+        yield
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
     """settings: of bigq's job, or what the peer's script is told beside bits and groups. rule: what is put in bigq's place."""
@@ -135,9 +180,9 @@ def ours(name: str, rule: Callable[[], AbstractContextManager[None]] = contextli
     return Way(name=f"bigq{name}", settings=settings, rule=rule)
 
 
-def starved(name: str, rule: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext) -> Way:
+def starved(name: str, rule: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext, **settings: Any) -> Way:
     """bigq with few tokens."""
-    return Way(name=f"bigq, few tokens{name}", rows=FEW_ROWS, settings={}, rule=rule, compared_with="bigq, few tokens")
+    return Way(name=f"bigq, few tokens{name}", rows=FEW_ROWS, settings=settings, rule=rule, compared_with="bigq, few tokens")
 
 
 #: GPTQModel's own default, which quantize_gptqmodel.py switches off.
@@ -155,7 +200,15 @@ WAYS = (
     ours(", nearest below 0.5 % of tokens", partial(hessian_tokens, partial(none_below, 0.005))),
     ours(", nearest below as many tokens as inputs", partial(hessian_tokens, none_below_inputs)),
     ours(", tokens weighted by the router", weighted),
+    ours(", filled up to as many tokens as inputs", partial(hessian_tokens, partial(filled, 1))),
+    ours(", mixed with a quarter of the inputs of the mean", partial(shrunk, 0.25)),
+    ours(", damping of experts at least 0.05 inputs / tokens", partial(damped, 0.05)),
     starved(""),
+    starved(", damping 0.1", damping=0.1),
+    starved(", damping of experts at least 0.05 inputs / tokens", partial(damped, 0.05)),
+    starved(", filled up to as many tokens as inputs", partial(hessian_tokens, partial(filled, 1))),
+    starved(", filled up to four times the inputs", partial(hessian_tokens, partial(filled, 4))),
+    starved(", mixed with a quarter of the inputs of the mean", partial(shrunk, 0.25)),
     starved(", all tokens for an expert without any", partial(hessian_tokens, all_if_none)),
     starved(", nearest below as many tokens as inputs", partial(hessian_tokens, none_below_inputs)),
     starved(", all tokens to all experts", partial(hessian_tokens, everyone)),
@@ -172,7 +225,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.way.name.replace(', ', '-').replace(' ', '-').replace('%', 'percent')}.{self.bits}.{self.seed}".lower()
+        words = re.findall(r"[\w.-]+", self.way.name.lower().replace("%", "percent").replace("/", "by"))
+        return f"{'-'.join(words)}.{self.bits}.{self.seed}"
 
 
 def all_runs(seeds: Iterable[int]) -> list[Run]:

@@ -20,6 +20,8 @@ import train_moe
 from quality_moe import BITS, WAYS, Run
 
 from bigq.sched.solve import bank
+from bigq.sched.solve.bank import BankJob
+from bigq.scheme import QuantScheme
 
 RESULT = ROOT / "docs/results/quality_moe.json"
 
@@ -99,6 +101,9 @@ def test_rules_choose_tokens() -> None:
     few, none = torch.tensor([3, 5]), torch.tensor([], dtype=torch.int64)
     assert quality_moe.all_if_none(rows_of(8), few, 4).tolist() == [3, 5]
     assert quality_moe.all_if_none(rows_of(8), none, 4).tolist() == list(range(8))
+    assert quality_moe.filled(1, rows_of(8), few, 2).tolist() == [3, 5]
+    assert quality_moe.filled(1, rows_of(8), few, 4).tolist() == [3, 5, 0, 4]
+    assert quality_moe.filled(2, rows_of(8), few, 9).tolist() == [3, 5, 0, 1, 2, 4, 6, 7]
     assert quality_moe.none_below(0.25, rows_of(8), few, 4).tolist() == [3, 5]
     assert quality_moe.none_below(0.26, rows_of(8), few, 4).tolist() == []
     assert quality_moe.none_below_inputs(rows_of(8), few, 2).tolist() == [3, 5]
@@ -136,6 +141,45 @@ def test_weights_of_the_router_scale_the_inputs_of_hessians(monkeypatch: pytest.
     with quality_moe.weighted():
         bank._solve(None, method, rows, None, 7, None, torch.tensor([0, 1, 3]))  # type: ignore[arg-type]
     assert torch.cat(added).tolist() == [[0.75] * 3, [0.5] * 3, [1.0] * 3]
+
+
+def test_damping_grows_as_tokens_get_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[float] = []
+
+    def solve(job: Any, method: Any, rows: Any, expert: Any, number: int, product: Any, tokens: torch.Tensor) -> None:
+        found.append(job.schemes["up"].damping)
+
+    monkeypatch.setattr(bank, "_solve", solve)
+    job = BankJob(
+        prefix="x",
+        module=torch.nn.Module(),
+        bank=None,  # type: ignore[arg-type]
+        schemes={"up": QuantScheme(damping=0.01)},
+        names=lambda parameter, e: (),
+        load=lambda e: {},
+        clock=None,  # type: ignore[arg-type]
+    )
+    expert = SimpleNamespace(weight=lambda product: torch.zeros(2, 100))
+    with quality_moe.damped(0.05):
+        for tokens in (1000, 50, 1, 0):
+            bank._solve(job, None, None, expert, 0, None, torch.arange(tokens))  # type: ignore[arg-type]
+    assert found == [0.01, 0.1, 0.9, 0.9]
+
+
+def test_a_mixed_hessian_is_that_of_its_tokens_and_a_share_of_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    found: list[torch.Tensor] = []
+    method = SimpleNamespace(collector=lambda n, device, finite_only: SimpleNamespace(add=lambda part: found.append(part.T @ part)))
+
+    def solve(job: Any, method: Any, rows: Any, expert: Any, number: int, product: Any, tokens: torch.Tensor) -> None:
+        method.collector(4, torch.device("cpu"), finite_only=False).add(x[tokens])
+
+    monkeypatch.setattr(bank, "_solve", solve)
+    expert = SimpleNamespace(weight=lambda product: torch.zeros(2, 4))
+    own, others = torch.tensor([1, 6]), torch.tensor([0, 2, 3, 4, 5, 7])
+    with quality_moe.shrunk(0.25):
+        bank._solve(None, method, rows_of(8), expert, 0, None, own)  # type: ignore[arg-type]
+    torch.testing.assert_close(found[0], x[own].T @ x[own] + 0.25 * 4 * x[others].T @ x[others] / 6)
 
 
 def test_the_trained_model_starts_alike_and_counts_what_its_router_chooses() -> None:
