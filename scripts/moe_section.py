@@ -42,6 +42,8 @@ def section(result: Mapping[str, Any]) -> list[str]:
         "",
         *table(result["comparisons"], OWN["few"]),
         "",
+        *advice(result["comparisons"]),
+        "",
         f"The same model with ReLU, trained on for {settings['relu_steps']} steps, has inputs that are 0 in all tokens of an expert:",
         dead_line(result["runs"]),
         "Other programs set the weights of such inputs to 0; bigq rounds them to nearest.",
@@ -52,6 +54,16 @@ def section(result: Mapping[str, Any]) -> list[str]:
     if result["runs_missing"]:
         lines += [f"Of {len(result['runs']) + len(result['runs_missing'])} runs, {len(result['runs_missing'])} are missing.", ""]
     return lines
+
+
+def advice(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to do where experts have few tokens, with the KLs at 3 bits that say so."""
+    kl = {row["way"]: statistics.fmean(row["kl"]) for row in rows if row["bits"] == 3}
+    few, more, damped = kl[OWN["few"]], kl[OWN["silu"]], kl[f"{OWN['few']}, damping 0.1"]
+    return [
+        "Calibrate until most experts have more tokens than inputs; the summary of a job says how many they saw. From the few",
+        f"tokens to the many, KL at 3 bits is {few:.4f} → {more:.4f}. Where that takes too long, use `--damping 0.1`: {few:.4f} → {damped:.4f}.",
+    ]
 
 
 def tokens_line(own: Sequence[Mapping[str, Any]]) -> str:

@@ -223,6 +223,16 @@ def test_cells_say_the_difference_and_whether_it_counts() -> None:
     assert moe_section.cell(row | {"verdict": "within noise"}) == "0.00150, +50.0 ± 4.0 %"
 
 
+def test_the_advice_for_few_tokens_is_what_the_result_says() -> None:
+    ways = {"bigq": 0.01, "bigq, few tokens": 0.03, "bigq, few tokens, damping 0.1": 0.02}
+    rows = [{"way": way, "bits": 3, "kl": [kl - 0.001, kl + 0.001]} for way, kl in ways.items()]
+    text = " ".join(moe_section.advice([*rows, {"way": "bigq", "bits": 4, "kl": [9.0]}]))
+    assert "0.0300 → 0.0100" in text and "`--damping 0.1`: 0.0300 → 0.0200" in text
+    rows = json.loads(RESULT.read_text(encoding="utf-8"))["comparisons"]
+    (damped,) = [row for row in rows if row["bits"] == 3 and row["way"] == "bigq, few tokens, damping 0.1"]
+    assert damped["verdict"] == "lower", "or the page must not advise it"
+
+
 def test_the_result_is_complete_and_bigq_is_not_behind() -> None:
     result = json.loads(RESULT.read_text(encoding="utf-8"))
     assert result["runs_missing"] == []
