@@ -62,7 +62,8 @@ def advice(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     few, more, damped = kl[OWN["few"]], kl[OWN["silu"]], kl[f"{OWN['few']}, damping 0.1"]
     return [
         "Calibrate until most experts have more tokens than inputs; the summary of a job says how many they saw. From the few",
-        f"tokens to the many, KL at 3 bits is {few:.4f} → {more:.4f}. Where that takes too long, use `--damping 0.1`: {few:.4f} → {damped:.4f}.",
+        f"tokens to the many, KL at 3 bits is {few:.4f} → {more:.4f}.",
+        f"Where that takes too long, use `--damping 0.1`: {few:.4f} → {damped:.4f}.",
     ]
 
 
