@@ -35,8 +35,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bigq
-from bigq.calibration import BUILTIN_CALIBRATION, load_tokenizer
+from bigq.calibration import load_tokenizer
 from bigq.cli.demo import MODEL
+from bigq.data.opening import BUILTIN_CALIBRATION
 from bigq.methods import gptq
 
 INPUTS, OUTPUTS, TOKENS, DEAD = 256, 128, 4096, 16

@@ -3,7 +3,7 @@
 
     scripts/clients/venvs DIR gptqmodel llmc                           # once
     python scripts/quality.py --venvs DIR --work DIR --out docs/results [--tools bigq] [--seeds 0,1] [--keep]
-    python scripts/quality.py --out docs/results --table               # docs/quality.md again, from docs/results/quality.json
+    python scripts/quality.py --out docs/results --table               # docs/quality.md again, from the result files
 
 All compute in fp32, on the same rows of the shipped calibration text (one draw for each seed), with a damping of 0.01. A peer's weights
 are dequantized by its own code, put in the place of the original's in a dense fp32 checkpoint, and judged by ``bigq.evaluate`` on the
@@ -31,7 +31,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import moe_section
 
 SAMPLES, SEQLEN, HELDOUT_ROWS = 64, 256, 128
 DAMPING = 0.01
@@ -338,7 +340,7 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [
         "# Quality, and how it compares with other GPTQ programs",
         "",
-        "<!-- Written by scripts/quality.py --table from docs/results/quality.json; do not edit. -->",
+        "<!-- Written by scripts/quality.py --table from docs/results/quality.json and quality_moe.json; do not edit. -->",
         "",
         *advice(found),
         "",
@@ -373,6 +375,12 @@ def table(result: Mapping[str, Any]) -> str:
                 lines.append(f"| {method.name} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join([*lines, *compared(result["comparisons"])])
+
+
+def page(results: Path) -> str:
+    """docs/quality.md, from quality.json and quality_moe.json."""
+    dense, experts = (json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in ("quality", "quality_moe"))
+    return "\n".join([table(dense), *moe_section.section(experts)])
 
 
 def advice(found: Mapping[tuple[str, Setting], Mapping[int, Mapping[str, Any]]]) -> list[str]:
@@ -444,7 +452,7 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="only runs whose name has it")
     parser.add_argument("--keep", action="store_true", help="keep the quantized models")
     parser.add_argument("--collect", action="store_true", help="make no run; gather those that are there")
-    parser.add_argument("--table", action="store_true", help="only write quality.md, from quality.json")
+    parser.add_argument("--table", action="store_true", help="only write quality.md, from quality.json and quality_moe.json")
     args = parser.parse_args()
     if args.work is not None:  # peers run in there
         args.work = args.work.resolve()
@@ -458,7 +466,7 @@ def main() -> None:
             make(runs, args.venvs, args.work, args.keep)
         args.out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(collect(args.work), indent=1, ensure_ascii=False) + "\n")
-    (args.out.parent / "quality.md").write_text(table(json.loads(path.read_text())))
+    (args.out.parent / "quality.md").write_text(page(args.out))
 
 
 if __name__ == "__main__":

@@ -28,13 +28,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 PACKAGES = ("gptqmodel", "transformers", "torch")
-#: Settings of all jobs: GPTQ only, without a fallback to rounding to nearest.
+#: Settings of all jobs that do not say otherwise: GPTQ only, without a fallback to rounding to nearest.
 COMMON = {"true_sequential": True, "damp_percent": 0.01, "fallback": None, "offload_to_disk": False}
 
 
 def quantize(model: Path, rows: list[dict[str, Any]], settings: dict[str, Any], packed: Path) -> str:
     """Quantize and save in GPTQModel's own format. Returns the compute dtype."""
-    loaded = GPTQModel.load(str(model), QuantizeConfig(**COMMON, **settings), device="cpu", dtype=torch.float32)
+    loaded = GPTQModel.load(str(model), QuantizeConfig(**COMMON | settings), device="cpu", dtype=torch.float32)
     dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
     loaded.quantize(rows, batch_size=8)
     loaded.save(str(packed))

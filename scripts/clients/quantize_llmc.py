@@ -3,7 +3,8 @@
 
     quantize_llmc.py MODEL IDS JOBS
 
-Arguments and output are those of quantize_gptqmodel.py; a job's settings are {"weights": QuantizationArgs, "modifier": GPTQModifier's own}.
+Arguments and output are those of quantize_gptqmodel.py; a job's settings are {"weights": QuantizationArgs, "modifier": GPTQModifier's own,
+"oneshot": further arguments of oneshot, if any}.
 The weights are llm-compressor's own: it replaces each weight by scale · code, with fp32 scales.
 """
 
@@ -42,6 +43,7 @@ def quantize(folder: Path, ids: Tensor, settings: dict[str, Any]) -> tuple[dict[
         num_calibration_samples=len(ids),
         shuffle_calibration_samples=False,
         batch_size=8,
+        **settings.get("oneshot", {}),
     )
     linears = {name: m for name, m in model.named_modules() if getattr(m, "quantization_scheme", None) is not None}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")

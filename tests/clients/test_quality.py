@@ -98,5 +98,5 @@ def test_a_run_is_judged_against_the_original_and_recorded_once(tmp_path: Any, m
 
 def test_the_page_is_the_table_of_the_results() -> None:
     result = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert (ROOT / "docs/quality.md").read_text(encoding="utf-8") == quality.table(result)
+    assert (ROOT / "docs/quality.md").read_text(encoding="utf-8") == quality.page(RESULTS.parent)
     assert result["comparisons"] == quality.comparisons(result["runs"])
