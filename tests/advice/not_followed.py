@@ -142,6 +142,18 @@ NOT_FOLLOWED: tuple[Left, ...] = (
         ("--format {}: {} writes {}; use --format {}",),
     ),
     Left(
+        "a checkpoint with experts",
+        (
+            "e2e/test_experts_end_to_end.py::test_settings_that_readers_do_not_see_are_those_of_the_whole_bank",
+            "e2e/test_experts_end_to_end.py::test_missing_matrices_of_experts",
+        ),
+        (
+            "--rule and --skip must treat all matrices of all experts in a bank alike, since readers take it as a whole: {} differs from "
+            "{}; use a pattern such as {}.*",
+            "the checkpoint holds {} tensors like {}, but {} of another matrix of the same experts; fetch it again",
+        ),
+    ),
+    Left(
         "a warning about files of megabytes",
         ("e2e/test_side_files.py::test_limits_in_subfolders",),
         ("{} above the limits for copies from subfolders ({}) and not copied; copy what the model needs",),

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from moe_families import MOE_FAMILIES, moe_model, random_tokens
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import bigq
 from bigq.config import JobConfig
-from bigq.errors import Stopped, UsageError
+from bigq.errors import CheckpointError, Stopped, UsageError
 from bigq.infer.evaluate import Stream
 from bigq.infer.load import load_model
 from bigq.io.formats import FORMATS
@@ -234,9 +234,38 @@ def test_only_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", [r".*experts\.3\..*", r".*experts\.\d+\.down_proj"])
 def test_a_bank_is_treated_alike(pattern: str, tmp_path: Path) -> None:
     model = saved("qwen3_moe", tmp_path)
-    with pytest.raises(UsageError, match="must treat all matrices of all experts in a bank alike"):
+    with pytest.raises(UsageError, match="of all experts of a layer together, which needs one scheme"):
         bigq.quantize(str(model), tmp_path / "out", job(tmp_path, rules=(Rule(pattern=pattern, overrides=None),)))
     assert not list((tmp_path).glob("out/*.safetensors"))
+
+
+def test_settings_that_readers_do_not_see_are_those_of_the_whole_bank(tmp_path: Path) -> None:
+    """One damping for all experts; the pattern that the message gives works."""
+    model = saved("qwen3_moe", tmp_path, num_hidden_layers=1)
+    one = (Rule(pattern=r".*experts\.3\..*", overrides={"damping": 0.05}),)
+    with pytest.raises(UsageError, match="must treat all matrices of all experts in a bank alike") as caught:
+        bigq.quantize(str(model), tmp_path / "out", job(tmp_path, rules=one))
+    assert not list((tmp_path).glob("out/*.safetensors"))
+    pattern = str(caught.value).rpartition("use a pattern such as ")[2]
+    report = bigq.quantize(str(model), tmp_path / "out", job(tmp_path, rules=(Rule(pattern=pattern, overrides={"damping": 0.05}),)))
+    assert {record["damping"] for record in report.linears if ".experts." in record["name"]} == {0.05}
+
+
+def test_missing_matrices_of_experts(tmp_path: Path) -> None:
+    """Of one expert, then of all; with the tensors the same command works."""
+    model = saved("qwen3_moe", tmp_path, num_hidden_layers=1)
+    (shard,) = model.glob("*.safetensors")
+    tensors = load_file(shard)
+    for lost, says in (
+        (lambda name: "experts.2.up_proj" in name, r"the checkpoint holds 8 tensors like .*, but 7 of another matrix of the same experts"),
+        (lambda name: ".experts." in name and "down_proj" in name, r"tensor model\.layers\.0\.mlp\.experts\.down_proj is missing"),
+    ):
+        save_file({name: tensor for name, tensor in tensors.items() if not lost(name)}, shard, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=says):
+            bigq.quantize(str(model), tmp_path / "out", job(tmp_path))
+    save_file(tensors, shard, metadata={"format": "pt"})
+    bigq.quantize(str(model), tmp_path / "out", job(tmp_path))
+    assert bigq.verify(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("method", ["rtn"])

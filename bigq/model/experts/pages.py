@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bigq.errors import CheckpointError
 from bigq.io.index import TensorInfo
 from bigq.io.sources.packed import PackedSource
 from bigq.model.experts.bank import bank_modules
@@ -124,13 +123,10 @@ def _nominal(path: str, module: nn.Module) -> dict[str, ExpertLinear]:
 
 
 def stored_banks(model: nn.Module, sources: Mapping[str, tuple[ExpertSource, ...]]) -> dict[str, StoredBank]:
-    """The banks of a model by path. sources: see ``expert_sources``. Raises CheckpointError if a bank's matrices are not stored."""
+    """The banks of a model by path. sources: see ``expert_sources``. All parameters of banks have sources."""
     found = {}
     for path, module in bank_modules(model).items():
         names = [key for key, param in module.named_parameters(recurse=False) if param.ndim == 3]
-        missing = next((f"{path}.{key}" for key in names if f"{path}.{key}" not in sources), None)
-        if missing is not None:
-            raise CheckpointError(f"the tensors of {missing} are missing from the checkpoint; fetch it again, or correct config.json")
         naming = Naming.of(module)
         own = {key: sources[f"{path}.{key}"] for key in names}
         shapes = {key: _shape(naming, key, tuple(module.get_parameter(key).shape), parts[0]) for key, parts in own.items()}
