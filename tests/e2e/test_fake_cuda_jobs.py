@@ -16,6 +16,7 @@ import torch
 from conftest import CUDA, ROOT, Child
 from fake_cuda.planted import FAULTS
 from models import make_checkpoint, random_ids, save_ids, word_tokenizer
+from moe_families import moe_model
 
 from bigq.cli.main import main
 
@@ -34,11 +35,13 @@ JOBS: dict[str, tuple[str, str, list[str]]] = {
     "qwen2 gptq": ("qwen2", "gptq", ["--bits", "3", "--asym"]),
     "opt gptq": ("opt", "gptq", ["--on-nonfinite", "skip"]),
     "opt rtn": ("opt", "rtn", ["--bits", "8"]),
+    "experts gptq": ("deepseek_v3", "gptq", ["--format", "compressed-tensors"]),
 }
 #: Simulated run → the job, the tier and the fault.
 RUNS: dict[str, tuple[str, str, str]] = {
     **{f"{job}, {tier}": (job, tier, "") for job in ("llama gptq", "bloom gptaq") for tier in TIERS},
     **{f"{job}, host": (job, "host", "") for job in ("qwen2 gptaq", "opt gptq", "llama rtn", "opt rtn")},
+    **{f"experts gptq, {tier}": ("experts gptq", tier, "") for tier in TIERS},
     "qwen2 gptq, disk": ("qwen2 gptq", "disk", ""),
     "llama gptq, host, out of memory": ("llama gptq", "host", "batch.begun:9:OOM"),
     "bloom gptaq, disk, out of memory": ("bloom gptaq", "disk", "batch.begun:30:OOM"),
@@ -51,6 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fake_cuda")
     for family in FAMILIES:
         word_tokenizer().save_pretrained(make_checkpoint(folder / family, family, dtype=torch.bfloat16))
+    moe_model("deepseek_v3", torch.bfloat16).save_pretrained(folder / "deepseek_v3")  # type: ignore[operator]
     make_checkpoint(folder / "small", "llama", dtype=torch.bfloat16, num_hidden_layers=2)
     save_ids(folder / "ids.safetensors", random_ids())
     return folder
