@@ -265,6 +265,7 @@ def test_the_plan_counts_experts(family: str, tmp_path: Path) -> None:
     model = saved(family, tmp_path)
     for rules, out in (((), tmp_path / "all"), (skip(r".*experts\..*"), tmp_path / "few")):
         plan = bigq.plan(str(model), out, job(tmp_path, rules=rules))
+        assert any("in one tensor for all: it leaves them random" in note for note in plan.notes) == (not rules)
         bigq.quantize(str(model), out, job(tmp_path, rules=rules))
         tensors = sum(info.nbytes for info in Checkpoint.open(out).tensors.values())
         assert plan.cost.output == pytest.approx(tensors, rel=0.06)

@@ -62,6 +62,7 @@ class Written:
     None where it is not known. head: whether the output head is packed. transposed: whether Linears are stored transposed (GPT-2), which
     compressed-tensors cannot hold. split: whether parts of a fused Linear differ.
     experts: the kinds of experts' matrices among them, None for banks of experts that stay unquantized; empty for models without experts.
+    whole: whether the source holds one tensor for all experts of a packed bank.
     """
 
     format: str
@@ -72,6 +73,7 @@ class Written:
     transposed: bool = False
     split: bool = False
     experts: frozenset[Kind | None] = frozenset()
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,7 @@ class Row:
     may be packed. fuses: whether the reader fuses Linears. not_families: model types that fail. not_base: the symmetry that
     must not be the config's default. needs: packages to install; kernel: the kernel on CUDA.
     experts: whether it loads packed experts of these kinds; "alike": only if all experts of the model are packed, with one scheme.
+    whole: whether it loads packed experts where the source holds one tensor for all of them.
     """
 
     reader: str
@@ -95,6 +98,7 @@ class Row:
     not_families: tuple[str, ...] = ()
     not_base: bool | None = None
     experts: bool | Literal["alike"] = True
+    whole: bool = True
     needs: str = ""
     kernel: str = ""
 
@@ -110,8 +114,8 @@ _CT = ("compressed-tensors",)
 _GPTQ = ("gptq", "gptq_v2")
 ROWS: tuple[Row, ...] = (
     Row(reader="transformers", formats=_GPTQ, mixed=False, head=False, experts=False, needs="optimum, gptqmodel"),
-    Row(reader="transformers", formats=_CT, bits=(2, 4, 8), symmetric=(True,), experts="alike", needs="compressed-tensors"),
-    Row(reader="transformers", formats=_CT, bits=(3,), symmetric=(True,), experts="alike", needs="compressed-tensors>=0.18"),
+    Row(reader="transformers", formats=_CT, bits=(2, 4, 8), symmetric=(True,), experts="alike", whole=False, needs="compressed-tensors"),
+    Row(reader="transformers", formats=_CT, bits=(3,), symmetric=(True,), experts="alike", whole=False, needs="compressed-tensors>=0.18"),
     Row(reader="transformers", formats=_CT, bits=(2, 4, 8), symmetric=(False,), experts=False, needs="transformers<5.23"),
     Row(
         reader="transformers",
@@ -279,6 +283,8 @@ def _refused_experts(written: Written, here: str, row: Row, used: Mapping[Kind, 
     packed = sorted((kind for kind in written.experts if kind is not None), key=lambda k: (k.bits, k.group_size, k.symmetric))
     if packed and row.experts is False:
         return f"experts in {here}: it leaves them random{_advice(written, 'compressed-tensors')}"
+    if packed and written.whole and not row.whole:
+        return f"experts in {here} that the source holds in one tensor for all: it leaves them random"
     for kind in packed:
         found = used[kind]
         if found is not None and found.experts is False:

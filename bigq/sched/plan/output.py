@@ -37,6 +37,7 @@ def output_of(shape: ModelShape, work: Work, config: JobConfig) -> Output:
             head=any(work.scheme(name) is not None for name in head),
             transposed=shape.transposed,
             experts=frozenset(None if scheme is None else Kind.of(scheme) for scheme in of_experts),
+            whole=any(bank.whole for block in shape.blocks for bank in block.banks) and any(scheme is not None for scheme in of_experts),
             split=splits([*names, *experts], config.base_scheme, config.rules),
         )
     )

@@ -73,6 +73,7 @@ class BankShape:
     """A bank of experts. chosen: experts of each token. level: see ``BankPlace``.
 
     products: of one expert, in order; each is the Linears that are stored as one weight, by their names in the block.
+    whole: whether the source holds one tensor for all experts.
     """
 
     name: str
@@ -80,6 +81,7 @@ class BankShape:
     chosen: int
     level: int
     products: tuple[tuple[LinearShape, ...], ...]
+    whole: bool = False
 
     @property
     def linears(self) -> list[LinearShape]:

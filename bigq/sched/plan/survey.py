@@ -208,10 +208,11 @@ def _banks(outline: Outline, block: nn.Module, i: int, plan: BlockPlan, short: _
     prefix = f"{outline.blocks_path}.{i}."
     for place in plan.banks:
         products: list[tuple[LinearShape, ...]] = []
+        stored = outline.banks.get(f"{prefix}{place.name}")
         for key, param in block.get_submodule(place.name).named_parameters(recurse=False):
             if param.ndim != 3:
                 continue
-            experts, stored = param.shape[0], outline.banks.get(f"{prefix}{place.name}")
+            experts = param.shape[0]
             if stored is not None:
                 linear, names, size = stored.shapes[key], stored.matrices(key, 0), stored.nbytes(key)
             else:
@@ -220,7 +221,8 @@ def _banks(outline: Outline, block: nn.Module, i: int, plan: BlockPlan, short: _
                 names = tuple(f"{place.name}.0.{part}" for part in naming.parts[key])
                 size = linear.m * linear.n * outline.dtype.itemsize
             products.append(tuple(LinearShape(name.removeprefix(prefix), linear.m, linear.n, size) for name in names))
-        yield BankShape(place.name, experts, calls[place.name].experts.shape[1], place.level, tuple(products))
+        chosen, whole = calls[place.name].experts.shape[1], stored is not None and stored.is_whole
+        yield BankShape(place.name, experts, chosen, place.level, tuple(products), whole)
 
 
 def _matrices_of_experts(block: nn.Module) -> set[str]:

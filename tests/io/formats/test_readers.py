@@ -243,3 +243,12 @@ def test_the_table_for_the_docs_has_every_row() -> None:
     lines = markdown_table().splitlines()
     assert len(lines) == len(ROWS) + 2 and all(line.count("|") == 7 for line in lines)
     assert any("vLLM" in line and "Machete or Conch" in line and "asymmetric" in line for line in lines)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_experts_that_the_source_holds_in_one_tensor(whole: bool) -> None:
+    """transformers has no rule that stacks their matrices, so it leaves them random."""
+    loads, refuses = said("compressed-tensors", FOUR, experts=frozenset({FOUR}), whole=whole, family="gpt_oss")
+    reason = "transformers does not load experts in compressed-tensors that the source holds in one tensor for all: it leaves them random"
+    assert (reason in refuses) == whole
+    assert any(each.startswith("transformers") for each in loads) != whole
