@@ -82,7 +82,6 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 #: Models that bigq must refuse, each for another reason.
 UNSUPPORTED: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("mixtral", {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "rwkv": (
         "rwkv",
         {

@@ -268,7 +268,7 @@ def test_activations_overflow(case: Case) -> None:
 def test_unsupported_architecture(case: Case, family: str, tmp_path: Path) -> None:
     case.model = make_checkpoint(tmp_path / family, family)
     line = case.fails(code=3, says=())
-    assert {"mixtral": "expert", "zamba2": "share"}.get(family, "support") in line.lower(), line
+    assert {"zamba2": "share"}.get(family, "support") in line.lower(), line
 
 
 def test_unknown_model_type(case: Case) -> None:

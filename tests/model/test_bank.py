@@ -83,6 +83,17 @@ class Experts(nn.Module):
         return total
 
 
+class Heads(nn.Module):
+    """A layer with two matrices for each of its heads, as Mamba in Zamba."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.dt = nn.Parameter(torch.zeros(4, 2, 2)), nn.Parameter(torch.zeros(4, 2, 2))
+
+    def forward(self, x: Tensor, cache: Any = None, mask: Any = None) -> Tensor:
+        return x
+
+
 def made_call(count: int = 4, k: int = 3) -> BankCall:
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(20, 64, generator=generator, dtype=torch.float32)
@@ -182,6 +193,7 @@ def test_only_modules_of_that_shape_are_banks() -> None:
     block.experts, block.linear, block.conv = Experts(), nn.Linear(4, 4), nn.Conv1d(4, 4, 3)
     block.odd = nn.Module()
     block.odd.a, block.odd.b = nn.Parameter(torch.zeros(4, 2, 2)), nn.Parameter(torch.zeros(3, 2, 2))
+    block.heads = Heads()
     assert list(bank_modules(block)) == ["experts"]
 
 

@@ -8,6 +8,7 @@ it. ``find_bank`` proves on a probe that the sum over all experts has the bits o
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -181,16 +182,25 @@ class _Watch(TorchFunctionMode):
 
 
 def bank_modules(block: nn.Module) -> dict[str, nn.Module]:
-    """Modules of a block that have the shape of a bank, by name: their own parameters agree in the first dimension and two are 3-D.
+    """Modules of a block that have the shape of a bank, by name: their own parameters agree in the first dimension, and two are 3-D.
 
-    A convolution has one such parameter.
+    A convolution has one such parameter. A Mamba layer with several heads may have two; but it needs one argument, not three, and its
+    class does not say that it is of experts.
     """
     found = {}
     for name, module in block.named_modules():
         own = list(module.parameters(recurse=False))
-        if sum(p.ndim == 3 for p in own) > 1 and len({p.shape[0] for p in own}) == 1 and all(p.ndim >= 2 for p in own):
+        if sum(p.ndim == 3 for p in own) > 1 and len({p.shape[0] for p in own}) == 1 and all(p.ndim >= 2 for p in own) and _may_be_called_so(name, module):
             found[name] = module
     return found
+
+
+def _may_be_called_so(name: str, module: nn.Module) -> bool:
+    """Whether a module's forward needs three arguments, or its names say that it is of experts."""
+    given = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [parameter for parameter in given if parameter.kind in kinds and parameter.default is inspect.Parameter.empty]
+    return len(needed) == 3 or "expert" in f"{name} {type(module).__name__}".lower()
 
 
 def find_bank(name: str, module: nn.Module, call: BankCall, output: Tensor) -> Bank:
