@@ -190,7 +190,12 @@ def bank_modules(block: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, module in block.named_modules():
         own = list(module.parameters(recurse=False))
-        if sum(p.ndim == 3 for p in own) > 1 and len({p.shape[0] for p in own}) == 1 and all(p.ndim >= 2 for p in own) and _may_be_called_so(name, module):
+        if (
+            sum(p.ndim == 3 for p in own) > 1
+            and len({p.shape[0] for p in own}) == 1
+            and all(p.ndim >= 2 for p in own)
+            and _may_be_called_so(name, module)
+        ):
             found[name] = module
     return found
 
