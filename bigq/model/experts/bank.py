@@ -190,12 +190,8 @@ def bank_modules(block: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, module in block.named_modules():
         own = list(module.parameters(recurse=False))
-        if (
-            sum(p.ndim == 3 for p in own) > 1
-            and len({p.shape[0] for p in own}) == 1
-            and all(p.ndim >= 2 for p in own)
-            and _may_be_called_so(name, module)
-        ):
+        alike = len({p.shape[0] for p in own if p.ndim}) == 1 and all(p.ndim >= 2 for p in own)
+        if alike and sum(p.ndim == 3 for p in own) > 1 and _may_be_called_so(name, module):
             found[name] = module
     return found
 
