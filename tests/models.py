@@ -80,6 +80,11 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", dict(_LLAMA_LIKE)),
 }
 
+#: One with experts; more are in ``moe_families``.
+WITH_EXPERTS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
 #: Models that bigq must refuse, each for another reason.
 UNSUPPORTED: Mapping[str, tuple[str, dict[str, Any]]] = {
     "rwkv": (
@@ -157,7 +162,7 @@ def make_checkpoint(
     folder: Path, family: str, *, dtype: torch.dtype = torch.float32, shard: str = "60KB", seed: int = 0, **overrides: Any
 ) -> Path:
     """Save a random model of a family; norms and biases are random too, so that none of them can go unnoticed."""
-    model_type, values = {**FAMILIES, **UNSUPPORTED}[family]
+    model_type, values = {**FAMILIES, **WITH_EXPERTS, **UNSUPPORTED}[family]
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**values, **overrides}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -48,6 +48,7 @@ WRITING = (
 NOT_WRITING = {
     **dict.fromkeys(("job.written", "run.recorded", "batch.halved"), "the file is durable already; its own writing has points"),
     **dict.fromkeys(("rows.embedded", "block.loaded", "batch.begun", "linear.solved", "block.solved", "block.replayed"), "computing"),
+    "expert.solved": "computing, of models with experts",
     "gguf.piece": "only where a GGUF file is written; test_gguf.py has it",
     **dict.fromkeys(
         ("finish.begun", "finish.side", "finish.index", "finish.manifest", "finish.config"), "between files, which have points of their own"
