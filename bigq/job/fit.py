@@ -71,8 +71,9 @@ def require_fit(linears: Sequence[Candidate], names: Sequence[str], head: str | 
 def misfits(linears: Iterable[Candidate], config: JobConfig) -> dict[str, Misfit]:
     """What does not fit, by the Linear's name."""
     found = {}
+    base = config.base_scheme  # once: it is made anew each time, and a model with experts has many Linears
     for each in linears:
-        scheme = _scheme(each, config)
+        scheme = scheme_for(each.name, base, config.rules)
         if scheme is None:
             continue
         misfit = config.made.misfit(each.m, each.n, scheme, transposed=each.transposed, joined=each.joined)

@@ -165,8 +165,10 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path, te
 
 
 def _work(config: JobConfig, rows: int, tokens: int) -> Work:
+    base = config.base_scheme
+
     def scheme(name: str) -> QuantScheme | None:
-        return scheme_for(name, config.base_scheme, config.rules)
+        return scheme_for(name, base, config.rules)
 
     return Work(
         rows=rows,
