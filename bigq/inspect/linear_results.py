@@ -43,8 +43,7 @@ class LinearResult:
     unknown or not applicable. dead_inputs: inputs that were 0 in every calibration token.
 
     count: of the Linears that this stands for: a block's experts are summed up, matrix by matrix, with ``*`` for their number in the name.
-    error is then their mean, damping and dead_inputs the largest. tokens: the fewest, the median, and the most calibration tokens that
-    reached one of these experts. rounded: how many were rounded to nearest.
+    error is then their mean, damping and dead_inputs the largest.
     """
 
     block: int | None
@@ -59,8 +58,6 @@ class LinearResult:
     stored_bits: int | None
     dead_inputs: int = 0
     count: int = 1
-    tokens: tuple[int, int, int] | None = None
-    rounded: int = 0
 
     @property
     def has_raised_damping(self) -> bool:
@@ -112,7 +109,7 @@ def linear_results(
 
 def _of_experts(commits: Iterable[Commit], config: JobConfig | None, format: Format | None, float_bits: int) -> Iterator[LinearResult]:
     """The matrices of experts, summed up by block and name."""
-    found: dict[tuple[int, str], list[tuple[LinearResult, Mapping[str, Any]]]] = {}
+    found: dict[tuple[int, str], list[LinearResult]] = {}
     for commit in commits:
         match = _EXPERTS_UNIT.fullmatch(commit.unit)
         if match is None or int(match[1]) >= MAX_BLOCKS:
@@ -124,16 +121,15 @@ def _of_experts(commits: Iterable[Commit], config: JobConfig | None, format: For
             name = _EXPERT.sub(".*.", text(_name_in_block(full, block)))
             result = _linear(block, name, record, config, scheme, format, float_bits)
             if result is not None:
-                found.setdefault((block, name), []).append((result, record))
+                found.setdefault((block, name), []).append(result)
     for _, same in sorted(found.items(), key=lambda item: item[0]):
-        yield _summed([result for result, _ in same], [record for _, record in same])
+        yield _summed(same)
 
 
-def _summed(results: list[LinearResult], records: list[Mapping[str, Any]]) -> LinearResult:
+def _summed(results: list[LinearResult]) -> LinearResult:
     errors = [result.error for result in results if result.error is not None]
     dampings = [result.damping for result in results if result.damping is not None]
     stored = [result.stored_bits for result in results if result.stored_bits is not None]
-    tokens = sorted(count(record.get("tokens")) or 0 for record in records)
     return dataclasses.replace(
         results[0],
         error=sum(errors) / len(errors) if errors else None,
@@ -141,8 +137,6 @@ def _summed(results: list[LinearResult], records: list[Mapping[str, Any]]) -> Li
         stored_bits=sum(stored) if len(stored) == len(results) else None,
         dead_inputs=max(result.dead_inputs for result in results),
         count=len(results),
-        tokens=(tokens[0], tokens[len(tokens) // 2], tokens[-1]),
-        rounded=sum(isinstance(record.get("rounded"), str) for record in records),
     )
 
 
