@@ -20,6 +20,7 @@ from bigq.config import JobConfig
 from bigq.errors import CheckpointError, Stopped, UsageError
 from bigq.infer.evaluate import Stream
 from bigq.infer.load import load_model
+from bigq.inspect.history import read_history
 from bigq.io.formats import FORMATS
 from bigq.io.index import Checkpoint
 from bigq.io.reader import read_tensor
@@ -300,3 +301,20 @@ def test_the_plan_counts_experts(tmp_path: Path) -> None:
     assert report.planned_host_bytes == bigq.plan(str(model), tmp_path / "out", job(tmp_path)).cost.host or report.planned_host_bytes > 0
     (shape,) = {block.banks for block in plan.shape.blocks}
     assert (shape[0].experts, shape[0].chosen) == (8, 2)
+
+
+def test_reports_sum_experts_up(tmp_path: Path) -> None:
+    """A line for each matrix of a layer's experts: their mean error, and the bits of all of them."""
+    model, out = saved("qwen3_moe", tmp_path, num_hidden_layers=1), tmp_path / "out"
+    report = bigq.quantize(str(model), out, job(tmp_path))
+    history = read_history(out)
+    errors: dict[str, list[float]] = {}
+    for record in report.linears:
+        if ".experts." in record["name"]:
+            errors.setdefault(record["name"].rpartition(".")[2], []).append(record["relative_error"])
+    found = {linear.name: linear for linear in history.linears if "experts" in linear.name}
+    assert set(found) == {f"mlp.experts.*.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+    for name, linear in found.items():
+        assert linear.count == 8 and linear.weights == 8 * 32 * 64
+        assert linear.error == pytest.approx(sum(errors[name.rpartition(".")[2]]) / 8)
+    assert history.linear_bits is not None and 4 < history.linear_bits < 8
