@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from bigq.model.experts.call import BankCall, bank_call
+
 VOCABULARY = 128
 
 _BASE: Mapping[str, Any] = {
@@ -82,6 +84,16 @@ MOE_FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "dots1": {**_GROUPED, "n_routed_experts": 8, **_TWO},
     "minimax": {"head_dim": 16, "num_local_experts": 4, **_TWO},
     "minimax_m2": {"head_dim": 16, "num_local_experts": 8, **_TWO, "intermediate_size": 32, "rotary_dim": 8},
+    "llama4_text": {
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 96,
+        "interleave_moe_layer_step": 1,
+        "no_rope_layers": [1, 0],
+        "attention_chunk_size": 16,
+    },
     "granitemoe": {"num_local_experts": 4, **_TWO},
     "phimoe": {"num_local_experts": 4, **_TWO},
     "lfm2_moe": {
@@ -123,6 +135,13 @@ def moe_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -
     model.tie_weights()
     model.set_experts_implementation("eager")
     return model.to(dtype)
+
+
+def call_of(bank: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BankCall:
+    """The call of a bank with these arguments."""
+    call = bank_call(args, kwargs, next(bank.parameters(recurse=False)).shape[0])
+    assert call is not None
+    return call
 
 
 def random_tokens(rows: int = 3, length: int = 16) -> torch.Tensor:

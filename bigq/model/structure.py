@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bigq.model.blocks import block_linears
 from bigq.model.capture import BlockCall, OutputForm, hidden_of, replace_forwards
-from bigq.model.experts.bank import BankCall
+from bigq.model.experts.call import BankCall
 from bigq.model.experts.cut import banks_replaced, called_banks
 from bigq.model.skeleton import linear_weight
 from bigq.model.tracers import DataflowTracer, NanTracer
@@ -98,7 +98,7 @@ def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: Datafl
 
     def pass_on(_: str, bank: BankCall) -> Tensor:
         y = torch.zeros_like(bank.tokens)
-        return tracer.mark(y) if tracer.is_marked(bank.tokens) or tracer.is_marked(bank.weights) else y
+        return tracer.mark(y) if any(tracer.is_marked(x) for x in (bank.tokens, bank.choice) if x is not None) else y
 
     with sdpa_kernel(SDPBackend.MATH), banks_replaced(block, pass_on):
         return _plan_block(block, hidden, call, tracer)
@@ -213,7 +213,7 @@ def _trace(
         return forward
 
     def bank(name: str, bank: BankCall) -> Tensor:
-        if tracer.is_marked(bank.weights):
+        if bank.choice is not None and tracer.is_marked(bank.choice):
             trace.choices.add(name)
         y = torch.zeros_like(bank.tokens)
         if tracer.is_marked(bank.tokens):

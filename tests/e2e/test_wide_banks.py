@@ -1,4 +1,4 @@
-"""Experts that a checkpoint stores as one tensor for all (gpt_oss, granitemoe): quantized matrix by matrix, or copied as they are."""
+"""Experts that a checkpoint stores as one tensor for all, quantized matrix by matrix, or copied as they are: three families."""
 
 from __future__ import annotations
 
@@ -33,13 +33,21 @@ from bigq.solver.hessian import HessianSum
 
 CPU = torch.device("cpu")
 SCHEME = QuantScheme(bits=4, group_size=16, act_order=True)
-FAMILIES = ["gpt_oss", "granitemoe"]
+FAMILIES = ["gpt_oss", "granitemoe", "llama4_text"]
 DTYPES = [torch.float32, torch.bfloat16]
-#: Of each family: the path of a block's bank, and what its matrices are called.
-BANKS = {"gpt_oss": "model.layers.{}.mlp.experts", "granitemoe": "model.layers.{}.block_sparse_moe.experts"}
-MATRICES = {"gpt_oss": ("w13", "w2"), "granitemoe": ("gate_proj", "up_proj", "down_proj")}
+#: Of each family: the path of a block's bank, what its matrices are called, and their shapes.
+BANKS = {
+    "gpt_oss": "model.layers.{}.mlp.experts",
+    "granitemoe": "model.layers.{}.block_sparse_moe.experts",
+    "llama4_text": "model.layers.{}.feed_forward.experts",
+}
+_HALVES = ("gate_proj", "up_proj", "down_proj")
+MATRICES = {"gpt_oss": ("w13", "w2"), "granitemoe": _HALVES, "llama4_text": _HALVES}
+SHAPES = {"gpt_oss": {(192, 64), (64, 96)}, "granitemoe": {(96, 64), (64, 96)}, "llama4_text": {(32, 64), (64, 32)}}
 #: The tensors of the source that hold all experts, and those of biases.
-WHOLE = {"gpt_oss": ("experts.gate_up_proj", "experts.down_proj"), "granitemoe": ("input_linear.weight", "output_linear.weight")}
+_MERGED = ("experts.gate_up_proj", "experts.down_proj")
+WHOLE = {"gpt_oss": _MERGED, "granitemoe": ("input_linear.weight", "output_linear.weight"), "llama4_text": _MERGED}
+ATTENTION = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
 BIASES = ("experts.gate_up_proj_bias", "experts.down_proj_bias")
 EXPERTS, BLOCKS = 4, 2
 
@@ -70,9 +78,9 @@ def job(folder: Path, **changes: Any) -> JobConfig:
     return JobConfig(**{**given, **changes})
 
 
-def small_groups(monkeypatch: pytest.MonkeyPatch, experts: int) -> None:
-    """Let a shard hold so many experts of 3 · 64 · 96 weights."""
-    monkeypatch.setattr(units, "GROUP_WEIGHTS", experts * 3 * 64 * 96)
+def small_groups(monkeypatch: pytest.MonkeyPatch, experts: int, family: str) -> None:
+    """Let a shard hold so many experts."""
+    monkeypatch.setattr(units, "GROUP_WEIGHTS", experts * 3 * 64 * (32 if family == "llama4_text" else 96))
 
 
 def skip(pattern: str) -> tuple[Rule, ...]:
@@ -107,21 +115,29 @@ def dequantized(out: Path, prefix: str, dtype: torch.dtype) -> Tensor:
     return dequantize_packed(words, scales, zeros, SCHEME.bits, dtype)
 
 
+def inputs_of_experts(call: tuple[Tensor, ...]) -> list[Tensor]:
+    """What every expert receives, for a bank that is called with tokens and their experts, or with all tokens once for every expert."""
+    if len(call) == 1:
+        return [x[x.ne(0).any(-1)] for x in call[0].chunk(EXPERTS)]
+    return [call[0][torch.where(e == call[1].T)[1]] for e in range(EXPERTS)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_codes_are_those_of_gptq_in_memory(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Every expert by hand, from the model's own tensors, behind attention as bigq solved it: the same weights, bit for bit."""
-    model, out = saved(family, tmp_path, dtype, num_hidden_layers=1), tmp_path / "out"
+    one_block = {"num_hidden_layers": 1} | ({"no_rope_layers": [1]} if family == "llama4_text" else {})
+    model, out = saved(family, tmp_path, dtype, **one_block), tmp_path / "out"
     bigq.quantize(str(model), out, job(tmp_path))
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, experts_implementation="eager").eval()
     block = reference.model.layers[0]
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        getattr(block.self_attn, name).weight.copy_(dequantized(out, f"model.layers.0.self_attn.{name}", dtype))
+    for name in ATTENTION:
+        block.get_parameter(f"{name}.weight").copy_(dequantized(out, f"model.layers.0.{name}", dtype))
     bank, calls = reference.get_submodule(BANKS[family].format(0)), []
     bank.register_forward_pre_hook(lambda module, args, kwargs: calls.append((*args, *kwargs.values())), with_kwargs=True)
     for part in random_tokens(16, 32).split(4):
         reference(input_ids=part, use_cache=False)
-    tokens, chosen = torch.cat([call[0] for call in calls]), torch.cat([call[1] for call in calls])
+    given = [inputs_of_experts(call) for call in calls]
     scheme = dataclasses.replace(SCHEME, scale_bits=8 if dtype == torch.bfloat16 else None)
 
     def solved(weight: Tensor, x: Tensor) -> Tensor:
@@ -131,7 +147,7 @@ def test_codes_are_those_of_gptq_in_memory(family: str, dtype: torch.dtype, tmp_
         return quantize_linear(weight, hessian.finish(), scheme).dequantize(dtype)
 
     for e in range(EXPERTS):
-        x = tokens[torch.where(e == chosen.T)[1]]
+        x = torch.cat([inputs[e] for inputs in given])
         assert len(x) > 50
         prefix = f"{BANKS[family].format(0)}.{e}"
         if family == "gpt_oss":
@@ -140,10 +156,12 @@ def test_codes_are_those_of_gptq_in_memory(family: str, dtype: torch.dtype, tmp_
             inner = bank._apply_gate(x @ first.T.contiguous() + bank.gate_up_proj_bias[e])
             expected = {"w13_": first, "w2_": solved(bank.down_proj[e].T, inner)}
         else:
-            first = solved(bank.gate_up_proj[e], x)
-            gate, up = nn.functional.linear(x, first).chunk(2, dim=-1)
+            turned = family == "llama4_text"
+            first = solved(bank.gate_up_proj[e].T if turned else bank.gate_up_proj[e], x)
+            gate, up = (x @ first.T.contiguous() if turned else nn.functional.linear(x, first)).chunk(2, dim=-1)
+            inner = nn.functional.silu(gate) * up
             halves = dict(zip((".gate_proj", ".up_proj"), first.chunk(2), strict=True))
-            expected = halves | {".down_proj": solved(bank.down_proj[e], nn.functional.silu(gate) * up)}
+            expected = halves | {".down_proj": solved(bank.down_proj[e].T if turned else bank.down_proj[e], inner)}
         for name, weight in expected.items():
             prefix = f"{BANKS[family].format(0)}.{e}{name if name[0] == '.' else '.' + name}"
             assert torch.equal(dequantized(out, prefix, dtype), weight), prefix
@@ -154,7 +172,7 @@ def test_codes_are_those_of_gptq_in_memory(family: str, dtype: torch.dtype, tmp_
 def test_a_quantized_model(family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is sound, made again with holes it has the same bytes, and read whole it computes what it computes streamed."""
     model, out = saved(family, tmp_path, dtype), tmp_path / "out"
-    small_groups(monkeypatch, 3)
+    small_groups(monkeypatch, 3, family)
     report = bigq.quantize(str(model), out, job(tmp_path))
     assert {record["name"] for record in report.linears if "experts" in record["name"]} == linears(family)
     assert bigq.verify(out) == []
@@ -213,10 +231,11 @@ def test_what_the_folder_holds(family: str, tmp_path: Path) -> None:
 def test_experts_left_out(family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensors that hold all experts are copied, each once and whole; the rest is quantized with their outputs in it."""
     model, out = saved(family, tmp_path, dtype), tmp_path / "out"
-    small_groups(monkeypatch, 1)
+    small_groups(monkeypatch, 1, family)
     rules = skip(r".*experts\..*")
     report = bigq.quantize(str(model), out, job(tmp_path, rules=rules))
-    assert {record["name"].rpartition(".")[2] for record in report.linears} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert not [record["name"] for record in report.linears if ".experts." in record["name"]]
+    assert {f"model.layers.{i}.{name}" for i in range(BLOCKS) for name in ATTENTION} <= {record["name"] for record in report.linears}
     found: list[str] = [name for file in shards(out) for name in load_file(out / file)]
     assert len(found) == len(set(found))
     source, after = load_file(model / "model.safetensors"), Checkpoint.open(out)
@@ -275,7 +294,7 @@ def test_the_plan_counts_experts(family: str, tmp_path: Path) -> None:
     described = bigq.plan(str(tmp_path / "config"), tmp_path / "none", job(tmp_path, rules=rules))
     assert [count.linears for count in described.rules] == [len(linears(family))]
     shapes = [{(linear.m, linear.n) for bank in block.banks for linear in bank.linears} for block in described.shape.blocks]
-    assert shapes == [{(192, 64), (64, 96)} if family == "gpt_oss" else {(96, 64), (64, 96)}] * BLOCKS
+    assert shapes == [SHAPES[family]] * BLOCKS
 
 
 def test_formats_without_names_for_them(tmp_path: Path) -> None:

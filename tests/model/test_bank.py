@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from moe_families import MOE_FAMILIES, moe_model, random_tokens
+from moe_families import MOE_FAMILIES, call_of, moe_model, random_tokens
 from torch import Tensor, nn
 
 from bigq.errors import UnsupportedModelError
-from bigq.model.experts.bank import BankCall, Expert, Product, bank_modules, find_bank, routed, run_bank
+from bigq.model.experts.bank import Expert, Product, bank_modules, find_bank, routed, run_bank
+from bigq.model.experts.call import BankCall, RoutedCall
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -38,9 +39,7 @@ def seen_banks(family: str, dtype: torch.dtype) -> list[Seen]:
 
     def hook(name: str) -> Any:
         def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            call = BankCall.of(args, kwargs)
-            assert call is not None
-            found.append(Seen(name, module, call, output.clone()))
+            found.append(Seen(name, module, call_of(module, args, kwargs), output.clone()))
 
         return after
 
@@ -94,11 +93,11 @@ class Heads(nn.Module):
         return x
 
 
-def made_call(count: int = 4, k: int = 3) -> BankCall:
+def made_call(count: int = 4, k: int = 3) -> RoutedCall:
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(20, 64, generator=generator, dtype=torch.float32)
     weights, experts = torch.rand(20, count, generator=generator).topk(k)
-    call = BankCall.of((x, experts, weights), {})
+    call = RoutedCall.of((x, experts, weights), {})
     assert call is not None
     return call
 
@@ -114,7 +113,7 @@ def test_single_experts_add_up_to_the_bits_of_the_bank(family: str, dtype: torch
         assert [p.parameter for p in bank.products] == (
             ["up_proj", "down_proj"] if family == "nemotron_h" else ["gate_up_proj", "down_proj"]
         )
-        assert {p.transposed for p in bank.products} == {family == "gpt_oss"}
+        assert {p.transposed for p in bank.products} == {family in ("gpt_oss", "llama4_text")}
         assert bank.total == (torch.float32 if family == "nemotron_h" else dtype)
         assert torch.equal(run_bank(seen.module, bank, seen.call), seen.output)
 
@@ -195,17 +194,6 @@ def test_only_modules_of_that_shape_are_banks() -> None:
     block.odd.a, block.odd.b = nn.Parameter(torch.zeros(4, 2, 2)), nn.Parameter(torch.zeros(3, 2, 2))
     block.heads = Heads()
     assert list(bank_modules(block)) == ["experts"]
-
-
-def test_calls() -> None:
-    x, experts, weights = torch.zeros(5, 64), torch.zeros(5, 2, dtype=torch.int64), torch.ones(5, 2)
-    call = BankCall.of((x,), {"weights": weights, "experts": experts, "mask": None})
-    assert call is not None and call.places == (0, "experts", "weights")
-    assert call.call(lambda a, weights, experts: (a, experts, weights), x, experts, weights)[2] is weights
-    assert BankCall.of((x, experts), {}) is None
-    assert BankCall.of((x, weights, experts[:, :1]), {}) is None
-    assert BankCall.of((x, experts, weights, 7), {}) is None
-    assert BankCall.of((x[None], experts, weights), {}) is None
 
 
 def test_routes() -> None:

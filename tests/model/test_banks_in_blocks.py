@@ -52,16 +52,19 @@ def test_the_bank_is_named_by_its_module() -> None:
     assert structure("nemotron_h").banks == (BankPlace("mixer.experts", 0),)
 
 
-def test_a_router_that_is_a_linear_stays_unquantized() -> None:
+@pytest.mark.parametrize(
+    ("family", "changes", "router"),
+    [("hunyuan_v1_moe", {"num_experts": 64}, "mlp.gate.wg"), ("llama4_text", {"num_local_experts": 64}, "feed_forward.router")],
+)
+def test_a_router_that_is_a_linear_stays_unquantized(family: str, changes: dict[str, int], router: str) -> None:
     """Also where it is as large as Linears that are quantized: here it has 64 outputs and as many inputs."""
-    found = structure("hunyuan_v1_moe", num_experts=64)
-    router = moe_model("hunyuan_v1_moe", num_experts=64).model.layers[-1].mlp.gate.wg
-    assert router.weight.shape == (64, 64)
-    assert "mlp.gate.wg" in found.left_out
-    assert "mlp.gate.wg" not in [name for group in found.groups for name in group.names]
+    found = structure(family, **changes)
+    assert moe_model(family, **changes).model.layers[-1].get_submodule(router).weight.shape == (64, 64)
+    assert router in found.left_out
+    assert router not in [name for group in found.groups for name in group.names]
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "hunyuan_v1_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "hunyuan_v1_moe", "llama4_text"])
 def test_the_same_structure_without_weights(family: str) -> None:
     """Banks do not run, so blocks on meta can be traced too."""
     found, real = structure(family, on_meta=True), structure(family)

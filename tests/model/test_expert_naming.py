@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from moe_families import MOE_FAMILIES, moe_model
+from moe_families import MOE_FAMILIES, call_of, moe_model
 from torch import Tensor, nn
 
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.sources.plain import PlainSource
-from bigq.model.experts.bank import BankCall, bank_modules, find_bank
+from bigq.model.experts.bank import bank_modules, find_bank
+from bigq.model.experts.call import RoutedCall
 from bigq.model.experts.naming import ExpertLinear, Naming, base_name, packed_parts
 from bigq.model.experts.pages import StoredBank, nominal_linears, stored_banks
 from bigq.model.experts.proof import require_layout
@@ -59,10 +60,10 @@ class Experts(nn.Module):
         return x @ weight if self.transposed else nn.functional.linear(x, weight)
 
 
-def call() -> BankCall:
+def call() -> RoutedCall:
     generator = torch.Generator().manual_seed(2)
     weights, experts = torch.rand(10, 3, generator=generator).topk(2)
-    found = BankCall.of((torch.randn(10, 8, generator=generator), experts, weights), {})
+    found = RoutedCall.of((torch.randn(10, 8, generator=generator), experts, weights), {})
     assert found is not None
     return found
 
@@ -127,7 +128,7 @@ def test_classes_of_transformers_say_how_they_compute(family: str) -> None:
     model = moe_model(family)
     name, module = next(iter(bank_modules(model).items()))
     calls: list[tuple[Any, Any]] = []
-    module.register_forward_hook(lambda m, args, kwargs, out: calls.append((BankCall.of(args, kwargs), out)), with_kwargs=True)
+    module.register_forward_hook(lambda m, args, kwargs, out: calls.append((call_of(module, args, kwargs), out)), with_kwargs=True)
     model(input_ids=torch.arange(3, 67).view(2, 32), use_cache=False)
     made, output = calls[0]
     bank = find_bank(name, module, made, output)

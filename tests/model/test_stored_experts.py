@@ -16,7 +16,7 @@ from bigq.model.experts.stored import Part, expert_parts, require_stacking
 from bigq.model.skeleton import Merge
 
 #: Families whose checkpoints hold all experts in one tensor.
-WHOLE = ("gpt_oss", "granitemoe")
+WHOLE = ("gpt_oss", "granitemoe", "llama4_text")
 
 
 def saved(model: nn.Module, folder: Path) -> dict[str, Tensor]:

@@ -1,15 +1,15 @@
 """Banks of experts: modules that hold the weights of many experts, of which every token runs a few.
 
 A bank is found by shape and by one call, not by a table of families: its own parameters have the experts as their first dimension, at
-least two of them are 3-D, and it is called with the tokens, the experts of each token and their weights. One expert is computed by the
-family's own forward, given an object that holds that expert's parameters only. What it adds to the output is seen where the forward adds
-it. ``find_bank`` proves on a probe that the sum over all experts has the bits of the module's own output.
+least two of them are 3-D, and it is called in one of the ways of ``experts.call``. One expert is computed by the family's own forward,
+given an object that holds that expert's parameters only. What it adds to the output is seen where the forward adds it. ``find_bank``
+proves on a probe that what all experts return has the bits of the module's own output.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bigq.errors import UnsupportedModelError
+from bigq.model.experts.call import BankCall
 
 #: Functions that multiply a matrix of tokens by a weight stored as [outputs, inputs], and by one stored as [inputs, outputs].
 _LINEAR = frozenset({nn.functional.linear})
@@ -54,42 +55,6 @@ class Bank:
     by_slot: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class BankCall:
-    """The arguments of a bank. tokens: [T, d]. experts: of each token, int [T, k]. weights: theirs, [T, k].
-
-    places: the position or the name of each of the three.
-    """
-
-    tokens: Tensor
-    experts: Tensor
-    weights: Tensor
-    places: tuple[int | str, int | str, int | str]
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BankCall | None:
-        """The call with these arguments; None if they are not one matrix of tokens and two of equal shape [T, k], one of integers."""
-        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-        tensors = {place: x for place, x in given if isinstance(x, Tensor)}
-        if len(tensors) != 3 or any(x is not None for place, x in given if place not in tensors):
-            return None
-        chosen = [place for place, x in tensors.items() if not x.is_floating_point()]
-        if len(chosen) != 1:
-            return None
-        experts = tensors[chosen[0]]
-        weights = [p for p, x in tensors.items() if x.is_floating_point() and x.shape == experts.shape]
-        tokens = [p for p, x in tensors.items() if x.is_floating_point() and p not in weights]
-        if experts.ndim != 2 or len(weights) != 1 or len(tokens) != 1 or tensors[tokens[0]].shape[:-1] != experts.shape[:1]:
-            return None
-        return cls(tensors[tokens[0]], experts, tensors[weights[0]], (tokens[0], chosen[0], weights[0]))
-
-    def call(self, forward: Callable[..., Any], tokens: Tensor, experts: Tensor, weights: Tensor) -> Any:
-        """Call a forward with other values in the same places."""
-        given = dict(zip(self.places, (tokens, experts, weights), strict=True))
-        positions = sorted(place for place in given if isinstance(place, int))
-        return forward(*(given[i] for i in positions), **{k: v for k, v in given.items() if isinstance(k, str)})
-
-
 class Expert:
     """One expert of a bank, on any device. parameters: its slices, without the dimension of the experts; they can be replaced."""
 
@@ -109,7 +74,7 @@ class Expert:
 
     def run(self, tokens: Tensor, weights: Tensor) -> Tensor:
         """What the expert adds to the output for tokens [t, d] that it has weights [t] for: [t, d], in the dtype of the sum."""
-        return self._watch(tokens, weights).added()
+        return self._watch(tokens, weights).output(sums=self._call.sums)
 
     def input_of(self, product: Product, tokens: Tensor) -> Tensor:
         """The input of a product for tokens [t, d]: [t, inputs]. What comes after the product does not run."""
@@ -119,14 +84,13 @@ class Expert:
     def products(self, tokens: Tensor, weights: Tensor) -> tuple[tuple[Product, ...], torch.dtype]:
         """The expert's products in their order, and the dtype in which its output is added."""
         seen = self._watch(tokens, weights)
-        return tuple(Product(name, name in seen.transposed) for name in seen.inputs), seen.added().dtype
+        return tuple(Product(name, name in seen.transposed) for name in seen.inputs), seen.output(sums=self._call.sums).dtype
 
     def _watch(self, tokens: Tensor, weights: Tensor, stop: str | None = None) -> _Watch:
         watch = _Watch(self._held, stop)
-        experts = torch.zeros(len(tokens), 1, dtype=self._call.experts.dtype, device=tokens.device)
         try:
             with watch:
-                self._call.call(self._module.forward, tokens, experts, weights[:, None].to(self._call.weights.dtype))
+                watch.returned = self._call.run_one(self._module.forward, tokens, weights)
         except _Reached:
             pass
         return watch
@@ -140,6 +104,7 @@ class _Watch(TorchFunctionMode):
     """Sees the products that parameters take part in, and what is added to the output.
 
     inputs: of each product, by parameter, in order. transposed: parameters stored as [inputs, outputs]. stop: end before its product.
+    returned: what the forward returned.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], stop: str | None) -> None:
@@ -149,6 +114,7 @@ class _Watch(TorchFunctionMode):
         self._added: list[Tensor] = []
         self.inputs: dict[str, Tensor] = {}
         self.transposed: set[str] = set()
+        self.returned: Any = None
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -174,8 +140,15 @@ class _Watch(TorchFunctionMode):
                 raise _Reached
             return
 
-    def added(self) -> Tensor:
-        """What was added to the output. Raises UnsupportedModelError unless that happened once."""
+    def output(self, *, sums: bool) -> Tensor:
+        """What was added to the output, if the bank ``sums``; else what it returned.
+
+        Raises UnsupportedModelError unless there is one such tensor.
+        """
+        if not sums:
+            if isinstance(self.returned, Tensor) and not self._added:
+                return self.returned
+            raise UnsupportedModelError("an expert returns something else than its outputs")
         if len(self._added) != 1:
             raise UnsupportedModelError(f"an expert adds to the output {len(self._added)} times instead of once")
         return self._added[0]
@@ -211,12 +184,12 @@ def find_bank(name: str, module: nn.Module, call: BankCall, output: Tensor) -> B
     """
     parameters = dict(module.named_parameters(recurse=False))
     experts = next(iter(parameters.values())).shape[0]
-    by_slot, reason = _takes_by_slot(module, call), ""
+    by_slot, reason, routing = _takes_by_slot(module, call), "", call.routing(call.slots())
     for counts in count_attributes(module, experts):
         bank = Bank(name, experts, (), tuple(parameters), counts, output.dtype, by_slot)
         try:
             one = Expert(module, bank, call, {key: p[0] for key, p in parameters.items()})
-            products, total = one.products(call.tokens[:2], call.weights[:2, 0])
+            products, total = one.products(routing.inputs[:2], routing.weights[:2, 0])
             bank = Bank(name, experts, products, tuple(parameters), counts, total, by_slot)
             if {p.parameter for p in products} != {key for key, p in parameters.items() if p.ndim == 3}:
                 reason = "an expert does not multiply by each of its matrices"
@@ -232,13 +205,17 @@ def find_bank(name: str, module: nn.Module, call: BankCall, output: Tensor) -> B
 
 
 def run_bank(module: nn.Module, bank: Bank, call: BankCall) -> Tensor:
-    """A bank's output [T, d], expert by expert in ascending order."""
-    total = torch.zeros(call.tokens.shape, dtype=bank.total, device=call.tokens.device)
-    for e, tokens, slots in routed(call.experts, bank.experts, by_slot=bank.by_slot):
-        if len(tokens):
+    """A bank's output, expert by expert in ascending order."""
+    routing, count = call.routing(call.slots()), len(call.tokens) // call.copies
+    inputs, per_token = routing.inputs, len(routing.inputs) // count
+    total = torch.zeros(inputs.shape, dtype=bank.total, device=inputs.device)
+    for e, at, slots in routed(routing.experts, bank.experts, by_slot=bank.by_slot):
+        if len(at):
             expert = Expert(module, bank, call, {key: getattr(module, key)[e] for key in bank.parameters})
-            total.index_add_(0, tokens, expert.run(call.tokens[tokens], call.weights[tokens, slots]))
-    return total.to(call.tokens.dtype)
+            tokens, places = call.together(inputs[at], at // per_token, count)
+            output = expert.run(tokens, routing.weights[at, slots])
+            total.index_add_(0, at, output if places is None else output[places])
+    return call.output(total, routing.experts, count)
 
 
 def routed(experts: Tensor, count: int, *, by_slot: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -274,7 +251,7 @@ def _takes_by_slot(module: nn.Module, call: BankCall) -> bool:
     """Whether some expert of a bank takes its tokens in another than ascending order."""
     order = _Order()
     with order:
-        call.call(module.forward, call.tokens, call.experts, call.weights)
+        call.run(module.forward)
     return any(bool((index[1:] < index[:-1]).any()) for index in order.indices)
 
 

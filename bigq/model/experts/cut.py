@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bigq.errors import UnsupportedModelError
 from bigq.model.capture import replace_forwards
-from bigq.model.experts.bank import BankCall, bank_modules
+from bigq.model.experts.bank import bank_modules
+from bigq.model.experts.call import BankCall, bank_call
 
 
 @contextlib.contextmanager
@@ -29,13 +31,14 @@ def banks_replaced(block: nn.Module, returns: Callable[[str, BankCall], Tensor])
 
     def make(i: int) -> Callable[..., Any]:
         name = names[i]
+        experts = next(iter(banks[name].parameters(recurse=False))).shape[0]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call = BankCall.of(args, kwargs)
+            call = bank_call(args, kwargs, experts)
             if call is None:
                 raise UnsupportedModelError(
-                    f"{name}: a bank of experts that is not called with tokens, the experts of each token, and their weights; this "
-                    "architecture is not supported yet"
+                    f"{name}: a bank of experts that is not called with tokens, the experts of each token, and their weights, nor with "
+                    "the tokens of all experts; this architecture is not supported yet"
                 )
             return returns(name, call)
 
@@ -60,4 +63,33 @@ def called_banks(block: nn.Module, run: Callable[[], Any]) -> Mapping[str, BankC
 
     with banks_replaced(block, see):
         run()
+    return found
+
+
+class _Choices(TorchFunctionMode):
+    """Sees of how many values the largest are chosen, and how many. k: by the number of values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k: dict[int, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in (torch.topk, Tensor.topk):
+            self.k[args[0].shape[-1]] = found[1].shape[-1]
+        return found
+
+
+def chosen_experts(block: nn.Module, run: Callable[[], Any]) -> Mapping[str, tuple[int, int]]:
+    """How many experts a token has in each of the banks that ``run`` calls, and how many inputs these have of it.
+
+    Values are not looked at, so the block may be on meta. Where the call does not tell, it is what the block chooses of as many values as
+    there are experts; without such a choice, all.
+    """
+    with _Choices() as choices:
+        calls = called_banks(block, run)
+    found = {}
+    for name, call in calls.items():
+        count = call.slots() if call.sums else choices.k.get(call.copies, call.copies)
+        found[name] = (count, 1 if call.sums else count)
     return found

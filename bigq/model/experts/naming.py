@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from bigq.model import skeleton
@@ -49,18 +50,29 @@ class Naming:
 
     @classmethod
     def of(cls, module: nn.Module) -> Naming:
-        """By the parameters of a bank, and by what its class in transformers says of their layout; see ``proof.require_layout``."""
+        """By the parameters of a bank, and by what its class in transformers says of their layout, else by their shapes.
+
+        See ``proof.require_layout``.
+        """
         own = dict(module.named_parameters(recurse=False))
         keys = [key for key, param in own.items() if param.ndim == 3]
         halves = getattr(module, "is_concatenated", True) is True and len(keys) == len(own)
         joined = not halves and all(key in _JOINED for key in keys)
         names = _JOINED if joined else _HALVES if halves else {}
-        return cls({key: names.get(key, (key,)) for key in keys}, getattr(module, "is_transposed", False) is True, joined)
+        said = getattr(module, "is_transposed", None)
+        transposed = _looks_transposed([own[key].shape for key in keys]) if said is None else said is True
+        return cls({key: names.get(key, (key,)) for key in keys}, transposed, joined)
 
     def linear(self, key: str, shape: tuple[int, ...]) -> ExpertLinear:
         """One matrix of a parameter. shape: of the parameter."""
         m, n = (shape[2], shape[1]) if self.transposed else (shape[1], shape[2])
         return ExpertLinear(m // len(self.parts[key]), n, self.joined)
+
+
+def _looks_transposed(shapes: list[torch.Size]) -> bool:
+    """Whether 3-D parameters can only be [experts, inputs, outputs], by the width that the first one takes and the last one returns."""
+    first, last = shapes[0], shapes[-1]
+    return first[2] != last[1] and first[1] == last[2]
 
 
 def packed_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Part]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bigq.errors import UnsupportedModelError
-from bigq.model.experts.bank import Bank, BankCall, Expert, count_attributes, find_bank
+from bigq.model.experts.bank import Bank, Expert, count_attributes, find_bank
+from bigq.model.experts.call import BankCall
 from bigq.model.experts.naming import Naming
 
 #: Experts of a token in the proof, at most, and experts beyond those: sums of few outputs would hide their order.
@@ -26,14 +27,14 @@ def prove_bank(name: str, module: nn.Module, call: BankCall, load: Callable[[int
     Loads six experts at most. Raises UnsupportedModelError, with the reason.
     """
     experts = next(iter(module.parameters(recurse=False))).shape[0]
-    slots = min(call.experts.shape[1], _SLOTS)
+    slots = min(call.slots(), _SLOTS)
     count = min(experts, slots + _MORE)
     parts = [load(e) for e in range(count)]
     held = {key: nn.Parameter(torch.stack([part[key] for part in parts]), requires_grad=False) for key in parts[0]}
     del parts
-    tokens = torch.arange(len(call.tokens), device=call.tokens.device)
+    tokens = torch.arange(len(call.tokens) // call.copies, device=call.tokens.device)
     chosen = (tokens[:, None] * 3 + torch.arange(slots, device=tokens.device) * (1 + tokens[:, None] % 2 * (count - 2))) % count
-    small = dataclasses.replace(call, experts=chosen.to(call.experts.dtype), weights=call.weights[:, :slots].contiguous())
+    small = call.chosen_anew(chosen, count)
     failed: UnsupportedModelError | None = None
     for counts in count_attributes(module, experts):
         part = object.__new__(type(module))
@@ -41,7 +42,7 @@ def prove_bank(name: str, module: nn.Module, call: BankCall, load: Callable[[int
         part.__dict__["_parameters"] = held
         part.__dict__.update(dict.fromkeys(counts, count))
         try:
-            output = small.call(part.forward, small.tokens, small.experts, small.weights)
+            output = small.run(part.forward)
             return dataclasses.replace(find_bank(name, part, small, output), experts=experts)
         except UnsupportedModelError as error:
             failed = failed or error
@@ -72,6 +73,6 @@ def require_layout(name: str, module: nn.Module, bank: Bank, call: BankCall, par
         kept = weight[[1, 1 + half]].clone()
         weight.zero_()
         weight[[1, 1 + half]] = kept
-        found = expert.input_of(following, call.tokens).ne(0).any(0).nonzero().flatten().tolist()
+        found = expert.input_of(following, call.routing(call.slots()).inputs).ne(0).any(0).nonzero().flatten().tolist()
         if found != [1]:
             raise UnsupportedModelError(f"{name}: {said}")

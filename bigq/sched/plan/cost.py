@@ -217,8 +217,8 @@ def _activations(shape: ModelShape, work: Work, choice: Choice) -> _Activations:
     row = token * shape.width
     memos = max((_memo_width(block) for block in shape.blocks), default=0) if choice.memo else 0
     kept = work.rows * (row + token * memos)
-    if any(block.banks for block in shape.blocks):  # the inputs of a bank and the sum of its outputs
-        kept += 2 * work.rows * row
+    # The inputs of a bank, and the sums of its outputs for them.
+    kept += 2 * work.rows * row * max((bank.inputs for block in shape.blocks for bank in block.banks), default=0)
     # Those in host memory are reused by the next block. Buffers of one width at a time: see ``LastInputs``.
     inputs = choice.kept_rows * token * max(map(last_width, shape.blocks), default=0) if choice.kept_tier == "host" else 0
     if choice.tier == "disk":

@@ -70,7 +70,7 @@ class Reach:
 
 @dataclass(frozen=True, slots=True)
 class BankShape:
-    """A bank of experts. chosen: experts of each token. level: see ``BankPlace``.
+    """A bank of experts. chosen: experts of each token. inputs: different inputs that they have of a token. level: see ``BankPlace``.
 
     products: of one expert, in order; each is the Linears that are stored as one weight, by their names in the block.
     whole: whether the source holds one tensor for all experts.
@@ -82,6 +82,7 @@ class BankShape:
     level: int
     products: tuple[tuple[LinearShape, ...], ...]
     whole: bool = False
+    inputs: int = 1
 
     @property
     def linears(self) -> list[LinearShape]:

@@ -23,7 +23,7 @@ from bigq.model.blocks import block_linears
 from bigq.model.capture import BlockCall, OutputForm, first_input, forward_errors, record_calls, replace_forwards
 from bigq.model.checks import check_hidden_paths
 from bigq.model.experts.bank import bank_modules
-from bigq.model.experts.cut import called_banks, without_banks
+from bigq.model.experts.cut import chosen_experts, without_banks
 from bigq.model.experts.naming import ExpertLinear, Naming
 from bigq.model.experts.pages import StoredBank, nominal_linears
 from bigq.model.skeleton import is_transposed, linear_weight
@@ -204,7 +204,7 @@ def _block_shape(outline: Outline, block: nn.Module, i: int, runs: list[_Run], s
 
 def _banks(outline: Outline, block: nn.Module, i: int, plan: BlockPlan, short: _Run) -> Iterator[BankShape]:
     """The banks of a block, each with the matrices of its first expert."""
-    calls = called_banks(block, lambda: short.calls[i].run(block, short.hidden)) if plan.banks else {}
+    chosen = chosen_experts(block, lambda: short.calls[i].run(block, short.hidden)) if plan.banks else {}
     prefix = f"{outline.blocks_path}.{i}."
     for place in plan.banks:
         products: list[tuple[LinearShape, ...]] = []
@@ -221,8 +221,8 @@ def _banks(outline: Outline, block: nn.Module, i: int, plan: BlockPlan, short: _
                 names = tuple(f"{place.name}.0.{part}" for part in naming.parts[key])
                 size = linear.m * linear.n * outline.dtype.itemsize
             products.append(tuple(LinearShape(name.removeprefix(prefix), linear.m, linear.n, size) for name in names))
-        chosen, whole = calls[place.name].experts.shape[1], stored is not None and stored.is_whole
-        yield BankShape(place.name, experts, chosen, place.level, tuple(products), whole)
+        whole, (of_token, inputs) = stored is not None and stored.is_whole, chosen[place.name]
+        yield BankShape(place.name, experts, of_token, place.level, tuple(products), whole, inputs)
 
 
 def _matrices_of_experts(block: nn.Module) -> set[str]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from bigq.errors import UnsupportedModelError
 from bigq.model.capture import StopForward
-from bigq.model.experts.bank import Bank, BankCall, routed
+from bigq.model.experts.bank import Bank, routed
+from bigq.model.experts.call import BankCall, Routing, bank_call
 from bigq.model.pager import replace_forward
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import RowBuffer
@@ -25,8 +26,9 @@ from bigq.sched.rows.tiers import RowBuffer
 class RoutedRows:
     """The tokens of all calibration rows at one bank.
 
-    call: of the bank for one token; its kinds of arguments. experts, weights: of each token, [tokens, k]. per_row: tokens of a row.
-    total: the sum of the outputs so far, in the dtype of the bank's sum; None before it is begun.
+    call: of the bank for one token; its kinds of arguments. inputs, experts, weights: see ``Routing``. per_row: inputs of a row.
+    per_token: those of a token, which are more than one where experts of a token have different inputs. total: the sum of the outputs for
+    each input so far, in the dtype of the bank's sum; None before it is begun.
     """
 
     call: BankCall
@@ -34,6 +36,7 @@ class RoutedRows:
     experts: Tensor
     weights: Tensor
     per_row: int
+    per_token: int = 1
     total: RowBuffer | None = None
 
     def begin_total(self, store: ActivationStore, bank: Bank) -> None:
@@ -61,7 +64,8 @@ class RoutedRows:
     def output(self, lo: int, hi: int) -> Tensor:
         """The bank's output for rows [lo, hi)."""
         assert self.total is not None
-        return self.total.get(lo * self.per_row, hi * self.per_row).to(self.call.tokens.dtype)
+        lo, hi = lo * self.per_row, hi * self.per_row
+        return self.call.output(self.total.get(lo, hi), self.experts[lo:hi], (hi - lo) // self.per_token)
 
     def drop_inputs(self) -> None:
         """Free what only the experts needed."""
@@ -81,14 +85,16 @@ def record_routed(
     running: the context in which the block runs. prefix: the block's name, for messages. Raises UnsupportedModelError.
     """
     module = block.get_submodule(name)
+    bank = next(iter(module.parameters(recurse=False))).shape[0]
 
     def run() -> RoutedRows:
         made: RoutedRows | None = None
+        slots: int | None = None
         for hidden, call in store.batches(index):
             seen: list[BankCall] = []
 
             def forward(*args: Any, seen: list[BankCall] = seen, **kwargs: Any) -> Any:
-                found = BankCall.of(args, kwargs)
+                found = bank_call(args, kwargs, bank)
                 assert found is not None, "the probe has seen how the bank is called"
                 seen.append(found)
                 raise StopForward
@@ -97,29 +103,31 @@ def record_routed(
                 call.run(block, hidden)
             lo, hi = store.at
             tokens = (hi - lo) * store.shape[1]
-            if not seen or len(seen[0].tokens) != tokens:
-                found = len(seen[0].tokens) if seen else 0
+            received = len(seen[0].tokens) // seen[0].copies if seen else 0
+            if received != tokens:
                 raise UnsupportedModelError(
-                    f"{prefix}.{name}: receives {found} of {tokens} tokens; banks that do not receive every token once are not supported"
+                    f"{prefix}.{name}: receives {received} of {tokens} tokens; banks that do not receive every token once are not supported"
                 )
+            slots = seen[0].slots() if slots is None else slots
+            routing = seen[0].routing(slots)
             if made is None:
-                made = _empty(store, seen[0])
-            at = slice(lo * store.shape[1], hi * store.shape[1])
-            made.inputs.put(at.start, seen[0].tokens)
-            made.experts[at], made.weights[at] = seen[0].experts, seen[0].weights
+                made = _empty(store, seen[0], routing, len(routing.inputs) // tokens)
+            at = slice(lo * made.per_row, hi * made.per_row)
+            made.inputs.put(at.start, routing.inputs)
+            made.experts[at], made.weights[at] = routing.experts, routing.weights
         assert made is not None
         return made
 
     return store.read_pass(index, step, run)
 
 
-def _empty(store: ActivationStore, call: BankCall) -> RoutedRows:
-    count = store.shape[0] * store.shape[1]
-    one = BankCall(call.tokens[:1].clone(), call.experts[:1].clone(), call.weights[:1].clone(), call.places)
+def _empty(store: ActivationStore, call: BankCall, routing: Routing, per_token: int) -> RoutedRows:
+    count = store.shape[0] * store.shape[1] * per_token
     return RoutedRows(
-        call=one,
-        inputs=store.token_buffer(count, call.tokens.shape[-1], call.tokens.dtype),
-        experts=call.experts.new_empty(count, call.experts.shape[1]),
-        weights=call.weights.new_empty(count, call.weights.shape[1]),
-        per_row=store.shape[1],
+        call=call.shortened(),
+        inputs=store.token_buffer(count, routing.inputs.shape[-1], routing.inputs.dtype),
+        experts=routing.experts.new_empty(count, routing.experts.shape[1]),
+        weights=routing.weights.new_empty(count, routing.weights.shape[1]),
+        per_row=store.shape[1] * per_token,
+        per_token=per_token,
     )

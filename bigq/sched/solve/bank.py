@@ -115,8 +115,11 @@ def run_bank_rows(job: BankJob, rows: RoutedRows, batch: int | None = None) -> N
     for number, parts in rows.routes(job.bank, batch):
         if any(len(tokens) for tokens, _ in parts):
             expert = _expert(job, rows, number)
-            for tokens, slots in parts:
-                _run(job, rows, expert, tokens, slots, step=1 if batch is not None else STEP_TOKENS)
+            for i, (tokens, slots) in enumerate(parts):
+                if batch is None:
+                    _run(job, rows, expert, tokens, slots)
+                elif len(tokens):
+                    _run_as_called(job, rows, expert, tokens, slots, rows.spans(batch)[i])
 
 
 def round_bank(job: BankJob, method: DataFreeMethod) -> Iterator[SolvedExpert]:
@@ -149,22 +152,31 @@ def _set(weight: Tensor, matrices: Sequence[SolvedMatrix]) -> None:
         at += m
 
 
-def _run(job: BankJob, rows: RoutedRows, expert: Expert, tokens: Tensor, slots: Tensor, step: int = STEP_TOKENS) -> None:
-    """Add the expert's outputs. Each token is there once, so the sum of every token is in the order of the experts.
-
-    step: see ``STEP_TOKENS``; 1 computes as the model itself would.
-    """
+def _run(job: BankJob, rows: RoutedRows, expert: Expert, tokens: Tensor, slots: Tensor) -> None:
+    """Add the expert's outputs. Each token is there once, so the sum of every token is in the order of the experts."""
     assert rows.total is not None
     with job.clock.phase("replay"):
         for part, slot in zip(tokens.split(CHUNK_TOKENS), slots.split(CHUNK_TOKENS), strict=True):
             if len(part):
-                output = expert.run(_filled(rows.inputs.take(part), step), _filled(rows.weights[part, slot], step))
+                output = expert.run(_filled(rows.inputs.take(part)), _filled(rows.weights[part, slot]))
                 rows.total.add(part, output[: len(part)])
 
 
-def _filled(x: Tensor, step: int = STEP_TOKENS) -> Tensor:
-    """x [tokens, ...] with zeros behind it, up to a multiple of ``step`` tokens."""
-    missing = -len(x) % step
+def _run_as_called(job: BankJob, rows: RoutedRows, expert: Expert, tokens: Tensor, slots: Tensor, span: tuple[int, int]) -> None:
+    """Add the expert's outputs for tokens of one batch, the inputs [span), with the bits of the model itself."""
+    assert rows.total is not None
+    count = (span[1] - span[0]) // rows.per_token
+    step = CHUNK_TOKENS if rows.call.sums else len(tokens)
+    with job.clock.phase("replay"):
+        for part, slot in zip(tokens.split(step), slots.split(step), strict=True):
+            given, places = rows.call.together(rows.inputs.take(part), (part - span[0]) // rows.per_token, count)
+            output = expert.run(given, rows.weights[part, slot])
+            rows.total.add(part, output if places is None else output[places])
+
+
+def _filled(x: Tensor) -> Tensor:
+    """x [tokens, ...] with zeros behind it, up to a multiple of ``STEP_TOKENS`` tokens."""
+    missing = -len(x) % STEP_TOKENS
     return x if not missing else torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
 
 

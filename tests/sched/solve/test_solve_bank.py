@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_families import moe_model, random_tokens
+from moe_families import call_of, moe_model, random_tokens
 from torch import Tensor, nn
 
 from bigq.methods.gptq import Gptq
-from bigq.model.experts.bank import Bank, BankCall, bank_modules, find_bank, run_bank
+from bigq.model.experts.bank import Bank, bank_modules, find_bank, run_bank
+from bigq.model.experts.call import RoutedCall
 from bigq.progress.clock import Clock
 from bigq.sched.rows.routed import RoutedRows
 from bigq.sched.rows.tiers import Tier
@@ -31,19 +32,19 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def called(family: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Bank, BankCall]:
+def called(family: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Bank, RoutedCall]:
     """The first bank of a model, with 16 rows of 32 tokens at it."""
     model, seen = moe_model(family, dtype), []
     name, module = next(iter(bank_modules(model).items()))
     module.register_forward_hook(lambda m, args, kwargs, out: seen.append((args, kwargs, out.clone())), with_kwargs=True)
     model(input_ids=random_tokens(16, 32), use_cache=False)
     args, kwargs, output = seen[0]
-    call = BankCall.of(args, kwargs)
-    assert call is not None
+    call = call_of(module, args, kwargs)
+    assert isinstance(call, RoutedCall)
     return module, find_bank(name, module, call, output), call
 
 
-def rows_of(call: BankCall, bank: Bank) -> RoutedRows:
+def rows_of(call: RoutedCall, bank: Bank) -> RoutedRows:
     """The rows of a call, with a sum that is begun."""
     tier = Tier("host", torch.device("cpu"), Path("."))
     inputs = tier.buffer(len(call.tokens), call.tokens.shape[1], call.tokens.dtype)
@@ -53,7 +54,7 @@ def rows_of(call: BankCall, bank: Bank) -> RoutedRows:
     return RoutedRows(call=call, inputs=inputs, experts=call.experts, weights=call.weights, per_row=len(call.tokens), total=total)
 
 
-def solved(module: nn.Module, bank: Bank, call: BankCall) -> tuple[list[SolvedExpert], Tensor]:
+def solved(module: nn.Module, bank: Bank, call: RoutedCall) -> tuple[list[SolvedExpert], Tensor]:
     job = BankJob(
         prefix=bank.name,
         module=module,
@@ -67,7 +68,7 @@ def solved(module: nn.Module, bank: Bank, call: BankCall) -> tuple[list[SolvedEx
     return list(solve_bank(job, Gptq(), rows)), rows.output(0, 1)
 
 
-def by_hand(module: nn.Module, call: BankCall, e: int) -> tuple[Tensor, Tensor]:
+def by_hand(module: nn.Module, call: RoutedCall, e: int) -> tuple[Tensor, Tensor]:
     """Codes of gate and up, and of down, of a qwen3_moe expert in fp32, by plain matrices."""
 
     def codes(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
