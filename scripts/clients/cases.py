@@ -34,8 +34,6 @@ from moe_families import MOE_FAMILIES, moe_model
 
 from bigq.cli.main import main as bigq
 from bigq.io.reader import read_tensor
-from bigq.io.sources.base import Source
-from bigq.io.sources.packed import PackedSource
 from bigq.kernels.grid import GridSpec, find_grid
 from bigq.model.pager import Pager
 from bigq.model.skeleton import is_linear
@@ -50,6 +48,9 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     "bloom": {},
     **dict.fromkeys(MOE_FAMILIES, _EXPERTS),
     "mixtral": _EXPERTS | {"intermediate_size": 64, "sliding_window": None},
+    "gpt_oss": _EXPERTS | {"intermediate_size": 64},
+    "granitemoe": _EXPERTS | {"intermediate_size": 64},
+    "llama4_text": _EXPERTS | {"intermediate_size": 64, "intermediate_size_mlp": 256},
     "deepseek_v3": _EXPERTS
     | {
         "q_lora_rank": 64,
@@ -144,28 +145,22 @@ def dequantized(out: Path) -> Iterator[tuple[str, Tensor]]:
             if name in pager.packed:
                 yield name.removesuffix(".weight"), pager.model.get_parameter(name).detach().clone()
         pager.evict_block(i)
-    for source, _, _, _ in experts(pager):
-        if isinstance(source, PackedSource):
+    for bank in pager.banks.values():
+        for source in bank.packed():
             yield source.name.removesuffix(".weight"), source.value(read_tensor, torch.device("cpu"), torch.float32)
     if f"{pager.head_name}.weight" in pager.packed:
         yield pager.head_name, pager.dequantized(f"{pager.head_name}.weight")
 
 
-def experts(pager: Pager) -> Iterator[tuple[Source, str, int, slice]]:
-    """(source, parameter, expert, rows of its part) of every matrix of every expert."""
-    for path, bank in pager.banks.items():
-        for key, sources in bank.sources.items():
-            for e, source in enumerate(sources):
-                rows = pager.model.get_parameter(f"{path}.{key}").shape[1] // len(source.parts)
-                for i, part in enumerate(source.parts):
-                    yield part, f"{path}.{key}", e, slice(i * rows, (i + 1) * rows)
-
-
 def weights_in(model: torch.nn.Module, source: Path) -> dict[str, Tensor]:
-    """Views of a model's matrices [outputs, inputs], by name: of Linears, and of experts as the checkpoint ``source`` names them."""
+    """Views of a model's matrices [outputs, inputs], by name: of Linears, and of experts as the output names those of ``source``."""
     found = {name: matrix(linear_module(model, name)) for name, module in model.named_modules() if is_linear(module)}
-    for stored, parameter, e, rows in experts(Pager(source, device=torch.device("cpu"))):
-        found[stored.name.removesuffix(".weight")] = model.get_parameter(parameter).data[e, rows]
+    for path, bank in Pager(source, device=torch.device("cpu")).banks.items():
+        for key in bank.sources:
+            weights = model.get_parameter(f"{path}.{key}").data
+            for e, weight in enumerate(weights.mT if bank.is_transposed(key) else weights):
+                names = bank.matrices(key, e)
+                found |= dict(zip(names, weight.chunk(len(names)), strict=True))
     return found
 
 

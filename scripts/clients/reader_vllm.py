@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,7 @@ from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBacken
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.models.llama4 import Llama4ForCausalLM
 from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
@@ -56,7 +58,15 @@ FUSED = {
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
 #: An expert's matrices in vLLM → their names in a file, whichever it has.
-MATRICES = {"w13": (("gate_proj", "up_proj"), ("w1", "w3")), "w2": (("down_proj",), ("w2",))}
+MATRICES = {"w13": (("gate_proj", "up_proj"), ("w1", "w3"), ("w13",)), "w2": (("down_proj",), ("w2",))}
+#: Tensors of a file that hold a matrix of all experts, [experts, K, N], and what the reader calls it.
+WHOLE = {"gate_up_proj": "w13", "down_proj": "w2"}
+#: What some of vLLM's models call modules otherwise than the file.
+RENAMED = (
+    (r"\.attn\.", ".self_attn."),
+    (r"\.embedding$", ".embed_tokens"),
+    (r"\.block_sparse_moe\.gate$", ".block_sparse_moe.router.layer"),
+)
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
@@ -180,6 +190,21 @@ def read_all(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def name_in_file(name: str, known: Mapping[str, Tensor]) -> str:
+    """The name of a module in the file. known: what the file has, by name."""
+    for own, in_file in RENAMED:
+        renamed = re.sub(own, in_file, name)
+        parent = renamed.rpartition(".")[0]
+        if renamed != name and any(other in known for other in (renamed, *(f"{parent}.{part}" for part in FUSED["qkv_proj"]))):
+            return renamed
+    return name
+
+
+def turned(weight: Tensor, heads: int) -> Tensor:
+    """Rows [N, K] of a query or key as vLLM keeps those of Llama 4: of each head the even ones, then the odd ones."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
+
+
 def held(model: nn.Module, known: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, bool]]:
     """(name in the file, fp32 weight [N, K], whether it was packed) of every matrix that vLLM holds: fused ones part by part, and the
     experts' one by one.
@@ -187,7 +212,8 @@ def held(model: nn.Module, known: Mapping[str, Tensor]) -> Iterator[tuple[str, T
     known: the matrices of the file, by name. A tied head is the embedding once more, and left out.
     """
     seen = set()
-    for name, module in model.named_modules():
+    for own_name, module in model.named_modules():
+        name = name_in_file(own_name, known)
         unpacked = getattr(module, "unpacked", None)
         plain = {matrix: getattr(module, f"{matrix}_weight", None) for matrix in MATRICES}
         if isinstance(unpacked, dict) or isinstance(plain["w2"], Tensor):
@@ -215,13 +241,21 @@ def by_loader(folder: Path, expected: dict[str, Tensor]) -> dict[str, Any]:
     """linears: packed Linears that vLLM holds, matrices of experts among them; plain: other matrices, such as routers."""
     stored = read_all(folder / "out")
     plain = {name.removesuffix(".weight"): t.float() for name, t in stored.items() if name.endswith(".weight") and t.ndim == 2}
+    for name, tensor in stored.items():
+        parent, _, last = name.rpartition(".")
+        if last in WHOLE and tensor.ndim == 3:
+            plain |= {f"{parent}.{e}.{WHOLE[last]}": one.float().T for e, one in enumerate(tensor)}
     found = {"linears": 0, "weights_equal": 0, "plain": 0, "plain_equal": 0, "experts": 0}
     wrong = []
-    for name, weight, packed in held(load(folder / "out"), plain | expected):
+    model = load(folder / "out")
+    for name, weight, packed in held(model, plain | expected):
         want = expected.get(name) if packed else plain.get(name)
         if want is None:
             wrong.append(f"{name} has no counterpart")
             continue
+        if isinstance(model, Llama4ForCausalLM) and name.endswith((".q_proj", ".k_proj")):
+            config = model.config
+            want = turned(want, config.num_attention_heads if name.endswith("q_proj") else config.num_key_value_heads)
         equal = torch.equal(weight[: len(want)], want)  # embeddings are padded
         found["linears" if packed else "plain"] += 1
         found["weights_equal" if packed else "plain_equal"] += equal

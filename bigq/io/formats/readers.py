@@ -31,12 +31,15 @@ ALL_BITS = (2, 3, 4, 8)
 VLLM_GROUPS = (-1, 32, 64, 128)
 #: Model types with experts whose packed checkpoints readers were run with.
 WITH_EXPERTS = ("qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3")
+#: Llama 4: vLLM brings the rows of queries and keys into another order on loading, but of packed ones only those of symmetric
+#: compressed-tensors; in other formats the zero points or the whole matrix keep the old order, without an error.
+_LLAMA4 = ("llama4", "llama4_text")
 #: Model types whose packed checkpoints readers were run with.
 RUN_FAMILIES: Mapping[str, tuple[str, ...]] = {
     "transformers": ("llama", "qwen2", "opt", "bloom", *WITH_EXPERTS),
     "GPTQModel": ("llama", "qwen2", "opt", "bloom", "qwen3_moe", "deepseek_v3"),
     "compressed-tensors": ("llama", "qwen2", "opt", "bloom", *WITH_EXPERTS),
-    "vLLM": ("llama", "qwen2", "opt", *WITH_EXPERTS),
+    "vLLM": ("llama", "qwen2", "opt", *WITH_EXPERTS, "gpt_oss", "granitemoe", "llama4_text"),
     "llama.cpp": ("llama", "mistral", "qwen2", "qwen3"),
 }
 
@@ -136,7 +139,7 @@ ROWS: tuple[Row, ...] = (
         symmetric=(True,),
         group_sizes=VLLM_GROUPS,
         fuses=True,
-        not_families=("bloom",),
+        not_families=("bloom", *_LLAMA4),
     ),
     Row(
         reader="vLLM",
@@ -155,7 +158,7 @@ ROWS: tuple[Row, ...] = (
         symmetric=(False,),
         group_sizes=VLLM_GROUPS,
         fuses=True,
-        not_families=("bloom",),
+        not_families=("bloom", "gpt_oss", *_LLAMA4),
         kernel="Marlin",
     ),
     Row(
@@ -165,7 +168,7 @@ ROWS: tuple[Row, ...] = (
         symmetric=(False,),
         group_sizes=VLLM_GROUPS,
         fuses=True,
-        not_families=("bloom",),
+        not_families=("bloom", "gpt_oss", *_LLAMA4),
         experts=False,
         kernel="Machete or Conch",
     ),
@@ -173,9 +176,20 @@ ROWS: tuple[Row, ...] = (
         reader="vLLM",
         formats=_CT,
         bits=(2, 3),
+        symmetric=(True,),
         group_sizes=VLLM_GROUPS,
         fuses=True,
         not_families=("bloom",),
+        needs="humming",
+    ),
+    Row(
+        reader="vLLM",
+        formats=_CT,
+        bits=(2, 3),
+        symmetric=(False,),
+        group_sizes=VLLM_GROUPS,
+        fuses=True,
+        not_families=("bloom", "gpt_oss", *_LLAMA4),
         needs="humming",
     ),
     Row(reader="llama.cpp", formats=("gguf",), bits=(4, 8)),
@@ -253,8 +267,8 @@ def _refusal(written: Written, format: str, row: Row, used: Mapping[Kind, Row | 
     """What a reader cannot load, and what to do about it; None if it loads the output. row: the reader's first row."""
     shards = " shards" if written.format == "gguf" else ""
     here = f"{format}{shards}"
-    if written.family in row.not_families:
-        return f"{here} of {written.family} models"
+    if (reason := _refused_family(written, format, here, row, used)) is not None:
+        return reason
     if written.split and row.fuses:
         return f"{here} whose fused Linears have parts that differ"
     other = _advice(written, "compressed-tensors")
@@ -275,6 +289,17 @@ def _refusal(written: Written, format: str, row: Row, used: Mapping[Kind, Row | 
             return f"{here} of {kind.bits} bits{other if format in _GPTQ else ''}"
         sizes = ", ".join(str(size) for size in VLLM_GROUPS[1:])
         return f"{here} in groups of {kind.group_size}; use --group-size {sizes} or -1"
+    return None
+
+
+def _refused_family(written: Written, format: str, here: str, row: Row, used: Mapping[Kind, Row | None]) -> str | None:
+    """What is said of models of a type that a reader does not load in the format, or not asymmetric. row: the reader's first row."""
+    rows = [each for each in ROWS if each.reader == row.reader]
+    if all(written.family in each.not_families for each in rows if format in each.formats):
+        elsewhere = any(written.family not in each.not_families and _CT[0] in each.formats for each in rows)
+        return f"{here} of {written.family} models{_advice(written, _CT[0]) if elsewhere else ''}"
+    if any(found is not None and written.family in found.not_families for found in used.values()):
+        return f"asymmetric {here} of {written.family} models; use --sym"
     return None
 
 

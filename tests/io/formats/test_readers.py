@@ -114,6 +114,12 @@ def test_what_depends_on_more_than_the_kind() -> None:
     assert said("gptq", Kind(3, 64, True), transposed=True)[1] == ["vLLM does not load gptq of 3 bits"]
     for format in ("gptq", "compressed-tensors"):
         assert f"vLLM does not load {format} of bloom models" in said(format, family="bloom")[1]
+    for family in ("llama4_text", "llama4"):
+        assert f"vLLM does not load gptq of {family} models; use --format compressed-tensors" in said("gptq", family=family)[1]
+        assert "vLLM (CUDA: Marlin)" in said("compressed-tensors", family=family)[0]
+    for family, bits in itertools.product(("llama4_text", "gpt_oss"), (2, 3, 4, 8)):
+        refused = said("compressed-tensors", Kind(bits, 128, False), family=family)[1]
+        assert f"vLLM does not load asymmetric compressed-tensors of {family} models; use --sym" in refused
     assert said("gguf", split=True)[1] == ["vLLM does not load gptq_v2 shards whose fused Linears have parts that differ"]
 
 
@@ -222,7 +228,8 @@ def test_advice_works() -> None:
 def test_families_that_readers_were_not_run_with_are_told() -> None:
     found = verdicts(written("gptq", family="gemma2"))
     assert not_run_with(found, "gemma2") == (
-        "readers were run with llama, qwen2, opt, bloom, qwen3_moe, mixtral, glm4_moe, deepseek_v3, not with gemma2"
+        "readers were run with llama, qwen2, opt, bloom, qwen3_moe, mixtral, glm4_moe, deepseek_v3, gpt_oss, granitemoe, llama4_text, "
+        "not with gemma2"
     )
     assert not_run_with(found, "llama") is None and not_run_with(found, None) is None
     assert {row.reader for row in ROWS} == set(RUN_FAMILIES)
