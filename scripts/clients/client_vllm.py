@@ -74,7 +74,7 @@ LIMITS = {
     r"/.*-gptq-(3bit|.*asym)": "vLLM refuses asymmetric gptq, and 2 or 3 bits in it, on any device; compressed-tensors can hold them",
     r"/qwen3_moe-.*-8bit-.*asym": "vLLM has no kernel for experts of 8 bits with zero points",
     r"/gpt_oss-.*asym": "vLLM's code for gpt_oss does not take zero points of experts",
-    r"/llama4_text-gptq|/llama4_text-.*asym": "vLLM brings rows of queries and keys into another order, but not in gptq, and no zero points",
+    r"/llama4_text-gptq|/llama4_text-.*asym": "vLLM reorders the rows of queries and keys, but not in gptq, and no zero points",
 }
 
 CLIENT = Client(name="vllm", reader="reader_vllm.py", cases=make_cases(), fails=fails, limits=LIMITS)
