@@ -10,6 +10,7 @@ import pytest
 import torch
 from moe_families import MOE_FAMILIES, call_of, moe_model, random_tokens
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bigq.errors import UnsupportedModelError
 from bigq.model.experts.bank import Expert, Product, bank_modules, find_bank, routed, run_bank
@@ -66,7 +67,9 @@ class Experts(nn.Module):
             tokens, slots = torch.where(experts == e)
             if not len(tokens):
                 continue
-            y = nn.functional.linear(torch.relu(nn.functional.linear(x[tokens], self.up[e])), self.down[e]) * weights[tokens, slots, None]
+            weight = weights[tokens, slots, None]
+            given = x[tokens] * weight if self.rule == "weights come first" else x[tokens]
+            y = nn.functional.linear(torch.relu(nn.functional.linear(given, self.up[e])), self.down[e]) * weight
             if self.rule == "knows the others":
                 y = y * self.up.amax()
             if self.rule == "divides by their number":
@@ -79,6 +82,19 @@ class Experts(nn.Module):
                 total.index_add_(0, tokens, y)
             if self.rule == "adds twice":
                 total.index_add_(0, tokens, y)
+        return total
+
+
+class Overwriting(Experts):
+    """Experts that overwrite what the first product returned."""
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            tokens, slots = torch.where(experts == e)
+            if len(tokens):
+                y = nn.functional.linear(x[tokens], self.up[e]).mul_(3)
+                total.index_add_(0, tokens, nn.functional.linear(y, self.down[e]) * weights[tokens, slots, None])
         return total
 
 
@@ -116,6 +132,53 @@ def test_single_experts_add_up_to_the_bits_of_the_bank(family: str, dtype: torch
         assert {p.transposed for p in bank.products} == {family in ("gpt_oss", "llama4_text")}
         assert bank.total == (torch.float32 if family == "nemotron_h" else dtype)
         assert torch.equal(run_bank(seen.module, bank, seen.call), seen.output)
+
+
+class Products(TorchFunctionMode):
+    """Counts products that are computed."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.count += func in (nn.functional.linear, torch.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_products_are_computed_once_for_the_same_tokens(family: str, dtype: torch.dtype) -> None:
+    """An expert that gives the inputs of its products and then runs has the bits of one that only runs, after a change of weights too."""
+    seen = seen_banks(family, dtype)[0]
+    bank = find_bank(seen.name, seen.module, seen.call, seen.output)
+    tokens = seen.call.routing(seen.call.slots()).inputs[:40]
+    weights = torch.rand(len(tokens), generator=torch.Generator().manual_seed(7)).to(tokens.dtype)
+    held = {name: getattr(seen.module, name)[1].clone() for name in bank.parameters}
+    expert = Expert(seen.module, bank, seen.call, {name: value.clone() for name, value in held.items()})
+    with Products() as products:
+        for product in bank.products:
+            before = expert.input_of(product, tokens).clone()
+            assert torch.equal(expert.input_of(product, tokens), before)
+            expert.weight(product).mul_(0.5)
+        output = expert.run(tokens, weights)
+    assert products.count == len(bank.products)
+    for product in bank.products:
+        held[product.parameter] *= 0.5
+    assert torch.equal(output, Expert(seen.module, bank, seen.call, held).run(tokens, weights))
+    expert.weight(bank.products[0]).mul_(2)
+    assert not torch.equal(expert.run(tokens, weights), output)
+    expert.input_of(bank.products[-1], tokens)
+    expert.weight(bank.products[0]).mul_(0.5)
+    assert torch.equal(expert.run(tokens, weights), output), "a changed weight is used"
+    assert torch.equal(expert.run(tokens.clone(), weights), output)
+
+
+def test_results_that_are_overwritten_are_computed_again() -> None:
+    module, call = Overwriting(), made_call()
+    bank = find_bank("experts", module, call, module(call.tokens, call.experts, call.weights))
+    expert = Expert(module, bank, call, {name: getattr(module, name)[0] for name in bank.parameters})
+    once = expert.run(call.tokens, call.weights[:, 0])
+    expert.input_of(bank.products[1], call.tokens)
+    assert torch.equal(expert.run(call.tokens, call.weights[:, 0]), once)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
@@ -178,6 +241,7 @@ def test_which_attributes_hold_the_number_of_experts(rule: str, counts: tuple[st
         ("adds twice", "adds to the output 2 times instead of once"),
         ("assigns", "adds to the output 0 times instead of once"),
         ("up twice", "multiplies by up more than once"),
+        ("weights come first", "what its matrices multiply depends on the weights of the experts"),
     ],
 )
 def test_what_is_refused(rule: str, reason: str) -> None:

@@ -56,7 +56,10 @@ class Bank:
 
 
 class Expert:
-    """One expert of a bank, on any device. parameters: its slices, without the dimension of the experts; they can be replaced."""
+    """One expert of a bank, on any device. parameters: its slices, without the dimension of the experts; they can be replaced.
+
+    What products return is kept for the next call with the same tensor of tokens, so that each product is computed once.
+    """
 
     def __init__(self, module: nn.Module, bank: Bank, call: BankCall, parameters: Mapping[str, Tensor]) -> None:
         self._call = call
@@ -66,34 +69,59 @@ class Expert:
         self._module.__dict__.update(module.__dict__)
         self._module.__dict__["_parameters"] = self._held
         self._module.__dict__.update(dict.fromkeys(bank.counts, 1))
+        self._kept: tuple[Tensor, dict[str, _Result]] | None = None
 
     def weight(self, product: Product) -> Tensor:
-        """The weight of a product, [outputs, inputs]: a view of the expert's parameter."""
+        """The weight of a product, [outputs, inputs]: a view of the expert's parameter, to be changed before the next call at most."""
+        if self._kept is not None and product.parameter in self._kept[1]:
+            self._kept = None
         value = self._held[product.parameter][0]
         return value.T if product.transposed else value
 
     def run(self, tokens: Tensor, weights: Tensor) -> Tensor:
         """What the expert adds to the output for tokens [t, d] that it has weights [t] for: [t, d], in the dtype of the sum."""
-        return self._watch(tokens, weights).output(sums=self._call.sums)
+        output = self._watch(tokens, weights).output(sums=self._call.sums)
+        self._kept = None
+        return output
 
     def input_of(self, product: Product, tokens: Tensor) -> Tensor:
-        """The input of a product for tokens [t, d]: [t, inputs]. What comes after the product does not run."""
+        """The input of a product for tokens [t, d]: [t, inputs], which do not change. What comes after the product does not run."""
         seen = self._watch(tokens, torch.ones(len(tokens), dtype=tokens.dtype, device=tokens.device), stop=product.parameter)
+        self._kept = (tokens, seen.results)
         return seen.inputs[product.parameter].reshape(len(tokens), -1)
 
     def products(self, tokens: Tensor, weights: Tensor) -> tuple[tuple[Product, ...], torch.dtype]:
-        """The expert's products in their order, and the dtype in which its output is added."""
+        """The expert's products in their order, and the dtype in which its output is added.
+
+        Raises UnsupportedModelError if an input of a product depends on the weights.
+        """
         seen = self._watch(tokens, weights)
+        others = self._watch(tokens, weights + 1)
+        if any(not torch.equal(x, others.inputs[name]) for name, x in seen.inputs.items()):
+            raise UnsupportedModelError("what its matrices multiply depends on the weights of the experts")
         return tuple(Product(name, name in seen.transposed) for name in seen.inputs), seen.output(sums=self._call.sums).dtype
 
     def _watch(self, tokens: Tensor, weights: Tensor, stop: str | None = None) -> _Watch:
-        watch = _Watch(self._held, stop)
+        known = self._kept[1] if self._kept is not None and self._kept[0] is tokens else {}
+        watch = _Watch(self._held, stop, {name: result.value for name, result in known.items() if result.unchanged})
         try:
             with watch:
                 watch.returned = self._call.run_one(self._module.forward, tokens, weights)
         except _Reached:
             pass
         return watch
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What a product returned. version: of the tensor then; a later one shows that it was overwritten."""
+
+    value: Tensor
+    version: int
+
+    @property
+    def unchanged(self) -> bool:
+        return self.value._version == self.version
 
 
 class _Reached(Exception):
@@ -104,27 +132,36 @@ class _Watch(TorchFunctionMode):
     """Sees the products that parameters take part in, and what is added to the output.
 
     inputs: of each product, by parameter, in order. transposed: parameters stored as [inputs, outputs]. stop: end before its product.
-    returned: what the forward returned.
+    known: results of products that are not computed again. results: those of all products that were reached. returned: what the forward
+    returned.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], stop: str | None) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], stop: str | None, known: Mapping[str, Tensor]) -> None:
         super().__init__()
+        self._known = known
         self._names = {p.untyped_storage().data_ptr(): name for name, p in parameters.items() if p.ndim > 2}
         self._stop = stop
         self._added: list[Tensor] = []
         self.inputs: dict[str, Tensor] = {}
         self.transposed: set[str] = set()
+        self.results: dict[str, _Result] = {}
         self.returned: Any = None
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func in _LINEAR or func in _PRODUCTS:
-            self._see_product(func, [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)])
-        elif func in _ADDITIONS:
+            name = self._see_product(func, [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)])
+            if name is None:
+                return func(*args, **kwargs)
+            result = self._known[name] if name in self._known else func(*args, **kwargs)
+            self.results[name] = _Result(result, result._version)
+            return result
+        if func in _ADDITIONS:
             self._added.append(kwargs["source"] if "source" in kwargs else args[3])
         return func(*args, **kwargs)
 
-    def _see_product(self, func: Any, operands: list[Tensor]) -> None:
+    def _see_product(self, func: Any, operands: list[Tensor]) -> str | None:
+        """The parameter that takes part, if one does."""
         for weight in operands:
             name = self._names.get(weight.untyped_storage().data_ptr())
             if name is None:
@@ -138,7 +175,8 @@ class _Watch(TorchFunctionMode):
                 self.transposed.add(name)
             if name == self._stop:
                 raise _Reached
-            return
+            return name
+        return None
 
     def output(self, *, sums: bool) -> Tensor:
         """What was added to the output, if the bank ``sums``; else what it returned.
