@@ -43,7 +43,8 @@ class LinearResult:
     unknown or not applicable. dead_inputs: inputs that were 0 in every calibration token.
 
     count: of the Linears that this stands for: a block's experts are summed up, matrix by matrix, with ``*`` for their number in the name.
-    error is then their mean, damping and dead_inputs the largest.
+    error is then their mean, damping and dead_inputs the largest. tokens: calibration tokens of each of these experts; rounded: how many
+    of the matrices were rounded to nearest instead of solved.
     """
 
     block: int | None
@@ -58,6 +59,8 @@ class LinearResult:
     stored_bits: int | None
     dead_inputs: int = 0
     count: int = 1
+    tokens: tuple[int, ...] = ()
+    rounded: int = 0
 
     @property
     def has_raised_damping(self) -> bool:
@@ -137,6 +140,8 @@ def _summed(results: list[LinearResult]) -> LinearResult:
         stored_bits=sum(stored) if len(stored) == len(results) else None,
         dead_inputs=max(result.dead_inputs for result in results),
         count=len(results),
+        tokens=tuple(tokens for result in results for tokens in result.tokens),
+        rounded=sum(result.rounded for result in results),
     )
 
 
@@ -178,6 +183,7 @@ def _linear(
         return None
     outputs, inputs, bits = (value or 0 for value in sizes)
     symmetric = scheme.symmetric if scheme is not None else record["symmetric"] if type(record.get("symmetric")) is bool else None
+    tokens = count(record.get("tokens"))
     stored = None
     if format is not None and symmetric is not None:
         groups = 1 if group_size == -1 else inputs // max(group_size, 1)
@@ -196,4 +202,6 @@ def _linear(
         asked=None if scheme is None or method is None or not method.calibrated else scheme.damping,
         stored_bits=stored,
         dead_inputs=min(count(record.get("dead_inputs", 0)) or 0, inputs),
+        tokens=() if tokens is None else (tokens,),
+        rounded=int(record.get("rounded") is not None),
     )

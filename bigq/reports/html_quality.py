@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -82,6 +83,7 @@ def errors(history: History, pictures: Pictures) -> Iterator[Markup]:
     yield table(f"The {len(worst)} largest errors", headings, map(_linear, worst), range(1, 7))
     yield from _damping(history)
     yield from _dead_inputs(history)
+    yield from _experts(history)
     if history.left_out:
         rows = [[left.name, block_number(left.block), left.reason] for left in sorted(history.left_out, key=lambda left: left.wanted)]
         yield folded_table(f"Unquantized: {count_of(len(rows), 'Linear')}", ("Linear", "block", "reason"), rows, (1,), most=MOST_ROWS)
@@ -110,6 +112,27 @@ def _dead_inputs(history: History) -> Iterator[Markup]:
         rows = [[each.name, block_number(each.block), f"{each.dead_inputs} of {each.shape[1]}", error_text(each.error)] for each in many]
         caption = f"Dead inputs: {count_of(len(many), 'Linear')}"
         yield folded_table(caption, ("Linear", "block", "dead inputs", "error"), rows, range(1, 4), most=MOST_ROWS)
+
+
+def _experts(history: History) -> Iterator[Markup]:
+    """The calibration tokens of each layer's experts."""
+    layers: dict[int | None, list[LinearResult]] = {}
+    for linear in history.linears:
+        if linear.tokens:
+            layers.setdefault(linear.block, []).append(linear)
+    if layers:
+        yield element(
+            "p",
+            "An expert is solved with the calibration tokens that are routed to it. One that gets none is rounded to nearest. More "
+            "calibration text gives each more.",
+        )
+        headings = ("block", "experts", "fewest tokens", "median", "most", "matrices rounded to nearest")
+        rows: list[list[object]] = []
+        for block, matrices in sorted(layers.items(), key=lambda item: item[0] or 0):
+            tokens, rounded = matrices[0].tokens, sum(each.rounded for each in matrices)
+            of = f"{rounded} of {sum(each.count for each in matrices)}"
+            rows.append([block_number(block), len(tokens), min(tokens), f"{statistics.median(tokens):g}", max(tokens), of])
+        yield folded_table(f"Experts: {count_of(len(rows), 'layer')}", headings, rows, range(1, 6), most=MOST_ROWS)
 
 
 def _linear(linear: LinearResult) -> list[object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from bigq.io.reader import read_tensor
 from bigq.job.stop import Stop
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.model.pager import Pager
+from bigq.reports.write import write_report
 from bigq.sched.units import experts as units
 from bigq.scheme import QuantScheme, Rule
 from bigq.solver.gptq import quantize_linear
@@ -35,7 +37,7 @@ from bigq.solver.hessian import HessianSum
 CPU = torch.device("cpu")
 SCHEME = QuantScheme(bits=4, group_size=16, act_order=True)
 #: Families whose checkpoints hold every matrix of every expert by itself.
-BY_MATRIX = [family for family in MOE_FAMILIES if family not in ("gpt_oss", "granitemoe")]
+BY_MATRIX = [family for family in MOE_FAMILIES if family not in ("gpt_oss", "granitemoe", "llama4_text")]
 
 
 @pytest.fixture(autouse=True)
@@ -317,4 +319,9 @@ def test_reports_sum_experts_up(tmp_path: Path) -> None:
     for name, linear in found.items():
         assert linear.count == 8 and linear.weights == 8 * 32 * 64
         assert linear.error == pytest.approx(sum(errors[name.rpartition(".")[2]]) / 8)
+        assert len(linear.tokens) == 8 and sum(linear.tokens) == 16 * 32 * 2 and linear.rounded == 0
     assert history.linear_bits is not None and 4 < history.linear_bits < 8
+    tokens = sorted(next(iter(found.values())).tokens)
+    page = re.sub(r"<[^>]+>", " ", write_report(out).read_text(encoding="utf-8"))
+    row = ["0", "8", str(tokens[0]), f"{(tokens[3] + tokens[4]) / 2:g}", str(tokens[-1]), "0", "of", "24"]
+    assert " ".join(row) in " ".join(page.split())
