@@ -11,7 +11,7 @@ import os
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +144,8 @@ def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
     def use_triton(x: Tensor) -> bool:
         return x.dtype != torch.float64
 
-    def empty_columns(k: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(m, k, dtype=dtype, device=device).T
+    def empty_columns(k: int, m: int, dtype: torch.dtype, device: torch.device, batch: Sequence[int] = ()) -> Tensor:
+        return torch.empty(*batch, m, k, dtype=dtype, device=device).mT
 
     # All modules are imported first: one that came later would keep the replacement.
     for package in (bigq.kernels, bigq.solver):

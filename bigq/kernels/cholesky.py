@@ -33,29 +33,42 @@ def upper_cholesky_(h: Tensor) -> bool:
     Left-looking: each panel of columns is updated once, by one product with all columns to its right. Each element is written
     twice. A right-looking version would write it n / width times.
     """
+    return upper_cholesky_many_(h[None]) == [True]
+
+
+def upper_cholesky_many_(h: Tensor) -> list[bool]:
+    """``upper_cholesky_`` for each matrix of h [k, n, n]. On a GPU a step is one launch for all of them.
+
+    The step that takes longest is the factorization of a corner, which has too little arithmetic to fill a GPU.
+    A matrix that is not positive definite does not change the others.
+    """
     with fp32_products(h, tf32=False):
-        return _upper_cholesky_(h)
+        # A batch of one takes the library's path for single matrices. So does every matrix on a CPU: the bits are the same in any batch.
+        parts = [h] if h.is_cuda and len(h) > 1 else list(h)
+        failures = [_upper_cholesky_(part).reshape(-1) for part in parts]
+    # Checked once, at the end: on a GPU each check would synchronize.
+    return [not failed for failed in torch.cat(failures).tolist()]
 
 
-def _upper_cholesky_(h: Tensor) -> bool:
-    n = h.shape[0]
+def _upper_cholesky_(h: Tensor) -> Tensor:
+    """Whether the factorization failed: bool [], or [k] for h [k, n, n]."""
+    n = h.shape[-1]
     width = panel_width(on_gpu=h.is_cuda)
     failures = []
     for hi in range(n, 0, -width):
         lo = max(0, hi - width)
-        panel, corner = h[:hi, lo:hi], h[lo:hi, lo:hi]
+        panel, corner = h[..., :hi, lo:hi], h[..., lo:hi, lo:hi]
         if hi < n:
-            rank_update_(panel, h[:hi, hi:], h[lo:hi, hi:])
+            rank_update_(panel, h[..., :hi, hi:], h[..., lo:hi, hi:])
         # Flipping both axes turns the problem into an ordinary lower Cholesky factorization.
-        lower, failed = torch.linalg.cholesky_ex(corner.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(corner.flip(-2, -1))
         failures.append(failed)
-        r = lower.flip(0, 1)
+        r = lower.flip(-2, -1)
         corner.tril_(-1).add_(r)
         if lo:
-            above = panel[:lo]
-            above.copy_(above @ upper_inverse(r).T)
-    # Checked once, at the end: on a GPU each check would synchronize.
-    return not bool(torch.stack(failures).any())
+            above = panel[..., :lo, :]
+            above.copy_(above @ upper_inverse(r).mT)
+    return torch.stack(failures).any(0)
 
 
 def upper_inverse(r: Tensor) -> Tensor:
@@ -66,13 +79,13 @@ def upper_inverse(r: Tensor) -> Tensor:
 
 
 def diagonal_inverses(r: Tensor, blocks: Sequence[tuple[int, int]]) -> Tensor:
-    """The inverses of the diagonal blocks [a, b) of an upper triangular matrix: [number of blocks, k, k], where k is the widest block.
+    """The inverses of the diagonal blocks [a, b) of upper triangular matrices [..., n, n]: [..., number of blocks, k, k].
 
-    The inverse of a narrower block is in the upper left corner of its [k, k].
+    k is the widest block. The inverse of a narrower block is in the upper left corner of its [k, k].
     """
     k = max(b - a for a, b in blocks)
     eye = torch.eye(k, dtype=r.dtype, device=r.device)
-    corners = eye.repeat(len(blocks), 1, 1)
-    for corner, (a, b) in zip(corners, blocks, strict=True):
-        corner[: b - a, : b - a] = r[a:b, a:b]
+    corners = eye.repeat(*r.shape[:-2], len(blocks), 1, 1)
+    for i, (a, b) in enumerate(blocks):
+        corners[..., i, : b - a, : b - a] = r[..., a:b, a:b]
     return upper_inverse(corners.triu_())

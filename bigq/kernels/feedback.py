@@ -5,13 +5,15 @@ It is most of a solve's arithmetic.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from bigq.kernels.precision import fp32_products
+from bigq.kernels.precision import fp32_products, product
 
 
 def feedback(r: Tensor, errors: Tensor, out: Tensor) -> None:
-    """``out = rᵀ·errors``. r: [a, s], part of a factor. errors: [a, m]. out: [s, m]. fp32 (TF32 products on a GPU) or fp64."""
+    """``out = rᵀ·errors``. r: [..., a, s], part of a factor. errors: [..., a, m]. out: [..., s, m]. fp32 (TF32 products on a GPU) or fp64.
+
+    All may have one more leading dimension: a batch of matrices of one shape.
+    """
     with fp32_products(errors, tf32=True):
-        torch.mm(r.T, errors, out=out)
+        product(r.mT, errors, out)

@@ -50,6 +50,9 @@ def gptq_block_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: Gr
         from bigq.kernels.gpu.gptq_block import gptq_block_triton_
 
         return gptq_block_triton_(target, u, work, codes, grid)
+    if target.ndim == 3:
+        matrices = zip(target, u, work, codes, grid.each(), strict=True)
+        return torch.stack([gptq_block_(*matrix, scratch) for matrix in matrices])
     if _is_compiled(target, work, codes, grid):
         from bigq.kernels.cpu.columns import gptq_block_compiled_
 
@@ -58,9 +61,9 @@ def gptq_block_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: Gr
 
 
 def _is_compiled(target: Tensor, work: Tensor, codes: Tensor, grid: GroupGrid) -> bool:
-    """Whether the compiled version runs: for one matrix in the memory order of the loop on a CPU."""
+    """Whether the compiled version runs: for a matrix in the memory order of the loop on a CPU."""
     contiguous = (target, work, codes, grid.scale, grid.zero)
-    return target.ndim == 2 and use_compiled(target) and all(x.is_contiguous() for x in contiguous)
+    return use_compiled(target) and all(x.is_contiguous() for x in contiguous)
 
 
 def gptq_block_reference_(
@@ -70,13 +73,8 @@ def gptq_block_reference_(
     m = target.shape[-1]
     scratch = scratch or Scratch(m, target.dtype, target.device)
     if target.ndim == 3:
-        loss = [
-            gptq_block_reference_(
-                target[i], u[i], work[i], codes[i], GroupGrid(grid.spec, grid.scale[i], grid.zero[i], grid.group[i], grid.find), scratch
-            )
-            for i in range(target.shape[0])
-        ]
-        return torch.stack(loss)
+        matrices = zip(target, u, work, codes, grid.each(), strict=True)
+        return torch.stack([gptq_block_reference_(*matrix, scratch) for matrix in matrices])
     k = target.shape[0]
     spec, width = grid.spec, k // grid.scale.shape[0]
     sub_block = next(size for size in (SUB_BLOCK, 16, 8, 1) if width % size == 0) if grid.find else SUB_BLOCK

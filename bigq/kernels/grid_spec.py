@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,3 +53,8 @@ class GroupGrid:
     zero: Tensor
     group: Tensor
     find: bool
+
+    def each(self) -> Iterator[GroupGrid]:
+        """The grid of each matrix of a batch."""
+        for scale, zero, group in zip(self.scale, self.zero, self.group, strict=True):
+            yield GroupGrid(self.spec, scale, zero, group, self.find)

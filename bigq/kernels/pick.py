@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -75,8 +76,8 @@ def input_precision() -> str:
     return "tf32x3" if torch.version.hip is None else "ieee"
 
 
-def empty_columns(k: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialized [k, m] in the memory order of the column loop: each column contiguous on a CPU, each row on a GPU."""
+def empty_columns(k: int, m: int, dtype: torch.dtype, device: torch.device, batch: Sequence[int] = ()) -> Tensor:
+    """An uninitialized [*batch, k, m] in the memory order of the column loop: each column contiguous on a CPU, each row on a GPU."""
     if device.type == "cuda":
-        return torch.empty(m, k, dtype=dtype, device=device).T
-    return torch.empty(k, m, dtype=dtype, device=device)
+        return torch.empty(*batch, m, k, dtype=dtype, device=device).mT
+    return torch.empty(*batch, k, m, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""The precision of fp32 matrix products on a GPU: TF32 or full. It is a setting of the process."""
+"""fp32 matrix products: their precision on a GPU, TF32 or full, which is a setting of the process; and products of a batch."""
 
 from __future__ import annotations
 
@@ -24,3 +24,18 @@ def fp32_products(x: Tensor, *, tf32: bool) -> Iterator[None]:
         yield
     finally:
         setattr(matmul, name, before)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
+    """``out = a·b``, or ``beta·add + a·b``; a: [..., m, k], b: [..., k, n], add and out: [..., m, n]. With beta 0, add is not read.
+
+    All may have one more leading dimension, a batch. On a GPU that is one launch. On a CPU it is a product for each matrix, so that a
+    result has the same bits in any batch.
+    """
+    if a.ndim == 2:
+        return torch.mm(a, b, out=out) if add is None else torch.addmm(add, a, b, beta=beta, out=out)
+    if a.is_cuda:
+        return torch.bmm(a, b, out=out) if add is None else torch.baddbmm(add, a, b, beta=beta, out=out)
+    for i in range(len(a)):
+        product(a[i], b[i], out[i], add=None if add is None else add[i], beta=beta)
+    return out

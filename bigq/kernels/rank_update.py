@@ -13,7 +13,7 @@ TILE = 128
 def rank_update_(c: Tensor, a: Tensor, b: Tensor) -> None:
     """Subtract ``a·bᵀ`` from c [m, n] in place; a: [m, k], b: [n, k], fp32 or fp64.
 
-    The last n rows of c form a square. Only its upper triangle is updated.
+    The last n rows of c form a square. Only its upper triangle is updated. All may have one more leading dimension, a batch.
     """
     if use_triton(c):
         from bigq.kernels.gpu.rank_update import rank_update_triton_
@@ -25,6 +25,10 @@ def rank_update_(c: Tensor, a: Tensor, b: Tensor) -> None:
 
 def rank_update_reference_(c: Tensor, a: Tensor, b: Tensor) -> None:
     """``rank_update_`` in plain torch."""
+    if c.ndim == 3:
+        for matrices in zip(c, a, b, strict=True):
+            rank_update_reference_(*matrices)
+        return
     above = c.shape[0] - c.shape[1]
     c[:above].addmm_(a[:above], b.T, alpha=-1)
     for lo in range(0, c.shape[1], TILE):

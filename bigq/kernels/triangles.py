@@ -10,13 +10,13 @@ TILE = 256
 
 
 def mirror_(h: Tensor) -> None:
-    """Copy the upper triangle of a square matrix onto the lower one."""
-    n = h.shape[0]
+    """Copy the upper triangle of square matrices [..., n, n] onto the lower one."""
+    n = h.shape[-1]
     for lo in range(0, n, TILE):
         hi = min(lo + TILE, n)
-        corner = h[lo:hi, lo:hi]
-        corner.copy_(corner.triu() + corner.triu(1).T)
-        h[lo:hi, :lo] = h[:lo, lo:hi].T
+        corner = h[..., lo:hi, lo:hi]
+        corner.copy_(corner.triu() + corner.triu(1).mT)
+        h[..., lo:hi, :lo] = h[..., :lo, lo:hi].mT
 
 
 def restore_upper_(h: Tensor, diagonal: Tensor) -> None:

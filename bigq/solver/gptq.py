@@ -11,13 +11,14 @@ place of W: a column of W is overwritten by its error as soon as it is quantized
 The product with E has two levels. Columns before a panel (a few blocks) contribute to the whole panel in one large product.
 Columns inside the panel contribute to one block at a time.
 
-Weights are indexed [n, m], inputs first.
+Weights are indexed [n, m], inputs first. Where there are several weights of one shape, as of experts, all tensors have one more leading
+dimension: the weights are quantized side by side, and on a GPU each step is one launch for all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +31,11 @@ from bigq.kernels.finiteness import is_finite
 from bigq.kernels.gptq_block import Scratch, gptq_block_
 from bigq.kernels.grid import GridSpec, GroupGrid, find_grid
 from bigq.kernels.pick import empty_columns, piece, use_compiled
-from bigq.kernels.precision import fp32_products
+from bigq.kernels.precision import fp32_products, product
 from bigq.machine.memory import return_freed_memory
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
+from bigq.solver.batch import Factors
 from bigq.solver.hessian import LEAVE_OUT, Factor, factorize
 from bigq.solver.storage_range import require_storable
 from bigq.solver.upstream_error import Correction
@@ -76,14 +78,62 @@ def solve(
         return _solve(weights, factor, scheme, name, correction)
 
 
+def solve_many(
+    weights: Sequence[list[Tensor]], factors: Factors, scheme: QuantScheme, names: Sequence[str]
+) -> list[list[QuantizedWeight] | NumericsError]:
+    """``solve`` for several groups of Linears, each with its own factor: the results of each group, or why it failed.
+
+    All groups have the same shapes. On a CPU the results have the bits of ``solve``.
+    """
+    with fp32_products(factors.r, tf32=False):
+        columns = _Columns.empty(weights[0], factors.r, scheme, static=factors.each[0].perm is not None)
+        for one, group, factor in zip(columns.each(), weights, factors.each, strict=True):
+            one.load(group, factor)
+        done = _quantize(columns, factors.r, [w.shape[0] for w in weights[0]])
+    results: list[list[QuantizedWeight] | NumericsError] = []
+    for one, solved, factor, name in zip(columns.each(), done.each(), factors.each, names, strict=True):
+        try:
+            results.append(_results(one, solved, factor, scheme, name))
+        except NumericsError as error:
+            results.append(error)
+    return results
+
+
 def _solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str, correction: Correction | None) -> list[QuantizedWeight]:
-    columns = _Columns.load(weights, factor, scheme, correction)
-    rows = [w.shape[0] for w in weights]
-    energy = [_energy(part, factor.r) for part in columns.work.split(rows, 1)]
+    columns = _Columns.empty(weights, factor.r, scheme, static=factor.perm is not None)
+    columns.load(weights, factor, correction)
+    return _results(columns, _quantize(columns, factor.r, [w.shape[0] for w in weights]), factor, scheme, name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Solved:
+    """What the loop leaves. codes: uint8 [..., n, m] in the order of work. loss: of each row, fp64 [..., m].
+
+    energy: fp64 [..., at most ENERGY_ROWS] of each Linear. rows: of each Linear.
+    """
+
+    codes: Tensor
+    loss: Tensor
+    energy: list[Tensor]
+    rows: list[int]
+
+    def each(self) -> Iterator[_Solved]:
+        """Those of a batch."""
+        for i in range(len(self.codes)):
+            yield _Solved(self.codes[i], self.loss[i], [energy[i] for energy in self.energy], self.rows)
+
+
+def _quantize(columns: _Columns, r: Tensor, rows: list[int]) -> _Solved:
+    energy = [_energy(part, r) for part in columns.work.split(rows, -1)]
     if not columns.work.is_cuda:
         # Conversions leave holes between what stays, into which the loop's buffers would not fit.
         return_freed_memory()
-    codes, loss = _quantize_columns(columns, factor.r)
+    codes, loss = _quantize_columns(columns, r)
+    return _Solved(codes, loss, energy, rows)
+
+
+def _results(columns: _Columns, done: _Solved, factor: Factor, scheme: QuantScheme, name: str) -> list[QuantizedWeight]:
+    codes, loss, rows = done.codes, done.loss, done.rows
     solved = is_finite(loss)
     if solved or bool(torch.isinf(columns.scale).any()):  # NaN scales without an Inf come from the solve
         require_storable(columns.scale, name)
@@ -91,7 +141,7 @@ def _solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str
         raise NumericsError(f"{name}: the solve produced NaN or Inf; use a higher --damping, or {LEAVE_OUT}")
     if factor.perm is not None:
         codes = torch.empty_like(codes).index_copy_(0, factor.perm, codes)
-    parts = zip(codes.split(rows, 1), columns.scale.split(rows, 1), columns.zero.split(rows, 1), loss.split(rows), energy, strict=True)
+    parts = zip(codes.split(rows, 1), columns.scale.split(rows, 1), columns.zero.split(rows, 1), loss.split(rows), done.energy, strict=True)
     return [
         QuantizedWeight(
             codes=part_codes.T,
@@ -141,9 +191,9 @@ def quantize_linear(
 class _Columns:
     """The stacked weights in the column loop.
 
-    work: [n, m] in the working dtype and in the order of the loop. Weights are overwritten by W − Q, column by column.
-    group: int32 [n], the group of each column. width: inputs per group. spec: the grids that are allowed.
-    scale, zero: [G, m] in the working dtype.
+    work: [..., n, m] in the working dtype and in the order of the loop. Weights are overwritten by W − Q, column by column.
+    group: int32 [..., n], the group of each column. width: inputs per group. spec: the grids that are allowed.
+    scale, zero: [..., G, m] in the working dtype.
     static: the grids are found before any error is spread, from the original weights (with asymmetric calibration, the corrected
         ones). Otherwise each is found when the loop reaches its group, which requires the natural order.
     """
@@ -157,31 +207,39 @@ class _Columns:
     static: bool
 
     @classmethod
-    def load(cls, weights: list[Tensor], factor: Factor, scheme: QuantScheme, correction: Correction | None = None) -> _Columns:
-        """Convert weights [m_i, n] of any floating type, some rows at a time, and correct them."""
-        n, dtype, device = factor.r.shape[0], factor.r.dtype, factor.r.device
+    def empty(cls, weights: list[Tensor], r: Tensor, scheme: QuantScheme, *, static: bool) -> _Columns:
+        """Room for weights [m_i, n], for each factor in r [..., n, n]. static: even if the scheme does not ask for it."""
+        batch, n, dtype, device = r.shape[:-2], r.shape[-1], r.dtype, r.device
         m = sum(w.shape[0] for w in weights)
         width = scheme.group_width(n)
-        static = factor.perm is not None or has_static_grids(scheme, n)
-        scale = torch.empty(n // width, m, dtype=dtype, device=device)
+        scale = torch.empty(*batch, n // width, m, dtype=dtype, device=device)
+        group = torch.empty(*batch, n, dtype=torch.int32, device=device)
+        work = empty_columns(n, m, dtype, device, batch)
+        return cls(work, group, width, scheme.grid, scale, torch.empty_like(scale), static or has_static_grids(scheme, n))
+
+    def load(self, weights: list[Tensor], factor: Factor, correction: Correction | None = None) -> None:
+        """Convert weights [m_i, n] of any floating type, some rows at a time, and correct them."""
+        n, dtype, device = factor.r.shape[0], factor.r.dtype, factor.r.device
         group = torch.arange(n, device=device) if factor.perm is None else factor.perm
-        columns = cls(
-            empty_columns(n, m, dtype, device), (group // width).to(torch.int32), width, scheme.grid, scale, torch.empty_like(scale), static
-        )
+        self.group.copy_(group // self.width)
         at = 0
         for rows in (part for w in weights for part in w.split(max(1, piece(on_gpu=device.type == "cuda") // n))):
             natural = rows if correction is None else correction.apply(rows.to(dtype, copy=True), factor)
             to = slice(at, at + len(rows))
-            if static:
-                grouped = natural.to(dtype).view(len(rows), -1, width).permute(2, 1, 0)
-                columns.scale[:, to], columns.zero[:, to] = find_grid(grouped, scheme.grid)
-            columns.work[:, to] = natural.T if factor.perm is None else natural.T[factor.perm]
+            if self.static:
+                grouped = natural.to(dtype).view(len(rows), -1, self.width).permute(2, 1, 0)
+                self.scale[:, to], self.zero[:, to] = find_grid(grouped, self.spec)
+            self.work[:, to] = natural.T if factor.perm is None else natural.T[factor.perm]
             at += len(rows)
-        return columns
+
+    def each(self) -> Iterator[_Columns]:
+        """The columns of each weight of a batch."""
+        for i in range(len(self.work)):
+            yield _Columns(self.work[i], self.group[i], self.width, self.spec, self.scale[i], self.zero[i], self.static)
 
     def panels(self) -> Iterator[list[tuple[int, int]]]:
         """The blocks [a, b) of each panel. A group is inside one block; a wider group consists of whole blocks of one panel."""
-        n = self.work.shape[0]
+        n = self.work.shape[-2]
         if self.static:
             group, block = n, BLOCK
         elif self.width > BLOCK:
@@ -197,25 +255,29 @@ class _Columns:
     def grid(self, a: int, b: int) -> GroupGrid:
         """The grid of columns [a, b)."""
         if self.static or self.width > b - a:
-            return GroupGrid(self.spec, self.scale, self.zero, self.group[a:b], False)
-        groups = slice(a // self.width, b // self.width)
-        return GroupGrid(self.spec, self.scale[groups], self.zero[groups], self.group[a:b] - groups.start, True)
+            return GroupGrid(self.spec, self.scale, self.zero, self.group[..., a:b], False)
+        first, stop = a // self.width, b // self.width
+        scale, zero = self.scale[..., first:stop, :], self.zero[..., first:stop, :]
+        return GroupGrid(self.spec, scale, zero, self.group[..., a:b] - first, True)
 
 
 def _energy(work: Tensor, r: Tensor) -> Tensor:
-    """``w·H·wᵀ = ‖w·R‖²`` of evenly spaced rows w, before anything is quantized. work: [n, m]. Returns fp64 [at most ENERGY_ROWS].
+    """``w·H·wᵀ = ‖w·R‖²`` of evenly spaced rows w, before anything is quantized. work: [..., n, m].
+
+    Returns fp64 [..., at most ENERGY_ROWS].
 
     All rows would cost as much as the solve itself.
     """
-    n = work.shape[0]
-    sample = work[:, :: _energy_step(work.shape[1])].contiguous()
-    total = torch.zeros(sample.shape[1], dtype=torch.float64, device=work.device)
+    n = work.shape[-2]
+    sample = work[..., :: _energy_step(work.shape[-1])].contiguous()
+    total = torch.zeros(*sample.shape[:-2], sample.shape[-1], dtype=torch.float64, device=work.device)
     for a in range(0, n, PANEL):
         b = min(a + PANEL, n)
-        part = r[a:b, a:b].triu().T @ sample[a:b]
+        part = torch.empty_like(sample[..., a:b, :], memory_format=torch.contiguous_format)
+        product(r[..., a:b, a:b].triu().mT, sample[..., a:b, :], part)
         if a:
-            part.addmm_(r[:a, a:b].T, sample[:a])
-        total += part.square_().sum(0)
+            product(r[..., :a, a:b].mT, sample[..., :a, :], part, add=part)
+        total += part.square_().sum(-2)
     return total
 
 
@@ -238,44 +300,47 @@ def _total_energy(energy: Tensor, loss: Tensor) -> float:
 def _quantize_columns(columns: _Columns, r: Tensor) -> tuple[Tensor, Tensor]:
     """The loop over panels and blocks. ``columns.work`` is overwritten by the error W − Q.
 
-    Returns codes uint8 [n, m] in the order of work, and the loss of each row, fp64 [m].
+    Returns codes uint8 [..., n, m] in the order of work, and the loss of each row, fp64 [..., m].
     """
     work = columns.work
-    n, m = work.shape
+    *batch, n, m = work.shape
     panels = list(columns.panels())
-    inverses = iter(diagonal_inverses(r, [block for panel in panels for block in panel]))
-    codes = empty_columns(n, m, torch.uint8, work.device)
-    loss = torch.zeros(m, dtype=torch.float64, device=work.device)
-    spread = empty_columns(max(panel[-1][1] - panel[0][0] for panel in panels), m, work.dtype, work.device)
-    target = empty_columns(BLOCK, m, work.dtype, work.device)
+    inverses = iter(diagonal_inverses(r, [block for panel in panels for block in panel]).unbind(-3))
+    codes = empty_columns(n, m, torch.uint8, work.device, batch)
+    loss = torch.zeros(*batch, m, dtype=torch.float64, device=work.device)
+    spread = empty_columns(max(panel[-1][1] - panel[0][0] for panel in panels), m, work.dtype, work.device, batch)
+    target = empty_columns(BLOCK, m, work.dtype, work.device, batch)
     scratch = None if work.is_cuda or use_compiled(work) else Scratch(m, work.dtype, work.device)
     for panel in panels:
         lo, hi = panel[0][0], panel[-1][1]
         if lo:
-            feedback(r[:lo, lo:hi], work[:lo], out=spread[: hi - lo])
+            feedback(r[..., :lo, lo:hi], work[..., :lo, :], out=spread[..., : hi - lo, :])
         for a, b in panel:
             if not columns.static and columns.width > b - a and a % columns.width == 0:
-                _find_wide(columns, a, spread[a - lo : a - lo + columns.width], lo, r)
-            u = next(inverses)[: b - a, : b - a]
-            corrected = _correct(work, r, u, spread[a - lo : b - lo], (lo, a, b), out=target[: b - a])
-            loss += gptq_block_(corrected, u, work[a:b], codes[a:b], columns.grid(a, b), scratch)
+                _find_wide(columns, a, spread[..., a - lo : a - lo + columns.width, :], lo, r)
+            u = next(inverses)[..., : b - a, : b - a]
+            corrected = _correct(work, r, u, spread[..., a - lo : b - lo, :], (lo, a, b), out=target[..., : b - a, :])
+            loss += gptq_block_(corrected, u, work[..., a:b, :], codes[..., a:b, :], columns.grid(a, b), scratch)
     return codes, loss
 
 
 def _correct(work: Tensor, r: Tensor, u: Tensor, spread: Tensor, at: tuple[int, int, int], out: Tensor) -> Tensor:
-    """Columns [a, b) of work, corrected for all columns before them. at: (lo, a, b). spread: [b − a, m], the product of columns [0, lo)."""
+    """Columns [a, b) of work, corrected for all columns before them. at: (lo, a, b).
+
+    spread: [..., b − a, m], the product of columns [0, lo).
+    """
     lo, a, b = at
     if a == 0:
-        return out.copy_(work[a:b])
+        return out.copy_(work[..., a:b, :])
     if a > lo:
-        spread.addmm_(r[lo:a, a:b].T, work[lo:a], beta=float(lo > 0))
-    return torch.addmm(work[a:b], u.T, spread, out=out)
+        product(r[..., lo:a, a:b].mT, work[..., lo:a, :], spread, add=spread, beta=float(lo > 0))
+    return product(u.mT, spread, out, add=work[..., a:b, :])
 
 
 def _find_wide(columns: _Columns, a: int, spread: Tensor, lo: int, r: Tensor) -> None:
     """Find the grid of a group that is wider than a block and begins at column a. ``spread`` is not modified."""
     b = a + columns.width
-    u = diagonal_inverses(r, [(a, b)])[0]
+    u = diagonal_inverses(r, [(a, b)])[..., 0, :, :]
     corrected = _correct(columns.work, r, u, spread.clone(), (lo, a, b), out=torch.empty_like(spread))
     g = a // columns.width
-    columns.scale[g], columns.zero[g] = find_grid(corrected, columns.spec)
+    columns.scale[..., g, :], columns.zero[..., g, :] = find_grid(corrected.movedim(-2, 0), columns.spec)

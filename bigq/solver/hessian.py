@@ -51,11 +51,12 @@ class HessianSum:
 
     finite_only: leave out tokens with NaN or Inf. This synchronizes with the device once per batch. Otherwise nothing is checked, and
         such tokens make the sum NaN or Inf.
+    into: the buffer, zeros [n, n]; by default one of its own.
     tokens: number of tokens added. left_out: number of tokens left out.
     """
 
-    def __init__(self, n: int, device: torch.device, *, finite_only: bool = False) -> None:
-        self._sum = torch.zeros(n, n, dtype=torch.float32, device=device)
+    def __init__(self, n: int, device: torch.device, *, finite_only: bool = False, into: Tensor | None = None) -> None:
+        self._sum = torch.zeros(n, n, dtype=torch.float32, device=device) if into is None else into
         self._finite_only = finite_only
         self.tokens = 0
         self.left_out = 0
@@ -89,13 +90,17 @@ class HessianSum:
 
         Raises NumericsError, naming ``name``, if no token was added.
         """
+        h = self.scaled(name)
+        mirror_(h)
+        return h
+
+    def scaled(self, name: str) -> Tensor:
+        """``finish``, but only the upper triangle."""
         if not self.tokens:
             raise NumericsError(f"{name}: the calibration inputs of all tokens contain NaN or Inf; {OTHER_DTYPE}")
         h = self._sum
         del self._sum
-        h.mul_(2.0 / self.tokens)
-        mirror_(h)
-        return h
+        return h.mul_(2.0 / self.tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,27 +128,58 @@ def factorize(h: Tensor, *, act_order: bool, damping: float, name: str = "the Li
     If the factorization fails, damping is raised and it is repeated. Raises NumericsError, naming ``name``, if H is not finite or
     not positive definite even with the highest damping.
     """
-    diagonal = h.diagonal()
-    if not bool(torch.isfinite(diagonal).all()):
-        raise NumericsError(
-            f"{name}: the calibration inputs contain NaN or Inf, or their squares overflow (NaN or Inf in the Hessian); "
-            f"{OTHER_DTYPE}, or leave out such tokens with --on-nonfinite skip"
-        )
-    live = int((diagonal != 0).sum())
-    # In fp64: a sum of large fp32 numbers may overflow.
-    mean = float(diagonal.double().sum()) / live if live else 1.0
-    perm: Tensor | None = None
-    if act_order:
-        perm = torch.argsort(diagonal, descending=True, stable=True)
-        permute_(h, perm)
-    undamped = h.diagonal().clone()
-    while True:
-        h.diagonal().copy_(undamped + damping * mean)
-        if upper_cholesky_(h):
-            return Factor(r=h, perm=perm, dead_inputs=len(h) - live, damping=damping)
-        if damping >= LADDER_TOP:
+    undamped = Undamped.of(h, act_order=act_order, name=name)
+    undamped.damp_(h, damping)
+    return undamped.factor(h, damping, name, done=upper_cholesky_(h))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Undamped:
+    """What is kept of a Hessian while it is damped and factored in its own storage.
+
+    diagonal: [n], permuted. perm: as in ``Factor``. live: inputs that are not dead. mean: of the diagonal of those.
+    """
+
+    diagonal: Tensor
+    perm: Tensor | None
+    live: int
+    mean: float
+
+    @classmethod
+    def of(cls, h: Tensor, *, act_order: bool, name: str) -> Undamped:
+        """Look at a symmetric h [n, n], and permute it if asked to. Raises NumericsError if it is not finite."""
+        diagonal = h.diagonal()
+        if not bool(torch.isfinite(diagonal).all()):
             raise NumericsError(
-                f"{name}: its Hessian is not positive definite even with damping {damping:g}; use more calibration samples, or {LEAVE_OUT}"
+                f"{name}: the calibration inputs contain NaN or Inf, or their squares overflow (NaN or Inf in the Hessian); "
+                f"{OTHER_DTYPE}, or leave out such tokens with --on-nonfinite skip"
             )
-        damping = min(damping * LADDER_FACTOR, LADDER_TOP)
-        restore_upper_(h, undamped)
+        live = int((diagonal != 0).sum())
+        # In fp64: a sum of large fp32 numbers may overflow.
+        mean = float(diagonal.double().sum()) / live if live else 1.0
+        perm: Tensor | None = None
+        if act_order:
+            perm = torch.argsort(diagonal, descending=True, stable=True)
+            permute_(h, perm)
+        return cls(diagonal=h.diagonal().clone(), perm=perm, live=live, mean=mean)
+
+    def damp_(self, h: Tensor, damping: float) -> None:
+        """Set the diagonal to the damped one."""
+        h.diagonal().copy_(self.diagonal + damping * self.mean)
+
+    def factor(self, h: Tensor, damping: float, name: str, *, done: bool) -> Factor:
+        """The factor, with more damping if the first attempt failed. done: whether h holds it already; otherwise its upper triangle is lost.
+
+        Raises NumericsError if h is not positive definite even with the highest damping.
+        """
+        while not done:
+            if damping >= LADDER_TOP:
+                raise NumericsError(
+                    f"{name}: its Hessian is not positive definite even with damping {damping:g}; "
+                    f"use more calibration samples, or {LEAVE_OUT}"
+                )
+            damping = min(damping * LADDER_FACTOR, LADDER_TOP)
+            restore_upper_(h, self.diagonal)
+            self.damp_(h, damping)
+            done = upper_cholesky_(h)
+        return Factor(r=h, perm=self.perm, dead_inputs=len(h) - self.live, damping=damping)

@@ -49,7 +49,7 @@ def prepare() -> None:
     device.install_kernels()
     for name in ("api", "infer.evaluate", "infer.generate", "sched.run"):
         __import__(f"bigq.{name}")
-    device.replace_everywhere("empty_columns", lambda k, m, dtype, device: torch.empty(k, m, dtype=dtype, device=device))
+    device.replace_everywhere("empty_columns", lambda k, m, dtype, device, batch=(): torch.empty(*batch, k, m, dtype=dtype, device=device))
     inputs.measure = lambda *given: KNOWN["h100"]
     pieces.CHUNK_BYTES, device_to_host.CHUNK_BYTES = TO_DEVICE, TO_HOST
 

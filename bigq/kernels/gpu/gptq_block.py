@@ -38,13 +38,12 @@ def gptq_block_triton_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, g
     assert k <= MAX_COLUMNS
     if not (grid.find and grid.spec.mse):
         return _launch(target, u, work, codes, grid)
-    # The grid search runs in torch, so each group is a separate launch.
+    # The grid search runs in torch, over all matrices at once, so each group is a separate launch.
     loss = torch.zeros(target.shape[0], target.shape[2], dtype=target.dtype, device=target.device)
     width = k // grid.scale.shape[1]
     for g in range(grid.scale.shape[1]):
         s, e = g * width, (g + 1) * width
-        for scale, zero, columns in zip(grid.scale, grid.zero, target, strict=True):
-            scale[g], zero[g] = find_grid(columns[s:e], grid.spec)
+        grid.scale[:, g], grid.zero[:, g] = find_grid(target[:, s:e].transpose(0, 1), grid.spec)
         given = GroupGrid(grid.spec, grid.scale, grid.zero, grid.group[:, s:e], False)
         loss += _launch(target[:, s:e], u[:, s:e, s:e], work[:, s:e], codes[:, s:e], given)
         target[:, e:] -= u[:, s:e, e:].mT @ target[:, s:e]

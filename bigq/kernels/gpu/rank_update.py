@@ -19,18 +19,21 @@ TILE = (128, 128, 32)
 
 def rank_update_triton_(c: Tensor, a: Tensor, b: Tensor) -> None:
     """``rank_update_`` for fp32 matrices whose rows are contiguous."""
-    m, n = c.shape
-    assert c.stride(1) == a.stride(1) == b.stride(1) == 1
+    if c.ndim == 2:
+        rank_update_triton_(c[None], a[None], b[None])
+        return
+    batch, m, n = c.shape
+    assert c.stride(2) == a.stride(2) == b.stride(2) == 1
     bm, bn, bk = TILE
-    _rank_update_kernel[(triton.cdiv(n, bn), triton.cdiv(m, bm))](
-        c, a, b, m, n, a.shape[1], c.stride(0), a.stride(0), b.stride(0), BM=bm, BN=bn, BK=bk,
+    _rank_update_kernel[(triton.cdiv(n, bn), triton.cdiv(m, bm), batch)](
+        c, a, b, m, n, a.shape[2], *c.stride()[:2], *a.stride()[:2], *b.stride()[:2], BM=bm, BN=bn, BK=bk,
         PRECISION=input_precision(), num_warps=8, num_stages=3,
     )  # fmt: skip
 
 
 @triton.jit
 def _rank_update_kernel(
-    c, a, b, m, n, k, stride_c, stride_a, stride_b,
+    c, a, b, m, n, k, batch_c, stride_c, batch_a, stride_a, batch_b, stride_b,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(1) * BM
@@ -38,6 +41,10 @@ def _rank_update_kernel(
     above = m - n
     if i >= above + j + BN:
         return
+    batch = tl.program_id(2).to(tl.int64)
+    c += batch * batch_c
+    a += batch * batch_a
+    b += batch * batch_b
     rows = i + tl.arange(0, BM)
     cols = j + tl.arange(0, BN)
     depth = tl.arange(0, BK)
