@@ -10,6 +10,9 @@ group's inputs batch by batch (``Collector.add``), turns the accumulated sums in
     factor = solver.factor(scheme, label, …)    once per ``solver.kind(scheme)``
     factor.solve(weights, scheme, label)        one pass over all Linears of one scheme
 
+Several groups of one shape, as the experts of a bank have them, go through ``Collectors`` and ``Factors`` in the same way. A method that
+can solve them side by side overrides ``CalibratedMethod.collectors``.
+
 The loop does everything else: it replays rows, handles Linears that fail, measures time and packs. A new method is a new file
 here, a line in ``bigq.methods.METHODS``, and its name in ``bigq.vocabulary``.
 """
@@ -17,12 +20,15 @@ here, a line in ``bigq.methods.METHODS``, and its name in ``bigq.vocabulary``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from bigq.errors import NumericsError
 from bigq.kernels.grid import GridSpec
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
@@ -70,6 +76,25 @@ class Collector(Protocol):
         """End the accumulation. Raises NumericsError, which begins with ``label``, if no usable token was added."""
 
 
+class Factors(Protocol):
+    """Solves groups of Linears of the same shapes, each with its own factor."""
+
+    def solve(
+        self, weights: Sequence[list[Tensor]], scheme: QuantScheme, labels: Sequence[str]
+    ) -> list[list[QuantizedWeight] | NumericsError]:
+        """For each group the results of ``Factor.solve``, or why it failed, there or before."""
+
+
+class Collectors(Protocol):
+    """Collectors of groups of one shape. each: those of single groups."""
+
+    @property
+    def each(self) -> Sequence[Collector]: ...
+
+    def factor(self, scheme: QuantScheme, labels: Sequence[str]) -> Factors:
+        """End the accumulation. A group that fails does not change the others."""
+
+
 class Method(ABC):
     """The common part of all methods.
 
@@ -112,6 +137,51 @@ class CalibratedMethod(Method):
     def collector(self, n: int, device: torch.device, *, finite_only: bool) -> Collector:
         """An accumulator for inputs of n features. finite_only: leave out tokens that hold NaN or Inf."""
 
+    def collectors(self, count: int, n: int, device: torch.device, *, finite_only: bool) -> Collectors:
+        """Accumulators for ``count`` groups with inputs of n features."""
+        return OneByOne([self.collector(n, device, finite_only=finite_only) for _ in range(count)])
+
     def for_head(self) -> CalibratedMethod:
         """The method for the output head, whose inputs are known only in the quantized model."""
         return self
+
+
+_T = TypeVar("_T")
+
+
+def _or_error(result: Callable[[], _T]) -> _T | NumericsError:
+    """A result, or the error instead of it."""
+    try:
+        return result()
+    except NumericsError as error:
+        return error
+
+
+@dataclass(frozen=True, slots=True)
+class OneByOne:
+    """``Collectors`` of groups that are factored and solved one after the other."""
+
+    each: Sequence[Collector]
+
+    def factor(self, scheme: QuantScheme, labels: Sequence[str]) -> FactorsOneByOne:
+        def factor(collector: Collector, label: str) -> Factor:
+            return collector.finish(label).factor(scheme, label, last=True)
+
+        return FactorsOneByOne([_or_error(partial(factor, *pair)) for pair in zip(self.each, labels, strict=True)])
+
+
+@dataclass(frozen=True, slots=True)
+class FactorsOneByOne:
+    """``Factors`` of such groups. each: the factor of a group, or why it has none."""
+
+    each: Sequence[Factor | NumericsError]
+
+    def solve(
+        self, weights: Sequence[list[Tensor]], scheme: QuantScheme, labels: Sequence[str]
+    ) -> list[list[QuantizedWeight] | NumericsError]:
+        def solve(factor: Factor | NumericsError, group: list[Tensor], label: str) -> list[QuantizedWeight]:
+            if isinstance(factor, NumericsError):
+                raise factor
+            return factor.solve(group, scheme, label)
+
+        return [_or_error(partial(solve, *given)) for given in zip(self.each, weights, labels, strict=True)]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bigq.methods.base import CalibratedMethod
+from bigq.errors import NumericsError
+from bigq.methods.base import CalibratedMethod, Collectors, OneByOne
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
-from bigq.solver.gptq import solve
+from bigq.solver.batch import Factors, HessianSums
+from bigq.solver.gptq import solve, solve_many
 from bigq.solver.hessian import Factor, HessianSum, Reduction, factorize
 from bigq.solver.upstream_error import Correction
 
@@ -25,14 +27,19 @@ class Gptq(CalibratedMethod):
     error_meaning = "Relative errors of outputs on the calibration text (squared norms): ‖(W − Q)X‖² / ‖WX‖²."
 
     def collector(self, n: int, device: torch.device, *, finite_only: bool) -> HessianCollector:
-        return HessianCollector(n, device, finite_only=finite_only)
+        return HessianCollector(HessianSum(n, device, finite_only=finite_only))
+
+    def collectors(self, count: int, n: int, device: torch.device, *, finite_only: bool) -> Collectors:
+        if count < 2:
+            return OneByOne([self.collector(n, device, finite_only=finite_only) for _ in range(count)])
+        return HessianCollectors(HessianSums(count, n, device, finite_only=finite_only))
 
 
 class HessianCollector:
     """Accumulates the Hessian of one input."""
 
-    def __init__(self, n: int, device: torch.device, *, finite_only: bool) -> None:
-        self._hessian = HessianSum(n, device, finite_only=finite_only)
+    def __init__(self, hessian: HessianSum) -> None:
+        self._hessian = hessian
 
     @property
     def left_out(self) -> int:
@@ -72,3 +79,32 @@ class HessianFactor:
 
     def solve(self, weights: list[Tensor], scheme: QuantScheme, label: str) -> list[QuantizedWeight]:
         return solve(weights, self.factor, scheme, label, self.correction)
+
+
+class HessianCollectors:
+    """Accumulates the Hessians of several inputs of one size, whose Linears are solved side by side."""
+
+    def __init__(self, hessians: HessianSums) -> None:
+        self._hessians = hessians
+        self.each = [HessianCollector(hessian) for hessian in hessians.each]
+
+    def factor(self, scheme: QuantScheme, labels: Sequence[str]) -> HessianFactors:
+        return HessianFactors(*self._hessians.factorize(act_order=scheme.act_order, damping=scheme.damping, names=labels))
+
+
+@dataclass(frozen=True, slots=True)
+class HessianFactors:
+    """The factors of such Hessians. failures: why a Hessian has none, or None; ``factors`` has those of the others, in order."""
+
+    factors: Factors | None
+    failures: Sequence[NumericsError | None]
+
+    def solve(
+        self, weights: Sequence[list[Tensor]], scheme: QuantScheme, labels: Sequence[str]
+    ) -> list[list[QuantizedWeight] | NumericsError]:
+        going = [i for i, failure in enumerate(self.failures) if failure is None]
+        solved: list[list[QuantizedWeight] | NumericsError] = []
+        if self.factors is not None:
+            solved = solve_many([weights[i] for i in going], self.factors, scheme, [labels[i] for i in going])
+        rest = iter(solved)
+        return [next(rest) if failure is None else failure for failure in self.failures]

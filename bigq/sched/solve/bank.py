@@ -1,19 +1,20 @@
 """Quantizing a bank of experts, one after the other, each with the inputs of the tokens that are routed to it.
 
 An expert's matrices are solved in the order in which it computes them, so that a later one sees what the quantized earlier ones return.
-Then the expert runs once and is added to the bank's output. One expert and one Hessian are in memory at a time.
+Then the expert runs once and is added to the bank's output. One expert and one Hessian are in memory at a time; on a GPU a few are, since
+the matrices of one expert are too small to fill it: the first matrices of all are solved side by side, then the next ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from bigq.errors import NumericsError
-from bigq.methods.base import CalibratedMethod, DataFreeMethod
+from bigq.methods.base import CalibratedMethod, Collector, DataFreeMethod
 from bigq.model.experts.bank import Bank, Expert, Product
 from bigq.progress.clock import Clock
 from bigq.progress.records import LinearRecord
@@ -36,6 +37,8 @@ class BankJob:
     schemes: by parameter; without any, the experts stay unquantized. names: of the matrices that one expert's part of a parameter is
     stored as, in the order of its outputs. load: an expert's parameters, on the device. finished: whether they are final already, because
     an earlier run committed the expert; then it only runs. finite_only: leave tokens that are not finite out of Hessians.
+    at_once: experts that are solved side by side. ends: whether an expert is the last of its shard; no batch of experts goes beyond it, so
+    that a job that goes on has the same batches.
     """
 
     prefix: str
@@ -47,6 +50,8 @@ class BankJob:
     clock: Clock
     finished: Callable[[int], bool] = lambda e: False
     finite_only: bool = False
+    at_once: int = 1
+    ends: Callable[[int], bool] = lambda e: False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +98,43 @@ def solve_bank(job: BankJob, method: CalibratedMethod, rows: RoutedRows) -> Iter
     An expert that cannot be solved, or that no token is routed to, is rounded to nearest in the same scheme, since readers take a bank as
     a whole or not at all. Raises NumericsError for weights that are not finite.
     """
+    for batch, unsolved in _batches(job, rows):
+        members = [_Member(number, tokens, slots, _expert(job, rows, number)) for number, tokens, slots in batch]
+        for product in job.bank.products if unsolved else ():
+            _solve(job, method, rows, members, product)
+        while members:
+            member = members.pop(0)
+            _run(job, rows, member.expert, member.tokens, member.slots)
+            if member.solved:
+                yield SolvedExpert(job.prefix, member.number, len(member.tokens), tuple(member.solved), member.left_out)
+
+
+@dataclass(slots=True)
+class _Member:
+    """An expert of a batch, its tokens and their positions (see ``RoutedRows.routes``), and what is solved of it."""
+
+    number: int
+    tokens: Tensor
+    slots: Tensor
+    expert: Expert
+    solved: list[SolvedMatrix] = field(default_factory=list)
+    left_out: int = 0
+
+
+def _batches(job: BankJob, rows: RoutedRows) -> Iterator[tuple[list[tuple[int, Tensor, Tensor]], bool]]:
+    """All experts in order, as (number, tokens, positions): those to be solved in batches, the others one by one; and which they are."""
+    batch: list[tuple[int, Tensor, Tensor]] = []
     for number, ((tokens, slots),) in rows.routes(job.bank, None):
-        expert = _expert(job, rows, number)
-        solved, lost = [], 0
-        if job.schemes and not job.finished(number):
-            for product in job.bank.products:
-                matrices, left_out = _solve(job, method, rows, expert, number, product, tokens)
-                _set(expert.weight(product), matrices)
-                solved += matrices
-                lost = max(lost, left_out)
-        _run(job, rows, expert, tokens, slots)
-        if solved:
-            yield SolvedExpert(job.prefix, number, len(tokens), tuple(solved), lost)
+        unsolved = bool(job.schemes) and not job.finished(number)
+        if batch and (not unsolved or len(batch) == job.at_once or job.ends(batch[-1][0])):
+            yield batch, True
+            batch = []
+        if unsolved:
+            batch.append((number, tokens, slots))
+        else:
+            yield [(number, tokens, slots)], False
+    if batch:
+        yield batch, True
 
 
 def run_bank_rows(job: BankJob, rows: RoutedRows, batch: int | None = None) -> None:
@@ -158,7 +188,7 @@ def _run(job: BankJob, rows: RoutedRows, expert: Expert, tokens: Tensor, slots: 
     with job.clock.phase("replay"):
         for part, slot in zip(tokens.split(CHUNK_TOKENS), slots.split(CHUNK_TOKENS), strict=True):
             if len(part):
-                output = expert.run(_filled(rows.inputs.take(part)), _filled(rows.weights[part, slot]))
+                output = expert.run(_taken(rows, part), _filled(rows.weights[part, slot]))
                 rows.total.add(part, output[: len(part)])
 
 
@@ -174,36 +204,61 @@ def _run_as_called(job: BankJob, rows: RoutedRows, expert: Expert, tokens: Tenso
             rows.total.add(part, output if places is None else output[places])
 
 
+def _taken(rows: RoutedRows, part: Tensor) -> Tensor:
+    """The bank's inputs of tokens ``part``, with zeros behind them, up to a multiple of ``STEP_TOKENS`` tokens. They are copied once."""
+    missing = -len(part) % STEP_TOKENS
+    if not missing:
+        return rows.inputs.take(part)
+    taken = rows.inputs.take(torch.cat([part, part[:1].expand(missing)]))
+    taken[len(part) :] = 0
+    return taken
+
+
 def _filled(x: Tensor) -> Tensor:
-    """x [tokens, ...] with zeros behind it, up to a multiple of ``STEP_TOKENS`` tokens."""
+    """x [tokens] with zeros behind it, up to a multiple of ``STEP_TOKENS`` tokens."""
     missing = -len(x) % STEP_TOKENS
-    return x if not missing else torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
+    return x if not missing else torch.cat([x, x.new_zeros(missing)])
 
 
-def _solve(
-    job: BankJob, method: CalibratedMethod, rows: RoutedRows, expert: Expert, number: int, product: Product, tokens: Tensor
-) -> tuple[list[SolvedMatrix], int]:
-    """The stored matrices of one product, and how many tokens a Hessian left out."""
-    label = f"{job.prefix}.{number}.{product.parameter}"
-    weight, scheme, names = expert.weight(product), job.schemes[product.parameter], job.names(product.parameter, number)
-    weights = list(weight.chunk(len(names)))
-    lost = 0
-    try:
-        if not len(tokens):
-            raise NumericsError(f"{label}: no calibration token is routed to it")
-        collector = method.collector(weight.shape[1], weight.device, finite_only=job.finite_only)
-        for part in tokens.split(CHUNK_TOKENS):
-            with job.clock.phase("replay"):
-                x = expert.input_of(product, _filled(rows.inputs.take(part)))[: len(part)]
-            with job.clock.phase("hessian"):
-                collector.add(x)
-        lost = collector.left_out
+def _solve(job: BankJob, method: CalibratedMethod, rows: RoutedRows, members: Sequence[_Member], product: Product) -> None:
+    """Solve one product of experts, set what their weights have become, and add their stored matrices to what is solved.
+
+    One that cannot be solved is rounded to nearest, without an effect on the others.
+    """
+    scheme = job.schemes[product.parameter]
+    names = {member.number: job.names(product.parameter, member.number) for member in members}
+    weights = {member.number: list(member.expert.weight(product).chunk(len(names[member.number]))) for member in members}
+    results: dict[int, list[QuantizedWeight] | NumericsError] = dict.fromkeys(weights, NumericsError("no calibration token is routed to it"))
+    if seen := [member for member in members if len(member.tokens)]:
+        labels = [f"{job.prefix}.{member.number}.{product.parameter}" for member in seen]
+        weight = seen[0].expert.weight(product)
+        collectors = method.collectors(len(seen), weight.shape[1], weight.device, finite_only=job.finite_only)
+        for member, collector in zip(seen, collectors.each, strict=True):
+            _collect(job, rows, member, product, collector)
         with job.clock.phase("factor"):
-            factor = collector.finish(label).factor(scheme, label, last=True)
+            factors = collectors.factor(scheme, labels)
         with job.clock.phase("solve"):
-            results = factor.solve(weights, scheme, label)
-        return [SolvedMatrix(name, result) for name, result in zip(names, results, strict=True)], lost
-    except NumericsError as error:
-        reason = str(error).removeprefix(f"{label}: ").partition(";")[0]
-    with job.clock.phase("solve"):
-        return [SolvedMatrix(n, round_to_nearest(w, scheme, n), reason) for n, w in zip(names, weights, strict=True)], lost
+            solved = factors.solve([weights[member.number] for member in seen], scheme, labels)
+        for member, label, result in zip(seen, labels, solved, strict=True):
+            if isinstance(result, NumericsError):
+                result = NumericsError(str(result).removeprefix(f"{label}: ").partition(";")[0])
+            results[member.number] = result
+    for member in members:
+        result, parts = results[member.number], zip(names[member.number], weights[member.number], strict=True)
+        if isinstance(result, NumericsError):
+            with job.clock.phase("solve"):
+                matrices = [SolvedMatrix(name, round_to_nearest(part, scheme, name), str(result)) for name, part in parts]
+        else:
+            matrices = [SolvedMatrix(name, part) for name, part in zip(names[member.number], result, strict=True)]
+        _set(member.expert.weight(product), matrices)
+        member.solved += matrices
+
+
+def _collect(job: BankJob, rows: RoutedRows, member: _Member, product: Product, collector: Collector) -> None:
+    """Add an expert's inputs of a product to its collector."""
+    for part in member.tokens.split(CHUNK_TOKENS):
+        with job.clock.phase("replay"):
+            x = member.expert.input_of(product, _taken(rows, part))[: len(part)]
+        with job.clock.phase("hessian"):
+            collector.add(x)
+    member.left_out = max(member.left_out, collector.left_out)
