@@ -188,6 +188,17 @@ class JobConfig:
     seqlen: int | None = seqlen_option(group=CALIBRATION, resume=Resume.REFUSED, effects=(CALIBRATED,))
     seed: int = seed_option(help="random seed for choosing rows", group=CALIBRATION, resume=Resume.REFUSED, effects=(CALIBRATED,))
     batch: int | None = batch_option(resume=Resume.WARNED, effects=(CALIBRATED,))
+    experts_at_once: int | None = option(
+        None,
+        help="experts of a layer that are solved side by side",
+        group=RUN,
+        unit="experts",
+        unset="up to 8 on a GPU, fewer if memory is short; 1 on a CPU",
+        resume=Resume.WARNED,
+        added=True,
+        range=at_least(1),
+        effects=(CALIBRATED,),
+    )
     activations: TierChoice = option(
         "auto",
         help="where activations are kept between blocks; auto is the first place with room, disk is a file in OUT",

@@ -31,6 +31,7 @@ from bigq.methods.base import Method
 from bigq.model.pager import Pager
 from bigq.model.quantization import require_unpacked
 from bigq.progress.records import Stages
+from bigq.sched.plan.cost import Choice
 from bigq.sched.plan.inputs import plan_before_fetch
 from bigq.sched.units.base import Unit
 from bigq.sched.units.block import BlockUnit
@@ -70,9 +71,10 @@ class Job:
     made: tuple[Made, ...]
     stamps: Stamps
 
-    def with_batch(self, batch: int) -> Job:
-        """The same job with the batch that the plan chose."""
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, batch=batch))
+    def with_choice(self, choice: Choice) -> Job:
+        """The same job with what the plan chose of the settings that a resumed job keeps."""
+        config = dataclasses.replace(self.config, batch=choice.batch, experts_at_once=choice.experts_at_once)
+        return dataclasses.replace(self, config=config)
 
 
 def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Target:
@@ -86,7 +88,12 @@ def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Tar
     before = None if begun is None else JobConfig.from_frozen(begun.get("settings"), f"{out}: its job.json")
     config = config or before or JobConfig()
     if before is not None:
-        config = dataclasses.replace(config, batch=config.batch or before.batch, format=config.format or before.format)
+        config = dataclasses.replace(
+            config,
+            batch=config.batch or before.batch,
+            experts_at_once=config.experts_at_once or before.experts_at_once,
+            format=config.format or before.format,
+        )
     require_format(config)
     device = choose_device(config.device)
     refuse_if_held(out / STATE_FOLDER)

@@ -78,7 +78,7 @@ def quantize(
             skeleton.silence_transformers()
             job = resolve_job(target, stop, stages)
             plan = plan_job(job.pager, job.rows, job.config, target.out, job.made)
-        job = job.with_batch(plan.choice.batch)
+        job = job.with_choice(plan.choice)
         units, request = units_of(job), request_of(job)
         stages.ended("planning")
         with Progress(len(job.pager.blocks), target.device, job.config.quiet, display=display) as progress:

@@ -168,7 +168,7 @@ class Undamped:
         h.diagonal().copy_(self.diagonal + damping * self.mean)
 
     def factor(self, h: Tensor, damping: float, name: str, *, done: bool) -> Factor:
-        """The factor, with more damping if the first attempt failed. done: whether h holds it already; otherwise its upper triangle is lost.
+        """The factor, with more damping where an attempt failed. damping: of the first attempt, which was made. done: whether it succeeded.
 
         Raises NumericsError if h is not positive definite even with the highest damping.
         """

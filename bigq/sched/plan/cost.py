@@ -61,6 +61,7 @@ class Choice:
     """How a job is run. on_gpu: whether it computes on a GPU. tier: of the activations. memo: whether outputs of modules with a shortcut
     are cached.
 
+    experts_at_once: how many are solved side by side; None: one, and a job that goes on may choose anew.
     kept_rows: for how many rows the inputs of Linears at a block's deepest level are kept; kept_tier: where, "gpu" or "host".
     ahead: bytes for prefetched weights. beside: whether finished blocks are written in parallel with the computation (write-behind).
     checkpoints: whether activations are saved for resumed jobs.
@@ -75,6 +76,7 @@ class Choice:
     checkpoints: bool = False
     kept_rows: int = 0
     kept_tier: str = "host"
+    experts_at_once: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +310,7 @@ class BlockCost:
             itemsize=self._shape.itemsize,
             reach=self._block.forward.at(self._batch),
             beside=self._choice.beside,
+            at_once=self._choice.experts_at_once or 1,
             factor=self._factor,
             solve=self._solve,
             pack=self._pack,

@@ -18,6 +18,7 @@ from bigq.job.rules import RuleCount, count_words
 from bigq.machine.ceilings import DISK_RATE, Ceilings
 from bigq.progress.layout import entry, shortened
 from bigq.progress.sizes import show_size
+from bigq.sched.plan.bank_cost import numbers_at_once
 from bigq.sched.plan.cost import Choice, Cost, Phase, Work, job_cost, last_width
 from bigq.sched.plan.output import output_of
 from bigq.sched.plan.shape import ModelShape
@@ -125,6 +126,7 @@ class Plan:
             "text": [made.to_json() for made in self.texts],
             "activations": self.choice.tier,
             "batch": self.choice.batch,
+            "experts_at_once": self.choice.experts_at_once or 1,
             "memo": self.choice.memo,
             "kept_rows": self.choice.kept_rows,
             "kept_tier": self.choice.kept_tier if self.choice.kept_rows else None,
@@ -198,6 +200,8 @@ class Plan:
             return [self.work.method.title]
         where = {"gpu": "on the GPU", "host": "in host memory", "disk": "on disk"}[self.choice.tier]
         parts = [f"activations {'of both models ' if self.work.streams > 1 else ''}{where}", f"batch {self.choice.batch}"]
+        if (experts := self.choice.experts_at_once or 1) > 1:
+            parts.append(f"{experts} experts at once")
         memos = [memo for block in self.shape.blocks for memo in block.memos]
         if not all(memo.last for memo in memos):
             parts.append("attention outputs kept" if self.choice.memo else "attention outputs not kept")
@@ -277,7 +281,11 @@ def phase_seconds(phase: Phase, ceilings: Ceilings) -> float:
 
 
 def _choices(shape: ModelShape, work: Work, config: JobConfig, on_gpu: bool) -> Iterator[Choice]:
-    """Ways to run a job, the fastest first: the batch shrinks first, then the cache and the prefetch are dropped, last the tier changes."""
+    """Ways to run a job, the fastest first.
+
+    The experts that are solved side by side shrink first, then the batch; then the cache and the prefetch are dropped, last the tier
+    changes.
+    """
     tiers = (("gpu", "host", "disk") if on_gpu else ("host", "disk")) if config.activations == "auto" else (config.activations,)
     kind = "cuda" if on_gpu else "cpu"
     first = min(config.batch or default_batch(kind, shape.seqlen), max(1, work.rows))
@@ -290,8 +298,17 @@ def _choices(shape: ModelShape, work: Work, config: JobConfig, on_gpu: bool) -> 
     # Only true-sequential jobs replay anything after a solved Linear.
     cached = any(not memo.last for block in shape.blocks for memo in block.memos)
     memos = (True, False) if work.true_sequential and cached else (False,)
-    for tier, ahead, memo, batch in itertools.product(tiers, aheads, memos, batches):
-        yield Choice(on_gpu=on_gpu, tier=tier, batch=batch, memo=memo, ahead=ahead * largest, beside=ahead > 0)
+    together = numbers_at_once(shape if work.streams else None, config.experts_at_once, on_gpu=on_gpu)
+    for tier, ahead, memo, batch, experts in itertools.product(tiers, aheads, memos, batches, together):
+        yield Choice(
+            on_gpu=on_gpu,
+            tier=tier,
+            batch=batch,
+            memo=memo,
+            ahead=ahead * largest,
+            beside=ahead > 0,
+            experts_at_once=experts,
+        )
 
 
 def _keeping_inputs(shape: ModelShape, work: Work, choice: Choice, base: int, spare: Budgets) -> Choice:

@@ -228,7 +228,8 @@ def _solve(job: BankJob, method: CalibratedMethod, rows: RoutedRows, members: Se
     scheme = job.schemes[product.parameter]
     names = {member.number: job.names(product.parameter, member.number) for member in members}
     weights = {member.number: list(member.expert.weight(product).chunk(len(names[member.number]))) for member in members}
-    results: dict[int, list[QuantizedWeight] | NumericsError] = dict.fromkeys(weights, NumericsError("no calibration token is routed to it"))
+    no_tokens = NumericsError("no calibration token is routed to it")
+    results: dict[int, list[QuantizedWeight] | NumericsError] = dict.fromkeys(weights, no_tokens)
     if seen := [member for member in members if len(member.tokens)]:
         labels = [f"{job.prefix}.{member.number}.{product.parameter}" for member in seen]
         weight = seen[0].expert.weight(product)

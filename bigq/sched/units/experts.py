@@ -76,6 +76,9 @@ class BankWork:
         """Whether an expert's group is committed."""
         return self.bench.writer.committed(self._group(bank, expert).shard) is not None
 
+    def _ends_group(self, bank: str, expert: int) -> bool:
+        return expert + 1 == self._group(bank, expert).stop
+
     def _group(self, bank: str, expert: int) -> ExpertGroup:
         return next(g for g in self.groups if g.bank.path == bank and g.first <= expert < g.stop)
 
@@ -96,6 +99,8 @@ class BankWork:
                 clock=bench.control.clock,
                 finished=functools.partial(self._is_finished, stored.path),
                 finite_only=bench.config.on_nonfinite == "skip",
+                at_once=bench.choice.experts_at_once or 1,
+                ends=functools.partial(self._ends_group, stored.path),
             )
         return made
 
