@@ -64,6 +64,7 @@ JOBS: dict[str, tuple[str, str]] = {
         "--format compressed-tensors --activations disk --read-ahead 1 --checkpoint-every never --dtype bfloat16 --bits 3",
     ),
     "mixtral, groups, experts only": ("mixtral", "--format compressed-tensors --skip .*self_attn.* --checkpoint-every 0 --no-act-order"),
+    "qwen3_moe, groups, two experts at once": ("qwen3_moe", "--format compressed-tensors --experts-at-once 2 --checkpoint-every 0"),
     "llama, memory ends": ("llama", "--activations disk --checkpoint-every 0"),
 }
 #: The fault of the job "llama, memory ends": out of memory at the first batch, unless batches.json already records it.

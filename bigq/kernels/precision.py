@@ -29,8 +29,8 @@ def fp32_products(x: Tensor, *, tf32: bool) -> Iterator[None]:
 def product(a: Tensor, b: Tensor, out: Tensor, *, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
     """``out = a·b``, or ``beta·add + a·b``; a: [..., m, k], b: [..., k, n], add and out: [..., m, n]. With beta 0, add is not read.
 
-    All may have one more leading dimension, a batch. On a GPU that is one launch. On a CPU it is a product for each matrix, so that a
-    result has the same bits in any batch.
+    All may have one more leading dimension, a batch. On a GPU that is one launch. On a CPU it is a product for each matrix, which has the
+    bits that it has alone, as far as they do not depend on where in memory the matrix begins.
     """
     if a.ndim == 2:
         return torch.mm(a, b, out=out) if add is None else torch.addmm(add, a, b, beta=beta, out=out)

@@ -47,7 +47,8 @@ def parsed(*arguments: str, before: JobConfig | None = None) -> JobConfig:
             "--bits --group-size --sym --no-sym --asym --act-order --no-act-order --damping --mse --no-mse --method --lm-head --no-lm-head "
             "--true-sequential --no-true-sequential --rule --skip --format --scale-bits "
             "--on-nonfinite --calibration --samples --seqlen --seed --vram --ram "
-            "--disk --activations --read-ahead --checkpoint-every --batch --device --dtype --trust-remote-code --no-trust-remote-code "
+            "--disk --activations --read-ahead --checkpoint-every --batch --experts-at-once --device --dtype --trust-remote-code "
+            "--no-trust-remote-code "
             "--quiet --grace --steal-lock --trace --json",
         ),
         (["plan"], "--on --json --bits --no-act-order --on-nonfinite --vram --checkpoint-every --batch --device"),
@@ -161,6 +162,7 @@ def test_defaults_in_the_help_are_those_of_the_api(command: str, configs: list[A
         ("--seqlen 34", {"seqlen": 34}),
         ("--seed 56", {"seed": 56}),
         ("--batch 7", {"batch": 7}),
+        ("--experts-at-once 3", {"experts_at_once": 3}),
         ("--device cuda:1", {"device": "cuda:1"}),
         ("--dtype bfloat16", {"dtype": "bfloat16"}),
         ("--trust-remote-code", {"trust_remote_code": True}),

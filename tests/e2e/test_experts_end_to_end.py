@@ -181,8 +181,9 @@ def test_codes_are_those_of_gptq_in_memory(family: str, names: tuple[str, str, s
             assert name == names[2] or torch.equal(found, expected), (e, name)
 
 
-def test_a_stopped_bank_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that is stopped between two experts keeps the groups that are complete, and ends in the same bytes."""
+@pytest.mark.parametrize("at_once", [None, 2, 3])
+def test_a_stopped_bank_goes_on_where_it_was(at_once: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that is stopped between two experts, also of a batch, keeps the groups that are complete, and ends in the same bytes."""
     model = saved("qwen3_moe", tmp_path)
     small_groups(monkeypatch, model, experts=2)
     bigq.quantize(str(model), tmp_path / "whole", job(tmp_path))
@@ -198,13 +199,36 @@ def test_a_stopped_bank_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(units.BankWork, "take", counted)
     with pytest.raises(Stopped):
-        bigq.quantize(str(model), tmp_path / "out", job(tmp_path), stop=stop)
+        bigq.quantize(str(model), tmp_path / "out", job(tmp_path, experts_at_once=at_once), stop=stop)
     monkeypatch.undo()
     small_groups(monkeypatch, model, experts=2)
     journal = (tmp_path / "out" / ".bigq" / "journal.jsonl").read_text()
     assert [line.count('"experts-0-') for line in journal.splitlines()].count(1) == 2
     bigq.quantize(str(model), tmp_path / "out", job(tmp_path))
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("qwen3_moe", torch.float32), ("deepseek_v3", torch.bfloat16)])
+def test_experts_side_by_side_give_the_same_bytes(
+    family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of any size, in groups of three; also where a job goes on with holes or with another number, which it says."""
+    model = saved(family, tmp_path, dtype)
+    small_groups(monkeypatch, model)
+    bigq.quantize(str(model), tmp_path / "alone", job(tmp_path))
+    made = hashes(tmp_path / "alone")
+    for at_once in (1, 2, 4):
+        out = tmp_path / str(at_once)
+        bigq.quantize(str(model), out, job(tmp_path, experts_at_once=at_once))
+        assert hashes(out) == made, at_once
+    shards = [name for name in made if name.endswith(".safetensors")]
+    for lost, changes in ((shards[1::2], {}), (shards[2:5], {"experts_at_once": 3}), ([shards[-1]], {"activations": "disk"})):
+        for name in lost:
+            (out / name).unlink()
+        bigq.quantize(str(model), out, job(tmp_path, **changes))
+        assert hashes(out) == made, lost
+    runs = [json.loads(line) for line in (out / ".bigq" / "runs.jsonl").read_text().splitlines()]
+    assert [any("--experts-at-once was 4" in note for note in run["notes"]) for run in runs] == [False, False, True, False]
 
 
 @pytest.mark.parametrize("tier", ["disk", "host"])

@@ -51,6 +51,7 @@ SETTINGS = {
     "seqlen": 2048,
     "seed": 0,
     "batch": 8,
+    "experts_at_once": None,
     "dtype": "auto",
     "trust_remote_code": True,
     "on_nonfinite": "stop",
@@ -109,6 +110,7 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
 WARNED: list[tuple[str, Any, str]] = [
     ("settings.batch", 4, "--batch was 8 when the job was begun, is 4 now"),
     ("settings.batch", None, "--batch was 8 when the job was begun, is as many rows as fit now"),
+    ("settings.experts_at_once", 4, "--experts-at-once was not there when the job was begun, is 4 now"),
     ("machine.device", "cuda", "--device was cpu when the job was begun, is cuda now"),
     ("machine.name", "B", "the processor was A CPU x86_64 (AVX512) when the job was begun, is B now"),
     ("machine.torch_threads", 16, "the number of CPU threads was 2 when the job was begun, is 16 now"),
@@ -224,13 +226,18 @@ def test_to_a_gpu_and_back() -> None:
         assert [line.split(" was ")[0] for line in compare(OUT, one, other)] == ["--device", "the processor"]
 
 
-def test_a_setting_that_older_jobs_lack_had_its_default() -> None:
-    assert compare(OUT, without("settings.text_field"), BEFORE) == []
+#: Settings that are newer than others.
+ADDED = ("settings.text_field", "settings.experts_at_once")
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_a_setting_that_older_jobs_lack_had_its_default(name: str) -> None:
+    assert compare(OUT, without(name), BEFORE) == []
 
 
 @pytest.mark.parametrize(
     "name",
-    [name for name, change in CHANGES.items() if change.recorded and not change.optional and name != "settings.text_field"],
+    [name for name, change in CHANGES.items() if change.recorded and not change.optional and name not in ADDED],
 )
 def test_a_missing_part_is_told(name: str) -> None:
     with pytest.raises(CheckpointError, match=rf"{OUT}: its job.json: {name} is missing; .*begin the job again"):

@@ -11,7 +11,7 @@ from checks import FACTOR, same_bytes
 from torch import Tensor
 
 from bigq.kernels import cholesky
-from bigq.kernels.cholesky import diagonal_inverses, upper_cholesky_
+from bigq.kernels.cholesky import diagonal_inverses, upper_cholesky_, upper_cholesky_many_
 
 pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
@@ -174,3 +174,36 @@ def test_diagonal_inverses_keep_the_type_and_the_factor() -> None:
     inverses = diagonal_inverses(r, [(0, 24), (24, 40)])
     assert inverses.dtype == torch.float32 and same_bytes(r, before)
     assert torch.allclose(inverses[1, :16, :16] @ r[24:, 24:].triu(), torch.eye(16), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [5, 257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_several_have_the_factors_of_single_ones(dtype: torch.dtype, n: int) -> None:
+    """Those that are not positive definite are named, and do not change the others."""
+    h = torch.stack([(1 + i) * positive_definite(n, dtype) for i in range(4)])
+    h[1, n - 1, n - 1] = -1
+    h[3, 0, n - 1] = float("nan")
+    singles = [one.clone() for one in h]
+    assert upper_cholesky_many_(h) == [True, False, True, False] == [upper_cholesky_(one) for one in singles]
+    assert all(same_bytes(h[i], singles[i]) for i in (0, 2))
+
+
+@pytest.mark.usefixtures("triton_path")
+@pytest.mark.parametrize(("n", "panel"), [(5, 256), (257, 256), (200, 32)])
+def test_on_triton_several_are_factored_at_once(n: int, panel: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is one launch for all. On a GPU the library may factor a batch of corners in another way than a single one."""
+    monkeypatch.setattr(cholesky, "panel_width", lambda on_gpu: panel)
+    exact = [(1 + i) * positive_definite(n, torch.float32).to(device) for i in range(3)]
+    h = torch.stack(exact)
+    h[1, n - 1, n - 1] = -1
+    assert cholesky._upper_cholesky_(h).tolist() == [False, True, False]
+    for i in (0, 2):
+        assert residual(h[i], exact[i]) <= FACTOR * own_residual(exact[i]) + 2**-24 * float(exact[i].norm()) / n**0.5
+
+
+def test_diagonal_inverses_of_several() -> None:
+    r = torch.stack([triangular(300), 3 * triangular(300)])
+    blocks = [(0, 128), (128, 256), (256, 300)]
+    inverses = diagonal_inverses(r, blocks)
+    assert inverses.shape == (2, 3, 128, 128)
+    assert all(same_bytes(one, diagonal_inverses(single, blocks)) for one, single in zip(inverses, r, strict=True))

@@ -12,7 +12,7 @@ from checks import ORDERS, distance, same_bytes, stored, untouched
 from torch import Tensor
 
 from bigq.kernels.feedback import feedback
-from bigq.kernels.precision import fp32_products
+from bigq.kernels.precision import fp32_products, product
 
 pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
@@ -37,6 +37,34 @@ def test_out_is_overwritten_by_the_product(
     tolerance = 1e-3 if r.is_cuda and dtype == torch.float32 else tolerance
     assert distance(out, exact) < tolerance < distance(1.01 * out, exact)
     assert order != "within a larger one" or untouched(out)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_batch_has_the_products_of_single_ones(order: str, device: torch.device) -> None:
+    """The same bytes on a CPU. On a GPU the library may choose another product for a batch."""
+    pairs = [operands(130, 64, 20, torch.float32, device) for _ in range(3)]
+    r, errors = (torch.stack([(1 + i) * pair[k] for i, pair in enumerate(pairs)]) for k in range(2))
+    out = stored(torch.full((3, 64, 20), float("nan"), device=device), order)
+    feedback(stored(r, "within a larger one"), stored(errors, order), out)
+    for one, a, b in zip(out, r, errors, strict=True):
+        single = stored(torch.full((64, 20), float("nan"), device=device), order)
+        feedback(stored(a, "within a larger one"), stored(b, order), single)
+        assert same_bytes(one, single) if not r.is_cuda else distance(one, single.double()) < 1e-3
+    assert order != "within a larger one" or untouched(out)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), ()], ids=str)
+@pytest.mark.parametrize("beta", [None, 0.0, 1.0, 0.5])
+def test_products_are_added_to_a_matrix(beta: float | None, shape: tuple[int, ...], device: torch.device) -> None:
+    """With ``beta`` 0 what they are added to is not read; it may be the result itself."""
+    a, b, add = (torch.randn(*shape, *size, dtype=torch.float64, device=device) for size in ((4, 7), (7, 5), (4, 5)))
+    if beta == 0:
+        add.fill_(float("nan"))
+    exact = a @ b if beta is None else a @ b + (beta * add if beta else 0)
+    given: dict[str, Any] = {} if beta is None else {"add": add, "beta": beta}
+    assert torch.allclose(product(a, b, torch.empty_like(add), **given), exact, rtol=1e-13, atol=1e-13)
+    if beta is not None:
+        assert product(a, b, add, **given) is add and torch.allclose(add, exact, rtol=1e-13, atol=1e-13)
 
 
 def test_the_same_input_gives_the_same_bytes(device: torch.device) -> None:

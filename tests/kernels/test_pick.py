@@ -120,11 +120,13 @@ def test_a_gpu_uses_triton_except_for_fp64() -> None:
 def test_empty_columns_has_the_memory_order_of_the_device(request: pytest.FixtureRequest) -> None:
     columns = pick.empty_columns(5, 3, torch.float32, torch.device("cpu"))
     assert columns.shape == (5, 3) and columns.stride() == (3, 1)
+    assert pick.empty_columns(5, 3, torch.float32, torch.device("cpu"), (2,)).stride() == (15, 3, 1)
     request.getfixturevalue("triton_path")
     from bigq.solver.gptq import empty_columns
 
     columns = empty_columns(5, 3, torch.uint8, torch.device("cpu"))
     assert columns.shape == (5, 3) and columns.stride() == (1, 5) and columns.dtype == torch.uint8
+    assert empty_columns(5, 3, torch.uint8, torch.device("cpu"), [2]).stride() == (15, 1, 5)
     assert int(columns.min()) == 255, "what is uninitialised is not poisoned"
 
 

@@ -103,3 +103,31 @@ def test_the_criterion_sees_a_last_bit_of_tf32(version: str, device: torch.devic
     tf32 = (a.view(torch.int32) & ~0x1FFF).view(torch.float32)
     result = updated(version, c, tf32, b)
     assert not as_good(result[here], product(c, a, b, torch.float32)[here], product(c, a, b, torch.float64)[here])
+
+
+@pytest.mark.parametrize("order", ["by rows", "within a larger one"])
+@pytest.mark.parametrize("shape", [(3, 3, 31), (9, 1, 5), (200, 129, 100), (257, 128, 40)], ids=str)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_batch_has_the_bytes_of_single_ones(version: str, shape: tuple[int, int, int], order: str, device: torch.device) -> None:
+    """NaN in one matrix stays there. All are at the same places of memory, on which the rounding of a CPU's products may depend."""
+    cases = [matrices(*shape, torch.float32, device) for _ in range(3)]
+    stacked = [torch.stack(parts) for parts in zip(*((c + i, a * (1 + i), b - i) for i, (c, a, b) in enumerate(cases)), strict=True)]
+    stacked[1][1, 0, 0] = float("nan")
+    batch, singles = ([stored(x, order) for x in stacked] for _ in range(2))
+    kernel("rank_update_", version)(*batch)
+    for i, single in enumerate(zip(*singles, strict=True)):
+        kernel("rank_update_", version)(*single)
+        assert torch.equal(batch[0][i].nan_to_num(), single[0].nan_to_num())
+        assert bool(batch[0][i].isnan().any()) == bool(single[0].isnan().any()) == (i == 1)
+    assert order == "by rows" or all(untouched(x) for x in batch)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_panels_of_a_batch(version: str, device: torch.device) -> None:
+    """As in the factorization of several matrices in one buffer."""
+    before = torch.randn(3, 300, 300, generator=torch.Generator().manual_seed(0)).to(device)
+    h = before.clone()
+    kernel("rank_update_", version)(h[..., :170, 40:170], h[..., :170, 170:], h[..., 40:170, 170:])
+    for one, single in zip(h, before, strict=True):
+        kernel("rank_update_", version)(single[:170, 40:170], single[:170, 170:], single[40:170, 170:])
+        assert same_bytes(one, single)

@@ -31,6 +31,16 @@ def test_mirror_makes_the_matrix_symmetric(n: int) -> None:
     assert torch.equal(h.triu(), upper) and torch.equal(h, h.T)
 
 
+@pytest.mark.parametrize("n", [3, 257])
+def test_several_are_mirrored_as_single_ones(n: int) -> None:
+    h = torch.stack([random(n), 2 * random(n)])
+    singles = h.clone()
+    mirror_(h)
+    for one, single in zip(h, singles, strict=True):
+        mirror_(single)
+        assert torch.equal(one, single)
+
+
 @pytest.mark.parametrize("n", SIZES)
 def test_restore_undoes_changes_since_mirror(n: int) -> None:
     h = random(n)

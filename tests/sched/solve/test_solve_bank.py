@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from moe_families import call_of, moe_model, random_tokens
 from torch import Tensor, nn
 
+from bigq.methods import gptq
 from bigq.methods.gptq import Gptq
 from bigq.model.experts.bank import Bank, bank_modules, find_bank, run_bank
 from bigq.model.experts.call import RoutedCall
@@ -54,15 +56,15 @@ def rows_of(call: RoutedCall, bank: Bank) -> RoutedRows:
     return RoutedRows(call=call, inputs=inputs, experts=call.experts, weights=call.weights, per_row=len(call.tokens), total=total)
 
 
-def solved(module: nn.Module, bank: Bank, call: RoutedCall) -> tuple[list[SolvedExpert], Tensor]:
+def solved(module: nn.Module, bank: Bank, call: RoutedCall, **more: Any) -> tuple[list[SolvedExpert], Tensor]:
     job = BankJob(
         prefix=bank.name,
         module=module,
         bank=bank,
         schemes=dict.fromkeys(bank.parameters, SCHEME),
         names=lambda parameter, e: [f"{bank.name}.{e}.{parameter}"],
-        load=lambda e: {name: getattr(module, name)[e].clone() for name in bank.parameters},
         clock=Clock(torch.device("cpu")),
+        **{"load": lambda e: {name: getattr(module, name)[e].clone() for name in bank.parameters}, **more},
     )
     rows = rows_of(call, bank)
     return list(solve_bank(job, Gptq(), rows)), rows.output(0, 1)
@@ -145,3 +147,82 @@ def test_tokens_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert min(same) > 0.998
     assert torch.allclose(output, again, atol=2e-2)
+
+
+def same(one: tuple[list[SolvedExpert], Tensor], other: tuple[list[SolvedExpert], Tensor]) -> bool:
+    """Whether two banks were solved to the same bits, and report the same. NaN equals NaN."""
+    if [(e.number, e.tokens, e.left_out) for e in one[0]] != [(e.number, e.tokens, e.left_out) for e in other[0]]:
+        return False
+    pairs = [pair for a, b in zip(one[0], other[0], strict=True) for pair in zip(a.matrices, b.matrices, strict=True)]
+    tensors = all(torch.equal(getattr(a.weight, key), getattr(b.weight, key)) for a, b in pairs for key in ("codes", "scales", "zeros"))
+    outputs = (torch.equal(one[1].isnan(), other[1].isnan()), torch.equal(one[1].nan_to_num(), other[1].nan_to_num()))
+    return tensors and all(repr(a.record(0)) == repr(b.record(0)) for a, b in pairs) and all(outputs)
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of matrices that are solved side by side."""
+    seen: list[int] = []
+    solve_many = gptq.solve_many
+    monkeypatch.setattr(gptq, "solve_many", lambda weights, *rest: seen.append(len(weights)) or solve_many(weights, *rest))
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_experts_side_by_side_have_the_bits_of_single_ones(family: str, dtype: torch.dtype, batches: list[int]) -> None:
+    """A bank of 8 or 4 in twos, in threes with a rest, and all at once; each with its own order of columns."""
+    module, bank, call = called(family, dtype)
+    alone = solved(module, bank, call)
+    assert not batches
+    for at_once in (2, 3, 8):
+        assert same(solved(module, bank, call, at_once=at_once), alone), at_once
+        assert max(batches) == min(at_once, bank.experts)
+        batches.clear()
+
+
+def test_experts_that_fail_leave_the_others_of_their_batch_alone(batches: list[int]) -> None:
+    """No token, one token, a token that is not finite: the bits and the reasons are those of single experts."""
+    module, bank, call = called("qwen3_moe")
+    for number, left in ((1, 0), (6, 1)):
+        for token, slot in torch.stack(torch.where(call.experts == number), 1)[left:].tolist():
+            call.experts[token, slot] = min({0, 2, 7} - {int(call.experts[token, 1 - slot])})
+    call.experts[9] = torch.tensor([3, 5])
+    call.tokens[9] = float("inf")
+    alone = solved(module, bank, call)
+    assert alone[0][1].tokens == 0 and alone[0][6].tokens == 1
+    assert [e.number for e in alone[0] if any(matrix.rounded for matrix in e.matrices)] == [1, 3, 5]
+    for at_once in (2, 3, 4, 8):
+        assert same(solved(module, bank, call, at_once=at_once), alone), at_once
+    assert 0 < max(batches) < 8
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 4])
+def test_batches_end_where_shards_do_and_go_around_finished_experts(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a job that goes on has the batches that it had before, whatever is finished, and adds outputs in the same order."""
+    module, bank, call = called("qwen3_moe")
+    begun: list[list[int]] = []
+    solve_product = solve._solve
+
+    def noted(job: BankJob, method: Any, rows: RoutedRows, members: list[Any], product: Any) -> None:
+        begun.append([member.number for member in members])
+        solve_product(job, method, rows, members, product)
+
+    monkeypatch.setattr(solve, "_solve", noted)
+    how: dict[str, Any] = {"at_once": at_once, "ends": lambda e: e in (1, 5)}
+    experts, output = solved(module, bank, call, **how)
+    shards = [(0, 1), (2, 3, 4, 5), (6, 7)]
+    expected = [list(shard[lo : lo + at_once]) for shard in shards for lo in range(0, len(shard), at_once)]
+    assert begun[::2] == begun[1::2] == expected
+
+    def load(e: int) -> dict[str, Tensor]:
+        """As committed, or else as it was."""
+        held = {name: getattr(module, name)[e].clone() for name in bank.parameters}
+        for matrix in experts[e].matrices if e in shards[1] else ():
+            held[matrix.name.rpartition(".")[2]] = matrix.weight.dequantize()
+        return held
+
+    begun.clear()
+    rest = solved(module, bank, call, finished=lambda e: e in shards[1], load=load, **how)
+    assert begun[::2] == [numbers for numbers in expected if numbers[0] not in shards[1]]
+    assert same(rest, ([e for e in experts if e.number not in shards[1]], output))
