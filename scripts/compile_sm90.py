@@ -175,6 +175,13 @@ def common() -> Iterator[Launch]:
     h = empty(4096, 4096)
     parts = h[:2048, 1792:2048], h[:2048, 2048:], h[1792:2048, 2048:]
     yield "rank_update", lambda: rank_update_triton.rank_update_triton_(*parts)
+    several = empty(8, 2048, 2048)
+    of_each = several[:, :1024, 768:1024], several[:, :1024, 1024:], several[:, 768:1024, 1024:]
+    yield "rank_update, 8 matrices", lambda: rank_update_triton.rank_update_triton_(*of_each)
+    # Experts that are solved side by side.
+    yield column_loop(Loop(bits=4, symmetric=True, width=128, scale_bits=8), batch=8)
+    yield column_loop(Loop(bits=4, symmetric=True, width=32, scale_bits=8), batch=8)
+    yield column_loop(Loop(bits=4, symmetric=True, width=0), batch=8)
     for bits in (2, 3, 4, 8):
         codes, words = empty(512, 4096, dtype=torch.uint8), empty(128 * bits, 512, dtype=torch.int32)
         yield f"pack, {bits} bits", lambda codes=codes, bits=bits: pack_triton.pack_triton(codes.T, bits)
@@ -187,8 +194,7 @@ def common() -> Iterator[Launch]:
 
 def others() -> Iterator[Launch]:
     """What other jobs launch: other formats, group sizes, precisions of scales and shapes; the loops that ``gpu_session`` runs."""
-    yield column_loop(Loop(bits=4, symmetric=True, width=128, scale_bits=8), batch=3)
-    yield column_loop(Loop(bits=4, symmetric=True, width=0), batch=3)
+    yield column_loop(Loop(bits=3, symmetric=False, width=64, scale_bits=8, m=1031), batch=3)
     for scale_bits in (7, 9, 10, 11):
         yield column_loop(Loop(bits=4, symmetric=True, width=128, scale_bits=scale_bits))
     yield column_loop(Loop(bits=4, symmetric=False, width=128, scale_bits=8))

@@ -18,7 +18,7 @@ from gpu_steps.runner import PROFILE
 from gpu_steps.setting import ROOT, Findings, Setting
 
 #: What says most comes first: a short limit cuts off the end.
-ORDER = ("syrk", "linears", "cholesky", "products", "column_loop", "matvec", "packing", "profile")
+ORDER = ("syrk", "linears", "batches", "cholesky", "products", "column_loop", "matvec", "packing", "profile")
 #: The kernel that a benchmark is about, as Nsight Compute names it.
 KERNELS = {"syrk": "_syrk", "profile": "_gptq_block", "matvec": "_dequant_matvec", "linears": "_rank_update"}
 NCU_SECONDS = 60
@@ -86,6 +86,10 @@ def aims_of(result: Mapping[str, Any]) -> list[Aim]:
         if None not in parts:
             value = sum(part for part in parts if part is not None)
             found.append(Aim(name=f"linears: factor + solve of {name}, seconds", value=value, high=seconds))
+    for matrix in ("4096 × 7168", "7168 × 2048", "3072 × 4096"):
+        for part in ("factor", "solve"):
+            eight, one = (("batches", f"{matrix}, {count} at once", f"{part}_s") for count in (8, 1))
+            add(f"batches: {part} of {matrix}, 8 at once over single", *eight, over=one, high=0.5)
     largest = ("linears", "14336 × 57344")
     add("linears: peak over H and W, 14336 × 57344", *largest, "peak_bytes", over=(*largest, "h_and_w_bytes"), high=1.1)
     for name in ("4096 × 4096", "8192 × 28672"):

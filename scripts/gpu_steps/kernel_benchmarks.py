@@ -31,7 +31,8 @@ from bigq.kernels.pick import empty_columns
 from bigq.kernels.rank_update import rank_update_
 from bigq.kernels.syrk import syrk_, syrk_reference_
 from bigq.scheme import QuantScheme
-from bigq.solver.gptq import solve
+from bigq.solver.batch import HessianSums
+from bigq.solver.gptq import solve, solve_many
 from bigq.solver.hessian import HessianSum, factorize
 
 SCHEME = QuantScheme(bits=4, group_size=128)
@@ -236,6 +237,70 @@ def linears(bench: Bench) -> dict[str, Any]:
     return result
 
 
+#: Matrices of experts, rows × inputs: gate and up as one, then down, of DeepSeek-V3 and of Qwen3-235B.
+EXPERTS = ((4096, 7168), (7168, 2048), (3072, 4096), (4096, 1536))
+#: Matrices that are solved side by side.
+AT_ONCE = (1, 2, 4, 8)
+
+
+def batches(bench: Bench) -> dict[str, Any]:
+    """Matrices of experts, some of them side by side: seconds for each matrix of factoring, solving, and one block of the column loop."""
+    result: dict[str, Any] = {}
+    for m, n in EXPERTS:
+        m, n = bench.size(m), bench.size(n)
+        weight, x = 0.02 * bench.randn(m, n, dtype=torch.bfloat16), bench.randn(bench.size(8192), n, dtype=torch.bfloat16)
+        for count in AT_ONCE[:2] if bench.smoke else AT_ONCE:
+            times = []
+            for _ in range(1 if bench.smoke else 3):  # the first one compiles the kernels
+                sums = HessianSums(count, n, bench.device)
+                for one in sums.each:
+                    one.add(x)
+                times.append(_factor_and_solve(bench, sums, [[weight]] * count))
+            factor_s, solve_s = min(times, key=sum)
+            loop_s = bench.graph_seconds([_loop_of_batch(bench, count, m)] * 10)
+            row = {"factor_s": factor_s / count, "solve_s": solve_s / count, "column_loop_s": loop_s / count}
+            result[f"{m} × {n}, {count} at once"] = row
+        index = torch.randperm(4 * len(x), device=bench.device)[: len(x)]
+        inputs = torch.empty(4 * len(x), n, dtype=torch.bfloat16, device=bench.device).normal_()
+        h = torch.zeros(n, n, device=bench.device)
+        gather, sum_s = bench.device_seconds(lambda i=index, x=inputs: x[i], 5), bench.device_seconds(lambda h=h, x=x: syrk_(h, x), 5)
+        result[f"{m} × {n}, inputs"] = {"gather_s": gather, "syrk_s": sum_s}
+        del inputs, h
+    return result
+
+
+def _factor_and_solve(bench: Bench, sums: HessianSums, weights: list[list[Tensor]]) -> tuple[float, float]:
+    """Seconds of factoring and of solving. A single matrix goes the way of single ones."""
+    if len(weights) == 1:
+        h = sums.each[0].finish()
+        bench.sync()
+        started = time.perf_counter()
+        factor = factorize(h, act_order=False, damping=0.01)
+        bench.sync()
+        factored = time.perf_counter()
+        solve(weights[0], factor, SCHEME)
+    else:
+        bench.sync()
+        started = time.perf_counter()
+        factors, failures = sums.factorize(act_order=False, damping=0.01, names=[str(i) for i in range(len(weights))])
+        bench.sync()
+        factored = time.perf_counter()
+        assert factors is not None and failures == [None] * len(weights)
+        solve_many(weights, factors, SCHEME, [str(i) for i in range(len(weights))])
+    bench.sync()
+    return factored - started, time.perf_counter() - factored
+
+
+def _loop_of_batch(bench: Bench, count: int, m: int, k: int = 128) -> Callable[[], Tensor]:
+    """A launch of the column loop for several matrices."""
+    u = torch.eye(k, device=bench.device) + 0.05 * bench.randn(count, k, k).triu(1)
+    target, work = (empty_columns(k, m, torch.float32, bench.device, (count,)).normal_(0, 0.02) for _ in range(2))
+    codes = empty_columns(k, m, torch.uint8, bench.device, (count,))
+    scale, zero = (torch.empty(count, 1, m, device=bench.device) for _ in range(2))
+    grid = GroupGrid(GridSpec(bits=4, symmetric=True), scale, zero, torch.zeros(count, k, dtype=torch.int32, device=bench.device), True)
+    return lambda: gptq_block_(target, u, work, codes, grid)
+
+
 def residual(r: Tensor, diagonal: Tensor, damping: float) -> float:
     """The largest relative error of some rows of R·Rᵀ against H. H is read from the factor's lower triangle and ``diagonal``."""
     n = len(diagonal)
@@ -287,5 +352,6 @@ BENCHMARKS: Mapping[str, Callable[[Bench], dict[str, Any]]] = {
     "packing": packing,
     "matvec": matvec,
     "linears": linears,
+    "batches": batches,
     "profile": profile,
 }

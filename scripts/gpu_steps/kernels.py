@@ -13,7 +13,7 @@ import torch
 from gpu_bench import relative
 from torch import Tensor
 
-from bigq.kernels.cholesky import upper_cholesky_
+from bigq.kernels.cholesky import upper_cholesky_, upper_cholesky_many_
 from bigq.kernels.dequant_matvec import dequant_matvec
 from bigq.kernels.dequantize import dequantize, dequantize_packed, dequantize_reference
 from bigq.kernels.feedback import feedback
@@ -26,28 +26,35 @@ from bigq.kernels.rank_update import rank_update_
 from bigq.kernels.syrk import syrk_
 from bigq.kernels.triangles import mirror_, permute_
 from bigq.scheme import QuantScheme
-from bigq.solver.gptq import solve
+from bigq.solver.batch import HessianSums
+from bigq.solver.gptq import solve, solve_many
 from bigq.solver.hessian import HessianSum, factorize
 from gpu_steps.setting import Findings, Setting
 
 #: The name of this step at small sizes, for the step sanitizer.
 SMALL = "small-kernels"
+#: The factor of all sizes where they are not small.
+FULL = 32
 #: Relative errors of a product in each type, against fp64.
 PRODUCT_LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def run(setting: Setting, found: Findings) -> None:
-    cases = Cases(found, torch.device(setting.device), 4 if setting.smoke or setting.step == SMALL else 32)
+    cases = Cases(found, torch.device(setting.device), 4 if setting.smoke or setting.step == SMALL else FULL)
     for dtype in (torch.bfloat16, torch.float16):
         for aligned in (True, False):
             cases.attempt("syrk", lambda d=dtype, a=aligned: cases.syrk(d, aligned=a))
     for n in (200, 64 * cases.size, 128 * cases.size + 40):
         cases.attempt("cholesky", lambda n=n: cases.cholesky(n))
+    for n in (200, 32 * cases.size + 40) if cases.size < FULL else (2048, 7168):
+        cases.attempt("batched factor", lambda n=n: cases.batched_factor(n))
     cases.attempt("rank update", cases.rank_update)
     cases.attempt("feedback", cases.feedback)
     cases.attempt("whole matrices", cases.whole_matrices)
     for loop in LOOPS:
         cases.attempt("column loop", lambda loop=loop: cases.column_loop(loop))
+    for loop in (LOOPS[0], Loop(bits=3, symmetric=False, width=0)):
+        cases.attempt("batched column loop", lambda loop=loop: cases.batched_column_loop(loop))
     for bits in (2, 3, 4, 8):
         cases.attempt("packing", lambda b=bits: cases.packing(b))
         for dtype in (torch.float16, torch.bfloat16):
@@ -57,6 +64,7 @@ def run(setting: Setting, found: Findings) -> None:
         cases.attempt("matvec", lambda m=m, n=n, w=width: cases.matvec(4, torch.bfloat16, m, n, w))
     for act_order in (False, True):
         cases.attempt("solve", lambda a=act_order: cases.solve(act_order=a))
+        cases.attempt("batched solve", lambda a=act_order: cases.batched_solve(act_order=a))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +151,20 @@ class Cases:
         self.found.check(f"cholesky {n}: residual", relative(r @ r.T, exact), 5 * relative(lower @ lower.T, exact) + 5e-7)
         self.repeats(f"cholesky {n}", [h.triu()], [again.triu()])
 
+    def batched_factor(self, n: int) -> None:
+        """Three factors at once, of which one does not exist, beside those of single matrices."""
+        mix = self.randn(2, n, n) / n**0.5
+        exact = mix @ mix.mT + 0.01 * torch.eye(n, device=self.device)
+        h = torch.stack([exact[0], -exact[0], exact[1]])
+        singles, again = exact.clone(), h.clone()
+        self.found.require(f"batched factor {n}: which are positive definite", upper_cholesky_many_(h) == [True, False, True])
+        upper_cholesky_many_(again)
+        for one, single, true in zip(h[::2], singles, exact, strict=True):
+            upper_cholesky_(single)
+            error, own = (relative(r.triu() @ r.triu().T, true.double()) for r in (one, single))
+            self.found.check(f"batched factor {n}: residual", error, 2 * own + 5e-7)
+        self.repeats(f"batched factor {n}", [h[::2].triu()], [again[::2].triu()])
+
     def rank_update(self) -> None:
         """Of the last n rows only the upper triangle is updated."""
         m, n, k = 64 * self.size + 8, 256, 32 * self.size
@@ -195,6 +217,24 @@ class Cases:
         self.found.check(f"{loop.name}: codes that differ from the reference", float((ours[0] != reference[0]).double().mean()), 1e-3)
         self.found.check(f"{loop.name}: loss", relative(ours[1], reference[1].double()), 1e-2)
 
+    def batched_column_loop(self, loop: Loop, count: int = 8) -> None:
+        """Several matrices in one launch have the bytes that they have in launches of their own."""
+        k, m, groups = loop.k, 32 * self.size + 7, loop.k // loop.width if loop.width else 3
+        spec = GridSpec(bits=loop.bits, symmetric=loop.symmetric, min_zero=loop.min_zero, scale_bits=loop.scale_bits)
+        u = torch.eye(k, device=self.device) + 0.02 * self.randn(count, k, k).triu(1)
+        weights = self.randn(count, k, m)
+        of_column = torch.arange(k) // loop.width if loop.width else torch.randint(0, groups, (k,))
+        made = []
+        for _ in range(2):
+            target, work = (empty_columns(k, m, torch.float32, self.device, (count,)).copy_(weights) for _ in range(2))
+            codes = empty_columns(k, m, torch.uint8, self.device, (count,))
+            scale, zero = torch.full((count, groups, m), 0.25, device=self.device), torch.full((count, groups, m), 4.0, device=self.device)
+            grid = GroupGrid(spec, scale, zero, of_column.to(self.device, torch.int32).repeat(count, 1), loop.width > 0)
+            made.append((target, u, work, codes, grid))
+        loss = gptq_block_(*made[0])
+        single = torch.stack([gptq_block_(*one) for one in zip(*made[1][:4], made[1][4].each(), strict=True)])
+        self.repeats(f"{count} times {loop.name}", [loss, made[0][3], made[0][4].scale], [single, made[1][3], made[1][4].scale])
+
     def packing(self, bits: int) -> None:
         m, n = 32 * self.size + 32, 64 * self.size
         codes = torch.randint(0, 2**bits, (m, n), dtype=torch.uint8, device=self.device)
@@ -238,3 +278,27 @@ class Cases:
         self.repeats(name, [ours.codes], [again.codes])
         self.found.check(f"{name}: codes that differ from the CPU's", float((ours.codes.cpu() != on_cpu.codes).double().mean()), 2e-2)
         self.found.check(f"{name}: loss over the CPU's", abs(ours.loss / on_cpu.loss - 1), 1e-2)
+
+    def batched_solve(self, *, act_order: bool, count: int = 3) -> None:
+        """Several matrices side by side, beside each alone. The library's products of a batch may round differently."""
+        m, n = 16 * self.size, 32 * self.size
+        scheme, names = QuantScheme(act_order=act_order), [str(i) for i in range(count)]
+        mix = self.randn(n, n) / n**0.5
+        xs = [((1 + i) * self.randn(2 * n, n) @ mix).to(torch.bfloat16) for i in range(count)]
+        weights = [[0.02 * self.randn(m, n)] for _ in range(count)]
+        runs = []
+        for _ in range(2):
+            sums = HessianSums(count, n, self.device)
+            for one, x in zip(sums.each, xs, strict=True):
+                one.add(x)
+            factors, failures = sums.factorize(act_order=act_order, damping=0.01, names=names)
+            assert factors is not None and failures == [None] * count
+            runs.append([result for result in solve_many(weights, factors, scheme, names) if isinstance(result, list)])
+        name = f"batched solve {m} × {n}, {'act-order' if act_order else 'natural order'}"
+        self.repeats(name, *([result.codes for (result,) in run] for run in runs))
+        for x, weight, (ours,) in zip(xs, weights, runs[0], strict=True):
+            total = HessianSum(n, self.device)
+            total.add(x)
+            (alone,) = solve(weight, factorize(total.finish(), act_order=act_order, damping=0.01), scheme)
+            self.found.check(f"{name}: codes that differ from single ones", float((ours.codes != alone.codes).double().mean()), 2e-2)
+            self.found.check(f"{name}: loss over that of single ones", abs(ours.loss / alone.loss - 1), 1e-2)

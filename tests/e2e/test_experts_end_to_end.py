@@ -209,9 +209,7 @@ def test_a_stopped_bank_goes_on_where_it_was(at_once: int | None, tmp_path: Path
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("qwen3_moe", torch.float32), ("deepseek_v3", torch.bfloat16)])
-def test_experts_side_by_side_give_the_same_bytes(
-    family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experts_side_by_side_give_the_same_bytes(family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of any size, in groups of three; also where a job goes on with holes or with another number, which it says."""
     model = saved(family, tmp_path, dtype)
     small_groups(monkeypatch, model)
