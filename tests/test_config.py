@@ -27,6 +27,7 @@ OTHER: dict[str, Any] = {
     "seqlen": 40,
     "seed": 3,
     "batch": 2,
+    "experts_at_once": 3,
     "dtype": "float16",
     "trust_remote_code": True,
     "on_nonfinite": "skip",

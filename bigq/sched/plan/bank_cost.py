@@ -28,7 +28,8 @@ class BankTerms:
 
     schemes: names of Linears that are quantized. tokens: of all calibration rows. itemsize: bytes of an activation. reach: bytes of a
     forward up to the bank. beside: whether groups are written in the background. at_once: experts that are solved side by side.
-    factor, solve, pack: bytes in addition to the Hessian, of Linears that share an input; packed: of one packed Linear.
+    factor, solve, pack: bytes in addition to the Hessian, of Linears that share an input, solve for so many experts; packed: of one packed
+    Linear.
     """
 
     schemes: Container[str]
@@ -38,7 +39,7 @@ class BankTerms:
     beside: bool
     at_once: int
     factor: Callable[[GroupShape, list[LinearShape]], int]
-    solve: Callable[[GroupShape, list[LinearShape]], int]
+    solve: Callable[[GroupShape, list[LinearShape], int], int]
     pack: Callable[[GroupShape, list[LinearShape]], int]
     packed: Callable[[LinearShape], int]
 
@@ -95,7 +96,7 @@ def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]
             ("factor", held + at_once * (hessian + terms.factor(group, linears)), {"single": bank.experts * group.n * square / 3}, 0),
             (
                 "solve",
-                held + at_once * (hessian + terms.solve(group, linears)),
+                held + at_once * hessian + terms.solve(group, linears, at_once),
                 {"solve": bank.experts * rows * square},
                 14.0 * bank.experts * rows * group.n,
             ),

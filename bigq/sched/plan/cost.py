@@ -362,19 +362,19 @@ class BlockCost:
         copied = square if len({(s.act_order, s.damping) for s in schemes}) > 1 else 0
         return FP32 * (max(moved, 2 * panel_width(on_gpu=self._choice.on_gpu) * group.n) + copied)
 
-    def _solve(self, group: GroupShape, linears: list[LinearShape]) -> int:
-        """In addition to the factor: see ``solver.gptq``."""
+    def _solve(self, group: GroupShape, linears: list[LinearShape], at_once: int = 1) -> int:
+        """In addition to the factor: see ``solver.gptq``. at_once: groups that are solved side by side; each is converted by itself."""
         n = group.n
         most = 0
         for scheme in {self._schemes[linear.name] for linear in linears}:
             rows = [linear.m for linear in linears if self._schemes[linear.name] == scheme]
             m, static = sum(rows), has_static_grids(scheme, n)
             panel = min(n, PANEL if static else max(PANEL, scheme.group_width(n)))
-            buffers = 1 + scheme.act_order + 3 * (static and scheme.mse)
-            copies = max(buffers, CORRECTING) if self._paired else buffers
+            copies = max(1 + scheme.act_order + 3 * (static and scheme.mse), CORRECTING * self._paired)
             converted = FP32 * min(piece(on_gpu=self._choice.on_gpu), n * max(rows)) * copies
             loop = n * m + FP32 * ((panel + BLOCK + 3 * SUB_BLOCK * (not self._choice.on_gpu)) * m + 3 * BLOCK * n)
-            most = max(most, FP32 * n * m + max(converted, loop) + 2 * FP32 * m * (n // scheme.group_width(n)))
+            held = FP32 * m * (n + 2 * (n // scheme.group_width(n)))
+            most = max(most, at_once * held + max(converted, at_once * loop))
         return most
 
     def _pack(self, group: GroupShape, linears: list[LinearShape]) -> int:
