@@ -76,8 +76,10 @@ def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]
     # The inputs of a product, what it returns, and what becomes of that. A part of the inputs is converted for the Hessian.
     widths = [(product[0].n, sum(linear.m for linear in product)) for product in bank.products]
     running = tokens * max(n + 3 * m for n, m in widths) * terms.itemsize + FP32 * min(tokens, CHUNK_TOKENS) * max(n for n, _ in widths)
-    # All products but the last run once more, for the inputs of those after them.
-    repeated = sum(linear.m * linear.n for product in bank.products[:-1] for linear in product) if solved else 0
+    # With more tokens than are computed at a time, all products but the last run once more, for the inputs of those after them.
+    repeated = 0
+    if solved and routed / bank.experts > EXPERT_TOKENS:
+        repeated = sum(linear.m * linear.n for product in bank.products[:-1] for linear in product)
     moved = float(bank.experts * weights * terms.itemsize)
     result: list[BankPhase] = [
         ("load", held + max(linear.stored for linear in bank.linears), {}, moved),
@@ -87,6 +89,8 @@ def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]
         return result
     expert = sum(terms.packed(linear) for linear in bank.linears)
     held += min(bank.experts * expert, max(GROUP_BYTES, expert)) * (1 + terms.beside)
+    # Until an expert has run, its inputs are kept, and what its products return for them.
+    held += at_once * tokens * widths[0][0] * terms.itemsize
     for product in bank.products:
         group, linears = GroupShape(product, bank.level), list(product)
         rows, square = sum(linear.m for linear in product), float(group.n) * group.n
@@ -103,4 +107,5 @@ def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]
             ("pack", held + terms.pack(group, linears) + (at_once - 1) * rows * group.n, {}, 6.0 * bank.experts * rows * group.n),
         ]
         held += (at_once - 1) * rows * group.n  # codes of the others wait until all are solved
+        held += at_once * tokens * rows * terms.itemsize
     return result

@@ -104,19 +104,23 @@ def solve_bank(job: BankJob, method: CalibratedMethod, rows: RoutedRows) -> Iter
             _solve(job, method, rows, members, product)
         while members:
             member = members.pop(0)
-            _run(job, rows, member.expert, member.tokens, member.slots)
+            _run(job, rows, member)
             if member.solved:
                 yield SolvedExpert(job.prefix, member.number, len(member.tokens), tuple(member.solved), member.left_out)
 
 
 @dataclass(slots=True)
 class _Member:
-    """An expert of a batch, its tokens and their positions (see ``RoutedRows.routes``), and what is solved of it."""
+    """An expert, its tokens and their positions (see ``RoutedRows.routes``), and what is solved of it.
+
+    inputs: the rows of all its tokens once they are gathered, unless there are more than ``CHUNK_TOKENS``.
+    """
 
     number: int
     tokens: Tensor
     slots: Tensor
     expert: Expert
+    inputs: Tensor | None = None
     solved: list[SolvedMatrix] = field(default_factory=list)
     left_out: int = 0
 
@@ -147,7 +151,7 @@ def run_bank_rows(job: BankJob, rows: RoutedRows, batch: int | None = None) -> N
             expert = _expert(job, rows, number)
             for i, (tokens, slots) in enumerate(parts):
                 if batch is None:
-                    _run(job, rows, expert, tokens, slots)
+                    _run(job, rows, _Member(number, tokens, slots, expert))
                 elif len(tokens):
                     _run_as_called(job, rows, expert, tokens, slots, rows.spans(batch)[i])
 
@@ -182,13 +186,13 @@ def _set(weight: Tensor, matrices: Sequence[SolvedMatrix]) -> None:
         at += m
 
 
-def _run(job: BankJob, rows: RoutedRows, expert: Expert, tokens: Tensor, slots: Tensor) -> None:
+def _run(job: BankJob, rows: RoutedRows, member: _Member) -> None:
     """Add the expert's outputs. Each token is there once, so the sum of every token is in the order of the experts."""
     assert rows.total is not None
     with job.clock.phase("replay"):
-        for part, slot in zip(tokens.split(CHUNK_TOKENS), slots.split(CHUNK_TOKENS), strict=True):
+        for part, slot in zip(member.tokens.split(CHUNK_TOKENS), member.slots.split(CHUNK_TOKENS), strict=True):
             if len(part):
-                output = expert.run(_taken(rows, part), _filled(rows.weights[part, slot]))
+                output = member.expert.run(_inputs(rows, member, part), _filled(rows.weights[part, slot]))
                 rows.total.add(part, output[: len(part)])
 
 
@@ -202,6 +206,18 @@ def _run_as_called(job: BankJob, rows: RoutedRows, expert: Expert, tokens: Tenso
             given, places = rows.call.together(rows.inputs.take(part), (part - span[0]) // rows.per_token, count)
             output = expert.run(given, rows.weights[part, slot])
             rows.total.add(part, output if places is None else output[places])
+
+
+def _inputs(rows: RoutedRows, member: _Member, part: Tensor) -> Tensor:
+    """The inputs of some of an expert's tokens, see ``_taken``.
+
+    If these are all, the same tensor is returned again: what the expert's products return for it is kept as well (``Expert``).
+    """
+    if len(part) < len(member.tokens):
+        return _taken(rows, part)
+    if member.inputs is None:
+        member.inputs = _taken(rows, part)
+    return member.inputs
 
 
 def _taken(rows: RoutedRows, part: Tensor) -> Tensor:
@@ -259,7 +275,7 @@ def _collect(job: BankJob, rows: RoutedRows, member: _Member, product: Product, 
     """Add an expert's inputs of a product to its collector."""
     for part in member.tokens.split(CHUNK_TOKENS):
         with job.clock.phase("replay"):
-            x = member.expert.input_of(product, _taken(rows, part))[: len(part)]
+            x = member.expert.input_of(product, _inputs(rows, member, part))[: len(part)]
         with job.clock.phase("hessian"):
             collector.add(x)
     member.left_out = max(member.left_out, collector.left_out)

@@ -226,3 +226,18 @@ def test_batches_end_where_shards_do_and_go_around_finished_experts(at_once: int
     rest = solved(module, bank, call, finished=lambda e: e in shards[1], load=load, **how)
     assert begun[::2] == [numbers for numbers in expected if numbers[0] not in shards[1]]
     assert same(rest, ([e for e in experts if e.number not in shards[1]], output))
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_rows_of_an_expert_are_gathered_once(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more tokens than are computed at a time, for each use anew. The bits are the same."""
+    module, bank, call = called("qwen3_moe")
+    taken: list[int] = []
+    take = solve._taken
+    monkeypatch.setattr(solve, "_taken", lambda rows, part: taken.append(len(part)) or take(rows, part))
+    once = solved(module, bank, call, at_once=at_once)
+    assert sorted(taken) == sorted(expert.tokens for expert in once[0])
+    taken.clear()
+    monkeypatch.setattr(solve, "_inputs", lambda rows, member, part: solve._taken(rows, part))
+    assert same(solved(module, bank, call, at_once=at_once), once)
+    assert len(taken) == 3 * bank.experts
