@@ -38,13 +38,11 @@ JOBS: dict[str, tuple[str, str, list[str]]] = {
     "experts gptq": ("deepseek_v3", "gptq", ["--format", "compressed-tensors"]),
     "experts by act-order": ("deepseek_v3", "gptq", ["--format", "compressed-tensors", "--act-order"]),
 }
-#: Experts that are solved side by side, of the 8 that there are: 3 leave a rest.
-AT_ONCE = (1, 2, 3, 8)
 #: Simulated run → the job, the tier and the fault.
 RUNS: dict[str, tuple[str, str, str]] = {
     **{f"{job}, {tier}": (job, tier, "") for job in ("llama gptq", "bloom gptaq") for tier in TIERS},
     **{f"{job}, host": (job, "host", "") for job in ("qwen2 gptaq", "opt gptq", "llama rtn", "opt rtn")},
-    **{f"experts {kind}, {tier}": (f"experts {kind}", tier, "") for kind in ("gptq", "by act-order") for tier in TIERS},
+    **{f"experts gptq, {tier}": ("experts gptq", tier, "") for tier in TIERS},
     "qwen2 gptq, disk": ("qwen2 gptq", "disk", ""),
     "llama gptq, host, out of memory": ("llama gptq", "host", "batch.begun:9:OOM"),
     "bloom gptaq, disk, out of memory": ("bloom gptaq", "disk", "batch.begun:30:OOM"),
@@ -119,11 +117,6 @@ def results(place: Path, child: Child) -> dict[str, dict[str, Any]]:
         {"name": name, "argv": arguments(place, job, place / name, "cuda:0", tier), "fault": fault}
         for name, (job, tier, fault) in RUNS.items()
     ]
-    for number in AT_ONCE:
-        several = [*arguments(place, "experts gptq", place / f"experts {number}", "cuda:0"), "--experts-at-once", str(number)]
-        jobs += [{"name": f"experts {number}", "argv": several}]
-    killed = [*arguments(place, "experts gptq", place / "experts resumed", "cuda:0"), "--experts-at-once", "3"]
-    jobs += [{"name": "experts killed", "argv": killed, "fault": "expert.solved:5:kill"}, {"name": "experts resumed", "argv": killed}]
     resumed = arguments(place, "llama gptq", place / "resumed", "cuda:0")
     jobs += [{"name": "killed", "argv": resumed, "fault": "block.solved:2:kill"}, {"name": "resumed", "argv": resumed}]
     model = place / "llama gptq, gpu"
@@ -148,21 +141,23 @@ def test_a_job_writes_the_bytes_of_the_cpu(name: str, results: dict[str, dict[st
 
 
 @pytest.mark.long
-def test_experts_side_by_side_have_the_bytes_of_the_cpu(
-    results: dict[str, dict[str, Any]], on_cpu: Callable[..., Path], place: Path
-) -> None:
-    """The CPU solves one after the other. A batch is one launch; the plan chooses as many as there are."""
-    launches = {}
-    for number in AT_ONCE:
-        result = results[f"experts {number}"]
-        require_sound(result)
-        assert hashes(place / f"experts {number}") == hashes(on_cpu("experts gptq"))
-        launches[number] = result["done"]["gptq_block_triton_"]
-    chosen = results["experts gptq, host"]["done"]["gptq_block_triton_"]
-    assert launches[1] > launches[2] > launches[3] > launches[8] == chosen
-    assert results["experts killed"]["code"] == -9
-    require_sound(results["experts resumed"])
-    assert hashes(place / "experts resumed") == hashes(on_cpu("experts gptq"))
+def test_experts_side_by_side_have_the_bytes_of_the_cpu(child: Child, on_cpu: Callable[..., Path], place: Path, tmp_path: Path) -> None:
+    """The CPU solves one after the other. A batch is one launch; the plan chooses as many as there are. 3 of 8 leave a rest."""
+    kind = "experts by act-order"
+
+    def argv(out: str, *more: str) -> list[str]:
+        return [*arguments(place, kind, tmp_path / out, "cuda:0"), *more]
+
+    jobs: list[dict[str, Any]] = [{"name": n, "argv": argv(n, "--experts-at-once", n)} for n in ("1", "3")]
+    killed = argv("going on", "--experts-at-once", "3")
+    jobs += [{"name": "killed", "argv": killed, "fault": "expert.solved:5:kill"}, {"name": "going on", "argv": killed}]
+    results = on_device(child, tmp_path, [*jobs, {"name": "as planned", "argv": argv("as planned")}])
+    assert results["killed"]["code"] == -9
+    for name in ("1", "3", "going on", "as planned"):
+        require_sound(results[name])
+        assert hashes(tmp_path / name) == hashes(on_cpu(kind)), name
+    one, three, planned = (results[name]["done"]["gptq_block_triton_"] for name in ("1", "3", "as planned"))
+    assert one > three > planned
 
 
 @pytest.mark.long
