@@ -89,9 +89,7 @@ def ensure_inputs(shape: Shape, folder: Path, samples: int, seqlen: int) -> Inpu
     if not ids.exists():
         exponent = EXPERT_EXPONENT if experts else WORD_EXPONENT
         write_ids(ids, zipf_ids(samples, seqlen, shape.vocabulary, exponent=exponent))
-    return Inputs(
-        layout=layout, block=block, rest=tuple(rest), ids=ids, block_bytes=nbytes, rest_bytes=rest_bytes, experts=experts
-    )
+    return Inputs(layout=layout, block=block, rest=tuple(rest), ids=ids, block_bytes=nbytes, rest_bytes=rest_bytes, experts=experts)
 
 
 def measured_ceilings(device: str, file: Path, log: Path) -> dict[str, Any]:
@@ -209,7 +207,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--experts", type=int, metavar="N", help="experts of a layer, instead of the shape's; a token takes at most half")
     parser.add_argument("--profile-block", type=int, metavar="N", help="profile the device's kernels while block N (from 0) runs")
     parser.add_argument(
-        "--profile-experts", type=int, nargs=2, metavar=("FIRST", "N"), help="profile the device's kernels while these experts of block 0 run"
+        "--profile-experts", type=int, nargs=2, metavar=("FIRST", "N"), help="profile kernels while these experts of block 0 run"
     )
     parser.add_argument("--profile-shapes", action="store_true", help="also by operation and shapes of its inputs, which costs more time")
     parser.add_argument("--inputs-only", action="store_true", help="write the shards and token ids, and stop")

@@ -123,7 +123,7 @@ EXPERT_SHAPES: Mapping[str, ExpertShape] = {
                 "v_head_dim": 64,
                 "vocab_size": 1024,
             },
-            parameters=109_155_328,
+            parameters=106_633_472,
             groups=_LATENT_GROUPS,
             experts_key="n_routed_experts",
             attention=8 * (96 + 64) // 2,

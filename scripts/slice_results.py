@@ -153,7 +153,8 @@ class Workload:
 
 def result_of(request: Mapping[str, Any], work: Workload, slices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures of a run, from its slices that committed a block."""
-    result: dict[str, Any] = {"what": "; ".join(filter(None, (HONESTY, work.note))), **request, "slices": len(slices), "blocks_done": 0, "complete": False}
+    what = "; ".join(filter(None, (HONESTY, work.note)))
+    result: dict[str, Any] = {"what": what, **request, "slices": len(slices), "blocks_done": 0, "complete": False}
     if not slices:
         return result
     shares = [Share.of(one["lines"]) for one in slices]
