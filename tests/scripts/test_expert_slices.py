@@ -141,6 +141,7 @@ def test_a_slice_with_experts_is_timed_by_phase(child: Child, tmp_path: Path) ->
     assert sum(phases.values()) == pytest.approx(result["minutes"] * 60)
     assert result["waiting_share"] * 60 * result["minutes"] == pytest.approx(phases["load"] + phases["write"])
     assert all(result["rates"][f"experts: {name}"]["tflops"] > 0 for name in ("forward", "hessian", "factor", "solve"))
+    assert result["peak_over_plan"] == {"host": pytest.approx(result["peaks"]["host_resident_bytes"] / result["planned"]["host"])}
     tokens = result["tokens_of_experts"]
     assert len(tokens) == 2 and all(one["experts"] == 8 and one["fewest"] < 128 < one["most"] for one in tokens)
     assert "--experts 8 --profile-experts 3 2 --work DIR" in written["command"] and str(tmp_path) not in json.dumps(written)

@@ -106,11 +106,11 @@ def _plan(
         seqlen = row_length(model_config, config)
         experts = outline.expert_linears()
         config = _checked(ModelDescription(headers.folder, model_config, outline.model, dict(outline.sources), experts), config)
-        shape = survey(outline, seqlen)
-        samples = config.samples if method_of(config).calibrated else 0
-        work = _work(config, samples, samples * seqlen)
         ceilings = ceilings_of(outline.dtype)
         on_gpu = device.type == "cuda" or (ceilings is not None and bool(ceilings.memory))
+        shape = survey(dataclasses.replace(outline, fused=on_gpu), seqlen)
+        samples = config.samples if method_of(config).calibrated else 0
+        work = _work(config, samples, samples * seqlen)
         base = host_memory() + (0 if on_gpu else compiled_bytes(device))
         machine = Machine(on_gpu=on_gpu, base=base, budgets=_budgets(config, device, out, ceilings), ceilings=ceilings)
         return make_plan(shape, work, config, machine, download=_download(headers, out), warnings=warnings)
@@ -152,6 +152,7 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path, te
         sources=pager.sources,
         stored=_kept_bytes(pager.checkpoint.tensors, pager.extras),
         banks=pager.banks,
+        fused=pager.device.type == "cuda",
     )
     shape = survey(outline, config.seqlen)
     work = _work(config, 0 if rows is None else len(rows), 0 if rows is None else len(rows.unique()))
