@@ -47,9 +47,9 @@ class ExpertLayers(Slice):
 
 LAYERS = {
     "deepseek": ExpertLayers(
-        shape="deepseek-v3", blocks=3, seconds=95, minutes=15, vocabulary=8192, layer_seconds=12, profiled_experts=(60, 16)
+        shape="deepseek-v3", blocks=3, seconds=95, minutes=15, vocabulary=8192, layer_seconds=12, profiled_experts=(64, 16)
     ),
-    "qwen3": ExpertLayers(shape="qwen3-235b", blocks=4, seconds=62, minutes=6, vocabulary=8192, layer_seconds=4, profiled_experts=(60, 16)),
+    "qwen3": ExpertLayers(shape="qwen3-235b", blocks=4, seconds=62, minutes=6, vocabulary=8192, layer_seconds=4, profiled_experts=(64, 16)),
 }
 SMOKE_LAYERS = {
     "deepseek": ExpertLayers(
