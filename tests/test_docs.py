@@ -203,6 +203,45 @@ def test_the_table_of_strengths_is_its_result_file() -> None:
         assert row in shown
 
 
+def test_the_costs_of_layers_with_experts_are_their_result_files() -> None:
+    """docs/experts.md: columns of measured layers and of predicted ones."""
+    shown = table_rows(text_of(ROOT / "docs/experts.md"))
+    for row in (*measured_layers(), *predicted_layers()):
+        assert row in shown, row
+
+
+def measured_layers() -> Iterator[list[str]]:
+    results = [result(f"bench_{name}.json")["result"] for name in ("tiny-experts", "qwen3-235b", "deepseek-v3")]
+    phases = [one["seconds_by_phase"] for one in results]
+    for name in ("forward", "gather", "hessian", "factor", "solve", "scatter", "pack"):
+        yield [
+            f"experts: {name}, s",
+            *(f"{each[f'experts: {name}'] / one['blocks_done']:.1f}" for each, one in zip(phases, results, strict=True)),
+        ]
+    yield [
+        "up to the router, s",
+        *(f"{each['up to the router'] / one['blocks_done']:.1f}" for each, one in zip(phases, results, strict=True)),
+    ]
+    yield ["seconds a layer", *(f"{one['seconds_per_block']:.1f}" for one in results)]
+    yield ["share of time spent waiting", *(f"{100 * one['waiting_share']:.1f} %" for one in results)]
+    tokens = [one["tokens_of_experts"] for one in results]
+    spread = [
+        (min(t["fewest"] for t in each), statistics.median(t["median"] for t in each), max(t["most"] for t in each)) for each in tokens
+    ]
+    yield ["tokens of an expert", *(", ".join(f"{number:.0f}" for number in each) for each in spread)]
+    yield ["peak of host memory", *(f"{one['peaks']['host_resident_bytes'] / 1e9:.2f} GB" for one in results)]
+    yield ["the plan's", *(f"{one['planned']['host'] / 1e9:.2f} GB" for one in results)]
+
+
+def predicted_layers() -> Iterator[list[str]]:
+    plans = [result("plan_expert_layers.json")["plans"][name] for name in ("deepseek-v3", "qwen3-235b")]
+    yield ["floor, s a layer", *(f"{plan['seconds_at_least'] / plan['blocks']:.1f}" for plan in plans)]
+    computing = [sum(phase["seconds"] for phase in plan["phases"]) / plan["blocks"] for plan in plans]
+    yield ["of that, computing alone", *(f"{seconds:.1f}" for seconds in computing)]
+    yield ["GPU memory", *(f"{plan['device_bytes'] / 1e9:.1f} GB" for plan in plans)]
+    yield ["host memory", *(f"{plan['host_bytes'] / 1e9:.1f} GB" for plan in plans)]
+
+
 def test_the_picture_of_memory_is_drawn_from_its_result_file() -> None:
     assert text_of(draw_memory.PICTURE) == draw_memory.draw(result("plan_shapes.json"))
 
