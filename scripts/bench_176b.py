@@ -5,7 +5,9 @@ For machines whose disk holds neither the model nor its output, and that are ava
 
     scripts/bench_176b --shape bloom-176b --work /tmp/bench --out docs/results --seconds 540
     scripts/bench_176b --shape llama-2-70b --work /tmp/bench --out docs/results -- --batch 4      # options of bigq quantize
+    scripts/bench_176b --shape deepseek-v3 --blocks 3 --vocabulary 8192 --work /tmp/bench --out docs/results    # layers with experts
     scripts/bench_176b --shape tiny --device cpu --work /tmp/bench --out /tmp/results             # does this script work?
+    scripts/bench_176b --shape tiny-experts --device cpu --work /tmp/bench --out /tmp/results     # 64 experts of 512 × 256
 
 Differences from quantizing a real checkpoint (the result file names them too):
 
@@ -17,6 +19,8 @@ Differences from quantizing a real checkpoint (the result file names them too):
   All blocks have one shape, so the work is the same. A block counts when its shard is on disk and in the journal; time
   after a slice's last commit does not count. Phases that run once per job (copying the tensors outside the blocks,
   probing, embedding) count in the first slice only; ``wall_s`` holds the sum over all slices.
+* Of a layer with experts, the disk holds 32; the others share their bytes. Each has its own tokens, Hessian and codes. Token ids are
+  distributed more evenly than words, since a random router knows little but the token.
 * Committed shards are deleted when disk space runs short.
 
 WORK/…/slice-N/progress.jsonl gets a line at every commit, so a call can be killed at any moment. Run the same command
