@@ -31,7 +31,7 @@ from bigq.model.description import ModelDescription
 from bigq.model.experts.naming import packed_parts
 from bigq.model.experts.pages import StoredBank, stored_banks
 from bigq.model.experts.source import ExpertSource, expert_sources, joined
-from bigq.model.experts.stored import expert_parts
+from bigq.model.experts.stored import expert_parts, merged_parts
 from bigq.model.extras import Extras, find_extras
 from bigq.model.names import require_parameters
 from bigq.model.plain import PlainModules, plain_modules
@@ -92,14 +92,18 @@ class Pager(ModelDescription):
         }
 
     @functools.cached_property
+    def _placement(self) -> skeleton.Placement:
+        return skeleton.place(self.model, self.checkpoint)
+
+    @functools.cached_property
     def _placed(self) -> dict[str, str]:
         """Tensor of the checkpoint → parameter or buffer."""
-        return skeleton.map_names(self.model, self.checkpoint)
+        return dict(self._placement.whole)
 
     @functools.cached_property
     def _expert_parts(self) -> dict[str, str]:
         """Tensor of the checkpoint → the parameter that it becomes a part of."""
-        return {name: part.parameter for name, part in expert_parts(self.model, self.checkpoint).items()}
+        return {name: part.parameter for name, part in merged_parts(self._placement.merged).items()}
 
     @functools.cached_property
     def extras(self) -> Extras:

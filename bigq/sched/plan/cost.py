@@ -145,7 +145,7 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
     hidden = work.streams * work.rows * shape.seqlen * shape.width * shape.itemsize
     if work.streams:
         add("embed", embedding + shape.rest_loaded + first.calls.at(choice.batch), {}, 2 * hidden, embedding if choice.on_gpu else 0)
-    costs: dict[tuple[int, tuple[QuantScheme | None, ...]], BlockCost] = {}
+    costs: dict[tuple[int, tuple[QuantScheme | None, ...]], tuple[BlockCost, list[BankPhase]]] = {}
     output, late = shape.rest_stored, 0
     again = shape.rest_stored if work.gguf else 0
     for i, block in enumerate(shape.blocks):
@@ -153,14 +153,16 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
         schemes = {linear.name: work.scheme(f"{shape.path}.{i}.{linear.name}") for linear in linears}
         key = (id(block), tuple(schemes.values()))
         if key not in costs:
-            costs[key] = BlockCost(shape, work, choice, block, {k: v for k, v in schemes.items() if v is not None})
+            found = BlockCost(shape, work, choice, block, {k: v for k, v in schemes.items() if v is not None})
+            costs[key] = found, found.phases()
+        cost, of_block = costs[key]
         add("load", block.weights + _converted(block) + late, {}, block.weights)
-        for name, held, flops, moved in costs[key].phases():
-            add(name, held + late, flops, moved, costs[key].largest_packed if choice.on_gpu else 0)
+        for name, held, flops, moved in of_block:
+            add(name, held + late, flops, moved, cost.largest_packed if choice.on_gpu else 0)
         # With write-behind, a finished block stays in memory until the next one is finished too.
-        late = costs[key].packed if choice.beside else 0
-        output += costs[key].output
-        again += costs[key].blocks_of_gguf if work.gguf else 0
+        late = cost.packed if choice.beside else 0
+        output += cost.output
+        again += cost.blocks_of_gguf if work.gguf else 0
     scheme = work.scheme(shape.head.name) if work.lm_head and shape.head is not None else None
     if scheme is not None and shape.head is not None:
         for name, held, flops in _head_phases(shape, shape.head, scheme, work, choice):
