@@ -39,9 +39,9 @@ from bigq.model.pager import Pager
 from bigq.model.quantization import refuse_quantized_tensors, require_unpacked
 from bigq.model.tied import tie_warnings
 from bigq.progress.records import host_memory
-from bigq.sched.plan.cost import Work
 from bigq.sched.plan.planner import Budgets, Download, Machine, Plan, make_plan
 from bigq.sched.plan.survey import Outline, survey
+from bigq.sched.plan.work import Work
 from bigq.scheme import QuantScheme, scheme_for
 
 
