@@ -68,22 +68,25 @@ def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]
     of_group = min(bank.experts, max(1, GROUP_WEIGHTS // weights))
     held += of_group * sum(terms.packed(linear) for linear in bank.linears) * (1 + terms.beside)
     result: list[BankPhase] = [("load", held + before, {}, moved), ("replay", max(reached, held + running), replayed, 0)]
+    # The last tokens whose inputs were computed stay, and so does what the products before returned.
+    kept = _at_a_time(terms) * bank.products[0][0].n * terms.itemsize
     for product in bank.products:
         group, linears = GroupShape(product, bank.level), list(product)
         rows, square = sum(linear.m for linear in product), float(group.n) * group.n
         hessian = FP32 * group.n * group.n
         result += [
             ("hessian", held + hessian + running, {"hessian": routed * square}, 0),
-            ("factor", held + hessian + terms.factor(group, linears), {"single": bank.experts * group.n * square / 3}, 0),
+            ("factor", held + hessian + kept + terms.factor(group, linears), {"single": bank.experts * group.n * square / 3}, 0),
             (
                 "solve",
-                held + hessian + terms.solve(group, linears),
+                held + hessian + kept + terms.solve(group, linears),
                 {"solve": bank.experts * rows * square},
                 14.0 * bank.experts * rows * group.n,
             ),
             ("pack", held + terms.pack(group, linears), {}, 6.0 * bank.experts * rows * group.n),
         ]
         held += rows * group.n  # its codes
+        kept += _at_a_time(terms) * rows * terms.itemsize
     return result
 
 
@@ -97,9 +100,14 @@ def _weights(bank: BankShape) -> int:
     return sum(linear.m * linear.n for linear in bank.linears)
 
 
+def _at_a_time(terms: BankTerms) -> int:
+    """The most tokens that an expert takes at a time."""
+    return min(EXPERT_TOKENS, terms.tokens)
+
+
 def _running(bank: BankShape, terms: BankTerms) -> int:
     """Bytes while an expert runs on as many tokens as it takes at a time."""
-    tokens = min(EXPERT_TOKENS, terms.tokens)
+    tokens = _at_a_time(terms)
     first, *_, last = [(product[0].n, sum(linear.m for linear in product)) for product in bank.products]
     # The tokens, a copy and the sum that the expert returns; what all products but the last return, and what becomes of that;
     # the output, and its product with the weight of the expert.
