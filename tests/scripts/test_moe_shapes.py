@@ -30,7 +30,7 @@ sys.exit(status)
 #: What is promised for 92,000 tensors. CPU time is compared, which other processes beside this one change less.
 SECONDS, BYTES = 10.0, 10**9
 #: The CPU seconds of a plan of 77 tensors on an idle machine, nearly all of them for imports. On a busy one all work takes longer.
-SMALL_SECONDS = 4.0
+SMALL_SECONDS = 3.5
 
 
 def planned(child: Child, folder: Path) -> tuple[dict[str, Any], float, int]:
