@@ -184,6 +184,18 @@ def test_the_plan_of_a_70b_is_its_result_file() -> None:
     assert f"no less than {plan['seconds_at_least']:.0f} seconds" in readme
 
 
+def test_the_table_of_plans_with_experts_is_its_result_file() -> None:
+    shown = [row[1:] for row in table_rows(text_of(ROOT / "docs/experts.md"))]
+    plans = result("plan_experts.json")["plans"].values()
+    for plan in plans:
+        memory = [f"{plan[field] / 1e9:.1f} GB" for field in ("device_bytes", "host_bytes")]
+        moved = [f"{plan[field] / 1e9:.0f} GB" for field in ("read_bytes", "written_bytes")]
+        assert [*memory, *moved, f"{plan['seconds_at_least'] / 60:.1f} min"] in shown
+        moving = (plan["read_bytes"] + plan["written_bytes"]) / 3e9
+        assert plan["seconds_at_least"] == pytest.approx(moving) and moving > sum(phase["seconds"] for phase in plan["phases"])
+    assert len(plans) == 6
+
+
 def test_the_table_of_strengths_is_its_result_file() -> None:
     """docs/methods.md: KL as a fraction of GPTQ's, over the schemes that have every column, for the first draw."""
     columns = ("gptaq 0.25", "gptaq 0.5", "gptaq 0.75", "gptaq 1.0", "by columns 0.25", "by columns 1.0")

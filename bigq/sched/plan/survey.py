@@ -335,7 +335,7 @@ class _WholeRows(TorchFunctionMode):
                 if isinstance(mode, _Live):
                     mode.attention(query, key, value)
             output = query.new_empty(*query.shape[:-1], value.shape[-1])
-            if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-                output = output.requires_grad_().clone()
+            if torch.is_grad_enabled():  # as marks of what the output depends on
+                output = sum((t.sum() for t in (query, key, value) if t.requires_grad), start=output)
             return output
         return func(*args, **kwargs)

@@ -1,0 +1,105 @@
+"""The memory of a bank's phases, on a made-up shape: what is there at a time, and what is not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from test_planner import BEST, GIB, ROWS, SCHEME, SEQLEN, SHAPE, WIDTH, WORK, block, phase
+
+from bigq.model.experts import proof
+from bigq.sched.plan import bank_cost
+from bigq.sched.plan.bank_cost import proof_bytes
+from bigq.sched.plan.cost import BlockCost, Cost, job_cost
+from bigq.sched.plan.shape import BankShape, LinearShape, ModelShape
+from bigq.sched.plan.work import Choice
+from bigq.sched.solve import bank as solve_bank
+from bigq.sched.units import experts as units
+from bigq.scheme import QuantScheme
+
+EXPERTS, CHOSEN, INNER = 256, 8, 1024
+#: Bytes of the inputs of a bank, and of the sums of its outputs.
+BUFFER = 2 * ROWS * SEQLEN * WIDTH
+
+
+def bank(level: int) -> BankShape:
+    gate_up = tuple(LinearShape(f"experts.0.{name}", INNER, WIDTH, 2 * INNER * WIDTH) for name in ("gate", "up"))
+    down = (LinearShape("experts.0.down", WIDTH, INNER, 2 * INNER * WIDTH),)
+    return BankShape("experts", EXPERTS, CHOSEN, level, (gate_up, down))
+
+
+def cost(level: int = 4, choice: Choice = BEST, scheme: QuantScheme | None = None) -> Cost:
+    shape: ModelShape = dataclasses.replace(SHAPE, blocks=(dataclasses.replace(block(), banks=(bank(level),)),))
+    return job_cost(shape, WORK if scheme is None else dataclasses.replace(WORK, scheme=lambda _: scheme), choice, 0)
+
+
+def without(choice: Choice = BEST) -> Cost:
+    return job_cost(dataclasses.replace(SHAPE, blocks=(block(),)), WORK, choice, 0)
+
+
+def test_figures_are_those_of_the_job() -> None:
+    assert bank_cost.EXPERT_TOKENS == solve_bank.CHUNK_TOKENS
+    assert bank_cost.GROUP_WEIGHTS == units.GROUP_WEIGHTS
+    assert (bank_cost.PROVEN_SLOTS, bank_cost.PROVEN_MORE) == (proof._SLOTS, proof._MORE)
+
+
+def peaks(*banks: BankShape) -> list[int]:
+    """Of the phases of one block, in order."""
+    made = dataclasses.replace(block(), banks=banks)
+    names = [linear.name for linear in (*made.linears, *(linear for each in banks for linear in each.linears))]
+    return [peak for _, peak, _, _ in BlockCost(SHAPE, WORK, BEST, made, dict.fromkeys(names, SCHEME)).phases()]
+
+
+def test_buffers_count_while_they_are_there() -> None:
+    """Before a bank there are none, in its own phases two, and behind it one with the sums of its outputs."""
+    plain, behind, before = peaks(), peaks(bank(4)), peaks(bank(0))
+    *levels, replay = plain
+    assert behind[: len(levels)] == levels
+    assert before[: len(levels)] == [peak + BUFFER for peak in levels]
+    assert behind[-1] == before[-1] == replay + BUFFER
+    assert all(2 * BUFFER < peak < 2 * BUFFER + 6 * GIB for peak in behind[len(levels) : -1])
+
+
+def test_in_host_memory_buffers_count_there() -> None:
+    choice = dataclasses.replace(BEST, tier="host")
+    assert phase(cost(4, choice), "embed").host == phase(without(choice), "embed").host + 2 * BUFFER
+    assert cost(4, choice).device < cost(4).device - 2 * BUFFER
+
+
+def test_memory_does_not_follow_the_number_of_experts() -> None:
+    shape = dataclasses.replace(SHAPE, blocks=(dataclasses.replace(block(), banks=(dataclasses.replace(bank(4), experts=4096),)),))
+    assert job_cost(shape, WORK, BEST, 0).device == cost().device
+
+
+def test_an_expert_takes_a_token_once() -> None:
+    """With fewer tokens than an expert takes at a time, twice as many need twice the memory, however many experts each chooses."""
+    running = [bank_cost._running(bank(4), terms(tokens)) for tokens in (SEQLEN, 2 * SEQLEN, 4 * SEQLEN, 8 * SEQLEN)]
+    assert running[1] == 2 * running[0] and running[2] == running[3] == 4 * running[0]
+
+
+def terms(tokens: int) -> bank_cost.BankTerms:
+    return bank_cost.BankTerms(
+        schemes=(),
+        tokens=tokens,
+        itemsize=2,
+        inputs=0,
+        reach=0,
+        beside=False,
+        widened=False,
+        factor=lambda *_: 0,
+        solve=lambda *_: 0,
+        pack=lambda *_: 0,
+        packed=lambda _: 0,
+    )
+
+
+def test_packed_groups_grow_with_the_bits() -> None:
+    four, eight = (phase(cost(4, scheme=QuantScheme(bits=bits)), "load").device for bits in (4, 8))
+    weights = units.GROUP_WEIGHTS // (3 * INNER * WIDTH) * 3 * INNER * WIDTH
+    others = sum(linear.m * linear.n for linear in block().linears)
+    assert eight - four == pytest.approx(((1 + BEST.beside) * weights + others) / 2, rel=0.01)
+
+
+def test_the_proof_holds_a_few_experts_twice() -> None:
+    assert proof_bytes(bank(4), 2) == 2 * 6 * 3 * INNER * WIDTH * 2
+    assert phase(cost(), "probe").device > phase(without(), "embed").device - BUFFER + proof_bytes(bank(4), 2)
