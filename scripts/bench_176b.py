@@ -5,7 +5,9 @@ For machines whose disk holds neither the model nor its output, and that are ava
 
     scripts/bench_176b --shape bloom-176b --work /tmp/bench --out docs/results --seconds 540
     scripts/bench_176b --shape llama-2-70b --work /tmp/bench --out docs/results -- --batch 4      # options of bigq quantize
+    scripts/bench_176b --shape deepseek-v3 --blocks 3 --vocabulary 8192 --work /tmp/bench --out docs/results    # layers with experts
     scripts/bench_176b --shape tiny --device cpu --work /tmp/bench --out /tmp/results             # does this script work?
+    scripts/bench_176b --shape tiny-experts --device cpu --work /tmp/bench --out /tmp/results     # 64 experts of 512 × 256
 
 Differences from quantizing a real checkpoint (the result file names them too):
 
@@ -17,6 +19,8 @@ Differences from quantizing a real checkpoint (the result file names them too):
   All blocks have one shape, so the work is the same. A block counts when its shard is on disk and in the journal; time
   after a slice's last commit does not count. Phases that run once per job (copying the tensors outside the blocks,
   probing, embedding) count in the first slice only; ``wall_s`` holds the sum over all slices.
+* Of a layer with experts, the disk holds 32; the others share their bytes. Each has its own tokens, Hessian and codes. Token ids are
+  distributed more evenly than words, since a random router knows little but the token.
 * Committed shards are deleted when disk space runs short.
 
 WORK/…/slice-N/progress.jsonl gets a line at every commit, so a call can be killed at any moment. Run the same command
@@ -46,18 +50,26 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import psutil
 import torch
+from expert_shapes import EXPERT_SHAPES, ExpertShape, block_bytes, expert_flops, expert_layout, expert_tensor
 from facts import print_table, status_bytes
 from flops import block_flops, groups_of
-from shapes import SHAPES, Layout, Shape, ensure_shard, layout_of, rest_shards, write_config, write_ids, zipf_ids
+from shapes import SHAPES, Layout, Shape, ensure_shard, layout_of, random_tensor, rest_shards, write_config, write_ids, zipf_ids
 from slice_results import Workload, blocks_in, earlier_slices, read_lines, read_slice, result_of, slice_folders
 
 DONE, FAILED, MORE = 0, 1, 75
 POLL_SECONDS = 0.5
+ALL_SHAPES = {**SHAPES, **EXPERT_SHAPES}
+#: Exponents of the distribution of token ids. A random model's router sees little but the token: with that of words, the experts of the
+#: most frequent tokens would get most of all tokens, as no trained router does.
+WORD_EXPONENT, EXPERT_EXPONENT = 1.1, 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """The files that a job reads. block_bytes, rest_bytes: of the tensors of one block, and of all tensors outside the blocks."""
+    """The files that a job reads. block_bytes, rest_bytes: of the tensors of one block, and of all tensors outside the blocks.
+
+    experts: of a block.
+    """
 
     layout: Layout
     block: Path
@@ -65,19 +77,23 @@ class Inputs:
     ids: Path
     block_bytes: int
     rest_bytes: int
+    experts: int = 0
 
 
 def ensure_inputs(shape: Shape, folder: Path, samples: int, seqlen: int) -> Inputs:
     """Write the missing shards and token ids."""
     write_config(shape, folder)
-    layout = layout_of(folder)
+    layout = expert_layout(shape, folder) if isinstance(shape, ExpertShape) else layout_of(folder)
     block, ids = folder / "block.safetensors", folder / f"ids-{samples}x{seqlen}.safetensors"
     rest = {folder / f"rest-{i}.safetensors": tensors for i, tensors in enumerate(rest_shards(layout.rest))}
-    block_bytes = sum(t.nbytes for t in ensure_shard(block, layout.of_block(0)).values())
+    experts = shape.experts if isinstance(shape, ExpertShape) else 0
+    written = ensure_shard(block, layout.of_block(0), make=expert_tensor if experts else random_tensor)
+    nbytes = block_bytes(shape, layout) if isinstance(shape, ExpertShape) else sum(t.nbytes for t in written.values())
     rest_bytes = sum(t.nbytes for path, tensors in rest.items() for t in ensure_shard(path, tensors).values())
     if not ids.exists():
-        write_ids(ids, zipf_ids(samples, seqlen, shape.vocabulary))
-    return Inputs(layout=layout, block=block, rest=tuple(rest), ids=ids, block_bytes=block_bytes, rest_bytes=rest_bytes)
+        exponent = EXPERT_EXPONENT if experts else WORD_EXPONENT
+        write_ids(ids, zipf_ids(samples, seqlen, shape.vocabulary, exponent=exponent))
+    return Inputs(layout=layout, block=block, rest=tuple(rest), ids=ids, block_bytes=nbytes, rest_bytes=rest_bytes, experts=experts)
 
 
 def measured_ceilings(device: str, file: Path, log: Path) -> dict[str, Any]:
@@ -148,7 +164,9 @@ def slice_spec(request: Mapping[str, Any], inputs: Inputs, folder: Path, layers:
         "arguments": arguments,
         "cold": request["cold"],
         "profile_block": request["profile_block"],
+        "profile_experts": request["profile_experts"],
         "profile_shapes": request["profile_shapes"],
+        "experts": inputs.experts,
         "stop_at": stop_at,
     }
 
@@ -158,9 +176,10 @@ def shown_command(request: Mapping[str, Any]) -> str:
     words = ["scripts/bench_176b"]
     for name in ("shape", "blocks", "samples", "seqlen", "device"):
         words += [f"--{name}", str(request[name])]
-    for name in ("vocabulary", "profile_block"):
-        if request[name] is not None:
-            words += [f"--{name.replace('_', '-')}", str(request[name])]
+    for name in ("vocabulary", "experts", "profile_block", "profile_experts"):
+        value = request[name]
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     words += ["--profile-shapes"] * request["profile_shapes"] + ["--cold"] * request["cold"] + ["--work", "DIR", "--out", "DIR"]
     return shlex.join([*words, *(["--", *request["options"]] if request["options"] else [])])
 
@@ -178,7 +197,7 @@ def _write_json(path: Path, value: object) -> None:
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The arguments, and the options after ``--``, which belong to ``bigq quantize``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="bloom-176b")
+    parser.add_argument("--shape", choices=ALL_SHAPES, default="bloom-176b")
     parser.add_argument("--blocks", type=int, help="number of blocks to quantize; the result then extrapolates the time for all blocks")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
@@ -189,7 +208,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--cold", action="store_true", help="drop the block shard from the page cache twice a second")
     parser.add_argument("--continue-from", type=Path, help="result file of an earlier call, if WORK was lost")
     parser.add_argument("--vocabulary", type=int, help="vocabulary size instead of the shape's: the embedding takes time to write")
+    parser.add_argument("--experts", type=int, metavar="N", help="experts of a layer, instead of the shape's; a token takes at most half")
     parser.add_argument("--profile-block", type=int, metavar="N", help="profile the device's kernels while block N (from 0) runs")
+    parser.add_argument(
+        "--profile-experts", type=int, nargs=2, metavar=("FIRST", "N"), help="profile kernels while these experts of block 0 run"
+    )
     parser.add_argument("--profile-shapes", action="store_true", help="also by operation and shapes of its inputs, which costs more time")
     parser.add_argument("--inputs-only", action="store_true", help="write the shards and token ids, and stop")
     parser.add_argument("--ceilings", type=Path, help="reuse ceilings from this file, as scripts/ceilings.py prints them")
@@ -199,23 +222,42 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     args = parser.parse_args(own)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("no CUDA device here; --shape tiny --device cpu tests the script")
+    if (args.experts or args.profile_experts) and args.shape not in EXPERT_SHAPES:
+        parser.error(f"--shape {args.shape} has no experts; leave out --experts and --profile-experts")
+    if args.profile_experts and args.profile_block is not None:
+        parser.error("--profile-block and --profile-experts: one profile a run; leave one out")
+    if args.profile_experts and min(args.profile_experts) < 1:
+        parser.error("--profile-experts: both numbers must be at least 1")
     return args, options
 
 
 def workload_of(shape: Shape, inputs: Inputs, samples: int, seqlen: int) -> Workload:
-    groups = groups_of(inputs.layout.block, shape.groups)
+    if isinstance(shape, ExpertShape):
+        flops = expert_flops(shape, inputs.layout.block, samples, seqlen)
+    else:
+        flops = block_flops(groups_of(inputs.layout.block, shape.groups), shape.hidden, samples, seqlen)
     return Workload(
         blocks=shape.blocks,
-        flops=block_flops(groups, shape.hidden, samples, seqlen),
+        flops=flops,
         block_bytes=inputs.block_bytes,
         rest_bytes=inputs.rest_bytes,
+        note=shape.honesty if isinstance(shape, ExpertShape) else "",
     )
+
+
+def shape_of(args: argparse.Namespace) -> Shape:
+    """The shape that the arguments ask for."""
+    shape = ALL_SHAPES[args.shape]
+    if args.experts is not None:
+        assert isinstance(shape, ExpertShape)
+        shape = shape.with_experts(args.experts)
+    return shape if args.vocabulary is None else shape.with_vocabulary(args.vocabulary)
 
 
 def main() -> int:
     called_at = time.time()
     args, options = parse(sys.argv[1:])
-    shape = SHAPES[args.shape] if args.vocabulary is None else SHAPES[args.shape].with_vocabulary(args.vocabulary)
+    shape = shape_of(args)
     request = {
         "shape": args.shape,
         "blocks": min(args.blocks or shape.blocks, shape.blocks),
@@ -225,7 +267,9 @@ def main() -> int:
         "cold": args.cold,
         "options": options,
         "vocabulary": args.vocabulary,
+        "experts": args.experts,
         "profile_block": args.profile_block,
+        "profile_experts": args.profile_experts,
         "profile_shapes": args.profile_shapes,
     }
     job = args.work / f"job-{args.shape}-{hashlib.sha256(json.dumps(request).encode()).hexdigest()[:12]}"

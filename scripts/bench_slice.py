@@ -5,11 +5,13 @@
 This script replaces these parts of bigq before it calls ``quantize``, and nothing else:
 
 * ``Checkpoint.open`` gives every block the byte ranges of the one block shard. Hard links cannot do that: tensor names differ.
+  Of a model with experts, later experts have the byte ranges of the first ones.
 * ``Journal.commit`` also writes a line to FOLDER/progress.jsonl, deletes committed shards when disk space runs short, and
   interrupts the job, as Ctrl-C does, when no time is left for another block.
 * ``Journal.record_run`` also keeps the planned peaks.
 * ``Clock.__init__`` also keeps the clock, which every commit asks for the seconds by phase.
-* ``faults.point`` starts and stops the profiler, if the spec names a block to profile (FOLDER/profile.json).
+* ``faults.point`` starts and stops the profiler, if the spec names a block or experts to profile (FOLDER/profile.json).
+* What ``expert_phases.py`` names, if the model has experts.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch
+from expert_phases import ExpertPhases
+from expert_shapes import ONE_EXPERT, aliases
 from facts import drop_from_cache, status_bytes
 
 from bigq import faults
@@ -54,8 +58,11 @@ ALLOCATOR = ("num_alloc_retries", "num_ooms", "allocated_bytes.all.peak", "reser
 PROFILED_KERNELS = 45
 
 
-def aliased_checkpoint(folder: Path, rest: Sequence[Path], block: Path, blocks_path: str, blocks: int) -> Checkpoint:
-    """A checkpoint with ``blocks`` blocks that all have the bytes of block 0, in the shard ``block``."""
+def aliased_checkpoint(folder: Path, rest: Sequence[Path], block: Path, blocks_path: str, blocks: int, experts: int = 0) -> Checkpoint:
+    """A checkpoint with ``blocks`` blocks that all have the bytes of block 0, in the shard ``block``.
+
+    experts: of a block; those that the shard does not hold have the bytes of those that it holds.
+    """
     tensors: dict[str, TensorInfo] = {}
     digest = hashlib.sha256(str(blocks).encode())
     for path in rest:
@@ -64,10 +71,11 @@ def aliased_checkpoint(folder: Path, rest: Sequence[Path], block: Path, blocks_p
         digest.update(header)
     infos, header = read_header(block)
     digest.update(header)
+    distinct = len({found[2] for name in infos if (found := ONE_EXPERT.fullmatch(name))})
     for i in range(blocks):
         for info in infos.values():
-            name = f"{blocks_path}.{i}.{info.name.removeprefix(f'{blocks_path}.0.')}"
-            tensors[name] = dataclasses.replace(info, name=name)
+            own = f"{blocks_path}.{i}.{info.name.removeprefix(f'{blocks_path}.0.')}"
+            tensors |= {name: dataclasses.replace(info, name=name) for name in aliases(own, distinct, experts)}
     return Checkpoint(folder, tensors, digest.hexdigest())
 
 
@@ -106,8 +114,9 @@ def lanes(trace: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
 class Notes:
     """Writes progress.jsonl: at every commit, seconds since the job began, seconds by phase, and sizes and peaks in bytes."""
 
-    def __init__(self, folder: Path, layers: int, launched_at: float, stop_at: float) -> None:
+    def __init__(self, folder: Path, layers: int, launched_at: float, stop_at: float, experts: ExpertPhases | None = None) -> None:
         self.stopped = False
+        self._experts = experts
         self._folder, self._layers, self._stop_at = folder, layers, stop_at
         self._begun = time.monotonic()
         self._start_s = time.time() - launched_at
@@ -127,16 +136,19 @@ class Notes:
     def committed(self, out: Path, commit: Commit) -> None:
         """Called when a shard is on disk and in the journal."""
         now = time.monotonic()
-        self.write(commit.unit, shard_bytes=commit.shard.size)
-        if not commit.unit.startswith("block-"):
-            self._commits = [now]
-            return
+        is_block = commit.unit.startswith("block-")
+        more = {"tokens_of_experts": self._experts.summary()} if is_block and self._experts else {}
+        self.write(commit.unit, shard_bytes=commit.shard.size, **more)
         if shutil.disk_usage(out).free < FREE_BYTES + 3 * commit.shard.size:
             _delete_shards(out)
+        if not is_block:
+            if not commit.unit.startswith("experts-"):
+                self._commits = [now]
+            return
         self._block_seconds.append(now - (self._commits[-1] if self._commits else self._begun))
         self._commits.append(now)
-        more = len(self._block_seconds) < self._layers
-        if more and not self.stopped and not enough_time(time.time(), self._stop_at, self._block_seconds):
+        left = len(self._block_seconds) < self._layers
+        if left and not self.stopped and not enough_time(time.time(), self._stop_at, self._block_seconds):
             self.stopped = True
             _thread.interrupt_main()
 
@@ -195,29 +207,29 @@ def _watch(notes: Notes) -> None:
     Journal.commit = committed  # type: ignore[method-assign,assignment]
 
 
-def _profile_block(number: int, file: Path, *, shapes: bool) -> None:
-    """Profile from the moment that block ``number`` (from 0) is loaded until the next block is loaded.
+def _profile(where: str, begin: int, end: int, file: Path, *, shapes: bool) -> None:
+    """Profile from the time when the job has passed the fault point ``where`` ``begin`` times until it passes it again for the ``end``-th.
 
     shapes: also by operation and shapes of its inputs.
     """
-    point, loaded = faults.point, 0
+    point, passes = faults.point, 0
     on_gpu = torch.cuda.is_available()
     kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     kinds = list({kind, torch.profiler.ProfilerActivity.CPU}) if shapes else [kind]
     profiler = torch.profiler.profile(activities=kinds, record_shapes=shapes)
 
     def passed(name: str) -> None:
-        nonlocal loaded
-        if name == "block.loaded":
-            if loaded == number:
+        nonlocal passes
+        if name == where:
+            passes += 1
+            if passes == begin:
                 profiler.start()
-            elif loaded == number + 1:
+            elif passes == end:
                 if on_gpu:
                     torch.cuda.synchronize()
                 profiler.stop()
                 found = kernel_times(profiler, on_gpu=on_gpu) | (operation_times(profiler, on_gpu=on_gpu) if shapes else {})
                 file.write_text(json.dumps(found, indent=1) + "\n")
-            loaded += 1
         point(name)
 
     faults.point = passed
@@ -265,15 +277,22 @@ def main() -> int:
     spec = json.loads(spec_path.read_text())
     folder, block = spec_path.parent, Path(spec["block_shard"])
     checkpoint = aliased_checkpoint(
-        folder / "model", [Path(path) for path in spec["rest_shards"]], block, spec["blocks_path"], spec["layers"]
+        folder / "model", [Path(path) for path in spec["rest_shards"]], block, spec["blocks_path"], spec["layers"], spec.get("experts", 0)
     )
     Checkpoint.open = classmethod(lambda cls, folder: checkpoint)  # type: ignore[method-assign,assignment]
     if spec["cold"]:
         _keep_cold(block)
-    if spec.get("profile_block") is not None:
-        _profile_block(spec["profile_block"], folder / "profile.json", shapes=spec.get("profile_shapes", False))
+    number, profile, shapes = spec.get("profile_block"), folder / "profile.json", spec.get("profile_shapes", False)
+    if number is not None:
+        _profile("block.loaded", number + 1, number + 2, profile, shapes=shapes)
+    elif spec.get("profile_experts"):
+        first, count = spec["profile_experts"]
+        _profile("expert.solved", first, first + count, profile, shapes=shapes)
     args = build_parser().parse_args(spec["arguments"])
-    notes = Notes(folder, spec["layers"], spec["launched_at"], spec["stop_at"])
+    experts = ExpertPhases() if spec.get("experts") else None
+    if experts is not None:
+        experts.install()
+    notes = Notes(folder, spec["layers"], spec["launched_at"], spec["stop_at"], experts)
     _watch(notes)
     try:
         report = quantize(args.model, args.out, job_config(args))

@@ -3,6 +3,7 @@
 
     python scripts/families.py --json docs/results/families.json [FAMILY …]
 
+Transformers runs experts one after the other here (``eager``), as bigq does; its other ways sum in another order.
 Each family ends in one of four ways: "equal", where the logits have the same bits; "refused", with bigq's reason; "not built", where this
 script finds no tiny config that transformers can run; or "different", which is a fault. A family is also planned on meta, as ``bigq plan``
 does; what the plan refuses is not quantized. Exit code 1 if a family is different.
@@ -180,7 +181,7 @@ def rows() -> torch.Tensor:
 def compare(folder: Path) -> dict[str, Any]:
     """The streamed logits against those of the whole model, in the same batches; and what the plan says."""
     batch = 2
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
     with torch.no_grad():
         expected = torch.cat([whole(input_ids=part, use_cache=False).logits for part in rows().split(batch)])
         pager = Pager(folder, device=torch.device("cpu"), dtype="float32")

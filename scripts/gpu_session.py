@@ -11,10 +11,12 @@ Needs a source tree, torch, triton and transformers; no installation of bigq and
     machine     versions, disk and host; the ceilings: best rates of products, copies and transfers
     kernels     every kernel against fp64 or its reference version; the same bytes when it runs twice
     jobs        small models end to end: the GPU against the CPU, tiers, kills and resume, packed inference
-    shards      the inputs of bloom and llama: one block's weights, random
+    shards      the inputs of bloom, deepseek, llama and qwen3: one block's weights, random
     gpu-tests   ``pytest -m gpu``, then the kernel and solver tests on the GPU
     bloom       blocks of BLOOM-176B: time, rates, waiting, peaks against the plan, allocator, one block's kernels
+    deepseek    layers with experts of DeepSeek-V3: the same, with the work on experts by phase
     llama       the same for Llama-2-70B
+    qwen3       layers of Qwen3-235B-A22B, as deepseek
     benchmarks  rates of every kernel and of whole Linears
     large       kernels on tensors of more than 2³¹ elements
     sanitizer   the kernels under compute-sanitizer; runs only if --only names it
@@ -63,15 +65,24 @@ STEPS = (
     Step(name="jobs", seconds=180, together=True),
     Step(name="shards", seconds=150, together=True),
     Step(name="gpu-tests", seconds=180, together=True),
-    Step(name="bloom", seconds=150),
-    Step(name="llama", seconds=100),
+    Step(name="bloom", seconds=120),
+    Step(name="deepseek", seconds=105),
+    Step(name="llama", seconds=80),
+    Step(name="qwen3", seconds=70),
     Step(name="benchmarks", seconds=130),
     Step(name="large", seconds=60),
 )
 #: Steps that run only if --only names them.
 OPTIONAL = (Step(name="sanitizer", seconds=240),)
 #: Step → its module in gpu_steps, if the name differs.
-MODULES = {"bloom": "slices", "llama": "slices", "gpu-tests": "gpu_tests", "small-kernels": "kernels"}
+MODULES = {
+    "bloom": "slices",
+    "deepseek": "expert_layers",
+    "llama": "slices",
+    "qwen3": "expert_layers",
+    "gpu-tests": "gpu_tests",
+    "small-kernels": "kernels",
+}
 LIMIT, SECOND_LIMIT = 570.0, 290.0
 #: The work folder lies in memory if that much is free: the steps measure bigq, not the disk, whose rate machine reports.
 MEMORY_FOLDER, MEMORY_BYTES = Path("/dev/shm"), 45 * 10**9

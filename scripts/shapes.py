@@ -287,10 +287,15 @@ def rest_shards(rest: Mapping[str, tuple[int, ...]]) -> list[dict[str, tuple[int
     return shards
 
 
-def ensure_shard(path: Path, tensors: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, TensorInfo]:
-    """Write a shard of random tensors unless it exists; a partial shard never appears. Returns its tensors."""
+def ensure_shard(
+    path: Path,
+    tensors: Mapping[str, tuple[int, ...]],
+    seed: int = 0,
+    make: Callable[[str, tuple[int, ...], int], OutputTensor] = random_tensor,
+) -> dict[str, TensorInfo]:
+    """Write a shard of random tensors unless it exists; a partial shard never appears. Returns its tensors. make: one of them."""
     if not path.exists():
-        write_shard(path, [random_tensor(name, shape, seed) for name, shape in tensors.items()])
+        write_shard(path, [make(name, shape, seed) for name, shape in tensors.items()])
     infos, _ = read_header(path)
     if {name: info.shape for name, info in infos.items()} != dict(tensors):
         raise SystemExit(f"{path}: holds the tensors of another shape; delete it and run the command again")
@@ -322,9 +327,9 @@ def write_checkpoint(shape: Shape, folder: Path, blocks: int | None = None, seed
     partial.rename(folder / INDEX_NAME)
 
 
-def zipf_ids(rows: int, seqlen: int, vocabulary: int, seed: int = 7, reserved: int = 4) -> Tensor:
+def zipf_ids(rows: int, seqlen: int, vocabulary: int, seed: int = 7, reserved: int = 4, exponent: float = 1.1) -> Tensor:
     """Token ids, int64 [rows, seqlen], Zipf-distributed as words are; the first ``reserved`` ids do not occur."""
-    share = 1.0 / torch.arange(1, vocabulary - reserved + 1).double() ** 1.1
+    share = 1.0 / torch.arange(1, vocabulary - reserved + 1).double() ** exponent
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.multinomial(share / share.sum(), rows * seqlen, replacement=True, generator=generator) + reserved
     return tokens.reshape(rows, seqlen)

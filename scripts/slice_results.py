@@ -137,19 +137,30 @@ def max_of_each(rows: Sequence[Mapping[str, int]]) -> dict[str, int]:
     return {name: max(row.get(name, 0) for row in rows) for name in sorted({name for row in rows for name in row})}
 
 
+def over_plan(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The peaks of host and device memory as shares of the plan's; only those that are planned."""
+    planned = lines[-1].get("planned", {})
+    return {kind: max(line[f"{kind}_peak_bytes"] for line in lines) / planned[kind] for kind in ("host", "device") if planned.get(kind)}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """blocks: of the whole model. flops: of one block, by phase. block_bytes, rest_bytes: of one block's tensors and of all others."""
+    """blocks: of the whole model. flops: of one block, by phase. block_bytes, rest_bytes: of one block's tensors and of all others.
+
+    note: what else differs from quantizing a real checkpoint.
+    """
 
     blocks: int
     flops: Mapping[str, float]
     block_bytes: int
     rest_bytes: int
+    note: str = ""
 
 
 def result_of(request: Mapping[str, Any], work: Workload, slices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures of a run, from its slices that committed a block."""
-    result: dict[str, Any] = {"what": HONESTY, **request, "slices": len(slices), "blocks_done": 0, "complete": False}
+    what = "; ".join(filter(None, (HONESTY, work.note)))
+    result: dict[str, Any] = {"what": what, **request, "slices": len(slices), "blocks_done": 0, "complete": False}
     if not slices:
         return result
     shares = [Share.of(one["lines"]) for one in slices]
@@ -188,6 +199,8 @@ def result_of(request: Mapping[str, Any], work: Workload, slices: Sequence[Mappi
             "taken_from_host_bytes": max(one.get("taken_from_host_bytes", 0) for one in slices),
         },
         "planned": lines[-1].get("planned", {}),
+        "peak_over_plan": over_plan(lines),
+        "tokens_of_experts": [line["tokens_of_experts"] for line in lines if line.get("tokens_of_experts")],
         "allocator": max_of_each([line.get("allocator", {}) for line in lines]),
         "machine": slices[-1]["machine"],
         "revisions": sorted({one["machine"]["revision"] for one in slices}),

@@ -184,6 +184,18 @@ def test_the_plan_of_a_70b_is_its_result_file() -> None:
     assert f"no less than {plan['seconds_at_least']:.0f} seconds" in readme
 
 
+def test_the_table_of_plans_with_experts_is_its_result_file() -> None:
+    shown = [row[1:] for row in table_rows(text_of(ROOT / "docs/experts.md"))]
+    plans = result("plan_experts.json")["plans"].values()
+    for plan in plans:
+        memory = [f"{plan[field] / 1e9:.1f} GB" for field in ("device_bytes", "host_bytes")]
+        moved = [f"{plan[field] / 1e9:.0f} GB" for field in ("read_bytes", "written_bytes")]
+        assert [*memory, *moved, f"{plan['seconds_at_least'] / 60:.1f} min"] in shown
+        moving = (plan["read_bytes"] + plan["written_bytes"]) / 3e9
+        assert plan["seconds_at_least"] == pytest.approx(moving) and moving > sum(phase["seconds"] for phase in plan["phases"])
+    assert len(plans) == 6
+
+
 def test_the_table_of_strengths_is_its_result_file() -> None:
     """docs/methods.md: KL as a fraction of GPTQ's, over the schemes that have every column, for the first draw."""
     columns = ("gptaq 0.25", "gptaq 0.5", "gptaq 0.75", "gptaq 1.0", "by columns 0.25", "by columns 1.0")
@@ -201,6 +213,45 @@ def test_the_table_of_strengths_is_its_result_file() -> None:
             mean = statistics.geometric_mean
             row.append(f"{mean(choose):.3f} / {mean(report):.3f} (≤ {max(report):.3f})")
         assert row in shown
+
+
+def test_the_costs_of_layers_with_experts_are_their_result_files() -> None:
+    """docs/experts.md: columns of measured layers and of predicted ones."""
+    shown = table_rows(text_of(ROOT / "docs/experts.md"))
+    for row in (*measured_layers(), *predicted_layers()):
+        assert row in shown, row
+
+
+def measured_layers() -> Iterator[list[str]]:
+    results = [result(f"bench_{name}.json")["result"] for name in ("tiny-experts", "qwen3-235b", "deepseek-v3")]
+    phases = [one["seconds_by_phase"] for one in results]
+    for name in ("forward", "gather", "hessian", "factor", "solve", "scatter", "pack"):
+        yield [
+            f"experts: {name}, s",
+            *(f"{each[f'experts: {name}'] / one['blocks_done']:.1f}" for each, one in zip(phases, results, strict=True)),
+        ]
+    yield [
+        "up to the router, s",
+        *(f"{each['up to the router'] / one['blocks_done']:.1f}" for each, one in zip(phases, results, strict=True)),
+    ]
+    yield ["seconds a layer", *(f"{one['seconds_per_block']:.1f}" for one in results)]
+    yield ["share of time spent waiting", *(f"{100 * one['waiting_share']:.1f} %" for one in results)]
+    tokens = [one["tokens_of_experts"] for one in results]
+    spread = [
+        (min(t["fewest"] for t in each), statistics.median(t["median"] for t in each), max(t["most"] for t in each)) for each in tokens
+    ]
+    yield ["tokens of an expert", *(", ".join(f"{number:.0f}" for number in each) for each in spread)]
+    yield ["peak of host memory", *(f"{one['peaks']['host_resident_bytes'] / 1e9:.2f} GB" for one in results)]
+    yield ["the plan's", *(f"{one['planned']['host'] / 1e9:.2f} GB" for one in results)]
+
+
+def predicted_layers() -> Iterator[list[str]]:
+    plans = [result("plan_expert_layers.json")["plans"][name] for name in ("deepseek-v3", "qwen3-235b")]
+    yield ["floor, s a layer", *(f"{plan['seconds_at_least'] / plan['blocks']:.1f}" for plan in plans)]
+    computing = [sum(phase["seconds"] for phase in plan["phases"]) / plan["blocks"] for plan in plans]
+    yield ["of that, computing alone", *(f"{seconds:.1f}" for seconds in computing)]
+    yield ["GPU memory", *(f"{plan['device_bytes'] / 1e9:.1f} GB" for plan in plans)]
+    yield ["host memory", *(f"{plan['host_bytes'] / 1e9:.1f} GB" for plan in plans)]
 
 
 def test_the_picture_of_memory_is_drawn_from_its_result_file() -> None:

@@ -161,11 +161,15 @@ def read_weight_map(path: Path) -> dict[str, str]:
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map; fetch the index again")
+    shards: set[str] = set()
     for name, shard in weight_map.items():
+        if isinstance(shard, str) and shard in shards:
+            continue
         if not _is_file_name(shard):
             raise CheckpointError(
                 f"{path}: the shard of {show_name(name)} is {show_value(shard)}, which is not a file name; fetch the index again"
             )
+        shards.add(shard)
     return weight_map
 
 

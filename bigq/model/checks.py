@@ -219,26 +219,23 @@ def _tail(
 def check_hidden_paths(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm) -> None:
     """Check that blocks pass on nothing but their hidden states, for a model on meta. Raises UnsupportedModelError.
 
-    First, no argument of a block but the hidden states comes from the embeddings. Then each block runs twice. First on hidden states
-    without gradients: if its output has some, they come by another way from an earlier block, such as an attribute of a shared module.
-    The second time on hidden states with gradients, so that whatever it leaves behind has them.
+    First, no argument of a block but the hidden states comes from the embeddings. Then each block runs on hidden states that are the
+    start of a graph of gradients of its own. If its output's graph has another start too, something comes by another way from an earlier
+    block, such as an attribute of a shared module.
     """
 
     def make(i: int) -> Callable[..., Any]:
         return at_head if i == len(blocks) else lambda *args, **kwargs: at_block(i, *split_call(args, kwargs))
 
     def at_block(i: int, hidden: Tensor, call: BlockCall) -> Any:
-        block = blocks[i]
+        block, start = blocks[i], hidden.detach().requires_grad_()
         with without_banks(block):
-            output = type(block).forward(block, hidden.detach(), *call.args, **call.kwargs)
-        if hidden_of(output).requires_grad:
+            result = hidden_of(type(block).forward(block, start.clone(), *call.args, **call.kwargs))
+        if any(leaf is not start for leaf in _graph_starts(result)):
             raise UnsupportedModelError(
                 f"block {i} receives something from an earlier block by another way than its arguments, such as an attribute of a module; "
                 "this architecture is not supported"
             )
-        marked = hidden.detach().requires_grad_().clone()
-        with without_banks(block):
-            result = hidden_of(type(block).forward(block, marked, *call.args, **call.kwargs))
         return form.wrap(result.detach() if i == len(blocks) - 1 else result)
 
     def at_head(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -256,6 +253,21 @@ def check_hidden_paths(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, for
                 raise UnsupportedModelError(f"the arguments of block {i} depend on the tokens; this architecture is not supported")
     with forward_errors(), torch.enable_grad(), replace_forwards([*blocks, output_head(model)], make):
         model(input_ids=ids, use_cache=False)
+
+
+def _graph_starts(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a tensor's gradients would go to."""
+    found, seen = [], set()
+    waiting = [] if tensor.grad_fn is None else [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting += [each for each, _ in node.next_functions if each is not None]
+    return found
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from bigq.model.description import ModelDescription
 from bigq.model.experts.naming import packed_parts
 from bigq.model.experts.pages import StoredBank, stored_banks
 from bigq.model.experts.source import ExpertSource, expert_sources, joined
-from bigq.model.experts.stored import expert_parts
+from bigq.model.experts.stored import Part, expert_parts, merged_parts
 from bigq.model.extras import Extras, find_extras
 from bigq.model.names import require_parameters
 from bigq.model.plain import PlainModules, plain_modules
@@ -92,14 +92,23 @@ class Pager(ModelDescription):
         }
 
     @functools.cached_property
+    def _placement(self) -> skeleton.Placement:
+        return skeleton.place(self.model, self.checkpoint)
+
+    @functools.cached_property
     def _placed(self) -> dict[str, str]:
         """Tensor of the checkpoint → parameter or buffer."""
-        return skeleton.map_names(self.model, self.checkpoint)
+        return dict(self._placement.whole)
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, Part]:
+        """Tensor of the checkpoint that is not packed → the part of a parameter that it becomes."""
+        return merged_parts(self._placement.merged)
 
     @functools.cached_property
     def _expert_parts(self) -> dict[str, str]:
         """Tensor of the checkpoint → the parameter that it becomes a part of."""
-        return {name: part.parameter for name, part in expert_parts(self.model, self.checkpoint).items()}
+        return {name: part.parameter for name, part in self._parts.items()}
 
     @functools.cached_property
     def extras(self) -> Extras:
@@ -155,7 +164,8 @@ class Pager(ModelDescription):
     def _find_experts(self, packed: Mapping[str, PackedSource]) -> dict[str, tuple[ExpertSource, ...]]:
         """How the experts of each 3-D parameter are stored. packed: the packed Linears; those of experts have their stored names."""
         plain: dict[str, Source] = {name: PlainSource(self.checkpoint[name]) for name in (*self._placed, *self._expert_parts)}
-        return expert_sources(self.model, plain | {name: packed[name] for name in packed if name not in self._meta}, self._placed)
+        parts = None if packed else self._parts
+        return expert_sources(self.model, plain | {name: packed[name] for name in packed if name not in self._meta}, self._placed, parts)
 
     def source_of(self, name: str) -> Source:
         """How a parameter is stored."""

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from bigq.errors import BigqError, CheckpointError, UnsupportedModelError
 from bigq.io.json_file import read_json_object, show_name, show_value
+from bigq.machine.memory import return_freed_memory
 from bigq.model.architecture import ONLY, not_causal, refuse_diffusion, require_causal
 from bigq.model.config import check_config, uses_hub_kernels
 
@@ -31,6 +32,8 @@ _LARGE_BYTES = 2**28
 _MAX_BUFFER_BYTES = 2**30
 #: The most parameters of a model without a checkpoint to compare with. Llama-3.1-405B has 1137; experts are stored together.
 _MAX_PARAMETERS = 20_000
+#: Bytes of parameters after which the memory that they had before they moved to meta is returned: heaps of small models stay as they are.
+_RETURN_BYTES = 2**30
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -128,13 +131,51 @@ def build(
     return model.eval().requires_grad_(False)
 
 
-def map_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Checkpoint name → parameter or buffer name, for every tensor that the model uses as it is stored.
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A stored tensor that transformers merges with others into the parameter ``target``.
 
-    Applies the renamings that transformers applies on loading. Tensors that it merges into a parameter are left out, see ``merges``.
+    place, places: which of the rule's kinds of tensors it is. steps: the rule's operations and the dimension that each works on.
+    targets: how many parameters the rule makes.
     """
+
+    target: str
+    place: int
+    places: int
+    steps: tuple[tuple[str, int | None], ...]
+    targets: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the tensors of a checkpoint go, by their names in it. whole: the parameter or buffer that a tensor is, as it is stored.
+
+    merged: how transformers merges others. Tensors that the model has no place for are in neither.
+    """
+
+    whole: Mapping[str, str]
+    merged: Mapping[str, Merge]
+
+
+def place(model: nn.Module, names: Iterable[str]) -> Placement:
+    """Where tensors go, by the renamings and mergers that transformers applies on loading."""
     places = model.state_dict()
-    return {name: target for name, (target, rule) in _renamed(model, names).items() if rule is None and target in places}
+    rules = _merging_rules(model)
+    whole: dict[str, str] = {}
+    merged: dict[str, Merge] = {}
+    for name, (target, pattern) in _renamed(model, names).items():
+        if target not in places:
+            continue
+        if pattern is None:
+            whole[name] = target
+        else:
+            merged[name] = Merge(target, *rules[pattern])
+    return Placement(whole, merged)
+
+
+def map_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Checkpoint name → parameter or buffer name, for every tensor that the model uses as it is stored: see ``place``."""
+    return dict(place(model, names).whole)
 
 
 def unplaced_names(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
@@ -168,36 +209,18 @@ def _renamed(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, str
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class Merge:
-    """A stored tensor that transformers merges with others into the parameter ``target``.
-
-    place, places: which of the rule's kinds of tensors it is. steps: the rule's operations and the dimension that each works on.
-    targets: how many parameters the rule makes.
-    """
-
-    target: str
-    place: int
-    places: int
-    steps: tuple[tuple[str, int | None], ...]
-    targets: int
-
-
-def merges(model: nn.Module, names: Iterable[str]) -> dict[str, Merge]:
-    """Checkpoint name → how transformers merges it on loading, for those tensors that it merges."""
+def _merging_rules(model: nn.Module) -> dict[str, tuple[int, int, tuple[tuple[str, int | None], ...], int]]:
+    """Each pattern of the rules by which transformers merges tensors, with the fields of ``Merge`` but the target."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    rules = [m for m in get_model_conversion_mapping(model) if isinstance(m, WeightConverter)]
-    places = model.state_dict()
-    result = {}
-    for name, (target, pattern) in _renamed(model, names).items():
-        if pattern is None or target not in places:
-            continue
-        rule = next(r for r in rules if pattern in r.source_patterns)
-        steps = tuple((type(step).__name__, getattr(step, "dim", None)) for step in rule.operations)
-        result[name] = Merge(target, rule.source_patterns.index(pattern), len(rule.source_patterns), steps, len(rule.target_patterns))
-    return result
+    found: dict[str, tuple[int, int, tuple[tuple[str, int | None], ...], int]] = {}
+    for rule in get_model_conversion_mapping(model):
+        if isinstance(rule, WeightConverter):
+            steps = tuple((type(step).__name__, getattr(step, "dim", None)) for step in rule.operations)
+            for i, pattern in enumerate(rule.source_patterns):
+                found.setdefault(pattern, (i, len(rule.source_patterns), steps, len(rule.target_patterns)))
+    return found
 
 
 def forced_dtypes(model: nn.Module, dtype: torch.dtype, names: Iterable[str]) -> dict[str, torch.dtype]:
@@ -348,10 +371,10 @@ def _refuse_large_buffer(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, 
 @contextlib.contextmanager
 def _parameters_on_meta(max_parameters: int) -> Iterator[None]:
     register = nn.Module.register_parameter
-    registered = 0
+    registered = moved = 0
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        nonlocal registered
+        nonlocal registered, moved
         registered += 1
         if registered > max_parameters:
             raise CheckpointError(
@@ -360,6 +383,11 @@ def _parameters_on_meta(max_parameters: int) -> Iterator[None]:
         register(self, name, param)
         if param is not None and param.device.type != "meta":
             self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
+            moved += param.nbytes
+        if moved > _RETURN_BYTES:
+            # Small allocations between them kept 400 MiB of the zeros that 121 routers of DeepSeek-V3's shape begin with.
+            return_freed_memory()
+            moved = 0
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
     try:

@@ -31,8 +31,8 @@ from bigq.methods.base import Method
 from bigq.model.pager import Pager
 from bigq.model.quantization import require_unpacked
 from bigq.progress.records import Stages
-from bigq.sched.plan.cost import Choice
 from bigq.sched.plan.inputs import plan_before_fetch
+from bigq.sched.plan.work import Choice
 from bigq.sched.units.base import Unit
 from bigq.sched.units.block import BlockUnit
 from bigq.sched.units.copied import copied_units

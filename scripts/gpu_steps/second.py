@@ -12,9 +12,9 @@ from gpu_steps.aims import missed
 from gpu_steps.runner import DEBUG, LONG, PROFILE, Step
 
 #: By the value of their evidence: is it right; how long do whole models take; the rest.
-VALUE = ("kernels", "jobs", "bloom", "llama", "gpu-tests", "benchmarks", "large")
+VALUE = ("kernels", "jobs", "bloom", "deepseek", "llama", "qwen3", "gpu-tests", "benchmarks", "large")
 #: Steps whose inputs the step shards writes.
-NEED_SHARDS = ("bloom", "llama")
+NEED_SHARDS = ("bloom", "deepseek", "llama", "qwen3")
 #: A step is not started with less time than this; it would only be cut off.
 LEAST_SECONDS = 40.0
 #: Seconds that a step gets beyond what it took in the first session.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
+from expert_shapes import EXPERT_SHAPES
 from shapes import SHAPES
 
 from gpu_steps.aims import AIMS, Aim, as_finding
@@ -31,6 +34,7 @@ KEPT = (
     "gbs_while_committing",
     "ceilings",
     "extrapolated",
+    "tokens_of_experts",
 )
 #: Bounds of a peak relative to the plan's, and of the share of time spent waiting.
 LEAST_OF_PLAN, MOST_OF_PLAN, MOST_WAITING = 0.9, 1.1, 0.05
@@ -47,8 +51,8 @@ MINUTES = "minutes for all"
 class Slice:
     """Arguments of bench_176b. vocabulary: BLOOM's has 250880 words; that embedding takes long to write and does not affect blocks.
 
-    minutes: the aim for the whole model. profiled_block: neither the first one, which compiles kernels, nor the last: a profile ends
-    when the next block is loaded.
+    experts: of a layer, instead of the shape's. minutes: the aim for the whole model. profiled_block: neither the first one, which compiles
+    kernels, nor the last: a profile ends when the next block is loaded.
     """
 
     shape: str
@@ -56,20 +60,47 @@ class Slice:
     seconds: float
     minutes: float
     vocabulary: int | None = None
+    experts: int | None = None
     profiled_block: int = 2
     samples: int = 128
     seqlen: int = 2048
+    profiled: ClassVar[str] = "kernels_of_one_block"
+
+    @property
+    def model_blocks(self) -> int:
+        """Blocks of the whole model."""
+        return {**SHAPES, **EXPERT_SHAPES}[self.shape].blocks
+
+    @property
+    def profile(self) -> list[str]:
+        """Arguments of bench_176b that ask for a profile."""
+        return ["--profile-block", str(self.profiled_block)]
+
+    @property
+    def before_profile(self) -> tuple[str, ...]:
+        """What is committed before the profile begins."""
+        return tuple(f"block-{i}" for i in range(max(1, self.profiled_block - 1)))
 
     @property
     def arguments(self) -> list[str]:
         """Of bench_176b, for the same inputs."""
         words = ["--shape", self.shape, "--samples", str(self.samples), "--seqlen", str(self.seqlen)]
-        return words if self.vocabulary is None else [*words, "--vocabulary", str(self.vocabulary)]
+        for name in ("vocabulary", "experts"):
+            value = getattr(self, name)
+            words += [] if value is None else [f"--{name}", str(value)]
+        return words
+
+    def more_aims(self, result: Mapping[str, Any], steady: float | None) -> list[Aim]:
+        """Aims of this kind of slice beyond those of all. steady: seconds of the median block."""
+        return []
+
+
+S = TypeVar("S", bound=Slice)
 
 
 SLICES = {
-    "bloom": Slice(shape="bloom-176b", blocks=8, seconds=140, minutes=15, vocabulary=8192),
-    "llama": Slice(shape="llama-2-70b", blocks=12, seconds=90, minutes=5),
+    "bloom": Slice(shape="bloom-176b", blocks=6, seconds=112, minutes=15, vocabulary=8192),
+    "llama": Slice(shape="llama-2-70b", blocks=10, seconds=72, minutes=5),
 }
 SMOKE = {
     "bloom": Slice(shape="tiny", blocks=2, seconds=140, minutes=15, vocabulary=512, profiled_block=0, samples=4, seqlen=64),
@@ -78,7 +109,11 @@ SMOKE = {
 
 
 def slice_of(setting: Setting, name: str) -> Slice:
-    one = (SMOKE if setting.smoke else SLICES)[name]
+    return in_mode(setting, (SMOKE if setting.smoke else SLICES)[name])
+
+
+def in_mode(setting: Setting, one: S) -> S:
+    """The slice with as many blocks as the step's mode asks for."""
     if setting.mode == LONG:
         return replace(one, blocks=LONGER * one.blocks, seconds=LONGER * one.seconds)
     return replace(one, blocks=min(one.blocks, PROFILED_BLOCKS)) if setting.mode == PROFILE else one
@@ -92,8 +127,12 @@ def bench(setting: Setting, one: Slice, *arguments: str) -> list[str]:
 
 def run(setting: Setting, found: Findings) -> None:
     need(*PACKAGES)
-    one = slice_of(setting, setting.step)
-    command = bench(setting, one, "--blocks", str(one.blocks), "--seconds", str(one.seconds), "--profile-block", str(one.profiled_block))
+    measure(setting, found, slice_of(setting, setting.step))
+
+
+def measure(setting: Setting, found: Findings, one: Slice) -> None:
+    """Run a slice, and record its figures, its aims and its peaks against the plan's."""
+    command = bench(setting, one, "--blocks", str(one.blocks), "--seconds", str(one.seconds), *one.profile)
     command += ["--profile-shapes"] * (setting.mode == PROFILE)
     if setting.ceilings.exists():
         command += ["--ceilings", str(setting.ceilings)]
@@ -110,11 +149,13 @@ def run(setting: Setting, found: Findings) -> None:
     found["commits_at_s"] = [round(line["seconds"], 2) for line in blocks]
     profile = out / f"bench_{one.shape}.profile.json"
     if profile.exists():
-        found["kernels_of_one_block"] = json.loads(profile.read_text())
+        found[one.profiled] = json.loads(profile.read_text())
     if result["blocks_done"]:
         found["fragmentation"] = fragmentation(result["allocator"])
         found[AIMS] = as_finding(aims_of(one, result, steady_seconds(blocks, one.profiled_block)))
-        check_peaks(found, result["peaks"], result["planned"], blocks[: max(1, one.profiled_block - 1)])
+        check_peaks(found, result["peaks"], result["planned"], [line for line in lines_of(written) if line["unit"] in one.before_profile])
+    for output in setting.work.glob("job-*/slice-*/out"):  # the next slice needs the space
+        shutil.rmtree(output)
 
 
 def lines_of(written: dict[str, Any]) -> list[dict[str, Any]]:
@@ -142,10 +183,9 @@ def aims_of(one: Slice, result: dict[str, Any], steady: float | None) -> list[Ai
     """Of time, waiting and memory. Minutes are extrapolated from the blocks that ran."""
     aims = [Aim(name=name, value=value, high=one.minutes) for name, value in result.get("extrapolated", {}).items()]
     if steady is not None:
-        value = (result["once_s"] + steady * SHAPES[one.shape].blocks) / 60
-        aims.append(
-            Aim(name=f"{MINUTES} {SHAPES[one.shape].blocks} blocks, from the median block (not measured)", value=value, high=one.minutes)
-        )
+        value = (result["once_s"] + steady * one.model_blocks) / 60
+        aims.append(Aim(name=f"{MINUTES} {one.model_blocks} blocks, from the median block (not measured)", value=value, high=one.minutes))
+    aims += one.more_aims(result, steady)
     aims.append(Aim(name="share of time spent waiting", value=result["waiting_share"], high=MOST_WAITING))
     if planned := result["planned"].get("device"):
         value = result["peaks"]["device_bytes"] / planned
@@ -156,10 +196,11 @@ def aims_of(one: Slice, result: dict[str, Any], steady: float | None) -> list[Ai
 def check_peaks(found: Findings, peaks: dict[str, int], planned: dict[str, int], before: list[dict[str, Any]]) -> None:
     """Peaks relative to the plan's. The host's is not checked, since the profiler's own memory is in it.
 
-    before: the lines of blocks that were committed before the profiler started.
+    before: the lines of what was committed before the profiler started.
     """
     if planned.get("device"):
         found.check("device peak over plan", peaks["device_bytes"] / planned["device"], MOST_OF_PLAN)
     if planned.get("host"):
         found["host peak over plan, with the profiler"] = peaks["host_resident_bytes"] / planned["host"]
-        found["host peak over plan, before the profiler"] = max(line["host_peak_bytes"] for line in before) / planned["host"]
+        if before:
+            found["host peak over plan, before the profiler"] = max(line["host_peak_bytes"] for line in before) / planned["host"]

@@ -28,8 +28,9 @@ from bigq.model.skeleton import linear_weight
 from bigq.model.structure import plan_block
 from bigq.progress.clock import Clock
 from bigq.progress.trace import Trace
-from bigq.sched.plan.cost import Choice, Work, job_cost
+from bigq.sched.plan.cost import job_cost
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, ModelShape, Reach, Rows
+from bigq.sched.plan.work import Choice, Work
 from bigq.sched.rows.probe import activations_for, probe_model
 from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore

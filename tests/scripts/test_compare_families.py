@@ -14,9 +14,9 @@ sys.path.append(str(ROOT / "scripts"))
 import families
 
 
-@pytest.mark.parametrize("kind", ["cohere2", "falcon_h1", "gpt_neo", "granite", "mamba", "olmo2", "qwen3_5_text", "stablelm"])
+@pytest.mark.parametrize("kind", ["afmoe", "cohere2", "falcon_h1", "gpt_neo", "granite", "mamba", "olmo2", "qwen3_5_text", "stablelm"])
 def test_families_beside_those_of_the_other_tests(kind: str) -> None:
-    """Mixed attention, convolutions and states in one model, and other kinds of norms and scales."""
+    """Experts, mixed attention, convolutions and states in one model, and other kinds of norms and scales."""
     found = families.family(kind)
     assert found["result"] == "equal", found
     assert found["plan"] == "fits"

@@ -73,9 +73,23 @@ def test_what_is_not_possible_is_not_tried_again() -> None:
 
 def test_short_time_goes_to_the_best_evidence_and_says_what_is_left_out() -> None:
     lost = {"status": "not run"}
-    chosen, left_out = choose(first(bloom=lost, llama=lost, benchmarks=lost, large=lost), BOXES, "s", 200)
-    assert names(chosen) == ["shards", "bloom"] and set(left_out) >= {"llama", "benchmarks"}
+    earlier = first(bloom=lost, deepseek=lost, llama=lost, qwen3=lost, benchmarks=lost, large=lost)
+    chosen, left_out = choose(earlier, BOXES, "s", BOXES["bloom"] + 50)
+    assert names(chosen) == ["shards", "bloom"] and set(left_out) >= {"deepseek", "llama", "qwen3", "benchmarks"}
     assert all("no time left" in reason for reason in left_out.values())
+
+
+def test_layers_with_experts_come_with_their_inputs_and_are_profiled_if_they_are_slow() -> None:
+    slow = as_finding([Aim(name="seconds of the median layer", value=20, high=12)])
+    earlier = first(
+        deepseek={"status": "passed", "seconds": 80, "failures": [], "found": {AIMS: slow}},
+        qwen3={"status": "cut off", "seconds": 70, "failures": [], "found": {}},
+    )
+    chosen, _ = choose(earlier, BOXES, "s", 280)
+    assert names(chosen) == ["shards", "qwen3", "deepseek"]
+    of = {step.name: step for step in chosen}
+    assert of["deepseek"].mode == PROFILE and "seconds of the median layer" in of["deepseek"].reason
+    assert of["qwen3"].seconds == 1.5 * 70 and of["qwen3"].mode == ""
 
 
 def test_missed_benchmarks_are_profiled_and_no_others() -> None:

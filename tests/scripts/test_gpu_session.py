@@ -237,6 +237,10 @@ def test_a_smoke_run_passes_every_step(child: Child, tmp_path: Path) -> None:
     for name in ("bloom", "llama"):
         assert found[name]["blocks_done"] == 2 and 0 < found[name]["waiting_share"] < 1 and found[name]["planned"]["host"] > 0
         assert found[name]["kernels_of_one_block"]["total"][1] > 1000 and found[name]["peaks"]["host_resident_bytes"] > 0
+    for name, layers in (("deepseek", 2), ("qwen3", 1)):
+        assert found[name]["blocks_done"] == layers and found[name]["seconds_by_phase"]["experts: factor"] > 0
+        assert len(found[name]["tokens_of_experts"]) == layers and found[name]["kernels_of_some_experts"]["total"][1] > 1000
+        assert {"peak of device memory, bytes", "peak of host memory, bytes"} <= set(found[name]["aims"])
     assert "passed" in found["gpu-tests"]["kernel and solver tests: summary"]
     assert set(ORDER) <= set(found["benchmarks"]) and found["large"]["permutation"]
     assert all(any(name.startswith("share of time") for name in found[step]["aims"]) for step in ("bloom", "llama"))

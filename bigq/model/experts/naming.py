@@ -81,7 +81,8 @@ def packed_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Part]:
     split = {name: match for name in names if (match := _WEIGHT.fullmatch(name)) is not None} if banks else {}
     keys = {key for naming in banks.values() for key in naming.parts}
     probes = {f"{base}.{key}": base for base in {match[1] for match in split.values()} for key in keys}
-    targets = skeleton.map_names(model, probes) | {name: merge.target for name, merge in skeleton.merges(model, probes).items()}
+    placed = skeleton.place(model, probes)
+    targets = {**placed.whole, **{name: merge.target for name, merge in placed.merged.items()}}
     paths = {probes[name]: target.rpartition(".")[0] for name, target in targets.items() if target.rpartition(".")[0] in banks}
     found = {}
     for name, match in split.items():

@@ -7,17 +7,19 @@ transformers' own rules: their patterns, and the order in which they stack and c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.json_file import show_name
-from bigq.model.skeleton import Merge, merges
+from bigq.model.skeleton import Merge, place
 
 #: Rules that are followed: experts are stacked, and then perhaps their matrices concatenated by outputs.
 _STACKING = ((("MergeModulelist", 0),), (("MergeModulelist", 0), ("Concatenate", 1)))
+#: The numbers in a name.
+_NUMBERS = re.compile(r"(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +33,18 @@ class Part:
 
 
 def expert_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Part]:
-    """Checkpoint name → where it goes, for those tensors that transformers would merge.
+    """Checkpoint name → where it goes, for those tensors that transformers would merge. Raises as ``merged_parts`` does."""
+    return merged_parts(place(model, names).merged)
+
+
+def merged_parts(merged: Mapping[str, Merge]) -> dict[str, Part]:
+    """Checkpoint name → where it goes. merged: see ``Placement``.
 
     Raises UnsupportedModelError for rules that do more than stack experts and concatenate their matrices by outputs, CheckpointError where
     an expert lacks one of them.
     """
     found: dict[str, list[list[str]]] = {}
-    for name, merge in merges(model, names).items():
+    for name, merge in merged.items():
         require_stacking(merge)
         found.setdefault(merge.target, [[] for _ in range(merge.places)])[merge.place].append(name)
     result: dict[str, Part] = {}
@@ -67,4 +74,4 @@ def _require_equal_numbers(matrices: list[list[str]]) -> None:
 
 def _by_number(name: str) -> list[tuple[int, str]]:
     """A key that sorts expert 10 after expert 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in _NUMBERS.split(name)]

@@ -1,4 +1,4 @@
-"""The phases of a bank of experts: its experts are loaded, solved and run one after the other, or a few at a time. Pure functions.
+"""The phases of a bank of experts: its experts are loaded, solved and run one after the other. Pure functions.
 
 The terms follow ``solve.bank`` and ``units.experts``.
 """
@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from bigq.kernels.syrk import CHUNK_TOKENS
 from bigq.sched.plan.shape import BankShape, GroupShape, LinearShape, ModelShape
 
-#: Tokens of an expert that are computed at a time (``solve.bank``), and bytes of a group of packed experts (``units.experts``).
-EXPERT_TOKENS, GROUP_BYTES = 8192, 2**30
+#: Tokens of an expert that are computed at a time (``solve.bank``), and weights in a group of packed experts (``units.experts``).
+EXPERT_TOKENS, GROUP_WEIGHTS = 8192, 2 * 10**9
+#: Experts of a token, and more than those, in the proof that a bank's experts can run one by one (``model.experts.proof``).
+PROVEN_SLOTS, PROVEN_MORE = 4, 2
 #: Bytes of an fp32 number.
 FP32 = 4
+#: Bytes of a token's choice of an expert: two numbers of 8 bytes at most, and one that sorts the tokens by expert.
+CHOICE = 24
 #: Experts that a GPU solves side by side, and bytes that they may take. More would gain little: eight of DeepSeek-V3's fill a GPU.
 AT_ONCE, AT_ONCE_BYTES = 8, 4 * 2**30
 
@@ -26,18 +30,21 @@ BankPhase = tuple[str, int, dict[str, float], float]
 class BankTerms:
     """What the phases of a bank depend on besides its shape.
 
-    schemes: names of Linears that are quantized. tokens: of all calibration rows. itemsize: bytes of an activation. reach: bytes of a
-    forward up to the bank. beside: whether groups are written in the background. at_once: experts that are solved side by side.
-    factor, solve, pack: bytes in addition to the Hessian, of Linears that share an input, solve for so many experts; packed: of one packed
-    Linear.
+    schemes: names of Linears that are quantized. tokens: of all calibration rows. itemsize: bytes of an activation. inputs: bytes of a
+    bank's inputs on the computing device, if they are there; the sums of its outputs take as many. reach: bytes of a forward up to the
+    bank. beside: whether groups are written in the background. at_once: experts that are solved side by side. widened: whether inputs
+    become fp32 for the Hessian. factor, solve, pack: bytes in addition to the Hessian, of Linears that share an input, solve for so many
+    experts; packed: of one packed Linear.
     """
 
     schemes: Container[str]
     tokens: int
     itemsize: int
+    inputs: int
     reach: int
     beside: bool
     at_once: int
+    widened: bool
     factor: Callable[[GroupShape, list[LinearShape]], int]
     solve: Callable[[GroupShape, list[LinearShape], int], int]
     pack: Callable[[GroupShape, list[LinearShape]], int]
@@ -67,45 +74,72 @@ def _bytes_at_once(bank: BankShape, itemsize: int) -> int:
 def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]:
     """held: bytes of the rest of the block."""
     routed = float(terms.tokens) * bank.chosen
-    weights = sum(linear.m * linear.n for linear in bank.linears)
+    weights = _weights(bank)
+    expert = weights * terms.itemsize
+    held += terms.inputs + CHOICE * int(routed)
+    reached = held + terms.reach
     solved = all(linear.name in terms.schemes for linear in bank.linears)
     at_once = min(terms.at_once, bank.experts) if solved else 1
-    # Experts, and the choices of all tokens: two numbers of 8 bytes at most.
-    held += at_once * weights * terms.itemsize + 16 * int(routed)
-    tokens = int(min(EXPERT_TOKENS, routed))
-    # The inputs of a product, what it returns, and what becomes of that. A part of the inputs is converted for the Hessian.
-    widths = [(product[0].n, sum(linear.m for linear in product)) for product in bank.products]
-    running = tokens * max(n + 3 * m for n, m in widths) * terms.itemsize + FP32 * min(tokens, CHUNK_TOKENS) * max(n for n, _ in widths)
+    held += terms.inputs + at_once * expert
+    running = _running(bank, terms)
     # With more tokens than are computed at a time, all products but the last run once more, for the inputs of those after them.
     repeated = 0
     if solved and routed / bank.experts > EXPERT_TOKENS:
         repeated = sum(linear.m * linear.n for product in bank.products[:-1] for linear in product)
+    replayed = {"products": 2.0 * routed * (weights + repeated)}
+    # The expert before stays until the next one is complete, and so do its codes. Matrices are read one by one, then joined.
+    before = expert + solved * weights + max(sum(linear.stored for linear in product) for product in bank.products)
     moved = float(bank.experts * weights * terms.itemsize)
-    result: list[BankPhase] = [
-        ("load", held + max(linear.stored for linear in bank.linears), {}, moved),
-        ("replay", held + max(running, terms.reach), {"products": 2.0 * routed * (weights + repeated)}, 0),
-    ]
     if not solved:
-        return result
-    expert = sum(terms.packed(linear) for linear in bank.linears)
-    held += min(bank.experts * expert, max(GROUP_BYTES, expert)) * (1 + terms.beside)
-    # Until an expert has run, its inputs are kept, and what its products return for them.
-    held += at_once * tokens * widths[0][0] * terms.itemsize
+        return [("load", held + before, {}, moved), ("replay", max(reached, held + running), replayed, 0)]
+    of_group = min(bank.experts, max(1, GROUP_WEIGHTS // weights))
+    held += of_group * sum(terms.packed(linear) for linear in bank.linears) * (1 + terms.beside)
+    result: list[BankPhase] = [("load", held + before, {}, moved), ("replay", max(reached, held + running), replayed, 0)]
+    # The last tokens whose inputs were computed stay, and so does what the products before returned.
+    kept = _at_a_time(terms) * bank.products[0][0].n * terms.itemsize
     for product in bank.products:
         group, linears = GroupShape(product, bank.level), list(product)
         rows, square = sum(linear.m for linear in product), float(group.n) * group.n
         hessian = FP32 * group.n * group.n
         result += [
-            ("hessian", held + at_once * hessian + running, {"hessian": routed * square}, 0),
-            ("factor", held + at_once * (hessian + terms.factor(group, linears)), {"single": bank.experts * group.n * square / 3}, 0),
+            # One expert runs; what the others of its batch have computed stays.
+            ("hessian", held + at_once * hessian + running + (at_once - 1) * kept, {"hessian": routed * square}, 0),
+            ("factor", held + at_once * (hessian + kept + terms.factor(group, linears)), {"single": bank.experts * group.n * square / 3}, 0),
             (
                 "solve",
-                held + at_once * hessian + terms.solve(group, linears, at_once),
+                held + at_once * (hessian + kept) + terms.solve(group, linears, at_once),
                 {"solve": bank.experts * rows * square},
                 14.0 * bank.experts * rows * group.n,
             ),
-            ("pack", held + terms.pack(group, linears) + (at_once - 1) * rows * group.n, {}, 6.0 * bank.experts * rows * group.n),
+            ("pack", held + terms.pack(group, linears), {}, 6.0 * bank.experts * rows * group.n),
         ]
-        held += (at_once - 1) * rows * group.n  # codes of the others wait until all are solved
-        held += at_once * tokens * rows * terms.itemsize
+        held += at_once * rows * group.n  # its codes
+        kept += _at_a_time(terms) * rows * terms.itemsize
     return result
+
+
+def proof_bytes(bank: BankShape, itemsize: int) -> int:
+    """Bytes of the first few experts, one by one and joined."""
+    return 2 * min(bank.experts, min(bank.chosen, PROVEN_SLOTS) + PROVEN_MORE) * _weights(bank) * itemsize
+
+
+def _weights(bank: BankShape) -> int:
+    """The weights of one expert."""
+    return sum(linear.m * linear.n for linear in bank.linears)
+
+
+def _at_a_time(terms: BankTerms) -> int:
+    """The most tokens that an expert takes at a time."""
+    return min(EXPERT_TOKENS, terms.tokens)
+
+
+def _running(bank: BankShape, terms: BankTerms) -> int:
+    """Bytes while an expert runs on as many tokens as it takes at a time."""
+    tokens = _at_a_time(terms)
+    first, *_, last = [(product[0].n, sum(linear.m for linear in product)) for product in bank.products]
+    # The tokens, a copy and the sum that the expert returns; what all products but the last return, and what becomes of that;
+    # the output, and its product with the weight of the expert.
+    inside = sum(linear.m for product in bank.products[:-1] for linear in product)
+    widths = 3 * first[0] + inside + max(inside, last[0] + 2 * last[1])
+    widened = FP32 * min(tokens, CHUNK_TOKENS) * max(first[0], last[0]) if terms.widened else 0
+    return tokens * widths * terms.itemsize + widened

@@ -6,7 +6,7 @@ The terms follow the code that they predict: ``solve.block`` (levels), ``solver.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bigq.io.prefetch.to_device import least_budget
@@ -15,13 +15,12 @@ from bigq.kernels.cholesky import panel_width
 from bigq.kernels.gptq_block import SUB_BLOCK
 from bigq.kernels.pick import piece
 from bigq.kernels.syrk import CHUNK_TOKENS
-from bigq.methods.base import Method
-from bigq.sched.plan.bank_cost import BankPhase, BankTerms, bank_phases
+from bigq.sched.plan.bank_cost import BankPhase, BankTerms, bank_phases, proof_bytes
 from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape, ModelShape
+from bigq.sched.plan.work import Choice, Work
 from bigq.sched.rows.tiers import WRITES_IN_FLIGHT
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import BLOCK, PANEL, has_static_grids
-from bigq.vocabulary import OnNonfinite
 
 #: Weights of the output head that are solved at a time (``solve.head``).
 HEAD_CHUNK = 2**26
@@ -31,52 +30,6 @@ FP32 = 4
 
 #: Buffers of the size of a chunk of rows while the chunk is corrected, the chunk included (``solver.upstream_error``).
 CORRECTING = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """The work of a job, independent of the machine. rows: number of calibration rows. scheme: of a Linear, by its full module name.
-
-    tokens: distinct calibration tokens, or the maximum. on_nonfinite: see ``BlockJob``.
-    lm_head: whether the output head is quantized too. gguf: whether a GGUF file is made from the shards.
-    """
-
-    rows: int
-    tokens: int
-    scheme: Callable[[str], QuantScheme | None]
-    method: Method
-    true_sequential: bool
-    on_nonfinite: OnNonfinite = "stop"
-    lm_head: bool = False
-    gguf: bool = False
-
-    @property
-    def streams(self) -> int:
-        """How many models the rows pass through: 0: none; 1: the quantized one; 2: the quantized and the unquantized one."""
-        return self.method.passes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """How a job is run. on_gpu: whether it computes on a GPU. tier: of the activations. memo: whether outputs of modules with a shortcut
-    are cached.
-
-    experts_at_once: how many are solved side by side; None: one, and a job that goes on may choose anew.
-    kept_rows: for how many rows the inputs of Linears at a block's deepest level are kept; kept_tier: where, "gpu" or "host".
-    ahead: bytes for prefetched weights. beside: whether finished blocks are written in parallel with the computation (write-behind).
-    checkpoints: whether activations are saved for resumed jobs.
-    """
-
-    on_gpu: bool
-    tier: str
-    batch: int
-    memo: bool
-    ahead: int
-    beside: bool
-    checkpoints: bool = False
-    kept_rows: int = 0
-    kept_tier: str = "host"
-    experts_at_once: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +100,7 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
     hidden = work.streams * work.rows * shape.seqlen * shape.width * shape.itemsize
     if work.streams:
         add("embed", embedding + shape.rest_loaded + first.calls.at(choice.batch), {}, 2 * hidden, embedding if choice.on_gpu else 0)
-    costs: dict[tuple[int, tuple[QuantScheme | None, ...]], BlockCost] = {}
+    costs: dict[tuple[int, tuple[QuantScheme | None, ...]], tuple[BlockCost, list[BankPhase]]] = {}
     output, late = shape.rest_stored, 0
     again = shape.rest_stored if work.gguf else 0
     for i, block in enumerate(shape.blocks):
@@ -155,14 +108,18 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
         schemes = {linear.name: work.scheme(f"{shape.path}.{i}.{linear.name}") for linear in linears}
         key = (id(block), tuple(schemes.values()))
         if key not in costs:
-            costs[key] = BlockCost(shape, work, choice, block, {k: v for k, v in schemes.items() if v is not None})
+            found = BlockCost(shape, work, choice, block, {k: v for k, v in schemes.items() if v is not None})
+            costs[key] = found, found.phases()
+        cost, of_block = costs[key]
         add("load", block.weights + _converted(block) + late, {}, block.weights)
-        for name, held, flops, moved in costs[key].phases():
-            add(name, held + late, flops, moved, costs[key].largest_packed if choice.on_gpu else 0)
+        if block.banks:
+            add("probe", block.weights + late + max(proof_bytes(bank, shape.itemsize) for bank in block.banks), {})
+        for name, held, flops, moved in of_block:
+            add(name, held + late, flops, moved, cost.largest_packed if choice.on_gpu else 0)
         # With write-behind, a finished block stays in memory until the next one is finished too.
-        late = costs[key].packed if choice.beside else 0
-        output += costs[key].output
-        again += costs[key].blocks_of_gguf if work.gguf else 0
+        late = cost.packed if choice.beside else 0
+        output += cost.output
+        again += cost.blocks_of_gguf if work.gguf else 0
     scheme = work.scheme(shape.head.name) if work.lm_head and shape.head is not None else None
     if scheme is not None and shape.head is not None:
         for name, held, flops in _head_phases(shape, shape.head, scheme, work, choice):
@@ -219,15 +176,15 @@ def _activations(shape: ModelShape, work: Work, choice: Choice) -> _Activations:
     row = token * shape.width
     memos = max((_memo_width(block) for block in shape.blocks), default=0) if choice.memo else 0
     kept = work.rows * (row + token * memos)
-    # The inputs of a bank, and the sums of its outputs for them.
-    kept += 2 * work.rows * row * max((bank.inputs for block in shape.blocks for bank in block.banks), default=0)
+    # The inputs of a bank and the sums of its outputs, elsewhere than on the computing device: there, ``bank_phases`` counts them.
+    banks = 2 * work.rows * row * max((bank.inputs for block in shape.blocks for bank in block.banks), default=0)
     # Those in host memory are reused by the next block. Buffers of one width at a time: see ``LastInputs``.
     inputs = choice.kept_rows * token * max(map(last_width, shape.blocks), default=0) if choice.kept_tier == "host" else 0
     if choice.tier == "disk":
         # One batch in use, one prefetched, and those waiting to be written.
-        return _Activations(host=(3 + WRITES_IN_FLIGHT) * choice.batch * row, disk=kept)
+        return _Activations(host=(3 + WRITES_IN_FLIGHT) * choice.batch * row, disk=kept + banks)
     if choice.tier == "host" and choice.on_gpu:
-        return _Activations(device=2 * choice.batch * row, host=kept + inputs)
+        return _Activations(device=2 * choice.batch * row, host=kept + banks + inputs)
     return _Activations(device=kept, host=inputs)
 
 
@@ -272,7 +229,7 @@ class BlockCost:
             return result
         packed = originals = 0
         always = self._block.weights + self._block.calls.at(self._batch)
-        for level in self._levels():
+        for number, level in enumerate(self._levels()):
             wanted = [(g, self._wanted(g.linears)) for g in level]
             wanted = [(g, linears) for g, linears in wanted if linears]
             if not wanted:
@@ -280,7 +237,8 @@ class BlockCost:
             always += self._inputs_kept({linear.name for _, linears in wanted for linear in linears})
             # One buffer for the cross matrix too.
             sums = self._work.streams * sum(FP32 * g.n * g.n for g, _ in wanted)
-            held = always + originals + packed
+            behind = sum(map(self._summed, [b for b in self._block.banks if self._work.true_sequential and b.level <= number]))
+            held = always + behind + originals + packed
             deepest = max(g.level for g, _ in wanted)
             result.append(("replay", held + sums + self._capture(deepest, [g for g, _ in wanted]), self._replayed(deepest), 0))
             for group, linears in wanted:
@@ -292,15 +250,23 @@ class BlockCost:
                 solved = {"solve": 3 * rows * square, "single": 2 * rows * square} if self._paired else {"solve": rows * square}
                 result.append(("solve", held + sums + self._solve(group, linears), solved, 14.0 * rows * group.n))
                 originals += self._paired * self._shape.itemsize * rows * group.n
-                held = always + originals + packed
+                held = always + behind + originals + packed
                 result.append(("pack", held + sums + self._pack(group, linears), {}, 6.0 * rows * group.n))
                 packed += sum(packed_bytes(linear, self._schemes[linear.name]) for linear in linears)
-                held = always + originals + packed
+                held = always + behind + originals + packed
                 sums -= self._work.streams * FP32 * group.n * group.n
+        summed = 0
         for bank in self._block.banks:
-            result += self._bank(bank, always + packed)
-        result.append(("replay", always + originals + self._block.forward.at(self._batch), self._replayed(None), 0))
+            result += self._bank(bank, always + summed + packed)
+            summed += self._summed(bank)
+        result.append(("replay", always + summed + originals + self._block.forward.at(self._batch), self._replayed(None), 0))
         return result
+
+    def _summed(self, bank: BankShape) -> int:
+        """Bytes on the computing device of the sums of a bank's outputs, which take as many as its inputs."""
+        if self._choice.tier != ("gpu" if self._choice.on_gpu else "host"):
+            return 0
+        return self._tokens * bank.inputs * self._shape.width * self._shape.itemsize
 
     def _bank(self, bank: BankShape, held: int) -> list[BankPhase]:
         """The phases of a bank. held: bytes of the rest of the block."""
@@ -308,9 +274,11 @@ class BlockCost:
             schemes=self._schemes,
             tokens=self._tokens,
             itemsize=self._shape.itemsize,
+            inputs=self._summed(bank),
             reach=self._block.forward.at(self._batch),
             beside=self._choice.beside,
             at_once=self._choice.experts_at_once or 1,
+            widened=not self._choice.on_gpu and self._shape.itemsize < FP32,
             factor=self._factor,
             solve=self._solve,
             pack=self._pack,
@@ -370,7 +338,8 @@ class BlockCost:
             rows = [linear.m for linear in linears if self._schemes[linear.name] == scheme]
             m, static = sum(rows), has_static_grids(scheme, n)
             panel = min(n, PANEL if static else max(PANEL, scheme.group_width(n)))
-            copies = max(1 + scheme.act_order + 3 * (static and scheme.mse), CORRECTING * self._paired)
+            buffers = 1 + scheme.act_order + 3 * (static and scheme.mse)
+            copies = max(buffers, CORRECTING) if self._paired else buffers
             converted = FP32 * min(piece(on_gpu=self._choice.on_gpu), n * max(rows)) * copies
             loop = n * m + FP32 * ((panel + BLOCK + 3 * SUB_BLOCK * (not self._choice.on_gpu)) * m + 3 * BLOCK * n)
             held = FP32 * m * (n + 2 * (n // scheme.group_width(n)))

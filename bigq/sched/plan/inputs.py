@@ -32,16 +32,16 @@ from bigq.model.blocks import find_blocks
 from bigq.model.description import ModelDescription
 from bigq.model.experts.pages import stored_banks
 from bigq.model.experts.source import ExpertSource, expert_sources
-from bigq.model.experts.stored import expert_parts
+from bigq.model.experts.stored import merged_parts
 from bigq.model.extras import Extras, find_extras
 from bigq.model.names import require_parameters
 from bigq.model.pager import Pager
 from bigq.model.quantization import refuse_quantized_tensors, require_unpacked
 from bigq.model.tied import tie_warnings
 from bigq.progress.records import host_memory
-from bigq.sched.plan.cost import Work
 from bigq.sched.plan.planner import Budgets, Download, Machine, Plan, make_plan
 from bigq.sched.plan.survey import Outline, survey
+from bigq.sched.plan.work import Work
 from bigq.scheme import QuantScheme, scheme_for
 
 
@@ -106,11 +106,11 @@ def _plan(
         seqlen = row_length(model_config, config)
         experts = outline.expert_linears()
         config = _checked(ModelDescription(headers.folder, model_config, outline.model, dict(outline.sources), experts), config)
-        shape = survey(outline, seqlen)
-        samples = config.samples if method_of(config).calibrated else 0
-        work = _work(config, samples, samples * seqlen)
         ceilings = ceilings_of(outline.dtype)
         on_gpu = device.type == "cuda" or (ceilings is not None and bool(ceilings.memory))
+        shape = survey(dataclasses.replace(outline, fused=on_gpu), seqlen)
+        samples = config.samples if method_of(config).calibrated else 0
+        work = _work(config, samples, samples * seqlen)
         base = host_memory() + (0 if on_gpu else compiled_bytes(device))
         machine = Machine(on_gpu=on_gpu, base=base, budgets=_budgets(config, device, out, ceilings), ceilings=ceilings)
         return make_plan(shape, work, config, machine, download=_download(headers, out), warnings=warnings)
@@ -152,6 +152,7 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path, te
         sources=pager.sources,
         stored=_kept_bytes(pager.checkpoint.tensors, pager.extras),
         banks=pager.banks,
+        fused=pager.device.type == "cuda",
     )
     shape = survey(outline, config.seqlen)
     work = _work(config, 0 if rows is None else len(rows), 0 if rows is None else len(rows.unique()))
@@ -209,8 +210,8 @@ def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: Job
     dtype = skeleton.compute_dtype(model_config, config.dtype, (t.dtype for t in tensors.values()))
     model = skeleton.build(model_config, dtype, trust_remote_code=config.trust_remote_code, initialised=False)
     path, _ = find_blocks(model)
-    placed = skeleton.map_names(model, tensors)
-    parts = expert_parts(model, tensors)
+    placement = skeleton.place(model, tensors)
+    placed, parts = dict(placement.whole), merged_parts(placement.merged)
     merged = {name: part.parameter for name, part in parts.items()}
     sources = {target: tensors[name] for name, target in placed.items()}
     experts: dict[str, tuple[ExpertSource, ...]] = {}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from bigq.config import JobConfig
 from bigq.io.formats.readers import Kind, Verdict, Written, not_run_with, refused_by, verdicts
 from bigq.job.rules import RuleCount, rule_counts, splits
-from bigq.sched.plan.cost import Work
 from bigq.sched.plan.shape import ModelShape
+from bigq.sched.plan.work import Work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

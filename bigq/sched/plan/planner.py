@@ -19,9 +19,10 @@ from bigq.machine.ceilings import DISK_RATE, Ceilings
 from bigq.progress.layout import entry, shortened
 from bigq.progress.sizes import show_size
 from bigq.sched.plan.bank_cost import numbers_at_once
-from bigq.sched.plan.cost import Choice, Cost, Phase, Work, job_cost, last_width
+from bigq.sched.plan.cost import Cost, Phase, job_cost, last_width
 from bigq.sched.plan.output import output_of
 from bigq.sched.plan.shape import ModelShape
+from bigq.sched.plan.work import Choice, Work
 
 #: The fraction of a memory budget to stay within if possible: estimates are within a tenth.
 HEADROOM = 0.9

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -42,6 +43,7 @@ class Outline:
     model: the skeleton, which the survey takes over; blocks_path: of its decoder blocks. dtype: of the forward passes.
     sources: parameter name → the checkpoint's tensor; parameters without one count in ``dtype``. stored: bytes of all the
     checkpoint's tensors, if it is known. banks: of experts, as they are stored.
+    fused: whether attention needs no memory for scores if queries and values differ in width too. Torch's on a CPU does.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class Outline:
     sources: Mapping[str, TensorInfo]
     stored: int | None = None
     banks: Mapping[str, StoredBank] = field(default_factory=dict)
+    fused: bool = True
 
     def expert_linears(self) -> dict[str, dict[str, ExpertLinear]]:
         """Of each bank, every matrix of every expert by its name in the output; without a checkpoint, by a name that it might have."""
@@ -61,7 +64,7 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
     model = outline.model.to("meta")
     blocks = model.get_submodule(outline.blocks_path)
     assert isinstance(blocks, nn.ModuleList)
-    with torch.no_grad(), _WholeRows(), forward_errors():
+    with torch.no_grad(), _WholeRows(outline.fused), forward_errors():
         form = _form(model, blocks)
         runs = [_Run.of(model, blocks, form, rows, seqlen) for rows in (1, 2)]
         check_hidden_paths(model, blocks, torch.zeros(1, min(seqlen, _STRUCTURE_TOKENS), dtype=torch.long, device="meta"), form)
@@ -313,7 +316,11 @@ class _Live(TorchDispatchMode):
 
 class _WholeRows(TorchFunctionMode):
     """Lets a model run on meta: fused attention needs no memory for scores, and transformers' checks of ids and masks get the answers for
-    calibration rows, which are whole rows without padding or packing."""
+    calibration rows, which are whole rows without padding or packing. fused: see ``Outline``."""
+
+    def __init__(self, fused: bool = True) -> None:
+        super().__init__()
+        self._fused = fused
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -321,11 +328,14 @@ class _WholeRows(TorchFunctionMode):
             return True
         if func is torch.nn.functional.scaled_dot_product_attention:
             query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
+            if not self._fused and query.shape[-1] != value.shape[-1]:
+                with sdpa_kernel(SDPBackend.MATH):
+                    return func(*args, **kwargs)
             for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
                 if isinstance(mode, _Live):
                     mode.attention(query, key, value)
             output = query.new_empty(*query.shape[:-1], value.shape[-1])
-            if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-                output = output.requires_grad_().clone()
+            if torch.is_grad_enabled():  # as marks of what the output depends on
+                output = sum((t.sum() for t in (query, key, value) if t.requires_grad), start=output)
             return output
         return func(*args, **kwargs)

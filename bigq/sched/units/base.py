@@ -28,7 +28,7 @@ from bigq.model.pager import Pager
 from bigq.model.skeleton import linear_weight
 from bigq.model.structure import BlockPlan, plan_block
 from bigq.sched.control import Control
-from bigq.sched.plan.cost import Choice
+from bigq.sched.plan.work import Choice
 from bigq.sched.rows.probe import Probe
 from bigq.sched.shards import Product, Shard, ShardWriter
 from bigq.sched.solving import Solving

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import FAMILIES, LEVELS, make_checkpoint
+from moe_families import moe_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,10 +36,15 @@ IDLE = {
 SEQLEN = 48
 
 
-def shape_of(pager: Pager, seqlen: int = SEQLEN) -> ModelShape:
+def shape_of(pager: Pager, seqlen: int = SEQLEN, *, fused: bool = True) -> ModelShape:
     stored = sum(info.nbytes for info in pager.checkpoint.tensors.values())
     outline = Outline(
-        model=copy.deepcopy(pager.model), blocks_path=pager.blocks_path, dtype=pager.dtype, sources=pager.sources, stored=stored
+        model=copy.deepcopy(pager.model),
+        blocks_path=pager.blocks_path,
+        dtype=pager.dtype,
+        sources=pager.sources,
+        stored=stored,
+        fused=fused,
     )
     return survey(outline, seqlen)
 
@@ -111,9 +117,8 @@ class Held(TorchDispatchMode):
         return output
 
 
-def test_memory_of_a_forward_is_that_of_the_real_forward(pager: Pager) -> None:
-    """For three rows, where it was counted for one and two. Views of weights count in the real one, so those are taken off."""
-    shape = shape_of(pager)
+def held_by_a_forward(pager: Pager) -> int:
+    """The peak of a real forward of three rows through block 0. Views of weights count in it, so those are taken off."""
     from bigq.model.capture import first_input, record_calls
 
     with torch.no_grad():
@@ -132,8 +137,22 @@ def test_memory_of_a_forward_is_that_of_the_real_forward(pager: Pager) -> None:
         with held:
             calls[0].run(block, hidden)
         pager.evict_block(0)
+    return held.peak
+
+
+def test_memory_of_a_forward_is_that_of_the_real_forward(pager: Pager) -> None:
+    """For three rows, where it was counted for one and two."""
     # Fused attention on a CPU makes a row of sums for each head beside its output, which the survey leaves out.
-    assert held.peak == pytest.approx(shape.blocks[0].forward.at(3), rel=0.1)
+    assert held_by_a_forward(pager) == pytest.approx(shape_of(pager).blocks[0].forward.at(3), rel=0.1)
+
+
+def test_scores_of_heads_whose_queries_and_values_differ_in_width_count_on_a_cpu(tmp_path: Path) -> None:
+    """DeepSeek's attention, in a dense block."""
+    moe_model("deepseek_v3").save_pretrained(tmp_path / "m")
+    pager = Pager(tmp_path / "m", device=CPU)
+    held = held_by_a_forward(pager)
+    assert held == pytest.approx(shape_of(pager, fused=False).blocks[0].forward.at(3), rel=0.1)
+    assert held > 1.5 * shape_of(pager).blocks[0].forward.at(3), "scores are not much here, so this shows nothing"
 
 
 def test_blocks_that_attend_differently_are_looked_at_apart(tmp_path: Path) -> None:
