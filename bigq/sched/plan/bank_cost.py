@@ -101,13 +101,14 @@ def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]
         group, linears = GroupShape(product, bank.level), list(product)
         rows, square = sum(linear.m for linear in product), float(group.n) * group.n
         hessian = FP32 * group.n * group.n
+        waiting = held + at_once * (hessian + kept)
         result += [
             # One expert runs; what the others of its batch have computed stays.
             ("hessian", held + at_once * hessian + running + (at_once - 1) * kept, {"hessian": routed * square}, 0),
-            ("factor", held + at_once * (hessian + kept + terms.factor(group, linears)), {"single": bank.experts * group.n * square / 3}, 0),
+            ("factor", waiting + at_once * terms.factor(group, linears), {"single": bank.experts * group.n * square / 3}, 0),
             (
                 "solve",
-                held + at_once * (hessian + kept) + terms.solve(group, linears, at_once),
+                waiting + terms.solve(group, linears, at_once),
                 {"solve": bank.experts * rows * square},
                 14.0 * bank.experts * rows * group.n,
             ),

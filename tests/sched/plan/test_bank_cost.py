@@ -85,6 +85,7 @@ def terms(tokens: int) -> bank_cost.BankTerms:
         inputs=0,
         reach=0,
         beside=False,
+        at_once=1,
         widened=False,
         factor=lambda *_: 0,
         solve=lambda *_: 0,
