@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from flops import Group, block_flops, groups_of
+from moe_shapes import MOE_SHAPES
 from shapes import WEIGHT_SCALE, Layout, Shape, random_tensor
 
 from bigq.io.reader import as_bytes
@@ -81,31 +82,18 @@ _LATENT_GROUPS = (
     ("gate_proj", "up_proj"),
     ("down_proj",),
 )
-_DEEPSEEK = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "first_k_dense_replace": 0,
-    "hidden_act": "silu",
-    "model_type": "deepseek_v3",
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_experts_per_tok": 8,
-    "rms_norm_eps": 1e-06,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
-    "topk_method": "noaux_tc",
-}
+_TOKENS = {"bos_token_id": 0, "eos_token_id": 1}
 
 EXPERT_SHAPES: Mapping[str, ExpertShape] = {
     shape.name: shape
     for shape in (
         ExpertShape(
             name="tiny-experts",
-            config=_DEEPSEEK
-            | {
+            config={
+                **MOE_SHAPES["deepseek-v3"].config,
+                **_TOKENS,
+                "first_k_dense_replace": 0,
+                "rope_scaling": None,
                 "hidden_size": 512,
                 "intermediate_size": 1024,
                 "kv_lora_rank": 128,
@@ -130,35 +118,7 @@ EXPERT_SHAPES: Mapping[str, ExpertShape] = {
         ),
         ExpertShape(
             name="deepseek-v3",
-            config=_DEEPSEEK
-            | {
-                "hidden_size": 7168,
-                "intermediate_size": 18432,
-                "kv_lora_rank": 512,
-                "max_position_embeddings": 163840,
-                "moe_intermediate_size": 2048,
-                "n_group": 8,
-                "n_routed_experts": 256,
-                "num_attention_heads": 128,
-                "num_hidden_layers": 58,
-                "num_key_value_heads": 128,
-                "q_lora_rank": 1536,
-                "qk_nope_head_dim": 128,
-                "qk_rope_head_dim": 64,
-                "rope_scaling": {
-                    "beta_fast": 32,
-                    "beta_slow": 1,
-                    "factor": 40,
-                    "mscale": 1.0,
-                    "mscale_all_dim": 1.0,
-                    "original_max_position_embeddings": 4096,
-                    "type": "yarn",
-                },
-                "rope_theta": 10000,
-                "topk_group": 4,
-                "v_head_dim": 128,
-                "vocab_size": 129280,
-            },
+            config={**MOE_SHAPES["deepseek-v3"].config, **_TOKENS, "first_k_dense_replace": 0, "num_hidden_layers": 58},
             parameters=669_275_969_024,
             groups=_LATENT_GROUPS,
             experts_key="n_routed_experts",
@@ -167,31 +127,7 @@ EXPERT_SHAPES: Mapping[str, ExpertShape] = {
         ),
         ExpertShape(
             name="qwen3-235b",
-            config={
-                "architectures": ["Qwen3MoeForCausalLM"],
-                "attention_bias": False,
-                "bos_token_id": 151643,
-                "decoder_sparse_step": 1,
-                "eos_token_id": 151645,
-                "head_dim": 128,
-                "hidden_act": "silu",
-                "hidden_size": 4096,
-                "intermediate_size": 12288,
-                "max_position_embeddings": 40960,
-                "mlp_only_layers": [],
-                "model_type": "qwen3_moe",
-                "moe_intermediate_size": 1536,
-                "norm_topk_prob": True,
-                "num_attention_heads": 64,
-                "num_experts": 128,
-                "num_experts_per_tok": 8,
-                "num_hidden_layers": 94,
-                "num_key_value_heads": 4,
-                "rms_norm_eps": 1e-06,
-                "rope_theta": 1000000.0,
-                "tie_word_embeddings": False,
-                "vocab_size": 151936,
-            },
+            config={**MOE_SHAPES["qwen3-235b-a22b"].config, **_TOKENS},
             parameters=235_093_634_560,
             groups=(("q_proj", "k_proj", "v_proj"), ("o_proj",)),
             experts_key="num_experts",
