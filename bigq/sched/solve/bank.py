@@ -62,8 +62,8 @@ class SolvedMatrix:
     weight: QuantizedWeight
     rounded: str | None = None
 
-    def record(self, tokens: int) -> LinearRecord:
-        """The record for the journal and the report."""
+    def record(self, tokens: int | None) -> LinearRecord:
+        """The record for the journal and the report. tokens: see ``SolvedExpert``."""
         m, n = self.weight.codes.shape
         return LinearRecord(
             name=self.name,
@@ -82,12 +82,12 @@ class SolvedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class SolvedExpert:
-    """One expert of the bank ``bank``. tokens: how many calibration tokens were routed to it. left_out: the most of them that a Hessian
-    left out because they are not finite."""
+    """One expert of the bank ``bank``. tokens: how many calibration tokens were routed to it; None without calibration. left_out: the most
+    of them that a Hessian left out because they are not finite."""
 
     bank: str
     number: int
-    tokens: int
+    tokens: int | None
     matrices: tuple[SolvedMatrix, ...]
     left_out: int = 0
 
@@ -170,7 +170,7 @@ def round_bank(job: BankJob, method: DataFreeMethod) -> Iterator[SolvedExpert]:
             with job.clock.phase("solve"):
                 scheme = job.schemes[product.parameter]
                 solved += [SolvedMatrix(n, method.quantize(part, scheme, n)) for n, part in zip(names, parts, strict=True)]
-        yield SolvedExpert(job.prefix, number, 0, tuple(solved))
+        yield SolvedExpert(job.prefix, number, None, tuple(solved))
 
 
 def _expert(job: BankJob, rows: RoutedRows, number: int) -> Expert:
