@@ -39,6 +39,7 @@ def without(choice: Choice = BEST) -> Cost:
 
 def test_figures_are_those_of_the_job() -> None:
     assert bank_cost.EXPERT_TOKENS == solve_bank.CHUNK_TOKENS
+    assert bank_cost.STEP_TOKENS == solve_bank.STEP_TOKENS
     assert bank_cost.GROUP_WEIGHTS == units.GROUP_WEIGHTS
     assert (bank_cost.PROVEN_SLOTS, bank_cost.PROVEN_MORE) == (proof._SLOTS, proof._MORE)
 
@@ -75,6 +76,14 @@ def test_an_expert_takes_a_token_once() -> None:
     """With fewer tokens than an expert takes at a time, twice as many need twice the memory, however many experts each chooses."""
     running = [bank_cost._running(bank(4), terms(tokens)) for tokens in (SEQLEN, 2 * SEQLEN, 4 * SEQLEN, 8 * SEQLEN)]
     assert running[1] == 2 * running[0] and running[2] == running[3] == 4 * running[0]
+
+
+def test_compiled_products_on_a_cpu() -> None:
+    """As many as an expert can have numbers of tokens, and no more than there are experts."""
+    for experts, sizes in ((4, 4), (256, 128)):
+        one = dataclasses.replace(bank(4), experts=experts)
+        loads = [bank_cost.bank_phases(one, 0, dataclasses.replace(terms(SEQLEN), widened=widened))[0] for widened in (False, True)]
+        assert loads[1][1] - loads[0][1] == 2 * sizes * bank_cost.COMPILED
 
 
 def terms(tokens: int) -> bank_cost.BankTerms:
