@@ -19,7 +19,7 @@ NOT_FOLLOWED: tuple[Left, ...] = (
     Left(
         "a note about a reader in a plan, and no error",
         ("io/formats/test_readers.py::test_asymmetric_experts_become_symmetric_ones",),
-        ("asymmetric experts of {} bits in {}; use --sym",),
+        ("asymmetric experts of {} bits in {}; use --sym", "asymmetric {} of {} models; use --sym"),
     ),
     Left(
         "a warning, whose advice is about config.json",

@@ -51,7 +51,10 @@ FAULTS: Mapping[str, Fault] = {
         "CPU tensor given to the kernel",
     ),
     "a kernel gets a tensor of the host": Fault(
-        "bigq.solver.gptq:_Columns.grid", "self.zero, self.group[a:b]", "self.zero, self.group[a:b].cpu()", "CPU tensor given to the kernel"
+        "bigq.solver.gptq:_Columns.grid",
+        "self.zero, self.group[..., a:b]",
+        "self.zero, self.group[..., a:b].cpu()",
+        "CPU tensor given to the kernel",
     ),
     "two devices in one operation": Fault(
         "bigq.solver.gptq:_energy", "dtype=torch.float64, device=work.device", "dtype=torch.float64", "tensors of two devices"

@@ -102,7 +102,9 @@ class Expert:
         return tuple(Product(name, name in seen.transposed) for name in seen.inputs), seen.output(sums=self._call.sums).dtype
 
     def _watch(self, tokens: Tensor, weights: Tensor, stop: str | None = None) -> _Watch:
-        known = self._kept[1] if self._kept is not None and self._kept[0] is tokens else {}
+        if self._kept is not None and self._kept[0] is not tokens:
+            self._kept = None  # before more memory is needed
+        known = self._kept[1] if self._kept is not None else {}
         watch = _Watch(self._held, stop, {name: result.value for name, result in known.items() if result.unchanged})
         try:
             with watch:

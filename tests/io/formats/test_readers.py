@@ -190,8 +190,12 @@ def test_who_loads_experts(format: str, kinds: tuple[Kind, ...], changes: dict[s
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_asymmetric_experts_become_symmetric_ones(bits: int) -> None:
-    """The advice of a refusal, followed."""
+    """The advice of a refusal, followed; for model types that a reader takes symmetric only, too."""
     kinds = [Kind(bits, 128, symmetric) for symmetric in (False, True)]
+    for family in ("gpt_oss", "llama4_text"):
+        before, after = (verdicts(written("compressed-tensors", kind, family=family)) for kind in kinds)
+        (refused,) = [verdict.reader for verdict in before if f"of {family} models; use --sym" in verdict.note]
+        assert all(verdict.loads for verdict in after if verdict.reader == refused)
     before, after = (verdicts(written("compressed-tensors", kind, family="qwen3_moe", experts=frozenset([kind]))) for kind in kinds)
     refused = [verdict.reader for verdict in before if verdict.note.endswith("; use --sym")]
     assert "transformers" in refused and all(verdict.loads for verdict in after if verdict.reader in refused)
