@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -118,6 +119,19 @@ MOE_FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 16,
     },
 }
+
+
+#: Families that differ most in how they compute; tests of others in whole programs are marked "long".
+DISTINCT = ("mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "nemotron_h")
+
+
+def families_and_dtypes(families: Iterable[str]) -> list[Any]:
+    """Parameters (family, dtype) of a test: all of them, those of families that are like others marked as long."""
+    return [
+        pytest.param(family, dtype, marks=() if family in DISTINCT else pytest.mark.long, id=f"{family}-{name}")
+        for family in families
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    ]
 
 
 def moe_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from moe_families import MOE_FAMILIES, moe_model, random_tokens
+from moe_families import MOE_FAMILIES, families_and_dtypes, moe_model, random_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -87,8 +87,7 @@ def hashes(out: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir()) if path.is_file()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), families_and_dtypes(MOE_FAMILIES))
 def test_streamed_logits_are_those_of_the_whole_model(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Bit for bit, with one expert after the other ("eager"); not with another expert."""
     model = saved(family, tmp_path, dtype)
@@ -100,8 +99,7 @@ def test_streamed_logits_are_those_of_the_whole_model(family: str, dtype: torch.
     assert not torch.equal(whole(reference, ids), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", BY_MATRIX)
+@pytest.mark.parametrize(("family", "dtype"), families_and_dtypes(BY_MATRIX))
 def test_a_quantized_model(family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is sound, made again with holes it has the same bytes, and read whole it computes what it computes streamed."""
     model, out = saved(family, tmp_path, dtype), tmp_path / "out"

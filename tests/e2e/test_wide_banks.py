@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from moe_families import MOE_FAMILIES, moe_model, random_tokens
+from moe_families import MOE_FAMILIES, families_and_dtypes, moe_model, random_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -167,8 +167,7 @@ def test_codes_are_those_of_gptq_in_memory(family: str, dtype: torch.dtype, tmp_
             assert torch.equal(dequantized(out, prefix, dtype), weight), prefix
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), families_and_dtypes(FAMILIES))
 def test_a_quantized_model(family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is sound, made again with holes it has the same bytes, and read whole it computes what it computes streamed."""
     model, out = saved(family, tmp_path, dtype), tmp_path / "out"
@@ -226,8 +225,7 @@ def test_what_the_folder_holds(family: str, tmp_path: Path) -> None:
     assert all(torch.equal(read_tensor(before[name]), read_tensor(after[name])) for name in biases)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), families_and_dtypes(FAMILIES))
 def test_experts_left_out(family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensors that hold all experts are copied, each once and whole; the rest is quantized with their outputs in it."""
     model, out = saved(family, tmp_path, dtype), tmp_path / "out"
