@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, Child
 
 
+@pytest.mark.long
 def test_every_triton_kernel_compiles_for_sm_90_without_spilling(child: Child, tmp_path: Path) -> None:
     """Triton's interpreter accepts what its compiler does not."""
     pytest.importorskip("triton")

@@ -260,6 +260,7 @@ def test_what_is_given_changes_that_and_nothing_else(flags: str, changes: dict[s
     assert parsed(*flags.split(), before=BEFORE) == dataclasses.replace(BEFORE, **changes)
 
 
+@pytest.mark.long
 def test_a_job_in_natural_order_keeps_it(checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path) -> None:
     """Although act-order is the default: the order is decided when a job begins."""
     given = ["--calibration", str(ids_file), "--samples", "4", "--seqlen", "8", "--group-size", "32", "--device", "cpu", "--quiet"]

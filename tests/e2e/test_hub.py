@@ -168,6 +168,7 @@ def quantize_here(model: Path, out: Path, calibration: Path) -> None:
     assert main(arguments(str(model), out, calibration)[2:]) == 0
 
 
+@pytest.mark.long
 def test_quantize_from_the_hub_and_again_offline(
     repository: Path, hub: Hub, environment: dict[str, str], ids_file: Path, child: Child, tmp_path: Path
 ) -> None:
@@ -239,6 +240,7 @@ except BigqError as error:
 """
 
 
+@pytest.mark.long
 def test_a_job_is_planned_before_its_model_is_fetched(
     repository: Path, hub: Hub, environment: dict[str, str], child: Child, tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ def test_peak_follows_the_block_and_not_the_model(peak: Callable[[int, int], int
     assert many - int(idle.stdout) < MANY * BLOCK_BYTES * 0.6
 
 
+@pytest.mark.long
 def test_converting_one_large_file_takes_the_memory_of_a_linear(child: Child, tmp_path: Path) -> None:
     """20 blocks more, all in the same file, cost less than two of them (a byte for each weight here)."""
     peaks = []

@@ -126,6 +126,7 @@ def change_owner(out: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+@pytest.mark.long
 def test_a_job_from_its_beginning_over_its_death_to_its_end(job: Job, tmp_path: Path) -> None:
     own = dataclasses.replace(job, out=tmp_path / "out")
     process = own.start("block.solved:2:sleep=60")
@@ -176,6 +177,7 @@ def test_phase_and_time_left_of_a_job_that_runs(job: Job, tmp_path: Path, monkey
     assert "block 3 solve" in asleep[-1].text()
 
 
+@pytest.mark.long
 def test_a_job_that_was_asked_to_stop_says_so(job: Job, tmp_path: Path) -> None:
     own = dataclasses.replace(job, out=tmp_path / "out")
     process = own.start("block.loaded:2:sleep=2")

@@ -221,6 +221,7 @@ def test_an_error_in_any_part_is_raised_when_all_have_ended() -> None:
     torch.set_num_threads(before)
 
 
+@pytest.mark.long
 def test_kernels_run_where_nothing_can_be_cached(child: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     """As in a container whose file system is read-only."""
     program = """

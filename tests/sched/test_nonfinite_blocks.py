@@ -204,6 +204,7 @@ def test_other_rows_are_not_reached(family: str, bench: Callable[..., Bench]) ->
     assert bad[8] and lost == int(bad.sum())
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("triton_path")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_on_the_triton_path(dtype: str, bench: Callable[..., Bench]) -> None:

@@ -52,6 +52,7 @@ def test_a_limiter_stops_a_program_that_takes_too_much_and_no_other(kind: str) -
             limiter.close()
 
 
+@pytest.mark.long
 def test_a_job_within_the_limit_passes_and_is_verified(child: Child, work: Path, tmp_path: Path) -> None:
     done = child(SCRIPT, "--work", work, "--limit", str(4 * 10**9), "--json", tmp_path / "r.json", *TINY, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -82,6 +83,7 @@ def test_more_resident_memory_than_the_limit_is_a_failure_even_if_the_system_let
     assert "101 resident bytes" in failure(run | {"vmhwm_bytes": 101}, Path("unused"))
 
 
+@pytest.mark.long
 def test_a_killed_benchmark_takes_its_child_along_and_goes_on(child: Child, work: Path, tmp_path: Path) -> None:
     limit = 4 * 10**9 + 4096
     job = work / f"job-tiny-4x64-{limit}"
