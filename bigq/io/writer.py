@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -48,8 +49,12 @@ class OutputTensor:
         return cls(name=info.name, dtype=info.dtype, shape=info.shape, chunks=lambda: iter_chunks(info))
 
 
-def write_shard(path: Path, tensors: Sequence[OutputTensor]) -> ShardRecord:
-    """Write a shard atomically and durably. Raises ResourceError if writing fails."""
+def write_shard(path: Path, tensors: list[OutputTensor]) -> ShardRecord:
+    """Write a shard atomically and durably. Raises ResourceError if writing fails.
+
+    tensors: emptied while it is written, so that no tensor stays in memory during the sync to disk.
+    """
+    names = tuple(t.name for t in tensors)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for t in tensors:
@@ -58,18 +63,25 @@ def write_shard(path: Path, tensors: Sequence[OutputTensor]) -> ShardRecord:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    size = 0
     with atomic_file(path) as file:
-        for piece in _pieces(text, tensors):
-            faults.point("shard.piece")
-            file.write(piece)
-            digest.update(piece)
-            size += len(piece)
+        size = _write(file, _pieces(text, tensors), digest.update)
         assert size == 8 + len(text) + offset, f"{path}: wrote {size} bytes instead of {8 + len(text) + offset}"
-    return ShardRecord(file=path.name, size=size, sha256=digest.hexdigest(), tensors=tuple(t.name for t in tensors))
+    return ShardRecord(file=path.name, size=size, sha256=digest.hexdigest(), tensors=names)
 
 
-def _pieces(header: bytes, tensors: Sequence[OutputTensor]) -> Iterator[bytes | memoryview]:
+def _write(file: BinaryIO, pieces: Iterator[bytes | memoryview], digest: Callable[[bytes | memoryview], None]) -> int:
+    """Write all pieces and hash them. Returns their bytes. When it returns, no piece is in memory."""
+    size = 0
+    for piece in pieces:
+        faults.point("shard.piece")
+        file.write(piece)
+        digest(piece)
+        size += len(piece)
+    return size
+
+
+def _pieces(header: bytes, tensors: list[OutputTensor]) -> Iterator[bytes | memoryview]:
     yield struct.pack("<Q", len(header)) + header
-    for t in tensors:
-        yield from t.chunks()
+    tensors.reverse()
+    while tensors:
+        yield from tensors.pop().chunks()

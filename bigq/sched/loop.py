@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from bigq.job.finish import reopen_folder
+from bigq.machine.memory import return_freed_memory
 from bigq.sched.shards import ShardWriter
 from bigq.sched.solving import Solving
 from bigq.sched.units.base import Bench, PlainUnit, StreamedUnit, Unit
@@ -42,6 +43,7 @@ def run_units(
     if left:
         with control.clock.phase("probe"):
             made = bench()
+            return_freed_memory()
         with solving(made) as how:
             for unit, last in how.visits(streamed, left):
                 unit.visit(made, how, last=last)

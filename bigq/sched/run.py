@@ -24,7 +24,7 @@ from bigq.job.journal import Commit
 from bigq.job.manifest import GGUF_NAME, add_gguf, has_gguf
 from bigq.job.stop import Stop
 from bigq.machine.device import memory_errors
-from bigq.machine.memory import hold_heap, without_collection
+from bigq.machine.memory import hold_heap, return_freed_memory, without_collection
 from bigq.machine.ranks import OneProcess
 from bigq.methods.base import CalibratedMethod
 from bigq.model import skeleton
@@ -80,6 +80,7 @@ def quantize(
             plan = plan_job(job.pager, job.rows, job.config, target.out, job.made)
         job = job.with_choice(plan.choice)
         units, request = units_of(job), request_of(job)
+        return_freed_memory()
         stages.ended("planning")
         with Progress(len(job.pager.blocks), target.device, job.config.quiet, display=display) as progress:
             _announce(plan, target.out, progress, stop)

@@ -29,11 +29,12 @@ from bigq.sched.write_behind import WriteBehind
 class Product:
     """The content of a unit's shard, and its record for the journal.
 
+    tensors: emptied when they are written.
     left_out: module names of Linears that stay unquantized although no rule skips them; skipped: those among them that could not be
     quantized, with the reason. batch: calibration rows per forward; None for units that need no rows.
     """
 
-    tensors: Sequence[OutputTensor]
+    tensors: list[OutputTensor]
     records: Sequence[LinearRecord] = ()
     left_out: Sequence[str] = ()
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -89,7 +90,7 @@ class ShardWriter:
         with self.control.clock.trace.span("commit", shard.name):
             self.owner.check()
             path = self.journal.out / self.journal.shard_name(shard.number)
-            written = write_shard(path, list(product.tensors))
+            written = write_shard(path, product.tensors)
             source = self.checkpoint.sample(list(shard.sources))
             self.stamps.require_unchanged()
             self.owner.check()

@@ -1,8 +1,10 @@
 """The promise that the whole program rests on: memory follows the size of a block, not of the model.
 
-Llama-shaped bf16 models of 4 and of 24 blocks of the same width are quantized, each in a child process that reports its
+Llama-shaped bf16 models of 24 and of 44 blocks of the same width are quantized, each in a child process that reports its
 peak resident set (VmHWM: ``ru_maxrss`` would begin with the parent's). Where random addresses and hashes put the heap moves
 the peak by as much as a block, so both are fixed where the system lets a program do that, and the median of three counts.
+A run's peak is the largest of its blocks' peaks, which differ by 2 MiB with the holes in the heap: of 4 blocks the largest
+is 2 MiB lower than of 24, of 44 it is not higher. So that this does not count as growth, the smaller model has many, too.
 The children compute with one thread: how many there are changes time, not this comparison.
 """
 
@@ -22,7 +24,7 @@ from models import random_ids, save_ids
 from safetensors.torch import save_file
 
 HIDDEN, INNER, HEADS, VOCABULARY = 512, 1408, 8, 512
-FEW, MANY = 4, 24
+FEW, MANY, MORE = 4, 24, 44
 #: Weights of one block in bf16.
 BLOCK_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
 
@@ -149,10 +151,10 @@ def peak(child: Child, tmp_path_factory: pytest.TempPathFactory) -> Callable[[in
 
 @pytest.mark.long
 def test_peak_follows_the_block_and_not_the_model(peak: Callable[[int, int], int], child: Child) -> None:
-    """20 blocks more cost less than one block's bytes, and all of them together less than 60 % of the model's size over
+    """20 blocks more cost less than one block's bytes, and 24 blocks together less than 60 % of the model's size over
     a process that has only imported everything."""
-    few, many = (int(statistics.median(peak(blocks, seed) for seed in (1, 2, 3))) for blocks in (FEW, MANY))
-    assert abs(many - few) < BLOCK_BYTES, f"{few / 2**20:.1f} MiB for {FEW} blocks, {many / 2**20:.1f} MiB for {MANY}"
+    many, more = (int(statistics.median(peak(blocks, seed) for seed in (1, 2, 3))) for blocks in (MANY, MORE))
+    assert abs(more - many) < BLOCK_BYTES, f"{many / 2**20:.1f} MiB for {MANY} blocks, {more / 2**20:.1f} MiB for {MORE}"
     idle = child("-c", IDLE)
     assert idle.returncode == 0, idle.stderr
     assert many - int(idle.stdout) < MANY * BLOCK_BYTES * 0.6
