@@ -13,12 +13,13 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from bigq.errors import CheckpointError
 from bigq.io.json_file import MAX_JSON_BYTES, open_regular, parse_object, show_name, show_value
@@ -60,9 +61,20 @@ DTYPES: Mapping[str, torch.dtype] = {
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
+class Decoder(Protocol):
+    """Makes a weight of the tensors that it is stored as. Decoders that do the same are equal and have the same hash."""
+
+    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight in ``dtype``, on the device of its parts."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """A tensor of a checkpoint, stored row-major in bytes ``[start, stop)`` of ``file``."""
+    """A tensor of a checkpoint, stored row-major in bytes ``[start, stop)`` of ``file``.
+
+    coding: for a weight that is stored as numbers and scales, how it is made of them; then ``parts`` are the stored tensors, dtype and
+    shape those of the weight, and the bytes those of the first part.
+    """
 
     name: str
     dtype: torch.dtype
@@ -70,10 +82,23 @@ class TensorInfo:
     file: Path
     start: int
     stop: int
+    coding: Decoder | None = None
+    parts: tuple[TensorInfo, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        return self.stop - self.start
+        """Bytes of the tensor in memory."""
+        return self.stop - self.start if self.coding is None else math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """The stored tensors that it consists of."""
+        return self.parts if self.coding is not None else (self,)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in files."""
+        return sum(part.stop - part.start for part in self.stored)
 
 
 class Checkpoint:
@@ -132,8 +157,7 @@ class Checkpoint:
         Raises CheckpointError.
         """
         digest = hashlib.sha256()
-        for name in names:
-            info = self[name]
+        for info in (part for name in names for part in self[name].stored):
             try:
                 with open(info.file, "rb") as file:
                     for position in (info.start, (info.start + info.stop) // 2, info.stop - SAMPLE_BYTES):
@@ -142,6 +166,16 @@ class Checkpoint:
             except OSError as error:
                 raise CheckpointError(f"{info.file}: cannot be read: {error.strerror}; check that the file still exists") from error
         return digest.hexdigest()
+
+    @property
+    def files(self) -> set[Path]:
+        """The files that hold its tensors."""
+        return {part.file for info in self.tensors.values() for part in info.stored}
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of its tensors in files."""
+        return sum(info.stored_bytes for info in self.tensors.values())
 
     def __getitem__(self, name: str) -> TensorInfo:
         try:
@@ -266,7 +300,7 @@ def _require_one_model(folder: Path, weight_map: Mapping[str, str]) -> None:
 
 def unread_warnings(folder: Path, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     """A warning of files that are named like shards, but hold none of the tensors: no index names them, and no program reads them."""
-    read = {info.file.name for info in tensors.values()}
+    read = {part.file.name for info in tensors.values() for part in info.stored}
     unread = sorted(path.name for path in folder.glob("*.safetensors") if _SHARD.fullmatch(path.name) and path.name not in read)
     if not unread:
         return ()

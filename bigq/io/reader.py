@@ -7,8 +7,9 @@ shard alive. A failed ``preadv`` is an ordinary error that can be reported.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ def read_tensor(info: TensorInfo, *, keep_cached: bool = True) -> Tensor:
 
     keep_cached: whether its pages may stay in the page cache.
     """
+    if info.coding is not None:
+        return decoded(info, [read_tensor(part, keep_cached=keep_cached) for part in info.parts])
     tensor = torch.empty(info.shape, dtype=info.dtype)
     with tensor_file(info) as fd:
         fill(fd, info, tensor, info.start)
@@ -34,6 +37,15 @@ def read_tensor(info: TensorInfo, *, keep_cached: bool = True) -> Tensor:
             drop_cached(fd, info.start, info.stop)
     require_finite(tensor, info)
     return tensor
+
+
+def decoded(info: TensorInfo, parts: Sequence[Tensor]) -> Tensor:
+    """A weight that is stored as numbers and scales, made of these. Raises NumericsError, naming it, if it contains NaN or Inf."""
+    assert info.coding is not None
+    weight = info.coding.decode(parts, info.dtype)
+    if not is_finite(weight):
+        raise nonfinite_error(info)
+    return weight
 
 
 def read_range(info: TensorInfo, memory: Tensor, position: int) -> None:
@@ -47,6 +59,8 @@ def read_rows(info: TensorInfo, rows: Tensor) -> Tensor:
     limit = info.shape[0]
     if rows.numel() and not 0 <= int(rows[0]) <= int(rows[-1]) < limit:
         raise CheckpointError(f"{info.file}: tensor {info.name} has {limit} rows, but row {int(rows[-1])} is needed; fetch the model again")
+    if info.coding is not None:
+        return read_tensor(info)[rows]
     out = torch.empty(len(rows), *info.shape[1:], dtype=info.dtype)
     row_bytes = info.nbytes // max(limit, 1)
     breaks = (rows.diff() != 1).nonzero().flatten().add(1).tolist()
@@ -59,7 +73,14 @@ def read_rows(info: TensorInfo, rows: Tensor) -> Tensor:
 
 
 def iter_chunks(info: TensorInfo) -> Iterator[memoryview]:
-    """The bytes of a tensor in pieces of ``CHUNK_BYTES``, each checked for NaN and Inf. A piece is valid until the next."""
+    """The bytes of a tensor in pieces, each checked for NaN and Inf. A piece is valid until the next.
+
+    Pieces are of ``CHUNK_BYTES``; of a weight that is decoded, a matrix each.
+    """
+    if info.coding is not None:
+        for matrix in slices(info) if len(info.shape) > 2 else (info,):
+            yield as_bytes(read_tensor(matrix))
+        return
     buffer = torch.empty(min(CHUNK_BYTES, info.nbytes), dtype=torch.uint8)
     with tensor_file(info) as fd:
         for position in range(info.start, info.stop, CHUNK_BYTES):
@@ -78,6 +99,23 @@ def require_finite(tensor: Tensor, info: TensorInfo) -> None:
 def nonfinite_error(info: TensorInfo) -> NumericsError:
     """The error for a tensor of the checkpoint that contains NaN or Inf."""
     return NumericsError(f"{info.file}: tensor {info.name} contains NaN or Inf; the checkpoint is damaged, fetch it again")
+
+
+def slices(info: TensorInfo) -> tuple[TensorInfo, ...]:
+    """The parts of a stored tensor along its first dimension, each as if it were a tensor of its own. Their names are numbered."""
+    step = (info.stop - info.start) // info.shape[0]
+    inner = [slices(part) for part in info.parts]
+    return tuple(
+        dataclasses.replace(
+            info,
+            name=f"{info.name}[{i}]",
+            shape=info.shape[1:],
+            start=info.start + i * step,
+            stop=info.start + (i + 1) * step,
+            parts=tuple(part[i] for part in inner),
+        )
+        for i in range(info.shape[0])
+    )
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

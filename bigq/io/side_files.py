@@ -32,7 +32,7 @@ _LEFTOVERS = re.compile(
 #: Folders that a training run or a program leaves behind.
 _LEFTOVER_FOLDERS = re.compile(r"(checkpoint[-_]\d+|global_step\d+|runs|logs|wandb|mlruns|tensorboard|lightning_logs|__pycache__)$")
 #: Described anew in the output, or about other weights.
-_OWN = ("config.json", "quantize_config.json")
+_OWN = ("config.json", "quantize_config.json", "hf_quant_config.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,9 +19,9 @@ from bigq.errors import CheckpointError
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import PackedSchemes, PackedWeight
 from bigq.io.formats.base import module_of
-from bigq.io.index import Checkpoint, TensorInfo, unread_warnings
+from bigq.io.index import TensorInfo, unread_warnings
 from bigq.io.prefetch.prefetch import Prefetch, open_prefetch
-from bigq.io.reader import read_rows, read_tensor
+from bigq.io.reader import decoded, read_rows, read_tensor
 from bigq.io.side_files import side_files
 from bigq.io.sources.base import Source
 from bigq.io.sources.packed import PackedSource
@@ -35,7 +35,7 @@ from bigq.model.experts.stored import Part, expert_parts, merged_parts
 from bigq.model.extras import Extras, find_extras
 from bigq.model.names import require_parameters
 from bigq.model.plain import PlainModules, plain_modules
-from bigq.model.quantization import packed_schemes, refuse_quantized_tensors
+from bigq.model.quantization import coded_warnings, open_source, packed_schemes, refuse_quantized_tensors
 from bigq.model.tied import tie_warnings
 from bigq.progress.trace import Trace
 
@@ -53,7 +53,7 @@ class Pager(ModelDescription):
         _require_finished(folder)
         self.device = device
         config = skeleton.load_config(folder, trust_remote_code=trust_remote_code)
-        self.checkpoint = Checkpoint.open(folder)
+        self.checkpoint = open_source(folder)
         self.schemes: PackedSchemes | None = None
         self.dtype = skeleton.compute_dtype(config, dtype, (t.dtype for t in self.checkpoint.tensors.values()))
         most = MOST_PARAMETERS * len(self.checkpoint.tensors) + 1000
@@ -118,8 +118,8 @@ class Pager(ModelDescription):
     @property
     def warnings(self) -> tuple[str, ...]:
         """Sentences about what the folder holds besides the model, for those who quantize it."""
-        unread = unread_warnings(self.folder, self.checkpoint.tensors)
-        return (*self.extras.warnings(), *tie_warnings(self.model, self.sources), *unread, *side_files(self.folder).warnings())
+        own = (*coded_warnings(self.folder, self.checkpoint.tensors), *self.extras.warnings(), *tie_warnings(self.model, self.sources))
+        return (*own, *unread_warnings(self.folder, self.checkpoint.tensors), *side_files(self.folder).warnings())
 
     def plain_modules(self, dropped: Iterable[str] = ()) -> PlainModules:
         """The modules that a quantization config must not count as packed. dropped: tensors that the output does not hold."""
@@ -230,14 +230,14 @@ class Pager(ModelDescription):
         ]
 
     def block_tensors(self, i: int) -> list[TensorInfo]:
-        """The checkpoint's tensors that block i is loaded from."""
+        """The stored tensors that block i is loaded from."""
         infos: list[TensorInfo] = []
         for name in self.block_names(i):
             if name in self._weights:
                 infos += self._weights[name].tensors
             elif name in self.sources:
                 infos.append(self.sources[name])
-        return infos
+        return [part for info in infos for part in info.stored]
 
     @contextlib.contextmanager
     def prefetch(self, budget: int, trace: Trace) -> Iterator[None]:
@@ -289,7 +289,7 @@ class Pager(ModelDescription):
     def announce_experts(self, path: str, experts: Iterable[int]) -> None:
         """Prefetch some experts of a bank."""
         if self._ahead is not None:
-            self._ahead.announce(list(self.banks[path].tensors(experts)))
+            self._ahead.announce([part for info in self.banks[path].tensors(experts) for part in info.stored])
 
     def evict_block(self, i: int) -> None:
         """Put the parameters of block i back to meta."""
@@ -366,7 +366,11 @@ class Pager(ModelDescription):
         module._parameters[leaf] = nn.Parameter(self.value_of(name), requires_grad=False)
 
     def _read(self, info: TensorInfo) -> Tensor:
-        return read_tensor(info, keep_cached=False) if self._ahead is None else self._ahead.take(info)
+        if self._ahead is None:
+            return read_tensor(info, keep_cached=False)
+        if info.coding is None:
+            return self._ahead.take(info)
+        return decoded(info, [self._ahead.take(part) for part in info.parts])
 
     def _evict(self, name: str) -> None:
         if name in self._meta:

@@ -1,15 +1,24 @@
-"""Whether the weights of a checkpoint are packed, from its config.json: the one place that decides what a job accepts as its source."""
+"""How the weights of a checkpoint are quantized, from its config.json: the one place that decides what a job accepts as its source.
+
+Weights in fp8, int8 or fp4 are decoded as they are read, so that a job may start from them (``decoded_source``). Packed integers are what a
+job writes (``packed_schemes``); they can be used, but not quantized again.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.formats import PackedSchemes, quantization_method, read_schemes
+from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.json_file import read_json_object, show_name, show_value
+from bigq.io.sources.coded import decoded_tensors
 
 #: Where modelopt describes a quantized model if config.json does not.
 MODELOPT_CONFIG = "hf_quant_config.json"
@@ -23,14 +32,115 @@ _MARKS: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 
 
+#: Values of ``quant_method`` for weights of 8 or 4 bits that are decoded as they are read.
+_CODED = ("fp8", "fbgemm_fp8", "mxfp4")
+#: Values of modelopt's ``quant_algo``, and of compressed-tensors' ``format``, for such weights.
+_CODED_ALGORITHMS = ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4")
+_CODED_FORMATS = ("float-quantized", "naive-quantized", "int-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
+#: Dtypes of original models; all others are taken for bf16.
+_DTYPES: Mapping[str, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """Weights that are decoded as they are read. method: who defines how they are stored. block: rows and columns that share a scale.
+
+    dtype: what they are decoded to, which is the dtype of the original model.
+    """
+
+    method: str
+    block: tuple[int, int] | None
+    dtype: torch.dtype
+
+
+def coded_weights(folder: Path) -> Coded | None:
+    """How the weights of a model folder are to be decoded; None where they are not stored so. Raises CheckpointError."""
+    path = folder / "config.json"
+    config = read_json_object(path)
+    said = config.get("quantization_config")
+    if said is None and (folder / MODELOPT_CONFIG).exists():
+        found = read_json_object(folder / MODELOPT_CONFIG).get("quantization")
+        said = {**found, "quant_method": "modelopt"} if isinstance(found, dict) else None
+    if not isinstance(said, dict):
+        return None
+    method, algorithm, format = said.get("quant_method"), said.get("quant_algo"), said.get("format")
+    if not (
+        method in _CODED
+        or (method == "modelopt" and algorithm in _CODED_ALGORITHMS)
+        or (method == "compressed-tensors" and format in _CODED_FORMATS)
+    ):
+        return None
+    return Coded(f"{algorithm or format or method}", _block(path, said), _original_dtype(config))
+
+
+def decoded_source(folder: Path, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+    """The tensors of a model folder, in which weights that are decoded as they are read look like plain ones.
+
+    Raises CheckpointError, UnsupportedModelError.
+    """
+    coded = coded_weights(folder)
+    if coded is None or not tensors:
+        return tensors
+    decoded = decoded_tensors(tensors, coded.block, coded.dtype)
+    if not any(info.coding is not None for info in decoded.values()):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: says that weights are quantized ({show_name(coded.method)}), but none is stored so; fetch the "
+            "checkpoint again, or remove quantization_config if the weights are the original ones"
+        )
+    return decoded
+
+
+def open_source(folder: Path) -> Checkpoint:
+    """The checkpoint of a model folder, with its weights decoded: see ``decoded_source``."""
+    stored = Checkpoint.open(folder)
+    return Checkpoint(folder, decoded_source(folder, stored.tensors), stored.fingerprint)
+
+
+def coded_warnings(folder: Path, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """A sentence that says which weights are decoded. tensors: see ``decoded_source``."""
+    coded = coded_weights(folder)
+    count = sum(info.coding is not None for info in tensors.values())
+    if coded is None or not count:
+        return ()
+    return (
+        f"{count} weights are stored quantized ({show_name(coded.method)}) and are decoded to {str(coded.dtype).removeprefix('torch.')} as "
+        "they are read; the loss of this quantization adds to theirs",
+    )
+
+
+def _block(path: Path, said: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The rows and columns that share a scale, if a quantization config says so."""
+    block = said.get("weight_block_size")
+    groups = said.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        block = block or (weights.get("block_structure") if isinstance(weights, dict) else None)
+    if block is None:
+        return None
+    if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+        raise CheckpointError(f"{path}: quantization_config: weight_block_size is {show_value(block)}, not two sizes; fetch it again")
+    return block[0], block[1]
+
+
+def _original_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that a config names for its model; bf16 if it names none."""
+    text = config.get("text_config")
+    places = (config, text if isinstance(text, dict) else {})
+    named = next((str(value) for place in places for key in ("dtype", "torch_dtype") if (value := place.get(key)) is not None), None)
+    return _DTYPES.get((named or "").removeprefix("torch."), torch.bfloat16)
+
+
 def packed_schemes(folder: Path) -> PackedSchemes | None:
-    """The schemes of the packed Linears of a model folder; None where it has none, so that its weights can be quantized.
+    """The schemes of the packed Linears of a model folder; None where it has none, so that its weights can be quantized: they are plain,
+    or decoded as they are read.
 
     Raises CheckpointError for an invalid config, UnsupportedModelError for a quantization method that bigq does not read.
     """
     path = folder / "config.json"
     config = read_json_object(path)
     said = config.get("quantization_config")
+    if coded_weights(folder) is not None:
+        return None
     if said is None:
         _require_no_other(folder, config)
         return None

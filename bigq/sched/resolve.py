@@ -117,7 +117,7 @@ def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
     """
     config = target.config
     pager = Pager(target.folder, device=target.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-    stamps = Stamps({target.folder / "config.json", *(info.file for info in pager.checkpoint.tensors.values())})
+    stamps = Stamps({target.folder / "config.json", *pager.checkpoint.files})
     require_unpacked(target.folder)
     config = settled(pager, dataclasses.replace(config, seqlen=row_length(pager.config, config)))
     check_shapes(pager, config)

@@ -62,7 +62,7 @@ def run_entry(
         "command": list(command),
         "text": [made.to_json() for made in plan.texts],
         "planned": {"host": plan.cost.host, "device": plan.cost.device, "disk": plan.disk},
-        "source_bytes": sum(info.nbytes for info in tensors),
+        "source_bytes": pager.checkpoint.stored_bytes,
         "parameters": sum(math.prod(info.shape) for info in tensors),
         "blocks": _blocks(pager),
         "resumed_blocks": sum(commit.unit.startswith("block-") for commit in journal.commits),

@@ -17,6 +17,24 @@ class Left:
 NO_MESSAGE = "no message: help, a title, a note of a state, or a part of another text"
 NOT_FOLLOWED: tuple[Left, ...] = (
     Left(
+        "a damaged checkpoint or config; the one that is fetched again is that of the test before it is damaged",
+        ("e2e/test_coded_sources.py::test_a_damaged_checkpoint_is_refused_and_the_original_is_not",),
+        (
+            "{}: tensor {} has shape {} instead of {}; fetch the model again",
+            "{}: tensor {} lacks its scales, {}; fetch it again",
+            "{}: tensor {} has shape {}, not one number; fetch it again",
+            "{}: quantization_config: weight_block_size is {}, not two sizes; fetch it again",
+        ),
+    ),
+    Left(
+        "about config.json, with two ways out",
+        ("e2e/test_other_models.py::test_a_method_that_no_weight_is_stored_by",),
+        (
+            "{}: says that weights are quantized ({}), but none is stored so; fetch the checkpoint again, or remove quantization_config if "
+            "the weights are the original ones",
+        ),
+    ),
+    Left(
         "a note about a reader in a plan, and no error",
         ("io/formats/test_readers.py::test_asymmetric_experts_become_symmetric_ones",),
         ("asymmetric experts of {} bits in {}; use --sym", "asymmetric {} of {} models; use --sym"),

@@ -295,7 +295,7 @@ def test_already_quantized_by_bigq(case: Case, tmp_path: Path) -> None:
     case.fails(code=3, says=(str(case.model), "already quantized"))
 
 
-@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "fp8"])
+@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "hqq"])
 def test_already_quantized_by_another_method(case: Case, method: str) -> None:
     case.change_config(quantization_config={"quant_method": method, "bits": 4})
     case.fails(code=3, says=(str(case.model), "already quantized", method))

@@ -232,8 +232,7 @@ def test_the_lines_of_the_docs_rename_a_checkpoint(shard: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("quantization", "method"),
     [
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
-        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "quanto", "weights": "int8"}, "quanto"),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bitsandbytes"),
         ({"quant_algo": "NVFP4", "producer": {"name": "modelopt"}}, "NVFP4"),
         ({"w_bit": 4, "q_group_size": 128}, "awq, 4 bits"),
@@ -249,12 +248,35 @@ def test_the_method_is_named(quantization: dict[str, Any], method: str, tmp_path
     assert "already quantized" in said and method in said and "give the original model" in said and "None" not in said
 
 
+@pytest.mark.parametrize(
+    ("quantization", "method"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "NVFP4"),
+    ],
+)
+def test_a_method_that_no_weight_is_stored_by(
+    quantization: dict[str, Any], method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such weights would be decoded, but these are the original ones; without the entry they are quantized."""
+    model = single(tmp_path / "m")
+    path = model / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"quantization_config": quantization}))
+    said = refused(model, tmp_path / "out", capsys)
+    assert f"weights are quantized ({method}), but none is stored so" in said and "remove quantization_config" in said
+    path.write_text(json.dumps(config))
+    bigq.quantize(model, tmp_path / "out", job())
+
+
 def test_descriptions_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = single(tmp_path / "m")
     modelopt = model / "hf_quant_config.json"
-    modelopt.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}}))
+    described = {"quant_algo": "W4A8_AWQ", "kv_cache_quant_algo": None}
+    modelopt.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": described}))
     said = refused(model, tmp_path / "out", capsys)
-    assert "already quantized (modelopt 'FP8', by its hf_quant_config.json)" in said
+    assert "already quantized (modelopt 'W4A8_AWQ', by its hf_quant_config.json)" in said
     modelopt.write_text(json.dumps({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}))
     plan(str(model), tmp_path / "out", job())
     config = json.loads((model / "config.json").read_text())

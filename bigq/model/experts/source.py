@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.index import TensorInfo
+from bigq.io.reader import slices
 from bigq.io.sources.base import Read, Source
 from bigq.io.sources.plain import PlainSource
 from bigq.model.experts.bank import bank_modules
@@ -84,17 +84,6 @@ def expert_sources(
     for parameter, experts in found.items():
         _check(parameter, tuple(parameters[parameter].shape), experts)
     return found
-
-
-def slices(info: TensorInfo) -> tuple[TensorInfo, ...]:
-    """The parts of a stored tensor along its first dimension, each as if it were a tensor of its own. Their names are numbered."""
-    step = info.nbytes // info.shape[0]
-    return tuple(
-        dataclasses.replace(
-            info, name=f"{info.name}[{i}]", shape=info.shape[1:], start=info.start + i * step, stop=info.start + (i + 1) * step
-        )
-        for i in range(info.shape[0])
-    )
 
 
 def _check(parameter: str, shape: tuple[int, ...], experts: Sequence[ExpertSource]) -> None:

@@ -127,7 +127,8 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
         output += packed_bytes(shape.head, scheme) - shape.head.stored
         again += gguf_bytes(shape.head, scheme) - shape.head.stored if work.gguf else 0
     saved = 2 * hidden if choice.checkpoints else 0
-    return Cost(phases=tuple(phases.values()), output=output + again, scratch=activations.disk + saved, read=shape.stored + embedding)
+    read = shape.stored - shape.coded + embedding
+    return Cost(phases=tuple(phases.values()), output=output + again, scratch=activations.disk + saved, read=read)
 
 
 def _head_phases(

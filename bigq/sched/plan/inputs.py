@@ -36,7 +36,7 @@ from bigq.model.experts.stored import merged_parts
 from bigq.model.extras import Extras, find_extras
 from bigq.model.names import require_parameters
 from bigq.model.pager import Pager
-from bigq.model.quantization import refuse_quantized_tensors, require_unpacked
+from bigq.model.quantization import coded_warnings, decoded_source, refuse_quantized_tensors, require_unpacked
 from bigq.model.tied import tie_warnings
 from bigq.progress.records import host_memory
 from bigq.sched.plan.planner import Budgets, Download, Machine, Plan, make_plan
@@ -151,6 +151,7 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path, te
         dtype=pager.dtype,
         sources=pager.sources,
         stored=_kept_bytes(pager.checkpoint.tensors, pager.extras),
+        coded=_coded_bytes(pager.checkpoint.tensors),
         banks=pager.banks,
         fused=pager.device.type == "cuda",
     )
@@ -205,7 +206,7 @@ def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: Job
     local = tensors is None
     if local and any(folder.glob("*.safetensors")):
         tensors = Checkpoint.open(folder).tensors
-    tensors = tensors or {}
+    tensors = decoded_source(folder, tensors or {})
     model_config = skeleton.load_config(folder, trust_remote_code=config.trust_remote_code)
     dtype = skeleton.compute_dtype(model_config, config.dtype, (t.dtype for t in tensors.values()))
     model = skeleton.build(model_config, dtype, trust_remote_code=config.trust_remote_code, initialised=False)
@@ -227,9 +228,15 @@ def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: Job
     extras = find_extras(model, model_config, path, tensors, placed | merged)
     stored = _kept_bytes(tensors, extras) or None
     beside = (*unread_warnings(folder, tensors), *side_files(folder).warnings()) if local else ()
-    warnings = (*extras.warnings(), *tie_warnings(model, sources), *beside)
-    outline = Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored, banks=banks)
+    warnings = (*coded_warnings(folder, tensors), *extras.warnings(), *tie_warnings(model, sources), *beside)
+    coded = _coded_bytes(tensors)
+    outline = Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored, coded=coded, banks=banks)
     return outline, model_config, warnings
+
+
+def _coded_bytes(tensors: Mapping[str, TensorInfo]) -> int:
+    """By how many bytes the files of weights that are decoded as they are read are smaller than these."""
+    return sum(info.nbytes - info.stored_bytes for info in tensors.values())
 
 
 def _kept_bytes(tensors: Mapping[str, TensorInfo], extras: Extras) -> int:

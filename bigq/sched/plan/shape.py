@@ -127,7 +127,8 @@ class ModelShape:
     path: of the list of blocks. blocks: one by one (blocks of a kind share one object). seqlen: tokens per row of the survey.
     width: of the hidden states; itemsize: bytes of an element in the compute dtype. vocabulary: rows of the embedding;
     embedding_row: bytes of one in the checkpoint. rest_stored: bytes of all tensors outside the blocks; rest_loaded: of those that
-    an embedding pass needs besides the embedding. head: the output head, by its module name, if it is a Linear with its own weight.
+    an embedding pass needs besides the embedding. coded: how many bytes of all tensors are not in files, because weights are decoded.
+    head: the output head, by its module name, if it is a Linear with its own weight.
     family: the model type of its config. transposed: whether Linears are stored transposed (GPT-2).
     """
 
@@ -140,6 +141,7 @@ class ModelShape:
     embedding_row: int
     rest_stored: int
     rest_loaded: int
+    coded: int = 0
     head: LinearShape | None = None
     family: str | None = None
     transposed: bool = False

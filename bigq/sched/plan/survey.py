@@ -42,7 +42,8 @@ class Outline:
 
     model: the skeleton, which the survey takes over; blocks_path: of its decoder blocks. dtype: of the forward passes.
     sources: parameter name → the checkpoint's tensor; parameters without one count in ``dtype``. stored: bytes of all the
-    checkpoint's tensors, if it is known. banks: of experts, as they are stored.
+    checkpoint's tensors, if it is known. coded: how many of these bytes are not in files, because weights are decoded as they are read.
+    banks: of experts, as they are stored.
     fused: whether attention needs no memory for scores if queries and values differ in width too. Torch's on a CPU does.
     """
 
@@ -51,6 +52,7 @@ class Outline:
     dtype: torch.dtype
     sources: Mapping[str, TensorInfo]
     stored: int | None = None
+    coded: int = 0
     banks: Mapping[str, StoredBank] = field(default_factory=dict)
     fused: bool = True
 
@@ -94,6 +96,7 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
         embedding_row=embedding.embedding_dim * (info.dtype if info is not None else outline.dtype).itemsize,
         rest_stored=stored - sum(shape.stored + shape.expert_bytes for shape in shapes),
         rest_loaded=rest,
+        coded=outline.coded,
         head=_head(outline, model, head, embedding),
         family=getattr(model.config, "model_type", None),
         transposed=any(is_transposed(module) for block in blocks for module in block_linears(block).values()),

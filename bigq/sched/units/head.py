@@ -50,7 +50,7 @@ class HeadUnit(StreamedUnit):
         control.begin("head", "the output head")
         control.progress.phase("output head")
         control.clock.subject = head.name
-        control.progress.read(head.source.nbytes)
+        control.progress.read(head.source.stored_bytes)
         job = HeadJob(
             name=head.name,
             module=head.module,
