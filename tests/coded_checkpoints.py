@@ -109,6 +109,67 @@ def _mxfp4_experts(name: str, weight: Tensor, generator: torch.Generator) -> Sto
     return {f"{name}_blocks": halves.view(experts, m, n // 32, 16), f"{name}_scales": exponents}, value
 
 
+def _words(numbers: Tensor) -> Tensor:
+    """4-bit numbers [k, n] as int32 words [k, n/8], the first number in the lowest bits."""
+    words = torch.zeros(numbers.shape[0], numbers.shape[1] // 8, dtype=torch.int64)
+    for place in range(8):
+        words |= numbers[:, place::8].long() << (4 * place)
+    return (words - ((words >> 31) << 32)).to(torch.int32)
+
+
+def _random_integers(m: int, n: int, group: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [m, n], fp16 scales and zero points [m, n/group]."""
+    codes = torch.randint(16, (m, n), generator=generator)
+    scales = (0.01 + torch.rand(m, n // group, generator=generator) / 20).half()
+    return codes, scales, torch.randint(1, 16, (m, n // group), generator=generator)
+
+
+def _gptq(name: str, weight: Tensor, generator: torch.Generator, *, ordered: bool) -> Stored:
+    m, n = weight.shape
+    codes, scales, zeros = _random_integers(m, n, 16, generator)
+    groups = torch.arange(n) // 16
+    groups = groups if ordered else groups[torch.randperm(n, generator=generator)]
+    value = _value(codes - zeros[:, groups], scales[:, groups])
+    tensors = {"qweight": _words(codes).T, "qzeros": _words(zeros.T - 1), "scales": scales.T, "g_idx": groups.int()}
+    return {f"{name}.{part}": tensor for part, tensor in tensors.items()}, value
+
+
+def _awq(name: str, weight: Tensor, generator: torch.Generator) -> Stored:
+    """8 outputs in a word: its lowest bits hold output 0, the next ones output 2."""
+    m, n = weight.shape
+    codes, scales, zeros = _random_integers(m, n, 16, generator)
+    order = torch.tensor([8 * (i // 8) + (0, 2, 4, 6, 1, 3, 5, 7)[i % 8] for i in range(m)])
+    value = _value(codes - zeros.repeat_interleave(16, 1), scales.repeat_interleave(16, 1))
+    tensors = {"qweight": _words(codes.T[:, order]), "qzeros": _words(zeros.T[:, order]), "scales": scales.T}
+    return {f"{name}.{part}": tensor for part, tensor in tensors.items()}, value
+
+
+def _packed_int4(name: str, weight: Tensor, generator: torch.Generator) -> Stored:
+    """Symmetric: a code of 8 stands for 0."""
+    m, n = weight.shape
+    codes, scales, _ = _random_integers(m, n, 32, generator)
+    scales = scales.to(torch.bfloat16)
+    value = _value(codes - 8, scales.repeat_interleave(32, 1))
+    tensors = {"weight_packed": _words(codes), "weight_scale": scales, "weight_shape": torch.tensor([m, n], dtype=torch.int32)}
+    return {f"{name}.{part}": tensor for part, tensor in tensors.items()}, value
+
+
+_INT4 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False},
+            "input_activations": None,
+            "output_activations": None,
+        }
+    },
+}
+
+
 def _compressed(format: str, strategy: str) -> dict[str, Any]:
     weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False}
     return {
@@ -134,6 +195,16 @@ STORAGES: Mapping[str, tuple[Store, dict[str, Any]]] = {
     "nvfp4": (lambda *given: _nvfp4(*given, modelopt=False), _compressed("nvfp4-pack-quantized", "tensor_group")),
     "nvfp4 of ModelOpt": (lambda *given: _nvfp4(*given, modelopt=True), {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
     "mxfp4": (_mxfp4_packed, _compressed("mxfp4-pack-quantized", "group")),
+    "gptq": (
+        lambda *given: _gptq(*given, ordered=True),
+        {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "desc_act": False},
+    ),
+    "gptq, groups in any order": (
+        lambda *given: _gptq(*given, ordered=False),
+        {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "desc_act": True},
+    ),
+    "awq": (_awq, {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}),
+    "int4 experts": (_packed_int4, _INT4),
     "mxfp4 experts": (_mxfp4_experts, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
 }
 
@@ -142,6 +213,8 @@ def _is_stored_so(name: str, tensor: Tensor, storage: str) -> bool:
     """Whether a weight of a tiny model is quantized: Linears of blocks but routers, or parameters of experts."""
     if storage == "mxfp4 experts":
         return tensor.ndim == 3
+    if storage == "int4 experts":
+        return ".experts." in name
     inside = ".layers." in name and (name.endswith("_proj.weight") or "kv_a_proj" in name)
     return tensor.ndim == 2 and inside
 

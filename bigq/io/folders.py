@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bigq.errors import UsageError
+from bigq.errors import CheckpointError, UsageError
 
 #: The folder inside OUT with the records of the job.
 STATE_FOLDER = ".bigq"
@@ -15,3 +15,11 @@ def refuse_nesting(source: Path, out: Path) -> None:
     a, b = source.resolve(), out.resolve()
     if a == b or a in b.parents or b in a.parents:
         raise UsageError(f"{out}: OUT and MODEL ({source}) must be separate folders, neither inside the other; choose another OUT")
+
+
+def require_finished(folder: Path) -> None:
+    """Raise CheckpointError if the folder holds an unfinished bigq job, which writes ``config.json`` last."""
+    if (folder / STATE_FOLDER).is_dir() and not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder / 'config.json'}: is missing because the bigq job in this folder is not finished; run its command again to resume it"
+        )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bigq.errors import CheckpointError
-from bigq.io.folders import STATE_FOLDER
+from bigq.io.folders import require_finished
 from bigq.io.formats import PackedSchemes, PackedWeight
 from bigq.io.formats.base import module_of
 from bigq.io.index import TensorInfo, unread_warnings
@@ -46,15 +46,18 @@ MOST_PARAMETERS = 4
 class Pager(ModelDescription):
     """A model on meta whose parts can be loaded and evicted.
 
-    dtype: of the forward passes. device: of the loaded parts. packed: weight name → prefix of its packed tensors.
+    dtype: of the forward passes. device: of the loaded parts. packed: weight name → prefix of its packed tensors. decode: whether packed
+    Linears become plain ones as they are read, and ``packed`` stays empty, so that they can be quantized again.
     """
 
-    def __init__(self, folder: Path, *, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False) -> None:
-        _require_finished(folder)
+    def __init__(
+        self, folder: Path, *, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False, decode: bool = False
+    ) -> None:
+        require_finished(folder)
         self.device = device
         config = skeleton.load_config(folder, trust_remote_code=trust_remote_code)
-        self.checkpoint = open_source(folder)
-        self.schemes: PackedSchemes | None = None
+        self.checkpoint = open_source(folder, integers=decode)
+        self.schemes: PackedSchemes | None = None if decode else packed_schemes(folder)
         self.dtype = skeleton.compute_dtype(config, dtype, (t.dtype for t in self.checkpoint.tensors.values()))
         most = MOST_PARAMETERS * len(self.checkpoint.tensors) + 1000
         super().__init__(folder, config, skeleton.build(config, self.dtype, trust_remote_code=trust_remote_code, max_parameters=most), {})
@@ -71,7 +74,7 @@ class Pager(ModelDescription):
 
     def _find_packed(self) -> dict[str, PackedSource]:
         """The packed Linears by the name of their weight. Another kind of stored weights needs a method like this one."""
-        self.schemes = schemes = packed_schemes(self.folder)
+        schemes = self.schemes
         if schemes is None:
             return {}
         weights = {f"{module_of(prefix)}.weight": prefix for prefix in schemes.format.prefixes(self.checkpoint)}
@@ -376,14 +379,6 @@ class Pager(ModelDescription):
         if name in self._meta:
             module, leaf = self._owner(name)
             module._parameters[leaf] = self._meta[name]
-
-
-def _require_finished(folder: Path) -> None:
-    """Raise CheckpointError if the folder holds an unfinished bigq job, which writes ``config.json`` last."""
-    if (folder / STATE_FOLDER).is_dir() and not (folder / "config.json").exists():
-        raise CheckpointError(
-            f"{folder / 'config.json'}: is missing because the bigq job in this folder is not finished; run its command again to resume it"
-        )
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """How the weights of a checkpoint are quantized, from its config.json: the one place that decides what a job accepts as its source.
 
-Weights in fp8, int8 or fp4 are decoded as they are read, so that a job may start from them (``decoded_source``). Packed integers are what a
-job writes (``packed_schemes``); they can be used, but not quantized again.
+Weights in fp8, int8 or fp4 are decoded as they are read (``decoded_source``). Packed integers are what a job writes: programs that use a
+model keep them packed (``packed_schemes``), a job that quantizes them again decodes them too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from bigq.io.formats import PackedSchemes, quantization_method, read_schemes
 from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.json_file import read_json_object, show_name, show_value
 from bigq.io.sources.coded import decoded_tensors
+from bigq.io.sources.integers import decoded_awq, decoded_integers
 
 #: Where modelopt describes a quantized model if config.json does not.
 MODELOPT_CONFIG = "hf_quant_config.json"
@@ -73,15 +74,28 @@ def coded_weights(folder: Path) -> Coded | None:
     return Coded(f"{algorithm or format or method}", _block(path, said), _original_dtype(config))
 
 
-def decoded_source(folder: Path, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+def decoded_source(folder: Path, tensors: Mapping[str, TensorInfo], *, integers: bool) -> Mapping[str, TensorInfo]:
     """The tensors of a model folder, in which weights that are decoded as they are read look like plain ones.
 
-    Raises CheckpointError, UnsupportedModelError.
+    integers: whether packed integers are decoded too. Raises CheckpointError, UnsupportedModelError.
     """
     coded = coded_weights(folder)
-    if coded is None or not tensors:
+    config = read_json_object(folder / "config.json")
+    said = config.get("quantization_config")
+    if coded is None and integers and isinstance(said, dict) and said.get("quant_method") == "awq":
+        _require_gemm(folder, said)
+        coded = Coded(quantization_method(said), None, _original_dtype(config))
+        decoded: Mapping[str, TensorInfo] = decoded_awq(tensors, coded.dtype)
+    elif coded is None:
+        schemes = packed_schemes(folder) if integers else None
+        if schemes is None:
+            return tensors
+        coded = Coded(quantization_method(said or {}), None, _original_dtype(config))
+        decoded = decoded_integers(tensors, schemes, coded.dtype)
+    else:
+        decoded = decoded_tensors(tensors, coded.block, coded.dtype)
+    if not tensors:
         return tensors
-    decoded = decoded_tensors(tensors, coded.block, coded.dtype)
     if not any(info.coding is not None for info in decoded.values()):
         raise CheckpointError(
             f"{folder / 'config.json'}: says that weights are quantized ({show_name(coded.method)}), but none is stored so; fetch the "
@@ -90,21 +104,33 @@ def decoded_source(folder: Path, tensors: Mapping[str, TensorInfo]) -> Mapping[s
     return decoded
 
 
-def open_source(folder: Path) -> Checkpoint:
+def _require_gemm(folder: Path, said: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError unless AWQ has packed 4-bit codes in the order of its gemm kernels."""
+    version, bits = said.get("version", "gemm"), said.get("bits", said.get("w_bit", 4))
+    if str(version).lower() != "gemm" or bits != 4:
+        raise UnsupportedModelError(
+            f"{folder}: is already quantized (awq, version {show_value(version)}, {show_value(bits)} bits); of awq, bigq reads version "
+            "gemm at 4 bits: give such a one, or the original model"
+        )
+
+
+def open_source(folder: Path, *, integers: bool = False) -> Checkpoint:
     """The checkpoint of a model folder, with its weights decoded: see ``decoded_source``."""
     stored = Checkpoint.open(folder)
-    return Checkpoint(folder, decoded_source(folder, stored.tensors), stored.fingerprint)
+    return Checkpoint(folder, decoded_source(folder, stored.tensors, integers=integers), stored.fingerprint)
 
 
 def coded_warnings(folder: Path, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     """A sentence that says which weights are decoded. tensors: see ``decoded_source``."""
-    coded = coded_weights(folder)
-    count = sum(info.coding is not None for info in tensors.values())
-    if coded is None or not count:
+    decoded = [info for info in tensors.values() if info.coding is not None]
+    if not decoded:
         return ()
+    coded = coded_weights(folder)
+    said = read_json_object(folder / "config.json").get("quantization_config")
+    method = coded.method if coded is not None else quantization_method(said or {})
     return (
-        f"{count} weights are stored quantized ({show_name(coded.method)}) and are decoded to {str(coded.dtype).removeprefix('torch.')} as "
-        "they are read; the loss of this quantization adds to theirs",
+        f"{len(decoded)} weights are quantized already ({method}) and are decoded to {str(decoded[0].dtype).removeprefix('torch.')} as "
+        "they are read; the loss of another quantization adds to theirs",
     )
 
 
@@ -147,13 +173,6 @@ def packed_schemes(folder: Path) -> PackedSchemes | None:
     if not isinstance(said, dict):
         raise CheckpointError(f"{path}: quantization_config is {show_value(said)}, not an object; fetch it again")
     return read_schemes(path, said)
-
-
-def require_unpacked(folder: Path) -> None:
-    """Raise UnsupportedModelError where the weights of a model folder are packed already; otherwise as ``packed_schemes``."""
-    if packed_schemes(folder) is not None:
-        method = quantization_method(read_json_object(folder / "config.json")["quantization_config"])
-        raise UnsupportedModelError(f"{folder}: is already quantized ({method}); give the original model, in fp32, fp16 or bf16")
 
 
 def refuse_quantized_tensors(folder: Path, names: Iterable[str]) -> None:

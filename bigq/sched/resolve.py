@@ -29,7 +29,6 @@ from bigq.machine.device import choose_device
 from bigq.methods import method_of
 from bigq.methods.base import Method
 from bigq.model.pager import Pager
-from bigq.model.quantization import require_unpacked
 from bigq.progress.records import Stages
 from bigq.sched.plan.inputs import plan_before_fetch
 from bigq.sched.plan.work import Choice
@@ -116,9 +115,8 @@ def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
     stages: the stages "start-up" and "calibration" end here. Raises Stopped, UsageError, DataError.
     """
     config = target.config
-    pager = Pager(target.folder, device=target.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    pager = Pager(target.folder, device=target.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code, decode=True)
     stamps = Stamps({target.folder / "config.json", *pager.checkpoint.files})
-    require_unpacked(target.folder)
     config = settled(pager, dataclasses.replace(config, seqlen=row_length(pager.config, config)))
     check_shapes(pager, config)
     head = head_to_quantize(pager, config)

@@ -24,6 +24,17 @@ NOT_FOLLOWED: tuple[Left, ...] = (
             "{}: tensor {} lacks its scales, {}; fetch it again",
             "{}: tensor {} has shape {}, not one number; fetch it again",
             "{}: quantization_config: weight_block_size is {}, not two sizes; fetch it again",
+            "tensor {} lacks its scales or zero points; fetch it again",
+            "tensor {}: its shape does not match those of qzeros and scales; the checkpoint is damaged, or its version of AWQ is not gemm: "
+            "fetch it again, or one of version gemm",
+        ),
+    ),
+    Left(
+        "another version of AWQ",
+        ("e2e/test_coded_sources.py::test_another_version_of_awq_is_refused",),
+        (
+            "{}: is already quantized (awq, version {}, {} bits); of awq, bigq reads version gemm at 4 bits: give such a one, or the "
+            "original model",
         ),
     ),
     Left(

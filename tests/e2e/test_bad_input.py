@@ -290,12 +290,16 @@ def test_not_a_causal_language_model(case: Case) -> None:
 
 
 def test_already_quantized_by_bigq(case: Case, tmp_path: Path) -> None:
+    """Quantized again, to another width, with a word."""
     case.succeeds()
     case.model, case.out = case.out, tmp_path / "twice"
-    case.fails(code=3, says=(str(case.model), "already quantized"))
+    assert main(case.arguments("--bits", "3")) == 0
+    assert "weights are quantized already (gptq, 4 bits)" in case.capsys.readouterr().err
+    said = json.loads((case.out / "config.json").read_text())["quantization_config"]
+    assert said["bits"] == 3
 
 
-@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "hqq"])
+@pytest.mark.parametrize("method", ["eetq", "bitsandbytes", "hqq"])
 def test_already_quantized_by_another_method(case: Case, method: str) -> None:
     case.change_config(quantization_config={"quant_method": method, "bits": 4})
     case.fails(code=3, says=(str(case.model), "already quantized", method))

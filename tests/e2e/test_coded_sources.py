@@ -19,7 +19,7 @@ from bigq.errors import BigqError, CheckpointError, NumericsError
 from bigq.sched.plan.inputs import plan
 
 Make = Callable[[str, str], tuple[Path, Path]]
-DENSE = [name for name in STORAGES if name != "mxfp4 experts"]
+DENSE = [name for name in STORAGES if not name.endswith("experts")]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,7 @@ def test_a_job_ends_in_the_bytes_of_the_job_on_the_decoded_copy(storage: str, ma
     [
         ("deepseek_v3", "fp8 blocks"),
         ("gpt_oss", "mxfp4 experts"),
+        ("deepseek_v3", "int4 experts"),
         pytest.param("qwen3_moe", "fp8 blocks", marks=pytest.mark.long),
         pytest.param("deepseek_v3", "nvfp4 of ModelOpt", marks=pytest.mark.long),
     ],
@@ -158,6 +159,15 @@ def two_global_scales(tensors: dict[str, torch.Tensor]) -> None:
     tensors[f"{WEIGHT}_global_scale"] = torch.ones(2)
 
 
+def lose_zeros(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[WEIGHT.replace("weight", "qzeros")]
+
+
+def cut_zeros(tensors: dict[str, torch.Tensor]) -> None:
+    name = WEIGHT.replace("weight", "qzeros")
+    tensors[name] = tensors[name][:, :-1].contiguous()
+
+
 def nan_number(tensors: dict[str, torch.Tensor]) -> None:
     tensors[WEIGHT].view(torch.uint8)[3, 5] = 0xFF
 
@@ -169,6 +179,9 @@ def nan_number(tensors: dict[str, torch.Tensor]) -> None:
         ("fp8 blocks", cut_blocks, "blocks of 24 × 40 by config.json; the two belong to different models"),
         ("fp8 blocks", nan_number, f"tensor {WEIGHT} contains NaN or Inf"),
         ("nvfp4", cut_groups, f"tensor {WEIGHT}_scale has shape"),
+        ("awq", lose_zeros, "up_proj.qweight lacks its scales or zero points; fetch it again"),
+        ("awq", cut_zeros, "its shape does not match those of qzeros and scales"),
+        ("gptq", lose_zeros, "up_proj.qzeros is missing, but its Linear is packed"),
         ("nvfp4", two_global_scales, "has shape [2], not one number; fetch it again"),
     ],
 )
@@ -179,6 +192,19 @@ def test_a_damaged_checkpoint_is_refused_and_the_original_is_not(
     error = refusal(damaged(coded, tmp_path / "m", damage), tmp_path)
     assert isinstance(error, (CheckpointError, NumericsError)) and said in str(error)
     bigq.quantize(str(coded), tmp_path / "fetched", config(tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"version": "gemv"}, {"bits": 3}], ids=str)
+def test_another_version_of_awq_is_refused(change: dict[str, object], made: Make, tmp_path: Path) -> None:
+    """One of version gemm is not, nor is the original model."""
+    coded, decoded = made("llama", "awq")
+    model = damaged(coded, tmp_path / "m", lambda tensors: None)
+    path = model / "config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {"quantization_config": said["quantization_config"] | change}))
+    assert "of awq, bigq reads version gemm at 4 bits: give such a one, or the original model" in str(refusal(model, tmp_path))
+    for name, other in (("gemm", coded), ("original", decoded)):
+        bigq.quantize(str(other), tmp_path / name, config(tmp_path))
 
 
 def test_a_wrong_block_size_is_refused(made: Make, tmp_path: Path) -> None:

@@ -137,8 +137,8 @@ class CompressedTensors(Format):
         packed, scales, shape = (require_tensor(tensors, self.tensor(prefix, suffix)) for suffix in self.suffixes(True))
         zeros = tensors.get(self.tensor(prefix, "weight_zero_point"))
         wrong = CheckpointError(f"tensor {packed.name}: its shape or dtype does not match those of the tensors beside it")
-        floats = (torch.float16, torch.bfloat16, torch.float32)
-        if packed.dtype != torch.int32 or shape.dtype != torch.int64 or scales.dtype not in floats or shape.shape != (2,):
+        floats, integers = (torch.float16, torch.bfloat16, torch.float32), (torch.int64, torch.int32)
+        if packed.dtype != torch.int32 or shape.dtype not in integers or scales.dtype not in floats or shape.shape != (2,):
             raise wrong
         if len(packed.shape) != 2 or len(scales.shape) != 2 or packed.shape[0] != scales.shape[0] or not scales.shape[1]:
             raise wrong

@@ -36,7 +36,7 @@ from bigq.model.experts.stored import merged_parts
 from bigq.model.extras import Extras, find_extras
 from bigq.model.names import require_parameters
 from bigq.model.pager import Pager
-from bigq.model.quantization import coded_warnings, decoded_source, refuse_quantized_tensors, require_unpacked
+from bigq.model.quantization import coded_warnings, decoded_source, refuse_quantized_tensors
 from bigq.model.tied import tie_warnings
 from bigq.progress.records import host_memory
 from bigq.sched.plan.planner import Budgets, Download, Machine, Plan, make_plan
@@ -202,11 +202,10 @@ def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: Job
 
     Raises CheckpointError, UnsupportedModelError.
     """
-    require_unpacked(folder)
     local = tensors is None
     if local and any(folder.glob("*.safetensors")):
         tensors = Checkpoint.open(folder).tensors
-    tensors = decoded_source(folder, tensors or {})
+    tensors = decoded_source(folder, tensors or {}, integers=True)
     model_config = skeleton.load_config(folder, trust_remote_code=config.trust_remote_code)
     dtype = skeleton.compute_dtype(model_config, config.dtype, (t.dtype for t in tensors.values()))
     model = skeleton.build(model_config, dtype, trust_remote_code=config.trust_remote_code, initialised=False)
