@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from coded_checkpoints import coded_and_decoded
 from conftest import CUDA, ROOT, Child
 from fake_cuda.planted import FAULTS
 from models import make_checkpoint, random_ids, save_ids, word_tokenizer
@@ -36,6 +37,8 @@ JOBS: dict[str, tuple[str, str, list[str]]] = {
     "opt gptq": ("opt", "gptq", ["--on-nonfinite", "skip"]),
     "opt rtn": ("opt", "rtn", ["--bits", "8"]),
     "experts gptq": ("deepseek_v3", "gptq", ["--format", "compressed-tensors"]),
+    "fp8 experts gptq": ("deepseek_v3_fp8", "gptq", ["--format", "compressed-tensors"]),
+    "nvfp4 gptq": ("llama_nvfp4", "gptq", []),
     "experts by act-order": ("deepseek_v3", "gptq", ["--format", "compressed-tensors", "--act-order"]),
 }
 #: Simulated run → the job, the tier and the fault.
@@ -43,6 +46,8 @@ RUNS: dict[str, tuple[str, str, str]] = {
     **{f"{job}, {tier}": (job, tier, "") for job in ("llama gptq", "bloom gptaq") for tier in TIERS},
     **{f"{job}, host": (job, "host", "") for job in ("qwen2 gptaq", "opt gptq", "llama rtn", "opt rtn")},
     **{f"experts gptq, {tier}": ("experts gptq", tier, "") for tier in TIERS},
+    "fp8 experts gptq, gpu": ("fp8 experts gptq", "gpu", ""),
+    "nvfp4 gptq, host": ("nvfp4 gptq", "host", ""),
     "qwen2 gptq, disk": ("qwen2 gptq", "disk", ""),
     "llama gptq, host, out of memory": ("llama gptq", "host", "batch.begun:9:OOM"),
     "bloom gptaq, disk, out of memory": ("bloom gptaq", "disk", "batch.begun:30:OOM"),
@@ -56,6 +61,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in FAMILIES:
         word_tokenizer().save_pretrained(make_checkpoint(folder / family, family, dtype=torch.bfloat16))
     moe_model("deepseek_v3", torch.bfloat16).save_pretrained(folder / "deepseek_v3")  # type: ignore[operator]
+    coded_and_decoded(folder / "deepseek_v3", folder / "fp8", "fp8 blocks")[0].rename(folder / "deepseek_v3_fp8")
+    coded_and_decoded(folder / "llama", folder / "nvfp4", "nvfp4")[0].rename(folder / "llama_nvfp4")
     make_checkpoint(folder / "small", "llama", dtype=torch.bfloat16, num_hidden_layers=2)
     save_ids(folder / "ids.safetensors", random_ids())
     return folder
