@@ -60,6 +60,13 @@ def _rows_of_fp8(name: str, weight: Tensor, generator: torch.Generator) -> Store
     return {f"{name}.weight": codes, f"{name}.weight_scale": scales}, _value(codes, scales.expand_as(weight))
 
 
+def _columns_of_fp8(name: str, weight: Tensor, generator: torch.Generator) -> Stored:
+    """A parameter of all experts [experts, inputs, outputs]: a scale for each output."""
+    scales = (weight.float().abs().amax(1, keepdim=True) / 448).to(torch.bfloat16)
+    codes = (weight.float() / scales.float()).to(torch.float8_e4m3fn)
+    return {name: codes, f"{name}_scale": scales}, _value(codes, scales.expand_as(weight))
+
+
 def _rows_of_int8(name: str, weight: Tensor, generator: torch.Generator) -> Stored:
     scales = weight.float().abs().amax(1, keepdim=True) / 127
     codes = (weight.float() / scales).round().to(torch.int8)
@@ -205,13 +212,14 @@ STORAGES: Mapping[str, tuple[Store, dict[str, Any]]] = {
     ),
     "awq": (_awq, {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}),
     "int4 experts": (_packed_int4, _INT4),
+    "fp8 experts": (_columns_of_fp8, {"quant_method": "fbgemm_fp8"}),
     "mxfp4 experts": (_mxfp4_experts, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
 }
 
 
 def _is_stored_so(name: str, tensor: Tensor, storage: str) -> bool:
     """Whether a weight of a tiny model is quantized: Linears of blocks but routers, or parameters of experts."""
-    if storage == "mxfp4 experts":
+    if storage in ("mxfp4 experts", "fp8 experts"):
         return tensor.ndim == 3
     if storage == "int4 experts":
         return ".experts." in name

@@ -80,6 +80,7 @@ def test_a_job_ends_in_the_bytes_of_the_job_on_the_decoded_copy(storage: str, ma
     [
         ("deepseek_v3", "fp8 blocks"),
         ("gpt_oss", "mxfp4 experts"),
+        ("gpt_oss", "fp8 experts"),
         ("deepseek_v3", "int4 experts"),
         pytest.param("qwen3_moe", "fp8 blocks", marks=pytest.mark.long),
         pytest.param("deepseek_v3", "nvfp4 of ModelOpt", marks=pytest.mark.long),

@@ -140,6 +140,8 @@ def _block(info: TensorInfo, scales: TensorInfo, block: tuple[int, int] | None) 
         return m, n
     if block is not None and tuple(scales.shape[-2:]) == (math.ceil(m / block[0]), math.ceil(n / block[1])):
         return block
+    if tuple(scales.shape[-2:]) == (1, n):
+        return m, 1
     if held == m:
         return 1, n
     if len(scales.shape) >= 2 and scales.shape[-2] == m and n % scales.shape[-1] == 0:
