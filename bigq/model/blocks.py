@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 from torch import nn
 
 from bigq.errors import UnsupportedModelError
@@ -10,14 +12,18 @@ from bigq.model.skeleton import is_linear
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path and the list of the decoder blocks: the largest ModuleList whose classes are all in ``_no_split_modules``.
+    """The path and the list of the decoder blocks: the largest ModuleList whose classes are all in ``_no_split_modules``, or of a model
+    that has no such list, the largest one outside of others that holds Linears.
 
     Raises UnsupportedModelError where there is none, or where blocks hold experts or share parameters.
     """
+    lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     unsplit = set(getattr(model, "_no_split_modules", None) or ())
+    if not any(_consists_of(unsplit, module) for module in lists.values()):
+        unsplit = _classes_in_lists(lists)
     found: list[tuple[int, str, nn.ModuleList]] = []
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and all(type(m).__name__ in unsplit for m in module):
+    for path, module in lists.items():
+        if _consists_of(unsplit, module):
             found.append((sum(p.numel() for p in module.parameters()), path, module))
     if not found:
         raise UnsupportedModelError(f"{type(model).__name__}: no list of decoder blocks found; this architecture is not supported")
@@ -30,6 +36,16 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def block_linears(block: nn.Module) -> dict[str, nn.Module]:
     """The Linears of a block by their name in it, in order of definition."""
     return {name: module for name, module in block.named_modules() if is_linear(module)}
+
+
+def _consists_of(classes: Collection[str], modules: nn.ModuleList) -> bool:
+    return all(type(module).__name__ in classes for module in modules)
+
+
+def _classes_in_lists(lists: Mapping[str, nn.ModuleList]) -> set[str]:
+    """The classes of the outermost lists with Linears. That their modules hand on hidden states alone is seen when they are called."""
+    outermost = [module for path, module in lists.items() if not any(path.startswith(f"{other}.") for other in lists)]
+    return {type(member).__name__ for module in outermost if any(map(block_linears, module)) for member in module}
 
 
 def _refuse_shared(model: nn.Module, path: str) -> None:

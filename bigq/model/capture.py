@@ -37,14 +37,18 @@ class BlockCall:
 
 @dataclass(frozen=True, slots=True)
 class OutputForm:
-    """How a block returns its hidden states: as a tensor (extras None), or first in a tuple. extras: which other items are not None."""
+    """How a block returns its hidden states: as a tensor (extras None), or first in a tuple or list.
+
+    extras: which other items are not None.
+    """
 
     extras: tuple[bool, ...] | None
+    as_list: bool = False
 
     @staticmethod
     def fits(output: Any) -> bool:
-        """Whether an output has one of the two forms."""
-        return isinstance(output, Tensor) or (isinstance(output, tuple) and bool(output) and isinstance(output[0], Tensor))
+        """Whether an output has one of these forms."""
+        return isinstance(output, Tensor) or (isinstance(output, (tuple, list)) and bool(output) and isinstance(output[0], Tensor))
 
     @classmethod
     def of(cls, output: Any) -> OutputForm:
@@ -52,13 +56,14 @@ class OutputForm:
             return cls(None)
         if not cls.fits(output):
             raise UnsupportedModelError(f"a decoder block returns a {type(output).__name__}; this architecture is not supported")
-        return cls(tuple(extra is not None for extra in output[1:]))
+        return cls(tuple(extra is not None for extra in output[1:]), isinstance(output, list))
 
     def wrap(self, hidden: Tensor) -> Any:
         """``hidden`` in the block's form of output, with sentinels as extra outputs."""
         if self.extras is None:
             return hidden
-        return (hidden, *(_Sentinel() if present else None for present in self.extras))
+        items = (hidden, *(_Sentinel() if present else None for present in self.extras))
+        return list(items) if self.as_list else items
 
 
 class _Sentinel:
