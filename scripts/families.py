@@ -91,6 +91,32 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "falcon_mamba": {"state_size": 8, "time_step_rank": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16, "chunk_size": 16},
 }
+#: Attention with latent keys and values, whose heads are wider for keys than for values, and experts in groups (DeepSeek's kind).
+LATENT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 #: Encoders that transformers also offers as causal models.
 DECODER = ("is_decoder",)
 
@@ -144,6 +170,8 @@ def configs(kind: str) -> Iterator[Any]:
     }
     yield CONFIG_MAPPING[kind](**{**small, "max_position_embeddings": 128, "pad_token_id": 0, **special})
     yield CONFIG_MAPPING[kind](**{**small, "max_position_embeddings": 128, "pad_token_id": 0, "num_hidden_layers": 4, **special})
+    yield CONFIG_MAPPING[kind](**{**LATENT, **special})
+    yield CONFIG_MAPPING[kind](**{**LATENT, "layer_types": ["full_attention"] * 3, **special})
 
 
 def make(kind: str, folder: Path) -> str:
