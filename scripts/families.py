@@ -189,6 +189,10 @@ def make(kind: str, folder: Path) -> str:
             with torch.no_grad():
                 for param in model.parameters():
                     param.normal_(0, 0.15) if param.ndim >= 2 else param.add_(torch.randn_like(param) * 0.1)
+                # Training leaves this row 0, and transformers zeroes it when it loads a Youtu model.
+                for module in model.modules():
+                    if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                        module.weight[module.padding_idx] = 0
                 model.tie_weights()
                 logits = model(input_ids=rows()[:1], use_cache=False).logits
             if not torch.isfinite(logits).all():
