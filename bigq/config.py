@@ -153,6 +153,13 @@ class JobConfig:
         group=WEIGHTS,
         resume=Resume.REFUSED,
     )
+    allow_partial: bool = option(
+        False,
+        help="also take a job in which more than half of the weights in blocks would stay unquantized without a rule that says so",
+        group=WEIGHTS,
+        resume=Resume.FREE,
+        added=True,
+    )
     true_sequential: bool = option(
         True,
         help="solve a block level by level, so that each Linear sees the quantized ones before it",

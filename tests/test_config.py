@@ -20,6 +20,7 @@ OTHER: dict[str, Any] = {
     "alpha": 0.25,
     "format": "gptq_v2",
     "lm_head": True,
+    "allow_partial": True,
     "true_sequential": False,
     "calibration": "a\udcff.txt",
     "text_field": "body",

@@ -113,7 +113,7 @@ def _skips(linears: Sequence[Candidate], names: Sequence[str], begun: _Remedy) -
     wanted = [name for name, misfit in misfits(linears, config).items() if misfit.kind in ("shape", "transposed", "joined")]
     if not wanted:
         yield begun
-    for pattern in _patterns(wanted, [each.name for each in linears], names, config) if wanted else ():
+    for pattern in patterns(wanted, [each.name for each in linears], names, config) if wanted else ():
         # The command line puts rules that skip before all others.
         changed = dataclasses.replace(config, rules=(Rule(pattern, None), *config.rules))
         yield _Remedy(changes=(*begun.changes, f"--skip '{pattern}'"), config=changed)
@@ -157,7 +157,7 @@ def _group_sizes(
 def _alone(linears: Sequence[Candidate], names: Sequence[str], wrong: Sequence[str], begun: _Remedy, step: int) -> Iterator[_Remedy]:
     config = begun.config
     size = fitting_group_size([each.n for each in linears if each.name in wrong], _size(None, config), step)
-    for pattern in _patterns(wrong, [each.name for each in linears], names, config):
+    for pattern in patterns(wrong, [each.name for each in linears], names, config):
         rule = Rule(pattern, {"group_size": size})
         yield _Remedy(changes=(*begun.changes, rule_option(rule)), config=dataclasses.replace(config, rules=(*config.rules, rule)))
 
@@ -195,7 +195,7 @@ def _with(begun: _Remedy, field: str, values: Mapping[int | None, int]) -> _Reme
     return _Remedy(changes=tuple(changes), config=config)
 
 
-def _patterns(wanted: Sequence[str], linears: Sequence[str], names: Sequence[str], config: JobConfig) -> Iterator[str]:
+def patterns(wanted: Sequence[str], linears: Sequence[str], names: Sequence[str], config: JobConfig) -> Iterator[str]:
     """Patterns that match the wanted Linears and no others; then patterns that take in what readers load with them as one Linear."""
     by_fused_name = BY_FUSED_NAME.get(config.output_format)
     fused = () if by_fused_name is None else fused_linears(names)

@@ -10,6 +10,7 @@ from torch import nn
 
 from bigq.config import DEFAULT_FORMAT, DEFAULT_SEQLEN, FORMAT_WITH_EXPERTS, JobConfig
 from bigq.errors import UsageError
+from bigq.job.adapt import Adapted, adapted
 from bigq.job.fit import Candidate, require_fit
 from bigq.job.rules import require_sound_rules
 from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS
@@ -98,9 +99,12 @@ def head_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme | Non
     return scheme_for(name, config.base_scheme, config.rules)
 
 
-def check_shapes(model: ModelDescription, config: JobConfig) -> None:
-    """Raise UsageError if a rule decides nothing or splits a fused Linear, if Linears, the output head among them, do not fit the format
-    or their group size, if the head cannot be quantized as requested, or if no Linear would be quantized."""
+def check_shapes(model: ModelDescription, config: JobConfig) -> Adapted:
+    """The job, adapted to Linears of odd widths.
+
+    Raises UsageError if a rule decides nothing or splits a fused Linear, if Linears, the output head among them, do not fit the format
+    or their group size and nothing can be adapted, if the head cannot be quantized as requested, or if no Linear would be quantized.
+    """
     linears = _block_linears(model)
     experts = {name: shape for bank in model.expert_linears.values() for name, shape in bank.items()}
     names = [*linears, *experts]
@@ -112,9 +116,12 @@ def check_shapes(model: ModelDescription, config: JobConfig) -> None:
         linears[model.head_name] = model.head
     candidates = [each for each in map(_candidate, linears, linears.values()) if min(each.m, each.n) >= MIN_FEATURES]
     candidates += [Candidate(name=name, m=e.m, n=e.n, joined=e.joined) for name, e in experts.items()]
-    require_fit(candidates, names, _linear_head(model), config)
-    if head is None and all(scheme_for(each.name, config.base_scheme, config.rules) is None for each in candidates):
+    found = adapted(candidates, names, _linear_head(model), config)
+    require_fit(candidates, names, _linear_head(model), found.config)
+    base = config.base_scheme
+    if head is None and all(scheme_for(each.name, base, config.rules) is None for each in candidates):
         raise UsageError("--skip: no Linear would be quantized; give narrower patterns")
+    return found
 
 
 def bank_scheme(path: str, names: Iterable[str], config: JobConfig) -> QuantScheme | None:

@@ -24,7 +24,7 @@ from bigq.model.experts.cut import banks_replaced, called_banks
 from bigq.model.skeleton import linear_weight
 from bigq.model.tracers import DataflowTracer, NanTracer
 
-#: Linears with fewer inputs or outputs than this are taken for gates and stay unquantized.
+#: Linears with fewer inputs or outputs than this stay unquantized: gates, mostly. Routers do whatever their size, by what they reach.
 MIN_FEATURES = 32
 
 
@@ -69,12 +69,24 @@ class BankPlace:
 
 @dataclass(frozen=True, slots=True)
 class BlockPlan:
-    """The groups of a block in order of execution, the Linears that stay unquantized, the shortcuts, and the banks of experts."""
+    """The groups of a block in order of execution, the Linears that stay unquantized, the shortcuts, and the banks of experts.
+
+    routers: those of the Linears left out whose outputs choose experts.
+    """
 
     groups: tuple[Group, ...]
     left_out: tuple[str, ...]
     shortcuts: tuple[Shortcut, ...]
     banks: tuple[BankPlace, ...] = ()
+    routers: frozenset[str] = frozenset()
+
+    def why_left(self, name: str, shape: tuple[int, ...]) -> str:
+        """Why a Linear stays unquantized, as the predicate of a sentence about it. shape: of its weight."""
+        if name in self.routers:
+            return "chooses experts"
+        if min(shape) < MIN_FEATURES:
+            return f"has fewer than {MIN_FEATURES} inputs or outputs"
+        return "is called several times, or computes something else"
 
     def with_shortcuts(self, *, last: bool, others: bool) -> BlockPlan:
         """The same structure, where only some modules have a shortcut: those whose Linear is at the deepest level, or the others."""
@@ -108,7 +120,8 @@ def _plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: Dataf
     linears = block_linears(block)
     groups = _groups(block, linears, hidden, call)
     routers = _routers(block, linears, groups, hidden, call, tracer)
-    groups = [kept for group in groups if (kept := [name for name in group if name not in routers])]
+    small = {name for name, module in linears.items() if min(linear_weight(module).shape) < MIN_FEATURES}
+    groups = [kept for group in groups if (kept := [name for name in group if name not in routers | small])]
     traces = [_trace(block, linears, groups, groups[i], hidden, call, tracer) for i in range(len(groups))]
     reached = [trace.groups - {i} for i, trace in enumerate(traces)]
     levels = [0] * len(groups)
@@ -132,11 +145,12 @@ def _plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: Dataf
             shortcut = Shortcut(group.names[0], group.names[0], OutputForm(None), last=True, idle=idle)
             if idle and _leaves_idle(shortcut, block, hidden, call, tracer):
                 shortcuts = (*shortcuts, shortcut)
-    return BlockPlan(planned, left_out, tuple(_with_idle_norms(s, block, hidden, call, tracer) for s in shortcuts), places)
+    shortcuts = tuple(_with_idle_norms(s, block, hidden, call, tracer) for s in shortcuts)
+    return BlockPlan(planned, left_out, shortcuts, places, frozenset(routers))
 
 
 def _groups(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, call: BlockCall) -> list[list[str]]:
-    """The names of Linears by shared input, in order of first call, without those that cannot be quantized."""
+    """The names of Linears by shared input, in order of first call, without those that compute something else."""
     inputs: list[Tensor] = []
     members: list[list[str]] = []
     calls: dict[str, int] = {}
@@ -164,7 +178,6 @@ def _groups(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, 
         for handle in handles:
             handle.remove()
     unfit |= {name for name, count in calls.items() if count > 1}
-    unfit |= {name for name, module in linears.items() if min(linear_weight(module).shape) < MIN_FEATURES}
     return [kept for group in members if (kept := [name for name in group if name not in unfit])]
 
 

@@ -20,6 +20,7 @@ from bigq.errors import UsageError
 from bigq.io.file_stamps import Stamps
 from bigq.io.folders import STATE_FOLDER, refuse_nesting
 from bigq.io.hub import resolve_model
+from bigq.job.adapt import Adapted
 from bigq.job.journal import read_job, require_job_folder
 from bigq.job.owner import refuse_if_held
 from bigq.job.request import compare, make_request, require_same_code
@@ -58,12 +59,13 @@ class Job:
     """A job whose settings are all decided. rows: calibration tokens [N, T]; None for methods without calibration. head: None if the
     output head stays unquantized. made: what was made of the calibration text.
 
-    stamps: detect source files that change.
+    adapted: what was changed for Linears of odd widths. stamps: detect source files that change.
     """
 
     target: Target
     pager: Pager
     config: JobConfig
+    adapted: Adapted
     method: Method
     head: Head | None
     rows: Tensor | None
@@ -118,7 +120,8 @@ def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
     pager = Pager(target.folder, device=target.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code, decode=True)
     stamps = Stamps({target.folder / "config.json", *pager.checkpoint.files})
     config = settled(pager, dataclasses.replace(config, seqlen=row_length(pager.config, config)))
-    check_shapes(pager, config)
+    adapted = check_shapes(pager, config)
+    config = adapted.config
     head = head_to_quantize(pager, config)
     if config.format == "gguf":
         check_gguf_job(pager, config)
@@ -129,7 +132,7 @@ def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
     stages.ended("calibration")
     stop.check()
     rows, made = (None, ()) if read is None else (read.rows, read.made)
-    return Job(target=target, pager=pager, config=config, method=method, head=head, rows=rows, made=made, stamps=stamps)
+    return Job(target=target, pager=pager, config=config, adapted=adapted, method=method, head=head, rows=rows, made=made, stamps=stamps)
 
 
 def _rows(pager: Pager, config: JobConfig) -> Rows:

@@ -77,7 +77,7 @@ def quantize(
         with without_collection():
             skeleton.silence_transformers()
             job = resolve_job(target, stop, stages)
-            plan = plan_job(job.pager, job.rows, job.config, target.out, job.made)
+            plan = plan_job(job.pager, job.rows, job.adapted, target.out, job.made)
         job = job.with_choice(plan.choice)
         units, request = units_of(job), request_of(job)
         return_freed_memory()

@@ -31,6 +31,7 @@ from place import (
     twice,
     unfinished,
     versioned,
+    widened,
 )
 
 OPTIONS = (
@@ -52,9 +53,15 @@ OPTIONS = (
     ),
     Case("--lm-head: {} has the input embedding's weight", PLAN + " --lm-head", family="tied"),
     Case("whose tokens are routed differently in the unquantized model; use --method gptq", PLAN + " --method gptaq", family="mixtral"),
-    Case("use {}", PLAN + " --group-size 64"),
+    Case("use {}", PLAN + " --group-size 40"),
     Case("use {}", PLAN + " --format gguf --bits 3"),
     Case("use {}", PLAN + " --format compressed-tensors --group-size 128", family="gpt2"),
+    Case("{}this job would leave {}; use {}--allow-partial to go on with the rest", PLAN + " --format gptq", widened),
+    Case(
+        "{}this job would leave {}; use {}--allow-partial to go on with the rest",
+        PLAN.replace("--group-size 32", "--group-size -1") + " --format gptq",
+        widened,
+    ),
     Case("--activations gpu: the job runs on a CPU; use host, disk or auto", PLAN + " --activations gpu"),
     Case("--device {}: not a device; use auto, cpu or cuda:0", PLAN.replace("--device cpu", "--device toaster"), then="CUDA"),
     Case("--device {}: bigq supports only CPUs", PLAN.replace("--device cpu", "--device mps"), then="CUDA"),

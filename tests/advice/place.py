@@ -112,6 +112,13 @@ def damaged(says: str, damage: Act, made: str = PLAN) -> Case:
     return Case(says, made, damage, restored)
 
 
+def widened(place: Place) -> None:
+    """Only a config is left, with feed-forward layers of 200 units, which are no multiple of 32."""
+    for path in place.model.glob("*.safetensors*"):
+        path.unlink()
+    place.config(intermediate_size=200)
+
+
 def bf16(place: Place) -> None:
     place.config(dtype="bfloat16")
     for name, tensor in stored_tensors(place.model).items():

@@ -73,12 +73,12 @@ def test_json(command: list[str], capfd: pytest.CaptureFixture[str], tmp_path: P
 
 
 def test_json_errors_are_events(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run([*command, "--json", "--group-size", "48"], capfd)
+    code, out, err = run([*command, "--json", "--group-size", "40"], capfd)
     reading, error = events_of(err)
     assert reading["event"] == "reading" and reading["v"] == 1
     assert (code, out) == (2, "") and error["event"] == "error" and error["exit_code"] == 2 and error["kind"] == "UsageError"
-    assert "group size 48" in error["message"]
-    code, out, err = run([*command, "--json", "--quiet", "--group-size", "48"], capfd)
+    assert "group size 40" in error["message"]
+    code, out, err = run([*command, "--json", "--quiet", "--group-size", "40"], capfd)
     assert (code, out) == (2, "") and [event["event"] for event in events_of(err)] == ["error"]
 
 

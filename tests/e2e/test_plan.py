@@ -173,7 +173,7 @@ REFUSED = {
     "no such family in llama.cpp": ("bloom", ["--format", "gguf", "--group-size", "32"], "bigq writes no GGUF files of model type 'bloom'"),
     "no such blocks in GGUF": ("llama", ["--format", "gguf", "--bits", "3", "--group-size", "32"], "GGUF has no blocks for 3 bits"),
     "stored transposed": ("gpt2", ["--format", "compressed-tensors", "--group-size", "32"], "are stored transposed"),
-    "groups that do not fit": ("llama", ["--group-size", "48"], "which group size 48 does not divide"),
+    "groups that do not fit": ("llama", ["--group-size", "40"], "which group size 40 does not divide"),
     "a rule for nothing": ("llama", ["--group-size", "32", "--skip", "o_proj"], "matches no Linear"),
     "a hidden rule": ("llama", ["--group-size", "32", "--skip", ".*mlp", "--rule", ".*up_proj:bits=8"], "has no effect"),
     "part of a fused Linear": ("llama", ["--group-size", "32", "--rule", ".*q_proj:sym=false"], "use '.*(q|k|v|qkv)_proj'"),

@@ -44,6 +44,7 @@ SETTINGS = {
     "alpha": 0.5,
     "format": "gptq",
     "lm_head": False,
+    "allow_partial": False,
     "true_sequential": True,
     "calibration": "/texts/a.txt",
     "text_field": None,
@@ -125,6 +126,7 @@ FREE: list[tuple[str, Any]] = [
     ("settings.calibration", "/elsewhere/b.txt"),
     ("settings.text_field", "body"),
     ("settings.on_nonfinite", "skip"),
+    ("settings.allow_partial", True),
     ("versions.tokenizers", "0.23"),
 ]
 
@@ -227,7 +229,7 @@ def test_to_a_gpu_and_back() -> None:
 
 
 #: Settings that are newer than others.
-ADDED = ("settings.text_field", "settings.experts_at_once")
+ADDED = ("settings.text_field", "settings.experts_at_once", "settings.allow_partial")
 
 
 @pytest.mark.parametrize("name", ADDED)

@@ -19,6 +19,7 @@ from bigq.io.hub import Headers, resolve_headers
 from bigq.io.index import Checkpoint, TensorInfo, unread_warnings
 from bigq.io.side_files import side_files
 from bigq.io.sources.plain import PlainSource
+from bigq.job.adapt import Adapted
 from bigq.job.journal import read_job
 from bigq.job.request import require_same_code
 from bigq.job.settle import check_shapes, head_scheme, require_format, row_length, settled
@@ -40,6 +41,7 @@ from bigq.model.quantization import coded_warnings, decoded_source, refuse_quant
 from bigq.model.tied import tie_warnings
 from bigq.progress.records import host_memory
 from bigq.sched.plan.planner import Budgets, Download, Machine, Plan, make_plan
+from bigq.sched.plan.share import require_share
 from bigq.sched.plan.survey import Outline, survey
 from bigq.sched.plan.work import Work
 from bigq.scheme import QuantScheme, scheme_for
@@ -105,7 +107,8 @@ def _plan(
         outline, model_config, warnings = _outline(headers.folder, headers.tensors, config)
         seqlen = row_length(model_config, config)
         experts = outline.expert_linears()
-        config = _checked(ModelDescription(headers.folder, model_config, outline.model, dict(outline.sources), experts), config)
+        adapted = _checked(ModelDescription(headers.folder, model_config, outline.model, dict(outline.sources), experts), config)
+        config = adapted.config
         ceilings = ceilings_of(outline.dtype)
         on_gpu = device.type == "cuda" or (ceilings is not None and bool(ceilings.memory))
         shape = survey(dataclasses.replace(outline, fused=on_gpu), seqlen)
@@ -113,7 +116,9 @@ def _plan(
         work = _work(config, samples, samples * seqlen)
         base = host_memory() + (0 if on_gpu else compiled_bytes(device))
         machine = Machine(on_gpu=on_gpu, base=base, budgets=_budgets(config, device, out, ceilings), ceilings=ceilings)
-        return make_plan(shape, work, config, machine, download=_download(headers, out), warnings=warnings)
+        kept = require_share(shape, adapted)
+        found = make_plan(shape, work, config, machine, download=_download(headers, out), warnings=(*warnings, *adapted.said))
+        return dataclasses.replace(found, kept=kept)
 
 
 def _download(headers: Headers, out: Path) -> Download | None:
@@ -132,18 +137,21 @@ def _file_system(folder: Path) -> int:
     return folder.stat().st_dev
 
 
-def _checked(model: ModelDescription, config: JobConfig) -> JobConfig:
+def _checked(model: ModelDescription, config: JobConfig) -> Adapted:
     """The job with its format and scheme settled. Raises UsageError or UnsupportedModelError if ``quantize`` would refuse it."""
-    config = settled(model, config)
-    check_shapes(model, config)
-    head_scheme(model, config)
-    if config.format == "gguf":
-        check_gguf_job(model, config)
-    return config
+    found = check_shapes(model, settled(model, config))
+    head_scheme(model, found.config)
+    if found.config.format == "gguf":
+        check_gguf_job(model, found.config)
+    return found
 
 
-def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path, texts: Sequence[Made] = ()) -> Plan:
-    """The plan of a job that is about to begin or resume in ``out``. Its row length is settled. texts: what ``rows`` were made of."""
+def plan_job(pager: Pager, rows: Tensor | None, adapted: Adapted, out: Path, texts: Sequence[Made] = ()) -> Plan:
+    """The plan of a job that is about to begin or resume in ``out``. Its row length is settled. texts: what ``rows`` were made of.
+
+    Raises UsageError if too much of the blocks would stay unquantized.
+    """
+    config = adapted.config
     assert config.seqlen is not None
     outline = Outline(
         model=copy.deepcopy(pager.model),
@@ -156,6 +164,7 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path, te
         fused=pager.device.type == "cuda",
     )
     shape = survey(outline, config.seqlen)
+    kept = require_share(shape, adapted)
     work = _work(config, 0 if rows is None else len(rows), 0 if rows is None else len(rows.unique()))
     ceilings = measure(pager.device, pager.dtype)
     load_compiled(pager.device)
@@ -163,7 +172,8 @@ def plan_job(pager: Pager, rows: Tensor | None, config: JobConfig, out: Path, te
         torch.cuda.empty_cache()
     budgets = _budgets(config, pager.device, out, ceilings)
     machine = Machine(on_gpu=pager.device.type == "cuda", base=host_memory(), budgets=budgets, ceilings=ceilings)
-    return make_plan(shape, work, config, machine, warnings=pager.warnings, texts=texts)
+    found = make_plan(shape, work, config, machine, warnings=(*pager.warnings, *adapted.said), texts=texts)
+    return dataclasses.replace(found, kept=kept)
 
 
 def _work(config: JobConfig, rows: int, tokens: int) -> Work:

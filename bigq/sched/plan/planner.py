@@ -22,6 +22,7 @@ from bigq.sched.plan.bank_cost import numbers_at_once
 from bigq.sched.plan.cost import Cost, Phase, job_cost, last_width
 from bigq.sched.plan.output import output_of
 from bigq.sched.plan.shape import ModelShape
+from bigq.sched.plan.share import NOTHING_KEPT, Kept
 from bigq.sched.plan.work import Choice, Work
 
 #: The fraction of a memory budget to stay within if possible: estimates are within a tenth.
@@ -70,7 +71,7 @@ class Plan:
     seconds: by phase, at the device's peak rates: no run is faster. shortages: one sentence each; empty if the job fits.
     rules: how many Linears each rule decides. readers: which programs load the output. notes: further sentences about readers.
     warnings: sentences about the model. download: the shards to download before the job begins, or None.
-    texts: what was made of the calibration text, an entry per text.
+    texts: what was made of the calibration text, an entry per text. kept: weights in blocks that stay unquantized.
     """
 
     shape: ModelShape
@@ -87,6 +88,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     download: Download | None = None
     texts: tuple[Made, ...] = ()
+    kept: Kept = NOTHING_KEPT
 
     @property
     def fits(self) -> bool:
@@ -143,6 +145,7 @@ class Plan:
             "seconds_at_least": self.total_seconds if self.ceilings is not None else None,
             "phases": phases,
             "rules": rules,
+            "kept": self.kept.to_json(),
             "readers": [dataclasses.asdict(verdict) for verdict in self.readers],
             "warnings": list(self.warnings),
             "shortages": list(self.shortages),
@@ -169,6 +172,8 @@ class Plan:
             lines += entry("fetches", f"{show_size(self.download.size)} to {shortened(self.download.folder, 30)}")
         if words := count_words(self.rules):
             lines += entry("rules", words)
+        if kept := self.kept.text():
+            lines += entry("kept", kept)
         lines += entry("read by", list(self.read_by) or "no program known to bigq but bigq")
         for note in self.notes:
             lines += entry("note", note)

@@ -58,6 +58,19 @@ class MemoShape:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftShape:
+    """A parameter of a block that stays unquantized, by its name in the block, or its module's. size: elements.
+
+    why: the predicate of a sentence about it, such as "chooses experts". linear: whether it is the weight of a Linear.
+    """
+
+    name: str
+    size: int
+    why: str
+    linear: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Reach:
     """Bytes of a forward up to the inputs of a level's Linears, in addition to weights and hidden states.
 
@@ -97,6 +110,7 @@ class BlockShape:
     groups: in order of execution. reach: by level. forward: bytes that a whole forward needs. calls: bytes of masks and tables
     among its arguments. weights: bytes of its parameters in the compute dtype; stored: in the checkpoint; largest_stored:
     of the largest tensor. attention: floating-point operations per row that are not a Linear's. Experts count in ``banks`` alone.
+    left: what is no vector and stays unquantized in every job.
     """
 
     groups: tuple[GroupShape, ...]
@@ -109,6 +123,7 @@ class BlockShape:
     largest_stored: int
     attention: float
     banks: tuple[BankShape, ...] = ()
+    left: tuple[LeftShape, ...] = ()
 
     @property
     def expert_bytes(self) -> int:

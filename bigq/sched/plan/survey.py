@@ -30,7 +30,7 @@ from bigq.model.experts.pages import StoredBank, nominal_linears
 from bigq.model.skeleton import is_transposed, linear_weight
 from bigq.model.structure import BlockPlan, Shortcut, plan_block
 from bigq.model.tracers import GradientTracer
-from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
+from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LeftShape, LinearShape, MemoShape, ModelShape, Reach, Rows
 
 #: Tokens of the row with which the structure is probed.
 _STRUCTURE_TOKENS = 16
@@ -205,7 +205,23 @@ def _block_shape(outline: Outline, block: nn.Module, i: int, runs: list[_Run], s
         largest_stored=largest,
         attention=two.live.products - one.live.products,
         banks=tuple(_banks(outline, block, i, plan, short)),
+        left=tuple(_left(block, plan)),
     )
+
+
+def _left(block: nn.Module, plan: BlockPlan) -> Iterator[LeftShape]:
+    """The parameters of a block that are quantized in no job, but for vectors, such as biases and the weights of norms."""
+    linears = block_linears(block)
+    quantized = {name for group in plan.groups for name in group.names}
+    solved = {f"{place.name}.{key}" for place in plan.banks for key, p in block.get_submodule(place.name).named_parameters() if p.ndim == 3}
+    for name, param in block.named_parameters():
+        module, _, key = name.rpartition(".")
+        if param.ndim < 2 or key.endswith("bias") or name in solved or (module in quantized and key == "weight"):
+            continue
+        if module in linears and key == "weight":
+            yield LeftShape(module, param.numel(), plan.why_left(module, tuple(param.shape)), linear=True)
+        else:
+            yield LeftShape(name, param.numel(), "is not the weight of a Linear", linear=False)
 
 
 def _banks(outline: Outline, block: nn.Module, i: int, plan: BlockPlan, short: _Run) -> Iterator[BankShape]:
