@@ -144,7 +144,7 @@ class JobConfig:
         None,
         help="output format; gguf writes gptq_v2 shards and one file for llama.cpp",
         group=WEIGHTS,
-        unset=f"{DEFAULT_FORMAT}; {FORMAT_WITH_EXPERTS} for models with experts",
+        unset=f"{DEFAULT_FORMAT}; {FORMAT_WITH_EXPERTS} for models with experts, images or audio",
         resume=Resume.REFUSED,
     )
     lm_head: bool = option(

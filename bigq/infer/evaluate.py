@@ -31,6 +31,7 @@ from bigq.machine.budget import host_budget
 from bigq.machine.device import choose_device, memory_errors
 from bigq.machine.memory import hold_heap, return_freed_memory
 from bigq.model import skeleton
+from bigq.model.architecture import max_positions
 from bigq.model.capture import OutputForm, replace_forwards
 from bigq.model.pager import Pager
 from bigq.progress.clock import Clock
@@ -84,7 +85,7 @@ def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | No
         streams = []
         for pager in pagers:
             batch = config.batch or default_batch(device.type, rows.shape[1])
-            streams.append(Stream(pager, rows, batch, quiet=config.quiet, display=display))
+            streams.append(Stream(pager, rows, batch, causal=True, quiet=config.quiet, display=display))
             stack.enter_context(streams[-1].tail_ready())
         totals = _Totals()
         for lo in range(len(rows)):
@@ -125,7 +126,10 @@ def _record(model: str, evaluation: dict[str, Any], progress: Progress) -> None:
 class Stream:
     """The hidden states of rows [N, T] after a model's last block, and the logits from them."""
 
-    def __init__(self, pager: Pager, rows: Tensor, batch: int, *, quiet: bool = True, display: Display | None = None) -> None:
+    def __init__(
+        self, pager: Pager, rows: Tensor, batch: int, *, causal: bool = False, quiet: bool = True, display: Display | None = None
+    ) -> None:
+        """causal: whether to refuse a model that sees later tokens. Raises UnsupportedModelError."""
         self._pager, self._rows = pager, rows
         probe = probe_model(pager)
         require_hidden_paths(pager.model, pager.blocks_path)
@@ -145,6 +149,8 @@ class Stream:
                 block = pager.load_block(i)
                 progress.read(sum(info.nbytes for info in pager.block_tensors(i)))
                 probe.check.run(i, block)
+                if causal:
+                    probe.check.require_causal(i, block)
                 with banks.outputs(i, block, self._store) as cache:
                     pager.announce_block(i + 1)
                     propagate(i, block, self._store, f"{pager.blocks_path}.{i}", cache)
@@ -182,7 +188,7 @@ def _read_ahead(pager: Pager) -> int:
 def _rows(pagers: list[Pager], config: EvalConfig) -> Tensor:
     if config.seqlen == 1:
         raise UsageError("--seqlen 1: a row of one token predicts nothing; use 2 or more")
-    limits = [limit for p in pagers if (limit := skeleton.max_positions(p.config)) is not None]
+    limits = [limit for p in pagers if (limit := max_positions(p.config)) is not None]
     if config.seqlen is not None and any(config.seqlen > limit for limit in limits):
         raise UsageError(f"--seqlen {config.seqlen}: the model has {min(limits)} positions; use --seqlen {min(limits)} or less")
     rows = evaluation_rows(

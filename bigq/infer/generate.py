@@ -23,6 +23,7 @@ from bigq.io.json_file import read_json_object, show_name
 from bigq.machine.device import choose_device
 from bigq.machine.memory import hold_heap
 from bigq.model import skeleton
+from bigq.model.architecture import max_positions
 from bigq.model.pager import Pager
 from bigq.progress.sizes import show_size
 
@@ -141,7 +142,7 @@ def _room(ids: list[int], pager: Pager, config: GenerateConfig) -> int:
         raise CheckpointError(
             f"{pager.folder}: its tokenizer gives token {max(ids)}, but the model has {vocabulary}; fetch the tokenizer of this model"
         )
-    limit = skeleton.max_positions(pager.config)
+    limit = max_positions(pager.config)
     if limit is None:
         return config.max_new_tokens
     if len(ids) >= limit:

@@ -16,6 +16,7 @@ from bigq.job.rules import require_sound_rules
 from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS
 from bigq.methods import method_of
 from bigq.model import skeleton
+from bigq.model.architecture import is_composite, max_positions
 from bigq.model.blocks import block_linears
 from bigq.model.description import ModelDescription
 from bigq.model.skeleton import linear_weight
@@ -35,14 +36,14 @@ def _settled_format(model: ModelDescription, config: JobConfig) -> FormatName:
     """The job's format: the given one, or the one that most readers of such a model take."""
     if config.format is not None:
         return config.format
-    usual = FORMAT_WITH_EXPERTS if model.has_experts else DEFAULT_FORMAT
+    usual = FORMAT_WITH_EXPERTS if model.has_experts or is_composite(model.config) else DEFAULT_FORMAT
     formats = method_of(config).formats
     return usual if usual in formats else formats[0]
 
 
 def row_length(model_config: object, config: JobConfig) -> int:
     """Tokens per calibration row. Raises UsageError if the model has fewer positions than requested."""
-    limit = skeleton.max_positions(model_config)
+    limit = max_positions(model_config)
     if config.seqlen is None:
         return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
     if limit is not None and config.seqlen > limit:

@@ -1,7 +1,8 @@
-"""Which class a checkpoint's config.json names, and whether it is the causal language model that bigq builds.
+"""Which class a checkpoint's config.json names, and whether it is one with a causal language model, which bigq builds.
 
 transformers picks the class by the model type and what the caller asks for, and does not look at ``architectures``. So a classifier, an
-embedding model or the language part of a larger model would be built as a causal language model without a word.
+embedding model or the language part of a larger model would be built as a causal language model without a word. A composite class, which
+takes images or audio beside text, is built as a whole: its language model is quantized, its other parts are copied.
 """
 
 from __future__ import annotations
@@ -51,21 +52,67 @@ def refuse_diffusion(path: Path, raw: Mapping[str, Any]) -> None:
 
 def not_causal(config: Any) -> str | None:
     """Why a config has no causal language model; None if transformers, or the checkpoint's own code, has one."""
-    if _causal_classes(config) or getattr(config, "auto_map", None):
+    if _classes(config) or getattr(config, "auto_map", None):
         return None
     return f"model type {show_value(str(config.model_type))} is that of {_kind_of(config)}; {ONLY}"
 
 
+def auto_class(config: Any) -> str:
+    """The name of transformers' auto class that builds a config's model: of causal language models, or of composite ones.
+
+    A model type may have both. ``architectures`` then names one; without it, a causal class that is a part of what the config describes is
+    not the whole.
+    """
+    causal, whole = _of_table("CAUSAL_LM", config), _of_table("MULTIMODAL_LM", config)
+    name = _first_class(getattr(config, "architectures", None))
+    is_whole = whole and (not causal or name in [cls.__name__ for cls in whole] or (name is None and _is_part(causal[0], config)))
+    return "AutoModelForMultimodalLM" if is_whole else "AutoModelForCausalLM"
+
+
+def auto_class_named(architectures: Any) -> str:
+    """The auto class that has the class which a config.json names; that of causal language models where it does not say."""
+    name = _first_class(architectures)
+    known = name is not None and not _CAUSAL.search(name) and name not in _table("CAUSAL_LM").values()
+    return "AutoModelForMultimodalLM" if known and name in _table("MULTIMODAL_LM").values() else "AutoModelForCausalLM"
+
+
+def is_composite(config: Any) -> bool:
+    """Whether a config describes a model of several parts, such as a language model and a tower for images."""
+    return bool(getattr(config, "sub_configs", None))
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that describes the language model: the config itself, or one of several in it."""
+    try:
+        return config.get_text_config(decoder=True)
+    except (AttributeError, ValueError):  # own code may have no such method; a config may describe several models of text
+        return config
+
+
+def max_positions(config: Any) -> int | None:
+    """The longest sequence that the language model has positions for; None where its config does not say."""
+    config = text_config(config)
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _is_part(cls: type, config: Any) -> bool:
+    """Whether a class is that of one of several parts that a config describes."""
+    return getattr(cls, "config_class", None) in (getattr(config, "sub_configs", None) or {}).values()
+
+
 def require_causal(path: Path, raw: Mapping[str, Any], config: Any, *, trust_remote_code: bool) -> None:
-    """Raise UnsupportedModelError if a config.json is not that of a causal language model that transformers builds.
+    """Raise UnsupportedModelError if a config.json is not that of a model with a causal language model that transformers builds.
 
     path, raw: the file and its content. config: what transformers made of it.
     """
     own = raw.get("auto_map") if trust_remote_code else None
     code = {key: _class_name(value) for key, value in own.items()} if isinstance(own, Mapping) else {}
-    names = raw.get("architectures")
-    name = next((n for n in names if isinstance(n, str)), None) if isinstance(names, list) else None
-    known = _causal_classes(config)
+    name = _first_class(raw.get("architectures"))
+    known = _classes(config)
     if code.get("AutoModelForCausalLM"):
         _require_own(path, name, code)
     elif not known:
@@ -76,10 +123,10 @@ def require_causal(path: Path, raw: Mapping[str, Any], config: Any, *, trust_rem
         )
         offers = f"; the checkpoint's own code offers {', '.join(sorted(code))}, but not AutoModelForCausalLM" if code else ""
         raise UnsupportedModelError(f"{path}: {what}{offers}; {ONLY}: give MODEL one of those")
-    elif name is None:
-        _require_whole(path, config, known)
-    elif name not in [cls.__name__ for cls in known]:
+    elif name is not None and name not in [cls.__name__ for cls in known]:
         _refuse_other(path, name, known[0].__name__, type(config))
+    elif getattr(config, "is_encoder_decoder", False) and not _of_table("CAUSAL_LM", config):
+        raise UnsupportedModelError(f"{path}: {known[0].__name__} is an encoder-decoder model; {ONLY}: give MODEL one of those")
 
 
 def _require_own(path: Path, name: str | None, code: Mapping[str, str]) -> None:
@@ -96,15 +143,6 @@ def _require_own(path: Path, name: str | None, code: Mapping[str, str]) -> None:
         )
 
 
-def _require_whole(path: Path, config: Any, known: tuple[type, ...]) -> None:
-    """Without ``architectures``: refuse a config of which the causal model would be a part only."""
-    if getattr(known[0], "config_class", None) in (getattr(config, "sub_configs", None) or {}).values():
-        raise UnsupportedModelError(
-            f"{path}: has no architectures, and describes a model of several parts, of which {known[0].__name__} is one; such models (with "
-            f"images, audio or video) are not supported yet; {ONLY}: give MODEL one of those"
-        )
-
-
 def _refuse_other(path: Path, name: str, causal: str, config_class: type) -> None:
     """Raise UnsupportedModelError for a class other than the causal one of the model type; a name that only looks new passes."""
     kind = _kind(name)
@@ -116,7 +154,7 @@ def _refuse_other(path: Path, name: str, causal: str, config_class: type) -> Non
             f'["{causal}"]'
         )
     begin = f"{path}: architectures names {name}, {kind}"
-    if _CAUSAL.search(name):
+    if _CAUSAL.search(name) or kind in _COMPOSITE:
         raise UnsupportedModelError(
             f"{begin} of another model type than {show_value(getattr(config_class, 'model_type', None))}, so readers that go by one or the "
             f'other run different models; set architectures to ["{causal}"] to quantize what transformers runs, or correct model_type'
@@ -129,8 +167,9 @@ def _refuse_other(path: Path, name: str, causal: str, config_class: type) -> Non
     raise UnsupportedModelError(f"{begin}; {ONLY}: give MODEL one of those{advice}")
 
 
-#: Kinds that hold a causal language model among other parts.
-_LATER = ("a vision-language model", "a multimodal model", "a speech model")
+#: Kinds that hold a causal language model among other parts, and kinds that might.
+_COMPOSITE = ("a vision-language model", "a multimodal model")
+_LATER = ("a speech model",)
 _UNKNOWN = "a class that transformers does not know"
 
 
@@ -148,7 +187,11 @@ def _kind(name: str) -> str:
 
 def _kind_of(config: Any) -> str:
     """What a model type that has no causal class is, by the first table with a class of its that generates or predicts tokens."""
-    generating = [(table, kind) for table, kind in _KINDS if kind in (*_LATER, _ENCODER, _AUDIO, _IMAGE) or table.startswith("SEQ_TO_SEQ")]
+    generating = [
+        (table, kind)
+        for table, kind in _KINDS
+        if kind in (*_COMPOSITE, *_LATER, _ENCODER, _AUDIO, _IMAGE) or table.startswith("SEQ_TO_SEQ")
+    ]
     kind = next((kind for table, kind in generating if getattr(config, "model_type", None) in _table(table)), "another kind of model")
     return "a model of images and text" if kind == _IMAGE and hasattr(config, "vision_config") else kind
 
@@ -161,14 +204,25 @@ def _table(name: str) -> Mapping[str, Any]:
     return found
 
 
-def _causal_classes(config: Any) -> tuple[type, ...]:
-    """transformers' classes of causal language models for a config; none if it has none."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+def _classes(config: Any) -> tuple[type, ...]:
+    """transformers' classes with a causal language model for a config, the composite ones last; none if it has none."""
+    return tuple(dict.fromkeys((*_of_table("CAUSAL_LM", config), *_of_table("MULTIMODAL_LM", config))))
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+
+def _of_table(name: str, config: Any) -> tuple[type, ...]:
+    """The classes for a config in one of transformers' tables; none if it has none."""
+    from transformers.models.auto import modeling_auto
+
+    table = getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING")
+    if type(config) not in table:
         return ()
-    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    found = table[type(config)]
     return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+
+def _first_class(architectures: Any) -> str | None:
+    """The class that a config names, if it names one."""
+    return next((name for name in architectures if isinstance(name, str)), None) if isinstance(architectures, list) else None
 
 
 def _class_name(reference: Any) -> str:
@@ -176,3 +230,22 @@ def _class_name(reference: Any) -> str:
     if isinstance(reference, (tuple, list)):
         reference = next((r for r in reference if r), "")
     return str(reference).rpartition(".")[2]
+
+
+def broken_code(folder: Path, raw: Mapping[str, Any], error: Exception) -> str:
+    """The message for a checkpoint whose own code cannot be loaded."""
+    from transformers import CONFIG_MAPPING
+
+    lost = re.search(r"file named (\S+\.py)", str(error))
+    package = re.search(r"pip install [\w. -]+", str(error))
+    reason = f"{lost[1]} is missing" if lost else error_line(error)
+    remedy = f"run {package[0].strip()}" if package else f"fetch {lost[1]} into it" if lost else "fetch its .py files again"
+    known = raw["model_type"] in CONFIG_MAPPING
+    without = f", or leave out --trust-remote-code: transformers has its own code for {show_value(raw['model_type'])}" if known else ""
+    return f"{folder}: the checkpoint's own code cannot be loaded ({reason}); {remedy}{without}"
+
+
+def error_line(error: Exception) -> str:
+    """What an exception of transformers says, in one short line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300] if text.isprintable() else show_value(text)}"

@@ -12,22 +12,25 @@ from bigq.model.skeleton import is_linear
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path and the list of the decoder blocks: the largest ModuleList whose classes are all in ``_no_split_modules``, or of a model
-    that has no such list, the largest one outside of others that holds Linears.
+    """The path and the list of the decoder blocks: a ModuleList whose classes are all in ``_no_split_modules``, or of a model that has no
+    such list, one outside of others that holds Linears.
 
+    Of several, the one that shares most of its path with the input embedding, as towers for images and audio do not; then the largest.
     Raises UnsupportedModelError where there is none, or where blocks hold experts or share parameters.
     """
     lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     unsplit = set(getattr(model, "_no_split_modules", None) or ())
     if not any(_consists_of(unsplit, module) for module in lists.values()):
         unsplit = _classes_in_lists(lists)
-    found: list[tuple[int, str, nn.ModuleList]] = []
+    embedding = _embedding_path(model)
+    found: list[tuple[int, int, str, nn.ModuleList]] = []
     for path, module in lists.items():
         if _consists_of(unsplit, module):
-            found.append((sum(p.numel() for p in module.parameters()), path, module))
+            size = sum(p.numel() for p in module.parameters())
+            found.append((_shared_parts(path, embedding), size, path, module))
     if not found:
         raise UnsupportedModelError(f"{type(model).__name__}: no list of decoder blocks found; this architecture is not supported")
-    _, path, blocks = max(found, key=lambda f: f[0])
+    _, _, path, blocks = max(found, key=lambda f: f[:2])
     _refuse_shared(model, path)
     _refuse_experts(path, blocks)
     return path, blocks
@@ -46,6 +49,21 @@ def _classes_in_lists(lists: Mapping[str, nn.ModuleList]) -> set[str]:
     """The classes of the outermost lists with Linears. That their modules hand on hidden states alone is seen when they are called."""
     outermost = [module for path, module in lists.items() if not any(path.startswith(f"{other}.") for other in lists)]
     return {type(member).__name__ for module in outermost if any(map(block_linears, module)) for member in module}
+
+
+def _embedding_path(model: nn.Module) -> str:
+    """The path of the module that embeds tokens; empty where the model does not say."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return ""
+    return next((path for path, module in model.named_modules() if module is embedding), "")
+
+
+def _shared_parts(one: str, other: str) -> int:
+    """How many parts two paths have in common at their beginning."""
+    pairs = list(zip(one.split("."), other.split("."), strict=False))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
 
 
 def _refuse_shared(model: nn.Module, path: str) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from bigq.errors import BigqError, UnsupportedModelError
 from bigq.io.json_file import show_name
 from bigq.machine.device import out_of_memory
-from bigq.model.pager import replace_forward
+from bigq.model.architecture import is_composite
+from bigq.model.description import replace_forward
 
 
 class StopForward(Exception):
@@ -75,6 +76,11 @@ def hidden_of(output: Any) -> Tensor:
     hidden = output if isinstance(output, Tensor) else output[0]
     assert isinstance(hidden, Tensor)
     return hidden
+
+
+def on_its_input(model: nn.Module) -> str:
+    """Where the first forward of a model fails, for ``forward_errors``: composite models may need more than text."""
+    return "on text alone, without images or audio" if is_composite(model.config) else "with this config.json"
 
 
 @contextlib.contextmanager

@@ -74,6 +74,18 @@ class BlockCheck:
                 f"{name}: the output of a row depends on the other rows of its batch; this architecture is not supported"
             )
 
+    def require_causal(self, i: int, block: nn.Module) -> None:
+        """Raise UnsupportedModelError if block i, which is loaded, computes a token's output from later tokens too."""
+        name, call, changed = f"{self.path}.{i}", self.calls[i], self.hidden[0].clone()
+        changed[:, -1] = self.hidden[1][:, -1]
+        with without_banks(block):
+            one, other = (hidden_of(block(x, *call.args, **call.kwargs)) for x in (self.hidden[0].clone(), changed))
+        if not agree(one[:, :-1], other[:, :-1]):
+            raise UnsupportedModelError(
+                f"{name}: sees later tokens of a row, so the model would be given the tokens that it should predict, and perplexity means "
+                "nothing"
+            )
+
     def _outputs(self, name: str, block: nn.Module, call: BlockCall, k: int) -> Tensor:
         hidden = self.hidden[k].clone()
         with forward_errors("where a block runs by itself"), without_banks(block):

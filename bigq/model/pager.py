@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +26,12 @@ from bigq.io.sources.base import Source
 from bigq.io.sources.packed import PackedSource
 from bigq.io.sources.plain import PlainSource
 from bigq.model import skeleton
-from bigq.model.description import ModelDescription
+from bigq.model.architecture import is_composite
+from bigq.model.description import ModelDescription, OnUse, replace_forward
 from bigq.model.experts.naming import packed_parts
 from bigq.model.experts.pages import StoredBank, stored_banks
 from bigq.model.experts.source import ExpertSource, expert_sources, joined
-from bigq.model.experts.stored import Part, expert_parts, merged_parts
+from bigq.model.experts.stored import Part, expert_parts, merged_beside, merged_parts, require_unmerged
 from bigq.model.extras import Extras, find_extras
 from bigq.model.names import require_parameters
 from bigq.model.plain import PlainModules, plain_modules
@@ -106,7 +106,11 @@ class Pager(ModelDescription):
     @functools.cached_property
     def _parts(self) -> dict[str, Part]:
         """Tensor of the checkpoint that is not packed → the part of a parameter that it becomes."""
-        return merged_parts(self._placement.merged)
+        return merged_parts({name: merge for name, merge in self._placement.merged.items() if name not in self._beside})
+
+    @functools.cached_property
+    def _beside(self) -> dict[str, skeleton.Merge]:
+        return merged_beside(self.model, self._placement.merged)
 
     @functools.cached_property
     def _expert_parts(self) -> dict[str, str]:
@@ -116,7 +120,8 @@ class Pager(ModelDescription):
     @functools.cached_property
     def extras(self) -> Extras:
         """The tensors that the model has no place for. Packed ones count too, so this is for checkpoints that are to be quantized."""
-        return find_extras(self.model, self.config, self.blocks_path, self.checkpoint.tensors, self._placed | self._expert_parts)
+        beside = {name: merge.target for name, merge in self._beside.items()}
+        return find_extras(self.model, self.config, self.blocks_path, self.checkpoint.tensors, self._placed | self._expert_parts | beside)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -145,16 +150,18 @@ class Pager(ModelDescription):
         parts = {info.name for source in packed.values() for info in source.tensors}
         experts = self._find_experts(packed)
         merged = {info.name for sources in experts.values() for source in sources for info in source.tensors}
-        unplaced = [name for name in self.checkpoint if not (name in self._placed or name in parts or name in merged)]
+        used = {*self._placed, *parts, *merged, *self._beside}
+        unplaced = [name for name in self.checkpoint if name not in used]
         if self.schemes is None:
             refuse_quantized_tensors(self.folder, unplaced)
         self.packed = {name: source.prefix for name, source in packed.items() if name in self._meta}
-        require_parameters(self.folder, self.model, [*self.packed, *self.sources, *experts], unplaced)
+        beside = {target for merge in self._beside.values() for target in merge.targets}
+        require_parameters(self.folder, self.model, [*self.packed, *self.sources, *experts, *beside], unplaced)
         self.banks = stored_banks(self.model, experts)
         self.expert_linears = {bank.base: bank.linears() for bank in self.banks.values()}
         found: dict[str, Source] = {}
         for name, param in self._meta.items():
-            if name in experts:
+            if name in experts or name in beside:
                 continue
             if name in packed:
                 packed[name].check(tuple(skeleton.linear_weight(self._owner(name)[0]).shape))
@@ -217,20 +224,10 @@ class Pager(ModelDescription):
     def _block_names(self) -> list[list[str]]:
         prefix = f"{self.blocks_path}."
         found: list[list[str]] = [[] for _ in self.blocks]
-        for name in self.model.state_dict():
+        for name in self.state_names:
             if name.startswith(prefix) and not (name in self._meta and name not in self._weights):
                 found[int(name.removeprefix(prefix).partition(".")[0])].append(name)
         return found
-
-    def rest_names(self) -> list[str]:
-        """Names of the parameters and persistent buffers outside blocks, embedding and head."""
-        prefix = f"{self.blocks_path}."
-        large = {id(p) for m in (self.embedding, self.head) for p in m.parameters()}
-        return [
-            name
-            for name in self.model.state_dict()
-            if not name.startswith(prefix) and (name not in self._meta or id(self._meta[name]) not in large)
-        ]
 
     def block_tensors(self, i: int) -> list[TensorInfo]:
         """The stored tensors that block i is loaded from."""
@@ -301,11 +298,16 @@ class Pager(ModelDescription):
 
     @contextlib.contextmanager
     def rest_loaded(self) -> Iterator[None]:
-        """Load everything outside blocks, embedding and head while the context is open: norms, position embeddings, projections."""
+        """Load everything outside blocks, embedding and head while the context is open: norms, position embeddings, projections.
+
+        Of a composite model, a parameter is loaded when something computes with it; those for images and audio never are.
+        """
         names = self.rest_names()
+        waiting = {name: self._meta[name] for name in names if name in self._meta} if is_composite(self.config) else {}
         try:
-            self._load_all(names)
-            yield
+            self._load_all([name for name in names if name not in waiting])
+            with OnUse(waiting, self.device, self._loaded) if waiting else contextlib.nullcontext():
+                yield
         finally:
             for name in names:
                 self._evict(name)
@@ -360,6 +362,14 @@ class Pager(ModelDescription):
         if self._ahead is not None:
             self._ahead.check()
 
+    def _loaded(self, name: str) -> Tensor:
+        """A parameter, which is loaded if it is not yet. Raises UnsupportedModelError if it is not stored as it is."""
+        module, leaf = self._owner(name)
+        if module._parameters[leaf] is self._meta[name]:
+            require_unmerged(name, self._beside)
+            self._load_all([name])
+        return module._parameters[leaf]  # type: ignore[return-value]
+
     def _load(self, name: str) -> None:
         module, leaf = self._owner(name)
         if name not in self._meta:
@@ -379,17 +389,3 @@ class Pager(ModelDescription):
         if name in self._meta:
             module, leaf = self._owner(name)
             module._parameters[leaf] = self._meta[name]
-
-
-@contextlib.contextmanager
-def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace the forward of one module instance while the context is open."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = before

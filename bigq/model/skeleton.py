@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from bigq.errors import BigqError, CheckpointError, UnsupportedModelError
 from bigq.io.json_file import read_json_object, show_name, show_value
 from bigq.machine.memory import return_freed_memory
-from bigq.model.architecture import ONLY, not_causal, refuse_diffusion, require_causal
+from bigq.model.architecture import ONLY, auto_class, broken_code, error_line, not_causal, refuse_diffusion, require_causal
 from bigq.model.config import check_config, uses_hub_kernels
 
 #: New tensors above this size are made on meta at once: they are parameters that are about to be registered.
@@ -32,6 +31,8 @@ _LARGE_BYTES = 2**28
 _MAX_BUFFER_BYTES = 2**30
 #: The most parameters of a model without a checkpoint to compare with. Llama-3.1-405B has 1137; experts are stored together.
 _MAX_PARAMETERS = 20_000
+#: The steps of a rule that exchanges the last two dimensions of [experts, inputs, outputs] where the shape asks for it.
+_TURN = (("Transpose", (1, 2, True)),)
 #: Bytes of parameters after which the memory that they had before they moved to meta is returned: heaps of small models stay as they are.
 _RETURN_BYTES = 2**30
 
@@ -63,7 +64,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         if trust_remote_code and raw.get("auto_map") and isinstance(error, (OSError, ImportError, SyntaxError)):
-            raise UnsupportedModelError(_broken_code(folder, raw, error)) from error
+            raise UnsupportedModelError(broken_code(folder, raw, error)) from error
         if "model type" in str(error) or raw["model_type"] in str(error):
             from transformers import CONFIG_MAPPING, __version__
 
@@ -72,8 +73,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
                     f"{folder}: transformers {__version__} does not know model type {kind}; install a transformers that does, or correct "
                     "model_type in config.json"
                 ) from error
-            raise UnsupportedModelError(f"{folder}: transformers cannot read model type {kind}: {_error_line(error)}") from error
-        raise CheckpointError(f"{path}: is not a valid configuration: {_error_line(error)}") from error
+            raise UnsupportedModelError(f"{folder}: transformers cannot read model type {kind}: {error_line(error)}") from error
+        raise CheckpointError(f"{path}: is not a valid configuration: {error_line(error)}") from error
     require_causal(path, raw, config, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
@@ -102,24 +103,25 @@ def build(
     initialised: bool = True,
     max_parameters: int = _MAX_PARAMETERS,
 ) -> nn.Module:
-    """The causal language model of a config, with parameters on meta, in evaluation mode.
+    """The causal language model of a config, or the composite model with it, with parameters on meta, in evaluation mode.
 
     initialised: False leaves buffers undefined that the model fills in when it initialises its weights; for callers that need shapes only.
     max_parameters: the largest number of parameter tensors. Raises UnsupportedModelError; CheckpointError for more, or for large buffers.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.initialization import no_init_weights
 
     # As in load_config: a model's constructor may raise anything for a config with wrong values.
     try:
         with _parameters_on_meta(max_parameters), contextlib.nullcontext() if initialised else no_init_weights():
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            auto = getattr(transformers, auto_class(config))
+            model: nn.Module = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except BigqError:
         raise
     except Exception as error:
         if (reason := not_causal(config)) is not None:
             raise UnsupportedModelError(reason) from error
-        raise UnsupportedModelError(f"transformers cannot build a causal language model from this config: {_error_line(error)}") from error
+        raise UnsupportedModelError(f"transformers cannot build a language model from this config: {error_line(error)}") from error
     if any(param.ndim == 3 for param in model.parameters()) and getattr(model, "_can_set_experts_implementation", bool)():
         # One expert after the other: only this can be computed expert by expert with the same bits.
         model.set_experts_implementation("eager")  # type: ignore[operator]
@@ -136,25 +138,32 @@ class Merge:
     """A stored tensor that transformers merges with others into the parameter ``target``.
 
     place, places: which of the rule's kinds of tensors it is. steps: the rule's operations and the dimension that each works on.
-    targets: how many parameters the rule makes.
+    targets: all parameters that the rule makes, ``target`` first.
     """
 
     target: str
     place: int
     places: int
-    steps: tuple[tuple[str, int | None], ...]
-    targets: int
+    steps: tuple[tuple[str, Any], ...]
+    targets: tuple[str, ...]
+
+    def at(self, target: str) -> Merge:
+        """The merger for one of the parameters that a rule makes, of which this one has the patterns in place of names."""
+        targets = tuple(target.replace(self.targets[0], pattern) for pattern in self.targets)
+        return Merge(target, self.place, self.places, self.steps, targets)
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where the tensors of a checkpoint go, by their names in it. whole: the parameter or buffer that a tensor is, as it is stored.
 
-    merged: how transformers merges others. Tensors that the model has no place for are in neither.
+    turned: those of whole whose last two dimensions are exchanged where that gives the parameter's shape. merged: how transformers merges
+    others. Tensors that the model has no place for are in neither.
     """
 
     whole: Mapping[str, str]
     merged: Mapping[str, Merge]
+    turned: frozenset[str] = frozenset()
 
 
 def place(model: nn.Module, names: Iterable[str]) -> Placement:
@@ -169,8 +178,10 @@ def place(model: nn.Module, names: Iterable[str]) -> Placement:
         if pattern is None:
             whole[name] = target
         else:
-            merged[name] = Merge(target, *rules[pattern])
-    return Placement(whole, merged)
+            merged[name] = rules[pattern].at(target)
+    turned = frozenset(name for name, merge in merged.items() if merge.steps == _TURN)
+    whole |= {name: merged.pop(name).target for name in turned}
+    return Placement(whole, merged, turned)
 
 
 def map_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -209,18 +220,23 @@ def _renamed(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, str
     return result
 
 
-def _merging_rules(model: nn.Module) -> dict[str, tuple[int, int, tuple[tuple[str, int | None], ...], int]]:
-    """Each pattern of the rules by which transformers merges tensors, with the fields of ``Merge`` but the target."""
+def _merging_rules(model: nn.Module) -> dict[str, Merge]:
+    """Each pattern of the rules by which transformers merges tensors, with the merger that ``Merge.at`` completes."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    found: dict[str, tuple[int, int, tuple[tuple[str, int | None], ...], int]] = {}
+    found: dict[str, Merge] = {}
     for rule in get_model_conversion_mapping(model):
         if isinstance(rule, WeightConverter):
-            steps = tuple((type(step).__name__, getattr(step, "dim", None)) for step in rule.operations)
+            steps = tuple((type(step).__name__, _dimensions(step)) for step in rule.operations)
             for i, pattern in enumerate(rule.source_patterns):
-                found.setdefault(pattern, (i, len(rule.source_patterns), steps, len(rule.target_patterns)))
+                found.setdefault(pattern, Merge("", i, len(rule.source_patterns), steps, tuple(rule.target_patterns)))
     return found
+
+
+def _dimensions(step: Any) -> Any:
+    """What an operation of a rule works on: a dimension, or for Transpose two and whether only where the shape asks for it."""
+    return tuple(getattr(step, n, None) for n in ("dim0", "dim1", "check_dims")) if hasattr(step, "dim0") else getattr(step, "dim", None)
 
 
 def forced_dtypes(model: nn.Module, dtype: torch.dtype, names: Iterable[str]) -> dict[str, torch.dtype]:
@@ -276,15 +292,6 @@ def set_linear_weight(module: nn.Module, weight: Tensor) -> None:
     linear_weight(module).copy_(weight)
 
 
-def max_positions(config: Any) -> int | None:
-    """The longest sequence that the model has positions for; None where its config does not say."""
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
 def _dtype(value: Any) -> torch.dtype:
     dtype = value if isinstance(value, torch.dtype) else getattr(torch, str(value), None)
     if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -296,24 +303,6 @@ def _dtype(value: Any) -> torch.dtype:
 
 def _no_warning(*_: Any) -> None:
     """Replaces a method that warns."""
-
-
-def _broken_code(folder: Path, raw: Mapping[str, Any], error: Exception) -> str:
-    """The message for a checkpoint whose own code cannot be loaded."""
-    from transformers import CONFIG_MAPPING
-
-    lost = re.search(r"file named (\S+\.py)", str(error))
-    package = re.search(r"pip install [\w. -]+", str(error))
-    reason = f"{lost[1]} is missing" if lost else _error_line(error)
-    remedy = f"run {package[0].strip()}" if package else f"fetch {lost[1]} into it" if lost else "fetch its .py files again"
-    known = raw["model_type"] in CONFIG_MAPPING
-    without = f", or leave out --trust-remote-code: transformers has its own code for {show_value(raw['model_type'])}" if known else ""
-    return f"{folder}: the checkpoint's own code cannot be loaded ({reason}); {remedy}{without}"
-
-
-def _error_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300] if text.isprintable() else show_value(text)}"
 
 
 class _LargeTensorsToMeta(TorchFunctionMode):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 from bigq.config import JobConfig
 from bigq.inspect.history import History
 from bigq.io.formats.base import bank_of
 from bigq.io.formats.readers import Kind, Written, fused_linears, readers_of, verdicts
+from bigq.io.json_file import read_json_object
+from bigq.model.architecture import auto_class_named
 from bigq.reports.markdown import block
 
 #: Significant bits of a bf16 number.
@@ -35,7 +38,7 @@ def loading(history: History) -> Iterator[str]:
     yield "`MODEL` is this repository's id, or a folder that holds its files.\n"
     if config is None:
         yield "With transformers; the packages that it needs depend on `quantization_config` in config.json:\n"
-        yield _transformers(False)
+        yield _transformers(history, False)
         return
     if config.format == "gguf":
         yield from _llama_cpp()
@@ -45,12 +48,12 @@ def loading(history: History) -> Iterator[str]:
     elif "compressed-tensors" in readers:
         refusal = _refusal_of("transformers", history, config) if _written(history, config).experts else None
         if refusal is None:
-            yield from _compressed_tensors(config, _schemes(history, config))
+            yield from _compressed_tensors(history, config, _schemes(history, config))
         else:
             yield f"{refusal}.\n"
     elif "transformers" in readers:
         yield "With transformers:\n"
-        yield _transformers(config.trust_remote_code)
+        yield _transformers(history, config.trust_remote_code)
     yield from _vllm(history, config)
     yield (
         "bigq itself reads it too:\n"
@@ -77,12 +80,14 @@ def _sizes_differ(history: History) -> bool:
     return len({(each.bits, each.group_size) for each in history.linears}) > 1
 
 
-def _transformers(remote_code: bool) -> str:
+def _transformers(history: History, remote_code: bool) -> str:
     more = ", trust_remote_code=True" if remote_code else ""
+    path = Path(history.out) / "config.json"
+    auto = auto_class_named(read_json_object(path).get("architectures")) if path.exists() else auto_class_named(None)
     return block(
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"from transformers import {auto}, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("MODEL"{more})\n'
-        f'model = AutoModelForCausalLM.from_pretrained("MODEL", device_map="auto"{more})',
+        f'model = {auto}.from_pretrained("MODEL", device_map="auto"{more})',
         "python",
     )
 
@@ -99,7 +104,7 @@ def _gptq(history: History, config: JobConfig) -> Iterator[str]:
     refused = config.made.name == "gptq" and not config.scheme.symmetric
     if loads_with_transformers(history):
         yield "With transformers (`pip install transformers optimum gptqmodel`):\n"
-        yield _transformers(config.trust_remote_code)
+        yield _transformers(history, config.trust_remote_code)
         if refused:
             yield (
                 "GPTQModel's own loader (`GPTQModel.load`) refuses asymmetric checkpoints of format `gptq` that other programs wrote; "
@@ -126,12 +131,12 @@ def _gptq(history: History, config: JobConfig) -> Iterator[str]:
         yield "The checkpoint format is `gptq_v2`. Readers that do not know it would read it as `gptq`, with wrong zero points.\n"
 
 
-def _compressed_tensors(config: JobConfig, schemes: set[tuple[int, int, bool]]) -> Iterator[str]:
+def _compressed_tensors(history: History, config: JobConfig, schemes: set[tuple[int, int, bool]]) -> Iterator[str]:
     asymmetric, three = not all(symmetric for _, _, symmetric in schemes), any(bits == 3 for bits, _, _ in schemes)
     transformers = "'transformers<5.23'" if asymmetric else "transformers"
     needed = "'compressed-tensors>=0.18'" if three else "compressed-tensors"
     yield f"With transformers (`pip install {transformers} {needed}`):\n"
-    yield _transformers(config.trust_remote_code)
+    yield _transformers(history, config.trust_remote_code)
     if asymmetric:
         yield (
             "Its weights have zero points. transformers 5.23 with compressed-tensors cannot load zero points of any program; "

@@ -339,13 +339,12 @@ CLASSES = (
         PLAN + " --trust-remote-code",
     ),
     damaged(
-        "{}: has no architectures, and describes a model of several parts, of which {} is one; "
-        "such models (with images, audio or video) are not supported yet; {}: give MODEL one of those",
-        lambda p: other_config(p, model_type="qwen3_5"),
+        "{}: {} is an encoder-decoder model; {}: give MODEL one of those",
+        lambda p: other_config(p, model_type="florence2", architectures=["Florence2ForConditionalGeneration"]),
     ),
     damaged(
         "{}; such models are not supported yet, and {} is only a part of it; give MODEL a text model",
-        lambda p: other_config(p, model_type="qwen3_5", architectures=["Qwen3_5ForConditionalGeneration"]),
+        lambda p: other_config(p, model_type="whisper", architectures=["WhisperForConditionalGeneration"]),
     ),
     damaged(
         "{}: is that of a part of a diffusion model ({}); {}: give MODEL one of those",

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    Florence2Config,
     LlamaConfig,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
@@ -22,6 +23,8 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -36,6 +39,20 @@ LLAMA = LlamaConfig(
 )
 BERT = BertConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 T5 = T5Config(vocab_size=128, d_model=64, d_ff=96, num_layers=2, num_heads=4, d_kv=16)
+WHISPER = WhisperConfig(
+    vocab_size=128,
+    d_model=64,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=96,
+    decoder_ffn_dim=96,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    decoder_start_token_id=1,
+)
 
 
 def composite() -> Any:
@@ -68,7 +85,11 @@ OTHERS = {
     "LlamaModel": (lambda: LlamaModel(LLAMA), "a model without an output head (such as an embedding model)", "LlamaForCausalLM"),
     "BertForMaskedLM": (lambda: BertForMaskedLM(BERT), "an encoder (a masked language model)", None),
     "T5ForConditionalGeneration": (lambda: T5ForConditionalGeneration(T5), "an encoder-decoder model", None),
-    "Qwen3_5ForConditionalGeneration": (composite, "a vision-language model; such models are not supported yet", None),
+    "WhisperForConditionalGeneration": (
+        lambda: WhisperForConditionalGeneration(WHISPER),
+        "a speech model; such models are not supported yet, and WhisperForCausalLM is only a part of it",
+        None,
+    ),
 }
 
 
@@ -136,9 +157,31 @@ def test_without_architectures_the_kind_is_the_model_type_s(tmp_path: Path) -> N
     T5ForConditionalGeneration(T5).save_pretrained(tmp_path / "t5")
     said = refusal(with_config(tmp_path / "t5", architectures=None), tmp_path)
     assert "model type 't5' is that of an encoder-decoder model; bigq quantizes causal language models only" in said
-    composite().save_pretrained(tmp_path / "whole")
-    said = refusal(with_config(tmp_path / "whole", architectures=None), tmp_path)
-    assert "describes a model of several parts, of which Qwen3_5ForCausalLM is one" in said
+
+
+def test_a_composite_type_and_a_causal_one_of_one_name(tmp_path: Path) -> None:
+    """The class that architectures names is built; without it, the whole of what the config describes."""
+    composite().save_pretrained(tmp_path / "m")
+    for named, built in (
+        (["Qwen3_5ForConditionalGeneration"], "Qwen3_5ForConditionalGeneration"),
+        (["Qwen3_5ForCausalLM"], "Qwen3_5ForCausalLM"),
+        (None, "Qwen3_5ForConditionalGeneration"),
+    ):
+        config = load_config(with_config(tmp_path / "m", architectures=named))
+        assert type(build(config, torch.float32)).__name__ == built
+
+
+def test_a_composite_class_of_another_type(tmp_path: Path) -> None:
+    folder = with_config(make_checkpoint(tmp_path / "m", "llama"), architectures=["LlavaForConditionalGeneration"])
+    said = refusal(folder, tmp_path)
+    assert "LlavaForConditionalGeneration, a vision-language model of another model type than 'llama', so readers" in said
+    assert said.endswith('set architectures to ["LlamaForCausalLM"] to quantize what transformers runs, or correct model_type')
+
+
+def test_a_composite_encoder_decoder_model(tmp_path: Path) -> None:
+    Florence2Config().save_pretrained(tmp_path / "m")
+    said = refusal(with_config(tmp_path / "m", architectures=["Florence2ForConditionalGeneration"]), tmp_path)
+    assert "Florence2ForConditionalGeneration is an encoder-decoder model; bigq quantizes causal language models only" in said
 
 
 def test_diffusion_models(tmp_path: Path) -> None:

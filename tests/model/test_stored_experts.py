@@ -71,7 +71,7 @@ def test_a_missing_matrix_is_named(lost: tuple[str, ...], tmp_path: Path) -> Non
 )
 def test_other_rules_are_refused(steps: tuple[tuple[str, int | None], ...], targets: int) -> None:
     with pytest.raises(UnsupportedModelError, match=r"^model\.x: transformers makes it of several tensors by "):
-        require_stacking(Merge("model.x", 0, 1, steps, targets))
+        require_stacking(Merge("model.x", 0, 1, steps, ("model.x", "model.y")[:targets]))
 
 
 def test_plain_tensors_have_no_part(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from bigq.io.sources.plain import PlainSource
 from bigq.model.experts.bank import bank_modules
 from bigq.model.experts.naming import is_transposed, packed_parts
 from bigq.model.experts.stored import Part, expert_parts
+from bigq.model.skeleton import place
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +24,18 @@ class ExpertSource:
     """One expert's part of a parameter. parts: stored matrices, in this order along the first dimension, all of one shape.
 
     whole: the tensor for all experts that the one part is a slice of; None if the parts are tensors of this expert alone.
-    transposed: whether the part is [inputs, outputs], while the stored matrices are [outputs, inputs].
+    transposed: whether the part is [inputs, outputs], while the stored matrices are [outputs, inputs]. turned: whether the slice of
+    ``whole`` is the transpose of the part.
     """
 
     parts: tuple[Source, ...]
     whole: TensorInfo | None = None
     transposed: bool = False
+    turned: bool = False
 
     def value(self, read: Read, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The part, without the dimension of the experts. Raises CheckpointError, NumericsError."""
-        return joined([part.value(read, device, dtype) for part in self.parts], transposed=self.transposed)
+        return joined([part.value(read, device, dtype) for part in self.parts], transposed=self.transposed or self.turned)
 
     @property
     def tensors(self) -> Iterator[TensorInfo]:
@@ -79,8 +82,10 @@ def expert_sources(
     for name, parameter in placed.items():
         if parameter in parameters:
             (info,) = sources[name].tensors
-            PlainSource(info).check(tuple(parameters[parameter].shape))
-            found[parameter] = tuple(ExpertSource((PlainSource(one),), whole=info) for one in slices(info))
+            e, m, n = parameters[parameter].shape
+            turned = info.shape == (e, n, m) != (e, m, n) and name in place(model, [name]).turned
+            PlainSource(info).check((e, n, m) if turned else (e, m, n))
+            found[parameter] = tuple(ExpertSource((PlainSource(one),), whole=info, turned=turned) for one in slices(info))
     for parameter, experts in found.items():
         _check(parameter, tuple(parameters[parameter].shape), experts)
     return found
@@ -94,6 +99,6 @@ def _check(parameter: str, shape: tuple[int, ...], experts: Sequence[ExpertSourc
             "the two belong to different models"
         )
     for expert in experts:
-        m, n = (shape[2], shape[1]) if expert.transposed else shape[1:]
+        m, n = (shape[2], shape[1]) if expert.transposed or expert.turned else shape[1:]
         for part in expert.parts:
             part.check((m // len(expert.parts), n))

@@ -14,6 +14,8 @@ from torch import nn
 
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.json_file import show_name
+from bigq.model.architecture import is_composite
+from bigq.model.blocks import find_blocks
 from bigq.model.skeleton import Merge, place
 
 #: Rules that are followed: experts are stacked, and then perhaps their matrices concatenated by outputs.
@@ -34,7 +36,27 @@ class Part:
 
 def expert_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Part]:
     """Checkpoint name → where it goes, for those tensors that transformers would merge. Raises as ``merged_parts`` does."""
-    return merged_parts(place(model, names).merged)
+    merged = place(model, names).merged
+    beside = merged_beside(model, merged)
+    return merged_parts({name: merge for name, merge in merged.items() if name not in beside})
+
+
+def merged_beside(model: nn.Module, merged: Mapping[str, Merge]) -> dict[str, Merge]:
+    """Those of ``merged`` that belong to a composite model's parts beside the decoder blocks, such as a tower for images.
+
+    These are copied as they are stored, so what transformers makes of them matters only if text needs them: see ``require_unmerged``.
+    """
+    if not is_composite(model.config):
+        return {}
+    path, _ = find_blocks(model)
+    return {name: merge for name, merge in merged.items() if not merge.target.startswith(f"{path}.")}
+
+
+def require_unmerged(parameter: str, beside: Mapping[str, Merge]) -> None:
+    """Raise UnsupportedModelError if a parameter is made of tensors that are beside the decoder blocks. beside: of ``merged_beside``."""
+    merge = next((merge for merge in beside.values() if parameter in merge.targets), None)
+    if merge is not None:
+        raise _other_rule(parameter, merge)
 
 
 def merged_parts(merged: Mapping[str, Merge]) -> dict[str, Part]:
@@ -58,9 +80,13 @@ def merged_parts(merged: Mapping[str, Merge]) -> dict[str, Part]:
 
 def require_stacking(merge: Merge) -> None:
     """Raise UnsupportedModelError unless a rule stacks tensors as experts and then concatenates them by outputs at most."""
-    if merge.steps not in _STACKING or merge.targets != 1:
-        steps = ", ".join(name for name, _ in merge.steps)
-        raise UnsupportedModelError(f"{merge.target}: transformers makes it of several tensors by {steps}, which is not supported")
+    if merge.steps not in _STACKING or len(merge.targets) != 1:
+        raise _other_rule(merge.target, merge)
+
+
+def _other_rule(parameter: str, merge: Merge) -> UnsupportedModelError:
+    steps = ", ".join(name for name, _ in merge.steps)
+    return UnsupportedModelError(f"{parameter}: transformers makes it of several tensors by {steps}, which is not supported")
 
 
 def _require_equal_numbers(matrices: list[list[str]]) -> None:

@@ -33,7 +33,7 @@ from bigq.model.blocks import find_blocks
 from bigq.model.description import ModelDescription
 from bigq.model.experts.pages import stored_banks
 from bigq.model.experts.source import ExpertSource, expert_sources
-from bigq.model.experts.stored import merged_parts
+from bigq.model.experts.stored import merged_beside, merged_parts
 from bigq.model.extras import Extras, find_extras
 from bigq.model.names import require_parameters
 from bigq.model.pager import Pager
@@ -221,23 +221,25 @@ def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: Job
     model = skeleton.build(model_config, dtype, trust_remote_code=config.trust_remote_code, initialised=False)
     path, _ = find_blocks(model)
     placement = skeleton.place(model, tensors)
-    placed, parts = dict(placement.whole), merged_parts(placement.merged)
+    beside = merged_beside(model, placement.merged)
+    placed, parts = dict(placement.whole), merged_parts({name: m for name, m in placement.merged.items() if name not in beside})
     merged = {name: part.parameter for name, part in parts.items()}
     sources = {target: tensors[name] for name, target in placed.items()}
     experts: dict[str, tuple[ExpertSource, ...]] = {}
     if tensors:
-        unplaced = [name for name in tensors if name not in placed and name not in merged]
+        unplaced = [name for name in tensors if name not in placed and name not in merged and name not in beside]
         refuse_quantized_tensors(folder, unplaced)
         experts = expert_sources(model, {name: PlainSource(tensors[name]) for name in (*placed, *merged)}, placed, parts)
-        require_parameters(folder, model, [*sources, *experts], unplaced)
+        made = [target for merge in beside.values() for target in merge.targets]
+        require_parameters(folder, model, [*sources, *experts, *made], unplaced)
         for name, param in model.named_parameters():
-            if name in sources:
+            if name in sources and name not in experts:
                 PlainSource(sources[name]).check(tuple(param.shape))
     banks = stored_banks(model, experts) if tensors else {}
-    extras = find_extras(model, model_config, path, tensors, placed | merged)
+    extras = find_extras(model, model_config, path, tensors, placed | merged | dict.fromkeys(beside, ""))
     stored = _kept_bytes(tensors, extras) or None
-    beside = (*unread_warnings(folder, tensors), *side_files(folder).warnings()) if local else ()
-    warnings = (*coded_warnings(folder, tensors), *extras.warnings(), *tie_warnings(model, sources), *beside)
+    files = (*unread_warnings(folder, tensors), *side_files(folder).warnings()) if local else ()
+    warnings = (*coded_warnings(folder, tensors), *extras.warnings(), *tie_warnings(model, sources), *files)
     coded = _coded_bytes(tensors)
     outline = Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored, coded=coded, banks=banks)
     return outline, model_config, warnings

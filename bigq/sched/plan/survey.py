@@ -20,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bigq.io.index import TensorInfo
+from bigq.model.architecture import is_composite
 from bigq.model.blocks import block_linears
-from bigq.model.capture import BlockCall, OutputForm, first_input, forward_errors, record_calls, replace_forwards
+from bigq.model.capture import BlockCall, OutputForm, first_input, forward_errors, on_its_input, record_calls, replace_forwards
 from bigq.model.checks import check_hidden_paths
+from bigq.model.description import OnUse
 from bigq.model.experts.bank import bank_modules
 from bigq.model.experts.cut import chosen_experts, without_banks
 from bigq.model.experts.naming import ExpertLinear, Naming
@@ -69,6 +71,7 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
     with torch.no_grad(), _WholeRows(outline.fused), forward_errors():
         form = _form(model, blocks)
         runs = [_Run.of(model, blocks, form, rows, seqlen) for rows in (1, 2)]
+        rest = _rest_bytes(model, blocks, form, outline.dtype)
         check_hidden_paths(model, blocks, torch.zeros(1, min(seqlen, _STRUCTURE_TOKENS), dtype=torch.long, device="meta"), form)
         short = _Run.of(model, blocks, form, 1, min(seqlen, _STRUCTURE_TOKENS))
         kinds: dict[Any, BlockShape] = {}
@@ -81,9 +84,6 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     stored = outline.stored if outline.stored is not None else sum(_bytes(outline, name) for name, _ in outline.model.named_parameters())
     head = model.get_output_embeddings()  # type: ignore[operator]
-    large = {id(p) for m in (embedding, head) if m is not None for p in m.parameters()}
-    in_blocks = {id(p) for p in blocks.parameters()}
-    rest = sum(p.numel() for p in model.parameters() if id(p) not in large | in_blocks) * outline.dtype.itemsize
     name = next((n for n, m in model.named_modules() if m is embedding), "")
     info = outline.sources.get(f"{name}.weight")
     return ModelShape(
@@ -101,6 +101,24 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
         family=getattr(model.config, "model_type", None),
         transposed=any(is_transposed(module) for block in blocks for module in block_linears(block).values()),
     )
+
+
+def _rest_bytes(model: nn.Module, blocks: nn.ModuleList, form: OutputForm, dtype: torch.dtype) -> int:
+    """Bytes of the parameters outside blocks, embedding and head that are loaded: of a composite model, those that text needs."""
+    apart = [model.get_input_embeddings(), model.get_output_embeddings(), blocks]  # type: ignore[operator]
+    others = {id(p) for m in apart if m is not None for p in m.parameters()}
+    rest = {name: p for name, p in model.named_parameters() if id(p) not in others}
+    used = set(rest)
+    if is_composite(model.config):
+        used.clear()
+
+        def use(name: str) -> Tensor:
+            used.add(name)
+            return rest[name]
+
+        with OnUse(rest, torch.device("meta"), use):
+            _Run.of(model, blocks, form, 1, 2)
+    return sum(rest[name].numel() for name in used) * dtype.itemsize
 
 
 def require_hidden_paths(model: nn.Module, blocks_path: str) -> None:
@@ -152,7 +170,7 @@ class _Run:
 
 
 def _form(model: nn.Module, blocks: nn.ModuleList) -> OutputForm:
-    with forward_errors():
+    with forward_errors(on_its_input(model)):
         hidden, call = first_input(model, blocks, torch.zeros(1, 2, dtype=torch.long, device="meta"))
     with forward_errors(), without_banks(blocks[0]):
         return OutputForm.of(blocks[0](hidden, *call.args, **call.kwargs))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bigq.errors import UnsupportedModelError
 from bigq.job.batches import Batches
-from bigq.model import skeleton
-from bigq.model.capture import BlockCall, OutputForm, first_input, forward_errors, record_calls
+from bigq.model.architecture import max_positions
+from bigq.model.capture import BlockCall, OutputForm, first_input, forward_errors, on_its_input, record_calls
 from bigq.model.checks import BlockCheck, first_difference, probe_blocks
 from bigq.model.experts.cut import without_banks
 from bigq.model.pager import Pager
@@ -42,12 +42,12 @@ def probe_model(pager: Pager) -> Probe:
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = pager.embedding.num_embeddings
-    length = min(PROBE_TOKENS, skeleton.max_positions(pager.config) or PROBE_TOKENS)
+    length = min(PROBE_TOKENS, max_positions(pager.config) or PROBE_TOKENS)
     ids = torch.randint(0, vocabulary, (3, 2, length), generator=generator)
     ids[2] = torch.stack([ids[0, 0], ids[1, 1]])
     with pager.rest_loaded(), pager.embedding_rows(ids):
         ids = ids.to(pager.device)
-        with forward_errors():
+        with forward_errors(on_its_input(pager.model)):
             hidden, call = first_input(pager.model, pager.blocks, ids[0, :1])
         block = pager.load_block(0)
         with forward_errors(), without_banks(block):
