@@ -13,6 +13,7 @@ import torch
 from follow import line
 from models import rewrite, shard_of, stored_tensors
 from place import (
+    EVAL,
     PLAN,
     RTN,
     Act,
@@ -77,7 +78,7 @@ DAMAGED = (
     damaged(
         "{}: has a quantization_config, but no tensor is packed; fetch the checkpoint again",
         lambda p: p.config(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32}),
-        RTN,
+        EVAL,
     ),
     damaged("{}: {} is {}, above the limit of {}; correct it", lambda p: p.config(num_hidden_layers=10**9)),
     damaged("{}: {} is {}, which is not a probability; correct it", lambda p: p.config(attention_dropout=5)),
@@ -210,7 +211,6 @@ def own_class(place: Place) -> None:
     )
 
 
-ORIGINAL = "{}: is already quantized ({}); give the original model, in fp32, fp16 or bf16"
 SHARDS_AND_FILE = (
     "{}: lies beside {}, which names other files ({}); transformers loads that one, bigq the shards: remove {}, or {} and its shards, "
     "whichever is not your model"
@@ -301,11 +301,10 @@ NAMES = (
         renamed(lambda name: f"_orig_mod.{name}"),
         by_the_docs("_orig_mod."),
     ),
-    damaged(ORIGINAL, packed),
     damaged(
         "{}: is already quantized ({}); give the original model, in fp32, fp16 or bf16 (of quantized ones, bigq reads gptq and "
         "compressed-tensors)",
-        lambda p: p.config(quantization_config={"quant_method": "awq", "bits": 4}),
+        lambda p: p.config(quantization_config={"quant_method": "eetq", "bits": 8}),
     ),
     damaged(
         "{}: is already quantized: tensor {} is one that {} stores, although config.json has no quantization_config; give the original "
