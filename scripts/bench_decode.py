@@ -64,11 +64,11 @@ def main() -> None:
         for name, (coding, parts) in weights().items():
             taken = seconds(lambda coding=coding, parts=parts: coding.decode(parts, torch.bfloat16))  # type: ignore[misc]
             size = sum(part.nbytes for part in parts)
-            rates.setdefault(name, {})[f"{threads} threads"] = round(size / taken / 1e9, 2)
-            print(f"{name:32} {threads} threads {size / taken / 1e9:6.2f} GB/s", flush=True)
+            rates.setdefault(name, {})[str(threads)] = round(size / taken / 1e9, 2)
+            print(f"{name:32} {threads} threads: {size / taken / 1e9:6.2f} GB/s", flush=True)
     if args.json is not None:
         facts = {"command": "python scripts/bench_decode.py --json docs/results/decode.json", "revision": revision()}
-        args.json.write_text(json.dumps({**facts, "matrix": [M, N], "gb_per_s_of_stored_bytes": rates}, indent=2) + "\n")
+        args.json.write_text(json.dumps({**facts, "matrix": [M, N], "gb_per_s_by_threads": rates}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
