@@ -80,6 +80,13 @@ def _whole_fp8(name: str, weight: Tensor, generator: torch.Generator) -> Stored:
     return tensors, _value(codes, scale.expand_as(weight))
 
 
+def _whole_e4m3(name: str, weight: Tensor, generator: torch.Generator) -> Stored:
+    scale = (weight.float().abs().max() / 448).to(torch.bfloat16)
+    codes = (weight.float() / scale.float()).to(torch.float8_e4m3fn)
+    tensors = {f"{name}.weight": codes, f"{name}.weight_scale_inv": scale, f"{name}.activation_scale": torch.tensor(0.02)}
+    return tensors, _value(codes, scale.expand_as(weight))
+
+
 def _random_halves(m: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Bytes [m, n/2] and the numbers that they stand for, the first one in the low half."""
     codes = torch.randint(16, (m, n), generator=generator)
@@ -198,6 +205,7 @@ STORAGES: Mapping[str, tuple[Store, dict[str, Any]]] = {
     "fp8 rows": (_rows_of_fp8, _compressed("float-quantized", "channel")),
     "fp8 rows of FBGEMM": (_rows_of_fp8, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
     "fp8 tensor": (_whole_fp8, {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "fp8 tensor of Mistral": (_whole_e4m3, {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}),
     "int8 rows": (_rows_of_int8, _compressed("int-quantized", "channel")),
     "nvfp4": (lambda *given: _nvfp4(*given, modelopt=False), _compressed("nvfp4-pack-quantized", "tensor_group")),
     "nvfp4 of ModelOpt": (lambda *given: _nvfp4(*given, modelopt=True), {"quant_method": "modelopt", "quant_algo": "NVFP4"}),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import randomize
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM
 
@@ -117,14 +118,7 @@ def _merged(settings: Any, changes: Mapping[str, Any]) -> Any:
 def make_composite(folder: Path, kind: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Path:
     """Save a random model of a composite type; norms and biases are random too."""
     model = AutoModelForMultimodalLM.from_config(shrunk_config(kind, **overrides))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.ndim >= 2:
-                param.normal_(0, 0.15, generator=generator)
-            else:
-                param.add_(torch.randn(param.shape, generator=generator) * 0.1)
-    model.tie_weights()
+    randomize(model, seed)
     if dtype != torch.float32:
         model.to(dtype)
     model.save_pretrained(folder, max_shard_size="300KB")

@@ -158,12 +158,8 @@ LEVELS: Mapping[str, tuple[tuple[tuple[str, ...], ...], ...]] = {
 }
 
 
-def make_checkpoint(
-    folder: Path, family: str, *, dtype: torch.dtype = torch.float32, shard: str = "60KB", seed: int = 0, **overrides: Any
-) -> Path:
-    """Save a random model of a family; norms and biases are random too, so that none of them can go unnoticed."""
-    model_type, values = {**FAMILIES, **WITH_EXPERTS, **UNSUPPORTED}[family]
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**values, **overrides}))
+def randomize(model: nn.Module, seed: int = 0) -> None:
+    """Random weights; norms and biases are random too, so that none of them can go unnoticed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for param in model.parameters():
@@ -171,7 +167,16 @@ def make_checkpoint(
                 param.normal_(0, 0.15, generator=generator)
             else:
                 param.add_(torch.randn(param.shape, generator=generator) * 0.1)
-    model.tie_weights()
+    model.tie_weights()  # type: ignore[operator]
+
+
+def make_checkpoint(
+    folder: Path, family: str, *, dtype: torch.dtype = torch.float32, shard: str = "60KB", seed: int = 0, **overrides: Any
+) -> Path:
+    """Save a random model of a family."""
+    model_type, values = {**FAMILIES, **WITH_EXPERTS, **UNSUPPORTED}[family]
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**values, **overrides}))
+    randomize(model, seed)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     return folder
 

@@ -16,6 +16,7 @@ import torch
 
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.formats import PackedSchemes, quantization_method, read_schemes
+from bigq.io.formats.compressed_tensors import require_plain
 from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.json_file import read_json_object, show_name, show_value
 from bigq.io.sources.coded import decoded_tensors
@@ -32,11 +33,10 @@ _MARKS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\.weight_(scale|scale_inv|scale_2|zero_point)$"), "fp8, int8 or fp4"),
 )
 
-
 #: Values of ``quant_method`` for weights of 8 or 4 bits that are decoded as they are read.
 _CODED = ("fp8", "fbgemm_fp8", "mxfp4")
 #: Values of modelopt's ``quant_algo``, and of compressed-tensors' ``format``, for such weights.
-_CODED_ALGORITHMS = ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4")
+_CODED_ALGORITHMS = ("FP8", "NVFP4")
 _CODED_FORMATS = ("float-quantized", "naive-quantized", "int-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
 #: Dtypes of original models; all others are taken for bf16.
 _DTYPES: Mapping[str, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
@@ -71,6 +71,8 @@ def coded_weights(folder: Path) -> Coded | None:
         or (method == "compressed-tensors" and format in _CODED_FORMATS)
     ):
         return None
+    if method == "compressed-tensors":
+        require_plain(path, said)
     return Coded(f"{algorithm or format or method}", _block(path, said), _original_dtype(config))
 
 

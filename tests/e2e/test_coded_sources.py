@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import bigq
-from bigq.errors import BigqError, CheckpointError, NumericsError
+from bigq.errors import BigqError, CheckpointError, NumericsError, UnsupportedModelError
 from bigq.sched.plan.inputs import plan
 
 Make = Callable[[str, str], tuple[Path, Path]]
@@ -127,6 +128,19 @@ def test_the_plan_knows_both_sizes(made: Make, tmp_path: Path) -> None:
     assert any("fp8" in warning for warning in plans[0].warnings) and not any("fp8" in warning for warning in plans[1].warnings)
 
 
+def test_a_description_beside_the_config(made: Make, tmp_path: Path) -> None:
+    """ModelOpt's own file; the output is not what it describes, so it is not copied."""
+    coded, decoded = made("llama", "nvfp4 of ModelOpt")
+    model = tmp_path / "model"
+    shutil.copytree(coded, model)
+    described = json.loads((model / "config.json").read_text())
+    del described["quantization_config"]
+    (model / "config.json").write_text(json.dumps(described))
+    (model / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    require_same_job((model, decoded), tmp_path)
+    assert not (tmp_path / "a" / "hf_quant_config.json").exists()
+
+
 def damaged(coded: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
     """A coded checkpoint in one file after a change."""
     tensors = stored_tensors(coded)
@@ -162,6 +176,14 @@ def two_global_scales(tensors: dict[str, torch.Tensor]) -> None:
     tensors[f"{WEIGHT}_global_scale"] = torch.ones(2)
 
 
+def scaled_inputs(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[WEIGHT.replace("weight", "pre_quant_scale")] = torch.ones(64)
+
+
+def zero_points(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{WEIGHT}_zero_point"] = torch.zeros(tensors[WEIGHT].shape[0], 1, dtype=torch.int8)
+
+
 def lose_zeros(tensors: dict[str, torch.Tensor]) -> None:
     del tensors[WEIGHT.replace("weight", "qzeros")]
 
@@ -182,6 +204,8 @@ def nan_number(tensors: dict[str, torch.Tensor]) -> None:
         ("fp8 blocks", cut_blocks, "blocks of 24 × 40 by config.json; the two belong to different models"),
         ("fp8 blocks", nan_number, f"tensor {WEIGHT} contains NaN or Inf"),
         ("nvfp4", cut_groups, f"tensor {WEIGHT}_scale has shape"),
+        ("nvfp4 of ModelOpt", scaled_inputs, "up_proj.pre_quant_scale scales the inputs of a Linear, which is not supported"),
+        ("int8 rows", zero_points, f"tensor {WEIGHT} has zero points, which are not supported"),
         ("awq", lose_zeros, "up_proj.qweight lacks its scales or zero points; fetch it again"),
         ("awq", cut_zeros, "its shape does not match those of qzeros and scales"),
         ("gptq", lose_zeros, "up_proj.qzeros is missing, but its Linear is packed"),
@@ -193,7 +217,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_original_is_not(
 ) -> None:
     coded, _ = made("llama", storage)
     error = refusal(damaged(coded, tmp_path / "m", damage), tmp_path)
-    assert isinstance(error, (CheckpointError, NumericsError)) and said in str(error)
+    assert isinstance(error, (CheckpointError, NumericsError, UnsupportedModelError)) and said in str(error)
     bigq.quantize(str(coded), tmp_path / "fetched", config(tmp_path))
 
 
@@ -208,6 +232,16 @@ def test_another_version_of_awq_is_refused(change: dict[str, object], made: Make
     assert "of awq, bigq reads version gemm at 4 bits: give such a one, or the original model" in str(refusal(model, tmp_path))
     for name, other in (("gemm", coded), ("original", decoded)):
         bigq.quantize(str(other), tmp_path / name, config(tmp_path))
+
+
+def test_transformed_weights_are_refused(made: Make, tmp_path: Path) -> None:
+    """They would have to be rotated back; numbers times scales are not the model's weights."""
+    model = damaged(made("llama", "nvfp4")[0], tmp_path / "m", lambda tensors: None)
+    path = model / "config.json"
+    said = json.loads(path.read_text())
+    said["quantization_config"]["transform_config"] = {"config_groups": {"R1": {"type": "hadamard"}}}
+    path.write_text(json.dumps(said))
+    assert "transform_config is set; bigq does not read transformed weights" in str(refusal(model, tmp_path))
 
 
 def test_a_wrong_block_size_is_refused(made: Make, tmp_path: Path) -> None:

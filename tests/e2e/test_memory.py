@@ -4,7 +4,7 @@ Llama-shaped bf16 models of 24 and of 44 blocks of the same width are quantized,
 peak resident set (VmHWM: ``ru_maxrss`` would begin with the parent's). Where random addresses and hashes put the heap moves
 the peak by as much as a block, so both are fixed where the system lets a program do that, and the median of three counts.
 A run's peak is the largest of its blocks' peaks, which differ by 2 MiB with the holes in the heap: of 4 blocks the largest
-is 2 MiB lower than of 24, of 44 it is not higher. So that this does not count as growth, the smaller model has many, too.
+is 2 MiB lower than of 24. So that this does not count as growth, the smaller model has many, too.
 The children compute with one thread: how many there are changes time, not this comparison.
 """
 

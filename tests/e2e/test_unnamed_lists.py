@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import logits_of, random_ids, reference_model, save_ids, streamed_logits
+from models import logits_of, random_ids, randomize, reference_model, save_ids, streamed_logits
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -36,14 +36,7 @@ FAMILIES: Mapping[str, tuple[Mapping[str, Any], str]] = {
 def saved(family: str, folder: Path) -> Path:
     values, _ = FAMILIES[family]
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**values))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.ndim >= 2:
-                param.normal_(0, 0.15, generator=generator)
-            else:
-                param.add_(torch.randn(param.shape, generator=generator) * 0.1)
-    model.tie_weights()
+    randomize(model)
     model.save_pretrained(folder)
     return folder
 

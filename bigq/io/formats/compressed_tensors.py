@@ -265,7 +265,7 @@ class CompressedTensorsSchemes:
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups or len(groups) > MAX_PATTERNS:
             raise _bad(path, f"config_groups {show_value(groups)} is not an object of 1 to {MAX_PATTERNS} groups")
-        _require_plain(path, config)
+        require_plain(path, config)
         if any(_requires_g_idx(path, group) for group in groups.values()):
             format = CompressedTensorsGroupOrder()
         return cls(
@@ -318,7 +318,7 @@ def _get(group: Any, key: str) -> Any:
     return group.get(key) if isinstance(group, dict) else None
 
 
-def _require_plain(path: Path, config: Mapping[str, Any]) -> None:
+def require_plain(path: Path, config: Mapping[str, Any]) -> None:
     """Raise CheckpointError if weights are more than codes, scales and zero points (sparse, transformed, not compressed).
 
     ``kv_cache_scheme`` concerns only the cache and is ignored.

@@ -30,7 +30,9 @@ from bigq.kernels.decode import decode_scaled, exponents
 #: Numbers of these dtypes are useless without scales.
 CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 #: Scales that only kernels need: of activations, and of keys and values in the cache.
-_OF_KERNELS = re.compile(r"\.(input_scale(_ub)?|input_global_scale|activation_scale|output_scale|(k|v|q|kv)_scale|(k|v|kv)_cache_scale)$")
+_OF_KERNELS = re.compile(
+    r"\.(input_scale(_ub)?|input_zero_point|input_global_scale|activation_scale|output_scale|(k|v|q|kv)_scale|(k|v|kv)_cache_scale)$"
+)
 #: Names of scales, which may be fp8 or bytes themselves.
 _SCALES = re.compile(r"_(scale|scales|scale_inv|scale_2|global_scale)$")
 #: Columns that share a scale in FP4.
@@ -69,11 +71,13 @@ def decoded_tensors(tensors: Mapping[str, TensorInfo], block: tuple[int, int] | 
     """A checkpoint's tensors, in which every coded weight is one tensor of ``dtype``, and no scales are left.
 
     block: what the config says of blocks that share a scale. Raises CheckpointError where a weight lacks its scales, or where these have
-    another shape; UnsupportedModelError for zero points.
+    another shape; UnsupportedModelError for zero points, and for Linears whose inputs have to be scaled.
     """
     found: dict[str, TensorInfo] = {}
     used: set[str] = set()
     for name, info in tensors.items():
+        if name.endswith(".pre_quant_scale"):
+            raise UnsupportedModelError(f"{info.file}: tensor {show_name(name)} scales the inputs of a Linear, which is not supported")
         made = _weight(name, info, tensors, block, dtype)
         if made is not None:
             found[made.name] = made
