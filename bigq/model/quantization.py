@@ -7,7 +7,7 @@ model keep them packed (``packed_schemes``), a job that quantizes them again dec
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,21 +43,16 @@ _DTYPES: Mapping[str, torch.dtype] = {"float16": torch.float16, "float32": torch
 
 
 @dataclass(frozen=True, slots=True)
-class Coded:
-    """Weights that are decoded as they are read. method: who defines how they are stored. block: rows and columns that share a scale.
-
-    dtype: what they are decoded to, which is the dtype of the original model.
-    """
+class Decoding:
+    """How the weights of a checkpoint are decoded as they are read. method: its name for people. decode: makes its tensors look plain."""
 
     method: str
-    block: tuple[int, int] | None
-    dtype: torch.dtype
+    decode: Callable[[Mapping[str, TensorInfo]], dict[str, TensorInfo]]
 
 
-def coded_weights(folder: Path) -> Coded | None:
-    """How the weights of a model folder are to be decoded; None where they are not stored so. Raises CheckpointError."""
+def _numbers(folder: Path, config: Mapping[str, Any]) -> Decoding | None:
+    """The decoding of weights in fp8, int8 or fp4; None where they are not stored so. Raises CheckpointError."""
     path = folder / "config.json"
-    config = read_json_object(path)
     said = config.get("quantization_config")
     if said is None and (folder / MODELOPT_CONFIG).exists():
         found = read_json_object(folder / MODELOPT_CONFIG).get("quantization")
@@ -73,7 +68,23 @@ def coded_weights(folder: Path) -> Coded | None:
         return None
     if method == "compressed-tensors":
         require_plain(path, said)
-    return Coded(f"{algorithm or format or method}", _block(path, said), _original_dtype(config))
+    block, dtype = _block(path, said), _original_dtype(config)
+    return Decoding(f"{algorithm or format or method}", lambda tensors: decoded_tensors(tensors, block, dtype))
+
+
+def _integers(folder: Path, config: Mapping[str, Any]) -> Decoding | None:
+    """The decoding of packed integers; None for plain weights. Raises CheckpointError, UnsupportedModelError."""
+    said, dtype = config.get("quantization_config"), _original_dtype(config)
+    if isinstance(said, dict) and said.get("quant_method") == "awq":
+        _require_gemm(folder, said)
+        return Decoding(quantization_method(said), lambda tensors: decoded_awq(tensors, dtype))
+    schemes = packed_schemes(folder)
+    return None if schemes is None else Decoding(quantization_method(said or {}), lambda tensors: decoded_integers(tensors, schemes, dtype))
+
+
+def _decoding(folder: Path, *, integers: bool) -> Decoding | None:
+    config = read_json_object(folder / "config.json")
+    return _numbers(folder, config) or (_integers(folder, config) if integers else None)
 
 
 def decoded_source(folder: Path, tensors: Mapping[str, TensorInfo], *, integers: bool) -> Mapping[str, TensorInfo]:
@@ -81,26 +92,13 @@ def decoded_source(folder: Path, tensors: Mapping[str, TensorInfo], *, integers:
 
     integers: whether packed integers are decoded too. Raises CheckpointError, UnsupportedModelError.
     """
-    coded = coded_weights(folder)
-    config = read_json_object(folder / "config.json")
-    said = config.get("quantization_config")
-    if coded is None and integers and isinstance(said, dict) and said.get("quant_method") == "awq":
-        _require_gemm(folder, said)
-        coded = Coded(quantization_method(said), None, _original_dtype(config))
-        decoded: Mapping[str, TensorInfo] = decoded_awq(tensors, coded.dtype)
-    elif coded is None:
-        schemes = packed_schemes(folder) if integers else None
-        if schemes is None:
-            return tensors
-        coded = Coded(quantization_method(said or {}), None, _original_dtype(config))
-        decoded = decoded_integers(tensors, schemes, coded.dtype)
-    else:
-        decoded = decoded_tensors(tensors, coded.block, coded.dtype)
-    if not tensors:
+    decoding = _decoding(folder, integers=integers)
+    if decoding is None or not tensors:
         return tensors
+    decoded = decoding.decode(tensors)
     if not any(info.coding is not None for info in decoded.values()):
         raise CheckpointError(
-            f"{folder / 'config.json'}: says that weights are quantized ({show_name(coded.method)}), but none is stored so; fetch the "
+            f"{folder / 'config.json'}: says that weights are quantized ({show_name(decoding.method)}), but none is stored so; fetch the "
             "checkpoint again, or remove quantization_config if the weights are the original ones"
         )
     return decoded
@@ -127,12 +125,12 @@ def coded_warnings(folder: Path, tensors: Mapping[str, TensorInfo]) -> tuple[str
     decoded = [info for info in tensors.values() if info.coding is not None]
     if not decoded:
         return ()
-    coded = coded_weights(folder)
-    said = read_json_object(folder / "config.json").get("quantization_config")
-    method = coded.method if coded is not None else quantization_method(said or {})
+    decoding = _decoding(folder, integers=True)
+    assert decoding is not None, "the tensors are of another folder"
+    dtype = str(decoded[0].dtype).removeprefix("torch.")
     return (
-        f"{len(decoded)} weights are quantized already ({method}) and are decoded to {str(decoded[0].dtype).removeprefix('torch.')} as "
-        "they are read; the loss of another quantization adds to theirs",
+        f"{len(decoded)} weights are quantized already ({decoding.method}) and are decoded to {dtype} as they are read; the loss of "
+        "another quantization adds to theirs",
     )
 
 
@@ -167,7 +165,7 @@ def packed_schemes(folder: Path) -> PackedSchemes | None:
     path = folder / "config.json"
     config = read_json_object(path)
     said = config.get("quantization_config")
-    if coded_weights(folder) is not None:
+    if _numbers(folder, config) is not None:
         return None
     if said is None:
         _require_no_other(folder, config)
