@@ -19,7 +19,7 @@ from bigq.io.json_file import show_name
 from bigq.options import Converted, Effect, Option, Range, Resume, at_least, option, path, settle, table
 from bigq.progress.sizes import parse_size
 from bigq.scheme import CALIBRATED, WEIGHTS, QuantScheme, Rule
-from bigq.vocabulary import DtypeName, FormatName, MethodName, OnNonfinite, TierChoice
+from bigq.vocabulary import DtypeName, FetchChoice, FormatName, MethodName, OnNonfinite, TierChoice
 
 if TYPE_CHECKING:
     from bigq.io.formats import Format
@@ -36,6 +36,7 @@ CALIBRATION, BUDGETS, RUN, OUTPUT = "calibration", "memory and disk", "how it ru
 
 CORRECTED = Effect(unless="without --method gptaq", holds=lambda job, _: job.method == "gptaq", refused=True)
 ON_RECORDS = Effect(unless="on texts by name", holds=lambda job, _: not is_named(job.calibration))
+STREAMED = Effect(unless="with --fetch download", holds=lambda job, _: job.fetch != "download")
 ON_GPU = Effect(unless="on a CPU", holds=lambda _, device: device != "cpu")
 
 _SEED = Range(must="be from 0 to 2**64 − 1", holds=lambda seed: 0 <= seed <= MAX_SEED)
@@ -223,6 +224,32 @@ class JobConfig:
     vram: Converted[int | None, int | str | None] = _budget("GPU memory that the job may use, such as 72GiB", effects=(ON_GPU,))
     ram: Converted[int | None, int | str | None] = _budget("host memory that the job may use")
     disk: Converted[int | None, int | str | None] = _budget("disk space that the job may use on OUT's file system")
+    fetch: FetchChoice = option(
+        "auto",
+        help="a model on the hub: download it, or stream what each block needs; auto streams where the disk cannot hold it",
+        group=BUDGETS,
+    )
+    fetch_cache: Converted[int | None, int | str | None] = option(
+        None,
+        help="disk space on OUT's file system for what is streamed",
+        group=BUDGETS,
+        unit="bytes",
+        placeholder="SIZE",
+        unset="two blocks, at least 1 GiB; less if the disk is short",
+        convert=_size,
+        range=Range(must="be 32 MiB or more", holds=lambda size: size >= 32 * 2**20),
+        effects=(STREAMED,),
+    )
+    bandwidth: Converted[int | None, int | str | None] = option(
+        None,
+        help="what the network delivers per second, for the plan's time, such as 500MB",
+        group=BUDGETS,
+        unit="bytes per second",
+        placeholder="SIZE",
+        unset="125 MB, which is 1 Gbit/s",
+        convert=_size,
+        range=at_least(1),
+    )
     trace: Converted[str | None, str | os.PathLike[str] | None] = option(
         None,
         help="write a timeline of the job, for chrome://tracing or ui.perfetto.dev",

@@ -12,6 +12,8 @@ FormatName = Literal["gptq", "gptq_v2", "compressed-tensors", "gguf"]
 Tier = Literal["gpu", "host", "disk"]
 #: The same, as asked for: "auto" is the first tier that has room.
 TierChoice = Literal["auto", "gpu", "host", "disk"]
+#: How the shards of a model on the hub get here: "stream" leaves them there, and "auto" does so where the disk cannot hold them.
+FetchChoice = Literal["auto", "download", "stream"]
 #: What a job does when it meets NaN or Inf.
 OnNonfinite = Literal["stop", "skip"]
 #: The precision of forward passes; "auto" is the checkpoint's own.
@@ -21,6 +23,7 @@ METHODS: tuple[MethodName, ...] = get_args(MethodName)
 FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
 TIERS: tuple[Tier, ...] = get_args(Tier)
 TIER_CHOICES: tuple[TierChoice, ...] = get_args(TierChoice)
+FETCH_CHOICES: tuple[FetchChoice, ...] = get_args(FetchChoice)
 ON_NONFINITE: tuple[OnNonfinite, ...] = get_args(OnNonfinite)
 DTYPES: tuple[DtypeName, ...] = get_args(DtypeName)
 #: Methods that look at weights alone, so options about calibration have no effect: those of ``bigq.methods`` that are not calibrated.

@@ -125,7 +125,7 @@ def _write_shards(pager: Pager, target: Format, folder: Path, provenance: Proven
     packed = pager.packed_sources()
     modules = {source.prefix: name for name, source in packed.items()}
     repacking = Repacking(pager, {prefix: packed[name].scheme for prefix, name in modules.items()}, target)
-    files = sorted({info.file for info in pager.checkpoint.tensors.values()})
+    files = sorted({info.file for info in pager.checkpoint.tensors.values()}, key=str)
     commits = []
     for number, file in enumerate(files):
         tensors, prefixes = repacking.tensors([info for info in pager.checkpoint.tensors.values() if info.file == file])

@@ -107,8 +107,8 @@ def _pieces(info: TensorInfo, together: int) -> Iterator[tuple[int, Tensor]]:
     unit = together * info.dtype.itemsize
     step = max(PIECE_BYTES // unit, 1) * unit
     buffer = torch.empty(min(step, info.nbytes), dtype=torch.uint8)
-    with tensor_file(info) as fd:
+    with tensor_file(info) as file:
         for position in range(info.start, info.stop, step):
             piece = buffer[: min(step, info.stop - position)]
-            fill(fd, info, piece, position)
+            fill(file, info, piece, position)
             yield (position - info.start) // info.dtype.itemsize, piece.view(info.dtype)

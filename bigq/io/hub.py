@@ -1,22 +1,26 @@
-"""Resolves MODEL, a folder or a hub id, to a local folder; and downloads single files of hub data sets."""
+"""Resolves MODEL, a folder, a hub id or a URL, to a local folder and, where shards are not downloaded, to those on the server.
+
+Also downloads single files of hub data sets.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import glob
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from bigq.errors import CheckpointError, ResourceError, UnsupportedModelError
+from bigq.errors import CheckpointError, ResourceError, UnsupportedModelError, UsageError
 from bigq.io.adapter import ADAPTER_CONFIG, refuse_adapter
 from bigq.io.containment import require_contained
 from bigq.io.folders import STATE_FOLDER
-from bigq.io.index import INDEX_NAME, MAX_SIZE, MAX_TENSORS, SINGLE_NAME, TensorInfo, header_entry, read_weight_map
+from bigq.io.index import INDEX_NAME, SINGLE_NAME, read_weight_map
 from bigq.io.json_file import show_name
+from bigq.io.remote.http import HubFolder
+from bigq.io.remote.shards import RemoteShards
+from bigq.io.remote.url import is_url, open_url
 
 #: Files that a job needs from a hub repository besides shards: configs, the index, tokenizer, code, licence.
 SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md")
@@ -24,32 +28,32 @@ SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTI
 _FROM_SUBFOLDERS = ("*.py", "*.jinja")
 #: Files that planning needs.
 PLANNING_FILES = ("config.json", INDEX_NAME, ADAPTER_CONFIG, "*.py")
-#: Headers that are fetched at a time.
-HEADERS_AT_ONCE = 8
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Headers:
-    """The input of a plan, from a model's headers.
+    """What is known of a model before its weights are fetched.
 
-    folder: holds the config. tensors: by name, from the headers of shards on the hub; their files are names, not paths. None if the
-    folder holds all shards. missing: bytes of shards that must still be downloaded, to the folder ``cache``.
+    folder: holds the config. remote: the shards, with their headers; None if the folder holds them all. missing: bytes of shards that a
+    download would fetch, to the folder ``cache``; None for a model that cannot be downloaded.
     """
 
     folder: Path
-    tensors: Mapping[str, TensorInfo] | None = None
-    missing: int = 0
+    remote: RemoteShards | None = None
+    missing: int | None = 0
     cache: Path | None = None
 
 
 def resolve_model(model: str) -> Path:
     """A local folder for MODEL. If MODEL is not a folder, it is a hub id (``owner/name`` or ``owner/name@revision``) and is downloaded.
 
-    From a hub repository, the shards that its index names (or the only shard) and small files at its top level are downloaded, and only
+    Raises UsageError for a URL. From a hub repository, the shards that its index names (or the only shard) and small files at its top level are downloaded, and only
     code from its subfolders. All files lie in the returned folder (see ``containment``). Raises CheckpointError if MODEL is neither a
     folder nor the hub id of a model in safetensors, or a file leads out of the folder; ResourceError if the hub cannot be reached.
     """
+    if is_url(model):
+        raise UsageError(f"{model}: only bigq quantize and bigq plan read a model from a URL; download it into a folder, and give that")
     folder = _local_folder(model)
     if folder is not None:
         return folder
@@ -63,21 +67,34 @@ def resolve_model(model: str) -> Path:
 
 
 def resolve_headers(model: str) -> Headers:
-    """For planning: a local folder for MODEL and, for a hub id, the headers of its shards. No weights are downloaded.
+    """For planning: a local folder for MODEL and, for a hub id or a URL, the headers of its shards. No weights are downloaded.
 
     Raises as ``resolve_model``.
     """
-    folder = _local_folder(model)
-    if folder is not None:
-        return Headers(folder=folder)
+    if is_url(model):
+        folder, remote = open_url(model)
+        _local_folder(str(folder))
+        remote.fetch_headers(_shards(folder))
+        return Headers(folder=folder, remote=remote, missing=None)
+    local = _local_folder(model)
+    if local is not None:
+        return Headers(folder=local)
     folder = _snapshot(model, PLANNING_FILES)
     shards = _shards(folder)
     if all((folder / shard).exists() for shard in shards):
         return Headers(folder=folder)
     _require_one_model(model, folder)
-    tensors, sizes = _remote_headers(model, folder, shards)
-    missing = sum(size for shard, size in sizes.items() if not (folder / shard).exists())
-    return Headers(folder=folder, tensors=tensors, missing=missing, cache=folder.parents[2])
+    remote = _remote_shards(model, folder, shards)
+    missing = sum(size for shard, size in remote.sizes.items() if not (folder / shard).exists())
+    return Headers(folder=folder, remote=remote, missing=missing, cache=folder.parents[2])
+
+
+def resolve_streamed(model: str, headers: Headers) -> Path:
+    """The local folder of a model whose shards stay on a server: all that a job needs besides them. headers: of the same model.
+
+    Raises as ``resolve_model``.
+    """
+    return headers.folder if is_url(model) else _snapshot(model, SIDE_FILES, revision=headers.folder.name)
 
 
 def _shards(folder: Path) -> list[str]:
@@ -102,36 +119,19 @@ def _require_one_model(model: str, folder: Path) -> None:
         )
 
 
-def _remote_headers(model: str, folder: Path, shards: Sequence[str]) -> tuple[dict[str, TensorInfo], dict[str, int]]:
-    """The tensors of shards on the hub, and the shards' bytes by file name. folder: the snapshot of their commit."""
+def _remote_shards(model: str, folder: Path, shards: Sequence[str]) -> RemoteShards:
+    """Shards on the hub, with their headers. folder: the snapshot of their commit."""
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
 
-    name, indexed = model.partition("@")[0], (folder / INDEX_NAME).exists()
-
-    def fetch(shard: str) -> Any:
-        return huggingface_hub.parse_safetensors_file_metadata(name, shard, revision=folder.name)
-
-    with _hub_errors(model), ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-        try:
-            headers = dict(zip(shards, pool.map(fetch, shards), strict=True))
-        except EntryNotFoundError:
-            if not indexed:
-                raise _no_shards(model) from None
-            raise CheckpointError(f"{model}: its index names a shard that the repository lacks; use another revision of it") from None
-    index = read_weight_map(folder / INDEX_NAME) if indexed else None
-    tensors: dict[str, TensorInfo] = {}
-    sizes: dict[str, int] = {}
-    for shard, header in headers.items():
-        for tensor, info in header.tensors.items():
-            said = {"dtype": info.dtype, "shape": info.shape, "data_offsets": list(info.data_offsets)}
-            entry = header_entry(Path(shard), tensor, said, 0, MAX_SIZE)
-            sizes[shard] = max(sizes.get(shard, 0), entry.stop)
-            if index is None or index.get(tensor) == shard:
-                tensors[tensor] = entry
-        if len(tensors) > MAX_TENSORS:
-            raise CheckpointError(f"{model}: holds more than {MAX_TENSORS} tensors, which is more than bigq reads")
-    return tensors, sizes
+    name = model.partition("@")[0]
+    if not (folder / INDEX_NAME).exists():
+        with _hub_errors(model):
+            there = huggingface_hub.file_exists(name, SINGLE_NAME, revision=folder.name)
+        if not there:
+            raise _no_shards(model)
+    remote = RemoteShards(HubFolder(name, folder.name))
+    remote.fetch_headers(shards)
+    return remote
 
 
 def _no_shards(model: str) -> CheckpointError:
@@ -195,10 +195,8 @@ def _hub_errors(model: str) -> Iterator[None]:
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
-        NotASafetensorsRepoError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
-        SafetensorsParsingError,
     )
 
     # The base class of the client's errors and of its HTTP library's, such as failed connections and timeouts.
@@ -209,10 +207,6 @@ def _hub_errors(model: str) -> Iterator[None]:
         raise CheckpointError(
             f"{model}: no such folder, and the hub has no such model (or it is private and you are not logged in)"
         ) from None
-    except NotASafetensorsRepoError:
-        raise _no_shards(model) from None
-    except SafetensorsParsingError as error:
-        raise CheckpointError(f"{model}: a shard's header cannot be read: {_first_line(error)}") from error
     except LocalEntryNotFoundError:
         raise ResourceError(
             f"{model}: no such folder, and the hub cannot be reached to fetch it; download it first or check the network"

@@ -22,12 +22,15 @@ import torch
 from torch import Tensor
 
 from bigq.errors import CheckpointError
+from bigq.io.byte_file import RemoteFile
 from bigq.io.json_file import MAX_JSON_BYTES, open_regular, parse_object, show_name, show_value
 from bigq.io.json_file import read_json_object as read_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SAMPLE_BYTES = 64
+#: The beginning of the samples of tensors that are on a server.
+REMOTE_SAMPLE = "remote-"
 #: Names of the shards of a model.
 _SHARD = re.compile(r"\w+-\d{5,}-of-\d{5,}\.safetensors")
 #: Maximum number of tensors in a checkpoint. The largest published ones have some 200,000. A tensor's entry takes about 600 bytes.
@@ -79,7 +82,7 @@ class TensorInfo:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    file: Path
+    file: Path | RemoteFile
     start: int
     stop: int
     coding: Decoder | None = None
@@ -101,6 +104,13 @@ class TensorInfo:
         return sum(part.stop - part.start for part in self.stored)
 
 
+class RemoteHeaders(Protocol):
+    """The headers of shards that are on a server."""
+
+    def header(self, shard: str) -> tuple[dict[str, TensorInfo], bytes]:
+        """As ``read_header``. shard: its file name."""
+
+
 class Checkpoint:
     """The tensors of a folder of safetensors shards, by name. fingerprint: a hash over the index and the headers."""
 
@@ -110,22 +120,23 @@ class Checkpoint:
         self.fingerprint = fingerprint
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
-        """Read the index and every shard's header. Raises CheckpointError."""
+    def open(cls, folder: Path, remote: RemoteHeaders | None = None) -> Checkpoint:
+        """Read the index and every shard's header. remote: has the shards where the folder does not. Raises CheckpointError."""
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder; give MODEL as a folder or a hub id")
         single = folder / SINGLE_NAME
         if (folder / INDEX_NAME).exists():
-            return cls._open_indexed(folder)
-        if not single.exists():
+            return cls._open_indexed(folder, remote)
+        if remote is None and not single.exists():
             raise CheckpointError(_missing_checkpoint(folder))
-        tensors, header = read_header(single)
+        tensors, header = read_header(single) if remote is None else remote.header(SINGLE_NAME)
         return cls(folder, tensors, hashlib.sha256(header).hexdigest())
 
     @classmethod
-    def _open_indexed(cls, folder: Path) -> Checkpoint:
+    def _open_indexed(cls, folder: Path, remote: RemoteHeaders | None) -> Checkpoint:
         weight_map = read_weight_map(folder / INDEX_NAME)
-        _require_one_model(folder, weight_map)
+        if remote is None:
+            _require_one_model(folder, weight_map)
         digest = hashlib.sha256(json.dumps(weight_map, sort_keys=True).encode())
         shards: dict[str, dict[str, TensorInfo]] = {}
         home: dict[str, str] = {}
@@ -133,11 +144,11 @@ class Checkpoint:
         for name, shard in weight_map.items():
             if shard not in shards:
                 path = folder / shard
-                if not os.path.exists(path):
+                if remote is None and not os.path.exists(path):
                     gone = [each for each in dict.fromkeys(weight_map.values()) if not os.path.exists(folder / each)]
                     more = f" (and {len(gone) - 1} more shards)" if len(gone) > 1 else ""
                     raise CheckpointError(f"{path}{more}: missing, but the index names it; fetch it again")
-                shards[shard], header = read_header(path)
+                shards[shard], header = read_header(path) if remote is None else remote.header(shard)
                 digest.update(header)
                 for held in shards[shard]:
                     if home.setdefault(held, shard) != shard:
@@ -154,10 +165,14 @@ class Checkpoint:
     def sample(self, names: Iterable[str]) -> str:
         """A hash over a few bytes of each named tensor. It distinguishes models of one architecture, but does not detect every change.
 
-        Raises CheckpointError.
+        Of tensors on a server, their files' versions are taken, and ``REMOTE_SAMPLE`` comes first. Raises CheckpointError.
         """
-        digest = hashlib.sha256()
+        digest, remote = hashlib.sha256(), False
         for info in (part for name in names for part in self[name].stored):
+            if isinstance(info.file, RemoteFile):
+                remote = True
+                digest.update(json.dumps([info.file.name, info.file.size, info.file.version, info.start, info.stop]).encode())
+                continue
             try:
                 with open(info.file, "rb") as file:
                     for position in (info.start, (info.start + info.stop) // 2, info.stop - SAMPLE_BYTES):
@@ -165,12 +180,12 @@ class Checkpoint:
                         digest.update(file.read(min(SAMPLE_BYTES, info.nbytes)))
             except OSError as error:
                 raise CheckpointError(f"{info.file}: cannot be read: {error.strerror}; check that the file still exists") from error
-        return digest.hexdigest()
+        return (REMOTE_SAMPLE if remote else "") + digest.hexdigest()
 
     @property
     def files(self) -> set[Path]:
-        """The files that hold its tensors."""
-        return {part.file for info in self.tensors.values() for part in info.stored}
+        """The files on this machine that hold its tensors."""
+        return {part.file for info in self.tensors.values() for part in info.stored if isinstance(part.file, Path)}
 
     @property
     def stored_bytes(self) -> int:
@@ -212,25 +227,34 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
     try:
         file, size = open_regular(path)
         with file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(f"{path}: too short for a safetensors file; fetch it again")
-            if prefix == b"version ":
-                raise CheckpointError(f"{path}: is a pointer of Git LFS, not the file itself; run git lfs pull in the model's folder")
-            (length,) = struct.unpack("<Q", prefix)
-            if length > min(MAX_JSON_BYTES, size - 8):
-                raise CheckpointError(f"{path}: header of {length} bytes in a file of {size}; damaged or not safetensors, fetch it again")
-            header = file.read(length)
+            header = file.read(header_length(path, file.read(8), size))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_header(path, header, size), header
+
+
+def header_length(file: Path | RemoteFile, prefix: bytes, size: int) -> int:
+    """The bytes of a shard's header. prefix: the file's first 8 bytes, or fewer of a smaller file. Raises CheckpointError."""
+    if len(prefix) < 8:
+        raise CheckpointError(f"{file}: too short for a safetensors file; fetch it again")
+    if prefix == b"version ":
+        raise CheckpointError(f"{file}: is a pointer of Git LFS, not the file itself; run git lfs pull in the model's folder")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > min(MAX_JSON_BYTES, size - 8):
+        raise CheckpointError(f"{file}: header of {length} bytes in a file of {size}; damaged or not safetensors, fetch it again")
+    return int(length)
+
+
+def parse_header(path: Path | RemoteFile, header: bytes, size: int) -> dict[str, TensorInfo]:
+    """The tensors of a shard. header: its JSON text. size: of the file in bytes. Raises CheckpointError."""
     entries = parse_object(path, header)
     _check_metadata(path, entries.pop("__metadata__", None))
     if len(entries) > MAX_TENSORS:
         raise CheckpointError(f"{path}: has more than {MAX_TENSORS} tensors, the maximum that bigq reads")
-    data_start = 8 + length
+    data_start = 8 + len(header)
     tensors = {name: header_entry(path, name, entry, data_start, size) for name, entry in entries.items()}
     _check_layout(path, tensors, data_start, size)
-    return tensors, header
+    return tensors
 
 
 def _is_file_name(name: Any) -> bool:
@@ -238,14 +262,14 @@ def _is_file_name(name: Any) -> bool:
     return isinstance(name, str) and name.isprintable() and 0 < len(name) < 256 and name not in (".", "..") and Path(name).name == name
 
 
-def _check_metadata(path: Path, metadata: Any) -> None:
+def _check_metadata(path: Path | RemoteFile, metadata: Any) -> None:
     if metadata is None:  # as the safetensors library reads it
         return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ is {show_value(metadata)}, not an object of strings; fetch the file again")
 
 
-def header_entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> TensorInfo:
+def header_entry(path: Path | RemoteFile, name: str, entry: Any, data_start: int, size: int) -> TensorInfo:
     """Parse and validate a tensor's entry in the header of a file of ``size`` bytes. Raises CheckpointError."""
 
     def bad(what: str) -> CheckpointError:
@@ -276,7 +300,7 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_SIZE
 
 
-def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], data_start: int, size: int) -> None:
+def _check_layout(path: Path | RemoteFile, tensors: Mapping[str, TensorInfo], data_start: int, size: int) -> None:
     """Raise CheckpointError if tensors overlap, or do not cover all data of the file."""
     position = data_start
     for info in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bigq.errors import CheckpointError
+from bigq.io.byte_file import RemoteFile
 
 #: The maximum header size of the safetensors format, used for all JSON files.
 MAX_JSON_BYTES = 100_000_000
@@ -72,7 +73,7 @@ def read_json_object(path: Path, *, repeats: bool = False) -> dict[str, Any]:
     return value
 
 
-def parse_object(path: Path, data: bytes, *, repeats: bool = False) -> dict[str, Any]:
+def parse_object(path: Path | RemoteFile, data: bytes, *, repeats: bool = False) -> dict[str, Any]:
     """Parse the bytes of a JSON file that must contain an object. Unless ``repeats``, names must be unique. Raises CheckpointError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from bigq.errors import CheckpointError, NumericsError, ResourceError
+from bigq.io.byte_file import ByteFile, open_bytes
 from bigq.io.index import TensorInfo
 from bigq.kernels.finiteness import is_finite
 
 CHUNK_BYTES = 16 * 2**20
-#: Maximum size of a folio of the page cache (ext4, xfs on x86-64). Only whole folios can be dropped.
-FOLIO_BYTES = 2 * 2**20
 
 
 def read_tensor(info: TensorInfo, *, keep_cached: bool = True) -> Tensor:
@@ -31,10 +29,10 @@ def read_tensor(info: TensorInfo, *, keep_cached: bool = True) -> Tensor:
     if info.coding is not None:
         return decoded(info, [read_tensor(part, keep_cached=keep_cached) for part in info.parts])
     tensor = torch.empty(info.shape, dtype=info.dtype)
-    with tensor_file(info) as fd:
-        fill(fd, info, tensor, info.start)
+    with tensor_file(info) as file:
+        fill(file, info, tensor, info.start)
         if not keep_cached:
-            drop_cached(fd, info.start, info.stop)
+            file.drop_cached(info.start, info.stop)
     require_finite(tensor, info)
     return tensor
 
@@ -50,8 +48,8 @@ def decoded(info: TensorInfo, parts: Sequence[Tensor]) -> Tensor:
 
 def read_range(info: TensorInfo, memory: Tensor, position: int) -> None:
     """Fill host memory with bytes of a tensor, starting at byte ``position`` of its file. Raises CheckpointError, ResourceError."""
-    with tensor_file(info) as fd:
-        fill(fd, info, memory, position)
+    with tensor_file(info) as file:
+        fill(file, info, memory, position)
 
 
 def read_rows(info: TensorInfo, rows: Tensor) -> Tensor:
@@ -64,10 +62,10 @@ def read_rows(info: TensorInfo, rows: Tensor) -> Tensor:
     out = torch.empty(len(rows), *info.shape[1:], dtype=info.dtype)
     row_bytes = info.nbytes // max(limit, 1)
     breaks = (rows.diff() != 1).nonzero().flatten().add(1).tolist()
-    with tensor_file(info) as fd:
+    with tensor_file(info) as file:
         for lo, hi in zip([0, *breaks], [*breaks, len(rows)], strict=True):
             if lo < hi:
-                fill(fd, info, out[lo:hi], info.start + int(rows[lo]) * row_bytes)
+                fill(file, info, out[lo:hi], info.start + int(rows[lo]) * row_bytes)
     require_finite(out, info)
     return out
 
@@ -82,10 +80,10 @@ def iter_chunks(info: TensorInfo) -> Iterator[memoryview]:
             yield as_bytes(read_tensor(matrix))
         return
     buffer = torch.empty(min(CHUNK_BYTES, info.nbytes), dtype=torch.uint8)
-    with tensor_file(info) as fd:
+    with tensor_file(info) as file:
         for position in range(info.start, info.stop, CHUNK_BYTES):
             piece = buffer[: min(CHUNK_BYTES, info.stop - position)]
-            fill(fd, info, piece, position)
+            fill(file, info, piece, position)
             require_finite(piece.view(info.dtype), info)
             yield as_bytes(piece)
 
@@ -127,10 +125,10 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def open_file(info: TensorInfo) -> int:
-    """Open a tensor's file; returns its descriptor. Raises CheckpointError if it is missing or not readable, else ResourceError."""
+def open_file(info: TensorInfo) -> ByteFile:
+    """Open a tensor's file. Raises CheckpointError if it is missing or not readable, else ResourceError."""
     try:
-        return os.open(info.file, os.O_RDONLY)
+        return open_bytes(info.file)
     except OSError as error:
         kind = CheckpointError if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)) else ResourceError
         raise kind(
@@ -139,45 +137,33 @@ def open_file(info: TensorInfo) -> int:
 
 
 @contextlib.contextmanager
-def tensor_file(info: TensorInfo) -> Iterator[int]:
-    """A descriptor of a tensor's file, closed at the end of the block. Raises as ``open_file`` does."""
-    fd = open_file(info)
+def tensor_file(info: TensorInfo) -> Iterator[ByteFile]:
+    """A tensor's file, closed at the end of the block. Raises as ``open_file`` does."""
+    file = open_file(info)
     try:
-        yield fd
+        yield file
     finally:
-        os.close(fd)
+        file.close()
 
 
-def fill(fd: int, info: TensorInfo, memory: Tensor, position: int, stopped: Callable[[], bool] = lambda: False) -> None:
+def fill(file: ByteFile, info: TensorInfo, memory: Tensor, position: int, stopped: Callable[[], bool] = lambda: False) -> None:
     """Fill ``memory`` with bytes of a tensor, starting at byte ``position`` of its file.
 
     stopped: called before each read; once it returns True, the rest is not read. Raises CheckpointError if the file is too short,
-    ResourceError if the disk fails.
+    ResourceError if the disk or the server fails.
     """
     view = as_bytes(memory)
     done = 0
     while done < len(view) and not stopped():
         try:
-            got = os.preadv(fd, [view[done : done + CHUNK_BYTES]], position + done)
+            got = file.read_into(view[done : done + CHUNK_BYTES], position + done, stopped)
         except OSError as error:
             raise ResourceError(
                 f"{info.file}: reading at byte {position + done} (tensor {info.name}) failed: {error.strerror}; "
                 "check the disk, then run the same command again"
             ) from error
-        if got == 0:
+        if got == 0 and not stopped():
             raise CheckpointError(
                 f"{info.file}: ends at byte {position + done}, before the end of tensor {info.name} in its header; fetch it again"
             )
         done += got
-
-
-def drop_cached(fd: int, start: int, stop: int) -> None:
-    """Drop bytes [start, stop) of a file from the page cache, if the system supports it.
-
-    The range is extended to the beginning of its first folio, since a folio shared by two ranges is not dropped by either alone. Of 1 GiB
-    read in ranges of 5 MB on ext4, 416 MiB stayed cached with exact ranges, 395 MiB with ranges extended to pages, 4 MiB this way.
-    """
-    if hasattr(os, "posix_fadvise"):
-        begin = start // FOLIO_BYTES * FOLIO_BYTES
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(fd, begin, stop - begin, os.POSIX_FADV_DONTNEED)

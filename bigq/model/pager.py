@@ -21,6 +21,7 @@ from bigq.io.formats.base import module_of
 from bigq.io.index import TensorInfo, unread_warnings
 from bigq.io.prefetch.prefetch import Prefetch, open_prefetch
 from bigq.io.reader import decoded, read_rows, read_tensor
+from bigq.io.remote.shards import RemoteShards
 from bigq.io.side_files import side_files
 from bigq.io.sources.base import Source
 from bigq.io.sources.packed import PackedSource
@@ -47,16 +48,25 @@ class Pager(ModelDescription):
     """A model on meta whose parts can be loaded and evicted.
 
     dtype: of the forward passes. device: of the loaded parts. packed: weight name → prefix of its packed tensors. decode: whether packed
-    Linears become plain ones as they are read, and ``packed`` stays empty, so that they can be quantized again.
+    Linears become plain ones as they are read, and ``packed`` stays empty, so that they can be quantized again. remote: has the shards,
+    if the folder has not.
     """
 
     def __init__(
-        self, folder: Path, *, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False, decode: bool = False
+        self,
+        folder: Path,
+        *,
+        device: torch.device,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        decode: bool = False,
+        remote: RemoteShards | None = None,
     ) -> None:
         require_finished(folder)
         self.device = device
         config = skeleton.load_config(folder, trust_remote_code=trust_remote_code)
-        self.checkpoint = open_source(folder, integers=decode)
+        self.remote = remote
+        self.checkpoint = open_source(folder, integers=decode, remote=remote)
         self.schemes: PackedSchemes | None = None if decode else packed_schemes(folder)
         self.dtype = skeleton.compute_dtype(config, dtype, (t.dtype for t in self.checkpoint.tensors.values()))
         most = MOST_PARAMETERS * len(self.checkpoint.tensors) + 1000

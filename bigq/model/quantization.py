@@ -17,7 +17,7 @@ import torch
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.formats import PackedSchemes, quantization_method, read_schemes
 from bigq.io.formats.compressed_tensors import require_plain
-from bigq.io.index import Checkpoint, TensorInfo
+from bigq.io.index import Checkpoint, RemoteHeaders, TensorInfo
 from bigq.io.json_file import read_json_object, show_name, show_value
 from bigq.io.sources.coded import decoded_tensors
 from bigq.io.sources.integers import decoded_awq, decoded_integers
@@ -114,9 +114,9 @@ def _require_gemm(folder: Path, said: Mapping[str, Any]) -> None:
         )
 
 
-def open_source(folder: Path, *, integers: bool = False) -> Checkpoint:
-    """The checkpoint of a model folder, with its weights decoded: see ``decoded_source``."""
-    stored = Checkpoint.open(folder)
+def open_source(folder: Path, *, integers: bool = False, remote: RemoteHeaders | None = None) -> Checkpoint:
+    """The checkpoint of a model folder, with its weights decoded: see ``decoded_source``. remote: has the shards, if the folder has not."""
+    stored = Checkpoint.open(folder, remote)
     return Checkpoint(folder, decoded_source(folder, stored.tensors, integers=integers), stored.fingerprint)
 
 

@@ -6,6 +6,7 @@ transformers, and so bigq, unties the two where their values differ. Other reade
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def has_own_head(model: nn.Module, sources: Mapping[str, TensorInfo], *, sampled
         return False
     names = [name for name, param in model.named_parameters(remove_duplicate=False) if param is head.weight]
     stored = {sources[name].name: sources[name] for name in names if name in sources}
-    if len(stored) != 2 or not all(info.file.exists() for info in stored.values()):
+    if len(stored) != 2 or not all(isinstance(info.file, Path) and info.file.exists() for info in stored.values()):
         return False
     a, b = stored.values()
     if (a.shape, a.dtype) != (b.shape, b.dtype):

@@ -28,7 +28,7 @@ def finished_commits(target: Target) -> list[Commit] | None:
     if commits is None or (target.config.format == "gguf" and not has_gguf(target.out)):
         return None
     config_hash = hashlib.sha256((target.folder / "config.json").read_bytes()).hexdigest()
-    same = (Checkpoint.open(target.folder).fingerprint, config_hash) == (begun.get("source"), begun.get("config"))
+    same = (Checkpoint.open(target.folder, target.remote).fingerprint, config_hash) == (begun.get("source"), begun.get("config"))
     return commits if same else None
 
 

@@ -31,6 +31,7 @@ def run_units(
     control.progress.start(resumed)
     if missing:
         reopen_folder(writer.journal.out)
+    writer.follow([unit.shard for unit in missing if isinstance(unit, PlainUnit)])
     for unit in missing:
         if isinstance(unit, PlainUnit):
             control.stop.check()
@@ -45,8 +46,13 @@ def run_units(
             made = bench()
             return_freed_memory()
         with solving(made) as how:
-            for unit, last in how.visits(streamed, left):
+            visits = list(how.visits(streamed, left))
+            writer.follow([shard for unit, _ in visits for shard in unit.shards])
+            for unit, last in visits:
                 unit.visit(made, how, last=last)
+                for shard in unit.shards:
+                    if writer.committed(shard) is not None:
+                        writer.leave(shard)
         with control.clock.phase("write"):
             writer.wait()
     return resumed

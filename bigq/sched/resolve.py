@@ -19,7 +19,8 @@ from bigq.data.opening import require_texts
 from bigq.errors import UsageError
 from bigq.io.file_stamps import Stamps
 from bigq.io.folders import STATE_FOLDER, refuse_nesting
-from bigq.io.hub import resolve_model
+from bigq.io.hub import resolve_model, resolve_streamed
+from bigq.io.remote.shards import RemoteShards
 from bigq.job.adapt import Adapted
 from bigq.job.journal import read_job, require_job_folder
 from bigq.job.owner import refuse_if_held
@@ -31,6 +32,7 @@ from bigq.methods import method_of
 from bigq.methods.base import Method
 from bigq.model.pager import Pager
 from bigq.progress.records import Stages
+from bigq.sched.plan.budgets import Streamed
 from bigq.sched.plan.inputs import plan_before_fetch
 from bigq.sched.plan.work import Choice
 from bigq.sched.units.base import Unit
@@ -43,11 +45,13 @@ from bigq.sched.units.head import Head, HeadUnit, head_to_quantize
 class Target:
     """Where a job reads and writes. begun: the frozen request of the job that OUT holds, or None.
 
-    model: as given. config: as given, with missing settings taken from ``begun``.
+    model: as given. remote: the shards that stay on a server; None if they are in ``folder``.
+    config: as given, with missing settings taken from ``begun``.
     """
 
     model: str
     folder: Path
+    remote: RemoteShards | None
     out: Path
     config: JobConfig
     begun: Mapping[str, Any] | None
@@ -100,15 +104,16 @@ def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Tar
     refuse_if_held(out / STATE_FOLDER)
     if begun is None and method_of(config).calibrated:  # before anything is fetched
         require_texts(config.calibration)
-    plan_before_fetch(model, out, config)
-    folder = resolve_model(model)
+    headers, planned = plan_before_fetch(model, out, config)
+    remote = headers.remote if planned is not None and isinstance(planned.fetch, Streamed) else None
+    folder = resolve_model(model) if remote is None else resolve_streamed(model, headers)
     refuse_nesting(folder, out)
     if config.trace is not None and not Path(config.trace).parent.is_dir():
         raise UsageError(f"--trace {config.trace}: its folder does not exist; make it first")
     require_job_folder(out)
     if begun is not None and config.trust_remote_code:
         require_same_code(out, begun, folder)  # before any code of the model runs
-    return Target(model=model, folder=folder, out=out, config=config, begun=begun, device=device)
+    return Target(model=model, folder=folder, remote=remote, out=out, config=config, begun=begun, device=device)
 
 
 def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
@@ -117,7 +122,14 @@ def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
     stages: the stages "start-up" and "calibration" end here. Raises Stopped, UsageError, DataError.
     """
     config = target.config
-    pager = Pager(target.folder, device=target.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code, decode=True)
+    pager = Pager(
+        target.folder,
+        device=target.device,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        decode=True,
+        remote=target.remote,
+    )
     stamps = Stamps({target.folder / "config.json", *pager.checkpoint.files})
     config = settled(pager, dataclasses.replace(config, seqlen=row_length(pager.config, config)))
     adapted = check_shapes(pager, config)

@@ -35,6 +35,7 @@ from bigq.sched.claim import Claim, claimed
 from bigq.sched.control import Control
 from bigq.sched.finished import finished_commits
 from bigq.sched.loop import run_units
+from bigq.sched.plan.budgets import Streamed
 from bigq.sched.plan.inputs import plan_job
 from bigq.sched.plan.planner import Plan
 from bigq.sched.resolve import Job, Target, request_of, resolve_job, resolve_target, units_of
@@ -104,7 +105,7 @@ def _finished_report(target: Target, commits: Sequence[Commit], display: Display
         linears=tuple(record for commit in commits for record in commit.linears),
         seconds=time.monotonic() - started,
         seconds_by_phase={},
-        source_bytes=Checkpoint.open(target.folder).stored_bytes,
+        source_bytes=Checkpoint.open(target.folder, target.remote).stored_bytes,
         output_bytes=sum(commit.shard.size for commit in commits),
         host_peak_bytes=host_memory_peak(),
         device_peak_bytes=device_memory_peak(target.device),
@@ -127,11 +128,13 @@ def _run(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Con
     """Commit all units. Returns how many blocks earlier runs had committed."""
     device = job.target.device
     with (
+        _streaming(job, plan, control),
         contextlib.closing(WriteBehind(threaded=plan.choice.beside)) as behind,
         job.pager.prefetch(plan.choice.ahead, claim.clock.trace),
     ):
         writer = ShardWriter(
             checkpoint=job.pager.checkpoint,
+            remote=job.pager.remote,
             journal=claim.journal,
             owner=claim.owner,
             stamps=job.stamps,
@@ -143,6 +146,17 @@ def _run(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Con
         writer.require_same_sources([shard for unit in units for shard in unit.shards], str(job.pager.folder))
         setup = _Setup(job=job, plan=plan, claim=claim, writer=writer)
         return run_units(units, writer, setup.bench, setup.solving)
+
+
+@contextlib.contextmanager
+def _streaming(job: Job, plan: Plan, control: Control) -> Iterator[None]:
+    """Read shards that are on a server through a cache while the context is open."""
+    if job.pager.remote is None:
+        yield
+        return
+    assert isinstance(plan.fetch, Streamed)
+    with job.pager.remote.cached(job.target.out / STATE_FOLDER, plan.fetch.cache, control.progress.say):
+        yield
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

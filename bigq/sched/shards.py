@@ -15,7 +15,8 @@ from bigq import faults
 from bigq.errors import UsageError
 from bigq.io.device_to_host import DeviceToHost
 from bigq.io.file_stamps import Stamps
-from bigq.io.index import Checkpoint
+from bigq.io.index import REMOTE_SAMPLE, Checkpoint
+from bigq.io.remote.shards import RemoteShards
 from bigq.io.writer import OutputTensor, write_shard
 from bigq.job.journal import Commit, Journal, modification_time
 from bigq.job.owner import Owner
@@ -52,9 +53,13 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardWriter:
-    """Writes the shards of a job that owns its folder. exporter: copies tensors from the GPU to the host; None on a CPU."""
+    """Writes the shards of a job that owns its folder.
+
+    remote: the source's shards that are on a server. exporter: copies tensors from the GPU to the host; None on a CPU.
+    """
 
     checkpoint: Checkpoint
+    remote: RemoteShards | None
     journal: Journal
     owner: Owner
     stamps: Stamps
@@ -110,12 +115,35 @@ class ShardWriter:
                     "later blocks were solved with the old bytes"
                 )
             self.journal.commit(commit)
+            self.leave(shard)
+
+    def follow(self, shards: Sequence[Shard]) -> None:
+        """Shards that will be made next, in this order. If their sources are on a server, they are fetched ahead."""
+        if self.remote is not None:
+            self.remote.follow((shard.number, [self.checkpoint[name] for name in shard.sources]) for shard in shards)
+
+    def leave(self, shard: Shard) -> None:
+        """A shard's sources are not needed any more."""
+        if self.remote is not None:
+            self.remote.done(shard.number)
 
     def require_same_sources(self, shards: Sequence[Shard], source: str) -> None:
-        """Raise UsageError if a committed shard was made from weights that differ from the source's."""
+        """Raise UsageError if a committed shard was made from weights that differ from the source's.
+
+        Weights that were on a server then and are on a disk now, or the other way round, cannot be compared; a warning says so.
+        """
+        remote = self.remote is not None
         for shard in shards:
             commit = self.committed(shard)
-            if commit is not None and commit.source != self.checkpoint.sample(list(shard.sources)):
+            if commit is None:
+                continue
+            if commit.source.startswith(REMOTE_SAMPLE) != remote:
+                self.control.progress.warn_once(
+                    "source moved",
+                    f"the first shards were made from a model {'on a disk' if remote else 'on a server'}: headers and config are the same, "
+                    "weights are not compared",
+                )
+            elif commit.source != self.checkpoint.sample(list(shard.sources)):
                 raise UsageError(
                     f"{self.journal.out}: its shard {commit.shard.file} was made from another source than {source} (the weights differ); "
                     "give the model that the job was started with, or choose another folder"

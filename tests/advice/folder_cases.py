@@ -772,7 +772,7 @@ REST = (
         "{}: cannot be opened to read tensor {}: {}; check that it exists and is readable",
         removed_meanwhile,
         None,
-        lambda p: (shutil.copytree(p.original, p.model), lambda: os.close(open_file(Checkpoint.open(p.model)["lm_head.weight"])))[1],
+        lambda p: (shutil.copytree(p.original, p.model), lambda: open_file(Checkpoint.open(p.model)["lm_head.weight"]).close())[1],
         family="small",
     ),
     Case(

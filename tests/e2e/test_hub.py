@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 from conftest import Child
+from fake_hub.server import COMMIT, Hub, running_hub
 from models import SEQLEN, stored_tensors, word_tokenizer
 from safetensors.torch import save_file
 from texts import ids_of, save_lines, tokenizer_folder, words
@@ -22,7 +19,6 @@ from bigq.calibration import calibration_rows, evaluation_rows
 from bigq.cli.main import main
 from bigq.data.spec import HUB_TEXTS
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 #: Files of the repository that are not to be fetched: no shards of its index, or in folders of their own.
 OTHERS = (
     "pytorch_model.bin",
@@ -38,104 +34,15 @@ OTHERS = (
 C4 = ("datasets/allenai/c4", "en/c4-train.00000-of-01024.json.gz")
 
 
-class Hub(ThreadingHTTPServer):
-    """Serves folders as repositories: listing, file metadata and files, as the hub's HTTP API does.
-
-    repositories: "owner/name" or "datasets/owner/name" → folder. requests: "METHOD path" of everything asked for.
-    ranges: bytes that requests for parts of files were answered with.
-    """
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories: dict[str, Path] = {}
-        self.requests: list[str] = []
-        self.ranges: list[int] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def fetched(self) -> set[str]:
-        """Names of the files whose contents were asked for."""
-        return {line.partition(f"/{COMMIT}/")[2] for line in self.requests if line.startswith("GET") and "/resolve/" in line}
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def _answer(self, *, with_body: bool) -> None:
-        path = unquote(urlsplit(self.path).path).strip("/")
-        self.server.requests.append(f"{self.command} /{path}")
-        status, body, headers = self._find(path)
-        wanted = self.headers.get("Range", "")
-        if status == 200 and wanted.startswith("bytes="):
-            first, last = wanted.removeprefix("bytes=").split("-")
-            status, body = 206, body[int(first) : int(last) + 1]
-            self.server.ranges.append(len(body))
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def _find(self, path: str) -> tuple[int, bytes, dict[str, str]]:
-        for name, folder in self.server.repositories.items():
-            api = f"api/{name}" if name.startswith("datasets/") else f"api/models/{name}"
-            files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
-            if path in (f"{api}/revision/main", f"{api}/revision/{COMMIT}", api):
-                value = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
-                return 200, json.dumps(value).encode(), {"Content-Type": "application/json"}
-            if path.startswith(f"{api}/revision/"):
-                return 404, b"{}", {"X-Error-Code": "RevisionNotFound"}
-            if path.startswith(f"{api}/tree/"):
-                tree = [{"type": "file", "path": f, "size": p.stat().st_size, "oid": _digest(p)[:40]} for f, p in files.items()]
-                return 200, json.dumps(tree).encode(), {"Content-Type": "application/json"}
-            for revision in ("main", COMMIT):
-                start = f"{name}/resolve/{revision}/"
-                if path.startswith(start):
-                    file = files.get(path.removeprefix(start))
-                    if file is None:
-                        return 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
-                    return 200, file.read_bytes(), {"ETag": f'"{_digest(file)[:40]}"', "X-Repo-Commit": COMMIT}
-        return 404, b"", {"X-Error-Code": "RepoNotFound"}
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    with Hub() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+    with running_hub() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
 def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    return {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
+    return hub.environment(tmp_path / "hf")
 
 
 @pytest.fixture
@@ -208,8 +115,9 @@ def test_a_plan_fetches_config_and_headers_only(
         assert plans[0][name] == plans[1][name], name
     assert [[p["phase"], p["flops"]] for p in plans[0]["phases"]] == [[p["phase"], p["flops"]] for p in plans[1]["phases"]]
     shards = shards_of(repository)
-    assert plans[0]["download_bytes"] == sum(t.numel() * t.element_size() for t in stored_tensors(repository).values())
-    assert plans[1]["download_bytes"] == 0 and plans[0]["disk_bytes"] == plans[1]["disk_bytes"] + plans[0]["download_bytes"]
+    assert plans[0]["fetch"]["way"] == "download"
+    assert plans[0]["fetch"]["bytes"] == sum((repository / shard).stat().st_size for shard in shards)
+    assert plans[1]["fetch"] is None and plans[0]["disk_bytes"] == plans[1]["disk_bytes"] + plans[0]["fetch"]["bytes"]
     assert len(hub.ranges) >= len(shards)
     whole = {line for line in hub.requests if line.startswith("GET") and line.endswith(".safetensors")}
     assert len(whole) <= len(shards)
@@ -233,8 +141,8 @@ config = JobConfig(scheme=scheme, rules=rules, samples=4, seqlen=32, device="cpu
 if fetch == "fetch":
     resolve_model(model)
 try:
-    found = plan_before_fetch(model, Path(out), config)
-    print("nothing to fetch" if found is None else found.download.size)
+    _, found = plan_before_fetch(model, Path(out), config)
+    print("nothing to fetch" if found is None else f"{found.fetch.to_json()['way']} {found.fetch.size}")
 except BigqError as error:
     print(type(error).__name__, error)
 """
@@ -249,13 +157,13 @@ def test_a_job_is_planned_before_its_model_is_fetched(
         assert done.returncode == 0, done.stderr
         return str(done.stdout).strip()
 
-    size = sum(t.numel() * t.element_size() for t in stored_tensors(repository).values())
-    assert planned("owner/tiny") == str(size)
+    size = sum((repository / shard).stat().st_size for shard in shards_of(repository))
+    assert planned("owner/tiny") == f"download {size}"
     # The output is smaller than the model: with room for the one but not for both, nothing is begun.
     short = planned("owner/tiny", disk=size)
     assert short.startswith("ResourceError owner/tiny: the job does not fit, so nothing is fetched: disk: ")
     assert "of MODEL downloaded to " in short and short.endswith("; give --disk 10MiB or more")
-    assert planned("owner/tiny", disk=3 * size) == str(size)
+    assert planned("owner/tiny", disk=3 * size) == f"download {size}"
     assert planned("owner/tiny", rule="o_proj").startswith("UsageError --skip 'o_proj': matches no Linear")
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
     assert planned(repository) == "nothing to fetch"
@@ -273,7 +181,7 @@ def test_a_repository_of_one_shard(
     (folder / "consolidated.safetensors").write_bytes(b"x")
     hub.repositories["owner/single"] = folder
     done = child("-c", BEFORE_FETCH, "owner/single", tmp_path / "out", "0", "", "", env=environment)
-    assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("download "), done.stderr
     done = child("-c", BEFORE_FETCH, "owner/single", tmp_path / "out", "0", "", "fetch", env=environment)
     assert done.stdout == "nothing to fetch\n", done.stderr
     assert {name for name in hub.fetched() if name.endswith(".safetensors")} == {"model.safetensors"}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +15,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from bigq.io.byte_file import ByteFile, RemoteFile
 from bigq.io.index import TensorInfo
-from bigq.io.reader import drop_cached, fill, open_file, require_finite
+from bigq.io.reader import fill, open_file, require_finite
 from bigq.progress.trace import Trace
 
 #: Measured with 1 GiB on a virtual disk, two cores and four threads: 2.0 GB/s with pieces of 4 MiB (16.4 from the page cache), 1.2 (16.5)
@@ -133,33 +133,33 @@ def merge_spans(spans: list[tuple[float, float]], pause: float) -> list[tuple[fl
 
 
 class _OpenFiles:
-    """File descriptors shared by the threads. Each is closed when no thread uses it.
+    """Open files shared by the threads. Each is closed when no thread uses it.
 
     Linux's readahead works per descriptor, so with a shared one it detects a sequential read.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: dict[Path, tuple[int, int]] = {}
+        self._open: dict[Path | RemoteFile, tuple[ByteFile, int]] = {}
 
     @contextlib.contextmanager
-    def using(self, info: TensorInfo) -> Iterator[int]:
+    def using(self, info: TensorInfo) -> Iterator[ByteFile]:
         with self._lock:
-            fd, users = self._open[info.file] if info.file in self._open else (open_file(info), 0)
-            self._open[info.file] = fd, users + 1
+            file, users = self._open[info.file] if info.file in self._open else (open_file(info), 0)
+            self._open[info.file] = file, users + 1
         try:
-            yield fd
+            yield file
         finally:
             with self._lock:
-                fd, users = self._open.pop(info.file)
+                file, users = self._open.pop(info.file)
                 if users > 1:
-                    self._open[info.file] = fd, users - 1
+                    self._open[info.file] = file, users - 1
                 else:
-                    os.close(fd)
+                    file.close()
 
 
 def read_piece(files: _OpenFiles, info: TensorInfo, piece: Piece, buffer: Tensor, stopped: Callable[[], bool]) -> None:
     """Read a piece into a buffer of its size, and drop its pages from the page cache."""
-    with files.using(info) as fd:
-        fill(fd, info, buffer, piece.start, stopped)
-        drop_cached(fd, piece.start, piece.stop)
+    with files.using(info) as file:
+        fill(file, info, buffer, piece.start, stopped)
+        file.drop_cached(piece.start, piece.stop)

@@ -16,11 +16,12 @@ from bigq.conversion.gguf import check_gguf_job
 from bigq.errors import ResourceError, UsageError
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.hub import Headers, resolve_headers
-from bigq.io.index import Checkpoint, TensorInfo, unread_warnings
+from bigq.io.index import REMOTE_SAMPLE, Checkpoint, TensorInfo, unread_warnings
+from bigq.io.remote.shards import RemoteShards
 from bigq.io.side_files import side_files
 from bigq.io.sources.plain import PlainSource
 from bigq.job.adapt import Adapted
-from bigq.job.journal import read_job
+from bigq.job.journal import read_commits, read_job
 from bigq.job.request import require_same_code
 from bigq.job.settle import check_shapes, head_scheme, require_format, row_length, settled
 from bigq.kernels.pick import compiled_bytes, load_compiled
@@ -40,7 +41,9 @@ from bigq.model.pager import Pager
 from bigq.model.quantization import coded_warnings, decoded_source, refuse_quantized_tensors
 from bigq.model.tied import tie_warnings
 from bigq.progress.records import host_memory
-from bigq.sched.plan.planner import Budgets, Download, Machine, Plan, make_plan
+from bigq.sched.plan.budgets import NETWORK_RATE, Budgets, Download, Fetch, Streamed, usual_cache
+from bigq.sched.plan.planner import Machine, Plan, make_plan
+from bigq.sched.plan.shape import ModelShape
 from bigq.sched.plan.share import require_share
 from bigq.sched.plan.survey import Outline, survey
 from bigq.sched.plan.work import Work
@@ -79,22 +82,22 @@ def _texts(config: JobConfig, folder: Path, seqlen: int, vocabulary: int) -> tup
     )
 
 
-def plan_before_fetch(model: str, out: Path, config: JobConfig) -> Plan | None:
-    """The plan of a job whose model has not been downloaded from the hub yet; None if nothing needs to be downloaded.
+def plan_before_fetch(model: str, out: Path, config: JobConfig) -> tuple[Headers, Plan | None]:
+    """What is known of a model, and the plan of its job; no plan if all shards are here.
 
     config: of the job, new or resumed. Only config, index, code and headers are downloaded.
     Raises ResourceError if the job or its download does not fit, and UsageError or DataError if ``quantize`` would refuse it.
     """
     headers = resolve_headers(model)
-    if headers.tensors is None:
-        return None
+    if headers.remote is None:
+        return headers, None
     before = read_job(out)
     if before is not None and config.trust_remote_code:
         require_same_code(out, before, headers.folder)  # before any code of the model runs
     found = _plan(headers, out, config, choose_device(config.device), lambda dtype: None)
     if not found.fits:
         raise ResourceError(f"{model}: the job does not fit, so nothing is fetched: {'; '.join(found.shortages)}")
-    return found
+    return headers, found
 
 
 def _plan(
@@ -104,7 +107,7 @@ def _plan(
     require_format(config)
     skeleton.silence_transformers()
     with torch.no_grad():
-        outline, model_config, warnings = _outline(headers.folder, headers.tensors, config)
+        outline, model_config, warnings = _outline(headers.folder, headers.remote, config)
         seqlen = row_length(model_config, config)
         experts = outline.expert_linears()
         adapted = _checked(ModelDescription(headers.folder, model_config, outline.model, dict(outline.sources), experts), config)
@@ -117,16 +120,36 @@ def _plan(
         base = host_memory() + (0 if on_gpu else compiled_bytes(device))
         machine = Machine(on_gpu=on_gpu, base=base, budgets=_budgets(config, device, out, ceilings), ceilings=ceilings)
         kept = require_share(shape, adapted)
-        found = make_plan(shape, work, config, machine, download=_download(headers, out), warnings=(*warnings, *adapted.said))
-        return dataclasses.replace(found, kept=kept)
+        said = (*warnings, *adapted.said)
+        plans = [make_plan(shape, work, config, machine, fetch=way, warnings=said) for way in _ways(headers, out, shape, config)]
+        return dataclasses.replace(next((found for found in plans if found.fits), min(plans, key=lambda found: found.disk)), kept=kept)
 
 
-def _download(headers: Headers, out: Path) -> Download | None:
-    """The shards that must still be downloaded, and whether they use the disk space of OUT."""
-    if not headers.missing or headers.cache is None:
-        return None
-    shared = _file_system(headers.cache) == _file_system(out)
-    return Download(size=headers.missing, folder=str(headers.cache), free=None if shared else disk_budget(headers.cache))
+def _ways(headers: Headers, out: Path, shape: ModelShape, config: JobConfig) -> list[Fetch | None]:
+    """The ways in which the shards may get here, the preferred one first. Raises UsageError for a URL that is to be downloaded."""
+    if headers.remote is None:
+        return [None]
+    ways: list[Fetch | None] = [stream_of(headers.remote, shape, config)]
+    if headers.missing is None:
+        if config.fetch == "download":
+            raise UsageError("--fetch download: MODEL is a URL, which is always streamed; leave out --fetch")
+        return ways
+    if config.fetch == "stream":
+        return ways
+    assert headers.cache is not None
+    free = None if _file_system(headers.cache) == _file_system(out) else disk_budget(headers.cache)
+    download = Download(size=headers.missing, folder=str(headers.cache), free=free, rate=config.bandwidth or NETWORK_RATE)
+    if config.fetch == "download":
+        return [download]
+    # A job that has streamed goes on doing so.
+    return [*ways, download] if any(commit.source.startswith(REMOTE_SAMPLE) for commit in read_commits(out)[0]) else [download, *ways]
+
+
+def stream_of(remote: RemoteShards, shape: ModelShape, config: JobConfig) -> Streamed:
+    """How shards on a server are streamed."""
+    size = sum(remote.sizes.values())
+    cache = usual_cache(shape, size) if config.fetch_cache is None else config.fetch_cache
+    return Streamed(size=size, cache=cache, given=config.fetch_cache is not None, rate=config.bandwidth or NETWORK_RATE)
 
 
 def _file_system(folder: Path) -> int:
@@ -172,7 +195,8 @@ def plan_job(pager: Pager, rows: Tensor | None, adapted: Adapted, out: Path, tex
         torch.cuda.empty_cache()
     budgets = _budgets(config, pager.device, out, ceilings)
     machine = Machine(on_gpu=pager.device.type == "cuda", base=host_memory(), budgets=budgets, ceilings=ceilings)
-    found = make_plan(shape, work, config, machine, warnings=(*pager.warnings, *adapted.said), texts=texts)
+    fetch = None if pager.remote is None else stream_of(pager.remote, shape, config)
+    found = make_plan(shape, work, config, machine, fetch=fetch, warnings=(*pager.warnings, *adapted.said), texts=texts)
     return dataclasses.replace(found, kept=kept)
 
 
@@ -207,15 +231,16 @@ def _budgets(config: JobConfig, device: torch.device, out: Path, ceilings: Ceili
     )
 
 
-def _outline(folder: Path, tensors: Mapping[str, TensorInfo] | None, config: JobConfig) -> tuple[Outline, object, tuple[str, ...]]:
+def _outline(folder: Path, remote: RemoteShards | None, config: JobConfig) -> tuple[Outline, object, tuple[str, ...]]:
     """The model described by a config and by headers, if there are any; its config; and warnings.
 
     Raises CheckpointError, UnsupportedModelError.
     """
-    local = tensors is None
-    if local and any(folder.glob("*.safetensors")):
-        tensors = Checkpoint.open(folder).tensors
-    tensors = decoded_source(folder, tensors or {}, integers=True)
+    local = remote is None
+    tensors: Mapping[str, TensorInfo] = {}
+    if not local or any(folder.glob("*.safetensors")):
+        tensors = Checkpoint.open(folder, remote).tensors
+    tensors = decoded_source(folder, tensors, integers=True)
     model_config = skeleton.load_config(folder, trust_remote_code=config.trust_remote_code)
     dtype = skeleton.compute_dtype(model_config, config.dtype, (t.dtype for t in tensors.values()))
     model = skeleton.build(model_config, dtype, trust_remote_code=config.trust_remote_code, initialised=False)

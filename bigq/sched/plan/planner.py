@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,10 @@ from bigq.errors import UsageError
 from bigq.io.formats.readers import Verdict, read_by
 from bigq.job.rules import RuleCount, count_words
 from bigq.machine.ceilings import DISK_RATE, Ceilings
-from bigq.progress.layout import entry, shortened
-from bigq.progress.sizes import show_size
+from bigq.progress.layout import entry
+from bigq.progress.sizes import show_seconds, show_size
 from bigq.sched.plan.bank_cost import numbers_at_once
+from bigq.sched.plan.budgets import Budgets, Fetch, over, shortages
 from bigq.sched.plan.cost import Cost, Phase, job_cost, last_width
 from bigq.sched.plan.output import output_of
 from bigq.sched.plan.shape import ModelShape
@@ -33,15 +33,6 @@ WARM_CPU, WARM_GPU = 20 * 2**20, 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Budgets:
-    """Bytes that a job may use: of device memory (0 on a CPU), of host memory, of disk space."""
-
-    device: int
-    host: int
-    disk: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """What a job runs on. base: bytes that the process holds before the job. ceilings: None if times are not needed."""
 
@@ -52,25 +43,12 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Download:
-    """Shards of a hub model that are not in the hub's cache yet.
-
-    size: bytes. folder: the cache. free: bytes free on its file system; None if OUT is on the same file system, so that one disk budget
-    applies to both.
-    """
-
-    size: int
-    folder: str
-    free: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """How a job is run and what it needs. Sizes in bytes, times in seconds.
 
     seconds: by phase, at the device's peak rates: no run is faster. shortages: one sentence each; empty if the job fits.
     rules: how many Linears each rule decides. readers: which programs load the output. notes: further sentences about readers.
-    warnings: sentences about the model. download: the shards to download before the job begins, or None.
+    warnings: sentences about the model. fetch: how shards that are not here get here, or None.
     texts: what was made of the calibration text, an entry per text. kept: weights in blocks that stay unquantized.
     """
 
@@ -86,7 +64,7 @@ class Plan:
     readers: tuple[Verdict, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    download: Download | None = None
+    fetch: Fetch | None = None
     texts: tuple[Made, ...] = ()
     kept: Kept = NOTHING_KEPT
 
@@ -102,15 +80,16 @@ class Plan:
 
     @property
     def disk(self) -> int:
-        """Bytes on OUT's file system: the output, activations during the job, and downloads to the same file system."""
-        return self.cost.output + self.cost.scratch + _shared(self.download)
+        """Bytes on OUT's file system: the output, activations during the job, and what is fetched to the same file system."""
+        return self.cost.output + self.cost.scratch + (0 if self.fetch is None else self.fetch.on_disk)
 
     @property
     def total_seconds(self) -> float:
         """A lower bound. Reading and writing overlap with the computation if the plan says so."""
         moving = (self.cost.read + self.cost.output) / DISK_RATE
         computing = sum(self.seconds.values())
-        return max(moving, computing) if self.choice.beside else moving + computing
+        fetching = 0.0 if self.fetch is None else self.fetch.seconds_beside
+        return max(fetching, max(moving, computing) if self.choice.beside else moving + computing)
 
     def to_json(self) -> dict[str, Any]:
         phases = [
@@ -139,7 +118,7 @@ class Plan:
             "disk_bytes": self.disk,
             "read_bytes": self.cost.read,
             "written_bytes": self.cost.output,
-            "download_bytes": 0 if self.download is None else self.download.size,
+            "fetch": None if self.fetch is None else self.fetch.to_json(),
             "budgets": {"device": self.budgets.device, "host": self.budgets.host, "disk": self.budgets.disk},
             "device": None if self.ceilings is None else self.ceilings.name,
             "seconds_at_least": self.total_seconds if self.ceilings is not None else None,
@@ -168,8 +147,8 @@ class Plan:
             lines += entry("text" if made is self.texts[0] else "", made.text())
         lines += entry("run", self._how())
         lines += entry("needs", needs)
-        if self.download is not None:
-            lines += entry("fetches", f"{show_size(self.download.size)} to {shortened(self.download.folder, 30)}")
+        if self.fetch is not None:
+            lines += entry("fetches", self.fetch.text())
         if words := count_words(self.rules):
             lines += entry("rules", words)
         if kept := self.kept.text():
@@ -187,7 +166,7 @@ class Plan:
         lines.append(f"  {'phase':8}{'device':>12}{'host':>12}{'arithmetic':>14}{'at least':>11}")
         for phase in self.cost.phases:
             device = show_size(phase.device) if self.choice.on_gpu else "–"
-            seconds = _duration(self.seconds[phase.name]) if phase.name in self.seconds else "–"
+            seconds = show_seconds(self.seconds[phase.name]) if phase.name in self.seconds else "–"
             arithmetic = _operations(sum(phase.flops.values()))
             lines.append(f"  {phase.name:8}{device:>12}{show_size(phase.host):>12}{arithmetic:>14}{seconds:>11}")
         lines.append("")
@@ -196,7 +175,7 @@ class Plan:
         lines += entry("writes", show_size(self.cost.output) + scratch)
         if self.ceilings is not None:
             lines += entry(
-                "time", f"at least {_duration(self.total_seconds)} on {self.ceilings.name}, with a disk of {DISK_RATE / 1e9:g} GB/s"
+                "time", f"at least {show_seconds(self.total_seconds)} on {self.ceilings.name}, with a disk of {DISK_RATE / 1e9:g} GB/s"
             )
             lines += entry("rates", self.ceilings.source)
         return "\n".join(lines)
@@ -226,13 +205,13 @@ def make_plan(
     config: JobConfig,
     machine: Machine,
     *,
-    download: Download | None = None,
+    fetch: Fetch | None = None,
     warnings: tuple[str, ...] = (),
     texts: Sequence[Made] = (),
 ) -> Plan:
     """The fastest way to run the job that fits with room to spare; if none does, the one that needs least.
 
-    warnings: about the model. texts: what the calibration rows were made of.
+    fetch: how shards that are not here get here. warnings: about the model. texts: what the calibration rows were made of.
     Settings that ``config`` gives (tier, batch, read-ahead) are kept.
     Raises UsageError for activations on a GPU if the job runs on a CPU.
     """
@@ -240,12 +219,13 @@ def make_plan(
     if config.activations == "gpu" and not on_gpu:
         raise UsageError("--activations gpu: the job runs on a CPU; use host, disk or auto")
     base = machine.base + (WARM_GPU if on_gpu else WARM_CPU)
-    left = dataclasses.replace(machine.budgets, disk=machine.budgets.disk - _shared(download))
+    wanted, fetch = fetch, None if fetch is None else fetch.within(0)
+    left = dataclasses.replace(machine.budgets, disk=machine.budgets.disk - (0 if fetch is None else fetch.on_disk))
     spare = Budgets(device=int(HEADROOM * left.device), host=int(HEADROOM * left.host), disk=left.disk)
     best: tuple[tuple[int, int], Choice, Cost] | None = None
     for choice in _choices(shape, work, config, on_gpu):
         cost = job_cost(shape, work, choice, base)
-        strain = sum(_over(cost, left)), sum(_over(cost, spare))
+        strain = sum(over(cost, left)), sum(over(cost, spare))
         if best is None or strain < best[0]:
             best = strain, choice, cost
         if not any(strain):
@@ -256,10 +236,13 @@ def make_plan(
         choice, cost = keeping, job_cost(shape, work, keeping, base)
     if config.checkpoint_every is not None and work.streams:
         saving = dataclasses.replace(choice, checkpoints=True)
-        if not _over(with_them := job_cost(shape, work, saving, base), left)[2]:
+        if not over(with_them := job_cost(shape, work, saving, base), left)[2]:
             choice, cost = saving, with_them
     seconds = {} if ceilings is None else {phase.name: phase_seconds(phase, ceilings) for phase in cost.phases}
     output = output_of(shape, work, config)
+    short = tuple(shortages(cost, left, fetch, config))
+    if wanted is not None:
+        fetch = wanted.within(machine.budgets.disk - cost.output - cost.scratch)
     return Plan(
         shape=shape,
         work=work,
@@ -268,12 +251,12 @@ def make_plan(
         budgets=machine.budgets,
         ceilings=ceilings,
         seconds=seconds,
-        shortages=tuple(_shortages(cost, left, download, config)),
+        shortages=short,
         rules=output.rules,
         readers=output.readers,
         notes=output.notes,
         warnings=warnings,
-        download=download,
+        fetch=fetch,
         texts=tuple(texts),
     )
 
@@ -332,63 +315,13 @@ def _keeping_inputs(shape: ModelShape, work: Work, choice: Choice, base: int, sp
             return dataclasses.replace(choice, kept_rows=min(batches * choice.batch, work.rows), kept_tier=tier)
 
         def too_many(batches: int) -> bool:
-            return any(_over(job_cost(shape, work, keeping(batches), base), spare))
+            return any(over(job_cost(shape, work, keeping(batches), base), spare))
 
         # The first number of batches that does not fit; none fit if one does not.
         first = bisect.bisect_left(range(1, -(-work.rows // choice.batch) + 1), True, key=too_many) + 1
         if first > 1 and (found := keeping(first - 1)).kept_rows > best.kept_rows:
             best = found
     return best
-
-
-def _shared(download: Download | None) -> int:
-    """Bytes that are downloaded to the file system of OUT."""
-    return 0 if download is None or download.free is not None else download.size
-
-
-def _over(cost: Cost, budgets: Budgets) -> tuple[int, ...]:
-    """Bytes above each budget."""
-    needs = (cost.device, cost.host, cost.output + cost.scratch)
-    return tuple(max(0, need - has) for need, has in zip(needs, (budgets.device, budgets.host, budgets.disk), strict=True))
-
-
-def _shortages(cost: Cost, budgets: Budgets, download: Download | None, config: JobConfig) -> Iterator[str]:
-    """One sentence per shortage. budgets: without the download."""
-
-    def remedy(flag: str, given: int | None, need: int) -> str:
-        free = "" if given is not None else "free as much, or "
-        return f"{free}give {flag} {_budget(need)} or more"
-
-    device, host, disk = _over(cost, budgets)
-    if device:
-        worst = max(cost.phases, key=lambda phase: phase.device)
-        advice = remedy("--vram", config.vram, cost.device)
-        yield f"device memory: {show_size(device)} more needed, for the phase '{worst.name}'; {advice}"
-    if host:
-        worst = max(cost.phases, key=lambda phase: phase.host)
-        advice = remedy("--ram", config.ram, cost.host)
-        yield f"host memory: {show_size(host)} more needed, for the phase '{worst.name}'; {advice}"
-    if disk:
-        shared = _shared(download)
-        fetched = f" and {show_size(shared)} of MODEL downloaded to {download.folder}" if download is not None and shared else ""
-        more = f"{show_size(disk)} more needed on OUT's file system, for {show_size(cost.output)} of output{fetched}"
-        yield f"disk: {more}; {remedy('--disk', config.disk, cost.output + cost.scratch + shared)}"
-    if download is not None and download.free is not None and download.size > download.free:
-        more = show_size(download.size - download.free)
-        yield f"disk: {more} more needed in {download.folder}, for {show_size(download.size)} of MODEL (set HF_HOME to use another cache)"
-
-
-def _budget(need: int) -> str:
-    """A budget that is enough, as options take it: rounded up, after 1 % for what the process itself holds, which varies between runs."""
-    tens = math.ceil(1.01 * need / (10 * 2**20))
-    return f"{10 * tens}MiB" if tens < 1024 else f"{math.ceil(10 * 1.01 * need / 2**30) / 10:.1f}GiB"
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def _operations(count: float) -> str:

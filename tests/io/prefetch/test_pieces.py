@@ -20,7 +20,7 @@ from bigq.io.index import Checkpoint, TensorInfo
 from bigq.io.prefetch import pieces
 from bigq.io.prefetch.pieces import cut, merge_spans
 from bigq.io.prefetch.to_host import HostPrefetch
-from bigq.io.reader import drop_cached, fill, read_tensor, tensor_file
+from bigq.io.reader import fill, read_tensor, tensor_file
 
 
 @given(
@@ -80,10 +80,10 @@ def take_all(checkpoint: Checkpoint) -> None:
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="pages cannot be dropped here")
 def test_pages_that_were_read_leave_the_cache(large: Checkpoint) -> None:
     path = large["w0"].file
-    with tensor_file(large["w0"]) as fd:
+    with tensor_file(large["w0"]) as file:
         for info in sorted(large.tensors.values(), key=lambda info: info.start):
-            fill(fd, info, torch.empty(info.shape, dtype=info.dtype), info.start)
-            drop_cached(fd, info.start, info.stop)
+            fill(file, info, torch.empty(info.shape, dtype=info.dtype), info.start)
+            file.drop_cached(info.start, info.stop)
     assert cached_share(path) < 0.1, "folios that two tensors share leave too"
     for info in large.tensors.values():
         read_tensor(info, keep_cached=False)

@@ -14,7 +14,8 @@ from bigq.methods.gptq import Gptq
 from bigq.methods.rtn import Rtn
 from bigq.progress.sizes import parse_size
 from bigq.sched.plan.cost import Cost, Phase, job_cost, packed_bytes
-from bigq.sched.plan.planner import Budgets, Download, Machine, Plan, make_plan, phase_seconds
+from bigq.sched.plan.budgets import Budgets, Download
+from bigq.sched.plan.planner import Machine, Plan, make_plan, phase_seconds
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
 from bigq.sched.plan.work import Choice, Work
 from bigq.scheme import QuantScheme, Rule, scheme_for

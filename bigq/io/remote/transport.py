@@ -1,0 +1,42 @@
+"""The interface to a server of files, and the errors of one request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Transient(Exception):
+    """A request that failed, and may succeed if it is made again. wait: seconds that the server asks for, or None."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """A file on a server. size: in bytes. version: changes with the content, as far as the server tells; else empty."""
+
+    size: int
+    version: str
+
+
+class Transport(Protocol):
+    """A folder of files on a server. Its methods make one request each, and may be called from any thread.
+
+    They raise Transient, CheckpointError where a file is missing or has changed, and ResourceError where another request is of no use.
+    """
+
+    def address(self, name: str) -> str:
+        """A file as messages name it."""
+
+    def status(self, name: str) -> Status:
+        """The size and version of a file."""
+
+    def stream(self, name: str, status: Status, start: int, stop: int) -> Iterator[bytes]:
+        """Bytes [start, stop) of a file in pieces, or the first of them where the connection ends early without an error.
+
+        status: of the file as it was when the job began; a file with another one has changed.
+        """
