@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,9 @@ from bigq.data.given import calibration_source
 from bigq.data.spec import is_named
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.json_file import show_name
-from bigq.options import Converted, Effect, Option, Range, Resume, at_least, option, path, settle, table
+from bigq.options import Converted, Effect, Range, Resume, at_least, checked, option, path, require_names, settle, table
 from bigq.progress.sizes import parse_size
-from bigq.scheme import CALIBRATED, WEIGHTS, QuantScheme, Rule
+from bigq.scheme import CALIBRATED, WEIGHTS, QuantScheme, Rule, frozen_rules, scheme_fields
 from bigq.vocabulary import DtypeName, FetchChoice, FormatName, MethodName, OnNonfinite, TierChoice
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ ON_RECORDS = Effect(unless="on texts by name", holds=lambda job, _: not is_named
 STREAMED = Effect(unless="with --fetch download", holds=lambda job, _: job.fetch != "download")
 ON_GPU = Effect(unless="on a CPU", holds=lambda _, device: device != "cpu")
 
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _SEED = Range(must="be from 0 to 2**64 − 1", holds=lambda seed: 0 <= seed <= MAX_SEED)
 
 
@@ -250,6 +252,23 @@ class JobConfig:
         convert=_size,
         range=at_least(1),
     )
+    push: str | None = option(
+        None,
+        help="upload each shard to this model repository on the hub while the job runs; a new one is private",
+        group=OUTPUT,
+        placeholder="OWNER/NAME",
+        unset="nothing is uploaded",
+        resume=Resume.FREE,
+        added=True,
+        range=Range(must="be owner/name, a repository on the hub", holds=lambda name: _REPOSITORY.fullmatch(name) is not None),
+    )
+    push_drop: bool = option(
+        False,
+        help="remove each shard from OUT once the hub has it",
+        group=OUTPUT,
+        resume=Resume.FREE,
+        added=True,
+    )
     trace: Converted[str | None, str | os.PathLike[str] | None] = option(
         None,
         help="write a timeline of the job, for chrome://tracing or ui.perfetto.dev",
@@ -293,6 +312,10 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.push_drop and self.push is None:
+            raise UsageError("--push-drop: no effect without --push; add that, or leave out --push-drop")
+        if self.push_drop and self.format == "gguf":
+            raise UsageError("--push-drop: removes the shards that a GGUF file is made from; leave out --push-drop")
 
     def blocks_ahead(self, device_type: str) -> int:
         """``read_ahead``, or its default on a type of device."""
@@ -328,10 +351,10 @@ class JobConfig:
         """
         try:
             present = [name for name in FROZEN_FIELDS if not table(cls)[name].added or (isinstance(settings, dict) and name in settings)]
-            _require_names("settings", settings, present)
-            values = {name: _checked(f"settings.{name}", settings[name], table(cls)[name]) for name in present if name not in _NESTED}
-            scheme = QuantScheme(**_scheme_fields("settings.scheme", settings["scheme"], table(QuantScheme)))
-            return cls(scheme=scheme, rules=_rules(settings["rules"]), **values)
+            require_names("settings", settings, present)
+            values = {name: checked(f"settings.{name}", settings[name], table(cls)[name]) for name in present if name not in _NESTED}
+            scheme = QuantScheme(**scheme_fields("settings.scheme", settings["scheme"], table(QuantScheme)))
+            return cls(scheme=scheme, rules=frozen_rules(settings["rules"]), **values)
         except UsageError as error:
             raise CheckpointError(
                 f"{where}: {show_name(str(error))}; the file is damaged or from another version of bigq; "
@@ -342,52 +365,6 @@ class JobConfig:
 #: Fields that are kept with a job: a resumed job uses them unless others are given.
 FROZEN_FIELDS = tuple(name for name, each in table(JobConfig).items() if each.kept)
 _NESTED = ("scheme", "rules")
-
-
-# The functions below parse untrusted JSON values. They raise UsageError, to which ``from_frozen`` adds the file.
-
-
-def _require_names(what: str, value: Any, names: Iterable[str]) -> None:
-    """Raise UsageError unless ``value`` is an object with exactly these names."""
-    if not isinstance(value, dict):
-        raise UsageError(f"{what} must be an object, not {value!r}")
-    for name in names:
-        if name not in value:
-            raise UsageError(f"{what}.{name} is missing")
-    for name in value:
-        if name not in names:
-            raise UsageError(f"{what}.{name} is not known")
-
-
-def _checked(what: str, value: Any, declared: Option) -> Any:
-    if not declared.fits(value):
-        raise UsageError(f"{what} cannot be {value!r}")
-    return value
-
-
-def _scheme_fields(what: str, fields: Any, names: Iterable[str]) -> dict[str, Any]:
-    _require_names(what, fields, names)
-    return {name: _checked(f"{what}.{name}", value, table(QuantScheme)[name]) for name, value in fields.items()}
-
-
-def _rules(rules: Any) -> tuple[Rule, ...]:
-    if not isinstance(rules, list | tuple):
-        raise UsageError(f"settings.rules must be a list, not {rules!r}")
-    return tuple(_rule(f"settings.rules[{i}]", rule) for i, rule in enumerate(rules))
-
-
-def _rule(what: str, rule: Any) -> Rule:
-    _require_names(what, rule, ("pattern", "overrides"))
-    pattern, overrides = rule["pattern"], rule["overrides"]
-    if not isinstance(pattern, str):
-        raise UsageError(f"{what}.pattern cannot be {pattern!r}")
-    if overrides is not None:
-        what = f"{what}.overrides"
-        if not isinstance(overrides, dict):
-            raise UsageError(f"{what} cannot be {overrides!r}")
-        renamed = {"symmetric" if name == "sym" else name: value for name, value in overrides.items()}
-        _scheme_fields(what, renamed, [name for name in table(QuantScheme) if name in renamed])
-    return Rule(pattern, overrides)
 
 
 def default_batch(device_type: str, seqlen: int) -> int:

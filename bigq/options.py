@@ -305,3 +305,22 @@ def did_you_mean(word: str, known: Iterable[Any]) -> str:
 
     close = difflib.get_close_matches(word, [str(each) for each in known], n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def require_names(what: str, value: Any, names: Iterable[str]) -> None:
+    """Raise UsageError unless ``value`` is an object with exactly these names."""
+    if not isinstance(value, dict):
+        raise UsageError(f"{what} must be an object, not {value!r}")
+    for name in names:
+        if name not in value:
+            raise UsageError(f"{what}.{name} is missing")
+    for name in value:
+        if name not in names:
+            raise UsageError(f"{what}.{name} is not known")
+
+
+def checked(what: str, value: Any, declared: Option) -> Any:
+    """An untrusted value of an option. Raises UsageError if it is of a wrong type."""
+    if not declared.fits(value):
+        raise UsageError(f"{what} cannot be {value!r}")
+    return value

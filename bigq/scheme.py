@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bigq.errors import UsageError
 from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, MSE_POWER, SCALE_BITS, GridSpec
-from bigq.options import Effect, Range, Resume, option, require_known, settle, shown, table
+from bigq.options import Effect, Range, Resume, checked, option, require_known, require_names, settle, shown, table
 from bigq.vocabulary import DATA_FREE_METHODS
 
 BITS = (2, 3, 4, 8)
@@ -237,3 +237,30 @@ def _overridden(base: QuantScheme, overrides: Mapping[str, int | float | bool]) 
     renamed: dict[str, Any] = {OVERRIDES[name].name if name in OVERRIDES else name: value for name, value in overrides.items()}
     require_known(QuantScheme, renamed, "Rule: QuantScheme")
     return dataclasses.replace(base, **renamed)
+
+
+def scheme_fields(what: str, fields: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Fields of a scheme from an untrusted JSON value. Raises UsageError."""
+    require_names(what, fields, names)
+    return {name: checked(f"{what}.{name}", value, table(QuantScheme)[name]) for name, value in fields.items()}
+
+
+def frozen_rules(rules: Any) -> tuple[Rule, ...]:
+    """The rules in an untrusted JSON value. Raises UsageError."""
+    if not isinstance(rules, list | tuple):
+        raise UsageError(f"settings.rules must be a list, not {rules!r}")
+    return tuple(_frozen_rule(f"settings.rules[{i}]", rule) for i, rule in enumerate(rules))
+
+
+def _frozen_rule(what: str, rule: Any) -> Rule:
+    require_names(what, rule, ("pattern", "overrides"))
+    pattern, overrides = rule["pattern"], rule["overrides"]
+    if not isinstance(pattern, str):
+        raise UsageError(f"{what}.pattern cannot be {pattern!r}")
+    if overrides is not None:
+        what = f"{what}.overrides"
+        if not isinstance(overrides, dict):
+            raise UsageError(f"{what} cannot be {overrides!r}")
+        renamed = {"symmetric" if name == "sym" else name: value for name, value in overrides.items()}
+        scheme_fields(what, renamed, [name for name in table(QuantScheme) if name in renamed])
+    return Rule(pattern, overrides)

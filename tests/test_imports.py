@@ -25,7 +25,7 @@ OWNERS: Mapping[str, tuple[str, ...]] = {
     "safetensors": ("bigq.io",),
     "transformers": ("bigq.model.skeleton", "bigq.model.architecture", "bigq.data.tokenizer"),
     "torch.distributed": ("bigq.machine.ranks",),
-    "huggingface_hub": ("bigq.io.hub", "bigq.io.remote.http", "bigq.io.remote.url"),
+    "huggingface_hub": ("bigq.io.hub", "bigq.io.remote.http", "bigq.io.remote.push", "bigq.io.remote.url"),
     "fsspec": ("bigq.io.remote.objects",),
     "matplotlib": ("bigq.reports.charts",),
     "gguf": ("bigq.io.gguf_file",),

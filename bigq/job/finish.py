@@ -23,6 +23,7 @@ from bigq.io.index import INDEX_NAME, read_header, read_json_object
 from bigq.io.reader import read_tensor
 from bigq.io.shard_record import file_sha256
 from bigq.io.side_files import side_files
+from bigq.job.away import Away
 from bigq.job.journal import BATCHES_NAME, CHECKPOINTS_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journal, read_commits
 from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME, read_manifest
 from bigq.kernels.dequantize import dequantize_packed
@@ -42,10 +43,10 @@ def is_finished(journal: Journal) -> bool:
     return not journal.missing and _rest_is_whole(journal.out, journal.commits)
 
 
-def complete_commits(out: Path) -> list[Commit] | None:
+def complete_commits(out: Path, away: Away | None = None) -> list[Commit] | None:
     """The commits of a finished folder if shards and all other files exist unchanged, else None. Nothing is repaired.
 
-    A shard counts as unchanged if its size and modification time match its commit.
+    A shard counts as unchanged if its size and modification time match its commit. away: shards that are on the hub instead.
     """
     try:
         found, damaged = read_commits(out)
@@ -54,10 +55,17 @@ def complete_commits(out: Path) -> list[Commit] | None:
             return None
         if _leftovers(out) or not _rest_is_whole(out, commits):
             return None
-        stats = [((out / commit.shard.file).stat(follow_symlinks=False), commit) for commit in commits]
+        return commits if all(_is_unchanged(out, commit, away) for commit in commits) else None
     except (BigqError, OSError):
         return None
-    return commits if all((at.st_size, at.st_mtime_ns) == (c.shard.size, c.modified) for at, c in stats) else None
+
+
+def _is_unchanged(out: Path, commit: Commit, away: Away | None) -> bool:
+    try:
+        at = (out / commit.shard.file).stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return away is not None and away.problem(commit.shard) is None
+    return (at.st_size, at.st_mtime_ns) == (commit.shard.size, commit.modified)
 
 
 def _leftovers(out: Path) -> list[Path]:
@@ -203,10 +211,11 @@ def _manifest(journal: Journal, config_json: bytes, side: Iterable[str]) -> dict
 
 
 class FinishedBlock:
-    """The packed Linears of a committed block. Raises CheckpointError if its shard cannot be read."""
+    """The packed Linears of a committed block. Raises CheckpointError, ResourceError if its shard cannot be read."""
 
-    def __init__(self, out: Path, commit: Commit, format: Format) -> None:
-        self._tensors, _ = read_header(out / commit.shard.file)
+    def __init__(self, journal: Journal, commit: Commit, format: Format) -> None:
+        file, away = commit.shard.file, journal.away
+        self._tensors, _ = read_header(journal.out / file) if away is None else away.header(journal.out, file)
         self._format = format
 
     def weight(self, prefix: str, scheme: QuantScheme, dtype: torch.dtype, device: torch.device) -> Tensor:

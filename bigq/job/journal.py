@@ -3,6 +3,7 @@
     OUT/.bigq/job.json        the request, frozen when the job starts
     OUT/.bigq/runs.jsonl      one line per run: versions, machine and warnings, and how the run ended
     OUT/.bigq/journal.jsonl   one line per committed shard, appended and flushed after the shard is durable
+    OUT/.bigq/pushed.jsonl    with --push, which files a hub repository holds: see ``pushed``
     OUT/.bigq/batches.json    where the batch was halved because the device ran out of memory, if it was
     OUT/.bigq/lock, owner.json, activations-….safetensors, checkpoints.json: see ``owner`` and ``checkpoint``
 
@@ -18,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bigq import faults
 from bigq.errors import CheckpointError, ResourceError, UsageError
@@ -27,6 +28,9 @@ from bigq.io.checksum import load_record, read_record_bytes, save_record, seal, 
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.shard_record import ShardRecord, file_sha256
 from bigq.job.batches import Halving
+
+if TYPE_CHECKING:
+    from bigq.job.away import Away
 
 JOB_NAME = "job.json"
 JOURNAL_NAME = "journal.jsonl"
@@ -121,15 +125,19 @@ def _has_kinds(value: Mapping[str, Any]) -> bool:
 class Journal:
     """The job in an output folder. The caller must own the folder (see ``owner``)."""
 
-    def __init__(self, out: Path, request: Mapping[str, Any], units: list[str], compare: Callable[..., list[str]]) -> None:
+    def __init__(
+        self, out: Path, request: Mapping[str, Any], units: list[str], compare: Callable[..., list[str]], away: Away | None = None
+    ) -> None:
         """Start a job in ``out``, or resume the job in it.
 
         request: the settings and inputs that decide the output's bytes, plus versions and machine. units: the shards to commit, in order.
         compare: (out, old request, new request) → warnings; raises UsageError where the requests describe different jobs.
+        away: shards that are on the hub instead of ``out``; None if there are none.
         Raises UsageError, ResourceError, and CheckpointError where the records are damaged.
         """
         self.out = out
         self.units = units
+        self.away = away
         self._state = out / STATE_FOLDER
         self._path = self._state / JOURNAL_NAME
         #: Warnings about resuming the job.
@@ -183,7 +191,7 @@ class Journal:
         try:
             there = path.stat(follow_symlinks=False)
         except FileNotFoundError:
-            return "is missing"
+            return "is missing" if self.away is None else self.away.problem(commit.shard)
         except OSError as error:
             raise ResourceError(
                 f"{path}: cannot be read: {error.strerror}; check the disk and run the command again, or remove the file to have "

@@ -51,7 +51,8 @@ def claimed(
     """
     out, config = job.target.out, job.config
     with ownership(out / STATE_FOLDER, progress, steal=config.steal_lock) as owner:
-        journal = Journal(out, request, [shard.name for unit in units for shard in unit.shards], compare)
+        away = None if job.target.push is None else job.target.push.away
+        journal = Journal(out, request, [shard.name for unit in units for shard in unit.shards], compare, away)
         notes = [*owner.notes, *journal.notes, *plan.warnings]
         for note in notes:
             progress.say(f"warning: {note}")

@@ -24,7 +24,9 @@ def finished_commits(target: Target) -> list[Commit] | None:
     begun = target.begun
     if begun is None or not _asks_for(begun.get("settings"), target.config):
         return None
-    commits = complete_commits(target.out)
+    commits = complete_commits(target.out, None if target.push is None else target.push.away)
+    if commits is not None and target.push is not None and not target.push.has_all(target.out, commits):
+        return None
     if commits is None or (target.config.format == "gguf" and not has_gguf(target.out)):
         return None
     config_hash = hashlib.sha256((target.folder / "config.json").read_bytes()).hexdigest()
@@ -42,7 +44,7 @@ def _asks_for(settings: Any, config: JobConfig) -> bool:
     if not isinstance(begun_scheme, Mapping):
         return False
     pairs = [(begun_scheme.get(name), value) for name, value in asked_scheme.items()]
-    pairs += [(settings.get(name), value) for name, value in asked.items() if name not in ("rules", "on_nonfinite")]
+    pairs += [(settings.get(name), value) for name, value in asked.items() if name not in ("rules", "on_nonfinite", "push", "push_drop")]
     rules = [[rule.pattern, rule.overrides and dict(rule.overrides)] for rule in config.rules]
     begun_rules = [[rule.get("pattern"), rule.get("overrides")] for rule in settings.get("rules", ())]
     return rules == begun_rules and all(value is None or was == value for was, value in pairs)

@@ -29,6 +29,9 @@ def run_units(
     missing = [unit for unit in units if any(writer.committed(shard) is None for shard in unit.shards)]
     resumed = sum(unit.block is not None for unit in units) - sum(unit.block is not None for unit in missing)
     control.progress.start(resumed)
+    streamed = [unit for unit in units if isinstance(unit, StreamedUnit)]
+    left = [unit for unit in missing if isinstance(unit, StreamedUnit)]
+    writer.hold(shard for unit in streamed for shard in unit.shards if left)
     if missing:
         reopen_folder(writer.journal.out)
     writer.follow([unit.shard for unit in missing if isinstance(unit, PlainUnit)])
@@ -39,8 +42,6 @@ def run_units(
             with control.clock.phase(unit.phase):
                 writer.commit(unit.shard, unit.product(writer))
             control.progress.read(unit.nbytes)
-    streamed = [unit for unit in units if isinstance(unit, StreamedUnit)]
-    left = [unit for unit in missing if isinstance(unit, StreamedUnit)]
     if left:
         with control.clock.phase("probe"):
             made = bench()
@@ -48,8 +49,10 @@ def run_units(
         with solving(made) as how:
             visits = list(how.visits(streamed, left))
             writer.follow([shard for unit, _ in visits for shard in unit.shards])
+            writer.hold(shard for unit, _ in visits for shard in unit.shards)
             for unit, last in visits:
                 unit.visit(made, how, last=last)
+                writer.release(unit.shards)
                 for shard in unit.shards:
                     if writer.committed(shard) is not None:
                         writer.leave(shard)

@@ -35,6 +35,7 @@ from bigq.progress.records import Stages
 from bigq.sched.plan.budgets import Streamed
 from bigq.sched.plan.inputs import plan_before_fetch
 from bigq.sched.plan.work import Choice
+from bigq.sched.push import Push, open_push
 from bigq.sched.units.base import Unit
 from bigq.sched.units.block import BlockUnit
 from bigq.sched.units.copied import copied_units
@@ -45,7 +46,7 @@ from bigq.sched.units.head import Head, HeadUnit, head_to_quantize
 class Target:
     """Where a job reads and writes. begun: the frozen request of the job that OUT holds, or None.
 
-    model: as given. remote: the shards that stay on a server; None if they are in ``folder``.
+    model: as given. remote: the shards that stay on a server; None if they are in ``folder``. push: where the output is uploaded to.
     config: as given, with missing settings taken from ``begun``.
     """
 
@@ -56,6 +57,7 @@ class Target:
     config: JobConfig
     begun: Mapping[str, Any] | None
     device: torch.device
+    push: Push | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +108,7 @@ def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Tar
         require_texts(config.calibration)
     headers, planned = plan_before_fetch(model, out, config)
     remote = headers.remote if planned is not None and isinstance(planned.fetch, Streamed) else None
+    push = open_push(config, model, out)  # before anything is fetched or computed
     folder = resolve_model(model) if remote is None else resolve_streamed(model, headers)
     refuse_nesting(folder, out)
     if config.trace is not None and not Path(config.trace).parent.is_dir():
@@ -113,7 +116,7 @@ def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Tar
     require_job_folder(out)
     if begun is not None and config.trust_remote_code:
         require_same_code(out, begun, folder)  # before any code of the model runs
-    return Target(model=model, folder=folder, remote=remote, out=out, config=config, begun=begun, device=device)
+    return Target(model=model, folder=folder, remote=remote, out=out, config=config, begun=begun, device=device, push=push)
 
 
 def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:

@@ -38,6 +38,7 @@ from bigq.sched.loop import run_units
 from bigq.sched.plan.budgets import Streamed
 from bigq.sched.plan.inputs import plan_job
 from bigq.sched.plan.planner import Plan
+from bigq.sched.push import Pusher, abandoned_on_error, pushing
 from bigq.sched.resolve import Job, Target, request_of, resolve_job, resolve_target, units_of
 from bigq.sched.rows.calibration import CalibrationRows
 from bigq.sched.rows.probe import probe_model
@@ -65,7 +66,7 @@ def quantize(
     display: how progress is shown; by default as suits stderr, or not at all with config.quiet.
     command: arguments to record for this run. started: when the program began, by ``time.monotonic``; defaults to now.
     Raises UsageError, DataError, ResourceError or Stopped (see ``bigq.errors``); then ``out`` holds no config.json, unless only its
-    GGUF file is missing.
+    GGUF file is missing, or only the last files that are uploaded to a hub repository.
     """
     started = time.monotonic() if started is None else started
     stages = Stages(started)
@@ -87,9 +88,10 @@ def quantize(
             _announce(plan, target.out, progress, stop)
             with claimed(job, units, request, plan, progress, started=started, command=command) as claim:
                 control = Control(stop=stop, progress=progress, clock=claim.clock)
-                with _in_another_folder(target.out):
-                    resumed = _run(job, units, plan, claim, control)
-                _finish(job, claim, control)
+                with pushing(target.push, target.out, claim.journal.commits, control, claim.owner.check) as pusher:
+                    with _in_another_folder(target.out):
+                        resumed = _run(job, units, plan, claim, control, pusher)
+                    _finish(job, claim, control, pusher)
     return _report(job, plan, claim, resumed, started, stages)
 
 
@@ -124,13 +126,14 @@ def _announce(plan: Plan, out: Path, progress: Progress, stop: Stop) -> None:
     stop.check()
 
 
-def _run(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Control) -> int:
+def _run(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Control, pusher: Pusher | None) -> int:
     """Commit all units. Returns how many blocks earlier runs had committed."""
     device = job.target.device
     with (
         _streaming(job, plan, control),
         contextlib.closing(WriteBehind(threaded=plan.choice.beside)) as behind,
         job.pager.prefetch(plan.choice.ahead, claim.clock.trace),
+        abandoned_on_error(pusher),
     ):
         writer = ShardWriter(
             checkpoint=job.pager.checkpoint,
@@ -142,6 +145,7 @@ def _run(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Con
             exporter=DeviceToHost(device) if device.type == "cuda" else None,
             control=control,
             ranks=OneProcess(),
+            pusher=pusher,
         )
         writer.require_same_sources([shard for unit in units for shard in unit.shards], str(job.pager.folder))
         setup = _Setup(job=job, plan=plan, claim=claim, writer=writer)
@@ -227,13 +231,17 @@ def _in_another_folder(out: Path) -> Iterator[None]:
         raise type(error)(f"{error} (in another folder, since the job in {out} keeps its {' and '.join(options)})") from error
 
 
-def _finish(job: Job, claim: Claim, control: Control) -> None:
-    """Make the folder loadable, and write its GGUF file if the job asks for one."""
+def _finish(job: Job, claim: Claim, control: Control, pusher: Pusher | None) -> None:
+    """Make the folder loadable, and write its GGUF file if the job asks for one; then make the hub repository loadable too."""
+    if pusher is not None:
+        pusher.drain()
     if not is_finished(claim.journal):
         claim.owner.check()
         finish_folder(job.target.folder, claim.journal, job.config, job.pager.plain_modules(job.pager.extras.dropped))
     if job.config.format == "gguf" and not has_gguf(job.target.out):
         _write_gguf(job, claim, control)
+    if pusher is not None:
+        pusher.finish(claim.journal.commits)
     claim.checkpoints.discard()
 
 

@@ -6,7 +6,7 @@ temp file → fsync → rename → fsync of the folder → journal line → fsyn
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,6 +23,7 @@ from bigq.job.owner import Owner
 from bigq.machine.ranks import Ranks
 from bigq.progress.records import LinearRecord
 from bigq.sched.control import Control
+from bigq.sched.push import Pusher
 from bigq.sched.write_behind import WriteBehind
 
 
@@ -56,6 +57,7 @@ class ShardWriter:
     """Writes the shards of a job that owns its folder.
 
     remote: the source's shards that are on a server. exporter: copies tensors from the GPU to the host; None on a CPU.
+    pusher: uploads committed shards; None without ``--push``.
     """
 
     checkpoint: Checkpoint
@@ -67,6 +69,7 @@ class ShardWriter:
     exporter: DeviceToHost | None
     control: Control
     ranks: Ranks
+    pusher: Pusher | None = None
 
     def committed(self, shard: Shard) -> Commit | None:
         """The shard's commit, from this run or an earlier one; None if it is not committed."""
@@ -116,11 +119,23 @@ class ShardWriter:
                 )
             self.journal.commit(commit)
             self.leave(shard)
+            if self.pusher is not None:
+                self.pusher.add(commit)
 
     def follow(self, shards: Sequence[Shard]) -> None:
         """Shards that will be made next, in this order. If their sources are on a server, they are fetched ahead."""
         if self.remote is not None:
             self.remote.follow((shard.number, [self.checkpoint[name] for name in shard.sources]) for shard in shards)
+
+    def hold(self, shards: Iterable[Shard]) -> None:
+        """These shards, and no others, will be read again once they are committed: they stay in OUT."""
+        if self.pusher is not None:
+            self.pusher.hold(self.journal.shard_name(shard.number) for shard in shards)
+
+    def release(self, shards: Iterable[Shard]) -> None:
+        """Shards that were held are not read again."""
+        if self.pusher is not None:
+            self.pusher.release(self.journal.shard_name(shard.number) for shard in shards)
 
     def leave(self, shard: Shard) -> None:
         """A shard's sources are not needed any more."""

@@ -49,6 +49,7 @@ NOT_WRITING = {
     **dict.fromkeys(("job.written", "run.recorded", "batch.halved"), "the file is durable already; its own writing has points"),
     **dict.fromkeys(("rows.embedded", "block.loaded", "batch.begun", "linear.solved", "block.solved", "block.replayed"), "computing"),
     "expert.solved": "computing, of models with experts",
+    **dict.fromkeys(("push.uploaded", "push.recorded", "push.dropped"), "between steps, of jobs that upload; test_push.py has them"),
     "gguf.piece": "only where a GGUF file is written; test_gguf.py has it",
     **dict.fromkeys(
         ("finish.begun", "finish.side", "finish.index", "finish.manifest", "finish.config"), "between files, which have points of their own"

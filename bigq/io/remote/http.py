@@ -120,7 +120,7 @@ class HubFolder:
                 raise ResourceError(
                     f"{self.address(name)}: the hub answered with status {status}; check the name and your login"
                 ) from error
-            raise Transient(_reason(error), _asked_wait(error.response.headers) if status else None) from error
+            raise Transient(_reason(error), asked_wait(error.response.headers) if status else None) from error
         except (_http_error(), OSError) as error:
             raise Transient(_reason(error)) from error
         with self._lock:
@@ -174,7 +174,7 @@ class _Answer:
         if self.status < 400 or self.status in self._missing:
             return
         if self.status in _BUSY:
-            raise Transient(f"the server answered with status {self.status}", _asked_wait(self.headers))
+            raise Transient(f"the server answered with status {self.status}", asked_wait(self.headers))
         if self.status in (404, 410):
             raise CheckpointError(f"{self._address}: the server has no such file; check the address")
         if self.status == 416:
@@ -219,7 +219,7 @@ def _http_error() -> type[Exception]:
     return base
 
 
-def _asked_wait(headers: Mapping[str, str]) -> float | None:
+def asked_wait(headers: Mapping[str, str]) -> float | None:
     """Seconds after which the server wants to be asked again, if it says so. The hub's own header says when its count starts anew."""
     window = _WINDOW.search(headers.get("RateLimit", ""))
     try:

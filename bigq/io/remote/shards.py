@@ -26,8 +26,8 @@ QUICK, PATIENT = Patience(silence=20.0), Patience(silence=900.0)
 class RemoteShards:
     """Shards on a server. Without a cache, each read is a request of its own; that is for the few bytes that are read before a job."""
 
-    def __init__(self, transport: Transport) -> None:
-        self._reader = RangeReader(transport, QUICK)
+    def __init__(self, transport: Transport, patience: Patience = QUICK) -> None:
+        self._reader = RangeReader(transport, patience)
         self._files: dict[str, RemoteFile] = {}
         self._headers: dict[str, bytes] = {}
         self._cache: PartCache | None = None

@@ -160,7 +160,7 @@ class BlockUnit(StreamedUnit):
     def _restore(self, bench: Bench, block: nn.Module, plan: BlockPlan, commit: Commit) -> None:
         """Load the committed weights of a block into its modules, without those of experts."""
         made: Format = bench.config.made
-        finished = FinishedBlock(bench.writer.journal.out, commit, made)
+        finished = FinishedBlock(bench.writer.journal, commit, made)
         for name, scheme in self._schemes(bench.config, plan).items():
             if f"{self.prefix}.{name}" in commit.left_out:
                 continue

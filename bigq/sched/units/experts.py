@@ -112,7 +112,7 @@ class BankWork:
         if not schemes or commit is None:
             pager.announce_experts(bank.path, range(e, min(e + 2, bank.experts)))
             return pager.load_expert(bank.path, e)
-        finished = FinishedBlock(self.bench.writer.journal.out, commit, self.bench.config.made)
+        finished = FinishedBlock(self.bench.writer.journal, commit, self.bench.config.made)
         matrices = {
             key: [
                 finished.weight(bank.prefix(n), scheme, pager.dtype_of(f"{bank.path}.{key}"), pager.device) for n in bank.matrices(key, e)
