@@ -18,6 +18,7 @@ from bigq.io.checksum import load_record, read_record_bytes, unseal
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import Format, PackedLinear
 from bigq.io.shard_record import file_sha256
+from bigq.job.away import Away
 from bigq.job.finish import CARD_NAME
 from bigq.job.journal import JOURNAL_NAME, Commit
 from bigq.job.manifest import MANIFEST_NAME
@@ -35,7 +36,8 @@ class FolderCheck:
     remedy: how to repair the folder. problems: one line each. bad: the files with problems. listing: every file of the folder and its
     state folder by path: its size, or None if it is not a file. busy: whether a process may be writing to the folder now.
     commits: of the journal, by unit. manifest: size and hash of the folder's files by path; None if it is missing or damaged.
-    free: files that the manifest does not cover, since people may change them.
+    free: files that the manifest does not cover, since people may change them. away: shards on the hub instead; astray: what is wrong
+    with those of them that are not there either, by file.
     """
 
     def __init__(self, out: Path, remedy: str) -> None:
@@ -45,6 +47,8 @@ class FolderCheck:
         self.listing = list_folder(out)
         self.busy = self._is_busy()
         self.free: set[str] = set()
+        self.away: Away | None = None
+        self.astray: dict[str, str] = {}
 
     # Collecting problems.
 
@@ -129,7 +133,7 @@ class FolderCheck:
         """Compare a file with its size and hash in each record. scan: provides the file's hash."""
         size = self.listing.get(file)
         if size is None:
-            what = "is not a file" if file in self.listing else "is missing"
+            what = "is not a file" if file in self.listing else self.astray.get(file, "is missing")
             self.add(file, f"{what}, although {' and '.join(records)} lists it")
             return
         for record, entry in records.items():
@@ -156,7 +160,8 @@ class FolderCheck:
         scan = None
         if self.listing.get(file) is not None:
             try:
-                scan = scan_shard(self.out / file, format)
+                read = None if self.away is None else self.away.header(self.out, file)
+                scan = scan_shard(self.out / file, format, read)
             except BigqError as error:
                 self.add_error(file, error)
         self.compare(file, records, scan)

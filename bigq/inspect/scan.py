@@ -41,12 +41,12 @@ class Scan:
     problems: tuple[str, ...]
 
 
-def scan_shard(path: Path, format: Format) -> Scan:
-    """Scan a shard whose packed Linears are in a format.
+def scan_shard(path: Path, format: Format, read: tuple[Mapping[str, TensorInfo], bytes] | None = None) -> Scan:
+    """Scan a shard whose packed Linears are in a format. read: its tensors and header, where it is not at ``path`` but on a server.
 
     Raises CheckpointError where its header cannot be read, ResourceError where the disk fails.
     """
-    tensors, header = read_header(path)
+    tensors, header = read_header(path) if read is None else read
     linears, problems = packed_linears(tensors, format)
     values = _Values(linears, format)
     digest = hashlib.sha256(struct.pack("<Q", len(header)) + header)

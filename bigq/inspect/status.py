@@ -23,6 +23,7 @@ from bigq.job.conversion_record import CONVERT_AGAIN, ConversionRecord, is_conve
 from bigq.job.journal import JOB_NAME, JOURNAL_NAME, RUNS_NAME, Commit, read_commits, read_job
 from bigq.job.manifest import GGUF_NAME, lacks_gguf
 from bigq.job.owner import OWNER_NAME, Holder
+from bigq.job.pushed import PUSHED_NAME, Pushed, read_pushed
 from bigq.progress.layout import rewrapped
 from bigq.progress.sizes import show_duration, show_size
 
@@ -66,6 +67,7 @@ class Status:
     phase, eta_seconds: the current phase, and the estimated time left; None unless the job may be running.
     said: the message with which it ended. warnings: of its last run. damaged: records and shards that were changed or are missing.
     converted: of a converted folder, the formats and the source, such as "gptq → gptq_v2 from /models/q"; else None.
+    pushed: shards that a hub repository has confirmed, and repository, its name; None without ``--push``.
     """
 
     out: str
@@ -82,6 +84,8 @@ class Status:
     warnings: tuple[str, ...]
     damaged: tuple[str, ...]
     converted: str | None = None
+    pushed: int | None = None
+    repository: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -98,6 +102,8 @@ class Status:
             f"  blocks    {self.blocks_done}{of} done",
             f"  written   {show_size(self.bytes_written)} in {self.shards} shards",
         ]
+        if self.pushed is not None:
+            lines.append(f"  pushed    {self.pushed} of {self.shards} shards to {self.repository}")
         if self.converted is not None:
             lines.append(f"  converted {self.converted}")
         if self.phase is not None:
@@ -132,10 +138,13 @@ def status(out: Path) -> Status:
     again = CONVERT_AGAIN if is_conversion(out) else "it will be written again"
     intact = _has_job(out, damaged)
     holder = _holder(state, damaged)
-    commits = _commits(out, damaged, again)
+    pushed = _pushed(out, damaged)
+    commits = _commits(out, damaged, again, pushed)
+    there = [commit for commit in commits if _is_pushed(commit, pushed)]
     blocks = {commit.unit for commit in commits if _BLOCK.fullmatch(commit.unit)}
     facts = {} if holder is None else holder.facts
-    verdict = _state(out, holder, damaged)
+    last = pushed.get("config.json")
+    verdict = _state(out, holder, damaged, uploaded=not pushed or (last is not None and last.confirmed))
     live = verdict in ("running", "unknown")
     return Status(
         out=str(out),
@@ -152,7 +161,27 @@ def status(out: Path) -> Status:
         warnings=_warnings(state, damaged),
         damaged=tuple(damaged),
         converted=None if conversion is None else f"{conversion.format_before} → {conversion.format} from {conversion.source}",
+        pushed=len(there) if pushed else None,
+        repository=list(pushed.values())[-1].repository if pushed else None,
     )
+
+
+def _pushed(out: Path, damaged: list[str]) -> Mapping[str, Pushed]:
+    """The files that were uploaded to a hub repository, by name."""
+    try:
+        found, bad = read_pushed(out)
+    except BigqError as error:
+        damaged.append(_about(out, error))
+        return {}
+    if bad:
+        damaged.append(f"{STATE_FOLDER}/{PUSHED_NAME}: {bad} lines are damaged; their files are uploaded again")
+    return found
+
+
+def _is_pushed(commit: Commit, pushed: Mapping[str, Pushed]) -> bool:
+    """Whether the hub has confirmed a shard."""
+    entry = pushed.get(commit.shard.file)
+    return entry is not None and entry.confirmed and entry.sha256 == commit.shard.sha256
 
 
 def _conversion(out: Path, damaged: list[str]) -> ConversionRecord | None:
@@ -196,8 +225,11 @@ def _holder(state: Path, damaged: list[str]) -> Holder | None:
     return holder
 
 
-def _commits(out: Path, damaged: list[str], again: str) -> list[Commit]:
-    """The commits whose shards exist with their recorded size, one per unit. again: the text about what happens to the others."""
+def _commits(out: Path, damaged: list[str], again: str, pushed: Mapping[str, Pushed]) -> list[Commit]:
+    """The commits whose shards exist with their recorded size, or are on the hub instead, one per unit.
+
+    again: the text about what happens to the others. pushed: the files that were uploaded.
+    """
     try:
         commits, bad = read_commits(out)
     except BigqError as error:
@@ -210,6 +242,9 @@ def _commits(out: Path, damaged: list[str], again: str) -> list[Commit]:
         try:
             size = os.stat(out / commit.shard.file).st_size
         except (OSError, ValueError, TypeError):
+            if _is_pushed(commit, pushed) and pushed[commit.shard.file].dropped:
+                found[commit.unit] = commit
+                continue
             damaged.append(f"{commit.shard.file}: is missing; {again}")
             continue
         if size == commit.shard.size:
@@ -234,11 +269,12 @@ def _warnings(state: Path, damaged: list[str]) -> tuple[str, ...]:
     return tuple(str(note) for note in notes) if isinstance(notes, list) else ()
 
 
-def _state(out: Path, holder: Holder | None, damaged: list[str]) -> str:
+def _state(out: Path, holder: Holder | None, damaged: list[str], *, uploaded: bool) -> str:
+    """uploaded: whether nothing is left to upload, or the job does not upload."""
     if holder is not None and holder.alive:
         return "running"
     loadable = (out / "config.json").exists()  # written last but for a GGUF file, removed first when reopened
-    if loadable and not lacks_gguf(out):
+    if loadable and uploaded and not lacks_gguf(out):
         return "finished"
     if is_conversion(out):
         damaged.append(f"config.json: is missing; {CONVERT_AGAIN}")

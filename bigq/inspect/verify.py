@@ -23,14 +23,19 @@ from bigq.io.atomic import TEMP_SUFFIX
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import FORMATS
 from bigq.io.index import INDEX_NAME, read_json_object
+from bigq.io.remote.shards import PATIENT
+from bigq.job.away import read_away
 from bigq.job.conversion_record import is_conversion
 from bigq.job.finish import RECORDS
 from bigq.job.journal import BATCHES_NAME, CHECKPOINTS_NAME, JOB_NAME, RUNS_NAME, read_job
 from bigq.job.manifest import GGUF_NAME
+from bigq.job.pushed import PUSHED_NAME
 
-_JOB, _RUNS, _BATCHES, _CHECKPOINTS = (f"{STATE_FOLDER}/{name}" for name in (JOB_NAME, RUNS_NAME, BATCHES_NAME, CHECKPOINTS_NAME))
+_JOB, _RUNS, _BATCHES, _CHECKPOINTS, _PUSHED = (
+    f"{STATE_FOLDER}/{name}" for name in (JOB_NAME, RUNS_NAME, BATCHES_NAME, CHECKPOINTS_NAME, PUSHED_NAME)
+)
 #: The manifest does not list these: they may change after a job is finished.
-_UNLISTED = (MANIFEST, _RUNS, EVALUATIONS, OWNER, LOCK)
+_UNLISTED = (MANIFEST, _RUNS, EVALUATIONS, OWNER, LOCK, _PUSHED)
 #: What a finished folder holds besides shards, whatever the model.
 _ALWAYS = (INDEX_NAME, "config.json", _JOB, JOURNAL, f"{STATE_FOLDER}/linears.jsonl")
 
@@ -42,7 +47,8 @@ def verify(out: Path, *, trust_remote_code: bool = False) -> list[str]:
     """Problems of an output folder of ``quantize`` or ``convert``, one line each that names the file or tensor.
 
     The list is empty if the folder is complete and intact. trust_remote_code: run model code in ``out``, as the job did.
-    Raises UsageError if ``out`` is no such folder, ResourceError if it cannot be listed.
+    Shards that are on the hub instead (``--push-drop``) are read from there.
+    Raises UsageError if ``out`` is no such folder, ResourceError if it cannot be listed, or the hub cannot be asked.
     """
     out = Path(os.path.expanduser(out))
     try:
@@ -65,6 +71,7 @@ class _JobCheck(FolderCheck):
         self.shards = {commit.shard.file for commit in self.commits.values()}
         self.manifest = self._read_manifest()
         self.saved = self._read_checkpoints()
+        self._find_away()
 
     def run(self, trust_remote_code: bool) -> None:
         """Run the checks that go beyond reading the records."""
@@ -93,6 +100,18 @@ class _JobCheck(FolderCheck):
             self.add_error(_JOB, error)
             return None
 
+    def _find_away(self) -> None:
+        """Shards that are on the hub count as files of the folder."""
+        self.away = read_away(self.out, PATIENT)
+        for commit in self.commits.values():
+            file = commit.shard.file
+            if file in self.away.files and file not in self.listing:
+                problem = self.away.problem(commit.shard)
+                if problem is None:
+                    self.listing[file] = commit.shard.size
+                else:
+                    self.astray[file] = problem
+
     def _read_manifest(self) -> dict[str, Any] | None:
         manifest = self.read_manifest()
         if MANIFEST not in self.listing and "config.json" in self.listing:
@@ -115,6 +134,7 @@ class _JobCheck(FolderCheck):
         """Check the records that contain checksums."""
         runs = self.check_lines(_RUNS)
         self.check_lines(EVALUATIONS)
+        self.check_lines(_PUSHED)
         if self.manifest is not None and not runs and _RUNS not in self.bad:
             self.add(_RUNS, "is missing or empty; no other record describes the job's runs")
         self.sealed(_BATCHES)
@@ -173,7 +193,8 @@ class _JobCheck(FolderCheck):
             commits = sorted(self.commits.values(), key=lambda commit: commit.shard.file)
             self.add_all(config_problems(self.out, self.job, commits, scans, trust_remote_code=trust_remote_code))
             if not self.bad & {"config.json", "quantize_config.json"}:
-                self.add_all(model_problems(self.out, self.job, left_out, scans, trust_remote_code=trust_remote_code))
+                remote = None if self.away is None else self.away.remote(self.out)
+                self.add_all(model_problems(self.out, self.job, left_out, scans, remote, trust_remote_code=trust_remote_code))
         except BigqError as error:
             self.add_error("config.json" if isinstance(error, CheckpointError) else str(self.out), error)
 

@@ -18,6 +18,7 @@ from bigq.inspect.scan import Scan
 from bigq.io.formats import PackedLinear
 from bigq.io.formats.base import module_of
 from bigq.io.index import INDEX_NAME, TensorInfo, read_json_object
+from bigq.io.remote.shards import RemoteShards
 from bigq.job.finish import quantization_of
 from bigq.job.journal import Commit
 from bigq.model import skeleton
@@ -78,14 +79,22 @@ def _modules(out: Path, tensors: Mapping[str, TensorInfo], *, trust_remote_code:
     return plain_modules(model, find_blocks(model)[0], tensors, experts=expert_parts(model, tensors))
 
 
-def model_problems(out: Path, job: JobConfig, left_out: tuple[str, ...], scans: Mapping[str, Scan], *, trust_remote_code: bool) -> Problems:
+def model_problems(
+    out: Path,
+    job: JobConfig,
+    left_out: tuple[str, ...],
+    scans: Mapping[str, Scan],
+    remote: RemoteShards | None = None,
+    *,
+    trust_remote_code: bool,
+) -> Problems:
     """Whether the model has all its parameters, and every Linear of its blocks is packed, or not, as the job says.
 
-    Index and configs must be sound. Raises DataError for what does not fit config.json.
+    remote: has the shards, if ``out`` lacks some. Index and configs must be sound. Raises DataError for what does not fit config.json.
     """
     skeleton.silence_transformers()
     with torch.no_grad():
-        pager = Pager(out, device=torch.device("cpu"), dtype="float32", trust_remote_code=trust_remote_code)
+        pager = Pager(out, device=torch.device("cpu"), dtype="float32", trust_remote_code=trust_remote_code, remote=remote)
     linears = {prefix: linear for scan in scans.values() for prefix, linear in scan.linears.items()}
     zeros = {prefix: seen for scan in scans.values() for prefix, seen in scan.zeros.items()}
     belonging, mark = set(), job.made.mark

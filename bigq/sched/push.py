@@ -280,7 +280,9 @@ class Pusher:
 
 
 @contextlib.contextmanager
-def pushing(push: Push | None, out: Path, commits: Sequence[Commit], control: Control, owned: Callable[[], None]) -> Iterator[Pusher | None]:
+def pushing(
+    push: Push | None, out: Path, commits: Sequence[Commit], control: Control, owned: Callable[[], None]
+) -> Iterator[Pusher | None]:
     """Upload beside what runs in the context. commits: of earlier runs. owned: as for ``Pusher``."""
     if push is None:
         yield None

@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from fake_hub.uploads import Uploads
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 #: What can be wrong with an answer to a request for part of a shard.
 KINDS = ("cut", "short", "long", "elsewhere", "busy", "error", "stall")
@@ -61,6 +63,7 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.ranges: list[int] = []
         self.faults = Faults()
+        self.uploads = Uploads()
 
     @property
     def url(self) -> str:
@@ -91,13 +94,23 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(with_body=True)
 
+    def do_POST(self) -> None:
+        self.server.uploads.answer(self, self._log(), self.server.url)
+
+    def do_PUT(self) -> None:
+        self.do_POST()
+
+    def _log(self) -> str:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.server.requests.append(f"{self.command} /{path}")
+        return path
+
     def log_message(self, format: str, *args: object) -> None:
         pass
 
     def _answer(self, *, with_body: bool) -> None:
-        path = unquote(urlsplit(self.path).path).strip("/")
-        self.server.requests.append(f"{self.command} /{path}")
-        status, body, headers = self._find(path)
+        path = self._log()
+        status, body, headers = self.server.uploads.find(path) or self._find(path)
         wanted = self.headers.get("Range", "")
         fault = None
         if status == 200 and wanted.startswith("bytes="):

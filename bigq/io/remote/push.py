@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import random
 import threading
@@ -36,7 +37,7 @@ _LONGEST_WAITS = 7200.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """A file in a repository. size: in bytes. sha256: None for a small file that the repository keeps in git itself. blob: git's hash."""
+    """A file in a repository. size: in bytes. sha256: None for a small file that is kept in git itself. blob: git's hash."""
 
     size: int
     sha256: str | None
@@ -62,7 +63,9 @@ class Local:
         try:
             data = self.path.read_bytes()
         except OSError as error:
-            raise ResourceError(f"{self.path}: cannot be read: {error.strerror}; check the disk, then run the same command again") from error
+            raise ResourceError(
+                f"{self.path}: cannot be read: {error.strerror}; check the disk, then run the same command again"
+            ) from error
         return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
@@ -132,9 +135,7 @@ class HubRepository:
     def _held(self, names: Sequence[str], revision: str) -> dict[str, Held]:
         infos = self._api.get_paths_info(self.name, list(names), revision=revision)
         files = [info for info in infos if hasattr(info, "blob_id")]
-        return {
-            info.path: Held(size=info.size, sha256=None if info.lfs is None else info.lfs.sha256, blob=info.blob_id) for info in files
-        }
+        return {info.path: Held(size=info.size, sha256=None if info.lfs is None else info.lfs.sha256, blob=info.blob_id) for info in files}
 
     def upload(self, files: Sequence[Local], message: str) -> tuple[str, dict[str, Held]]:
         """Put files into the repository, by one commit, and ask whether they are there. What is there already is not sent again.
@@ -146,13 +147,13 @@ class HubRepository:
             operations = self._operations(files)
             for operation in operations:  # one at a time: several would need threads of the client, which a stopped job waits for
                 self._try(operation.path_in_repo, lambda one=operation: self._send(one))  # type: ignore[misc]
-            commit = self._try("", lambda: self._commit(files, operations, message))
+            tries = itertools.count()
+            commit = self._try("", lambda: self._commit(files, operations, message, again=next(tries) > 0))
         held = self.held([file.name for file in files], commit)
         for file in files:
             if not file.is_held(held.get(file.name)):
                 raise ResourceError(
-                    f"{self.name}/{file.name}: the hub does not hold the bytes of {file.path} after they were uploaded; run the same command "
-                    "again"
+                    f"{self.name}/{file.name}: after its upload, the hub does not hold the bytes of {file.path}; run the same command again"
                 )
         return commit, held
 
@@ -180,9 +181,9 @@ class HubRepository:
         """Send the bytes of a file, if it is a large one."""
         self._api.preupload_lfs_files(self.name, [operation], num_threads=1, free_memory=False)
 
-    def _commit(self, files: Sequence[Local], operations: Sequence[Any], message: str) -> str:
+    def _commit(self, files: Sequence[Local], operations: Sequence[Any], message: str, *, again: bool) -> str:
         # An earlier try may have been carried out although its answer was an error.
-        if (commit := self._commit_of(files)) is not None:
+        if again and (commit := self._commit_of(files)) is not None:
             return commit
         with warnings.catch_warnings():
             if any(file.name == "README.md" for file in files):  # the client warns of a card's metadata
@@ -206,8 +207,8 @@ class HubRepository:
             wait = pause if transient.wait is None else transient.wait
             if tries >= LEAST_TRIES and now - since - min(asked, _LONGEST_WAITS) + pause > self.patience.silence:
                 raise ResourceError(
-                    f"{about}: the hub does not take it: {transient}, for {now - since:.0f} s; the job can go on later: run the same command "
-                    "again"
+                    f"{about}: the hub does not take it: {transient}, for {now - since:.0f} s; the job can go on later: run the same "
+                    "command again"
                 ) from transient
             if tries == 2 or wait > 60:
                 self.say(f"warning: {about}: {transient}; trying again, in {wait:.0f} s")
