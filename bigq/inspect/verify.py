@@ -23,7 +23,6 @@ from bigq.io.atomic import TEMP_SUFFIX
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import FORMATS
 from bigq.io.index import INDEX_NAME, read_json_object
-from bigq.io.remote.shards import PATIENT
 from bigq.job.away import read_away
 from bigq.job.conversion_record import is_conversion
 from bigq.job.finish import RECORDS
@@ -102,7 +101,7 @@ class _JobCheck(FolderCheck):
 
     def _find_away(self) -> None:
         """Shards that are on the hub count as files of the folder."""
-        self.away = read_away(self.out, PATIENT)
+        self.away = read_away(self.out)
         for commit in self.commits.values():
             file = commit.shard.file
             if file in self.away.files and file not in self.listing:

@@ -19,7 +19,7 @@ Answer = tuple[int, bytes, dict[str, str]]
 #: What a repository holds when it is made.
 ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 #: The steps of an upload, which can fail.
-STEPS = ("create", "access", "preupload", "batch", "put", "verify", "commit", "paths-info")
+STEPS = ("create", "access", "preupload", "batch", "put", "verify", "validate-yaml", "commit", "paths-info")
 
 
 @dataclass
@@ -143,7 +143,9 @@ class Uploads:
             return "batch"
         if path.startswith("storage/"):
             return "put"
-        return "verify" if path == "verify" else path.split("/")[4]
+        if path in ("verify", "api/validate-yaml"):
+            return path.rpartition("/")[2]
+        return path.split("/")[4]
 
     def _carry_out(self, step: str, path: str, body: bytes, url: str, *, wrong: bool) -> Answer:
         if step == "put":
@@ -160,6 +162,9 @@ class Uploads:
         value = json.loads(body)
         if step == "create":
             return self._create(value, url)
+        if step == "validate-yaml":
+            bad = "license: [" in value["content"]
+            return _json({"errors": [{"message": "is no YAML"}] if bad else [], "warnings": [{"message": "empty"}]}, 400 if bad else 200)
         if step == "preupload":
             files = self.repositories[_repository(path)].files
             return _json({"files": [_mode(each, files) for each in value["files"]]})

@@ -228,6 +228,11 @@ class HubRepository:
                 f"--push {self.name}: the hub does not let you write there ({_line(error)}); log in with 'hf auth login' and a token that "
                 "may write, or name a repository of yours"
             ) from error
+        if isinstance(error, ValueError) and "README.md" in str(error):
+            raise ResourceError(
+                f"--push {self.name}: the hub refuses the metadata at the top of README.md ({show_name(str(error).splitlines()[-1])}); "
+                "correct MODEL's README.md and remove OUT's, then run the same command again"
+            ) from error
         if isinstance(error, HFValidationError):
             raise UsageError(f"--push {show_name(self.name)}: is not a repository's name; give --push owner/name") from None
         if isinstance(error, OfflineModeIsEnabled):
