@@ -21,6 +21,8 @@ OTHER: dict[str, Any] = {
     "format": "gptq_v2",
     "lm_head": True,
     "allow_partial": True,
+    "push": "owner/name",
+    "push_drop": True,
     "true_sequential": False,
     "calibration": "a\udcff.txt",
     "text_field": "body",

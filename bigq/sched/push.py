@@ -19,7 +19,7 @@ from bigq import faults
 from bigq.config import JobConfig
 from bigq.errors import ResourceError, UsageError
 from bigq.io.folders import STATE_FOLDER
-from bigq.io.remote.push import HubRepository, Local
+from bigq.io.remote.push import WAITING_BYTES, WAITING_SHARDS, HubRepository, Local
 from bigq.io.remote.ranged import Closed
 from bigq.io.remote.shards import PATIENT, QUICK
 from bigq.io.shard_record import file_sha256
@@ -27,14 +27,12 @@ from bigq.job.away import Away, look_up
 from bigq.job.finish import CARD_NAME, is_card
 from bigq.job.journal import Commit
 from bigq.job.manifest import read_manifest
-from bigq.job.pushed import Pushed, PushRecord, foreign_files, read_pushed, refuse_source, repository_of
+from bigq.job.pushed import Pushed, PushRecord, foreign_files, read_pushed, repository_of
 from bigq.progress.sizes import show_size
 from bigq.sched.control import Control
 
 #: Seconds between two commits on the hub, which takes some 128 an hour; fewer only where the loop waits for one.
 INTERVAL = 30.0
-#: With ``--push-drop``, the loop waits while more shards than these, with more bytes than these, are committed and not on the hub.
-WAITING_SHARDS, WAITING_BYTES = 2, 2 * 2**30
 #: Seconds that a job which ends early leaves to an upload that is under way.
 _LAST_SECONDS = 2.0
 
@@ -57,7 +55,7 @@ class Push:
         return all(self.away.has(file, self.hub.name) for file in files)
 
 
-def open_push(config: JobConfig, model: str, out: Path) -> Push | None:
+def open_push(config: JobConfig, out: Path) -> Push | None:
     """Check that a job may write to its repository, which is created if it does not exist. None without ``--push``.
 
     A repository with files that are not the job's is refused. Raises UsageError, ResourceError, CheckpointError.
@@ -66,7 +64,6 @@ def open_push(config: JobConfig, model: str, out: Path) -> Push | None:
     name = repository_of(out, entries, config.push)
     if name is None:
         return None
-    refuse_source(name, model)
     hub = HubRepository(name, QUICK)
     new = hub.prepare()
     notes = [f"--push: {name} is new on the hub, and private"] if new else []

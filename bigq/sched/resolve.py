@@ -24,6 +24,7 @@ from bigq.io.remote.shards import RemoteShards
 from bigq.job.adapt import Adapted
 from bigq.job.journal import read_job, require_job_folder
 from bigq.job.owner import refuse_if_held
+from bigq.job.pushed import refuse_source
 from bigq.job.request import compare, make_request, require_same_code
 from bigq.job.settle import check_shapes, require_format, row_length, settled
 from bigq.job.stop import Stop
@@ -102,13 +103,14 @@ def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Tar
             format=config.format or before.format,
         )
     require_format(config)
+    refuse_source(config.push, model)
     device = choose_device(config.device)
     refuse_if_held(out / STATE_FOLDER)
     if begun is None and method_of(config).calibrated:  # before anything is fetched
         require_texts(config.calibration)
     headers, planned = plan_before_fetch(model, out, config)
     remote = headers.remote if planned is not None and isinstance(planned.fetch, Streamed) else None
-    push = open_push(config, model, out)  # before anything is fetched or computed
+    push = open_push(config, out)  # before anything is fetched or computed
     folder = resolve_model(model) if remote is None else resolve_streamed(model, headers)
     refuse_nesting(folder, out)
     if config.trace is not None and not Path(config.trace).parent.is_dir():

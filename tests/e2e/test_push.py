@@ -144,7 +144,7 @@ def test_dropped_shards_count_as_committed(job: TinyJob, hub: Hub, tmp_path: Pat
     require_done(job, out, hub)
 
 
-@pytest.mark.parametrize("what", ["removed", "changed"])
+@pytest.mark.parametrize("what", ["removed", pytest.param("changed", marks=pytest.mark.long)])
 def test_a_dropped_shard_that_the_hub_lost(
     what: str, job: TinyJob, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,7 +157,8 @@ def test_a_dropped_shard_that_the_hub_lost(
         if what == "removed":
             repository.remove(victim)
             return f"is not in {NAME} on the hub any more"
-        repository.put(**{victim: repository.files[victim][:-1] + b"?"})
+        data = repository.files[victim]
+        repository.put(**{victim: data[:-1] + bytes([data[-1] ^ 1])})
         return f"has other bytes in {NAME} on the hub"
 
     for blocks in (0, 1):
@@ -169,6 +170,7 @@ def test_a_dropped_shard_that_the_hub_lost(
         require_done(job, out, hub)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("drop", [False, True])
 def test_a_lost_shard_that_is_here_is_uploaded_again(drop: bool, job: TinyJob, hub: Hub, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -179,6 +181,7 @@ def test_a_lost_shard_that_is_here_is_uploaded_again(drop: bool, job: TinyJob, h
     require_done(job, out, hub, drop)
 
 
+@pytest.mark.long
 def test_a_job_that_begins_to_upload_later(job: TinyJob, hub: Hub, tmp_path: Path) -> None:
     """Its next run uploads what is committed; one that names another repository is refused once shards are in one only."""
     out = tmp_path / "out"
@@ -201,7 +204,7 @@ def image(out: Path, to: Path) -> Path:
     return to
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 3))])
 @pytest.mark.parametrize("point", POINTS)
 def test_a_kill_between_two_steps(
     point: str, count: int, job: TinyJob, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -273,7 +276,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("drop", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_bad_hub(drop: bool, job: TinyJob, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kind of failure, several times: the same bytes, and no commit twice."""
     at_once(monkeypatch)
@@ -284,7 +287,9 @@ def test_a_bad_hub(drop: bool, job: TinyJob, hub: Hub, tmp_path: Path, monkeypat
     assert len(set(hub.uploads.repositories[NAME].messages)) == len(hub.uploads.repositories[NAME].messages)
 
 
-@pytest.mark.parametrize(("step", "kind"), [("put", "503"), ("commit", "429"), ("commit", "cut")])
+@pytest.mark.parametrize(
+    ("step", "kind"), [("put", "503"), *(pytest.param("commit", kind, marks=pytest.mark.long) for kind in ("429", "cut"))]
+)
 def test_a_hub_that_stays_silent(
     step: str, kind: str, job: TinyJob, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -318,6 +323,7 @@ def test_the_last_commit_fails(job: TinyJob, hub: Hub, tmp_path: Path, monkeypat
     require_done(job, out, hub)
 
 
+@pytest.mark.long
 def test_a_card_that_the_hub_refuses(job: TinyJob, hub: Hub, tmp_path: Path) -> None:
     """The advice is followed: the job goes on with the corrected card."""
     source, out = Path(shutil.copytree(job.source, tmp_path / "model", copy_function=shutil.copy2)), tmp_path / "out"
@@ -345,16 +351,15 @@ def test_other_bytes_than_were_sent(job: TinyJob, hub: Hub, tmp_path: Path, monk
     require_done(job, out, hub)
 
 
+@pytest.mark.long
 def test_stopped_while_it_uploads(job: TinyJob, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that waits for the hub leaves when it is asked to."""
     hub.uploads.faults = [("commit", "429")] * 10**6
     stop, out = Stop(60.0), tmp_path / "out"
     config = job.config(quiet=True, push=NAME, push_drop=True)
-    with at_points({("block.replayed", 1): lambda: stop.request("SIGTERM")}), pytest.raises(Stopped):
+    with at_points({("journal.synced", 3): lambda: stop.request("SIGTERM")}), pytest.raises(Stopped, match="while shards were uploaded"):
         bigq.quantize(str(job.source), out, config, stop)
-    stop = Stop(60.0)
-    with at_points({("linear.solved", 14): lambda: stop.request("SIGTERM")}), pytest.raises(Stopped):
-        bigq.quantize(str(job.source), out, config, stop)
+    assert len(committed(out)) == 3 and not (out / "config.json").exists()
     hub.uploads.faults = []
     run(job, out)
     require_done(job, out, hub)

@@ -149,7 +149,7 @@ class Uploads:
 
     def _carry_out(self, step: str, path: str, body: bytes, url: str, *, wrong: bool) -> Answer:
         if step == "put":
-            self.stored[path.rpartition("/")[2]] = body[:-1] + b"?" if wrong else body
+            self.stored[path.rpartition("/")[2]] = body[:-1] + bytes([body[-1] ^ 1]) if wrong else body
             self.puts.append(len(body))
             return 200, b"", {}
         if step == "paths-info":

@@ -53,6 +53,8 @@ SETTINGS = {
     "seed": 0,
     "batch": 8,
     "experts_at_once": None,
+    "push": None,
+    "push_drop": False,
     "dtype": "auto",
     "trust_remote_code": True,
     "on_nonfinite": "stop",
@@ -127,6 +129,8 @@ FREE: list[tuple[str, Any]] = [
     ("settings.text_field", "body"),
     ("settings.on_nonfinite", "skip"),
     ("settings.allow_partial", True),
+    ("settings.push", "owner/name"),
+    ("settings.push_drop", True),
     ("versions.tokenizers", "0.23"),
 ]
 
@@ -229,7 +233,7 @@ def test_to_a_gpu_and_back() -> None:
 
 
 #: Settings that are newer than others.
-ADDED = ("settings.text_field", "settings.experts_at_once", "settings.allow_partial")
+ADDED = ("settings.text_field", "settings.experts_at_once", "settings.allow_partial", "settings.push", "settings.push_drop")
 
 
 @pytest.mark.parametrize("name", ADDED)

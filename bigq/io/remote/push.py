@@ -23,6 +23,8 @@ from bigq.io.remote.transport import Transient
 
 _T = TypeVar("_T")
 
+#: With ``--push-drop``, a job waits while more shards than these, with more bytes than these, are committed and not on the hub.
+WAITING_SHARDS, WAITING_BYTES = 2, 2 * 2**30
 #: Seconds without a byte from the hub, or to it, after which a request has failed. The hub takes long to check a large file.
 TIMEOUT = 300.0
 #: Tries before an upload is given up, however long each takes.

@@ -119,7 +119,7 @@ def _whole_parts(size: int) -> int:
 
 def over(cost: Cost, budgets: Budgets) -> tuple[int, ...]:
     """Bytes above each budget."""
-    needs = (cost.device, cost.host, cost.output + cost.scratch)
+    needs = (cost.device, cost.host, cost.on_disk)
     return tuple(max(0, need - has) for need, has in zip(needs, (budgets.device, budgets.host, budgets.disk), strict=True))
 
 
@@ -146,8 +146,8 @@ def shortages(cost: Cost, budgets: Budgets, fetch: Fetch | None, config: JobConf
             fetched = f" and {show_size(shared)} of MODEL downloaded to {fetch.folder}"
         elif isinstance(fetch, Streamed):
             fetched = f" and {show_size(shared)} of --fetch-cache"
-        more = f"{show_size(disk)} more needed on OUT's file system, for {show_size(cost.output)} of output{fetched}"
-        yield f"disk: {more}; {remedy('--disk', config.disk, cost.output + cost.scratch + shared)}"
+        more = f"{show_size(disk)} more needed on OUT's file system, for {show_size(cost.on_disk - cost.scratch)} of output{fetched}"
+        yield f"disk: {more}; {remedy('--disk', config.disk, cost.on_disk + shared)}"
     if isinstance(fetch, Download) and fetch.free is not None and fetch.size > fetch.free:
         more = show_size(fetch.size - fetch.free)
         yield (

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from bigq.io.prefetch.to_device import least_budget
 from bigq.io.reader import CHUNK_BYTES
+from bigq.io.remote.push import WAITING_BYTES, WAITING_SHARDS
 from bigq.kernels.cholesky import panel_width
 from bigq.kernels.gptq_block import SUB_BLOCK
 from bigq.kernels.pick import piece
@@ -54,12 +55,21 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """A job's phases; bytes on disk for output and for activations, and bytes read from the checkpoint."""
+    """A job's phases; bytes on disk for output and for activations, and bytes read from the checkpoint.
+
+    kept: bytes of the output that are on the disk at a time; None for all.
+    """
 
     phases: tuple[Phase, ...]
     output: int
     scratch: int
     read: int
+    kept: int | None = None
+
+    @property
+    def on_disk(self) -> int:
+        """Bytes on the disk at a time."""
+        return self.scratch + (self.output if self.kept is None else self.kept)
 
     @property
     def device(self) -> int:
@@ -101,7 +111,7 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
     if work.streams:
         add("embed", embedding + shape.rest_loaded + first.calls.at(choice.batch), {}, 2 * hidden, embedding if choice.on_gpu else 0)
     costs: dict[tuple[int, tuple[QuantScheme | None, ...]], tuple[BlockCost, list[BankPhase]]] = {}
-    output, late = shape.rest_stored, 0
+    output, largest, late = shape.rest_stored, shape.rest_stored, 0
     again = shape.rest_stored if work.gguf else 0
     for i, block in enumerate(shape.blocks):
         linears = [*block.linears, *(linear for bank in block.banks for linear in bank.linears)]
@@ -119,6 +129,7 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
         # With write-behind, a finished block stays in memory until the next one is finished too.
         late = cost.packed if choice.beside else 0
         output += cost.output
+        largest = max(largest, cost.output)
         again += cost.blocks_of_gguf if work.gguf else 0
     scheme = work.scheme(shape.head.name) if work.lm_head and shape.head is not None else None
     if scheme is not None and shape.head is not None:
@@ -128,7 +139,16 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
         again += gguf_bytes(shape.head, scheme) - shape.head.stored if work.gguf else 0
     saved = 2 * hidden if choice.checkpoints else 0
     read = shape.stored - shape.coded + embedding
-    return Cost(phases=tuple(phases.values()), output=output + again, scratch=activations.disk + saved, read=read)
+    kept = kept_output(output, largest) if work.drop else output + again
+    return Cost(phases=tuple(phases.values()), output=output + again, scratch=activations.disk + saved, read=read, kept=kept)
+
+
+def kept_output(output: int, largest: int) -> int:
+    """Bytes of the output that are on the disk at a time with ``--push-drop``. largest: bytes of the largest unit's shards.
+
+    Those that may wait for their upload, and those of a unit that is written while its own shards are read.
+    """
+    return min(output, max(WAITING_BYTES, WAITING_SHARDS * largest) + 2 * largest)
 
 
 def _head_phases(

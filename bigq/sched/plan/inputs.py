@@ -215,6 +215,7 @@ def _work(config: JobConfig, rows: int, tokens: int) -> Work:
         on_nonfinite=config.on_nonfinite,
         lm_head=config.lm_head,
         gguf=config.format == "gguf",
+        drop=config.push_drop,
     )
 
 

@@ -81,7 +81,7 @@ class Plan:
     @property
     def disk(self) -> int:
         """Bytes on OUT's file system: the output, activations during the job, and what is fetched to the same file system."""
-        return self.cost.output + self.cost.scratch + (0 if self.fetch is None else self.fetch.on_disk)
+        return self.cost.on_disk + (0 if self.fetch is None else self.fetch.on_disk)
 
     @property
     def total_seconds(self) -> float:
@@ -242,7 +242,7 @@ def make_plan(
     output = output_of(shape, work, config)
     short = tuple(shortages(cost, left, fetch, config))
     if wanted is not None:
-        fetch = wanted.within(machine.budgets.disk - cost.output - cost.scratch)
+        fetch = wanted.within(machine.budgets.disk - cost.on_disk)
     return Plan(
         shape=shape,
         work=work,

@@ -16,6 +16,7 @@ class Work:
 
     tokens: distinct calibration tokens, or the maximum. on_nonfinite: see ``BlockJob``.
     lm_head: whether the output head is quantized too. gguf: whether a GGUF file is made from the shards.
+    drop: whether shards are removed once a hub repository has them.
     """
 
     rows: int
@@ -26,6 +27,7 @@ class Work:
     on_nonfinite: OnNonfinite = "stop"
     lm_head: bool = False
     gguf: bool = False
+    drop: bool = False
 
     @property
     def streams(self) -> int:
