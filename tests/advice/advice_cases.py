@@ -45,6 +45,11 @@ OPTIONS = (
     Case("; did you mean {}?", PLAN + " --method gptk"),
     Case("{}: no effect {}; add that, or leave out {}", PLAN + " --mse-power 2"),
     Case("{}: no effect {}; add that, or leave out {}", PLAN + " --alpha 0.3"),
+    Case("--push-drop: no effect without --push; add that, or leave out --push-drop", PLAN + " --push-drop"),
+    Case(
+        "--push-drop: removes the shards that a GGUF file is made from; leave out --push-drop",
+        PLAN + " --format gguf --push owner/name --push-drop",
+    ),
     Case("--seqlen {}: the model has {} positions; use --seqlen {} or less", PLAN + " --seqlen 4096"),
     Case(
         "which holds {} significant bits; use --scale-bits {}, or leave it out",

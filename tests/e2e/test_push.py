@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import Child
+from fake_hub import uploads
 from fake_hub.client import use_hub
 from fake_hub.server import Hub, running_hub
 from fake_hub.uploads import Repository
@@ -206,9 +208,7 @@ def image(out: Path, to: Path) -> Path:
 
 @pytest.mark.parametrize("count", [1, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 3))])
 @pytest.mark.parametrize("point", POINTS)
-def test_a_kill_between_two_steps(
-    point: str, count: int, job: TinyJob, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_between_two_steps(point: str, count: int, job: TinyJob, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder and the hub as they are there. What is on the hub is not sent again."""
     at_once(monkeypatch)
     out, killed = tmp_path / "out", tmp_path / "killed"
@@ -329,7 +329,9 @@ def test_a_card_that_the_hub_refuses(job: TinyJob, hub: Hub, tmp_path: Path) -> 
     source, out = Path(shutil.copytree(job.source, tmp_path / "model", copy_function=shutil.copy2)), tmp_path / "out"
     (source / "README.md").write_text("---\nlicense: [\n---\n")
     config = job.config(quiet=True, push=NAME)
-    with pytest.raises(ResourceError, match="the hub refuses the metadata at the top of README.md .*; correct MODEL's README.md and remove"):
+    with pytest.raises(
+        ResourceError, match="the hub refuses the metadata at the top of README.md .*; correct MODEL's README.md and remove"
+    ):
         bigq.quantize(str(source), out, config)
     shutil.copy2(job.source / "README.md", source)
     (out / "README.md").unlink()
@@ -425,3 +427,44 @@ def test_offline(hub: Hub, job: TinyJob, tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused(job, tmp_path / "out", ResourceError, f"--push {NAME}: HF_HUB_OFFLINE forbids asking the hub; unset it, or leave out --push")
+
+
+def test_a_hub_without_large_files(job: TinyJob, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it does not say hashes; the advice about .gitattributes is followed."""
+    monkeypatch.setattr(uploads, "LARGE", ())
+    said = "model-00001-of-00003.safetensors: the hub keeps it in git itself .*; add .* and remove the file there"
+    with pytest.raises(ResourceError, match=said):
+        run(job, tmp_path / "out")
+    monkeypatch.undo()
+    use_hub(hub, monkeypatch)
+    for name in [name for name in hub.uploads.repositories[NAME].files if name.endswith(".safetensors")]:
+        hub.uploads.repositories[NAME].remove(name)
+    run(job, tmp_path / "out")
+    require_done(job, tmp_path / "out", hub)
+
+
+def test_a_disk_that_fails_while_it_uploads(job: TinyJob, hub: Hub, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for point in POINTS:
+        faults.arm(f"{point}:1:EIO")
+        with pytest.raises(ResourceError, match=f"{out}: uploading failed: Input/output error; run the same command again"):
+            run(job, out)
+        faults.disarm()
+    run(job, out)
+    require_done(job, out, hub)
+
+
+def test_a_folder_that_lets_nothing_be_removed(job: TinyJob, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, unlink = tmp_path / "out", Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".safetensors" and path.parent == out:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(ResourceError, match="safetensors: cannot be removed: Permission denied; check the folder's permissions, then"):
+            run(job, out)
+    run(job, out)
+    require_done(job, out, hub)

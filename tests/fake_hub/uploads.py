@@ -18,6 +18,8 @@ Answer = tuple[int, bytes, dict[str, str]]
 
 #: What a repository holds when it is made.
 ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
+#: Endings of the files that it keeps as large ones.
+LARGE: tuple[str, ...] = (".safetensors", ".gguf")
 #: The steps of an upload, which can fail.
 STEPS = ("create", "access", "preupload", "batch", "put", "verify", "validate-yaml", "commit", "paths-info")
 
@@ -209,7 +211,7 @@ def _repository(path: str) -> str:
 
 
 def _is_large(name: str) -> bool:
-    return name.endswith((".safetensors", ".gguf"))
+    return name.endswith(LARGE)
 
 
 def _entry(name: str, data: bytes) -> dict[str, Any]:
