@@ -13,12 +13,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from fake_hub.server import Hub
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -105,6 +108,15 @@ def child() -> Child:
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
     return run
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A hub on 127.0.0.1, without repositories."""
+    from fake_hub.server import running_hub
+
+    with running_hub() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import Child
-from fake_hub.server import COMMIT, Hub, running_hub
+from fake_hub.server import COMMIT, Hub
 from models import SEQLEN, stored_tensors, word_tokenizer
 from safetensors.torch import save_file
 from texts import ids_of, save_lines, tokenizer_folder, words
@@ -32,12 +32,6 @@ OTHERS = (
     "original/tokenizer.model",
 )
 C4 = ("datasets/allenai/c4", "en/c4-train.00000-of-01024.json.gz")
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with running_hub() as server:
-        yield server
 
 
 @pytest.fixture

@@ -25,13 +25,14 @@ KINDS = ("cut", "short", "long", "elsewhere", "busy", "error", "stall")
 
 @dataclass(slots=True)
 class Faults:
-    """kinds: of the answers to come, in turn; empty: all are good. share: of the requests that go wrong. stall: seconds of a stalled one.
+    """kinds: of the answers to come, in turn; empty: all are good. share: of the requests that go wrong, after ``after`` good ones.
 
-    rate: bytes per second of a connection, or None. seen: how many went wrong, by kind.
+    stall: seconds of a stalled one. rate: bytes per second of a connection, or None. seen: how many went wrong, by kind.
     """
 
     kinds: tuple[str, ...] = ()
     share: float = 1.0
+    after: int = 0
     stall: float = 1.0
     rate: float | None = None
     seen: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -39,6 +40,9 @@ class Faults:
     _count: int = 0
 
     def next(self) -> str | None:
+        if self.after > 0:
+            self.after -= 1
+            return None
         if not self.kinds or self._random.random() >= self.share:
             return None
         kind = self.kinds[self._count % len(self.kinds)]
@@ -61,6 +65,9 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.ranges: list[int] = []
         self.faults = Faults()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients end connections whose answers are wrong."""
 
     @property
     def url(self) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fake_hub.server import COMMIT, KINDS, Faults, Hub, running_hub
+from fake_hub.server import COMMIT, KINDS, Faults, Hub
 
 from bigq.errors import CheckpointError, ResourceError, UsageError
 from bigq.io.index import Checkpoint
@@ -25,23 +25,20 @@ NAME = "f.safetensors"
 DATA = random.Random(1).randbytes(200_000)
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that this process uses, with a repository of one file."""
+@pytest.fixture(autouse=True)
+def _used(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process uses the hub, which has a repository of one file."""
     from huggingface_hub import constants
 
     folder = tmp_path / "repository"
     folder.mkdir()
     (folder / NAME).write_bytes(DATA)
-    (folder / "empty").write_bytes(b"")
-    with running_hub() as server:
-        server.repositories["owner/m"] = folder
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-        monkeypatch.setattr(shards, "QUICK", Patience(silence=5.0, first=0.01))
-        yield server
+    hub.repositories["owner/m"] = folder
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(shards, "QUICK", Patience(silence=5.0, first=0.01))
 
 
 def web(hub: Hub) -> WebFolder:
