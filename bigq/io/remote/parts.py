@@ -112,7 +112,7 @@ class PartCache:
             self._changed.notify_all()
 
     def read(self, file: RemoteFile, view: memoryview, position: int, stopped: Callable[[], bool]) -> int:
-        """Fill the beginning of ``view`` with bytes of one part. Returns their number; 0 once ``stopped()``. Raises what ``fetch`` raised."""
+        """Fill the beginning of ``view`` with bytes of one part. Returns their number; 0 once ``stopped()``. Raises as ``fetch``."""
         with self._changed:
             part = self._part((file, position // self._size))
             part.readers += 1
