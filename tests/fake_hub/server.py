@@ -55,6 +55,7 @@ class Hub(ThreadingHTTPServer):
     """repositories: "owner/name" or "datasets/owner/name" → folder. requests: "METHOD path" of everything asked for.
 
     ranges: bytes that requests for parts of files were answered with. faults: of the answers to requests for parts of shards.
+    denied: the status of every answer; 0: none.
     """
 
     daemon_threads = True
@@ -65,6 +66,7 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.ranges: list[int] = []
         self.faults = Faults()
+        self.denied = 0
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients end connections whose answers are wrong."""
@@ -104,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, *, with_body: bool) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
         self.server.requests.append(f"{self.command} /{path}")
-        status, body, headers = self._find(path)
+        status, body, headers = (self.server.denied, b"", {}) if self.server.denied else self._find(path)
         wanted = self.headers.get("Range", "")
         fault = None
         if status == 200 and wanted.startswith("bytes="):

@@ -119,6 +119,17 @@ def test_a_web_file_with_other_bytes_of_the_same_length_has_changed(hub: Hub) ->
         list(transport.stream(NAME, status, 0, 10))
 
 
+@pytest.mark.parametrize("status", [401, 403, 451])
+def test_statuses_that_no_patience_helps(hub: Hub, status: int) -> None:
+    """A login that is missing, or access that is denied."""
+    stored = of_hub(hub).status(NAME)
+    hub.denied = status
+    with pytest.raises(ResourceError, match=rf"status {status}; check the address and your login"):
+        RangeReader(web(hub), Patience(silence=9.0)).status(NAME)
+    with pytest.raises(ResourceError, match=rf"owner/m/f\.safetensors: the hub answered with status {status}; check the name and your login"):
+        RangeReader(of_hub(hub), Patience(silence=9.0)).read(NAME, stored, 0, 9, lambda *_: None)
+
+
 def test_a_server_without_ranges_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "_range", lambda start, stop: {})
     transport = web(hub)
