@@ -126,7 +126,9 @@ def test_statuses_that_no_patience_helps(hub: Hub, status: int) -> None:
     hub.denied = status
     with pytest.raises(ResourceError, match=rf"status {status}; check the address and your login"):
         RangeReader(web(hub), Patience(silence=9.0)).status(NAME)
-    with pytest.raises(ResourceError, match=rf"owner/m/f\.safetensors: the hub answered with status {status}; check the name and your login"):
+    with pytest.raises(
+        ResourceError, match=rf"owner/m/f\.safetensors: the hub answered with status {status}; check the name and your login"
+    ):
         RangeReader(of_hub(hub), Patience(silence=9.0)).read(NAME, stored, 0, 9, lambda *_: None)
 
 

@@ -146,13 +146,30 @@ def test_what_a_reader_waits_for_comes_before_what_is_fetched_ahead(opened: Call
     server = Server(a=4 * MIB, b=MIB)
     cache = opened(server, 4)
     cache.follow([(i, [(server.file("a"), i * MIB, (i + 1) * MIB)]) for i in range(4)])
-    until(lambda: len(server.asked) == 4)
+    until(lambda: sum(part.here for part in cache._parts.values()) == 4)
     assert whole(cache, server, "b") == server.contents["b"]
     assert server.asked[4] == ("b", 0, MIB)
     for i in range(3):
         assert whole(cache, server, "a", i * MIB, (i + 1) * MIB) == server.contents["a"][i * MIB : (i + 1) * MIB]
     until(lambda: len(server.asked) == 6)  # b's place is free again
     assert server.asked[5] == ("a", 3 * MIB, 4 * MIB)
+
+
+def test_a_stage_that_does_not_fit_is_fetched_ahead_all_the_same(opened: Callable[[Server, int], PartCache]) -> None:
+    """What was read gives way to what comes, but not to a stage that nobody reads yet."""
+    server = Server(a=12 * MIB, b=MIB)
+    cache = opened(server, 4)
+    cache.follow([("s", [(server.file("a"), 0, 12 * MIB - 5)]), ("t", [(server.file("b"), 0, MIB)])])
+    until(lambda: len(server.asked) == 4)
+    for i in range(12):
+        stop = min((i + 1) * MIB, 12 * MIB - 5)
+        assert whole(cache, server, "a", i * MIB, stop) == server.contents["a"][i * MIB : stop]
+        ahead = min(12, 4 + i + 1)
+        until(lambda ahead=ahead: len(server.asked) == ahead)  # type: ignore[misc]
+    time.sleep(0.05)
+    assert sorted(server.asked) == [("a", i * MIB, (i + 1) * MIB) for i in range(12)]
+    cache.done("s")
+    until(lambda: server.asked[12:] == [("b", 0, MIB)])
 
 
 def test_an_error_reaches_the_reader_and_not_those_of_other_parts(opened: Callable[[Server, int], PartCache]) -> None:
