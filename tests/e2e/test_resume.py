@@ -636,13 +636,13 @@ def test_source_that_changes_during_the_job(
 
 def test_with_several_threads_too(ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a model that is large enough for its products and sums to be shared out between threads."""
-    source = make_checkpoint(tmp_path / "m", "llama", hidden_size=256, intermediate_size=512)
+    source = make_checkpoint(tmp_path / "m", "llama", hidden_size=256, intermediate_size=512, num_hidden_layers=2)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         config = job(ids_file, samples=16, seqlen=40, batch=8)
         bigq.quantize(str(source), tmp_path / "whole", config)
-        interrupted(source, tmp_path / "out", config, monkeypatch, commits=3)
+        interrupted(source, tmp_path / "out", config, monkeypatch, commits=2)
         bigq.quantize(str(source), tmp_path / "out", config)
     finally:
         torch.set_num_threads(before)
