@@ -449,7 +449,7 @@ def test_interrupt_on_the_command_line(
 
 def test_killed_process_resumes(tmp_path: Path) -> None:
     """SIGKILL at an arbitrary moment of a job in a process of its own."""
-    source = make_checkpoint(tmp_path / "m", "llama", num_hidden_layers=16)
+    source = make_checkpoint(tmp_path / "m", "llama", num_hidden_layers=8)
     ids = save_ids(tmp_path / "ids.safetensors", random_ids())
     out = tmp_path / "out"
     command = [sys.executable, "-m", "bigq", "quantize", str(source), str(out), "--calibration", str(ids), "--samples", "16"]
@@ -463,8 +463,8 @@ def test_killed_process_resumes(tmp_path: Path) -> None:
     assert not (out / "config.json").exists()
     config = job(ids, samples=16, seqlen=40, batch=8)
     report = bigq.quantize(str(source), out, config)
-    assert 3 <= report.resumed_blocks < 16
-    assert len({r["name"] for r in report.linears}) == 16 * 7
+    assert 3 <= report.resumed_blocks < 8
+    assert len({r["name"] for r in report.linears}) == 8 * 7
     fresh = tmp_path / "fresh"
     bigq.quantize(str(source), fresh, config)
     assert hashes(out) == hashes(fresh)
