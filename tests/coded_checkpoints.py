@@ -226,7 +226,9 @@ STORAGES: Mapping[str, tuple[Store, dict[str, Any]]] = {
 
 
 def _is_stored_so(name: str, tensor: Tensor, storage: str) -> bool:
-    """Whether a weight of a tiny model is quantized: Linears of blocks but routers, or parameters of experts."""
+    """Whether a weight of a tiny model is quantized: Linears of blocks but routers, or parameters of experts. Towers are not."""
+    if "vision" in name or "audio" in name:
+        return False
     if storage in ("mxfp4 experts", "fp8 experts"):
         return tensor.ndim == 3
     if storage == "int4 experts":

@@ -13,12 +13,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from fake_hub.server import Hub
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -71,6 +74,30 @@ def _quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _remembered_plans() -> Iterator[None]:
+    """Jobs survey a model once, and measure the machine once; see ``known_surveys``."""
+    from known_surveys import remembered_rates, remembered_survey
+
+    from bigq.sched.plan import inputs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "survey", remembered_survey(inputs.survey))
+        patch.setattr(inputs, "measure", remembered_rates(inputs.measure))
+        yield
+
+
+@pytest.fixture
+def plans_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every plan surveys its model and measures the machine, as without tests."""
+    from bigq.machine.ceilings import measure
+    from bigq.sched.plan import inputs
+    from bigq.sched.plan.survey import survey
+
+    monkeypatch.setattr(inputs, "survey", survey)
+    monkeypatch.setattr(inputs, "measure", measure)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Family → its tiny fp32 checkpoint of several shards. To be read only: tests that damage one copy it first."""
@@ -105,6 +132,15 @@ def child() -> Child:
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
     return run
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A hub on 127.0.0.1, without repositories."""
+    from fake_hub.server import running_hub
+
+    with running_hub() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

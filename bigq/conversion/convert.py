@@ -36,6 +36,7 @@ from bigq.model import skeleton
 from bigq.model.blocks import block_linears
 from bigq.model.experts.pages import StoredBank
 from bigq.model.pager import Pager
+from bigq.model.quantization import described_quantization, without_quantization
 from bigq.progress.sizes import show_size
 from bigq.scheme import QuantScheme, Rule
 from bigq.version import __version__
@@ -190,7 +191,7 @@ def _write_configs(pager: Pager, target: Format, folder: Path, commits: Sequence
     quantization = _quantization(pager, target)
     if target.config_file is not None:
         write_json(folder / target.config_file, quantization)
-    config = read_json_object(pager.folder / "config.json") | {"quantization_config": quantization}
+    config = without_quantization(read_json_object(pager.folder / "config.json")) | {"quantization_config": quantization}
     write_bytes(folder / "config.json", json_bytes(config))
 
 
@@ -249,7 +250,7 @@ def _quantization(pager: Pager, target: Format) -> dict[str, Any]:
     schemes = pager.schemes
     assert schemes is not None
     packed = {name: source.scheme for name, source in pager.packed_sources().items()}
-    before = read_json_object(pager.folder / "config.json")["quantization_config"]
+    _, before = described_quantization(read_json_object(pager.folder / "config.json"))
     meta = {
         **(before.get("meta") if isinstance(before.get("meta"), dict) else {}),
         "converted": f"{schemes.format.name} by bigq:{__version__}",

@@ -48,9 +48,10 @@ class Headers:
 def resolve_model(model: str) -> Path:
     """A local folder for MODEL. If MODEL is not a folder, it is a hub id (``owner/name`` or ``owner/name@revision``) and is downloaded.
 
-    Raises UsageError for a URL. From a hub repository, the shards that its index names (or the only shard) and small files at its top level are downloaded, and only
+    From a hub repository, the shards that its index names (or the only shard) and small files at its top level are downloaded, and only
     code from its subfolders. All files lie in the returned folder (see ``containment``). Raises CheckpointError if MODEL is neither a
-    folder nor the hub id of a model in safetensors, or a file leads out of the folder; ResourceError if the hub cannot be reached.
+    folder nor the hub id of a model in safetensors, or a file leads out of the folder; ResourceError if the hub cannot be reached;
+    UsageError for a URL.
     """
     if is_url(model):
         raise UsageError(f"{model}: only bigq quantize and bigq plan read a model from a URL; download it into a folder, and give that")

@@ -29,6 +29,7 @@ from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME, read_manifest
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.methods import method_of
 from bigq.model.plain import PlainModules
+from bigq.model.quantization import without_quantization
 from bigq.scheme import QuantScheme, scheme_for
 from bigq.version import __version__
 
@@ -129,7 +130,7 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, modules: Pl
     faults.point("finish.index")
     # If every Linear was skipped, the folder is a plain unquantized checkpoint.
     added = {"quantization_config": quantization_config} if quantization.packed else {}
-    final = json_bytes(read_json_object(source / "config.json") | added)
+    final = json_bytes(without_quantization(read_json_object(source / "config.json")) | added)
     free = {"free": [CARD_NAME]} if is_card(out / CARD_NAME) else {}
     files = {name: entry for name, entry in _manifest(journal, final, side).items() if name not in free.get("free", ())}
     save_record(out / STATE_FOLDER / MANIFEST_NAME, {"files": files, **free})

@@ -48,8 +48,7 @@ class Pager(ModelDescription):
     """A model on meta whose parts can be loaded and evicted.
 
     dtype: of the forward passes. device: of the loaded parts. packed: weight name → prefix of its packed tensors. decode: whether packed
-    Linears become plain ones as they are read, and ``packed`` stays empty, so that they can be quantized again. remote: has the shards,
-    if the folder has not.
+    Linears become plain ones as they are read, and ``packed`` stays empty, so that they can be quantized again. remote: has the shards.
     """
 
     def __init__(

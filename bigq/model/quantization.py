@@ -42,6 +42,32 @@ _CODED_FORMATS = ("float-quantized", "naive-quantized", "int-quantized", "nvfp4-
 _DTYPES: Mapping[str, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
 
 
+#: Where a config describes how weights are quantized, and the parts of it that describe a composite model's language model.
+_KEYS, _LANGUAGE_PARTS = ("quantization_config", "compression_config"), ("text_config", "llm_config", "language_config")
+
+
+def described_quantization(config: Mapping[str, Any]) -> tuple[str, Any]:
+    """How a config says that weights are quantized: by that name, or that of older files, or in the part for the language model.
+
+    Returns the place, for messages, and the value; None if it says nothing.
+    """
+    for part in ("", *_LANGUAGE_PARTS):
+        inner = config.get(part) if part else config
+        for key in _KEYS:
+            if isinstance(inner, Mapping) and inner.get(key) not in (None, {}):
+                return f"{part}.{key}".lstrip("."), inner[key]
+    return _KEYS[0], config.get(_KEYS[0])
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that does not say that weights are quantized."""
+    found = {key: value for key, value in config.items() if key not in _KEYS}
+    for part in _LANGUAGE_PARTS:
+        if isinstance(inner := found.get(part), Mapping):
+            found[part] = {key: value for key, value in inner.items() if key not in _KEYS}
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Decoding:
     """How the weights of a checkpoint are decoded as they are read. method: its name for people. decode: makes its tensors look plain."""
@@ -53,7 +79,7 @@ class Decoding:
 def _numbers(folder: Path, config: Mapping[str, Any]) -> Decoding | None:
     """The decoding of weights in fp8, int8 or fp4; None where they are not stored so. Raises CheckpointError."""
     path = folder / "config.json"
-    said = config.get("quantization_config")
+    _, said = described_quantization(config)
     if said is None and (folder / MODELOPT_CONFIG).exists():
         found = read_json_object(folder / MODELOPT_CONFIG).get("quantization")
         said = {**found, "quant_method": "modelopt"} if isinstance(found, dict) else None
@@ -74,7 +100,7 @@ def _numbers(folder: Path, config: Mapping[str, Any]) -> Decoding | None:
 
 def _integers(folder: Path, config: Mapping[str, Any]) -> Decoding | None:
     """The decoding of packed integers; None for plain weights. Raises CheckpointError, UnsupportedModelError."""
-    said, dtype = config.get("quantization_config"), _original_dtype(config)
+    said, dtype = described_quantization(config)[1], _original_dtype(config)
     if isinstance(said, dict) and said.get("quant_method") == "awq":
         _require_gemm(folder, said)
         return Decoding(quantization_method(said), lambda tensors: decoded_awq(tensors, dtype))
@@ -164,14 +190,14 @@ def packed_schemes(folder: Path) -> PackedSchemes | None:
     """
     path = folder / "config.json"
     config = read_json_object(path)
-    said = config.get("quantization_config")
+    place, said = described_quantization(config)
     if _numbers(folder, config) is not None:
         return None
     if said is None:
         _require_no_other(folder, config)
         return None
     if not isinstance(said, dict):
-        raise CheckpointError(f"{path}: quantization_config is {show_value(said)}, not an object; fetch it again")
+        raise CheckpointError(f"{path}: {place} is {show_value(said)}, not an object; fetch it again")
     return read_schemes(path, said)
 
 
@@ -188,7 +214,7 @@ def refuse_quantized_tensors(folder: Path, names: Iterable[str]) -> None:
 
 def _require_no_other(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise UnsupportedModelError where a quantization is described elsewhere than in ``quantization_config``."""
-    places = [(f"config.json: {name}", config.get(name)) for name in ("compression_config",)]
+    places: list[tuple[str, Any]] = []
     inner = [(name, value) for name, value in config.items() if isinstance(value, dict)]
     places += [(f"config.json: {name}.quantization_config", value.get("quantization_config")) for name, value in inner]
     if (folder / MODELOPT_CONFIG).exists():

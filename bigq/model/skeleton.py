@@ -76,8 +76,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             raise UnsupportedModelError(f"{folder}: transformers cannot read model type {kind}: {error_line(error)}") from error
         raise CheckpointError(f"{path}: is not a valid configuration: {error_line(error)}") from error
     require_causal(path, raw, config, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
+    for part in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
     if uses_hub_kernels(raw) and not trust_remote_code:
         # transformers would fetch kernels from the hub and run them, also for flash attention that is not installed. None: its default.
         config._attn_implementation = None

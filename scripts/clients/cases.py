@@ -29,6 +29,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from composite_families import COMPOSITE, make_composite, reference_composite
 from models import linear_module, logits_of, make_checkpoint, matrix, random_ids, reference_model, save_ids, word_tokenizer
 from moe_families import MOE_FAMILIES, moe_model
 
@@ -116,7 +117,9 @@ def prepare(case: Case, work: Path) -> Path:
     folder.mkdir(parents=True)
     values = {**SIZES.get(case.family, {}), **case.model}
     with silent():
-        if case.family in MOE_FAMILIES:
+        if case.family in COMPOSITE:
+            make_composite(folder / "model", case.family, dtype=torch.float16, **values)
+        elif case.family in MOE_FAMILIES:
             moe_model(case.family, torch.float16, **values).save_pretrained(folder / "model")
         else:
             make_checkpoint(folder / "model", case.family, dtype=torch.float16, **values)
@@ -168,7 +171,8 @@ def write_expected(folder: Path) -> list[str]:
     """Write expected.safetensors; returns the names of the packed Linears."""
     weights = dict(dequantized(folder / "out"))
     with silent():
-        model = reference_model(folder / "model")
+        kind = json.loads((folder / "model/config.json").read_text())["model_type"]
+        model = (reference_composite if kind in COMPOSITE else reference_model)(folder / "model")
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")
     records = {r["name"]: r for r in map(json.loads, (folder / "out/.bigq/linears.jsonl").read_text().splitlines())}

@@ -55,6 +55,10 @@ EXPERTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 
 
+#: Vision-language models, whose towers are copied.
+COMPOSITE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "mistral3", "internvl", "idefics3", "smolvlm")
+
+
 def make_cases() -> tuple[Case, ...]:
     cases = []
     for i, (bits, sym, act_order) in enumerate(itertools.product(BITS, (True, False), (False, True))):
@@ -62,6 +66,8 @@ def make_cases() -> tuple[Case, ...]:
     for family, (bits, sym) in itertools.product(("qwen2", "opt", "bloom"), ((4, True), (8, True), (3, False), (4, False))):
         cases.append(_case(family, bits, 32, sym, False))
     cases += [Case(name=n, family=f, model=m, flags=given, reader={"routes": ROUTES}) for n, f, m, given in SPECIAL]
+    # Read as a whole only: some files name Linears otherwise than the model does, and transformers renames them.
+    cases += [Case(name=f"{kind}-composite-sym", family=kind, flags=_FOUR, reader={"routes": ROUTES[:1]}) for kind in COMPOSITE]
     return (*cases, *(Case(name=n, family=f, flags=given, reader={"routes": ROUTES}) for n, f, given in EXPERTS))
 
 

@@ -3,7 +3,8 @@
 
     reader_compressed_tensors.py RESULTS FOLDER…
 
-route "transformers": ``AutoModelForCausalLM.from_pretrained`` in fp16, the type of the source; unpacked, the model computes in fp32.
+route "transformers": ``AutoModelForCausalLM.from_pretrained``, or ``AutoModelForImageTextToText`` for composite classes, in fp16, the
+type of the source; unpacked, the model computes in fp32.
 route "unpack": the library's own functions on the stored tensors. ``unpack_from_int32`` gives codes and zero points, the compressor
 for pack-quantized gives the weight.
 """
@@ -25,7 +26,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.utils.match import is_match
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 #: Names of an expert's matrices in files → the parameter in which transformers holds those of all experts, and which part of it they are.
 EXPERT_PARTS = {
@@ -62,7 +63,8 @@ def expert_weights(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
 
 
 def by_transformers(folder: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Any]:
-    model, info = AutoModelForCausalLM.from_pretrained(
+    composite = json.loads((folder / "out/config.json").read_text())["architectures"][0].endswith("ForConditionalGeneration")
+    model, info = (AutoModelForImageTextToText if composite else AutoModelForCausalLM).from_pretrained(
         folder / "out", dtype=torch.float16, experts_implementation="eager", output_loading_info=True
     )
     model.eval()

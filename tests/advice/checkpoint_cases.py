@@ -313,7 +313,7 @@ NAMES = (
     ),
     damaged(
         "{}: is already quantized ({}, by its {}); give the original model, in fp32, fp16 or bf16",
-        lambda p: p.config(compression_config={"quant_method": "compressed-tensors"}),
+        lambda p: p.config(vision_config={"quantization_config": {"quant_method": "fp8"}}),
     ),
 )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from coded_checkpoints import STORAGES, coded_and_decoded
+from composite_families import make_composite
 from models import make_checkpoint, random_ids, save_ids, stored_tensors, streamed_logits
 from moe_families import moe_model
 from safetensors import safe_open
@@ -251,3 +252,27 @@ def test_a_wrong_block_size_is_refused(made: Make, tmp_path: Path) -> None:
     said["quantization_config"]["weight_block_size"] = [128]
     path.write_text(json.dumps(said))
     assert "weight_block_size is [128], not two sizes" in str(refusal(model, tmp_path))
+
+
+@pytest.mark.parametrize(("storage", "part"), [("fp8 blocks", "text_config"), ("gptq, groups in any order", "text_config")])
+def test_the_language_part_of_a_config_describes_the_weights(storage: str, part: str, tmp_path: Path) -> None:
+    """As in Kimi K2.5. The output's config describes only what the output is."""
+    plain = make_composite(tmp_path / "plain", "llava", dtype=torch.bfloat16)
+    coded, decoded = coded_and_decoded(plain, tmp_path, storage)
+    value = json.loads((coded / "config.json").read_text())
+    value[part]["quantization_config"] = value.pop("quantization_config")
+    (coded / "config.json").write_text(json.dumps(value))
+    require_same_job((coded, decoded), tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "a" / "config.json").read_text())[part]
+
+
+def test_the_older_name_of_a_description(made: Make, tmp_path: Path) -> None:
+    """compressed-tensors wrote compression_config once."""
+    coded, decoded = made("llama", "fp8 rows")
+    model = tmp_path / "model"
+    shutil.copytree(coded, model)
+    value = json.loads((model / "config.json").read_text())
+    value["compression_config"] = value.pop("quantization_config")
+    (model / "config.json").write_text(json.dumps(value))
+    require_same_job((model, decoded), tmp_path)
+    assert "compression_config" not in json.loads((tmp_path / "a" / "config.json").read_text())

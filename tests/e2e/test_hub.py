@@ -5,12 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import Child
-from fake_hub.server import COMMIT, Hub, running_hub
+from fake_hub.server import COMMIT, Hub
 from models import SEQLEN, stored_tensors, word_tokenizer
 from safetensors.torch import save_file
 from texts import ids_of, save_lines, tokenizer_folder, words
@@ -32,12 +32,6 @@ OTHERS = (
     "original/tokenizer.model",
 )
 C4 = ("datasets/allenai/c4", "en/c4-train.00000-of-01024.json.gz")
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with running_hub() as server:
-        yield server
 
 
 @pytest.fixture
@@ -102,15 +96,15 @@ def test_quantize_from_the_hub_and_again_offline(
 
 
 def test_a_plan_fetches_config_and_headers_only(
-    repository: Path, hub: Hub, environment: dict[str, str], child: Child, tmp_path: Path
+    repository: Path, hub: Hub, environment: dict[str, str], child: Child, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same plan as for the folder itself. Headers here are a few KiB; hardly more than those are fetched of each shard."""
     flags = ["--json", "--seqlen", "32", "--samples", "4", "--group-size", "32", "--device", "cpu"]
-    plans = []
-    for model in ("owner/tiny", str(repository)):
-        done = child("-m", "bigq", "plan", model, *flags, env=environment)
-        assert done.returncode == 0, done.stderr
-        plans.append(json.loads(done.stdout))
+    done = child("-m", "bigq", "plan", "owner/tiny", *flags, env=environment)
+    assert done.returncode == 0, done.stderr
+    capsys.readouterr()
+    assert main(["plan", str(repository), *flags]) == 0
+    plans = [json.loads(text) for text in (done.stdout, capsys.readouterr().out)]
     for name in ("blocks", "rows", "seqlen", "activations", "batch", "written_bytes", "read_bytes"):
         assert plans[0][name] == plans[1][name], name
     assert [[p["phase"], p["flops"]] for p in plans[0]["phases"]] == [[p["phase"], p["flops"]] for p in plans[1]["phases"]]
@@ -138,13 +132,14 @@ from bigq.scheme import Rule
 rules = (Rule(rule, None),) if rule else ()
 scheme = QuantScheme(group_size=32)
 config = JobConfig(scheme=scheme, rules=rules, samples=4, seqlen=32, device="cpu", disk=int(disk) or None, checkpoint_every=None)
-if fetch == "fetch":
-    resolve_model(model)
-try:
-    _, found = plan_before_fetch(model, Path(out), config)
-    print("nothing to fetch" if found is None else f"{found.fetch.to_json()['way']} {found.fetch.size}")
-except BigqError as error:
-    print(type(error).__name__, error)
+for fetched in (False, True) if fetch == "fetch" else (False,):
+    if fetched:
+        resolve_model(model)
+    try:
+        _, found = plan_before_fetch(model, Path(out), config)
+        print("nothing to fetch" if found is None else f"{found.fetch.to_json()['way']} {found.fetch.size}")
+    except BigqError as error:
+        print(type(error).__name__, error)
 """
 
 
@@ -167,7 +162,7 @@ def test_a_job_is_planned_before_its_model_is_fetched(
     assert planned("owner/tiny", rule="o_proj").startswith("UsageError --skip 'o_proj': matches no Linear")
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
     assert planned(repository) == "nothing to fetch"
-    assert planned("owner/tiny", fetch="fetch") == "nothing to fetch"
+    assert planned("owner/tiny", fetch="fetch") == f"{size}\nnothing to fetch"
     assert not (tmp_path / "out").exists()
 
 
@@ -180,20 +175,21 @@ def test_a_repository_of_one_shard(
     shutil.copy(checkpoint("llama") / "config.json", folder)
     (folder / "consolidated.safetensors").write_bytes(b"x")
     hub.repositories["owner/single"] = folder
-    done = child("-c", BEFORE_FETCH, "owner/single", tmp_path / "out", "0", "", "", env=environment)
-    assert done.returncode == 0 and done.stdout.startswith("download "), done.stderr
     done = child("-c", BEFORE_FETCH, "owner/single", tmp_path / "out", "0", "", "fetch", env=environment)
-    assert done.stdout == "nothing to fetch\n", done.stderr
+    assert done.returncode == 0, done.stderr
+    before, after = done.stdout.splitlines()
+    assert before.startswith("download ") and after == "nothing to fetch"
     assert {name for name in hub.fetched() if name.endswith(".safetensors")} == {"model.safetensors"}
 
 
 def test_a_plan_for_what_the_hub_does_not_have(repository: Path, hub: Hub, environment: dict[str, str], child: Child) -> None:
     for shard in repository.glob("*.safetensors*"):
         shard.unlink()
-    for model, status, said in (("owner/absent", 3, "no such model"), ("owner/tiny", 3, "no safetensors")):
-        done = child("-m", "bigq", "plan", model, env=environment)
-        assert done.returncode == status, done.stderr
-        assert said in done.stderr.splitlines()[-1]
+    program = "import sys; from bigq.cli.main import main; print(*(main(['plan', model]) for model in sys.argv[1:]))"
+    done = child("-c", program, "owner/absent", "owner/tiny", env=environment)
+    assert done.stdout == "3 3\n", done.stderr
+    absent, empty = [line for line in done.stderr.splitlines() if line.startswith("bigq: error: ")]
+    assert "no such model" in absent and "no safetensors" in empty and empty == done.stderr.splitlines()[-1]
     done = child("-m", "bigq", "plan", "owner/tiny", env={**environment, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent"})
     assert done.returncode == 4, done.stderr
     assert "Traceback" not in done.stderr
@@ -211,8 +207,7 @@ def test_an_adapter_and_two_models_on_the_hub(repository: Path, environment: dic
     assert done.returncode == 3, done.stderr
     assert "owner/tiny: holds model.safetensors beside model.safetensors.index.json, which names other files (model-00001" in done.stderr
     (repository / "model.safetensors").unlink()
-    done = child("-m", "bigq", "plan", str(repository), *command[4:])
-    assert done.returncode == 0, done.stderr
+    assert main(["plan", str(repository), *command[4:]]) == 0
 
 
 def test_files_in_subfolders_on_the_hub(

@@ -280,8 +280,8 @@ def test_descriptions_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[st
     modelopt.write_text(json.dumps({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}))
     plan(str(model), tmp_path / "out", job())
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"compression_config": {"quant_method": "compressed-tensors"}}))
-    assert "already quantized (compressed-tensors, by its config.json: compression_config)" in refused(model, tmp_path / "out", capsys)
+    (model / "config.json").write_text(json.dumps(config | {"vision_config": {"quantization_config": {"quant_method": "fp8"}}}))
+    assert "already quantized (fp8, by its config.json: vision_config.quantization_config)" in refused(model, tmp_path / "out", capsys)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from test_memory import random_llama
 
 from bigq.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("plans_of_their_own")
+
 MIB = 2**20
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -61,7 +63,7 @@ def plan(child: Child, model: Path | str, *flags: str) -> dict[str, Any]:
     return value
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["bloom-176b", "llama-3.1-405b", pytest.param("llama-2-7b", marks=pytest.mark.long)])
 def test_a_config_alone_is_enough_however_large_the_model(name: str, child: Child, tmp_path: Path) -> None:
     """Five seconds are promised. CPU time is compared, which other processes beside this one change less; most is importing."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name] | {"dtype": "bfloat16"}))

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +330,7 @@ def test_a_card_that_the_hub_refuses(job: TinyJob, hub: Hub, tmp_path: Path) -> 
     (source / "README.md").write_text("---\nlicense: [\n---\n")
     config = job.config(quiet=True, push=NAME)
     with pytest.raises(
-        ResourceError, match="the hub refuses the metadata at the top of README.md .*; correct MODEL's README.md and remove"
+        ResourceError, match=r"the hub refuses the metadata at the top of README.md .*; correct MODEL's README.md and remove"
     ):
         bigq.quantize(str(source), out, config)
     shutil.copy2(job.source / "README.md", source)
@@ -344,7 +344,7 @@ def test_other_bytes_than_were_sent(job: TinyJob, hub: Hub, tmp_path: Path, monk
     at_once(monkeypatch)
     out = tmp_path / "out"
     hub.uploads.faults = [("put", "wrong")]
-    with pytest.raises(ResourceError, match="model-00001-of-00003.safetensors: after its upload, the hub does not hold the bytes of"):
+    with pytest.raises(ResourceError, match=r"model-00001-of-00003.safetensors: after its upload, the hub does not hold the bytes of"):
         run(job, out)
     assert shards_in(out)[0] == "model-00001-of-00003.safetensors"
     assert not any(entry.confirmed for entry in read_pushed(out)[0].values())

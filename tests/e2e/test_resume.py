@@ -449,7 +449,7 @@ def test_interrupt_on_the_command_line(
 
 def test_killed_process_resumes(tmp_path: Path) -> None:
     """SIGKILL at an arbitrary moment of a job in a process of its own."""
-    source = make_checkpoint(tmp_path / "m", "llama", num_hidden_layers=16)
+    source = make_checkpoint(tmp_path / "m", "llama", num_hidden_layers=8)
     ids = save_ids(tmp_path / "ids.safetensors", random_ids())
     out = tmp_path / "out"
     command = [sys.executable, "-m", "bigq", "quantize", str(source), str(out), "--calibration", str(ids), "--samples", "16"]
@@ -463,8 +463,8 @@ def test_killed_process_resumes(tmp_path: Path) -> None:
     assert not (out / "config.json").exists()
     config = job(ids, samples=16, seqlen=40, batch=8)
     report = bigq.quantize(str(source), out, config)
-    assert 3 <= report.resumed_blocks < 16
-    assert len({r["name"] for r in report.linears}) == 16 * 7
+    assert 3 <= report.resumed_blocks < 8
+    assert len({r["name"] for r in report.linears}) == 8 * 7
     fresh = tmp_path / "fresh"
     bigq.quantize(str(source), fresh, config)
     assert hashes(out) == hashes(fresh)
@@ -636,13 +636,13 @@ def test_source_that_changes_during_the_job(
 
 def test_with_several_threads_too(ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a model that is large enough for its products and sums to be shared out between threads."""
-    source = make_checkpoint(tmp_path / "m", "llama", hidden_size=256, intermediate_size=512)
+    source = make_checkpoint(tmp_path / "m", "llama", hidden_size=256, intermediate_size=512, num_hidden_layers=2)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         config = job(ids_file, samples=16, seqlen=40, batch=8)
         bigq.quantize(str(source), tmp_path / "whole", config)
-        interrupted(source, tmp_path / "out", config, monkeypatch, commits=3)
+        interrupted(source, tmp_path / "out", config, monkeypatch, commits=2)
         bigq.quantize(str(source), tmp_path / "out", config)
     finally:
         torch.set_num_threads(before)

@@ -67,7 +67,11 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(tmp_path_factory.mktemp("signals"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: signal.Signals(n).name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGINT, signal.SIGUSR1))],
+    ids=lambda number: signal.Signals(number).name,
+)
 def test_asked_to_stop_in_the_middle_of_a_block(number: signal.Signals, case: Case, tmp_path: Path) -> None:
     """The block under way is given up or finished, whichever the grace allows; what entered it or follows from it is saved."""
     out = tmp_path / "out"

@@ -24,7 +24,6 @@ from bigq.io.atomic import TEMP_SUFFIX
 from bigq.io.folders import STATE_FOLDER
 from bigq.job.journal import read_commits
 from bigq.progress.records import Report
-from bigq.sched.plan import inputs
 from bigq.scheme import QuantScheme
 
 #: The file or folder that an error or a warning is about.
@@ -184,25 +183,11 @@ def make_job(folder: Path, device: str = "cpu") -> TinyJob:
 
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
-    """One thread, and the plan's survey and measurements done once: half of the time of jobs as small as this goes there."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("survey", "measure"):
-            patch.setattr(inputs, name, once(getattr(inputs, name)))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        yield
-        torch.set_num_threads(threads)
-
-
-def once(function: Callable[..., Any]) -> Callable[..., Any]:
-    results: list[Any] = []
-
-    def remembered(*args: Any) -> Any:
-        if not results:
-            results.append(function(*args))
-        return results[0]
-
-    return remembered
+    """One thread: for jobs as small as this, waking a second one costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def passes(run: Callable[[], object]) -> Counter[str]:

@@ -6,11 +6,11 @@ import time
 import types
 
 import pytest
-from fake_hub.server import Hub
 
 from bigq.io.remote import shards
 from bigq.io.remote.ranged import Patience
 from bigq.sched import push
+from fake_hub.server import Hub
 
 
 def use_hub(hub: Hub, patch: pytest.MonkeyPatch, *, silence: float = 20.0) -> None:

@@ -27,13 +27,14 @@ KINDS = ("cut", "short", "long", "elsewhere", "busy", "error", "stall")
 
 @dataclass(slots=True)
 class Faults:
-    """kinds: of the answers to come, in turn; empty: all are good. share: of the requests that go wrong. stall: seconds of a stalled one.
+    """kinds: of the answers to come, in turn; empty: all are good. share: of the requests that go wrong, after ``after`` good ones.
 
-    rate: bytes per second of a connection, or None. seen: how many went wrong, by kind.
+    stall: seconds of a stalled one. rate: bytes per second of a connection, or None. seen: how many went wrong, by kind.
     """
 
     kinds: tuple[str, ...] = ()
     share: float = 1.0
+    after: int = 0
     stall: float = 1.0
     rate: float | None = None
     seen: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -41,6 +42,9 @@ class Faults:
     _count: int = 0
 
     def next(self) -> str | None:
+        if self.after > 0:
+            self.after -= 1
+            return None
         if not self.kinds or self._random.random() >= self.share:
             return None
         kind = self.kinds[self._count % len(self.kinds)]
@@ -53,6 +57,7 @@ class Hub(ThreadingHTTPServer):
     """repositories: "owner/name" or "datasets/owner/name" → folder. requests: "METHOD path" of everything asked for.
 
     ranges: bytes that requests for parts of files were answered with. faults: of the answers to requests for parts of shards.
+    denied: the status of every answer; 0: none.
     """
 
     daemon_threads = True
@@ -64,6 +69,10 @@ class Hub(ThreadingHTTPServer):
         self.ranges: list[int] = []
         self.faults = Faults()
         self.uploads = Uploads()
+        self.denied = 0
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients end connections whose answers are wrong."""
 
     @property
     def url(self) -> str:
@@ -111,7 +120,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, with_body: bool) -> None:
         path = self._log()
-        status, body, headers = self.server.uploads.find(path) or self._find(path)
+        found = (self.server.denied, b"", {}) if self.server.denied else self.server.uploads.find(path)
+        status, body, headers = found or self._find(path)
         wanted = self.headers.get("Range", "")
         fault = None
         if status == 200 and wanted.startswith("bytes="):

@@ -93,7 +93,7 @@ def test_which_repository_a_run_needs(out: Path) -> None:
     assert repository_of(out, {TWO.file: TWO}, "a/b") == "a/b" and repository_of(out, {TWO.file: TWO}, None) is None
     assert repository_of(out, {ONE.file: ONE}, None) == "me/x" == repository_of(out, {ONE.file: ONE}, "me/x")
     with pytest.raises(
-        UsageError, match="--push a/b: shards of the job in .* are in me/x only; give --push me/x, or choose another folder"
+        UsageError, match=r"--push a/b: shards of the job in .* are in me/x only; give --push me/x, or choose another folder"
     ):
         repository_of(out, {ONE.file: ONE}, "a/b")
 

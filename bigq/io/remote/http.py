@@ -111,9 +111,7 @@ class HubFolder:
         except EntryNotFoundError:
             raise CheckpointError(f"{self.address(name)}: its index names it, but the repository lacks it; use another revision") from None
         except OfflineModeIsEnabled:
-            raise ResourceError(
-                f"{self.address(name)}: HF_HUB_OFFLINE forbids asking the hub; unset it, or download the model first"
-            ) from None
+            raise _offline(self.address(name)) from None
         except HfHubHTTPError as error:
             status = error.response.status_code if error.response is not None else 0
             if status and status not in _BUSY:
@@ -146,6 +144,7 @@ class _Answer:
         self._url, self._asked, self._address, self._missing = url, headers, address, missing
 
     def __enter__(self) -> _Answer:
+        from huggingface_hub.errors import OfflineModeIsEnabled
         from huggingface_hub.utils import get_session
 
         try:
@@ -153,6 +152,8 @@ class _Answer:
             headers = {**self._asked, "Accept-Encoding": "identity"}
             self._stream = get_session().stream("GET", self._url, headers=headers, timeout=TIMEOUT, follow_redirects=True)
             self._response = self._stream.__enter__()
+        except OfflineModeIsEnabled:
+            raise _offline(self._address) from None
         except (_http_error(), OSError) as error:
             raise Transient(_reason(error)) from error
         self.status: int = self._response.status_code
@@ -230,6 +231,10 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
 
 def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def _offline(address: str) -> ResourceError:
+    return ResourceError(f"{address}: HF_HUB_OFFLINE forbids requests to servers; unset it, or download the model first")
 
 
 def _no_ranges(address: str) -> ResourceError:

@@ -50,7 +50,8 @@ def part_bytes(limit: int) -> int:
 class _Part:
     """slot: where it is or will be, None if it is neither here nor on its way. readers: that wait for it or read it.
 
-    stages: that need it and are not done. place: among the parts in the order of stages. error: why it could not be fetched.
+    stages: that need it and are not done. place: among the parts in the order of stages. needed_to: the end of what stages need of it,
+    in bytes from its beginning. error: why it could not be fetched.
     """
 
     key: _Key
@@ -59,6 +60,7 @@ class _Part:
     here: bool = False
     readers: int = 0
     stages: set[Hashable] = field(default_factory=set)
+    needed_to: int = 0
     error: BaseException | None = None
 
 
@@ -84,7 +86,11 @@ class PartCache:
         self._wanted: deque[_Part] = deque()
         #: Parts that are here and that no stage needs, the oldest first (a dict used as an ordered set).
         self._spare: dict[_Key, _Part] = {}
+        #: Parts that are here and were read to the end of what is needed of them, the one that was read least recently first.
+        self._read: dict[_Key, _Part] = {}
         self._stages: dict[Hashable, list[_Part]] = {}
+        #: Stages of which something was read.
+        self._active: set[Hashable] = set()
         self._closed = False
         self._threads = [threading.Thread(target=self._work, name=f"fetch-{i}", daemon=True) for i in range(THREADS)]
         for thread in self._threads:
@@ -105,6 +111,7 @@ class PartCache:
     def done(self, stage: Hashable) -> None:
         """A stage needs its parts no longer. A stage that was not announced is ignored."""
         with self._changed:
+            self._active.discard(stage)
             for part in self._stages.pop(stage, ()):
                 part.stages.discard(stage)
                 if not part.stages and part.here:
@@ -112,7 +119,7 @@ class PartCache:
             self._changed.notify_all()
 
     def read(self, file: RemoteFile, view: memoryview, position: int, stopped: Callable[[], bool]) -> int:
-        """Fill the beginning of ``view`` with bytes of one part. Returns their number; 0 once ``stopped()``. Raises what ``fetch`` raised."""
+        """Fill the beginning of ``view`` with bytes of one part. Returns their number; 0 once ``stopped()``. Raises as ``fetch``."""
         with self._changed:
             part = self._part((file, position // self._size))
             part.readers += 1
@@ -134,11 +141,13 @@ class PartCache:
                 raise
             assert part.slot is not None
             at = part.slot * self._size + position % self._size
+        end = 0
         try:
             view = view[: self._length(part) - position % self._size]
             got = os.preadv(self._fd, [view], at)
             if got != len(view):
                 raise ResourceError(f"{self._path}: gave {got} of {len(view)} bytes; check the disk, then run the same command again")
+            end = position % self._size + got
             return got
         except OSError as error:
             raise ResourceError(
@@ -147,6 +156,10 @@ class PartCache:
         finally:
             with self._changed:
                 part.readers -= 1
+                self._active |= part.stages
+                self._read.pop(part.key, None)
+                if end >= part.needed_to:
+                    self._read[part.key] = part
                 self._changed.notify_all()
 
     def close(self) -> None:
@@ -163,7 +176,9 @@ class PartCache:
     def _parts_of(self, span: Span) -> Iterator[_Part]:
         file, start, stop = span
         for index in range(start // self._size, -(-stop // self._size)):
-            yield self._part((file, index), ahead=True)
+            part = self._part((file, index), ahead=True)
+            part.needed_to = max(part.needed_to, min(self._size, stop - index * self._size))
+            yield part
 
     def _part(self, key: _Key, *, ahead: bool = False) -> _Part:
         part = self._parts.get(key)
@@ -227,7 +242,7 @@ class PartCache:
         while self._wanted:
             part = self._wanted[0]
             if part.slot is None and part.error is None and part.readers:
-                part.slot = self._take_slot(needed=True)
+                part.slot = self._take_slot(part, wanted=True)
                 if part.slot is None:
                     return None
                 self._wanted.popleft()
@@ -236,7 +251,7 @@ class PartCache:
         while self._next < len(self._order):
             part = self._order[self._next]
             if part.place == self._next and part.slot is None and part.stages and part.error is None:
-                part.slot = self._take_slot(needed=False)
+                part.slot = self._take_slot(part, wanted=False)
                 if part.slot is None:
                     return None
                 self._next += 1
@@ -244,18 +259,20 @@ class PartCache:
             self._next += 1
         return None
 
-    def _take_slot(self, *, needed: bool) -> int | None:
-        """A free slot. needed: a reader waits, so that the part which is needed last is given up for it."""
+    def _take_slot(self, part: _Part, *, wanted: bool) -> int | None:
+        """A free slot for a part, perhaps that of another one. wanted: a reader waits for it."""
         if self._slots:
             return self._slots.pop()
-        given_up = next((part for part in self._spare.values() if not part.readers), None)
-        if given_up is None and needed:
-            idle = (part for part in self._parts.values() if part.here and not part.readers)
-            given_up = max(idle, key=lambda part: part.place, default=None)
+        given_up = next((each for each in self._spare.values() if not each.readers), None)
+        if given_up is None and (wanted or not self._active.isdisjoint(part.stages)):
+            given_up = next((each for each in self._read.values() if not each.readers), None)
+        if given_up is None and wanted:
+            idle = (each for each in self._parts.values() if each.here and not each.readers)
+            given_up = max(idle, key=lambda each: each.place, default=None)
+            if given_up is not None and given_up.stages:
+                self._next = min(self._next, given_up.place)  # it is fetched again in its turn
         if given_up is None:
             return None
-        if given_up.stages:
-            self._next = min(self._next, given_up.place)
         self._free(given_up)
         return self._slots.pop()
 
@@ -263,6 +280,7 @@ class PartCache:
         assert part.slot is not None
         self._slots.append(part.slot)
         self._spare.pop(part.key, None)
+        self._read.pop(part.key, None)
         part.slot, part.here = None, False
 
 

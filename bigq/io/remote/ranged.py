@@ -102,8 +102,9 @@ class RangeReader:
                 if silent > self.patience.first:
                     self._tell(name, error, silent)
                 # Tries of several threads spread out.
-                self._closed.wait(wait * random.uniform(1.0, 1.25) if error.wait is not None else wait * random.uniform(0.75, 1.25))
-                pause = min(2 * pause, self.patience.longest)
+                self._closed.wait(wait * random.uniform(1.0, 1.25))
+                if error.wait is None:
+                    pause = min(2 * pause, self.patience.longest)
             else:
                 return found
 

@@ -114,7 +114,7 @@ def usual_cache(shape: ModelShape, size: int) -> int:
 
 def _whole_parts(size: int) -> int:
     part = part_bytes(size)
-    return -(-size // part + 1) * part
+    return (-(-size // part) + 1) * part
 
 
 def over(cost: Cost, budgets: Budgets) -> tuple[int, ...]:

@@ -108,7 +108,7 @@ def test_answers_that_no_other_try_changes(step: str, status: str, said: str, hu
 
 
 def test_a_name_that_no_repository_has(hub: Hub) -> None:
-    with pytest.raises(UsageError, match="--push me/x..y: is not a repository's name; give --push owner/name"):
+    with pytest.raises(UsageError, match=r"--push me/x..y: is not a repository's name; give --push owner/name"):
         HubRepository("me/x..y", QUICK).prepare()
 
 

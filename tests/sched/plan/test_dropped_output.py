@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from models import make_checkpoint
 
 from bigq.config import JobConfig
 from bigq.io.remote.push import WAITING_BYTES, WAITING_SHARDS
@@ -38,14 +38,15 @@ def test_disk_of_a_job() -> None:
     assert Cost(phases=(phase,), output=100, scratch=7, read=0, kept=30).on_disk == 37
 
 
-def test_a_plan_of_a_job_that_drops(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_of_a_job_that_drops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written stays the same; what must be free is less, and a budget between the two is enough."""
+    source = make_checkpoint(tmp_path / "model", "llama", num_hidden_layers=12)
     monkeypatch.setattr(cost, "WAITING_BYTES", 0)
     monkeypatch.setattr(cost, "WAITING_SHARDS", 0)
 
     def planned(**changes: Any) -> Plan:
         config = JobConfig(scheme=QuantScheme(group_size=32), method="rtn", device="cpu", lm_head=True, **changes)
-        return plan(str(checkpoint("llama")), tmp_path / "out", config)
+        return plan(str(source), tmp_path / "out", config)
 
     whole, dropping = planned(), planned(push="owner/name", push_drop=True)
     assert whole.cost.output == dropping.cost.output and whole.disk == whole.cost.output

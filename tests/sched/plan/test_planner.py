@@ -9,12 +9,13 @@ import pytest
 
 from bigq.config import JobConfig
 from bigq.errors import UsageError
+from bigq.io.remote.parts import LARGEST_PART
 from bigq.machine.ceilings import KNOWN, Ceilings
 from bigq.methods.gptq import Gptq
 from bigq.methods.rtn import Rtn
 from bigq.progress.sizes import parse_size
+from bigq.sched.plan.budgets import Budgets, Download, Fetch, Streamed, usual_cache
 from bigq.sched.plan.cost import Cost, Phase, job_cost, packed_bytes
-from bigq.sched.plan.budgets import Budgets, Download
 from bigq.sched.plan.planner import Machine, Plan, make_plan, phase_seconds
 from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
 from bigq.sched.plan.work import Choice, Work
@@ -247,7 +248,8 @@ def test_a_download_to_the_same_file_system_takes_from_the_disk_budget() -> None
     needed = plan().cost.output
     found = planned(Download(size=5 * GIB, folder="/cache"), disk=needed + 5 * GIB)
     assert found.fits and not found.choice.checkpoints and found.disk == needed + 5 * GIB
-    assert "  fetches: 5.00 GiB to /cache" in found.brief() and found.to_json()["download_bytes"] == 5 * GIB
+    assert "  fetches: 5.00 GiB to /cache, in 42.9 s at 125 MB/s" in found.brief()
+    assert found.to_json()["fetch"] == {"way": "download", "bytes": 5 * GIB, "cache_bytes": None, "bytes_per_second": 125 * 10**6}
     short = planned(Download(size=5 * GIB, folder="/cache"), disk=needed + 2 * GIB)
     assert not short.fits and short.shortages[0].startswith("disk: 3.00 GiB more needed on OUT's file system, for ")
     assert "and 5.00 GiB of MODEL downloaded to /cache; free as much, or give --disk " in short.shortages[0]
@@ -260,12 +262,47 @@ def test_a_download_to_another_file_system_has_a_budget_of_its_own() -> None:
     found = planned(Download(size=5 * GIB, folder="/cache", free=5 * GIB), disk=needed)
     assert found.fits and found.disk == needed
     short = planned(Download(size=5 * GIB, folder="/cache", free=4 * GIB), disk=needed)
-    assert short.shortages == ("disk: 1.00 GiB more needed in /cache, for 5.00 GiB of MODEL (set HF_HOME to use another cache)",)
+    assert short.shortages == (
+        "disk: 1.00 GiB more needed in /cache, for 5.00 GiB of MODEL (set HF_HOME to use another cache, or give --fetch stream)",
+    )
 
 
-def planned(download: Download, disk: int) -> Plan:
+def test_the_cache_of_a_streamed_model_takes_what_the_disk_has_left() -> None:
+    """A cache that the user gave is needed as it is."""
+    needed = plan().cost.output
+    streamed = Streamed(size=50 * GIB, cache=5 * GIB)
+    found = planned(streamed, disk=needed + 6 * GIB)
+    scratch = found.cost.scratch
+    assert found.fits and scratch and found.fetch is not None and found.fetch.on_disk == min(5 * GIB, 6 * GIB - scratch)
+    assert found.disk == needed + scratch + found.fetch.on_disk
+    tight = planned(streamed, disk=needed + 2 * GIB)
+    assert tight.fits and tight.disk <= needed + 2 * GIB and tight.fetch is not None and tight.fetch.on_disk > GIB
+    short = planned(streamed, disk=needed + 2**20)
+    assert short.shortages[0].startswith("disk: 31.0 MiB more needed") and "and 32.0 MiB of --fetch-cache; " in short.shortages[0]
+    assert planned(streamed, disk=advised(short.shortages[0], "--disk")).fits
+    given = planned(dataclasses.replace(streamed, given=True), disk=needed + 2 * GIB)
+    assert not given.fits and "and 5.00 GiB of --fetch-cache; " in given.shortages[0]
+
+
+def test_a_streamed_job_takes_at_least_as_long_as_its_network() -> None:
+    slow = planned(Streamed(size=50 * GIB, cache=GIB, rate=10**6), disk=1000 * GIB)
+    assert slow.total_seconds == 50 * GIB / 10**6
+    assert "  fetches: 50.00 GiB through a cache of 1.00 GiB, in 14.9 h\n           at 1 MB/s" in slow.brief()
+    quick = planned(Streamed(size=50 * GIB, cache=GIB, rate=10**15), disk=1000 * GIB)
+    before = planned(Download(size=50 * GIB, folder="/c"), disk=1000 * GIB)  # which is over when the job begins
+    assert quick.total_seconds == before.total_seconds < slow.total_seconds
+
+
+def test_the_usual_cache_holds_two_blocks_or_a_small_model() -> None:
+    largest = max(block.stored + block.expert_bytes for block in SHAPE.blocks)
+    assert 2 * largest < usual_cache(SHAPE, 10**13) < 2 * largest + 2 * GIB
+    assert usual_cache(SHAPE, 10) == 32 * 2**20
+    assert 10**8 < usual_cache(SHAPE, 10**8) < 10**8 + 2 * LARGEST_PART
+
+
+def planned(fetch: Fetch, disk: int) -> Plan:
     budgets = dataclasses.replace(PLENTY, disk=disk)
-    return make_plan(SHAPE, WORK, JobConfig(), machine(budgets), download=download)
+    return make_plan(SHAPE, WORK, JobConfig(), machine(budgets), fetch=fetch)
 
 
 def test_rules_and_readers_are_told() -> None:
@@ -301,7 +338,7 @@ def test_no_line_of_a_plan_wraps_at_60_columns() -> None:
         work,
         JobConfig(scheme=asymmetric, rules=rules),
         machine(Budgets(device=GIB, host=2 * GIB, disk=GIB), ceilings=rates),
-        download=Download(size=2000 * GIB, folder="/a/folder/" * 12, free=GIB),
+        fetch=Download(size=2000 * GIB, folder="/a/folder/" * 12, free=GIB),
     )
     lines = found.table().splitlines()
     assert max(map(len, lines)) <= 60

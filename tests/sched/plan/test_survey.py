@@ -59,8 +59,12 @@ def pager(family: str, tmp_path_factory: pytest.TempPathFactory) -> Pager:
     return Pager(make_checkpoint(tmp_path_factory.mktemp("survey") / family, family), device=CPU)
 
 
-def test_levels_groups_and_shortcuts_are_those_of_the_real_block(pager: Pager, family: str) -> None:
-    shape = shape_of(pager)
+@pytest.fixture(scope="module")
+def shape(pager: Pager) -> ModelShape:
+    return shape_of(pager)
+
+
+def test_levels_groups_and_shortcuts_are_those_of_the_real_block(pager: Pager, family: str, shape: ModelShape) -> None:
     found = shape.blocks[0].groups
     levels = tuple(
         tuple(tuple(linear.name for linear in g.linears) for g in found if g.level == level)
@@ -83,8 +87,7 @@ def test_levels_groups_and_shortcuts_are_those_of_the_real_block(pager: Pager, f
             assert (attention.idle, mlp.idle) == IDLE.get(family, (("input_layernorm",), ("post_attention_layernorm",)))
 
 
-def test_bytes_are_those_of_the_checkpoint(pager: Pager) -> None:
-    shape = shape_of(pager)
+def test_bytes_are_those_of_the_checkpoint(pager: Pager, shape: ModelShape) -> None:
     for i, block in enumerate(shape.blocks):
         assert block.stored == sum(info.nbytes for info in pager.block_tensors(i))
         assert block.weights == sum(p.numel() * p.element_size() for p in pager.blocks[i].parameters())
@@ -140,10 +143,10 @@ def held_by_a_forward(pager: Pager) -> int:
     return held.peak
 
 
-def test_memory_of_a_forward_is_that_of_the_real_forward(pager: Pager) -> None:
+def test_memory_of_a_forward_is_that_of_the_real_forward(pager: Pager, shape: ModelShape) -> None:
     """For three rows, where it was counted for one and two."""
     # Fused attention on a CPU makes a row of sums for each head beside its output, which the survey leaves out.
-    assert held_by_a_forward(pager) == pytest.approx(shape_of(pager).blocks[0].forward.at(3), rel=0.1)
+    assert held_by_a_forward(pager) == pytest.approx(shape.blocks[0].forward.at(3), rel=0.1)
 
 
 def test_scores_of_heads_whose_queries_and_values_differ_in_width_count_on_a_cpu(tmp_path: Path) -> None:
