@@ -270,7 +270,8 @@ def _warnings(state: Path, damaged: list[str]) -> tuple[str, ...]:
 
 
 def _state(out: Path, holder: Holder | None, damaged: list[str], *, uploaded: bool) -> str:
-    """uploaded: whether nothing is left to upload, or the job does not upload."""
+    """uploaded: whether nothing is left of what a run began to upload. A later run may have been told not to upload."""
+    uploaded = uploaded or (holder is not None and holder.outcome == "finished")
     if holder is not None and holder.alive:
         return "running"
     loadable = (out / "config.json").exists()  # written last but for a GGUF file, removed first when reopened

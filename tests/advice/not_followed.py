@@ -168,9 +168,9 @@ NOT_FOLLOWED: tuple[Left, ...] = (
     Left(
         "a hub that refuses, fails or holds something else; the tests have one, and then let it recover",
         (
-            "e2e/test_push.py::test_a_repository_that_may_not_be_written_to",
-            "e2e/test_push.py::test_a_repository_with_files_of_others",
-            "e2e/test_push.py::test_the_source_is_no_place_for_the_output",
+            "e2e/test_push_refused.py::test_a_repository_that_may_not_be_written_to",
+            "e2e/test_push_refused.py::test_a_repository_with_files_of_others",
+            "e2e/test_push_refused.py::test_the_source_is_no_place_for_the_output",
             "e2e/test_push.py::test_a_job_that_begins_to_upload_later",
             "e2e/test_push.py::test_a_card_that_the_hub_refuses",
             "e2e/test_push.py::test_a_hub_that_stays_silent",
@@ -178,7 +178,7 @@ NOT_FOLLOWED: tuple[Left, ...] = (
             "e2e/test_push.py::test_a_hub_without_large_files",
             "e2e/test_push.py::test_a_folder_that_lets_nothing_be_removed",
             "e2e/test_push.py::test_a_disk_that_fails_while_it_uploads",
-            "e2e/test_push.py::test_offline",
+            "e2e/test_push_refused.py::test_offline",
             "io/remote/test_push_repository.py::test_answers_that_no_other_try_changes",
             "io/remote/test_push_repository.py::test_a_file_that_is_gone",
         ),

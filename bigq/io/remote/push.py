@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -80,12 +79,13 @@ class HubRepository:
 
     def __init__(self, name: str, patience: Patience, say: Callable[[str], None] = lambda _: None) -> None:
         from huggingface_hub import HfApi
-        from huggingface_hub.utils import disable_progress_bars, get_session
+        from huggingface_hub.utils import disable_progress_bars, get_session, logging
 
         self.name, self.patience, self.say = name, patience, say
         self._closed = threading.Event()
         self._api: Any = HfApi()
         disable_progress_bars()
+        logging.set_verbosity_error()  # the client warns of every request that it makes again
         session: Any = get_session()
         if session.timeout.read is None:  # the client would wait for ever
             session.timeout = TIMEOUT
@@ -101,18 +101,20 @@ class HubRepository:
             there = self._api.repo_exists(self.name)
             if not there:
                 self._api.create_repo(self.name, private=True, exist_ok=True)
-            with contextlib.suppress(TypeError):  # versions of the client that cannot ask
-                self._check_access()
+            self._check_access()
             return not there
 
         return self._try("", create)
 
     def _check_access(self) -> None:
-        try:
-            self._api.auth_check(self.name, write=True)
-        except Exception as error:
-            if _status(error) in (401, 403):
-                raise
+        """Raise the client's error if the login may read the repository but not write there. Old versions of the client cannot ask."""
+        from huggingface_hub import constants
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        url = f"{constants.ENDPOINT}/api/models/{self.name}/auth-check/write"
+        answer: Any = get_session().get(url, headers=build_hf_headers())
+        if answer.status_code in (401, 403):
+            hf_raise_for_status(answer)
 
     def head(self) -> str:
         """The newest commit."""
@@ -272,7 +274,11 @@ def _asked_wait(error: BaseException) -> float | None:
 
 
 def _line(error: BaseException) -> str:
-    """The innermost reason of an error, in one line."""
-    while error.__cause__ is not None:
+    """The reason of an error in one line: what the hub says, or else the innermost one."""
+    said = ""
+    while True:
+        said = said or str(getattr(error, "server_message", None) or "")
+        if error.__cause__ is None:
+            break
         error = error.__cause__
-    return show_name((str(error).splitlines() or [""])[0] or type(error).__name__)
+    return show_name(((said or str(error)).splitlines() or [""])[0] or type(error).__name__)
