@@ -28,13 +28,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
+from composite_families import TEXT
 from facts import host, revision, versions
-from family_configs import TEXT, configs
+from family_configs import configs
 from family_output import compare_output
 from safetensors.torch import save_file
 from torch import Tensor, nn

@@ -102,20 +102,40 @@ _COMPASS: Mapping[str, Any] = {
 }
 #: Layers that take the keys and values of others, and inputs of their own for each layer.
 _GEMMA3N: Mapping[str, Any] = {
-    "intermediate_size": 96, "num_hidden_layers": 5, "num_kv_shared_layers": 2, "laurel_rank": 16, "hidden_size_per_layer_input": 16,
+    "intermediate_size": 96,
+    "num_hidden_layers": 5,
+    "num_kv_shared_layers": 2,
+    "laurel_rank": 16,
+    "hidden_size_per_layer_input": 16,
     "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0, 0.0],
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
 }
 _GEMMA4: Mapping[str, Any] = {"hidden_size_per_layer_input": 16}
 _MISTRAL4: Mapping[str, Any] = {
-    "num_key_value_heads": 4, "qk_head_dim": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "head_dim": 16,
+    "num_key_value_heads": 4,
+    "qk_head_dim": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 16,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "llama_4_scaling_beta": 0.1}
     | {"original_max_position_embeddings": 64},
 }
 _DOTS: Mapping[str, Any] = {
-    "num_key_value_heads": 4, "n_routed_experts": 4, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "head_dim": 24,
-    "moe_intermediate_size": 32, "shared_experts_intermediate_size": 32, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 4,
-    "q_lora_rank": 32, "kv_lora_rank": 16, "per_layer_config": {},
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "head_dim": 24,
+    "moe_intermediate_size": 32,
+    "shared_experts_intermediate_size": 32,
+    "index_topk": 8,
+    "index_head_dim": 16,
+    "index_n_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "per_layer_config": {},
 }
 
 
@@ -162,15 +182,18 @@ NESTED: Mapping[str, Mapping[str, Any]] = {
     "janus": {"vq_config": _CODEBOOK},
     "kyutai_speech_to_text": {"codec_config": {"upsample_groups": 64, "num_filters": 4}},
     "longcat_flash": {
-
-            "num_layers": 2,
-            "ffn_hidden_size": 96,
-            "expert_ffn_hidden_size": 32,
-            "zero_expert_num": 2,
-            "moe_topk": 2,
-            "n_routed_experts": 4
-        ,
-        "num_key_value_heads": 4, "qk_head_dim": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "head_dim": 8,
+        "num_layers": 2,
+        "ffn_hidden_size": 96,
+        "expert_ffn_hidden_size": 32,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+        "n_routed_experts": 4,
+        "num_key_value_heads": 4,
+        "qk_head_dim": 24,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "head_dim": 8,
     },
     "mistral4": _MISTRAL4,
     "mistral_large4": {"text_config": {**_MISTRAL4, "kv_source_layers": [0, 1, 2], "indexer_types": ["full"] * 3}},
@@ -189,9 +212,21 @@ NESTED: Mapping[str, Mapping[str, Any]] = {
     "xlnet": {"d_head": 16, "d_inner": 96},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba2": {
-        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4, "num_key_value_heads": 4, "chunk_size": 16,
-        "n_mamba_heads": 8, "mamba_d_state": 16, "mamba_headdim": 16, "num_mem_blocks": 1, "adapter_rank": 8, "use_mem_rope": True,
-        "attention_hidden_size": 128, "attention_head_dim": 32, "kv_channels": 16, "num_query_groups": 4, "hybrid_layer_ids": [1, 3],
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+        "chunk_size": 16,
+        "n_mamba_heads": 8,
+        "mamba_d_state": 16,
+        "mamba_headdim": 16,
+        "num_mem_blocks": 1,
+        "adapter_rank": 8,
+        "use_mem_rope": True,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "kv_channels": 16,
+        "num_query_groups": 4,
+        "hybrid_layer_ids": [1, 3],
     },
 }
 SMALL = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")

@@ -1,7 +1,7 @@
 """Compares the folder that a job wrote with its source, tensor by tensor; shares no code with bigq.
 
-Packed Linears are decoded by the definitions of the formats ``gptq_v2`` and ``compressed-tensors`` (pack-quantized). Experts that the source
-stores as one tensor are separate matrices in the output; each is looked for in that tensor by its values.
+Packed Linears are decoded by the definitions of the formats ``gptq``, ``gptq_v2`` and ``compressed-tensors`` (pack-quantized). Experts that
+the source stores as one tensor are separate matrices in the output; each is looked for in that tensor by its values.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ class JoinedSource:
     def check(self, shape: tuple[int, ...]) -> None:
         if self.shape != shape:
             raise CheckpointError(
-                f"{self.tensors[0].file}: tensor {self.name} and those that are joined to it have shape {list(self.shape)}, but config.json "
-                f"says {list(shape)}; the two belong to different models"
+                f"{self.tensors[0].file}: tensor {self.name} and those that are joined to it have shape {list(self.shape)}, but "
+                f"config.json says {list(shape)}; the two belong to different models"
             )
         for info in self.tensors:
             PlainSource(info).check(tuple(info.shape))

@@ -44,8 +44,8 @@ def expert_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Part]:
 
 
 def merged_beside(model: nn.Module, merged: Mapping[str, Merge]) -> dict[str, Merge]:
-    """Those of ``merged`` that are copied as they are stored: what ``joined_parameters`` are made of, and what belongs to a composite model's
-    parts beside the decoder blocks, such as a tower for images.
+    """Those of ``merged`` that are copied as they are stored: what ``joined_parameters`` are made of, and what belongs to a composite
+    model's parts beside the decoder blocks, such as a tower for images.
 
     What transformers makes of the latter matters only if text needs them: see ``require_unmerged``.
     """
