@@ -22,7 +22,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ TABLES = {
 #: Groups of 16 inputs: the widths of all tiny models are multiples.
 SCHEME = bigq.QuantScheme(bits=4, group_size=16)
 FAULTS = ("different", "crashed")
+METHODS = ("rtn", "gptq")
 
 
 def types(table: str) -> list[str]:
@@ -188,7 +189,7 @@ def quantized(folder: Path, method: str) -> dict[str, Any]:
         return compare_output(folder, out, rounded=method == "rtn")
 
 
-def family(kind: str, table: str = "causal") -> dict[str, Any]:
+def family(kind: str, table: str = "causal", methods: Sequence[str] = METHODS) -> dict[str, Any]:
     """What becomes of one type."""
 
     def too_long(*_: Any) -> None:
@@ -204,7 +205,7 @@ def family(kind: str, table: str = "causal") -> dict[str, Any]:
             return {"result": "not built", "reason": str(error)}
         found = _guarded(lambda: compare(Path(folder), table, failure))
         if found["result"] == "equal":
-            found |= {method: _guarded(lambda method=method: quantized(Path(folder), method)) for method in ("rtn", "gptq")}
+            found |= {method: _guarded(lambda method=method: quantized(Path(folder), method)) for method in methods}
         signal.setitimer(signal.ITIMER_PROF, 0)
     return _without(folder, {"class": made, **found})
 
@@ -230,12 +231,12 @@ def warm_up() -> None:
         compare(Path(folder), "causal", None)
 
 
-def in_child(kind: str, table: str) -> dict[str, Any]:
+def in_child(kind: str, table: str, methods: Sequence[str]) -> dict[str, Any]:
     """``family`` in a process of its own, so that one that ends or hangs is seen."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
 
     def run(answer: Connection) -> None:
-        answer.send(family(kind, table))
+        answer.send(family(kind, table, methods))
 
     child = multiprocessing.get_context("fork").Process(target=run, args=(theirs,))
     child.start()
@@ -252,18 +253,19 @@ def in_child(kind: str, table: str) -> dict[str, Any]:
 
 def counted(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """How many types ended in each way, and how many of the equal ones each method quantized so that the output is right."""
-    methods = {method: Counter(one[method]["result"] for one in found.values() if method in one) for method in ("rtn", "gptq")}
-    return {"types": len(found), **Counter(one["result"] for one in found.values()), **methods}
+    outputs = {method: Counter(one[method]["result"] for one in found.values() if method in one) for method in METHODS}
+    return {"types": len(found), **Counter(one["result"] for one in found.values()), **{m: n for m, n in outputs.items() if n}}
 
 
 def faulty(one: dict[str, Any]) -> bool:
-    return one["result"] in FAULTS or any(one.get(method, {}).get("result") in FAULTS for method in ("rtn", "gptq"))
+    return one["result"] in FAULTS or any(one.get(method, {}).get("result") in FAULTS for method in METHODS)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types; all by default")
     parser.add_argument("--table", choices=sorted(TABLES), help="only the causal types, or only the multimodal ones")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS, help="how to quantize; both ways by default")
     parser.add_argument("--json", type=Path, help="write the results here; those of types that are not asked for are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -274,10 +276,8 @@ def main() -> int:
         results = json.loads(args.json.read_text())["families"]
     for table in [args.table] if args.table else list(TABLES):
         for kind in [kind for kind in types(table) if not args.types or kind in args.types]:
-            one = results[table][kind] = in_child(kind, table)
-            outputs = ", ".join(
-                f"{method} {one[method]['result']} {one[method].get('reason', '')}" for method in ("rtn", "gptq") if method in one
-            )
+            one = results[table][kind] = in_child(kind, table, args.methods)
+            outputs = ", ".join(f"{method} {one[method]['result']} {one[method].get('reason', '')}" for method in METHODS if method in one)
             print(f"{table} {kind}: {one['result']} {one.get('reason', '')} | plan: {one.get('plan')} | {outputs}", flush=True)
     counts = {table: counted(found) for table, found in results.items()}
     print(json.dumps(counts, indent=1))
