@@ -45,6 +45,8 @@ TINY: dict[str, int] = {
     "q_lora_rank": 32,
     "kv_lora_rank": 32,
     "num_experts_per_token": 2,
+    # Without its own kernels, transformers computes with the square of these for every state of a head.
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size", "mamba_d_state", "ssm_state_size"), 16),
     "rotary_dim": 8,
 }
 #: Settings of families for which the sizes above do not make a model that runs.

@@ -109,7 +109,9 @@ def require_stacking(merge: Merge) -> None:
 
 def _other_rule(parameter: str, merge: Merge) -> UnsupportedModelError:
     steps = ", ".join(name for name, _ in merge.steps)
-    made = "makes it of several tensors" if merge.places > 1 or len(merge.targets) == 1 else "makes it and others of one tensor"
+    several = merge.places > 1 or any(name == "MergeModulelist" for name, _ in merge.steps)
+    one = "makes it and others of one tensor" if len(merge.targets) > 1 else "changes what is stored for it"
+    made = "makes it of several tensors" if several else one
     return UnsupportedModelError(f"{parameter}: transformers {made} by {steps}, which is not supported")
 
 
