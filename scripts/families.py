@@ -5,7 +5,8 @@
 
 Each type is built, saved, and streamed by text; the logits are compared with those of transformers' own forward. Transformers runs experts
 one after the other here (``eager``), as bigq does; its other ways sum in another order. Then the model is quantized, by rounding and by
-GPTQ, and the output is compared with the source by ``family_output``. A type is also planned on meta, as ``bigq plan`` does.
+GPTQ, and the output is compared with the source by ``family_output``. A job plans
+the model on meta before it begins, and so does this script for a type that is refused.
 
 Each type ends in one of five ways: "equal", where the logits have the same bits; "refused", with bigq's reason; "not built", where this
 script finds no tiny config that transformers can build; "different", which is a fault; or "crashed", where bigq raises what is no
@@ -145,16 +146,16 @@ def streamed(folder: Path) -> Tensor:
 
 
 def compare(folder: Path, table: str, failure: str | None) -> dict[str, Any]:
-    """The streamed logits against those of the whole model, in the same batches; and what the plan says.
+    """The streamed logits against those of the whole model, in the same batches; and what the plan says of a model that is refused.
 
     failure: why the model's own forward fails on text; bigq must then refuse it.
     """
-    found: dict[str, Any] = {"plan": planned(folder)} | ({"own_forward": failure} if failure else {})
+    found: dict[str, Any] = {"own_forward": failure} if failure else {}
     with torch.no_grad():
         try:
             got = streamed(folder)
         except BigqError as error:
-            return {"result": "refused", "reason": str(error), **found}
+            return {"result": "refused", "reason": str(error), "plan": planned(folder), **found}
         if failure:
             return {"result": "different", "reason": "bigq streams what transformers cannot run", **found}
         whole = whole_model(table, folder)
@@ -278,7 +279,7 @@ def main() -> int:
         for kind in [kind for kind in types(table) if not args.types or kind in args.types]:
             one = results[table][kind] = in_child(kind, table, args.methods)
             outputs = ", ".join(f"{method} {one[method]['result']} {one[method].get('reason', '')}" for method in METHODS if method in one)
-            print(f"{table} {kind}: {one['result']} {one.get('reason', '')} | plan: {one.get('plan')} | {outputs}", flush=True)
+            print(f"{table} {kind}: {one['result']} {one.get('reason', '')} | {outputs}", flush=True)
     counts = {table: counted(found) for table, found in results.items()}
     print(json.dumps(counts, indent=1))
     if args.json:
