@@ -262,6 +262,14 @@ def faulty(one: dict[str, Any]) -> bool:
     return one["result"] in FAULTS or any(one.get(method, {}).get("result") in FAULTS for method in METHODS)
 
 
+def write(path: Path | None, results: dict[str, dict[str, Any]]) -> None:
+    """Write the results so far."""
+    if path is not None:
+        counts = {table: counted(found) for table, found in results.items()}
+        report = {"revision": revision(), "host": host(), "versions": versions(), "counts": counts, "families": results}
+        path.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types; all by default")
@@ -279,12 +287,9 @@ def main() -> int:
         for kind in [kind for kind in types(table) if not args.types or kind in args.types]:
             one = results[table][kind] = in_child(kind, table, args.methods)
             outputs = ", ".join(f"{method} {one[method]['result']} {one[method].get('reason', '')}" for method in METHODS if method in one)
+            write(args.json, results)
             print(f"{table} {kind}: {one['result']} {one.get('reason', '')} | {outputs}", flush=True)
-    counts = {table: counted(found) for table, found in results.items()}
-    print(json.dumps(counts, indent=1))
-    if args.json:
-        report = {"revision": revision(), "host": host(), "versions": versions(), "counts": counts, "families": results}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps({table: counted(found) for table, found in results.items()}, indent=1))
     return int(any(faulty(one) for found in results.values() for one in found.values()))
 
 

@@ -12,6 +12,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from composite_families import VOCABULARY, shrunk_config
 from transformers import CONFIG_MAPPING
 
+#: Sizes of scans of states.
+SCAN = ("chunk_size", "mamba_chunk_size", "mamba_d_state", "ssm_state_size")
 #: Sizes of a tiny model, for whatever names a family's config has for them.
 TINY: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "text_vocab_size", "n_vocab", "vocabulary_size"), VOCABULARY),
@@ -46,7 +48,7 @@ TINY: dict[str, int] = {
     "kv_lora_rank": 32,
     "num_experts_per_token": 2,
     # Without its own kernels, transformers computes with the square of these for every state of a head.
-    **dict.fromkeys(("chunk_size", "mamba_chunk_size", "mamba_d_state", "ssm_state_size"), 16),
+    **dict.fromkeys(SCAN, 16),
     "rotary_dim": 8,
 }
 #: Settings of families for which the sizes above do not make a model that runs.
@@ -65,6 +67,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "rwkv": {"attention_hidden_size": 64, "context_length": 64},
     "mamba": {"state_size": 8, "time_step_rank": 8},
     "falcon_mamba": {"state_size": 8, "time_step_rank": 8},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16, "chunk_size": 16},
 }
 #: Attention with latent keys and values, whose heads are wider for keys than for values, and experts in groups (DeepSeek's kind).
@@ -266,6 +269,7 @@ def configs(kind: str, table: str) -> list[Callable[[], Any]]:
     if kind in NESTED or table == "multimodal":
         return [lambda: shrunk_config(kind, **NESTED.get(kind, {}))]
     special = SPECIAL.get(kind, {})
+    scan = {name: TINY[name] for name in SCAN if hasattr(CONFIG_MAPPING[kind], name)}
     small = {**{name: TINY[name] for name in SMALL}, "max_position_embeddings": 128, "pad_token_id": 0}
     given = [small, {**small, "num_hidden_layers": 4}, LATENT, {**LATENT, "layer_types": ["full_attention"] * 3}]
 
@@ -276,6 +280,6 @@ def configs(kind: str, table: str) -> list[Callable[[], Any]]:
         return config
 
     def made(values: Mapping[str, Any]) -> Callable[[], Any]:
-        return lambda: CONFIG_MAPPING[kind](**{**values, **special})
+        return lambda: CONFIG_MAPPING[kind](**{**values, **scan, **special})
 
     return [shrunk, *map(made, given), lambda: shrunk_config(kind, **special)]
