@@ -28,7 +28,7 @@ from bigq.io.sources.packed import PackedSource
 from bigq.io.sources.plain import PlainSource
 from bigq.model import skeleton
 from bigq.model.architecture import is_composite
-from bigq.model.description import ModelDescription, OnUse, replace_forward
+from bigq.model.description import ModelDescription, OnUse, replace_forward, token_places
 from bigq.model.experts.naming import packed_parts
 from bigq.model.experts.pages import StoredBank, stored_banks
 from bigq.model.experts.source import ExpertSource, expert_sources, joined
@@ -329,16 +329,16 @@ class Pager(ModelDescription):
 
     @contextlib.contextmanager
     def embedding_rows(self, ids: Tensor) -> Iterator[None]:
-        """Load only those rows of the input embedding that ``ids`` uses; while the context is open, it accepts no other tokens."""
+        """Load only those rows of the input embedding that ``ids`` uses; while the context is open, others are refused."""
         embedding = self.embedding
         name = next(n for n, m in self.model.named_modules() if m is embedding) + ".weight"
         tokens = ids.unique()
         rows = read_rows(self.sources[name], tokens).to(device=self.device, dtype=self.dtype_of(name))
-        places = torch.searchsorted(tokens, torch.arange(int(tokens[-1]) + 1)).to(self.device)
+        known = tokens.to(self.device)
         padding, embedding.padding_idx = embedding.padding_idx, None
         embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
         try:
-            with replace_forward(embedding, lambda x: type(embedding).forward(embedding, places[x])):
+            with replace_forward(embedding, lambda x: type(embedding).forward(embedding, token_places(x, known))):
                 yield
         finally:
             embedding._parameters["weight"] = self._meta[name]

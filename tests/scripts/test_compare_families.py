@@ -37,6 +37,7 @@ def test_refused_and_not_built() -> None:
     [
         ("prophetnet", r"hidden states \[1, 48, 64\] for 1 x 16 tokens, not one vector for each token"),
         ("xlnet", r"hidden states \[16, 1, 64\] for 1 x 16 tokens, not one vector for each token"),
+        ("cpmant", r"embeds tokens that are not in its input, such as a prompt; this architecture"),
         ("xmod", r"depends on weights or values that are not there when blocks are looked at one by one \(NotImplementedError"),
     ],
 )
