@@ -144,9 +144,9 @@ def _pieces(name: str, weight: Tensor, before: Mapping[str, Tensor]) -> Iterator
     match = _EXPERT.fullmatch(name)
     if match is None:
         return
-    bank, number = match[1], int(match[2])
+    parent, number = match[1].rpartition(".")[0], int(match[2])  # the source may have another name for the bank
     for stack, tensor in before.items():
-        if stack.startswith(f"{bank}.") and tensor.ndim == weight.ndim + 1 and len(tensor) > number:
+        if stack.startswith(f"{parent}.") and tensor.ndim == weight.ndim + 1 and len(tensor) > number:
             for turned in (False, True) if weight.ndim == 2 else (False,):
                 for part in (slice(None), slice(0, len(weight)), slice(len(weight), None), slice(0, None, 2), slice(1, None, 2)):
                     yield stack, lambda t, turned=turned, part=part: (t[number].T if turned else t[number])[part]

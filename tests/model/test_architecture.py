@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bigq import JobConfig, plan
 from bigq.errors import BigqError, UnsupportedModelError
-from bigq.model.architecture import require_causal
+from bigq.model.architecture import max_positions, require_causal
 from bigq.model.skeleton import build, load_config
 
 LLAMA = LlamaConfig(
@@ -231,3 +231,8 @@ def test_every_causal_class_of_transformers_passes() -> None:
             require_causal(Path("config.json"), {"model_type": kind, "architectures": [name]}, config, trust_remote_code=False)
             passed += 1
     assert passed > 150
+
+
+@pytest.mark.parametrize(("kind", "setting"), [("llama", "max_position_embeddings"), ("gpt2", "n_positions"), ("mpt", "max_seq_len")])
+def test_the_longest_row_by_whatever_name_a_config_has_for_it(kind: str, setting: str) -> None:
+    assert max_positions(CONFIG_MAPPING[kind](**{setting: 96})) == 96
