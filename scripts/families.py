@@ -203,7 +203,7 @@ def family(kind: str, table: str = "causal", methods: Sequence[str] = METHODS) -
             made, failure = make(kind, table, Path(folder))
         except Exception as error:
             signal.setitimer(signal.ITIMER_PROF, 0)
-            return {"result": "not built", "reason": str(error)}
+            return {"result": "not built", "reason": str(error).replace(folder, "MODEL")}
         found = _guarded(lambda: compare(Path(folder), table, failure))
         if found["result"] == "equal":
             found |= {method: _guarded(lambda method=method: quantized(Path(folder), method)) for method in methods}
