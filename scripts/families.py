@@ -1,229 +1,165 @@
 #!/usr/bin/env python3
-"""Compare streamed logits with transformers' own for a tiny random model of every causal family that transformers knows.
+"""Stream and quantize a tiny random model of every causal and multimodal type that transformers knows.
 
-    python scripts/families.py --json docs/results/families.json [FAMILY …]
+    python scripts/families.py --json docs/results/families.json [TYPE …]
 
-Transformers runs experts one after the other here (``eager``), as bigq does; its other ways sum in another order.
-Each family ends in one of four ways: "equal", where the logits have the same bits; "refused", with bigq's reason; "not built", where this
-script finds no tiny config that transformers can run; or "different", which is a fault. A family is also planned on meta, as ``bigq plan``
-does; what the plan refuses is not quantized. Exit code 1 if a family is different.
+Each type is built, saved, and streamed by text; the logits are compared with those of transformers' own forward. Transformers runs experts
+one after the other here (``eager``), as bigq does; its other ways sum in another order. Then the model is quantized, by rounding and by
+GPTQ, and the output is compared with the source by ``family_output``. A job plans
+the model on meta before it begins, and so does this script for a type that is refused.
+
+Each type ends in one of five ways: "equal", where the logits have the same bits; "refused", with bigq's reason; "not built", where this
+script finds no tiny config that transformers can build; "different", which is a fault; or "crashed", where bigq raises what is no
+BigqError, or the process ends. Exit code 1 if a type is different or crashed, or if its output is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+import transformers
+from composite_families import TEXT
 from facts import host, revision, versions
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from family_configs import configs
+from family_output import compare_output
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
 
+import bigq
 from bigq.errors import BigqError
 from bigq.infer.evaluate import Stream
 from bigq.model import skeleton
 from bigq.model.pager import Pager
 from bigq.sched.plan.survey import Outline, survey
 
-VOCABULARY, ROWS, TOKENS, SEQLEN = 160, 3, 24, 32
-#: Sizes of a tiny model, for whatever names a family's config has for them.
-TINY: dict[str, int] = {
-    **dict.fromkeys(("vocab_size", "text_vocab_size", "n_vocab", "vocabulary_size"), VOCABULARY),
-    **dict.fromkeys(
-        ("hidden_size", "d_model", "n_embd", "emb_dim", "dim", "embedding_size", "model_dim", "embed_dim", "word_embed_proj_dim"), 64
-    ),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim", "d_ff"), 96),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 3),
-    **dict.fromkeys(
-        (
-            "num_attention_heads",
-            "n_head",
-            "n_heads",
-            "num_heads",
-            "decoder_attention_heads",
-            "encoder_attention_heads",
-            "num_key_value_heads",
-        ),
-        4,
-    ),
-    **dict.fromkeys(("head_dim", "d_kv", "v_head_dim", "qk_nope_head_dim", "global_head_dim"), 16),
-    **dict.fromkeys(("qk_rope_head_dim",), 8),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok"), 4),
-    **dict.fromkeys(
-        ("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp", "moe_shared_expert_intermediate_size"), 64
-    ),
-    "sliding_window": 16,
-    "attention_window": 16,
-    "type_vocab_size": 2,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "num_experts_per_token": 2,
-    "rotary_dim": 8,
+ROWS, TOKENS, SEQLEN, BATCH = 3, 24, 32, 2
+#: Seconds of CPU time that a type may take, and of time on the clock.
+CPU_SECONDS, SECONDS = 240, 600
+MOST_PARAMETERS = 30_000_000
+#: Which types: the tables of transformers that name them, and the class that builds them.
+TABLES = {
+    "causal": (("CAUSAL_LM",), "AutoModelForCausalLM"),
+    "multimodal": (("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"), "AutoModelForMultimodalLM"),
 }
-#: Settings of families for which the sizes above do not make a model that runs.
-SPECIAL: dict[str, dict[str, Any]] = {
-    "cpmant": {"prompt_types": 4, "prompt_length": 4, "segment_types": 4},
-    "reformer": {
-        "is_decoder": True,
-        "axial_pos_shape": [8, 16],
-        "axial_pos_embds_dim": [32, 32],
-        "feed_forward_size": 64,
-        "attention_head_size": 16,
-    },
-    "xlm": {"emb_dim": 64, "n_langs": 1, "causal": True},
-    "transfo-xl": {},
-    "opt": {"word_embed_proj_dim": 32},
-    "rwkv": {"attention_hidden_size": 64, "context_length": 64},
-    "mamba": {"state_size": 8, "time_step_rank": 8},
-    "falcon_mamba": {"state_size": 8, "time_step_rank": 8},
-    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16, "chunk_size": 16},
-}
-#: Attention with latent keys and values, whose heads are wider for keys than for values, and experts in groups (DeepSeek's kind).
-LATENT: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 128,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "n_routed_experts": 8,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "n_group": 2,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "moe_intermediate_size": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-#: Encoders that transformers also offers as causal models.
-DECODER = ("is_decoder",)
+#: Groups of 16 inputs: the widths of all tiny models are multiples.
+SCHEME = bigq.QuantScheme(bits=4, group_size=16)
+FAULTS = ("different", "crashed")
+METHODS = ("rtn", "gptq")
 
 
-def shrink(config: Any, kind: str) -> Any:
-    """The config with tiny sizes, its inner configs too."""
-    for name in list(vars(config)):
-        value = getattr(config, name, None)
-        if hasattr(value, "to_dict"):
-            shrink(value, kind)
-    for name, tiny in TINY.items():
-        value = getattr(config, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value > tiny:
-            setattr(config, name, tiny)
-    layers = getattr(config, "num_hidden_layers", None)
-    for name, value in list(vars(config).items()):
-        if (
-            isinstance(value, list)
-            and isinstance(layers, int)
-            and len(value) > layers
-            and name.lstrip("_").startswith(("layer", "block", "attention", "mlp"))
-        ):
-            setattr(config, name, [*value[: layers - 1], value[-1]])
-        elif name.endswith(("token_id", "_index")) and isinstance(value, int) and value >= VOCABULARY:
-            setattr(config, name, 2)
-    for name in DECODER:
-        if hasattr(config, name):
-            setattr(config, name, True)
-    return config
+def types(table: str) -> list[str]:
+    """The model types of a table."""
+    names = (getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES") for name in TABLES[table][0])
+    return sorted({kind for mapping in names for kind in mapping})
 
 
-def configs(kind: str) -> Iterator[Any]:
-    """Tiny configs to try, in order."""
-    special = SPECIAL.get(kind, {})
-    config = CONFIG_MAPPING[kind]()
-    shrink(config, kind)
-    for name, value in special.items():
-        setattr(config, name, value)
-    yield config
-    small = {
-        name: TINY[name]
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-        )
-    }
-    yield CONFIG_MAPPING[kind](**{**small, "max_position_embeddings": 128, "pad_token_id": 0, **special})
-    yield CONFIG_MAPPING[kind](**{**small, "max_position_embeddings": 128, "pad_token_id": 0, "num_hidden_layers": 4, **special})
-    yield CONFIG_MAPPING[kind](**{**LATENT, **special})
-    yield CONFIG_MAPPING[kind](**{**LATENT, "layer_types": ["full_attention"] * 3, **special})
+def make(kind: str, table: str, folder: Path) -> tuple[str, str | None]:
+    """Save a random model with random norms and biases. Returns its class's name, and why its own forward fails on text, if it does.
 
-
-def make(kind: str, folder: Path) -> str:
-    """Save a random model with random norms and biases. Returns its class's name."""
-    problems = []
-    for config in configs(kind):
+    Raises ValueError, with the reasons, where no config makes a model. A causal model whose forward fails is none.
+    """
+    auto, problems = getattr(transformers, TABLES[table][1]), []
+    for config in configs(kind, table):
         try:
-            with torch.device("meta"):
-                whole = AutoModelForCausalLM.from_config(config)
-            count = sum(p.numel() for p in whole.parameters())
-            if count > 30_000_000:
-                raise ValueError(f"{count} parameters")
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config).eval()
-            with torch.no_grad():
-                for param in model.parameters():
-                    param.normal_(0, 0.15) if param.ndim >= 2 else param.add_(torch.randn_like(param) * 0.1)
-                # Training leaves this row 0, and transformers zeroes it when it loads a Youtu model.
-                for module in model.modules():
-                    if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
-                        module.weight[module.padding_idx] = 0
-                model.tie_weights()
-                logits = model(input_ids=rows()[:1], use_cache=False).logits
-            if not torch.isfinite(logits).all():
-                raise ValueError("its logits are not finite")
-            model.save_pretrained(folder)
-            AutoModelForCausalLM.from_pretrained(folder)
-            return type(model).__name__
+            return _make(auto, config(), folder, required=table == "causal")
         except Exception as error:
-            problems.append(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
+            problems.append(_line(error))
     raise ValueError(" / ".join(dict.fromkeys(problems)))
 
 
-def rows() -> torch.Tensor:
-    ids: torch.Tensor = torch.randint(3, VOCABULARY - 2, (ROWS, TOKENS), generator=torch.Generator().manual_seed(3))
+def _make(auto: Any, config: Any, folder: Path, *, required: bool) -> tuple[str, str | None]:
+    with torch.device("meta"):
+        whole = auto.from_config(config)
+    count = sum(p.numel() for p in whole.parameters())
+    if count > MOST_PARAMETERS:
+        raise ValueError(f"{count} parameters")
+    torch.manual_seed(0)
+    model = auto.from_config(config).eval()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.normal_(0, 0.15) if param.ndim >= 2 else param.add_(torch.randn_like(param) * 0.1)
+        # Training leaves this row 0, and transformers zeroes it when it loads a Youtu model.
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0
+        model.tie_weights()
+        failure = None
+        try:
+            if not torch.isfinite(model(input_ids=rows()[:1], use_cache=False).logits).all():
+                raise ValueError("its logits are not finite")
+        except Exception as error:
+            if required:
+                raise
+            failure = _line(error)
+    model.save_pretrained(folder, max_shard_size="2MB")
+    try:
+        _, found = auto.from_pretrained(folder, output_loading_info=True)
+    except Exception as error:
+        raise ValueError(f"transformers cannot load what it saved: {_line(error)}") from error
+    if found["missing_keys"]:
+        raise ValueError(f"transformers does not find all that it saved, such as {sorted(found['missing_keys'])[0]}")
+    return type(model).__name__, failure
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def rows(count: int = ROWS) -> Tensor:
+    """Ids of tokens that are text."""
+    ids: Tensor = torch.randint(3, TEXT, (count, TOKENS), generator=torch.Generator().manual_seed(3))
     return ids
 
 
-def compare(folder: Path) -> dict[str, Any]:
-    """The streamed logits against those of the whole model, in the same batches; and what the plan says."""
-    batch = 2
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+def whole_model(table: str, folder: Path) -> nn.Module:
+    """The model as transformers loads it, its experts one after the other."""
+    model: Any = getattr(transformers, TABLES[table][1]).from_pretrained(folder, dtype=torch.float32)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def streamed(folder: Path) -> Tensor:
+    """The logits as bigq streams them, in batches of ``BATCH`` rows. Raises BigqError."""
+    pager = Pager(folder, device=torch.device("cpu"), dtype="float32")
+    stream = Stream(pager, rows(), BATCH)
+    with stream.tail_ready():
+        return torch.cat([stream.logits(lo, min(lo + BATCH, ROWS)) for lo in range(0, ROWS, BATCH)])
+
+
+def compare(folder: Path, table: str, failure: str | None) -> dict[str, Any]:
+    """The streamed logits against those of the whole model, in the same batches; and what the plan says of a model that is refused.
+
+    failure: why the model's own forward fails on text; bigq must then refuse it.
+    """
+    found: dict[str, Any] = {"own_forward": failure} if failure else {}
     with torch.no_grad():
-        expected = torch.cat([whole(input_ids=part, use_cache=False).logits for part in rows().split(batch)])
-        pager = Pager(folder, device=torch.device("cpu"), dtype="float32")
-        found: dict[str, Any] = {"plan": planned(folder)}
         try:
-            stream = Stream(pager, rows(), batch)
-            with stream.tail_ready():
-                got = torch.cat([stream.logits(lo, min(lo + batch, ROWS)) for lo in range(0, ROWS, batch)])
+            got = streamed(folder)
         except BigqError as error:
-            return {"result": "refused", "reason": str(error), **found}
+            return {"result": "refused", "reason": str(error), "plan": planned(folder), **found}
+        if failure:
+            return {"result": "different", "reason": "bigq streams what transformers cannot run", **found}
+        whole = whole_model(table, folder)
+        expected = torch.cat([whole(input_ids=part, use_cache=False).logits for part in rows().split(BATCH)])
     found["bytes"] = torch.equal(got, expected)
     found["difference"] = float((got - expected).abs().max() / expected.abs().max())
     return {"result": "equal" if found["bytes"] else "different", **found}
@@ -231,58 +167,130 @@ def compare(folder: Path) -> dict[str, Any]:
 
 def planned(folder: Path) -> str:
     """The plan's own view of the model: "fits", or why it refuses."""
-    try:
-        pager = Pager(folder, device=torch.device("cpu"), dtype="float32")
-        survey(Outline(model=pager.model, blocks_path=pager.blocks_path, dtype=pager.dtype, sources=pager.sources), SEQLEN)
-    except BigqError as error:
-        return str(error)
+    with torch.no_grad():
+        try:
+            pager = Pager(folder, device=torch.device("cpu"), dtype="float32")
+            survey(Outline(model=pager.model, blocks_path=pager.blocks_path, dtype=pager.dtype, sources=pager.sources), SEQLEN)
+        except BigqError as error:
+            return str(error)
     return "fits"
 
 
-def family(kind: str) -> dict[str, Any]:
-    """What becomes of one family."""
+def quantized(folder: Path, method: str) -> dict[str, Any]:
+    """A job on the model, and its output against the source: see ``compare_output``. "refused" with a reason where bigq refuses."""
+    with tempfile.TemporaryDirectory() as place:
+        out, ids = Path(place) / "out", Path(place) / "ids.safetensors"
+        save_file({"input_ids": rows(4)}, ids)
+        calibration = {"calibration": str(ids), "samples": 4, "seqlen": TOKENS} if method == "gptq" else {}
+        job = bigq.JobConfig(scheme=SCHEME, method=method, device="cpu", quiet=True, allow_partial=True, **calibration)  # type: ignore[arg-type]
+        try:
+            bigq.quantize(folder, out, job)
+        except BigqError as error:
+            return {"result": "refused", "reason": str(error).replace(place, "OUT")}
+        return compare_output(folder, out, rounded=method == "rtn")
+
+
+def family(kind: str, table: str = "causal", methods: Sequence[str] = METHODS) -> dict[str, Any]:
+    """What becomes of one type."""
 
     def too_long(*_: Any) -> None:
-        raise TimeoutError("took more than two minutes of CPU time")
+        raise TimeoutError(f"took more than {CPU_SECONDS} seconds of CPU time")
 
     signal.signal(signal.SIGPROF, too_long)
-    signal.setitimer(signal.ITIMER_PROF, 120)
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            made = make(kind, Path(folder))
+            made, failure = make(kind, table, Path(folder))
         except Exception as error:
-            return {"result": "not built", "reason": str(error)}
-        try:
-            found = compare(Path(folder))
-        except BigqError as error:
-            found = {"result": "refused", "reason": str(error)}
-        except Exception as error:
-            found = {"result": "different", "reason": f"{type(error).__name__}: {error}"}
-        finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-    found = {"class": made, **found}
-    return {k: v.replace(folder, "MODEL") if isinstance(v, str) else v for k, v in found.items()}
+            return {"result": "not built", "reason": str(error).replace(folder, "MODEL")}
+        found = _guarded(lambda: compare(Path(folder), table, failure))
+        if found["result"] == "equal":
+            found |= {method: _guarded(lambda method=method: quantized(Path(folder), method)) for method in methods}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    return _without(folder, {"class": made, **found})
+
+
+def _guarded(step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return step()
+    except Exception as error:
+        return {"result": "crashed", "reason": _line(error)}
+
+
+def _without(folder: str, value: Any) -> Any:
+    """A result without the name of a folder."""
+    if isinstance(value, dict):
+        return {key: _without(folder, inner) for key, inner in value.items()}
+    return value.replace(folder, "MODEL") if isinstance(value, str) else value
+
+
+def warm_up() -> None:
+    """Import what transformers imports late, which the processes of the types then share."""
+    with tempfile.TemporaryDirectory() as folder:
+        make("llama", "causal", Path(folder))
+        compare(Path(folder), "causal", None)
+
+
+def in_child(kind: str, table: str, methods: Sequence[str]) -> dict[str, Any]:
+    """``family`` in a process of its own, so that one that ends or hangs is seen."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+
+    def run(answer: Connection) -> None:
+        answer.send(family(kind, table, methods))
+
+    child = multiprocessing.get_context("fork").Process(target=run, args=(theirs,))
+    child.start()
+    theirs.close()
+    try:
+        return dict(ours.recv()) if ours.poll(SECONDS) else {"result": "crashed", "reason": f"did not end within {SECONDS} seconds"}
+    except EOFError:
+        child.join()
+        return {"result": "crashed", "reason": f"the process ended with {child.exitcode}"}
+    finally:
+        child.kill()
+        child.join()
+
+
+def counted(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """How many types ended in each way, and how many of the equal ones each method quantized so that the output is right."""
+    outputs = {method: Counter(one[method]["result"] for one in found.values() if method in one) for method in METHODS}
+    return {"types": len(found), **Counter(one["result"] for one in found.values()), **{m: n for m, n in outputs.items() if n}}
+
+
+def faulty(one: dict[str, Any]) -> bool:
+    return one["result"] in FAULTS or any(one.get(method, {}).get("result") in FAULTS for method in METHODS)
+
+
+def write(path: Path | None, results: dict[str, dict[str, Any]]) -> None:
+    """Write the results so far."""
+    if path is not None:
+        counts = {table: counted(found) for table, found in results.items()}
+        report = {"revision": revision(), "host": host(), "versions": versions(), "counts": counts, "families": results}
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", help="model types; all by default")
-    parser.add_argument("--json", type=Path, help="write the results here; those of families that are not asked for are kept")
+    parser.add_argument("types", nargs="*", help="model types; all by default")
+    parser.add_argument("--table", choices=sorted(TABLES), help="only the causal types, or only the multimodal ones")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS, help="how to quantize; both ways by default")
+    parser.add_argument("--json", type=Path, help="write the results here; those of types that are not asked for are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
     skeleton.silence_transformers()
-    results = {}
-    for kind in args.families or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        results[kind] = family(kind)
-        print(f"{kind}: {results[kind]['result']} {results[kind].get('reason', '')} | plan: {results[kind].get('plan')}", flush=True)
-    if args.json and args.families and args.json.exists():
-        results = {**json.loads(args.json.read_text())["families"], **results}
-    counts = Counter(r["result"] for r in results.values())
-    print(dict(counts))
-    if args.json:
-        report = {"revision": revision(), "host": host(), "versions": versions(), "counts": counts, "families": results}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    return int(bool(counts["different"]))
+    warm_up()
+    results: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
+    if args.json and args.types and args.json.exists():
+        results = json.loads(args.json.read_text())["families"]
+    for table in [args.table] if args.table else list(TABLES):
+        for kind in [kind for kind in types(table) if not args.types or kind in args.types]:
+            one = results[table][kind] = in_child(kind, table, args.methods)
+            outputs = ", ".join(f"{method} {one[method]['result']} {one[method].get('reason', '')}" for method in METHODS if method in one)
+            write(args.json, results)
+            print(f"{table} {kind}: {one['result']} {one.get('reason', '')} | {outputs}", flush=True)
+    print(json.dumps({table: counted(found) for table, found in results.items()}, indent=1))
+    return int(any(faulty(one) for found in results.values() for one in found.values()))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def text_config(config: Any) -> Any:
 def max_positions(config: Any) -> int | None:
     """The longest sequence that the language model has positions for; None where its config does not say."""
     config = text_config(config)
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value

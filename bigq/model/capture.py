@@ -7,6 +7,7 @@ reused, since calibration rows have one length and no padding. ``model.checks`` 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,9 +98,13 @@ def forward_errors(where: str = "with this config.json") -> Iterator[None]:
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise UnsupportedModelError(
-            f"the model's own forward fails {where}: {type(error).__name__}: {show_name(' '.join(str(error).split())[:300])}"
-        ) from error
+        said = f"{type(error).__name__}: {show_name(' '.join(str(error).split())[:300])}"
+        if re.search(r"(?<![a-z])meta(?![a-z])", str(error)):
+            raise UnsupportedModelError(
+                "the model's own forward depends on weights or values that are not there when blocks are looked at one by one "
+                f"({said}); this architecture is not supported"
+            ) from error
+        raise UnsupportedModelError(f"the model's own forward fails {where}: {said}") from error
 
 
 def first_input(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[Tensor, BlockCall]:
@@ -114,7 +119,17 @@ def first_input(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[T
         model(input_ids=ids, use_cache=False)
     if not seen:
         raise UnsupportedModelError(f"{type(model).__name__}: its forward never calls its first decoder block")
+    _require_vectors(seen[0][0], ids)
     return seen[0]
+
+
+def _require_vectors(hidden: Tensor, ids: Tensor) -> None:
+    """Raise UnsupportedModelError unless the hidden states for token ids [B, T] are one vector a token."""
+    if hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
+        raise UnsupportedModelError(
+            f"block 0 receives hidden states {list(hidden.shape)} for {ids.shape[0]} x {ids.shape[1]} tokens, not one vector for each "
+            "token (such as several streams, or a prompt that the model adds); this architecture is not supported"
+        )
 
 
 def record_calls(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm, perturb: float = 0.0) -> list[BlockCall]:

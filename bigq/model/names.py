@@ -41,10 +41,12 @@ def require_parameters(folder: Path, model: nn.Module, found: Iterable[str], unp
     if not missing:
         return
     more = "" if len(missing) == 1 else f" and {len(missing) - 1} more are"
-    if left and 2 * (len(parameters) - len(missing)) < len(parameters):
+    alike = _alike(missing, left)
+    if left and (2 * (len(parameters) - len(missing)) < len(parameters) or 2 * len(alike) > len(missing)):
+        has, stored = alike[0] if alike else (missing[0], left[0])
         raise CheckpointError(
-            f"{folder}: the names of the tensors do not match the model of config.json: it has {show_name(missing[0])}, the checkpoint "
-            f"has {show_name(left[0])} ({len(missing)} of {len(parameters)} are missing); "
+            f"{folder}: the names of the tensors do not match the model of config.json: it has {show_name(has)}, the checkpoint "
+            f"has {show_name(stored)} ({len(missing)} of {len(parameters)} are missing); "
             "give config.json and weights that were saved together"
         )
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -55,6 +57,16 @@ def require_parameters(folder: Path, model: nn.Module, found: Iterable[str], unp
         )
     verb = f"{more} missing" if more else " is missing"
     raise CheckpointError(f"{folder}: tensor {missing[0]}{verb} from the checkpoint; fetch it again, or correct config.json")
+
+
+def _alike(missing: Iterable[str], left: Iterable[str]) -> list[tuple[str, str]]:
+    """Missing tensors that the checkpoint has under another path: each with a name whose last parts, down to the layer, are the same."""
+    tails = {_tail(name): name for name in left}
+    return [(name, tails[_tail(name)]) for name in missing if _tail(name) in tails]
+
+
+def _tail(name: str) -> str:
+    return ".".join(name.split(".")[-4:])
 
 
 def _explain_prefix(folder: Path, model: nn.Module, missing: Collection[str], left: Collection[str]) -> None:

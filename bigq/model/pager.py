@@ -24,15 +24,16 @@ from bigq.io.reader import decoded, read_rows, read_tensor
 from bigq.io.remote.shards import RemoteShards
 from bigq.io.side_files import side_files
 from bigq.io.sources.base import Source
+from bigq.io.sources.joined import JoinedSource
 from bigq.io.sources.packed import PackedSource
 from bigq.io.sources.plain import PlainSource
 from bigq.model import skeleton
 from bigq.model.architecture import is_composite
-from bigq.model.description import ModelDescription, OnUse, replace_forward
+from bigq.model.description import ModelDescription, OnUse, replace_forward, token_places
 from bigq.model.experts.naming import packed_parts
 from bigq.model.experts.pages import StoredBank, stored_banks
 from bigq.model.experts.source import ExpertSource, expert_sources, joined
-from bigq.model.experts.stored import Part, expert_parts, merged_beside, merged_parts, require_unmerged
+from bigq.model.experts.stored import Part, expert_parts, joined_parameters, merged_beside, merged_parts, require_unmerged
 from bigq.model.extras import Extras, find_extras
 from bigq.model.names import require_parameters
 from bigq.model.plain import PlainModules, plain_modules
@@ -168,8 +169,11 @@ class Pager(ModelDescription):
         require_parameters(self.folder, self.model, [*self.packed, *self.sources, *experts, *beside], unplaced)
         self.banks = stored_banks(self.model, experts)
         self.expert_linears = {bank.base: bank.linears() for bank in self.banks.values()}
-        found: dict[str, Source] = {}
+        joined = joined_parameters(self.model, self._placement.merged)
+        found: dict[str, Source] = {name: JoinedSource([self.checkpoint[n] for n in names]) for name, names in joined.items()}
         for name, param in self._meta.items():
+            if name in joined:
+                found[name].check(tuple(param.shape))
             if name in experts or name in beside:
                 continue
             if name in packed:
@@ -334,16 +338,16 @@ class Pager(ModelDescription):
 
     @contextlib.contextmanager
     def embedding_rows(self, ids: Tensor) -> Iterator[None]:
-        """Load only those rows of the input embedding that ``ids`` uses; while the context is open, it accepts no other tokens."""
+        """Load only those rows of the input embedding that ``ids`` uses; while the context is open, others are refused."""
         embedding = self.embedding
         name = next(n for n, m in self.model.named_modules() if m is embedding) + ".weight"
         tokens = ids.unique()
         rows = read_rows(self.sources[name], tokens).to(device=self.device, dtype=self.dtype_of(name))
-        places = torch.searchsorted(tokens, torch.arange(int(tokens[-1]) + 1)).to(self.device)
+        known = tokens.to(self.device)
         padding, embedding.padding_idx = embedding.padding_idx, None
         embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
         try:
-            with replace_forward(embedding, lambda x: type(embedding).forward(embedding, places[x])):
+            with replace_forward(embedding, lambda x: type(embedding).forward(embedding, token_places(x, known))):
                 yield
         finally:
             embedding._parameters["weight"] = self._meta[name]
@@ -375,7 +379,7 @@ class Pager(ModelDescription):
         """A parameter, which is loaded if it is not yet. Raises UnsupportedModelError if it is not stored as it is."""
         module, leaf = self._owner(name)
         if module._parameters[leaf] is self._meta[name]:
-            require_unmerged(name, self._beside)
+            require_unmerged(name, {} if name in self._weights else self._beside)
             self._load_all([name])
         return module._parameters[leaf]  # type: ignore[return-value]
 

@@ -30,6 +30,17 @@ NOT_FOLLOWED: tuple[Left, ...] = (
         ),
     ),
     Left(
+        "a damaged checkpoint; the one that is fetched again is that of the test before it is damaged",
+        (
+            "e2e/test_joined_parameters.py::test_a_missing_piece_is_named",
+            "e2e/test_joined_parameters.py::test_pieces_that_do_not_fit_are_refused",
+        ),
+        (
+            "{}: the checkpoint holds {} of the {} tensors that it consists of, such as {}; fetch it again",
+            "{}: tensor {} is {} {}, which cannot be joined to {}, {} {}; fetch the checkpoint again",
+        ),
+    ),
+    Left(
         "another version of AWQ",
         ("e2e/test_coded_sources.py::test_another_version_of_awq_is_refused",),
         (

@@ -30,8 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bigq import JobConfig, plan
 from bigq.errors import BigqError, UnsupportedModelError
-from bigq.model.architecture import require_causal
-from bigq.model.experts.stored import expert_parts
+from bigq.model.architecture import max_positions, require_causal
 from bigq.model.skeleton import build, load_config
 
 LLAMA = LlamaConfig(
@@ -234,14 +233,6 @@ def test_every_causal_class_of_transformers_passes() -> None:
     assert passed > 150
 
 
-@pytest.mark.parametrize(
-    ("kind", "stored"),
-    [
-        ("olmo_hybrid", "model.layers.0.linear_attn.q_conv1d.weight"),
-    ],
-)
-def test_tensors_that_are_made_of_several_are_refused(kind: str, stored: str) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 128}
-    config = CONFIG_MAPPING[kind](**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    with pytest.raises(UnsupportedModelError, match=r"transformers makes it of several tensors by .*, which is not supported$"):
-        expert_parts(build(config, torch.float32), [stored])
+@pytest.mark.parametrize(("kind", "setting"), [("llama", "max_position_embeddings"), ("gpt2", "n_positions"), ("mpt", "max_seq_len")])
+def test_the_longest_row_by_whatever_name_a_config_has_for_it(kind: str, setting: str) -> None:
+    assert max_positions(CONFIG_MAPPING[kind](**{setting: 96})) == 96

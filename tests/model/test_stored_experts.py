@@ -70,7 +70,9 @@ def test_a_missing_matrix_is_named(lost: tuple[str, ...], tmp_path: Path) -> Non
     ],
 )
 def test_other_rules_are_refused(steps: tuple[tuple[str, int | None], ...], targets: int) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"^model\.x: transformers makes it of several tensors by "):
+    with pytest.raises(
+        UnsupportedModelError, match=r"^model\.x: transformers (makes it of several tensors|changes what is stored for it) by "
+    ):
         require_stacking(Merge("model.x", 0, 1, steps, ("model.x", "model.y")[:targets]))
 
 

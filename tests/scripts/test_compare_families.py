@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from typing import Any
 
@@ -15,19 +17,56 @@ import families
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["afmoe", "cohere2", "falcon_h1", "gpt_neo", "granite", "mamba", "olmo2", "qwen3_5_text", "stablelm"])
+@pytest.mark.parametrize(
+    "kind", ["afmoe", "cohere2", "falcon_h1", "gpt_neo", "granite", "granitemoe", "mamba", "mpt", "olmo2", "qwen3_5_text", "stablelm"]
+)
 def test_families_beside_those_of_the_other_tests(kind: str) -> None:
     """Experts, mixed attention, convolutions and states in one model, and other kinds of norms and scales."""
     found = families.family(kind)
     assert found["result"] == "equal", found
-    assert found["plan"] == "fits"
+    assert [found[method]["result"] for method in families.METHODS] == ["right", "right"], found
 
 
 def test_refused_and_not_built() -> None:
     found = families.family("jetmoe")
     assert found["result"] == "refused"
     assert "weights of several experts in another form" in found["reason"]
-    assert families.family("xlnet")["result"] == "not built"
+    assert families.family("musicgen")["result"] == "not built"
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("prophetnet", r"hidden states \[1, 48, 64\] for 1 x 16 tokens, not one vector for each token"),
+        ("xlnet", r"hidden states \[16, 1, 64\] for 1 x 16 tokens, not one vector for each token"),
+        ("cpmant", r"embeds tokens that are not in its input, such as a prompt; this architecture"),
+        ("xmod", r"depends on weights or values that are not there when blocks are looked at one by one \(NotImplementedError"),
+    ],
+)
+def test_refusals_say_why(kind: str, reason: str) -> None:
+    found = families.family(kind)
+    assert found["result"] == "refused"
+    assert re.search(reason, found["reason"]), found
+
+
+def test_what_bigq_raises_by_mistake_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("oh")
+
+    monkeypatch.setattr(families, "Stream", broken)
+    found = families.family("llama", methods=())
+    assert found["result"] == "crashed" and found["reason"] == "RuntimeError: oh"
+    assert families.faulty(found) and families.counted({"llama": found}) == {"types": 1, "crashed": 1}
+
+
+def test_a_process_that_ends_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "family", lambda *_: os._exit(3))
+    assert families.in_child("llama", "causal", ())["reason"] == "the process ended with 3"
+
+
+def test_a_multimodal_type_whose_own_forward_needs_more_than_text_is_refused() -> None:
+    found = families.family("kosmos-2", "multimodal")
+    assert found["result"] == "refused" and "pixel_values" in found["own_forward"]
 
 
 def test_a_difference_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ class Source(Protocol):
     """How one weight is stored.
 
     name: of the weight in the checkpoint, under which the output has it too. dtype: of the weight, which readers give the scales.
-    is_plain: whether the one stored tensor is the weight itself, so that it can be copied without being loaded.
+    is_plain: whether what is stored are the weight's own values, so that it can be copied without being loaded.
     """
 
     @property

@@ -16,10 +16,12 @@ from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.json_file import show_name
 from bigq.model.architecture import is_composite
 from bigq.model.blocks import find_blocks
-from bigq.model.skeleton import Merge, place
+from bigq.model.skeleton import Merge, is_linear, place
 
 #: Rules that are followed: experts are stacked, and then perhaps their matrices concatenated by outputs.
 _STACKING = ((("MergeModulelist", 0),), (("MergeModulelist", 0), ("Concatenate", 1)))
+#: A rule that puts tensors one behind the other.
+_JOINING = (("Concatenate", 0),)
 #: The numbers in a name.
 _NUMBERS = re.compile(r"(\d+)")
 
@@ -42,14 +44,35 @@ def expert_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Part]:
 
 
 def merged_beside(model: nn.Module, merged: Mapping[str, Merge]) -> dict[str, Merge]:
-    """Those of ``merged`` that belong to a composite model's parts beside the decoder blocks, such as a tower for images.
+    """Those of ``merged`` that are copied as they are stored: what ``joined_parameters`` are made of, and what belongs to a composite
+    model's parts beside the decoder blocks, such as a tower for images.
 
-    These are copied as they are stored, so what transformers makes of them matters only if text needs them: see ``require_unmerged``.
+    What transformers makes of the latter matters only if text needs them: see ``require_unmerged``.
     """
-    if not is_composite(model.config):
-        return {}
-    path, _ = find_blocks(model)
-    return {name: merge for name, merge in merged.items() if not merge.target.startswith(f"{path}.")}
+    joined = {name for names in joined_parameters(model, merged).values() for name in names}
+    path = find_blocks(model)[0] if is_composite(model.config) else ""
+    return {name: merge for name, merge in merged.items() if name in joined or not merge.target.startswith(path and f"{path}.")}
+
+
+def joined_parameters(model: nn.Module, merged: Mapping[str, Merge]) -> dict[str, tuple[str, ...]]:
+    """Parameters that are stored in pieces along their first dimension → the pieces' names, in order. merged: see ``Placement``.
+
+    Not the weights of Linears, which the output would have to name as the checkpoint does, and not those of embeddings, which are read by
+    rows.
+    """
+    found: dict[str, dict[str, Merge]] = {}
+    for name, merge in merged.items():
+        module = model.get_submodule(merge.target.rpartition(".")[0])
+        if merge.steps == _JOINING and len(merge.targets) == 1 and not is_linear(module) and not isinstance(module, nn.Embedding):
+            found.setdefault(merge.target, {})[name] = merge
+    for target, pieces in found.items():
+        places, stored = next(iter(pieces.values())).places, sorted(merge.place for merge in pieces.values())
+        if stored != list(range(places)):
+            raise CheckpointError(
+                f"{target}: the checkpoint holds {len(pieces)} of the {places} tensors that it consists of, such as "
+                f"{show_name(next(iter(pieces)))}; fetch it again"
+            )
+    return {target: tuple(sorted(pieces, key=lambda name: pieces[name].place)) for target, pieces in found.items()}
 
 
 def require_unmerged(parameter: str, beside: Mapping[str, Merge]) -> None:
@@ -86,7 +109,10 @@ def require_stacking(merge: Merge) -> None:
 
 def _other_rule(parameter: str, merge: Merge) -> UnsupportedModelError:
     steps = ", ".join(name for name, _ in merge.steps)
-    return UnsupportedModelError(f"{parameter}: transformers makes it of several tensors by {steps}, which is not supported")
+    several = merge.places > 1 or any(name == "MergeModulelist" for name, _ in merge.steps)
+    one = "makes it and others of one tensor" if len(merge.targets) > 1 else "changes what is stored for it"
+    made = "makes it of several tensors" if several else one
+    return UnsupportedModelError(f"{parameter}: transformers {made} by {steps}, which is not supported")
 
 
 def _require_equal_numbers(matrices: list[list[str]]) -> None:
