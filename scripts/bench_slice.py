@@ -279,7 +279,7 @@ def main() -> int:
     checkpoint = aliased_checkpoint(
         folder / "model", [Path(path) for path in spec["rest_shards"]], block, spec["blocks_path"], spec["layers"], spec.get("experts", 0)
     )
-    Checkpoint.open = classmethod(lambda cls, folder: checkpoint)  # type: ignore[method-assign,assignment]
+    Checkpoint.open = classmethod(lambda cls, folder, remote=None: checkpoint)  # type: ignore[method-assign,assignment]
     if spec["cold"]:
         _keep_cold(block)
     number, profile, shapes = spec.get("profile_block"), folder / "profile.json", spec.get("profile_shapes", False)

@@ -48,8 +48,8 @@ MOST_PARAMETERS = 4
 class Pager(ModelDescription):
     """A model on meta whose parts can be loaded and evicted.
 
-    dtype: of the forward passes. device: of the loaded parts. packed: weight name → prefix of its packed tensors. decode: whether packed
-    Linears become plain ones as they are read, and ``packed`` stays empty, so that they can be quantized again. remote: has the shards.
+    dtype: of the forward passes. device: of the loaded parts. remote: has the shards. packed: weight name → prefix of its packed tensors.
+    decode: whether packed Linears become plain ones as they are read, so that they can be quantized again; then ``packed`` stays empty.
     """
 
     def __init__(
@@ -77,10 +77,7 @@ class Pager(ModelDescription):
         self._weights = self._find_sources()
         self._ahead: Prefetch | None = None
         self._budget = 0
-        for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
+        skeleton.move_buffers(self.model, device)
 
     def _find_packed(self) -> dict[str, PackedSource]:
         """The packed Linears by the name of their weight. Another kind of stored weights needs a method like this one."""
@@ -146,9 +143,8 @@ class Pager(ModelDescription):
     def _find_plain(self) -> dict[str, TensorInfo]:
         """The stored tensor of each parameter and buffer that has one; tied parameters share it."""
         found = {target: self.checkpoint[name] for name, target in self._placed.items()}
-        parameters = list(self.model.named_parameters(remove_duplicate=False))
-        by_object = {id(param): found[name] for name, param in parameters if name in found}
-        for name, param in parameters:
+        by_object = {id(param): found[name] for name, param in self._meta.items() if name in found}
+        for name, param in self._meta.items():
             if name not in found and id(param) in by_object:
                 found[name] = by_object[id(param)]
         return found
@@ -169,10 +165,10 @@ class Pager(ModelDescription):
         require_parameters(self.folder, self.model, [*self.packed, *self.sources, *experts, *beside], unplaced)
         self.banks = stored_banks(self.model, experts)
         self.expert_linears = {bank.base: bank.linears() for bank in self.banks.values()}
-        joined = joined_parameters(self.model, self._placement.merged)
-        found: dict[str, Source] = {name: JoinedSource([self.checkpoint[n] for n in names]) for name, names in joined.items()}
+        pieces = joined_parameters(self.model, self._placement.merged)
+        found: dict[str, Source] = {name: JoinedSource([self.checkpoint[n] for n in names]) for name, names in pieces.items()}
         for name, param in self._meta.items():
-            if name in joined:
+            if name in pieces:
                 found[name].check(tuple(param.shape))
             if name in experts or name in beside:
                 continue

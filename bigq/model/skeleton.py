@@ -86,6 +86,14 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move the buffers of a model whose parameters are on meta."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
 def compute_dtype(config: Any, wanted: str, stored: Iterable[torch.dtype]) -> torch.dtype:
     """The dtype of the forward passes: ``wanted``; for "auto" the config's, or else that of the first stored floating-point tensor."""
     if wanted != "auto":

@@ -112,7 +112,7 @@ def test_a_job_on_aliased_blocks_is_the_job_on_a_checkpoint_of_equal_blocks(tmp_
     alias = tmp_path / "alias"
     write_config(SHAPES["tiny"], alias, 2)
     checkpoint = aliased_checkpoint(alias, inputs.rest, inputs.block, inputs.layout.blocks_path, 2)
-    monkeypatch.setattr(Checkpoint, "open", classmethod(lambda cls, folder: checkpoint))
+    monkeypatch.setattr(Checkpoint, "open", classmethod(lambda cls, folder, remote=None: checkpoint))
     bigq.quantize(str(alias), tmp_path / "b", config)
     one, other = ({k: v for path in (tmp_path / x).glob("*.safetensors") for k, v in load_file(path).items()} for x in "ab")
     assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)

@@ -118,7 +118,7 @@ def test_a_job_on_aliased_experts_is_the_job_on_a_checkpoint_of_equal_experts(tm
     bigq.quantize(str(real), tmp_path / "a", config)
 
     checkpoint = aliased_checkpoint(alias, inputs.rest, inputs.block, inputs.layout.blocks_path, 1, 4)
-    monkeypatch.setattr(Checkpoint, "open", classmethod(lambda cls, folder: checkpoint))
+    monkeypatch.setattr(Checkpoint, "open", classmethod(lambda cls, folder, remote=None: checkpoint))
     bigq.quantize(str(alias), tmp_path / "b", config)
     one, other = ({k: v for path in (tmp_path / x).glob("*.safetensors") for k, v in load_file(path).items()} for x in "ab")
     assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
