@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,15 +136,14 @@ def test_a_model_that_changes_on_the_server_ends_the_job(
 ) -> None:
     fetch = shards.RemoteShards._fetch
     last = max(model.glob("*.safetensors"))
+    content = bytearray(last.read_bytes())
+    content[-1] ^= 1
+    before = threading.Lock()
 
     def changing(self: shards.RemoteShards, *args: object) -> None:
-        if self._cache is not None and last.stat().st_mtime_ns % 1000 != 7:
-            content = bytearray(last.read_bytes())
-            content[-1] ^= 1
-            last.write_bytes(content)
-            import os
-
-            os.utime(last, ns=(7, 7))
+        with before:
+            if self._cache is not None and last.read_bytes() != content:
+                last.write_bytes(content)
         fetch(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(shards.RemoteShards, "_fetch", changing)
