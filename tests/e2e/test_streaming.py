@@ -177,6 +177,10 @@ def test_the_plan_of_a_url(hub: Hub, model: Path, tmp_path: Path, capsys: pytest
     assert found["seconds_at_least"] == data_bytes(model) / 1000
     assert main(["plan", str(model), str(tmp_path / "out"), *flags]) == 0
     local = json.loads(capsys.readouterr().out)
+    assert local["fetch"] is None and not local["warnings"]
+    assert main(["plan", str(model), str(tmp_path / "out"), *flags, "--fetch", "stream"]) == 0
+    warned = json.loads(capsys.readouterr().out)
+    assert warned["warnings"] == ["--fetch stream has no effect: all shards of MODEL are on this machine"]
     assert found["disk_bytes"] == local["disk_bytes"] + 32 * 2**20
     assert main(["plan", url(hub), str(tmp_path / "out"), *flags, "--fetch", "download"]) == 2
     assert "--fetch download: MODEL is a URL, which is always streamed; leave out --fetch" in capsys.readouterr().err

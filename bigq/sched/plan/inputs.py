@@ -120,7 +120,7 @@ def _plan(
         base = host_memory() + (0 if on_gpu else compiled_bytes(device))
         machine = Machine(on_gpu=on_gpu, base=base, budgets=_budgets(config, device, out, ceilings), ceilings=ceilings)
         kept = require_share(shape, adapted)
-        said = (*warnings, *adapted.said)
+        said = (*warnings, *adapted.said, *_fetch_warnings(config, headers.remote))
         plans = [make_plan(shape, work, config, machine, fetch=way, warnings=said) for way in _ways(headers, out, shape, config)]
         return dataclasses.replace(next((found for found in plans if found.fits), min(plans, key=lambda found: found.disk)), kept=kept)
 
@@ -143,6 +143,13 @@ def _ways(headers: Headers, out: Path, shape: ModelShape, config: JobConfig) -> 
         return [download]
     # A job that has streamed goes on doing so.
     return [*ways, download] if any(commit.source.startswith(REMOTE_SAMPLE) for commit in read_commits(out)[0]) else [download, *ways]
+
+
+def _fetch_warnings(config: JobConfig, remote: RemoteShards | None) -> tuple[str, ...]:
+    """At most one sentence. remote: the shards that are not here."""
+    if config.fetch != "stream" or remote is not None:
+        return ()
+    return ("--fetch stream has no effect: all shards of MODEL are on this machine",)
 
 
 def stream_of(remote: RemoteShards, shape: ModelShape, config: JobConfig) -> Streamed:
@@ -196,7 +203,8 @@ def plan_job(pager: Pager, rows: Tensor | None, adapted: Adapted, out: Path, tex
     budgets = _budgets(config, pager.device, out, ceilings)
     machine = Machine(on_gpu=pager.device.type == "cuda", base=host_memory(), budgets=budgets, ceilings=ceilings)
     fetch = None if pager.remote is None else stream_of(pager.remote, shape, config)
-    found = make_plan(shape, work, config, machine, fetch=fetch, warnings=(*pager.warnings, *adapted.said), texts=texts)
+    said = (*pager.warnings, *adapted.said, *_fetch_warnings(config, pager.remote))
+    found = make_plan(shape, work, config, machine, fetch=fetch, warnings=said, texts=texts)
     return dataclasses.replace(found, kept=kept)
 
 
