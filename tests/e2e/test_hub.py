@@ -162,7 +162,7 @@ def test_a_job_is_planned_before_its_model_is_fetched(
     assert planned("owner/tiny", rule="o_proj").startswith("UsageError --skip 'o_proj': matches no Linear")
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
     assert planned(repository) == "nothing to fetch"
-    assert planned("owner/tiny", fetch="fetch") == f"{size}\nnothing to fetch"
+    assert planned("owner/tiny", fetch="fetch") == f"download {size}\nnothing to fetch"
     assert not (tmp_path / "out").exists()
 
 

@@ -13,9 +13,8 @@ from torch import Tensor
 INTERPRETED = not torch.cuda.is_available()
 
 #: How much larger than torch's own errors those of fp32 products may be. On tensor cores each factor is split into TF32 numbers
-#: (tf32x3), whose products keep about 22 of fp32's 24 bits. Torch's own errors depend on the processor: in matrices of some hundred
-#: elements Triton's were up to 3.1 times those of a processor with AMX, and up to 2 times those of others.
-FACTOR = 4.0 if INTERPRETED else 5.0
+#: (tf32x3), whose products keep about 22 of fp32's 24 bits.
+FACTOR = 2.0 if INTERPRETED else 5.0
 #: The share of codes that may differ between two ways to compute them: of weights that are as close to one code as to the next.
 OTHER_CODES = 0.0 if INTERPRETED else 1e-3
 
