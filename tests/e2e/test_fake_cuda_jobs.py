@@ -31,7 +31,9 @@ JOBS: dict[str, tuple[str, str, list[str]]] = {
     "llama gptq": ("llama", "gptq", []),
     "llama rtn": ("llama", "rtn", []),
     "small gptq": ("small", "gptq", []),
-    "bloom gptaq": ("bloom", "gptaq", ["--act-order"]),
+    "bloom gptq": ("bloom", "gptq", ["--act-order"]),
+    # Not bloom: this correction of its last Linears hangs on how a processor rounds sums.
+    "llama gptaq": ("llama", "gptaq", ["--act-order"]),
     "qwen2 gptaq": ("qwen2", "gptaq", ["--no-act-order"]),
     "qwen2 gptq": ("qwen2", "gptq", ["--bits", "3", "--asym"]),
     "opt gptq": ("opt", "gptq", ["--on-nonfinite", "skip"]),
@@ -43,14 +45,14 @@ JOBS: dict[str, tuple[str, str, list[str]]] = {
 }
 #: Simulated run → the job, the tier and the fault.
 RUNS: dict[str, tuple[str, str, str]] = {
-    **{f"{job}, {tier}": (job, tier, "") for job in ("llama gptq", "bloom gptaq") for tier in TIERS},
-    **{f"{job}, host": (job, "host", "") for job in ("qwen2 gptaq", "opt gptq", "llama rtn", "opt rtn")},
+    **{f"{job}, {tier}": (job, tier, "") for job in ("llama gptq", "llama gptaq") for tier in TIERS},
+    **{f"{job}, host": (job, "host", "") for job in ("bloom gptq", "qwen2 gptaq", "opt gptq", "llama rtn", "opt rtn")},
     **{f"experts gptq, {tier}": ("experts gptq", tier, "") for tier in TIERS},
     "fp8 experts gptq, gpu": ("fp8 experts gptq", "gpu", ""),
     "nvfp4 gptq, host": ("nvfp4 gptq", "host", ""),
     "qwen2 gptq, disk": ("qwen2 gptq", "disk", ""),
     "llama gptq, host, out of memory": ("llama gptq", "host", "batch.begun:9:OOM"),
-    "bloom gptaq, disk, out of memory": ("bloom gptaq", "disk", "batch.begun:30:OOM"),
+    "llama gptaq, disk, out of memory": ("llama gptaq", "disk", "batch.begun:30:OOM"),
 }
 
 
