@@ -138,4 +138,4 @@ def token_places(x: Tensor, known: Tensor) -> Tensor:
         raise UnsupportedModelError(
             "the model embeds tokens that are not in its input, such as a prompt; this architecture is not supported"
         )
-    return torch.searchsorted(known, x.to(known.dtype))
+    return torch.searchsorted(known, x.to(known.dtype).contiguous())
