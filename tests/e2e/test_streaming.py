@@ -70,6 +70,12 @@ def test_a_streamed_job_ends_in_the_bytes_of_a_local_one(
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
+def test_a_job_through_fsspec(model: Path, ids_file: Path, tmp_path: Path) -> None:
+    assert run(model, tmp_path / "local", ids_file) == 0
+    assert run(f"file://{model}", tmp_path / "out", ids_file) == 0
+    same(tmp_path / "out", tmp_path / "local")
+
+
 def test_every_byte_is_fetched_about_once(hub: Hub, model: Path, ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts overlap tensors of several units and headers are read before; parts here are as small as a tensor."""
     for name, size in (("LARGEST_PART", 2**12), ("SMALLEST_PART", 2**12)):

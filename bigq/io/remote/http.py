@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from bigq.errors import CheckpointError, ResourceError
-from bigq.io.remote.transport import Status, Transient
+from bigq.io.remote.transport import Status, Transient, changed, too_large
 
 #: Seconds without an answer, or without a further byte, after which a request is made again.
 TIMEOUT = 30.0
@@ -45,7 +45,7 @@ class WebFolder:
     def stream(self, name: str, status: Status, start: int, stop: int) -> Iterator[bytes]:
         with _Answer(self._address(name), _range(start, stop), self.address(name)) as answer:
             if status.version and _version(answer.headers) != status.version:
-                raise _changed(self.address(name))
+                raise changed(self.address(name))
             yield from answer.part(start, stop, status.size)
 
     def whole(self, name: str, limit: int) -> bytes | None:
@@ -57,7 +57,7 @@ class WebFolder:
             for piece in answer.pieces():
                 found += piece
                 if len(found) > limit:
-                    raise ResourceError(f"{self.address(name)}: has more than {limit} bytes; remove it, or give a folder without it")
+                    raise too_large(self.address(name), limit)
             length = answer.headers.get("Content-Length")
             if length is not None and int(length) != len(found):
                 raise Transient(f"the connection ended after {len(found)} of {length} bytes")
@@ -179,7 +179,7 @@ class _Answer:
         if self.status in (404, 410):
             raise CheckpointError(f"{self._address}: the server has no such file; check the address")
         if self.status == 416:
-            raise _changed(self._address)
+            raise changed(self._address)
         raise ResourceError(f"{self._address}: the server answered with status {self.status}; check the address and your login")
 
     def pieces(self) -> Iterator[bytes]:
@@ -198,7 +198,7 @@ class _Answer:
             raise _no_ranges(self._address)
         found = _CONTENT_RANGE.fullmatch(self.headers.get("Content-Range", ""))
         if found is not None and int(found[3]) != size:
-            raise _changed(self._address)
+            raise changed(self._address)
         if found is None or (int(found[1]), int(found[2])) != (start, stop - 1):
             raise Transient("the server sent another part of the file than was asked for")
         yield from self.pieces()
@@ -239,7 +239,3 @@ def _offline(address: str) -> ResourceError:
 
 def _no_ranges(address: str) -> ResourceError:
     return ResourceError(f"{address}: the server does not send parts of files, which streaming needs; download the model first")
-
-
-def _changed(address: str) -> CheckpointError:
-    return CheckpointError(f"{address}: changed while it was read; the source is no longer the same model: begin the job again with it")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bigq.errors import CheckpointError, ResourceError, UsageError
-from bigq.io.remote.transport import Status, Transient
+from bigq.io.remote.transport import Status, Transient, changed, too_large
 
 
 class ObjectFolder:
@@ -36,9 +36,7 @@ class ObjectFolder:
     def stream(self, name: str, status: Status, start: int, stop: int) -> Iterator[bytes]:
         path = f"{self._root}/{name}"
         if self.status(name) != status:
-            raise CheckpointError(
-                f"{self.address(name)}: changed while it was read; the source is no longer the same model: begin the job again with it"
-            )
+            raise changed(self.address(name))
         yield self._ask(name, lambda: self._files.cat_file(path, start=start, end=stop))
 
     def whole(self, name: str, limit: int) -> bytes | None:
@@ -47,7 +45,7 @@ class ObjectFolder:
         if not self._ask(name, lambda: self._files.isfile(path)):
             return None
         if self.status(name).size > limit:
-            raise ResourceError(f"{self.address(name)}: has more than {limit} bytes; remove it, or give a folder without it")
+            raise too_large(self.address(name), limit)
         return bytes(self._ask(name, lambda: self._files.cat_file(path)))
 
     def names(self) -> list[str]:

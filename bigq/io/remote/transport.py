@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from bigq.errors import CheckpointError, ResourceError
+
 
 class Transient(Exception):
     """A request that failed, and may succeed if it is made again. wait: seconds that the server asks for, or None."""
@@ -40,3 +42,13 @@ class Transport(Protocol):
 
         status: of the file as it was when the job began; a file with another one has changed.
         """
+
+
+def changed(address: str) -> CheckpointError:
+    """The error for a file that is not the one that the job began with."""
+    return CheckpointError(f"{address}: changed while it was read; the source is no longer the same model: begin the job again with it")
+
+
+def too_large(address: str, limit: int) -> ResourceError:
+    """The error for a small file of a model that has more than ``limit`` bytes."""
+    return ResourceError(f"{address}: has more than {limit} bytes; remove it, or give a folder without it")
