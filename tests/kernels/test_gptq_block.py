@@ -89,8 +89,12 @@ def run(version: str, b: Block, order: str = "by rows") -> dict[str, Tensor]:
     return {"codes": codes, "target": target, "work": work, "loss": loss, "scale": scale, "zero": zero}
 
 
-#: Of matrices of some hundred elements, whose errors are large differences of few: up to 3.1 on a processor with AMX.
-OF_SMALL = 2 * FACTOR
+def rounded_once(b: Block) -> Block:
+    """The same in fp64, with numbers as far from their values as one rounding to fp32 may put them: what no way to compute can avoid."""
+    gen = torch.Generator().manual_seed(0)
+    parts = {name: getattr(b, name).double() for name in ("target", "u", "work")}
+    noise = {name: (torch.randint(0, 2, t.shape, generator=gen).double() * 2 - 1).to(t.device) * 2.0**-24 for name, t in parts.items()}
+    return replace(b.to(torch.float64, b.u.device), **{name: t * (1 + noise[name]) for name, t in parts.items()})
 
 
 def by_hand(b: Block) -> dict[str, Tensor]:
@@ -116,9 +120,13 @@ def check(b: Block, device: torch.device, order: str = "by rows") -> dict[str, T
     others = [differing(got, result) for result in (own, exact)]
     same = ~(others[0] | others[1])
     assert int((~same).sum()) <= (max(1.0, OTHER_CODES * b.target.numel()) if OTHER_CODES else 0)
+    # In a small matrix torch's sums may happen to be much better than the rounding of their inputs.
+    nearby = run("reference", rounded_once(single))
+    alike = same & ~differing(nearby, exact)
     for name in ("target", "work"):
-        columns = (result[name].mT[same] for result in (got, own, exact))
-        assert got[name].dtype == torch.float32 and as_good(*columns, factor=OF_SMALL), name
+        columns = [result[name].mT[same] for result in (got, own, exact)]
+        unavoidable = distance(nearby[name].mT[alike], exact[name].mT[alike]) if bool(alike.any()) else 0.0
+        assert got[name].dtype == torch.float32 and as_good(*columns, floor=max(2.0**-24, FACTOR * unavoidable)), name
     assert got["loss"].dtype == torch.float32
     own_error = distance(own["target"].mT[same], exact["target"].mT[same])
     assert distance(got["loss"][same], exact["loss"][same]) <= 2 * FACTOR * own_error + 2**-24
