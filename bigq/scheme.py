@@ -9,25 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigq.errors import UsageError
-from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, MSE_POWER, SCALE_BITS, GridSpec
+from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS, GridSpec
 from bigq.options import Effect, Range, Resume, checked, option, require_known, require_names, settle, shown, table
-from bigq.vocabulary import DATA_FREE_METHODS
+from bigq.vocabulary import DATA_FREE_METHODS, OrderName, ScalesName
 
 BITS = (2, 3, 4, 8)
-
-#: At up to ``FEW_BITS`` bits the grid search sums errors to this power. The usual 2.4 clips the largest weights too much, and error
-#: feedback from earlier columns widens them further: at 2 bits such a search makes the model worse than no search (docs/quality.md).
-FEW_BITS, FEW_BITS_POWER = 3, 4.0
 
 #: Of options about calibration, the Hessian or the order of columns: data-free methods have none of these.
 CALIBRATED = Effect(
     unless=f"with --method {' or '.join(DATA_FREE_METHODS)}",
     holds=lambda job, _: job.method not in DATA_FREE_METHODS,
-)
-SEARCHED = Effect(
-    unless="without --mse",
-    holds=lambda job, _: job.scheme.mse or any((rule.overrides or {}).get("mse") for rule in job.rules),
-    refused=True,
 )
 
 WEIGHTS = "how weights are quantized"
@@ -65,11 +56,12 @@ class QuantScheme:
         opposite="--asym",
         rule_key="sym",
     )
-    # Groups stay those of the natural order ("static groups"), so nothing changes for readers of the result.
-    act_order: bool = _weights(
-        True,
-        help="quantize columns by decreasing Hessian diagonal; groups keep their natural order",
-        rule_key="act_order",
+    # In all orders a group is a run of consecutive inputs, so nothing changes for readers of the result.
+    order: OrderName = _weights(
+        "activation",
+        help="order in which columns are quantized: from left to right; by decreasing Hessian diagonal, with scales from the original "
+        "weights; or group by group, by decreasing Hessian diagonal",
+        rule_key="order",
         effects=(CALIBRATED,),
     )
     damping: float = _weights(
@@ -80,19 +72,10 @@ class QuantScheme:
         range=Range(must="lie between 0 and 1", holds=lambda damping: 0 < damping < 1),
         effects=(CALIBRATED,),
     )
-    mse: bool = _weights(
-        False,
-        help="search each group's range for the least rounding error",
-        rule_key="mse",
-    )
-    mse_power: float | None = _weights(
-        None,
-        help="power of the rounding errors that the --mse search sums up; a higher one clips the largest weights less",
-        placeholder="P",
-        unset="4 at 2 and 3 bits, else 2.4",
-        rule_key="mse_power",
-        range=Range(must="lie between 1 and 10", holds=lambda power: 1 <= power <= 10),
-        effects=(SEARCHED, CALIBRATED),
+    scales: ScalesName = _weights(
+        "minmax",
+        help="a group's scale spans all its weights, or is searched for the least error: of the Linear's output, or of weights for rtn",
+        rule_key="scales",
     )
     # The gptq v1 format stores zero − 1 and needs 1.
     min_zero: int = _weights(0, help="smallest zero point allowed; the output format decides it", flag=None)
@@ -118,8 +101,7 @@ class QuantScheme:
             bits=self.bits,
             symmetric=self.symmetric,
             min_zero=self.min_zero,
-            mse=self.mse,
-            mse_power=self.mse_power or (FEW_BITS_POWER if self.bits <= FEW_BITS else MSE_POWER),
+            search=self.scales == "search",
             scale_bits=self.scale_bits or SCALE_BITS,
         )
 
@@ -162,7 +144,7 @@ class Rule:
     """
 
     pattern: str
-    overrides: Mapping[str, int | float | bool] | None
+    overrides: Mapping[str, int | float | bool | str] | None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):
@@ -188,7 +170,7 @@ class Rule:
         pattern, _, settings = text.rpartition(":")
         if not pattern or not settings:
             raise UsageError(f"--rule {text!r}: {EXPECTED}")
-        overrides: dict[str, int | float | bool] = {}
+        overrides: dict[str, int | float | bool | str] = {}
         for setting in settings.split(","):
             key, equals, value = setting.partition("=")
             key = key.strip()
@@ -212,7 +194,9 @@ class Rule:
         return rules
 
 
-def _parse_value(kind: type, value: str, what: str) -> int | float | bool:
+def _parse_value(kind: type, value: str, what: str) -> int | float | bool | str:
+    if kind is str:
+        return value
     if kind is bool:
         if value.lower() not in ("true", "false"):
             raise UsageError(f"{what} must be true or false, not {value!r}")
@@ -233,7 +217,7 @@ def scheme_for(name: str, base: QuantScheme, rules: tuple[Rule, ...]) -> QuantSc
     return base
 
 
-def _overridden(base: QuantScheme, overrides: Mapping[str, int | float | bool]) -> QuantScheme:
+def _overridden(base: QuantScheme, overrides: Mapping[str, int | float | bool | str]) -> QuantScheme:
     renamed: dict[str, Any] = {OVERRIDES[name].name if name in OVERRIDES else name: value for name, value in overrides.items()}
     require_known(QuantScheme, renamed, "Rule: QuantScheme")
     return dataclasses.replace(base, **renamed)

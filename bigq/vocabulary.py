@@ -6,6 +6,10 @@ from typing import Literal, get_args
 
 #: Methods; each has a file in ``bigq.methods``.
 MethodName = Literal["gptq", "gptaq", "rtn"]
+#: The orders in which columns are quantized.
+OrderName = Literal["natural", "activation", "group"]
+#: How scales are found: from the range of a group's weights, or by a search for the least error.
+ScalesName = Literal["minmax", "search"]
 #: Output formats. "gguf": shards in gptq_v2, from which a stopped job resumes, and one GGUF file made from them.
 FormatName = Literal["gptq", "gptq_v2", "compressed-tensors", "gguf"]
 #: Where the calibration rows' hidden states are kept between blocks.
@@ -20,6 +24,7 @@ OnNonfinite = Literal["stop", "skip"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
+ORDERS: tuple[OrderName, ...] = get_args(OrderName)
 FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
 TIERS: tuple[Tier, ...] = get_args(Tier)
 TIER_CHOICES: tuple[TierChoice, ...] = get_args(TierChoice)

@@ -31,9 +31,12 @@ from facts import revision
 
 #: Run → what it adds to bigq's command line.
 BIGQ: Mapping[str, Sequence[str]] = {
-    "bigq, same settings": ("--no-act-order",),
+    "bigq, same settings": (
+        "--order",
+        "natural",
+    ),
     "bigq, defaults": (),
-    "bigq, act-order and grid search": ("--act-order", "--mse"),
+    "bigq, act-order and grid search": ("--order", "activation", "--scales", "search"),
 }
 SAME, PEERS = "bigq, same settings", ("llmcompressor", "gptqmodel")
 #: GPTQModel's pool of threads does not start with fewer workers on two cores.

@@ -119,7 +119,7 @@ def precision() -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for skewed in (False, True):
         weight, hessian = problem(256, 2048, seed=1, skewed=skewed)
-        for scheme in (QuantScheme(bits=4), QuantScheme(bits=2), QuantScheme(bits=4, act_order=True)):
+        for scheme in (QuantScheme(bits=4), QuantScheme(bits=2), QuantScheme(bits=4, order="activation")):
             damped = hessian + scheme.damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
             reference = solver.quantize_linear(weight, hessian, scheme)
 
@@ -127,7 +127,7 @@ def precision() -> list[dict[str, object]]:
                 error = weight - codes.dequantize(torch.float64)
                 return float(((error @ damped) * error).sum())
 
-            row: dict[str, object] = {"inputs": "skewed" if skewed else "plain", "bits": scheme.bits, "act_order": scheme.act_order}
+            row: dict[str, object] = {"inputs": "skewed" if skewed else "plain", "bits": scheme.bits, "order": scheme.order}
             for name, rounding in roundings.items():
 
                 def rounded(r: Tensor, errors: Tensor, out: Tensor, rounding: Callable[[Tensor], Tensor] = rounding) -> None:

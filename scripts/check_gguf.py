@@ -83,7 +83,7 @@ CASES = (
     Case(name="llama, groups of 128", type="Q4_0", model=_WIDE, scheme={"group_size": 128}),
     Case(name="llama, one group", type="Q4_0", scheme={"group_size": -1}),
     Case(name="llama, from compressed-tensors", type="Q4_0", scheme={"group_size": 32}, format="compressed-tensors"),
-    Case(name="llama, act-order", type="Q4_0", scheme={"group_size": 32, "act_order": True}),
+    Case(name="llama, act-order", type="Q4_0", scheme={"group_size": 32, "order": "activation"}),
     Case(name="llama, 8 bits, groups of 32", type="Q8_0", scheme={"bits": 8, "group_size": 32}),
     Case(name="llama, 8 bits, one group", type="Q8_0", scheme={"bits": 8, "group_size": -1}),
     Case(name="llama, asymmetric, groups of 32", type="Q4_1", scheme={"group_size": 32, "symmetric": False, "scale_bits": 7}),
@@ -253,7 +253,9 @@ def model_case(reader: Reader, work: Path, case: Case) -> dict[str, Any]:
 def shipped_case(reader: Reader, work: Path, bits: int, symmetric: bool, group_size: int) -> dict[str, Any]:
     """The shipped model and its tokenizer, on its held-out text."""
     source = ASSETS / "tiny-llama"
-    scheme = bigq.QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric, act_order=True, scale_bits=None if symmetric else 7)
+    scheme = bigq.QuantScheme(
+        bits=bits, group_size=group_size, symmetric=symmetric, order="activation", scale_bits=None if symmetric else 7
+    )
     config = bigq.JobConfig(scheme=scheme, calibration="builtin", samples=64, dtype="float32")
     bigq.quantize(str(source), str(work / "out"), config)
     ids = evaluation_rows("builtin", source, seqlen=256, samples=ROWS)

@@ -69,7 +69,7 @@ def relative_error(weight: Tensor, quantized: Tensor, x: Tensor) -> float:
 def layer_errors(venvs: Path | None) -> dict[str, Any]:
     """The relative error in each unit, by program."""
     weight, inputs = layer()
-    scheme = bigq.QuantScheme(bits=3, group_size=128, act_order=False)
+    scheme = bigq.QuantScheme(bits=3, group_size=128, order="natural")
     ours = [bigq.quantize_linear(weight, 2 / TOKENS * x.T @ x, scheme).dequantize() for x in inputs]
     found = {"bigq": [relative_error(weight, q, x) for q, x in zip(ours, inputs, strict=True)]}
     with tempfile.TemporaryDirectory() as folder:

@@ -31,7 +31,7 @@ of `bigq.EvalConfig` and `bigq.GenerateConfig`.
 Options without a field belong to the command line only.
 
 Sizes have a unit: `72GiB`, `80GB`, `500MB`. In Python a number is bytes.
-A switch has an opposite: `--mse`, `--no-mse`. Both in one command are an error.
+A switch has an opposite: `--lm-head`, `--no-lm-head`. Both in one command are an error.
 Options are written in full; an abbreviation is an error.
 """
 

@@ -14,7 +14,9 @@ from bigq.scheme import QuantScheme, Rule
 
 #: A value other than the default for every frozen field.
 OTHER: dict[str, Any] = {
-    "scheme": QuantScheme(bits=3, group_size=32, symmetric=False, act_order=True, damping=0.5, mse=True, min_zero=1, scale_bits=9),
+    "scheme": QuantScheme(
+        bits=3, group_size=32, symmetric=False, order="activation", damping=0.5, scales="search", min_zero=1, scale_bits=9
+    ),
     "rules": (Rule("a", None), Rule.parse("b:c:bits=8,sym=false,damping=0.1"), Rule("d", {"symmetric": False}), Rule("e", {})),
     "method": "rtn",
     "alpha": 0.25,
@@ -116,9 +118,9 @@ def test_wrong_values_are_named(change: dict[str, Any], says: str) -> None:
         ("damping", "0.01"),
         ("damping", float("nan")),
         ("damping", float("inf")),
-        ("mse_power", "4"),
-        ("mse_power", True),
-        ("mse_power", 0.5),
+        ("scales", "mse"),
+        ("scales", True),
+        ("order", "importance"),
     ],
 )
 def test_wrong_values_of_the_scheme_are_named(name: str, value: Any) -> None:

@@ -79,7 +79,7 @@ def test_every_option_is_on_the_command_line_in_its_group(name: str, kinds: tupl
 def test_what_is_kept_is_what_a_resumed_job_is_held_to() -> None:
     assert tuple(name for name, each in table(JobConfig).items() if each.kept) == FROZEN_FIELDS
     assert all(each.resume is Resume.REFUSED and each.kept for each in table(QuantScheme).values())
-    assert list(OVERRIDES) == ["bits", "group_size", "sym", "act_order", "damping", "mse", "mse_power"]
+    assert list(OVERRIDES) == ["bits", "group_size", "sym", "order", "damping", "scales"]
 
 
 # A new option is one new field.
@@ -227,4 +227,4 @@ def test_what_a_rule_cannot_be_given_is_named(pattern: Any, overrides: Any, mess
 
 
 def test_the_api_may_give_what_has_no_effect() -> None:
-    assert JobConfig(scheme=QuantScheme(act_order=True), method="rtn", alpha=0.7).alpha == 0.7
+    assert JobConfig(scheme=QuantScheme(order="activation"), method="rtn", alpha=0.7).alpha == 0.7

@@ -20,7 +20,7 @@ from bigq.scheme import QuantScheme, Rule, scheme_for
         ("q:bits=8,group_size=32", "q", {"bits": 8, "group_size": 32}),
         ("q:group_size=-1", "q", {"group_size": -1}),
         ("q: bits = 3 , sym = False", "q", {"bits": 3, "sym": False}),
-        ("q:sym=TRUE,act_order=false,mse=true", "q", {"sym": True, "act_order": False, "mse": True}),
+        ("q:sym=TRUE,order=natural,scales=search", "q", {"sym": True, "order": "natural", "scales": "search"}),
         ("q:damping=1e-2", "q", {"damping": 0.01}),
         ("(?:q|k)_proj$:bits=2", "(?:q|k)_proj$", {"bits": 2}),
         (r"layers\.\d{1,2}\.:bits=2", r"layers\.\d{1,2}\.", {"bits": 2}),
@@ -85,27 +85,14 @@ def test_the_first_matching_rule_decides() -> None:
         ("bits", 2, "bits"),
         ("group_size", 8, "group_size"),
         ("sym", False, "symmetric"),
-        ("act_order", True, "act_order"),
+        ("order", "group", "order"),
         ("damping", 0.5, "damping"),
-        ("mse", True, "mse"),
-        ("mse_power", 2.4, "mse_power"),
+        ("scales", "search", "scales"),
     ],
 )
-def test_every_override_reaches_its_field(key: str, value: float, field: str) -> None:
+def test_every_override_reaches_its_field(key: str, value: float | str, field: str) -> None:
     scheme = scheme_for("q", QuantScheme(min_zero=1), (Rule("q", {key: value}),))
     assert scheme == dataclasses.replace(QuantScheme(min_zero=1), **{field: value})  # type: ignore[arg-type]
-
-
-def test_the_power_of_the_search_follows_the_bits() -> None:
-    assert [QuantScheme(bits=bits, mse=True).grid.mse_power for bits in (2, 3, 4, 8)] == [4.0, 4.0, 2.4, 2.4]
-    assert QuantScheme(bits=4, mse_power=3).grid.mse_power == QuantScheme(bits=2, mse_power=3).grid.mse_power == 3
-    assert scheme_for("q", QuantScheme(), (Rule("q", {"bits": 2}),)).grid.mse_power == 4.0  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("power", [0.0, 0.9, -2.4, 11.0, float("nan"), float("inf")])
-def test_other_powers_are_refused(power: float) -> None:
-    with pytest.raises(UsageError, match=r"mse_power=.*: must lie between 1 and 10"):
-        QuantScheme(mse_power=power)
 
 
 def test_an_override_out_of_range_is_refused() -> None:

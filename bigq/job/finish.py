@@ -27,7 +27,6 @@ from bigq.job.away import Away
 from bigq.job.journal import BATCHES_NAME, CHECKPOINTS_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journal, read_commits
 from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME, read_manifest
 from bigq.kernels.dequantize import dequantize_packed
-from bigq.methods import method_of
 from bigq.model.plain import PlainModules
 from bigq.model.quantization import without_quantization
 from bigq.scheme import QuantScheme, scheme_for
@@ -118,7 +117,7 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, modules: Pl
         "quantizer": [f"bigq:{__version__}"],
         "method": config.method,
         "true_sequential": config.true_sequential,
-        "mse": _search_power(config),
+        "mse": 0.0 if config.scheme.scales == "minmax" else 2.0,
     }
     quantization = quantization_of(journal.commits, config, modules, meta)
     quantization_config = config.made.config(quantization)
@@ -143,13 +142,6 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, modules: Pl
             (out / "config.json").unlink(missing_ok=True)
         raise
     faults.point("finish.config")
-
-
-def _search_power(config: JobConfig) -> float:
-    """The power p of |error|^p that the grid search minimizes; 0 without a grid search."""
-    if not config.scheme.mse:
-        return 0.0
-    return method_of(config).grid(config.scheme).mse_power
 
 
 def quantization_of(commits: Iterable[Commit], config: JobConfig, modules: PlainModules, meta: Mapping[str, Any]) -> Quantization:

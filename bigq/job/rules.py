@@ -57,7 +57,7 @@ def count_words(counts: Iterable[RuleCount]) -> list[str]:
     return found
 
 
-def _words(overrides: Mapping[str, int | float | bool]) -> Iterator[str]:
+def _words(overrides: Mapping[str, int | float | bool | str]) -> Iterator[str]:
     if not overrides:
         yield "as the rest"
     for name, value in overrides.items():

@@ -65,8 +65,8 @@ def settled(model: ModelDescription, config: JobConfig) -> JobConfig:
 
 def _settled_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme:
     """The scheme of a job whose format is settled, with all settings decided. Raises UsageError if its scales would not fit the format."""
-    ordered = config.scheme.act_order and method_of(config).calibrated  # without a Hessian there is no other order than the natural one
-    return dataclasses.replace(config.scheme, act_order=ordered, scale_bits=_scale_bits(model, config))
+    order = config.scheme.order if method_of(config).calibrated else "natural"  # without a Hessian there is no other one
+    return dataclasses.replace(config.scheme, order=order, scale_bits=_scale_bits(model, config))
 
 
 def _scale_bits(model: ModelDescription, config: JobConfig) -> int:

@@ -6,50 +6,84 @@ against exactly the grid that readers use.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from bigq.kernels.grid_spec import FP16_TINY as FP16_TINY
-from bigq.kernels.grid_spec import MSE_STEPS
+from bigq.kernels.grid_spec import REFINED
 from bigq.kernels.grid_spec import SCALE_BITS as SCALE_BITS
 from bigq.kernels.grid_spec import GridSpec as GridSpec
 from bigq.kernels.grid_spec import GroupGrid as GroupGrid
 from bigq.kernels.pick import use_compiled
 
+#: Weights that a GPU solves with several grids in one launch, if more than one grid fits: 9 bytes each.
+TRIAL_ELEMENTS = 2**24
 
-def find_grid(w: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+
+def find_grid(w: Tensor, spec: GridSpec, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and zero point of groups of weights.
 
     w: [g, ...], g weights in each group. Returns (scale, zero), each [...] in w's dtype. The scale is rounded to fp16, the zero
     point to an integer. A scale above the range of fp16 is Inf.
+    weight: the weights of squared errors in a search, [g] or with the first of w's other dimensions; by default all are 1.
     """
     if use_compiled(w):
         from bigq.kernels.cpu.columns import find_grid_compiled
 
-        return find_grid_compiled(w, spec)
-    return find_grid_reference(w, spec)
+        return find_grid_compiled(w, spec, weight)
+    return find_grid_reference(w, spec, weight)
 
 
-def find_grid_reference(w: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+def find_grid_reference(w: Tensor, spec: GridSpec, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``find_grid`` in plain torch."""
     low = w.amin(0).clamp_(max=0)
     high = w.amax(0).clamp_(min=0)
-    scale, zero = _grid_for_range(low, high, spec)
-    if not spec.mse:
-        return scale, zero
-    best = _rounding_error(w, scale, zero, spec)
-    for step in range(1, MSE_STEPS):
-        shrink = 1 - step / 100
-        candidate_scale, candidate_zero = _grid_for_range(low * shrink, high * shrink, spec)
-        error = _rounding_error(w, candidate_scale, candidate_zero, spec)
+    if not spec.search:
+        return grid_for_range(low, high, spec)
+    if weight is not None:
+        weight = weight[(...,) + (None,) * (w.ndim - weight.ndim)]
+    best = scale = zero = torch.full_like(low, torch.inf)
+    for hundredths in spec.tried:
+        part = hundredths / 100
+        tried = grid_for_range(low * part, high * part, spec)
+        error = _squared_error(w, *tried, spec, weight)
         better = error < best
-        best = torch.where(better, error, best)
-        scale = torch.where(better, candidate_scale, scale)
-        zero = torch.where(better, candidate_zero, zero)
+        best, scale, zero = (torch.where(better, new, old) for new, old in ((error, best), (tried[0], scale), (tried[1], zero)))
+    # Without a better one, as of weights that are not finite, the full range.
+    lost = torch.isinf(best)
+    full = grid_for_range(low, high, spec)
+    return torch.where(lost, full[0], scale), torch.where(lost, full[1], zero)
+
+
+def least_loss_grid(target: Tensor, spec: GridSpec, solve: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The tried grid of the least loss for each row of a group's weights [..., g, m]: scale and zero point [..., m].
+
+    The loss ``Σ_j ((w_j − q_j) / u_jj)²`` of a group is what it adds to the error of the output, if later columns compensate it. It depends
+    on the grid through each step of the column loop, so the loop itself is run with every grid.
+
+    solve: the loss of each row with c given grids, whose scales and zero points are [c, ..., m]. A row whose losses are not finite gets
+        the grid that spans its weights.
+    """
+    low, high = target.amin(-2).clamp_(max=0), target.amax(-2).clamp_(min=0)
+    scale, zero = grid_for_range(low, high, spec)
+    loss, part = torch.full_like(scale, torch.inf), torch.ones_like(scale)
+
+    def attempt(parts: Tensor) -> None:
+        nonlocal loss, scale, zero, part
+        tried = grid_for_range(low * parts, high * parts, spec)
+        for new in zip(solve(*tried), *tried, parts, strict=True):
+            better = new[0] < loss
+            loss, scale, zero, part = (torch.where(better, n, old) for n, old in zip(new, (loss, scale, zero, part), strict=True))
+
+    attempt(torch.stack([torch.full_like(scale, hundredths / 100) for hundredths in spec.solved]))
+    for step in REFINED:
+        attempt(torch.stack([part - step / 100, part + step / 100]))
     return scale, zero
 
 
-def _grid_for_range(low: Tensor, high: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+def grid_for_range(low: Tensor, high: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
     """The grid that spans [low, high], low ≤ 0 ≤ high."""
     if spec.symmetric:
         reach = torch.maximum(-low, high)
@@ -83,6 +117,7 @@ def _round_scale(scale: Tensor, bits: int) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(stored), stored)
 
 
-def _rounding_error(w: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
+def _squared_error(w: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec, weight: Tensor | None) -> Tensor:
     step = torch.clamp(torch.round(w / scale), -zero, spec.max_code - zero)
-    return (w - step * scale).abs_().pow_(spec.mse_power).sum(0)
+    error = (w - step * scale).square_()
+    return (error if weight is None else error.mul_(weight)).sum(0)

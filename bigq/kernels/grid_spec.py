@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 SCALE_BITS = 11
 FEWEST_SCALE_BITS = 7
 
-#: The grid search sums errors to this power, as the paper's own code does.
-MSE_POWER = 2.4
+#: The smallest scale that a search by squared error tries, in hundredths of the one that spans the group's weights.
+SMALLEST_TRIED = 21
 
-#: The grid search of the GPTQ paper's code: the full range is shrunk by 1 % per step, down to 21 %.
-MSE_STEPS = 80
+#: What a search by the loss in a group tries, in the same unit, and the steps by which it then moves from the best one.
+SOLVED = (100, 92, 84, 108, 76, 116, 68, 124, 60, 52, 44)
+REFINED = (4, 2)
 
 #: The smallest fp16 number above 0.
 FP16_TINY = 2.0**-24
@@ -25,18 +26,39 @@ FP16_TINY = 2.0**-24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GridSpec:
-    """What the points ``scale · (code − zero)`` of a group may be; the fields mean what they mean in ``QuantScheme``."""
+    """What the points ``scale · (code − zero)`` of a group may be; the fields mean what they mean in ``QuantScheme``.
+
+    search: the grid is the best of several: by the loss that GPTQ reaches in the group where the column loop finds it, else by squared
+        error. Otherwise it spans the group's weights.
+    """
 
     bits: int
     symmetric: bool
     min_zero: int = 0
-    mse: bool = False
-    mse_power: float = MSE_POWER
+    search: bool = False
     scale_bits: int = SCALE_BITS
 
     @property
     def max_code(self) -> int:
         return (1 << self.bits) - 1
+
+    @property
+    def tried(self) -> range:
+        """The ranges that a search by squared error tries, in hundredths of the one that spans the group's weights, the widest first.
+
+        A symmetric grid has one more step below 0 than above, and spans ±reach in ``max_code`` steps: the largest weight is at least half
+        a step off if it is positive. In up to ``2^(bits−1) − 1`` steps it is a point of the grid.
+        """
+        return range(-(-100 * self.max_code // (self.max_code - 1)) if self.symmetric else 100, SMALLEST_TRIED - 1, -1)
+
+    @property
+    def solved(self) -> tuple[int, ...]:
+        """The same for a search by the loss in a group. Errors of a group's first columns widen its last ones.
+
+        It begins on either side of the likely best one, so that others are soon seen to be worse. Then come those ± each of ``REFINED``
+        around the best one of each row.
+        """
+        return *SOLVED, max(132, self.tried[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from bigq.errors import NumericsError
-from bigq.kernels.grid import GridSpec
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
 from bigq.solver.hessian import Reduction
@@ -114,10 +113,6 @@ class Method(ABC):
     def calibrated(self) -> bool:
         """Whether the method needs calibration rows."""
         return self.passes > 0
-
-    def grid(self, scheme: QuantScheme) -> GridSpec:
-        """The grid from which the method takes a group's scale and zero point."""
-        return scheme.grid
 
 
 class DataFreeMethod(Method):

@@ -13,7 +13,7 @@ from bigq.methods.base import CalibratedMethod, Collectors, OneByOne
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
 from bigq.solver.batch import Factors, HessianSums
-from bigq.solver.gptq import solve, solve_many
+from bigq.solver.gptq import column_order, solve, solve_many
 from bigq.solver.hessian import Factor, HessianSum, Reduction, factorize
 from bigq.solver.upstream_error import Correction
 
@@ -63,11 +63,12 @@ class HessianSolver:
         self._correction = correction
 
     def kind(self, scheme: QuantScheme) -> Hashable:
-        return scheme.act_order, scheme.damping
+        order = column_order(scheme, len(self._hessian))
+        return order.name, order.width, scheme.damping
 
     def factor(self, scheme: QuantScheme, label: str, *, last: bool) -> HessianFactor:
         h = self._hessian if last else self._hessian.clone()
-        return HessianFactor(factorize(h, act_order=scheme.act_order, damping=scheme.damping, name=label), self._correction)
+        return HessianFactor(factorize(h, order=column_order(scheme, len(h)), damping=scheme.damping, name=label), self._correction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class HessianCollectors:
         self.each = [HessianCollector(hessian) for hessian in hessians.each]
 
     def factor(self, scheme: QuantScheme, labels: Sequence[str]) -> HessianFactors:
-        return HessianFactors(*self._hessians.factorize(act_order=scheme.act_order, damping=scheme.damping, names=labels))
+        return HessianFactors(*self._hessians.factorize(order=column_order(scheme, self._hessians.n), damping=scheme.damping, names=labels))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bigq.kernels.grid import GridSpec
 from bigq.methods.base import DataFreeMethod
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
-from bigq.solver.rtn import round_to_nearest, rtn_grid
+from bigq.solver.rtn import round_to_nearest
 
 
 class Rtn(DataFreeMethod):
@@ -20,6 +19,3 @@ class Rtn(DataFreeMethod):
 
     def quantize(self, weight: Tensor, scheme: QuantScheme, label: str) -> QuantizedWeight:
         return round_to_nearest(weight, scheme, label)
-
-    def grid(self, scheme: QuantScheme) -> GridSpec:
-        return rtn_grid(scheme)

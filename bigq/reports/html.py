@@ -159,7 +159,8 @@ def settings(config: JobConfig) -> list[tuple[str, object]]:
     scheme = config.scheme
     groups = "one group per row" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
     zeros = "symmetric" if scheme.symmetric else "asymmetric"
-    extra = [word for word, on in (("act-order", scheme.act_order), ("scales by grid search", scheme.mse)) if on]
+    extra = [] if scheme.order == "natural" else [f"{scheme.order} order"]
+    extra += [] if scheme.scales == "minmax" else ["scales by search"]
     extra += [f"scales of {scheme.scale_bits} significant bits"] if scheme.scale_bits is not None else []
     pairs: list[tuple[str, object]] = [("weights", ", ".join([f"{scheme.bits} bits", groups, zeros, *extra]))]
     order = "true-sequential" if config.true_sequential else "all Linears of a block at once"

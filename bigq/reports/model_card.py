@@ -10,7 +10,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bigq.config import JobConfig
@@ -28,11 +28,19 @@ from bigq.reports.loading import loading, loads_with_transformers
 from bigq.reports.markdown import block, code, plain, table
 from bigq.reports.method import method_text
 from bigq.version import __version__
+from bigq.vocabulary import OrderName, ScalesName
 
 #: Bytes of the source's README that are read: front matter comes first.
 MAX_README = 2**20
 #: Linears that the card names.
 WORST = 5
+#: What options of a scheme mean.
+ORDERS: Mapping[OrderName, str] = {
+    "natural": "from left to right",
+    "activation": "by decreasing Hessian diagonal, groups in natural order",
+    "group": "group by group, by decreasing Hessian diagonal",
+}
+SCALES: Mapping[ScalesName, str] = {"minmax": "each spans all weights of its group", "search": "searched for the least error"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{7,64})/?$")
 _LICENCE = re.compile(r"""^(license|license_name|license_link):[ \t]*["']?([A-Za-z0-9][\w./:#?=&%+-]{0,200})["']?[ \t]*$""", re.MULTILINE)
@@ -190,12 +198,11 @@ def _settings(history: History, config: JobConfig) -> Iterator[tuple[str, str]]:
     yield "zero points", "symmetric" if scheme.symmetric else "asymmetric"
     if scheme.scale_bits is not None:
         yield "significant bits of scales", str(scheme.scale_bits)
-    if scheme.mse:
-        yield "scales", "grid search for the least rounding error"
+    yield "scales", SCALES[scheme.scales]
     if config.method == "gptaq":
         yield "correction of the upstream error (alpha)", str(config.alpha)
     if method.calibrated:
-        yield "act-order", "on, groups in natural order" if scheme.act_order else "off"
+        yield "order of columns", ORDERS[scheme.order]
         yield "damping", str(scheme.damping)
         yield "order within a block", "true-sequential" if config.true_sequential else "all at once"
         text = without_folders(config.calibration)

@@ -16,7 +16,7 @@ from torch import Tensor
 from bigq.errors import NumericsError
 from bigq.kernels.cholesky import upper_cholesky_many_
 from bigq.kernels.triangles import mirror_
-from bigq.solver.hessian import Factor, HessianSum, Undamped
+from bigq.solver.hessian import Factor, HessianSum, Order, Undamped
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,11 @@ class HessianSums:
     """Accumulators for ``count`` inputs of n features, in one buffer [count, n, n]. finite_only: see ``HessianSum``."""
 
     def __init__(self, count: int, n: int, device: torch.device, *, finite_only: bool = False) -> None:
+        self.n = n
         self._sums = torch.zeros(count, n, n, dtype=torch.float32, device=device)
         self.each = [HessianSum(n, device, finite_only=finite_only, into=self._sums[i]) for i in range(count)]
 
-    def factorize(self, *, act_order: bool, damping: float, names: Sequence[str]) -> tuple[Factors | None, list[NumericsError | None]]:
+    def factorize(self, *, order: Order, damping: float, names: Sequence[str]) -> tuple[Factors | None, list[NumericsError | None]]:
         """End the accumulation and factor the Hessians in their own storage, see ``hessian.factorize``. This object is used up.
 
         Returns the factors of those that did not fail, in order, None if there are none; and for each sum why it failed, or None.
@@ -51,7 +52,7 @@ class HessianSums:
         mirror_(h)
         for i in (i for i, failure in enumerate(failures) if failure is None):
             try:
-                undamped[i] = Undamped.of(h[i], act_order=act_order, name=names[i])
+                undamped[i] = Undamped.of(h[i], order=order, name=names[i])
             except NumericsError as error:
                 failures[i] = error
         if not undamped:

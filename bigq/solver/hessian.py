@@ -17,6 +17,7 @@ from bigq.kernels.cholesky import upper_cholesky_
 from bigq.kernels.finiteness import is_finite
 from bigq.kernels.syrk import CHUNK_TOKENS, syrk_
 from bigq.kernels.triangles import mirror_, permute_, restore_upper_
+from bigq.vocabulary import OrderName
 
 #: If the factorization fails, damping is multiplied by 10, up to 1 (the mean of the live diagonal).
 LADDER_FACTOR = 10.0
@@ -44,6 +45,30 @@ class Reduction(Protocol):
 
     def number(self, share: int) -> int:
         """The sum over all processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The order in which columns are quantized. name: see ``QuantScheme.order``. width: inputs per group, for the order "group"."""
+
+    name: OrderName
+    width: int
+
+    def permutation(self, diagonal: Tensor) -> Tensor | None:
+        """int64 [n] for the Hessian's diagonal [n]; None for the natural order."""
+        if self.name == "natural":
+            return None
+        if self.name == "activation" or self.width == len(diagonal):
+            return torch.argsort(diagonal, descending=True, stable=True)
+        # Groups by the sum of their columns, and the columns inside each.
+        grouped = diagonal.view(-1, self.width)
+        groups = torch.argsort(grouped.double().sum(1), descending=True, stable=True)
+        inside = torch.argsort(grouped[groups], dim=1, descending=True, stable=True)
+        return (groups[:, None] * self.width + inside).flatten()
+
+
+#: Orders that do not depend on groups.
+NATURAL, ACTIVATION = Order("natural", 0), Order("activation", 0)
 
 
 class HessianSum:
@@ -119,7 +144,7 @@ class Factor:
     damping: float
 
 
-def factorize(h: Tensor, *, act_order: bool, damping: float, name: str = "the Linear") -> Factor:
+def factorize(h: Tensor, *, order: Order, damping: float, name: str = "the Linear") -> Factor:
     """Factor a symmetric H [n, n] (fp32 or fp64) in its own storage; the caller must not use h afterwards.
 
     Damping is a fraction of the mean over live inputs. Dead ones have no part in it, so the factor of c·H is √c times that of H. In H'
@@ -128,7 +153,7 @@ def factorize(h: Tensor, *, act_order: bool, damping: float, name: str = "the Li
     If the factorization fails, damping is raised and it is repeated. Raises NumericsError, naming ``name``, if H is not finite or
     not positive definite even with the highest damping.
     """
-    undamped = Undamped.of(h, act_order=act_order, name=name)
+    undamped = Undamped.of(h, order=order, name=name)
     undamped.damp_(h, damping)
     return undamped.factor(h, damping, name, done=upper_cholesky_(h))
 
@@ -146,7 +171,7 @@ class Undamped:
     mean: float
 
     @classmethod
-    def of(cls, h: Tensor, *, act_order: bool, name: str) -> Undamped:
+    def of(cls, h: Tensor, *, order: Order, name: str) -> Undamped:
         """Look at a symmetric h [n, n], and permute it if asked to. Raises NumericsError if it is not finite."""
         diagonal = h.diagonal()
         if not bool(torch.isfinite(diagonal).all()):
@@ -157,9 +182,8 @@ class Undamped:
         live = int((diagonal != 0).sum())
         # In fp64: a sum of large fp32 numbers may overflow.
         mean = float(diagonal.double().sum()) / live if live else 1.0
-        perm: Tensor | None = None
-        if act_order:
-            perm = torch.argsort(diagonal, descending=True, stable=True)
+        perm = order.permutation(diagonal)
+        if perm is not None:
             permute_(h, perm)
         return cls(diagonal=h.diagonal().clone(), perm=perm, live=live, mean=mean)
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from bigq.errors import NumericsError
 from bigq.kernels.finiteness import is_finite
 from bigq.kernels.grid import find_grid
-from bigq.kernels.grid_spec import MSE_POWER, GridSpec
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
 from bigq.solver.storage_range import require_storable
-
-
-def rtn_grid(scheme: QuantScheme) -> GridSpec:
-    """The grids for RTN. A grid search uses exponent 2.4 at all widths, since no error feedback widens the weights."""
-    return dataclasses.replace(scheme.grid, mse_power=scheme.mse_power or MSE_POWER)
 
 
 def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "the Linear") -> QuantizedWeight:
@@ -31,7 +23,7 @@ def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "the Linea
     m, n = weight.shape
     width = scheme.group_width(n)
     groups = weight.float().reshape(m, n // width, width).permute(2, 0, 1)
-    scale, zero = find_grid(groups, rtn_grid(scheme))
+    scale, zero = find_grid(groups, scheme.grid)
     require_storable(scale, name)
     steps = torch.clamp(torch.round(groups / scale), -zero, scheme.grid.max_code - zero)
     codes = (steps + zero).to(torch.uint8).permute(1, 2, 0).reshape(m, n)

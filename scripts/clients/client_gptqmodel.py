@@ -17,7 +17,7 @@ LOGITS_TOLERANCE = 1e-5
 
 def flags(bits: int, group_size: int, sym: bool, act_order: bool, version: int) -> tuple[str, ...]:
     chosen = ["--bits", str(bits), "--group-size", str(group_size), "--sym" if sym else "--asym"]
-    chosen += ["--act-order"] if act_order else []
+    chosen += ["--order", "activation"] if act_order else []
     return (*chosen, "--format", "gptq" if version == 1 else "gptq_v2")
 
 
@@ -63,7 +63,7 @@ SPECIAL: tuple[tuple[str, str, dict[str, Any], tuple[str, ...]], ...] = (
     ("llama-bias", "llama", {"attention_bias": True, "mlp_bias": True}, _FOUR),
     ("llama-tied", "llama", {"tie_word_embeddings": True}, _FOUR),
     ("llama-rtn", "llama", {}, (*_FOUR, "--method", "rtn")),
-    ("llama-mse", "llama", {}, (*_FOUR, "--mse")),
+    ("llama-mse", "llama", {}, (*_FOUR, "--scales", "search")),
     ("llama-rule-bits", "llama", {}, (*_FOUR, "--rule", r".*down_proj$:bits=8")),
     ("llama-rule-group", "llama", {}, (*_FOUR, "--rule", r".*mlp\..*:group_size=64")),
     ("llama-rule-sym", "llama", {}, (*_FOUR, "--rule", r".*\.o_proj$:sym=false")),

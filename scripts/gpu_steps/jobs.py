@@ -38,9 +38,9 @@ KILLS = (("block.solved:2:kill", 0.0), ("block.solved:2:kill", None), ("batch.be
 #: Family → options: formats, bits, methods, tiers and data types.
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "bloom": {},
-    "llama": {"scheme": {**GROUPS_OF_32, "act_order": True}, "method": "gptaq", "activations": "host", "lm_head": True},
+    "llama": {"scheme": {**GROUPS_OF_32, "order": "activation"}, "method": "gptaq", "activations": "host", "lm_head": True},
     "qwen2": {"scheme": {"bits": 3, "group_size": 32, "symmetric": False}, "format": "compressed-tensors"},
-    "gpt2": {"scheme": {"bits": 2, "group_size": -1, "mse": True}, "on_nonfinite": "skip"},
+    "gpt2": {"scheme": {"bits": 2, "group_size": -1, "scales": "search"}, "on_nonfinite": "skip"},
     "opt": {"scheme": {"bits": 8, "group_size": 32}, "format": "gptq_v2", "dtype": "float16"},
 }
 #: The mean error of the Linears may differ so much between GPU and CPU, relatively; perplexity; logits of packed and dense weights.

@@ -33,7 +33,7 @@ from bigq.kernels.syrk import syrk_, syrk_reference_
 from bigq.scheme import QuantScheme
 from bigq.solver.batch import HessianSums
 from bigq.solver.gptq import solve, solve_many
-from bigq.solver.hessian import HessianSum, factorize
+from bigq.solver.hessian import NATURAL, HessianSum, factorize
 
 SCHEME = QuantScheme(bits=4, group_size=128)
 
@@ -207,7 +207,7 @@ def linears(bench: Bench) -> dict[str, Any]:
         row: dict[str, Any] = {}
         if n <= 4096:
             row["eager_s"] = bench.seconds(lambda weight=weight, h=h: eager_gptq(weight, h, 4, 128), 1)
-            solve([weight], factorize(h.clone(), act_order=False, damping=0.01), SCHEME)  # compiles the kernels
+            solve([weight], factorize(h.clone(), order=NATURAL, damping=0.01), SCHEME)  # compiles the kernels
         diagonal = h.diagonal().clone()
         times = []
         for _ in range(3 if n <= 8192 else 1):
@@ -217,7 +217,7 @@ def linears(bench: Bench) -> dict[str, Any]:
                 torch.cuda.reset_peak_memory_stats()
                 held = torch.cuda.memory_allocated() - own.nbytes
             begin = time.perf_counter()
-            factor = factorize(own, act_order=False, damping=0.01)
+            factor = factorize(own, order=NATURAL, damping=0.01)
             bench.sync()
             middle = time.perf_counter()
             solved = solve([weight], factor, SCHEME)[0]
@@ -275,14 +275,14 @@ def _factor_and_solve(bench: Bench, sums: HessianSums, weights: list[list[Tensor
         h = sums.each[0].finish()
         bench.sync()
         started = time.perf_counter()
-        factor = factorize(h, act_order=False, damping=0.01)
+        factor = factorize(h, order=NATURAL, damping=0.01)
         bench.sync()
         factored = time.perf_counter()
         solve(weights[0], factor, SCHEME)
     else:
         bench.sync()
         started = time.perf_counter()
-        factors, failures = sums.factorize(act_order=False, damping=0.01, names=[str(i) for i in range(len(weights))])
+        factors, failures = sums.factorize(order=NATURAL, damping=0.01, names=[str(i) for i in range(len(weights))])
         bench.sync()
         factored = time.perf_counter()
         assert factors is not None and failures == [None] * len(weights)
@@ -328,7 +328,7 @@ def profile(bench: Bench) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for m, n in ((4096, 4096), (8192, 8192), (8192, 28672)):
         weight = 0.02 * bench.randn(m, n, dtype=torch.bfloat16)
-        factor = factorize(hessian_of(bench, n, 8192), act_order=False, damping=0.01)
+        factor = factorize(hessian_of(bench, n, 8192), order=NATURAL, damping=0.01)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
             solve([weight], factor, SCHEME)
             bench.sync()

@@ -27,8 +27,9 @@ from bigq.kernels.syrk import syrk_
 from bigq.kernels.triangles import mirror_, permute_
 from bigq.scheme import QuantScheme
 from bigq.solver.batch import HessianSums
-from bigq.solver.gptq import solve, solve_many
+from bigq.solver.gptq import column_order, solve, solve_many
 from bigq.solver.hessian import HessianSum, factorize
+from bigq.vocabulary import ORDERS, OrderName
 from gpu_steps.setting import Findings, Setting
 
 #: The name of this step at small sizes, for the step sanitizer.
@@ -62,9 +63,9 @@ def run(setting: Setting, found: Findings) -> None:
     some = 32 * cases.size
     for m, n, width in ((2 * some, some, 32), (some, 2 * some, 2 * some), (128 * some + 128, 256, 128)):
         cases.attempt("matvec", lambda m=m, n=n, w=width: cases.matvec(4, torch.bfloat16, m, n, w))
-    for act_order in (False, True):
-        cases.attempt("solve", lambda a=act_order: cases.solve(act_order=a))
-        cases.attempt("batched solve", lambda a=act_order: cases.batched_solve(act_order=a))
+    for order in ORDERS:
+        cases.attempt("solve", lambda o=order: cases.solve(order=o))
+        cases.attempt("batched solve", lambda o=order: cases.batched_solve(order=o))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,27 +263,27 @@ class Cases:
             self.found.check(f"{name}: error", relative(y, x.double() @ weight.T), PRODUCT_LIMITS[dtype])
             self.repeats(name, [y], *([other] for other in again))
 
-    def solve(self, *, act_order: bool) -> None:
+    def solve(self, *, order: OrderName) -> None:
         """A whole Linear on the device and on the CPU, from one Hessian."""
         m, n = 16 * self.size, 32 * self.size
         total, mix = HessianSum(n, self.device), self.randn(n, n) / n**0.5
         for _ in range(4):
             total.add((self.randn(n, n) @ mix).to(torch.bfloat16))
         h, weight = total.finish(), 0.02 * self.randn(m, n)
-        solved = []
+        scheme, solved = QuantScheme(order=order), []
         for where in (self.device, self.device, torch.device("cpu")):
-            factor = factorize(h.to(where, copy=True), act_order=act_order, damping=0.01)
-            solved.append(solve([weight.to(where)], factor, QuantScheme(act_order=act_order))[0])
+            factor = factorize(h.to(where, copy=True), order=column_order(scheme, n), damping=0.01)
+            solved.append(solve([weight.to(where)], factor, scheme)[0])
         ours, again, on_cpu = solved
-        name = f"solve {m} × {n}, {'act-order' if act_order else 'natural order'}"
+        name = f"solve {m} × {n}, {order} order"
         self.repeats(name, [ours.codes], [again.codes])
         self.found.check(f"{name}: codes that differ from the CPU's", float((ours.codes.cpu() != on_cpu.codes).double().mean()), 2e-2)
         self.found.check(f"{name}: loss over the CPU's", abs(ours.loss / on_cpu.loss - 1), 1e-2)
 
-    def batched_solve(self, *, act_order: bool, count: int = 3) -> None:
+    def batched_solve(self, *, order: OrderName, count: int = 3) -> None:
         """Several matrices side by side, beside each alone. The library's products of a batch may round differently."""
         m, n = 16 * self.size, 32 * self.size
-        scheme, names = QuantScheme(act_order=act_order), [str(i) for i in range(count)]
+        scheme, names = QuantScheme(order=order), [str(i) for i in range(count)]
         mix = self.randn(n, n) / n**0.5
         xs = [((1 + i) * self.randn(2 * n, n) @ mix).to(torch.bfloat16) for i in range(count)]
         weights = [[0.02 * self.randn(m, n)] for _ in range(count)]
@@ -291,14 +292,14 @@ class Cases:
             sums = HessianSums(count, n, self.device)
             for one, x in zip(sums.each, xs, strict=True):
                 one.add(x)
-            factors, failures = sums.factorize(act_order=act_order, damping=0.01, names=names)
+            factors, failures = sums.factorize(order=column_order(scheme, n), damping=0.01, names=names)
             assert factors is not None and failures == [None] * count
             runs.append([result for result in solve_many(weights, factors, scheme, names) if isinstance(result, list)])
-        name = f"batched solve {m} × {n}, {'act-order' if act_order else 'natural order'}"
+        name = f"batched solve {m} × {n}, {order} order"
         self.repeats(name, *([result.codes for (result,) in run] for run in runs))
         for x, weight, (ours,) in zip(xs, weights, runs[0], strict=True):
             total = HessianSum(n, self.device)
             total.add(x)
-            (alone,) = solve(weight, factorize(total.finish(), act_order=act_order, damping=0.01), scheme)
+            (alone,) = solve(weight, factorize(total.finish(), order=column_order(scheme, n), damping=0.01), scheme)
             self.found.check(f"{name}: codes that differ from single ones", float((ours.codes != alone.codes).double().mean()), 2e-2)
             self.found.check(f"{name}: loss over that of single ones", abs(ours.loss / alone.loss - 1), 1e-2)

@@ -43,7 +43,6 @@ OPTIONS = (
     ),
     Case("; did you mean {}?", PLAN + " --bitz 4"),
     Case("; did you mean {}?", PLAN + " --method gptk"),
-    Case("{}: no effect {}; add that, or leave out {}", PLAN + " --mse-power 2"),
     Case("{}: no effect {}; add that, or leave out {}", PLAN + " --alpha 0.3"),
     Case("--push-drop: no effect without --push; add that, or leave out --push-drop", PLAN + " --push-drop"),
     Case(

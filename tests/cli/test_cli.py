@@ -44,14 +44,14 @@ def parsed(*arguments: str, before: JobConfig | None = None) -> JobConfig:
         ([], "quantize plan eval generate verify status demo --version"),
         (
             ["quantize"],
-            "--bits --group-size --sym --no-sym --asym --act-order --no-act-order --damping --mse --no-mse --method --lm-head --no-lm-head "
+            "--bits --group-size --sym --no-sym --asym --order --damping --scales --method --lm-head --no-lm-head "
             "--true-sequential --no-true-sequential --rule --skip --format --scale-bits "
             "--on-nonfinite --calibration --samples --seqlen --seed --vram --ram "
             "--disk --activations --read-ahead --checkpoint-every --batch --experts-at-once --device --dtype --trust-remote-code "
             "--no-trust-remote-code "
             "--quiet --grace --steal-lock --trace --json",
         ),
-        (["plan"], "--on --json --bits --no-act-order --on-nonfinite --vram --checkpoint-every --batch --device"),
+        (["plan"], "--on --json --bits --order --on-nonfinite --vram --checkpoint-every --batch --device"),
         (["eval"], "--data --baseline --seqlen --samples --json --batch --device --dtype --trust-remote-code --quiet"),
         (
             ["generate"],
@@ -145,12 +145,12 @@ def test_defaults_in_the_help_are_those_of_the_api(command: str, configs: list[A
         ("--sym", {}),
         ("--asym", {"scheme": QuantScheme(symmetric=False)}),
         ("--no-sym", {"scheme": QuantScheme(symmetric=False)}),
-        ("--act-order", {}),
-        ("--no-act-order", {"scheme": QuantScheme(act_order=False)}),
-        ("--no-mse", {}),
+        ("--order activation", {}),
+        ("--order natural", {"scheme": QuantScheme(order="natural")}),
+        ("--scales minmax", {}),
         ("--no-trust-remote-code", {}),
         ("--damping 0.05", {"scheme": QuantScheme(damping=0.05)}),
-        ("--mse", {"scheme": QuantScheme(mse=True)}),
+        ("--scales search", {"scheme": QuantScheme(scales="search")}),
         ("--scale-bits 8", {"scheme": QuantScheme(scale_bits=8)}),
         ("--method rtn", {"method": "rtn"}),
         ("--no-true-sequential", {"true_sequential": False}),
@@ -178,8 +178,8 @@ def test_defaults_in_the_help_are_those_of_the_api(command: str, configs: list[A
         ("--skip .*k_proj", {"rules": (Rule(".*k_proj", None),)}),
         ("--rule a.b:bits=8,group_size=32", {"rules": (Rule("a.b", {"bits": 8, "group_size": 32}),)}),
         (
-            "--rule x:sym=false,act_order=true,damping=0.5,mse=TRUE",
-            {"rules": (Rule("x", {"sym": False, "act_order": True, "damping": 0.5, "mse": True}),)},
+            "--rule x:sym=false,order=activation,damping=0.5,scales=search",
+            {"rules": (Rule("x", {"sym": False, "order": "activation", "damping": 0.5, "scales": "search"}),)},
         ),
         ("--rule (?:a|b):bits=2", {"rules": (Rule("(?:a|b)", {"bits": 2}),)}),
         ("--rule a:bits=2 --skip b --rule c:bits=3", {"rules": (Rule("b", None), Rule("a", {"bits": 2}), Rule("c", {"bits": 3}))}),
@@ -206,7 +206,7 @@ def test_checkpoint_every_is_seconds_or_never(value: str) -> None:
 # What is not given is as before.
 
 BEFORE = JobConfig(
-    scheme=QuantScheme(bits=3, group_size=32, symmetric=False, act_order=True, damping=0.5, mse=True),
+    scheme=QuantScheme(bits=3, group_size=32, symmetric=False, order="activation", damping=0.5, scales="search"),
     rules=(Rule("a", None), Rule("b", {"bits": 8}), Rule("c", None)),
     method="rtn",
     format="gptq_v2",
@@ -235,8 +235,8 @@ def test_nothing_given_is_everything_as_before() -> None:
         ("--sym", {"scheme": dataclasses.replace(BEFORE.scheme, symmetric=True)}),
         ("--asym", {}),
         ("--no-sym", {}),
-        ("--no-act-order", {"scheme": dataclasses.replace(BEFORE.scheme, act_order=False)}),
-        ("--no-mse", {"scheme": dataclasses.replace(BEFORE.scheme, mse=False)}),
+        ("--order natural", {"scheme": dataclasses.replace(BEFORE.scheme, order="natural")}),
+        ("--scales minmax", {"scheme": dataclasses.replace(BEFORE.scheme, scales="minmax")}),
         ("--method gptq", {"method": "gptq"}),
         ("--format gptq", {"format": "gptq"}),
         ("--true-sequential", {"true_sequential": True}),
@@ -265,13 +265,13 @@ def test_a_job_in_natural_order_keeps_it(checkpoint: Callable[[str], Path], ids_
     """Although act-order is the default: the order is decided when a job begins."""
     given = ["--calibration", str(ids_file), "--samples", "4", "--seqlen", "8", "--group-size", "32", "--device", "cpu", "--quiet"]
     job = ["quantize", str(checkpoint("llama")), str(tmp_path / "out"), *given]
-    assert main([*job, "--no-act-order"]) == 0
+    assert main([*job, "--order natural"]) == 0
     shards = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")}
     next((tmp_path / "out").glob("model-00002-*")).unlink()
     assert main(job) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")} == shards
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["static_groups"] is False
-    with pytest.raises(UsageError, match="--no-act-order"):
+    with pytest.raises(UsageError, match="--order natural"):
         bigq.quantize(
             checkpoint("llama"),
             tmp_path / "out",

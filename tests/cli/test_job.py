@@ -31,13 +31,13 @@ def notes(line: str, device: str = "cpu", before: JobConfig | None = None) -> li
     ("options", "said"),
     [
         ("", []),
-        ("--bits 3 --mse --mse-power 3 --act-order --damping 0.1 --samples 8", []),
+        ("--bits 3 --scales search --order activation --damping 0.1 --samples 8", []),
         ("--method gptaq --alpha 0.7", []),
-        ("--mse-power 3 --rule x:mse=true", []),
+        ("--rule x:scales=search", []),
         ("--method rtn", []),
-        ("--method rtn --mse", []),
-        ("--method rtn --act-order", ["--act-order: no effect with --method rtn"]),
-        ("--method rtn --no-act-order", ["--no-act-order: no effect with --method rtn"]),
+        ("--method rtn --scales search", []),
+        ("--method rtn --order activation", ["--order: no effect with --method rtn"]),
+        ("--method rtn --order natural", ["--order: no effect with --method rtn"]),
         (
             "--method rtn --damping 0.1 --calibration c4 --samples 8 --seqlen 9 --seed 1 --batch 2 --activations host --checkpoint-every 0",
             [
@@ -45,7 +45,6 @@ def notes(line: str, device: str = "cpu", before: JobConfig | None = None) -> li
                 for flag in IDLE_WITH_RTN.split()
             ],
         ),
-        ("--method rtn --mse --mse-power 3", ["--mse-power: no effect with --method rtn"]),
         ("--vram 8GiB", ["--vram: no effect on a CPU"]),
         (
             "--method rtn --no-true-sequential --vram 8GiB",
@@ -62,7 +61,6 @@ def test_options_without_effect_are_noted(options: str, said: list[str]) -> None
     [
         ("--alpha 0.7", "--alpha 0.7: no effect without --method gptaq; add that, or leave out --alpha"),
         ("--method rtn --alpha 0.7", "--alpha 0.7: no effect without --method gptaq; add that, or leave out --alpha"),
-        ("--mse-power 3", "--mse-power 3: no effect without --mse; add that, or leave out --mse-power"),
     ],
 )
 def test_options_that_ask_for_another_job_are_refused(options: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,8 +79,8 @@ def test_a_gpu_uses_its_budget() -> None:
 def test_what_the_resumed_job_has_counts() -> None:
     """Its method is not typed again."""
     assert notes("quantize M O --alpha 0.5", before=JobConfig(method="gptaq")) == []
-    assert notes("quantize M O --mse-power 3", before=JobConfig(scheme=QuantScheme(mse=True))) == []
-    assert notes("quantize M O", before=JobConfig(method="rtn", scheme=QuantScheme(act_order=True))) == [], "only what was typed"
+    assert notes("quantize M O --alpha 0.3", before=JobConfig(method="gptaq")) == []
+    assert notes("quantize M O", before=JobConfig(method="rtn", scheme=QuantScheme(order="activation"))) == [], "only what was typed"
     assert notes("quantize M O --samples 8", before=JobConfig(method="rtn")) == ["--samples: no effect with --method rtn"]
 
 

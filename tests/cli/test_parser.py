@@ -42,7 +42,8 @@ from bigq.vocabulary import FORMAT_NAMES
         ("quantize M O --vram 72", "bigq quantize: error: --vram 72: give a unit, such as 72GiB"),
         ("quantize M O --ram lots", "bigq quantize: error: --ram lots: is not a size; write for instance 72GiB or 80GB"),
         ("quantize M O --sym --asym", "bigq quantize: error: --sym and --asym: contradict each other; give one of them"),
-        ("quantize M O --no-mse --bits 3 --mse", "bigq quantize: error: --no-mse and --mse: contradict each other; give one of them"),
+        ("quantize M O --no-lm-head --lm-head", "bigq quantize: error: --no-lm-head and --lm-head: contradict each other; give one of them"),  # noqa: E501
+        ("quantize M O --scales mse", "bigq quantize: error: --scales mse: must be one of minmax, search"),
         ("generate M --prompt -x", "bigq generate: error: --prompt -x: a value that begins with a dash is written --prompt=-x"),
     ],
 )  # fmt: skip

@@ -18,7 +18,7 @@ from quality import METHODS, SETTINGS, Setting
 import bigq
 
 RESULTS = ROOT / "docs/results/quality.json"
-ROW = Setting(bits=3, group_size=32, symmetric=True, act_order=True)
+ROW = Setting(bits=3, group_size=32, symmetric=True, order="activation")
 
 
 def record(method: str, kl: float, seed: int = 0, stderr: float = 1e-6) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def test_methods_are_compared_with_what_there_is() -> None:
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m.tool == "bigq"], ids=lambda m: m.name)
 def test_bigq_s_settings_are_those_of_a_job(method: quality.Method) -> None:
-    settings = method.settings(dataclasses.replace(ROW, act_order=False))
+    settings = method.settings(dataclasses.replace(ROW, order="natural"))
     assert settings is not None
     scheme = bigq.QuantScheme(**settings.pop("scheme"))
     assert (scheme.bits, scheme.group_size, scheme.symmetric, scheme.mse) == (3, 32, True, ", mse" in method.name)

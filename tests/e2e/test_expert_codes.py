@@ -23,7 +23,7 @@ from bigq.solver.gptq import quantize_linear
 from bigq.solver.hessian import HessianSum
 
 CPU = torch.device("cpu")
-SCHEME = QuantScheme(bits=4, group_size=16, act_order=True)
+SCHEME = QuantScheme(bits=4, group_size=16, order="activation")
 #: Families whose experts are stored as one tensor for all are in test_wide_banks.py.
 FAMILIES = [family for family in MOE_FAMILIES if family not in ("gpt_oss", "granitemoe", "llama4_text")]
 BATCH = 4

@@ -35,7 +35,7 @@ from bigq.solver.gptq import quantize_linear
 from bigq.solver.hessian import HessianSum
 
 CPU = torch.device("cpu")
-SCHEME = QuantScheme(bits=4, group_size=16, act_order=True)
+SCHEME = QuantScheme(bits=4, group_size=16, order="activation")
 #: Families whose checkpoints hold every matrix of every expert by itself.
 BY_MATRIX = [family for family in MOE_FAMILIES if family not in ("gpt_oss", "granitemoe", "llama4_text")]
 

@@ -31,17 +31,20 @@ JOBS: dict[str, tuple[str, str, list[str]]] = {
     "llama gptq": ("llama", "gptq", []),
     "llama rtn": ("llama", "rtn", []),
     "small gptq": ("small", "gptq", []),
-    "bloom gptq": ("bloom", "gptq", ["--act-order"]),
+    "bloom gptq": ("bloom", "gptq", ["--order", "activation"]),
     # Not bloom: this correction of its last Linears hangs on how a processor rounds sums.
-    "llama gptaq": ("llama", "gptaq", ["--act-order"]),
-    "qwen2 gptaq": ("qwen2", "gptaq", ["--no-act-order"]),
+    "llama groups searched": ("llama", "gptq", ["--order", "group", "--scales", "search"]),
+    "llama searched twice": ("llama", "gptq", ["--order", "activation", "--scales", "search"]),
+    "experts searched": ("deepseek_v3", "gptq", ["--format", "compressed-tensors", "--order", "group", "--scales", "search"]),
+    "llama gptaq": ("llama", "gptaq", ["--order", "activation"]),
+    "qwen2 gptaq": ("qwen2", "gptaq", ["--order", "natural"]),
     "qwen2 gptq": ("qwen2", "gptq", ["--bits", "3", "--asym"]),
     "opt gptq": ("opt", "gptq", ["--on-nonfinite", "skip"]),
     "opt rtn": ("opt", "rtn", ["--bits", "8"]),
     "experts gptq": ("deepseek_v3", "gptq", ["--format", "compressed-tensors"]),
     "fp8 experts gptq": ("deepseek_v3_fp8", "gptq", ["--format", "compressed-tensors"]),
     "nvfp4 gptq": ("llama_nvfp4", "gptq", []),
-    "experts by act-order": ("deepseek_v3", "gptq", ["--format", "compressed-tensors", "--act-order"]),
+    "experts by act-order": ("deepseek_v3", "gptq", ["--format", "compressed-tensors", "--order", "activation"]),
 }
 #: Simulated run → the job, the tier and the fault.
 RUNS: dict[str, tuple[str, str, str]] = {

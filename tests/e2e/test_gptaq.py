@@ -104,8 +104,8 @@ def inputs_of(model: nn.Module, prefixes: list[str], ids: Tensor) -> dict[str, T
     ("family", "scheme", "alpha"),
     [
         ("llama", QuantScheme(group_size=32, bits=3), 0.5),
-        ("bloom", QuantScheme(group_size=-1, bits=3, act_order=True, symmetric=False), 1.0),
-        ("gpt2", QuantScheme(group_size=32, bits=4, act_order=True), 0.7),
+        ("bloom", QuantScheme(group_size=-1, bits=3, order="activation", symmetric=False), 1.0),
+        ("gpt2", QuantScheme(group_size=32, bits=4, order="activation"), 0.7),
     ],
 )
 def test_every_linear_is_solved_for_what_the_original_gives_on_its_own_inputs(
@@ -198,8 +198,8 @@ def test_interrupted_job_ends_with_the_same_bytes(
     [
         {"true_sequential": False},
         {"dtype": "bfloat16"},
-        {"scheme": QuantScheme(group_size=-1, bits=2, mse=True, act_order=True)},
-        {"rules": (Rule(r".*\.o_proj", None), Rule.parse(r".*\.(down|q|k|v|qkv)_proj:bits=8,sym=false,act_order=true"))},
+        {"scheme": QuantScheme(group_size=-1, bits=2, scales="search", order="activation")},
+        {"rules": (Rule(r".*\.o_proj", None), Rule.parse(r".*\.(down|q|k|v|qkv)_proj:bits=8,sym=false,order=activation"))},
         {"on_nonfinite": "skip"},
     ],
     ids=["together", "bf16", "mse, act-order", "rules", "skip"],

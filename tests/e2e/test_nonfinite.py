@@ -125,7 +125,11 @@ def with_packed(source: Path, out: Path) -> torch.nn.Module:
 
 @pytest.mark.parametrize(
     ("family", "scheme"),
-    [("llama", QuantScheme(group_size=-1, act_order=True)), ("bloom", QuantScheme(group_size=32)), ("gpt2", QuantScheme(group_size=32))],
+    [
+        ("llama", QuantScheme(group_size=-1, order="activation")),
+        ("bloom", QuantScheme(group_size=32)),
+        ("gpt2", QuantScheme(group_size=32)),
+    ],
 )
 def test_where_all_is_finite_the_bytes_are_the_same(
     family: str, scheme: QuantScheme, checkpoint: Callable[[str], Path], ids: Path, tmp_path: Path

@@ -102,8 +102,8 @@ def test_flags_that_make_no_sense(flags: list[str], words: str, tmp_path: Path, 
 PROGRAM = """
 import json, sys
 import bigq
-source, out, ids, rows, seqlen, act_order, method = sys.argv[1:]
-scheme = bigq.QuantScheme(group_size=128, act_order=act_order == "1")
+source, out, ids, rows, seqlen, order, scales, method = sys.argv[1:]
+scheme = bigq.QuantScheme(group_size=128, order=order, scales=scales)
 config = bigq.JobConfig(scheme=scheme, method=method, calibration=ids, samples=int(rows), seqlen=int(seqlen), device="cpu", quiet=True)
 report = bigq.quantize(source, out, config)
 print(json.dumps({"peak": report.host_peak_bytes, "planned": report.planned_host_bytes, "written": report.output_bytes}))
@@ -112,23 +112,35 @@ print(json.dumps({"peak": report.host_peak_bytes, "planned": report.planned_host
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("hidden", "inner", "rows", "seqlen", "act_order", "method"),
+    ("hidden", "inner", "rows", "seqlen", "order", "scales", "method"),
     [
-        (512, 1408, 48, 256, False, "gptq"),
-        (1024, 4096, 8, 512, True, "gptq"),
-        (2048, 5632, 4, 256, False, "gptq"),
-        (512, 1408, 48, 256, False, "gptaq"),
-        (1024, 4096, 8, 512, True, "gptaq"),
-        (2048, 5632, 4, 256, False, "gptaq"),
+        (512, 1408, 48, 256, "natural", "minmax", "gptq"),
+        (1024, 4096, 8, 512, "activation", "minmax", "gptq"),
+        (1024, 4096, 8, 512, "activation", "search", "gptq"),
+        (1024, 4096, 8, 512, "group", "search", "gptq"),
+        (2048, 5632, 4, 256, "natural", "minmax", "gptq"),
+        (512, 1408, 48, 256, "natural", "minmax", "gptaq"),
+        (1024, 4096, 8, 512, "activation", "minmax", "gptaq"),
+        (2048, 5632, 4, 256, "natural", "minmax", "gptaq"),
     ],
-    ids=["many tokens", "wide, act-order", "large", "many tokens, gptaq", "wide, act-order, gptaq", "large, gptaq"],
+    ids=[
+        "many tokens",
+        "wide, act-order",
+        "wide, search",
+        "wide, groups, search",
+        "large",
+        "many tokens, gptaq",
+        "wide, act-order, gptaq",
+        "large, gptaq",
+    ],
 )
 def test_the_peak_is_within_a_tenth_of_the_plan(
     hidden: int,
     inner: int,
     rows: int,
     seqlen: int,
-    act_order: bool,
+    order: str,
+    scales: str,
     method: str,
     child: Child,
     tmp_path: Path,
@@ -143,14 +155,14 @@ def test_the_peak_is_within_a_tenth_of_the_plan(
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
     ids = save_ids(tmp_path / "ids.safetensors", random_ids(rows, seqlen))
-    done = child("-c", PROGRAM, source, tmp_path / "out", ids, str(rows), str(seqlen), str(int(act_order)), method, timeout=300)
+    done = child("-c", PROGRAM, source, tmp_path / "out", ids, str(rows), str(seqlen), order, scales, method, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["peak"] == pytest.approx(result["planned"], rel=0.1)
     idle = child("-c", test_memory.IDLE)
     assert result["peak"] - int(idle.stdout) > 40 * MIB
     flags = ["--samples", str(rows), "--seqlen", str(seqlen), "--device", "cpu", "--method", method]
-    predicted = plan(child, source, *flags, "--act-order" if act_order else "--no-act-order")
+    predicted = plan(child, source, *flags, "--order", order, "--scales", scales)
     assert predicted["host_bytes"] == pytest.approx(result["planned"], rel=0.05)
     assert result["written"] == pytest.approx(predicted["written_bytes"], rel=0.01)
 

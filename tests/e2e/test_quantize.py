@@ -360,10 +360,14 @@ VARIANTS: Mapping[str, dict[str, Any]] = {
     "asym, gptq_v2": {"symmetric": False, "format": "gptq_v2"},
     "asym, 3 bits, gptq_v2": {"symmetric": False, "bits": 3, "format": "gptq_v2"},
     "asym, 2 bits": {"symmetric": False, "bits": 2},
-    "natural order": {"act_order": False},
-    "act order, asym, 3 bits": {"act_order": True, "symmetric": False, "bits": 3},
-    "mse": {"mse": True},
-    "mse, asym, 2 bits": {"mse": True, "symmetric": False, "bits": 2},
+    "natural order": {"order": "natural"},
+    "act order, asym, 3 bits": {"order": "activation", "symmetric": False, "bits": 3},
+    "group order": {"order": "group"},
+    "group order, asym, 3 bits": {"order": "group", "symmetric": False, "bits": 3},
+    "search": {"scales": "search"},
+    "search, group order": {"scales": "search", "order": "group"},
+    "search, natural order, one group per row": {"scales": "search", "order": "natural", "group_size": -1},
+    "search, asym, 2 bits": {"scales": "search", "symmetric": False, "bits": 2},
     "one group per row": {"group_size": -1},
     "groups of 8": {"group_size": 8},
     "damping": {"damping": 0.2},
@@ -386,7 +390,9 @@ def test_variant(variant: str, family_run: Callable[[str], Run], ids_file: Path,
     assert config["group_size"] == settings.get("group_size", GROUP)
     assert config["sym"] is settings.get("symmetric", True)
     assert config["checkpoint_format"] == settings.get("format", "gptq")
-    assert config["desc_act"] is False and config["static_groups"] is settings.get("act_order", settings.get("method") != "rtn")
+    assert config["desc_act"] is False and config["static_groups"] is (
+        settings.get("order", "activation") == "activation" and settings.get("method") != "rtn"
+    )
     assert config["damp_percent"] == settings.get("damping", 0.01)
     assert config["meta"]["method"] == settings.get("method", "gptq")
     for prefix, got in decoded.items():
@@ -426,7 +432,7 @@ def test_mse_rounds_better(checkpoint: Callable[[str], Path], ids_file: Path, tm
     source = checkpoint("llama")
     model = reference_model(source)
     plain = run_job(source, tmp_path / "plain", job(ids_file, method="rtn", bits=3)).decoded()
-    searched = run_job(source, tmp_path / "mse", job(ids_file, method="rtn", bits=3, mse=True)).decoded()
+    searched = run_job(source, tmp_path / "mse", job(ids_file, method="rtn", bits=3, scales="search")).decoded()
     for name, linear in searched.items():
         weight = matrix(linear_module(model, name))
         errors = [(weight - d.weight(torch.float32)).abs().pow(2.4).sum() for d in (plain[name], linear)]
@@ -533,9 +539,9 @@ def test_rules_mix_bits_and_groups(checkpoint: Callable[[str], Path], ids_file: 
 def test_rules_for_act_order_and_damping_within_one_group(checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path) -> None:
     """q, k and v share a Hessian and still each get what was asked for: as in jobs where all Linears have it."""
     source = checkpoint("llama")
-    rules = (Rule.parse(r".*\.q_proj:act_order=false"), Rule.parse(r".*\.k_proj:damping=0.3"))
+    rules = (Rule.parse(r".*\.q_proj:order=natural"), Rule.parse(r".*\.k_proj:damping=0.3"))
     mixed = run_job(source, tmp_path / "mixed", job(ids_file, rules=rules))
-    natural = run_job(source, tmp_path / "natural", job(ids_file, act_order=False))
+    natural = run_job(source, tmp_path / "natural", job(ids_file, order="natural"))
     damped_run = run_job(source, tmp_path / "damped", job(ids_file, damping=0.3))
     plain = run_job(source, tmp_path / "plain", job(ids_file))
     for part, run in (("q", natural), ("k", damped_run), ("v", plain)):

@@ -119,11 +119,11 @@ def test_interrupted_job_ends_with_the_same_bytes(
     "changes",
     [
         {"rules": RULES},
-        {"format": "gptq_v2", "scheme": QuantScheme(group_size=32, bits=3, symmetric=False, act_order=True)},
+        {"format": "gptq_v2", "scheme": QuantScheme(group_size=32, bits=3, symmetric=False, order="activation")},
         {"true_sequential": False},
         {"method": "rtn"},
         {"dtype": "bfloat16"},
-        {"scheme": QuantScheme(group_size=-1, bits=2, mse=True)},
+        {"scheme": QuantScheme(group_size=-1, bits=2, scales="search")},
     ],
     ids=["rules", "v2", "together", "rtn", "bf16", "mse"],
 )
@@ -287,7 +287,7 @@ def test_torn_journal_line(
 
 CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("--bits 3", {"scheme": QuantScheme(group_size=32, bits=3)}),
-    ("--no-act-order", {"scheme": QuantScheme(group_size=32, act_order=False)}),
+    ("--order natural", {"scheme": QuantScheme(group_size=32, order="natural")}),
     ("--damping 0.02", {"scheme": QuantScheme(group_size=32, damping=0.02)}),
     ("--rule", {"rules": RULES}),
     ("--method rtn", {"method": "rtn"}),

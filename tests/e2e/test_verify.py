@@ -101,7 +101,13 @@ def change_tensor(out: Path, name: str, change: Callable[[torch.Tensor], Any]) -
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 def test_every_format_and_width_is_sound(version: str, bits: int, source: Path, ids_file: Path, tmp_path: Path) -> None:
-    scheme = QuantScheme(bits=bits, group_size=32, symmetric=bits == 4, act_order=bits == 3, mse=bits == 2)
+    scheme = QuantScheme(
+        bits=bits,
+        group_size=32,
+        symmetric=bits == 4,
+        order="activation" if bits == 3 else "group",
+        scales="search" if bits == 2 else "minmax",
+    )
     bigq.quantize(str(source), tmp_path / "out", job(ids_file, scheme=scheme, format=version))
     assert verify(tmp_path / "out") == []
 

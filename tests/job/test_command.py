@@ -14,8 +14,8 @@ from bigq.scheme import QuantScheme, Rule
 
 CONFIGS: list[dict[str, Any]] = [
     {},
-    {"scheme": QuantScheme(bits=3, group_size=-1, symmetric=False, act_order=True, damping=0.025, mse=True)},
-    {"rules": (Rule("a.*b", None), Rule.parse(r".*\.x:bits=8,sym=false,damping=0.5"), Rule.parse("y:act_order=true,group_size=-1"))},
+    {"scheme": QuantScheme(bits=3, group_size=-1, symmetric=False, order="activation", damping=0.025, scales="search")},
+    {"rules": (Rule("a.*b", None), Rule.parse(r".*\.x:bits=8,sym=false,damping=0.5"), Rule.parse("y:order=activation,group_size=-1"))},
     {"method": "rtn", "format": "gptq_v2", "dtype": "bfloat16", "on_nonfinite": "skip", "trust_remote_code": True},
     {"scheme": QuantScheme(damping=0.0123456789, scale_bits=8), "method": "gptaq", "alpha": 1 / 3, "lm_head": True},
     {"true_sequential": False, "calibration": "builtin", "samples": 7, "seqlen": 33, "seed": 5, "batch": 3},
@@ -46,6 +46,5 @@ def test_the_folder_of_the_calibration_text_is_left_out() -> None:
 
 def test_options_that_the_command_line_refuses_are_left_out() -> None:
     """Python may give them; nothing comes of them."""
-    assert flags(JobConfig(alpha=0.25, scheme=QuantScheme(mse_power=3.0))) == []
+    assert flags(JobConfig(alpha=0.25)) == []
     assert flags(JobConfig(alpha=0.25, method="gptaq")) == ["--method", "gptaq", "--alpha", "0.25"]
-    assert flags(JobConfig(scheme=QuantScheme(mse=True, mse_power=3.0))) == ["--mse", "--mse-power", "3.0"]

@@ -169,7 +169,7 @@ def test_a_rule_that_matches_the_fused_name_but_no_part_is_refused() -> None:
         (r"-model\.layers\.1\.",),
         (".*(q|k|v|qkv)_proj:bits=8",),
         (r"-.*\.(q|k|v)_proj",),
-        (".*q_proj:act_order=true", ".*k_proj:damping=0.3"),
+        (".*q_proj:order=activation", ".*k_proj:damping=0.3"),
         (".*q_proj:bits=8", ".*k_proj:bits=8", ".*v_proj:bits=8"),
     ],
 )
@@ -188,7 +188,9 @@ def test_counts_and_their_words() -> None:
     assert [count.linears for count in counts] == [3, 3, 6, 3]
     assert count_words(counts) == ["9 Linears at 8 bits", "3 asymmetric in whole rows", "3 left out"]
     assert count_words(rule_counts(NAMES, ())) == []
-    assert count_words(rule_counts(NAMES[:1], (Rule.parse(".*:mse=true,damping=0.5"),))) == ["1 Linear with mse with damping 0.5"]
+    assert count_words(rule_counts(NAMES[:1], (Rule.parse(".*:scales=search,damping=0.5"),))) == [
+        "1 Linear with scales search with damping 0.5"
+    ]
 
 
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])

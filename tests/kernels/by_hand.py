@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bigq.kernels.grid import GridSpec
+from bigq.kernels.grid_spec import REFINED
 
 TINY = 2.0**-24
 
@@ -31,17 +32,37 @@ def range_grid(low: float, high: float, bits: int, symmetric: bool, min_zero: in
     return scale, zero
 
 
-def rounding_error(group: np.ndarray, scale: float, zero: int, bits: int, power: float = 2.4) -> float:
+def rounding_error(group: np.ndarray, scale: float, zero: int, bits: int, weights: np.ndarray | float = 1.0) -> float:
     codes = np.clip(np.rint(group / scale) + zero, 0, 2**bits - 1)
-    return float((np.abs(group - (codes - zero) * scale) ** power).sum())
+    return float((np.abs(group - (codes - zero) * scale) ** 2 * weights).sum())
 
 
-def reference_grid(group: np.ndarray, spec: GridSpec) -> tuple[float, int]:
-    """Scale and zero of one group."""
+def reference_grid(group: np.ndarray, spec: GridSpec, weights: np.ndarray | float = 1.0) -> tuple[float, int]:
+    """Scale and zero of one group; with a search, those of the least squared error, weighted."""
     low, high = min(0.0, float(group.min())), max(0.0, float(group.max()))
-    shrinks = [1 - i / 100 for i in range(80 if spec.mse else 1)]
+    shrinks = [i / 100 for i in spec.tried] if spec.search else [1.0]
     grids = [range_grid(low * s, high * s, spec.bits, spec.symmetric, spec.min_zero) for s in shrinks]
-    return min(grids, key=lambda grid: rounding_error(group, *grid, spec.bits, spec.mse_power))
+    return min(grids, key=lambda grid: rounding_error(group, *grid, spec.bits, weights))
+
+
+def loss_grid(group: list[float], u: list[list[float]], spec: GridSpec) -> tuple[float, int]:
+    """Scale and zero of one group, of the least loss of the column loop with its part of U: first among all parts, then around the best."""
+    low, high = min(0.0, *group), max(0.0, *group)
+
+    def tried(part: float) -> tuple[float, tuple[float, int]]:
+        scale, zero = range_grid(low * part, high * part, spec.bits, spec.symmetric, spec.min_zero)
+        values, loss = list(group), 0.0
+        for j, value in enumerate(values):
+            error = (value - scale * (min(max(round(value / scale) + zero, 0), spec.max_code) - zero)) / u[j][j]
+            loss += error**2
+            for later in range(j + 1, len(values)):
+                values[later] -= error * u[j][later]
+        return loss, (scale, zero)
+
+    best = min((i / 100 for i in spec.solved), key=lambda part: tried(part)[0])
+    for step in REFINED:
+        best = min((best, best - step / 100, best + step / 100), key=lambda part: tried(part)[0])
+    return tried(best)[1]
 
 
 def column_loop(
@@ -58,7 +79,10 @@ def column_loop(
         for j in range(k):
             g = int(group[j])
             if find and j % width == 0:
-                out["scale"][g, i], out["zero"][g, i] = reference_grid(np.array(values[j : j + width]), spec)
+                inside = slice(j, j + width)
+                part = [row[inside] for row in rows[inside]]
+                found = loss_grid(values[inside], part, spec) if spec.search else reference_grid(np.array(values[inside]), spec)
+                out["scale"][g, i], out["zero"][g, i] = found
             s, z = float(out["scale"][g, i]), float(out["zero"][g, i])
             code = min(max(round(values[j] / s) + z, 0), spec.max_code)
             error = (values[j] - s * (code - z)) / rows[j][j]

@@ -145,12 +145,12 @@ def test_loop_equals_the_one_by_hand(k: int, m: int, symmetric: bool) -> None:
         assert torch.allclose(result[name], expected[name], rtol=1e-9, atol=1e-12), name
 
 
-@pytest.mark.parametrize("mse", [False, True], ids=["full", "mse"])
+@pytest.mark.parametrize("search", [False, True], ids=["full", "search"])
 @pytest.mark.parametrize("min_zero", [0, 1])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 @pytest.mark.parametrize(("k", "width"), [(8, 8), (48, 16), (96, 48), (64, 64), (40, 40)])
-def test_grids_found_on_the_way_equal_those_by_hand(k: int, width: int, symmetric: bool, min_zero: int, mse: bool) -> None:
-    b = block(k, 6, GridSpec(bits=3, symmetric=symmetric, min_zero=min_zero, mse=mse), width=width)
+def test_grids_found_on_the_way_equal_those_by_hand(k: int, width: int, symmetric: bool, min_zero: int, search: bool) -> None:
+    b = block(k, 6, GridSpec(bits=3, symmetric=symmetric, min_zero=min_zero, search=search), width=width)
     result, expected = run("reference", b), by_hand(b)
     for name in ("codes", "scale", "zero"):
         assert torch.equal(result[name].double(), expected[name]), name
@@ -216,17 +216,17 @@ def test_triton_with_whole_blocks(k: int, width: int, symmetric: bool, device: t
 @pytest.mark.parametrize(("k", "width"), [(32, 32), (48, 16)])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_triton_with_a_grid_search(bits: int, k: int, width: int, symmetric: bool, device: torch.device) -> None:
-    spec = GridSpec(bits=bits, symmetric=symmetric, mse=True)
+    spec = GridSpec(bits=bits, symmetric=symmetric, search=True)
     got = check(block(k, 9, spec, width=width), device)
-    plain = run("reference", block(k, 9, replace(spec, mse=False), width=width).to(torch.float32, device))
+    plain = run("reference", block(k, 9, replace(spec, search=False), width=width).to(torch.float32, device))
     assert bool((got["scale"] < plain["scale"]).any())
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("case", "batch", "k"), [("given", 2, 40), ("found", 3, 16), ("mse", 2, 16)])
+@pytest.mark.parametrize(("case", "batch", "k"), [("given", 2, 40), ("found", 3, 16), ("search", 2, 16)])
 def test_triton_with_several_matrices_in_any_memory_order(case: str, batch: int, k: int, order: str, device: torch.device) -> None:
     """The memory around them is NaN or 255, and stays unchanged."""
-    spec = GridSpec(bits=3, symmetric=False, min_zero=1, mse=case == "mse")
+    spec = GridSpec(bits=3, symmetric=False, min_zero=1, search=case == "search")
     blocks = [block(k, 18 if k == 16 else 6, spec, width=8 * (case != "given"), seed=i) for i in range(batch)]
     got = check(stacked(blocks), device, order)
     alone = run("triton", blocks[-1].to(torch.float32, device), order)

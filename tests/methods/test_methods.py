@@ -71,7 +71,7 @@ def test_gptq_solves_as_quantize_linear_does() -> None:
 def test_a_factor_that_is_not_the_last_leaves_the_sums_whole() -> None:
     x = torch.randn(100, 32, generator=torch.Generator().manual_seed(1))
     w = torch.randn(16, 32, generator=torch.Generator().manual_seed(2))
-    plain, act_order = QuantScheme(group_size=32, act_order=False), QuantScheme(group_size=32, act_order=True)
+    plain, act_order = QuantScheme(group_size=32, order="natural"), QuantScheme(group_size=32, order="activation")
 
     def codes(schemes: list[QuantScheme]) -> Tensor:
         collector = Gptq().collector(32, CPU, finite_only=False)

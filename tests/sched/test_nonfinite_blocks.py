@@ -273,7 +273,9 @@ FAILURES = [
 ]
 
 
-@pytest.mark.parametrize("scheme", [QuantScheme(group_size=32), QuantScheme(group_size=-1, act_order=True)], ids=["groups", "act-order"])
+@pytest.mark.parametrize(
+    "scheme", [QuantScheme(group_size=32), QuantScheme(group_size=-1, order="activation")], ids=["groups", "act-order"]
+)
 @pytest.mark.parametrize(("module", "name", "broken", "reason"), FAILURES)
 @pytest.mark.parametrize(
     ("family", "linear", "group"),

@@ -14,8 +14,9 @@ from bigq.kernels import cholesky
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
 from bigq.solver.batch import Factors, HessianSums
-from bigq.solver.gptq import PANEL, solve, solve_many
-from bigq.solver.hessian import Factor, HessianSum, factorize
+from bigq.solver.gptq import PANEL, column_order, solve, solve_many
+from bigq.solver.hessian import ACTIVATION, Factor, HessianSum, factorize
+from bigq.vocabulary import ORDERS, OrderName
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned")
 
@@ -39,7 +40,7 @@ def weights(m: int, n: int, seed: int) -> list[Tensor]:
 def alone(x: Tensor, scheme: QuantScheme, name: str = "alone") -> Factor:
     total = HessianSum(x.shape[1], CPU)
     total.add(x)
-    return factorize(total.finish(name), act_order=scheme.act_order, damping=scheme.damping, name=name)
+    return factorize(total.finish(name), order=column_order(scheme, x.shape[1]), damping=scheme.damping, name=name)
 
 
 def together(xs: list[Tensor], scheme: QuantScheme) -> tuple[Factors | None, list[NumericsError | None]]:
@@ -47,7 +48,7 @@ def together(xs: list[Tensor], scheme: QuantScheme) -> tuple[Factors | None, lis
     for one, x in zip(sums.each, xs, strict=True):
         if len(x):
             one.add(x)
-    return sums.factorize(act_order=scheme.act_order, damping=scheme.damping, names=NAMES[: len(xs)])
+    return sums.factorize(order=column_order(scheme, xs[0].shape[1]), damping=scheme.damping, names=NAMES[: len(xs)])
 
 
 def same_result(one: QuantizedWeight, other: QuantizedWeight) -> bool:
@@ -57,12 +58,12 @@ def same_result(one: QuantizedWeight, other: QuantizedWeight) -> bool:
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "groups": {"group_size": 32},
-    "act-order": {"group_size": 32, "act_order": True},
+    "act-order": {"group_size": 32, "order": "activation"},
     "whole rows": {"group_size": -1},
     "groups wider than a block": {"group_size": 256},
     "groups of 40": {"group_size": 40},
-    "grid search": {"group_size": 64, "mse": True},
-    "wide grid search": {"group_size": 256, "mse": True},
+    "grid search": {"group_size": 64, "scales": "search"},
+    "wide grid search": {"group_size": 256, "scales": "search"},
     "2 bits, asymmetric": {"group_size": 32, "bits": 2, "symmetric": False},
 }
 
@@ -73,7 +74,7 @@ def test_results_have_the_bits_of_single_weights(scheme: str, compiled: bool, mo
     """In panels, blocks and sub-blocks; codes, scales, losses and energies."""
     if not compiled:
         monkeypatch.setattr("bigq.kernels.pick.compiler_installed", lambda: False)
-    chosen = QuantScheme(**{"act_order": False, **SCHEMES[scheme]})
+    chosen = QuantScheme(**{"order": "natural", **SCHEMES[scheme]})
     n = 1280 if chosen.group_size in (40, 256) else PANEL + 192
     xs, groups = [inputs(n, seed) for seed in range(3)], [weights(20, n, seed) for seed in range(3)]
     expected = [solve(group, alone(x, chosen), chosen) for x, group in zip(xs, groups, strict=True)]
@@ -90,7 +91,7 @@ def test_results_have_the_bits_of_single_weights(scheme: str, compiled: bool, mo
 @pytest.mark.parametrize("scheme", ["groups", "act-order", "wide grid search", "groups of 40"])
 def test_results_of_the_triton_kernels_too(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kernel gets the whole batch: the factorization takes the path of a GPU."""
-    chosen = QuantScheme(**{"act_order": False, **SCHEMES[scheme]})
+    chosen = QuantScheme(**{"order": "natural", **SCHEMES[scheme]})
     n = 320 if chosen.group_size == 40 else 256
     monkeypatch.setattr(cholesky, "panel_width", lambda on_gpu: 96)
     xs, groups = [inputs(n, seed) for seed in range(2)], [weights(5, n, seed) for seed in range(2)]
@@ -116,13 +117,13 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("where", [(0,), (1,), (3,), (0, 2), (0, 1, 2, 3)], ids=str)
 @pytest.mark.parametrize("what", BAD)
-def test_a_hessian_that_fails_drops_out(what: str, where: tuple[int, ...], act_order: bool) -> None:
+def test_a_hessian_that_fails_drops_out(what: str, where: tuple[int, ...], order: OrderName) -> None:
     """Its message is that of a single one. The factors of the others have the same bits as without it, and are one tensor."""
-    scheme = QuantScheme(act_order=act_order)
-    xs = [inputs(100, seed) for seed in range(4)]
+    scheme = QuantScheme(group_size=8, order=order)
+    xs = [inputs(104, seed) for seed in range(4)]
     spoilt = [BAD[what](x) if i in where else x for i, x in enumerate(xs)]
     factors, failures = together(spoilt, scheme)
     assert [i for i, failure in enumerate(failures) if failure is not None] == list(where)
@@ -134,19 +135,19 @@ def test_a_hessian_that_fails_drops_out(what: str, where: tuple[int, ...], act_o
     assert (factors is None) == (not left)
     if factors is None:
         return
-    assert factors.r.shape == (len(left), 100, 100)
+    assert factors.r.shape == (len(left), 104, 104)
     for i, factor, r in zip(left, factors.each, factors.r, strict=True):
         single = alone(xs[i], scheme)
         assert torch.equal(r.triu(), single.r.triu()) and torch.equal(factor.r, r)
         assert factor.damping == single.damping and factor.dead_inputs == single.dead_inputs
-        assert (factor.perm is None) == (not act_order) and (factor.perm is None or torch.equal(factor.perm, single.perm))
+        assert (factor.perm is None) == (order == "natural") and (factor.perm is None or torch.equal(factor.perm, single.perm))
 
 
 @pytest.mark.parametrize("fails", ["once", "for good"])
-@pytest.mark.parametrize("act_order", [False, True])
-def test_more_damping_for_one_is_for_that_one(fails: str, act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_more_damping_for_one_is_for_that_one(fails: str, order: OrderName, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Hessian that is not positive definite is tried again alone, with the result of a single one."""
-    scheme = QuantScheme(act_order=act_order, damping=1e-9)
+    scheme = QuantScheme(group_size=40, order=order, damping=1e-9)
     xs = [inputs(200, seed) for seed in range(3)]
     sums = HessianSums(3, 200, CPU)
     for one, x in zip(sums.each, xs, strict=True):
@@ -160,14 +161,14 @@ def test_more_damping_for_one_is_for_that_one(fails: str, act_order: bool, monke
         h[3, :] = h[:, 3] = h[7, :] = h[:, 7] = 0
         h[3, 3] = h[7, 7] = mean
         h[3, 7] = excess * mean
-    factors, failures = sums.factorize(act_order=act_order, damping=1e-9, names=NAMES[:3])
+    factors, failures = sums.factorize(order=column_order(scheme, 200), damping=1e-9, names=NAMES[:3])
     assert factors is not None
     if fails == "for good":
         with pytest.raises(NumericsError, match="even with damping 1;") as caught:
-            factorize(broken.finish("second"), act_order=act_order, damping=1e-9, name="second")
+            factorize(broken.finish("second"), order=column_order(scheme, 200), damping=1e-9, name="second")
         assert str(failures[1]) == str(caught.value) and len(factors.each) == 2
     else:
-        single = factorize(broken.finish("second"), act_order=act_order, damping=1e-9)
+        single = factorize(broken.finish("second"), order=column_order(scheme, 200), damping=1e-9)
         assert failures == [None] * 3
         assert factors.each[1].damping == single.damping > 0.1
         assert torch.equal(factors.r[1].triu(), single.r.triu())
@@ -177,7 +178,7 @@ def test_more_damping_for_one_is_for_that_one(fails: str, act_order: bool, monke
 
 
 def test_a_weight_that_cannot_be_solved_fails_alone() -> None:
-    scheme = QuantScheme(group_size=32, act_order=False)
+    scheme = QuantScheme(group_size=32, order="natural")
     xs, groups = [inputs(128, seed) for seed in range(3)], [weights(6, 128, seed) for seed in range(3)]
     expected = [solve(group, alone(x, scheme), scheme) for x, group in zip(xs, groups, strict=True)]
     groups[1][1][2, 5] = float("nan")
@@ -192,10 +193,10 @@ def test_a_weight_that_cannot_be_solved_fails_alone() -> None:
 
 
 def test_fp64_stays_fp64() -> None:
-    scheme = QuantScheme(group_size=32, act_order=True)
+    scheme = QuantScheme(group_size=32, order="activation")
     xs = [inputs(96, seed).double() for seed in range(2)]
     groups = [[w.double() for w in weights(6, 96, seed)] for seed in range(2)]
-    singles = [factorize(2 / len(x) * x.T @ x, act_order=True, damping=0.01) for x in xs]
+    singles = [factorize(2 / len(x) * x.T @ x, order=ACTIVATION, damping=0.01) for x in xs]
     factors = Factors(torch.stack([factor.r for factor in singles]), tuple(singles))
     each = tuple(dataclasses.replace(factor, r=r) for factor, r in zip(singles, factors.r, strict=True))
     found = solve_many(groups, Factors(factors.r, each), scheme, NAMES[:2])

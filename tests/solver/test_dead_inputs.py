@@ -10,9 +10,10 @@ from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import quantize_linear
 from bigq.solver.rtn import round_to_nearest
+from bigq.vocabulary import ORDERS, OrderName
 
 INPUTS, DEAD = 256, 64
-ORDERS = pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+IN_ALL_ORDERS = pytest.mark.parametrize("order", ORDERS)
 
 
 def problem(dead: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,26 +31,26 @@ def error(weight: Tensor, hessian: Tensor, result: QuantizedWeight) -> float:
     return float(((e @ h) * e).sum() / ((w @ h) * w).sum())
 
 
-@ORDERS
+@IN_ALL_ORDERS
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("units", [2.0**14, 2.0**-14, 2.0**-27])
-def test_the_units_of_the_inputs_change_nothing(units: float, bits: int, act_order: bool) -> None:
+def test_the_units_of_the_inputs_change_nothing(units: float, bits: int, order: OrderName) -> None:
     """A constant on the diagonal of dead inputs would dominate the mean, which damping is a fraction of."""
     weight, hessian = problem(torch.arange(16))
-    scheme = QuantScheme(bits=bits, group_size=128, act_order=act_order)
+    scheme = QuantScheme(bits=bits, group_size=128, order=order)
     plain, other = quantize_linear(weight, hessian, scheme), quantize_linear(weight, hessian * units**2, scheme)
     assert torch.equal(plain.codes, other.codes) and torch.equal(plain.scales, other.scales)
     assert other.relative_error == pytest.approx(plain.relative_error, rel=1e-6)
     assert error(weight, hessian, plain) < 0.5 * error(weight, hessian, round_to_nearest(weight, scheme))
 
 
-@ORDERS
+@IN_ALL_ORDERS
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("group_size", [64, -1])
-def test_their_weights_are_rounded_to_nearest(group_size: int, symmetric: bool, act_order: bool) -> None:
+def test_their_weights_are_rounded_to_nearest(group_size: int, symmetric: bool, order: OrderName) -> None:
     dead = torch.arange(10, 10 + DEAD)
     weight, hessian = problem(dead)
-    result = quantize_linear(weight, hessian, QuantScheme(bits=4, group_size=group_size, symmetric=symmetric, act_order=act_order))
+    result = quantize_linear(weight, hessian, QuantScheme(bits=4, group_size=group_size, symmetric=symmetric, order=order))
     groups = torch.arange(INPUTS) // (INPUTS if group_size == -1 else group_size)
     scale, zero = result.scales.float()[:, groups], result.zeros.float()[:, groups]
     nearest = ((weight / scale).round() + zero).clamp(0, 15)
@@ -61,12 +62,12 @@ def test_their_weights_are_rounded_to_nearest(group_size: int, symmetric: bool, 
     assert float((result.dequantize()[:, dead] - weight[:, dead]).norm() / weight[:, dead].norm()) < 0.15
 
 
-@ORDERS
+@IN_ALL_ORDERS
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits", [3, 4])
-def test_a_linear_without_live_inputs_is_rounded_to_nearest(bits: int, symmetric: bool, act_order: bool) -> None:
+def test_a_linear_without_live_inputs_is_rounded_to_nearest(bits: int, symmetric: bool, order: OrderName) -> None:
     weight, hessian = problem(torch.arange(INPUTS))
-    scheme = QuantScheme(bits=bits, group_size=32, symmetric=symmetric, act_order=act_order)
+    scheme = QuantScheme(bits=bits, group_size=32, symmetric=symmetric, order=order)
     result, expected = quantize_linear(weight, hessian, scheme), round_to_nearest(weight, scheme)
     for field in ("codes", "scales", "zeros"):
         assert torch.equal(getattr(result, field), getattr(expected, field)), field

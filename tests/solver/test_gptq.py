@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from bigq.errors import NumericsError, UsageError
+from bigq.kernels.grid_spec import REFINED
 from bigq.scheme import QuantScheme
 from bigq.solver import gptq
-from bigq.solver.gptq import ENERGY_ROWS, PANEL, quantize_linear, solve
-from bigq.solver.hessian import factorize
+from bigq.solver.energy import ENERGY_ROWS
+from bigq.solver.gptq import PANEL, column_order, quantize_linear, solve
+from bigq.solver.hessian import NATURAL, factorize
+from bigq.vocabulary import ORDERS, OrderName
 
 DEAD = (7, 130)
 
@@ -48,61 +52,145 @@ def textbook_range_grid(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple
     return scale, (-low / scale).round().clamp(0, top)
 
 
-def textbook_grid(w: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    """Scale (rounded to fp16) and zero of every row of w [m, g]; with ``mse`` the best of the shrunken ranges."""
-    low, high, top = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0), 2**scheme.bits - 1
-    steps = range(80) if scheme.mse else range(1)
-    grids = [textbook_range_grid((1 - i / 100) * low, (1 - i / 100) * high, scheme) for i in steps]
-    errors = torch.stack(
-        [
-            (((w / s[:, None]).round() + z[:, None]).clamp(0, top) - z[:, None])
-            .mul(s[:, None])
-            .sub(w)
-            .abs()
-            .pow(scheme.grid.mse_power)
-            .sum(1)
-            for s, z in grids
-        ]
-    )
+Solve = Callable[[Tensor, Tensor], Tensor]
+
+
+def textbook_grid(w: Tensor, scheme: QuantScheme, error: Solve | None = None) -> tuple[Tensor, Tensor]:
+    """Scale (rounded to fp16) and zero of every row of w [m, g]: of its range, or of the range with the least error, [m] for given grids.
+
+    Without ``error``, the range.
+    """
+    low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
+    if error is None:
+        return textbook_range_grid(low, high, scheme)
+    grids = [textbook_range_grid(i / 100 * low, i / 100 * high, scheme) for i in scheme.grid.tried]
+    return best_of(grids, torch.stack([error(*grid) for grid in grids]))
+
+
+def best_of(grids: list[tuple[Tensor, Tensor]], errors: Tensor) -> tuple[Tensor, Tensor]:
     best = errors.min(0, keepdim=True).indices
     scales, zeros = (torch.stack(part).gather(0, best)[0] for part in zip(*grids, strict=True))
     return scales, zeros
 
 
+def rounded(w: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme) -> Tensor:
+    """Codes of weights [m] or [m, g]."""
+    scale, zero = (part if w.ndim == 1 else part[:, None] for part in (scale, zero))
+    return ((w / scale).round() + zero).clamp(0, 2**scheme.bits - 1)
+
+
+def squared_error(w: Tensor, weights: Tensor, scheme: QuantScheme) -> Solve:
+    """Of weights [m, g], weighted by [g]."""
+
+    def error(scale: Tensor, zero: Tensor) -> Tensor:
+        values = scale[:, None] * (rounded(w, scale, zero, scheme) - zero[:, None])
+        return ((w - values).square() * weights).sum(1)
+
+    return error
+
+
+def loss_in_group(w: Tensor, u: Tensor, scheme: QuantScheme) -> Solve:
+    """Of GPTQ on the columns [m, g] of one group with a grid, and its part of U."""
+
+    def error(scale: Tensor, zero: Tensor) -> Tensor:
+        left, total = w.clone(), torch.zeros(len(w), dtype=w.dtype)
+        for j in range(w.shape[1]):
+            spread = (left[:, j] - scale * (rounded(left[:, j], scale, zero, scheme) - zero)) / u[j, j]
+            total += spread.square()
+            left[:, j:] -= spread[:, None] * u[j, j:]
+        return total
+
+    return error
+
+
+def textbook_loss_grid(w: Tensor, u: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """The grid of the least loss among the ranges that are tried first, then among those around each row's best."""
+    low, high, error = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0), loss_in_group(w, u, scheme)
+
+    def best(parts: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        grids = [textbook_range_grid(p * low, p * high, scheme) for p in parts]
+        errors = torch.stack([error(*grid) for grid in grids])
+        return torch.stack(parts).gather(0, errors.min(0, keepdim=True).indices)[0], best_of(grids, errors)
+
+    part, grid = best([torch.full_like(low, i / 100) for i in scheme.grid.solved])
+    for step in REFINED:
+        part, grid = best([part, part - step / 100, part + step / 100])
+    return grid
+
+
+def textbook_order(diagonal: Tensor, width: int, order: OrderName) -> Tensor:
+    n = len(diagonal)
+    if order == "natural":
+        return torch.arange(n)
+    if order == "activation":
+        return torch.argsort(diagonal, descending=True, stable=True)
+    total = [float(diagonal[g * width : (g + 1) * width].sum()) for g in range(n // width)]
+    groups = sorted(range(n // width), key=lambda g: -total[g])
+    return torch.tensor([j for g in groups for j in sorted(range(g * width, (g + 1) * width), key=lambda j: -float(diagonal[j]))])
+
+
 def textbook_gptq(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> tuple[Tensor, float]:
     """Codes and loss by Frantar et al. 2022, algorithm 1, without blocks.
 
-    At 2 bits with scales of the original weights, where they are not searched for.
+    Scales are those of the original weights by activation order, with one group, at 2 bits without a search, and in groups wider than
+    128 with one. These are searched for twice, the second time for the weights that the loop meets with the first.
     """
-    w, h, n = weight.double().clone(), hessian.double().clone(), weight.shape[1]
+    w, h, n = weight.double(), hessian.double().clone(), weight.shape[1]
     width = n if scheme.group_size == -1 else scheme.group_size
-    grids = {g: textbook_grid(w[:, g * width : (g + 1) * width], scheme) for g in range(n // width)}
-    perm = torch.argsort(h.diag(), descending=True, stable=True) if scheme.act_order else torch.arange(n)
-    w, h = w[:, perm], h[perm][:, perm]
+    search = scheme.scales == "search"
+    perm = textbook_order(h.diag(), width, scheme.order)
+    h = h[perm][:, perm]
     h += scheme.damping * h.diag()[h.diag() != 0].mean() * torch.eye(n, dtype=torch.float64)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     u = torch.linalg.cholesky(inverse, upper=True)
-    codes, loss = torch.zeros(w.shape, dtype=torch.uint8), 0.0
-    for j in range(n):
-        column = int(perm[j])
-        if not scheme.act_order and (scheme.bits > 2 or scheme.mse) and j % width == 0:
-            grids[j // width] = textbook_grid(w[:, j : j + width], scheme)
-        scale, zero = grids[column // width]
-        code = ((w[:, j] / scale).round() + zero).clamp(0, 2**scheme.bits - 1)
-        codes[:, column] = code.to(torch.uint8)
-        error = (w[:, j] - scale * (code - zero)) / u[j, j]
-        loss += float(error.square().sum())
-        w[:, j:] -= error[:, None] * u[j, j:]
+    static = scheme.order == "activation" or width == n or (width > 128 if search else scheme.bits == 2)
+    if not static:
+        return textbook_loop(w, u, perm, None, scheme)[:2]
+    met, found = w, {}
+    for _ in range(2 if search else 1):
+        for g in range(n // width):
+            columns = slice(g * width, (g + 1) * width)
+            pivots = torch.empty(n, dtype=torch.float64).index_copy_(0, perm, u.diag())[columns]
+            error = squared_error(met[:, columns], pivots.square().reciprocal(), scheme) if search else None
+            found[g] = textbook_grid(met[:, columns], scheme, error)
+        codes, loss, met = textbook_loop(w, u, perm, found, scheme)
+    if search:
+        codes, loss, _ = textbook_loop(w, u, perm, found, scheme)
     return codes, loss
 
 
-@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+def textbook_loop(
+    w: Tensor, u: Tensor, perm: Tensor, given: dict[int, tuple[Tensor, Tensor]] | None, scheme: QuantScheme
+) -> tuple[Tensor, float, Tensor]:
+    """Codes, loss and the weights that were rounded, columns in natural order. given: the grids; None: found when a group's turn comes."""
+    n = w.shape[1]
+    width = n if scheme.group_size == -1 else scheme.group_size
+    left, met, grids = w[:, perm].clone(), torch.empty_like(w), dict(given or {})
+    codes, loss = torch.zeros(w.shape, dtype=torch.uint8), 0.0
+    for j in range(n):
+        column = int(perm[j])
+        if given is None and j % width == 0:
+            group = slice(j, j + width)
+            search = scheme.scales == "search"
+            found = textbook_loss_grid(left[:, group], u[group, group], scheme) if search else textbook_grid(left[:, group], scheme)
+            grids[column // width] = found
+        scale, zero = grids[column // width]
+        met[:, column] = left[:, j]
+        code = rounded(left[:, j], scale, zero, scheme)
+        codes[:, column] = code.to(torch.uint8)
+        error = (left[:, j] - scale * (code - zero)) / u[j, j]
+        loss += float(error.square().sum())
+        left[:, j:] -= error[:, None] * u[j, j:]
+    return codes, loss, met
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 @pytest.mark.parametrize("group_size", [-1, 32, 64, 128, 256])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_codes_equal_the_textbook(bits: int, group_size: int, symmetric: bool, act_order: bool) -> None:
+def test_codes_equal_the_textbook(bits: int, group_size: int, symmetric: bool, order: OrderName) -> None:
     weight, hessian = problem(16, 256)
-    scheme = QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric, act_order=act_order)
+    scheme = QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric, order=order)
     codes, loss = textbook_gptq(weight, hessian, scheme)
     result = quantize_linear(weight, hessian, scheme)
     assert torch.equal(result.codes, codes)
@@ -114,47 +202,50 @@ def test_codes_equal_the_textbook(bits: int, group_size: int, symmetric: bool, a
 
 
 @pytest.mark.parametrize(
-    ("n", "group_size", "act_order"),
+    ("n", "group_size", "order"),
     [
-        pytest.param(160, 32, False, id="short last block"),
-        pytest.param(160, 32, True, id="short last block, act-order"),
-        pytest.param(200, -1, False, id="whole row of odd length"),
-        pytest.param(200, -1, True, id="whole row of odd length, act-order"),
-        pytest.param(272, 136, False, id="groups wider than a block"),
-        pytest.param(240, 48, False, id="groups that do not fill a block"),
-        pytest.param(136, 8, False, id="smallest groups"),
-        pytest.param(200, 40, True, id="groups of 40, act-order"),
-        pytest.param(8, 8, False, id="one tiny group"),
+        pytest.param(160, 32, "natural", id="short last block"),
+        pytest.param(160, 32, "activation", id="short last block, act-order"),
+        pytest.param(200, -1, "natural", id="whole row of odd length"),
+        pytest.param(200, -1, "activation", id="whole row of odd length, act-order"),
+        pytest.param(272, 136, "natural", id="groups wider than a block"),
+        pytest.param(240, 48, "natural", id="groups that do not fill a block"),
+        pytest.param(136, 8, "natural", id="smallest groups"),
+        pytest.param(200, 40, "activation", id="groups of 40, act-order"),
+        pytest.param(8, 8, "natural", id="one tiny group"),
+        pytest.param(240, 48, "group", id="groups that do not fill a block, by importance"),
+        pytest.param(272, 136, "group", id="groups wider than a block, by importance"),
     ],
 )
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
-def test_odd_widths_equal_the_textbook(n: int, group_size: int, act_order: bool, symmetric: bool) -> None:
+def test_odd_widths_equal_the_textbook(n: int, group_size: int, order: OrderName, symmetric: bool) -> None:
     weight, hessian = problem(12, n, seed=1)
-    scheme = QuantScheme(bits=3, group_size=group_size, symmetric=symmetric, act_order=act_order, damping=0.05)
+    scheme = QuantScheme(bits=3, group_size=group_size, symmetric=symmetric, order=order, damping=0.05)
     codes, loss = textbook_gptq(weight, hessian, scheme)
     result = quantize_linear(weight, hessian, scheme)
     assert torch.equal(result.codes, codes)
     assert result.loss == pytest.approx(loss, rel=1e-9)
 
 
-@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
+@pytest.mark.parametrize("group_size", [-1, 32, 160])
 @pytest.mark.parametrize("bits", [2, 3])
-def test_grid_search_equals_the_textbook(bits: int, symmetric: bool, act_order: bool) -> None:
-    weight, hessian = problem(12, 160, seed=2)
-    scheme = QuantScheme(bits=bits, group_size=32, symmetric=symmetric, act_order=act_order, mse=True)
+def test_grid_search_equals_the_textbook(bits: int, group_size: int, symmetric: bool, order: OrderName) -> None:
+    weight, hessian = problem(12, 320, seed=2)
+    scheme = QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric, order=order, scales="search")
     result = quantize_linear(weight, hessian, scheme)
     assert torch.equal(result.codes, textbook_gptq(weight, hessian, scheme)[0])
-    assert not torch.equal(result.codes, textbook_gptq(weight, hessian, dataclasses.replace(scheme, mse=False))[0])
+    assert not torch.equal(result.codes, textbook_gptq(weight, hessian, dataclasses.replace(scheme, scales="minmax"))[0])
 
 
 @pytest.mark.parametrize(
     "scheme",
     [
         QuantScheme(bits=4, group_size=128),
-        QuantScheme(bits=4, group_size=32, symmetric=False, act_order=True),
+        QuantScheme(bits=4, group_size=32, symmetric=False, order="activation"),
         QuantScheme(bits=2, group_size=64, symmetric=False),
-        QuantScheme(bits=3, group_size=-1, act_order=True),
+        QuantScheme(bits=3, group_size=-1, order="activation"),
         QuantScheme(bits=8, group_size=256, symmetric=False),
     ],
     ids=lambda s: f"{s.bits}bit-g{s.group_size}",
@@ -169,7 +260,7 @@ def test_fp32_has_the_same_loss(scheme: QuantScheme) -> None:
 @pytest.mark.parametrize(
     ("n", "m", "scheme"),
     [
-        pytest.param(768, 8, QuantScheme(bits=4, group_size=128, act_order=True), id="static"),
+        pytest.param(768, 8, QuantScheme(bits=4, group_size=128, order="activation"), id="static"),
         pytest.param(768, 6, QuantScheme(bits=3, group_size=-1), id="static, whole rows"),
         pytest.param(768, 8, QuantScheme(bits=3, group_size=64, symmetric=False), id="dynamic"),
         pytest.param(768, 8, QuantScheme(bits=4, group_size=384), id="dynamic, two blocks and a half"),
@@ -187,16 +278,16 @@ def test_several_panels_equal_the_textbook(n: int, m: int, scheme: QuantScheme) 
     assert result.loss == pytest.approx(loss, rel=1e-9)
 
 
-@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("block", "panel"), [(16, 48), (32, 64), (16, 160), (24, 1000)])
 @pytest.mark.parametrize("group_size", [-1, 8, 16, 48, 80, 240])
 def test_panels_and_blocks_of_any_width_equal_the_textbook(
-    group_size: int, block: int, panel: int, act_order: bool, monkeypatch: pytest.MonkeyPatch
+    group_size: int, block: int, panel: int, order: OrderName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gptq, "BLOCK", block)
     monkeypatch.setattr(gptq, "PANEL", panel)
     weight, hessian = problem(5, 480, seed=8, dead=(7, 100, 479))
-    scheme = QuantScheme(bits=3, group_size=group_size, symmetric=False, act_order=act_order)
+    scheme = QuantScheme(bits=3, group_size=group_size, symmetric=False, order=order)
     codes, loss = textbook_result(scheme)
     result = quantize_linear(weight, hessian, scheme)
     assert torch.equal(result.codes, codes)
@@ -211,11 +302,11 @@ def textbook_result(scheme: QuantScheme) -> tuple[Tensor, float]:
 TRITON_CASES = [
     pytest.param(256, 8, QuantScheme(bits=4, group_size=128), id="4bit-g128"),
     pytest.param(160, 8, QuantScheme(bits=3, group_size=32, symmetric=False), id="3bit-g32-asym"),
-    pytest.param(192, 8, QuantScheme(bits=2, group_size=64, symmetric=False, act_order=True), id="2bit-g64-asym-act-order"),
+    pytest.param(192, 8, QuantScheme(bits=2, group_size=64, symmetric=False, order="activation"), id="2bit-g64-asym-act-order"),
     pytest.param(136, 17, QuantScheme(bits=4, group_size=-1), id="4bit-whole-rows"),
     pytest.param(512, 8, QuantScheme(bits=4, group_size=256), id="4bit-g256"),
     pytest.param(272, 8, QuantScheme(bits=4, group_size=136, symmetric=False, min_zero=1), id="4bit-g136-asym"),
-    pytest.param(96, 8, QuantScheme(bits=3, group_size=32, mse=True), id="3bit-g32-mse"),
+    pytest.param(96, 8, QuantScheme(bits=3, group_size=32, scales="search"), id="3bit-g32-mse"),
     pytest.param(240, 9, QuantScheme(bits=8, group_size=48), id="8bit-g48"),
 ]
 
@@ -240,11 +331,11 @@ def test_on_triton_the_result_is_the_same(
 
 
 @pytest.mark.usefixtures("triton_path")
-@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
-def test_on_triton_linears_solved_together_equal_those_solved_apart(act_order: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_on_triton_linears_solved_together_equal_those_solved_apart(order: OrderName, device: torch.device) -> None:
     weight, hessian = (t.float().to(device) for t in problem(12, 64, seed=6))
-    scheme = QuantScheme(bits=4, group_size=32, symmetric=False, act_order=act_order)
-    factor = factorize(hessian.clone(), act_order=act_order, damping=scheme.damping)
+    scheme = QuantScheme(bits=4, group_size=32, symmetric=False, order=order)
+    factor = factorize(hessian.clone(), order=column_order(scheme, hessian.shape[0]), damping=scheme.damping)
     parts = list(weight.split([3, 1, 8]))
     for part, joint in zip(parts, solve(parts, factor, scheme), strict=True):
         alone = quantize_linear(part, hessian, scheme)
@@ -271,11 +362,11 @@ def test_on_triton_fp64_stays_exact(device: torch.device) -> None:
     assert torch.equal(result.codes.cpu(), codes) and result.loss == pytest.approx(loss, rel=1e-9)
 
 
-@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
-def test_loss_and_energy_are_the_quadratic_forms_of_the_result(symmetric: bool, act_order: bool) -> None:
+def test_loss_and_energy_are_the_quadratic_forms_of_the_result(symmetric: bool, order: OrderName) -> None:
     weight, hessian = problem(16, 192, seed=4)
-    result = quantize_linear(weight, hessian, QuantScheme(bits=3, group_size=64, symmetric=symmetric, act_order=act_order, damping=0.02))
+    result = quantize_linear(weight, hessian, QuantScheme(bits=3, group_size=64, symmetric=symmetric, order=order, damping=0.02))
     damped = hessian.clone()
     damped += 0.02 * damped.trace() / (192 - len(DEAD)) * torch.eye(192, dtype=torch.float64)
     scales, zeros = (t.double().repeat_interleave(64, 1) for t in (result.scales, result.zeros))
@@ -325,7 +416,7 @@ def test_energy_of_equal_rows_is_exact_however_many(m: int, points: bool) -> Non
         weight = torch.arange(600, dtype=torch.float64)[None] % 16 - 7.5
         weight = (weight.round() / 8).clamp(-1, 0.875)
     weight = weight.expand(m, -1)
-    scheme = QuantScheme(group_size=120, symmetric=False, act_order=True)
+    scheme = QuantScheme(group_size=120, symmetric=False, order="activation")
     result = quantize_linear(weight, hessian, scheme)
     assert result.energy == pytest.approx(energy_by_hand(weight, hessian, scheme), rel=1e-9)
     assert (result.loss == 0) == points
@@ -336,7 +427,7 @@ def test_energy_is_of_each_linears_own_rows() -> None:
     weight, hessian = problem(few + many, 256, dead=())
     weight[:few] *= 5
     scheme = QuantScheme(group_size=32)
-    factor = factorize(hessian.clone(), act_order=False, damping=scheme.damping)
+    factor = factorize(hessian.clone(), order=NATURAL, damping=scheme.damping)
     parts = list(weight.split([few, many]))
     one, other = (result.energy for result in solve(parts, factor, scheme))
     assert one == pytest.approx(energy_by_hand(parts[0], hessian, scheme), rel=1e-9)
@@ -360,13 +451,13 @@ def test_gptq_beats_rounding_to_nearest() -> None:
     assert float(((error @ hessian) * error).sum()) < 0.9 * float(((rounded @ hessian) * rounded).sum())
 
 
-@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
-def test_linears_solved_together_equal_those_solved_apart(symmetric: bool, act_order: bool) -> None:
+def test_linears_solved_together_equal_those_solved_apart(symmetric: bool, order: OrderName) -> None:
     weight, hessian = problem(40, 160, seed=6)
-    scheme = QuantScheme(bits=4, group_size=32, symmetric=symmetric, act_order=act_order)
+    scheme = QuantScheme(bits=4, group_size=32, symmetric=symmetric, order=order)
     parts = list(weight.split([24, 1, 15]))
-    together = solve(parts, factorize(hessian.clone(), act_order=act_order, damping=scheme.damping), scheme)
+    together = solve(parts, factorize(hessian.clone(), order=column_order(scheme, hessian.shape[0]), damping=scheme.damping), scheme)
     assert len(together) == 3
     for part, joint in zip(parts, together, strict=True):
         alone = quantize_linear(part, hessian, scheme)
@@ -385,12 +476,12 @@ def test_a_multiple_of_the_hessian_gives_the_same_codes(multiple: float) -> None
     assert other.loss == pytest.approx(multiple * one.loss, rel=1e-9)
 
 
-@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_inputs_are_not_changed(dtype: torch.dtype, act_order: bool) -> None:
+def test_inputs_are_not_changed(dtype: torch.dtype, order: OrderName) -> None:
     weight, hessian = (t.to(dtype) for t in problem(8, 160))
     before = weight.clone(), hessian.clone()
-    quantize_linear(weight, hessian, QuantScheme(group_size=32, act_order=act_order))
+    quantize_linear(weight, hessian, QuantScheme(group_size=32, order=order))
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
 
 
@@ -425,11 +516,11 @@ def test_a_hessian_that_is_not_finite_is_refused(bad: float, at: tuple[int, int]
         quantize_linear(weight, hessian, QuantScheme(group_size=32))
 
 
-@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
-def test_a_group_size_that_does_not_divide_is_refused(act_order: bool) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_group_size_that_does_not_divide_is_refused(order: OrderName) -> None:
     weight, hessian = problem(4, 160)
     with pytest.raises(UsageError, match="group size 48 does not divide 160"):
-        quantize_linear(weight, hessian, QuantScheme(group_size=48, act_order=act_order))
+        quantize_linear(weight, hessian, QuantScheme(group_size=48, order=order))
 
 
 def test_a_weight_beyond_fp16_scales_is_refused() -> None:

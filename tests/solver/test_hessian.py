@@ -12,7 +12,8 @@ from torch import Tensor
 from bigq.errors import NumericsError
 from bigq.kernels import cholesky, syrk, triangles
 from bigq.solver import hessian
-from bigq.solver.hessian import HessianSum, factorize, finite_tokens
+from bigq.solver.hessian import ACTIVATION, NATURAL, HessianSum, Order, factorize, finite_tokens
+from bigq.vocabulary import ORDERS, OrderName
 
 
 @functools.cache
@@ -70,29 +71,38 @@ def test_an_input_that_is_always_zero_has_an_exactly_zero_row() -> None:
     assert not h[[0, 257]].any() and not h[:, [0, 257]].any()
 
 
-@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("n", [1, 5, 256, 300, 520])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 3e-6)])
-def test_factor_multiplies_back_to_the_damped_matrix(dtype: torch.dtype, tolerance: float, n: int, act_order: bool) -> None:
+def test_factor_multiplies_back_to_the_damped_matrix(dtype: torch.dtype, tolerance: float, n: int, order: OrderName) -> None:
     h = with_eigenvalues(n, 0.1, dtype) if n > 1 else torch.ones(1, 1, dtype=dtype)
     if n > 1:
         size = torch.linspace(1, 3, n, dtype=dtype)[torch.randperm(n, generator=torch.Generator().manual_seed(1))]
         h *= size[:, None] * size
     original = h.clone()
-    factor = factorize(h, act_order=act_order, damping=0.01)
+    factor = factorize(h, order=Order(order, 1), damping=0.01)
     expected = damped(original, factor.perm, 0.01)
     assert float((product(factor.r) - expected).abs().max() / expected.abs().max()) < tolerance
     assert factor.r.dtype == dtype and factor.damping == 0.01 and factor.dead_inputs == 0
-    assert (factor.perm is not None) == act_order
+    assert (factor.perm is not None) == (order != "natural")
 
 
 def test_act_order_is_by_decreasing_diagonal_and_stable() -> None:
     h = torch.diag(torch.tensor([1.0, 4.0, 1.0, 9.0, 4.0]))
-    perm = factorize(h, act_order=True, damping=0.01).perm
+    perm = factorize(h, order=ACTIVATION, damping=0.01).perm
     assert perm is not None and perm.tolist() == [3, 1, 4, 0, 2]
     many = [float(1 + i % 3) for i in range(300)]
-    perm = factorize(torch.diag(torch.tensor(many)), act_order=True, damping=0.01).perm
+    perm = factorize(torch.diag(torch.tensor(many)), order=ACTIVATION, damping=0.01).perm
     assert perm is not None and perm.tolist() == sorted(range(300), key=lambda i: -many[i])
+
+
+def test_groups_stay_whole_and_are_ordered_by_their_sums() -> None:
+    diagonal = torch.tensor([3.0, 1.0, 9.0, 0.0, 2.0, 8.0, 3.0, 3.0])
+    order = Order("group", 2).permutation(diagonal)
+    assert order is not None and order.tolist() == [5, 4, 2, 3, 6, 7, 0, 1], "equal ones keep their places"
+    whole = Order("group", 8).permutation(diagonal)
+    assert whole is not None and torch.equal(whole, torch.argsort(diagonal, descending=True, stable=True))
+    assert torch.equal(factorize(torch.diag(diagonal), order=Order("group", 2), damping=0.01).perm, order)
 
 
 @pytest.mark.parametrize("dead", [(), (0, 5)], ids=["alive", "some dead"])
@@ -106,23 +116,23 @@ def test_act_order_factors_the_permuted_matrix(n: int, dtype: torch.dtype, dead:
     )
     h[dead, :], h[:, dead] = 0, 0
     original = h.clone()
-    factor = factorize(h, act_order=True, damping=0.01)
+    factor = factorize(h, order=ACTIVATION, damping=0.01)
     assert factor.perm is not None and factor.perm.tolist() != list(range(n))
     assert factor.r.data_ptr() == h.data_ptr() and factor.r.shape == (n, n)
-    explicit = factorize(original[factor.perm][:, factor.perm], act_order=False, damping=0.01)
+    explicit = factorize(original[factor.perm][:, factor.perm], order=NATURAL, damping=0.01)
     assert torch.equal(factor.r.triu(), explicit.r.triu())
-    assert not torch.equal(factor.r.triu(), factorize(original, act_order=False, damping=0.01).r.triu())
+    assert not torch.equal(factor.r.triu(), factorize(original, order=NATURAL, damping=0.01).r.triu())
 
 
-@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
-def test_no_second_matrix_is_allocated(act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_no_second_matrix_is_allocated(order: OrderName, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only one panel of columns is allocated at a time, also if the damping is raised once."""
     n = 1100
     monkeypatch.setattr(triangles, "piece", lambda on_gpu: 100 * n)
     h = torch.diag(torch.linspace(1, 2, n))
     h[0, 1] = h[1, 0] = 1.05
     with Largest(but=h) as largest:
-        factor = factorize(h, act_order=act_order, damping=0.01)
+        factor = factorize(h, order=Order(order, 1), damping=0.01)
     assert factor.damping == pytest.approx(0.1) and factor.r.data_ptr() == h.data_ptr()
     assert 0 < largest.elements <= n * max(100, cholesky.CPU_PANEL) < n * n / 2
     with Largest(but=h) as largest:
@@ -130,28 +140,28 @@ def test_no_second_matrix_is_allocated(act_order: bool, monkeypatch: pytest.Monk
     assert largest.elements == n * n, "it would have been seen"
 
 
-@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
-def test_dead_inputs_are_counted_and_get_only_the_damping(act_order: bool) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_dead_inputs_are_counted_and_get_only_the_damping(order: OrderName) -> None:
     dead = [0, 4, 299]
     h = with_eigenvalues(300, 0.1)
     h[dead], h[:, dead] = 0, 0
     original = h.clone()
-    factor = factorize(h, act_order=act_order, damping=0.05)
+    factor = factorize(h, order=Order(order, 1), damping=0.05)
     assert factor.dead_inputs == 3
-    if act_order:
+    if order != "natural":
         assert factor.perm is not None and sorted(factor.perm[-3:].tolist()) == dead
     assert torch.allclose(product(factor.r), damped(original, factor.perm, 0.05), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("units", [2.0**-40, 2.0**-14, 2.0**30])
 @pytest.mark.parametrize("dead", [0, 1, 150, 300])
-def test_the_factor_does_not_depend_on_the_units_of_the_inputs(dead: int, units: float, act_order: bool) -> None:
+def test_the_factor_does_not_depend_on_the_units_of_the_inputs(dead: int, units: float, order: OrderName) -> None:
     """Bit-exact for powers of 4: the factor of 4ᵏ·H is 2ᵏ times that of H, with or without dead inputs."""
     h = with_eigenvalues(300, 0.1, torch.float32)
     h[:dead], h[:, :dead] = 0, 0
-    plain = factorize(h.clone(), act_order=act_order, damping=0.01)
-    scaled = factorize(h * units**2, act_order=act_order, damping=0.01)
+    plain = factorize(h.clone(), order=Order(order, 1), damping=0.01)
+    scaled = factorize(h * units**2, order=Order(order, 1), damping=0.01)
     expected = 1.0 if dead == 300 else units  # without a live input there is no unit
     assert torch.equal(scaled.r.triu(), plain.r.triu() * expected)
     assert scaled.dead_inputs == plain.dead_inputs == dead
@@ -161,34 +171,34 @@ def test_the_damping_of_live_inputs_does_not_depend_on_dead_ones() -> None:
     h = with_eigenvalues(300, 0.1) * 1e-4
     alive = h[100:, 100:].clone()
     h[:100], h[:, :100] = 0, 0
-    r = factorize(h, act_order=False, damping=0.01).r
-    assert torch.allclose(r[100:, 100:].triu(), factorize(alive, act_order=False, damping=0.01).r.triu(), rtol=1e-12, atol=0)
+    r = factorize(h, order=NATURAL, damping=0.01).r
+    assert torch.allclose(r[100:, 100:].triu(), factorize(alive, order=NATURAL, damping=0.01).r.triu(), rtol=1e-12, atol=0)
 
 
 def test_the_sum_of_a_large_diagonal_does_not_overflow() -> None:
     """Each of the 8 numbers fits fp32, their sum does not."""
-    factor = factorize(torch.eye(8) * 2e38, act_order=False, damping=0.01)
+    factor = factorize(torch.eye(8) * 2e38, order=NATURAL, damping=0.01)
     assert torch.allclose(factor.r.diagonal().double().square(), torch.full((8,), 2.02e38, dtype=torch.float64), rtol=1e-6)
 
 
-@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("lowest", "asked", "taken"), [(-0.05, 0.01, 0.1), (-0.05, 0.001, 0.1), (-0.5, 0.01, 1.0), (-0.7, 0.5, 1.0), (-0.005, 0.01, 0.01)]
 )
 @pytest.mark.parametrize("n", [40, 257, 520])
-def test_damping_is_raised_until_the_factorization_succeeds(n: int, lowest: float, asked: float, taken: float, act_order: bool) -> None:
+def test_damping_is_raised_until_the_factorization_succeeds(n: int, lowest: float, asked: float, taken: float, order: OrderName) -> None:
     """Each attempt must start from the original matrix."""
     h = with_eigenvalues(n, lowest)
     original = h.clone()
-    factor = factorize(h, act_order=act_order, damping=asked)
+    factor = factorize(h, order=Order(order, 1), damping=asked)
     assert factor.damping == pytest.approx(taken)
     assert torch.allclose(product(factor.r), damped(original, factor.perm, factor.damping), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
-def test_a_matrix_that_stays_indefinite_is_refused_by_name(act_order: bool) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_matrix_that_stays_indefinite_is_refused_by_name(order: OrderName) -> None:
     with pytest.raises(NumericsError, match=r"model\.layers\.7\.k: its Hessian is not positive definite even with damping 1;"):
-        factorize(with_eigenvalues(50, -2.0), act_order=act_order, damping=0.01, name="model.layers.7.k")
+        factorize(with_eigenvalues(50, -2.0), order=Order(order, 1), damping=0.01, name="model.layers.7.k")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -198,7 +208,7 @@ def test_inputs_that_are_not_finite_are_refused_by_name(bad: float) -> None:
     x[10, 3] = bad
     total.add(x)
     with pytest.raises(NumericsError, match=r"layer\.q: the calibration inputs contain NaN or Inf"):
-        factorize(total.finish(), act_order=False, damping=0.01, name="layer.q")
+        factorize(total.finish(), order=NATURAL, damping=0.01, name="layer.q")
 
 
 BAD = {3: float("nan"), 40: float("inf"), 41: float("-inf"), 99: float("nan")}

@@ -12,9 +12,10 @@ from torch import Tensor
 from bigq.errors import NumericsError, UsageError
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
-from bigq.solver.gptq import quantize_linear
-from bigq.solver.hessian import HessianSum, factorize
+from bigq.solver.gptq import column_order, quantize_linear
+from bigq.solver.hessian import ACTIVATION, NATURAL, HessianSum, Order, factorize
 from bigq.solver.upstream_error import Correction, CrossSum
+from bigq.vocabulary import ORDERS, OrderName
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned")
 
@@ -54,17 +55,17 @@ def values(weight: QuantizedWeight) -> Tensor:
 def by_columns(w: Tensor, x: Tensor, now: Tensor, scheme: QuantScheme) -> Tensor:
     """The weight that the paper's rule gives."""
     h, d = matrices(x, now)
-    factor = factorize(h, act_order=scheme.act_order, damping=scheme.damping)
+    factor = factorize(h, order=column_order(scheme, len(h)), damping=scheme.damping)
     return values(solve_by_columns([w], factor, scheme, correction=Correction(d, 1.0))[0])
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-def test_the_corrected_target_solves_the_normal_equations(act_order: bool) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_corrected_target_solves_the_normal_equations(order: OrderName) -> None:
     """Without rounding, W* is the least-squares fit of the original outputs on the inputs X̂."""
     w, x, now = problem(5, 40)
     now[:, DEAD] = torch.randn(len(now), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     h, d = matrices(x, now)
-    factor = factorize(h, act_order=act_order, damping=0.0)
+    factor = factorize(h, order=Order(order, 1), damping=0.0)
     target = Correction(d, 1.0).apply(w.clone(), factor)
     assert torch.allclose(target, torch.linalg.lstsq(now, x @ w.T).solution.T, rtol=1e-9, atol=1e-9)
     best = objective(target, w, x, now)
@@ -79,7 +80,7 @@ def test_damping_is_that_of_the_factor() -> None:
     damped = h.clone()
     damped += 0.1 * damped.diagonal().sum() / 11 * torch.eye(12, dtype=torch.float64)
     expected = w + 0.5 * w @ d @ torch.linalg.inv(damped)
-    assert torch.allclose(Correction(d, 0.5).apply(w.clone(), factorize(h, act_order=True, damping=0.1)), expected, atol=1e-12)
+    assert torch.allclose(Correction(d, 0.5).apply(w.clone(), factorize(h, order=ACTIVATION, damping=0.1)), expected, atol=1e-12)
 
 
 def test_the_objective_is_the_loss_to_the_corrected_target_plus_a_constant() -> None:
@@ -87,7 +88,7 @@ def test_the_objective_is_the_loss_to_the_corrected_target_plus_a_constant() -> 
     w, x, now = problem(4, 24)
     h, d = matrices(x, now)
     dead = h.diagonal() == 0
-    factor = factorize(h.clone(), act_order=False, damping=1e-12)
+    factor = factorize(h.clone(), order=NATURAL, damping=1e-12)
     target = Correction(d, 1.0).apply(w.clone(), factor)
     target[:, dead] = 0
     constant = objective(target, w, x, now)
@@ -117,7 +118,7 @@ def test_close_to_the_best_of_all_codes(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme", [QuantScheme(bits=3, group_size=-1), QuantScheme(bits=2, group_size=-1, act_order=True, symmetric=False)]
+    "scheme", [QuantScheme(bits=3, group_size=-1), QuantScheme(bits=2, group_size=-1, order="activation", symmetric=False)]
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_lower_objective_than_gptq_and_than_the_column_by_column_rule(scheme: QuantScheme, seed: int) -> None:
@@ -129,7 +130,7 @@ def test_lower_objective_than_gptq_and_than_the_column_by_column_rule(scheme: Qu
     assert ours < theirs < gptq
 
 
-@pytest.mark.parametrize("scheme", [QuantScheme(bits=3, group_size=-1, act_order=True), QuantScheme(group_size=32, symmetric=False)])
+@pytest.mark.parametrize("scheme", [QuantScheme(bits=3, group_size=-1, order="activation"), QuantScheme(group_size=32, symmetric=False)])
 def test_the_column_by_column_rule_without_drift_is_gptq(scheme: QuantScheme) -> None:
     """So the reference is right."""
     w, x, _ = problem(16, 64)
@@ -138,7 +139,12 @@ def test_the_column_by_column_rule_without_drift_is_gptq(scheme: QuantScheme) ->
 
 
 @pytest.mark.parametrize(
-    "scheme", [QuantScheme(group_size=32), QuantScheme(bits=2, group_size=-1, act_order=True), QuantScheme(bits=3, group_size=16, mse=True)]
+    "scheme",
+    [
+        QuantScheme(group_size=32),
+        QuantScheme(bits=2, group_size=-1, order="activation"),
+        QuantScheme(bits=3, group_size=16, scales="search"),
+    ],
 )
 def test_without_drift_or_strength_the_codes_are_those_of_gptq(scheme: QuantScheme) -> None:
     w, x, now = problem(32, 64)
@@ -166,9 +172,9 @@ def test_a_dead_input_is_rounded_to_nearest_and_compensated() -> None:
 def test_fp32_is_close_to_fp64() -> None:
     w, x, now = problem(32, 256)
     h, d = matrices(x, now)
-    factor = factorize(h.clone(), act_order=True, damping=0.01)
+    factor = factorize(h.clone(), order=ACTIVATION, damping=0.01)
     exact = Correction(d, 1.0).apply(w.clone(), factor)
-    single = Correction(d.float(), 1.0).apply(w.float(), factorize(h.float(), act_order=True, damping=0.01))
+    single = Correction(d.float(), 1.0).apply(w.float(), factorize(h.float(), order=ACTIVATION, damping=0.01))
     assert float((single - exact).norm() / (exact - w).norm()) < 1e-4
 
 

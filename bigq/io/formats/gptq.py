@@ -147,7 +147,7 @@ class Gptq(Format):
             "group_size": scheme.group_size,
             "sym": scheme.symmetric,
             "desc_act": False,
-            "static_groups": scheme.act_order,
+            "static_groups": scheme.order == "activation",
             "lm_head": job.head is not None,
             "pack_dtype": "int32",
             "damp_percent": scheme.damping,

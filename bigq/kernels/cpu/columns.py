@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bigq.kernels.cpu.compiler import compiled
 from bigq.kernels.cpu.threads import in_parts
-from bigq.kernels.grid_spec import FP16_TINY, MSE_STEPS, SCALE_BITS, GridSpec, GroupGrid
+from bigq.kernels.grid_spec import FP16_TINY, REFINED, SCALE_BITS, SMALLEST_TRIED, GridSpec, GroupGrid
 
 f32, i32 = np.float32, np.int32
 
@@ -41,23 +41,21 @@ ROUNDING = f32(1.5 * 2**23)
 SMALLEST_NORMAL, SUBNORMAL_ROUNDING = f32(2.0**-14), f32(0.5)
 TINY, FP16_LIMIT = f32(FP16_TINY), f32(65536)
 
-#: log2(1 + m) ≈ m · (L0 + L1·m + …) within 6e-5 for 0 ≤ m < 1; 2^f ≈ E0 + E1·f + … within 4e-6 for |f| ≤ ½. Least squares.
-L0, L1, L2, L3, L4 = (f32(v) for v in (1.44259854, -0.71683599, 0.44145411, -0.22661918, 0.05945945))
-E0, E1, E2, E3, E4 = (f32(v) for v in (1.00000008, 0.69312103, 0.24022107, 0.05592208, 0.00967604))
-
 #: Allows a product and a sum to be fused, and nothing else.
 FUSED = {"contract"}
 
 
 class Spec(NamedTuple):
-    """A ``GridSpec`` as numbers. drop: bits by which scales are narrower than fp16. power: 0 without a search."""
+    """A ``GridSpec`` as numbers. drop: bits by which scales are narrower than fp16. widest: of the ranges that a search tries."""
 
     top: int
     half: int
     symmetric: bool
     min_zero: int
     drop: int
-    power: float
+    search: bool
+    widest: int
+    solved: tuple[int, ...]
 
 
 class Block(NamedTuple):
@@ -78,24 +76,28 @@ class Block(NamedTuple):
 
 
 class Grids(NamedTuple):
-    """One grid for each row of a tile: fp32 [LANES] each. error: of the weights on it."""
+    """One grid for each row of a tile: fp32 [LANES] each. error: of the weights on it. part: its range, of the one of all weights."""
 
     scale: Any
     zero: Any
     error: Any
+    part: Any
 
 
 def spec_of(spec: GridSpec) -> Spec:
-    power = spec.mse_power if spec.mse else 0.0
-    return Spec(spec.max_code, 1 << (spec.bits - 1), spec.symmetric, spec.min_zero, SCALE_BITS - spec.scale_bits, power)
+    drop, half = SCALE_BITS - spec.scale_bits, 1 << (spec.bits - 1)
+    return Spec(spec.max_code, half, spec.symmetric, spec.min_zero, drop, spec.search, spec.tried[0], spec.solved)
 
 
-def find_grid_compiled(w: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+def find_grid_compiled(w: Tensor, spec: GridSpec, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``find_grid`` for fp32 weights [g, ...] on a CPU."""
-    flat = w.reshape(w.shape[0], -1).contiguous()
+    g = w.shape[0]
+    weight = torch.ones(1, g) if weight is None else weight.float().reshape(g, -1).T.contiguous()
+    flat = w.reshape(g, -1).contiguous()
     scale, zero = torch.empty(2, flat.shape[1], dtype=w.dtype)
-    arrays, numbers = (flat.numpy(), scale.numpy(), zero.numpy()), spec_of(spec)
-    in_parts(flat.shape[1], LANES, lambda start, stop: _find_grids(*arrays, numbers, start, stop))
+    arrays, numbers = (flat.numpy(), weight.numpy(), scale.numpy(), zero.numpy()), spec_of(spec)
+    tiles = len(weight) * -(-flat.shape[1] // (len(weight) * LANES))
+    in_parts(tiles, 1, lambda start, stop: _find_grids(*arrays, numbers, start, stop))
     return scale.view(w.shape[1:]), zero.view(w.shape[1:])
 
 
@@ -103,17 +105,9 @@ def gptq_block_compiled_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor,
     """``gptq_block_`` for fp32 tensors [k, m] on a CPU, each column contiguous."""
     m = target.shape[1]
     loss = torch.empty(m, dtype=target.dtype)
-    block = Block(
-        target=target.numpy(),
-        u=u.contiguous().numpy(),
-        work=work.numpy(),
-        codes=codes.numpy(),
-        scale=grid.scale.numpy(),
-        zero=grid.zero.numpy(),
-        group=grid.group.to(torch.int32).contiguous().numpy(),
-        loss=loss.numpy(),
-        find=grid.find,
-    )
+    group = grid.group.to(torch.int32).contiguous()
+    arrays: list[Any] = [t.numpy() for t in (target, u.contiguous(), work, codes, grid.scale, grid.zero, group, loss)]
+    block = Block._make([*arrays, grid.find])
     numbers = spec_of(grid.spec)
     in_parts(m, LANES, lambda start, stop: _quantize_columns(block, numbers, start, stop))
     return loss
@@ -163,38 +157,26 @@ def _grid_for_range(low, high, spec):
     return scale, zero
 
 
-@njit(nogil=True, inline="always")
-def _to_power(x, power):
-    """x^power for x ≥ 0, within 1e-4."""
-    bits = f32(x).view(i32)
-    exponent = f32((bits >> i32(23)) - i32(127))
-    m = i32((bits & i32(0x7FFFFF)) | i32(0x3F800000)).view(f32) - f32(1)
-    y = max(power * (exponent + m * (L0 + m * (L1 + m * (L2 + m * (L3 + m * L4))))), f32(-126))
-    whole = y + ROUNDING
-    f = y - (whole - ROUNDING)
-    fraction = E0 + f * (E1 + f * (E2 + f * (E3 + f * E4)))
-    return i32(f32(fraction).view(i32) + (f32(whole).view(i32) << i32(23))).view(f32)
-
-
 @compiled(fastmath=FUSED)
-def _candidate(tile, s, e, tried, best, spec, scratch):
-    """Try grids on columns [s, e) of a tile. Rows in which their error is below the best take them. scratch: [≥ 2, LANES]."""
+def _candidate(tile, s, e, weight, tried, best, spec, scratch):
+    """Try grids on columns [s, e) of a tile. Rows in which their weighted error is below the best take them. scratch: [≥ 2, LANES]."""
     scale, zero, error = tried.scale, tried.zero, tried.error
     inverse, unit = scratch[0], scratch[1]
-    power, top = f32(spec.power), f32(spec.top)
+    top = f32(spec.top)
     for r in range(LANES):
         error[r] = f32(0)
         inverse[r] = f32(1) / scale[r]
-        unit[r] = _to_power(scale[r], power)
+        unit[r] = scale[r] * scale[r]
     for start in range(s, e, CHECKED):
         for j in range(start, min(start + CHECKED, e)):
+            of_column = weight[j]
             for r in range(LANES):
                 steps = tile[j, r] * inverse[r]
-                nearest = _round(min(max(steps, -zero[r]), top - zero[r]))
-                error[r] += _to_power(abs(steps - nearest), power)
+                off = steps - _round(min(max(steps, -zero[r]), top - zero[r]))
+                error[r] += of_column * (off * off)
         worse = 0
         for r in range(LANES):
-            worse += error[r] * unit[r] >= best.error[r]
+            worse += not error[r] * unit[r] < best.error[r]
         if worse == LANES:
             return
     for r in range(LANES):
@@ -205,41 +187,51 @@ def _candidate(tile, s, e, tried, best, spec, scratch):
 
 
 @compiled()
-def _tile_grid(tile, s, e, scale, zero, spec, scratch):
-    """The grid of columns [s, e) of a tile [columns, LANES]: scale and zero, each [LANES]. scratch: [8, LANES]."""
-    low, high = scratch[2], scratch[3]
+def _range_of(tile, s, e, low, high):
+    """The range of columns [s, e) of a tile and 0."""
     low[:] = f32(0)
     high[:] = f32(0)
     for j in range(s, e):
         for r in range(LANES):
             low[r] = min(low[r], tile[j, r])
             high[r] = max(high[r], tile[j, r])
-    for r in range(LANES):
-        scale[r], zero[r] = _grid_for_range(low[r], high[r], spec)
-    if spec.power == 0.0:
-        return
-    best, tried = Grids(scale, zero, scratch[4]), Grids(scratch[5], scratch[6], scratch[7])
-    tried.scale[:] = scale
-    tried.zero[:] = zero
-    best.error[:] = f32(np.inf)
-    _candidate(tile, s, e, tried, best, spec, scratch)
-    for step in range(1, MSE_STEPS):
-        shrink = f32(1.0 - step / 100.0)
-        for r in range(LANES):
-            tried.scale[r], tried.zero[r] = _grid_for_range(low[r] * shrink, high[r] * shrink, spec)
-        _candidate(tile, s, e, tried, best, spec, scratch)
 
 
 @compiled()
-def _find_grids(w, scale, zero, spec, start, stop):
-    """The grids of columns [start, stop) of w [g, c]."""
+def _tile_grid(tile, s, e, weight, scale, zero, spec, scratch):
+    """The grid of columns [s, e) of a tile [columns, LANES]: scale and zero, each [LANES].
+
+    weight: of the columns' squared errors, [columns]. scratch: [10, LANES].
+    """
+    low, high = scratch[2], scratch[3]
+    _range_of(tile, s, e, low, high)
+    for r in range(LANES):
+        scale[r], zero[r] = _grid_for_range(low[r], high[r], spec)
+    if not spec.search:
+        return
+    best, tried = Grids(scale, zero, scratch[4], scratch[8]), Grids(scratch[5], scratch[6], scratch[7], scratch[9])
+    best.error[:] = f32(np.inf)
+    for hundredths in range(spec.widest, SMALLEST_TRIED - 1, -1):
+        part = f32(hundredths / 100.0)
+        for r in range(LANES):
+            tried.scale[r], tried.zero[r] = _grid_for_range(low[r] * part, high[r] * part, spec)
+        _candidate(tile, s, e, weight, tried, best, spec, scratch)
+
+
+@compiled()
+def _find_grids(w, weight, scale, zero, spec, start, stop):
+    """The grids of tiles [start, stop) of w [g, groups · m]. weight: [groups, g]; a tile is inside one group."""
     tile = np.zeros((w.shape[0], LANES), f32)
-    scratch = np.empty((8, LANES), f32)
+    scratch = np.empty((10, LANES), f32)
     tile_scale, tile_zero = np.empty(LANES, f32), np.empty(LANES, f32)
-    for c in range(start, stop, LANES):
-        count = min(LANES, stop - c)
+    m = w.shape[1] // weight.shape[0]
+    tiles = (m + LANES - 1) // LANES
+    for number in range(start, stop):
+        group = number // tiles
+        c = group * m + number % tiles * LANES
+        count = min(LANES, (group + 1) * m - c)
         tile[:, :count] = w[:, c : c + count]
-        _tile_grid(tile, 0, w.shape[0], tile_scale, tile_zero, spec, scratch)
+        _tile_grid(tile, 0, w.shape[0], weight[group], tile_scale, tile_zero, spec, scratch)
         scale[c : c + count] = tile_scale[:count]
         zero[c : c + count] = tile_zero[:count]
 
@@ -293,13 +285,77 @@ def _emit_spread(context: Any, builder: Any, signature: Any, arguments: Any) -> 
 
 
 @compiled(error_model="numpy")
+def _solve_group(tile, s, e, u, tried, best, top, spare):
+    """Solve columns [s, e) of a tile with given grids. Rows in which the loss is below the best take the grid.
+
+    spare: [≥ e, LANES], room for a copy of the tile.
+    """
+    scale, zero, loss = tried.scale, tried.zero, tried.error
+    at, at_u, row = spare.ctypes.data, u.ctypes.data, 4 * u.shape[1]
+    spare[s:e] = tile[s:e]
+    loss[:] = f32(0)
+    first = s
+    for j in range(s, e):
+        pivot = u[j, j]
+        for r in range(LANES):
+            low = -zero[r]
+            step = _round(min(max(spare[j, r] / scale[r], low), top + low))
+            error = (spare[j, r] - scale[r] * step) / pivot
+            loss[r] += error * error
+            spare[j, r] = error
+        end = min(first + STRIP, e)
+        for later in range(j + 1, end):
+            _spread(at, at_u, row, j, j + 1, later)
+        if j + 1 == end:
+            worse = 0
+            for r in range(LANES):
+                worse += not loss[r] < best.error[r]
+            if worse == LANES:
+                return
+            for later in range(end, e):
+                _spread(at, at_u, row, first, end, later)
+            first = end
+    for r in range(LANES):
+        if loss[r] < best.error[r]:
+            best.error[r] = loss[r]
+            best.scale[r] = scale[r]
+            best.zero[r] = zero[r]
+            best.part[r] = tried.part[r]
+
+
+@compiled(error_model="numpy")
+def _solved_grid(tile, s, e, u, scale, zero, spec, scratch, spare):
+    """The grid of columns [s, e) of a tile [columns, LANES] with the least loss: scale and zero, each [LANES]. scratch: [10, LANES]."""
+    low, high = scratch[2], scratch[3]
+    _range_of(tile, s, e, low, high)
+    best, tried = Grids(scale, zero, scratch[4], scratch[8]), Grids(scratch[5], scratch[6], scratch[7], scratch[9])
+    best.error[:] = f32(np.inf)
+    for r in range(LANES):
+        scale[r], zero[r] = _grid_for_range(low[r], high[r], spec)
+    best.part[:] = f32(1)
+    around = np.empty(LANES, f32)
+    for attempt in range(len(spec.solved) + 2 * len(REFINED)):
+        late = attempt - len(spec.solved)
+        if late >= 0 and late % 2 == 0:
+            around[:] = best.part
+        for r in range(LANES):
+            if late < 0:
+                tried.part[r] = f32(spec.solved[attempt] / 100.0)
+            else:
+                tried.part[r] = around[r] + f32((2 * (late % 2) - 1) * REFINED[late // 2] / 100.0)
+            tried.scale[r], tried.zero[r] = _grid_for_range(low[r] * tried.part[r], high[r] * tried.part[r], spec)
+        _solve_group(tile, s, e, u, tried, best, f32(spec.top), spare)
+
+
+@compiled(error_model="numpy")
 def _quantize_columns(block, spec, start, stop):
     """The column loop for rows [start, stop)."""
     target, u, work, codes, scale, zero, group, loss, find = block
     k = target.shape[0]
     width = k // scale.shape[0]
     tile, at_scale, at_zero = np.zeros((k, LANES), f32), np.ones((scale.shape[0], LANES), f32), np.zeros((scale.shape[0], LANES), f32)
-    scratch, total, error = np.empty((8, LANES), f32), np.empty(LANES, f32), np.empty(LANES, f32)
+    spare, ones = np.empty((k, LANES), f32), np.ones(k, f32)
+    scratch, total, error = np.empty((10, LANES), f32), np.empty(LANES, f32), np.empty(LANES, f32)
     top, at_tile, at_u = f32(spec.top), tile.ctypes.data, u.ctypes.data
     for c in range(start, stop, LANES):
         count = min(LANES, stop - c)
@@ -312,7 +368,10 @@ def _quantize_columns(block, spec, start, stop):
         for j in range(k):
             g = group[j]
             if find and j % width == 0:
-                _tile_grid(tile, j, j + width, at_scale[g], at_zero[g], spec, scratch)
+                if spec.search:
+                    _solved_grid(tile, j, j + width, u, at_scale[g], at_zero[g], spec, scratch, spare)
+                else:
+                    _tile_grid(tile, j, j + width, ones, at_scale[g], at_zero[g], spec, scratch)
             pivot = u[j, j]
             for r in range(LANES):
                 low, s = -at_zero[g, r], at_scale[g, r]

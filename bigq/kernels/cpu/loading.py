@@ -14,7 +14,7 @@ def load() -> None:
     k, m = 2, 1
     target, work, codes = torch.zeros(k, m), torch.zeros(k, m), torch.empty(k, m, dtype=torch.uint8)
     scale, zero = torch.empty(2, 1, m)
-    spec = GridSpec(bits=4, symmetric=True, mse=True)
+    spec = GridSpec(bits=4, symmetric=True, search=True)
     gptq_block_compiled_(target, torch.eye(k), work, codes, GroupGrid(spec, scale, zero, torch.zeros(k, dtype=torch.int32), True))
     find_grid_compiled(target, spec)
     h, x = torch.zeros(PANEL, PANEL), torch.zeros(2, PANEL, dtype=torch.bfloat16)

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq.kernels.grid import FP16_TINY, SCALE_BITS, GroupGrid, find_grid
-from bigq.kernels.pick import input_precision
+from bigq.kernels.grid import FP16_TINY, SCALE_BITS, TRIAL_ELEMENTS, GridSpec, GroupGrid, least_loss_grid
+from bigq.kernels.pick import empty_columns, input_precision
 
 MAX_COLUMNS = 128
 ROWS = 16
@@ -36,18 +36,42 @@ def gptq_block_triton_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, g
         return gptq_block_triton_(target[None], u[None], work[None], codes[None], one)[0]
     k = target.shape[1]
     assert k <= MAX_COLUMNS
-    if not (grid.find and grid.spec.mse):
+    if not (grid.find and grid.spec.search):
         return _launch(target, u, work, codes, grid)
-    # The grid search runs in torch, over all matrices at once, so each group is a separate launch.
+    # A search solves each group with several grids, so its groups are separate launches.
     loss = torch.zeros(target.shape[0], target.shape[2], dtype=target.dtype, device=target.device)
     width = k // grid.scale.shape[1]
     for g in range(grid.scale.shape[1]):
         s, e = g * width, (g + 1) * width
-        grid.scale[:, g], grid.zero[:, g] = find_grid(target[:, s:e].transpose(0, 1), grid.spec)
-        given = GroupGrid(grid.spec, grid.scale, grid.zero, grid.group[:, s:e], False)
-        loss += _launch(target[:, s:e], u[:, s:e, s:e], work[:, s:e], codes[:, s:e], given)
+        group = target[:, s:e], u[:, s:e, s:e]
+        grid.scale[:, g], grid.zero[:, g] = least_loss_grid(group[0], grid.spec, _Trials(*group, grid.spec))
+        given = GroupGrid(grid.spec, grid.scale[:, g : g + 1], grid.zero[:, g : g + 1], torch.zeros_like(grid.group[:, s:e]), False)
+        loss += _launch(*group, work[:, s:e], codes[:, s:e], given)
         target[:, e:] -= u[:, s:e, e:].mT @ target[:, s:e]
     return loss
+
+
+class _Trials:
+    """Solves a group's weights [batch, g, m] with several grids, as many at once as ``TRIAL_ELEMENTS`` allows."""
+
+    def __init__(self, target: Tensor, u: Tensor, spec: GridSpec) -> None:
+        self._target, self._u, self._spec = target, u, spec
+        self._at_once = max(1, TRIAL_ELEMENTS // target.numel())
+
+    def __call__(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """The loss of each row, [c, batch, m]. scale, zero: of the same shape."""
+        parts = zip(scale.split(self._at_once), zero.split(self._at_once), strict=True)
+        return torch.cat([self._losses(*part) for part in parts])
+
+    def _losses(self, scale: Tensor, zero: Tensor) -> Tensor:
+        (c, batch, m), g = scale.shape, self._target.shape[1]
+        buffers = (empty_columns(g, m, dtype, scale.device, (c, batch)) for dtype in (torch.float32, torch.float32, torch.uint8))
+        target, work, codes = (buffer.flatten(0, 1) for buffer in buffers)
+        target.view(c, batch, g, m).copy_(self._target)
+        work.zero_()
+        group = torch.zeros(c * batch, g, dtype=torch.int32, device=scale.device)
+        grid = GroupGrid(self._spec, scale.view(-1, 1, m), zero.view(-1, 1, m), group, False)
+        return _launch(target, self._u.repeat(c, 1, 1), work, codes, grid).view(c, batch, m)
 
 
 def _launch(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: GroupGrid) -> Tensor:

@@ -14,6 +14,7 @@ from bigq.io.reader import CHUNK_BYTES
 from bigq.io.remote.push import WAITING_BYTES, WAITING_SHARDS
 from bigq.kernels.cholesky import panel_width
 from bigq.kernels.gptq_block import SUB_BLOCK
+from bigq.kernels.grid import TRIAL_ELEMENTS
 from bigq.kernels.pick import piece
 from bigq.kernels.syrk import CHUNK_TOKENS
 from bigq.sched.plan.bank_cost import BankPhase, BankTerms, bank_phases, proof_bytes
@@ -21,7 +22,7 @@ from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape
 from bigq.sched.plan.work import Choice, Work
 from bigq.sched.rows.tiers import WRITES_IN_FLIGHT
 from bigq.scheme import QuantScheme
-from bigq.solver.gptq import BLOCK, PANEL, has_static_grids
+from bigq.solver.gptq import BLOCK, PANEL, column_order, has_static_grids
 
 #: Weights of the output head that are solved at a time (``solve.head``).
 HEAD_CHUNK = 2**26
@@ -157,14 +158,16 @@ def _head_phases(
     """(name, peak bytes, operations) of quantizing the output head: see ``solve.head``."""
     weight, codes = shape.itemsize * head.m * head.n, head.m * head.n
     rows = min(head.m, max(1, HEAD_CHUNK // head.n))
-    solving = FP32 * rows * (3 * head.n if not work.streams or scheme.act_order or scheme.mse else 2 * head.n + PANEL)
+    solving = (
+        FP32 * rows * (3 * head.n if not work.streams or scheme.order == "activation" or scheme.scales == "search" else 2 * head.n + PANEL)
+    )
     packing = 2 * codes + packed_bytes(head, scheme)
     if not work.streams:
         return [("solve", weight + max(codes + solving, packing), {})]
     square = FP32 * head.n * head.n
     tokens = min(choice.batch, work.rows) * shape.seqlen
     capture = tokens * head.n * (4 * shape.itemsize + FP32) + shape.rest_loaded
-    permuted = min(piece(on_gpu=choice.on_gpu), square // FP32) if scheme.act_order else 0
+    permuted = min(piece(on_gpu=choice.on_gpu), square // FP32) if scheme.order != "natural" else 0
     factor = FP32 * max(permuted, 2 * panel_width(on_gpu=choice.on_gpu) * head.n)
     return [
         ("replay", square + capture, {"hessian": float(work.rows * shape.seqlen) * head.n * head.n}),
@@ -347,8 +350,8 @@ class BlockCost:
         """In addition to the Hessian: the buffer of a permutation, or the panels; and a copy if schemes need separate factors."""
         schemes = [self._schemes[linear.name] for linear in linears]
         square = group.n * group.n
-        moved = min(piece(on_gpu=self._choice.on_gpu), square) if any(s.act_order for s in schemes) else 0
-        copied = square if len({(s.act_order, s.damping) for s in schemes}) > 1 else 0
+        moved = min(piece(on_gpu=self._choice.on_gpu), square) if any(s.order != "natural" for s in schemes) else 0
+        copied = square if len({(column_order(s, group.n), s.damping) for s in schemes}) > 1 else 0
         return FP32 * (max(moved, 2 * panel_width(on_gpu=self._choice.on_gpu) * group.n) + copied)
 
     def _solve(self, group: GroupShape, linears: list[LinearShape], at_once: int = 1) -> int:
@@ -359,13 +362,19 @@ class BlockCost:
             rows = [linear.m for linear in linears if self._schemes[linear.name] == scheme]
             m, static = sum(rows), has_static_grids(scheme, n)
             panel = min(n, PANEL if static else max(PANEL, scheme.group_width(n)))
-            buffers = 1 + scheme.act_order + 3 * (static and scheme.mse)
+            buffers = 1 + (scheme.order != "natural") + 3 * (static and scheme.scales == "search")
             copies = max(buffers, CORRECTING) if self._paired else buffers
             converted = FP32 * min(piece(on_gpu=self._choice.on_gpu), n * max(rows)) * copies
             loop = n * m + FP32 * ((panel + BLOCK + 3 * SUB_BLOCK * (not self._choice.on_gpu)) * m + 3 * BLOCK * n)
             held = FP32 * m * (n + 2 * (n // scheme.group_width(n)))
+            if scheme.scales == "search":
+                loop += FP32 * n * m if static else self._trials(scheme.group_width(n), m)
             most = max(most, at_once * held + max(converted, at_once * loop))
         return most
+
+    def _trials(self, width: int, m: int) -> int:
+        """Bytes of the copies of a group that a search in the loop solves: weights, their errors and codes. A CPU copies a tile."""
+        return (2 * FP32 + 1) * max(TRIAL_ELEMENTS, width * m) if self._choice.on_gpu else 0
 
     def _pack(self, group: GroupShape, linears: list[LinearShape]) -> int:
         """The codes of all Linears, and the new weight or words of one."""

@@ -187,7 +187,7 @@ def config_of(packed: dict[str, QuantScheme], others: tuple[str, ...] = ("lm_hea
 
 
 def test_config_has_the_keys_of_readers() -> None:
-    scheme = QuantScheme(bits=3, group_size=64, symmetric=False, act_order=True)
+    scheme = QuantScheme(bits=3, group_size=64, symmetric=False, order="activation")
     assert config_of({"m.0.q": scheme, "m.0.k": scheme}, ("z", "lm_head"), scheme) == {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",

@@ -181,7 +181,7 @@ def test_the_advised_group_size_divides_all_inputs(inputs: tuple[int, ...], at_m
 
 
 def test_config_has_the_keys_of_readers() -> None:
-    scheme = QuantScheme(bits=3, group_size=64, symmetric=False, act_order=True, damping=0.02)
+    scheme = QuantScheme(bits=3, group_size=64, symmetric=False, order="activation", damping=0.02)
     config = quantization_config(scheme, (), 1, (), {"quantizer": "bigq:1"})
     assert config == {
         "quant_method": "gptq",
@@ -213,7 +213,7 @@ def read_dynamic(dynamic: dict[str, dict[str, object]], name: str) -> dict[str, 
 
 def test_rules_become_dynamic_overrides_first_match_first() -> None:
     rules = (
-        Rule(r".*\.down", {"bits": 8, "group_size": 32, "sym": False, "mse": True, "damping": 0.1, "act_order": True}),
+        Rule(r".*\.down", {"bits": 8, "group_size": 32, "sym": False, "scales": "search", "damping": 0.1, "order": "activation"}),
         Rule(r".*layers\.0\.", None),
         Rule(r".*", {"group_size": 64}),
     )

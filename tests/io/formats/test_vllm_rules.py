@@ -26,6 +26,7 @@ from models import linear_names
 from bigq.io.formats import FORMATS, Quantization
 from bigq.job.rules import splits
 from bigq.scheme import QuantScheme, Rule, scheme_for
+from bigq.vocabulary import OrderName
 
 NEEDED = {"bits": int, "group_size": int, "desc_act": bool, "sym": bool}
 GROUP_SIZES = (-1, 32, 64, 128)
@@ -116,11 +117,11 @@ def judge(family: str, scheme: QuantScheme, rules: tuple[Rule, ...] = (), versio
 
 
 @pytest.mark.parametrize("family", PREFIXES)
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("order", ["natural", "activation", "group"])
 @pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_symmetric_4_and_8_bits_load(bits: int, group_size: int, act_order: bool, family: str) -> None:
-    assert judge(family, QuantScheme(bits=bits, group_size=group_size, act_order=act_order)) == set()
+def test_symmetric_4_and_8_bits_load(bits: int, group_size: int, order: OrderName, family: str) -> None:
+    assert judge(family, QuantScheme(bits=bits, group_size=group_size, order=order)) == set()
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_other_settings_are_refused(scheme: QuantScheme) -> None:
 
 def test_readers_need_no_g_idx_for_act_order() -> None:
     """With static groups ``desc_act`` stays false, so weights need not be gathered, nor scales repeated on every GPU."""
-    config = quantization_config(QuantScheme(act_order=True), (), 1, (), {})
+    config = quantization_config(QuantScheme(order="activation"), (), 1, (), {})
     assert config["desc_act"] is False and config["static_groups"] is True and config["lm_head"] is False
 
 

@@ -328,7 +328,7 @@ def test_rules_and_readers_are_told() -> None:
 def test_no_line_of_a_plan_wraps_at_60_columns() -> None:
     """With long names, large numbers and everything that a plan may say."""
     asymmetric = QuantScheme(symmetric=False, bits=3)
-    rules = (Rule(".*down", None), *(Rule(f".*{name}$", {"bits": 8, "group_size": 32, "mse_power": 2.5}) for name in ("q", "k", "o", "up")))
+    rules = (Rule(".*down", None), *(Rule(f".*{name}$", {"bits": 8, "group_size": 32, "damping": 0.25}) for name in ("q", "k", "o", "up")))
     work = dataclasses.replace(WORK, rows=123456, scheme=lambda name: scheme_for(name, asymmetric, rules))
     rates = Ceilings(
         "NVIDIA A GPU With A Long Name SXM5 141GB", 1e12, 1e12, 1e12, 1e12, 2**40, "a data sheet of the vendor, and a measurement"
