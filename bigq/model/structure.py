@@ -9,7 +9,7 @@ run again: its output follows from the Linear's inputs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bigq.errors import UnsupportedModelError
+from bigq.model.block_call import BlockCall, OutputForm, hidden_of
 from bigq.model.blocks import block_linears
-from bigq.model.capture import BlockCall, OutputForm, hidden_of, replace_forwards
+from bigq.model.capture import replace_forwards
 from bigq.model.experts.call import BankCall
 from bigq.model.experts.cut import banks_replaced, called_banks
 from bigq.model.skeleton import linear_weight
@@ -280,7 +282,7 @@ def _shortcuts(
     handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in block.named_modules() if name]
     hidden = tracer.begin(hidden)
     try:
-        expected = call.run(block, hidden.clone())
+        expected = call.outputs(block, hidden.clone())
     finally:
         for handle in handles:
             handle.remove()
@@ -346,7 +348,7 @@ def _leaves_idle(shortcut: Shortcut, block: nn.Module, hidden: Tensor, call: Blo
     returned: list[Tensor] = []
     handle = linear.register_forward_hook(lambda module, args, output: returned.append(output.detach().clone()))
     try:
-        expected = call.run(block, hidden.clone())
+        expected = call.outputs(block, hidden.clone())
     finally:
         handle.remove()
 
@@ -357,21 +359,25 @@ def _leaves_idle(shortcut: Shortcut, block: nn.Module, hidden: Tensor, call: Blo
         return lambda x: tracer.mark(type(module).forward(module, x))
 
     with replace_forwards([*map(block.get_submodule, shortcut.idle), block.get_submodule(shortcut.module)], make):
-        output = call.run(block, hidden.clone())
-    return not tracer.is_marked(output) and tracer.same(output, expected)
+        outputs = call.outputs(block, hidden.clone())
+    return not any(map(tracer.is_marked, outputs)) and _same_outputs(outputs, expected, tracer)
 
 
 def _is_exact(
-    shortcut: Shortcut, block: nn.Module, y: Tensor, hidden: Tensor, call: BlockCall, expected: Tensor, tracer: DataflowTracer
+    shortcut: Shortcut, block: nn.Module, y: Tensor, hidden: Tensor, call: BlockCall, expected: Sequence[Tensor], tracer: DataflowTracer
 ) -> bool:
     """Whether the block returns the same bits with a shortcut. y: the output of its Linear."""
 
     def make(_: int) -> Callable[..., Any]:
         return lambda *args, **kwargs: shortcut.returns(y, args, kwargs)
 
-    # A block that fails without the module's extra output cannot use the shortcut.
+    # A block that fails without the module's extra output, or hands it on, cannot use the shortcut.
     with replace_forwards([block.get_submodule(shortcut.module)], make):
         try:
-            return tracer.same(call.run(block, hidden.clone()), expected)
-        except (AttributeError, TypeError, RuntimeError):
+            return _same_outputs(call.outputs(block, hidden.clone()), expected, tracer)
+        except (AttributeError, TypeError, RuntimeError, UnsupportedModelError):
             return False
+
+
+def _same_outputs(outputs: Sequence[Tensor], expected: Sequence[Tensor], tracer: DataflowTracer) -> bool:
+    return all(tracer.same(a, b) for a, b in zip(outputs, expected, strict=True))
