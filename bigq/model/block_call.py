@@ -48,7 +48,7 @@ class BlockCall:
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The block's new hidden states."""
-        return hidden_of(block(hidden, *self.args, **self.kwargs))
+        return self.outputs(block, hidden)[0]
 
     def outputs(self, block: Callable[..., Any], hidden: Tensor) -> tuple[Tensor, ...]:
         """The block's new hidden states, and the extra outputs that the next block takes."""
@@ -139,12 +139,13 @@ def with_handed_on(calls: Sequence[BlockCall]) -> list[BlockCall]:
     return [dataclasses.replace(call, hands_on=later) for call, later in zip(calls, [*taken, ()], strict=True)]
 
 
-def fill_from_first(calls: Sequence[BlockCall], extras: Sequence[Tensor]) -> list[BlockCall]:
+def fill_from_first(calls: Sequence[BlockCall], run: Callable[[BlockCall], Sequence[Tensor]]) -> list[BlockCall]:
     """Calls in which every block takes what block 0 hands on: for probes, which all run on its inputs.
 
-    extras: what block 0 hands on, in the order of its call's ``hands_on``.
+    run: the outputs of block 0 by its call; used only if it hands anything on.
     """
-    values = dict(zip(calls[0].hands_on, extras, strict=True))
+    first = calls[0]
+    values = dict(zip(first.hands_on, run(first)[1:], strict=True)) if first.hands_on else {}
 
     def value(leaf: HandedOn | OfTokens) -> Tensor:
         if isinstance(leaf, HandedOn) and leaf.index in values:

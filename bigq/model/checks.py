@@ -151,14 +151,16 @@ def probe_blocks(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: Out
     for i, block in enumerate(blocks):
         if block._forward_hooks or block._forward_pre_hooks:
             raise UnsupportedModelError(f"{path}.{i}: has forward hooks, which would run twice; this architecture is not supported")
-    calls = probe_calls(model, blocks, ids, form)
+    with forward_errors("around its blocks"):
+        calls = probe_calls(model, blocks, ids, form)
     one, again, other, later, mixed = (first_input(model, blocks, ids[k])[0] for k in (*_TWICE, 2))
     _require_agreement([one, again, later], mixed, "its first block")
     hidden = torch.stack([one, other, mixed])
     _check_tail(model, blocks, ids, form, hidden[0])
     with forward_errors("where a block runs by itself"), without_banks(first):
         batches = tuple(
-            fill_from_first(given, given[0].outputs(first, x.clone())[1:]) for given, x in zip(calls.batches, hidden, strict=True)
+            fill_from_first(given, lambda call, x=x: call.outputs(first, x.clone()))  # type: ignore[misc]
+            for given, x in zip(calls.batches, hidden, strict=True)
         )
     return BlockCheck(hidden=hidden, calls=batches, of_tokens=calls.of_tokens, form=form, path=path)
 
@@ -259,7 +261,7 @@ def check_hidden_paths(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, for
         return x[..., :1].expand(*x.shape[:-1], 1)
 
     with forward_errors(), torch.enable_grad():
-        with _marked_embeddings(model) as marks:
+        with _marked_embeddings(model, blocks, ids) as marks:
             calls = record_calls(model, blocks, ids, form, lambda hidden: hidden.detach().requires_grad_())
         of_tokens = tuple(_marked_leaves(i, call, marks) for i, call in enumerate(calls))
     with forward_errors(), torch.enable_grad(), replace_forwards([*blocks, output_head(model)], make):
@@ -294,16 +296,24 @@ def _graph_starts(tensor: Tensor) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _marked_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Let everything that is computed from the input embeddings have gradients. Yields the tensors that these would go to."""
-    marks: list[Tensor] = []
+def _marked_embeddings(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> Iterator[list[Tensor]]:
+    """Let everything that is computed from embeddings of token ids [B, T] outside the blocks have gradients.
 
-    def mark(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+    Yields the tensors that these would go to. Other embeddings of ids of this shape, such as positions, are among them.
+    """
+    marks: list[Tensor] = []
+    inside = set(blocks.modules())
+
+    def mark(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not args or args[0].shape != ids.shape:
+            return output
         marks.append(output.detach().requires_grad_())
         return marks[-1].clone()
 
-    handle = model.get_input_embeddings().register_forward_hook(mark)  # type: ignore[operator]
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding) and module not in inside]
+    handles = [module.register_forward_hook(mark) for module in embeddings]
     try:
         yield marks
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -130,12 +130,3 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
             del module.__dict__["forward"]
         else:
             module.forward = before
-
-
-def token_places(x: Tensor, known: Tensor) -> Tensor:
-    """Where tokens are among the ``known`` ones, which are in order. Raises UnsupportedModelError for others."""
-    if not bool(torch.isin(x, known).all()):
-        raise UnsupportedModelError(
-            "the model embeds tokens that are not in its input, such as a prompt; this architecture is not supported"
-        )
-    return torch.searchsorted(known, x.to(known.dtype).contiguous())

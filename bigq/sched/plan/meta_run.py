@@ -45,11 +45,15 @@ class MetaRun:
         with live if any(of_tokens) else contextlib.nullcontext():
             calls = record_calls(model, blocks, ids, form)
         made = [[leaf for place, leaf in enumerate(c.leaves()) if place in at] for c, at in zip(calls, of_tokens, strict=False)]
-        extras: tuple[Tensor, ...] = ()
-        if calls[0].hands_on:
+        extras: list[Tensor] = []
+
+        def first(call: BlockCall) -> tuple[Tensor, ...]:
             with without_banks(blocks[0]):
-                extras = calls[0].outputs(blocks[0], hidden)[1:]
-            calls = fill_from_first(calls, extras)
+                outputs = call.outputs(blocks[0], hidden)
+            extras.extend(outputs[1:])
+            return outputs
+
+        calls = fill_from_first(calls, first)
         return cls(hidden, calls, made, sum_bytes(extras), live.peak)
 
     def tensors(self) -> Iterator[Tensor]:

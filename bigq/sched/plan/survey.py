@@ -25,6 +25,7 @@ from bigq.model.experts.bank import bank_modules
 from bigq.model.experts.cut import chosen_experts, without_banks
 from bigq.model.experts.naming import ExpertLinear, Naming
 from bigq.model.experts.pages import StoredBank, nominal_linears
+from bigq.model.lookup import token_tables
 from bigq.model.skeleton import is_transposed, linear_weight
 from bigq.model.structure import BlockPlan, Shortcut, plan_block
 from bigq.model.tracers import GradientTracer
@@ -70,7 +71,7 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
         short_ids = torch.zeros(1, min(seqlen, _STRUCTURE_TOKENS), dtype=torch.long, device="meta")
         of_tokens = check_hidden_paths(model, blocks, short_ids, form)
         runs = [MetaRun.of(model, blocks, form, rows, seqlen, of_tokens) for rows in (1, 2)]
-        rest = _rest_bytes(model, blocks, form, outline.dtype)
+        rest, table_row = _rest_bytes(model, outline, form)
         short = MetaRun.of(model, blocks, form, 1, short_ids.shape[1], of_tokens)
         kinds: dict[Any, BlockShape] = {}
         shapes = []
@@ -97,6 +98,7 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
         coded=outline.coded,
         head=_head(outline, model, head, embedding),
         family=getattr(model.config, "model_type", None),
+        table_row=table_row,
         handed_on=runs[0].handed_on,
         of_tokens=max(map(sum_bytes, runs[0].of_tokens), default=0),
         around=Rows.through(*(run.around for run in runs)),
@@ -104,8 +106,13 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
     )
 
 
-def _rest_bytes(model: nn.Module, blocks: nn.ModuleList, form: OutputForm, dtype: torch.dtype) -> int:
-    """Bytes of the parameters outside blocks, embedding and head that are loaded: of a composite model, those that text needs."""
+def _rest_bytes(model: nn.Module, outline: Outline, form: OutputForm) -> tuple[int, int]:
+    """Bytes of the parameters outside blocks, embedding and head that are loaded, and of a row of the tables that are read by rows.
+
+    Of a composite model, only those count that text needs.
+    """
+    blocks = model.get_submodule(outline.blocks_path)
+    assert isinstance(blocks, nn.ModuleList)
     apart = [model.get_input_embeddings(), model.get_output_embeddings(), blocks]  # type: ignore[operator]
     others = {id(p) for m in apart if m is not None for p in m.parameters()}
     rest = {name: p for name, p in model.named_parameters() if id(p) not in others}
@@ -119,7 +126,9 @@ def _rest_bytes(model: nn.Module, blocks: nn.ModuleList, form: OutputForm, dtype
 
         with OnUse(rest, torch.device("meta"), use):
             MetaRun.of(model, blocks, form, 1, 2)
-    return sum(rest[name].numel() for name in used) * dtype.itemsize
+    tables = {name: module for name, module in token_tables(model, outline.blocks_path).items() if name in used}
+    row = sum(_bytes(outline, name) // module.num_embeddings for name, module in tables.items())
+    return sum(rest[name].numel() for name in used - set(tables)) * outline.dtype.itemsize, row
 
 
 def require_hidden_paths(model: nn.Module, blocks_path: str) -> None:

@@ -66,7 +66,7 @@ def probe_model(pager: Pager) -> Probe:
         hidden, _ = first_input(pager.model, pager.blocks, ids[0, :1])
         calls = record_calls(pager.model, pager.blocks, ids[0, :1], form)
         with without_banks(block):
-            calls = fill_from_first(calls, calls[0].outputs(block, hidden.clone())[1:])
+            calls = fill_from_first(calls, lambda call: call.outputs(block, hidden.clone()))
         pager.evict_block(0)
     return Probe(hidden, calls, form, check)
 
