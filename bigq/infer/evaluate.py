@@ -135,7 +135,7 @@ class Stream:
         probe = probe_model(pager)
         require_hidden_paths(pager.model, pager.blocks_path)
         self._form: OutputForm = probe.form
-        needed = rows.numel() * probe.hidden.shape[-1] * probe.hidden.dtype.itemsize
+        needed = rows.numel() * math.prod(probe.hidden.shape[2:]) * probe.hidden.dtype.itemsize
         tier = choose_tier(pager.device, needed, Path(tempfile.gettempdir()))
         with (
             Progress(len(pager.blocks), pager.device, quiet, display=display) as progress,

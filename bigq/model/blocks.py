@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bigq.errors import UnsupportedModelError
 from bigq.model.experts.bank import bank_modules
-from bigq.model.skeleton import is_linear
+from bigq.model.skeleton import is_linear, linear_weight
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -39,6 +40,12 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def block_linears(block: nn.Module) -> dict[str, nn.Module]:
     """The Linears of a block by their name in it, in order of definition."""
     return {name: module for name, module in block.named_modules() if is_linear(module)}
+
+
+def is_product(module: nn.Module, x: Tensor, output: Any) -> bool:
+    """Whether the output of a Linear for inputs x has the shape of x · Wᵀ; that of one that works on groups of its inputs has not."""
+    outputs, inputs = linear_weight(module).shape
+    return isinstance(output, Tensor) and x.shape[-1] == inputs and output.shape == (*x.shape[:-1], outputs)
 
 
 def _consists_of(classes: Collection[str], modules: nn.ModuleList) -> bool:

@@ -71,11 +71,11 @@ def first_input(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[T
 
 
 def _require_vectors(hidden: Tensor, ids: Tensor) -> None:
-    """Raise UnsupportedModelError unless the hidden states for token ids [B, T] are one vector a token."""
-    if hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
+    """Raise UnsupportedModelError unless the hidden states for token ids [B, T] are one or several vectors a token."""
+    if hidden.ndim < 3 or hidden.shape[:2] != ids.shape:
         raise UnsupportedModelError(
-            f"block 0 receives hidden states {list(hidden.shape)} for {ids.shape[0]} x {ids.shape[1]} tokens, not one vector for each "
-            "token (such as several streams, or a prompt that the model adds); this architecture is not supported"
+            f"block 0 receives hidden states {list(hidden.shape)} for {ids.shape[0]} x {ids.shape[1]} tokens, not vectors for each token "
+            "(such as a prompt that the model adds, or another order of dimensions); this architecture is not supported"
         )
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 from bigq.errors import UnsupportedModelError
 from bigq.model.arguments import probe_calls
 from bigq.model.block_call import BlockCall, HandedOn, OfTokens, OutputForm, extras_of, fill_from_first, hidden_of
-from bigq.model.blocks import block_linears
+from bigq.model.blocks import block_linears, is_product
 from bigq.model.capture import first_input, forward_errors, output_head, record_calls, replace_forwards, split_call
 from bigq.model.compare import agree
 from bigq.model.experts.cut import without_banks
@@ -115,7 +115,7 @@ def _all_agree(some: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
 
 
 class _Linears:
-    """Checks while it is open that the Linears of a block compute x · Wᵀ + b, as the formats' readers will."""
+    """Checks while it is open that Linears which return the shape of a product compute x · Wᵀ + b, as the formats' readers will."""
 
     def __init__(self, name: str, block: nn.Module) -> None:
         self._name, self._linears = name, block_linears(block)
@@ -130,8 +130,8 @@ class _Linears:
 
     def _check(self, name: str) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not args or not isinstance(output, Tensor):
-                return
+            if not args or not is_product(module, args[0], output):
+                return  # it stays unquantized
             weight, bias = linear_weight(module), module.bias
             if "weight" not in module._parameters or not agree(functional.linear(args[0], weight, bias), output):  # type: ignore[arg-type]
                 raise UnsupportedModelError(

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bigq.errors import UnsupportedModelError
 from bigq.model.block_call import BlockCall, OutputForm, hidden_of
-from bigq.model.blocks import block_linears
+from bigq.model.blocks import block_linears, is_product
 from bigq.model.capture import replace_forwards
 from bigq.model.experts.call import BankCall
 from bigq.model.experts.cut import banks_replaced, called_banks
@@ -162,7 +162,7 @@ def _groups(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             x = args[0]
             calls[name] = calls.get(name, 0) + 1
-            if not isinstance(output, Tensor) or output.shape[:-1] != x.shape[:-1]:
+            if not is_product(linears[name], x, output):
                 unfit.add(name)
             for known, group in zip(inputs, members, strict=True):
                 if _same_tensor(x, known):

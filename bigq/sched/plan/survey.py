@@ -7,6 +7,7 @@ mark that spreads. The memory of a forward is counted as its tensors are allocat
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,7 +90,7 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
         path=outline.blocks_path,
         blocks=tuple(shapes),
         seqlen=seqlen,
-        width=runs[0].hidden.shape[-1],
+        width=math.prod(runs[0].hidden.shape[2:]),
         itemsize=runs[0].hidden.dtype.itemsize,
         vocabulary=embedding.num_embeddings,
         embedding_row=embedding.embedding_dim * (info.dtype if info is not None else outline.dtype).itemsize,

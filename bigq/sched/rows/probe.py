@@ -96,7 +96,7 @@ def store_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, tier: 
                 leaves = record_calls(pager.model, pager.blocks, rows[lo:hi].to(pager.device), probe.form)[block].leaves()
                 yield {place: leaves[place] for place in probe.of_tokens[block]}
 
-    shape = (len(rows), rows.shape[1], probe.hidden.shape[-1])
+    shape = (len(rows), rows.shape[1], *probe.hidden.shape[2:])
     arguments = TokenArguments(tier, len(rows), lambda: batches.at(0, 0), compute) if any(probe.of_tokens) else None
     return ActivationStore(shape, probe.hidden.dtype, batches, tier, record, arguments)
 

@@ -36,7 +36,7 @@ class Spare(Protocol):
 
 
 class ActivationStore:
-    """Hidden states [N, T, d] in one buffer of a tier. A block's outputs overwrite its inputs.
+    """Hidden states [N, T, d], or [N, T, s, d] with s vectors a token, in one buffer of a tier. A block's outputs overwrite its inputs.
 
     batches: the batch size by place; the last batch of a pass may be smaller. batch: the batch size of the current pass.
     at: the rows [lo, hi) of the current batch.
@@ -48,7 +48,7 @@ class ActivationStore:
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         dtype: torch.dtype,
         batches: Batches,
         tier: Tier,
@@ -59,7 +59,7 @@ class ActivationStore:
         self.shape, self.dtype = shape, dtype
         self._count, *row = shape
         self._row = tuple(row)
-        self._buffer = self.buffer(row[0] * row[1], dtype)
+        self._buffer = self.buffer(math.prod(row), dtype)
         self.handed_on = HandedOnRows(tier, self._count)
         self.before_batch: Callable[[], None] = lambda: None
         self.on_progress: Callable[[str, int, int], None] = lambda what, done, of: None
