@@ -53,6 +53,7 @@ TINY: dict[str, int] = {
 }
 #: Settings of families for which the sizes above do not make a model that runs.
 SPECIAL: dict[str, dict[str, Any]] = {
+    "glm_moe_dsa": {"index_topk": 8, "indexer_types": ["full", "shared", "full"]},
     "cpmant": {"prompt_types": 4, "prompt_length": 4, "segment_types": 4},
     "reformer": {
         "is_decoder": True,

@@ -32,8 +32,8 @@ from bigq.machine.device import choose_device, memory_errors
 from bigq.machine.memory import hold_heap, return_freed_memory
 from bigq.model import skeleton
 from bigq.model.architecture import max_positions
-from bigq.model.block_call import OutputForm
-from bigq.model.capture import replace_forwards
+from bigq.model.forward.block_call import OutputForm
+from bigq.model.forward.capture import replace_forwards
 from bigq.model.pager import Pager
 from bigq.progress.clock import Clock
 from bigq.progress.display import Display

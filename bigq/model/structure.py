@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bigq.errors import UnsupportedModelError
-from bigq.model.block_call import BlockCall, OutputForm, hidden_of
 from bigq.model.blocks import block_linears, is_product
-from bigq.model.capture import replace_forwards
 from bigq.model.experts.call import BankCall
 from bigq.model.experts.cut import banks_replaced, called_banks
+from bigq.model.forward.block_call import BlockCall, OutputForm, hidden_of
+from bigq.model.forward.capture import replace_forwards
 from bigq.model.skeleton import linear_weight
 from bigq.model.tracers import DataflowTracer, NanTracer
 

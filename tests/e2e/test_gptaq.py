@@ -32,7 +32,7 @@ from bigq.config import JobConfig
 from bigq.errors import NumericsError, UsageError
 from bigq.io.checksum import unseal
 from bigq.job.journal import Commit, Journal
-from bigq.model.block_call import BlockCall
+from bigq.model.forward.block_call import BlockCall
 from bigq.sched.plan import inputs
 from bigq.sched.rows.reference import ReferenceBlock
 from bigq.sched.rows.store import ActivationStore

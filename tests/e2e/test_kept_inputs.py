@@ -17,8 +17,8 @@ from torch import nn
 
 import bigq
 from bigq.config import JobConfig
-from bigq.model.block_call import BlockCall
 from bigq.model.blocks import block_linears
+from bigq.model.forward.block_call import BlockCall
 from bigq.sched.plan import inputs
 from bigq.sched.solve import propagate as propagate_module
 from bigq.sched.units import block as block_unit

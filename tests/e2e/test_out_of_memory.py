@@ -23,7 +23,7 @@ from bigq.errors import CheckpointError, ResourceError
 from bigq.io.checksum import unseal
 from bigq.job.batches import Batches, Halving
 from bigq.job.journal import Commit, Journal
-from bigq.model.block_call import BlockCall
+from bigq.model.forward.block_call import BlockCall
 from bigq.progress.records import Report
 from bigq.sched import solving as solving_module
 from bigq.sched.rows import calibration

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bigq.errors import UnsupportedModelError
-from bigq.model.capture import replace_forwards
 from bigq.model.experts.bank import bank_modules
 from bigq.model.experts.call import BankCall, bank_call
+from bigq.model.forward.capture import replace_forwards
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bigq.model.block_call import BlockCall, OutputForm, fill_from_first
-from bigq.model.capture import first_input, record_calls
 from bigq.model.experts.cut import without_banks
+from bigq.model.forward.block_call import BlockCall, OutputForm, fill_from_first
+from bigq.model.forward.capture import first_input, record_calls
 
 
 @dataclass(slots=True)

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from bigq.io.index import TensorInfo
 from bigq.model.architecture import is_composite
-from bigq.model.block_call import OutputForm
 from bigq.model.blocks import block_linears
-from bigq.model.capture import first_input, forward_errors, on_its_input, replace_forwards
-from bigq.model.checks import check_hidden_paths
 from bigq.model.description import OnUse
 from bigq.model.experts.bank import bank_modules
 from bigq.model.experts.cut import chosen_experts, without_banks
 from bigq.model.experts.naming import ExpertLinear, Naming
 from bigq.model.experts.pages import StoredBank, nominal_linears
+from bigq.model.forward.block_call import OutputForm
+from bigq.model.forward.capture import first_input, forward_errors, on_its_input, replace_forwards
+from bigq.model.forward.checks import check_hidden_paths
 from bigq.model.lookup import token_tables
 from bigq.model.skeleton import is_transposed, linear_weight
 from bigq.model.structure import BlockPlan, Shortcut, plan_block

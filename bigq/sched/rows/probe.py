@@ -12,11 +12,11 @@ from torch import Tensor
 from bigq.errors import UnsupportedModelError
 from bigq.job.batches import Batches
 from bigq.model.architecture import max_positions
-from bigq.model.arguments import first_difference
-from bigq.model.block_call import BlockCall, OutputForm, fill_from_first
-from bigq.model.capture import first_input, forward_errors, on_its_input, record_calls
-from bigq.model.checks import BlockCheck, probe_blocks
 from bigq.model.experts.cut import without_banks
+from bigq.model.forward.arguments import first_difference
+from bigq.model.forward.block_call import BlockCall, OutputForm, fill_from_first
+from bigq.model.forward.capture import first_input, forward_errors, on_its_input, record_calls
+from bigq.model.forward.checks import BlockCheck, probe_blocks
 from bigq.model.pager import Pager
 from bigq.sched.rows.row_values import TokenArguments
 from bigq.sched.rows.store import ActivationStore

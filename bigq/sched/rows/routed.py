@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bigq.errors import UnsupportedModelError
-from bigq.model.capture import StopForward
 from bigq.model.description import replace_forward
 from bigq.model.experts.bank import Bank, routed
 from bigq.model.experts.call import BankCall, Routing, bank_call
+from bigq.model.forward.capture import StopForward
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import RowBuffer
 

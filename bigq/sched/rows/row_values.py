@@ -1,4 +1,4 @@
-"""What blocks take for every row besides hidden states (see ``model.block_call``), in buffers of the hidden states' tier."""
+"""What blocks take for every row besides hidden states (see ``forward.block_call``), in buffers of the tier of the hidden states."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigq.model.capture import replace_forwards
 from bigq.model.experts.call import BankCall
 from bigq.model.experts.cut import banks_replaced
+from bigq.model.forward.capture import replace_forwards
 from bigq.model.skeleton import is_linear, linear_weight
 from bigq.model.structure import Shortcut
 from bigq.sched.rows.routed import RoutedRows

@@ -17,7 +17,7 @@ from torch import Tensor
 from bigq import faults
 from bigq.job.batches import Batches
 from bigq.machine.device import free_memory, out_of_memory
-from bigq.model.block_call import BlockCall, HandedOn, OfTokens
+from bigq.model.forward.block_call import BlockCall, HandedOn, OfTokens
 from bigq.sched.rows.row_values import HandedOnRows, TokenArguments
 from bigq.sched.rows.tiers import RowBuffer, Tier
 

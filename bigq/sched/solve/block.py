@@ -21,9 +21,9 @@ from bigq.errors import NumericsError
 from bigq.machine.memory import return_freed_memory
 from bigq.machine.ranks import OneProcess, Ranks
 from bigq.methods.base import CalibratedMethod, Collector, DataFreeMethod
-from bigq.model.block_call import BlockCall
 from bigq.model.blocks import block_linears
-from bigq.model.capture import StopForward, replace_forwards
+from bigq.model.forward.block_call import BlockCall
+from bigq.model.forward.capture import StopForward, replace_forwards
 from bigq.model.skeleton import linear_weight, set_linear_weight
 from bigq.model.structure import BlockPlan, Group, Shortcut
 from bigq.progress.clock import Clock

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from bigq.kernels.finiteness import is_finite
-from bigq.model.block_call import BlockCall, OutputForm, hidden_of
-from bigq.model.capture import StopForward
+from bigq.model.forward.block_call import BlockCall, OutputForm, hidden_of
+from bigq.model.forward.capture import StopForward
 from bigq.solver.hessian import finite_tokens
 
 #: The most row numbers that a message lists.

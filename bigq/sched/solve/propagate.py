@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from bigq.errors import NumericsError, UnsupportedModelError
 from bigq.kernels.finiteness import is_finite
-from bigq.model.block_call import BlockCall
 from bigq.model.experts.bank import bank_modules
+from bigq.model.forward.block_call import BlockCall
 from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.solve.nan_search import first_nonfinite, nonfinite_rows

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bigq.errors import UnsupportedModelError
-from bigq.model.arguments import probe_calls
-from bigq.model.block_call import BlockCall, HandedOn, OfTokens, OutputForm, extras_of, fill_from_first, hidden_of
 from bigq.model.blocks import block_linears, is_product
-from bigq.model.capture import first_input, forward_errors, output_head, record_calls, replace_forwards, split_call
-from bigq.model.compare import agree
 from bigq.model.experts.cut import without_banks
+from bigq.model.forward.arguments import probe_calls
+from bigq.model.forward.block_call import BlockCall, HandedOn, OfTokens, OutputForm, extras_of, fill_from_first, hidden_of
+from bigq.model.forward.capture import first_input, forward_errors, output_head, record_calls, replace_forwards, split_call
+from bigq.model.forward.compare import agree
 from bigq.model.skeleton import linear_weight
 
 #: The order in which probes run to see that the first gives the same again: at once, and after another one.
@@ -262,7 +262,7 @@ def check_hidden_paths(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, for
 
     with forward_errors(), torch.enable_grad():
         with _marked_embeddings(model, blocks, ids) as marks:
-            calls = record_calls(model, blocks, ids, form, lambda hidden: hidden.detach().requires_grad_())
+            calls = record_calls(model, blocks, ids, form, lambda hidden: hidden.detach().requires_grad_().clone())
         of_tokens = tuple(_marked_leaves(i, call, marks) for i, call in enumerate(calls))
     with forward_errors(), torch.enable_grad(), replace_forwards([*blocks, output_head(model)], make):
         model(input_ids=ids, use_cache=False)

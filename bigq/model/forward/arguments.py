@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from bigq.errors import UnsupportedModelError
-from bigq.model.block_call import BlockCall, OutputForm
-from bigq.model.capture import record_calls
-from bigq.model.compare import agree, same_value
+from bigq.model.forward.block_call import BlockCall, OutputForm
+from bigq.model.forward.capture import record_calls
+from bigq.model.forward.compare import agree, same_value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

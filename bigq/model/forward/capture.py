@@ -2,7 +2,7 @@
 
 The caller provides a block's hidden states. The other arguments (masks, rotary tables, ALiBi) are recorded once per batch size and
 reused, since calibration rows have one length and no padding; for those that have a value for every row see ``block_call``.
-``model.checks`` tests by running the model that this is valid.
+``checks`` tests by running the model that this is valid.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from bigq.errors import BigqError, UnsupportedModelError
 from bigq.io.json_file import show_name
 from bigq.machine.device import out_of_memory
 from bigq.model.architecture import is_composite
-from bigq.model.block_call import BlockCall, HandedOn, OutputForm, with_handed_on
 from bigq.model.description import replace_forward
+from bigq.model.forward.block_call import BlockCall, HandedOn, OutputForm, with_handed_on
 
 
 class StopForward(Exception):
