@@ -27,6 +27,7 @@ from bigq.model import lookup
 from bigq.model.pager import Pager
 from bigq.sched.plan.inputs import plan
 from bigq.sched.rows.row_values import TokenArguments
+from bigq.sched.solve.nan_search import nonfinite_rows, sound_tokens
 from bigq.scheme import QuantScheme
 
 #: Twists of the toy model that stream: two compute arguments from tokens, two hand something on.
@@ -253,3 +254,10 @@ def test_buffers_of_a_block_are_freed_with_the_store() -> None:
         assert len(closed) == expected, block
     held.close()
     assert len(closed) == 3
+
+
+def test_a_token_of_several_vectors_is_lost_once() -> None:
+    hidden = torch.zeros(3, 5, 4, 8)
+    hidden[1, 2, 3, 0] = hidden[1, 2, 0, 1] = hidden[2, 4, 1, 1] = float("nan")
+    assert (~sound_tokens(hidden)).nonzero().tolist() == [[1, 2], [2, 4]]
+    assert nonfinite_rows(hidden, 10) == "calibration rows 11, 12"

@@ -41,8 +41,9 @@ class MetaRun:
         """of_tokens: which arguments of each block are computed from tokens."""
         ids = torch.zeros(rows, seqlen, dtype=torch.long, device="meta")
         hidden, _ = first_input(model, blocks, ids)
-        live = Live([*model.parameters(), *model.buffers(), ids])
-        with live if any(of_tokens) else contextlib.nullcontext():
+        # Whatever looks at parameters uses them, for ``OnUse``; so this does only where memory is to be counted.
+        live = Live([*model.parameters(), *model.buffers(), ids]) if any(of_tokens) else None
+        with live or contextlib.nullcontext():
             calls = record_calls(model, blocks, ids, form)
         made = [[leaf for place, leaf in enumerate(c.leaves()) if place in at] for c, at in zip(calls, of_tokens, strict=False)]
         extras: list[Tensor] = []
@@ -54,7 +55,7 @@ class MetaRun:
             return outputs
 
         calls = fill_from_first(calls, first)
-        return cls(hidden, calls, made, sum_bytes(extras), live.peak)
+        return cls(hidden, calls, made, sum_bytes(extras), live.peak if live is not None else 0)
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors among the blocks' arguments, except the hidden states."""

@@ -17,9 +17,15 @@ from bigq.solver.hessian import finite_tokens
 MAX_LISTED_ROWS = 6
 
 
+def sound_tokens(output: Tensor) -> Tensor:
+    """Which tokens of hidden states [B, T, …, d] are finite: bool [B, T]."""
+    sound = finite_tokens(output)
+    return sound if sound.ndim == 2 else sound.flatten(2).all(-1)
+
+
 def nonfinite_rows(output: Tensor, lo: int) -> str:
     """Text that names the calibration rows of a batch [B, T, d] with non-finite tokens. lo: the number of the batch's first row."""
-    rows = [lo + i for i, sound in enumerate(finite_tokens(output).all(1).tolist()) if not sound]
+    rows = [lo + i for i, sound in enumerate(sound_tokens(output).all(1).tolist()) if not sound]
     listed = ", ".join(map(str, rows[:MAX_LISTED_ROWS]))
     if len(rows) > MAX_LISTED_ROWS:
         return f"calibration rows {listed} … {rows[-1]} ({len(rows)} rows)"

@@ -10,8 +10,8 @@ from bigq.model.experts.bank import bank_modules
 from bigq.model.forward.block_call import BlockCall
 from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
-from bigq.sched.solve.nan_search import first_nonfinite, nonfinite_rows
-from bigq.solver.hessian import OTHER_DTYPE, finite_tokens
+from bigq.sched.solve.nan_search import first_nonfinite, nonfinite_rows, sound_tokens
+from bigq.solver.hessian import OTHER_DTYPE
 from bigq.vocabulary import OnNonfinite
 
 
@@ -47,10 +47,10 @@ def propagate(
                     f"{first_nonfinite(block, call, store.rows(lo, hi))}; {OTHER_DTYPE}; "
                     "when quantizing, --on-nonfinite skip leaves such tokens out"
                 )
-            here = int((~finite_tokens(output)).sum())
+            here = int((~sound_tokens(output)).sum())
         hand_on(lo, call, extras)  # first: it makes buffers, which may fail, in the first pass
         store.put(lo, output)
-        lost, tokens = lost + here, tokens + output[..., 0].numel()
+        lost, tokens = lost + here, tokens + output.shape[0] * output.shape[1]
 
     def hand_on(lo: int, call: BlockCall, extras: list[Tensor]) -> None:
         try:
