@@ -29,6 +29,7 @@ from bigq.model.experts.bank import bank_modules
 from bigq.model.experts.cut import chosen_experts, without_banks
 from bigq.model.experts.naming import ExpertLinear, Naming
 from bigq.model.experts.pages import StoredBank, nominal_linears
+from bigq.model.selections import AllSelected
 from bigq.model.skeleton import is_transposed, linear_weight
 from bigq.model.structure import BlockPlan, Shortcut, plan_block
 from bigq.model.tracers import GradientTracer
@@ -68,7 +69,7 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
     model = outline.model.to("meta")
     blocks = model.get_submodule(outline.blocks_path)
     assert isinstance(blocks, nn.ModuleList)
-    with torch.no_grad(), _WholeRows(outline.fused), forward_errors():
+    with torch.no_grad(), _WholeRows(outline.fused), AllSelected(), forward_errors():
         form = _form(model, blocks)
         runs = [_Run.of(model, blocks, form, rows, seqlen) for rows in (1, 2)]
         rest = _rest_bytes(model, blocks, form, outline.dtype)
@@ -129,7 +130,7 @@ def require_hidden_paths(model: nn.Module, blocks_path: str) -> None:
     model = copy.deepcopy(model).to("meta")
     blocks = model.get_submodule(blocks_path)
     assert isinstance(blocks, nn.ModuleList)
-    with torch.no_grad(), _WholeRows(), forward_errors():
+    with torch.no_grad(), _WholeRows(), AllSelected(), forward_errors():
         ids = torch.zeros(1, _STRUCTURE_TOKENS, dtype=torch.long, device="meta")
         check_hidden_paths(model, blocks, ids, _form(model, blocks))
 
