@@ -8,7 +8,6 @@ from torch import nn
 
 from bigq.errors import UnsupportedModelError
 from bigq.model.architecture import text_config
-from bigq.model.experts.bank import bank_modules
 from bigq.model.skeleton import is_linear
 
 
@@ -85,13 +84,6 @@ def _refuse_shared(model: nn.Module, path: str) -> None:
 
 
 def _refuse_experts(path: str, blocks: nn.ModuleList) -> None:
-    banks = bank_modules(blocks)
-    for name, param in blocks.named_parameters():
-        if param.ndim > 2 and "expert" in name and name.rpartition(".")[0] not in banks:
-            raise UnsupportedModelError(
-                f"{path}.{name} holds the weights of several experts in another form than one matrix an expert; this architecture is not "
-                "supported yet"
-            )
     for name, module in blocks.named_modules():
         if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "experts":
             raise UnsupportedModelError(

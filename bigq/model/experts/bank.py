@@ -198,7 +198,7 @@ def bank_modules(block: nn.Module) -> dict[str, nn.Module]:
     """Modules of a block that have the shape of a bank, by name: their own parameters agree in the first dimension, and two are 3-D.
 
     A convolution has one such parameter. A Mamba layer with several heads may have two; but it needs one argument, not three, and its
-    class does not say that it is of experts.
+    class does not say that it is of experts. Shared experts, which every token runs, need two.
     """
     found = {}
     for name, module in block.named_modules():
@@ -210,11 +210,11 @@ def bank_modules(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def _may_be_called_so(name: str, module: nn.Module) -> bool:
-    """Whether a module's forward needs three arguments, or its names say that it is of experts."""
+    """Whether a module's forward needs three arguments, or one at most while its names say that it is of experts."""
     given = list(inspect.signature(type(module).forward).parameters.values())[1:]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [parameter for parameter in given if parameter.kind in kinds and parameter.default is inspect.Parameter.empty]
-    return len(needed) == 3 or "expert" in f"{name} {type(module).__name__}".lower()
+    return len(needed) == 3 or (len(needed) < 2 and "expert" in f"{name} {type(module).__name__}".lower())
 
 
 def find_bank(name: str, module: nn.Module, call: BankCall, output: Tensor) -> Bank:

@@ -107,7 +107,7 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
 def _rest_bytes(model: nn.Module, blocks: nn.ModuleList, form: OutputForm, dtype: torch.dtype) -> int:
     """Bytes of the parameters outside blocks, embedding and head that are loaded: of a composite model, those that text needs."""
     apart = [model.get_input_embeddings(), model.get_output_embeddings(), blocks]  # type: ignore[operator]
-    others = {id(p) for m in apart if m is not None for p in m.parameters()}
+    others = {id(p) for m in apart if m is not None for p in m.parameters(recurse=m is blocks)}
     rest = {name: p for name, p in model.named_parameters() if id(p) not in others}
     used = set(rest)
     if is_composite(model.config):
