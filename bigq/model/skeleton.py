@@ -24,6 +24,7 @@ from bigq.io.json_file import read_json_object, show_name, show_value
 from bigq.machine.memory import return_freed_memory
 from bigq.model.architecture import ONLY, auto_class, broken_code, error_line, not_causal, refuse_diffusion, require_causal
 from bigq.model.config import check_config, uses_hub_kernels
+from bigq.model.experts.spare import trim_banks
 
 #: New tensors above this size are made on meta at once: they are parameters that are about to be registered.
 _LARGE_BYTES = 2**28
@@ -134,6 +135,7 @@ def build(
     if any(param.ndim == 3 for param in model.parameters()) and getattr(model, "_can_set_experts_implementation", bool)():
         # One expert after the other: only this can be computed expert by expert with the same bits.
         model.set_experts_implementation("eager")  # type: ignore[operator]
+    trim_banks(model)
     if not initialised:
         model.tie_weights()  # type: ignore[operator]
     for module in model.modules():

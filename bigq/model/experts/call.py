@@ -59,8 +59,8 @@ class BankCall(ABC):
         """Call a bank's forward with these arguments."""
 
     @abstractmethod
-    def run_one(self, forward: Callable[..., Any], tokens: Tensor, weights: Tensor) -> Any:
-        """Call the forward of a bank of one expert with tokens [t, d] that it has weights [t] for."""
+    def run_one(self, forward: Callable[..., Any], tokens: Tensor, weights: Tensor, *, idle: bool = False) -> Any:
+        """Call the forward of a bank of one expert with tokens [t, d] that it has weights [t] for. idle: with a second one of weight 0."""
 
     @abstractmethod
     def together(self, inputs: Tensor, at: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
@@ -130,9 +130,10 @@ class RoutedCall(BankCall):
     def run(self, forward: Callable[..., Any]) -> Any:
         return self._call(forward, self.tokens, self.experts, self.weights)
 
-    def run_one(self, forward: Callable[..., Any], tokens: Tensor, weights: Tensor) -> Any:
-        experts = torch.zeros(len(tokens), 1, dtype=self.experts.dtype, device=tokens.device)
-        return self._call(forward, tokens, experts, weights[:, None].to(self.weights.dtype))
+    def run_one(self, forward: Callable[..., Any], tokens: Tensor, weights: Tensor, *, idle: bool = False) -> Any:
+        experts = torch.arange(1 + idle, dtype=self.experts.dtype, device=tokens.device).expand(len(tokens), -1)
+        given = torch.stack([weights, *[torch.zeros_like(weights)] * idle], dim=1)
+        return self._call(forward, tokens, experts, given.to(self.weights.dtype))
 
     def together(self, inputs: Tensor, at: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
         return inputs, None
@@ -200,7 +201,7 @@ class DenseCall(BankCall):
     def run(self, forward: Callable[..., Any]) -> Any:
         return self._call(forward, self.tokens)
 
-    def run_one(self, forward: Callable[..., Any], tokens: Tensor, weights: Tensor) -> Any:
+    def run_one(self, forward: Callable[..., Any], tokens: Tensor, weights: Tensor, *, idle: bool = False) -> Any:
         return self._call(forward, tokens)
 
     def together(self, inputs: Tensor, at: Tensor, count: int) -> tuple[Tensor, Tensor | None]:

@@ -57,7 +57,7 @@ class RoutedRows:
         batch: None takes all rows at once.
         """
         spans = [(0, len(self.experts))] if batch is None else self.spans(batch)
-        parts = [routed(self.experts[lo:hi], bank.experts, by_slot=bank.by_slot) for lo, hi in spans]
+        parts = [routed(self.experts[lo:hi], bank.every, by_slot=bank.by_slot) for lo, hi in spans]
         for each in zip(*parts, strict=True):
             yield each[0][0], [(tokens + lo, slots) for (_, tokens, slots), (lo, _) in zip(each, spans, strict=True)]
 
