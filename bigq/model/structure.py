@@ -109,7 +109,7 @@ def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: Datafl
     tracer = tracer or NanTracer()
 
     def pass_on(_: str, bank: BankCall) -> Tensor:
-        y = torch.zeros_like(bank.tokens)
+        y = bank.zeros
         return tracer.mark(y) if any(tracer.is_marked(x) for x in (bank.tokens, bank.choice) if x is not None) else y
 
     with sdpa_kernel(SDPBackend.MATH), banks_replaced(block, pass_on):
@@ -228,7 +228,7 @@ def _trace(
     def bank(name: str, bank: BankCall) -> Tensor:
         if bank.choice is not None and tracer.is_marked(bank.choice):
             trace.choices.add(name)
-        y = torch.zeros_like(bank.tokens)
+        y = bank.zeros
         if tracer.is_marked(bank.tokens):
             trace.tokens.add(name)
             y = tracer.mark(y)

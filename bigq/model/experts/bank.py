@@ -189,7 +189,7 @@ class _Watch(TorchFunctionMode):
             # The last operand that is not the weight: addmm has the summand first, linear the bias last but one of the weight's size.
             others = [x for x in operands if x is not weight and x.ndim >= 2]
             self.inputs[name] = others[-1]
-            if func in _PRODUCTS:
+            if func in _PRODUCTS and weight.stride(-1) == 1:  # else it is a transpose of what is stored
                 self.transposed.add(name)
             if name == self._stop:
                 raise _Reached

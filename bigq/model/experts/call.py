@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,8 +31,7 @@ class Routing:
 
 
 class BankCall(ABC):
-    """The arguments of a bank. tokens: what the experts compute with, in the shape of the bank's output. copies: how often a token of the
-    block is in it."""
+    """The arguments of a bank. tokens: what the experts compute with. copies: how often a token of the block is in it."""
 
     tokens: Tensor
     copies: int
@@ -40,6 +40,11 @@ class BankCall(ABC):
     @abstractmethod
     def choice(self) -> Tensor | None:
         """The weights of the chosen experts, if they are an argument of their own."""
+
+    @property
+    def zeros(self) -> Tensor:
+        """0 in the shape of the bank's output."""
+        return torch.zeros_like(self.tokens)
 
     @property
     @abstractmethod
@@ -87,7 +92,8 @@ class BankCall(ABC):
 class RoutedCall(BankCall):
     """tokens: [T, d]. experts: of each token, int [T, k]. weights: theirs, [T, k].
 
-    places: the position or the name of each of the three.
+    places: the position or the name of each of the three. inner: the dimensions of the bank's tokens between rows and features, if it takes
+    and returns rows of tokens: then a bank of one expert gets rows of one token.
     """
 
     tokens: Tensor
@@ -95,10 +101,12 @@ class RoutedCall(BankCall):
     weights: Tensor
     places: tuple[int | str, int | str, int | str]
     copies: int = 1
+    inner: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RoutedCall | None:
-        """The call with these arguments; None if they are not one matrix of tokens and two of equal shape [T, k], one of integers."""
+        """The call with these arguments; None if they are not tokens [T, d] or [B, T / B, d] and two matrices of equal shape [T, k], one of
+        integers."""
         given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         tensors = {place: x for place, x in given if isinstance(x, Tensor)}
         if len(tensors) != 3 or any(x is not None for place, x in given if place not in tensors):
@@ -109,9 +117,17 @@ class RoutedCall(BankCall):
         experts = tensors[chosen[0]]
         weights = [p for p, x in tensors.items() if x.is_floating_point() and x.shape == experts.shape]
         tokens = [p for p, x in tensors.items() if x.is_floating_point() and p not in weights]
-        if experts.ndim != 2 or len(weights) != 1 or len(tokens) != 1 or tensors[tokens[0]].shape[:-1] != experts.shape[:1]:
+        if experts.ndim != 2 or len(weights) != 1 or len(tokens) != 1:
             return None
-        return cls(tensors[tokens[0]], experts, tensors[weights[0]], (tokens[0], chosen[0], weights[0]))
+        given = tensors[tokens[0]]
+        if given.ndim < 2 or math.prod(given.shape[:-1]) != len(experts):
+            return None
+        places = (tokens[0], chosen[0], weights[0])
+        return cls(given.flatten(0, -2), experts, tensors[weights[0]], places, inner=tuple(given.shape[1:-1]))
+
+    @property
+    def zeros(self) -> Tensor:
+        return self._in_rows(torch.zeros_like(self.tokens))
 
     @property
     def choice(self) -> Tensor | None:
@@ -128,25 +144,29 @@ class RoutedCall(BankCall):
         return Routing(self.tokens, self.experts, self.weights)
 
     def run(self, forward: Callable[..., Any]) -> Any:
-        return self._call(forward, self.tokens, self.experts, self.weights)
+        return self._call(forward, self._in_rows(self.tokens), self.experts, self.weights)
 
     def run_one(self, forward: Callable[..., Any], tokens: Tensor, weights: Tensor, *, idle: bool = False) -> Any:
         experts = torch.arange(1 + idle, dtype=self.experts.dtype, device=tokens.device).expand(len(tokens), -1)
         given = torch.stack([weights, *[torch.zeros_like(weights)] * idle], dim=1)
-        return self._call(forward, tokens, experts, given.to(self.weights.dtype))
+        return self._call(forward, tokens.view(len(tokens), *[1] * len(self.inner), -1), experts, given.to(self.weights.dtype))
 
     def together(self, inputs: Tensor, at: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
         return inputs, None
 
     def output(self, results: Tensor, experts: Tensor, count: int) -> Tensor:
-        return results.to(self.tokens.dtype)
+        return self._in_rows(results.to(self.tokens.dtype))
 
     def chosen_anew(self, experts: Tensor, count: int) -> BankCall:
         weights = self.weights[:, : experts.shape[1]].contiguous()
         return dataclasses.replace(self, experts=experts.to(self.experts.dtype), weights=weights)
 
     def shortened(self) -> BankCall:
-        return RoutedCall(self.tokens[:1].clone(), self.experts[:1].clone(), self.weights[:1].clone(), self.places)
+        return RoutedCall(self.tokens[:1].clone(), self.experts[:1].clone(), self.weights[:1].clone(), self.places, inner=self.inner)
+
+    def _in_rows(self, tokens: Tensor) -> Tensor:
+        """Tokens [T, d] as the bank takes and returns them."""
+        return tokens.unflatten(0, (len(tokens) // math.prod(self.inner), *self.inner)) if self.inner else tokens
 
     def _call(self, forward: Callable[..., Any], tokens: Tensor, experts: Tensor, weights: Tensor) -> Any:
         given = dict(zip(self.places, (tokens, experts, weights), strict=True))

@@ -50,7 +50,7 @@ def banks_replaced(block: nn.Module, returns: Callable[[str, BankCall], Tensor])
 
 def without_banks(block: nn.Module) -> AbstractContextManager[None]:
     """Let the banks of a block return 0 while the context is open: their weights need not be there."""
-    return banks_replaced(block, lambda _, call: torch.zeros_like(call.tokens))
+    return banks_replaced(block, lambda _, call: call.zeros)
 
 
 def called_banks(block: nn.Module, run: Callable[[], Any]) -> Mapping[str, BankCall]:
@@ -59,7 +59,7 @@ def called_banks(block: nn.Module, run: Callable[[], Any]) -> Mapping[str, BankC
 
     def see(name: str, call: BankCall) -> Tensor:
         found[name] = call
-        return call.tokens.new_zeros(call.tokens.shape)
+        return call.zeros
 
     with banks_replaced(block, see):
         run()

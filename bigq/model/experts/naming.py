@@ -41,11 +41,11 @@ class ExpertLinear(NamedTuple):
 class Naming:
     """parts: the matrices of each 3-D parameter, in the order of its outputs. joined: whether gate and up stay one matrix.
 
-    transposed: whether parameters are [experts, inputs, outputs].
+    transposed: the parameters that are [experts, inputs, outputs].
     """
 
     parts: Mapping[str, tuple[str, ...]]
-    transposed: bool
+    transposed: frozenset[str]
     joined: bool
 
     @classmethod
@@ -60,19 +60,24 @@ class Naming:
         joined = not halves and all(key in _JOINED for key in keys)
         names = _JOINED if joined else _HALVES if halves else {}
         said = getattr(module, "is_transposed", None)
-        transposed = _looks_transposed([own[key].shape for key in keys]) if said is None else said is True
+        transposed = _look_transposed({key: own[key].shape for key in keys}) if said is None else frozenset(keys if said is True else ())
         return cls({key: names.get(key, (key,)) for key in keys}, transposed, joined)
 
     def linear(self, key: str, shape: tuple[int, ...]) -> ExpertLinear:
         """One matrix of a parameter. shape: of the parameter."""
-        m, n = (shape[2], shape[1]) if self.transposed else (shape[1], shape[2])
+        m, n = (shape[2], shape[1]) if key in self.transposed else (shape[1], shape[2])
         return ExpertLinear(m // len(self.parts[key]), n, self.joined)
 
 
-def _looks_transposed(shapes: list[torch.Size]) -> bool:
-    """Whether 3-D parameters can only be [experts, inputs, outputs], by the width that the first one takes and the last one returns."""
-    first, last = shapes[0], shapes[-1]
-    return first[2] != last[1] and first[1] == last[2]
+def _look_transposed(shapes: Mapping[str, torch.Size]) -> frozenset[str]:
+    """The 3-D parameters that can only be [experts, inputs, outputs], by the width that the first one takes and the last one returns: all, or
+    the last one where all have one shape."""
+    first, last = (list(shapes.values())[i] for i in (0, -1))
+    if first[2] == last[1]:
+        return frozenset()
+    if first[1] == last[2]:
+        return frozenset(shapes)
+    return frozenset([list(shapes)[-1]]) if first == last else frozenset()
 
 
 def packed_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Part]:
@@ -95,7 +100,8 @@ def packed_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Part]:
 
 def is_transposed(model: nn.Module, parameter: str) -> bool:
     """Whether a parameter of a bank is [experts, inputs, outputs]."""
-    return Naming.of(model.get_submodule(parameter.rpartition(".")[0])).transposed
+    path, _, key = parameter.rpartition(".")
+    return key in Naming.of(model.get_submodule(path)).transposed
 
 
 def base_name(path: str, stored: str) -> str:

@@ -57,7 +57,7 @@ class StoredBank:
     def is_transposed(self, parameter: str) -> bool:
         """Whether a parameter has the output's matrices as [inputs, outputs]. Matrices that are stored one by one are as it has them."""
         source = self.sources[parameter][0]
-        return source.transposed or (source.whole is not None and self.naming.transposed)
+        return source.transposed or (source.whole is not None and parameter in self.naming.transposed)
 
     def prefix(self, matrix: str) -> str:
         """What the names of a matrix's packed tensors begin with."""

@@ -65,7 +65,7 @@ def require_layout(name: str, module: nn.Module, bank: Bank, call: BankCall, par
     """
     naming = Naming.of(module)
     said = "its matrices are stored in another layout than its class in transformers says; this architecture is not supported yet"
-    if any(product.transposed != naming.transposed for product in bank.products):
+    if any(product.transposed != (product.parameter in naming.transposed) for product in bank.products):
         raise UnsupportedModelError(f"{name}: {said}")
     expert = Expert(module, bank, call, parameters)
     for product, following in itertools.pairwise(bank.products):
