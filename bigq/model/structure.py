@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bigq.model.blocks import block_linears
 from bigq.model.capture import BlockCall, OutputForm, hidden_of, replace_forwards
 from bigq.model.experts.call import BankCall
-from bigq.model.experts.cut import banks_replaced, called_banks
+from bigq.model.experts.cut import MarkedChoices, banks_replaced, called_banks
 from bigq.model.skeleton import linear_weight
 from bigq.model.tracers import DataflowTracer, NanTracer
 
@@ -226,7 +226,7 @@ def _trace(
         return forward
 
     def bank(name: str, bank: BankCall) -> Tensor:
-        if bank.choice is not None and tracer.is_marked(bank.choice):
+        if choices.marked(bank.of) if bank.repeats else bank.choice is not None and tracer.is_marked(bank.choice):
             trace.choices.add(name)
         y = bank.zeros
         if tracer.is_marked(bank.tokens):
@@ -234,7 +234,7 @@ def _trace(
             y = tracer.mark(y)
         return y
 
-    with replace_forwards([linears[name] for name in names], make), banks_replaced(block, bank):
+    with MarkedChoices(tracer.is_marked) as choices, replace_forwards([linears[name] for name in names], make), banks_replaced(block, bank):
         call.run(block, hidden)
     return trace
 

@@ -211,7 +211,8 @@ class _Watch(TorchFunctionMode):
 
 
 def bank_modules(block: nn.Module) -> dict[str, nn.Module]:
-    """Modules of a block that have the shape of a bank, by name: their own parameters agree in the first dimension, and two are 3-D.
+    """Modules of a block that have the shape of a bank, by name: their own parameters agree in the first dimension, and two are 3-D; or one
+    is, of a class of experts that takes tokens and how many each expert has.
 
     A convolution has one such parameter. A Mamba layer with several heads may have two; but it needs one argument, not three, and its
     class does not say that it is of experts. Shared experts, which every token runs, need two.
@@ -220,17 +221,23 @@ def bank_modules(block: nn.Module) -> dict[str, nn.Module]:
     for name, module in block.named_modules():
         own = list(module.parameters(recurse=False))
         alike = len({p.shape[0] for p in own if p.ndim}) == 1 and all(p.ndim >= 2 for p in own)
-        if alike and sum(p.ndim == 3 for p in own) > 1 and _may_be_called_so(name, module):
+        if alike and _may_be_called_so(name, module, sum(p.ndim == 3 for p in own)):
             found[name] = module
     return found
 
 
-def _may_be_called_so(name: str, module: nn.Module) -> bool:
-    """Whether a module's forward needs three arguments, or one at most while its names say that it is of experts."""
+def _may_be_called_so(name: str, module: nn.Module, matrices: int) -> bool:
+    """Whether a module with so many 3-D parameters may be called as a bank: its forward needs three arguments; or one at most, or with a
+    single matrix two, while its names say that it is of experts."""
+    if not matrices:
+        return False
     given = list(inspect.signature(type(module).forward).parameters.values())[1:]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [parameter for parameter in given if parameter.kind in kinds and parameter.default is inspect.Parameter.empty]
-    return len(needed) == 3 or (len(needed) < 2 and "expert" in f"{name} {type(module).__name__}".lower())
+    named = "expert" in f"{name} {type(module).__name__}".lower()
+    if matrices == 1:
+        return len(needed) == 2 and named
+    return len(needed) == 3 or (len(needed) < 2 and named)
 
 
 def find_bank(name: str, module: nn.Module, call: BankCall, output: Tensor) -> Bank:
@@ -263,9 +270,9 @@ def find_bank(name: str, module: nn.Module, call: BankCall, output: Tensor) -> B
 
 def run_bank(module: nn.Module, bank: Bank, call: BankCall) -> Tensor:
     """A bank's output, expert by expert in ascending order."""
-    routing, count = call.routing(call.slots()), len(call.tokens) // call.copies
+    routing, count = call.routing(call.slots()), call.count
     inputs, per_token = routing.inputs, len(routing.inputs) // count
-    total = torch.zeros(inputs.shape, dtype=bank.total, device=inputs.device)
+    total = torch.zeros(len(inputs), call.zeros.shape[-1], dtype=bank.total, device=inputs.device)
     for e, at, slots in routed(routing.experts, bank.every, by_slot=bank.by_slot):
         if len(at):
             own = bank.parameters if e < bank.experts else ()

@@ -3,6 +3,8 @@
 - Routed: the tokens, the experts of each token, and their weights. The bank adds up what the experts return.
 - Dense: one matrix that holds all tokens once for every expert, 0 where an expert is not chosen. The weights are in it already, and the
   block adds up what the bank returns for each expert. An expert without biases returns 0 for 0, so only the other rows need it.
+- Sorted: a matrix that holds a token once for each of its experts, in the order of the experts, and how many tokens each expert has. The
+  block does the rest. Such a bank has one matrix an expert.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +47,21 @@ class BankCall(ABC):
     def zeros(self) -> Tensor:
         """0 in the shape of the bank's output."""
         return torch.zeros_like(self.tokens)
+
+    @property
+    def count(self) -> int:
+        """The tokens that it is called with."""
+        return len(self.tokens) // self.copies
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a token of the block is one of these for each of its experts."""
+        return False
+
+    @property
+    def of(self) -> int:
+        """The number of experts of which some are chosen for each token, if the call itself does not tell how many."""
+        return self.copies
 
     @property
     @abstractmethod
@@ -257,6 +274,105 @@ class DenseCall(BankCall):
         return forward(**{self.place: tokens}) if isinstance(self.place, str) else forward(tokens)
 
 
-def bank_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], experts: int) -> BankCall | None:
-    """The call of a bank with these arguments, in one of the two ways; None if it is neither."""
-    return RoutedCall.of(args, kwargs) or DenseCall.of(args, kwargs, experts)
+@dataclass(frozen=True, slots=True)
+class SortedCall(BankCall):
+    """tokens: [N, d], in the order of their experts. sizes: how many each expert has, a list or int [experts]; without values on meta.
+
+    width: of what the bank returns for each. places: the position or the name of both arguments.
+    """
+
+    tokens: Tensor
+    sizes: list[int] | Tensor
+    width: int
+    places: tuple[int | str, int | str]
+    copies: int = 1
+
+    @classmethod
+    def of_call(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], matrices: Sequence[int]) -> SortedCall | None:
+        """The call with these arguments; None if they are not a matrix of tokens, as wide as the matrices [experts, outputs, inputs], and a
+        number for each expert."""
+        experts, *sides = matrices
+        given: list[tuple[int | str, Any]] = [(place, x) for place, x in [*enumerate(args), *kwargs.items()] if x is not None]
+        tokens = [place for place, x in given if isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 2]
+        sizes = [place for place, x in given if _is_sizes(x, experts)]
+        if len(given) != 2 or len(tokens) != 1 or len(sizes) != 1:
+            return None
+        named = dict(given)
+        width = named[tokens[0]].shape[1]
+        if len(sides) != 2 or width not in sides:
+            return None
+        call = cls(named[tokens[0]], named[sizes[0]], sides[0] if width == sides[1] else sides[1], (tokens[0], sizes[0]))
+        return call if call.tokens.is_meta or int(call._numbers().sum()) == len(call.tokens) else None
+
+    @property
+    def zeros(self) -> Tensor:
+        return self.tokens.new_zeros(len(self.tokens), self.width)
+
+    @property
+    def repeats(self) -> bool:
+        return True
+
+    @property
+    def of(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def choice(self) -> Tensor | None:
+        return None
+
+    @property
+    def sums(self) -> bool:
+        return False
+
+    def slots(self) -> int:
+        return 1
+
+    def routing(self, slots: int) -> Routing:
+        numbers = self._numbers()
+        experts = torch.arange(len(numbers), device=self.tokens.device).repeat_interleave(numbers)[:, None]
+        return Routing(self.tokens, experts, torch.ones_like(experts, dtype=self.tokens.dtype))
+
+    def run(self, forward: Callable[..., Any]) -> Any:
+        return self._call(forward, self.tokens, self.sizes)
+
+    def run_one(self, forward: Callable[..., Any], tokens: Tensor, weights: Tensor, *, idle: bool = False) -> Any:
+        return self._call(forward, tokens, self._alike(torch.tensor([len(tokens)])))
+
+    def together(self, inputs: Tensor, at: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+        return inputs, None
+
+    def output(self, results: Tensor, experts: Tensor, count: int) -> Tensor:
+        return results.to(self.tokens.dtype)
+
+    def chosen_anew(self, experts: Tensor, count: int) -> BankCall:
+        order = experts[:, 0].argsort(stable=True)
+        numbers = self._alike(experts[:, 0].bincount(minlength=count))
+        return SortedCall(self.tokens[order].contiguous(), numbers, self.width, self.places)
+
+    def shortened(self) -> BankCall:
+        first = torch.zeros(len(self.sizes), dtype=torch.long)
+        first[0] = 1
+        return SortedCall(self.tokens[:1].clone(), self._alike(first), self.width, self.places)
+
+    def _numbers(self) -> Tensor:
+        return self.sizes if isinstance(self.sizes, Tensor) else torch.tensor(self.sizes, device=self.tokens.device)
+
+    def _alike(self, numbers: Tensor) -> list[int] | Tensor:
+        """Numbers in the form of the sizes."""
+        return numbers.to(self.sizes) if isinstance(self.sizes, Tensor) else numbers.tolist()
+
+    def _call(self, forward: Callable[..., Any], tokens: Tensor, sizes: list[int] | Tensor) -> Any:
+        given = dict(zip(self.places, (tokens, sizes), strict=True))
+        positions = sorted(place for place in given if isinstance(place, int))
+        return forward(*(given[i] for i in positions), **{k: v for k, v in given.items() if isinstance(k, str)})
+
+
+def _is_sizes(x: Any, experts: int) -> bool:
+    if isinstance(x, Tensor):
+        return not x.is_floating_point() and x.shape == (experts,)
+    return isinstance(x, (list, tuple)) and len(x) == experts and all(type(n) is int for n in x)
+
+
+def bank_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: Sequence[int]) -> BankCall | None:
+    """The call of a bank with these arguments, in one of the three ways; None if it is none of them. shape: of its first parameter."""
+    return RoutedCall.of(args, kwargs) or DenseCall.of(args, kwargs, shape[0]) or SortedCall.of_call(args, kwargs, shape)

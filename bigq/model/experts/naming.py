@@ -75,9 +75,9 @@ def _look_transposed(shapes: Mapping[str, torch.Size]) -> frozenset[str]:
     first, last = (list(shapes.values())[i] for i in (0, -1))
     if first[2] == last[1]:
         return frozenset()
-    if first[1] == last[2]:
+    if first[1] == last[2] and len(shapes) > 1:
         return frozenset(shapes)
-    return frozenset([list(shapes)[-1]]) if first == last else frozenset()
+    return frozenset([list(shapes)[-1]]) if first == last and len(shapes) > 1 else frozenset()
 
 
 def packed_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Part]:

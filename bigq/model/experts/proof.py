@@ -33,7 +33,7 @@ def prove_bank(name: str, module: nn.Module, call: BankCall, load: Callable[[int
     parts = [load(e) for e in range(count)]
     held = {key: nn.Parameter(torch.stack([part[key] for part in parts]), requires_grad=False) for key in parts[0]}
     del parts
-    tokens = torch.arange(len(call.tokens) // call.copies, device=call.tokens.device)
+    tokens = torch.arange(call.count, device=call.tokens.device)
     spare, totals = spare_experts(module), total_attributes(module, experts)
     numbers = count + min(spare, 1)
     chosen = (tokens[:, None] * 3 + torch.arange(slots, device=tokens.device) * (1 + tokens[:, None] % 2 * (numbers - 2))) % numbers

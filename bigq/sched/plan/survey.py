@@ -7,6 +7,7 @@ mark that spreads. The memory of a forward is counted as its tensors are allocat
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -263,6 +264,8 @@ def _banks(outline: Outline, block: nn.Module, i: int, plan: BlockPlan, short: _
                 size = linear.m * linear.n * outline.dtype.itemsize
             products.append(tuple(LinearShape(name.removeprefix(prefix), linear.m, linear.n, size) for name in names))
         whole, (of_token, inputs) = stored is not None and stored.is_whole, chosen[place.name]
+        if len(products) == 1:  # its inputs or its outputs may be wider than the hidden states
+            inputs = math.ceil(inputs * max(linear.m * len(names), linear.n) / short.hidden.shape[-1])
         yield BankShape(place.name, experts, of_token, place.level, tuple(products), whole, inputs)
 
 

@@ -41,7 +41,7 @@ class RoutedRows:
 
     def begin_total(self, store: ActivationStore, bank: Bank) -> None:
         """Set the sum of the outputs to 0."""
-        width = self.call.tokens.shape[-1]
+        width = self.call.zeros.shape[-1]
         self.total = store.token_buffer(len(self.experts), width, bank.total)
         for lo, hi in self.spans(store.batch):
             self.total.put(lo, torch.zeros(hi - lo, width, dtype=bank.total, device=store.device))
@@ -85,7 +85,7 @@ def record_routed(
     running: the context in which the block runs. prefix: the block's name, for messages. Raises UnsupportedModelError.
     """
     module = block.get_submodule(name)
-    bank = next(iter(module.parameters(recurse=False))).shape[0]
+    bank = next(iter(module.parameters(recurse=False))).shape
 
     def run() -> RoutedRows:
         made: RoutedRows | None = None
@@ -103,8 +103,8 @@ def record_routed(
                 call.run(block, hidden)
             lo, hi = store.at
             tokens = (hi - lo) * store.shape[1]
-            received = len(seen[0].tokens) // seen[0].copies if seen else 0
-            if received != tokens:
+            received = seen[0].count if seen else 0
+            if received % tokens if received and seen[0].repeats else received != tokens:
                 raise UnsupportedModelError(
                     f"{prefix}.{name}: receives {received} of {tokens} tokens; banks that do not receive every token once are not supported"
                 )
