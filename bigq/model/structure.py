@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -226,7 +225,7 @@ def _trace(
         return forward
 
     def bank(name: str, bank: BankCall) -> Tensor:
-        if choices.marked(bank.of) if bank.repeats else bank.choice is not None and tracer.is_marked(bank.choice):
+        if choices.marked(bank.choices) if bank.repeats else bank.choice is not None and tracer.is_marked(bank.choice):
             trace.choices.add(name)
         y = bank.zeros
         if tracer.is_marked(bank.tokens):

@@ -40,10 +40,11 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Bank:
-    """A bank of a block. name: of the module in the block. experts: how many. spare: those that have no weights, with the numbers behind.
+    """A bank of a block. name: of the module in the block. experts: how many. spare: those without weights, with the numbers behind.
 
     products: in the order in which an expert computes them. parameters: all that an expert has a part of, biases included.
-    counts, totals: attributes of the module that hold the number of experts, without and with spare ones. total: the dtype in which outputs of experts are added.
+    counts, totals: attributes of the module that hold the number of experts, without and with spare ones. total: the dtype in which outputs
+    of experts are added.
     by_slot: whether an expert takes its tokens in the order of their position among each token's experts; otherwise by token. A product's
     bits may depend on where in its input a token is. idle: whether a token needs a second expert, since the bank runs with two at least:
     then a spare one with the weight 0.
@@ -115,7 +116,8 @@ class Expert:
         others = self._watch(tokens, weights + 1)
         if any(not torch.equal(x, others.inputs[name]) for name, x in seen.inputs.items()):
             raise UnsupportedModelError("what its matrices multiply depends on the weights of the experts")
-        return tuple(Product(name, name in seen.transposed) for name in seen.inputs), seen.output(sums=self._call.sums, idle=self._idle).dtype
+        output = seen.output(sums=self._call.sums, idle=self._idle)
+        return tuple(Product(name, name in seen.transposed) for name in seen.inputs), output.dtype
 
     def _watch(self, tokens: Tensor, weights: Tensor, stop: str | None = None) -> _Watch:
         if self._kept is not None and self._kept[0] is not tokens:

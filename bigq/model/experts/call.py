@@ -59,7 +59,7 @@ class BankCall(ABC):
         return False
 
     @property
-    def of(self) -> int:
+    def choices(self) -> int:
         """The number of experts of which some are chosen for each token, if the call itself does not tell how many."""
         return self.copies
 
@@ -136,11 +136,11 @@ class RoutedCall(BankCall):
         tokens = [p for p, x in tensors.items() if x.is_floating_point() and p not in weights]
         if experts.ndim != 2 or len(weights) != 1 or len(tokens) != 1:
             return None
-        given = tensors[tokens[0]]
-        if given.ndim < 2 or math.prod(given.shape[:-1]) != len(experts):
+        x = tensors[tokens[0]]
+        if x.ndim < 2 or math.prod(x.shape[:-1]) != len(experts):
             return None
         places = (tokens[0], chosen[0], weights[0])
-        return cls(given.flatten(0, -2), experts, tensors[weights[0]], places, inner=tuple(given.shape[1:-1]))
+        return cls(x.flatten(0, -2), experts, tensors[weights[0]], places, inner=tuple(x.shape[1:-1]))
 
     @property
     def zeros(self) -> Tensor:
@@ -288,11 +288,12 @@ class SortedCall(BankCall):
     copies: int = 1
 
     @classmethod
-    def of_call(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], matrices: Sequence[int]) -> SortedCall | None:
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], matrices: Sequence[int]) -> SortedCall | None:
         """The call with these arguments; None if they are not a matrix of tokens, as wide as the matrices [experts, outputs, inputs], and a
         number for each expert."""
         experts, *sides = matrices
-        given: list[tuple[int | str, Any]] = [(place, x) for place, x in [*enumerate(args), *kwargs.items()] if x is not None]
+        every: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        given = [(place, x) for place, x in every if x is not None]
         tokens = [place for place, x in given if isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 2]
         sizes = [place for place, x in given if _is_sizes(x, experts)]
         if len(given) != 2 or len(tokens) != 1 or len(sizes) != 1:
@@ -313,7 +314,7 @@ class SortedCall(BankCall):
         return True
 
     @property
-    def of(self) -> int:
+    def choices(self) -> int:
         return len(self.sizes)
 
     @property
@@ -375,4 +376,4 @@ def _is_sizes(x: Any, experts: int) -> bool:
 
 def bank_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: Sequence[int]) -> BankCall | None:
     """The call of a bank with these arguments, in one of the three ways; None if it is none of them. shape: of its first parameter."""
-    return RoutedCall.of(args, kwargs) or DenseCall.of(args, kwargs, shape[0]) or SortedCall.of_call(args, kwargs, shape)
+    return RoutedCall.of(args, kwargs) or DenseCall.of(args, kwargs, shape[0]) or SortedCall.of(args, kwargs, shape)

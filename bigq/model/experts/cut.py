@@ -18,7 +18,6 @@ from bigq.errors import UnsupportedModelError
 from bigq.model.capture import replace_forwards
 from bigq.model.experts.bank import bank_modules
 from bigq.model.experts.call import BankCall, bank_call
-from bigq.model.selections import UnknownNumbers
 
 
 @contextlib.contextmanager
@@ -46,8 +45,18 @@ def banks_replaced(block: nn.Module, returns: Callable[[str, BankCall], Tensor])
         return forward
 
     sorting = any(len(list(bank.parameters(recurse=False))) == 1 for bank in banks.values())
-    with replace_forwards([banks[name] for name in names], make), UnknownNumbers() if sorting else contextlib.nullcontext():
+    with replace_forwards([banks[name] for name in names], make), _UnknownNumbers() if sorting else contextlib.nullcontext():
         yield
+
+
+class _UnknownNumbers(TorchFunctionMode):
+    """Lets tensors of whole numbers on meta become lists of zeros, for models that need such lists where nothing depends on them: the sizes
+    of what a bank of experts receives, while it returns what it is given."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if func is torch.Tensor.tolist and args[0].is_meta and args[0].ndim == 1 and not args[0].is_floating_point():
+            return [0] * len(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def without_banks(block: nn.Module) -> AbstractContextManager[None]:
@@ -110,6 +119,6 @@ def chosen_experts(block: nn.Module, run: Callable[[], Any]) -> Mapping[str, tup
         calls = called_banks(block, run)
     found = {}
     for name, call in calls.items():
-        count = call.slots() if call.sums else choices.k.get(call.of, call.of)
+        count = call.slots() if call.sums else choices.k.get(call.choices, call.choices)
         found[name] = (count, 1 if call.sums else count)
     return found

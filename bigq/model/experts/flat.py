@@ -27,7 +27,7 @@ def gather_banks(model: nn.Module) -> None:
         ((within, holder),) = holders.items()
         own = dict(holder.named_parameters(recurse=False))
         counts = {value for key, value in vars(module).items() if type(value) is int and "expert" in key}
-        flat = len(own) > 1 and all(p.ndim == 2 for p in own.values()) and isinstance(holder, nn.Module) and len(counts) == 1
+        flat = len(own) > 1 and all(p.ndim == 2 for p in own.values()) and len(counts) == 1
         if not flat or len(own) != len(list(holder.parameters())) or any(len(p) % min(counts) for p in own.values()):
             continue
         (experts,) = counts
@@ -48,15 +48,21 @@ def moved_names(model: nn.Module) -> dict[str, str]:
     return found
 
 
-@functools.cache
+#: The classes of banks that were made.
+_MADE: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _gathered(cls: type[nn.Module]) -> type[nn.Module]:
-    """A class of banks whose forward has the matrices in the module within."""
+    """A class of banks whose forward has the matrices in the module within. One for each class, so that equal banks are of one class."""
+    if cls in _MADE:
+        return _MADE[cls]
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return cls.forward(_as_built(self, cls), *args, **kwargs)
 
-    return type(cls.__name__, (cls,), {"forward": forward})
+    _MADE[cls] = type(cls.__name__, (cls,), {"forward": forward})
+    return _MADE[cls]
 
 
 def _as_built(module: nn.Module, cls: type[nn.Module]) -> nn.Module:

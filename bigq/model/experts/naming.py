@@ -70,8 +70,8 @@ class Naming:
 
 
 def _look_transposed(shapes: Mapping[str, torch.Size]) -> frozenset[str]:
-    """The 3-D parameters that can only be [experts, inputs, outputs], by the width that the first one takes and the last one returns: all, or
-    the last one where all have one shape."""
+    """The 3-D parameters that can only be [experts, inputs, outputs], by the width that the first one takes and the last one returns: all,
+    or the last one where all have one shape."""
     first, last = (list(shapes.values())[i] for i in (0, -1))
     if first[2] == last[1]:
         return frozenset()

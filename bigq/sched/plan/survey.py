@@ -30,10 +30,10 @@ from bigq.model.experts.bank import bank_modules
 from bigq.model.experts.cut import chosen_experts, without_banks
 from bigq.model.experts.naming import ExpertLinear, Naming
 from bigq.model.experts.pages import StoredBank, nominal_linears
-from bigq.model.selections import AllSelected
 from bigq.model.skeleton import is_transposed, linear_weight
 from bigq.model.structure import BlockPlan, Shortcut, plan_block
 from bigq.model.tracers import GradientTracer
+from bigq.sched.plan.selections import AllSelected
 from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LeftShape, LinearShape, MemoShape, ModelShape, Reach, Rows
 
 #: Tokens of the row with which the structure is probed.

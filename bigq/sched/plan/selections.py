@@ -1,4 +1,4 @@
-"""What models on meta select and count: which elements a mask selects, and how many there are, is not known there."""
+"""Selections by masks, for models on meta: which elements a mask selects is not known there."""
 
 from __future__ import annotations
 
@@ -22,16 +22,6 @@ class AllSelected(TorchFunctionMode):
             target = whole.flatten(0, mask.ndim - 1) if isinstance(value, Tensor) else whole
             whole.copy_((value.expand_as(target) if isinstance(value, Tensor) else torch.full_like(target, value)).view_as(whole))
             return None
-        return func(*args, **(kwargs or {}))
-
-
-class UnknownNumbers(TorchFunctionMode):
-    """Lets tensors of whole numbers on meta become lists of zeros, for models that need such lists where nothing depends on them: the sizes
-    of what a bank of experts receives, while it returns what it is given."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        if func is torch.Tensor.tolist and args[0].is_meta and args[0].ndim == 1 and not args[0].is_floating_point():
-            return [0] * len(args[0])
         return func(*args, **(kwargs or {}))
 
 
