@@ -274,7 +274,7 @@ def run_bank(module: nn.Module, bank: Bank, call: BankCall) -> Tensor:
     """A bank's output, expert by expert in ascending order."""
     routing, count = call.routing(call.slots()), call.count
     inputs, per_token = routing.inputs, len(routing.inputs) // count
-    total = torch.zeros(len(inputs), call.zeros.shape[-1], dtype=bank.total, device=inputs.device)
+    total = torch.zeros(len(inputs), call.returned, dtype=bank.total, device=inputs.device)
     for e, at, slots in routed(routing.experts, bank.every, by_slot=bank.by_slot):
         if len(at):
             own = bank.parameters if e < bank.experts else ()

@@ -49,6 +49,11 @@ class BankCall(ABC):
         return torch.zeros_like(self.tokens)
 
     @property
+    def returned(self) -> int:
+        """The features of what the bank returns for a token."""
+        return self.tokens.shape[-1]
+
+    @property
     def count(self) -> int:
         """The tokens that it is called with."""
         return len(self.tokens) // self.copies
@@ -308,6 +313,10 @@ class SortedCall(BankCall):
     @property
     def zeros(self) -> Tensor:
         return self.tokens.new_zeros(len(self.tokens), self.width)
+
+    @property
+    def returned(self) -> int:
+        return self.width
 
     @property
     def repeats(self) -> bool:

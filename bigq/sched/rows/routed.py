@@ -41,7 +41,7 @@ class RoutedRows:
 
     def begin_total(self, store: ActivationStore, bank: Bank) -> None:
         """Set the sum of the outputs to 0."""
-        width = self.call.zeros.shape[-1]
+        width = self.call.returned
         self.total = store.token_buffer(len(self.experts), width, bank.total)
         for lo, hi in self.spans(store.batch):
             self.total.put(lo, torch.zeros(hi - lo, width, dtype=bank.total, device=store.device))
