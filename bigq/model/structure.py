@@ -294,6 +294,8 @@ def _shortcuts(
             last = level_of[source] == deepest
             if not last and max(linear_weight(block.get_submodule(source)).shape) > hidden.shape[-1]:
                 continue
+            if not seen[source][0].returned.numel():  # no token reaches it, such as an adapter of another language
+                continue
             shortcut = _shortcut(name, calls[0], source, seen[source][0], tracer, last)
             if shortcut is not None and _is_exact(shortcut, block, seen[source][0].returned, hidden, call, expected, tracer):
                 found[source] = shortcut
@@ -357,7 +359,7 @@ def _leaves_idle(shortcut: Shortcut, block: nn.Module, hidden: Tensor, call: Blo
 
     with replace_forwards([*map(block.get_submodule, shortcut.idle), block.get_submodule(shortcut.module)], make):
         output = call.run(block, hidden.clone())
-    return not tracer.is_marked(output) and tracer.same(output, expected)
+    return bool(returned[0].numel()) and not tracer.is_marked(output) and tracer.same(output, expected)
 
 
 def _is_exact(

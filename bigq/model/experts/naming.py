@@ -5,7 +5,8 @@ There is no table of families. Names follow from the bank:
     experts.17.gate_proj, up_proj, down_proj   where the first product returns gate and up as two halves, and there are no biases
     experts.17.w13, w2                         else: gate and up stay one matrix, with rows and biases as in the source
 
-All readers know the first ones from other families. The second are those of vLLM's gpt_oss. Parameters of other names keep them.
+All readers know the first ones from other families. The second are those of vLLM's gpt_oss. Parameters of other names keep them. A bank
+whose own name is another gets ``experts`` as a part of its name: ``input_linear.experts.17.weight``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from bigq.model.experts.stored import Part
 #: The matrices that parameters of a bank consist of, and the one that each stays where gate and up cannot be two.
 _HALVES: Mapping[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj")}
 _JOINED: Mapping[str, tuple[str, ...]] = {"gate_up_proj": ("w13",), "up_proj": ("w13",), "down_proj": ("w2",)}
+#: How what the names of experts begin with ends: formats and readers know experts by it.
+_EXPERTS = ".experts"
 #: The name of a weight of one expert: its bank, its number, its matrix.
 _WEIGHT = re.compile(r"(.+)\.(\d+)\.(\w+)\.weight")
 
@@ -85,7 +88,8 @@ def packed_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Part]:
     banks = {path: Naming.of(module) for path, module in bank_modules(model).items()}
     split = {name: match for name in names if (match := _WEIGHT.fullmatch(name)) is not None} if banks else {}
     keys = {key for naming in banks.values() for key in naming.parts}
-    probes = {f"{base}.{key}": base for base in {match[1] for match in split.values()} for key in keys}
+    bases = {match[1] for match in split.values()}
+    probes = {f"{start}.{key}": base for base in bases for start in (base.removesuffix(_EXPERTS), base) for key in keys}
     placed = skeleton.place(model, probes)
     targets = {**placed.whole, **{name: merge.target for name, merge in placed.merged.items()}}
     paths = {probes[name]: target.rpartition(".")[0] for name, target in targets.items() if target.rpartition(".")[0] in banks}
@@ -113,4 +117,9 @@ def base_name(path: str, stored: str) -> str:
     """
     parent, _, bank = path.rpartition(".")
     before, found, _ = stored.rpartition(f".{parent.rpartition('.')[2]}.")
-    return f"{before}{found}{bank}" if found else path
+    return experts_of(f"{before}{found}{bank}" if found else path)
+
+
+def experts_of(path: str) -> str:
+    """What the names of experts begin with whose bank has a path."""
+    return path if f".{path}".endswith(_EXPERTS) else path + _EXPERTS

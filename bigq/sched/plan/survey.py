@@ -28,7 +28,7 @@ from bigq.model.checks import check_hidden_paths
 from bigq.model.description import OnUse
 from bigq.model.experts.bank import bank_modules
 from bigq.model.experts.cut import chosen_experts, without_banks
-from bigq.model.experts.naming import ExpertLinear, Naming
+from bigq.model.experts.naming import ExpertLinear, Naming, experts_of
 from bigq.model.experts.pages import StoredBank, nominal_linears
 from bigq.model.skeleton import is_transposed, linear_weight
 from bigq.model.structure import BlockPlan, Shortcut, plan_block
@@ -260,7 +260,7 @@ def _banks(outline: Outline, block: nn.Module, i: int, plan: BlockPlan, short: _
             else:
                 naming = Naming.of(block.get_submodule(place.name))
                 linear = naming.linear(key, tuple(param.shape))
-                names = tuple(f"{place.name}.0.{part}" for part in naming.parts[key])
+                names = tuple(f"{experts_of(place.name)}.0.{part}" for part in naming.parts[key])
                 size = linear.m * linear.n * outline.dtype.itemsize
             products.append(tuple(LinearShape(name.removeprefix(prefix), linear.m, linear.n, size) for name in names))
         whole, (of_token, inputs) = stored is not None and stored.is_whole, chosen[place.name]
