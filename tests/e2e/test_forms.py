@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,10 @@ Form = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def form(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Form]:
+def form(tmp_path_factory: pytest.TempPathFactory) -> Form:
     """Model type → its tiny fp32 checkpoint. To be read only."""
     folder = tmp_path_factory.mktemp("forms")
-    yield lambda kind: path if (path := folder / kind).exists() else make_form(path, kind)
+    return lambda kind: path if (path := folder / kind).exists() else make_form(path, kind)
 
 
 def job(method: str = "rtn", **settings: Any) -> bigq.JobConfig:
@@ -128,9 +128,10 @@ def test_a_stopped_job_goes_on_where_it_was(kind: str, form: Form, tmp_path: Pat
             stop.request("the test")
         return take(self, expert)
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         patch.setattr(units.BankWork, "take", counted)
-        bigq.quantize(form(kind), tmp_path / "out", config, stop=stop)
+        with pytest.raises(Stopped):
+            bigq.quantize(form(kind), tmp_path / "out", config, stop=stop)
     bigq.quantize(form(kind), tmp_path / "out", config)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole") and len(hashes(tmp_path / "out")) > 8
 

@@ -63,7 +63,10 @@ class Naming:
         joined = not halves and all(key in _JOINED for key in keys)
         names = _JOINED if joined else _HALVES if halves else {}
         said = getattr(module, "is_transposed", None)
-        transposed = _look_transposed({key: own[key].shape for key in keys}) if said is None else frozenset(keys if said is True else ())
+        shapes = {key: own[key].shape for key in keys}
+        if said is None and len(keys) == 1:
+            said = _takes_rows(module, shapes[keys[0]])
+        transposed = _look_transposed(shapes) if said is None else frozenset(keys if said is True else ())
         return cls({key: names.get(key, (key,)) for key in keys}, transposed, joined)
 
     def linear(self, key: str, shape: tuple[int, ...]) -> ExpertLinear:
@@ -72,15 +75,21 @@ class Naming:
         return ExpertLinear(m // len(self.parts[key]), n, self.joined)
 
 
+def _takes_rows(module: nn.Module, shape: torch.Size) -> bool:
+    """Whether a bank's only matrix is [experts, inputs, outputs], by what the bank itself says of its inputs: in_features, input_size."""
+    said = {value for key, value in vars(module).items() if key.startswith("in") and type(value) is int}
+    return shape[1] in said and shape[2] not in said
+
+
 def _look_transposed(shapes: Mapping[str, torch.Size]) -> frozenset[str]:
     """The 3-D parameters that can only be [experts, inputs, outputs], by the width that the first one takes and the last one returns: all,
     or the last one where all have one shape."""
     first, last = (list(shapes.values())[i] for i in (0, -1))
     if first[2] == last[1]:
         return frozenset()
-    if first[1] == last[2] and len(shapes) > 1:
+    if first[1] == last[2]:
         return frozenset(shapes)
-    return frozenset([list(shapes)[-1]]) if first == last and len(shapes) > 1 else frozenset()
+    return frozenset([list(shapes)[-1]]) if first == last else frozenset()
 
 
 def packed_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Part]:
