@@ -163,3 +163,14 @@ def test_shared_experts_are_left_out_with_their_share(kind: str, form: Form, tmp
         UsageError, match=r"this job would leave .*mlp\.shared_experts\.gate_proj.*is not the weight of a Linear.*--allow-partial"
     ):
         bigq.quantize(many, tmp_path / "out", job(allow_partial=False))
+
+
+@pytest.mark.parametrize("kind", [param for param in KNOWN if param.values[0] in BANKS])
+def test_banks_that_are_skipped_are_copied_as_they_are(kind: str, form: Form, tmp_path: Path) -> None:
+    bigq.quantize(form(kind), tmp_path / "out", job(rules=(bigq.Rule(pattern=r".*\.experts", overrides=None),)))
+    before, after = stored_tensors(form(kind)), stored_tensors(tmp_path / "out")
+    names = [name for name in before if ".experts." in name or "_linear." in name]
+    assert len(names) > 8 and all(torch.equal(before[name], after[name]) for name in names)
+    assert list(packed_prefixes(after))
+    ids = random_ids(2)
+    assert streamed_logits(tmp_path / "out", ids, 2, "float32").isfinite().all()
