@@ -77,9 +77,9 @@ class ModelDescription:
         return tuple(self.model.state_dict())
 
     def rest_names(self) -> list[str]:
-        """Names of the parameters and persistent buffers outside blocks, embedding and head."""
+        """Names of the parameters and persistent buffers outside blocks, embedding and head. A norm within the embedding is one of them."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        large = {id(p) for m in (self.embedding, self.head) for p in m.parameters()}
+        large = {id(p) for p in (self.embedding.weight, *self.head.parameters(recurse=False))}
         names = (name for name in self.state_names if not name.startswith(f"{self.blocks_path}."))
         return [name for name in names if name not in parameters or id(parameters[name]) not in large]
 

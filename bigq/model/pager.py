@@ -255,14 +255,14 @@ class Pager(ModelDescription):
         return block
 
     def load_expert(self, path: str, e: int, matrices: Mapping[str, list[Tensor]] | None = None) -> dict[str, Tensor]:
-        """Expert e of the bank ``path`` on the device: its part of every parameter, by the name in the bank.
+        """Expert e of the bank ``path`` on the device: its part of every parameter, by the name in the bank. A spare expert has none.
 
         Small parameters, such as biases, are loaded with the block. matrices: of its parameters, if they are not to be read from the
         checkpoint, [outputs, inputs] each. Raises CheckpointError; NumericsError for weights that are not finite.
         """
         bank, module = self.banks[path], self.model.get_submodule(path)
-        found = {}
-        for key, param in module.named_parameters(recurse=False):
+        found: dict[str, Tensor] = {}
+        for key, param in module.named_parameters(recurse=False) if e < bank.experts else ():
             if matrices is not None and key in matrices:
                 found[key] = joined(matrices[key], transposed=bank.is_transposed(key))
             elif key in bank.sources:

@@ -13,14 +13,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bigq.errors import UnsupportedModelError
 from bigq.model.blocks import block_linears, is_product
 from bigq.model.experts.call import BankCall
-from bigq.model.experts.cut import banks_replaced, called_banks
+from bigq.model.experts.cut import MarkedChoices, banks_replaced, called_banks
 from bigq.model.forward.block_call import BlockCall, OutputForm, hidden_of
 from bigq.model.forward.capture import replace_forwards
 from bigq.model.skeleton import linear_weight
@@ -111,7 +110,7 @@ def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: Datafl
     tracer = tracer or NanTracer()
 
     def pass_on(_: str, bank: BankCall) -> Tensor:
-        y = torch.zeros_like(bank.tokens)
+        y = bank.zeros
         return tracer.mark(y) if any(tracer.is_marked(x) for x in (bank.tokens, bank.choice) if x is not None) else y
 
     with sdpa_kernel(SDPBackend.MATH), banks_replaced(block, pass_on):
@@ -228,15 +227,15 @@ def _trace(
         return forward
 
     def bank(name: str, bank: BankCall) -> Tensor:
-        if bank.choice is not None and tracer.is_marked(bank.choice):
+        if choices.marked(bank.choices) if bank.repeats else bank.choice is not None and tracer.is_marked(bank.choice):
             trace.choices.add(name)
-        y = torch.zeros_like(bank.tokens)
+        y = bank.zeros
         if tracer.is_marked(bank.tokens):
             trace.tokens.add(name)
             y = tracer.mark(y)
         return y
 
-    with replace_forwards([linears[name] for name in names], make), banks_replaced(block, bank):
+    with MarkedChoices(tracer.is_marked) as choices, replace_forwards([linears[name] for name in names], make), banks_replaced(block, bank):
         call.run(block, hidden)
     return trace
 
@@ -296,6 +295,8 @@ def _shortcuts(
                 continue
             last = level_of[source] == deepest
             if not last and max(linear_weight(block.get_submodule(source)).shape) > hidden.shape[-1]:
+                continue
+            if not seen[source][0].returned.numel():  # no token reaches it, such as an adapter of another language
                 continue
             shortcut = _shortcut(name, calls[0], source, seen[source][0], tracer, last)
             if shortcut is not None and _is_exact(shortcut, block, seen[source][0].returned, hidden, call, expected, tracer):
@@ -360,7 +361,8 @@ def _leaves_idle(shortcut: Shortcut, block: nn.Module, hidden: Tensor, call: Blo
 
     with replace_forwards([*map(block.get_submodule, shortcut.idle), block.get_submodule(shortcut.module)], make):
         outputs = call.outputs(block, hidden.clone())
-    return not any(map(tracer.is_marked, outputs)) and _same_outputs(outputs, expected, tracer)
+    clean = not any(map(tracer.is_marked, outputs)) and _same_outputs(outputs, expected, tracer)
+    return bool(returned[0].numel()) and clean
 
 
 def _is_exact(

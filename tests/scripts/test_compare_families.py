@@ -30,10 +30,18 @@ def test_families_beside_those_of_the_other_tests(kind: str) -> None:
     assert [found[method]["result"] for method in families.METHODS] == ["right", "right"], found
 
 
+@pytest.mark.parametrize("kind", ["dbrx", "xmod"])
+def test_families_whose_weights_have_a_form_of_their_own(kind: str) -> None:
+    """Matrices of experts one behind the other, one of them transposed; adapters of which some get no tokens."""
+    found = families.family(kind)
+    assert found["result"] == "equal", found
+    assert [found[method]["result"] for method in families.METHODS] == ["right", "right"], found
+
+
 def test_refused_and_not_built() -> None:
-    found = families.family("jetmoe")
+    found = families.family("hrm_text")
     assert found["result"] == "refused"
-    assert "weights of several experts in another form" in found["reason"]
+    assert "transformers makes it and others of one tensor by Chunk" in found["reason"]
     assert families.family("musicgen")["result"] == "not built"
 
 
@@ -43,7 +51,7 @@ def test_refused_and_not_built() -> None:
         ("prophetnet", r"hidden states \[1, 48, 64\] for 1 x 16 tokens, not vectors for each token"),
         ("xlnet", r"hidden states \[16, 1, 64\] for 1 x 16 tokens, not vectors for each token"),
         ("cpmant", r"embeds tokens that are not in its input, such as a prompt; this architecture"),
-        ("xmod", r"depends on weights or values that are not there when blocks are looked at one by one \(NotImplementedError"),
+        ("xlm", r"the input of block 1 is not the output of block 0"),
     ],
 )
 def test_refusals_say_why(kind: str, reason: str) -> None:

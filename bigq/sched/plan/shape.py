@@ -83,7 +83,8 @@ class Reach:
 
 @dataclass(frozen=True, slots=True)
 class BankShape:
-    """A bank of experts. chosen: experts of each token. inputs: different inputs that they have of a token. level: see ``BankPlace``.
+    """A bank of experts. chosen: experts of each token. inputs: different inputs that they have of a token, in
+    widths of the hidden states. level: see ``BankPlace``.
 
     products: of one expert, in order; each is the Linears that are stored as one weight, by their names in the block.
     whole: whether the source holds one tensor for all experts.

@@ -21,7 +21,7 @@ from bigq.model.blocks import block_linears
 from bigq.model.description import OnUse
 from bigq.model.experts.bank import bank_modules
 from bigq.model.experts.cut import chosen_experts, without_banks
-from bigq.model.experts.naming import ExpertLinear, Naming
+from bigq.model.experts.naming import ExpertLinear, Naming, experts_of
 from bigq.model.experts.pages import StoredBank, nominal_linears
 from bigq.model.forward.block_call import OutputForm
 from bigq.model.forward.capture import first_input, forward_errors, on_its_input, replace_forwards
@@ -31,6 +31,7 @@ from bigq.model.skeleton import is_transposed, linear_weight
 from bigq.model.structure import BlockPlan, Shortcut, plan_block
 from bigq.model.tracers import GradientTracer
 from bigq.sched.plan.meta_run import Live, MetaRun, WholeRows, sum_bytes
+from bigq.sched.plan.selections import AllSelected
 from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LeftShape, LinearShape, MemoShape, ModelShape, Reach, Rows
 
 #: Tokens of the row with which the structure is probed.
@@ -67,7 +68,7 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
     model = outline.model.to("meta")
     blocks = model.get_submodule(outline.blocks_path)
     assert isinstance(blocks, nn.ModuleList)
-    with torch.no_grad(), WholeRows(outline.fused), forward_errors():
+    with torch.no_grad(), WholeRows(outline.fused), AllSelected(), forward_errors():
         form = _form(model, blocks)
         short_ids = torch.zeros(1, min(seqlen, _STRUCTURE_TOKENS), dtype=torch.long, device="meta")
         of_tokens = check_hidden_paths(model, blocks, short_ids, form)
@@ -115,7 +116,7 @@ def _rest_bytes(model: nn.Module, outline: Outline, form: OutputForm) -> tuple[i
     blocks = model.get_submodule(outline.blocks_path)
     assert isinstance(blocks, nn.ModuleList)
     apart = [model.get_input_embeddings(), model.get_output_embeddings(), blocks]  # type: ignore[operator]
-    others = {id(p) for m in apart if m is not None for p in m.parameters()}
+    others = {id(p) for m in apart if m is not None for p in m.parameters(recurse=m is blocks)}
     rest = {name: p for name, p in model.named_parameters() if id(p) not in others}
     used = set(rest)
     if is_composite(model.config):
@@ -140,7 +141,7 @@ def require_hidden_paths(model: nn.Module, blocks_path: str) -> None:
     model = copy.deepcopy(model).to("meta")
     blocks = model.get_submodule(blocks_path)
     assert isinstance(blocks, nn.ModuleList)
-    with torch.no_grad(), WholeRows(), forward_errors():
+    with torch.no_grad(), WholeRows(), AllSelected(), forward_errors():
         ids = torch.zeros(1, _STRUCTURE_TOKENS, dtype=torch.long, device="meta")
         check_hidden_paths(model, blocks, ids, _form(model, blocks))
 
@@ -242,10 +243,12 @@ def _banks(outline: Outline, block: nn.Module, i: int, plan: BlockPlan, short: M
             else:
                 naming = Naming.of(block.get_submodule(place.name))
                 linear = naming.linear(key, tuple(param.shape))
-                names = tuple(f"{place.name}.0.{part}" for part in naming.parts[key])
+                names = tuple(f"{experts_of(place.name)}.0.{part}" for part in naming.parts[key])
                 size = linear.m * linear.n * outline.dtype.itemsize
             products.append(tuple(LinearShape(name.removeprefix(prefix), linear.m, linear.n, size) for name in names))
         whole, (of_token, inputs) = stored is not None and stored.is_whole, chosen[place.name]
+        if len(products) == 1:  # its inputs or its outputs may be wider than the hidden states
+            inputs = math.ceil(inputs * max(linear.m * len(names), linear.n) / short.hidden.shape[-1])
         yield BankShape(place.name, experts, of_token, place.level, tuple(products), whole, inputs)
 
 

@@ -148,7 +148,7 @@ class ShortcutCache:
             return forward
 
         def bank_output(name: str, call: BankCall) -> Tensor:
-            return self._banks[name].output(lo, hi) if name in self._banks else torch.zeros_like(call.tokens)
+            return self._banks[name].output(lo, hi) if name in self._banks else call.zeros
 
         with banks_replaced(block, bank_output), replace_forwards([*(block.get_submodule(s.module) for s in usable), *idle], make):
             yield
