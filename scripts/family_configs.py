@@ -53,6 +53,7 @@ TINY: dict[str, int] = {
 }
 #: Settings of families for which the sizes above do not make a model that runs.
 SPECIAL: dict[str, dict[str, Any]] = {
+    "glm_moe_dsa": {"index_topk": 8, "indexer_types": ["full", "shared", "full"]},
     "cpmant": {"prompt_types": 4, "prompt_length": 4, "segment_types": 4},
     "reformer": {
         "is_decoder": True,
@@ -215,7 +216,7 @@ NESTED: Mapping[str, Mapping[str, Any]] = {
         part: {"num_filters": 4, "depths": [1] * 7} for part in ("acoustic_tokenizer_encoder_config", "semantic_tokenizer_encoder_config")
     },
     "xlnet": {"d_head": 16, "d_inner": 96},
-    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
     "zamba2": {
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
         "num_hidden_layers": 4,

@@ -71,6 +71,10 @@ def compare_output(source: Path, out: Path, *, rounded: bool) -> dict[str, Any]:
     )
 
 
+def _turned(x: Tensor, turned: bool) -> Tensor:
+    return x.T if turned else x
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
@@ -146,6 +150,10 @@ def _pieces(name: str, weight: Tensor, before: Mapping[str, Tensor]) -> Iterator
         return
     parent, number = match[1].rpartition(".")[0], int(match[2])  # the source may have another name for the bank
     for stack, tensor in before.items():
+        if stack.startswith(f"{match[1]}.") and tensor.ndim == weight.ndim == 2 and len(tensor) > max(weight.shape):
+            for turned in (False, True):  # the matrices of all experts, one behind the other
+                rows = weight.shape[1] if turned else weight.shape[0]
+                yield stack, lambda t, turned=turned, rows=rows: _turned(t[number * rows : (number + 1) * rows], turned)
         if stack.startswith(f"{parent}.") and tensor.ndim == weight.ndim + 1 and len(tensor) > number:
             for turned in (False, True) if weight.ndim == 2 else (False,):
                 for part in (slice(None), slice(0, len(weight)), slice(len(weight), None), slice(0, None, 2), slice(1, None, 2)):

@@ -153,7 +153,7 @@ def moe_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -
 
 def call_of(bank: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BankCall:
     """The call of a bank with these arguments."""
-    call = bank_call(args, kwargs, next(bank.parameters(recurse=False)).shape[0])
+    call = bank_call(args, kwargs, next(bank.parameters(recurse=False)).shape)
     assert call is not None
     return call
 

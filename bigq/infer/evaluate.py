@@ -32,7 +32,8 @@ from bigq.machine.device import choose_device, memory_errors
 from bigq.machine.memory import hold_heap, return_freed_memory
 from bigq.model import skeleton
 from bigq.model.architecture import max_positions
-from bigq.model.capture import OutputForm, replace_forwards
+from bigq.model.forward.block_call import OutputForm
+from bigq.model.forward.capture import replace_forwards
 from bigq.model.pager import Pager
 from bigq.progress.clock import Clock
 from bigq.progress.display import Display
@@ -134,7 +135,7 @@ class Stream:
         probe = probe_model(pager)
         require_hidden_paths(pager.model, pager.blocks_path)
         self._form: OutputForm = probe.form
-        needed = rows.numel() * probe.hidden.shape[-1] * probe.hidden.dtype.itemsize
+        needed = rows.numel() * math.prod(probe.hidden.shape[2:]) * probe.hidden.dtype.itemsize
         tier = choose_tier(pager.device, needed, Path(tempfile.gettempdir()))
         with (
             Progress(len(pager.blocks), pager.device, quiet, display=display) as progress,

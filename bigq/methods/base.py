@@ -72,7 +72,7 @@ class Collector(Protocol):
         """Add up the shares of several processes, each of which saw some of the rows (see ``bigq.machine.ranks``)."""
 
     def finish(self, label: str) -> Solver:
-        """End the accumulation. Raises NumericsError, which begins with ``label``, if no usable token was added."""
+        """End the accumulation. Raises NumericsError, which begins with ``label``, if tokens were added, but none is usable."""
 
 
 class Factors(Protocol):

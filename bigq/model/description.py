@@ -77,9 +77,9 @@ class ModelDescription:
         return tuple(self.model.state_dict())
 
     def rest_names(self) -> list[str]:
-        """Names of the parameters and persistent buffers outside blocks, embedding and head."""
+        """Names of the parameters and persistent buffers outside blocks, embedding and head. A norm within the embedding is one of them."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        large = {id(p) for m in (self.embedding, self.head) for p in m.parameters()}
+        large = {id(p) for p in (self.embedding.weight, *self.head.parameters(recurse=False))}
         names = (name for name in self.state_names if not name.startswith(f"{self.blocks_path}."))
         return [name for name in names if name not in parameters or id(parameters[name]) not in large]
 
@@ -130,12 +130,3 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
             del module.__dict__["forward"]
         else:
             module.forward = before
-
-
-def token_places(x: Tensor, known: Tensor) -> Tensor:
-    """Where tokens are among the ``known`` ones, which are in order. Raises UnsupportedModelError for others."""
-    if not bool(torch.isin(x, known).all()):
-        raise UnsupportedModelError(
-            "the model embeds tokens that are not in its input, such as a prompt; this architecture is not supported"
-        )
-    return torch.searchsorted(known, x.to(known.dtype).contiguous())

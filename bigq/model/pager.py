@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bigq.errors import CheckpointError
 from bigq.io.folders import require_finished
 from bigq.io.formats import PackedSchemes, PackedWeight
 from bigq.io.formats.base import module_of
@@ -29,13 +28,14 @@ from bigq.io.sources.packed import PackedSource
 from bigq.io.sources.plain import PlainSource
 from bigq.model import skeleton
 from bigq.model.architecture import is_composite
-from bigq.model.description import ModelDescription, OnUse, replace_forward, token_places
-from bigq.model.experts.naming import packed_parts
+from bigq.model.description import ModelDescription, OnUse
 from bigq.model.experts.pages import StoredBank, stored_banks
 from bigq.model.experts.source import ExpertSource, expert_sources, joined
-from bigq.model.experts.stored import Part, expert_parts, joined_parameters, merged_beside, merged_parts, require_unmerged
+from bigq.model.experts.stored import Part, joined_parameters, merged_beside, merged_parts, require_unmerged
 from bigq.model.extras import Extras, find_extras
+from bigq.model.lookup import rows_held, rows_read, token_tables
 from bigq.model.names import require_parameters
+from bigq.model.packed import packed_sources
 from bigq.model.plain import PlainModules, plain_modules
 from bigq.model.quantization import coded_warnings, open_source, packed_schemes, refuse_quantized_tensors
 from bigq.model.tied import tie_warnings
@@ -78,28 +78,6 @@ class Pager(ModelDescription):
         self._ahead: Prefetch | None = None
         self._budget = 0
         skeleton.move_buffers(self.model, device)
-
-    def _find_packed(self) -> dict[str, PackedSource]:
-        """The packed Linears by the name of their weight. Another kind of stored weights needs a method like this one."""
-        schemes = self.schemes
-        if schemes is None:
-            return {}
-        weights = {f"{module_of(prefix)}.weight": prefix for prefix in schemes.format.prefixes(self.checkpoint)}
-        if not weights:
-            path = self.folder / "config.json"
-            raise CheckpointError(f"{path}: has a quantization_config, but no tensor is packed; fetch the checkpoint again")
-        # Configs name Linears as the model does. A single expert is no module of the model and has its name from the checkpoint.
-        renamed = skeleton.map_names(self.model, weights)
-        renamed |= {name: name for name in (*expert_parts(self.model, weights), *packed_parts(self.model, weights))}
-        return {
-            target: PackedSource(
-                format=schemes.format,
-                prefix=weights[name],
-                scheme=schemes.scheme(target.removesuffix(".weight")),
-                checkpoint=self.checkpoint,
-            )
-            for name, target in renamed.items()
-        }
 
     @functools.cached_property
     def _placement(self) -> skeleton.Placement:
@@ -151,7 +129,7 @@ class Pager(ModelDescription):
 
     def _find_sources(self) -> dict[str, Source]:
         """How each parameter is stored. Raises CheckpointError where one is missing or has another shape, UnsupportedModelError."""
-        packed = self._find_packed()
+        packed = packed_sources(self.folder, self.model, self.checkpoint, self.schemes)
         self.sources = self._find_plain()
         parts = {info.name for source in packed.values() for info in source.tensors}
         experts = self._find_experts(packed)
@@ -277,14 +255,14 @@ class Pager(ModelDescription):
         return block
 
     def load_expert(self, path: str, e: int, matrices: Mapping[str, list[Tensor]] | None = None) -> dict[str, Tensor]:
-        """Expert e of the bank ``path`` on the device: its part of every parameter, by the name in the bank.
+        """Expert e of the bank ``path`` on the device: its part of every parameter, by the name in the bank. A spare expert has none.
 
         Small parameters, such as biases, are loaded with the block. matrices: of its parameters, if they are not to be read from the
         checkpoint, [outputs, inputs] each. Raises CheckpointError; NumericsError for weights that are not finite.
         """
         bank, module = self.banks[path], self.model.get_submodule(path)
-        found = {}
-        for key, param in module.named_parameters(recurse=False):
+        found: dict[str, Tensor] = {}
+        for key, param in module.named_parameters(recurse=False) if e < bank.experts else ():
             if matrices is not None and key in matrices:
                 found[key] = joined(matrices[key], transposed=bank.is_transposed(key))
             elif key in bank.sources:
@@ -309,13 +287,20 @@ class Pager(ModelDescription):
     def rest_loaded(self) -> Iterator[None]:
         """Load everything outside blocks, embedding and head while the context is open: norms, position embeddings, projections.
 
-        Of a composite model, a parameter is loaded when something computes with it; those for images and audio never are.
+        Of a composite model, a parameter is loaded when something computes with it; those for images and audio never are. Large tables
+        are read by rows.
         """
-        names = self.rest_names()
+        found = token_tables(self.model, self.blocks_path)
+        tables = {name: module for name, module in found.items() if isinstance(self._weights.get(name), PlainSource)}
+        names = [name for name in self.rest_names() if name not in tables]
         waiting = {name: self._meta[name] for name in names if name in self._meta} if is_composite(self.config) else {}
         try:
             self._load_all([name for name in names if name not in waiting])
-            with OnUse(waiting, self.device, self._loaded) if waiting else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                for name, module in tables.items():
+                    stack.enter_context(rows_read(module, functools.partial(self._rows, name)))
+                if waiting:
+                    stack.enter_context(OnUse(waiting, self.device, self._loaded))
                 yield
         finally:
             for name in names:
@@ -335,19 +320,14 @@ class Pager(ModelDescription):
     @contextlib.contextmanager
     def embedding_rows(self, ids: Tensor) -> Iterator[None]:
         """Load only those rows of the input embedding that ``ids`` uses; while the context is open, others are refused."""
-        embedding = self.embedding
+        embedding, tokens = self.embedding, ids.unique()
         name = next(n for n, m in self.model.named_modules() if m is embedding) + ".weight"
-        tokens = ids.unique()
-        rows = read_rows(self.sources[name], tokens).to(device=self.device, dtype=self.dtype_of(name))
-        known = tokens.to(self.device)
-        padding, embedding.padding_idx = embedding.padding_idx, None
-        embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
-        try:
-            with replace_forward(embedding, lambda x: type(embedding).forward(embedding, token_places(x, known))):
-                yield
-        finally:
-            embedding._parameters["weight"] = self._meta[name]
-            embedding.padding_idx = padding
+        with rows_held(embedding, tokens.to(self.device), self._rows(name, tokens)):
+            yield
+
+    def _rows(self, name: str, tokens: Tensor) -> Tensor:
+        """Rows of a table on the device, for tokens in order."""
+        return read_rows(self.sources[name], tokens.cpu()).to(device=self.device, dtype=self.dtype_of(name))
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype in which the model computes with a parameter."""

@@ -61,7 +61,8 @@ def plain_modules(
     if is_composite(model.config):
         apart |= _parts_beside(model, blocks_path, outside, placed)
     paths = bank_modules(model)
-    targets = ((name, target.rpartition(".")[0]) for name, target in placed.items() if len(tensors[name].shape) == 3)
+    shapes = {name: param.ndim for name, param in model.named_parameters()}
+    targets = ((name, target.rpartition(".")[0]) for name, target in placed.items() if shapes.get(target) == 3)
     banks = {base_name(path, name) for name, path in targets if path in paths}
     return PlainModules(
         every=tuple(dict.fromkeys([*linears, *sorted(others)])),

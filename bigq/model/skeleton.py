@@ -24,6 +24,8 @@ from bigq.io.json_file import read_json_object, show_name, show_value
 from bigq.machine.memory import return_freed_memory
 from bigq.model.architecture import ONLY, auto_class, broken_code, error_line, not_causal, refuse_diffusion, require_causal
 from bigq.model.config import check_config, uses_hub_kernels
+from bigq.model.experts.flat import gather_banks, moved_names
+from bigq.model.experts.spare import trim_banks
 
 #: New tensors above this size are made on meta at once: they are parameters that are about to be registered.
 _LARGE_BYTES = 2**28
@@ -134,6 +136,8 @@ def build(
     if any(param.ndim == 3 for param in model.parameters()) and getattr(model, "_can_set_experts_implementation", bool)():
         # One expert after the other: only this can be computed expert by expert with the same bits.
         model.set_experts_implementation("eager")  # type: ignore[operator]
+    gather_banks(model)
+    trim_banks(model)
     if not initialised:
         model.tie_weights()  # type: ignore[operator]
     for module in model.modules():
@@ -218,14 +222,15 @@ def _renamed(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, str
     mapping = get_model_conversion_mapping(model)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    places = model.state_dict()
+    moved = moved_names(model)
+    places = dict.fromkeys([*model.state_dict(), *moved])
     prefix = model.base_model_prefix
     result: dict[str, tuple[str, str | None]] = {}
     for name in names:
         target, converter = rename_source_key(name, renamings, converters, prefix, places)
         if target not in places and name in places:
             target, converter = name, None
-        result[name] = target, converter
+        result[name] = moved.get(target, target), converter
     return result
 
 

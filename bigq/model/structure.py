@@ -9,18 +9,19 @@ run again: its output follows from the Linear's inputs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bigq.model.blocks import block_linears
-from bigq.model.capture import BlockCall, OutputForm, hidden_of, replace_forwards
+from bigq.errors import UnsupportedModelError
+from bigq.model.blocks import block_linears, is_product
 from bigq.model.experts.call import BankCall
-from bigq.model.experts.cut import banks_replaced, called_banks
+from bigq.model.experts.cut import MarkedChoices, banks_replaced, called_banks
+from bigq.model.forward.block_call import BlockCall, OutputForm, hidden_of
+from bigq.model.forward.capture import replace_forwards
 from bigq.model.skeleton import linear_weight
 from bigq.model.tracers import DataflowTracer, NanTracer
 
@@ -109,7 +110,7 @@ def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, tracer: Datafl
     tracer = tracer or NanTracer()
 
     def pass_on(_: str, bank: BankCall) -> Tensor:
-        y = torch.zeros_like(bank.tokens)
+        y = bank.zeros
         return tracer.mark(y) if any(tracer.is_marked(x) for x in (bank.tokens, bank.choice) if x is not None) else y
 
     with sdpa_kernel(SDPBackend.MATH), banks_replaced(block, pass_on):
@@ -160,7 +161,7 @@ def _groups(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             x = args[0]
             calls[name] = calls.get(name, 0) + 1
-            if not isinstance(output, Tensor) or output.shape[:-1] != x.shape[:-1]:
+            if not is_product(linears[name], x, output):
                 unfit.add(name)
             for known, group in zip(inputs, members, strict=True):
                 if _same_tensor(x, known):
@@ -226,15 +227,15 @@ def _trace(
         return forward
 
     def bank(name: str, bank: BankCall) -> Tensor:
-        if bank.choice is not None and tracer.is_marked(bank.choice):
+        if choices.marked(bank.choices) if bank.repeats else bank.choice is not None and tracer.is_marked(bank.choice):
             trace.choices.add(name)
-        y = torch.zeros_like(bank.tokens)
+        y = bank.zeros
         if tracer.is_marked(bank.tokens):
             trace.tokens.add(name)
             y = tracer.mark(y)
         return y
 
-    with replace_forwards([linears[name] for name in names], make), banks_replaced(block, bank):
+    with MarkedChoices(tracer.is_marked) as choices, replace_forwards([linears[name] for name in names], make), banks_replaced(block, bank):
         call.run(block, hidden)
     return trace
 
@@ -280,7 +281,7 @@ def _shortcuts(
     handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in block.named_modules() if name]
     hidden = tracer.begin(hidden)
     try:
-        expected = call.run(block, hidden.clone())
+        expected = call.outputs(block, hidden.clone())
     finally:
         for handle in handles:
             handle.remove()
@@ -294,6 +295,8 @@ def _shortcuts(
                 continue
             last = level_of[source] == deepest
             if not last and max(linear_weight(block.get_submodule(source)).shape) > hidden.shape[-1]:
+                continue
+            if not seen[source][0].returned.numel():  # no token reaches it, such as an adapter of another language
                 continue
             shortcut = _shortcut(name, calls[0], source, seen[source][0], tracer, last)
             if shortcut is not None and _is_exact(shortcut, block, seen[source][0].returned, hidden, call, expected, tracer):
@@ -346,7 +349,7 @@ def _leaves_idle(shortcut: Shortcut, block: nn.Module, hidden: Tensor, call: Blo
     returned: list[Tensor] = []
     handle = linear.register_forward_hook(lambda module, args, output: returned.append(output.detach().clone()))
     try:
-        expected = call.run(block, hidden.clone())
+        expected = call.outputs(block, hidden.clone())
     finally:
         handle.remove()
 
@@ -357,21 +360,26 @@ def _leaves_idle(shortcut: Shortcut, block: nn.Module, hidden: Tensor, call: Blo
         return lambda x: tracer.mark(type(module).forward(module, x))
 
     with replace_forwards([*map(block.get_submodule, shortcut.idle), block.get_submodule(shortcut.module)], make):
-        output = call.run(block, hidden.clone())
-    return not tracer.is_marked(output) and tracer.same(output, expected)
+        outputs = call.outputs(block, hidden.clone())
+    clean = not any(map(tracer.is_marked, outputs)) and _same_outputs(outputs, expected, tracer)
+    return bool(returned[0].numel()) and clean
 
 
 def _is_exact(
-    shortcut: Shortcut, block: nn.Module, y: Tensor, hidden: Tensor, call: BlockCall, expected: Tensor, tracer: DataflowTracer
+    shortcut: Shortcut, block: nn.Module, y: Tensor, hidden: Tensor, call: BlockCall, expected: Sequence[Tensor], tracer: DataflowTracer
 ) -> bool:
     """Whether the block returns the same bits with a shortcut. y: the output of its Linear."""
 
     def make(_: int) -> Callable[..., Any]:
         return lambda *args, **kwargs: shortcut.returns(y, args, kwargs)
 
-    # A block that fails without the module's extra output cannot use the shortcut.
+    # A block that fails without the module's extra output, or hands it on, cannot use the shortcut.
     with replace_forwards([block.get_submodule(shortcut.module)], make):
         try:
-            return tracer.same(call.run(block, hidden.clone()), expected)
-        except (AttributeError, TypeError, RuntimeError):
+            return _same_outputs(call.outputs(block, hidden.clone()), expected, tracer)
+        except (AttributeError, TypeError, RuntimeError, UnsupportedModelError):
             return False
+
+
+def _same_outputs(outputs: Sequence[Tensor], expected: Sequence[Tensor], tracer: DataflowTracer) -> bool:
+    return all(tracer.same(a, b) for a, b in zip(outputs, expected, strict=True))

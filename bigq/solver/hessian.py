@@ -113,7 +113,8 @@ class HessianSum:
     def finish(self, name: str = "the Linear") -> Tensor:
         """``2/T · XᵀX`` as a full symmetric matrix, in the accumulator's storage. This object cannot be used afterwards.
 
-        Raises NumericsError, naming ``name``, if no token was added.
+        Where no token was there to be added, as for the adapter of another language, it is 0: every input is dead.
+        Raises NumericsError, naming ``name``, if all tokens were left out.
         """
         h = self.scaled(name)
         mirror_(h)
@@ -121,11 +122,11 @@ class HessianSum:
 
     def scaled(self, name: str) -> Tensor:
         """``finish``, but only the upper triangle."""
-        if not self.tokens:
+        if not self.tokens and self.left_out:
             raise NumericsError(f"{name}: the calibration inputs of all tokens contain NaN or Inf; {OTHER_DTYPE}")
         h = self._sum
         del self._sum
-        return h.mul_(2.0 / self.tokens)
+        return h.mul_(2.0 / max(1, self.tokens))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,7 +71,7 @@ class CrossSum:
                 f"{name}: its inputs in the original model contain NaN or Inf, or are too large (NaN or Inf in the cross matrix); "
                 f"{OTHER_DTYPE}, or leave out such tokens with --on-nonfinite skip"
             )
-        return d.mul_(2.0 / tokens)
+        return d.mul_(2.0 / max(1, tokens))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,13 @@ class ToyConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
+#: Twists with arguments of blocks that are computed from tokens, and with extra outputs that blocks hand on to the next.
+PER_ROW = ("table", "first_embedding", "shifted_rows", "of_block")
+HANDED_ON = (
+    "handed_on", "handed_on_ranks", "handed_on_rows", "handed_on_flat", "handed_on_wider", "handed_on_late", "handed_on_scaled"
+)  # fmt: skip
+
+
 class Scaled(nn.Linear):
     """A Linear that scales its input."""
 
@@ -49,8 +56,10 @@ class ToyBlock(nn.Module):
         y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] == k.shape[2])
         return self.out(y.transpose(1, 2).reshape(b, t, d))
 
-    def forward(self, hidden_states, mask=None, memory=None):
+    def forward(self, hidden_states, mask=None, memory=None, beside=None):
         h = hidden_states
+        if self.twist in PER_ROW:
+            h = h + beside
         if self.twist == "in_place":
             h.mul_(1.5)
         h = h + self.attention(self.norm1(h), mask, memory)
@@ -69,6 +78,18 @@ class ToyBlock(nn.Module):
             h = h.double()
         if self.twist == "tuple_later" and self.index > 0:
             return h, None
+        if self.twist in HANDED_ON:  # the first block makes it, and some blocks only pass it on
+            if beside is None or self.index % 2 == 0:
+                made = self.norm1(h).argsort(-1)[..., :3] if self.twist == "handed_on_ranks" else torch.tanh(h[..., :8])
+                beside = made if beside is None or self.twist == "handed_on_ranks" else made + beside
+            if self.twist == "handed_on_rows":
+                beside = beside + beside.mean(0, keepdim=True)
+            if self.twist == "handed_on_flat":
+                beside = beside.mean(0)
+            if self.twist == "handed_on_wider" and self.index == 2:
+                beside = torch.cat([beside, beside], -1)
+            chosen = h.gather(-1, beside) if self.twist == "handed_on_ranks" else beside
+            return torch.cat([h[..., :-1], h[..., -1:] + chosen.mean(-1, keepdim=True)], -1), beside
         return h
 
 
@@ -86,6 +107,8 @@ class ToyForCausalLM(ToyModel, GenerationMixin):
         common = {}
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(ToyBlock(config, i, common) for i in range(config.num_hidden_layers))
+        if config.twist == "table":
+            self.table = nn.Embedding(config.vocab_size, config.hidden_size * config.num_hidden_layers)
         self.norm = nn.LayerNorm(config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.twist, self.calls = config.twist, 0
@@ -113,6 +136,9 @@ class ToyForCausalLM(ToyModel, GenerationMixin):
             t = input_ids.shape[1]
             seen = (input_ids != 5)[:, None, None, :] & torch.ones(t, t, dtype=torch.bool, device=h.device).tril()
             mask = seen | torch.eye(t, dtype=torch.bool, device=h.device)
+        outs = []
+        tables = self.table(input_ids) if twist == "table" else embedded.repeat(1, 1, len(self.layers))
+        tables = tables.view(*input_ids.shape, len(self.layers), -1)
         for step, i in enumerate(self.order()):
             if twist == "scaled_between" and step:
                 h = h * 0.5
@@ -120,7 +146,13 @@ class ToyForCausalLM(ToyModel, GenerationMixin):
                 h.mul_(0.5)
             if twist == "embeddings_between" and step == 2:
                 h = h + embedded
-            out = self.layers[i](h, mask, memory)
+            beside = {"table": tables[:, :, i], "first_embedding": embedded, "shifted_rows": embedded.roll(1, 0), "of_block": h}.get(twist)
+            if twist in HANDED_ON and step:
+                beside = outs[0 if twist == "handed_on_late" else -1][1]
+                if twist == "handed_on_scaled":
+                    beside = 2 * beside
+            out = self.layers[i](h, mask, memory, beside)
+            outs.append(out)
             h = out[0] if isinstance(out, tuple) else out
             if twist == "early_exit" and i == 1:
                 self.lm_head(self.norm(h))

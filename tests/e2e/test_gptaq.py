@@ -32,7 +32,7 @@ from bigq.config import JobConfig
 from bigq.errors import NumericsError, UsageError
 from bigq.io.checksum import unseal
 from bigq.job.journal import Commit, Journal
-from bigq.model.capture import BlockCall
+from bigq.model.forward.block_call import BlockCall
 from bigq.sched.plan import inputs
 from bigq.sched.rows.reference import ReferenceBlock
 from bigq.sched.rows.store import ActivationStore
@@ -260,20 +260,20 @@ MOMENTS: Mapping[str, tuple[int, tuple[int, int, int]]] = {
 
 def fail_once(patch: pytest.MonkeyPatch, number: int) -> None:
     """Let the device run out of memory at the given call of a block, and never again once the batch is halved."""
-    run, drop, calls = BlockCall.run, _Spare.drop, [0]
+    run, drop, calls = BlockCall.outputs, _Spare.drop, [0]
 
     def dropping(self: Any) -> None:
         drop(self)
         calls[0] = number - 1
 
-    def failing(self: BlockCall, block: nn.Module, hidden: Tensor) -> Tensor:
+    def failing(self: BlockCall, block: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
         if len(hidden) > 1 and not hidden.is_meta:  # the structure is found on one row, or on none that is real
             calls[0] += 1
             if calls[0] == number:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return run(self, block, hidden)
 
-    patch.setattr(BlockCall, "run", failing)
+    patch.setattr(BlockCall, "outputs", failing)
     patch.setattr(_Spare, "drop", dropping)
 
 

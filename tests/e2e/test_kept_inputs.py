@@ -18,7 +18,7 @@ from torch import nn
 import bigq
 from bigq.config import JobConfig
 from bigq.model.blocks import block_linears
-from bigq.model.capture import BlockCall
+from bigq.model.forward.block_call import BlockCall
 from bigq.sched.plan import inputs
 from bigq.sched.solve import propagate as propagate_module
 from bigq.sched.units import block as block_unit
@@ -151,16 +151,16 @@ def test_a_job_interrupted_anywhere_resumes_to_the_same_bytes(
 
 def out_of_memory_once(patch: pytest.MonkeyPatch, number: int) -> None:
     """Let the ``number``-th call of a block with several rows fail."""
-    run, calls = BlockCall.run, [0]
+    run, calls = BlockCall.outputs, [0]
 
-    def failing(self: BlockCall, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def failing(self: BlockCall, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if len(hidden) > 1 and not hidden.is_meta:
             calls[0] += 1
             if calls[0] == number:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return run(self, block, hidden)
 
-    patch.setattr(BlockCall, "run", failing)
+    patch.setattr(BlockCall, "outputs", failing)
 
 
 #: Calls of a block: 3 batches for each of 4 levels, then for the replay. Those after which inputs are kept: (call, whether they are).
@@ -193,16 +193,16 @@ def test_a_batch_of_one_row_drops_them_too(
 ) -> None:
     config = job(ids, batch=1)
     expected = made(source("llama"), tmp_path / "whole", config, ROWS)
-    propagated, failed = BlockCall.run, list[int]()
+    propagated, failed = BlockCall.outputs, list[int]()
 
-    def failing(self: BlockCall, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def failing(self: BlockCall, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if not hidden.is_meta and hidden.shape == (1, 32, 64):
             failed.append(1)
             if len(failed) == 4 * ROWS + 2:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return propagated(self, block, hidden)
 
-    monkeypatch.setattr(BlockCall, "run", failing)
+    monkeypatch.setattr(BlockCall, "outputs", failing)
     assert bigq.quantize(str(source("llama")), tmp_path / "out", config).batches == (1,)
     assert shards(tmp_path / "out") == expected
 

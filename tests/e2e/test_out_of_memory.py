@@ -23,7 +23,7 @@ from bigq.errors import CheckpointError, ResourceError
 from bigq.io.checksum import unseal
 from bigq.job.batches import Batches, Halving
 from bigq.job.journal import Commit, Journal
-from bigq.model.capture import BlockCall
+from bigq.model.forward.block_call import BlockCall
 from bigq.progress.records import Report
 from bigq.sched import solving as solving_module
 from bigq.sched.rows import calibration
@@ -88,9 +88,9 @@ def whole(
 
 def small_device(patch: pytest.MonkeyPatch, rows: int, embedding: bool = False) -> None:
     """No block can be called with more rows; nor the embedding, if ``embedding``."""
-    run, first_input = BlockCall.run, probe_module.first_input
+    run, first_input = BlockCall.outputs, probe_module.first_input
 
-    def limited_run(self: BlockCall, block: nn.Module, hidden: Tensor) -> Tensor:
+    def limited_run(self: BlockCall, block: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
         if len(hidden) > rows and not hidden.is_meta:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return run(self, block, hidden)
@@ -100,7 +100,7 @@ def small_device(patch: pytest.MonkeyPatch, rows: int, embedding: bool = False) 
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return first_input(model, blocks, ids)
 
-    patch.setattr(BlockCall, "run", limited_run)
+    patch.setattr(BlockCall, "outputs", limited_run)
     patch.setattr(probe_module, "first_input", limited_input)
 
 
@@ -183,13 +183,13 @@ def test_a_smaller_batch_is_told(
 def test_other_errors_are_not_taken_for_it(
     checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: BlockCall, block: nn.Module, hidden: Tensor) -> Tensor:
+    def broken(self: BlockCall, block: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     capture = block_module._collect
 
     def breaking(*args: Any) -> Any:
-        monkeypatch.setattr(BlockCall, "run", broken)
+        monkeypatch.setattr(BlockCall, "outputs", broken)
         return capture(*args)
 
     monkeypatch.setattr(block_module, "_collect", breaking)
@@ -251,7 +251,7 @@ MOMENTS: Mapping[str, tuple[str, int, tuple[int, int, int]]] = {
 
 def fail_once(patch: pytest.MonkeyPatch, what: str, number: int) -> None:
     """Let the device run out of memory at the given call, and never again once the batch is halved: dropping kept inputs is not enough."""
-    owner, name = {"run": (BlockCall, "run"), "keep": (cache_module._CachedRows, "put")}[what]
+    owner, name = {"run": (BlockCall, "outputs"), "keep": (cache_module._CachedRows, "put")}[what]
     original, drop = getattr(owner, name), solving_module._Spare.drop
     calls = [0]
 

@@ -23,7 +23,7 @@ def test_routed_calls() -> None:
     assert RoutedCall.of((x, experts), {}) is None
     assert RoutedCall.of((x, weights, experts[:, :1]), {}) is None
     assert RoutedCall.of((x, experts, weights, 7), {}) is None
-    assert RoutedCall.of((x[None], experts, weights), {}) is None
+    assert RoutedCall.of((x[:4], experts, weights), {}) is None
 
 
 def test_dense_calls() -> None:
@@ -34,7 +34,7 @@ def test_dense_calls() -> None:
     assert DenseCall.of((x, x), {}, 4) is None
     assert DenseCall.of((x[None],), {}, 4) is None
     assert DenseCall.of((x.long(),), {}, 4) is None
-    assert isinstance(bank_call((x,), {}, 4), DenseCall)
+    assert isinstance(bank_call((x,), {}, (4, 8, 8)), DenseCall)
 
 
 def dense(chosen: Tensor) -> DenseCall:
@@ -96,7 +96,7 @@ def test_a_dense_bank_has_the_bits_of_its_own_output(dtype: torch.dtype, slots: 
     module.register_forward_hook(lambda m, args, kwargs, out: seen.append((args, kwargs, out.clone())), with_kwargs=True)
     with torch.no_grad():
         model(input_ids=random_tokens(4, 32), use_cache=False)
-        call = bank_call(*seen[0][:2], 4)
+        call = bank_call(*seen[0][:2], (4,))
         assert isinstance(call, DenseCall) and call.slots() == slots
         bank = find_bank(name, module, call, seen[0][2])
         assert [(p.parameter, p.transposed) for p in bank.products] == [("gate_up_proj", True), ("down_proj", True)]

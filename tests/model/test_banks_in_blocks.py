@@ -6,7 +6,7 @@ import pytest
 import torch
 from moe_families import MOE_FAMILIES, moe_model, random_tokens
 
-from bigq.model.capture import BlockCall
+from bigq.model.forward.block_call import BlockCall
 from bigq.model.structure import BankPlace, BlockPlan, plan_block
 from bigq.model.tracers import GradientTracer
 

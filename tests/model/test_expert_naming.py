@@ -94,7 +94,7 @@ def test_parameters_of_other_names_keep_them() -> None:
     module.a, module.b = nn.Parameter(torch.zeros(3, 4, 5)), nn.Parameter(torch.zeros(3, 5, 4))
     assert Naming.of(module).parts == {"a": ("a",), "b": ("b",)}
     module.is_concatenated = False
-    assert Naming.of(module) == Naming({"a": ("a",), "b": ("b",)}, transposed=False, joined=False)
+    assert Naming.of(module) == Naming({"a": ("a",), "b": ("b",)}, transposed=frozenset(), joined=False)
 
 
 def test_transposed_parameters() -> None:

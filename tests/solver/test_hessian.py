@@ -276,6 +276,16 @@ def test_nothing_is_checked_unless_requested(monkeypatch: pytest.MonkeyPatch) ->
         HessianSum(8, torch.device("cpu"), finite_only=True).add(torch.randn(5, 8))
 
 
+@pytest.mark.parametrize("finite_only", [False, True])
+def test_where_no_token_is_there_every_input_is_dead(finite_only: bool) -> None:
+    """As for the adapter of another language; its weights are rounded to nearest."""
+    total = HessianSum(8, torch.device("cpu"), finite_only=finite_only)
+    total.add(torch.zeros(0, 8))
+    assert (total.tokens, total.left_out) == (0, 0)
+    factor = factorize(total.finish("layer.q"), act_order=True, damping=0.01)
+    assert factor.dead_inputs == 8 and bool(factor.r.isfinite().all())
+
+
 def test_a_sum_of_no_tokens_is_refused_by_name() -> None:
     total = HessianSum(8, torch.device("cpu"), finite_only=True)
     total.add(torch.full((5, 8), float("nan")))

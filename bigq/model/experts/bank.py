@@ -9,6 +9,7 @@ proves on a probe that what all experts return has the bits of the module's own 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from bigq.errors import UnsupportedModelError
 from bigq.model.experts.call import BankCall
+from bigq.model.experts.spare import spare_experts
 
 #: Functions that multiply a matrix of tokens by a weight stored as [outputs, inputs], and by one stored as [inputs, outputs].
 _LINEAR = frozenset({nn.functional.linear})
@@ -38,12 +40,14 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Bank:
-    """A bank of a block. name: of the module in the block. experts: how many.
+    """A bank of a block. name: of the module in the block. experts: how many. spare: those without weights, with the numbers behind.
 
     products: in the order in which an expert computes them. parameters: all that an expert has a part of, biases included.
-    counts: attributes of the module that hold the number of experts. total: the dtype in which outputs of experts are added.
+    counts, totals: attributes of the module that hold the number of experts, without and with spare ones. total: the dtype in which outputs
+    of experts are added.
     by_slot: whether an expert takes its tokens in the order of their position among each token's experts; otherwise by token. A product's
-    bits may depend on where in its input a token is.
+    bits may depend on where in its input a token is. idle: whether a token needs a second expert, since the bank runs with two at least:
+    then a spare one with the weight 0.
     """
 
     name: str
@@ -53,22 +57,35 @@ class Bank:
     counts: tuple[str, ...]
     total: torch.dtype
     by_slot: bool = False
+    spare: int = 0
+    totals: tuple[str, ...] = ()
+    idle: bool = False
+
+    @property
+    def every(self) -> int:
+        """The numbers that tokens may be routed to."""
+        return self.experts + self.spare
+
+    def sizes(self, experts: int, spare: int) -> dict[str, int]:
+        """The attributes of a bank with so many experts."""
+        return {**dict.fromkeys(self.totals, experts + spare), **dict.fromkeys(self.counts, experts)}
 
 
 class Expert:
-    """One expert of a bank, on any device. parameters: its slices, without the dimension of the experts; they can be replaced.
+    """One expert of a bank, on any device. parameters: its slices, without the dimension of the experts; they can be replaced. Without
+    any, a spare expert.
 
     What products return is kept for the next call with the same tensor of tokens, so that each product is computed once.
     """
 
     def __init__(self, module: nn.Module, bank: Bank, call: BankCall, parameters: Mapping[str, Tensor]) -> None:
-        self._call = call
+        self._call, self._idle = call, bank.idle
         self._held = {name: nn.Parameter(value[None], requires_grad=False) for name, value in parameters.items()}
         # The family's forward sees an object of its own class, with a bank of one expert.
         self._module: nn.Module = object.__new__(type(module))
         self._module.__dict__.update(module.__dict__)
-        self._module.__dict__["_parameters"] = self._held
-        self._module.__dict__.update(dict.fromkeys(bank.counts, 1))
+        self._module.__dict__["_parameters"] = self._held or dict.fromkeys(bank.parameters)
+        self._module.__dict__.update(bank.sizes(1, int(bank.idle)) if parameters else bank.sizes(0, 1 + bank.idle))
         self._kept: tuple[Tensor, dict[str, _Result]] | None = None
 
     def weight(self, product: Product) -> Tensor:
@@ -80,7 +97,7 @@ class Expert:
 
     def run(self, tokens: Tensor, weights: Tensor) -> Tensor:
         """What the expert adds to the output for tokens [t, d] that it has weights [t] for: [t, d], in the dtype of the sum."""
-        output = self._watch(tokens, weights).output(sums=self._call.sums)
+        output = self._watch(tokens, weights).output(sums=self._call.sums, idle=self._idle)
         self._kept = None
         return output
 
@@ -99,7 +116,8 @@ class Expert:
         others = self._watch(tokens, weights + 1)
         if any(not torch.equal(x, others.inputs[name]) for name, x in seen.inputs.items()):
             raise UnsupportedModelError("what its matrices multiply depends on the weights of the experts")
-        return tuple(Product(name, name in seen.transposed) for name in seen.inputs), seen.output(sums=self._call.sums).dtype
+        output = seen.output(sums=self._call.sums, idle=self._idle)
+        return tuple(Product(name, name in seen.transposed) for name in seen.inputs), output.dtype
 
     def _watch(self, tokens: Tensor, weights: Tensor, stop: str | None = None) -> _Watch:
         if self._kept is not None and self._kept[0] is not tokens:
@@ -108,7 +126,7 @@ class Expert:
         watch = _Watch(self._held, stop, {name: result.value for name, result in known.items() if result.unchanged})
         try:
             with watch:
-                watch.returned = self._call.run_one(self._module.forward, tokens, weights)
+                watch.returned = self._call.run_one(self._module.forward, tokens, weights, idle=self._idle)
         except _Reached:
             pass
         return watch
@@ -173,15 +191,15 @@ class _Watch(TorchFunctionMode):
             # The last operand that is not the weight: addmm has the summand first, linear the bias last but one of the weight's size.
             others = [x for x in operands if x is not weight and x.ndim >= 2]
             self.inputs[name] = others[-1]
-            if func in _PRODUCTS:
+            if func in _PRODUCTS and weight.stride(-1) == 1:  # else it is a transpose of what is stored
                 self.transposed.add(name)
             if name == self._stop:
                 raise _Reached
             return name
         return None
 
-    def output(self, *, sums: bool) -> Tensor:
-        """What was added to the output, if the bank ``sums``; else what it returned.
+    def output(self, *, sums: bool, idle: bool) -> Tensor:
+        """What was added to the output, if the bank ``sums``; else what it returned. idle: whether a spare expert behind adds 0.
 
         Raises UnsupportedModelError unless there is one such tensor.
         """
@@ -189,32 +207,39 @@ class _Watch(TorchFunctionMode):
             if isinstance(self.returned, Tensor) and not self._added:
                 return self.returned
             raise UnsupportedModelError("an expert returns something else than its outputs")
-        if len(self._added) != 1:
+        if len(self._added) != 1 + idle:
             raise UnsupportedModelError(f"an expert adds to the output {len(self._added)} times instead of once")
         return self._added[0]
 
 
 def bank_modules(block: nn.Module) -> dict[str, nn.Module]:
-    """Modules of a block that have the shape of a bank, by name: their own parameters agree in the first dimension, and two are 3-D.
+    """Modules of a block that have the shape of a bank, by name: their own parameters agree in the first dimension, and two are 3-D; or one
+    is, of a class of experts that takes tokens and how many each expert has.
 
     A convolution has one such parameter. A Mamba layer with several heads may have two; but it needs one argument, not three, and its
-    class does not say that it is of experts.
+    class does not say that it is of experts. Shared experts, which every token runs, need two.
     """
     found = {}
     for name, module in block.named_modules():
         own = list(module.parameters(recurse=False))
         alike = len({p.shape[0] for p in own if p.ndim}) == 1 and all(p.ndim >= 2 for p in own)
-        if alike and sum(p.ndim == 3 for p in own) > 1 and _may_be_called_so(name, module):
+        if alike and _may_be_called_so(name, module, sum(p.ndim == 3 for p in own)):
             found[name] = module
     return found
 
 
-def _may_be_called_so(name: str, module: nn.Module) -> bool:
-    """Whether a module's forward needs three arguments, or its names say that it is of experts."""
+def _may_be_called_so(name: str, module: nn.Module, matrices: int) -> bool:
+    """Whether a module with so many 3-D parameters may be called as a bank: its forward needs three arguments; or one at most, or with a
+    single matrix two, while its names say that it is of experts."""
+    if not matrices:
+        return False
     given = list(inspect.signature(type(module).forward).parameters.values())[1:]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [parameter for parameter in given if parameter.kind in kinds and parameter.default is inspect.Parameter.empty]
-    return len(needed) == 3 or "expert" in f"{name} {type(module).__name__}".lower()
+    named = "expert" in f"{name} {type(module).__name__}".lower()
+    if matrices == 1:
+        return len(needed) == 2 and named
+    return len(needed) == 3 or (len(needed) < 2 and named)
 
 
 def find_bank(name: str, module: nn.Module, call: BankCall, output: Tensor) -> Bank:
@@ -225,12 +250,13 @@ def find_bank(name: str, module: nn.Module, call: BankCall, output: Tensor) -> B
     parameters = dict(module.named_parameters(recurse=False))
     experts = next(iter(parameters.values())).shape[0]
     by_slot, reason, routing = _takes_by_slot(module, call), "", call.routing(call.slots())
-    for counts in count_attributes(module, experts):
-        bank = Bank(name, experts, (), tuple(parameters), counts, output.dtype, by_slot)
+    spare = spare_experts(module), total_attributes(module, experts)
+    for counts, idle in itertools.product(count_attributes(module, experts), (False, True) if spare[0] else (False,)):
+        bank = Bank(name, experts, (), tuple(parameters), counts, output.dtype, by_slot, *spare, idle)
         try:
             one = Expert(module, bank, call, {key: p[0] for key, p in parameters.items()})
             products, total = one.products(routing.inputs[:2], routing.weights[:2, 0])
-            bank = Bank(name, experts, products, tuple(parameters), counts, total, by_slot)
+            bank = Bank(name, experts, products, tuple(parameters), counts, total, by_slot, *spare, idle)
             if {p.parameter for p in products} != {key for key, p in parameters.items() if p.ndim == 3}:
                 reason = "an expert does not multiply by each of its matrices"
             elif torch.equal(run_bank(module, bank, call), output):
@@ -246,12 +272,13 @@ def find_bank(name: str, module: nn.Module, call: BankCall, output: Tensor) -> B
 
 def run_bank(module: nn.Module, bank: Bank, call: BankCall) -> Tensor:
     """A bank's output, expert by expert in ascending order."""
-    routing, count = call.routing(call.slots()), len(call.tokens) // call.copies
+    routing, count = call.routing(call.slots()), call.count
     inputs, per_token = routing.inputs, len(routing.inputs) // count
-    total = torch.zeros(inputs.shape, dtype=bank.total, device=inputs.device)
-    for e, at, slots in routed(routing.experts, bank.experts, by_slot=bank.by_slot):
+    total = torch.zeros(len(inputs), call.returned, dtype=bank.total, device=inputs.device)
+    for e, at, slots in routed(routing.experts, bank.every, by_slot=bank.by_slot):
         if len(at):
-            expert = Expert(module, bank, call, {key: getattr(module, key)[e] for key in bank.parameters})
+            own = bank.parameters if e < bank.experts else ()
+            expert = Expert(module, bank, call, {key: getattr(module, key)[e] for key in own})
             tokens, places = call.together(inputs[at], at // per_token, count)
             output = expert.run(tokens, routing.weights[at, slots])
             total.index_add_(0, at, output if places is None else output[places])
@@ -303,3 +330,10 @@ def count_attributes(module: nn.Module, experts: int) -> Iterator[tuple[str, ...
     for more in (tuple(equal), ()):
         if more != named:
             yield more
+
+
+def total_attributes(module: nn.Module, experts: int) -> tuple[str, ...]:
+    """Attributes that hold the number of a bank's experts with its spare ones, if it has such."""
+    spare = spare_experts(module)
+    total = experts + spare
+    return tuple(key for key, value in vars(module).items() if spare and type(value) is int and value == total and "expert" in key)

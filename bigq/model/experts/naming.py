@@ -5,7 +5,8 @@ There is no table of families. Names follow from the bank:
     experts.17.gate_proj, up_proj, down_proj   where the first product returns gate and up as two halves, and there are no biases
     experts.17.w13, w2                         else: gate and up stay one matrix, with rows and biases as in the source
 
-All readers know the first ones from other families. The second are those of vLLM's gpt_oss. Parameters of other names keep them.
+All readers know the first ones from other families. The second are those of vLLM's gpt_oss. Parameters of other names keep them. A bank
+whose own name is another gets ``experts`` as a part of its name: ``input_linear.experts.17.weight``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from bigq.model.experts.stored import Part
 #: The matrices that parameters of a bank consist of, and the one that each stays where gate and up cannot be two.
 _HALVES: Mapping[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj")}
 _JOINED: Mapping[str, tuple[str, ...]] = {"gate_up_proj": ("w13",), "up_proj": ("w13",), "down_proj": ("w2",)}
+#: How what the names of experts begin with ends: formats and readers know experts by it.
+_EXPERTS = ".experts"
 #: The name of a weight of one expert: its bank, its number, its matrix.
 _WEIGHT = re.compile(r"(.+)\.(\d+)\.(\w+)\.weight")
 
@@ -41,11 +44,11 @@ class ExpertLinear(NamedTuple):
 class Naming:
     """parts: the matrices of each 3-D parameter, in the order of its outputs. joined: whether gate and up stay one matrix.
 
-    transposed: whether parameters are [experts, inputs, outputs].
+    transposed: the parameters that are [experts, inputs, outputs].
     """
 
     parts: Mapping[str, tuple[str, ...]]
-    transposed: bool
+    transposed: frozenset[str]
     joined: bool
 
     @classmethod
@@ -60,19 +63,33 @@ class Naming:
         joined = not halves and all(key in _JOINED for key in keys)
         names = _JOINED if joined else _HALVES if halves else {}
         said = getattr(module, "is_transposed", None)
-        transposed = _looks_transposed([own[key].shape for key in keys]) if said is None else said is True
+        shapes = {key: own[key].shape for key in keys}
+        if said is None and len(keys) == 1:
+            said = _takes_rows(module, shapes[keys[0]])
+        transposed = _look_transposed(shapes) if said is None else frozenset(keys if said is True else ())
         return cls({key: names.get(key, (key,)) for key in keys}, transposed, joined)
 
     def linear(self, key: str, shape: tuple[int, ...]) -> ExpertLinear:
         """One matrix of a parameter. shape: of the parameter."""
-        m, n = (shape[2], shape[1]) if self.transposed else (shape[1], shape[2])
+        m, n = (shape[2], shape[1]) if key in self.transposed else (shape[1], shape[2])
         return ExpertLinear(m // len(self.parts[key]), n, self.joined)
 
 
-def _looks_transposed(shapes: list[torch.Size]) -> bool:
-    """Whether 3-D parameters can only be [experts, inputs, outputs], by the width that the first one takes and the last one returns."""
-    first, last = shapes[0], shapes[-1]
-    return first[2] != last[1] and first[1] == last[2]
+def _takes_rows(module: nn.Module, shape: torch.Size) -> bool:
+    """Whether a bank's only matrix is [experts, inputs, outputs], by what the bank itself says of its inputs: in_features, input_size."""
+    said = {value for key, value in vars(module).items() if key.startswith("in") and type(value) is int}
+    return shape[1] in said and shape[2] not in said
+
+
+def _look_transposed(shapes: Mapping[str, torch.Size]) -> frozenset[str]:
+    """The 3-D parameters that can only be [experts, inputs, outputs], by the width that the first one takes and the last one returns: all,
+    or the last one where all have one shape."""
+    first, last = (list(shapes.values())[i] for i in (0, -1))
+    if first[2] == last[1]:
+        return frozenset()
+    if first[1] == last[2]:
+        return frozenset(shapes)
+    return frozenset([list(shapes)[-1]]) if first == last else frozenset()
 
 
 def packed_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Part]:
@@ -80,7 +97,8 @@ def packed_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Part]:
     banks = {path: Naming.of(module) for path, module in bank_modules(model).items()}
     split = {name: match for name in names if (match := _WEIGHT.fullmatch(name)) is not None} if banks else {}
     keys = {key for naming in banks.values() for key in naming.parts}
-    probes = {f"{base}.{key}": base for base in {match[1] for match in split.values()} for key in keys}
+    bases = {match[1] for match in split.values()}
+    probes = {f"{start}.{key}": base for base in bases for start in (base.removesuffix(_EXPERTS), base) for key in keys}
     placed = skeleton.place(model, probes)
     targets = {**placed.whole, **{name: merge.target for name, merge in placed.merged.items()}}
     paths = {probes[name]: target.rpartition(".")[0] for name, target in targets.items() if target.rpartition(".")[0] in banks}
@@ -95,7 +113,8 @@ def packed_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Part]:
 
 def is_transposed(model: nn.Module, parameter: str) -> bool:
     """Whether a parameter of a bank is [experts, inputs, outputs]."""
-    return Naming.of(model.get_submodule(parameter.rpartition(".")[0])).transposed
+    path, _, key = parameter.rpartition(".")
+    return key in Naming.of(model.get_submodule(path)).transposed
 
 
 def base_name(path: str, stored: str) -> str:
@@ -107,4 +126,9 @@ def base_name(path: str, stored: str) -> str:
     """
     parent, _, bank = path.rpartition(".")
     before, found, _ = stored.rpartition(f".{parent.rpartition('.')[2]}.")
-    return f"{before}{found}{bank}" if found else path
+    return experts_of(f"{before}{found}{bank}" if found else path)
+
+
+def experts_of(path: str) -> str:
+    """What the names of experts begin with whose bank has a path."""
+    return path if f".{path}".endswith(_EXPERTS) else path + _EXPERTS

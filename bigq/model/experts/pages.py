@@ -11,7 +11,7 @@ from torch import nn
 from bigq.io.index import TensorInfo
 from bigq.io.sources.packed import PackedSource
 from bigq.model.experts.bank import bank_modules
-from bigq.model.experts.naming import ExpertLinear, Naming, base_name
+from bigq.model.experts.naming import ExpertLinear, Naming, base_name, experts_of
 from bigq.model.experts.source import ExpertSource
 
 
@@ -57,7 +57,7 @@ class StoredBank:
     def is_transposed(self, parameter: str) -> bool:
         """Whether a parameter has the output's matrices as [inputs, outputs]. Matrices that are stored one by one are as it has them."""
         source = self.sources[parameter][0]
-        return source.transposed or (source.whole is not None and self.naming.transposed)
+        return source.transposed or (source.whole is not None and parameter in self.naming.transposed)
 
     def prefix(self, matrix: str) -> str:
         """What the names of a matrix's packed tensors begin with."""
@@ -108,14 +108,14 @@ class StoredBank:
 
 def nominal_linears(model: nn.Module) -> dict[str, dict[str, ExpertLinear]]:
     """What ``StoredBank.linears`` might find for each bank of a model without a checkpoint."""
-    return {path: _nominal(path, module) for path, module in bank_modules(model).items()}
+    return {experts_of(path): _nominal(path, module) for path, module in bank_modules(model).items()}
 
 
 def _nominal(path: str, module: nn.Module) -> dict[str, ExpertLinear]:
     naming = Naming.of(module)
     shapes = {key: tuple(module.get_parameter(key).shape) for key in naming.parts}
     return {
-        f"{path}.{e}.{part}": naming.linear(key, shapes[key])
+        f"{experts_of(path)}.{e}.{part}": naming.linear(key, shapes[key])
         for key, parts in naming.parts.items()
         for e in range(shapes[key][0])
         for part in parts

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from bigq.errors import UnsupportedModelError
-from bigq.model.experts.bank import Bank, Expert, count_attributes, find_bank
+from bigq.model.experts.bank import Bank, Expert, count_attributes, find_bank, total_attributes
 from bigq.model.experts.call import BankCall
 from bigq.model.experts.naming import Naming
+from bigq.model.experts.spare import spare_experts
 
 #: Experts of a token in the proof, at most, and experts beyond those: sums of few outputs would hide their order.
 _SLOTS, _MORE = 4, 2
@@ -32,15 +33,17 @@ def prove_bank(name: str, module: nn.Module, call: BankCall, load: Callable[[int
     parts = [load(e) for e in range(count)]
     held = {key: nn.Parameter(torch.stack([part[key] for part in parts]), requires_grad=False) for key in parts[0]}
     del parts
-    tokens = torch.arange(len(call.tokens) // call.copies, device=call.tokens.device)
-    chosen = (tokens[:, None] * 3 + torch.arange(slots, device=tokens.device) * (1 + tokens[:, None] % 2 * (count - 2))) % count
-    small = call.chosen_anew(chosen, count)
+    tokens = torch.arange(call.count, device=call.tokens.device)
+    spare, totals = spare_experts(module), total_attributes(module, experts)
+    numbers = count + min(spare, 1)
+    chosen = (tokens[:, None] * 3 + torch.arange(slots, device=tokens.device) * (1 + tokens[:, None] % 2 * (numbers - 2))) % numbers
+    small = call.chosen_anew(chosen, numbers)
     failed: UnsupportedModelError | None = None
     for counts in count_attributes(module, experts):
         part = object.__new__(type(module))
         part.__dict__.update(module.__dict__)
         part.__dict__["_parameters"] = held
-        part.__dict__.update(dict.fromkeys(counts, count))
+        part.__dict__.update({**dict.fromkeys(totals, count + spare), **dict.fromkeys(counts, count)})
         try:
             output = small.run(part.forward)
             return dataclasses.replace(find_bank(name, part, small, output), experts=experts)
@@ -62,7 +65,7 @@ def require_layout(name: str, module: nn.Module, bank: Bank, call: BankCall, par
     """
     naming = Naming.of(module)
     said = "its matrices are stored in another layout than its class in transformers says; this architecture is not supported yet"
-    if any(product.transposed != naming.transposed for product in bank.products):
+    if any(product.transposed != (product.parameter in naming.transposed) for product in bank.products):
         raise UnsupportedModelError(f"{name}: {said}")
     expert = Expert(module, bank, call, parameters)
     for product, following in itertools.pairwise(bank.products):

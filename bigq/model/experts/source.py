@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -83,6 +84,8 @@ def expert_sources(
         if parameter in parameters:
             (info,) = sources[name].tensors
             e, m, n = parameters[parameter].shape
+            if info.shape == (e * m, n) and not info.parts:  # those of all experts, one behind the other
+                info = dataclasses.replace(info, shape=(e, m, n))
             turned = info.shape == (e, n, m) != (e, m, n) and name in place(model, [name]).turned
             PlainSource(info).check((e, n, m) if turned else (e, m, n))
             found[parameter] = tuple(ExpertSource((PlainSource(one),), whole=info, turned=turned) for one in slices(info))

@@ -16,6 +16,7 @@ from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.json_file import show_name
 from bigq.model.architecture import is_composite
 from bigq.model.blocks import find_blocks
+from bigq.model.experts.spare import spare_experts
 from bigq.model.skeleton import Merge, is_linear, place
 
 #: Rules that are followed: experts are stacked, and then perhaps their matrices concatenated by outputs.
@@ -44,14 +45,22 @@ def expert_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Part]:
 
 
 def merged_beside(model: nn.Module, merged: Mapping[str, Merge]) -> dict[str, Merge]:
-    """Those of ``merged`` that are copied as they are stored: what ``joined_parameters`` are made of, and what belongs to a composite
-    model's parts beside the decoder blocks, such as a tower for images.
+    """Those of ``merged`` that are copied as they are stored: what ``joined_parameters`` are made of, what belongs to a composite
+    model's parts beside the decoder blocks, such as a tower for images, and what is stored for spare experts (see ``spare``).
 
     What transformers makes of the latter matters only if text needs them: see ``require_unmerged``.
     """
     joined = {name for names in joined_parameters(model, merged).values() for name in names}
     path = find_blocks(model)[0] if is_composite(model.config) else ""
-    return {name: merge for name, merge in merged.items() if name in joined or not merge.target.startswith(path and f"{path}.")}
+    spare = {name for name, merge in merged.items() if _is_spare(model, name, merge)}
+    return {name: merge for name, merge in merged.items() if name in joined | spare or not merge.target.startswith(path and f"{path}.")}
+
+
+def _is_spare(model: nn.Module, name: str, merge: Merge) -> bool:
+    """Whether a tensor is what a checkpoint stores for a spare expert."""
+    path, _, key = merge.target.rpartition(".")
+    module, numbers = model.get_submodule(path), _NUMBERS.findall(name)
+    return bool(numbers) and spare_experts(module) > 0 and int(numbers[-1]) >= module.get_parameter(key).shape[0]
 
 
 def joined_parameters(model: nn.Module, merged: Mapping[str, Merge]) -> dict[str, tuple[str, ...]]:

@@ -143,7 +143,8 @@ def _at_a_time(terms: BankTerms) -> int:
 def _running(bank: BankShape, terms: BankTerms) -> int:
     """Bytes while an expert runs on as many tokens as it takes at a time."""
     tokens = _at_a_time(terms)
-    first, *_, last = [(product[0].n, sum(linear.m for linear in product)) for product in bank.products]
+    products = [(product[0].n, sum(linear.m for linear in product)) for product in bank.products]
+    first, last = products[0], products[-1]
     # The tokens, a copy and the sum that the expert returns; what all products but the last return, and what becomes of that;
     # the output, and its product with the weight of the expert.
     inside = sum(linear.m for product in bank.products[:-1] for linear in product)

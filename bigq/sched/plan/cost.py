@@ -110,7 +110,13 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
     add("probe", first.weights + _converted(first) + shape.rest_loaded, {}, early=True)
     hidden = work.streams * work.rows * shape.seqlen * shape.width * shape.itemsize
     if work.streams:
-        add("embed", embedding + shape.rest_loaded + first.calls.at(choice.batch), {}, 2 * hidden, embedding if choice.on_gpu else 0)
+        tables = min(choice.batch * shape.seqlen, shape.vocabulary) * shape.table_row
+        around = embedding + tables + shape.rest_loaded + shape.around.at(choice.batch)
+        host = embedding + tables if choice.on_gpu else 0
+        add("embed", around + first.calls.at(choice.batch), {}, 2 * hidden, host)
+        if shape.of_tokens:  # computed again for every block, when it is loaded
+            largest_block = max(block.weights + block.calls.at(choice.batch) for block in shape.blocks)
+            add("embed", around + largest_block, {}, work.rows * shape.around.per_row * len(shape.blocks), host)
     costs: dict[tuple[int, tuple[QuantScheme | None, ...]], tuple[BlockCost, list[BankPhase]]] = {}
     output, largest, late = shape.rest_stored, shape.rest_stored, 0
     again = shape.rest_stored if work.gguf else 0
@@ -138,7 +144,7 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
             add(name, held + late, flops, host=embedding if choice.on_gpu else 0)
         output += packed_bytes(shape.head, scheme) - shape.head.stored
         again += gguf_bytes(shape.head, scheme) - shape.head.stored if work.gguf else 0
-    saved = 2 * hidden if choice.checkpoints else 0
+    saved = 2 * (hidden + work.streams * work.rows * shape.handed_on) if choice.checkpoints else 0
     read = shape.stored - shape.coded + embedding
     kept = kept_output(output, largest) if work.drop else output + again
     return Cost(phases=tuple(phases.values()), output=output + again, scratch=activations.disk + saved, read=read, kept=kept)
@@ -199,16 +205,17 @@ def _activations(shape: ModelShape, work: Work, choice: Choice) -> _Activations:
     token = work.streams * shape.seqlen * shape.itemsize
     row = token * shape.width
     memos = max((_memo_width(block) for block in shape.blocks), default=0) if choice.memo else 0
-    kept = work.rows * (row + token * memos)
+    beside = work.streams * shape.handed_on + shape.of_tokens
+    kept = work.rows * (row + beside + token * memos)
     # The inputs of a bank and the sums of its outputs, elsewhere than on the computing device: there, ``bank_phases`` counts them.
     banks = 2 * work.rows * row * max((bank.inputs for block in shape.blocks for bank in block.banks), default=0)
     # Those in host memory are reused by the next block. Buffers of one width at a time: see ``LastInputs``.
     inputs = choice.kept_rows * token * max(map(last_width, shape.blocks), default=0) if choice.kept_tier == "host" else 0
     if choice.tier == "disk":
         # One batch in use, one prefetched, and those waiting to be written.
-        return _Activations(host=(3 + WRITES_IN_FLIGHT) * choice.batch * row, disk=kept + banks)
+        return _Activations(host=(3 + WRITES_IN_FLIGHT) * choice.batch * (row + beside), disk=kept + banks)
     if choice.tier == "host" and choice.on_gpu:
-        return _Activations(device=2 * choice.batch * row, host=kept + banks + inputs)
+        return _Activations(device=2 * choice.batch * (row + beside), host=kept + banks + inputs)
     return _Activations(device=kept, host=inputs)
 
 

@@ -83,7 +83,8 @@ class Reach:
 
 @dataclass(frozen=True, slots=True)
 class BankShape:
-    """A bank of experts. chosen: experts of each token. inputs: different inputs that they have of a token. level: see ``BankPlace``.
+    """A bank of experts. chosen: experts of each token. inputs: different inputs that they have of a token, in
+    widths of the hidden states. level: see ``BankPlace``.
 
     products: of one expert, in order; each is the Linears that are stored as one weight, by their names in the block.
     whole: whether the source holds one tensor for all experts.
@@ -143,7 +144,10 @@ class ModelShape:
     width: of the hidden states; itemsize: bytes of an element in the compute dtype. vocabulary: rows of the embedding;
     embedding_row: bytes of one in the checkpoint. rest_stored: bytes of all tensors outside the blocks; rest_loaded: of those that
     an embedding pass needs besides the embedding. coded: how many bytes of all tensors are not in files, because weights are decoded.
-    head: the output head, by its module name, if it is a Linear with its own weight.
+    head: the output head, by its module name, if it is a Linear with its own weight. handed_on: bytes per row of what blocks hand on
+    besides hidden states. of_tokens: bytes per row of the arguments that a block takes and that are computed from tokens (the largest
+    of all blocks); around: bytes that computing those of all blocks needs. table_row: bytes of a token in the checkpoint in tables other
+    than the embedding that are read by rows.
     family: the model type of its config. transposed: whether Linears are stored transposed (GPT-2).
     """
 
@@ -158,6 +162,10 @@ class ModelShape:
     rest_loaded: int
     coded: int = 0
     head: LinearShape | None = None
+    handed_on: int = 0
+    of_tokens: int = 0
+    around: Rows = Rows(0, 0)
+    table_row: int = 0
     family: str | None = None
     transposed: bool = False
 

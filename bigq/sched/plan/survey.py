@@ -7,31 +7,31 @@ mark that spreads. The memory of a forward is counted as its tensors are allocat
 from __future__ import annotations
 
 import copy
-import weakref
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bigq.io.index import TensorInfo
 from bigq.model.architecture import is_composite
 from bigq.model.blocks import block_linears
-from bigq.model.capture import BlockCall, OutputForm, first_input, forward_errors, on_its_input, record_calls, replace_forwards
-from bigq.model.checks import check_hidden_paths
 from bigq.model.description import OnUse
 from bigq.model.experts.bank import bank_modules
 from bigq.model.experts.cut import chosen_experts, without_banks
-from bigq.model.experts.naming import ExpertLinear, Naming
+from bigq.model.experts.naming import ExpertLinear, Naming, experts_of
 from bigq.model.experts.pages import StoredBank, nominal_linears
+from bigq.model.forward.block_call import OutputForm
+from bigq.model.forward.capture import first_input, forward_errors, on_its_input, replace_forwards
+from bigq.model.forward.checks import check_hidden_paths
+from bigq.model.lookup import token_tables
 from bigq.model.skeleton import is_transposed, linear_weight
 from bigq.model.structure import BlockPlan, Shortcut, plan_block
 from bigq.model.tracers import GradientTracer
+from bigq.sched.plan.meta_run import Live, MetaRun, WholeRows, sum_bytes
+from bigq.sched.plan.selections import AllSelected
 from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LeftShape, LinearShape, MemoShape, ModelShape, Reach, Rows
 
 #: Tokens of the row with which the structure is probed.
@@ -68,12 +68,13 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
     model = outline.model.to("meta")
     blocks = model.get_submodule(outline.blocks_path)
     assert isinstance(blocks, nn.ModuleList)
-    with torch.no_grad(), _WholeRows(outline.fused), forward_errors():
+    with torch.no_grad(), WholeRows(outline.fused), AllSelected(), forward_errors():
         form = _form(model, blocks)
-        runs = [_Run.of(model, blocks, form, rows, seqlen) for rows in (1, 2)]
-        rest = _rest_bytes(model, blocks, form, outline.dtype)
-        check_hidden_paths(model, blocks, torch.zeros(1, min(seqlen, _STRUCTURE_TOKENS), dtype=torch.long, device="meta"), form)
-        short = _Run.of(model, blocks, form, 1, min(seqlen, _STRUCTURE_TOKENS))
+        short_ids = torch.zeros(1, min(seqlen, _STRUCTURE_TOKENS), dtype=torch.long, device="meta")
+        of_tokens = check_hidden_paths(model, blocks, short_ids, form)
+        runs = [MetaRun.of(model, blocks, form, rows, seqlen, of_tokens) for rows in (1, 2)]
+        rest, table_row = _rest_bytes(model, outline, form)
+        short = MetaRun.of(model, blocks, form, 1, short_ids.shape[1], of_tokens)
         kinds: dict[Any, BlockShape] = {}
         shapes = []
         for i, block in enumerate(blocks):
@@ -90,7 +91,7 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
         path=outline.blocks_path,
         blocks=tuple(shapes),
         seqlen=seqlen,
-        width=runs[0].hidden.shape[-1],
+        width=math.prod(runs[0].hidden.shape[2:]),
         itemsize=runs[0].hidden.dtype.itemsize,
         vocabulary=embedding.num_embeddings,
         embedding_row=embedding.embedding_dim * (info.dtype if info is not None else outline.dtype).itemsize,
@@ -99,14 +100,23 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
         coded=outline.coded,
         head=_head(outline, model, head, embedding),
         family=getattr(model.config, "model_type", None),
+        table_row=table_row,
+        handed_on=runs[0].handed_on,
+        of_tokens=max(map(sum_bytes, runs[0].of_tokens), default=0),
+        around=Rows.through(*(run.around for run in runs)),
         transposed=any(is_transposed(module) for block in blocks for module in block_linears(block).values()),
     )
 
 
-def _rest_bytes(model: nn.Module, blocks: nn.ModuleList, form: OutputForm, dtype: torch.dtype) -> int:
-    """Bytes of the parameters outside blocks, embedding and head that are loaded: of a composite model, those that text needs."""
+def _rest_bytes(model: nn.Module, outline: Outline, form: OutputForm) -> tuple[int, int]:
+    """Bytes of the parameters outside blocks, embedding and head that are loaded, and of a row of the tables that are read by rows.
+
+    Of a composite model, only those count that text needs.
+    """
+    blocks = model.get_submodule(outline.blocks_path)
+    assert isinstance(blocks, nn.ModuleList)
     apart = [model.get_input_embeddings(), model.get_output_embeddings(), blocks]  # type: ignore[operator]
-    others = {id(p) for m in apart if m is not None for p in m.parameters()}
+    others = {id(p) for m in apart if m is not None for p in m.parameters(recurse=m is blocks)}
     rest = {name: p for name, p in model.named_parameters() if id(p) not in others}
     used = set(rest)
     if is_composite(model.config):
@@ -117,8 +127,10 @@ def _rest_bytes(model: nn.Module, blocks: nn.ModuleList, form: OutputForm, dtype
             return rest[name]
 
         with OnUse(rest, torch.device("meta"), use):
-            _Run.of(model, blocks, form, 1, 2)
-    return sum(rest[name].numel() for name in used) * dtype.itemsize
+            MetaRun.of(model, blocks, form, 1, 2)
+    tables = {name: module for name, module in token_tables(model, outline.blocks_path).items() if name in used}
+    row = sum(_bytes(outline, name) // module.num_embeddings for name, module in tables.items())
+    return sum(rest[name].numel() for name in used - set(tables)) * outline.dtype.itemsize, row
 
 
 def require_hidden_paths(model: nn.Module, blocks_path: str) -> None:
@@ -129,7 +141,7 @@ def require_hidden_paths(model: nn.Module, blocks_path: str) -> None:
     model = copy.deepcopy(model).to("meta")
     blocks = model.get_submodule(blocks_path)
     assert isinstance(blocks, nn.ModuleList)
-    with torch.no_grad(), _WholeRows(), forward_errors():
+    with torch.no_grad(), WholeRows(), AllSelected(), forward_errors():
         ids = torch.zeros(1, _STRUCTURE_TOKENS, dtype=torch.long, device="meta")
         check_hidden_paths(model, blocks, ids, _form(model, blocks))
 
@@ -140,33 +152,6 @@ def _head(outline: Outline, model: nn.Module, head: nn.Module | None, embedding:
         return None
     name = next(n for n, m in model.named_modules() if m is head)
     return LinearShape(name, head.out_features, head.in_features, _bytes(outline, f"{name}.weight"))
-
-
-@dataclass(slots=True)
-class _Run:
-    """A batch that enters the blocks. hidden [rows, seqlen, width]; calls: the call of every block."""
-
-    hidden: Tensor
-    calls: list[BlockCall]
-
-    @classmethod
-    def of(cls, model: nn.Module, blocks: nn.ModuleList, form: OutputForm, rows: int, seqlen: int) -> _Run:
-        ids = torch.zeros(rows, seqlen, dtype=torch.long, device="meta")
-        hidden, _ = first_input(model, blocks, ids)
-        return cls(hidden, record_calls(model, blocks, ids, form))
-
-    def tensors(self) -> Iterator[Tensor]:
-        """All tensors among the blocks' arguments, except the hidden states."""
-        for call in self.calls:
-            yield from (leaf for leaf in tree_leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Tensor))
-
-    def call_bytes(self) -> int:
-        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in self.tensors()}.values())
-
-    def call_signature(self, i: int) -> tuple[Any, ...]:
-        call = self.calls[i]
-        leaves = tree_leaves((call.args, dict(call.kwargs)))
-        return tuple(leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves)
 
 
 def _form(model: nn.Module, blocks: nn.ModuleList) -> OutputForm:
@@ -201,7 +186,7 @@ def _stored(outline: Outline, block: nn.Module, i: int) -> tuple[int, int]:
     return sum(sizes), max(sizes)
 
 
-def _block_shape(outline: Outline, block: nn.Module, i: int, runs: list[_Run], short: _Run) -> BlockShape:
+def _block_shape(outline: Outline, block: nn.Module, i: int, runs: list[MetaRun], short: MetaRun) -> BlockShape:
     with torch.enable_grad():
         plan = plan_block(block, short.hidden, short.calls[i], GradientTracer())
     prefix = f"{outline.blocks_path}.{i}."
@@ -242,7 +227,7 @@ def _left(block: nn.Module, plan: BlockPlan) -> Iterator[LeftShape]:
             yield LeftShape(name, param.numel(), "is not the weight of a Linear", linear=False)
 
 
-def _banks(outline: Outline, block: nn.Module, i: int, plan: BlockPlan, short: _Run) -> Iterator[BankShape]:
+def _banks(outline: Outline, block: nn.Module, i: int, plan: BlockPlan, short: MetaRun) -> Iterator[BankShape]:
     """The banks of a block, each with the matrices of its first expert."""
     chosen = chosen_experts(block, lambda: short.calls[i].run(block, short.hidden)) if plan.banks else {}
     prefix = f"{outline.blocks_path}.{i}."
@@ -258,10 +243,12 @@ def _banks(outline: Outline, block: nn.Module, i: int, plan: BlockPlan, short: _
             else:
                 naming = Naming.of(block.get_submodule(place.name))
                 linear = naming.linear(key, tuple(param.shape))
-                names = tuple(f"{place.name}.0.{part}" for part in naming.parts[key])
+                names = tuple(f"{experts_of(place.name)}.0.{part}" for part in naming.parts[key])
                 size = linear.m * linear.n * outline.dtype.itemsize
             products.append(tuple(LinearShape(name.removeprefix(prefix), linear.m, linear.n, size) for name in names))
         whole, (of_token, inputs) = stored is not None and stored.is_whole, chosen[place.name]
+        if len(products) == 1:  # its inputs or its outputs may be wider than the hidden states
+            inputs = math.ceil(inputs * max(linear.m * len(names), linear.n) / short.hidden.shape[-1])
         yield BankShape(place.name, experts, of_token, place.level, tuple(products), whole, inputs)
 
 
@@ -280,13 +267,13 @@ def _memo(shortcut: Shortcut, linears: Mapping[str, LinearShape]) -> MemoShape:
 class _Watch:
     """The memory of one block forward. levels: (peak bytes so far, bytes held) at the inputs of each level's last Linear."""
 
-    live: _Live
+    live: Live
     levels: list[tuple[int, int]]
 
     @classmethod
-    def forward(cls, block: nn.Module, run: _Run, i: int, plan: BlockPlan) -> _Watch:
+    def forward(cls, block: nn.Module, run: MetaRun, i: int, plan: BlockPlan) -> _Watch:
         level_of = {name: group.level for group in plan.groups for name in group.names}
-        live = _Live([*block.parameters(), *block.buffers(), run.hidden, *run.tensors()])
+        live = Live([*block.parameters(), *block.buffers(), run.hidden, *run.tensors()])
         watch = cls(live, [(0, 0)] * (1 + max(level_of.values(), default=-1)))
         linears = block_linears(block)
 
@@ -307,72 +294,3 @@ class _Watch:
         with replace_forwards(list(linears.values()), make), without_banks(block), live:
             run.calls[i].run(block, run.hidden)
         return watch
-
-
-class _Live(TorchDispatchMode):
-    """Counts the bytes of live tensors, and the operations of batched products (attention).
-
-    known: tensors that do not count.
-    """
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes = self.peak = 0
-        self.products = 0.0
-        self._known = [t.untyped_storage() for t in known]
-        self._alive: dict[int, Any] = {storage._cdata: storage for storage in self._known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
-            a, b = args[-2:]
-            self.products += 2.0 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2]
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                self._add(leaf)
-        return output
-
-    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Count a causal attention that holds no matrix of scores."""
-        self.products += query.numel() * key.shape[-2] + query.numel() // query.shape[-1] * key.shape[-2] * value.shape[-1]
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
-            return
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-
-        def gone(_: Any) -> None:
-            del self._alive[key]
-            self.bytes -= size
-
-        self._alive[key] = weakref.ref(storage, gone)
-
-
-class _WholeRows(TorchFunctionMode):
-    """Lets a model run on meta: fused attention needs no memory for scores, and transformers' checks of ids and masks get the answers for
-    calibration rows, which are whole rows without padding or packing. fused: see ``Outline``."""
-
-    def __init__(self, fused: bool = True) -> None:
-        super().__init__()
-        self._fused = fused
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.Tensor.__bool__ and args[0].is_meta:
-            return True
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
-            if not self._fused and query.shape[-1] != value.shape[-1]:
-                with sdpa_kernel(SDPBackend.MATH):
-                    return func(*args, **kwargs)
-            for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
-                if isinstance(mode, _Live):
-                    mode.attention(query, key, value)
-            output = query.new_empty(*query.shape[:-1], value.shape[-1])
-            if torch.is_grad_enabled():  # as marks of what the output depends on
-                output = sum((t.sum() for t in (query, key, value) if t.requires_grad), start=output)
-            return output
-        return func(*args, **kwargs)

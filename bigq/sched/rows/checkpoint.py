@@ -18,18 +18,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bigq import faults
 from bigq.errors import BigqError, CheckpointError, ResourceError
 from bigq.io.checksum import load_record, save_record
-from bigq.io.index import read_header
+from bigq.io.index import TensorInfo, read_header
 from bigq.io.reader import as_bytes, read_range
 from bigq.io.shard_record import ShardRecord, file_sha256
 from bigq.io.writer import OutputTensor, write_shard
 from bigq.job.journal import CHECKPOINTS_NAME
 from bigq.sched.rows.store import ActivationStore
 
-#: Tensor names: the hidden states, and with gptaq those of the unquantized model.
+#: Tensor names: the hidden states, and with gptaq those of the unquantized model. Extra outputs that blocks hand on to the next are beside
+#: them, as "hidden_states.handed_on.0".
 TENSORS = ("hidden_states", "original_hidden_states")
 #: Expected write rate of the first checkpoint, in bytes per second.
 EXPECTED_RATE = 500e6
@@ -88,16 +90,16 @@ class Checkpoints:
 
     def _fill(self, path: Path, stores: Sequence[ActivationStore]) -> None:
         header = read_header(path)[0]
-        infos = [header.get(name) for name in TENSORS[: len(stores)]]
-        for info, store in zip(infos, stores, strict=True):
+        for name, store in zip(TENSORS, stores, strict=False):
+            info = header.get(name)
             if info is None or info.shape != store.shape or info.dtype != store.dtype:
                 held = "no such tensor" if info is None else f"{list(info.shape)} {info.dtype}"
                 raise CheckpointError(f"holds {held} instead of {list(store.shape)} {store.dtype}")
-            row = math.prod(info.shape[1:]) * info.dtype.itemsize
+            beside = {int(key.rpartition(".")[2]): header[key] for key in header if key.startswith(f"{name}.handed_on.")}
             for lo, hi in store.spans():
-                rows = torch.empty(hi - lo, *info.shape[1:], dtype=info.dtype)
-                read_range(info, rows, info.start + lo * row)
-                store.put(lo, rows.to(store.device))
+                store.put(lo, _read_rows(info, lo, hi).to(store.device))
+                extras = [_read_rows(extra, lo, hi).to(store.device) for extra in beside.values()]
+                store.handed_on.put(lo, list(beside), extras)
 
     def add_replay_time(self, seconds: float) -> None:
         """Count a finished block that would take ``seconds`` to replay."""
@@ -114,7 +116,7 @@ class Checkpoints:
 
     def expected_seconds(self, *stores: ActivationStore) -> float:
         """The expected time to save the stores, in seconds."""
-        return sum(math.prod(store.shape) * store.dtype.itemsize for store in stores) / self._rate
+        return sum(store.nbytes for store in stores) / self._rate
 
     def save(self, block: int, *stores: ActivationStore) -> None:
         """Save the inputs of a block, unless they are saved already. A full disk is not an error: checkpoints are then switched off."""
@@ -145,17 +147,18 @@ class Checkpoints:
         self._rate = shard.size / max(time.monotonic() - started, 1e-6)
 
     def _write(self, path: Path, stores: Sequence[ActivationStore]) -> ShardRecord:
-        def chunks(store: ActivationStore) -> Iterator[memoryview]:
+        def chunks(store: ActivationStore, rows: Callable[[int, int], Tensor]) -> Iterator[memoryview]:
             for lo, hi in store.spans():
-                yield as_bytes(store.rows(lo, hi).to("cpu").contiguous())
+                yield as_bytes(rows(lo, hi).to("cpu").contiguous())
 
-        return write_shard(
-            path,
-            [
-                OutputTensor(name=name, dtype=store.dtype, shape=store.shape, chunks=functools.partial(chunks, store))
-                for name, store in zip(TENSORS, stores, strict=False)
-            ],
-        )
+        tensors = []
+        for name, store in zip(TENSORS, stores, strict=False):
+            made = functools.partial(chunks, store, store.rows)
+            tensors.append(OutputTensor(name=name, dtype=store.dtype, shape=store.shape, chunks=made))
+            for index, extra in store.handed_on.held.items():
+                shape, made = (store.shape[0], *extra.shape), functools.partial(chunks, store, extra.get)
+                tensors.append(OutputTensor(name=f"{name}.handed_on.{index}", dtype=extra.dtype, shape=shape, chunks=made))
+        return write_shard(path, tensors)
 
     def _record(self, kept: list[CheckpointFile]) -> None:
         if kept != self._kept:
@@ -177,6 +180,12 @@ class Checkpoints:
         with contextlib.suppress(OSError):
             (self._state / CHECKPOINTS_NAME).unlink(missing_ok=True)
             self._remove_others()
+
+
+def _read_rows(info: TensorInfo, lo: int, hi: int) -> Tensor:
+    rows = torch.empty(hi - lo, *info.shape[1:], dtype=info.dtype)
+    read_range(info, rows, info.start + lo * math.prod(info.shape[1:]) * info.dtype.itemsize)
+    return rows
 
 
 def _error_text(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor
 from bigq.errors import UnsupportedModelError
 from bigq.job.batches import Batches
 from bigq.model.architecture import max_positions
-from bigq.model.capture import BlockCall, OutputForm, first_input, forward_errors, on_its_input, record_calls
-from bigq.model.checks import BlockCheck, first_difference, probe_blocks
 from bigq.model.experts.cut import without_banks
+from bigq.model.forward.arguments import first_difference
+from bigq.model.forward.block_call import BlockCall, OutputForm, fill_from_first
+from bigq.model.forward.capture import first_input, forward_errors, on_its_input, record_calls
+from bigq.model.forward.checks import BlockCheck, probe_blocks
 from bigq.model.pager import Pager
+from bigq.sched.rows.row_values import TokenArguments
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import Tier
 
@@ -33,6 +37,10 @@ class Probe:
     calls: list[BlockCall]
     form: OutputForm
     check: BlockCheck
+
+    @property
+    def of_tokens(self) -> tuple[tuple[int, ...], ...]:
+        return self.check.of_tokens
 
 
 def probe_model(pager: Pager) -> Probe:
@@ -57,6 +65,8 @@ def probe_model(pager: Pager) -> Probe:
         # Blocks may have changed what they were given: first_input and record_calls give it anew.
         hidden, _ = first_input(pager.model, pager.blocks, ids[0, :1])
         calls = record_calls(pager.model, pager.blocks, ids[0, :1], form)
+        with without_banks(block):
+            calls = fill_from_first(calls, lambda call: call.outputs(block, hidden.clone()))
         pager.evict_block(0)
     return Probe(hidden, calls, form, check)
 
@@ -75,13 +85,24 @@ def store_for(pager: Pager, rows: Tensor, batches: Batches, probe: Probe, tier: 
     """An uninitialized store for the hidden states of the token ids ``rows`` [N, T]."""
 
     def record(size: int) -> list[BlockCall]:
-        """Any tokens work, as ``check_block_calls`` has checked."""
+        """Any tokens work, as ``probe_calls`` has checked, but for the arguments that are computed from them."""
         ids = rows[:1].expand(size, -1)
         with pager.rest_loaded(), pager.embedding_rows(ids):
-            return record_calls(pager.model, pager.blocks, ids.to(pager.device), probe.form)
+            return _opened(record_calls(pager.model, pager.blocks, ids.to(pager.device), probe.form), probe)
 
-    shape = (len(rows), rows.shape[1], probe.hidden.shape[-1])
-    return ActivationStore(shape, probe.hidden.dtype, batches, tier, record)
+    def compute(spans: Sequence[tuple[int, int]], block: int) -> Iterator[dict[int, Tensor]]:
+        with pager.rest_loaded(), pager.embedding_rows(rows):
+            for lo, hi in spans:
+                leaves = record_calls(pager.model, pager.blocks, rows[lo:hi].to(pager.device), probe.form)[block].leaves()
+                yield {place: leaves[place] for place in probe.of_tokens[block]}
+
+    shape = (len(rows), rows.shape[1], *probe.hidden.shape[2:])
+    arguments = TokenArguments(tier, len(rows), lambda: batches.at(0, 0), compute) if any(probe.of_tokens) else None
+    return ActivationStore(shape, probe.hidden.dtype, batches, tier, record, arguments)
+
+
+def _opened(calls: list[BlockCall], probe: Probe) -> list[BlockCall]:
+    return [call.opened(places) for call, places in zip(calls, probe.of_tokens, strict=True)]
 
 
 def embed(pager: Pager, rows: Tensor, probe: Probe, store: ActivationStore) -> None:
@@ -91,7 +112,7 @@ def embed(pager: Pager, rows: Tensor, probe: Probe, store: ActivationStore) -> N
         for lo, hi in store.spans():
             ids = rows[lo:hi].to(pager.device)
             hidden, _ = first_input(pager.model, pager.blocks, ids)
-            calls = record_calls(pager.model, pager.blocks, ids, probe.form)
+            calls = _opened(record_calls(pager.model, pager.blocks, ids, probe.form), probe)
             differing = first_difference(store.calls.setdefault(len(ids), calls), calls)
             if differing is not None:
                 raise UnsupportedModelError(

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bigq.errors import UnsupportedModelError
-from bigq.model.capture import StopForward
 from bigq.model.description import replace_forward
 from bigq.model.experts.bank import Bank, routed
 from bigq.model.experts.call import BankCall, Routing, bank_call
+from bigq.model.forward.capture import StopForward
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import RowBuffer
 
@@ -41,7 +41,7 @@ class RoutedRows:
 
     def begin_total(self, store: ActivationStore, bank: Bank) -> None:
         """Set the sum of the outputs to 0."""
-        width = self.call.tokens.shape[-1]
+        width = self.call.returned
         self.total = store.token_buffer(len(self.experts), width, bank.total)
         for lo, hi in self.spans(store.batch):
             self.total.put(lo, torch.zeros(hi - lo, width, dtype=bank.total, device=store.device))
@@ -57,7 +57,7 @@ class RoutedRows:
         batch: None takes all rows at once.
         """
         spans = [(0, len(self.experts))] if batch is None else self.spans(batch)
-        parts = [routed(self.experts[lo:hi], bank.experts, by_slot=bank.by_slot) for lo, hi in spans]
+        parts = [routed(self.experts[lo:hi], bank.every, by_slot=bank.by_slot) for lo, hi in spans]
         for each in zip(*parts, strict=True):
             yield each[0][0], [(tokens + lo, slots) for (_, tokens, slots), (lo, _) in zip(each, spans, strict=True)]
 
@@ -85,7 +85,7 @@ def record_routed(
     running: the context in which the block runs. prefix: the block's name, for messages. Raises UnsupportedModelError.
     """
     module = block.get_submodule(name)
-    bank = next(iter(module.parameters(recurse=False))).shape[0]
+    bank = next(iter(module.parameters(recurse=False))).shape
 
     def run() -> RoutedRows:
         made: RoutedRows | None = None
@@ -103,8 +103,8 @@ def record_routed(
                 call.run(block, hidden)
             lo, hi = store.at
             tokens = (hi - lo) * store.shape[1]
-            received = len(seen[0].tokens) // seen[0].copies if seen else 0
-            if received != tokens:
+            received = seen[0].count if seen else 0
+            if received % tokens if received and seen[0].repeats else received != tokens:
                 raise UnsupportedModelError(
                     f"{prefix}.{name}: receives {received} of {tokens} tokens; banks that do not receive every token once are not supported"
                 )

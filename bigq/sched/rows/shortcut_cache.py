@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigq.model.capture import replace_forwards
 from bigq.model.experts.call import BankCall
 from bigq.model.experts.cut import banks_replaced
+from bigq.model.forward.capture import replace_forwards
 from bigq.model.skeleton import is_linear, linear_weight
 from bigq.model.structure import Shortcut
 from bigq.sched.rows.routed import RoutedRows
@@ -148,7 +148,7 @@ class ShortcutCache:
             return forward
 
         def bank_output(name: str, call: BankCall) -> Tensor:
-            return self._banks[name].output(lo, hi) if name in self._banks else torch.zeros_like(call.tokens)
+            return self._banks[name].output(lo, hi) if name in self._banks else call.zeros
 
         with banks_replaced(block, bank_output), replace_forwards([*(block.get_submodule(s.module) for s in usable), *idle], make):
             yield

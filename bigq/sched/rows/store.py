@@ -7,6 +7,7 @@ through a block twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from bigq import faults
 from bigq.job.batches import Batches
 from bigq.machine.device import free_memory, out_of_memory
-from bigq.model.capture import BlockCall
+from bigq.model.forward.block_call import BlockCall, HandedOn, OfTokens
+from bigq.sched.rows.row_values import HandedOnRows, TokenArguments
 from bigq.sched.rows.tiers import RowBuffer, Tier
 
 T = TypeVar("T")
@@ -34,23 +36,31 @@ class Spare(Protocol):
 
 
 class ActivationStore:
-    """Hidden states [N, T, d] in one buffer of a tier. A block's outputs overwrite its inputs.
+    """Hidden states [N, T, d], or [N, T, s, d] with s vectors a token, in one buffer of a tier. A block's outputs overwrite its inputs.
 
     batches: the batch size by place; the last batch of a pass may be smaller. batch: the batch size of the current pass.
     at: the rows [lo, hi) of the current batch.
-    record: batch size → the call of each block; called once per size, since masks and ALiBi depend on it.
+    record: batch size → the call of each block; called once per size, since masks and ALiBi depend on it. arguments: what it leaves open,
+    because it is computed from each row's tokens. handed_on: what the last block hands on besides hidden states.
     before_batch: called before every batch; may raise to end the pass. on_progress: called with ("rows", done, total).
     spare: is dropped before a batch is halved, since it does not change any result.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], dtype: torch.dtype, batches: Batches, tier: Tier, record: Callable[[int], list[BlockCall]]
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        batches: Batches,
+        tier: Tier,
+        record: Callable[[int], list[BlockCall]],
+        arguments: TokenArguments | None = None,
     ) -> None:
-        self._tier, self._batches, self._record = tier, batches, record
+        self._tier, self._batches, self._record, self._arguments = tier, batches, record, arguments
         self.shape, self.dtype = shape, dtype
         self._count, *row = shape
         self._row = tuple(row)
-        self._buffer = self.buffer(row[0] * row[1], dtype)
+        self._buffer = self.buffer(math.prod(row), dtype)
+        self.handed_on = HandedOnRows(tier, self._count)
         self.before_batch: Callable[[], None] = lambda: None
         self.on_progress: Callable[[str, int, int], None] = lambda what, done, of: None
         self.spare: Spare | None = None
@@ -63,9 +73,14 @@ class ActivationStore:
         """The device that computes batches."""
         return self._tier.device
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what a checkpoint holds: the hidden states and what is handed on besides."""
+        return math.prod(self.shape) * self.dtype.itemsize + self.handed_on.nbytes
+
     def empty_like(self) -> ActivationStore:
         """An uninitialized store for other hidden states of the same rows. Both share the recorded block calls."""
-        store = ActivationStore(self.shape, self.dtype, self._batches, self._tier, self._record)
+        store = ActivationStore(self.shape, self.dtype, self._batches, self._tier, self._record, self._arguments)
         store.calls = self.calls
         return store
 
@@ -149,7 +164,7 @@ class ActivationStore:
         for lo, hi in self.spans():
             self.at = lo, hi
             self._begin_batch()
-            yield self.fetch(lo, hi), self.call(block, hi - lo)
+            yield self.fetch(lo, hi), self.call(block, lo, hi)
         self.on_progress("rows", self._count, self._count)
 
     def _begin_batch(self) -> None:
@@ -157,11 +172,18 @@ class ActivationStore:
         self.on_progress("rows", self.at[0], self._count)
         faults.point("batch.begun")
 
-    def call(self, block: int, size: int) -> BlockCall:
-        """The block's call for a batch of ``size`` rows."""
-        if size not in self.calls:
-            self.calls[size] = self._record(size)
-        return self.calls[size][block]
+    def call(self, block: int, lo: int, hi: int) -> BlockCall:
+        """The block's call for the batch of rows [lo, hi)."""
+        if hi - lo not in self.calls:
+            self.calls[hi - lo] = self._record(hi - lo)
+
+        def value(leaf: HandedOn | OfTokens) -> Tensor:
+            if isinstance(leaf, HandedOn):
+                return self.handed_on.held[leaf.index].get(lo, hi)
+            assert self._arguments is not None
+            return self._arguments.get(block, leaf.place, lo, hi)
+
+        return self.calls[hi - lo][block].filled(value)
 
     def fetch(self, lo: int, hi: int) -> Tensor:
         """Hidden states [hi − lo, T, d] of a batch. Prefetches the next one."""
@@ -179,5 +201,8 @@ class ActivationStore:
         return self._buffer.get(lo, hi).view(hi - lo, *self._row)
 
     def close(self) -> None:
-        """Free the buffer."""
+        """Free the buffers."""
         self._buffer.close()
+        self.handed_on.close()
+        if self._arguments is not None:
+            self._arguments.close()

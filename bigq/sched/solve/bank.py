@@ -129,7 +129,7 @@ def _batches(job: BankJob, rows: RoutedRows) -> Iterator[tuple[list[tuple[int, T
     """All experts in order, as (number, tokens, positions): those to be solved in batches, the others one by one; and which they are."""
     batch: list[tuple[int, Tensor, Tensor]] = []
     for number, ((tokens, slots),) in rows.routes(job.bank, None):
-        unsolved = bool(job.schemes) and not job.finished(number)
+        unsolved = number < job.bank.experts and bool(job.schemes) and not job.finished(number)
         if batch and (not unsolved or len(batch) == job.at_once or job.ends(batch[-1][0])):
             yield batch, True
             batch = []

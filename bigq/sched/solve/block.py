@@ -22,7 +22,8 @@ from bigq.machine.memory import return_freed_memory
 from bigq.machine.ranks import OneProcess, Ranks
 from bigq.methods.base import CalibratedMethod, Collector, DataFreeMethod
 from bigq.model.blocks import block_linears
-from bigq.model.capture import BlockCall, StopForward, replace_forwards
+from bigq.model.forward.block_call import BlockCall
+from bigq.model.forward.capture import StopForward, replace_forwards
 from bigq.model.skeleton import linear_weight, set_linear_weight
 from bigq.model.structure import BlockPlan, Group, Shortcut
 from bigq.progress.clock import Clock
@@ -188,7 +189,7 @@ def _collect(
         if name in kept:
             rows.cache.put(kept[name], store, x)
 
-    def replay_reference(reference: ReferenceBlock, call: BlockCall) -> None:
+    def replay_reference(reference: ReferenceBlock) -> None:
         def see_reference(name: str, x: Tensor) -> None:
             if name in leader:
                 seen[name] = x
@@ -196,11 +197,12 @@ def _collect(
                 reference.cache.put(kept[name], reference.store, x)
 
         with reference.unquantized_weights(job.block), reference.cache.apply(job.block, reference.align(store)):
+            call = reference.store.call(job.index, *store.at)
             _run_up_to(job.block, linears, groups, call, reference.store.fetch(*store.at), see_reference)
 
     for hidden, call in store.batches(job.index):
         if reference is not None:
-            replay_reference(reference, call)
+            replay_reference(reference)
         with rows.cache.apply(job.block, store):
             _run_up_to(job.block, linears, groups, call, hidden, see)
     return collectors

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bigq.machine.ranks import Ranks
 from bigq.methods.base import CalibratedMethod, Collector, DataFreeMethod
 from bigq.model import skeleton
-from bigq.model.capture import StopForward, replace_forwards
+from bigq.model.forward.capture import StopForward, replace_forwards
 from bigq.model.pager import Pager
 from bigq.progress.clock import Clock, Lap
 from bigq.quantized_weight import QuantizedWeight

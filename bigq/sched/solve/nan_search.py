@@ -9,16 +9,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from bigq.kernels.finiteness import is_finite
-from bigq.model.capture import BlockCall, OutputForm, StopForward, hidden_of
+from bigq.model.forward.block_call import BlockCall, OutputForm, hidden_of
+from bigq.model.forward.capture import StopForward
 from bigq.solver.hessian import finite_tokens
 
 #: The most row numbers that a message lists.
 MAX_LISTED_ROWS = 6
 
 
+def sound_tokens(output: Tensor) -> Tensor:
+    """Which tokens of hidden states [B, T, …, d] are finite: bool [B, T]."""
+    sound = finite_tokens(output)
+    return sound if sound.ndim == 2 else sound.flatten(2).all(-1)
+
+
 def nonfinite_rows(output: Tensor, lo: int) -> str:
     """Text that names the calibration rows of a batch [B, T, d] with non-finite tokens. lo: the number of the batch's first row."""
-    rows = [lo + i for i, sound in enumerate(finite_tokens(output).all(1).tolist()) if not sound]
+    rows = [lo + i for i, sound in enumerate(sound_tokens(output).all(1).tolist()) if not sound]
     listed = ", ".join(map(str, rows[:MAX_LISTED_ROWS]))
     if len(rows) > MAX_LISTED_ROWS:
         return f"calibration rows {listed} … {rows[-1]} ({len(rows)} rows)"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
-from bigq.errors import NumericsError
+from bigq.errors import NumericsError, UnsupportedModelError
 from bigq.kernels.finiteness import is_finite
 from bigq.model.experts.bank import bank_modules
+from bigq.model.forward.block_call import BlockCall
 from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
-from bigq.sched.solve.nan_search import first_nonfinite, nonfinite_rows
-from bigq.solver.hessian import OTHER_DTYPE, finite_tokens
+from bigq.sched.solve.nan_search import first_nonfinite, nonfinite_rows, sound_tokens
+from bigq.solver.hessian import OTHER_DTYPE
 from bigq.vocabulary import OnNonfinite
 
 
@@ -36,18 +37,26 @@ def propagate(
     def run(lo: int, hi: int) -> None:
         nonlocal lost, tokens
         with cache.apply(block, store):
-            output = store.call(index, hi - lo).run(block, store.fetch(lo, hi))
+            call = store.call(index, lo, hi)
+            output, *extras = call.outputs(block, store.fetch(lo, hi))
         here = 0
         if not is_finite(output):
             if on_nonfinite != "skip":
                 raise NumericsError(
                     f"{name}: its outputs are not finite (NaN or Inf) for {nonfinite_rows(output, lo)}, beginning with "
-                    f"{first_nonfinite(block, store.call(index, hi - lo), store.rows(lo, hi))}; {OTHER_DTYPE}; "
+                    f"{first_nonfinite(block, call, store.rows(lo, hi))}; {OTHER_DTYPE}; "
                     "when quantizing, --on-nonfinite skip leaves such tokens out"
                 )
-            here = int((~finite_tokens(output)).sum())
+            here = int((~sound_tokens(output)).sum())
+        hand_on(lo, call, extras)  # first: it makes buffers, which may fail, in the first pass
         store.put(lo, output)
-        lost, tokens = lost + here, tokens + output[..., 0].numel()
+        lost, tokens = lost + here, tokens + output.shape[0] * output.shape[1]
+
+    def hand_on(lo: int, call: BlockCall, extras: list[Tensor]) -> None:
+        try:
+            store.handed_on.put(lo, call.hands_on, extras)
+        except ValueError as error:
+            raise UnsupportedModelError(f"{name}: hands on {error} besides hidden states; this architecture is not supported") from error
 
     store.update_pass(*(place or (index + 1, 0)), run)
     if lost == tokens:

@@ -105,7 +105,9 @@ class BankWork:
         return made
 
     def _load(self, bank: StoredBank, schemes: Mapping[str, QuantScheme], e: int) -> Mapping[str, Tensor]:
-        """An expert's parameters: as committed, or else those of the checkpoint."""
+        """An expert's parameters: as committed, or else those of the checkpoint. A spare one has none."""
+        if e >= bank.experts:
+            return {}
         group = self._group(bank.path, e)
         commit = self.bench.writer.committed(group.shard)
         pager = self.bench.pager

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bigq.errors import CheckpointError, UnsupportedModelError
-from bigq.model.capture import forward_errors
+from bigq.model.forward.capture import forward_errors
 from bigq.model.pager import Pager
 from bigq.model.structure import plan_block
 from bigq.sched.plan.shape import ModelShape
@@ -122,7 +122,7 @@ class Held(TorchDispatchMode):
 
 def held_by_a_forward(pager: Pager) -> int:
     """The peak of a real forward of three rows through block 0. Views of weights count in it, so those are taken off."""
-    from bigq.model.capture import first_input, record_calls
+    from bigq.model.forward.capture import first_input, record_calls
 
     with torch.no_grad():
         probe = probe_model(pager)

@@ -7,39 +7,27 @@ and the modules around them keep no state, and the output head sees nothing of t
 from __future__ import annotations
 
 import contextlib
-import enum
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_leaves
 
 from bigq.errors import UnsupportedModelError
-from bigq.model.blocks import block_linears
-from bigq.model.capture import (
-    BlockCall,
-    OutputForm,
-    first_input,
-    forward_errors,
-    hidden_of,
-    output_head,
-    record_calls,
-    replace_forwards,
-    split_call,
-)
+from bigq.model.blocks import block_linears, is_product
 from bigq.model.experts.cut import without_banks
+from bigq.model.forward.arguments import probe_calls
+from bigq.model.forward.block_call import BlockCall, HandedOn, OfTokens, OutputForm, extras_of, fill_from_first, hidden_of
+from bigq.model.forward.capture import first_input, forward_errors, output_head, record_calls, replace_forwards, split_call
+from bigq.model.forward.compare import agree
 from bigq.model.skeleton import linear_weight
 
-#: Differences that count as rounding, relative to the largest value: this, or four times the dtype's epsilon if that is more.
-ROUNDING = 1e-4
 #: The order in which probes run to see that the first gives the same again: at once, and after another one.
 _TWICE = (0, 0, 1, 0)
-#: How deep objects among a block's arguments are compared.
-_DEPTH = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +35,13 @@ class BlockCheck:
     """Checks loaded blocks one at a time, on the inputs of block 0 for three short batches of two rows.
 
     hidden: [3, 2, T, d]; the third batch has its first row from the first batch, and its second row from the second. calls: of each block
-    for two rows. form: how block 0 returns its hidden states.
+    for each batch; what blocks hand on besides hidden states is that of block 0. of_tokens: see ``ProbedCalls``.
+    form: how block 0 returns its hidden states.
     """
 
     hidden: Tensor
-    calls: list[BlockCall]
+    calls: tuple[list[BlockCall], ...]
+    of_tokens: tuple[tuple[int, ...], ...]
     form: OutputForm
     path: str
 
@@ -60,34 +50,48 @@ class BlockCheck:
 
         Raises UnsupportedModelError.
         """
-        name, call = f"{self.path}.{i}", self.calls[i]
+        name = f"{self.path}.{i}"
         with _Linears(name, block):
-            one = self._outputs(name, block, call, 0)
-        again, _, later = (self._outputs(name, block, call, k) for k in _TWICE[1:])
-        if not (agree(one, again) and agree(one, later)):
+            one = self._outputs(i, block, 0)
+        again, _, later = (self._outputs(i, block, k) for k in _TWICE[1:])
+        if not (_all_agree(one, again) and _all_agree(one, later)):
             raise UnsupportedModelError(
                 f"{name}: the same input gives another output the second time, so the block keeps state between calls (such as a cache or "
                 "a counter), or draws random numbers (such as dropout); this architecture is not supported"
             )
-        if not agree(one[0], self._outputs(name, block, call, 2)[0]):
+        if not _all_agree((x[0] for x in one), (x[0] for x in self._outputs(i, block, 2))):
             raise UnsupportedModelError(
                 f"{name}: the output of a row depends on the other rows of its batch; this architecture is not supported"
             )
 
     def require_causal(self, i: int, block: nn.Module) -> None:
         """Raise UnsupportedModelError if block i, which is loaded, computes a token's output from later tokens too."""
-        name, call, changed = f"{self.path}.{i}", self.calls[i], self.hidden[0].clone()
+        changed = self.hidden[0].clone()
         changed[:, -1] = self.hidden[1][:, -1]
+        calls = self.calls[0][i], self._with_last_token(i)
         with without_banks(block):
-            one, other = (hidden_of(block(x, *call.args, **call.kwargs)) for x in (self.hidden[0].clone(), changed))
+            one, other = (call.run(block, x) for call, x in zip(calls, (self.hidden[0].clone(), changed), strict=True))
         if not agree(one[:, :-1], other[:, :-1]):
             raise UnsupportedModelError(
-                f"{name}: sees later tokens of a row, so the model would be given the tokens that it should predict, and perplexity means "
-                "nothing"
+                f"{self.path}.{i}: sees later tokens of a row, so the model would be given the tokens that it should predict, and "
+                "perplexity means nothing"
             )
 
-    def _outputs(self, name: str, block: nn.Module, call: BlockCall, k: int) -> Tensor:
-        hidden = self.hidden[k].clone()
+    def _with_last_token(self, i: int) -> BlockCall:
+        """The call of block i for the first batch, where arguments that are computed from tokens are those of the second at the end."""
+        one, other = (calls[i] for calls in self.calls[:2])
+        leaves, rows = other.leaves(), self.hidden.shape[1:3]
+
+        def value(place: int, leaf: Any) -> Any:
+            if place not in self.of_tokens[i] or leaf.shape[:2] != rows:
+                return leaf
+            return torch.cat([leaf[:, :-1], leaves[place][:, -1:]], 1)
+
+        return one.replaced(value) if self.of_tokens[i] else one
+
+    def _outputs(self, i: int, block: nn.Module, k: int) -> tuple[Tensor, ...]:
+        """Copies of the hidden states that block i returns for batch k, and of what it hands on besides."""
+        name, call, hidden = f"{self.path}.{i}", self.calls[k][i], self.hidden[k].clone()
         with forward_errors("where a block runs by itself"), without_banks(block):
             output = block(hidden, *call.args, **call.kwargs)
         if not OutputForm.fits(output) or OutputForm.of(output) != self.form:
@@ -98,13 +102,20 @@ class BlockCheck:
                 f"{name}: turns hidden states {list(hidden.shape)} of {hidden.dtype} into {list(result.shape)} of {result.dtype}; "
                 "blocks that change their shape or dtype are not supported"
             )
+        extras = extras_of(output, call.hands_on)
+        if any(extra.ndim == 0 or len(extra) != len(hidden) for extra in extras):
+            raise UnsupportedModelError(f"{name}: hands on something that has no part for every row; this architecture is not supported")
         if not agree(hidden, self.hidden[k]):
             raise UnsupportedModelError(f"{name}: overwrites its input; this architecture is not supported")
-        return result.clone()
+        return tuple(x.clone() for x in (result, *extras))
+
+
+def _all_agree(some: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
+    return all(agree(a, b) for a, b in zip(some, others, strict=True))
 
 
 class _Linears:
-    """Checks while it is open that the Linears of a block compute x · Wᵀ + b, as the formats' readers will."""
+    """Checks while it is open that Linears which return the shape of a product compute x · Wᵀ + b, as the formats' readers will."""
 
     def __init__(self, name: str, block: nn.Module) -> None:
         self._name, self._linears = name, block_linears(block)
@@ -119,8 +130,8 @@ class _Linears:
 
     def _check(self, name: str) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not args or not isinstance(output, Tensor):
-                return
+            if not args or not is_product(module, args[0], output):
+                return  # it stays unquantized
             weight, bias = linear_weight(module), module.bias
             if "weight" not in module._parameters or not agree(functional.linear(args[0], weight, bias), output):  # type: ignore[arg-type]
                 raise UnsupportedModelError(
@@ -131,38 +142,27 @@ class _Linears:
         return after
 
 
-def check_block_calls(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm) -> list[BlockCall]:
-    """Check that the blocks' arguments depend only on the shape of the batch. Returns them.
-
-    ids: two different probes of one shape, [2, B, T]. Raises UnsupportedModelError.
-    """
-    one = record_calls(model, blocks, ids[0], form)
-    other = record_calls(model, blocks, ids[1], form, perturb=1.0)
-    differing = first_difference(one, other)
-    if differing is not None:
-        raise UnsupportedModelError(f"the arguments of block {differing} depend on the tokens; this architecture is not supported")
-    return one
-
-
-def first_difference(one: list[BlockCall], other: list[BlockCall]) -> int | None:
-    """The first block whose arguments differ between two forwards."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if not _same((a.args, a.kwargs), (b.args, b.kwargs))), None)
-
-
 def probe_blocks(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm, path: str) -> BlockCheck:
     """Check what happens before and after the blocks, for token ids [3, 2, T] that make the hidden states of a ``BlockCheck``.
 
-    Raises UnsupportedModelError.
+    Block 0 is loaded. Raises UnsupportedModelError.
     """
+    first = blocks[0]
     for i, block in enumerate(blocks):
         if block._forward_hooks or block._forward_pre_hooks:
             raise UnsupportedModelError(f"{path}.{i}: has forward hooks, which would run twice; this architecture is not supported")
-    calls = check_block_calls(model, blocks, ids[:2], form)
+    with forward_errors("around its blocks"):
+        calls = probe_calls(model, blocks, ids, form)
     one, again, other, later, mixed = (first_input(model, blocks, ids[k])[0] for k in (*_TWICE, 2))
     _require_agreement([one, again, later], mixed, "its first block")
     hidden = torch.stack([one, other, mixed])
     _check_tail(model, blocks, ids, form, hidden[0])
-    return BlockCheck(hidden=hidden, calls=calls, form=form, path=path)
+    with forward_errors("where a block runs by itself"), without_banks(first):
+        batches = tuple(
+            fill_from_first(given, lambda call, x=x: call.outputs(first, x.clone()))  # type: ignore[misc]
+            for given, x in zip(calls.batches, hidden, strict=True)
+        )
+    return BlockCheck(hidden=hidden, calls=batches, of_tokens=calls.of_tokens, form=form, path=path)
 
 
 def _require_agreement(runs: Sequence[Tensor], mixed: Tensor, where: str) -> None:
@@ -228,27 +228,30 @@ def _tail(
     return seen[0], logits
 
 
-def check_hidden_paths(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm) -> None:
-    """Check that blocks pass on nothing but their hidden states, for a model on meta. Raises UnsupportedModelError.
+def check_hidden_paths(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm) -> tuple[tuple[int, ...], ...]:
+    """Check that blocks pass on nothing but their hidden states and extra outputs, for a model on meta. Raises UnsupportedModelError.
 
-    First, no argument of a block but the hidden states comes from the embeddings. Then each block runs on hidden states that are the
-    start of a graph of gradients of its own. If its output's graph has another start too, something comes by another way from an earlier
-    block, such as an attribute of a shared module.
+    First, no argument of a block comes from other blocks; returned is which come from the embeddings (see ``OfTokens``). Then each block
+    runs on hidden states that are the start of a graph of gradients of its own. If its outputs' graphs have another start too, something
+    comes by another way from an earlier block, such as an attribute of a shared module.
     """
+    extras: dict[HandedOn | OfTokens, Tensor] = {}
 
     def make(i: int) -> Callable[..., Any]:
         return at_head if i == len(blocks) else lambda *args, **kwargs: at_block(i, *split_call(args, kwargs))
 
     def at_block(i: int, hidden: Tensor, call: BlockCall) -> Any:
         block, start = blocks[i], hidden.detach().requires_grad_()
+        call = dataclasses.replace(call.filled(lambda leaf: extras[leaf]), hands_on=calls[i].hands_on)
         with without_banks(block):
-            result = hidden_of(type(block).forward(block, start.clone(), *call.args, **call.kwargs))
-        if any(leaf is not start for leaf in _graph_starts(result)):
+            result, *others = call.outputs(functools.partial(type(block).forward, block), start.clone())
+        if any(leaf is not start for output in (result, *others) for leaf in _graph_starts(output)):
             raise UnsupportedModelError(
                 f"block {i} receives something from an earlier block by another way than its arguments, such as an attribute of a module; "
                 "this architecture is not supported"
             )
-        return form.wrap(result.detach() if i == len(blocks) - 1 else result)
+        extras.update({HandedOn(i, index): extra.detach() for index, extra in zip(call.hands_on, others, strict=True)})
+        return form.wrap(result.detach() if i == len(blocks) - 1 else result, i)
 
     def at_head(x: Tensor, *_: Any, **__: Any) -> Tensor:
         if x.requires_grad:
@@ -258,13 +261,23 @@ def check_hidden_paths(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, for
         return x[..., :1].expand(*x.shape[:-1], 1)
 
     with forward_errors(), torch.enable_grad():
-        with _marked_embeddings(model):
-            calls = record_calls(model, blocks, ids, form)
-        for i, call in enumerate(calls):
-            if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((call.args, dict(call.kwargs)))):
-                raise UnsupportedModelError(f"the arguments of block {i} depend on the tokens; this architecture is not supported")
+        with _marked_embeddings(model, blocks, ids) as marks:
+            calls = record_calls(model, blocks, ids, form, lambda hidden: hidden.detach().requires_grad_().clone())
+        of_tokens = tuple(_marked_leaves(i, call, marks) for i, call in enumerate(calls))
     with forward_errors(), torch.enable_grad(), replace_forwards([*blocks, output_head(model)], make):
         model(input_ids=ids, use_cache=False)
+    return of_tokens
+
+
+def _marked_leaves(i: int, call: BlockCall, marks: Sequence[Tensor]) -> tuple[int, ...]:
+    """Which arguments of block i are computed from the tensors ``marks``. Raises UnsupportedModelError if others have gradients."""
+    found = [(place, leaf) for place, leaf in enumerate(call.leaves()) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    starts = [start for _, leaf in found for start in (_graph_starts(leaf) or [leaf])]
+    if any(all(start is not mark for mark in marks) for start in starts):
+        raise UnsupportedModelError(
+            f"the arguments of block {i} depend on what earlier blocks computed; this architecture is not supported"
+        )
+    return tuple(place for place, _ in found)
 
 
 def _graph_starts(tensor: Tensor) -> list[Tensor]:
@@ -283,48 +296,24 @@ def _graph_starts(tensor: Tensor) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _marked_embeddings(model: nn.Module) -> Iterator[None]:
-    """Let everything that is computed from the input embeddings have gradients."""
+def _marked_embeddings(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> Iterator[list[Tensor]]:
+    """Let everything that is computed from embeddings of token ids [B, T] outside the blocks have gradients.
 
-    def mark(_: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_().clone()
+    Yields the tensors that these would go to. Other embeddings of ids of this shape, such as positions, are among them.
+    """
+    marks: list[Tensor] = []
+    inside = set(blocks.modules())
 
-    handle = model.get_input_embeddings().register_forward_hook(mark)  # type: ignore[operator]
+    def mark(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not args or args[0].shape != ids.shape:
+            return output
+        marks.append(output.detach().requires_grad_())
+        return marks[-1].clone()
+
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding) and module not in inside]
+    handles = [module.register_forward_hook(mark) for module in embeddings]
     try:
-        yield
+        yield marks
     finally:
-        handle.remove()
-
-
-def agree(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal up to rounding; NaN and Inf are equal to each other."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if not a.is_floating_point() or torch.equal(a, b):
-        return torch.equal(a, b)
-    finite = a.isfinite()
-    if not torch.equal(finite, b.isfinite()):
-        return False
-    x, y = a[finite].double(), b[finite].double()
-    share = max(ROUNDING, 4 * torch.finfo(a.dtype).eps)
-    return not x.numel() or float((x - y).abs().max()) <= share * float(x.abs().max())
-
-
-def _same(a: Any, b: Any, depth: int = _DEPTH) -> bool:
-    """Whether two arguments are equal. Objects are compared by their attributes, functions by their code and what they hold on to."""
-    if a is b or depth == 0:
-        return True
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, Mapping):
-        return a.keys() == b.keys() and all(_same(a[key], b[key], depth - 1) for key in a)
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(_same(x, y, depth - 1) for x, y in zip(a, b, strict=True))
-    if isinstance(a, (int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size)):
-        return bool(a == b)
-    if isinstance(a, types.FunctionType):
-        cells = [[cell.cell_contents for cell in f.__closure__ or ()] for f in (a, b)]
-        return a.__code__ is b.__code__ and _same(cells[0], cells[1], depth - 1)
-    return isinstance(a, nn.Module) or _same(getattr(a, "__dict__", None), getattr(b, "__dict__", None), depth - 1)
+        for handle in handles:
+            handle.remove()

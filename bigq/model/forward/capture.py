@@ -1,7 +1,8 @@
 """Captures the input of block 0 and the arguments of every block from a model's own forward.
 
 The caller provides a block's hidden states. The other arguments (masks, rotary tables, ALiBi) are recorded once per batch size and
-reused, since calibration rows have one length and no padding. ``model.checks`` tests by running the model that this is valid.
+reused, since calibration rows have one length and no padding; for those that have a value for every row see ``block_call``.
+``checks`` tests by running the model that this is valid.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,64 +19,11 @@ from bigq.io.json_file import show_name
 from bigq.machine.device import out_of_memory
 from bigq.model.architecture import is_composite
 from bigq.model.description import replace_forward
+from bigq.model.forward.block_call import BlockCall, HandedOn, OutputForm, with_handed_on
 
 
 class StopForward(Exception):
     """Raised in a replaced forward to end the model's forward early."""
-
-
-@dataclass(frozen=True, slots=True)
-class BlockCall:
-    """The arguments of a block besides the hidden states, which always come first."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's new hidden states."""
-        return hidden_of(block(hidden, *self.args, **self.kwargs))
-
-
-@dataclass(frozen=True, slots=True)
-class OutputForm:
-    """How a block returns its hidden states: as a tensor (extras None), or first in a tuple or list.
-
-    extras: which other items are not None.
-    """
-
-    extras: tuple[bool, ...] | None
-    as_list: bool = False
-
-    @staticmethod
-    def fits(output: Any) -> bool:
-        """Whether an output has one of these forms."""
-        return isinstance(output, Tensor) or (isinstance(output, (tuple, list)) and bool(output) and isinstance(output[0], Tensor))
-
-    @classmethod
-    def of(cls, output: Any) -> OutputForm:
-        if isinstance(output, Tensor):
-            return cls(None)
-        if not cls.fits(output):
-            raise UnsupportedModelError(f"a decoder block returns a {type(output).__name__}; this architecture is not supported")
-        return cls(tuple(extra is not None for extra in output[1:]), isinstance(output, list))
-
-    def wrap(self, hidden: Tensor) -> Any:
-        """``hidden`` in the block's form of output, with sentinels as extra outputs."""
-        if self.extras is None:
-            return hidden
-        items = (hidden, *(_Sentinel() if present else None for present in self.extras))
-        return list(items) if self.as_list else items
-
-
-class _Sentinel:
-    """Stands for a block's extra output, which no later block may use."""
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The hidden states in a block's output."""
-    hidden = output if isinstance(output, Tensor) else output[0]
-    assert isinstance(hidden, Tensor)
-    return hidden
 
 
 def on_its_input(model: nn.Module) -> str:
@@ -124,32 +71,40 @@ def first_input(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[T
 
 
 def _require_vectors(hidden: Tensor, ids: Tensor) -> None:
-    """Raise UnsupportedModelError unless the hidden states for token ids [B, T] are one vector a token."""
-    if hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
+    """Raise UnsupportedModelError unless the hidden states for token ids [B, T] are one or several vectors a token."""
+    if hidden.ndim < 3 or hidden.shape[:2] != ids.shape:
         raise UnsupportedModelError(
-            f"block 0 receives hidden states {list(hidden.shape)} for {ids.shape[0]} x {ids.shape[1]} tokens, not one vector for each "
-            "token (such as several streams, or a prompt that the model adds); this architecture is not supported"
+            f"block 0 receives hidden states {list(hidden.shape)} for {ids.shape[0]} x {ids.shape[1]} tokens, not vectors for each token "
+            "(such as a prompt that the model adds, or another order of dimensions); this architecture is not supported"
         )
 
 
-def record_calls(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm, perturb: float = 0.0) -> list[BlockCall]:
-    """The call of every block for token ids [B, T]. Blocks do not run: each returns its input plus ``perturb``.
+def as_it_is(hidden: Tensor) -> Tensor:
+    """Hidden states in the same memory as another tensor object, so that a block's input and its output cannot be mixed up."""
+    return hidden.view_as(hidden)
 
-    The forward ends at the output head, so that everything that happens before it is seen. Raises UnsupportedModelError where a block is
-    not called exactly once and in order, or where anything but unchanged hidden states passes from one block to the next.
+
+def record_calls(
+    model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: OutputForm, returned: Callable[[Tensor], Tensor] = as_it_is
+) -> list[BlockCall]:
+    """The call of every block for token ids [B, T]. Blocks do not run: each returns ``returned`` of its hidden states.
+
+    What a block takes of the extra outputs of the one before is a placeholder. The forward ends at the output head, so that everything
+    that happens before it is seen. Raises UnsupportedModelError where a block is not called exactly once and in order, or where anything
+    but unchanged hidden states and extra outputs passes from one block to the next.
     """
-    recorder = _Recorder(len(blocks), form, perturb)
+    recorder = _Recorder(len(blocks), form, returned)
     with replace_forwards([*blocks, output_head(model)], recorder.forward), contextlib.suppress(StopForward):
         model(input_ids=ids, use_cache=False)
     recorder.end()
-    return recorder.calls
+    return with_handed_on(recorder.calls)
 
 
 class _Recorder:
     """Stands in for the blocks and the output head of a model during one forward. calls: of the blocks so far."""
 
-    def __init__(self, count: int, form: OutputForm, perturb: float) -> None:
-        self._count, self._form, self._perturb = count, form, perturb
+    def __init__(self, count: int, form: OutputForm, returned: Callable[[Tensor], Tensor]) -> None:
+        self._count, self._form, self._returned = count, form, returned
         self.calls: list[BlockCall] = []
         self._handed_on: Tensor | None = None
         self._version = 0
@@ -181,13 +136,14 @@ class _Recorder:
                     "its blocks; this architecture is not supported"
                 )
             self._require_unchanged(f"block {i}")
-        if any(isinstance(leaf, _Sentinel) for leaf in _leaves((call.args, call.kwargs))):
-            raise UnsupportedModelError(f"block {i} receives an extra output of an earlier block; this architecture is not supported")
+        if any(isinstance(leaf, HandedOn) and leaf.block != i - 1 for leaf in call.leaves()):
+            raise UnsupportedModelError(
+                f"block {i} receives an extra output of an earlier block than the one before; this architecture is not supported"
+            )
         self.calls.append(call)
-        # A tensor object other than the block's input, so that the two cannot be mixed up; without a perturbation it shares the memory.
-        self._handed_on = hidden + self._perturb if self._perturb else hidden.view_as(hidden)
+        self._handed_on = self._returned(hidden)
         self._version = self._handed_on._version
-        return self._form.wrap(self._handed_on)
+        return self._form.wrap(self._handed_on, i)
 
     def _require_unchanged(self, where: str) -> None:
         assert self._handed_on is not None
@@ -238,14 +194,3 @@ def split_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor
             f"decoder blocks do not take hidden states first (they take {given}); this architecture is not supported"
         )
     return hidden, call
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        for item in value.values():
-            yield from _leaves(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _leaves(item)
-    else:
-        yield value
