@@ -47,7 +47,7 @@ from bigq.progress.records import Report
 from bigq.quantized_weight import QuantizedWeight
 from bigq.sched.rows.probe import probe_model
 from bigq.scheme import QuantScheme, Rule
-from bigq.solver.gptq import ENERGY_ROWS
+from bigq.solver.energy import ENERGY_ROWS
 
 GROUP = 32
 BATCH = 8
