@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Quantize several models with bigq, GPTQModel, llm-compressor and auto-round on the same tokens, and judge all of them alike.
+r"""Quantize several models with bigq, GPTQModel, llm-compressor and auto-round on the same tokens, and judge all of them alike.
 
     scripts/clients/venvs DIR gptqmodel llmc auto_round                # once; not needed for bigq alone
     python scripts/quality.py --work DIR --venvs DIR                   # makes models, texts and runs that are not there yet
@@ -83,7 +83,7 @@ def main() -> None:
         venvs = args.venvs.resolve() if args.venvs else None
         problems = Bench(models=models, work=work, tree=args.tree.resolve(), venvs=venvs, keep=args.keep).make(runs)
         if problems:
-            sys.exit("\n".join(f"quality: {problem}" for problem in problems))
+            sys.exit(f"quality: {len(problems)} runs failed; see above")
 
 
 if __name__ == "__main__":

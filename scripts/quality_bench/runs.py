@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import facts
+from safetensors.torch import load_file
 
 from quality_bench import subjects
-from quality_bench.judge import Judge, dense_from_gptq
-from quality_bench.settings import Run
+from quality_bench.judge import Judge, dense_from_gptq, write_dense
+from quality_bench.settings import PEERS, Run
 
-HERE = Path(__file__).resolve().parent
+CLIENTS = Path(__file__).resolve().parents[1] / "clients"
 TIMEOUT = 4 * 3600.0
 
 
@@ -89,7 +90,7 @@ class Bench:
 
     def _bigq(self, run: Run, model: Path, out: Path) -> dict[str, Any]:
         arguments = bigq_arguments(run, subjects.ids_file(self.models, run.subject, run.draw))
-        command = [sys.executable, HERE / "bigq_job.py", out / "used.json", "--", "quantize", model, out / "packed", *arguments]
+        command = [sys.executable, CLIENTS / "quantize_bigq.py", out / "used.json", "quantize", model, out / "packed", *arguments]
         self._call(run, command, {"PYTHONPATH": str(self.tree)}, out)
         linears = dense_from_gptq(model, out / "packed", out / "dense")
         packed = [t for path in (out / "packed").glob("*.safetensors") for t in packed_sizes(path)]
@@ -97,7 +98,19 @@ class Bench:
         return {"linears": linears, "bits_per_weight": round(bits, 4), **json.loads((out / "used.json").read_text())}
 
     def _peer(self, run: Run, model: Path, out: Path) -> dict[str, Any]:
-        raise FailedRun(f"{run.name}: no way to run {run.contestant.tool}")
+        """Another program, in its own environment: its dequantized weights in the place of the original's."""
+        tool = run.contestant.tool
+        assert self.venvs is not None
+        ids = subjects.ids_file(self.models, run.subject, run.draw)
+        told = json.dumps(PEERS[tool](run))
+        command = [self.venvs / tool / "bin/python", CLIENTS / f"quantize_{tool}.py", model, ids, out / "made", told]
+        self._call(run, command, {"GPTQMODEL_CPU_WORKERS": "2", "OMP_WAIT_POLICY": "PASSIVE"}, out)
+        said: dict[str, Any] = json.loads((out / "made/used.json").read_text())
+        weights = load_file(out / "made/weights.safetensors")
+        if len(weights) != said["linears"]:
+            raise FailedRun(f"{run.name}: {len(weights)} weights of {said['linears']} Linears")
+        write_dense(model, weights, out / "dense")
+        return said
 
     def _call(self, run: Run, command: Sequence[object], environment: dict[str, str], out: Path) -> None:
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +87,15 @@ CONTESTANTS: tuple[Contestant, ...] = (
     Contestant(name="bigq, gptaq, mse", flags="--method gptaq --mse", kind="best"),
     Contestant(name="bigq, scales of 11 bits", flags="--scale-bits 11"),
     Contestant(name="bigq rtn", flags="--method rtn"),
+    Contestant(name="GPTQModel", tool="gptqmodel", kind="default"),
+    Contestant(name="GPTQModel, mse", tool="gptqmodel", told={"mse": 2.4}),
+    Contestant(name="GPTQModel, gptaq", tool="gptqmodel", told={"gptaq": {"alpha": 0.25}}),
+    Contestant(name="GPTQModel, gptaq, mse", tool="gptqmodel", told={"gptaq": {"alpha": 0.25}, "mse": 2.4}, kind="best"),
+    Contestant(name="llm-compressor", tool="llmc", kind="default"),
+    Contestant(name="llm-compressor, mse", tool="llmc", told={"weights": {"observer": "memoryless_mse"}}),
+    Contestant(name="llm-compressor, imatrix", tool="llmc", told={"weights": {"observer": "imatrix_mse"}}, kind="best"),
+    Contestant(name="auto-round", tool="auto_round", kind="default"),
+    Contestant(name="auto-round, 1000 steps", tool="auto_round", told={"iters": 1000}, kind="best"),
 )
 
 
@@ -101,6 +110,29 @@ class Run:
     def name(self) -> str:
         slug = "-".join(re.findall(r"[\w.]+", self.contestant.name.lower()))
         return f"{self.subject.name}.{self.setting.name}.{slug}.{self.draw}"
+
+
+def gptqmodel(run: Run) -> dict[str, Any]:
+    """Fields of its QuantizeConfig."""
+    s = run.setting
+    return {"bits": s.bits, "group_size": s.group_size, "sym": s.symmetric, **run.contestant.told}
+
+
+def llmc(run: Run) -> dict[str, Any]:
+    """As quantize_llmc.py takes them."""
+    s, told = run.setting, run.contestant.told
+    shape = {"num_bits": s.bits, "symmetric": s.symmetric, "strategy": "group", "group_size": s.group_size}
+    return {**told, "weights": shape | told.get("weights", {})}
+
+
+def auto_round(run: Run) -> dict[str, Any]:
+    """Arguments of its AutoRound."""
+    s = run.setting
+    return {"bits": s.bits, "group_size": s.group_size, "sym": s.symmetric, **run.contestant.told}
+
+
+#: What a program is told for a run.
+PEERS: Mapping[str, Callable[[Run], dict[str, Any]]] = {"gptqmodel": gptqmodel, "llmc": llmc, "auto_round": auto_round}
 
 
 def all_runs(draws: Iterable[int], contestants: Iterable[Contestant] = CONTESTANTS) -> list[Run]:
