@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts")]
 
 from quality_bench import collected, comparison
+from quality_bench.page import page
 from quality_bench.settings import CONTESTANTS, DRAWS, Contestant, all_runs
 
 
@@ -59,12 +60,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the page, from the result file")
     parser.add_argument("--out", type=Path, help="folder for quality.json; quality.md goes to the folder above")
     args = parser.parse_args()
-    if args.table or args.collect:
-        if args.out is None:
-            parser.error("--out is needed")
-        if args.table:
-            collected.write_page(args.out)
-            return
+    if (args.table or args.collect) and args.out is None:
+        parser.error("--out is needed")
+    if args.table:
+        (args.out.parent / "quality.md").write_text(page(args.out), encoding="utf-8")
+        return
     if args.work is None:
         parser.error("--work is needed, unless --table is given")
     work, models = args.work.resolve(), (args.models or args.work / "models").resolve()
@@ -75,8 +75,8 @@ def main() -> None:
     elif args.summary:
         print(comparison.summary(collected.records(work, runs), args.against))
     elif args.collect:
-        collected.write_result(work, models, every, args.out)
-        collected.write_page(args.out)
+        collected.write_result(work, models, runs, args.out / "quality.json")
+        (args.out.parent / "quality.md").write_text(page(args.out), encoding="utf-8")
     else:
         from quality_bench.runs import Bench
 

@@ -12,6 +12,9 @@ from typing import Any
 #: Draws of calibration rows, without a row in common.
 DRAWS = 4
 
+#: Packages whose versions results name, beside those of this environment.
+PROGRAMS = ("gptqmodel", "llmcompressor", "compressed-tensors", "auto-round")
+
 CHOOSING, JUDGING = "choosing", "judging"
 
 

@@ -98,9 +98,3 @@ def windows(models: Path, subject: Subject) -> Tensor:
 
 def ids_file(models: Path, subject: Subject, draw: int) -> Path:
     return models / "texts" / subject.name / f"ids-{draw}.safetensors"
-
-
-def facts(models: Path, subject: Subject) -> dict[str, Any]:
-    """What results say about a subject: where its model and its text are from."""
-    model = json.loads((models / subject.model / "origin.json").read_text())
-    return {"model": model, **json.loads((models / "texts" / subject.name / "facts.json").read_text())}
