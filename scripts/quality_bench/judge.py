@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ class Judge:
     def __init__(self, original: Path, rows: Tensor) -> None:
         self._rows = rows
         model = load(original)
-        # Copied: modules that several models share would be quantized along.
         self._head = model.get_output_embeddings()
         self._hidden = hidden_states(model, rows)
         require_head(model, self._hidden[:1], rows[:1])
@@ -127,9 +126,3 @@ def require_replaced(before: Mapping[str, Tensor], weights: Mapping[str, Tensor]
             raise ValueError(f"{name} is not a weight of the original with the same shape")
         if torch.equal(before[name].float(), weight.float()):
             raise ValueError(f"{name} is as it was before quantization")
-
-
-def mean_figures(found: Mapping[str, list[float]]) -> Iterator[tuple[str, float]]:
-    """Figures over all windows."""
-    for name, values in found.items():
-        yield name, sum(values) / len(values)

@@ -132,14 +132,15 @@ def measured(made: Mapping[str, Any]) -> list[str]:
         "",
         f"Settings of bigq are chosen on one half ({CHOOSING}) of models and texts and compared with others on the other half ({JUDGING}).",
         "",
-        "| subject | half | model | text | calibration | held out |",
-        "|---|---|---|---|---|---|",
+        "| subject | half | model | text | calibration | held out | perplexity |",
+        "|---|---|---|---|---|---|---|",
     ]
+    perplexity = {run["subject"]: run["original_perplexity"] for run in made["runs"]}
     for name, subject in made["subjects"].items():
         rows = subject["calibration"]
         held = " × ".join(map(str, subject["windows"]))
         model = subject["model"].get("from") or f"`{subject['model'].get('command', 'scripts/train_moe.py')}`"
-        cells = [subject["half"], model, subject["corpus"], f"{rows['rows']} × {rows['tokens_per_row']}", held]
+        cells = [subject["half"], model, subject["corpus"], f"{rows['rows']} × {rows['tokens_per_row']}", held, f"{perplexity[name]:.3f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, "", *([f"{made['runs_missing']} runs of the whole table were not made."] if made["runs_missing"] else []), ""]
 

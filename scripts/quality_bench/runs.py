@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -22,7 +23,8 @@ from quality_bench import subjects
 from quality_bench.judge import Judge, dense_from_gptq, write_dense
 from quality_bench.settings import PEERS, Run
 
-CLIENTS = Path(__file__).resolve().parents[1] / "clients"
+ROOT = Path(__file__).resolve().parents[2]
+CLIENTS = ROOT / "scripts/clients"
 TIMEOUT = 4 * 3600.0
 
 
@@ -64,12 +66,13 @@ class Bench:
             print(f"{run.name}: {figures}", file=sys.stderr, flush=True)
         return problems
 
-    def _can(self, run: Run, known: str) -> bool:
+    def _can(self, run: Run, known: set[str]) -> bool:
         if run.contestant.tool != "bigq":
             return self.venvs is not None and (self.venvs / run.contestant.tool).exists()
         return all(word.partition("=")[0] in known for word in run.contestant.words if word.startswith("--"))
 
     def _made(self, run: Run) -> dict[str, Any]:
+        revision = facts.revision(self.tree if run.contestant.tool == "bigq" else ROOT)
         model = subjects.prepare(self.models, run.subject)
         out = self.work / "out" / f"{run.name}-{os.getpid()}"
         shutil.rmtree(out, ignore_errors=True)
@@ -79,9 +82,10 @@ class Bench:
             found = self._judge(run, model).judge(out / "dense")
         except ValueError as error:
             raise FailedRun(f"{run.name}: {error}") from None
-        if not self.keep:
-            shutil.rmtree(out)
-        return {**identity(run), **figures(found), **said, "revision": facts.revision(self.tree)}
+        finally:
+            if not self.keep:
+                shutil.rmtree(out)
+        return {**identity(run), **figures(found), **said, "revision": revision}
 
     def _judge(self, run: Run, model: Path) -> Judge:
         if run.subject.name not in self._judges:
@@ -126,11 +130,11 @@ class Bench:
         raise FailedRun(f"{run.name}: {run.contestant.tool} failed ({last}); see {log}")
 
 
-def known_flags(tree: Path) -> str:
-    """The help of ``bigq quantize``: a contestant with an option that this bigq has not is left out."""
+def known_flags(tree: Path) -> set[str]:
+    """The options in the help of ``bigq quantize``: a contestant with an option that this bigq has not is left out."""
     environment = os.environ | {"PYTHONPATH": str(tree)}
     command = [sys.executable, "-m", "bigq", "quantize", "--help"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"--[\w-]+", subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout))
 
 
 def bigq_arguments(run: Run, ids: Path) -> list[str]:

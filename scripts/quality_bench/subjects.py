@@ -14,11 +14,13 @@ model here that was trained on real text at length, so choosing without it would
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,8 +79,22 @@ def tensor_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def alone(models: Path) -> Iterator[None]:
+    """One process at a time: others wait until it has made what they need too."""
+    models.mkdir(parents=True, exist_ok=True)
+    with (models / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def prepare(models: Path, subject: Subject) -> Path:
-    """MODELS/SUBJECT with ids-DRAW.safetensors, windows.safetensors, and last facts.json. Returns the model's folder."""
+    """MODELS/texts/SUBJECT with ids-DRAW.safetensors, windows.safetensors, and last facts.json. Returns the model's folder."""
+    with alone(models):
+        return _prepare(models, subject)
+
+
+def _prepare(models: Path, subject: Subject) -> Path:
     folder, model = models / "texts" / subject.name, prepare_model(models, subject.model)
     if not (folder / "facts.json").exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -159,6 +159,7 @@ def test_a_run_is_judged_as_bigq_judges_and_made_once(bench: runs.Bench, capsys:
     assert bench.make([TINY_RUN]) == [] and json.loads(bench.record_of(TINY_RUN).read_text())["kl"] == 7.0
 
 
+@pytest.mark.long
 def test_a_failed_run_is_told_and_others_go_on(bench: runs.Bench, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = dataclasses.replace(TINY_RUN, setting=Setting(bits=3, group_size=24, symmetric=True))
     unknown = dataclasses.replace(TINY_RUN, contestant=Contestant(name="bigq new", flags="--no-such-option"))
