@@ -7,6 +7,7 @@ bigq wrote.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,11 +29,16 @@ logging.disable_progress_bar()
 class Judge:
     """Compares models with an original on rows of token ids int64 [N, T], which predict T − 1 tokens each."""
 
-    def __init__(self, original: Path, rows: Tensor) -> None:
+    def __init__(self, original: Path, rows: Tensor, kept: Path) -> None:
+        """kept: a file for the original's hidden states, which it computes once."""
         self._rows = rows
         model = load(original)
         self._head = model.get_output_embeddings()
-        self._hidden = hidden_states(model, rows)
+        if not kept.exists():
+            partial = kept.with_suffix(f".{os.getpid()}.tmp")
+            save_file({"hidden": hidden_states(model, rows)}, partial)
+            os.replace(partial, kept)
+        self._hidden = load_file(kept)["hidden"]
         require_head(model, self._hidden[:1], rows[:1])
 
     @torch.no_grad()

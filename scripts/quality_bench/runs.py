@@ -89,7 +89,8 @@ class Bench:
 
     def _judge(self, run: Run, model: Path) -> Judge:
         if run.subject.name not in self._judges:
-            self._judges[run.subject.name] = Judge(model, subjects.windows(self.models, run.subject))
+            rows, kept = subjects.windows(self.models, run.subject), subjects.original_file(self.models, run.subject)
+            self._judges[run.subject.name] = Judge(model, rows, kept)
         return self._judges[run.subject.name]
 
     def _bigq(self, run: Run, model: Path, out: Path) -> dict[str, Any]:

@@ -114,3 +114,9 @@ def windows(models: Path, subject: Subject) -> Tensor:
 
 def ids_file(models: Path, subject: Subject, draw: int) -> Path:
     return models / "texts" / subject.name / f"ids-{draw}.safetensors"
+
+
+def original_file(models: Path, subject: Subject) -> Path:
+    """Where the judge keeps the original's hidden states on the windows; another model has another name."""
+    digest = json.loads((models / subject.model / "origin.json").read_text())["sha256_of_tensors"]
+    return models / "texts" / subject.name / f"original-{digest[:16]}.safetensors"

@@ -125,7 +125,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> runs.Bench:
     texts = work / "models/texts/tiny"
     texts.mkdir(parents=True)
     make_checkpoint(work / "models/tiny", "llama")
-    (work / "models/tiny/origin.json").write_text(json.dumps({"from": "tests"}))
+    (work / "models/tiny/origin.json").write_text(json.dumps({"from": "tests", "sha256_of_tensors": "0" * 64}))
     (texts / "facts.json").write_text("{}")
     save_file({"input_ids": random_ids(4, seed=1)[:, :16].contiguous()}, texts / "ids-0.safetensors")
     save_file({"input_ids": random_ids(3, seed=2)[:, :16].contiguous()}, texts / "windows.safetensors")
