@@ -52,7 +52,7 @@ def opt() -> PreTrainedModel:
 
 def qwen2() -> PreTrainedModel:
     config = Qwen2Config(
-        **COMMON, intermediate_size=512, num_key_value_heads=2, tie_word_embeddings=False, use_cache=True, attn_implementation="eager"
+        **COMMON, intermediate_size=512, num_key_value_heads=2, tie_word_embeddings=False, pad_token_id=257, attn_implementation="eager"
     )
     return Qwen2ForCausalLM(config)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,17 @@ def presets(made: Mapping[str, Any]) -> list[str]:
         lines.append(f"| {name} | {options} | {kl(rows[contestant.name])} | {cost(rows[contestant.name])} |")
     original = next((run["original_perplexity"] for run in made["runs"] if run["subject"] == SHOWN[0]), None)
     said = f"SmolLM2-135M-Instruct, 4 bits, groups of 64, symmetric; the original's perplexity is {original:.3f}." if original else ""
-    return [*lines, "", said, "" if shown else "No run of these is in the results yet.", ""]
+    return [*lines, "", said if shown else "No run of these is in the results yet.", ""]
 
 
 def number(value: float, like: float | None = None, sign: str = "") -> str:
     """With as many decimals as a KL of that size (of ``like``) needs."""
     decimals = 4 if abs(value if like is None else like) >= 0.02 else 5
-    return f"{value:{sign}.{decimals}f}"
+    return f"{value:{sign}.{decimals}f}".replace("-", "−")
+
+
+def wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False)
 
 
 def kl(row: Row) -> str:
@@ -83,7 +88,8 @@ def against(made: Mapping[str, Any], kind: str, title: str) -> list[str]:
     if ours is None or not peers:
         return []
     lines = [f"## {title}", ""]
-    lines += [f"A cell is the KL, and how much it differs from {ours.name}'s (± the standard error of the paired difference).", ""]
+    said = "the difference of the draws that both have, bold beyond twice its standard error"
+    lines += [*wrapped(f"A cell is the KL, and how much it differs from {ours.name}'s: {said}."), ""]
     lines += [f"| | {ours.name} | " + " | ".join(c.name for c in peers) + " |", "|---" * (len(peers) + 2) + "|"]
     for subject in (s for s in SUBJECTS if s.half == JUDGING):
         for setting in made["subjects"].get(subject.name, {}).get("settings", ()):
@@ -116,7 +122,7 @@ def costs(made: Mapping[str, Any], contestants: Iterable[Contestant]) -> list[st
     parts = [
         f"{c.name} {rows[c.name]['cpu_s']:.0f} s and {rows[c.name]['peak_bytes'] / 2**20:.0f} MiB" for c in contestants if c.name in rows
     ]
-    return [f"CPU time and peak memory on {SHOWN[0]}, {SHOWN[1]}: " + "; ".join(parts) + "."] if parts else []
+    return wrapped(f"CPU time and peak memory on {SHOWN[0]}, {SHOWN[1]}: {'; '.join(parts)}.") if parts else []
 
 
 def measured(made: Mapping[str, Any]) -> list[str]:
@@ -124,13 +130,18 @@ def measured(made: Mapping[str, Any]) -> list[str]:
     lines = [
         "## What was measured",
         "",
-        "All programs quantize the same bf16 checkpoints, computing in fp32 on a CPU with one thread, on the same rows of tokens; draws",
-        "have no row in common. A model's own distribution at each held-out token is compared with the quantized model's by transformers:",
-        "KL is their mean divergence per token in nats (lower is better), top token how often both have the same first choice.",
-        "Errors are by window, not by token, and contain the spread between draws as a component of its own where there are several.",
-        f"{programs}.",
+        *wrapped(
+            "All programs quantize the same bf16 checkpoints, computing in fp32 on a CPU with one thread, on the same rows of tokens; "
+            "draws have no row in common. Transformers runs the quantized weights in fp32, and the distribution at each held-out token is "
+            "compared with the original's: KL is their mean divergence in nats (lower is better), top token how often both have the same "
+            "first choice. Errors are by window, not by token; they contain the spread between draws as a component of its own, but with "
+            f"one draw they are over the windows alone. Times are without imports. {programs}."
+        ),
         "",
-        f"Settings of bigq are chosen on one half ({CHOOSING}) of models and texts and compared with others on the other half ({JUDGING}).",
+        *wrapped(
+            f"Settings of bigq are chosen on one half ({CHOOSING}) of models and texts and compared with others on the other half "
+            f"({JUDGING})."
+        ),
         "",
         "| subject | half | model | text | calibration | held out | perplexity |",
         "|---|---|---|---|---|---|---|",
