@@ -117,7 +117,7 @@ def evaluate(
     progress, display: as for ``quantize``.
 
     Returns an ``Evaluation``: ``.perplexity``, ``.tokens``, and with a baseline ``.baseline_perplexity``, ``.kl`` (mean KL divergence
-    per token, in nats), ``.kl_stderr`` and ``.top1_agreement`` (0 to 1).
+    per token, in nats), ``.kl_stderr`` (its standard error by row; None with one row) and ``.top1_agreement`` (0 to 1).
     If ``quantize`` or ``convert`` wrote the folder ``model``, the result is recorded there for ``report``.
     Raises UsageError, DataError, ResourceError.
 

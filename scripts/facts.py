@@ -26,9 +26,9 @@ def said(*command: str) -> str:
         return f"{command[0]} is not installed"
 
 
-def revision() -> str:
-    """The commit of the source tree, and whether tracked files differ from it. Without git, a hash of the sources."""
-    git = ("git", "-C", str(ROOT))
+def revision(tree: Path = ROOT) -> str:
+    """The commit of a source tree, and whether tracked files differ from it. Without git, a hash of this tree's sources."""
+    git = ("git", "-C", str(tree))
     commit = said(*git, "rev-parse", "HEAD")
     if not re.fullmatch("[0-9a-f]{40,64}", commit):
         return f"no commit known; sources {source_hash()}"

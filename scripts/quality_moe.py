@@ -262,7 +262,7 @@ def make_relu(source: Path, out: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(source, hidden_act="relu", dtype=torch.float32, experts_implementation="eager")
     data = torch.frombuffer(bytearray(corpus()[0]), dtype=torch.uint8)
-    train(model, data, steps=RELU_STEPS, rate=lambda step: 1e-3 * (1 - step / RELU_STEPS))
+    train(model, data, steps=RELU_STEPS, rate=lambda step: 1e-3 * (1 - step / RELU_STEPS), output_router_logits=True)
     model.to(torch.bfloat16).save_pretrained(out)
     byte_tokenizer().save_pretrained(out)
 
@@ -303,7 +303,7 @@ def spread(tokens: Sequence[int]) -> dict[str, float]:
 def peer_settings(run: Run) -> dict[str, Any]:
     """What scripts/clients/quantize_*.py are told."""
     if run.way.tool == "gptqmodel":
-        order = {"desc_act": True, "static_groups": True, "act_group_aware": False}
+        order = {"desc_act": True, "static_groups": True, "act_group_aware": False, "damp_percent": DAMPING, "offload_to_disk": False}
         return {"bits": run.bits, "group_size": GROUP, "sym": True, "format": "gptq_v2", **order, **run.way.settings}
     weights = {"num_bits": run.bits, "symmetric": True, "strategy": "group", "group_size": GROUP}
     return {"weights": weights, "modifier": {"actorder": "static"}, "oneshot": dict(run.way.settings)}
@@ -311,10 +311,9 @@ def peer_settings(run: Run) -> dict[str, Any]:
 
 def run_peer(run: Run, work: Path, out: Path, venv: Path) -> dict[str, Any]:
     """A dense checkpoint in OUT, by a process in the peer's environment."""
-    jobs, model = work / "jobs.json", work / f"{run.way.model}-fp32"
-    jobs.write_text(json.dumps([{"out": str(out), "settings": peer_settings(run)}]))
+    model = work / f"{run.way.model}-fp32"
     script = ROOT / "scripts/clients" / {"gptqmodel": "quantize_gptqmodel.py", "llmcompressor": "quantize_llmc.py"}[run.way.tool]
-    command = [venv.absolute() / "bin/python", script, model, work / f"ids-{run.seed}.safetensors", jobs]
+    command = [venv.absolute() / "bin/python", script, model, work / f"ids-{run.seed}.safetensors", out, json.dumps(peer_settings(run))]
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment = kept | {"HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
     log = work / f"log-{run.name}.txt"
@@ -326,8 +325,11 @@ def run_peer(run: Run, work: Path, out: Path, venv: Path) -> dict[str, Any]:
         sys.exit(f"quality_moe: {run.way.tool} ended with status {done.returncode}; see {log}")
     for path in model.glob("*.json"):
         shutil.copy(path, out)
-    said: dict[str, Any] = json.loads((out / "peer.json").read_text())
-    require_replaced(load_file(model / "model.safetensors"), load_file(out / "model.safetensors"), said["linears"])
+    said: dict[str, Any] = json.loads((out / "used.json").read_text())
+    original, weights = (load_file(folder / f"{name}.safetensors") for folder, name in ((model, "model"), (out, "weights")))
+    require_replaced(original, original | weights, said["linears"])
+    save_file(original | weights, out / "model.safetensors", {"format": "pt"})
+    (out / "weights.safetensors").unlink()
     return said
 
 

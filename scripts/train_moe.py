@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a small model with experts, in the shape of Qwen3-MoE, for scripts/quality_moe.py.
+"""Train a small model with experts, in the shape of Qwen3-MoE, for scripts/quality_moe.py and scripts/quality.py.
 
     python scripts/train_moe.py --out DIR
 
@@ -70,14 +70,14 @@ def batch_at(step: int, data: Tensor, batch: int, seqlen: int) -> Tensor:
     return torch.stack([data[s : s + seqlen] for s in starts.tolist()]).long()
 
 
-def train(model: PreTrainedModel, data: Tensor, *, steps: int, rate: Callable[[int], float]) -> None:
-    """AdamW without weight decay. data: uint8 [N]. rate: the learning rate of a step."""
+def train(model: PreTrainedModel, data: Tensor, *, steps: int, rate: Callable[[int], float], **forward: Any) -> None:
+    """AdamW without weight decay. data: uint8 [N]. rate: the learning rate of a step. forward: arguments of the model's forward."""
     began = time.monotonic()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     model.train()
     for step in range(steps):
         rows = batch_at(step, data, BATCH, SEQLEN)
-        found = model(input_ids=rows, labels=rows, use_cache=False, output_router_logits=True)
+        found = model(input_ids=rows, labels=rows, use_cache=False, **forward)
         found.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -117,18 +117,15 @@ def spread(counts: list[list[int]]) -> list[dict[str, float]]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=STEPS, help="steps of 16 × 256 tokens (default: %(default)s)")
-    args = parser.parse_args()
+def make(out: Path, steps: int = STEPS) -> dict[str, Any]:
+    """Train the model and write it. Returns what training.json says."""
     torch.set_num_threads(1)
     began = time.monotonic()
     text, _, heldout = corpus()
     data, held = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (text, heldout))
     model = new_model()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(text):,} bytes to train on", flush=True)
-    train(model, data, steps=args.steps, rate=lambda step: learning_rate(step, args.steps, RATE))
+    train(model, data, steps=steps, rate=lambda step: learning_rate(step, steps, RATE), output_router_logits=True)
     model.to(torch.bfloat16).float()
     rows = held[: len(held) // SEQLEN * SEQLEN].view(-1, SEQLEN).long()
     perplexity, _ = measure(model, rows)
@@ -136,18 +133,26 @@ def main() -> None:
     said = {
         "text": f"Python {platform.python_version()} standard library sources, PSF licence",
         "versions": {"torch": torch.__version__},
-        "steps": args.steps,
-        "tokens": args.steps * BATCH * SEQLEN,
+        "steps": steps,
+        "tokens": steps * BATCH * SEQLEN,
         "seconds": round(time.monotonic() - began),
         "heldout_perplexity": perplexity,
         "tokens_counted": COUNTED,
         "tokens_of_experts": spread(counts),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(args.out)
-    byte_tokenizer().save_pretrained(args.out)
-    (args.out / "training.json").write_text(json.dumps(said, indent=1) + "\n")
-    print(json.dumps(said, indent=1))
+    out.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(out)
+    byte_tokenizer().save_pretrained(out)
+    (out / "training.json").write_text(json.dumps(said, indent=1) + "\n")
+    return said
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of 16 × 256 tokens (default: %(default)s)")
+    args = parser.parse_args()
+    print(json.dumps(make(args.out, args.steps), indent=1))
 
 
 if __name__ == "__main__":

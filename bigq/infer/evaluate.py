@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -53,7 +54,8 @@ POSITIONS = 128
 class Evaluation:
     """The result of an evaluation.
 
-    tokens: predicted tokens, all but the first of each row. kl: mean KL(baseline ‖ model) per token, in nats.
+    tokens: predicted tokens, all but the first of each row. kl: mean KL(baseline ‖ model) per token, in nats. kl_stderr: its standard
+    error by row: tokens of one row are not independent, so an error by token is too small. None with a single row, which does not tell.
 
     The last four are None without a baseline.
     """
@@ -95,6 +97,7 @@ def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | No
             for start in range(0, rows.shape[1] - 1, POSITIONS):
                 stop = start + POSITIONS
                 totals.add(ids[0, 1:][start:stop], *(part[start:stop] for part in logits))
+            totals.end_row()
     result = totals.result()
     facts = _facts(model, config, baseline, rows, device) | {"seconds": round(time.monotonic() - started, 3)}
     _record(model, facts | dataclasses.asdict(result), Progress(0, device, config.quiet, display=display))
@@ -206,12 +209,13 @@ def _rows(pagers: list[Pager], config: EvalConfig) -> Tensor:
 
 
 class _Totals:
-    """Running sums over tokens, in fp64."""
+    """Running sums over tokens, in fp64. Rows have equal lengths."""
 
     def __init__(self) -> None:
         self._tokens = 0
         self._compared = False
-        self._nll = self._baseline_nll = self._kl = self._kl_squared = self._agreed = 0.0
+        self._nll = self._baseline_nll = self._agreed = self._kl_of_row = 0.0
+        self._kl_of_rows: list[float] = []
 
     def add(self, targets: Tensor, logits: Tensor, baseline: Tensor | None = None) -> None:
         """Token ids [P] and the logits [P, V] that predict them."""
@@ -223,24 +227,25 @@ class _Totals:
         self._compared = True
         log_q = torch.log_softmax(baseline.float(), -1)
         self._baseline_nll -= float(log_q.gather(1, targets[:, None]).double().sum())
-        kl = (log_q.exp() * (log_q - log_p)).double().sum(-1)
-        self._kl += float(kl.sum())
-        self._kl_squared += float(kl.square().sum())
+        self._kl_of_row += float((log_q.exp() * (log_q - log_p)).double().sum())
         self._agreed += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+
+    def end_row(self) -> None:
+        self._kl_of_rows.append(self._kl_of_row)
+        self._kl_of_row = 0.0
 
     def result(self) -> Evaluation:
         n = self._tokens
         perplexity = _exp(self._nll / n)
         if not self._compared:
             return Evaluation(perplexity=perplexity, tokens=n)
-        mean = self._kl / n
-        variance = max(self._kl_squared / n - mean**2, 0.0)
+        rows = [total * len(self._kl_of_rows) / n for total in self._kl_of_rows]
         return Evaluation(
             perplexity=perplexity,
             tokens=n,
             baseline_perplexity=_exp(self._baseline_nll / n),
-            kl=mean,
-            kl_stderr=math.sqrt(variance / n),
+            kl=math.fsum(self._kl_of_rows) / n,
+            kl_stderr=statistics.stdev(rows) / math.sqrt(len(rows)) if len(rows) > 1 else None,
             top1_agreement=self._agreed / n,
         )
 

@@ -1,21 +1,19 @@
 #!/usr/bin/env python3
-"""Quantize a model with GPTQModel, in its virtual environment without bigq, and write each result as a dense fp32 checkpoint.
+"""Quantize a model with GPTQModel, in its virtual environment without bigq, and write its weights dequantized.
 
-    quantize_gptqmodel.py MODEL IDS JOBS
+    quantize_gptqmodel.py MODEL IDS OUT SETTINGS
 
-MODEL: an fp32 checkpoint. IDS: safetensors with input_ids int64 [N, T]. JOBS: a JSON list of {"out": folder, "settings": {…}}, where
-settings are fields of GPTQModel's QuantizeConfig. OUT gets model.safetensors with GPTQModel's own dequantized weights (scales as
-it stores them), and last peer.json: versions, seconds, number of Linears.
+MODEL: a checkpoint, loaded in fp32. IDS: safetensors with input_ids int64 [N, T]. SETTINGS: JSON, fields of GPTQModel's QuantizeConfig;
+those that are not given keep its defaults. OUT gets weights.safetensors with GPTQModel's own dequantized weights (scales as stored),
+under the checkpoint's names, and last used.json: what quantizing and saving took (used.py), number of Linears, compute dtype.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +22,21 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # GPTQModel compiles its unpa
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+from gptqmodel.quantization.config import GPTAQConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from used import Used, write
 
-PACKAGES = ("gptqmodel", "transformers", "torch")
-#: Settings of all jobs that do not say otherwise: GPTQ only, without a fallback to rounding to nearest.
-COMMON = {"true_sequential": True, "damp_percent": 0.01, "fallback": None, "offload_to_disk": False}
+BATCH = 8
 
 
 def quantize(model: Path, rows: list[dict[str, Any]], settings: dict[str, Any], packed: Path) -> str:
     """Quantize and save in GPTQModel's own format. Returns the compute dtype."""
-    loaded = GPTQModel.load(str(model), QuantizeConfig(**COMMON | settings), device="cpu", dtype=torch.float32)
+    if isinstance(settings.get("gptaq"), dict):
+        settings = settings | {"gptaq": GPTAQConfig(**settings["gptaq"])}
+    loaded = GPTQModel.load(str(model), QuantizeConfig(**settings), device="cpu", dtype=torch.float32)
     dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-    loaded.quantize(rows, batch_size=8)
+    loaded.quantize(rows, batch_size=BATCH)
     loaded.save(str(packed))
     return dtype
 
@@ -53,22 +53,17 @@ def dequantized(packed: Path) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    model, ids_file, jobs_file = map(Path, sys.argv[1:])
-    ids = load_file(ids_file)["input_ids"]
-    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
-    for job in json.loads(jobs_file.read_text()):
-        out = Path(job["out"])
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
-        began = time.monotonic()
-        dtype = quantize(model, rows, job["settings"], out / "packed")
-        seconds = time.monotonic() - began
-        weights = dequantized(out / "packed")
-        save_file(load_file(model / "model.safetensors") | weights, out / "model.safetensors", metadata={"format": "pt"})
-        shutil.rmtree(out / "packed")
-        said = {"linears": len(weights), "seconds": round(seconds, 1), "computed_in": dtype}
-        said |= {"versions": {name: importlib.metadata.version(name) for name in PACKAGES}}
-        (out / "peer.json").write_text(json.dumps(said) + "\n")
+    model, ids_file, out = map(Path, sys.argv[1:4])
+    settings = json.loads(sys.argv[4])
+    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in load_file(ids_file)["input_ids"]]
+    out.mkdir(parents=True, exist_ok=True)
+    used = Used()
+    dtype = quantize(model, rows, settings, out / "packed")
+    said = used.said("gptqmodel", "transformers", "torch") | {"computed_in": dtype}
+    weights = dequantized(out / "packed")
+    save_file(weights, out / "weights.safetensors")
+    shutil.rmtree(out / "packed")
+    write(said | {"linears": len(weights)}, out / "used.json")
 
 
 if __name__ == "__main__":

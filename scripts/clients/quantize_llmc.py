@@ -1,20 +1,17 @@
 #!/usr/bin/env python3
-"""Quantize a model with llm-compressor, in its virtual environment without bigq, and write each result as a dense fp32 checkpoint.
+"""Quantize a model with llm-compressor, in its virtual environment without bigq, and write its weights dequantized.
 
-    quantize_llmc.py MODEL IDS JOBS
+    quantize_llmc.py MODEL IDS OUT SETTINGS
 
-Arguments and output are those of quantize_gptqmodel.py; a job's settings are {"weights": QuantizationArgs, "modifier": GPTQModifier's own,
-"oneshot": further arguments of oneshot, if any}.
-The weights are llm-compressor's own: it replaces each weight by scale · code, with fp32 scales.
+Arguments and output are those of quantize_gptqmodel.py; SETTINGS are {"weights": fields of QuantizationArgs, "modifier": fields of
+GPTQModifier, "oneshot": further arguments of oneshot}. The weights are llm-compressor's own: it replaces each weight by scale · code, with
+fp32 scales. It is not saved in its packed format, which takes no time to speak of.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +20,30 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from used import Used, write
 
-PACKAGES = ("llmcompressor", "compressed-tensors", "transformers", "torch")
+BATCH = 8
 
 
 def quantize(folder: Path, ids: Tensor, settings: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
     """Every quantized Linear's weight, fp32 [outputs, inputs], and the compute dtype."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     groups = {"all": {"targets": ["Linear"], "weights": {"type": "int", **settings["weights"]}}}
-    recipe = GPTQModifier(ignore=["lm_head"], config_groups=groups, dampening_frac=0.01, **settings["modifier"])
-    data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+    recipe = GPTQModifier(ignore=["lm_head"], config_groups=groups, **settings.get("modifier", {}))
     oneshot(
         model=model,
-        dataset=data,
+        dataset=Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}),
         recipe=recipe,
+        # It asks for a tokenizer although the rows are token ids.
+        processor=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": 0}, unk_token="?")), pad_token="?"),
         max_seq_length=ids.shape[1],
         num_calibration_samples=len(ids),
         shuffle_calibration_samples=False,
-        batch_size=8,
+        batch_size=BATCH,
         **settings.get("oneshot", {}),
     )
     linears = {name: m for name, m in model.named_modules() if getattr(m, "quantization_scheme", None) is not None}
@@ -51,19 +52,14 @@ def quantize(folder: Path, ids: Tensor, settings: dict[str, Any]) -> tuple[dict[
 
 
 def main() -> None:
-    model, ids_file, jobs_file = map(Path, sys.argv[1:])
+    model, ids_file, out = map(Path, sys.argv[1:4])
     ids = load_file(ids_file)["input_ids"]
-    for job in json.loads(jobs_file.read_text()):
-        out = Path(job["out"])
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
-        began = time.monotonic()
-        weights, dtype = quantize(model, ids, job["settings"])
-        seconds = time.monotonic() - began
-        save_file(load_file(model / "model.safetensors") | weights, out / "model.safetensors", metadata={"format": "pt"})
-        said = {"linears": len(weights), "seconds": round(seconds, 1), "computed_in": dtype}
-        said |= {"versions": {name: importlib.metadata.version(name) for name in PACKAGES}}
-        (out / "peer.json").write_text(json.dumps(said) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    used = Used()
+    weights, dtype = quantize(model, ids, json.loads(sys.argv[4]))
+    said = used.said("llmcompressor", "compressed-tensors", "transformers", "torch") | {"computed_in": dtype}
+    save_file(weights, out / "weights.safetensors")
+    write(said | {"linears": len(weights)}, out / "used.json")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The parts of scripts/quality.py: models, texts, contestants, runs, the judge, comparisons, and the page."""
