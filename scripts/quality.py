@@ -7,10 +7,10 @@ r"""Quantize several models with bigq, GPTQModel, llm-compressor and auto-round 
     python scripts/quality.py --work DIR --collect --out docs/results  # docs/results/quality.json and docs/quality.md
     python scripts/quality.py --out docs/results --table               # docs/quality.md again, from quality.json
 
-Choose runs with --only and a regular expression, searched in SUBJECT.SETTING.CONTESTANT.DRAW, such as smollm2-docs.4g64-sym.bigq-mse.0:
+Choose runs with --only and a regular expression, searched in SUBJECT.SETTING.CONTESTANT.DRAW, such as smollm2-docs.4g64-sym.bigq-search.0:
 
     python scripts/quality.py --work DIR --only 'smollm2-docs\.4g64-sym\.bigq'
-    python scripts/quality.py --work DIR --only 'my-idea\.[012]$' --add 'my idea=--mse --mse-power 3' --tree WORKTREE
+    python scripts/quality.py --work DIR --only 'my-idea\.[012]$' --add 'my idea=--order group --scale-bits 11' --tree WORKTREE
 
 --add NAME=FLAGS adds a contestant with options of ``bigq quantize``; --tree names the source tree whose bigq is measured (this one unless
 given). Subjects, settings and contestants are tables in quality_bench/settings.py, which also says which half each model belongs to:
