@@ -45,7 +45,7 @@ EXPERTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     *((f"{family}-4bit-g32-sym", family, _FOUR) for family in ("qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3")),
     ("qwen3_moe-8bit-g32-sym", "qwen3_moe", _EIGHT),
     ("qwen3_moe-3bit-row-sym", "qwen3_moe", flags(3, -1, True)),
-    ("qwen3_moe-2bit-g64-sym-act", "qwen3_moe", flags(2, 64, True, order="activation")),
+    ("qwen3_moe-2bit-g64-sym-act", "qwen3_moe", flags(2, 64, True, act_order=True)),
     ("mixtral-attention-8bit-sym", "mixtral", (*_FOUR, "--rule", r".*self_attn.*:bits=8")),
     ("qwen3_moe-experts-8bit-sym", "qwen3_moe", (*_FOUR, "--rule", r".*\.experts:bits=8")),
     ("deepseek_v3-experts-only-sym", "deepseek_v3", (*_FOUR, *_EXPERTS_ONLY)),
