@@ -111,7 +111,6 @@ def test_results_of_the_triton_kernels_too(scheme: str, monkeypatch: pytest.Monk
 
 
 BAD = {
-    "no tokens": lambda x: x[:0],
     "NaN": lambda x: x.clone().index_fill_(0, torch.tensor([1]), float("nan")),
     "its squares overflow": lambda x: x * 1e30,
 }
@@ -141,6 +140,18 @@ def test_a_hessian_that_fails_drops_out(what: str, where: tuple[int, ...], order
         assert torch.equal(r.triu(), single.r.triu()) and torch.equal(factor.r, r)
         assert factor.damping == single.damping and factor.dead_inputs == single.dead_inputs
         assert (factor.perm is None) == (order == "natural") and (factor.perm is None or torch.equal(factor.perm, single.perm))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_one_without_tokens_has_dead_inputs_only(order: OrderName) -> None:
+    scheme = QuantScheme(group_size=8, order=order)
+    xs = [inputs(104, 0), inputs(104, 1)[:0], inputs(104, 2)]
+    factors, failures = together(xs, scheme)
+    assert factors is not None and failures == [None] * 3
+    for x, factor in zip(xs, factors.each, strict=True):
+        single = alone(x, scheme)
+        assert torch.equal(factor.r.triu(), single.r.triu()) and factor.dead_inputs == single.dead_inputs
+    assert factors.each[1].dead_inputs == 104
 
 
 @pytest.mark.parametrize("fails", ["once", "for good"])

@@ -282,7 +282,7 @@ def test_where_no_token_is_there_every_input_is_dead(finite_only: bool) -> None:
     total = HessianSum(8, torch.device("cpu"), finite_only=finite_only)
     total.add(torch.zeros(0, 8))
     assert (total.tokens, total.left_out) == (0, 0)
-    factor = factorize(total.finish("layer.q"), act_order=True, damping=0.01)
+    factor = factorize(total.finish("layer.q"), order=ACTIVATION, damping=0.01)
     assert factor.dead_inputs == 8 and bool(factor.r.isfinite().all())
 
 

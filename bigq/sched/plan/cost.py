@@ -18,9 +18,9 @@ from bigq.kernels.grid import TRIAL_ELEMENTS
 from bigq.kernels.pick import piece
 from bigq.kernels.syrk import CHUNK_TOKENS
 from bigq.sched.plan.bank_cost import BankPhase, BankTerms, bank_phases, proof_bytes
+from bigq.sched.plan.row_cost import row_bytes
 from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape, ModelShape
 from bigq.sched.plan.work import Choice, Work
-from bigq.sched.rows.tiers import WRITES_IN_FLIGHT
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import BLOCK, PANEL, column_order, has_static_grids
 
@@ -94,7 +94,7 @@ def gguf_bytes(linear: LinearShape, scheme: QuantScheme) -> int:
 
 def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
     """The cost of a whole job. base: resident bytes of the process before the job, with libraries warmed up."""
-    activations = _activations(shape, work, choice)
+    activations = row_bytes(shape, work, choice)
     phases: dict[str, Phase] = {}
 
     def add(name: str, held: int, flops: Mapping[str, float], moved: float = 0, host: int = 0, *, early: bool = False) -> None:
@@ -192,43 +192,6 @@ def _converted(block: BlockShape) -> int:
     return block.largest_stored if block.stored != block.weights else 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Activations:
-    """Bytes of the hidden states throughout the job."""
-
-    device: int = 0
-    host: int = 0
-    disk: int = 0
-
-
-def _activations(shape: ModelShape, work: Work, choice: Choice) -> _Activations:
-    token = work.streams * shape.seqlen * shape.itemsize
-    row = token * shape.width
-    memos = max((_memo_width(block) for block in shape.blocks), default=0) if choice.memo else 0
-    beside = work.streams * shape.handed_on + shape.of_tokens
-    kept = work.rows * (row + beside + token * memos)
-    # The inputs of a bank and the sums of its outputs, elsewhere than on the computing device: there, ``bank_phases`` counts them.
-    banks = 2 * work.rows * row * max((bank.inputs for block in shape.blocks for bank in block.banks), default=0)
-    # Those in host memory are reused by the next block. Buffers of one width at a time: see ``LastInputs``.
-    inputs = choice.kept_rows * token * max(map(last_width, shape.blocks), default=0) if choice.kept_tier == "host" else 0
-    if choice.tier == "disk":
-        # One batch in use, one prefetched, and those waiting to be written.
-        return _Activations(host=(3 + WRITES_IN_FLIGHT) * choice.batch * (row + beside), disk=kept + banks)
-    if choice.tier == "host" and choice.on_gpu:
-        return _Activations(device=2 * choice.batch * (row + beside), host=kept + banks + inputs)
-    return _Activations(device=kept, host=inputs)
-
-
-def _memo_width(block: BlockShape) -> int:
-    """The maximum elements per token of a block's cached outputs, and of the inputs that they are computed from."""
-    return sum(max(memo.m, memo.n) for memo in block.memos if not memo.last)
-
-
-def last_width(block: BlockShape) -> int:
-    """The elements per token of the inputs that are kept of a block's last Linears."""
-    return sum(memo.n for memo in block.memos if memo.last)
-
-
 class BlockCost:
     """The phases of one block on the computing device, without the hidden states.
 
@@ -320,7 +283,7 @@ class BlockCost:
     def _inputs_kept(self, linears: set[str]) -> int:
         """Bytes on a GPU for inputs that are kept of these Linears.
 
-        Buffers in host memory are there throughout the job (``_activations``), and on the GPU the batch in use and the one that is copied.
+        Buffers in host memory are there throughout the job (``row_bytes``), and on the GPU the batch in use and the one that is copied.
         """
         if not self._work.true_sequential or not self._choice.on_gpu:
             return 0
