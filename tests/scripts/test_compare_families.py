@@ -21,7 +21,8 @@ from models import logits_of, streamed_logits
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "kind", ["afmoe", "cohere2", "falcon_h1", "gpt_neo", "granite", "granitemoe", "mamba", "mpt", "olmo2", "qwen3_5_text", "stablelm"]
+    "kind",
+    ["afmoe", "cohere2", "falcon_h1", "gpt_neo", "granite", "granitemoe", "mamba", "mpt", "olmo2", "qwen3_5_text", "roformer", "stablelm"],
 )
 def test_families_beside_those_of_the_other_tests(kind: str) -> None:
     """Experts, mixed attention, convolutions and states in one model, and other kinds of norms and scales."""

@@ -305,7 +305,7 @@ def _marked_embeddings(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> 
     inside = set(blocks.modules())
 
     def mark(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if not args or args[0].shape != ids.shape:
+        if not args or not isinstance(args[0], Tensor) or args[0].shape != ids.shape:
             return output
         marks.append(output.detach().requires_grad_())
         return marks[-1].clone()
