@@ -223,7 +223,7 @@ def _renamed(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, str
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     moved = moved_names(model)
-    places = dict.fromkeys([*model.state_dict(), *moved])
+    places = model.state_dict() | {name: model.get_parameter(target) for name, target in moved.items()}
     prefix = model.base_model_prefix
     result: dict[str, tuple[str, str | None]] = {}
     for name in names:
