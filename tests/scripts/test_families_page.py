@@ -15,17 +15,12 @@ FILES = ("families.json", "families_transformers-5.17.json")
 PAGE = (ROOT / "docs/families.md").read_text(encoding="utf-8")
 #: Words of the page → a pattern of the messages that they stand for.
 REFUSED: Mapping[str, str] = {
-    "hidden states that are not one vector a token: several streams, another layout, a prompt of its own": (
-        r"not one vector for each token|embeds tokens that are not in its input"
+    "hidden states that are not vectors of each token: another layout, a prompt of its own": (
+        r"not vectors for each token|embeds tokens that are not in its input"
     ),
-    "blocks get arguments that depend on the tokens": r"the arguments of block \d+ depend on the tokens",
-    "blocks use what other blocks computed, beside the hidden states": r"receives an extra output of an earlier block",
     "blocks share weights": r"are one shared parameter",
     "blocks are called in another order, or their input is changed in between": r"called out of order|is not the output of block",
-    "the checkpoint stores Linears or experts in another form than the model": (
-        r"which is not supported$|holds the weights of several experts"
-    ),
-    "the forward depends on values while blocks are looked at without weights": r"depends on weights or values that are not there",
+    "the checkpoint stores Linears or experts in another form than the model": r"which is not supported$",
     "blocks do not take hidden states first": r"own forward fails with this config\.json: TypeError: .*multiple values",
     "an encoder-decoder model": r"is an encoder-decoder model",
     "its own forward needs images, audio or actions": r"own forward fails on text alone",
