@@ -265,7 +265,7 @@ def test_a_job_in_natural_order_keeps_it(checkpoint: Callable[[str], Path], ids_
     """Although act-order is the default: the order is decided when a job begins."""
     given = ["--calibration", str(ids_file), "--samples", "4", "--seqlen", "8", "--group-size", "32", "--device", "cpu", "--quiet"]
     job = ["quantize", str(checkpoint("llama")), str(tmp_path / "out"), *given]
-    assert main([*job, "--order natural"]) == 0
+    assert main([*job, "--order", "natural"]) == 0
     shards = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")}
     next((tmp_path / "out").glob("model-00002-*")).unlink()
     assert main(job) == 0

@@ -57,7 +57,7 @@ FAULTS: Mapping[str, Fault] = {
         "CPU tensor given to the kernel",
     ),
     "two devices in one operation": Fault(
-        "bigq.solver.gptq:_energy", "dtype=torch.float64, device=work.device", "dtype=torch.float64", "tensors of two devices"
+        "bigq.solver.gptq:_quantize_columns", "dtype=torch.float64, device=work.device", "dtype=torch.float64", "tensors of two devices"
     ),
     "rows are freed while they are copied": Fault(f"{PINNED}.put", "rows.record_stream(self._stream)", "pass", "is freed while a copy"),
     "rows are copied to the host before they are computed": Fault(
