@@ -314,7 +314,9 @@ class BlockCost:
         before = self._shape.itemsize * self._batch * self._shape.seqlen * sum(g.n for g in groups)
         widened = FP32 * chunk * (1 if self._shape.itemsize == FP32 else 2)
         masked = FP32 * chunk if self._work.on_nonfinite == "skip" else 0
-        return before + max(reach.peak.at(self._batch), reach.held.at(self._batch) + widened + masked)
+        # The library's copies of both operands of the cross product: its inputs differ, so on a CPU it is no symmetric one.
+        packed = 0 if self._choice.on_gpu else 2 * FP32 * chunk
+        return before + max(reach.peak.at(self._batch), reach.held.at(self._batch) + widened + masked + packed)
 
     def _factor(self, group: GroupShape, linears: list[LinearShape]) -> int:
         """In addition to the Hessian: the buffer of a permutation, or the panels; and a copy if schemes need separate factors."""
