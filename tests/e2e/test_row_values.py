@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_gptaq import interrupt
 from test_out_of_memory import halvings_of, hashes, small_device
+from test_own_code import _no_cache_of_modules as _no_cache_of_modules
 from test_own_code import own_logits, streamed, write_toy
 from torch import Tensor
 
@@ -43,15 +44,6 @@ REFUSED = {
     "handed_on_flat": "layers.0: hands on something that has no part for every row",
     "handed_on_wider": "layers.2: hands on [24, 16] torch.float32 instead of [24, 8] torch.float32 besides hidden states",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_cache_of_modules(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    import transformers.dynamic_module_utils as dynamic
-
-    before, dynamic.HF_MODULES_CACHE = dynamic.HF_MODULES_CACHE, str(tmp_path_factory.mktemp("modules"))
-    yield
-    dynamic.HF_MODULES_CACHE = before
 
 
 @pytest.fixture(scope="module")

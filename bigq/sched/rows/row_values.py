@@ -23,11 +23,8 @@ class RowTensor:
     @classmethod
     def like(cls, tier: Tier, count: int, rows: Tensor) -> RowTensor:
         """An uninitialized one for ``count`` rows such as ``rows`` [k, ...]."""
-        return cls.of(tier, count, tuple(rows.shape[1:]), rows.dtype)
-
-    @classmethod
-    def of(cls, tier: Tier, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> RowTensor:
-        return cls(tier.buffer(count, math.prod(shape), dtype), shape, dtype)
+        shape = tuple(rows.shape[1:])
+        return cls(tier.buffer(count, math.prod(shape), rows.dtype), shape, rows.dtype)
 
     def fits(self, rows: Tensor) -> bool:
         return (tuple(rows.shape[1:]), rows.dtype) == (self.shape, self.dtype)
