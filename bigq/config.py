@@ -17,10 +17,11 @@ from bigq.data.given import calibration_source
 from bigq.data.spec import is_named
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.json_file import show_name
-from bigq.options import Converted, Effect, Range, Resume, at_least, checked, option, path, require_names, settle, table
+from bigq.options import Converted, Effect, Range, Resume, at_least, checked, option, path, require_names, settle, shown, table
+from bigq.presets import PRESETS
 from bigq.progress.sizes import parse_size
 from bigq.scheme import CALIBRATED, WEIGHTS, QuantScheme, Rule, frozen_rules, scheme_fields
-from bigq.vocabulary import DtypeName, FetchChoice, FormatName, MethodName, OnNonfinite, TierChoice
+from bigq.vocabulary import DtypeName, FetchChoice, FormatName, MethodName, OnNonfinite, QualityName, TierChoice
 
 if TYPE_CHECKING:
     from bigq.io.formats import Format
@@ -316,6 +317,13 @@ class JobConfig:
             raise UsageError("--push-drop: no effect without --push; add that, or leave out --push-drop")
         if self.push_drop and self.format == "gguf":
             raise UsageError("--push-drop: removes the shards that a GGUF file is made from; leave out --push-drop")
+
+    def with_quality(self, quality: QualityName) -> JobConfig:
+        """The job with the method, order and scales that a quality stands for (``bigq.presets``). Raises UsageError for an unknown one."""
+        if quality not in PRESETS:
+            raise UsageError(f"quality: must be one of {', '.join(PRESETS)}, not {shown(quality)}")
+        preset = PRESETS[quality]
+        return dataclasses.replace(self, scheme=dataclasses.replace(self.scheme, **preset.of_scheme), **preset.of_job)
 
     def blocks_ahead(self, device_type: str) -> int:
         """``read_ahead``, or its default on a type of device."""

@@ -58,7 +58,7 @@ class QuantScheme:
     )
     # In all orders a group is a run of consecutive inputs, so nothing changes for readers of the result.
     order: OrderName = _weights(
-        "activation",
+        "group",
         help="order in which columns are quantized: from left to right; by decreasing Hessian diagonal, with scales from the original "
         "weights; or group by group, by decreasing Hessian diagonal",
         rule_key="order",
@@ -73,7 +73,7 @@ class QuantScheme:
         effects=(CALIBRATED,),
     )
     scales: ScalesName = _weights(
-        "minmax",
+        "search",
         help="a group's scale spans all its weights, or is searched for the least error: of the Linear's output, or of weights for rtn",
         rule_key="scales",
     )

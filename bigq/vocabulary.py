@@ -10,6 +10,8 @@ MethodName = Literal["gptq", "gptaq", "rtn"]
 OrderName = Literal["natural", "activation", "group"]
 #: How scales are found: from the range of a group's weights, or by a search for the least error.
 ScalesName = Literal["minmax", "search"]
+#: Presets of options.
+QualityName = Literal["fast", "balanced", "best"]
 #: Output formats. "gguf": shards in gptq_v2, from which a stopped job resumes, and one GGUF file made from them.
 FormatName = Literal["gptq", "gptq_v2", "compressed-tensors", "gguf"]
 #: Where the calibration rows' hidden states are kept between blocks.

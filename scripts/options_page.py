@@ -17,6 +17,7 @@ from bigq.cli.parser import Parser
 from bigq.config import JobConfig
 from bigq.infer.options import EvalConfig, GenerateConfig
 from bigq.options import Option, Resume, table
+from bigq.presets import Presetting
 from bigq.scheme import QuantScheme
 
 PAGE = ROOT / "docs" / "options.md"
@@ -47,8 +48,8 @@ or it **may change**: {Resume.FREE.value.partition("; ")[2]}.
 
 #: The classes that declare a command's options, with what stands before a field's name in Python.
 CLASSES: Mapping[str, Mapping[type, str]] = {
-    "quantize": {JobConfig: "", QuantScheme: "scheme."},
-    "plan": {JobConfig: "", QuantScheme: "scheme."},
+    "quantize": {JobConfig: "", QuantScheme: "scheme.", Presetting: ""},
+    "plan": {JobConfig: "", QuantScheme: "scheme.", Presetting: ""},
     "eval": {EvalConfig: ""},
     "generate": {GenerateConfig: ""},
 }
@@ -110,10 +111,17 @@ def row(action: argparse.Action, prefix: str, option: Option | None, *, resumed:
     if option is not None:
         ranged = option.range is not None and option.range.must.partition("; ")[0]
         meaning += "".join([f"; must {ranged}" if ranged else "", *(f"; no effect {effect.unless}" for effect in option.effects)])
-    cells = [spelled, f"`{prefix}{option.name}`" if option is not None else "", default.removesuffix(")"), meaning]
+    cells = [spelled, _in_python(prefix, option), default.removesuffix(")"), meaning]
     if resumed:
         cells.append("" if option is None else RESUMED[option.resume])
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _in_python(prefix: str, option: Option | None) -> str:
+    """A field; of what is none, the method that sets it."""
+    if option is None:
+        return ""
+    return f"`with_{option.name}`" if option.name in table(Presetting) else f"`{prefix}{option.name}`"
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from bigq.config import OUTPUT, RUN, JobConfig
 from bigq.errors import ResourceError
 from bigq.machine.memory import without_collection
 from bigq.options import Option, table, without_effect
+from bigq.presets import Presetting
 from bigq.progress.display import DONE_FIELDS, Events, to_json
 from bigq.progress.terminal import print_result
 from bigq.scheme import WEIGHTS, QuantScheme, Rule
@@ -27,7 +28,8 @@ _KEPT = "If OUT holds a job, options that are not given keep the job's values; o
 
 def job_options() -> list[Option]:
     """All options of a job, in the order of the help. Rules have two flags and are added separately."""
-    return [*table(QuantScheme).values(), *(each for name, each in table(JobConfig).items() if name not in ("scheme", "rules"))]
+    of_job = (each for name, each in table(JobConfig).items() if name not in ("scheme", "rules"))
+    return [*table(Presetting).values(), *table(QuantScheme).values(), *of_job]
 
 
 def add_quantize(p: Parser) -> None:
@@ -71,6 +73,8 @@ def job_config(args: argparse.Namespace, before: object = None) -> JobConfig:
     before: the settings in the job.json of ``args.out``, if it has one. Raises UsageError, CheckpointError (for ``before``).
     """
     base = JobConfig() if before is None else JobConfig.from_frozen(before, f"{args.out}: its job.json")
+    if args.quality is not None:
+        base = base.with_quality(args.quality)
     values = given(args, (each.name for each in job_options() if each.name in table(JobConfig)))
     scheme = dataclasses.replace(base.scheme, **given(args, table(QuantScheme)))
     return dataclasses.replace(base, scheme=scheme, rules=_rules(args, base.rules), **values)

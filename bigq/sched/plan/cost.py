@@ -15,6 +15,7 @@ from bigq.io.remote.push import WAITING_BYTES, WAITING_SHARDS
 from bigq.kernels.cholesky import panel_width
 from bigq.kernels.gptq_block import SUB_BLOCK
 from bigq.kernels.grid import TRIAL_ELEMENTS
+from bigq.kernels.grid_spec import REFINED
 from bigq.kernels.pick import piece
 from bigq.kernels.syrk import CHUNK_TOKENS
 from bigq.sched.plan.bank_cost import BankPhase, BankTerms, bank_phases, proof_bytes
@@ -242,7 +243,8 @@ class BlockCost:
                 result.append(("hessian", held + sums, accumulated, 0))
                 result.append(("factor", held + sums + self._factor(group, linears), {"single": group.n * square / 3}, 0))
                 solved = {"solve": 3 * rows * square, "single": 2 * rows * square} if self._paired else {"solve": rows * square}
-                result.append(("solve", held + sums + self._solve(group, linears), solved, 14.0 * rows * group.n))
+                moved = sum(self._moved_solving(linear) for linear in linears)
+                result.append(("solve", held + sums + self._solve(group, linears), solved, moved))
                 originals += self._paired * self._shape.itemsize * rows * group.n
                 held = always + behind + originals + packed
                 result.append(("pack", held + sums + self._pack(group, linears), {}, 6.0 * rows * group.n))
@@ -276,6 +278,7 @@ class BlockCost:
             factor=self._factor,
             solve=self._solve,
             pack=self._pack,
+            moved=self._moved_solving,
             packed=lambda linear: packed_bytes(linear, self._schemes[linear.name]),
         )
         return bank_phases(bank, held, terms)
@@ -347,6 +350,15 @@ class BlockCost:
     def _trials(self, width: int, m: int) -> int:
         """Bytes of the copies of a group that a search in the loop solves: weights, their errors and codes. A CPU copies a tile."""
         return (2 * FP32 + 1) * max(TRIAL_ELEMENTS, width * m) if self._choice.on_gpu else 0
+
+    def _moved_solving(self, linear: LinearShape) -> float:
+        """Bytes of device memory read and written while a Linear is solved, outside of products."""
+        scheme, weights = self._schemes[linear.name], float(linear.m * linear.n)
+        moved = 14 * weights
+        if scheme.scales == "search" and not has_static_grids(scheme, linear.n) and self._choice.on_gpu:
+            # Copies of a group are read and written for each grid. Those on a CPU stay in its cache.
+            moved += (len(scheme.grid.solved) + 2 * len(REFINED)) * 2 * (2 * FP32 + 1) * weights
+        return moved
 
     def _pack(self, group: GroupShape, linears: list[LinearShape]) -> int:
         """The codes of all Linears, and the new weight or words of one."""

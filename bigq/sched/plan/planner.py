@@ -15,6 +15,8 @@ from bigq.errors import UsageError
 from bigq.io.formats.readers import Verdict, read_by
 from bigq.job.rules import RuleCount, count_words
 from bigq.machine.ceilings import DISK_RATE, Ceilings
+from bigq.methods.base import Method
+from bigq.presets import quality_of
 from bigq.progress.layout import entry
 from bigq.progress.sizes import show_seconds, show_size
 from bigq.sched.plan.bank_cost import numbers_at_once
@@ -50,6 +52,7 @@ class Plan:
     seconds: by phase, at the device's peak rates: no run is faster. shortages: one sentence each; empty if the job fits.
     rules: how many Linears each rule decides. readers: which programs load the output. notes: further sentences about readers.
     warnings: sentences about the model. fetch: how shards that are not here get here, or None.
+    solving: how Linears are solved, and the quality that stands for it.
     texts: what was made of the calibration text, an entry per text. kept: weights in blocks that stay unquantized.
     """
 
@@ -67,6 +70,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     fetch: Fetch | None = None
     texts: tuple[Made, ...] = ()
+    solving: tuple[str, ...] = ()
     kept: Kept = NOTHING_KEPT
 
     @property
@@ -146,7 +150,9 @@ class Plan:
         lines = [f"plan: {len(self.shape.blocks)} blocks, {rows}"]
         for made in self.texts:
             lines += entry("text" if made is self.texts[0] else "", made.text())
-        lines += entry("run", self._how())
+        lines += entry("solve", list(self.solving))
+        if self.work.streams:
+            lines += entry("run", self._how())
         lines += entry("needs", needs)
         if self.fetch is not None:
             lines += entry("fetches", self.fetch.text())
@@ -182,8 +188,6 @@ class Plan:
         return "\n".join(lines)
 
     def _how(self) -> list[str]:
-        if not self.work.streams:
-            return [self.work.method.title]
         where = {"gpu": "on the GPU", "host": "in host memory", "disk": "on disk"}[self.choice.tier]
         parts = [f"activations {'of both models ' if self.work.streams > 1 else ''}{where}", f"batch {self.choice.batch}"]
         if (experts := self.choice.experts_at_once or 1) > 1:
@@ -259,7 +263,16 @@ def make_plan(
         warnings=warnings,
         fetch=fetch,
         texts=tuple(texts),
+        solving=_solving(config, work.method),
     )
+
+
+def _solving(config: JobConfig, method: Method) -> tuple[str, ...]:
+    scheme = config.scheme
+    scales = {"search": "searched scales", "minmax": "scales of ranges"}[scheme.scales]
+    quality = quality_of(config.method, scheme)
+    columns = [f"{scheme.order} order"] * method.calibrated
+    return (method.title, *columns, scales, *([f"--quality {quality}"] * (quality is not None)))
 
 
 def phase_seconds(phase: Phase, ceilings: Ceilings) -> float:
