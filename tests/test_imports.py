@@ -38,7 +38,7 @@ FLOORS: Sequence[tuple[str, ...]] = (
     ("bigq.version", "bigq.errors", "bigq.vocabulary", "bigq.kernels"),
     ("bigq.options",),
     ("bigq.faults", "bigq.scheme"),
-    ("bigq.machine", "bigq.progress", "bigq.quantized_weight"),
+    ("bigq.machine", "bigq.progress", "bigq.quantized_weight", "bigq.presets"),
     ("bigq.io", "bigq.solver"),
     ("bigq.data",),
     ("bigq.config", "bigq.calibration"),

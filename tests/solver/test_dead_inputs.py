@@ -67,7 +67,7 @@ def test_their_weights_are_rounded_to_nearest(group_size: int, symmetric: bool, 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_a_linear_without_live_inputs_is_rounded_to_nearest(bits: int, symmetric: bool, order: OrderName) -> None:
     weight, hessian = problem(torch.arange(INPUTS))
-    scheme = QuantScheme(bits=bits, group_size=32, symmetric=symmetric, order=order)
+    scheme = QuantScheme(bits=bits, group_size=32, symmetric=symmetric, order=order, scales="minmax")
     result, expected = quantize_linear(weight, hessian, scheme), round_to_nearest(weight, scheme)
     for field in ("codes", "scales", "zeros"):
         assert torch.equal(getattr(result, field), getattr(expected, field)), field

@@ -190,7 +190,7 @@ def textbook_loop(
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_codes_equal_the_textbook(bits: int, group_size: int, symmetric: bool, order: OrderName) -> None:
     weight, hessian = problem(16, 256)
-    scheme = QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric, order=order)
+    scheme = QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric, order=order, scales="minmax")
     codes, loss = textbook_gptq(weight, hessian, scheme)
     result = quantize_linear(weight, hessian, scheme)
     assert torch.equal(result.codes, codes)
@@ -220,7 +220,7 @@ def test_codes_equal_the_textbook(bits: int, group_size: int, symmetric: bool, o
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 def test_odd_widths_equal_the_textbook(n: int, group_size: int, order: OrderName, symmetric: bool) -> None:
     weight, hessian = problem(12, n, seed=1)
-    scheme = QuantScheme(bits=3, group_size=group_size, symmetric=symmetric, order=order, damping=0.05)
+    scheme = QuantScheme(bits=3, group_size=group_size, symmetric=symmetric, order=order, damping=0.05, scales="minmax")
     codes, loss = textbook_gptq(weight, hessian, scheme)
     result = quantize_linear(weight, hessian, scheme)
     assert torch.equal(result.codes, codes)
@@ -242,11 +242,11 @@ def test_grid_search_equals_the_textbook(bits: int, group_size: int, symmetric: 
 @pytest.mark.parametrize(
     "scheme",
     [
-        QuantScheme(bits=4, group_size=128),
-        QuantScheme(bits=4, group_size=32, symmetric=False, order="activation"),
-        QuantScheme(bits=2, group_size=64, symmetric=False),
-        QuantScheme(bits=3, group_size=-1, order="activation"),
-        QuantScheme(bits=8, group_size=256, symmetric=False),
+        QuantScheme(bits=4, group_size=128, scales="minmax"),
+        QuantScheme(bits=4, group_size=32, symmetric=False, order="activation", scales="minmax"),
+        QuantScheme(bits=2, group_size=64, symmetric=False, scales="minmax"),
+        QuantScheme(bits=3, group_size=-1, order="activation", scales="minmax"),
+        QuantScheme(bits=8, group_size=256, symmetric=False, scales="minmax"),
     ],
     ids=lambda s: f"{s.bits}bit-g{s.group_size}",
 )
@@ -260,13 +260,13 @@ def test_fp32_has_the_same_loss(scheme: QuantScheme) -> None:
 @pytest.mark.parametrize(
     ("n", "m", "scheme"),
     [
-        pytest.param(768, 8, QuantScheme(bits=4, group_size=128, order="activation"), id="static"),
-        pytest.param(768, 6, QuantScheme(bits=3, group_size=-1), id="static, whole rows"),
-        pytest.param(768, 8, QuantScheme(bits=3, group_size=64, symmetric=False), id="dynamic"),
-        pytest.param(768, 8, QuantScheme(bits=4, group_size=384), id="dynamic, two blocks and a half"),
-        pytest.param(1536, 4, QuantScheme(bits=3, group_size=768, symmetric=False), id="dynamic, wider than a panel"),
-        pytest.param(1536, 4, QuantScheme(bits=2, group_size=768, symmetric=False), id="static, wider than a panel"),
-        pytest.param(2048, 4, QuantScheme(bits=4, group_size=1024), id="dynamic, twice as wide"),
+        pytest.param(768, 8, QuantScheme(bits=4, group_size=128, order="activation", scales="minmax"), id="static"),
+        pytest.param(768, 6, QuantScheme(bits=3, group_size=-1, scales="minmax"), id="static, whole rows"),
+        pytest.param(768, 8, QuantScheme(bits=3, group_size=64, symmetric=False, scales="minmax"), id="dynamic"),
+        pytest.param(768, 8, QuantScheme(bits=4, group_size=384, scales="minmax"), id="dynamic, two blocks and a half"),
+        pytest.param(1536, 4, QuantScheme(bits=3, group_size=768, symmetric=False, scales="minmax"), id="dynamic, wider than a panel"),
+        pytest.param(1536, 4, QuantScheme(bits=2, group_size=768, symmetric=False, scales="minmax"), id="static, wider than a panel"),
+        pytest.param(2048, 4, QuantScheme(bits=4, group_size=1024, scales="minmax"), id="dynamic, twice as wide"),
     ],
 )
 def test_several_panels_equal_the_textbook(n: int, m: int, scheme: QuantScheme) -> None:
@@ -287,7 +287,7 @@ def test_panels_and_blocks_of_any_width_equal_the_textbook(
     monkeypatch.setattr(gptq, "BLOCK", block)
     monkeypatch.setattr(gptq, "PANEL", panel)
     weight, hessian = problem(5, 480, seed=8, dead=(7, 100, 479))
-    scheme = QuantScheme(bits=3, group_size=group_size, symmetric=False, order=order)
+    scheme = QuantScheme(bits=3, group_size=group_size, symmetric=False, order=order, scales="minmax")
     codes, loss = textbook_result(scheme)
     result = quantize_linear(weight, hessian, scheme)
     assert torch.equal(result.codes, codes)
@@ -300,14 +300,16 @@ def textbook_result(scheme: QuantScheme) -> tuple[Tensor, float]:
 
 
 TRITON_CASES = [
-    pytest.param(256, 8, QuantScheme(bits=4, group_size=128), id="4bit-g128"),
-    pytest.param(160, 8, QuantScheme(bits=3, group_size=32, symmetric=False), id="3bit-g32-asym"),
-    pytest.param(192, 8, QuantScheme(bits=2, group_size=64, symmetric=False, order="activation"), id="2bit-g64-asym-act-order"),
-    pytest.param(136, 17, QuantScheme(bits=4, group_size=-1), id="4bit-whole-rows"),
-    pytest.param(512, 8, QuantScheme(bits=4, group_size=256), id="4bit-g256"),
-    pytest.param(272, 8, QuantScheme(bits=4, group_size=136, symmetric=False, min_zero=1), id="4bit-g136-asym"),
+    pytest.param(256, 8, QuantScheme(bits=4, group_size=128, scales="minmax"), id="4bit-g128"),
+    pytest.param(160, 8, QuantScheme(bits=3, group_size=32, symmetric=False, scales="minmax"), id="3bit-g32-asym"),
+    pytest.param(
+        192, 8, QuantScheme(bits=2, group_size=64, symmetric=False, order="activation", scales="minmax"), id="2bit-g64-asym-act-order"
+    ),
+    pytest.param(136, 17, QuantScheme(bits=4, group_size=-1, scales="minmax"), id="4bit-whole-rows"),
+    pytest.param(512, 8, QuantScheme(bits=4, group_size=256, scales="minmax"), id="4bit-g256"),
+    pytest.param(272, 8, QuantScheme(bits=4, group_size=136, symmetric=False, min_zero=1, scales="minmax"), id="4bit-g136-asym"),
     pytest.param(96, 8, QuantScheme(bits=3, group_size=32, scales="search"), id="3bit-g32-mse"),
-    pytest.param(240, 9, QuantScheme(bits=8, group_size=48), id="8bit-g48"),
+    pytest.param(240, 9, QuantScheme(bits=8, group_size=48, scales="minmax"), id="8bit-g48"),
 ]
 
 
@@ -334,7 +336,7 @@ def test_on_triton_the_result_is_the_same(
 @pytest.mark.parametrize("order", ORDERS)
 def test_on_triton_linears_solved_together_equal_those_solved_apart(order: OrderName, device: torch.device) -> None:
     weight, hessian = (t.float().to(device) for t in problem(12, 64, seed=6))
-    scheme = QuantScheme(bits=4, group_size=32, symmetric=False, order=order)
+    scheme = QuantScheme(bits=4, group_size=32, symmetric=False, order=order, scales="minmax")
     factor = factorize(hessian.clone(), order=column_order(scheme, hessian.shape[0]), damping=scheme.damping)
     parts = list(weight.split([3, 1, 8]))
     for part, joint in zip(parts, solve(parts, factor, scheme), strict=True):

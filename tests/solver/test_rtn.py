@@ -23,7 +23,7 @@ def weight(m: int = 12, n: int = 96, dtype: torch.dtype = torch.float32) -> Tens
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_every_weight_becomes_its_nearest_point(bits: int, symmetric: bool, group_size: int, dtype: torch.dtype) -> None:
     w = weight(dtype=dtype)
-    result = round_to_nearest(w, QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric))
+    result = round_to_nearest(w, QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric, scales="minmax"))
     width = 96 if group_size == -1 else group_size
     top = 2**bits - 1
     values = w.float().numpy()

@@ -118,7 +118,11 @@ def test_close_to_the_best_of_all_codes(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme", [QuantScheme(bits=3, group_size=-1), QuantScheme(bits=2, group_size=-1, order="activation", symmetric=False)]
+    "scheme",
+    [
+        QuantScheme(bits=3, group_size=-1, scales="minmax"),
+        QuantScheme(bits=2, group_size=-1, order="activation", symmetric=False, scales="minmax"),
+    ],
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_lower_objective_than_gptq_and_than_the_column_by_column_rule(scheme: QuantScheme, seed: int) -> None:
@@ -130,7 +134,10 @@ def test_lower_objective_than_gptq_and_than_the_column_by_column_rule(scheme: Qu
     assert ours < theirs < gptq
 
 
-@pytest.mark.parametrize("scheme", [QuantScheme(bits=3, group_size=-1, order="activation"), QuantScheme(group_size=32, symmetric=False)])
+@pytest.mark.parametrize(
+    "scheme",
+    [QuantScheme(bits=3, group_size=-1, order="activation", scales="minmax"), QuantScheme(group_size=32, symmetric=False, scales="minmax")],
+)
 def test_the_column_by_column_rule_without_drift_is_gptq(scheme: QuantScheme) -> None:
     """So the reference is right."""
     w, x, _ = problem(16, 64)
