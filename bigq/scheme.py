@@ -77,6 +77,14 @@ class QuantScheme:
         help="a group's scale spans all its weights, or is searched for the least error: of the Linear's output, or of weights for rtn",
         rule_key="scales",
     )
+    sweeps: int = _weights(
+        0,
+        help="passes of coordinate descent over all codes and scales of a Linear, after the column loop",
+        placeholder="N",
+        rule_key="sweeps",
+        range=Range(must="be from 0 to 100", holds=lambda sweeps: 0 <= sweeps <= 100),
+        effects=(CALIBRATED,),
+    )
     # The gptq v1 format stores zero − 1 and needs 1.
     min_zero: int = _weights(0, help="smallest zero point allowed; the output format decides it", flag=None)
     # fp16 has 11. Scales of 8 bits are exact in bf16. The product of a scale of 7 bits and a zero point of 4 bits is exact in fp16.

@@ -59,7 +59,7 @@ TABLES = {
     "multimodal": (("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"), "AutoModelForMultimodalLM"),
 }
 #: Groups of 16 inputs: the widths of all tiny models are multiples.
-SCHEME = bigq.QuantScheme(bits=4, group_size=16)
+SCHEME = bigq.QuantScheme(bits=4, group_size=16, scales="minmax")
 FAULTS = ("different", "crashed")
 METHODS = ("rtn", "gptq")
 

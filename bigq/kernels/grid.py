@@ -87,20 +87,20 @@ def grid_for_range(low: Tensor, high: Tensor, spec: GridSpec) -> tuple[Tensor, T
     """The grid that spans [low, high], low ≤ 0 ≤ high."""
     if spec.symmetric:
         reach = torch.maximum(-low, high)
-        scale = _round_scale(2 * reach / spec.max_code, spec.scale_bits)
+        scale = round_scale(2 * reach / spec.max_code, spec.scale_bits)
         return scale, torch.full_like(scale, 2.0 ** (spec.bits - 1))
-    scale = _round_scale((high - low) / spec.max_code, spec.scale_bits)
+    scale = round_scale((high - low) / spec.max_code, spec.scale_bits)
     zero = torch.round(-low / scale).clamp_(0, spec.max_code)
     if spec.min_zero:
         # A group without negative weights has zero point 0. If that cannot be stored, widen the scale to keep the maximum.
         raised = zero < spec.min_zero
-        widened = _round_scale(high / (spec.max_code - spec.min_zero), spec.scale_bits)
+        widened = round_scale(high / (spec.max_code - spec.min_zero), spec.scale_bits)
         scale = torch.where(raised, torch.maximum(scale, widened), scale)
         zero = zero.clamp_(min=spec.min_zero)
     return scale, zero
 
 
-def _round_scale(scale: Tensor, bits: int) -> Tensor:
+def round_scale(scale: Tensor, bits: int) -> Tensor:
     """Round scales to fp16 numbers of ``bits`` significant bits, returned in their own dtype.
 
     0 (a group of zeros) becomes 1. An underflow becomes the smallest fp16 number, an overflow Inf.

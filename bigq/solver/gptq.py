@@ -18,6 +18,7 @@ dimension: the weights are quantized side by side, and on a GPU each step is one
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ from bigq.solver.batch import Factors
 from bigq.solver.energy import sampled_energy, total_energy
 from bigq.solver.hessian import LEAVE_OUT, Factor, Order, factorize
 from bigq.solver.storage_range import require_storable
+from bigq.solver.sweeps import Solution, sweep_
 from bigq.solver.upstream_error import Correction
 
 #: Maximum columns of one call of the column loop.
@@ -136,7 +138,19 @@ def _quantize(columns: _Columns, r: Tensor, rows: list[int]) -> _Solved:
     if columns.static and columns.spec.search:
         _search_again(columns, r)
     codes, loss = _quantize_columns(columns, r)
+    _sweep(columns, codes, loss, r)
     return _Solved(codes, loss, energy, rows)
+
+
+def _sweep(columns: _Columns, codes: Tensor, loss: Tensor, r: Tensor) -> None:
+    """Improve codes and scales by coordinate descent, as often as the scheme says. Overwrites all but r."""
+    if not columns.sweeps or not is_finite(loss):
+        return
+    blocks = [block for panel in columns.panels() for block in panel]
+    whole = not columns.static and columns.width <= BLOCK
+    solution = Solution(error=columns.work, codes=codes, scale=columns.scale, zero=columns.zero, group=columns.group, loss=loss)
+    for _ in range(columns.sweeps):
+        sweep_(solution, r, columns.spec, blocks, columns.width if whole else 0)
 
 
 def _search_again(columns: _Columns, r: Tensor) -> None:
@@ -222,6 +236,7 @@ class _Columns:
         ones). Otherwise each is found when the loop reaches its group; groups are then whole, and ``group`` counts them in the order of
         the loop.
     weight: [..., n], of the columns' squared errors in a search: ``1 / U_jj² = R_jj²``, up to a factor. None without a search.
+    sweeps: see ``QuantScheme``.
     """
 
     work: Tensor
@@ -232,6 +247,7 @@ class _Columns:
     zero: Tensor
     static: bool
     weight: Tensor | None
+    sweeps: int
 
     @classmethod
     def empty(cls, weights: list[Tensor], r: Tensor, scheme: QuantScheme) -> _Columns:
@@ -243,7 +259,7 @@ class _Columns:
         group = torch.empty(*batch, n, dtype=torch.int32, device=device)
         work = empty_columns(n, m, dtype, device, batch)
         weight = torch.empty(*batch, n, dtype=dtype, device=device) if scheme.scales == "search" else None
-        return cls(work, group, width, scheme.grid, scale, torch.empty_like(scale), has_static_grids(scheme, n), weight)
+        return cls(work, group, width, scheme.grid, scale, torch.empty_like(scale), has_static_grids(scheme, n), weight, scheme.sweeps)
 
     def load(self, weights: list[Tensor], factor: Factor, correction: Correction | None = None) -> None:
         """Convert weights [m_i, n] of any floating type, some rows at a time, and correct them."""
@@ -293,8 +309,8 @@ class _Columns:
     def each(self) -> Iterator[_Columns]:
         """The columns of each weight of a batch."""
         for i in range(len(self.work)):
-            weight = None if self.weight is None else self.weight[i]
-            yield _Columns(self.work[i], self.group[i], self.width, self.spec, self.scale[i], self.zero[i], self.static, weight)
+            tensors = {name: getattr(self, name)[i] for name in ("work", "group", "scale", "zero")}
+            yield dataclasses.replace(self, **tensors, weight=None if self.weight is None else self.weight[i])
 
     def panels(self) -> Iterator[list[tuple[int, int]]]:
         """The blocks [a, b) of each panel. A group is inside one block; a wider group consists of whole blocks of one panel."""

@@ -133,7 +133,7 @@ class HessianSum:
 class Factor:
     """``H' = R·Rᵀ``, where H' is H damped and permuted by ``perm``.
 
-    r: [n, n], R in the upper triangle. The lower triangle is not part of R.
+    r: [n, n], R in the upper triangle. Below it is H', which the factorization does not overwrite.
     perm: the order in which columns are quantized, int64 [n], or None for the natural order.
     dead_inputs: inputs that were 0 in every token, so that their row of H is 0.
     damping: the fraction of the mean diagonal of the other inputs that was added to the diagonal.

@@ -34,7 +34,7 @@ def quantized(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPa
             ids = save_ids(folder / "ids.safetensors", random_ids(4, 24))
             given = {"calibration": str(ids), "samples": 4, "seqlen": 24} if method == "gptq" else {}
             config = bigq.JobConfig(
-                scheme=bigq.QuantScheme(group_size=16, **scheme),
+                scheme=bigq.QuantScheme(group_size=16, scales="minmax", **scheme),
                 method=method,
                 device="cpu",
                 quiet=True,

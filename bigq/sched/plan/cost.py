@@ -342,14 +342,17 @@ class BlockCost:
             converted = FP32 * min(piece(on_gpu=self._choice.on_gpu), n * max(rows)) * copies
             loop = n * m + FP32 * ((panel + BLOCK + 3 * SUB_BLOCK * (not self._choice.on_gpu)) * m + 3 * BLOCK * n)
             held = FP32 * m * (n + 2 * (n // scheme.group_width(n)))
-            if scheme.scales == "search":
-                loop += FP32 * n * m if static else self._trials(scheme.group_width(n), m)
-            most = max(most, at_once * held + max(converted, at_once * loop))
+            loop += FP32 * n * m * (static and scheme.scales == "search")
+            trials = self._trials(at_once * scheme.group_width(n) * m) if scheme.scales == "search" and not static else 0
+            most = max(most, at_once * held + max(converted, at_once * loop + trials))
         return most
 
-    def _trials(self, width: int, m: int) -> int:
-        """Bytes of the copies of a group that a search in the loop solves: weights, their errors and codes. A CPU copies a tile."""
-        return (2 * FP32 + 1) * max(TRIAL_ELEMENTS, width * m) if self._choice.on_gpu else 0
+    def _trials(self, weights: int) -> int:
+        """Bytes of the copies of groups of so many weights that a search in the loop solves, and of their errors and codes.
+
+        A CPU copies a tile.
+        """
+        return (2 * FP32 + 1) * max(TRIAL_ELEMENTS, weights) if self._choice.on_gpu else 0
 
     def _moved_solving(self, linear: LinearShape) -> float:
         """Bytes of device memory read and written while a Linear is solved, outside of products."""

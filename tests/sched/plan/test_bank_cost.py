@@ -100,6 +100,7 @@ def terms(tokens: int) -> bank_cost.BankTerms:
         solve=lambda *_: 0,
         pack=lambda *_: 0,
         packed=lambda _: 0,
+        moved=lambda _: 0,
     )
 
 

@@ -344,7 +344,7 @@ def test_no_line_of_a_plan_wraps_at_60_columns() -> None:
     assert max(map(len, lines)) <= 60
     assert len(found.shortages) == 4 and sum(line.startswith("  short:") for line in lines) == 4
     assert any("not run" in line or "readers were run with" in line for line in lines)
-    cells = [line.split() for line in lines if line.startswith("  solve")]
+    cells = [line.split() for line in lines if line.startswith("  solve ")]
     assert len(cells) == 1 and "EFLOP" in " ".join(line for line in lines if line.startswith("  replay"))
 
 

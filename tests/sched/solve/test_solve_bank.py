@@ -25,7 +25,7 @@ from bigq.solver.gptq import quantize_linear
 from bigq.solver.hessian import HessianSum
 from bigq.solver.rtn import round_to_nearest
 
-SCHEME = QuantScheme(bits=4, group_size=16, order="activation")
+SCHEME = QuantScheme(bits=4, group_size=16, order="activation", scales="minmax")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,137 @@
+"""Coordinate descent on codes and scales, after the column loop has chosen them.
+
+The column loop decides a column once, when the codes of later columns are not known. A sweep looks at every column again: with
+all others as they are, the loss ``E·H·Eᵀ`` of a row, ``E = W − Q``, is a parabola in one of its codes, and so it is in the scale of a
+group. The best code is the nearest one to ``q_j + G_j / H_jj``, ``G = H·E``, so the loss never rises. Scales are refined in closed form
+before the codes of their group, as in arXiv 2602.02126 (its second stage).
+
+The columns of a block are visited one after the other by the kernel of the column loop. With the codes before a sweep, q, and after it,
+q', a column is rounded from
+
+    x_j = t_j − Σ_{i<j} M_ij·q'_i,    t = q + (G + L·q) / diag(H),    M_ij = H_ij / H_jj for i < j,
+
+where L is H below its diagonal, both inside the block. The kernel rounds ``x_j = w_j − Σ_{i<j} (x_i − q'_i)·P_ij``, which is the same for
+``P = −(I + M)⁻¹·M`` and ``w = (I + P)ᵀ·t``. The inverse is that of a triangle of a positive definite matrix: for H with ones on the
+diagonal its norm is below 2.
+
+Weights are indexed [n, m], inputs first; all tensors may have one more leading dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bigq.kernels.gptq_block import gptq_block_
+from bigq.kernels.grid import GridSpec, GroupGrid, round_scale
+from bigq.kernels.pick import empty_columns
+from bigq.kernels.precision import product
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """What sweeps improve. All of it is overwritten.
+
+    error: [..., n, m], W − Q. codes: uint8 [..., n, m]. scale, zero: [..., G, m]. group: int32 [..., n], the group of each column.
+    loss: fp64 [..., m].
+    """
+
+    error: Tensor
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    group: Tensor
+    loss: Tensor
+
+
+def sweep_(solution: Solution, r: Tensor, spec: GridSpec, blocks: Sequence[tuple[int, int]], width: int) -> None:
+    """Visit all columns once. Overwrites ``solution``.
+
+    r: [..., n, n], R in the upper triangle and H below it (``bigq.solver.hessian.Factor``). blocks: the columns [a, b) that are visited
+    together. width: of groups whose scales are refined, each of them a run of columns inside a block; 0 for none.
+    """
+    for a, b in blocks:
+        h, error, codes = _corner(r, a, b), solution.error[..., a:b, :], solution.codes[..., a:b, :]
+        gradient = _gradient(r, h, solution.error, a, b)
+        grid = _grid(solution, spec, a, b, width)
+        at = grid.group.long()
+        steps = codes.to(error.dtype).sub_(_of_columns(grid.zero, at))
+        before = steps * _of_columns(grid.scale, at)
+        weight = error + before
+        value, slope = before, gradient
+        if width:
+            slope = gradient.clone()
+            for g in range((b - a) // width):
+                _refine_scale(grid, g, h, steps, slope)
+            value = steps * _of_columns(grid.scale, at)
+        target, spread = _targets(h, value, slope)
+        error.copy_(weight)
+        gptq_block_(target, spread, error, codes, grid)
+        change = (weight - error).sub_(before)
+        gain = (gradient * 2).sub_(product(h, change, torch.empty_like(change))).mul_(change)
+        solution.loss.sub_(gain.sum(-2, dtype=torch.float64))
+
+
+def _corner(r: Tensor, a: int, b: int) -> Tensor:
+    """H of columns [a, b), [..., k, k]. Its diagonal is overwritten by that of R, and is found again as ``Σ_j R_ij²``."""
+    lower = r[..., a:b, a:b].tril(-1)
+    diagonal = r[..., a:b, a:b].triu().square().sum(-1) + r[..., a:b, b:].square().sum(-1)
+    return lower + lower.mT + torch.diag_embed(diagonal)
+
+
+def _gradient(r: Tensor, h: Tensor, error: Tensor, a: int, b: int) -> Tensor:
+    """``H·E`` for columns [a, b), [..., k, m]. h: H of these columns."""
+    gradient = product(h, error[..., a:b, :], torch.empty_like(error[..., a:b, :]))
+    if a:
+        product(r[..., a:b, :a], error[..., :a, :], gradient, add=gradient)
+    if b < error.shape[-2]:
+        product(r[..., b:, a:b].mT, error[..., b:, :], gradient, add=gradient)
+    return gradient
+
+
+def _grid(solution: Solution, spec: GridSpec, a: int, b: int, width: int) -> GroupGrid:
+    """The grid of columns [a, b): of their own groups, where these are runs of ``width`` columns."""
+    group = solution.group[..., a:b]
+    if not width:
+        return GroupGrid(spec, solution.scale, solution.zero, group, False)
+    first, stop = a // width, b // width
+    return GroupGrid(spec, solution.scale[..., first:stop, :], solution.zero[..., first:stop, :], group - first, False)
+
+
+def _of_columns(grid: Tensor, group: Tensor) -> Tensor:
+    """Scales or zero points [..., G, m] of columns, [..., k, m]."""
+    return torch.take_along_dim(grid, group[..., None], -2)
+
+
+def _refine_scale(grid: GroupGrid, g: int, h: Tensor, steps: Tensor, slope: Tensor) -> None:
+    """The best scale of the group g for its codes, rounded as it is stored. Overwrites the scale and ``slope``, ``H·E`` [..., k, m].
+
+    Rows whose loss would rise keep their scale.
+    """
+    width = steps.shape[-2] // grid.scale.shape[-2]
+    at = slice(g * width, (g + 1) * width)
+    mine, scale = steps[..., at, :], grid.scale[..., g, :]
+    pushed = product(h[..., :, at], mine, torch.empty_like(slope))
+    along, curve = (mine * slope[..., at, :]).sum(-2), (mine * pushed[..., at, :]).sum(-2)
+    change = round_scale((scale + along / curve).clamp_(min=0), grid.spec.scale_bits).sub_(scale)
+    better = 2 * change * along > change * change * curve  # false for NaN: of a group of zeros
+    change = torch.where(better & torch.isfinite(change), change, torch.zeros_like(change))
+    scale += change
+    slope.sub_(pushed.mul_(change[..., None, :]))
+
+
+def _targets(h: Tensor, value: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights w [..., k, m] and the factor I + P [..., k, k] that the kernel of the column loop takes.
+
+    value: of the codes, q. slope: ``H·E`` for them.
+    """
+    k, diagonal = h.shape[-1], h.diagonal(dim1=-2, dim2=-1)
+    best = product(h.tril(-1), value, torch.empty_like(value), add=slope).div_(diagonal[..., None]).add_(value)
+    m = h.triu(1) / diagonal[..., None, :]
+    eye = torch.eye(k, dtype=h.dtype, device=h.device)
+    spread = eye - torch.linalg.solve_triangular(m + eye, m, upper=True, unitriangular=True).triu(1)
+    target = empty_columns(k, value.shape[-1], value.dtype, value.device, value.shape[:-2])
+    return product(spread.mT, best, target), spread.contiguous()
