@@ -319,7 +319,10 @@ class JobConfig:
             raise UsageError("--push-drop: removes the shards that a GGUF file is made from; leave out --push-drop")
 
     def with_quality(self, quality: QualityName) -> JobConfig:
-        """The job with the method, order and scales that a quality stands for (``bigq.presets``). Raises UsageError for an unknown one."""
+        """The job with the method, order, scales and sweeps that a quality stands for (``bigq.presets``).
+
+        Raises UsageError for an unknown one.
+        """
         if quality not in PRESETS:
             raise UsageError(f"quality: must be one of {', '.join(PRESETS)}, not {shown(quality)}")
         preset = PRESETS[quality]

@@ -18,11 +18,12 @@ class Preset:
     method: MethodName
     order: OrderName
     scales: ScalesName
+    sweeps: int
 
     @property
     def of_scheme(self) -> Mapping[str, Any]:
         """The fields of QuantScheme."""
-        return {"order": self.order, "scales": self.scales}
+        return {"order": self.order, "scales": self.scales, "sweeps": self.sweeps}
 
     @property
     def of_job(self) -> Mapping[str, Any]:
@@ -30,15 +31,15 @@ class Preset:
         return {"method": self.method}
 
     @property
-    def values(self) -> tuple[str, str, str]:
-        return self.method, self.order, self.scales
+    def values(self) -> tuple[str, str, str, int]:
+        return self.method, self.order, self.scales, self.sweeps
 
 
 #: docs/quality.md says what each costs and gives. "balanced" has the defaults of the classes.
 PRESETS: Mapping[QualityName, Preset] = {
-    "fast": Preset(method="gptq", order="activation", scales="minmax"),
-    "balanced": Preset(method="gptq", order="group", scales="search"),
-    "best": Preset(method="gptaq", order="group", scales="search"),
+    "fast": Preset(method="gptq", order="activation", scales="minmax", sweeps=0),
+    "balanced": Preset(method="gptq", order="group", scales="search", sweeps=1),
+    "best": Preset(method="gptaq", order="group", scales="search", sweeps=4),
 }
 
 
@@ -48,8 +49,8 @@ class Presetting:
 
     quality: QualityName = option(
         "balanced",
-        help="what --method, --order and --scales are where they are not given: "
-        + "; ".join(f"{name}: {', '.join(preset.values)}" for name, preset in PRESETS.items()),
+        help="what --method, --order, --scales and --sweeps are where they are not given: "
+        + "; ".join(f"{name}: {', '.join(map(str, preset.values))}" for name, preset in PRESETS.items()),
         group=WEIGHTS,
         resume=Resume.REFUSED,
     )
@@ -57,4 +58,4 @@ class Presetting:
 
 def quality_of(method: MethodName, scheme: QuantScheme) -> QualityName | None:
     """The quality that stands for these options, or None."""
-    return next((name for name, each in PRESETS.items() if each.values == (method, scheme.order, scheme.scales)), None)
+    return next((name for name, each in PRESETS.items() if each.values == (method, scheme.order, scheme.scales, scheme.sweeps)), None)

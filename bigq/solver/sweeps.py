@@ -28,7 +28,7 @@ from torch import Tensor
 from bigq.kernels.gptq_block import gptq_block_
 from bigq.kernels.grid import GridSpec, GroupGrid, round_scale
 from bigq.kernels.pick import empty_columns
-from bigq.kernels.precision import product
+from bigq.kernels.precision import fp32_products, product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +85,11 @@ def _corner(r: Tensor, a: int, b: int) -> Tensor:
 def _gradient(r: Tensor, h: Tensor, error: Tensor, a: int, b: int) -> Tensor:
     """``H·E`` for columns [a, b), [..., k, m]. h: H of these columns."""
     gradient = product(h, error[..., a:b, :], torch.empty_like(error[..., a:b, :]))
-    if a:
-        product(r[..., a:b, :a], error[..., :a, :], gradient, add=gradient)
-    if b < error.shape[-2]:
-        product(r[..., b:, a:b].mT, error[..., b:, :], gradient, add=gradient)
+    with fp32_products(error, tf32=True):  # as the error feedback of the column loop
+        if a:
+            product(r[..., a:b, :a], error[..., :a, :], gradient, add=gradient)
+        if b < error.shape[-2]:
+            product(r[..., b:, a:b].mT, error[..., b:, :], gradient, add=gradient)
     return gradient
 
 

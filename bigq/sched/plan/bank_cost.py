@@ -5,7 +5,7 @@ The terms follow ``solve.bank`` and ``units.experts``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 from bigq.kernels.syrk import CHUNK_TOKENS
@@ -38,7 +38,8 @@ class BankTerms:
     bank's inputs on the computing device, if they are there; the sums of its outputs take as many. reach: bytes of a forward up to the
     bank. beside: whether groups are written in the background. at_once: experts that are solved side by side. widened: whether inputs
     become fp32 for the Hessian, as those in bf16 on a CPU do. factor, solve, pack: bytes in addition to the Hessian, of Linears that
-    share an input, solve for so many experts; packed: of one packed Linear; moved: read and written to solve it.
+    share an input, solve for so many experts; packed: of one packed Linear; moved: read and written to solve it. swept: operations of
+    sweeps.
     """
 
     schemes: Container[str]
@@ -54,6 +55,7 @@ class BankTerms:
     pack: Callable[[GroupShape, list[LinearShape]], int]
     packed: Callable[[LinearShape], int]
     moved: Callable[[LinearShape], float]
+    swept: Callable[[Sequence[LinearShape]], float]
 
 
 def numbers_at_once(shape: ModelShape | None, given: int | None, *, on_gpu: bool) -> list[int | None]:
@@ -116,7 +118,7 @@ def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]
             (
                 "solve",
                 waiting + terms.solve(group, linears, at_once),
-                {"solve": bank.experts * rows * square},
+                {"solve": bank.experts * (rows * square + terms.swept(linears))},
                 bank.experts * sum(map(terms.moved, linears)),
             ),
             ("pack", held + terms.pack(group, linears), {}, 6.0 * bank.experts * rows * group.n),

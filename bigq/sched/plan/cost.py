@@ -6,7 +6,7 @@ The terms follow the code that they predict: ``solve.block`` (levels), ``solver.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bigq.io.prefetch.to_device import least_budget
@@ -30,6 +30,12 @@ HEAD_CHUNK = 2**26
 
 #: Bytes of an fp32 number.
 FP32 = 4
+
+#: Bytes that a sweep moves for each weight on a GPU: some 25 reads and writes of fp32 blocks, besides products.
+MOVED_BY_SWEEP = 100.0
+
+#: Buffers of the size of a block of columns in a sweep over them (``solver.sweeps``).
+SWEEPING = 9
 
 #: Buffers of the size of a chunk of rows while the chunk is corrected, the chunk included (``solver.upstream_error``).
 CORRECTING = 4
@@ -242,7 +248,9 @@ class BlockCost:
                 accumulated = {"hessian": self._tokens * square * (3 if self._paired else 1)}
                 result.append(("hessian", held + sums, accumulated, 0))
                 result.append(("factor", held + sums + self._factor(group, linears), {"single": group.n * square / 3}, 0))
-                solved = {"solve": 3 * rows * square, "single": 2 * rows * square} if self._paired else {"solve": rows * square}
+                solved = {"solve": (3 if self._paired else 1) * rows * square + self._swept(linears)}
+                if self._paired:
+                    solved["single"] = 2 * rows * square
                 moved = sum(self._moved_solving(linear) for linear in linears)
                 result.append(("solve", held + sums + self._solve(group, linears), solved, moved))
                 originals += self._paired * self._shape.itemsize * rows * group.n
@@ -279,6 +287,7 @@ class BlockCost:
             solve=self._solve,
             pack=self._pack,
             moved=self._moved_solving,
+            swept=self._swept,
             packed=lambda linear: packed_bytes(linear, self._schemes[linear.name]),
         )
         return bank_phases(bank, held, terms)
@@ -340,7 +349,8 @@ class BlockCost:
             buffers = 1 + (scheme.order != "natural") + 3 * (static and scheme.scales == "search")
             copies = max(buffers, CORRECTING) if self._paired else buffers
             converted = FP32 * min(piece(on_gpu=self._choice.on_gpu), n * max(rows)) * copies
-            loop = n * m + FP32 * ((panel + BLOCK + 3 * SUB_BLOCK * (not self._choice.on_gpu)) * m + 3 * BLOCK * n)
+            columns = max(panel + BLOCK + 3 * SUB_BLOCK * (not self._choice.on_gpu), SWEEPING * BLOCK * (scheme.sweeps > 0))
+            loop = n * m + FP32 * (columns * m + 3 * BLOCK * n)
             held = FP32 * m * (n + 2 * (n // scheme.group_width(n)))
             loop += FP32 * n * m * (static and scheme.scales == "search")
             trials = self._trials(at_once * scheme.group_width(n) * m) if scheme.scales == "search" and not static else 0
@@ -354,6 +364,10 @@ class BlockCost:
         """
         return (2 * FP32 + 1) * max(TRIAL_ELEMENTS, weights) if self._choice.on_gpu else 0
 
+    def _swept(self, linears: Sequence[LinearShape]) -> float:
+        """Operations of the sweeps over Linears: each takes a product of H and the errors."""
+        return sum(2.0 * self._schemes[linear.name].sweeps * linear.m * linear.n**2 for linear in linears)
+
     def _moved_solving(self, linear: LinearShape) -> float:
         """Bytes of device memory read and written while a Linear is solved, outside of products."""
         scheme, weights = self._schemes[linear.name], float(linear.m * linear.n)
@@ -361,7 +375,7 @@ class BlockCost:
         if scheme.scales == "search" and not has_static_grids(scheme, linear.n) and self._choice.on_gpu:
             # Copies of a group are read and written for each grid. Those on a CPU stay in its cache.
             moved += (len(scheme.grid.solved) + 2 * len(REFINED)) * 2 * (2 * FP32 + 1) * weights
-        return moved
+        return moved + scheme.sweeps * MOVED_BY_SWEEP * weights
 
     def _pack(self, group: GroupShape, linears: list[LinearShape]) -> int:
         """The codes of all Linears, and the new weight or words of one."""

@@ -272,7 +272,8 @@ def _solving(config: JobConfig, method: Method) -> tuple[str, ...]:
     scales = {"search": "searched scales", "minmax": "scales of ranges"}[scheme.scales]
     quality = quality_of(config.method, scheme)
     columns = [f"{scheme.order} order"] * method.calibrated
-    return (method.title, *columns, scales, *([f"--quality {quality}"] * (quality is not None)))
+    sweeps = [f"{scheme.sweeps} sweeps"] * (method.calibrated and scheme.sweeps > 0)
+    return (method.title, *columns, scales, *sweeps, *([f"--quality {quality}"] * (quality is not None)))
 
 
 def phase_seconds(phase: Phase, ceilings: Ceilings) -> float:

@@ -101,6 +101,7 @@ def terms(tokens: int) -> bank_cost.BankTerms:
         pack=lambda *_: 0,
         packed=lambda _: 0,
         moved=lambda _: 0,
+        swept=lambda _: 0,
     )
 
 
