@@ -38,7 +38,7 @@ from bigq.model.names import require_parameters
 from bigq.model.packed import packed_sources
 from bigq.model.plain import PlainModules, plain_modules
 from bigq.model.quantization import coded_warnings, open_source, packed_schemes, refuse_quantized_tensors
-from bigq.model.rotation.checkpoint import rotated, untie, with_own_head
+from bigq.model.rotation.checkpoint import described_rotation, untie
 from bigq.model.tied import tie_warnings
 from bigq.progress.trace import Trace
 
@@ -89,10 +89,8 @@ class Pager(ModelDescription):
 
     def _rotate(self) -> None:
         """Let the checkpoint be that of the rotated model. Raises UnsupportedModelError where a proof fails."""
-        checkpoint = self.checkpoint
-        tensors = with_own_head(self, checkpoint.tensors, skeleton.map_names(self.model, checkpoint))
-        tensors = rotated(self, tensors, skeleton.map_names(self.model, tensors))
-        self.checkpoint = Checkpoint(checkpoint.folder, tensors, checkpoint.fingerprint)
+        stored = self.checkpoint
+        self.checkpoint = Checkpoint(stored.folder, described_rotation(self, stored.tensors), stored.fingerprint)
 
     @functools.cached_property
     def _placement(self) -> skeleton.Placement:

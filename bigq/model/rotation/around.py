@@ -86,7 +86,9 @@ class _Experiments:
         run = self._logits(form)
         around = find_roles(self._rest, run, hidden, (), ends=True)
         if tuple(around.readers) != (self._of.head_name,):
-            raise UnsupportedModelError(f"--rotate: {self._of.head_name}, the output head, is behind no norm of the residual stream; {ADVICE}")
+            raise UnsupportedModelError(
+                f"--rotate: {self._of.head_name}, the output head, is behind no norm of the residual stream; {ADVICE}"
+            )
         worst = max(worst, prove(self._rest, run, hidden, around, stream_out=False))
         return ModelRoles(self._width, tuple(roles), around, worst)
 
@@ -129,7 +131,9 @@ class _Experiments:
 
             self._rest.run(record)
         for i, (one, other) in enumerate(zip(*found, strict=True)):
-            if one.row_values or any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True)):
+            if one.row_values or any(
+                a.shape != b.shape or not torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True)
+            ):
                 raise UnsupportedModelError(
                     f"--rotate: {self._of.blocks_path}.{i} takes more from the embedding, or from other blocks, than the residual stream; "
                     f"{ADVICE}"
@@ -179,5 +183,3 @@ def _head_sizes(config: Any) -> tuple[int, ...]:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() <= CLOSE * b.norm())
-
-

@@ -15,7 +15,7 @@ from bigq.model.rotation.find import ADVICE
 from bigq.model.rotation.matrices import Rotation
 from bigq.model.rotation.roles import STREAM_SEED, Roles, turns_of
 from bigq.model.rotation.weights import Neutral, Side, Turned, TurnedVector
-from bigq.model.skeleton import is_transposed
+from bigq.model.skeleton import is_transposed, map_names
 
 #: The setting of config.json that makes readers use the embedding as the output head.
 TIE = "tie_word_embeddings"
@@ -28,27 +28,20 @@ def untie(config: Any) -> None:
             setattr(part, TIE, False)
 
 
-def with_own_head(described: ModelDescription, tensors: Mapping[str, TensorInfo], placed: Mapping[str, str]) -> dict[str, TensorInfo]:
-    """The tensors with one for the head, which has the embedding's bytes if the checkpoint has none for it.
+def described_rotation(described: ModelDescription, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+    """The tensors of the rotated model, without reading any. described: untied; its buffers have values.
 
-    placed: tensor → parameter. An untied skeleton is assumed.
+    Where the checkpoint has no head of its own, the head is made of the embedding. Raises UnsupportedModelError, naming what fails.
     """
-    head = f"{described.head_name}.weight"
-    if not tensors or head in placed.values():
-        return dict(tensors)
-    embedding = next(name for name, target in placed.items() if target == embedding_name(described))
-    return {**tensors, head: dataclasses.replace(tensors[embedding], name=head)}
-
-
-def embedding_name(described: ModelDescription) -> str:
-    """The parameter of the input embedding."""
-    return next(f"{name}.weight" for name, module in described.model.named_modules() if module is described.embedding)
-
-
-def rotated(described: ModelDescription, tensors: Mapping[str, TensorInfo], placed: Mapping[str, str]) -> dict[str, TensorInfo]:
-    """The tensors of the rotated model. placed: tensor → parameter; it holds the head. Raises UnsupportedModelError."""
     roles = model_roles(described)
+    if not tensors:
+        return tensors
+    placed = map_names(described.model, tensors)
+    head, embedding = f"{described.head_name}.weight", embedding_name(described)
     at = {target: name for name, target in placed.items()}
+    if head not in at and embedding in at:
+        at[head] = head
+        tensors = {**tensors, head: dataclasses.replace(tensors[at[embedding]], name=head)}
 
     def stored(parameter: str) -> TensorInfo:
         if parameter not in at:
@@ -56,6 +49,11 @@ def rotated(described: ModelDescription, tensors: Mapping[str, TensorInfo], plac
         return tensors[at[parameter]]
 
     return {**tensors, **{info.name: info for info in _changed(described, roles, stored)}}
+
+
+def embedding_name(described: ModelDescription) -> str:
+    """The parameter of the input embedding."""
+    return next(f"{name}.weight" for name, module in described.model.named_modules() if module is described.embedding)
 
 
 def _changed(described: ModelDescription, roles: ModelRoles, stored: Callable[[str], TensorInfo]) -> Iterator[TensorInfo]:
@@ -67,7 +65,9 @@ def _changed(described: ModelDescription, roles: ModelRoles, stored: Callable[[s
         yield from _of_place(described, prefix, part, roles.width, stored)
 
 
-def _of_place(described: ModelDescription, prefix: str, roles: Roles, width: int, stored: Callable[[str], TensorInfo]) -> Iterator[TensorInfo]:
+def _of_place(
+    described: ModelDescription, prefix: str, roles: Roles, width: int, stored: Callable[[str], TensorInfo]
+) -> Iterator[TensorInfo]:
     norms = {}
     for name, offset in roles.norms.items():
         ((leaf, _),) = described.model.get_submodule(prefix + name).named_parameters()

@@ -102,8 +102,8 @@ def _stream_norms(bare: Bare, call: Call, hidden: Tensor, base: Seen, output: Te
     readers = [name for name in bare.linears if name in seen.inputs and not torch.equal(seen.inputs[name], base.inputs[name])]
     if readers:
         raise UnsupportedModelError(
-            f"--rotate: {bare.name}.{readers[0]} reads the residual stream behind no norm that has one weight per feature and nothing else; "
-            f"{ADVICE}"
+            f"--rotate: {bare.name}.{readers[0]} reads the residual stream behind no norm with a weight for each feature and nothing else "
+            f"(a LayerNorm has a bias); {ADVICE}"
         )
     if output is not None and not factor_of(changed - output, noise):
         raise UnsupportedModelError(f"--rotate: {bare.name} does more to the residual stream than to add to it; {ADVICE}")
@@ -154,7 +154,7 @@ def _writers(bare: Bare, call: Call, hidden: Tensor, base: Seen, output: Tensor)
         if name not in base.outputs or base.outputs[name].shape[-1] != bare.width or base.calls[name] > 1:
             continue
         noise = _noise(name, base.outputs[name])
-        changed = bare.run(lambda noise=noise, name=name: call(hidden), _held(base, bare.norms, {name: noise}, Seen()))
+        changed = bare.run(lambda: call(hidden), _held(base, bare.norms, {name: noise}, Seen()))
         if changed.numel() != noise.numel() or not factor_of(changed - output, noise.reshape(changed.shape)):
             continue
         if name in bare.norms:
@@ -204,5 +204,3 @@ def _candidates(bare: Bare, readers: Mapping[str, str], writer: str, inputs: int
             if rest > 0 and rest % (2 * size) == 0:
                 values = rest // 2 // size
                 yield HeadPair(name, writer, size, values, inputs // size, outputs - values * size)
-
-

@@ -56,7 +56,8 @@ class Rotation:
         for name, n in factors(self.size):
             f = _factor(name, n).to(device=x.device, dtype=x.dtype)
             right //= n
-            y = torch.matmul(f if transposed else f.T, y.reshape(left, n, right)) if right > 1 else y.reshape(left, n) @ (f.T if transposed else f)
+            f = f.T if transposed else f
+            y = torch.matmul(f.T, y.reshape(left, n, right)) if right > 1 else y.reshape(left, n) @ f
             left *= n
         return y.reshape(x.shape)
 
@@ -134,5 +135,3 @@ def _bordered(q: int, corner: float) -> Tensor:
     matrix[0, 1:], matrix[1:, 0] = 1.0, corner
     matrix[1:, 1:] = character[(rows[:, None] - rows[None, :]) % q]
     return matrix
-
-

@@ -7,6 +7,7 @@ fp32 on the device of the parts, and rounded to the weight's dtype once.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from bigq.errors import NumericsError
 from bigq.model.rotation.matrices import Rotation
 
 #: Numbers of a weight that are in fp32 at a time.
-PIECE = 2**24
+PIECE = 2**22
 #: The largest error of a product with a rotated weight, relative to its norm: many times that of fp32, far below that of a wrong weight.
 TOLERANCE = 1e-4
 
@@ -51,68 +52,74 @@ class Side:
 class Turned:
     """A matrix [m, n] made of the stored one and, if it reads behind a norm, of that norm's weight [n].
 
-    name: of the matrix, for errors. inputs, outputs: how its dimensions are turned. offset: is added to the norm's weight, as norms of gemma
-    add 1. transposed: whether it is stored as [n, m].
+    name: of the matrix, for errors. inputs, outputs: how its dimensions are turned. offset: what the norm adds to its weight (gemma's:
+    1).
     """
 
     name: str
     inputs: Side | None = None
     outputs: Side | None = None
     offset: float = 0.0
-    transposed: bool = False
 
     @property
     def by_rows(self) -> bool:
         """Whether each row is made of the same row of the stored matrix."""
-        return self.outputs is None and not self.transposed
+        return self.outputs is None
 
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Raises NumericsError where a product with it differs from the one that it must give."""
-        stored, *norm = parts
-        weight = stored.T if self.transposed else stored
+        weight, *norm = parts
         scale = norm[0].float() + self.offset if norm else None
         turned = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         x = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
         z = x if self.inputs is None else self.inputs.back(x)
         z = z if scale is None else z * scale
         expected, found = torch.zeros(2, weight.shape[0], device=weight.device)
-        for rows, columns in self._pieces(weight):
+        for rows, columns, piece_of in self._pieces(*weight.shape):
             piece = weight[rows, columns].float()
             expected[rows] += piece @ z[columns]
-            piece = self._turned(piece, None if scale is None else scale[columns])
+            piece = piece_of._turned(piece, None if scale is None else scale[columns])
             found[rows] += piece @ x[columns]
             turned[rows, columns] = piece
         expected = expected if self.outputs is None else self.outputs.turn(expected)
         error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
         if not error <= TOLERANCE:
             raise NumericsError(
-                f"{self.name}: its rotated weight gives other products than it must, by {error:.1e} of their norm; check the device, or leave "
-                "out --rotate"
+                f"{self.name}: its rotated weight gives other products than it must, by {error:.1e} of their norm; check the device, or "
+                "leave out --rotate"
             )
-        return turned.T.contiguous() if self.transposed else turned
+        return turned
 
     def _turned(self, weight: Tensor, scale: Tensor | None) -> Tensor:
         weight = weight if scale is None else weight * scale
-        if self.inputs is not None:
-            inputs = self.inputs
-            if inputs.heads and weight.shape[1] < inputs.heads * inputs.rotation.size:
-                inputs = Side(inputs.rotation, 0, weight.shape[1] // inputs.rotation.size)
-            weight = inputs.turn(weight, 1)
+        weight = weight if self.inputs is None else self.inputs.turn(weight, 1)
         return weight if self.outputs is None else self.outputs.turn(weight, 0)
 
-    def _pieces(self, weight: Tensor) -> Iterator[tuple[slice, slice]]:
-        """Parts of a matrix [m, n] that are turned apart: rows, columns (of whole heads), or all of it."""
-        m, n = weight.shape
+    def _pieces(self, m: int, n: int) -> Iterator[tuple[slice, slice, Turned]]:
+        """Parts of a matrix [m, n] that are turned apart, and how each is: rows, or columns where all rows are turned at once."""
         every = slice(None)
-        if self.outputs is None:
-            step = max(1, PIECE // n)
-            yield from ((slice(lo, lo + step), every) for lo in range(0, m, step))
-        elif not self.outputs.heads and (self.inputs is None or self.inputs.heads * self.inputs.rotation.size == n):
-            unit = 1 if self.inputs is None else self.inputs.rotation.size
-            step = unit * max(1, PIECE // (m * unit))
-            yield from ((every, slice(lo, lo + step)) for lo in range(0, n, step))
+        if self.outputs is None or self.outputs.heads:
+            for lo, hi, side in _parts(self.outputs, m, n):
+                yield slice(lo, hi), every, dataclasses.replace(self, outputs=side)
+        elif self.inputs is None or self.inputs.heads:
+            for lo, hi, side in _parts(self.inputs, n, m):
+                yield every, slice(lo, hi), dataclasses.replace(self, inputs=side)
         else:
-            yield every, every
+            yield every, every, self
+
+
+def _parts(side: Side | None, length: int, across: int) -> Iterator[tuple[int, int, Side | None]]:
+    """Ranges of a dimension of so many rows, each of so many numbers, and how each is turned. side: turns heads, or nothing."""
+    step = max(1, PIECE // across)
+    first, last = (length, length) if side is None else (side.first, side.first + side.heads * side.rotation.size)
+    for begin, end in ((0, first), (last, length)):
+        yield from ((lo, min(lo + step, end), None) for lo in range(begin, end, step))
+    if side is not None:
+        size = side.rotation.size
+        step = size * max(1, step // size)
+        for lo in range(first, last, step):
+            hi = min(lo + step, last)
+            yield lo, hi, Side(side.rotation, 0, (hi - lo) // size)
 
 
 @dataclass(frozen=True, slots=True)
