@@ -107,7 +107,9 @@ def sizes_of_heads(roles: Roles) -> Roles:
 
 
 @pytest.mark.parametrize(
-    "wrong", [without_norm, without_writer, without_reader, swapped_norms, fewer_heads, other_heads, sizes_of_heads], ids=lambda f: f.__name__
+    "wrong",
+    [without_norm, without_writer, without_reader, swapped_norms, fewer_heads, other_heads, sizes_of_heads],
+    ids=lambda f: f.__name__,
 )
 def test_a_wrong_fold_does_not_pass(
     wrong: Callable[[Roles], Roles], roles: Callable[[str], ModelRoles], monkeypatch: pytest.MonkeyPatch
