@@ -84,6 +84,7 @@ def unquantized(source: Path, out: Path) -> Path:
         ("qwen2", {}),
         ("qwen3", {}),
         ("phi3", {}),
+        ("mixtral", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(value) or "-",
 )
@@ -110,15 +111,15 @@ def test_streaming_computes_with_the_rotated_weights(checkpoint: Callable[[str],
     assert torch.allclose(streamed_logits(rotated, IDS, 2), logits_of(reference_model(rotated), IDS, 2), atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["gptq", "gptaq", "rtn"])
+@pytest.mark.parametrize(("family", "method"), [("llama", "gptq"), ("llama", "gptaq"), ("phi3", "rtn"), ("mixtral", "gptq")])
 def test_packed_weights_are_those_of_the_rotated_model(
-    method: str, checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path
+    family: str, method: str, checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path
 ) -> None:
     """A job on the rotated checkpoint writes the same bytes: calibration, both streams and packing see the rotated model only.
 
     Its Linears that stay unquantized are in the output as the rotated model has them.
     """
-    source, skipped = checkpoint("llama"), (Rule(r".*\.o_proj", None),)
+    source, skipped = checkpoint(family), (Rule(r".*\.o_proj", None),)
     rotated = unquantized(source, tmp_path / "rotated")
     bigq.quantize(str(source), tmp_path / "one", job(ids_file, method=method, rules=skipped))
     bigq.quantize(str(rotated), tmp_path / "other", job(ids_file, method=method, rules=skipped, rotate=False))

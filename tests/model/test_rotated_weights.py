@@ -14,7 +14,7 @@ from bigq.io.index import Checkpoint
 from bigq.io.reader import iter_chunks, read_rows, read_tensor
 from bigq.io.writer import OutputTensor, write_shard
 from bigq.model.rotation import weights
-from bigq.model.rotation.checkpoint import made
+from bigq.model.rotation.checkpoint import _made
 from bigq.model.rotation.matrices import Rotation
 from bigq.model.rotation.weights import Neutral, Side, Turned, TurnedVector
 
@@ -98,7 +98,7 @@ def stored(tmp_path: Path) -> Checkpoint:
 
 def test_read_by_rows(stored: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """An embedding is read by rows and copied in pieces; only those rows of the stored tensor are read."""
-    info = made(stored["w"], Turned(name="w", inputs=STREAM_IN), stored["w"], stored["n"])
+    info = _made(stored["w"], Turned(name="w", inputs=STREAM_IN), stored["n"])
     whole = read_tensor(info)
     rows = torch.tensor([0, 1, 5, 47])
     assert torch.allclose(read_rows(info, rows), whole[rows], atol=1e-6)
@@ -118,8 +118,8 @@ def test_decoded_parts_of_decoded_tensors(stored: Checkpoint) -> None:
         def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
             return (2 * parts[0]).to(dtype)
 
-    inner = made(stored["w"], Doubled(), stored["w"])  # type: ignore[arg-type]
-    info = made(inner, Turned(name="w", inputs=STREAM_IN), inner, stored["n"])
-    plain = made(stored["w"], Turned(name="w", inputs=STREAM_IN), stored["w"], stored["n"])
+    inner = _made(stored["w"], Doubled())  # type: ignore[arg-type]
+    info = _made(inner, Turned(name="w", inputs=STREAM_IN), stored["n"])
+    plain = _made(stored["w"], Turned(name="w", inputs=STREAM_IN), stored["n"])
     assert [part.name for part in info.stored] == ["w", "n"]
     assert torch.allclose(read_tensor(info), 2 * read_tensor(plain), atol=1e-5)

@@ -13,9 +13,10 @@ import torch
 from bigq.errors import UnsupportedModelError
 from bigq.model import skeleton
 from bigq.model.description import ModelDescription
-from bigq.model.rotation import around
+from bigq.model.rotation import around, banks
 from bigq.model.rotation.around import ModelRoles, model_roles
 from bigq.model.rotation.checkpoint import untie
+from bigq.model.rotation.matrices import Rotation
 from bigq.model.rotation.roles import HeadPair, Roles
 
 NORMS = {"input_layernorm": 0.0, "post_attention_layernorm": 0.0}
@@ -60,6 +61,14 @@ def test_other_families(family: str, roles: Callable[[str], ModelRoles]) -> None
     assert found.difference < 1e-5 and all(len(block.heads) == 1 for block in found.blocks)
 
 
+def test_experts(roles: Callable[[str], ModelRoles]) -> None:
+    """A bank counts as one Linear; its router reads behind the same norm."""
+    block = roles("mixtral").blocks[0]
+    norm = "post_attention_layernorm"
+    assert dict(block.tables) == {"mlp.gate": norm} and block.readers["mlp.experts"] == norm and "mlp.experts" in block.writers
+    assert {name: role.norm for name, role in block.banks.items()} == {"mlp.experts.gate_up_proj": norm, "mlp.experts.down_proj": None}
+
+
 @pytest.mark.parametrize(
     ("family", "says"),
     [
@@ -67,7 +76,6 @@ def test_other_families(family: str, roles: Callable[[str], ModelRoles]) -> None
         ("opt", "numbers a token, and the embedding has 32|what enters the first block"),
         ("gpt_neox", r"gpt_neox\.layers\.0\.attention\.query_key_value reads the residual stream behind no norm"),
         ("gemma2", r"model\.layers\.0\.post_attention_layernorm weighs features of what is added"),
-        ("mixtral", r"experts"),
     ],
 )
 def test_refused_by_name(family: str, says: str, roles: Callable[[str], ModelRoles]) -> None:
@@ -102,6 +110,10 @@ def other_heads(roles: Roles) -> Roles:
     return dataclasses.replace(roles, heads=(dataclasses.replace(roles.heads[0], value="self_attn.k_proj"),))
 
 
+def unread_router(roles: Roles) -> Roles:
+    return dataclasses.replace(roles, tables={})
+
+
 def sizes_of_heads(roles: Roles) -> Roles:
     return dataclasses.replace(roles, heads=(dataclasses.replace(roles.heads[0], size=32, values=1, reads=2),))
 
@@ -123,6 +135,21 @@ def test_a_wrong_fold_does_not_pass(
     monkeypatch.setattr(around, "find_roles", planted)
     with pytest.raises(UnsupportedModelError, match=r"^--rotate: model\.layers\.0.* does not compute the same once the model is rotated"):
         roles("llama")
+
+
+def test_a_router_that_is_not_folded_does_not_pass(roles: Callable[[str], ModelRoles], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = around.find_roles
+    monkeypatch.setattr(around, "find_roles", lambda *args, **kwargs: unread_router(found(*args, **kwargs)))
+    with pytest.raises(UnsupportedModelError, match=r"mlp\.experts choice does not compute the same once the model is rotated"):
+        roles("mixtral")
+
+
+def test_an_expert_with_other_roles_does_not_pass(roles: Callable[[str], ModelRoles], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the matrices that read the stream are left as they are."""
+    turn = Rotation.turn
+    monkeypatch.setattr(banks.Rotation, "turn", lambda self, x, dim=-1: x if dim == -1 and x.shape == (16, 64) else turn(self, x, dim))
+    with pytest.raises(UnsupportedModelError, match=r"an expert of model\.layers\.0\.mlp\.experts does not compute the same"):
+        roles("mixtral")
 
 
 def test_a_head_that_is_not_folded_does_not_pass(roles: Callable[[str], ModelRoles], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from bigq.errors import UnsupportedModelError
 from bigq.model.architecture import is_composite, max_positions, text_config
 from bigq.model.description import ModelDescription, replace_forward
-from bigq.model.experts.bank import bank_modules
 from bigq.model.forward.block_call import BlockCall, OutputForm
 from bigq.model.forward.capture import StopForward, first_input, forward_errors, record_calls, replace_forwards
-from bigq.model.rotation.find import ADVICE, CLOSE, Call, factor_of, find_roles
+from bigq.model.rotation.banks import ADVICE
+from bigq.model.rotation.find import CLOSE, Call, factor_of, find_roles
 from bigq.model.rotation.matrices import Rotation
 from bigq.model.rotation.proof import prove
 from bigq.model.rotation.roles import STREAM_SEED, Roles
@@ -43,8 +43,6 @@ def model_roles(described: ModelDescription) -> ModelRoles:
         raise UnsupportedModelError(f"--rotate: {type(model).__name__} takes images or audio too, which write to its stream; {ADVICE}")
     if not isinstance(described.head, nn.Linear):
         raise UnsupportedModelError(f"--rotate: the output head is a {type(described.head).__name__}, no Linear; {ADVICE}")
-    if (bank := next(iter(bank_modules(model)), None)) is not None:
-        raise UnsupportedModelError(f"--rotate: {bank} is a bank of experts, which is not supported yet; {ADVICE}")
     with torch.no_grad(), torch.random.fork_rng(devices=[]), forward_errors():
         return _Experiments(described).run()
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from bigq.errors import UnsupportedModelError
-from bigq.io.index import TensorInfo
+from bigq.io.index import Decoder, TensorInfo
 from bigq.model.architecture import text_config
 from bigq.model.description import ModelDescription
 from bigq.model.rotation.around import ModelRoles, model_roles
-from bigq.model.rotation.find import ADVICE
+from bigq.model.rotation.banks import ADVICE
 from bigq.model.rotation.matrices import Rotation
-from bigq.model.rotation.roles import STREAM_SEED, Roles, turns_of
+from bigq.model.rotation.roles import STREAM_SEED, Roles, Turn, turns_of
 from bigq.model.rotation.weights import Neutral, Side, Turned, TurnedVector
-from bigq.model.skeleton import is_transposed, map_names
+from bigq.model.skeleton import is_transposed, place
 
 #: The setting of config.json that makes readers use the embedding as the output head.
 TIE = "tie_word_embeddings"
@@ -36,19 +37,18 @@ def described_rotation(described: ModelDescription, tensors: Mapping[str, Tensor
     roles = model_roles(described)
     if not tensors:
         return tensors
-    placed = map_names(described.model, tensors)
+    placement = place(described.model, tensors)
     head, embedding = f"{described.head_name}.weight", embedding_name(described)
-    at = {target: name for name, target in placed.items()}
+    at: dict[str, list[str]] = {}
+    for name, target in placement.whole.items():
+        at[target] = [name]
+    for name, merge in placement.merged.items():
+        at.setdefault(merge.target, []).append(name)
     if head not in at and embedding in at:
-        at[head] = head
-        tensors = {**tensors, head: dataclasses.replace(tensors[at[embedding]], name=head)}
-
-    def stored(parameter: str) -> TensorInfo:
-        if parameter not in at:
-            raise UnsupportedModelError(f"--rotate: {parameter} is not stored as one tensor; {ADVICE}")
-        return tensors[at[parameter]]
-
-    return {**tensors, **{info.name: info for info in _changed(described, roles, stored)}}
+        at[head] = [head]
+        tensors = {**tensors, head: dataclasses.replace(tensors[at[embedding][0]], name=head)}
+    changed = _Changed(described, roles, {target: [tensors[name] for name in names] for target, names in at.items()})
+    return {**tensors, **{info.name: info for info in changed.all()}}
 
 
 def embedding_name(described: ModelDescription) -> str:
@@ -56,36 +56,68 @@ def embedding_name(described: ModelDescription) -> str:
     return next(f"{name}.weight" for name, module in described.model.named_modules() if module is described.embedding)
 
 
-def _changed(described: ModelDescription, roles: ModelRoles, stored: Callable[[str], TensorInfo]) -> Iterator[TensorInfo]:
-    stream = Side(Rotation(roles.width, STREAM_SEED))
-    info = stored(embedding_name(described))
-    yield made(info, Turned(name=info.name, inputs=stream), info)
-    places = [(f"{described.blocks_path}.{i}.", block) for i, block in enumerate(roles.blocks)]
-    for prefix, part in (*places, ("", roles.around)):
-        yield from _of_place(described, prefix, part, roles.width, stored)
+@dataclass(frozen=True, slots=True)
+class _Changed:
+    """The tensors that a rotation changes. at: the stored ones of every parameter."""
+
+    described: ModelDescription
+    roles: ModelRoles
+    at: Mapping[str, Sequence[TensorInfo]]
+
+    def all(self) -> Iterator[TensorInfo]:
+        info = self._one(embedding_name(self.described))
+        yield _made(info, Turned(name=info.name, inputs=self._stream))
+        for i, block in enumerate(self.roles.blocks):
+            yield from self._of_place(f"{self.described.blocks_path}.{i}.", block)
+        yield from self._of_place("", self.roles.around)
+
+    @property
+    def _stream(self) -> Side:
+        return Side(Rotation(self.roles.width, STREAM_SEED))
+
+    def _one(self, parameter: str) -> TensorInfo:
+        """The tensor that is a parameter. Raises UnsupportedModelError where there are several."""
+        if len(found := self.at.get(parameter, ())) != 1:
+            raise UnsupportedModelError(f"--rotate: {parameter} is not stored as one tensor; {ADVICE}")
+        return found[0]
+
+    def _of_place(self, prefix: str, roles: Roles) -> Iterator[TensorInfo]:
+        model, width = self.described.model, self.roles.width
+        norms = {}
+        for name, offset in roles.norms.items():
+            ((leaf, _),) = model.get_submodule(prefix + name).named_parameters()
+            norms[name] = self._one(f"{prefix}{name}.{leaf}")
+            yield _made(norms[name], Neutral(offset))
+
+        def turned(info: TensorInfo, turn: Turn) -> TensorInfo:
+            scale, offset = ((), 0.0) if turn.norm is None else ((norms[turn.norm],), roles.norms[turn.norm])
+            return _made(info, Turned(name=info.name, inputs=turn.inputs, outputs=turn.outputs, offset=offset), *scale)
+
+        for name, norm in roles.tables.items():
+            for leaf, param in model.get_submodule(prefix + name).named_parameters(recurse=False):
+                if param.ndim == 2 and param.shape[1] == width:
+                    yield turned(self._one(f"{prefix}{name}.{leaf}"), Turn(inputs=self._stream, norm=norm))
+        for name, turn in turns_of(roles, width).items():
+            module = model.get_submodule(prefix + name)
+            if any(parameter.startswith(f"{name}.") for parameter in roles.banks):
+                continue
+            if is_transposed(module):
+                raise UnsupportedModelError(f"--rotate: {prefix}{name} is stored transposed, which is not supported; {ADVICE}")
+            yield turned(self._one(f"{prefix}{name}.weight"), turn)
+            if turn.outputs is not None and getattr(module, "bias", None) is not None:
+                yield _made(self._one(f"{prefix}{name}.bias"), TurnedVector(turn.outputs))
+        for name, role in roles.banks.items():
+            for info in self.at[prefix + name]:
+                if role.norm is None and len(model.get_parameter(prefix + name).shape) == 2:
+                    yield _made(info, TurnedVector(self._stream))
+                elif len(info.shape) == 2:
+                    yield turned(info, Turn(outputs=self._stream) if role.norm is None else Turn(inputs=self._stream, norm=role.norm))
+                else:
+                    raise UnsupportedModelError(
+                        f"--rotate: {info.name} holds all experts in one tensor, which is not supported yet; {ADVICE}"
+                    )
 
 
-def _of_place(
-    described: ModelDescription, prefix: str, roles: Roles, width: int, stored: Callable[[str], TensorInfo]
-) -> Iterator[TensorInfo]:
-    norms = {}
-    for name, offset in roles.norms.items():
-        ((leaf, _),) = described.model.get_submodule(prefix + name).named_parameters()
-        norms[name] = stored(f"{prefix}{name}.{leaf}")
-        yield made(norms[name], Neutral(offset), norms[name])
-    for name, turn in turns_of(roles, width).items():
-        module, info = described.model.get_submodule(prefix + name), stored(f"{prefix}{name}.weight")
-        if is_transposed(module):
-            raise UnsupportedModelError(f"--rotate: {prefix}{name} is stored transposed, which is not supported; {ADVICE}")
-        scale = () if turn.norm is None else (norms[turn.norm],)
-        offset = 0.0 if turn.norm is None else roles.norms[turn.norm]
-        yield made(info, Turned(name=info.name, inputs=turn.inputs, outputs=turn.outputs, offset=offset), info, *scale)
-        if turn.outputs is not None and getattr(module, "bias", None) is not None:
-            bias = stored(f"{prefix}{name}.bias")
-            yield made(bias, TurnedVector(turn.outputs), bias)
-
-
-def made(info: TensorInfo, coding: Turned | TurnedVector | Neutral, *parts: TensorInfo) -> TensorInfo:
-    """A tensor in the place of ``info``."""
-    first = parts[0]
-    return dataclasses.replace(info, file=first.file, start=first.start, stop=first.stop, coding=coding, parts=parts)
+def _made(info: TensorInfo, coding: Decoder, *others: TensorInfo) -> TensorInfo:
+    """A tensor that is made of the stored one and others."""
+    return dataclasses.replace(info, coding=coding, parts=(info, *others))

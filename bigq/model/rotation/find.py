@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from bigq.errors import UnsupportedModelError
+from bigq.model.rotation.banks import ADVICE, bank_roles
 from bigq.model.rotation.matrices import Rotation
-from bigq.model.rotation.roles import HEAD_SEED, STREAM_SEED, HeadPair, Roles
+from bigq.model.rotation.roles import HEAD_SEED, STREAM_SEED, BankRole, HeadPair, Roles
 from bigq.model.rotation.standins import Bare, generator_of
 from bigq.model.rotation.weights import Side
 from bigq.model.skeleton import linear_weight
 
 #: Relative errors below this are rounding: everything runs in fp32.
 CLOSE = 1e-3
-#: How messages about models that cannot be rotated end.
-ADVICE = "leave out --rotate"
 
 Call = Callable[[Tensor], Tensor]
 
@@ -50,21 +49,30 @@ def find_roles(bare: Bare, call: Call, hidden: Tensor, sizes: Iterable[int], *, 
     output = bare.run(lambda: call(hidden), base.after)
     norms = _stream_norms(bare, call, hidden, base, None if ends else output)
     offsets = {name: _offset(bare, name, base.inputs[name]) for name in norms}
-    readers, tables = _readers(bare, base, norms)
+    readers = _readers(base, [*bare.linears, *bare.banks], norms)
+    tables = _readers(base, bare.tables, norms)
     writers = () if ends else _writers(bare, call, hidden, base, output)
-    heads = tuple(_heads(bare, call, hidden, base, {**readers}, writers, tuple(sizes)))
-    return Roles(norms=offsets, readers=readers, tables=tables, writers=writers, heads=heads)
+    heads = tuple(_heads(bare, call, hidden, base, readers, writers, tuple(sizes)))
+    banks: dict[str, BankRole] = {}
+    for name in bare.banks:
+        if name in readers and name in writers:
+            banks |= bank_roles(bare, name, readers[name], bare.calls[name])
+    return Roles(norms=offsets, readers=readers, tables=tables, writers=writers, heads=heads, banks=banks)
 
 
 def factor_of(change: Tensor, given: Tensor) -> float | None:
-    """c where a change is c times the given one; 0 where there is none; None where it is anything else."""
+    """The mean of c where every vector of a change is c times the given one; 0 where there is none; None where it is anything else.
+
+    Each token may have a c of its own, as that of a gate: rotations do not see it.
+    """
     if change.shape != given.shape:
         return None
-    c = float((change * given).sum() / given.square().sum())
+    c = (change * given).sum(-1, keepdim=True) / given.square().sum(-1, keepdim=True)
     rest = float((change - c * given).norm() / given.norm())
-    if rest > CLOSE * max(1.0, abs(c)):
+    mean = float(c.abs().mean())
+    if rest > CLOSE * max(1.0, mean):
         return None
-    return c if abs(c) > CLOSE else 0.0
+    return float(c.mean()) if mean > CLOSE else 0.0
 
 
 def _noise(name: str, like: Tensor) -> Tensor:
@@ -88,6 +96,13 @@ def _stream_norms(bare: Bare, call: Call, hidden: Tensor, base: Seen, output: Te
     the stream ends. Raises UnsupportedModelError where the stream itself is changed."""
     noise, seen = _noise("stream", hidden), Seen()
     changed = bare.run(lambda: call(hidden + noise), _held(base, bare.norms, {}, seen))
+    names = [*bare.linears, *bare.tables, *bare.banks]
+    readers = [name for name in names if name in seen.inputs and not torch.equal(seen.inputs[name], base.inputs[name])]
+    if readers:
+        raise UnsupportedModelError(
+            f"--rotate: {bare.name}.{readers[0]} reads the residual stream behind no norm with a weight for each feature and nothing else "
+            f"(a LayerNorm has a bias); {ADVICE}"
+        )
     found = []
     for name in bare.norms:
         if name not in seen.inputs:
@@ -99,12 +114,6 @@ def _stream_norms(bare: Bare, call: Call, hidden: Tensor, base: Seen, output: Te
             if base.calls[name] > 1:
                 raise UnsupportedModelError(f"--rotate: {bare.name}.{name} is called several times; {ADVICE}")
             found.append(name)
-    readers = [name for name in bare.linears if name in seen.inputs and not torch.equal(seen.inputs[name], base.inputs[name])]
-    if readers:
-        raise UnsupportedModelError(
-            f"--rotate: {bare.name}.{readers[0]} reads the residual stream behind no norm with a weight for each feature and nothing else "
-            f"(a LayerNorm has a bias); {ADVICE}"
-        )
     if output is not None and not factor_of(changed - output, noise):
         raise UnsupportedModelError(f"--rotate: {bare.name} does more to the residual stream than to add to it; {ADVICE}")
     return found
@@ -121,7 +130,7 @@ def _offset(bare: Bare, name: str, x: Tensor) -> float:
     zero, one = out(x, torch.zeros_like(weight)), out(x, torch.ones_like(weight))
     unit = one - zero
     rotation = Rotation(bare.width, STREAM_SEED)
-    offset = factor_of(zero, unit)
+    offset = factor_of(zero, unit)  # the same for all tokens, as the next check shows
     if offset is None or not _close(out(x, weight), unit * (weight + offset)) or unit.norm() == 0:
         raise UnsupportedModelError(f"--rotate: {bare.name}.{name} does more with its weight than to multiply by it; {ADVICE}")
     if not _close(out(rotation.turn(x), one_like := torch.ones_like(weight)), rotation.turn(out(x, one_like))):
@@ -135,22 +144,22 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() <= CLOSE * b.norm().clamp(min=1e-30))
 
 
-def _readers(bare: Bare, base: Seen, norms: Iterable[str]) -> tuple[dict[str, str], dict[tuple[str, str], str]]:
-    """Linears, and other matrices, whose inputs are what a norm of the stream returned."""
-    readers: dict[str, str] = {}
+def _readers(base: Seen, names: Iterable[str], norms: Iterable[str]) -> dict[str, str]:
+    """Those of some modules whose inputs are what a norm of the stream returned, and that norm."""
+    names, readers = list(names), {}
     for norm in norms:
         y = base.outputs[norm].flatten(0, -2)
-        for name in bare.linears:
+        for name in names:
             x = base.inputs.get(name)
-            if x is not None and x.shape[-1] == bare.width and torch.equal(x.flatten(0, -2), y):
+            if x is not None and x.shape[-1] == y.shape[-1] and torch.equal(x.flatten(0, -2), y):
                 readers[name] = norm
-    return readers, {}
+    return readers
 
 
 def _writers(bare: Bare, call: Call, hidden: Tensor, base: Seen, output: Tensor) -> tuple[str, ...]:
     """Linears whose outputs are added to the stream. Raises UnsupportedModelError where a norm's are."""
     found = []
-    for name in (*bare.linears, *bare.norms):
+    for name in (*bare.linears, *bare.banks, *bare.norms):
         if name not in base.outputs or base.outputs[name].shape[-1] != bare.width or base.calls[name] > 1:
             continue
         noise = _noise(name, base.outputs[name])
@@ -172,9 +181,11 @@ def _heads(
     """Pairs of a value and an output projection: where values that are rotated head by head give inputs that are."""
     taken: set[str] = set()
     for writer in writers:
+        if writer in readers:
+            continue
         inputs = linear_weight(bare.linears[writer]).shape[1]
         for pair in _candidates(bare, readers, writer, inputs, sizes):
-            if pair.value in taken or writer in readers:
+            if pair.value in taken:
                 continue
             turn = Rotation(pair.size, HEAD_SEED)
             values, reads, seen = Side(turn, pair.first, pair.values), Side(turn, 0, pair.reads), Seen()
@@ -193,7 +204,7 @@ def _heads(
 
 def _candidates(bare: Bare, readers: Mapping[str, str], writer: str, inputs: int, sizes: tuple[int, ...]) -> Iterable[HeadPair]:
     """The pairs that may be: all outputs of a reader are values, or the last ones, behind those of queries and keys."""
-    for name in readers:
+    for name in (name for name in readers if name in bare.linears):
         outputs = linear_weight(bare.linears[name]).shape[0]
         for size in sizes:
             if size < 2 or inputs % size:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from bigq.errors import UnsupportedModelError
-from bigq.model.rotation.find import ADVICE, Call, Seen
+from bigq.model.rotation.banks import ADVICE
+from bigq.model.rotation.find import Call, Seen
 from bigq.model.rotation.matrices import Rotation
 from bigq.model.rotation.roles import STREAM_SEED, Roles, turns_of
 from bigq.model.rotation.standins import Bare
@@ -25,11 +26,16 @@ def prove(bare: Bare, call: Call, hidden: Tensor, roles: Roles, *, stream_out: b
     scales = {name: bare.parameters[f"{name}.{bare.norms[name]}"] + offset for name, offset in roles.norms.items()}
     values = {f"{name}.{bare.norms[name]}": torch.full_like(scales[name], 1.0 - offset) for name, offset in roles.norms.items()}
     stream = Rotation(bare.width, STREAM_SEED)
+    for name, norm in roles.tables.items():
+        path = f"{name}.{bare.tables[name]}"
+        values[path] = stream.turn(bare.parameters[path] * scales[norm])
     base, turned = Seen(), Seen()
     output = bare.run(lambda: call(hidden), base.after)
     rotated = bare.run(lambda: call(stream.turn(hidden)), turned.after, turns, values, scales)
     worst = 0.0
     for name, y in base.outputs.items():
+        if name in bare.tables:
+            continue
         expected = y
         if name in roles.norms:
             expected = stream.turn(y / scales[name])

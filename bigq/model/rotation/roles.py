@@ -27,20 +27,29 @@ class HeadPair:
     first: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class BankRole:
+    """What a parameter of a bank does: it reads the stream behind ``norm``, or writes to it (None)."""
+
+    norm: str | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roles:
     """The modules of a block, or of what is around the blocks, by their names in it.
 
     norms: those that the stream passes, with the number that each adds to its weight. readers: Linears behind a norm, and that norm.
-    tables: modules with a matrix of their own that is no Linear's, such as routers, and the parameter in them, behind a norm.
-    writers: Linears that add to the stream. heads: pairs of value and output projections.
+    A bank of experts counts as one. tables: modules with a matrix that is no Linear's, such as routers, and the norm before them.
+    writers: Linears and banks that add to the stream. heads: pairs of value and output projections.
+    banks: what the parameters of banks do, by their names in the block.
     """
 
     norms: Mapping[str, float] = field(default_factory=dict)
     readers: Mapping[str, str] = field(default_factory=dict)
-    tables: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    tables: Mapping[str, str] = field(default_factory=dict)
     writers: tuple[str, ...] = ()
     heads: tuple[HeadPair, ...] = ()
+    banks: Mapping[str, BankRole] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

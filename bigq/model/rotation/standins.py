@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from bigq.model.blocks import block_linears
+from bigq.model.experts.bank import bank_modules
+from bigq.model.experts.call import BankCall
+from bigq.model.experts.cut import banks_replaced
 from bigq.model.forward.capture import replace_forwards
 from bigq.model.rotation.roles import Turn
 from bigq.model.skeleton import linear_weight
@@ -31,14 +34,17 @@ def generator_of(name: str) -> torch.Generator:
 class LinearStandIn:
     """y = x · Wᵀ + b for a sparse random W [m, n]."""
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        m, n = linear_weight(module).shape
+    def __init__(self, name: str, m: int, n: int, *, bias: bool) -> None:
         generator = generator_of(name)
         self._at = torch.randint(0, n, (2, m), generator=generator)
         self._weights = 0.5 + torch.rand(2, m, generator=generator)
         self._weights[1] *= -1
-        bias = getattr(module, "bias", None)
-        self._bias = torch.randn(m, generator=generator) if bias is not None else None
+        self._bias = torch.randn(m, generator=generator) if bias else None
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> LinearStandIn:
+        m, n = linear_weight(module).shape
+        return cls(name, m, n, bias=getattr(module, "bias", None) is not None)
 
     def __call__(self, x: Tensor, turn: Turn | None = None, scale: Tensor | None = None) -> Tensor:
         """turn: how the weight is turned. scale: that of the norm whose weight it takes over."""
@@ -57,7 +63,9 @@ class LinearStandIn:
 class Bare:
     """A module on meta, such as a block, that runs on stand-ins.
 
-    width: of the residual stream. norms: modules whose only parameter is one vector of that width. parameters: the values of all others.
+    width: of the residual stream. norms: modules whose only parameter is one vector of that width, with its name. tables: modules with a
+    matrix of so many columns that are no Linears, such as routers, with its name. banks: of experts. parameters: the values of all that
+    belong to neither Linears nor banks.
     """
 
     def __init__(
@@ -65,11 +73,18 @@ class Bare:
     ) -> None:
         """without: a path in the module whose contents do not run, such as the blocks of a model; neither does its ``embedding``."""
         self.module, self.name, self.width = module, name, width
+        self.calls: dict[str, BankCall] = {}
         self.linears = {path: m for path, m in block_linears(module).items() if not _inside(path, without)}
-        self._standins = {path: LinearStandIn(path, m) for path, m in self.linears.items()}
-        own = {f"{path}.{leaf}" for path, m in self.linears.items() for leaf in ("weight", "bias")}
+        self.banks = {path: m for path, m in bank_modules(module).items() if not _inside(path, without)}
+        self._standins = {
+            path: LinearStandIn(path, *linear_weight(m).shape, bias=getattr(m, "bias", None) is not None)
+            for path, m in self.linears.items()
+        }
+        self._standins |= {path: LinearStandIn(path, width, width, bias=False) for path in self.banks}
+        own = {f"{path}.{leaf}" for path, m in {**self.linears, **self.banks}.items() for leaf, _ in m.named_parameters(recurse=False)}
         self.parameters: dict[str, Tensor] = {}
         self.norms: dict[str, str] = {}
+        self.tables: dict[str, str] = {}
         for path, param in module.named_parameters():
             if path in own or _inside(path, without) or (embedding is not None and param is embedding.weight):
                 continue
@@ -78,6 +93,8 @@ class Bare:
             owner, _, leaf = path.rpartition(".")
             if tuple(param.shape) == (width,) and len(list(module.get_submodule(owner).parameters())) == 1:
                 self.norms[owner] = leaf
+            if param.ndim == 2 and param.shape[1] == width and owner:
+                self.tables[owner] = leaf
 
     def run(
         self,
@@ -90,26 +107,45 @@ class Bare:
         """What ``call`` returns while stand-ins are in place.
 
         after: is called behind Linears and norms. turns: of Linears. values: of parameters, in place of ``parameters``.
-        scales: what norms multiplied by, for the Linears that take them over.
+        scales: what norms multiplied by, for the Linears that take them over. calls: of banks, in the last run.
         """
-        turns, names = turns or {}, [*self.linears, *self.norms]
+        turns, names = turns or {}, [*self.linears, *self.norms, *self.tables]
+
+        def scale(name: str) -> Tensor | None:
+            turn = turns.get(name)
+            return scales[turn.norm] if turn is not None and turn.norm is not None and scales is not None else None
 
         def make(i: int) -> Callable[..., Any]:
             name = names[i]
             module = self.module.get_submodule(name)
 
-            def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
                 if name in self._standins:
-                    turn = turns.get(name)
-                    scale = scales[turn.norm] if turn is not None and turn.norm is not None and scales is not None else None
-                    y = self._standins[name](x, turn, scale)
+                    y = self._standins[name](x, turns.get(name), scale(name))
                 else:
                     y = type(module).forward(module, x, *args, **kwargs)
-                return y if after is None else after(name, x, y)
+                if after is None or name in self.tables:
+                    if after is not None:
+                        after(name, x, x)
+                    return y
+                return after(name, x, y)
 
             return forward
 
-        with self._holding({**self.parameters, **(values or {})}), replace_forwards([self.module.get_submodule(n) for n in names], make):
+        def bank(name: str, call: BankCall) -> Tensor:
+            self.calls[name] = call
+            y = self._standins[name](call.tokens, turns.get(name), scale(name))
+            if after is not None:
+                y = after(name, call.tokens, y)
+                if call.choice is not None:
+                    after(f"{name} choice", call.choice, call.choice)
+            return y.reshape(call.zeros.shape)
+
+        with (
+            self._holding({**self.parameters, **(values or {})}),
+            replace_forwards([self.module.get_submodule(n) for n in names], make),
+            banks_replaced(self.module, bank) if self.banks else contextlib.nullcontext(),
+        ):
             return call()
 
     @contextlib.contextmanager

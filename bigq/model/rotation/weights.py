@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bigq.errors import NumericsError
+from bigq.kernels.precision import fp32_products
 from bigq.model.rotation.matrices import Rotation
 
 #: Numbers of a weight that are in fp32 at a time.
@@ -68,6 +69,10 @@ class Turned:
 
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Raises NumericsError where a product with it differs from the one that it must give."""
+        with fp32_products(parts[0], tf32=False):
+            return self._decoded(parts, dtype)
+
+    def _decoded(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         weight, *norm = parts
         scale = norm[0].float() + self.offset if norm else None
         turned = torch.empty(weight.shape, dtype=dtype, device=weight.device)
