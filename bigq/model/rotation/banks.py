@@ -57,10 +57,14 @@ def bank_roles(bare: Bare, name: str, norm: str, call: BankCall) -> dict[str, Ba
 
 
 def _few_units(module: nn.Module, width: int, name: str) -> dict[str, Tensor]:
-    """Random parameters of an expert, with few units in place of all: sizes that are not the stream's keep their ratios."""
+    """Random parameters of an expert, with few units in place of all: sizes that are not the stream's keep their ratios.
+
+    Where gate and up together have as many outputs as the stream is wide, all units stay.
+    """
     shapes = {key: tuple(param.shape[1:]) for key, param in module.named_parameters(recurse=False)}
     inner = math.gcd(*(size for shape in shapes.values() for size in shape if size != width))
-    units = min(inner, UNITS) or width
+    clear = inner and all(sum(size == width for size in shape) == 1 for shape in shapes.values() if len(shape) == 2)
+    units = min(inner, UNITS) if clear else inner
 
     def few(size: int) -> int:
         return size if size == width else size // inner * units
