@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from coded_checkpoints import coded_and_decoded
 from models import (
     decode,
     logits_of,
@@ -219,3 +220,16 @@ def test_outliers_cost_less(ids_file: Path, tmp_path: Path) -> None:
         bigq.quantize(str(source), out, job(ids_file, rotate=rotate, scheme=QuantScheme(group_size=-1)))
         errors.append(float((streamed_logits(out, IDS, 2, "float32") - expected).norm() / expected.norm()))
     assert errors[1] < errors[0] / 2
+
+
+@pytest.mark.parametrize("kind", ["fp8 blocks", "nvfp4"])
+def test_weights_of_8_or_4_bits_are_decoded_first(kind: str, ids_file: Path, tmp_path: Path) -> None:
+    """The same as from the decoded checkpoint."""
+    source = make_checkpoint(tmp_path / "source", "llama", dtype=torch.bfloat16, tie_word_embeddings=True)
+    outputs = []
+    for i, folder in enumerate(coded_and_decoded(source, tmp_path / "coded", kind)):
+        bigq.quantize(str(folder), tmp_path / str(i), job(ids_file))
+        outputs.append(stored_tensors(tmp_path / str(i)))
+    one, other = outputs
+    assert set(one) == set(other)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
