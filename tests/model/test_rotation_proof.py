@@ -83,6 +83,15 @@ def test_refused_by_name(family: str, says: str, roles: Callable[[str], ModelRol
         roles(family)
 
 
+def test_a_model_that_needs_its_weights(roles: Callable[[str], ModelRoles], monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_meta(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Tensor on device meta is not on the expected device cpu!")
+
+    monkeypatch.setattr(around, "find_roles", on_meta)
+    with pytest.raises(UnsupportedModelError, match=r"^--rotate: the model does not run on stand-ins .*; leave out --rotate$"):
+        roles("llama")
+
+
 def without_norm(roles: Roles) -> Roles:
     """The MLP's norm is not folded, though its readers are turned."""
     return dataclasses.replace(roles, norms={**roles.norms, "post_attention_layernorm": 0.5})

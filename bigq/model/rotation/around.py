@@ -43,8 +43,13 @@ def model_roles(described: ModelDescription) -> ModelRoles:
         raise UnsupportedModelError(f"--rotate: {type(model).__name__} takes images or audio too, which write to its stream; {ADVICE}")
     if not isinstance(described.head, nn.Linear):
         raise UnsupportedModelError(f"--rotate: the output head is a {type(described.head).__name__}, no Linear; {ADVICE}")
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), forward_errors():
-        return _Experiments(described).run()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), forward_errors():
+            return _Experiments(described).run()
+    except UnsupportedModelError as error:
+        if str(error).startswith("--rotate"):
+            raise
+        raise UnsupportedModelError(f"--rotate: the model does not run on stand-ins of its weights ({error}); {ADVICE}") from error
 
 
 class _Experiments:
