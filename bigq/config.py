@@ -157,6 +157,13 @@ class JobConfig:
         group=WEIGHTS,
         resume=Resume.REFUSED,
     )
+    rotate: bool = option(
+        False,
+        help="rotate the model first, so that no weight stands out; what it computes stays the same",
+        group=WEIGHTS,
+        resume=Resume.REFUSED,
+        added=True,
+    )
     allow_partial: bool = option(
         False,
         help="also take a job in which more than half of the weights in blocks would stay unquantized without a rule that says so",

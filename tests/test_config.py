@@ -22,6 +22,7 @@ OTHER: dict[str, Any] = {
     "alpha": 0.25,
     "format": "gptq_v2",
     "lm_head": True,
+    "rotate": True,
     "allow_partial": True,
     "push": "owner/name",
     "push_drop": True,

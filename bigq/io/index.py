@@ -65,7 +65,13 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.
 
 
 class Decoder(Protocol):
-    """Makes a weight of the tensors that it is stored as. Decoders that do the same are equal and have the same hash."""
+    """Makes a weight of the tensors that it is stored as. Decoders that do the same are equal and have the same hash.
+
+    by_rows: whether each row of the weight is made of the same row of the first tensor, and of all others.
+    """
+
+    @property
+    def by_rows(self) -> bool: ...
 
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The weight in ``dtype``, on the device of its parts."""
@@ -96,7 +102,7 @@ class TensorInfo:
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
         """The stored tensors that it consists of."""
-        return self.parts if self.coding is not None else (self,)
+        return (self,) if self.coding is None else tuple(stored for part in self.parts for stored in part.stored)
 
     @property
     def stored_bytes(self) -> int:
@@ -190,7 +196,7 @@ class Checkpoint:
     @property
     def stored_bytes(self) -> int:
         """Bytes of its tensors in files."""
-        return sum(info.stored_bytes for info in self.tensors.values())
+        return sum(part.stop - part.start for part in {part for info in self.tensors.values() for part in info.stored})
 
     def __getitem__(self, name: str) -> TensorInfo:
         try:

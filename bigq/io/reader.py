@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -58,7 +59,10 @@ def read_rows(info: TensorInfo, rows: Tensor) -> Tensor:
     if rows.numel() and not 0 <= int(rows[0]) <= int(rows[-1]) < limit:
         raise CheckpointError(f"{info.file}: tensor {info.name} has {limit} rows, but row {int(rows[-1])} is needed; fetch the model again")
     if info.coding is not None:
-        return read_tensor(info)[rows]
+        if not info.coding.by_rows:
+            return read_tensor(info)[rows]
+        first, *others = info.parts
+        return decoded(info, [read_rows(first, rows), *map(read_tensor, others)])
     out = torch.empty(len(rows), *info.shape[1:], dtype=info.dtype)
     row_bytes = info.nbytes // max(limit, 1)
     breaks = (rows.diff() != 1).nonzero().flatten().add(1).tolist()
@@ -73,8 +77,13 @@ def read_rows(info: TensorInfo, rows: Tensor) -> Tensor:
 def iter_chunks(info: TensorInfo) -> Iterator[memoryview]:
     """The bytes of a tensor in pieces, each checked for NaN and Inf. A piece is valid until the next.
 
-    Pieces are of ``CHUNK_BYTES``; of a weight that is decoded, a matrix each.
+    Pieces are of ``CHUNK_BYTES``; of a weight that is decoded, a matrix each, or as many rows where each is made of one row.
     """
+    if info.coding is not None and info.coding.by_rows:
+        step = max(1, CHUNK_BYTES // (info.dtype.itemsize * math.prod(info.shape[1:])))
+        for lo in range(0, info.shape[0], step):
+            yield as_bytes(read_rows(info, torch.arange(lo, min(lo + step, info.shape[0]))))
+        return
     if info.coding is not None:
         for matrix in slices(info) if len(info.shape) > 2 else (info,):
             yield as_bytes(read_tensor(matrix))

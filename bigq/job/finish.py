@@ -129,7 +129,8 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, modules: Pl
     faults.point("finish.index")
     # If every Linear was skipped, the folder is a plain unquantized checkpoint.
     added = {"quantization_config": quantization_config} if quantization.packed else {}
-    final = json_bytes(without_quantization(read_json_object(source / "config.json")) | added)
+    untied = {"tie_word_embeddings": False} if config.rotate else {}
+    final = json_bytes(without_quantization(read_json_object(source / "config.json")) | untied | added)
     free = {"free": [CARD_NAME]} if is_card(out / CARD_NAME) else {}
     files = {name: entry for name, entry in _manifest(journal, final, side).items() if name not in free.get("free", ())}
     save_record(out / STATE_FOLDER / MANIFEST_NAME, {"files": files, **free})

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bigq.io.folders import require_finished
 from bigq.io.formats import PackedSchemes, PackedWeight
 from bigq.io.formats.base import module_of
-from bigq.io.index import TensorInfo, unread_warnings
+from bigq.io.index import Checkpoint, TensorInfo, unread_warnings
 from bigq.io.prefetch.prefetch import Prefetch, open_prefetch
 from bigq.io.reader import decoded, read_rows, read_tensor
 from bigq.io.remote.shards import RemoteShards
@@ -38,6 +38,7 @@ from bigq.model.names import require_parameters
 from bigq.model.packed import packed_sources
 from bigq.model.plain import PlainModules, plain_modules
 from bigq.model.quantization import coded_warnings, open_source, packed_schemes, refuse_quantized_tensors
+from bigq.model.rotation.checkpoint import described_rotation, untie
 from bigq.model.tied import tie_warnings
 from bigq.progress.trace import Trace
 
@@ -50,6 +51,7 @@ class Pager(ModelDescription):
 
     dtype: of the forward passes. device: of the loaded parts. remote: has the shards. packed: weight name → prefix of its packed tensors.
     decode: whether packed Linears become plain ones as they are read, so that they can be quantized again; then ``packed`` stays empty.
+    rotate: whether everything is read as the rotated model's (``bigq.model.rotation``).
     """
 
     def __init__(
@@ -61,16 +63,22 @@ class Pager(ModelDescription):
         trust_remote_code: bool = False,
         decode: bool = False,
         remote: RemoteShards | None = None,
+        rotate: bool = False,
     ) -> None:
         require_finished(folder)
         self.device = device
         config = skeleton.load_config(folder, trust_remote_code=trust_remote_code)
+        if rotate:
+            untie(config)
         self.remote = remote
         self.checkpoint = open_source(folder, integers=decode, remote=remote)
         self.schemes: PackedSchemes | None = None if decode else packed_schemes(folder)
         self.dtype = skeleton.compute_dtype(config, dtype, (t.dtype for t in self.checkpoint.tensors.values()))
         most = MOST_PARAMETERS * len(self.checkpoint.tensors) + 1000
         super().__init__(folder, config, skeleton.build(config, self.dtype, trust_remote_code=trust_remote_code, max_parameters=most), {})
+        self._unrotated = self.checkpoint.tensors
+        if rotate:
+            self._rotate()
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._forced = skeleton.forced_dtypes(self.model, self.dtype, self._meta)
         self.banks: dict[str, StoredBank] = {}
@@ -78,6 +86,11 @@ class Pager(ModelDescription):
         self._ahead: Prefetch | None = None
         self._budget = 0
         skeleton.move_buffers(self.model, device)
+
+    def _rotate(self) -> None:
+        """Let the checkpoint be that of the rotated model. Raises UnsupportedModelError where a proof fails."""
+        stored = self.checkpoint
+        self.checkpoint = Checkpoint(stored.folder, described_rotation(self, stored.tensors), stored.fingerprint)
 
     @functools.cached_property
     def _placement(self) -> skeleton.Placement:
@@ -111,7 +124,7 @@ class Pager(ModelDescription):
     @property
     def warnings(self) -> tuple[str, ...]:
         """Sentences about what the folder holds besides the model, for those who quantize it."""
-        own = (*coded_warnings(self.folder, self.checkpoint.tensors), *self.extras.warnings(), *tie_warnings(self.model, self.sources))
+        own = (*coded_warnings(self.folder, self._unrotated), *self.extras.warnings(), *tie_warnings(self.model, self.sources))
         return (*own, *unread_warnings(self.folder, self.checkpoint.tensors), *side_files(self.folder).warnings())
 
     def plain_modules(self, dropped: Iterable[str] = ()) -> PlainModules:
@@ -372,7 +385,7 @@ class Pager(ModelDescription):
             return read_tensor(info, keep_cached=False)
         if info.coding is None:
             return self._ahead.take(info)
-        return decoded(info, [self._ahead.take(part) for part in info.parts])
+        return decoded(info, [self._read(part) for part in info.parts])
 
     def _evict(self, name: str) -> None:
         if name in self._meta:

@@ -168,6 +168,8 @@ def settings(config: JobConfig) -> list[tuple[str, object]]:
     how = f"{config.method}, {order}, damping {scheme.damping}" if calibrated else config.method
     how += f", upstream error corrected with alpha {config.alpha}" if config.method == "gptaq" else ""
     pairs.append(("method", how))
+    if config.rotate:
+        pairs.append(("rotation", "folded into the weights: the residual stream, and the values of attention heads"))
     if config.rules:
         pairs.append(("rules", join((element("code", rule) for rule in _rules(config)), " ")))
     shards = ": model.gguf, and shards in gptq_v2" if config.format == "gguf" else ""

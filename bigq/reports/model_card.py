@@ -208,6 +208,8 @@ def _settings(history: History, config: JobConfig) -> Iterator[tuple[str, str]]:
         text = without_folders(config.calibration)
         of = "data given in Python" if config.calibration == GIVEN else code(text)
         yield "calibration", f"{config.samples} × {config.seqlen} tokens of {of}, seed {config.seed}"
+    if config.rotate:
+        yield "rotation", "folded into the weights: the residual stream, and the values of attention heads"
     for rule in config.rules:
         what = "unquantized" if rule.overrides is None else ", ".join(f"{k} {v}" for k, v in rule.overrides.items())
         yield f"Linears that match {code(rule.pattern)}", what

@@ -134,6 +134,7 @@ def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
         trust_remote_code=config.trust_remote_code,
         decode=True,
         remote=target.remote,
+        rotate=config.rotate,
     )
     stamps = Stamps({target.folder / "config.json", *pager.checkpoint.files})
     config = settled(pager, dataclasses.replace(config, seqlen=row_length(pager.config, config)))

@@ -101,7 +101,10 @@ def dense_from_gptq(original: Path, packed: Path, out: Path) -> int:
         codes = unpacked(qweight, bits)
         zeros = unpacked(qzeros.T.contiguous(), bits).T[groups.long()]
         weights[f"{name}.weight"] = (scales.float()[groups.long()] * (codes - zeros)).T.contiguous()
-    write_dense(original, weights, out)
+    packed_parts = {f"{name}.{part}" for name in names for part in ("qweight", "qzeros", "scales", "g_idx")}
+    write_dense(original, weights, out, {name: t for name, t in stored.items() if name not in packed_parts})
+    settings = json.loads((packed / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({key: value for key, value in settings.items() if key != "quantization_config"}))
     return len(names)
 
 
@@ -116,12 +119,15 @@ def original_tensors(folder: Path) -> dict[str, Tensor]:
     return {name: t for shard in sorted(folder.glob("*.safetensors")) for name, t in load_file(shard).items()}
 
 
-def write_dense(original: Path, weights: Mapping[str, Tensor], out: Path) -> None:
-    """The original with some weights replaced, as one file. Raises ValueError unless each of them replaces another."""
+def write_dense(original: Path, weights: Mapping[str, Tensor], out: Path, others: Mapping[str, Tensor] | None = None) -> None:
+    """The original with some weights replaced, as one file. Raises ValueError unless each of them replaces another.
+
+    others: the output's unquantized tensors, where these may be other ones, as those of a rotated model are.
+    """
     before = original_tensors(original)
     require_replaced(before, weights)
     out.mkdir(parents=True, exist_ok=True)
-    save_file(before | dict(weights), out / "model.safetensors", metadata={"format": "pt"})
+    save_file(before | dict(others or {}) | dict(weights), out / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(original / "config.json", out)
 
 

@@ -49,6 +49,7 @@ OPTIONS = (
         "--push-drop: removes the shards that a GGUF file is made from; leave out --push-drop",
         PLAN + " --format gguf --push owner/name --push-drop",
     ),
+    Case("leave out --rotate", PLAN + " --rotate", family="gpt2"),
     Case("--seqlen {}: the model has {} positions; use --seqlen {} or less", PLAN + " --seqlen 4096"),
     Case(
         "which holds {} significant bits; use --scale-bits {}, or leave it out",

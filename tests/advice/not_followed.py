@@ -49,6 +49,11 @@ NOT_FOLLOWED: tuple[Left, ...] = (
         ),
     ),
     Left(
+        "a device that computes wrong products, which a test replaces by a wrong rotation",
+        ("model/test_rotated_weights.py::test_wrong_products_are_noticed",),
+        ("{}: its rotated weight gives other products than it must, by {} of their norm; check the device, or leave out --rotate",),
+    ),
+    Left(
         "about config.json, with two ways out",
         ("e2e/test_other_models.py::test_a_method_that_no_weight_is_stored_by",),
         (

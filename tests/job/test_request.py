@@ -43,6 +43,7 @@ SETTINGS = {
     "alpha": 0.5,
     "format": "gptq",
     "lm_head": False,
+    "rotate": False,
     "allow_partial": False,
     "true_sequential": True,
     "calibration": "/texts/a.txt",
@@ -90,6 +91,7 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("settings.rules", [{"pattern": "c", "overrides": {"damping": 0.5}}], ["--rule 'c:damping=0.5': ", "with --skip 'a.*' --rule "]),
     ("settings.method", "rtn", ["--method rtn: ", "with --method gptq;"]),
     ("settings.lm_head", True, ["--lm-head: ", "with --no-lm-head;"]),
+    ("settings.rotate", True, ["--rotate: ", "with --no-rotate;"]),
     ("settings.alpha", 0.25, ["--alpha 0.25: ", "with --alpha 0.5;"]),
     ("settings.format", "gptq_v2", ["--format gptq_v2: ", "with --format gptq;"]),
     ("settings.scheme.scale_bits", 8, ["--scale-bits 8: ", "with --scale-bits 11;"]),
@@ -231,7 +233,14 @@ def test_to_a_gpu_and_back() -> None:
 
 
 #: Settings that are newer than others.
-ADDED = ("settings.text_field", "settings.experts_at_once", "settings.allow_partial", "settings.push", "settings.push_drop")
+ADDED = (
+    "settings.text_field",
+    "settings.rotate",
+    "settings.experts_at_once",
+    "settings.allow_partial",
+    "settings.push",
+    "settings.push_drop",
+)
 
 
 @pytest.mark.parametrize("name", ADDED)

@@ -52,6 +52,10 @@ class Coding:
     transposed: bool = False
     blocks: bool = False
 
+    @property
+    def by_rows(self) -> bool:
+        return False
+
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The weight in ``dtype``, on the device of its parts."""
         codes, scales, *whole = parts

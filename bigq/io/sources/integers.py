@@ -39,6 +39,10 @@ class PackedIntegers:
     scheme: QuantScheme
     names: tuple[str, ...]
 
+    @property
+    def by_rows(self) -> bool:
+        return False
+
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         given = {self.format.tensor(self.prefix, name): part for name, part in zip(self.names, parts, strict=True)}
         order: Tensor | None = None
@@ -67,6 +71,10 @@ class PackedIntegers:
 @dataclass(frozen=True, slots=True)
 class AwqIntegers:
     """A Linear as AWQ packs it, at 4 bits."""
+
+    @property
+    def by_rows(self) -> bool:
+        return False
 
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         qweight, qzeros, scales = parts

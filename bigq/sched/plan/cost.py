@@ -19,6 +19,7 @@ from bigq.kernels.grid_spec import REFINED
 from bigq.kernels.pick import piece
 from bigq.kernels.syrk import CHUNK_TOKENS
 from bigq.sched.plan.bank_cost import BankPhase, BankTerms, bank_phases, proof_bytes
+from bigq.sched.plan.rotation_cost import block_bytes, block_flops, outside_flops, piece_bytes
 from bigq.sched.plan.row_cost import row_bytes
 from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape, ModelShape
 from bigq.sched.plan.work import Choice, Work
@@ -113,12 +114,14 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
 
     embedding = min(work.tokens, shape.vocabulary) * shape.embedding_row
     first = shape.blocks[0]
-    add("copy", 0, {}, host=CHUNK_BYTES, early=True)
-    add("probe", first.weights + _converted(first) + shape.rest_loaded, {}, early=True)
+    turning = piece_bytes(shape.vocabulary * shape.width) + embedding if work.rotate else 0
+    add("copy", 0, {"single": outside_flops(shape)} if work.rotate else {}, host=CHUNK_BYTES + 2 * turning, early=True)
+    first_loaded = first.weights + _converted(first) + (block_bytes(first) if work.rotate else 0)
+    add("probe", first_loaded + shape.rest_loaded, {}, early=True)
     hidden = work.streams * work.rows * shape.seqlen * shape.width * shape.itemsize
     if work.streams:
         tables = min(choice.batch * shape.seqlen, shape.vocabulary) * shape.table_row
-        around = embedding + tables + shape.rest_loaded + shape.around.at(choice.batch)
+        around = embedding + tables + shape.rest_loaded + shape.around.at(choice.batch) + turning
         host = embedding + tables if choice.on_gpu else 0
         add("embed", around + first.calls.at(choice.batch), {}, 2 * hidden, host)
         if shape.of_tokens:  # computed again for every block, when it is loaded
@@ -135,7 +138,9 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
             found = BlockCost(shape, work, choice, block, {k: v for k, v in schemes.items() if v is not None})
             costs[key] = found, found.phases()
         cost, of_block = costs[key]
-        add("load", block.weights + _converted(block) + late, {}, block.weights)
+        turned = {"single": block_flops(block, shape.width)} if work.rotate else {}
+        loaded = block.weights + _converted(block) + (block_bytes(block) if work.rotate else 0)
+        add("load", loaded + late, turned, block.weights)
         if block.banks:
             add("probe", block.weights + late + max(proof_bytes(bank, shape.itemsize) for bank in block.banks), {})
         for name, held, flops, moved in of_block:
@@ -169,7 +174,7 @@ def _head_phases(
     shape: ModelShape, head: LinearShape, scheme: QuantScheme, work: Work, choice: Choice
 ) -> list[tuple[str, int, dict[str, float]]]:
     """(name, peak bytes, operations) of quantizing the output head: see ``solve.head``."""
-    weight, codes = shape.itemsize * head.m * head.n, head.m * head.n
+    weight, codes = shape.itemsize * head.m * head.n + (head.stored if work.rotate else 0), head.m * head.n
     rows = min(head.m, max(1, HEAD_CHUNK // head.n))
     solving = (
         FP32 * rows * (3 * head.n if not work.streams or scheme.order == "activation" or scheme.scales == "search" else 2 * head.n + PANEL)

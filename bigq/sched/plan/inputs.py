@@ -39,6 +39,7 @@ from bigq.model.extras import Extras, find_extras
 from bigq.model.names import require_parameters
 from bigq.model.pager import Pager
 from bigq.model.quantization import coded_warnings, decoded_source, refuse_quantized_tensors
+from bigq.model.rotation.checkpoint import described_rotation, untie
 from bigq.model.tied import tie_warnings
 from bigq.progress.records import host_memory
 from bigq.sched.plan.budgets import NETWORK_RATE, Budgets, Download, Fetch, Streamed, usual_cache
@@ -224,6 +225,7 @@ def _work(config: JobConfig, rows: int, tokens: int) -> Work:
         lm_head=config.lm_head,
         gguf=config.format == "gguf",
         drop=config.push_drop,
+        rotate=config.rotate,
     )
 
 
@@ -251,9 +253,15 @@ def _outline(folder: Path, remote: RemoteShards | None, config: JobConfig) -> tu
         tensors = Checkpoint.open(folder, remote).tensors
     tensors = decoded_source(folder, tensors, integers=True)
     model_config = skeleton.load_config(folder, trust_remote_code=config.trust_remote_code)
+    if config.rotate:
+        untie(model_config)
     dtype = skeleton.compute_dtype(model_config, config.dtype, (t.dtype for t in tensors.values()))
     model = skeleton.build(model_config, dtype, trust_remote_code=config.trust_remote_code, initialised=False)
     path, _ = find_blocks(model)
+    warned = coded_warnings(folder, tensors)
+    if config.rotate:
+        whole = skeleton.build(model_config, dtype, trust_remote_code=config.trust_remote_code)
+        tensors = described_rotation(ModelDescription(folder, model_config, whole, {}), tensors)
     placement = skeleton.place(model, tensors)
     beside = merged_beside(model, placement.merged)
     placed, parts = dict(placement.whole), merged_parts({name: m for name, m in placement.merged.items() if name not in beside})
@@ -273,7 +281,7 @@ def _outline(folder: Path, remote: RemoteShards | None, config: JobConfig) -> tu
     extras = find_extras(model, model_config, path, tensors, placed | merged | dict.fromkeys(beside, ""))
     stored = _kept_bytes(tensors, extras) or None
     files = (*unread_warnings(folder, tensors), *side_files(folder).warnings()) if local else ()
-    warnings = (*coded_warnings(folder, tensors), *extras.warnings(), *tie_warnings(model, sources), *files)
+    warnings = (*warned, *extras.warnings(), *tie_warnings(model, sources), *files)
     coded = _coded_bytes(tensors)
     outline = Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored, coded=coded, banks=banks)
     return outline, model_config, warnings

@@ -16,7 +16,7 @@ class Work:
 
     tokens: distinct calibration tokens, or the maximum. on_nonfinite: see ``BlockJob``.
     lm_head: whether the output head is quantized too. gguf: whether a GGUF file is made from the shards.
-    drop: whether shards are removed once a hub repository has them.
+    drop: whether shards are removed once a hub repository has them. rotate: whether weights are rotated as they are read.
     """
 
     rows: int
@@ -28,6 +28,7 @@ class Work:
     lm_head: bool = False
     gguf: bool = False
     drop: bool = False
+    rotate: bool = False
 
     @property
     def streams(self) -> int:
