@@ -128,6 +128,27 @@ class JobConfig:
         resume=Resume.REFUSED,
         convert=lambda given, _: Rule.all_of(given),
     )
+    bits_per_weight: float | None = option(
+        None,
+        help="budget: 2, 3, 4 or 8 bits for each Linear, so that codes, scales and zero points take at most this per quantized weight",
+        group=WEIGHTS,
+        placeholder="X",
+        unset="all Linears get --bits",
+        resume=Resume.REFUSED,
+        added=True,
+        range=Range(must="be above 2 and at most 16", holds=lambda bits: 2 < bits <= 16),
+        effects=(dataclasses.replace(CALIBRATED, refused=True),),
+    )
+    # The choice itself is in .bigq/bits.json; these rules follow those of the user.
+    chosen_rules: int = option(
+        0,
+        help="how many of the last rules were chosen for --bits-per-weight",
+        group=WEIGHTS,
+        flag=None,
+        resume=Resume.FREE,
+        added=True,
+        range=at_least(0),
+    )
     method: MethodName = option(
         "gptq",
         help="gptaq also corrects the error that earlier Linears add to the inputs; rtn rounds to nearest without calibration",
@@ -325,6 +346,16 @@ class JobConfig:
     def output_format(self) -> FormatName:
         """``format``; before it is settled (``bigq.job.settle``), the default of models without experts."""
         return self.format or DEFAULT_FORMAT
+
+    @property
+    def given_rules(self) -> tuple[Rule, ...]:
+        """The rules without those that were chosen for ``bits_per_weight``."""
+        return self.rules[: len(self.rules) - self.chosen_rules]
+
+    @property
+    def lacks_bits(self) -> bool:
+        """Whether bits are yet to be chosen."""
+        return self.bits_per_weight is not None and not self.chosen_rules
 
     @property
     def base_scheme(self) -> QuantScheme:

@@ -42,7 +42,7 @@ FLOORS: Sequence[tuple[str, ...]] = (
     ("bigq.io", "bigq.solver"),
     ("bigq.data",),
     ("bigq.config", "bigq.calibration"),
-    ("bigq.methods",),
+    ("bigq.methods", "bigq.mixed"),
     ("bigq.model",),
     ("bigq.job",),
     ("bigq.inspect",),

@@ -35,6 +35,7 @@ from bigq.sched.claim import Claim, claimed
 from bigq.sched.control import Control
 from bigq.sched.finished import finished_commits
 from bigq.sched.loop import run_units
+from bigq.sched.mixing import with_bits
 from bigq.sched.plan.budgets import Streamed
 from bigq.sched.plan.inputs import plan_job
 from bigq.sched.plan.planner import Plan
@@ -88,6 +89,10 @@ def quantize(
             _announce(plan, target.out, progress, stop)
             with claimed(job, units, request, plan, progress, started=started, command=command) as claim:
                 control = Control(stop=stop, progress=progress, clock=claim.clock)
+                if job.config.lacks_bits:
+                    job, plan = _with_bits(job, units, plan, claim, control)
+                    units = units_of(job)
+                    progress.planned(plan.brief(), plan.to_json())
                 with pushing(target.push, target.out, claim.journal.commits, control, claim.owner.check) as pusher:
                     with _in_another_folder(target.out):
                         resumed = _run(job, units, plan, claim, control, pusher)
@@ -128,12 +133,28 @@ def _announce(plan: Plan, out: Path, progress: Progress, stop: Stop) -> None:
 
 def _run(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Control, pusher: Pusher | None) -> int:
     """Commit all units. Returns how many blocks earlier runs had committed."""
+    with abandoned_on_error(pusher), _writing(job, units, plan, claim, control, pusher) as writer:
+        setup = _Setup(job=job, plan=plan, claim=claim, writer=writer)
+        return run_units(units, writer, setup.bench, setup.solving)
+
+
+def _with_bits(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Control) -> tuple[Job, Plan]:
+    """The job with the bits that are chosen for it now, and its plan."""
+    with _writing(job, units, plan, claim, control, None) as writer:
+        tier = Tier(plan.choice.tier, job.target.device, job.target.out / STATE_FOLDER, claim.clock)
+        job = with_bits(job, plan.shape, _Setup(job=job, plan=plan, claim=claim, writer=writer).bench(), tier)
+    return_freed_memory()
+    return job, plan_job(job.pager, job.rows, job.adapted, job.target.out, job.made)
+
+
+@contextlib.contextmanager
+def _writing(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Control, pusher: Pusher | None) -> Iterator[ShardWriter]:
+    """What reads the source and writes shards, while the context is open."""
     device = job.target.device
     with (
         _streaming(job, plan, control),
         contextlib.closing(WriteBehind(threaded=plan.choice.beside)) as behind,
         job.pager.prefetch(plan.choice.ahead, claim.clock.trace),
-        abandoned_on_error(pusher),
     ):
         writer = ShardWriter(
             checkpoint=job.pager.checkpoint,
@@ -148,8 +169,7 @@ def _run(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Con
             pusher=pusher,
         )
         writer.require_same_sources([shard for unit in units for shard in unit.shards], str(job.pager.folder))
-        setup = _Setup(job=job, plan=plan, claim=claim, writer=writer)
-        return run_units(units, writer, setup.bench, setup.solving)
+        yield writer
 
 
 @contextlib.contextmanager
