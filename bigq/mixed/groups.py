@@ -80,14 +80,10 @@ def groups_of(parts: Sequence[Part], made: Format) -> tuple[Group, ...]:
 
 
 def _group(name: str, parts: Sequence[Part], fused: FusedLinear | None, made: Format) -> Group:
-    if all(part.chosen for part in parts):
-        bits = [b for b in BITS if all(b in part.bits for part in parts)]
-    else:
-        bits = [parts[0].scheme.bits]
+    chosen = all(part.chosen for part in parts)
+    bits = [b for b in BITS if all(b in part.bits for part in parts)] if chosen else [parts[0].scheme.bits]
     if not bits:
-        raise UsageError(
-            f"--bits-per-weight: no number of bits fits {name}; leave it unquantized with --skip, or give its bits with --rule"
-        )
+        raise UsageError(f"--bits-per-weight: no number of bits fits {name}; leave it unquantized with --skip")
     # Experts are many and alike.
     kinds: dict[Part, int] = {}
     for part in parts:
@@ -108,9 +104,9 @@ def capacity(groups: Iterable[Group], budget: float) -> int:
 
 
 def require_budget(groups: Sequence[Group], budget: float) -> None:
-    """Raise UsageError if the budget is below what all groups store at their least bits."""
-    if not groups:
-        return
+    """Raise UsageError if the budget is below what all groups store at their least bits, or if there is nothing to choose."""
+    if all(group.fixed for group in groups):
+        raise UsageError("--bits-per-weight: no effect, since the bits of no Linear are left to choose; leave it out")
     weights = sum(group.weights for group in groups)
     least = sum(min(group.sizes.values()) for group in groups)
     if least > capacity(groups, budget):

@@ -143,7 +143,7 @@ class _Survey:
         self._pass(index, block, plan, banks, PLAIN)
         rounded: dict[str, Tensor] = {}
         with bench.control.clock.phase("solve"):
-            for name, module in linears.items():
+            for name in linears:
                 scheme = self._scheme(f"{prefix}.{name}")
                 rounded[name] = round_to_nearest(originals[name], scheme, f"{prefix}.{name}").dequantize(originals[name].dtype)
         for stream in self.streams:
