@@ -139,7 +139,6 @@ class JobConfig:
         range=Range(must="be above 2 and at most 16", holds=lambda bits: 2 < bits <= 16),
         effects=(dataclasses.replace(CALIBRATED, refused=True),),
     )
-    # The choice itself is in .bigq/bits.json; these rules follow those of the user.
     chosen_rules: int = option(
         0,
         help="how many of the last rules were chosen for --bits-per-weight",
@@ -351,11 +350,6 @@ class JobConfig:
     def given_rules(self) -> tuple[Rule, ...]:
         """The rules without those that were chosen for ``bits_per_weight``."""
         return self.rules[: len(self.rules) - self.chosen_rules]
-
-    @property
-    def lacks_bits(self) -> bool:
-        """Whether bits are yet to be chosen."""
-        return self.bits_per_weight is not None and not self.chosen_rules
 
     @property
     def base_scheme(self) -> QuantScheme:

@@ -73,7 +73,9 @@ def job_config(args: argparse.Namespace, before: object = None) -> JobConfig:
     base = JobConfig() if before is None else JobConfig.from_frozen(before, f"{args.out}: its job.json")
     values = given(args, (each.name for each in job_options() if each.name in table(JobConfig)))
     scheme = dataclasses.replace(base.scheme, **given(args, table(QuantScheme)))
-    return dataclasses.replace(base, scheme=scheme, rules=_rules(args, base.rules), **values)
+    chosen = base.rules[len(base.given_rules) :]
+    rules = (*_rules(args, base.given_rules), *chosen)
+    return dataclasses.replace(base, scheme=scheme, rules=rules, **values)
 
 
 def _rules(args: argparse.Namespace, before: tuple[Rule, ...]) -> tuple[Rule, ...]:

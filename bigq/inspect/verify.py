@@ -29,10 +29,9 @@ from bigq.job.finish import RECORDS
 from bigq.job.journal import BATCHES_NAME, CHECKPOINTS_NAME, JOB_NAME, RUNS_NAME, read_job
 from bigq.job.manifest import GGUF_NAME
 from bigq.job.pushed import PUSHED_NAME
-from bigq.mixed.record import BITS_NAME
 
 _JOB, _RUNS, _BATCHES, _CHECKPOINTS, _PUSHED = (
-    f"{STATE_FOLDER}/{name}" for name in (JOB_NAME, BITS_NAME, RUNS_NAME, BATCHES_NAME, CHECKPOINTS_NAME, PUSHED_NAME)
+    f"{STATE_FOLDER}/{name}" for name in (JOB_NAME, RUNS_NAME, BATCHES_NAME, CHECKPOINTS_NAME, PUSHED_NAME)
 )
 #: The manifest does not list these: they may change after a job is finished.
 _UNLISTED = (MANIFEST, _RUNS, EVALUATIONS, OWNER, LOCK, _PUSHED)

@@ -11,12 +11,12 @@ from torch import nn
 from bigq.config import DEFAULT_FORMAT, DEFAULT_SEQLEN, FORMAT_WITH_EXPERTS, JobConfig
 from bigq.errors import UsageError
 from bigq.job.adapt import Adapted, adapted
-from bigq.job.fit import Candidate, require_fit
-from bigq.job.mixing import mixed_groups
+from bigq.job.fit import Candidate, misfits, require_fit
 from bigq.job.rules import require_sound_rules
 from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS
 from bigq.methods import method_of
 from bigq.mixed.groups import require_budget
+from bigq.mixed.settings import mixed_groups
 from bigq.model import skeleton
 from bigq.model.architecture import is_composite, max_positions
 from bigq.model.blocks import block_linears
@@ -126,7 +126,8 @@ def check_shapes(model: ModelDescription, config: JobConfig) -> Adapted:
         raise UsageError("--skip: no Linear would be quantized; give narrower patterns")
     if config.bits_per_weight is None:
         return found
-    groups = mixed_groups(candidates, _stored_types(model, candidates), found.config, model.blocks_path)
+    types = _stored_types(model, candidates)
+    groups = mixed_groups(candidates, types, found.config, model.blocks_path, lambda tried: misfits(candidates, tried).keys())
     require_budget(groups, config.bits_per_weight)
     return dataclasses.replace(found, groups=groups)
 

@@ -31,6 +31,11 @@ class ChosenBits:
     weights: Mapping[int, int]
     loss: Mapping[str, float]
 
+    def text(self, linears: Mapping[int, int]) -> str:
+        """The choice as text. linears: how many Linears got which bits."""
+        counts = ", ".join(f"{count} Linears at {bits}" for bits, count in sorted(linears.items()))
+        return f"{self.reached:.4g} per weight of {self.budget:g}: {counts}"
+
     def save(self, out: Path) -> None:
         """Freeze the choice. Raises ResourceError."""
         value = dataclasses.asdict(self)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from bigq import faults
 from bigq.errors import NumericsError
 from bigq.job.batches import Batches
-from bigq.job.mixing import with_chosen
 from bigq.machine.memory import return_freed_memory
 from bigq.methods.base import CalibratedMethod
 from bigq.mixed.groups import Group
 from bigq.mixed.loss import Place, choose_bits, run_name, run_of
 from bigq.mixed.record import ChosenBits
+from bigq.mixed.settings import with_chosen
 from bigq.model.blocks import block_linears
 from bigq.model.experts.bank import Bank
 from bigq.model.experts.pages import StoredBank
@@ -46,7 +46,7 @@ from bigq.solver.rtn import round_to_nearest
 #: Bits of rounded Linears.
 ROUNDED = 4
 #: Tokens of each stream, if the calibration has so many.
-TOKENS = 2048
+TOKENS = 1024
 #: The streams without exceptions.
 PLAIN, ALL = "plain", ""
 
@@ -71,7 +71,7 @@ def with_bits(job: Job, shape: ModelShape, bench: Bench, tier: Tier) -> Job:
     bench.control.stop.check()
     chosen.save(job.target.out)
     bench.control.progress.say(said(chosen))
-    adapted = dataclasses.replace(job.adapted, config=with_chosen(job.config, chosen))
+    adapted = dataclasses.replace(job.adapted, config=with_chosen(job.config, chosen.rules))
     return dataclasses.replace(job, config=adapted.config, adapted=adapted)
 
 

@@ -23,7 +23,6 @@ from bigq.io.hub import resolve_model, resolve_streamed
 from bigq.io.remote.shards import RemoteShards
 from bigq.job.adapt import Adapted
 from bigq.job.journal import read_job, require_job_folder
-from bigq.job.mixing import with_chosen, without_chosen
 from bigq.job.owner import refuse_if_held
 from bigq.job.pushed import refuse_source
 from bigq.job.request import compare, make_request, require_same_code
@@ -33,6 +32,7 @@ from bigq.machine.device import choose_device
 from bigq.methods import method_of
 from bigq.methods.base import Method
 from bigq.mixed.record import read_bits
+from bigq.mixed.settings import with_chosen, without_chosen
 from bigq.model.pager import Pager
 from bigq.progress.records import Stages
 from bigq.sched.plan.budgets import Streamed
@@ -139,9 +139,9 @@ def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
     )
     stamps = Stamps({target.folder / "config.json", *pager.checkpoint.files})
     config = settled(pager, dataclasses.replace(config, seqlen=row_length(pager.config, config)))
-    chosen = None if config.bits_per_weight is None else read_bits(target.out)
-    adapted = check_shapes(pager, without_chosen(config, chosen))
-    adapted = dataclasses.replace(adapted, config=with_chosen(adapted.config, chosen))
+    adapted = check_shapes(pager, without_chosen(config))
+    if config.bits_per_weight is not None and (chosen := read_bits(target.out)) is not None:
+        adapted = dataclasses.replace(adapted, config=with_chosen(adapted.config, chosen.rules))
     config = adapted.config
     head = head_to_quantize(pager, config)
     if config.format == "gguf":

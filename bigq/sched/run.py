@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,8 @@ from bigq.machine.device import memory_errors
 from bigq.machine.memory import hold_heap, return_freed_memory, without_collection
 from bigq.machine.ranks import OneProcess
 from bigq.methods.base import CalibratedMethod
+from bigq.mixed.record import read_bits
+from bigq.mixed.settings import lacks_bits
 from bigq.model import skeleton
 from bigq.progress.display import Display
 from bigq.progress.progress import Progress
@@ -89,7 +93,7 @@ def quantize(
             _announce(plan, target.out, progress, stop)
             with claimed(job, units, request, plan, progress, started=started, command=command) as claim:
                 control = Control(stop=stop, progress=progress, clock=claim.clock)
-                if job.config.lacks_bits:
+                if lacks_bits(job.config):
                     job, plan = _with_bits(job, units, plan, claim, control)
                     units = units_of(job)
                     progress.planned(plan.brief(), plan.to_json())
@@ -120,7 +124,14 @@ def _finished_report(target: Target, commits: Sequence[Commit], display: Display
         planned_device_bytes=0,
         resumed_blocks=blocks,
         left_out=tuple(name for commit in commits for name in commit.left_out),
+        bits=_bits_text(target, [record for commit in commits for record in commit.linears]),
     )
+
+
+def _bits_text(target: Target, records: Sequence[Mapping[str, Any]]) -> str:
+    """What ``bits_per_weight`` has led to; empty without it."""
+    chosen = None if target.config.bits_per_weight is None else read_bits(target.out)
+    return "" if chosen is None else chosen.text(Counter(record["bits"] for record in records))
 
 
 def _announce(plan: Plan, out: Path, progress: Progress, stop: Stop) -> None:
@@ -302,4 +313,5 @@ def _report(job: Job, plan: Plan, claim: Claim, resumed: int, started: float, st
         seconds_before=stages.seconds,
         read_by=plan.read_by,
         reader_notes=plan.notes,
+        bits=_bits_text(job.target, [record for commit in commits for record in commit.linears]),
     )

@@ -39,6 +39,8 @@ SETTINGS = {
         "scale_bits": 11,
     },
     "rules": [{"pattern": "a.*", "overrides": None}, {"pattern": "b", "overrides": {"bits": 8, "sym": False}}],
+    "bits_per_weight": None,
+    "chosen_rules": 0,
     "method": "gptq",
     "alpha": 0.5,
     "format": "gptq",
@@ -90,6 +92,7 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("settings.rules", [{"pattern": "c", "overrides": {"damping": 0.5}}], ["--rule 'c:damping=0.5': ", "with --skip 'a.*' --rule "]),
     ("settings.method", "rtn", ["--method rtn: ", "with --method gptq;"]),
     ("settings.lm_head", True, ["--lm-head: ", "with --no-lm-head;"]),
+    ("settings.bits_per_weight", 3.5, ["--bits-per-weight 3.5: ", "with no --bits-per-weight;"]),
     ("settings.alpha", 0.25, ["--alpha 0.25: ", "with --alpha 0.5;"]),
     ("settings.format", "gptq_v2", ["--format gptq_v2: ", "with --format gptq;"]),
     ("settings.scheme.scale_bits", 8, ["--scale-bits 8: ", "with --scale-bits 11;"]),
@@ -127,6 +130,7 @@ FREE: list[tuple[str, Any]] = [
     ("settings.text_field", "body"),
     ("settings.on_nonfinite", "skip"),
     ("settings.allow_partial", True),
+    ("settings.chosen_rules", 1),
     ("settings.push", "owner/name"),
     ("settings.push_drop", True),
     ("versions.tokenizers", "0.23"),
@@ -231,7 +235,15 @@ def test_to_a_gpu_and_back() -> None:
 
 
 #: Settings that are newer than others.
-ADDED = ("settings.text_field", "settings.experts_at_once", "settings.allow_partial", "settings.push", "settings.push_drop")
+ADDED = (
+    "settings.text_field",
+    "settings.experts_at_once",
+    "settings.allow_partial",
+    "settings.push",
+    "settings.push_drop",
+    "settings.bits_per_weight",
+    "settings.chosen_rules",
+)
 
 
 @pytest.mark.parametrize("name", ADDED)

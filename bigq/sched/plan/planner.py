@@ -51,6 +51,7 @@ class Plan:
     rules: how many Linears each rule decides. readers: which programs load the output. notes: further sentences about readers.
     warnings: sentences about the model. fetch: how shards that are not here get here, or None.
     texts: what was made of the calibration text, an entry per text. kept: weights in blocks that stay unquantized.
+    budget: ``bits_per_weight``. bits_chosen: whether the bits are among the rules already.
     """
 
     shape: ModelShape
@@ -68,6 +69,8 @@ class Plan:
     fetch: Fetch | None = None
     texts: tuple[Made, ...] = ()
     kept: Kept = NOTHING_KEPT
+    budget: float | None = None
+    bits_chosen: bool = False
 
     @property
     def fits(self) -> bool:
@@ -124,6 +127,7 @@ class Plan:
             "device": None if self.ceilings is None else self.ceilings.name,
             "seconds_at_least": self.total_seconds if self.ceilings is not None else None,
             "phases": phases,
+            "bits_per_weight": self.budget,
             "rules": rules,
             "kept": self.kept.to_json(),
             "readers": [dataclasses.asdict(verdict) for verdict in self.readers],
@@ -150,6 +154,9 @@ class Plan:
         lines += entry("needs", needs)
         if self.fetch is not None:
             lines += entry("fetches", self.fetch.text())
+        if self.budget is not None:
+            chosen = "" if self.bits_chosen else ": a survey of a few rows comes first"
+            lines += entry("bits", f"at most {self.budget:g} per quantized weight{chosen}")
         if words := count_words(self.rules):
             lines += entry("rules", words)
         if kept := self.kept.text():
@@ -259,6 +266,8 @@ def make_plan(
         warnings=warnings,
         fetch=fetch,
         texts=tuple(texts),
+        budget=config.bits_per_weight,
+        bits_chosen=config.chosen_rules > 0,
     )
 
 
