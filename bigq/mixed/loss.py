@@ -17,11 +17,12 @@ from bigq.mixed.record import ChosenBits
 from bigq.mixed.rules import rules_of
 
 #: The most runs of blocks.
-RUNS = 8
+RUNS = 4
 #: The loss at each number of bits, relative to 3 bits: measured with GPTQ it falls by 4 per bit. 2 bits cost more in a quantized model.
 RATIOS: Mapping[int, float] = {2: 6.0, 3: 1.0, 4: 0.25, 8: 4.0**-5}
-#: The power to which a group's importance is taken. The survey is coarse, and a choice that trusts it fully loses to uniform bits.
-TRUST = 0.5
+#: The powers to which the importance of a kind and of a run are taken. A survey by rounding exaggerates that of kinds, and that of runs is
+#: inexact: a choice that trusts them fully loses to uniform bits.
+TRUST_KIND, TRUST_RUN = 0.5, 0.25
 #: The least that a kind or a run matters, as a fraction of the mean per weight: small gains are inexact.
 LEAST = 0.1
 
@@ -82,7 +83,7 @@ def choose_bits(groups: Sequence[Group], blocks_path: str, blocks: int, budget: 
 
     def items(group: Group) -> list[Item]:
         place = places[group.name]
-        matters = 1.0 if place is None or group.fixed else (found[place.kind] * found[run_name(place.run)]) ** TRUST
+        matters = 1.0 if place is None or group.fixed else found[place.kind] ** TRUST_KIND * found[run_name(place.run)] ** TRUST_RUN
         return [Item(size, group.weights * matters * RATIOS[bits]) for bits, size in group.sizes.items()]
 
     picked = choose([items(group) for group in groups], capacity(groups, budget))
