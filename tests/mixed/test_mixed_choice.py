@@ -131,4 +131,4 @@ def test_the_kind_and_the_run_that_matter_get_more_bits() -> None:
     found = choose_bits(groups, PATH, 8, 3.5, changes(groups, 8, **{"mlp.down_proj": 0.1, run_name(2): 0.1}))
     bits = {group.name: scheme for group in groups if (scheme := scheme_for(group.parts[0], QuantScheme(bits=4), found.rules)) is not None}
     assert found.reached <= 3.5
-    assert bits[f"{PATH}.2.mlp.down_proj"].bits >= 4 > bits[f"{PATH}.5.self_attn.o_proj"].bits
+    assert bits[f"{PATH}.4.mlp.down_proj"].bits >= 4 > bits[f"{PATH}.0.self_attn.o_proj"].bits
