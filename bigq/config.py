@@ -13,6 +13,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bigq.common_options import (
+    BUDGETS,
+    CALIBRATION,
+    OUTPUT,
+    RUN,
+    batch_option,
+    device_option,
+    dtype_option,
+    quiet_option,
+    seed_option,
+    seqlen_option,
+    text_field_option,
+    trust_option,
+)
 from bigq.data.given import calibration_source
 from bigq.data.spec import is_named
 from bigq.errors import CheckpointError, UsageError
@@ -26,15 +40,10 @@ from bigq.vocabulary import DtypeName, FetchChoice, FormatName, MethodName, OnNo
 if TYPE_CHECKING:
     from bigq.io.formats import Format
 
-#: The greatest seed that torch takes.
-MAX_SEED = 2**64 - 1
-DEFAULT_SEQLEN = 2048
 #: The formats of jobs that are given none. Of models with experts, transformers and vLLM both read this one.
 DEFAULT_FORMAT: FormatName = "gptq"
 FORMAT_WITH_EXPERTS: FormatName = "compressed-tensors"
 NEVER = "never"
-
-CALIBRATION, BUDGETS, RUN, OUTPUT = "calibration", "memory and disk", "how it runs", "output"
 
 CORRECTED = Effect(unless="without --method gptaq", holds=lambda job, _: job.method == "gptaq", refused=True)
 ON_RECORDS = Effect(unless="on texts by name", holds=lambda job, _: not is_named(job.calibration))
@@ -42,7 +51,6 @@ STREAMED = Effect(unless="with --fetch download", holds=lambda job, _: job.fetch
 ON_GPU = Effect(unless="on a CPU", holds=lambda _, device: device != "cpu")
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-_SEED = Range(must="be from 0 to 2**64 − 1", holds=lambda seed: 0 <= seed <= MAX_SEED)
 
 
 def _size(given: Any, label: str) -> Any:
@@ -56,46 +64,6 @@ def _seconds_or_never(given: Any, label: str) -> Any:
         return None if given == NEVER else float(given)
     except ValueError:
         raise UsageError(f"{label}: must be a number of seconds, such as 60, or never") from None
-
-
-# Declarations that several commands share.
-
-
-def seqlen_option(**more: Any) -> Any:
-    unset = f"{DEFAULT_SEQLEN}, or the model's limit if that is less"
-    return option(None, help="tokens per row", unit="tokens", unset=unset, range=at_least(1), **more)
-
-
-def text_field_option(**more: Any) -> Any:
-    unset = "text; or messages, ShareGPT conversations, or prompt and completion, through the chat template"
-    help = "field of records that holds the text, or a list of messages"
-    return option(None, help=help, placeholder="NAME", unset=unset, range=Range(must="not be empty", holds=bool), **more)
-
-
-def batch_option(**more: Any) -> Any:
-    """Rows per batch; defaults to ``default_batch``."""
-    unset = "8 on a GPU, about 2048 tokens on a CPU; fewer if memory is short"
-    return option(None, help="rows that pass through a block at once", group=RUN, unit="rows", unset=unset, range=at_least(1), **more)
-
-
-def seed_option(*, help: str, **more: Any) -> Any:
-    return option(0, help=help, range=_SEED, placeholder="N", **more)
-
-
-def device_option(**more: Any) -> Any:
-    return option("auto", help="auto, cpu or cuda:N; auto is the first GPU, or the CPU without one", group=RUN, **more)
-
-
-def dtype_option(**more: Any) -> Any:
-    return option("auto", help="precision of the forward passes; auto is that of the checkpoint", group=RUN, **more)
-
-
-def trust_option(**more: Any) -> Any:
-    return option(False, help="run model code that comes with the checkpoint", group=RUN, **more)
-
-
-def quiet_option() -> Any:
-    return option(False, help="print no progress and no summary, only errors", group=OUTPUT, opposite=None)
 
 
 def _budget(help: str, **more: Any) -> Any:
@@ -128,6 +96,26 @@ class JobConfig:
         opposite="--skip",
         resume=Resume.REFUSED,
         convert=lambda given, _: Rule.all_of(given),
+    )
+    bits_per_weight: float | None = option(
+        None,
+        help="budget: 2, 3, 4 or 8 bits for each Linear, so that codes, scales and zero points take at most this per quantized weight",
+        group=WEIGHTS,
+        placeholder="X",
+        unset="all Linears get --bits",
+        resume=Resume.REFUSED,
+        added=True,
+        range=Range(must="be above 2 and at most 16", holds=lambda bits: 2 < bits <= 16),
+        effects=(dataclasses.replace(CALIBRATED, refused=True),),
+    )
+    chosen_rules: int = option(
+        0,
+        help="how many of the last rules were chosen for --bits-per-weight",
+        group=WEIGHTS,
+        flag=None,
+        resume=Resume.FREE,
+        added=True,
+        range=at_least(0),
     )
     method: MethodName = option(
         "gptq",
@@ -345,6 +333,11 @@ class JobConfig:
         return self.format or DEFAULT_FORMAT
 
     @property
+    def given_rules(self) -> tuple[Rule, ...]:
+        """The rules without those that were chosen for ``bits_per_weight``."""
+        return self.rules[: len(self.rules) - self.chosen_rules]
+
+    @property
     def base_scheme(self) -> QuantScheme:
         """The scheme, with the smallest zero point that the output format can store."""
         return dataclasses.replace(self.scheme, min_zero=self.made.min_zero)
@@ -383,11 +376,3 @@ class JobConfig:
 #: Fields that are kept with a job: a resumed job uses them unless others are given.
 FROZEN_FIELDS = tuple(name for name, each in table(JobConfig).items() if each.kept)
 _NESTED = ("scheme", "rules")
-
-
-def default_batch(device_type: str, seqlen: int) -> int:
-    """Rows per batch: a GPU needs large products; on a CPU larger ones soon only take more memory.
-
-    On the model of ``scripts/bench_small.py``, 2048 tokens at once take 6 % less time than 1024 and 35 MiB more; 4096 save no more time.
-    """
-    return 8 if device_type == "cuda" else max(1, 2048 // seqlen)

@@ -39,6 +39,8 @@ POINTS = (
     "journal.half",
     "journal.written",
     "journal.synced",
+    "survey.block",
+    "bits.written",
     "rows.embedded",
     "block.loaded",
     "batch.begun",

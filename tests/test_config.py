@@ -18,6 +18,8 @@ OTHER: dict[str, Any] = {
         bits=3, group_size=32, symmetric=False, order="activation", damping=0.5, scales="search", min_zero=1, scale_bits=9
     ),
     "rules": (Rule("a", None), Rule.parse("b:c:bits=8,sym=false,damping=0.1"), Rule("d", {"symmetric": False}), Rule("e", {})),
+    "bits_per_weight": 3.5,
+    "chosen_rules": 1,
     "method": "rtn",
     "alpha": 0.25,
     "format": "gptq_v2",

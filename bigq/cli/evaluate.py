@@ -8,7 +8,7 @@ import json
 
 from bigq.cli.flags import add_option, add_options, given, group_of
 from bigq.cli.parser import Parser
-from bigq.config import OUTPUT
+from bigq.common_options import OUTPUT
 from bigq.infer.options import TEXT, EvalConfig
 from bigq.options import table
 from bigq.progress.terminal import print_result

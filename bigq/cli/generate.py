@@ -6,7 +6,7 @@ import argparse
 
 from bigq.cli.flags import add_options, given, group_of
 from bigq.cli.parser import Parser
-from bigq.config import OUTPUT
+from bigq.common_options import OUTPUT
 from bigq.infer.options import GenerateConfig
 from bigq.options import table, without_effect
 from bigq.progress.terminal import keep_quiet, print_piece, read_prompt, tell

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from bigq.cli.flags import add_option, add_options, given, group_of
 from bigq.cli.parser import Parser
-from bigq.config import OUTPUT, RUN, JobConfig
+from bigq.common_options import OUTPUT, RUN
+from bigq.config import JobConfig
 from bigq.errors import ResourceError
 from bigq.machine.memory import without_collection
 from bigq.options import Option, table, without_effect
@@ -77,7 +78,9 @@ def job_config(args: argparse.Namespace, before: object = None) -> JobConfig:
         base = base.with_quality(args.quality)
     values = given(args, (each.name for each in job_options() if each.name in table(JobConfig)))
     scheme = dataclasses.replace(base.scheme, **given(args, table(QuantScheme)))
-    return dataclasses.replace(base, scheme=scheme, rules=_rules(args, base.rules), **values)
+    chosen = base.rules[len(base.given_rules) :]
+    rules = (*_rules(args, base.given_rules), *chosen)
+    return dataclasses.replace(base, scheme=scheme, rules=rules, **values)
 
 
 def _rules(args: argparse.Namespace, before: tuple[Rule, ...]) -> tuple[Rule, ...]:

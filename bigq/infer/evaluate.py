@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bigq.calibration import evaluation_rows, require_vocabulary
-from bigq.config import DEFAULT_SEQLEN, default_batch
+from bigq.common_options import DEFAULT_SEQLEN, default_batch
 from bigq.errors import BigqError, UsageError
 from bigq.infer.experts import BankRunner
 from bigq.infer.options import EvalConfig

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from bigq.config import (
+from bigq.common_options import (
     batch_option,
     device_option,
     dtype_option,

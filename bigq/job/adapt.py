@@ -19,6 +19,7 @@ from bigq.io.formats.readers import BY_FUSED_NAME, ROWS, fused_linears
 from bigq.job.fit import FINE, Candidate, misfits, patterns
 from bigq.job.rules import deciding_rule, require_sound_rules
 from bigq.methods import method_of
+from bigq.mixed.groups import Group
 from bigq.scheme import Rule
 from bigq.vocabulary import FormatName
 
@@ -28,12 +29,14 @@ class Adapted:
     """A job whose Linears fit, if anything could be done for them.
 
     rules: those that were added. said: one sentence for each change. instead: a format in which all Linears would fit as they are.
+    groups: with ``bits_per_weight``, what gets the same bits.
     """
 
     config: JobConfig
     rules: tuple[Rule, ...] = ()
     said: tuple[str, ...] = ()
     instead: FormatName | None = None
+    groups: tuple[Group, ...] = ()
 
     def leaves_out(self, name: str) -> bool:
         """Whether the job leaves a Linear unquantized because of an added rule."""

@@ -19,7 +19,7 @@ def flags(config: JobConfig) -> list[str]:
     """
     kept = [each for name, each in table(JobConfig).items() if name in FROZEN_FIELDS and name not in ("scheme", "rules")]
     found = list(_differing(config.scheme, _with_effect(config, table(QuantScheme).values())))
-    found += [word for rule in config.rules for word in _rule(rule)]
+    found += [word for rule in config.given_rules for word in _rule(rule)]
     found += _differing(config, _with_effect(config, kept))
     return found
 

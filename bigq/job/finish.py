@@ -27,6 +27,7 @@ from bigq.job.away import Away
 from bigq.job.journal import BATCHES_NAME, CHECKPOINTS_NAME, JOB_NAME, JOURNAL_NAME, Commit, Journal, read_commits
 from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME, read_manifest
 from bigq.kernels.dequantize import dequantize_packed
+from bigq.mixed.record import BITS_NAME
 from bigq.model.plain import PlainModules
 from bigq.model.quantization import without_quantization
 from bigq.scheme import QuantScheme, scheme_for
@@ -35,7 +36,7 @@ from bigq.version import __version__
 #: The model card and the mark in one that bigq wrote. Users may edit such a card, so the manifest does not list it.
 CARD_NAME, CARD_MARK = "README.md", "<!-- model card written by bigq -->"
 #: The job's records that no longer change once it is finished.
-RECORDS = (JOB_NAME, JOURNAL_NAME, BATCHES_NAME, "linears.jsonl")
+RECORDS = (JOB_NAME, BITS_NAME, JOURNAL_NAME, BATCHES_NAME, "linears.jsonl")
 
 
 def is_finished(journal: Journal) -> bool:

@@ -4,6 +4,7 @@
     OUT/.bigq/runs.jsonl      one line per run: versions, machine and warnings, and how the run ended
     OUT/.bigq/journal.jsonl   one line per committed shard, appended and flushed after the shard is durable
     OUT/.bigq/pushed.jsonl    with --push, which files a hub repository holds: see ``pushed``
+    OUT/.bigq/bits.json       with --bits-per-weight, which bits were chosen, see ``bigq.mixed.record``
     OUT/.bigq/batches.json    where the batch was halved because the device ran out of memory, if it was
     OUT/.bigq/lock, owner.json, activations-….safetensors, checkpoints.json: see ``owner`` and ``checkpoint``
 
@@ -28,6 +29,7 @@ from bigq.io.checksum import load_record, read_record_bytes, save_record, seal, 
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.shard_record import ShardRecord, file_sha256
 from bigq.job.batches import Halving
+from bigq.mixed.record import with_chosen_rules
 
 if TYPE_CHECKING:
     from bigq.job.away import Away
@@ -151,7 +153,7 @@ class Journal:
     def _begin(self, request: Mapping[str, Any], compare: Callable[..., list[str]]) -> None:
         before = load_record(self._state / JOB_NAME, _BEGIN_AGAIN)
         if before is not None:
-            self.notes += compare(self.out, before, request)
+            self.notes += compare(self.out, with_chosen_rules(self.out, before), request)
         elif self._path.exists():
             raise CheckpointError(f"{self._state / JOB_NAME}: is missing, so the job's request is unknown; {_BEGIN_AGAIN}")
         else:
@@ -305,8 +307,12 @@ def read_commits(out: Path) -> tuple[list[Commit], int]:
 
 
 def read_job(out: Path) -> dict[str, Any] | None:
-    """The frozen request of the job in a folder; None where there is no job. Raises CheckpointError where it is damaged."""
-    return load_record(out / STATE_FOLDER / JOB_NAME, _BEGIN_AGAIN)
+    """The frozen request of the job in a folder, with the rules that were chosen for it; None where there is no job.
+
+    Raises CheckpointError where a record is damaged.
+    """
+    request = load_record(out / STATE_FOLDER / JOB_NAME, _BEGIN_AGAIN)
+    return None if request is None else with_chosen_rules(out, request)
 
 
 def require_job_folder(out: Path) -> None:

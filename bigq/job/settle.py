@@ -8,13 +8,16 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from bigq.config import DEFAULT_FORMAT, DEFAULT_SEQLEN, FORMAT_WITH_EXPERTS, JobConfig
+from bigq.common_options import DEFAULT_SEQLEN
+from bigq.config import DEFAULT_FORMAT, FORMAT_WITH_EXPERTS, JobConfig
 from bigq.errors import UsageError
 from bigq.job.adapt import Adapted, adapted
-from bigq.job.fit import Candidate, require_fit
+from bigq.job.fit import Candidate, misfits, require_fit
 from bigq.job.rules import require_sound_rules
 from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS
 from bigq.methods import method_of
+from bigq.mixed.groups import require_budget
+from bigq.mixed.settings import mixed_groups
 from bigq.model import skeleton
 from bigq.model.architecture import is_composite, max_positions
 from bigq.model.blocks import block_linears
@@ -122,7 +125,12 @@ def check_shapes(model: ModelDescription, config: JobConfig) -> Adapted:
     base = config.base_scheme
     if head is None and all(scheme_for(each.name, base, config.rules) is None for each in candidates):
         raise UsageError("--skip: no Linear would be quantized; give narrower patterns")
-    return found
+    if config.bits_per_weight is None:
+        return found
+    types = _stored_types(model, candidates)
+    groups = mixed_groups(candidates, types, found.config, model.blocks_path, lambda tried: misfits(candidates, tried).keys())
+    require_budget(groups, config.bits_per_weight)
+    return dataclasses.replace(found, groups=groups)
 
 
 def bank_scheme(path: str, names: Iterable[str], config: JobConfig) -> QuantScheme | None:
@@ -141,6 +149,14 @@ def bank_scheme(path: str, names: Iterable[str], config: JobConfig) -> QuantSche
                 f"differs from {first}; use a pattern such as {path}.*"
             )
     return scheme
+
+
+def _stored_types(model: ModelDescription, candidates: Iterable[Candidate]) -> dict[str, torch.dtype]:
+    """The dtype of each Linear's weight in the checkpoint; of experts, that of the blocks' other weights."""
+    prefix = f"{model.blocks_path}."
+    usual = next((info.dtype for name, info in model.sources.items() if name.startswith(prefix)), torch.float16)
+    found = {each.name: model.sources.get(f"{each.name}.weight") for each in candidates}
+    return {name: usual if info is None else info.dtype for name, info in found.items()}
 
 
 def _candidate(name: str, module: nn.Module) -> Candidate:

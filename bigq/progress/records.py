@@ -173,6 +173,7 @@ class Report:
     seconds_before: Mapping[str, float] = field(default_factory=dict)
     read_by: tuple[str, ...] = ()
     reader_notes: tuple[str, ...] = ()
+    bits: str = ""
 
     @property
     def many_dead(self) -> list[Mapping[str, Any]]:
@@ -224,6 +225,8 @@ class Report:
             lines += entry("resumed", f"{self.resumed_blocks} of {self.blocks} blocks were already done")
         ratio = self.output_bytes / self.source_bytes
         lines += entry("size", f"{show_size(self.source_bytes)} → {show_size(self.output_bytes)} ({100 * ratio:.0f} %)")
+        if self.bits:
+            lines += entry("bits", self.bits)
         if self.planned_host_bytes:
             lines += entry("time", [f"{name} {seconds:.1f} s" for name, seconds in rounded_shares(self.times()).items()])
             lines += self.waiting_lines()

@@ -162,7 +162,8 @@ def settings(config: JobConfig) -> list[tuple[str, object]]:
     extra = [] if scheme.order == "natural" else [f"{scheme.order} order"]
     extra += [] if scheme.scales == "minmax" else ["scales by search"]
     extra += [f"scales of {scheme.scale_bits} significant bits"] if scheme.scale_bits is not None else []
-    pairs: list[tuple[str, object]] = [("weights", ", ".join([f"{scheme.bits} bits", groups, zeros, *extra]))]
+    bits = f"{scheme.bits} bits" if config.bits_per_weight is None else f"at most {config.bits_per_weight:g} bits per weight"
+    pairs: list[tuple[str, object]] = [("weights", ", ".join([bits, groups, zeros, *extra]))]
     order = "true-sequential" if config.true_sequential else "all Linears of a block at once"
     calibrated = method_text(config).calibrated
     how = f"{config.method}, {order}, damping {scheme.damping}" if calibrated else config.method

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from bigq.io.json_file import open_regular
 from bigq.job.command import flags
 from bigq.job.finish import CARD_MARK, CARD_NAME
 from bigq.job.manifest import GGUF_NAME
+from bigq.mixed.record import read_bits
 from bigq.progress.sizes import show_size
 from bigq.reports.loading import loading, loads_with_transformers
 from bigq.reports.markdown import block, code, plain, table
@@ -193,7 +195,10 @@ def _effective_config(config: JobConfig) -> JobConfig:
 def _settings(history: History, config: JobConfig) -> Iterator[tuple[str, str]]:
     scheme, method = config.scheme, method_text(config)
     yield "method", plain(method.title)
-    yield "bits", str(scheme.bits)
+    if config.bits_per_weight is None:
+        yield "bits", str(scheme.bits)
+    else:
+        yield from _chosen_bits(history, config)
     yield "group size", "whole rows" if scheme.group_size == -1 else str(scheme.group_size)
     yield "zero points", "symmetric" if scheme.symmetric else "asymmetric"
     if scheme.scale_bits is not None:
@@ -210,11 +215,22 @@ def _settings(history: History, config: JobConfig) -> Iterator[tuple[str, str]]:
         yield "calibration", f"{config.samples} × {config.seqlen} tokens of {of}, seed {config.seed}"
     if config.rotate:
         yield "rotation", "folded into the weights: the residual stream, and the values of attention heads"
-    for rule in config.rules:
+    for rule in config.given_rules:
         what = "unquantized" if rule.overrides is None else ", ".join(f"{k} {v}" for k, v in rule.overrides.items())
         yield f"Linears that match {code(rule.pattern)}", what
     yield "output head", _head(history, config)
     yield "checkpoint format", code(config.output_format) + (f": {GGUF_NAME}, and shards in `gptq_v2`" if config.format == "gguf" else "")
+
+
+def _chosen_bits(history: History, config: JobConfig) -> Iterator[tuple[str, str]]:
+    """What ``bits_per_weight`` has led to. Scales and zero points count. A converted folder does not know what was reached."""
+    chosen = read_bits(Path(history.out))
+    of = f"at most {config.bits_per_weight:g}" if chosen is None else f"{chosen.reached:.4g} of {chosen.budget:g}"
+    yield "bits per quantized weight, with scales and zero points", of
+    counts = Counter[int]()
+    for linear in history.linears:
+        counts[linear.bits] += linear.count
+    yield "bits", ", ".join(f"{count} Linears at {bits}" for bits, count in sorted(counts.items()))
 
 
 def _head(history: History, config: JobConfig) -> str:

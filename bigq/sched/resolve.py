@@ -31,6 +31,8 @@ from bigq.job.stop import Stop
 from bigq.machine.device import choose_device
 from bigq.methods import method_of
 from bigq.methods.base import Method
+from bigq.mixed.record import read_bits
+from bigq.mixed.settings import with_chosen, without_chosen
 from bigq.model.pager import Pager
 from bigq.progress.records import Stages
 from bigq.sched.plan.budgets import Streamed
@@ -138,7 +140,9 @@ def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
     )
     stamps = Stamps({target.folder / "config.json", *pager.checkpoint.files})
     config = settled(pager, dataclasses.replace(config, seqlen=row_length(pager.config, config)))
-    adapted = check_shapes(pager, config)
+    adapted = check_shapes(pager, without_chosen(config))
+    if config.bits_per_weight is not None and (chosen := read_bits(target.out)) is not None:
+        adapted = dataclasses.replace(adapted, config=with_chosen(adapted.config, chosen.rules))
     config = adapted.config
     head = head_to_quantize(pager, config)
     if config.format == "gguf":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,8 @@ from bigq.machine.device import memory_errors
 from bigq.machine.memory import hold_heap, return_freed_memory, without_collection
 from bigq.machine.ranks import OneProcess
 from bigq.methods.base import CalibratedMethod
+from bigq.mixed.record import read_bits
+from bigq.mixed.settings import lacks_bits
 from bigq.model import skeleton
 from bigq.progress.display import Display
 from bigq.progress.progress import Progress
@@ -35,6 +39,7 @@ from bigq.sched.claim import Claim, claimed
 from bigq.sched.control import Control
 from bigq.sched.finished import finished_commits
 from bigq.sched.loop import run_units
+from bigq.sched.mixing import with_bits
 from bigq.sched.plan.budgets import Streamed
 from bigq.sched.plan.inputs import plan_job
 from bigq.sched.plan.planner import Plan
@@ -88,6 +93,10 @@ def quantize(
             _announce(plan, target.out, progress, stop)
             with claimed(job, units, request, plan, progress, started=started, command=command) as claim:
                 control = Control(stop=stop, progress=progress, clock=claim.clock)
+                if lacks_bits(job.config):
+                    job, plan = _with_bits(job, units, plan, claim, control)
+                    units = units_of(job)
+                    progress.planned(plan.brief(), plan.to_json())
                 with pushing(target.push, target.out, claim.journal.commits, control, claim.owner.check) as pusher:
                     with _in_another_folder(target.out):
                         resumed = _run(job, units, plan, claim, control, pusher)
@@ -115,7 +124,14 @@ def _finished_report(target: Target, commits: Sequence[Commit], display: Display
         planned_device_bytes=0,
         resumed_blocks=blocks,
         left_out=tuple(name for commit in commits for name in commit.left_out),
+        bits=_bits_text(target, [record for commit in commits for record in commit.linears]),
     )
+
+
+def _bits_text(target: Target, records: Sequence[Mapping[str, Any]]) -> str:
+    """What ``bits_per_weight`` has led to; empty without it."""
+    chosen = None if target.config.bits_per_weight is None else read_bits(target.out)
+    return "" if chosen is None else chosen.text(Counter(record["bits"] for record in records))
 
 
 def _announce(plan: Plan, out: Path, progress: Progress, stop: Stop) -> None:
@@ -128,12 +144,28 @@ def _announce(plan: Plan, out: Path, progress: Progress, stop: Stop) -> None:
 
 def _run(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Control, pusher: Pusher | None) -> int:
     """Commit all units. Returns how many blocks earlier runs had committed."""
+    with abandoned_on_error(pusher), _writing(job, units, plan, claim, control, pusher) as writer:
+        setup = _Setup(job=job, plan=plan, claim=claim, writer=writer)
+        return run_units(units, writer, setup.bench, setup.solving)
+
+
+def _with_bits(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Control) -> tuple[Job, Plan]:
+    """The job with the bits that are chosen for it now, and its plan."""
+    with _writing(job, units, plan, claim, control, None) as writer:
+        tier = Tier(plan.choice.tier, job.target.device, job.target.out / STATE_FOLDER, claim.clock)
+        job = with_bits(job, plan.shape, _Setup(job=job, plan=plan, claim=claim, writer=writer).bench(), tier)
+    return_freed_memory()
+    return job, plan_job(job.pager, job.rows, job.adapted, job.target.out, job.made)
+
+
+@contextlib.contextmanager
+def _writing(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Control, pusher: Pusher | None) -> Iterator[ShardWriter]:
+    """What reads the source and writes shards, while the context is open."""
     device = job.target.device
     with (
         _streaming(job, plan, control),
         contextlib.closing(WriteBehind(threaded=plan.choice.beside)) as behind,
         job.pager.prefetch(plan.choice.ahead, claim.clock.trace),
-        abandoned_on_error(pusher),
     ):
         writer = ShardWriter(
             checkpoint=job.pager.checkpoint,
@@ -148,8 +180,7 @@ def _run(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Con
             pusher=pusher,
         )
         writer.require_same_sources([shard for unit in units for shard in unit.shards], str(job.pager.folder))
-        setup = _Setup(job=job, plan=plan, claim=claim, writer=writer)
-        return run_units(units, writer, setup.bench, setup.solving)
+        yield writer
 
 
 @contextlib.contextmanager
@@ -282,4 +313,5 @@ def _report(job: Job, plan: Plan, claim: Claim, resumed: int, started: float, st
         seconds_before=stages.seconds,
         read_by=plan.read_by,
         reader_notes=plan.notes,
+        bits=_bits_text(job.target, [record for commit in commits for record in commit.linears]),
     )

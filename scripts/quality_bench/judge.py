@@ -92,12 +92,11 @@ def log_probabilities(hidden: Tensor, head: torch.nn.Module) -> Tensor:
 def dense_from_gptq(original: Path, packed: Path, out: Path) -> int:
     """Write a dense checkpoint in OUT from a folder of format gptq_v2. Returns the number of packed Linears."""
     stored = {name: t for shard in sorted(packed.glob("*.safetensors")) for name, t in load_file(shard).items()}
-    config = json.loads((packed / "config.json").read_text())["quantization_config"]
-    bits = int(config["bits"])
     names = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
     weights = {}
     for name in names:
         qweight, qzeros, scales, groups = (stored[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx"))
+        bits = 32 * len(qweight) // len(groups)  # Linears may differ
         codes = unpacked(qweight, bits)
         zeros = unpacked(qzeros.T.contiguous(), bits).T[groups.long()]
         weights[f"{name}.weight"] = (scales.float()[groups.long()] * (codes - zeros)).T.contiguous()

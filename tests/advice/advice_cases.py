@@ -50,6 +50,12 @@ OPTIONS = (
         PLAN + " --format gguf --push owner/name --push-drop",
     ),
     Case("leave out --rotate", PLAN + " --rotate", family="gpt2"),
+    Case("codes, scales and zero points are {} bits per weight; use --bits-per-weight {} or more", PLAN + " --bits-per-weight 2.1"),
+    Case(
+        "--bits-per-weight: no effect, since the bits of no Linear are left to choose; leave it out",
+        PLAN + " --bits-per-weight 4 --rule .*:bits=4",
+        follow=lambda p: ["plan", p.model, "--samples", "4", "--seqlen", "16", "--group-size", "32", "--rule", ".*:bits=4"],
+    ),
     Case("--seqlen {}: the model has {} positions; use --seqlen {} or less", PLAN + " --seqlen 4096"),
     Case(
         "which holds {} significant bits; use --scale-bits {}, or leave it out",

@@ -48,6 +48,7 @@ WRITING = (
 NOT_WRITING = {
     **dict.fromkeys(("job.written", "run.recorded", "batch.halved"), "the file is durable already; its own writing has points"),
     **dict.fromkeys(("rows.embedded", "block.loaded", "batch.begun", "linear.solved", "block.solved", "block.replayed"), "computing"),
+    **dict.fromkeys(("survey.block", "bits.written"), "with --bits-per-weight; test_mixed_bits.py has them"),
     "expert.solved": "computing, of models with experts",
     **dict.fromkeys(("push.uploaded", "push.recorded", "push.dropped"), "between steps, of jobs that upload; test_push.py has them"),
     "gguf.piece": "only where a GGUF file is written; test_gguf.py has it",

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 import bigq
 from bigq.cli.main import main
-from bigq.config import MAX_SEED, JobConfig
+from bigq.common_options import MAX_SEED
+from bigq.config import JobConfig
 from bigq.data.tokenizer import load_tokenizer
 from bigq.errors import BigqError, CheckpointError, ResourceError, UsageError
 from bigq.infer import load

@@ -39,6 +39,8 @@ SETTINGS = {
         "scale_bits": 11,
     },
     "rules": [{"pattern": "a.*", "overrides": None}, {"pattern": "b", "overrides": {"bits": 8, "sym": False}}],
+    "bits_per_weight": None,
+    "chosen_rules": 0,
     "method": "gptq",
     "alpha": 0.5,
     "format": "gptq",
@@ -92,6 +94,7 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("settings.method", "rtn", ["--method rtn: ", "with --method gptq;"]),
     ("settings.lm_head", True, ["--lm-head: ", "with --no-lm-head;"]),
     ("settings.rotate", True, ["--rotate: ", "with --no-rotate;"]),
+    ("settings.bits_per_weight", 3.5, ["--bits-per-weight 3.5: ", "with no --bits-per-weight;"]),
     ("settings.alpha", 0.25, ["--alpha 0.25: ", "with --alpha 0.5;"]),
     ("settings.format", "gptq_v2", ["--format gptq_v2: ", "with --format gptq;"]),
     ("settings.scheme.scale_bits", 8, ["--scale-bits 8: ", "with --scale-bits 11;"]),
@@ -129,6 +132,7 @@ FREE: list[tuple[str, Any]] = [
     ("settings.text_field", "body"),
     ("settings.on_nonfinite", "skip"),
     ("settings.allow_partial", True),
+    ("settings.chosen_rules", 1),
     ("settings.push", "owner/name"),
     ("settings.push_drop", True),
     ("versions.tokenizers", "0.23"),
@@ -240,6 +244,8 @@ ADDED = (
     "settings.allow_partial",
     "settings.push",
     "settings.push_drop",
+    "settings.bits_per_weight",
+    "settings.chosen_rules",
 )
 
 

@@ -19,15 +19,13 @@ from bigq.kernels.grid_spec import REFINED
 from bigq.kernels.pick import piece
 from bigq.kernels.syrk import CHUNK_TOKENS
 from bigq.sched.plan.bank_cost import BankPhase, BankTerms, bank_phases, proof_bytes
+from bigq.sched.plan.head_cost import head_phases
 from bigq.sched.plan.rotation_cost import block_bytes, block_flops, outside_flops, piece_bytes
 from bigq.sched.plan.row_cost import row_bytes
-from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape, ModelShape
+from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape, ModelShape, gguf_bytes, packed_bytes
 from bigq.sched.plan.work import Choice, Work
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import BLOCK, PANEL, column_order, has_static_grids
-
-#: Weights of the output head that are solved at a time (``solve.head``).
-HEAD_CHUNK = 2**26
 
 #: Bytes of an fp32 number.
 FP32 = 4
@@ -89,17 +87,6 @@ class Cost:
         return max(phase.host for phase in self.phases)
 
 
-def packed_bytes(linear: LinearShape, scheme: QuantScheme) -> int:
-    """Bytes of a packed Linear: codes, zeros, fp16 scales, int32 group indices."""
-    groups = linear.n // scheme.group_width(linear.n)
-    return linear.m * linear.n * scheme.bits // 8 + groups * linear.m * scheme.bits // 8 + 2 * groups * linear.m + 4 * linear.n
-
-
-def gguf_bytes(linear: LinearShape, scheme: QuantScheme) -> int:
-    """Bytes of a Linear in blocks of 32 weights, each with its scale and, if asymmetric, its minimum."""
-    return linear.m * -(-linear.n // 32) * (scheme.bits * 4 + (2 if scheme.symmetric else 4))
-
-
 def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
     """The cost of a whole job. base: resident bytes of the process before the job, with libraries warmed up."""
     activations = row_bytes(shape, work, choice)
@@ -152,7 +139,7 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
         again += cost.blocks_of_gguf if work.gguf else 0
     scheme = work.scheme(shape.head.name) if work.lm_head and shape.head is not None else None
     if scheme is not None and shape.head is not None:
-        for name, held, flops in _head_phases(shape, shape.head, scheme, work, choice):
+        for name, held, flops in head_phases(shape, shape.head, scheme, work, choice):
             add(name, held + late, flops, host=embedding if choice.on_gpu else 0)
         output += packed_bytes(shape.head, scheme) - shape.head.stored
         again += gguf_bytes(shape.head, scheme) - shape.head.stored if work.gguf else 0
@@ -168,30 +155,6 @@ def kept_output(output: int, largest: int) -> int:
     Those that may wait for their upload, and those of a unit that is written while its own shards are read.
     """
     return min(output, max(WAITING_BYTES, WAITING_SHARDS * largest) + 2 * largest)
-
-
-def _head_phases(
-    shape: ModelShape, head: LinearShape, scheme: QuantScheme, work: Work, choice: Choice
-) -> list[tuple[str, int, dict[str, float]]]:
-    """(name, peak bytes, operations) of quantizing the output head: see ``solve.head``."""
-    weight, codes = shape.itemsize * head.m * head.n + (head.stored if work.rotate else 0), head.m * head.n
-    rows = min(head.m, max(1, HEAD_CHUNK // head.n))
-    solving = (
-        FP32 * rows * (3 * head.n if not work.streams or scheme.order == "activation" or scheme.scales == "search" else 2 * head.n + PANEL)
-    )
-    packing = 2 * codes + packed_bytes(head, scheme)
-    if not work.streams:
-        return [("solve", weight + max(codes + solving, packing), {})]
-    square = FP32 * head.n * head.n
-    tokens = min(choice.batch, work.rows) * shape.seqlen
-    capture = tokens * head.n * (4 * shape.itemsize + FP32) + shape.rest_loaded
-    permuted = min(piece(on_gpu=choice.on_gpu), square // FP32) if scheme.order != "natural" else 0
-    factor = FP32 * max(permuted, 2 * panel_width(on_gpu=choice.on_gpu) * head.n)
-    return [
-        ("replay", square + capture, {"hessian": float(work.rows * shape.seqlen) * head.n * head.n}),
-        ("factor", square + factor, {"single": float(head.n) ** 3 / 3}),
-        ("solve", square + weight + max(codes + solving, packing), {"solve": float(head.m) * head.n * head.n}),
-    ]
 
 
 def _read_ahead(choice: Choice) -> int:

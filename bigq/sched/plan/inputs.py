@@ -29,6 +29,7 @@ from bigq.machine.budget import GPU_RESERVE, disk_budget, gpu_budget, host_budge
 from bigq.machine.ceilings import KNOWN, Ceilings, measure
 from bigq.machine.device import choose_device
 from bigq.methods import method_of
+from bigq.mixed.settings import with_chosen, without_chosen
 from bigq.model import skeleton
 from bigq.model.blocks import find_blocks
 from bigq.model.description import ModelDescription
@@ -170,7 +171,8 @@ def _file_system(folder: Path) -> int:
 
 def _checked(model: ModelDescription, config: JobConfig) -> Adapted:
     """The job with its format and scheme settled. Raises UsageError or UnsupportedModelError if ``quantize`` would refuse it."""
-    found = check_shapes(model, settled(model, config))
+    found = check_shapes(model, without_chosen(settled(model, config)))
+    found = dataclasses.replace(found, config=with_chosen(found.config, config.rules[len(config.given_rules) :]))
     head_scheme(model, found.config)
     if found.config.format == "gguf":
         check_gguf_job(model, found.config)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigq.calibration import Made
-from bigq.config import JobConfig, default_batch
+from bigq.common_options import default_batch
+from bigq.config import JobConfig
 from bigq.errors import UsageError
 from bigq.io.formats.readers import Verdict, read_by
 from bigq.job.rules import RuleCount, count_words
@@ -54,6 +55,7 @@ class Plan:
     warnings: sentences about the model. fetch: how shards that are not here get here, or None.
     solving: how Linears are solved, and the quality that stands for it.
     texts: what was made of the calibration text, an entry per text. kept: weights in blocks that stay unquantized.
+    budget: ``bits_per_weight``. bits_chosen: whether the bits are among the rules already.
     """
 
     shape: ModelShape
@@ -72,6 +74,8 @@ class Plan:
     texts: tuple[Made, ...] = ()
     solving: tuple[str, ...] = ()
     kept: Kept = NOTHING_KEPT
+    budget: float | None = None
+    bits_chosen: bool = False
 
     @property
     def fits(self) -> bool:
@@ -128,6 +132,7 @@ class Plan:
             "device": None if self.ceilings is None else self.ceilings.name,
             "seconds_at_least": self.total_seconds if self.ceilings is not None else None,
             "phases": phases,
+            "bits_per_weight": self.budget,
             "rules": rules,
             "kept": self.kept.to_json(),
             "readers": [dataclasses.asdict(verdict) for verdict in self.readers],
@@ -156,6 +161,9 @@ class Plan:
         lines += entry("needs", needs)
         if self.fetch is not None:
             lines += entry("fetches", self.fetch.text())
+        if self.budget is not None:
+            chosen = "" if self.bits_chosen else ": a survey of a few rows comes first"
+            lines += entry("bits", f"at most {self.budget:g} per quantized weight{chosen}")
         if words := count_words(self.rules):
             lines += entry("rules", words)
         if kept := self.kept.text():
@@ -264,6 +272,8 @@ def make_plan(
         fetch=fetch,
         texts=tuple(texts),
         solving=_solving(config, work.method),
+        budget=config.bits_per_weight,
+        bits_chosen=config.chosen_rules > 0,
     )
 
 

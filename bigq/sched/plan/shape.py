@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bigq.scheme import QuantScheme
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -185,3 +187,14 @@ class ModelShape:
     @property
     def stored(self) -> int:
         return self.rest_stored + sum(block.stored + block.expert_bytes for block in self.blocks)
+
+
+def packed_bytes(linear: LinearShape, scheme: QuantScheme) -> int:
+    """Bytes of a packed Linear: codes, zeros, fp16 scales, int32 group indices."""
+    groups = linear.n // scheme.group_width(linear.n)
+    return linear.m * linear.n * scheme.bits // 8 + groups * linear.m * scheme.bits // 8 + 2 * groups * linear.m + 4 * linear.n
+
+
+def gguf_bytes(linear: LinearShape, scheme: QuantScheme) -> int:
+    """Bytes of a Linear in blocks of 32 weights, each with its scale and, if asymmetric, its minimum."""
+    return linear.m * -(-linear.n // 32) * (scheme.bits * 4 + (2 if scheme.symmetric else 4))

@@ -15,9 +15,9 @@ from bigq.methods.gptq import Gptq
 from bigq.methods.rtn import Rtn
 from bigq.progress.sizes import parse_size
 from bigq.sched.plan.budgets import Budgets, Download, Fetch, Streamed, usual_cache
-from bigq.sched.plan.cost import Cost, Phase, job_cost, packed_bytes
+from bigq.sched.plan.cost import Cost, Phase, job_cost
 from bigq.sched.plan.planner import Machine, Plan, make_plan, phase_seconds
-from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows
+from bigq.sched.plan.shape import BlockShape, GroupShape, LinearShape, MemoShape, ModelShape, Reach, Rows, packed_bytes
 from bigq.sched.plan.work import Choice, Work
 from bigq.scheme import QuantScheme, Rule, scheme_for
 

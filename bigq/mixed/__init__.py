@@ -1,0 +1,1 @@
+"""Mixed bits: which Linears get how many bits, so that a budget of bits per weight holds."""

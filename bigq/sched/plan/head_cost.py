@@ -1,0 +1,40 @@
+"""The memory and arithmetic of quantizing the output head. Pure functions."""
+
+from __future__ import annotations
+
+from bigq.kernels.cholesky import panel_width
+from bigq.kernels.pick import piece
+from bigq.sched.plan.shape import LinearShape, ModelShape, packed_bytes
+from bigq.sched.plan.work import Choice, Work
+from bigq.scheme import QuantScheme
+from bigq.solver.gptq import PANEL
+
+#: Weights of the output head that are solved at a time (``solve.head``).
+HEAD_CHUNK = 2**26
+
+#: Bytes of an fp32 number.
+FP32 = 4
+
+
+def head_phases(
+    shape: ModelShape, head: LinearShape, scheme: QuantScheme, work: Work, choice: Choice
+) -> list[tuple[str, int, dict[str, float]]]:
+    """(name, peak bytes, operations) of quantizing the output head: see ``solve.head``."""
+    weight, codes = shape.itemsize * head.m * head.n + (head.stored if work.rotate else 0), head.m * head.n
+    rows = min(head.m, max(1, HEAD_CHUNK // head.n))
+    solving = (
+        FP32 * rows * (3 * head.n if not work.streams or scheme.order == "activation" or scheme.scales == "search" else 2 * head.n + PANEL)
+    )
+    packing = 2 * codes + packed_bytes(head, scheme)
+    if not work.streams:
+        return [("solve", weight + max(codes + solving, packing), {})]
+    square = FP32 * head.n * head.n
+    tokens = min(choice.batch, work.rows) * shape.seqlen
+    capture = tokens * head.n * (4 * shape.itemsize + FP32) + shape.rest_loaded
+    permuted = min(piece(on_gpu=choice.on_gpu), square // FP32) if scheme.order != "natural" else 0
+    factor = FP32 * max(permuted, 2 * panel_width(on_gpu=choice.on_gpu) * head.n)
+    return [
+        ("replay", square + capture, {"hessian": float(work.rows * shape.seqlen) * head.n * head.n}),
+        ("factor", square + factor, {"single": float(head.n) ** 3 / 3}),
+        ("solve", square + weight + max(codes + solving, packing), {"solve": float(head.m) * head.n * head.n}),
+    ]
