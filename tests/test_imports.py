@@ -39,7 +39,7 @@ FLOORS: Sequence[tuple[str, ...]] = (
     ("bigq.options",),
     ("bigq.faults", "bigq.scheme"),
     ("bigq.machine", "bigq.progress", "bigq.quantized_weight"),
-    ("bigq.io", "bigq.solver"),
+    ("bigq.io", "bigq.solver", "bigq.tuning"),
     ("bigq.data",),
     ("bigq.config", "bigq.calibration"),
     ("bigq.methods",),

@@ -117,6 +117,10 @@ def _round_scale(scale: Tensor, bits: int) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(stored), stored)
 
 
+#: For scales that do not come from a range.
+round_scale = _round_scale
+
+
 def _squared_error(w: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec, weight: Tensor | None) -> Tensor:
     step = torch.clamp(torch.round(w / scale), -zero, spec.max_code - zero)
     error = (w - step * scale).square_()
