@@ -100,6 +100,6 @@ def test_another_number_of_steps_is_refused(checkpoint: Callable[[str], Path], i
 def test_methods_without_rows_of_the_original_model_are_refused(
     method: str, checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [*"--group-size 32 --tune-steps 3 --device cpu --method".split(), method, "--calibration", str(ids_file)]
+    arguments = ["--group-size", "32", "--tune-steps", "3", "--device", "cpu", "--method", method, "--calibration", str(ids_file)]
     assert main(["quantize", str(checkpoint("llama")), str(tmp_path / "out"), *arguments]) == 2
     assert "--tune-steps 3: no effect without --method gptaq; add that, or leave out --tune-steps" in capsys.readouterr().err

@@ -53,7 +53,9 @@ def tune_block(
     with job.clock.phase("tune"):
         run = functools.partial(_tuned, job, solved, store, targets, steps, pause)
         scales, before, after = store.read_pass(job.index, TUNING_STEP, run)
-        linears = [dataclasses.replace(one, weight=dataclasses.replace(one.weight, scales=new)) for one, new in zip(solved, scales, strict=True)]
+        linears = [
+            dataclasses.replace(one, weight=dataclasses.replace(one.weight, scales=new)) for one, new in zip(solved, scales, strict=True)
+        ]
         for one in linears:
             module = job.block.get_submodule(_inside(job, one))
             set_linear_weight(module, one.weight.dequantize(linear_weight(module).dtype))
@@ -76,14 +78,15 @@ def _tuned(
         gradients = _gradients(job, block, store, targets)
         # A batch whose outputs overflow teaches nothing.
         if bool(torch.stack([torch.isfinite(g).all() for g in gradients]).all()):
+            rate = rate_at(number, steps, FIRST_RATE)
             for scales, gradient in zip(block.scales, gradients, strict=True):
-                scales.step(gradient, number + 1, rate_at(number, steps, FIRST_RATE))
+                scales.step(gradient, number + 1, rate)
         del gradients
-        if (number + 1) % part == 0 or number + 1 == steps:
-            if (loss := _whole_loss(job, block, store, targets)) < best:
-                best = loss
-                for scales in block.scales:
-                    scales.keep()
+        measured = (number + 1) % part == 0 or number + 1 == steps
+        if measured and (loss := _whole_loss(job, block, store, targets)) < best:
+            best = loss
+            for scales in block.scales:
+                scales.keep()
     return [scales.best() for scales in block.scales], before, best
 
 
