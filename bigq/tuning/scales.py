@@ -20,6 +20,8 @@ from bigq.scheme import QuantScheme
 
 #: Adam's decay rates of both moments. The second is short, as there are only some tens of steps.
 DECAY, SQUARE_DECAY = 0.9, 0.95
+#: The loss over all rows is measured after each of so many parts of the steps.
+MEASURED = 2
 #: ``t`` stays within ±REACH: a scale at most halves or doubles.
 REACH = 0.69
 #: The largest scale: fp16's largest number of 7 significant bits, so that no rounding gives Inf.
@@ -66,7 +68,9 @@ class TunedScales:
 
     def value(self, dtype: torch.dtype) -> Tensor:
         """The weight [m, n] with the scales as they are now, differentiable by ``tuned``."""
-        made: Tensor = _Dequantize.apply(self._scales(), self._weight.codes, self._weight.zeros, dtype)
+        made: Tensor = _Dequantize.apply(  # type: ignore[no-untyped-call]
+            self._scales(), self._weight.codes, self._weight.zeros, dtype
+        )
         return made
 
     def step(self, gradient: Tensor, number: int, rate: float) -> None:

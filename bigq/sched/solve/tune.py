@@ -21,16 +21,13 @@ from bigq.sched.rows.reference import REFERENCE_STEP
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.solve.block import BlockJob
 from bigq.sched.solve.results import Solved
-from bigq.tuning.scales import TunedScales, order_of, rate_at, relative_loss
+from bigq.tuning.scales import MEASURED, TunedScales, order_of, rate_at, relative_loss
 
 #: The step (see ``batches.Halving``) of tuning: after the pass that gives its targets.
 TUNING_STEP = REFERENCE_STEP + 1
 
 #: The rate of the first step. Chosen with ``tiny-llama`` of the quality benchmark at 2 bits: 0.001 leaves a greater loss, 0.004 does not.
 FIRST_RATE = 0.004
-
-#: The loss over all rows is measured after each of so many parts of the steps.
-MEASURED = 2
 
 
 @dataclass(frozen=True, slots=True)
