@@ -132,6 +132,16 @@ class JobConfig:
         range=Range(must="be between 0 and 1", holds=lambda alpha: 0 <= alpha <= 1),
         effects=(CORRECTED,),
     )
+    tune_steps: int = option(
+        0,
+        help="steps by gradients that fit a block's scales to the original block's outputs, once its Linears are solved",
+        group=WEIGHTS,
+        unit="steps",
+        resume=Resume.REFUSED,
+        added=True,
+        range=Range(must="not be negative", holds=lambda steps: steps >= 0),
+        effects=(CORRECTED,),
+    )
     format: FormatName | None = option(
         None,
         help="output format; gguf writes gptq_v2 shards and one file for llama.cpp",

@@ -34,6 +34,7 @@ OTHER: dict[str, Any] = {
     "samples": 7,
     "seqlen": 40,
     "seed": 3,
+    "tune_steps": 4,
     "batch": 2,
     "experts_at_once": 3,
     "dtype": "float16",

@@ -39,7 +39,7 @@ FLOORS: Sequence[tuple[str, ...]] = (
     ("bigq.options",),
     ("bigq.faults", "bigq.scheme", "bigq.common_options"),
     ("bigq.machine", "bigq.progress", "bigq.quantized_weight", "bigq.presets"),
-    ("bigq.io", "bigq.solver"),
+    ("bigq.io", "bigq.solver", "bigq.tuning"),
     ("bigq.data",),
     ("bigq.config", "bigq.calibration"),
     ("bigq.methods", "bigq.mixed"),

@@ -243,6 +243,7 @@ class _Setup:
                 ranks=self.writer.ranks,
                 last=last,
                 wait=self.writer.wait,
+                tune_steps=job.config.tune_steps,
             )
 
     def _halved(self, before: int, halving: Halving) -> None:

@@ -26,6 +26,7 @@ from bigq.sched.solve.block import BlockJob, BlockRows, quantize_weights, replay
 from bigq.sched.solve.head import HeadJob, quantize_head, solve_head
 from bigq.sched.solve.propagate import propagate
 from bigq.sched.solve.results import Skipped, Solved
+from bigq.sched.solve.tune import tune_block
 
 U = TypeVar("U")
 
@@ -101,7 +102,7 @@ class _VisitWithoutRows:
 class WithRows:
     """Solves units in order, on calibration rows that pass through them.
 
-    last: where inputs of the last Linears of a block are kept.
+    last: where inputs of the last Linears of a block are kept. tune_steps: by gradients, for each block's scales.
     wait: waits until everything that was handed over is committed; called before hidden states are saved.
     """
 
@@ -113,6 +114,7 @@ class WithRows:
     ranks: Ranks
     last: LastInputs
     wait: Callable[[], None]
+    tune_steps: int = 0
 
     @property
     def batch(self) -> int | None:
@@ -185,15 +187,52 @@ class _Spare:
         self.solving.control.progress.say("out of memory: inputs of last Linears are not kept any more")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _VisitWithRows:
+    """original_ahead: the rows of the unquantized model have left the block already."""
+
     solving: WithRows
     job: BlockJob
     at: BlockRows
+    original_ahead: bool = False
 
     def solve(self) -> Iterator[Solved | Skipped | SolvedExpert]:
         solving = self.solving
-        return solve_block(self.job, self.at, solving.method, true_sequential=solving.true_sequential, ranks=solving.ranks)
+        found = solve_block(self.job, self.at, solving.method, true_sequential=solving.true_sequential, ranks=solving.ranks)
+        return self._tuned(found) if solving.tune_steps else found
+
+    def _tuned(self, found: Iterator[Solved | Skipped | SolvedExpert]) -> Iterator[Solved | Skipped | SolvedExpert]:
+        """The same with tuned scales, once all Linears are solved."""
+        control, solved = self.solving.control, list[Solved]()
+        for one in found:
+            if isinstance(one, Solved):
+                solved.append(one)
+            else:
+                yield one
+        if not solved:
+            return
+        assert self.at.reference is not None, "tuning needs the rows of the unquantized model"
+        control.progress.phase("tune", self.job.index)
+        self._advance_original()
+        # What is kept was computed with the scales before.
+        self.at.cache.close()
+        tuned = tune_block(self.job, solved, self.at.store, self.at.reference.store, self.solving.tune_steps, control.pause)
+        control.progress.say(f"block {self.job.index + 1}: tuned, error of its outputs {tuned.before:.2e} → {tuned.after:.2e}")
+        yield from tuned.linears
+
+    def _advance_original(self) -> int:
+        """Replay the rows of the unquantized model, if there are any, through the unquantized block. Returns how many are not finite."""
+        reference, job = self.at.reference, self.job
+        if reference is None or self.original_ahead:
+            return 0
+        self.solving.rows.at, self.original_ahead = None, True
+        with self.solving.control.clock.phase("replay"), reference.unquantized_weights(job.block):
+            place = (job.index, REFERENCE_STEP)
+            lost = propagate(job.index, job.block, reference.store, job.prefix, reference.cache, job.on_nonfinite, place)
+        if self.solving.tune_steps:
+            reference.cache.close()
+            reference.kept.clear()
+        return lost
 
     def advance(self, restore: Callable[[], None] | None, loading: float) -> int:
         """Replay the unquantized rows first: a block to be restored still holds its unquantized weights then."""
@@ -202,11 +241,7 @@ class _VisitWithRows:
         control.pause()
         rows.at = None
         started = time.monotonic()
-        lost = 0
-        if (reference := self.at.reference) is not None:
-            with control.clock.phase("replay"), reference.unquantized_weights(job.block):
-                place = (job.index, REFERENCE_STEP)
-                lost = propagate(job.index, job.block, reference.store, job.prefix, reference.cache, job.on_nonfinite, place)
+        lost = self._advance_original()
         if restore is not None:
             restore()
             replay_banks(self.job, self.at, self.solving.method, true_sequential=self.solving.true_sequential)

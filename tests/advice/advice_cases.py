@@ -44,6 +44,7 @@ OPTIONS = (
     Case("; did you mean {}?", PLAN + " --bitz 4"),
     Case("; did you mean {}?", PLAN + " --method gptk"),
     Case("{}: no effect {}; add that, or leave out {}", PLAN + " --alpha 0.3"),
+    Case("{}: no effect {}; add that, or leave out {}", PLAN + " --tune-steps 8"),
     Case("--push-drop: no effect without --push; add that, or leave out --push-drop", PLAN + " --push-drop"),
     Case(
         "--push-drop: removes the shards that a GGUF file is made from; leave out --push-drop",

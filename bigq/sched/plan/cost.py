@@ -23,6 +23,7 @@ from bigq.sched.plan.head_cost import head_phases
 from bigq.sched.plan.rotation_cost import block_bytes, block_flops, outside_flops, piece_bytes
 from bigq.sched.plan.row_cost import row_bytes
 from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape, ModelShape, gguf_bytes, packed_bytes
+from bigq.sched.plan.tune_cost import TuneTerms, solved_bytes, tune_bytes, tune_flops
 from bigq.sched.plan.work import Choice, Work
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import BLOCK, PANEL, column_order, has_static_grids
@@ -224,15 +225,32 @@ class BlockCost:
                 originals += self._paired * self._shape.itemsize * rows * group.n
                 held = always + behind + originals + packed
                 result.append(("pack", held + sums + self._pack(group, linears), {}, 6.0 * rows * group.n))
-                packed += sum(packed_bytes(linear, self._schemes[linear.name]) for linear in linears)
+                until_packed = solved_bytes if self._work.tune_steps else packed_bytes
+                packed += sum(until_packed(linear, self._schemes[linear.name]) for linear in linears)
                 held = always + behind + originals + packed
                 sums -= self._work.streams * FP32 * group.n * group.n
         summed = 0
         for bank in self._block.banks:
             result += self._bank(bank, always + summed + packed)
             summed += self._summed(bank)
-        result.append(("replay", always + summed + originals + self._block.forward.at(self._batch), self._replayed(None), 0))
-        return result
+        unpacked = packed if self._work.tune_steps else 0  # the rows of the original model pass on before tuning
+        result.append(("replay", always + summed + originals + unpacked + self._block.forward.at(self._batch), self._replayed(None), 0))
+        return result + self._tuned(always, packed) if self._work.tune_steps else result
+
+    def _tuned(self, held: int, solved: int) -> list[tuple[str, int, dict[str, float], float]]:
+        """Tuning, and packing afterwards. held: bytes of the block. solved: of its Linears before they are packed."""
+        linears = [(linear, self._schemes[linear.name]) for linear in self._wanted(self._block.linears)]
+        terms = TuneTerms(
+            steps=self._work.tune_steps,
+            itemsize=self._shape.itemsize,
+            width=self._shape.width,
+            batch=self._batch * self._shape.seqlen,
+            tokens=self._tokens,
+            on_gpu=self._choice.on_gpu,
+        )
+        needed = self._block.forward.at(self._batch) + tune_bytes(linears, self._block.groups, terms)
+        flops = {"products": tune_flops(self._block, self._block.attention / self._shape.seqlen, terms)}
+        return [("tune", held + solved + needed, flops, 0), ("pack", held + solved + self.packed, {}, 0)]
 
     def _summed(self, bank: BankShape) -> int:
         """Bytes on the computing device of the sums of a bank's outputs, which take as many as its inputs."""

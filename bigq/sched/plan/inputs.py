@@ -225,6 +225,7 @@ def _work(config: JobConfig, rows: int, tokens: int) -> Work:
         true_sequential=config.true_sequential,
         on_nonfinite=config.on_nonfinite,
         lm_head=config.lm_head,
+        tune_steps=config.tune_steps,
         gguf=config.format == "gguf",
         drop=config.push_drop,
         rotate=config.rotate,

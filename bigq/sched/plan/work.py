@@ -15,7 +15,8 @@ class Work:
     """The work of a job, independent of the machine. rows: number of calibration rows. scheme: of a Linear, by its full module name.
 
     tokens: distinct calibration tokens, or the maximum. on_nonfinite: see ``BlockJob``.
-    lm_head: whether the output head is quantized too. gguf: whether a GGUF file is made from the shards.
+    tune_steps: by gradients, for each block's scales. lm_head: whether the output head is quantized too.
+    gguf: whether a GGUF file is made from the shards.
     drop: whether shards are removed once a hub repository has them. rotate: whether weights are rotated as they are read.
     """
 
@@ -26,6 +27,7 @@ class Work:
     true_sequential: bool
     on_nonfinite: OnNonfinite = "stop"
     lm_head: bool = False
+    tune_steps: int = 0
     gguf: bool = False
     drop: bool = False
     rotate: bool = False
