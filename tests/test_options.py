@@ -79,7 +79,7 @@ def test_every_option_is_on_the_command_line_in_its_group(name: str, kinds: tupl
 def test_what_is_kept_is_what_a_resumed_job_is_held_to() -> None:
     assert tuple(name for name, each in table(JobConfig).items() if each.kept) == FROZEN_FIELDS
     assert all(each.resume is Resume.REFUSED and each.kept for each in table(QuantScheme).values())
-    assert list(OVERRIDES) == ["bits", "group_size", "sym", "order", "damping", "scales"]
+    assert list(OVERRIDES) == ["bits", "group_size", "sym", "order", "damping", "scales", "sweeps"]
 
 
 # A new option is one new field.

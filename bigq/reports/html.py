@@ -161,6 +161,7 @@ def settings(config: JobConfig) -> list[tuple[str, object]]:
     zeros = "symmetric" if scheme.symmetric else "asymmetric"
     extra = [] if scheme.order == "natural" else [f"{scheme.order} order"]
     extra += [] if scheme.scales == "minmax" else ["scales by search"]
+    extra += [f"{scheme.sweeps} sweeps"] if scheme.sweeps else []
     extra += [f"scales of {scheme.scale_bits} significant bits"] if scheme.scale_bits is not None else []
     bits = f"{scheme.bits} bits" if config.bits_per_weight is None else f"at most {config.bits_per_weight:g} bits per weight"
     pairs: list[tuple[str, object]] = [("weights", ", ".join([bits, groups, zeros, *extra]))]

@@ -208,6 +208,8 @@ def _settings(history: History, config: JobConfig) -> Iterator[tuple[str, str]]:
         yield "correction of the upstream error (alpha)", str(config.alpha)
     if method.calibrated:
         yield "order of columns", ORDERS[scheme.order]
+        if scheme.sweeps:
+            yield "sweeps of coordinate descent", str(scheme.sweeps)
         yield "damping", str(scheme.damping)
         yield "order within a block", "true-sequential" if config.true_sequential else "all at once"
         text = without_folders(config.calibration)

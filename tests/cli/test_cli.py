@@ -131,7 +131,7 @@ def test_defaults_in_the_help_are_those_of_the_api(command: str, configs: list[A
                     assert value == default, field.name
                     shown += 1
             elif command == "quantize" and field.name not in flags:
-                assert field.name in ("scheme", "min_zero"), "every other field has an option"
+                assert field.name in ("scheme", "min_zero", "chosen_rules"), "every other field has an option"
     assert shown > 3
     assert all(flags[name].default is None for name in ("rules", "skip", "trace") if name in flags)
 
@@ -150,10 +150,11 @@ def test_defaults_in_the_help_are_those_of_the_api(command: str, configs: list[A
         ("--order natural", {"scheme": QuantScheme(order="natural")}),
         ("--scales search", {}),
         ("--quality balanced", {}),
-        ("--quality fast", {"scheme": QuantScheme(order="activation", scales="minmax")}),
-        ("--quality best", {"method": "gptaq"}),
-        ("--quality best --method gptq --order natural", {"scheme": QuantScheme(order="natural")}),
-        ("--order natural --quality fast", {"scheme": QuantScheme(order="natural", scales="minmax")}),
+        ("--quality fast", {"scheme": QuantScheme(order="activation", scales="minmax", sweeps=0)}),
+        ("--quality best", {"method": "gptaq", "scheme": QuantScheme(sweeps=4)}),
+        ("--quality best --method gptq --order natural", {"scheme": QuantScheme(order="natural", sweeps=4)}),
+        ("--order natural --quality fast", {"scheme": QuantScheme(order="natural", scales="minmax", sweeps=0)}),
+        ("--sweeps 7", {"scheme": QuantScheme(sweeps=7)}),
         ("--no-trust-remote-code", {}),
         ("--damping 0.05", {"scheme": QuantScheme(damping=0.05)}),
         ("--scales minmax", {"scheme": QuantScheme(scales="minmax")}),
@@ -244,7 +245,7 @@ def test_nothing_given_is_everything_as_before() -> None:
         ("--order natural", {"scheme": dataclasses.replace(BEFORE.scheme, order="natural")}),
         ("--scales minmax", {"scheme": dataclasses.replace(BEFORE.scheme, scales="minmax")}),
         ("--method gptq", {"method": "gptq"}),
-        ("--quality best", {"method": "gptaq", "scheme": dataclasses.replace(BEFORE.scheme, order="group")}),
+        ("--quality best", {"method": "gptaq", "scheme": dataclasses.replace(BEFORE.scheme, order="group", sweeps=4)}),
         ("--format gptq", {"format": "gptq"}),
         ("--true-sequential", {"true_sequential": True}),
         ("--calibration c4", {"calibration": "c4"}),
