@@ -144,8 +144,6 @@ def _quantize(columns: _Columns, r: Tensor, rows: list[int]) -> _Solved:
 
 def _sweep(columns: _Columns, codes: Tensor, loss: Tensor, r: Tensor) -> None:
     """Improve codes and scales by coordinate descent, as often as the scheme says. Overwrites all but r."""
-    if not columns.sweeps or not is_finite(loss):
-        return
     blocks = [block for panel in columns.panels() for block in panel]
     whole = not columns.static and columns.width <= BLOCK
     solution = Solution(error=columns.work, codes=codes, scale=columns.scale, zero=columns.zero, group=columns.group, loss=loss)

@@ -47,6 +47,7 @@ SETTINGS = {
     "format": "gptq",
     "lm_head": False,
     "rotate": False,
+    "tune_steps": 0,
     "allow_partial": False,
     "true_sequential": True,
     "calibration": "/texts/a.txt",
@@ -96,6 +97,7 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("settings.method", "rtn", ["--method rtn: ", "with --method gptq;"]),
     ("settings.lm_head", True, ["--lm-head: ", "with --no-lm-head;"]),
     ("settings.rotate", True, ["--rotate: ", "with --no-rotate;"]),
+    ("settings.tune_steps", 8, ["--tune-steps 8: ", "with --tune-steps 0;"]),
     ("settings.bits_per_weight", 3.5, ["--bits-per-weight 3.5: ", "with no --bits-per-weight;"]),
     ("settings.alpha", 0.25, ["--alpha 0.25: ", "with --alpha 0.5;"]),
     ("settings.format", "gptq_v2", ["--format gptq_v2: ", "with --format gptq;"]),
@@ -242,6 +244,7 @@ def test_to_a_gpu_and_back() -> None:
 ADDED = (
     "settings.text_field",
     "settings.rotate",
+    "settings.tune_steps",
     "settings.experts_at_once",
     "settings.allow_partial",
     "settings.push",

@@ -37,7 +37,7 @@ def error(weight: Tensor, hessian: Tensor, result: QuantizedWeight) -> float:
 def test_the_units_of_the_inputs_change_nothing(units: float, bits: int, order: OrderName) -> None:
     """A constant on the diagonal of dead inputs would dominate the mean, which damping is a fraction of."""
     weight, hessian = problem(torch.arange(16))
-    scheme = QuantScheme(bits=bits, group_size=128, order=order)
+    scheme = QuantScheme(bits=bits, group_size=128, order=order, sweeps=0)
     plain, other = quantize_linear(weight, hessian, scheme), quantize_linear(weight, hessian * units**2, scheme)
     assert torch.equal(plain.codes, other.codes) and torch.equal(plain.scales, other.scales)
     assert other.relative_error == pytest.approx(plain.relative_error, rel=1e-6)
@@ -50,7 +50,7 @@ def test_the_units_of_the_inputs_change_nothing(units: float, bits: int, order: 
 def test_their_weights_are_rounded_to_nearest(group_size: int, symmetric: bool, order: OrderName) -> None:
     dead = torch.arange(10, 10 + DEAD)
     weight, hessian = problem(dead)
-    result = quantize_linear(weight, hessian, QuantScheme(bits=4, group_size=group_size, symmetric=symmetric, order=order))
+    result = quantize_linear(weight, hessian, QuantScheme(bits=4, group_size=group_size, symmetric=symmetric, order=order, sweeps=0))
     groups = torch.arange(INPUTS) // (INPUTS if group_size == -1 else group_size)
     scale, zero = result.scales.float()[:, groups], result.zeros.float()[:, groups]
     nearest = ((weight / scale).round() + zero).clamp(0, 15)
@@ -67,7 +67,7 @@ def test_their_weights_are_rounded_to_nearest(group_size: int, symmetric: bool, 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_a_linear_without_live_inputs_is_rounded_to_nearest(bits: int, symmetric: bool, order: OrderName) -> None:
     weight, hessian = problem(torch.arange(INPUTS))
-    scheme = QuantScheme(bits=bits, group_size=32, symmetric=symmetric, order=order, scales="minmax")
+    scheme = QuantScheme(bits=bits, group_size=32, symmetric=symmetric, order=order, scales="minmax", sweeps=0)
     result, expected = quantize_linear(weight, hessian, scheme), round_to_nearest(weight, scheme)
     for field in ("codes", "scales", "zeros"):
         assert torch.equal(getattr(result, field), getattr(expected, field)), field
@@ -78,7 +78,7 @@ def test_a_linear_without_live_inputs_is_rounded_to_nearest(bits: int, symmetric
 def test_live_inputs_are_quantized_as_if_the_others_were_not_there() -> None:
     dead = torch.arange(INPUTS // 2)
     weight, hessian = problem(dead)
-    scheme = QuantScheme(bits=3, group_size=32)
+    scheme = QuantScheme(bits=3, group_size=32, sweeps=0)
     whole = quantize_linear(weight, hessian, scheme)
     alone = quantize_linear(weight[:, INPUTS // 2 :].contiguous(), hessian[INPUTS // 2 :, INPUTS // 2 :].contiguous(), scheme)
     assert torch.equal(whole.codes[:, INPUTS // 2 :], alone.codes)
@@ -88,7 +88,7 @@ def test_an_input_that_was_nearly_always_0_is_treated_in_nearly_the_same_way() -
     weight, hessian = problem(torch.tensor([5]))
     rare = hessian.clone()
     rare[5, 5] = 1e-9 * hessian.diagonal().mean()
-    scheme = QuantScheme(bits=3, group_size=32)
+    scheme = QuantScheme(bits=3, group_size=32, sweeps=0)
     one, other = quantize_linear(weight, hessian, scheme), quantize_linear(weight, rare, scheme)
     assert (one.dead_inputs, other.dead_inputs) == (1, 0)
     assert float((one.codes == other.codes).float().mean()) > 0.95

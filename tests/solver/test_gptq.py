@@ -190,7 +190,7 @@ def textbook_loop(
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_codes_equal_the_textbook(bits: int, group_size: int, symmetric: bool, order: OrderName) -> None:
     weight, hessian = problem(16, 256)
-    scheme = QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric, order=order, scales="minmax")
+    scheme = QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric, order=order, scales="minmax", sweeps=0)
     codes, loss = textbook_gptq(weight, hessian, scheme)
     result = quantize_linear(weight, hessian, scheme)
     assert torch.equal(result.codes, codes)
@@ -220,7 +220,7 @@ def test_codes_equal_the_textbook(bits: int, group_size: int, symmetric: bool, o
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 def test_odd_widths_equal_the_textbook(n: int, group_size: int, order: OrderName, symmetric: bool) -> None:
     weight, hessian = problem(12, n, seed=1)
-    scheme = QuantScheme(bits=3, group_size=group_size, symmetric=symmetric, order=order, damping=0.05, scales="minmax")
+    scheme = QuantScheme(bits=3, group_size=group_size, symmetric=symmetric, order=order, damping=0.05, scales="minmax", sweeps=0)
     codes, loss = textbook_gptq(weight, hessian, scheme)
     result = quantize_linear(weight, hessian, scheme)
     assert torch.equal(result.codes, codes)
@@ -233,7 +233,7 @@ def test_odd_widths_equal_the_textbook(n: int, group_size: int, order: OrderName
 @pytest.mark.parametrize("bits", [2, 3])
 def test_grid_search_equals_the_textbook(bits: int, group_size: int, symmetric: bool, order: OrderName) -> None:
     weight, hessian = problem(12, 320, seed=2)
-    scheme = QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric, order=order, scales="search")
+    scheme = QuantScheme(bits=bits, group_size=group_size, symmetric=symmetric, order=order, scales="search", sweeps=0)
     result = quantize_linear(weight, hessian, scheme)
     assert torch.equal(result.codes, textbook_gptq(weight, hessian, scheme)[0])
     assert not torch.equal(result.codes, textbook_gptq(weight, hessian, dataclasses.replace(scheme, scales="minmax"))[0])
@@ -242,11 +242,11 @@ def test_grid_search_equals_the_textbook(bits: int, group_size: int, symmetric: 
 @pytest.mark.parametrize(
     "scheme",
     [
-        QuantScheme(bits=4, group_size=128, scales="minmax"),
-        QuantScheme(bits=4, group_size=32, symmetric=False, order="activation", scales="minmax"),
-        QuantScheme(bits=2, group_size=64, symmetric=False, scales="minmax"),
-        QuantScheme(bits=3, group_size=-1, order="activation", scales="minmax"),
-        QuantScheme(bits=8, group_size=256, symmetric=False, scales="minmax"),
+        QuantScheme(bits=4, group_size=128, scales="minmax", sweeps=0),
+        QuantScheme(bits=4, group_size=32, symmetric=False, order="activation", scales="minmax", sweeps=0),
+        QuantScheme(bits=2, group_size=64, symmetric=False, scales="minmax", sweeps=0),
+        QuantScheme(bits=3, group_size=-1, order="activation", scales="minmax", sweeps=0),
+        QuantScheme(bits=8, group_size=256, symmetric=False, scales="minmax", sweeps=0),
     ],
     ids=lambda s: f"{s.bits}bit-g{s.group_size}",
 )
@@ -260,13 +260,17 @@ def test_fp32_has_the_same_loss(scheme: QuantScheme) -> None:
 @pytest.mark.parametrize(
     ("n", "m", "scheme"),
     [
-        pytest.param(768, 8, QuantScheme(bits=4, group_size=128, order="activation", scales="minmax"), id="static"),
-        pytest.param(768, 6, QuantScheme(bits=3, group_size=-1, scales="minmax"), id="static, whole rows"),
-        pytest.param(768, 8, QuantScheme(bits=3, group_size=64, symmetric=False, scales="minmax"), id="dynamic"),
-        pytest.param(768, 8, QuantScheme(bits=4, group_size=384, scales="minmax"), id="dynamic, two blocks and a half"),
-        pytest.param(1536, 4, QuantScheme(bits=3, group_size=768, symmetric=False, scales="minmax"), id="dynamic, wider than a panel"),
-        pytest.param(1536, 4, QuantScheme(bits=2, group_size=768, symmetric=False, scales="minmax"), id="static, wider than a panel"),
-        pytest.param(2048, 4, QuantScheme(bits=4, group_size=1024, scales="minmax"), id="dynamic, twice as wide"),
+        pytest.param(768, 8, QuantScheme(bits=4, group_size=128, order="activation", scales="minmax", sweeps=0), id="static"),
+        pytest.param(768, 6, QuantScheme(bits=3, group_size=-1, scales="minmax", sweeps=0), id="static, whole rows"),
+        pytest.param(768, 8, QuantScheme(bits=3, group_size=64, symmetric=False, scales="minmax", sweeps=0), id="dynamic"),
+        pytest.param(768, 8, QuantScheme(bits=4, group_size=384, scales="minmax", sweeps=0), id="dynamic, two blocks and a half"),
+        pytest.param(
+            1536, 4, QuantScheme(bits=3, group_size=768, symmetric=False, scales="minmax", sweeps=0), id="dynamic, wider than a panel"
+        ),
+        pytest.param(
+            1536, 4, QuantScheme(bits=2, group_size=768, symmetric=False, scales="minmax", sweeps=0), id="static, wider than a panel"
+        ),
+        pytest.param(2048, 4, QuantScheme(bits=4, group_size=1024, scales="minmax", sweeps=0), id="dynamic, twice as wide"),
     ],
 )
 def test_several_panels_equal_the_textbook(n: int, m: int, scheme: QuantScheme) -> None:
@@ -287,7 +291,7 @@ def test_panels_and_blocks_of_any_width_equal_the_textbook(
     monkeypatch.setattr(gptq, "BLOCK", block)
     monkeypatch.setattr(gptq, "PANEL", panel)
     weight, hessian = problem(5, 480, seed=8, dead=(7, 100, 479))
-    scheme = QuantScheme(bits=3, group_size=group_size, symmetric=False, order=order, scales="minmax")
+    scheme = QuantScheme(bits=3, group_size=group_size, symmetric=False, order=order, scales="minmax", sweeps=0)
     codes, loss = textbook_result(scheme)
     result = quantize_linear(weight, hessian, scheme)
     assert torch.equal(result.codes, codes)
@@ -300,16 +304,19 @@ def textbook_result(scheme: QuantScheme) -> tuple[Tensor, float]:
 
 
 TRITON_CASES = [
-    pytest.param(256, 8, QuantScheme(bits=4, group_size=128, scales="minmax"), id="4bit-g128"),
-    pytest.param(160, 8, QuantScheme(bits=3, group_size=32, symmetric=False, scales="minmax"), id="3bit-g32-asym"),
+    pytest.param(256, 8, QuantScheme(bits=4, group_size=128, scales="minmax", sweeps=0), id="4bit-g128"),
+    pytest.param(160, 8, QuantScheme(bits=3, group_size=32, symmetric=False, scales="minmax", sweeps=0), id="3bit-g32-asym"),
     pytest.param(
-        192, 8, QuantScheme(bits=2, group_size=64, symmetric=False, order="activation", scales="minmax"), id="2bit-g64-asym-act-order"
+        192,
+        8,
+        QuantScheme(bits=2, group_size=64, symmetric=False, order="activation", scales="minmax", sweeps=0),
+        id="2bit-g64-asym-act-order",
     ),
-    pytest.param(136, 17, QuantScheme(bits=4, group_size=-1, scales="minmax"), id="4bit-whole-rows"),
-    pytest.param(512, 8, QuantScheme(bits=4, group_size=256, scales="minmax"), id="4bit-g256"),
-    pytest.param(272, 8, QuantScheme(bits=4, group_size=136, symmetric=False, min_zero=1, scales="minmax"), id="4bit-g136-asym"),
-    pytest.param(96, 8, QuantScheme(bits=3, group_size=32, scales="search"), id="3bit-g32-mse"),
-    pytest.param(240, 9, QuantScheme(bits=8, group_size=48, scales="minmax"), id="8bit-g48"),
+    pytest.param(136, 17, QuantScheme(bits=4, group_size=-1, scales="minmax", sweeps=0), id="4bit-whole-rows"),
+    pytest.param(512, 8, QuantScheme(bits=4, group_size=256, scales="minmax", sweeps=0), id="4bit-g256"),
+    pytest.param(272, 8, QuantScheme(bits=4, group_size=136, symmetric=False, min_zero=1, scales="minmax", sweeps=0), id="4bit-g136-asym"),
+    pytest.param(96, 8, QuantScheme(bits=3, group_size=32, scales="search", sweeps=0), id="3bit-g32-mse"),
+    pytest.param(240, 9, QuantScheme(bits=8, group_size=48, scales="minmax", sweeps=0), id="8bit-g48"),
 ]
 
 
@@ -336,7 +343,7 @@ def test_on_triton_the_result_is_the_same(
 @pytest.mark.parametrize("order", ORDERS)
 def test_on_triton_linears_solved_together_equal_those_solved_apart(order: OrderName, device: torch.device) -> None:
     weight, hessian = (t.float().to(device) for t in problem(12, 64, seed=6))
-    scheme = QuantScheme(bits=4, group_size=32, symmetric=False, order=order, scales="minmax")
+    scheme = QuantScheme(bits=4, group_size=32, symmetric=False, order=order, scales="minmax", sweeps=0)
     factor = factorize(hessian.clone(), order=column_order(scheme, hessian.shape[0]), damping=scheme.damping)
     parts = list(weight.split([3, 1, 8]))
     for part, joint in zip(parts, solve(parts, factor, scheme), strict=True):
@@ -349,7 +356,7 @@ def test_on_triton_linears_solved_together_equal_those_solved_apart(order: Order
 def test_on_triton_each_row_gets_its_own_codes(device: torch.device) -> None:
     """So the comparisons above would detect exchanged rows."""
     weight, hessian = (t.float().to(device) for t in problem(8, 96, seed=9))
-    scheme = QuantScheme(bits=4, group_size=32)
+    scheme = QuantScheme(bits=4, group_size=32, sweeps=0)
     one, other = (quantize_linear(w, hessian, scheme) for w in (weight, weight.flip(0)))
     assert torch.equal(other.codes.flip(0), one.codes)
     assert float((other.codes == one.codes).double().mean()) < 0.5
@@ -358,7 +365,7 @@ def test_on_triton_each_row_gets_its_own_codes(device: torch.device) -> None:
 @pytest.mark.usefixtures("triton_path")
 def test_on_triton_fp64_stays_exact(device: torch.device) -> None:
     weight, hessian = problem(6, 160)
-    scheme = QuantScheme(bits=3, group_size=32, symmetric=False)
+    scheme = QuantScheme(bits=3, group_size=32, symmetric=False, sweeps=0)
     codes, loss = textbook_gptq(weight, hessian, scheme)
     result = quantize_linear(weight.to(device), hessian.to(device), scheme)
     assert torch.equal(result.codes.cpu(), codes) and result.loss == pytest.approx(loss, rel=1e-9)
@@ -368,7 +375,7 @@ def test_on_triton_fp64_stays_exact(device: torch.device) -> None:
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 def test_loss_and_energy_are_the_quadratic_forms_of_the_result(symmetric: bool, order: OrderName) -> None:
     weight, hessian = problem(16, 192, seed=4)
-    result = quantize_linear(weight, hessian, QuantScheme(bits=3, group_size=64, symmetric=symmetric, order=order, damping=0.02))
+    result = quantize_linear(weight, hessian, QuantScheme(bits=3, group_size=64, symmetric=symmetric, order=order, damping=0.02, sweeps=0))
     damped = hessian.clone()
     damped += 0.02 * damped.trace() / (192 - len(DEAD)) * torch.eye(192, dtype=torch.float64)
     scales, zeros = (t.double().repeat_interleave(64, 1) for t in (result.scales, result.zeros))
@@ -389,7 +396,7 @@ def energy_by_hand(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> floa
 def test_energy_of_few_rows_is_exact(m: int) -> None:
     weight, hessian = problem(m, 64, dead=())
     weight[m // 2 :] *= 3
-    scheme = QuantScheme(group_size=32)
+    scheme = QuantScheme(group_size=32, sweeps=0)
     assert quantize_linear(weight, hessian, scheme).energy == pytest.approx(energy_by_hand(weight, hessian, scheme), rel=1e-9)
 
 
@@ -403,7 +410,7 @@ def test_energy_of_many_rows_is_estimated(rows: str, m: int) -> None:
     if rows == "larger where it does not look":
         factors[torch.arange(m) % step != 0] = 10
     weight *= factors[:, None]
-    scheme = QuantScheme(group_size=32)
+    scheme = QuantScheme(group_size=32, sweeps=0)
     energy, exact = quantize_linear(weight, hessian, scheme).energy, energy_by_hand(weight, hessian, scheme)
     assert energy == pytest.approx(exact, rel=0.1)
     assert energy != pytest.approx(exact, rel=1e-9), "it was not estimated"
@@ -418,7 +425,7 @@ def test_energy_of_equal_rows_is_exact_however_many(m: int, points: bool) -> Non
         weight = torch.arange(600, dtype=torch.float64)[None] % 16 - 7.5
         weight = (weight.round() / 8).clamp(-1, 0.875)
     weight = weight.expand(m, -1)
-    scheme = QuantScheme(group_size=120, symmetric=False, order="activation")
+    scheme = QuantScheme(group_size=120, symmetric=False, order="activation", sweeps=0)
     result = quantize_linear(weight, hessian, scheme)
     assert result.energy == pytest.approx(energy_by_hand(weight, hessian, scheme), rel=1e-9)
     assert (result.loss == 0) == points
@@ -428,7 +435,7 @@ def test_energy_is_of_each_linears_own_rows() -> None:
     few, many = ENERGY_ROWS - 1, 5 * ENERGY_ROWS
     weight, hessian = problem(few + many, 256, dead=())
     weight[:few] *= 5
-    scheme = QuantScheme(group_size=32)
+    scheme = QuantScheme(group_size=32, sweeps=0)
     factor = factorize(hessian.clone(), order=NATURAL, damping=scheme.damping)
     parts = list(weight.split([few, many]))
     one, other = (result.energy for result in solve(parts, factor, scheme))
@@ -438,14 +445,14 @@ def test_energy_is_of_each_linears_own_rows() -> None:
 
 def test_relative_error_of_a_zero_weight_is_zero() -> None:
     _, hessian = problem(4, 64)
-    result = quantize_linear(torch.zeros(4, 64, dtype=torch.float64), hessian, QuantScheme(group_size=32, symmetric=False))
+    result = quantize_linear(torch.zeros(4, 64, dtype=torch.float64), hessian, QuantScheme(group_size=32, symmetric=False, sweeps=0))
     assert (result.loss, result.energy, result.relative_error) == (0, 0, 0)
 
 
 def test_gptq_beats_rounding_to_nearest() -> None:
     """Rounding to the same kind of grid has a higher loss under the same Hessian."""
     weight, hessian = problem(64, 128, seed=5, dead=())
-    scheme = QuantScheme(bits=3, group_size=128)
+    scheme = QuantScheme(bits=3, group_size=128, sweeps=0)
     scale, zero = (t[:, None] for t in textbook_grid(weight, scheme))
     rounded = weight - scale * (((weight / scale).round() + zero).clamp(0, 7) - zero)
     result = quantize_linear(weight, hessian, scheme)
@@ -457,7 +464,7 @@ def test_gptq_beats_rounding_to_nearest() -> None:
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 def test_linears_solved_together_equal_those_solved_apart(symmetric: bool, order: OrderName) -> None:
     weight, hessian = problem(40, 160, seed=6)
-    scheme = QuantScheme(bits=4, group_size=32, symmetric=symmetric, order=order)
+    scheme = QuantScheme(bits=4, group_size=32, symmetric=symmetric, order=order, sweeps=0)
     parts = list(weight.split([24, 1, 15]))
     together = solve(parts, factorize(hessian.clone(), order=column_order(scheme, hessian.shape[0]), damping=scheme.damping), scheme)
     assert len(together) == 3
@@ -472,7 +479,7 @@ def test_linears_solved_together_equal_those_solved_apart(symmetric: bool, order
 @pytest.mark.parametrize("multiple", [0.5, 3.0, 1e4])
 def test_a_multiple_of_the_hessian_gives_the_same_codes(multiple: float) -> None:
     weight, hessian = problem(16, 128, seed=7, dead=())
-    scheme = QuantScheme(bits=4, group_size=64)
+    scheme = QuantScheme(bits=4, group_size=64, sweeps=0)
     one, other = quantize_linear(weight, hessian, scheme), quantize_linear(weight, multiple * hessian, scheme)
     assert torch.equal(one.codes, other.codes)
     assert other.loss == pytest.approx(multiple * one.loss, rel=1e-9)
@@ -483,14 +490,14 @@ def test_a_multiple_of_the_hessian_gives_the_same_codes(multiple: float) -> None
 def test_inputs_are_not_changed(dtype: torch.dtype, order: OrderName) -> None:
     weight, hessian = (t.to(dtype) for t in problem(8, 160))
     before = weight.clone(), hessian.clone()
-    quantize_linear(weight, hessian, QuantScheme(group_size=32, order=order))
+    quantize_linear(weight, hessian, QuantScheme(group_size=32, order=order, sweeps=0))
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_weights_are_quantized_as_their_exact_values(dtype: torch.dtype) -> None:
     weight, hessian = (t.float() for t in problem(16, 128))
-    scheme = QuantScheme(group_size=64, symmetric=False)
+    scheme = QuantScheme(group_size=64, symmetric=False, sweeps=0)
     result, exact = (quantize_linear(w, hessian, scheme) for w in (weight.to(dtype), weight.to(dtype).float()))
     assert torch.equal(result.codes, exact.codes) and torch.equal(result.scales, exact.scales)
 
@@ -498,7 +505,7 @@ def test_sixteen_bit_weights_are_quantized_as_their_exact_values(dtype: torch.dt
 @pytest.mark.parametrize("shape", [(64, 63), (128, 128), (64,)])
 def test_a_hessian_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match=r"hessian: must be 64 × 64 for a weight of 4 × 64, not " + str(shape[0])):
-        quantize_linear(torch.randn(4, 64), torch.ones(shape), QuantScheme(group_size=32))
+        quantize_linear(torch.randn(4, 64), torch.ones(shape), QuantScheme(group_size=32, sweeps=0))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -506,7 +513,7 @@ def test_a_weight_that_is_not_finite_is_refused(bad: float) -> None:
     weight, hessian = problem(4, 64)
     weight[2, 9] = bad
     with pytest.raises(NumericsError, match="weight contains NaN or Inf"):
-        quantize_linear(weight, hessian, QuantScheme(group_size=32))
+        quantize_linear(weight, hessian, QuantScheme(group_size=32, sweeps=0))
 
 
 @pytest.mark.parametrize("at", [(5, 5), (3, 50)], ids=["on the diagonal", "beside it"])
@@ -515,17 +522,17 @@ def test_a_hessian_that_is_not_finite_is_refused(bad: float, at: tuple[int, int]
     weight, hessian = problem(4, 64)
     hessian[at] = hessian[at[::-1]] = bad
     with pytest.raises(NumericsError, match="Hessian"):
-        quantize_linear(weight, hessian, QuantScheme(group_size=32))
+        quantize_linear(weight, hessian, QuantScheme(group_size=32, sweeps=0))
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_group_size_that_does_not_divide_is_refused(order: OrderName) -> None:
     weight, hessian = problem(4, 160)
     with pytest.raises(UsageError, match="group size 48 does not divide 160"):
-        quantize_linear(weight, hessian, QuantScheme(group_size=48, order=order))
+        quantize_linear(weight, hessian, QuantScheme(group_size=48, order=order, sweeps=0))
 
 
 def test_a_weight_beyond_fp16_scales_is_refused() -> None:
     weight, hessian = problem(4, 64)
     with pytest.raises(NumericsError, match="above 65504, the maximum of fp16"):
-        quantize_linear(weight * 1e9, hessian, QuantScheme(group_size=32))
+        quantize_linear(weight * 1e9, hessian, QuantScheme(group_size=32, sweeps=0))

@@ -19,12 +19,12 @@ from bigq.vocabulary import ORDERS, OrderName
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned")
 
 SCHEMES = [
-    pytest.param(QuantScheme(bits=2, group_size=32), id="2-sym"),
-    pytest.param(QuantScheme(bits=2, group_size=64, symmetric=False), id="2-asym"),
-    pytest.param(QuantScheme(bits=3, group_size=16, symmetric=False, order="natural", scales="minmax"), id="3-asym-natural"),
-    pytest.param(QuantScheme(bits=4, group_size=32, scale_bits=8), id="4-sym, scales of 8 bits"),
-    pytest.param(QuantScheme(bits=3, group_size=32, order="activation"), id="3-sym-activation"),
-    pytest.param(QuantScheme(bits=3, group_size=-1), id="3-sym, whole rows"),
+    pytest.param(QuantScheme(bits=2, group_size=32, sweeps=0), id="2-sym"),
+    pytest.param(QuantScheme(bits=2, group_size=64, symmetric=False, sweeps=0), id="2-asym"),
+    pytest.param(QuantScheme(bits=3, group_size=16, symmetric=False, order="natural", scales="minmax", sweeps=0), id="3-asym-natural"),
+    pytest.param(QuantScheme(bits=4, group_size=32, scale_bits=8, sweeps=0), id="4-sym, scales of 8 bits"),
+    pytest.param(QuantScheme(bits=3, group_size=32, order="activation", sweeps=0), id="3-sym-activation"),
+    pytest.param(QuantScheme(bits=3, group_size=-1, sweeps=0), id="3-sym, whole rows"),
 ]
 
 

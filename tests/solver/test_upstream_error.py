@@ -102,7 +102,7 @@ def test_the_objective_is_the_loss_to_the_corrected_target_plus_a_constant() -> 
 def test_close_to_the_best_of_all_codes(seed: int) -> None:
     """Exhaustive: a row of 6 weights at 2 bits has 4096 codes. The corrected target is closer to the best than GPTQ."""
     w, x, now = problem(24, 6, seed, drift=1.0)
-    scheme = QuantScheme(bits=2, group_size=-1, symmetric=True, damping=1e-6)
+    scheme = QuantScheme(bits=2, group_size=-1, symmetric=True, damping=1e-6, sweeps=0)
     with_it = solved(w, x, now, scheme)
     h, _ = matrices(x, now)
     without = quantize_linear(w, h, scheme)
@@ -120,8 +120,8 @@ def test_close_to_the_best_of_all_codes(seed: int) -> None:
 @pytest.mark.parametrize(
     "scheme",
     [
-        QuantScheme(bits=3, group_size=-1, scales="minmax"),
-        QuantScheme(bits=2, group_size=-1, order="activation", symmetric=False, scales="minmax"),
+        QuantScheme(bits=3, group_size=-1, scales="minmax", sweeps=0),
+        QuantScheme(bits=2, group_size=-1, order="activation", symmetric=False, scales="minmax", sweeps=0),
     ],
 )
 @pytest.mark.parametrize("seed", range(3))
@@ -136,7 +136,10 @@ def test_lower_objective_than_gptq_and_than_the_column_by_column_rule(scheme: Qu
 
 @pytest.mark.parametrize(
     "scheme",
-    [QuantScheme(bits=3, group_size=-1, order="activation", scales="minmax"), QuantScheme(group_size=32, symmetric=False, scales="minmax")],
+    [
+        QuantScheme(bits=3, group_size=-1, order="activation", scales="minmax", sweeps=0),
+        QuantScheme(group_size=32, symmetric=False, scales="minmax", sweeps=0),
+    ],
 )
 def test_the_column_by_column_rule_without_drift_is_gptq(scheme: QuantScheme) -> None:
     """So the reference is right."""
@@ -148,9 +151,9 @@ def test_the_column_by_column_rule_without_drift_is_gptq(scheme: QuantScheme) ->
 @pytest.mark.parametrize(
     "scheme",
     [
-        QuantScheme(group_size=32),
-        QuantScheme(bits=2, group_size=-1, order="activation"),
-        QuantScheme(bits=3, group_size=16, scales="search"),
+        QuantScheme(group_size=32, sweeps=0),
+        QuantScheme(bits=2, group_size=-1, order="activation", sweeps=0),
+        QuantScheme(bits=3, group_size=16, scales="search", sweeps=0),
     ],
 )
 def test_without_drift_or_strength_the_codes_are_those_of_gptq(scheme: QuantScheme) -> None:
@@ -166,13 +169,13 @@ def test_without_drift_or_strength_the_codes_are_those_of_gptq(scheme: QuantSche
 
 def test_a_dead_input_is_rounded_to_nearest_and_compensated() -> None:
     w, x, now = problem(8, 24)
-    weight = solved(w, x, now, QuantScheme(bits=8, group_size=-1, damping=1e-6))
+    weight = solved(w, x, now, QuantScheme(bits=8, group_size=-1, damping=1e-6, sweeps=0))
     step = weight.scales[:, 0].double()
     assert bool(((values(weight)[:, DEAD] - w[:, DEAD]).abs() <= 0.501 * step).all())
     alive = w.clone()
     alive[:, DEAD] = 0
     assert objective(values(weight), w, x, now) < objective(
-        values(solved(alive, x, now, QuantScheme(bits=8, group_size=-1, damping=1e-6))), w, x, now
+        values(solved(alive, x, now, QuantScheme(bits=8, group_size=-1, damping=1e-6, sweeps=0))), w, x, now
     )
 
 
@@ -233,7 +236,7 @@ def test_errors_name_the_argument() -> None:
     w, x, now = problem(4, 32)
     h, d = matrices(x, now)
     with pytest.raises(UsageError, match="cross: must be 32 × 32 for a weight of 4 × 32"):
-        quantize_linear(w, h, QuantScheme(group_size=32), d[:16])
+        quantize_linear(w, h, QuantScheme(group_size=32, sweeps=0), d[:16])
     d[0, 0] = torch.nan
     with pytest.raises(NumericsError, match="cross matrix"):
-        quantize_linear(w, h, QuantScheme(group_size=32), d)
+        quantize_linear(w, h, QuantScheme(group_size=32, sweeps=0), d)

@@ -18,12 +18,12 @@ from bigq.kernels.grid import TRIAL_ELEMENTS
 from bigq.kernels.grid_spec import REFINED
 from bigq.kernels.pick import piece
 from bigq.kernels.syrk import CHUNK_TOKENS
-from bigq.sched.plan.bank_cost import BankPhase, BankTerms, bank_phases, proof_bytes
-from bigq.sched.plan.head_cost import head_phases
-from bigq.sched.plan.rotation_cost import block_bytes, block_flops, outside_flops, piece_bytes
-from bigq.sched.plan.row_cost import row_bytes
+from bigq.sched.plan.costs.bank import BankPhase, BankTerms, bank_phases, proof_bytes
+from bigq.sched.plan.costs.head import head_phases
+from bigq.sched.plan.costs.rotation import block_bytes, block_flops, outside_flops, piece_bytes
+from bigq.sched.plan.costs.row import row_bytes
+from bigq.sched.plan.costs.tune import TuneTerms, solved_bytes, tune_bytes, tune_flops
 from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape, ModelShape, gguf_bytes, packed_bytes
-from bigq.sched.plan.tune_cost import TuneTerms, solved_bytes, tune_bytes, tune_flops
 from bigq.sched.plan.work import Choice, Work
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import BLOCK, PANEL, column_order, has_static_grids

@@ -20,11 +20,11 @@ from bigq.methods.base import Method
 from bigq.presets import quality_of
 from bigq.progress.layout import entry
 from bigq.progress.sizes import show_seconds, show_size
-from bigq.sched.plan.bank_cost import numbers_at_once
 from bigq.sched.plan.budgets import Budgets, Fetch, over, shortages
 from bigq.sched.plan.cost import Cost, Phase, job_cost
+from bigq.sched.plan.costs.bank import numbers_at_once
+from bigq.sched.plan.costs.row import last_width
 from bigq.sched.plan.output import output_of
-from bigq.sched.plan.row_cost import last_width
 from bigq.sched.plan.shape import ModelShape
 from bigq.sched.plan.share import NOTHING_KEPT, Kept
 from bigq.sched.plan.work import Choice, Work

@@ -21,7 +21,7 @@ from bigq.model.forward.capture import StopForward, replace_forwards
 from bigq.model.pager import Pager
 from bigq.progress.clock import Clock, Lap
 from bigq.quantized_weight import QuantizedWeight
-from bigq.sched.plan.head_cost import HEAD_CHUNK
+from bigq.sched.plan.costs.head import HEAD_CHUNK
 from bigq.sched.rows.calibration import CalibrationRows
 from bigq.sched.solve.results import Solved
 from bigq.scheme import QuantScheme

@@ -50,7 +50,7 @@ def test_a_plain_weight_of_another_shape_or_type_is_refused(checkpoint: Callable
 def test_a_packed_weight_is_what_the_solver_left(checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path) -> None:
     config = bigq.JobConfig(
         scheme=bigq.QuantScheme(group_size=32), calibration=str(ids_file), samples=8, seqlen=24, device="cpu", quiet=True
-    )
+    ).with_quality("fast")
     bigq.quantize(str(checkpoint("llama")), tmp_path / "out", config)
     pager = Pager(tmp_path / "out", device=CPU)
     source = pager.packed_source(NAME)

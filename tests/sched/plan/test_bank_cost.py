@@ -8,9 +8,9 @@ import pytest
 from test_planner import BEST, GIB, ROWS, SCHEME, SEQLEN, SHAPE, WIDTH, WORK, block, phase
 
 from bigq.model.experts import proof
-from bigq.sched.plan import bank_cost
-from bigq.sched.plan.bank_cost import proof_bytes
 from bigq.sched.plan.cost import BlockCost, Cost, job_cost
+from bigq.sched.plan.costs import bank as bank_cost
+from bigq.sched.plan.costs.bank import proof_bytes
 from bigq.sched.plan.shape import BankShape, LinearShape, ModelShape
 from bigq.sched.plan.work import Choice
 from bigq.sched.solve import bank as solve_bank

@@ -9,9 +9,9 @@ import pytest
 from bigq.config import JobConfig
 from bigq.methods.gptq import Gptq
 from bigq.methods.rtn import Rtn
-from bigq.sched.plan.bank_cost import AT_ONCE, AT_ONCE_BYTES, numbers_at_once
 from bigq.sched.plan.budgets import Budgets
 from bigq.sched.plan.cost import job_cost
+from bigq.sched.plan.costs.bank import AT_ONCE, AT_ONCE_BYTES, numbers_at_once
 from bigq.sched.plan.planner import Machine, Plan, make_plan
 from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape, ModelShape, Reach, Rows
 from bigq.sched.plan.work import Choice, Work

@@ -195,7 +195,23 @@ def test_arithmetic_of_hessians_factors_and_solves() -> None:
     tokens = ROWS * SEQLEN
     assert phase(cost, "hessian").flops == {"hessian": BLOCKS * float(tokens) * (3 * WIDTH**2 + INNER**2)}
     assert phase(cost, "factor").flops["single"] == pytest.approx(BLOCKS * (3 * WIDTH**3 + INNER**3) / 3)
-    assert phase(cost, "solve").flops["solve"] == BLOCKS * float(3 * WIDTH**3 + INNER * WIDTH**2 + WIDTH * INNER**2)
+    solved = BLOCKS * float(3 * WIDTH**3 + INNER * WIDTH**2 + WIDTH * INNER**2)
+    assert phase(cost, "solve").flops["solve"] == solved * (1 + 2 * SCHEME.sweeps)
+
+
+def test_searches_and_sweeps_take_their_time() -> None:
+    """Copies of groups are moved for each grid; a sweep is a product with the whole Hessian, where GPTQ needs half of it."""
+
+    def solving(on_gpu: bool = True, **changes: object) -> Phase:
+        scheme = dataclasses.replace(SCHEME, **changes)  # type: ignore[arg-type]
+        work = dataclasses.replace(WORK, scheme=lambda _: scheme)
+        return phase(job_cost(SHAPE, work, dataclasses.replace(BEST, on_gpu=on_gpu, tier="host"), 0), "solve")
+
+    plain, searched, swept = solving(scales="minmax", sweeps=0), solving(sweeps=0), solving(sweeps=3)
+    assert searched.flops == plain.flops and searched.moved > 10 * plain.moved
+    assert solving(on_gpu=False, scales="minmax", sweeps=0).moved == solving(on_gpu=False, sweeps=0).moved
+    assert swept.flops["solve"] == 7 * plain.flops["solve"] and swept.moved > searched.moved
+    assert solving(order="activation", sweeps=0).moved == plain.moved
 
 
 def test_time_is_arithmetic_and_moving_at_the_best_rates() -> None:

@@ -1,0 +1,1 @@
+"""What the parts of a job cost: memory, arithmetic and data moved. Pure functions."""
