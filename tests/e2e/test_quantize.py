@@ -362,12 +362,14 @@ VARIANTS: Mapping[str, dict[str, Any]] = {
     "asym, 2 bits": {"symmetric": False, "bits": 2},
     "natural order": {"order": "natural"},
     "act order, asym, 3 bits": {"order": "activation", "symmetric": False, "bits": 3},
-    "group order": {"order": "group"},
-    "group order, asym, 3 bits": {"order": "group", "symmetric": False, "bits": 3},
-    "search": {"scales": "search"},
-    "search, group order": {"scales": "search", "order": "group"},
-    "search, natural order, one group per row": {"scales": "search", "order": "natural", "group_size": -1},
-    "search, asym, 2 bits": {"scales": "search", "symmetric": False, "bits": 2},
+    "act order": {"order": "activation"},
+    "asym, 3 bits": {"symmetric": False, "bits": 3},
+    "ranges": {"scales": "minmax"},
+    "ranges, act order, no sweeps": {"scales": "minmax", "order": "activation", "sweeps": 0},
+    "natural order, one group per row": {"order": "natural", "group_size": -1},
+    "ranges, asym, 2 bits": {"scales": "minmax", "symmetric": False, "bits": 2},
+    "no sweeps": {"sweeps": 0},
+    "four sweeps, asym": {"sweeps": 4, "symmetric": False},
     "one group per row": {"group_size": -1},
     "groups of 8": {"group_size": 8},
     "damping": {"damping": 0.2},
@@ -391,7 +393,7 @@ def test_variant(variant: str, family_run: Callable[[str], Run], ids_file: Path,
     assert config["sym"] is settings.get("symmetric", True)
     assert config["checkpoint_format"] == settings.get("format", "gptq")
     assert config["desc_act"] is False and config["static_groups"] is (
-        settings.get("order", "activation") == "activation" and settings.get("method") != "rtn"
+        settings.get("order") == "activation" and settings.get("method") != "rtn"
     )
     assert config["damp_percent"] == settings.get("damping", 0.01)
     assert config["meta"]["method"] == settings.get("method", "gptq")
@@ -431,7 +433,7 @@ def test_mse_rounds_better(checkpoint: Callable[[str], Path], ids_file: Path, tm
     """By the measure that the grid search goes by, on plain rounding where nothing else plays in."""
     source = checkpoint("llama")
     model = reference_model(source)
-    plain = run_job(source, tmp_path / "plain", job(ids_file, method="rtn", bits=3)).decoded()
+    plain = run_job(source, tmp_path / "plain", job(ids_file, method="rtn", bits=3, scales="minmax")).decoded()
     searched = run_job(source, tmp_path / "mse", job(ids_file, method="rtn", bits=3, scales="search")).decoded()
     for name, linear in searched.items():
         weight = matrix(linear_module(model, name))
@@ -443,7 +445,7 @@ def test_mse_rounds_better(checkpoint: Callable[[str], Path], ids_file: Path, tm
 def test_rtn_is_rounding_to_nearest(bits: int, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """And needs no calibration text at all."""
     source = checkpoint("gpt2")
-    run = run_job(source, tmp_path / "out", job(tmp_path / "absent.txt", method="rtn", bits=bits))
+    run = run_job(source, tmp_path / "out", job(tmp_path / "absent.txt", method="rtn", bits=bits, scales="minmax"))
     model = reference_model(source)
     assert len(run.solved) == 12 and not run.hessians
     for name, linear in require_faithful(run).items():

@@ -138,7 +138,7 @@ def test_lower_objective_than_gptq_and_than_the_column_by_column_rule(scheme: Qu
     "scheme",
     [
         QuantScheme(bits=3, group_size=-1, order="activation", scales="minmax", sweeps=0),
-        QuantScheme(group_size=32, symmetric=False, scales="minmax", sweeps=0),
+        QuantScheme(group_size=32, symmetric=False, order="activation", scales="minmax", sweeps=0),
     ],
 )
 def test_the_column_by_column_rule_without_drift_is_gptq(scheme: QuantScheme) -> None:
