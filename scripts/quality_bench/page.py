@@ -51,8 +51,8 @@ def presets(made: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for contestant in shown:
-        name = "default" if contestant.kind == "default" else contestant.name.removeprefix("bigq ")
-        options = f"`{contestant.flags}`" if contestant.flags else "none"
+        name = "balanced" if contestant.kind == "default" else contestant.name.removeprefix("bigq ")
+        options = f"`{contestant.flags}`" if contestant.flags else "none, it is the default"
         lines.append(f"| {name} | {options} | {kl(rows[contestant.name])} | {cost(rows[contestant.name])} |")
     original = next((run["original_perplexity"] for run in made["runs"] if run["subject"] == SHOWN[0]), None)
     said = f"SmolLM2-135M-Instruct, 4 bits, groups of 64, symmetric; the original's perplexity is {original:.3f}." if original else ""
