@@ -144,11 +144,14 @@ def _quantize(columns: _Columns, r: Tensor, rows: list[int]) -> _Solved:
 
 def _sweep(columns: _Columns, codes: Tensor, loss: Tensor, r: Tensor) -> None:
     """Improve codes and scales by coordinate descent, as often as the scheme says. Overwrites all but r."""
+    if not columns.sweeps:
+        return
+    if not columns.work.is_cuda:
+        return_freed_memory()
     blocks = [block for panel in columns.panels() for block in panel]
     whole = not columns.static and columns.width <= BLOCK
     solution = Solution(error=columns.work, codes=codes, scale=columns.scale, zero=columns.zero, group=columns.group, loss=loss)
-    for _ in range(columns.sweeps):
-        sweep_(solution, r, columns.spec, blocks, columns.width if whole else 0)
+    sweep_(solution, r, columns.spec, blocks, columns.width if whole else 0, columns.sweeps)
 
 
 def _search_again(columns: _Columns, r: Tensor) -> None:

@@ -19,7 +19,7 @@ Weights are indexed [n, m], inputs first; all tensors may have one more leading 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,9 @@ from bigq.kernels.gptq_block import gptq_block_
 from bigq.kernels.grid import GridSpec, GroupGrid, round_scale
 from bigq.kernels.pick import empty_columns
 from bigq.kernels.precision import fp32_products, product
+
+#: Rows of a weight that are swept at a time on a CPU. What is computed of one block of columns then stays in the second-level cache.
+CPU_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,45 +49,80 @@ class Solution:
     group: Tensor
     loss: Tensor
 
+    def by_rows(self) -> Iterator[Solution]:
+        """The solution of some rows at a time, with what is done to them. On a GPU those of all rows."""
+        m = self.error.shape[-1]
+        if self.error.is_cuda or m <= CPU_ROWS:
+            yield self
+            return
+        whole = (self.error, self.codes, self.scale, self.zero, self.loss)
+        for lo in range(0, m, CPU_ROWS):
+            views = [t[..., lo : lo + CPU_ROWS] for t in whole]
+            error, codes, scale, zero, loss = (view.contiguous() for view in views)
+            yield Solution(error=error, codes=codes, scale=scale, zero=zero, group=self.group, loss=loss)
+            for view, value in zip(views, (error, codes, scale, zero, loss), strict=True):
+                view.copy_(value)
 
-def sweep_(solution: Solution, r: Tensor, spec: GridSpec, blocks: Sequence[tuple[int, int]], width: int) -> None:
-    """Visit all columns once. Overwrites ``solution``.
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Columns [a, b) that are visited together. h: H of these, [..., k, k]. spread: the factor I + P that the kernel takes."""
+
+    a: int
+    b: int
+    h: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, r: Tensor, a: int, b: int) -> _Block:
+        """The diagonal of H is overwritten by that of R, and is found again as ``Σ_j R_ij²``."""
+        lower = r[..., a:b, a:b].tril(-1)
+        diagonal = r[..., a:b, a:b].triu().square().sum(-1) + r[..., a:b, b:].square().sum(-1)
+        m = lower.mT / diagonal[..., None, :]
+        eye = torch.eye(b - a, dtype=r.dtype, device=r.device)
+        spread = eye - torch.linalg.solve_triangular(m + eye, m, upper=True, unitriangular=True).triu(1)
+        return cls(a, b, lower + lower.mT + torch.diag_embed(diagonal), spread.contiguous())
+
+
+def sweep_(solution: Solution, r: Tensor, spec: GridSpec, blocks: Sequence[tuple[int, int]], width: int, sweeps: int) -> None:
+    """Visit all columns, so many times. Overwrites ``solution``.
 
     r: [..., n, n], R in the upper triangle and H below it (``bigq.solver.hessian.Factor``). blocks: the columns [a, b) that are visited
     together. width: of groups whose scales are refined, each of them a run of columns inside a block; 0 for none.
     """
-    for a, b in blocks:
-        h, error, codes = _corner(r, a, b), solution.error[..., a:b, :], solution.codes[..., a:b, :]
-        gradient = _gradient(r, h, solution.error, a, b)
-        grid = _grid(solution, spec, a, b, width)
-        at = grid.group.long()
-        steps = codes.to(error.dtype).sub_(_of_columns(grid.zero, at))
-        before = steps * _of_columns(grid.scale, at)
-        weight = error + before
-        value, slope = before, gradient
-        if width:
-            slope = gradient.clone()
-            for g in range((b - a) // width):
-                _refine_scale(grid, g, h, steps, slope)
-            value = steps * _of_columns(grid.scale, at)
-        target, spread = _targets(h, value, slope)
-        error.copy_(weight)
-        gptq_block_(target, spread, error, codes, grid)
-        change = (weight - error).sub_(before)
-        gain = (gradient * 2).sub_(product(h, change, torch.empty_like(change))).mul_(change)
-        solution.loss.sub_(gain.sum(-2, dtype=torch.float64))
+    prepared = [_Block.of(r, a, b) for a, b in blocks]
+    for part in solution.by_rows():
+        for block in prepared * sweeps:
+            _visit(part, r, spec, block, width)
 
 
-def _corner(r: Tensor, a: int, b: int) -> Tensor:
-    """H of columns [a, b), [..., k, k]. Its diagonal is overwritten by that of R, and is found again as ``Σ_j R_ij²``."""
-    lower = r[..., a:b, a:b].tril(-1)
-    diagonal = r[..., a:b, a:b].triu().square().sum(-1) + r[..., a:b, b:].square().sum(-1)
-    return lower + lower.mT + torch.diag_embed(diagonal)
+def _visit(solution: Solution, r: Tensor, spec: GridSpec, block: _Block, width: int) -> None:
+    a, b, h = block.a, block.b, block.h
+    error, codes = solution.error[..., a:b, :], solution.codes[..., a:b, :]
+    gradient = _gradient(r, block, solution.error)
+    grid = _grid(solution, spec, a, b, width)
+    at = grid.group.long()
+    steps = codes.to(error.dtype).sub_(_of_columns(grid.zero, at))
+    before = steps * _of_columns(grid.scale, at)
+    weight = error + before
+    value, slope = before, gradient
+    if width:
+        slope = gradient.clone()
+        for g in range((b - a) // width):
+            _refine_scale(grid, g, h, steps, slope)
+        value = steps.mul_(_of_columns(grid.scale, at))
+    target = _target(block, value, slope)
+    error.copy_(weight)
+    gptq_block_(target, block.spread, error, codes, grid)
+    change = weight.sub_(error).sub_(before)
+    gain = gradient.mul_(2).sub_(product(h, change, torch.empty_like(change))).mul_(change)
+    solution.loss.sub_(gain.sum(-2, dtype=torch.float64))
 
 
-def _gradient(r: Tensor, h: Tensor, error: Tensor, a: int, b: int) -> Tensor:
-    """``H·E`` for columns [a, b), [..., k, m]. h: H of these columns."""
-    gradient = product(h, error[..., a:b, :], torch.empty_like(error[..., a:b, :]))
+def _gradient(r: Tensor, block: _Block, error: Tensor) -> Tensor:
+    """``H·E`` for the block's columns, [..., k, m]."""
+    a, b = block.a, block.b
+    gradient = product(block.h, error[..., a:b, :], torch.empty_like(error[..., a:b, :]))
     with fp32_products(error, tf32=True):  # as the error feedback of the column loop
         if a:
             product(r[..., a:b, :a], error[..., :a, :], gradient, add=gradient)
@@ -124,15 +162,10 @@ def _refine_scale(grid: GroupGrid, g: int, h: Tensor, steps: Tensor, slope: Tens
     slope.sub_(pushed.mul_(change[..., None, :]))
 
 
-def _targets(h: Tensor, value: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights w [..., k, m] and the factor I + P [..., k, k] that the kernel of the column loop takes.
-
-    value: of the codes, q. slope: ``H·E`` for them.
-    """
-    k, diagonal = h.shape[-1], h.diagonal(dim1=-2, dim2=-1)
-    best = product(h.tril(-1), value, torch.empty_like(value), add=slope).div_(diagonal[..., None]).add_(value)
-    m = h.triu(1) / diagonal[..., None, :]
-    eye = torch.eye(k, dtype=h.dtype, device=h.device)
-    spread = eye - torch.linalg.solve_triangular(m + eye, m, upper=True, unitriangular=True).triu(1)
-    target = empty_columns(k, value.shape[-1], value.dtype, value.device, value.shape[:-2])
-    return product(spread.mT, best, target), spread.contiguous()
+def _target(block: _Block, value: Tensor, slope: Tensor) -> Tensor:
+    """The weights w [..., k, m] that the kernel of the column loop takes. value: of the codes, q. slope: ``H·E`` for them."""
+    diagonal = block.h.diagonal(dim1=-2, dim2=-1)[..., None]
+    best = product(block.h.tril(-1), value, torch.empty_like(value), add=slope).div_(diagonal).add_(value)
+    *batch, k, m = value.shape
+    target = empty_columns(k, m, value.dtype, value.device, batch)
+    return product(block.spread.mT, best, target)

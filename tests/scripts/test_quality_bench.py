@@ -103,8 +103,8 @@ def test_all_programs_are_told_the_same_setting() -> None:
     shape = {"num_bits": 3, "symmetric": False, "strategy": "group", "group_size": 64}
     assert told["llm-compressor, mse"] == {"weights": shape | {"observer": "memoryless_mse"}}
     assert told["auto-round"] == {"bits": 3, "group_size": 64, "sym": False}
-    arguments = runs.bigq_arguments(run_of("bigq, gptaq"), Path("ids"))
-    assert arguments[:5] == ["--bits", "3", "--group-size", "64", "--asym"] and arguments[-2:] == ["--method", "gptaq"]
+    arguments = runs.bigq_arguments(run_of("bigq, ranges"), Path("ids"))
+    assert arguments[:5] == ["--bits", "3", "--group-size", "64", "--asym"] and arguments[-2:] == ["--scales", "minmax"]
     defaults = [c for c in CONTESTANTS if c.kind == "default"]
     assert {c.tool for c in defaults} == {"bigq", *settings.PEERS} and not any(c.flags or c.told for c in defaults)
 

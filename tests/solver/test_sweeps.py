@@ -11,6 +11,7 @@ from torch import Tensor
 from bigq.kernels.grid import round_scale
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
+from bigq.solver import sweeps
 from bigq.solver.batch import Factors
 from bigq.solver.gptq import column_order, quantize_linear, solve, solve_many
 from bigq.solver.hessian import factorize
@@ -89,8 +90,8 @@ def test_a_sweep_equals_the_textbook(scheme: QuantScheme) -> None:
 def test_the_loss_falls_with_each_sweep_and_is_that_of_the_result(scheme: QuantScheme, dtype: torch.dtype) -> None:
     weight, hessian = problem(m=40)
     before = torch.inf
-    for sweeps in (0, 1, 2, 5):
-        result = quantize_linear(weight.to(dtype), hessian.to(dtype), dataclasses.replace(scheme, sweeps=sweeps))
+    for count in (0, 1, 2, 5):
+        result = quantize_linear(weight.to(dtype), hessian.to(dtype), dataclasses.replace(scheme, sweeps=count))
         assert result.loss == pytest.approx(loss(weight, result, hessian), rel=1e-9 if dtype == torch.float64 else 1e-4)
         assert result.loss < before
         before = result.loss
@@ -134,6 +135,16 @@ def test_on_triton_the_result_is_the_same(scheme: QuantScheme, device: torch.dev
     result = quantize_linear(weight.to(device), hessian.to(device), scheme)
     assert result.loss == pytest.approx(own.loss, rel=2e-2)
     assert result.loss == pytest.approx(loss(weight.double(), result, hessian.double()), rel=1e-3)
+
+
+def test_rows_are_swept_alike_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = problem(m=50)
+    scheme = QuantScheme(bits=2, group_size=32, symmetric=False, sweeps=2)
+    whole = quantize_linear(weight, hessian, scheme)
+    monkeypatch.setattr(sweeps, "CPU_ROWS", 16)
+    parts = quantize_linear(weight, hessian, scheme)
+    assert all(torch.equal(getattr(whole, name), getattr(parts, name)) for name in ("codes", "scales", "zeros"))
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-12)
 
 
 def test_a_group_of_zeros_keeps_its_scale() -> None:
