@@ -31,12 +31,9 @@ from facts import revision
 
 #: Run → what it adds to bigq's command line.
 BIGQ: Mapping[str, Sequence[str]] = {
-    "bigq, same settings": (
-        "--order",
-        "natural",
-    ),
+    "bigq, same settings": ("--quality", "fast", "--order", "natural"),
     "bigq, defaults": (),
-    "bigq, act-order and grid search": ("--order", "activation", "--scales", "search"),
+    "bigq, fast": ("--quality", "fast"),
 }
 SAME, PEERS = "bigq, same settings", ("llmcompressor", "gptqmodel")
 #: GPTQModel's pool of threads does not start with fewer workers on two cores.

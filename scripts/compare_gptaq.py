@@ -84,7 +84,12 @@ def run(job: dict[str, Any], work: Path, judge: Judge) -> dict[str, Any]:
     method, alpha, by_columns = METHODS[job["method"]]
     gptq.solve = solve_by_columns if by_columns else solve  # type: ignore[attr-defined]
     scheme = bigq.QuantScheme(
-        bits=job["bits"], group_size=job["group_size"], symmetric=job["sym"], order="activation" if job["act_order"] else "natural"
+        bits=job["bits"],
+        group_size=job["group_size"],
+        symmetric=job["sym"],
+        order="activation" if job["act_order"] else "natural",
+        scales="minmax",
+        sweeps=0,
     )
     how = {"samples": SAMPLES, "seqlen": SEQLEN, "seed": job["seed"], "device": "cpu", "dtype": "float32", "quiet": True}
     config = bigq.JobConfig(scheme=scheme, method=method, alpha=alpha, calibration="builtin", checkpoint_every=None, **how)

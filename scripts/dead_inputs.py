@@ -69,7 +69,7 @@ def relative_error(weight: Tensor, quantized: Tensor, x: Tensor) -> float:
 def layer_errors(venvs: Path | None) -> dict[str, Any]:
     """The relative error in each unit, by program."""
     weight, inputs = layer()
-    scheme = bigq.QuantScheme(bits=3, group_size=128, order="natural")
+    scheme = bigq.QuantScheme(bits=3, group_size=128, order="natural", scales="minmax", sweeps=0)
     ours = [bigq.quantize_linear(weight, 2 / TOKENS * x.T @ x, scheme).dequantize() for x in inputs]
     found = {"bigq": [relative_error(weight, q, x) for q, x in zip(ours, inputs, strict=True)]}
     with tempfile.TemporaryDirectory() as folder:
@@ -127,7 +127,7 @@ def usual_rule() -> Iterator[None]:
 
 def divergence(model: Path, out: Path, rows: int, seqlen: int, seed: int) -> tuple[float, float]:
     """The mean KL divergence per token from the model on held-out text, and the largest share of dead inputs in a Linear."""
-    scheme = bigq.QuantScheme(group_size=32)
+    scheme = bigq.QuantScheme(group_size=32, order="activation", scales="minmax", sweeps=0)
     config = bigq.JobConfig(
         scheme=scheme, calibration="builtin", samples=rows, seqlen=seqlen, seed=seed, quiet=True, device="cpu", checkpoint_every=None
     )

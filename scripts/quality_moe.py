@@ -269,7 +269,9 @@ def make_relu(source: Path, out: Path) -> None:
 
 def run_bigq(run: Run, work: Path, out: Path) -> dict[str, Any]:
     settings = dict(run.way.settings)
-    scheme = bigq.QuantScheme(bits=run.bits, group_size=GROUP, damping=settings.pop("damping", DAMPING))
+    scheme = bigq.QuantScheme(
+        bits=run.bits, group_size=GROUP, damping=settings.pop("damping", DAMPING), order="activation", scales="minmax", sweeps=0
+    )
     ids = str(work / f"ids-{run.seed}.safetensors")
     how: dict[str, Any] = {
         "samples": run.way.rows,

@@ -78,7 +78,7 @@ def demo(out: str, device: str = "auto", *, as_json: bool = False) -> list[Row]:
 
 def demo_config(method: MethodName, bits: int, device: str) -> JobConfig:
     """The job of one row. Forward passes are fp32, to show the rounding of weights and not that of bf16 activations."""
-    scheme = QuantScheme(bits=bits, group_size=GROUP_SIZE, order="activation")
+    scheme = QuantScheme(bits=bits, group_size=GROUP_SIZE)
     return JobConfig(scheme=scheme, method=method, calibration="builtin", samples=CALIBRATION_ROWS, device=device, dtype=DTYPE, quiet=True)
 
 
