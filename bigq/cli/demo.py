@@ -77,8 +77,11 @@ def demo(out: str, device: str = "auto", *, as_json: bool = False) -> list[Row]:
 
 
 def demo_config(method: MethodName, bits: int, device: str) -> JobConfig:
-    """The job of one row. Forward passes are fp32, to show the rounding of weights and not that of bf16 activations."""
-    scheme = QuantScheme(bits=bits, group_size=GROUP_SIZE)
+    """The job of one row. Forward passes are fp32, to show the rounding of weights and not that of bf16 activations.
+
+    Rounding to nearest is the plain one, on grids that span the weights.
+    """
+    scheme = QuantScheme(bits=bits, group_size=GROUP_SIZE, scales="minmax" if method == "rtn" else "search")
     return JobConfig(scheme=scheme, method=method, calibration="builtin", samples=CALIBRATION_ROWS, device=device, dtype=DTYPE, quiet=True)
 
 

@@ -51,7 +51,11 @@ OPTIONS = (
         PLAN + " --format gguf --push owner/name --push-drop",
     ),
     Case("leave out --rotate", PLAN + " --rotate", family="gpt2"),
-    Case("codes, scales and zero points are {} bits per weight; use --bits-per-weight {} or more", PLAN + " --bits-per-weight 2.1"),
+    Case(
+        "codes, scales and zero points are {} bits per weight; use --bits-per-weight {} or more",
+        PLAN + " --bits-per-weight 2.1",
+        follow=lambda p: ["plan", p.model, "--samples", "4", "--seqlen", "16", "--group-size", "32", "--bits-per-weight", "2.563"],
+    ),
     Case(
         "--bits-per-weight: no effect, since the bits of no Linear are left to choose; leave it out",
         PLAN + " --bits-per-weight 4 --rule .*:bits=4",

@@ -52,8 +52,8 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "a kernel gets a tensor of the host": Fault(
         "bigq.solver.gptq:_Columns.grid",
-        "self.zero, self.group[..., a:b]",
-        "self.zero, self.group[..., a:b].cpu()",
+        "zero, self.group[..., a:b] - first",
+        "zero, (self.group[..., a:b] - first).cpu()",
         "CPU tensor given to the kernel",
     ),
     "two devices in one operation": Fault(
