@@ -35,7 +35,7 @@ class Preset:
         return self.method, self.order, self.scales, self.sweeps
 
 
-#: docs/quality.md says what each costs and gives. "balanced" has the defaults of the classes.
+#: "balanced" has the defaults of the classes.
 PRESETS: Mapping[QualityName, Preset] = {
     "fast": Preset(method="gptq", order="activation", scales="minmax", sweeps=0),
     "balanced": Preset(method="gptq", order="group", scales="search", sweeps=0),
