@@ -32,7 +32,8 @@ from bigq.solver.gptq import quantize_linear
 from bigq.solver.hessian import HessianSum
 
 CPU = torch.device("cpu")
-SCHEME = QuantScheme(bits=4, group_size=16, order="activation")
+#: Scales of ranges: a search among nearly equal scales would follow the last bit of a Hessian, whose sums the job orders by itself.
+SCHEME = QuantScheme(bits=4, group_size=16, order="activation", scales="minmax")
 FAMILIES = ["gpt_oss", "granitemoe", "llama4_text"]
 DTYPES = [torch.float32, torch.bfloat16]
 #: Of each family: the path of a block's bank, what its matrices are called, and their shapes.
