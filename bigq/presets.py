@@ -38,7 +38,7 @@ class Preset:
 #: "balanced" has the defaults of the classes.
 PRESETS: Mapping[QualityName, Preset] = {
     "fast": Preset(method="gptq", order="activation", scales="minmax", sweeps=0),
-    "balanced": Preset(method="gptq", order="group", scales="search", sweeps=0),
+    "balanced": Preset(method="gptq", order="group", scales="search", sweeps=1),
     "best": Preset(method="gptaq", order="group", scales="search", sweeps=4),
 }
 

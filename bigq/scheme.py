@@ -78,7 +78,7 @@ class QuantScheme:
         rule_key="scales",
     )
     sweeps: int = _weights(
-        0,
+        1,
         help="passes of coordinate descent over all codes and scales of a Linear, after the column loop",
         placeholder="N",
         rule_key="sweeps",

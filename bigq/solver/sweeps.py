@@ -19,6 +19,7 @@ Weights are indexed [n, m], inputs first; all tensors may have one more leading 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -50,27 +51,58 @@ class Solution:
     loss: Tensor
 
     def by_rows(self) -> Iterator[Solution]:
-        """The solution of some rows at a time, with what is done to them. On a GPU those of all rows."""
+        """The solution of some rows at a time, with what is done to them. Each reuses the memory of the last one. On a GPU there is one."""
         m = self.error.shape[-1]
         if self.error.is_cuda or m <= CPU_ROWS:
             yield self
             return
         whole = (self.error, self.codes, self.scale, self.zero, self.loss)
+        room = [torch.empty_like(t[..., :CPU_ROWS], memory_format=torch.contiguous_format).flatten() for t in whole]
         for lo in range(0, m, CPU_ROWS):
             views = [t[..., lo : lo + CPU_ROWS] for t in whole]
-            error, codes, scale, zero, loss = (view.contiguous() for view in views)
+            pairs = zip(views, room, strict=True)
+            error, codes, scale, zero, loss = (flat[: view.numel()].view(view.shape).copy_(view) for view, flat in pairs)
             yield Solution(error=error, codes=codes, scale=scale, zero=zero, group=self.group, loss=loss)
             for view, value in zip(views, (error, codes, scale, zero, loss), strict=True):
                 view.copy_(value)
 
 
 @dataclass(frozen=True, slots=True)
+class _Room:
+    """Buffers for one block, each [..., k, m]: their allocation for every block would leave holes among what stays."""
+
+    weight: Tensor
+    before: Tensor
+    steps: Tensor
+    gradient: Tensor
+    slope: Tensor
+    spare: Tensor
+    target: Tensor
+
+    @classmethod
+    def of(cls, solution: Solution, k: int) -> _Room:
+        """Room for k columns of a solution."""
+        *batch, _, m = solution.error.shape
+        dtype, device = solution.error.dtype, solution.error.device
+        return cls(*(empty_columns(k, m, dtype, device, batch) for _ in dataclasses.fields(cls)))
+
+    def columns(self, k: int) -> _Room:
+        """The first k columns."""
+        return _Room(*(getattr(self, field.name)[..., :k, :] for field in dataclasses.fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
 class _Block:
-    """Columns [a, b) that are visited together. h: H of these, [..., k, k]. spread: the factor I + P that the kernel takes."""
+    """Columns [a, b) that are visited together. h: H of these, [..., k, k]; lower: below its diagonal; diagonal: [..., k].
+
+    spread: the factor I + P that the kernel takes.
+    """
 
     a: int
     b: int
     h: Tensor
+    lower: Tensor
+    diagonal: Tensor
     spread: Tensor
 
     @classmethod
@@ -81,7 +113,7 @@ class _Block:
         m = lower.mT / diagonal[..., None, :]
         eye = torch.eye(b - a, dtype=r.dtype, device=r.device)
         spread = eye - torch.linalg.solve_triangular(m + eye, m, upper=True, unitriangular=True).triu(1)
-        return cls(a, b, lower + lower.mT + torch.diag_embed(diagonal), spread.contiguous())
+        return cls(a, b, lower + lower.mT + torch.diag_embed(diagonal), lower, diagonal, spread.contiguous())
 
 
 def sweep_(solution: Solution, r: Tensor, spec: GridSpec, blocks: Sequence[tuple[int, int]], width: int, sweeps: int) -> None:
@@ -92,37 +124,37 @@ def sweep_(solution: Solution, r: Tensor, spec: GridSpec, blocks: Sequence[tuple
     """
     prepared = [_Block.of(r, a, b) for a, b in blocks]
     for part in solution.by_rows():
+        room = _Room.of(part, max(b - a for a, b in blocks))
         for block in prepared * sweeps:
-            _visit(part, r, spec, block, width)
+            _visit(part, r, spec, block, width, room.columns(block.b - block.a))
 
 
-def _visit(solution: Solution, r: Tensor, spec: GridSpec, block: _Block, width: int) -> None:
+def _visit(solution: Solution, r: Tensor, spec: GridSpec, block: _Block, width: int, room: _Room) -> None:
     a, b, h = block.a, block.b, block.h
     error, codes = solution.error[..., a:b, :], solution.codes[..., a:b, :]
-    gradient = _gradient(r, block, solution.error)
+    gradient = _gradient(r, block, solution.error, room.gradient)
     grid = _grid(solution, spec, a, b, width)
-    at = grid.group.long()
-    steps = codes.to(error.dtype).sub_(_of_columns(grid.zero, at))
-    before = steps * _of_columns(grid.scale, at)
-    weight = error + before
+    steps = room.steps.copy_(codes).sub_(_of_columns(grid.zero, grid.group, room.spare))
+    before = torch.mul(steps, _of_columns(grid.scale, grid.group, room.spare), out=room.before)
+    weight = torch.add(error, before, out=room.weight)
     value, slope = before, gradient
     if width:
-        slope = gradient.clone()
+        slope = room.slope.copy_(gradient)
         for g in range((b - a) // width):
-            _refine_scale(grid, g, h, steps, slope)
-        value = steps.mul_(_of_columns(grid.scale, at))
-    target = _target(block, value, slope)
+            _refine_scale(grid, g, h, steps, slope, room)
+        value = steps.mul_(_of_columns(grid.scale, grid.group, room.spare))
+    target = _target(block, value, slope, room)
     error.copy_(weight)
     gptq_block_(target, block.spread, error, codes, grid)
     change = weight.sub_(error).sub_(before)
-    gain = gradient.mul_(2).sub_(product(h, change, torch.empty_like(change))).mul_(change)
-    solution.loss.sub_(gain.sum(-2, dtype=torch.float64))
+    gain = gradient.mul_(2).sub_(product(h, change, room.spare)).mul_(change)
+    solution.loss.sub_(gain.sum(-2))
 
 
-def _gradient(r: Tensor, block: _Block, error: Tensor) -> Tensor:
+def _gradient(r: Tensor, block: _Block, error: Tensor, out: Tensor) -> Tensor:
     """``H·E`` for the block's columns, [..., k, m]."""
     a, b = block.a, block.b
-    gradient = product(block.h, error[..., a:b, :], torch.empty_like(error[..., a:b, :]))
+    gradient = product(block.h, error[..., a:b, :], out)
     with fp32_products(error, tf32=True):  # as the error feedback of the column loop
         if a:
             product(r[..., a:b, :a], error[..., :a, :], gradient, add=gradient)
@@ -140,21 +172,24 @@ def _grid(solution: Solution, spec: GridSpec, a: int, b: int, width: int) -> Gro
     return GroupGrid(spec, solution.scale[..., first:stop, :], solution.zero[..., first:stop, :], group - first, False)
 
 
-def _of_columns(grid: Tensor, group: Tensor) -> Tensor:
-    """Scales or zero points [..., G, m] of columns, [..., k, m]."""
-    return torch.take_along_dim(grid, group[..., None], -2)
+def _of_columns(grid: Tensor, group: Tensor, out: Tensor) -> Tensor:
+    """Scales or zero points [..., G, m] of columns, [..., k, m], for their groups, int32 [..., k]."""
+    if grid.ndim == 2:  # on a CPU, take_along_dim writes the index of every element
+        return torch.index_select(grid, 0, group, out=out)
+    return torch.take_along_dim(grid, group.long()[..., None], -2, out=out)
 
 
-def _refine_scale(grid: GroupGrid, g: int, h: Tensor, steps: Tensor, slope: Tensor) -> None:
+def _refine_scale(grid: GroupGrid, g: int, h: Tensor, steps: Tensor, slope: Tensor, room: _Room) -> None:
     """The best scale of the group g for its codes, rounded as it is stored. Overwrites the scale and ``slope``, ``H·E`` [..., k, m].
 
     Rows whose loss would rise keep their scale.
     """
     width = steps.shape[-2] // grid.scale.shape[-2]
     at = slice(g * width, (g + 1) * width)
-    mine, scale = steps[..., at, :], grid.scale[..., g, :]
-    pushed = product(h[..., :, at], mine, torch.empty_like(slope))
-    along, curve = (mine * slope[..., at, :]).sum(-2), (mine * pushed[..., at, :]).sum(-2)
+    mine, scale, product_of = steps[..., at, :], grid.scale[..., g, :], room.target[..., at, :]
+    pushed = product(h[..., :, at], mine, room.spare)
+    along = torch.mul(mine, slope[..., at, :], out=product_of).sum(-2)
+    curve = torch.mul(mine, pushed[..., at, :], out=product_of).sum(-2)
     change = round_scale((scale + along / curve).clamp_(min=0), grid.spec.scale_bits).sub_(scale)
     better = 2 * change * along > change * change * curve  # false for NaN: of a group of zeros
     change = torch.where(better & torch.isfinite(change), change, torch.zeros_like(change))
@@ -162,10 +197,7 @@ def _refine_scale(grid: GroupGrid, g: int, h: Tensor, steps: Tensor, slope: Tens
     slope.sub_(pushed.mul_(change[..., None, :]))
 
 
-def _target(block: _Block, value: Tensor, slope: Tensor) -> Tensor:
+def _target(block: _Block, value: Tensor, slope: Tensor, room: _Room) -> Tensor:
     """The weights w [..., k, m] that the kernel of the column loop takes. value: of the codes, q. slope: ``H·E`` for them."""
-    diagonal = block.h.diagonal(dim1=-2, dim2=-1)[..., None]
-    best = product(block.h.tril(-1), value, torch.empty_like(value), add=slope).div_(diagonal).add_(value)
-    *batch, k, m = value.shape
-    target = empty_columns(k, m, value.dtype, value.device, batch)
-    return product(block.spread.mT, best, target)
+    best = product(block.lower, value, room.spare, add=slope).div_(block.diagonal[..., None]).add_(value)
+    return product(block.spread.mT, best, room.target)

@@ -368,7 +368,7 @@ VARIANTS: Mapping[str, dict[str, Any]] = {
     "ranges, act order, no sweeps": {"scales": "minmax", "order": "activation", "sweeps": 0},
     "natural order, one group per row": {"order": "natural", "group_size": -1},
     "ranges, asym, 2 bits": {"scales": "minmax", "symmetric": False, "bits": 2},
-    "one sweep": {"sweeps": 1},
+    "no sweeps": {"sweeps": 0},
     "four sweeps, asym": {"sweeps": 4, "symmetric": False},
     "one group per row": {"group_size": -1},
     "groups of 8": {"group_size": 8},

@@ -36,7 +36,7 @@ FP32 = 4
 MOVED_BY_SWEEP = 100.0
 
 #: Buffers of the size of a block of columns in a sweep over them (``solver.sweeps``).
-SWEEPING = 9
+SWEEPING = 7
 
 #: Buffers of the size of a chunk of rows while the chunk is corrected, the chunk included (``solver.upstream_error``).
 CORRECTING = 4
@@ -357,7 +357,7 @@ class BlockCost:
 
     def _sweeping(self, n: int, m: int) -> int:
         """Numbers in the buffers of a sweep: of a block of columns of all rows, on a CPU of a few, and of copies of these rows."""
-        return SWEEPING * BLOCK * m if self._choice.on_gpu else (SWEEPING * BLOCK + 2 * n) * min(m, CPU_ROWS)
+        return SWEEPING * BLOCK * m if self._choice.on_gpu else (SWEEPING * BLOCK + n + n // 4) * min(m, CPU_ROWS)
 
     def _moved_solving(self, linear: LinearShape) -> float:
         """Bytes of device memory read and written while a Linear is solved, outside of products."""
