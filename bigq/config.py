@@ -35,7 +35,7 @@ from bigq.options import Converted, Effect, Range, Resume, at_least, checked, op
 from bigq.presets import PRESETS
 from bigq.progress.sizes import parse_size
 from bigq.scheme import CALIBRATED, WEIGHTS, QuantScheme, Rule, frozen_rules, scheme_fields
-from bigq.vocabulary import DtypeName, FetchChoice, FormatName, MethodName, OnNonfinite, QualityName, TierChoice
+from bigq.vocabulary import AttentionName, DtypeName, FetchChoice, FormatName, MethodName, OnNonfinite, QualityName, TierChoice
 
 if TYPE_CHECKING:
     from bigq.io.formats import Format
@@ -204,6 +204,14 @@ class JobConfig:
     seqlen: int | None = seqlen_option(group=CALIBRATION, resume=Resume.REFUSED, effects=(CALIBRATED,))
     seed: int = seed_option(help="random seed for choosing rows", group=CALIBRATION, resume=Resume.REFUSED, effects=(CALIBRATED,))
     batch: int | None = batch_option(resume=Resume.WARNED, effects=(CALIBRATED,))
+    attention: AttentionName = option(
+        "model",
+        help="fused computes the attention of BLOOM and MPT without a matrix of scores; its last bits differ from the model's own",
+        group=RUN,
+        resume=Resume.REFUSED,
+        added=True,
+        effects=(CALIBRATED,),
+    )
     experts_at_once: int | None = option(
         None,
         help="experts of a layer that are solved side by side",

@@ -10,6 +10,8 @@ MethodName = Literal["gptq", "gptaq", "rtn"]
 OrderName = Literal["natural", "activation", "group"]
 #: How scales are found: from the range of a group's weights, or by a search for the least error.
 ScalesName = Literal["minmax", "search"]
+#: How attention is computed that a model writes step by step: as its own code does, or fused.
+AttentionName = Literal["model", "fused"]
 #: Presets of options.
 QualityName = Literal["fast", "balanced", "best"]
 #: Output formats. "gguf": shards in gptq_v2, from which a stopped job resumes, and one GGUF file made from them.
@@ -27,6 +29,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 ORDERS: tuple[OrderName, ...] = get_args(OrderName)
+ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
 FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
 TIERS: tuple[Tier, ...] = get_args(Tier)
 TIER_CHOICES: tuple[TierChoice, ...] = get_args(TierChoice)

@@ -37,6 +37,7 @@ OTHER: dict[str, Any] = {
     "tune_steps": 4,
     "batch": 2,
     "experts_at_once": 3,
+    "attention": "fused",
     "dtype": "float16",
     "trust_remote_code": True,
     "on_nonfinite": "skip",

@@ -161,7 +161,7 @@ def settings(config: JobConfig) -> list[tuple[str, object]]:
     zeros = "symmetric" if scheme.symmetric else "asymmetric"
     extra = [] if scheme.order == "natural" else [f"{scheme.order} order"]
     extra += [] if scheme.scales == "minmax" else ["scales by search"]
-    extra += [f"{scheme.sweeps} sweeps"] if scheme.sweeps else []
+    extra += [f"{scheme.sweeps} sweep{'s' * (scheme.sweeps > 1)}"] if scheme.sweeps else []
     extra += [f"scales of {scheme.scale_bits} significant bits"] if scheme.scale_bits is not None else []
     bits = f"{scheme.bits} bits" if config.bits_per_weight is None else f"at most {config.bits_per_weight:g} bits per weight"
     pairs: list[tuple[str, object]] = [("weights", ", ".join([bits, groups, zeros, *extra]))]
@@ -180,7 +180,8 @@ def settings(config: JobConfig) -> list[tuple[str, object]]:
         text = "data given in Python" if config.calibration == GIVEN else config.calibration
         rows = f"{config.samples} × {config.seqlen} tokens of {text}, seed {config.seed}"
         pairs.append(("calibration", rows))
-        pairs.append(("forward passes", f"{config.dtype} precision, {config.batch or 'as many as fit'} rows at once"))
+        attention = ", fused attention" if config.attention == "fused" else ""
+        pairs.append(("forward passes", f"{config.dtype} precision, {config.batch or 'as many as fit'} rows at once{attention}"))
     return pairs
 
 

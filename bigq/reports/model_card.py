@@ -215,6 +215,8 @@ def _settings(history: History, config: JobConfig) -> Iterator[tuple[str, str]]:
         text = without_folders(config.calibration)
         of = "data given in Python" if config.calibration == GIVEN else code(text)
         yield "calibration", f"{config.samples} × {config.seqlen} tokens of {of}, seed {config.seed}"
+        if config.attention == "fused":
+            yield "attention", "fused"
     if config.rotate:
         yield "rotation", "folded into the weights: the residual stream, and the values of attention heads"
     for rule in config.given_rules:

@@ -33,6 +33,7 @@ from bigq.methods import method_of
 from bigq.methods.base import Method
 from bigq.mixed.record import read_bits
 from bigq.mixed.settings import with_chosen, without_chosen
+from bigq.model.forward.fused_attention import fuse_attention
 from bigq.model.pager import Pager
 from bigq.progress.records import Stages
 from bigq.sched.plan.budgets import Streamed
@@ -138,6 +139,8 @@ def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
         remote=target.remote,
         rotate=config.rotate,
     )
+    if config.attention == "fused":
+        fuse_attention(pager.model)
     stamps = Stamps({target.folder / "config.json", *pager.checkpoint.files})
     config = settled(pager, dataclasses.replace(config, seqlen=row_length(pager.config, config)))
     adapted = check_shapes(pager, without_chosen(config))

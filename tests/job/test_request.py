@@ -46,6 +46,7 @@ SETTINGS = {
     "alpha": 0.5,
     "format": "gptq",
     "lm_head": False,
+    "attention": "model",
     "rotate": False,
     "tune_steps": 0,
     "allow_partial": False,
@@ -97,6 +98,7 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("settings.method", "rtn", ["--method rtn: ", "with --method gptq;"]),
     ("settings.lm_head", True, ["--lm-head: ", "with --no-lm-head;"]),
     ("settings.rotate", True, ["--rotate: ", "with --no-rotate;"]),
+    ("settings.attention", "fused", ["--attention fused: ", "with --attention model;"]),
     ("settings.tune_steps", 8, ["--tune-steps 8: ", "with --tune-steps 0;"]),
     ("settings.bits_per_weight", 3.5, ["--bits-per-weight 3.5: ", "with no --bits-per-weight;"]),
     ("settings.alpha", 0.25, ["--alpha 0.25: ", "with --alpha 0.5;"]),
@@ -243,6 +245,7 @@ def test_to_a_gpu_and_back() -> None:
 #: Settings that are newer than others.
 ADDED = (
     "settings.text_field",
+    "settings.attention",
     "settings.rotate",
     "settings.tune_steps",
     "settings.experts_at_once",

@@ -37,6 +37,7 @@ from bigq.model.experts.pages import stored_banks
 from bigq.model.experts.source import ExpertSource, expert_sources
 from bigq.model.experts.stored import merged_beside, merged_parts
 from bigq.model.extras import Extras, find_extras
+from bigq.model.forward.fused_attention import fuse_attention
 from bigq.model.names import require_parameters
 from bigq.model.pager import Pager
 from bigq.model.quantization import coded_warnings, decoded_source, refuse_quantized_tensors
@@ -260,6 +261,8 @@ def _outline(folder: Path, remote: RemoteShards | None, config: JobConfig) -> tu
         untie(model_config)
     dtype = skeleton.compute_dtype(model_config, config.dtype, (t.dtype for t in tensors.values()))
     model = skeleton.build(model_config, dtype, trust_remote_code=config.trust_remote_code, initialised=False)
+    if config.attention == "fused":
+        fuse_attention(model)
     path, _ = find_blocks(model)
     warned = coded_warnings(folder, tensors)
     if config.rotate:

@@ -101,9 +101,10 @@ class Live(TorchDispatchMode):
                 self._add(leaf)
         return output
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Count a causal attention that holds no matrix of scores."""
-        self.products += query.numel() * key.shape[-2] + query.numel() // query.shape[-1] * key.shape[-2] * value.shape[-1]
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, *, masked: bool) -> None:
+        """Count an attention that holds no matrix of scores. It computes half of them if it is causal, all if a mask says which count."""
+        scores = query.numel() // query.shape[-1] * key.shape[-2]
+        self.products += (1 + masked) * scores * (query.shape[-1] + value.shape[-1])
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -134,12 +135,13 @@ class WholeRows(TorchFunctionMode):
             return True
         if func is torch.nn.functional.scaled_dot_product_attention:
             query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
+            masked = kwargs.get("attn_mask", args[3] if len(args) > 3 else None) is not None
             if not self._fused and query.shape[-1] != value.shape[-1]:
                 with sdpa_kernel(SDPBackend.MATH):
                     return func(*args, **kwargs)
             for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
                 if isinstance(mode, Live):
-                    mode.attention(query, key, value)
+                    mode.attention(query, key, value, masked=masked)
             output = query.new_empty(*query.shape[:-1], value.shape[-1])
             if torch.is_grad_enabled():  # as marks of what the output depends on
                 output = sum((t.sum() for t in (query, key, value) if t.requires_grad), start=output)

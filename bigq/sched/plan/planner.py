@@ -282,7 +282,7 @@ def _solving(config: JobConfig, method: Method) -> tuple[str, ...]:
     scales = {"search": "searched scales", "minmax": "scales of ranges"}[scheme.scales]
     quality = quality_of(config.method, scheme)
     columns = [f"{scheme.order} order"] * method.calibrated
-    sweeps = [f"{scheme.sweeps} sweeps"] * (method.calibrated and scheme.sweeps > 0)
+    sweeps = [f"{scheme.sweeps} sweep{'s' * (scheme.sweeps > 1)}"] * (method.calibrated and scheme.sweeps > 0)
     return (method.title, *columns, scales, *sweeps, *([f"--quality {quality}"] * (quality is not None)))
 
 
