@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Compare ``bigq.quantize_linear`` with an eager GPTQ on this machine's CPU, run in turn; and measure the effect of TF32.
+"""Compare ``bigq.quantize_linear`` with an eager GPTQ on this machine's CPU, run in turn; and measure Hessians and the effect of TF32.
 
-The speed is measured on one weight, 1024 × 2816, 4 bits, groups of 128. Its floor is the time of the products alone, at this
-machine's rate in a large product. The effect of TF32 factors in the feedback product (which a GPU uses), and of bf16 factors
-(which bigq does not use), is measured by rounding the factors to these types.
+The speed is measured on one weight, 1024 × 2816, 4 bits, groups of 128, with the eager program's settings and with bigq's. Its floor
+is the time of the products alone, at this machine's rate in a large product. The effect of TF32 factors in the feedback product (which a
+GPU uses), and of bf16 factors (which bigq does not use), is measured by rounding the factors to these types.
 
     python scripts/bench_solver.py --json docs/results/bench_solver.json
 """
@@ -11,6 +11,7 @@ machine's rate in a large product. The effect of TF32 factors in the feedback pr
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
@@ -29,7 +30,11 @@ from eager_gptq import eager_gptq
 
 import bigq.solver.gptq as solver
 from bigq.kernels.cholesky import upper_cholesky_
+from bigq.kernels.cpu.syrk import has_bf16_products, syrk_compiled_
+from bigq.kernels.cpu.tiles import has_tiles
+from bigq.kernels.syrk import syrk_reference_
 from bigq.scheme import QuantScheme
+from bigq.vocabulary import OrderName
 
 M, N = 1024, 2816
 
@@ -49,25 +54,53 @@ def speed(rounds: int) -> dict[str, float]:
     """Median seconds of both, run in turn, their ratio, and the relative difference of their losses."""
     weight, hessian = (t.float() for t in problem(M, N, seed=0))
     scheme = QuantScheme(bits=4, group_size=128)
-    times: dict[str, list[float]] = {"eager": [], "bigq": []}
+    times: dict[str, list[float]] = {"eager": [], "bigq": [], "bigq, defaults": []}
     losses: dict[str, float] = {}
     runs: dict[str, Callable[[], float]] = {
         "eager": lambda: eager_gptq(weight, hessian, 4, 128)[1],
-        "bigq": lambda: solver.quantize_linear(weight, hessian, scheme).loss,
+        "bigq": lambda: solver.quantize_linear(weight, hessian, plain(scheme)).loss,
+        "bigq, defaults": lambda: solver.quantize_linear(weight, hessian, scheme).loss,
     }
     for _ in range(rounds):
         for name, run in runs.items():
             started = time.perf_counter()
             losses[name] = run()
             times[name].append(time.perf_counter() - started)
-    eager, ours = (statistics.median(times[name]) for name in ("eager", "bigq"))
+    eager, ours, defaults = (statistics.median(times[name]) for name in runs)
     return {
         "eager_s": eager,
         "bigq_s": ours,
+        "bigq_defaults_s": defaults,
         "ratio": eager / ours,
         "lowest_ratio_of_a_round": min(a / b for a, b in zip(times["eager"], times["bigq"], strict=True)),
         "loss_difference": losses["bigq"] / losses["eager"] - 1,
+        "loss_difference_of_defaults": losses["bigq, defaults"] / losses["eager"] - 1,
     }
+
+
+def plain(scheme: QuantScheme) -> QuantScheme:
+    """From left to right, with scales of ranges: what the paper does."""
+    order: OrderName = "natural" if scheme.order == "group" else scheme.order
+    return dataclasses.replace(scheme, order=order, scales="minmax", sweeps=0)
+
+
+def hessians(rounds: int) -> dict[str, dict[str, float]]:
+    """The sum over 2048 tokens by each unit of this processor: seconds, GFLOP/s of half a product, mean error of the diagonal."""
+    x = (torch.randn(2048, N, generator=torch.Generator().manual_seed(0)) + 0.2).bfloat16()
+    exact = x.double().square().sum(0)
+    units = {"fp32 products": syrk_reference_}
+    if has_bf16_products():
+        units["AVX-512 BF16"] = lambda h, x: syrk_compiled_(h, x, False)
+    if has_tiles():
+        units["AMX"] = lambda h, x: syrk_compiled_(h, x, True)
+    found = {}
+    for name, add in units.items():
+        h = torch.zeros(N, N)
+        add(h, x)
+        error = float(((h.diagonal().double() - exact) / exact).abs().mean())
+        took = statistics.median(seconds(lambda add=add, h=h: add(h, x)) for _ in range(rounds))
+        found[name] = {"seconds": took, "gflops": len(x) * N**2 / took / 1e9, "error": error}
+    return found
 
 
 def floor() -> dict[str, float]:
@@ -119,7 +152,7 @@ def precision() -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for skewed in (False, True):
         weight, hessian = problem(256, 2048, seed=1, skewed=skewed)
-        for scheme in (QuantScheme(bits=4), QuantScheme(bits=2), QuantScheme(bits=4, order="activation")):
+        for scheme in map(plain, (QuantScheme(bits=4), QuantScheme(bits=2), QuantScheme(bits=4, order="activation"))):
             damped = hessian + scheme.damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
             reference = solver.quantize_linear(weight, hessian, scheme)
 
@@ -157,6 +190,7 @@ def main() -> None:
         "speed": speed(args.rounds),
         "floor": floor(),
         "factor": factor(args.rounds),
+        "hessian": hessians(args.rounds),
         "feedback_precision": precision(),
     }
     text = json.dumps(figures, indent=2)

@@ -22,6 +22,7 @@ from bigq.config import JobConfig
 from bigq.data.spec import absolute
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.json_file import show_name
+from bigq.kernels.pick import instruction_set
 from bigq.options import Option, Resume, table
 from bigq.scheme import QuantScheme
 from bigq.version import __version__
@@ -259,7 +260,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         return {"device": "cuda", "name": torch.cuda.get_device_name(device)}
     # The rounding of sums depends on the number of threads; the choice of kernels depends on the instruction set.
-    name = f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
+    name = f"{_processor()} ({instruction_set()})"
     return {"device": "cpu", "name": name, "torch_threads": torch.get_num_threads()}
 
 

@@ -63,6 +63,16 @@ def load_compiled(device: torch.device) -> None:
         load()
 
 
+def instruction_set() -> str:
+    """What the choice of kernels on this CPU depends on, such as "AVX512, AMX"."""
+    name = torch.backends.cpu.get_cpu_capability()
+    if compiler_installed():
+        from bigq.kernels.cpu.tiles import has_tiles
+
+        return f"{name}, AMX" if has_tiles() else name
+    return name
+
+
 def uses_interpreter(x: Tensor) -> bool:
     """True if a Triton kernel called with x runs in Triton's interpreter, which has no bf16 arithmetic."""
     return not x.is_cuda

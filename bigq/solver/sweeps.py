@@ -20,7 +20,7 @@ Weights are indexed [n, m], inputs first; all tensors may have one more leading 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,9 +30,6 @@ from bigq.kernels.gptq_block import gptq_block_
 from bigq.kernels.grid import GridSpec, GroupGrid, round_scale
 from bigq.kernels.pick import empty_columns
 from bigq.kernels.precision import fp32_products, product
-
-#: Rows of a weight that are swept at a time on a CPU. What is computed of one block of columns then stays in the second-level cache.
-CPU_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,22 +46,6 @@ class Solution:
     zero: Tensor
     group: Tensor
     loss: Tensor
-
-    def by_rows(self) -> Iterator[Solution]:
-        """The solution of some rows at a time, with what is done to them. Each reuses the memory of the last one. On a GPU there is one."""
-        m = self.error.shape[-1]
-        if self.error.is_cuda or m <= CPU_ROWS:
-            yield self
-            return
-        whole = (self.error, self.codes, self.scale, self.zero, self.loss)
-        room = [torch.empty_like(t[..., :CPU_ROWS], memory_format=torch.contiguous_format).flatten() for t in whole]
-        for lo in range(0, m, CPU_ROWS):
-            views = [t[..., lo : lo + CPU_ROWS] for t in whole]
-            pairs = zip(views, room, strict=True)
-            error, codes, scale, zero, loss = (flat[: view.numel()].view(view.shape).copy_(view) for view, flat in pairs)
-            yield Solution(error=error, codes=codes, scale=scale, zero=zero, group=self.group, loss=loss)
-            for view, value in zip(views, (error, codes, scale, zero, loss), strict=True):
-                view.copy_(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +103,9 @@ def sweep_(solution: Solution, r: Tensor, spec: GridSpec, blocks: Sequence[tuple
     r: [..., n, n], R in the upper triangle and H below it (``bigq.solver.hessian.Factor``). blocks: the columns [a, b) that are visited
     together. width: of groups whose scales are refined, each of them a run of columns inside a block; 0 for none.
     """
-    prepared = [_Block.of(r, a, b) for a, b in blocks]
-    for part in solution.by_rows():
-        room = _Room.of(part, max(b - a for a, b in blocks))
-        for block in prepared * sweeps:
-            _visit(part, r, spec, block, width, room.columns(block.b - block.a))
+    room = _Room.of(solution, max(b - a for a, b in blocks))
+    for block in [_Block.of(r, a, b) for a, b in blocks] * sweeps:
+        _visit(solution, r, spec, block, width, room.columns(block.b - block.a))
 
 
 def _visit(solution: Solution, r: Tensor, spec: GridSpec, block: _Block, width: int, room: _Room) -> None:

@@ -20,7 +20,7 @@ from bigq.kernels.syrk import syrk_, syrk_reference_
 
 pytest.importorskip("numba")
 
-from bigq.kernels.cpu import columns, syrk, threads
+from bigq.kernels.cpu import columns, syrk, threads, tiles
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -129,11 +129,19 @@ def test_the_column_loop_has_the_bits_of_the_textbook(k: int, m: int, groups: in
         assert torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 255, 256, 257, 1025])
+@pytest.fixture(params=["AVX-512 BF16", "AMX"])
+def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What multiplies bf16 numbers."""
+    there = tiles.has_tiles() if request.param == "AMX" else syrk.has_bf16_products()
+    if not there:
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setattr(tiles, "has_tiles", lambda: request.param == "AMX")
+
+
+@pytest.mark.usefixtures("unit")
+@pytest.mark.parametrize("tokens", [1, 2, 31, 32, 33, 255, 256, 257, 1025])
 @pytest.mark.parametrize("n", [64, 192, 640])
 def test_hessians_are_as_good_as_fp32_products(tokens: int, n: int, thread_count: int) -> None:
-    if not syrk.has_bf16_products():
-        pytest.skip("this processor has no AVX-512 BF16")
     x = (randn(tokens, n) + 0.3).to(torch.bfloat16)
     before = randn(n, n, seed=1) * tokens
     ours, plain = before.clone(), before.clone()
@@ -146,9 +154,21 @@ def test_hessians_are_as_good_as_fp32_products(tokens: int, n: int, thread_count
     assert torch.equal(ours[untouched], before[untouched]), "a tile below the diagonal was written"
 
 
+@pytest.mark.usefixtures("unit")
+def test_torchs_own_products_go_on_between() -> None:
+    """torch's bf16 products configure the same tile registers, in this thread and in others."""
+    x, w = randn(300, 192).to(torch.bfloat16), randn(96, 192, seed=1).to(torch.bfloat16)
+    alone, sums = x @ w.T, torch.zeros(192, 192)
+    syrk.syrk_compiled_(sums, x)
+    for _ in range(20):
+        h = torch.zeros(192, 192)
+        assert torch.equal(x @ w.T, alone)
+        syrk.syrk_compiled_(h, x)
+        assert torch.equal(h, sums)
+
+
+@pytest.mark.usefixtures("unit")
 def test_hessians_do_not_depend_on_the_number_of_threads() -> None:
-    if not syrk.has_bf16_products():
-        pytest.skip("this processor has no AVX-512 BF16")
     x, sums = randn(600, 320).to(torch.bfloat16), []
     before = torch.get_num_threads()
     for count in (1, 3):
@@ -160,13 +180,16 @@ def test_hessians_do_not_depend_on_the_number_of_threads() -> None:
     assert torch.equal(*sums)
 
 
-def test_nan_and_infinity_are_not_lost() -> None:
-    if syrk.has_bf16_products():
-        x = torch.ones(4, 64, dtype=torch.bfloat16)
-        x[1, 3], x[2, 5] = float("nan"), float("inf")
-        h = torch.zeros(64, 64)
-        syrk.syrk_compiled_(h, x)
-        assert bool(h[3, 3:].isnan().all()) and bool(h[5, 5].isinf())
+@pytest.mark.usefixtures("unit")
+def test_nan_and_infinity_are_not_lost_in_a_hessian() -> None:
+    x = torch.ones(4, 64, dtype=torch.bfloat16)
+    x[1, 3], x[2, 5] = float("nan"), float("inf")
+    h = torch.zeros(64, 64)
+    syrk.syrk_compiled_(h, x)
+    assert bool(h[3, 3:].isnan().all()) and bool(h[5, 5].isinf())
+
+
+def test_nan_is_not_lost_in_the_column_loop() -> None:
     w = randn(64, 40)
     w[5, 7] = float("nan")
     grid = GroupGrid(GridSpec(bits=4, symmetric=True), torch.empty(1, 40), torch.empty(1, 40), torch.zeros(64, dtype=torch.int32), True)

@@ -11,7 +11,6 @@ from torch import Tensor
 from bigq.kernels.grid import round_scale
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
-from bigq.solver import sweeps
 from bigq.solver.batch import Factors
 from bigq.solver.gptq import column_order, quantize_linear, solve, solve_many
 from bigq.solver.hessian import factorize
@@ -135,16 +134,6 @@ def test_on_triton_the_result_is_the_same(scheme: QuantScheme, device: torch.dev
     result = quantize_linear(weight.to(device), hessian.to(device), scheme)
     assert result.loss == pytest.approx(own.loss, rel=2e-2)
     assert result.loss == pytest.approx(loss(weight.double(), result, hessian.double()), rel=1e-3)
-
-
-def test_rows_are_swept_alike_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, hessian = problem(m=50)
-    scheme = QuantScheme(bits=2, group_size=32, symmetric=False, sweeps=2)
-    whole = quantize_linear(weight, hessian, scheme)
-    monkeypatch.setattr(sweeps, "CPU_ROWS", 16)
-    parts = quantize_linear(weight, hessian, scheme)
-    assert all(torch.equal(getattr(whole, name), getattr(parts, name)) for name in ("codes", "scales", "zeros"))
-    assert parts.loss == pytest.approx(whole.loss, rel=1e-12)
 
 
 def test_a_group_of_zeros_keeps_its_scale() -> None:

@@ -1,7 +1,7 @@
-"""``XᵀX`` of bf16 inputs with the processor's dot products of pairs (AVX-512 BF16), which sum in fp32.
+"""``XᵀX`` of bf16 inputs with the processor's dot products of pairs (AVX-512 BF16), which sum in fp32, or with its matrix unit.
 
-Products of bf16 numbers are exact in fp32, so only the order of the sums differs from fp32 arithmetic; the rate is twice as high.
-torch has no such product: its bf16 products round their results to bf16.
+Products of bf16 numbers are exact in fp32, so only the order of the sums differs from fp32 arithmetic; the rate is twice as high, with
+AMX (``bigq.kernels.cpu.tiles``) ten times. torch has no such product: its bf16 products round their results to bf16.
 
 Tokens are taken in pairs. The inputs are packed into panels of 64 columns, [pairs, 64] words of two numbers each, in which both
 operands of a tile are contiguous.
@@ -19,6 +19,7 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from bigq.kernels.cpu import tiles
 from bigq.kernels.cpu.compiler import compiled
 from bigq.kernels.cpu.threads import in_parts
 
@@ -48,16 +49,24 @@ def can_accumulate(h: Tensor, x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and h.is_contiguous() and h.shape[0] % PANEL == 0 and has_bf16_products()
 
 
-def syrk_compiled_(h: Tensor, x: Tensor) -> None:
-    """``syrk_`` for fp32 h [n, n] and bf16 x [tokens, n] on a CPU. Below the diagonal, tiles of 64 × 64 on it are written."""
-    tokens, n = x.shape
-    words, sums = x.contiguous().view(torch.int16).numpy(), h.numpy()
-    panels = n // PANEL
-    for start in range(0, tokens, 2 * PAIRS):
-        part = words[start : start + 2 * PAIRS]
-        packed = np.empty((panels, VECTORS, -(-len(part) // 2), LANES), np.int32)
-        in_parts(panels, 1, functools.partial(_pack, part, packed))
-        in_parts(panels * (panels + 1) // 2, 1, functools.partial(_accumulate, packed, sums))
+def syrk_compiled_(h: Tensor, x: Tensor, by_tiles: bool | None = None) -> None:
+    """``syrk_`` for fp32 h [n, n] and bf16 x [tokens, n] on a CPU. Below the diagonal, tiles of 64 × 64 on it are written.
+
+    by_tiles: whether the matrix unit computes; by default if there is one.
+    """
+    by_tiles = tiles.has_tiles() if by_tiles is None else by_tiles
+    panels = h.shape[0] // PANEL
+    pairs, step = (tiles.PAIRS, tiles.STEP) if by_tiles else (PAIRS, 1)
+    for part in x.contiguous().view(torch.int16).split(2 * pairs):
+        packed = np.empty((panels, VECTORS, -(-len(part) // (2 * step)) * step, LANES), np.int32)
+        in_parts(panels, 1, functools.partial(_pack, part.numpy(), packed))
+        if by_tiles:
+            turned = np.empty((panels, VECTORS, packed.shape[2] // tiles.STEP, LANES, tiles.STEP), np.int32)
+            in_parts(panels, 1, functools.partial(tiles.transpose_tiles, packed, turned))
+            add = functools.partial(tiles.add_products, tiles.CONFIGURATION, turned, packed)
+        else:
+            add = functools.partial(_accumulate, packed)
+        in_parts(panels * (panels + 1) // 2, 1, functools.partial(add, h.numpy()))
 
 
 @intrinsic
@@ -119,16 +128,20 @@ def _emit_tile(context: Any, builder: Any, signature: Any, arguments: Any) -> An
 
 @compiled()
 def _pack(words, packed, start, stop):
-    """Pack panels [start, stop): words int16 [tokens, n] → int32 [panel, vector, pair, lane], the earlier token in the lower half."""
+    """Pack panels [start, stop): words int16 [tokens, n] → int32 [panel, vector, pair, lane], the earlier token in the lower half.
+
+    Tokens that are missing are zeros.
+    """
     tokens = words.shape[0]
     for pair in range(packed.shape[2]):
-        odd = 2 * pair + 1 < tokens
+        even, odd = 2 * pair < tokens, 2 * pair + 1 < tokens
         for panel in range(start, stop):
             for v in range(VECTORS):
                 for c in range(LANES):
                     at = panel * PANEL + v * LANES + c
                     high = np.int32(words[2 * pair + 1, at]) if odd else np.int32(0)
-                    packed[panel, v, pair, c] = (high << np.int32(16)) | (np.int32(words[2 * pair, at]) & np.int32(0xFFFF))
+                    low = np.int32(words[2 * pair, at]) if even else np.int32(0)
+                    packed[panel, v, pair, c] = (high << np.int32(16)) | (low & np.int32(0xFFFF))
 
 
 @compiled()

@@ -27,7 +27,6 @@ from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape
 from bigq.sched.plan.work import Choice, Work
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import BLOCK, PANEL, column_order, has_static_grids
-from bigq.solver.sweeps import CPU_ROWS
 
 #: Bytes of an fp32 number.
 FP32 = 4
@@ -337,7 +336,7 @@ class BlockCost:
             copies = max(buffers, CORRECTING) if self._paired else buffers
             converted = FP32 * min(piece(on_gpu=self._choice.on_gpu), n * max(rows)) * copies
             columns = panel + BLOCK + 3 * SUB_BLOCK * (not self._choice.on_gpu)
-            loop = n * m + FP32 * (max(columns * m, self._sweeping(n, m) * (scheme.sweeps > 0)) + 3 * BLOCK * n)
+            loop = n * m + FP32 * (max(columns, SWEEPING * BLOCK * (scheme.sweeps > 0)) * m + 3 * BLOCK * n)
             held = FP32 * m * (n + 2 * (n // scheme.group_width(n)))
             loop += FP32 * n * m * (static and scheme.scales == "search")
             trials = self._trials(at_once * scheme.group_width(n) * m) if scheme.scales == "search" and not static else 0
@@ -354,10 +353,6 @@ class BlockCost:
     def _swept(self, linears: Sequence[LinearShape]) -> float:
         """Operations of the sweeps over Linears: each takes a product of H and the errors."""
         return sum(2.0 * self._schemes[linear.name].sweeps * linear.m * linear.n**2 for linear in linears)
-
-    def _sweeping(self, n: int, m: int) -> int:
-        """Numbers in the buffers of a sweep: of a block of columns of all rows, on a CPU of a few, and of copies of these rows."""
-        return SWEEPING * BLOCK * m if self._choice.on_gpu else (SWEEPING * BLOCK + n + n // 4) * min(m, CPU_ROWS)
 
     def _moved_solving(self, linear: LinearShape) -> float:
         """Bytes of device memory read and written while a Linear is solved, outside of products."""
