@@ -30,17 +30,18 @@ TIERS = ("gpu", "host", "disk")
 JOBS: dict[str, tuple[str, str, list[str]]] = {
     "llama gptq": ("llama", "gptq", []),
     "llama rtn": ("llama", "rtn", []),
-    "small gptq": ("small", "gptq", []),
+    "small gptq": ("small", "gptq", ["--sweeps", "0"]),
     # Of bloom without searches and sweeps: the codes of its last Linears hang on how a processor rounds sums.
     "bloom gptq": ("bloom", "gptq", ["--quality", "fast"]),
     "experts fast": ("deepseek_v3", "gptq", ["--format", "compressed-tensors", "--quality", "fast"]),
-    "llama gptaq": ("llama", "gptaq", ["--order", "activation"]),
+    "llama gptaq": ("llama", "gptaq", ["--order", "activation", "--scales", "minmax"]),
+    "llama gptaq, searched": ("llama", "gptaq", []),
     # Of others too where a default job has been run: searches and sweeps take most of the time.
     "qwen2 gptaq": ("qwen2", "gptaq", ["--order", "natural", "--scales", "minmax", "--sweeps", "0"]),
     "qwen2 gptq": ("qwen2", "gptq", ["--bits", "3", "--asym"]),
     "opt gptq": ("opt", "gptq", ["--on-nonfinite", "skip", "--quality", "fast"]),
-    "opt rtn": ("opt", "rtn", ["--bits", "8"]),
-    "experts gptq": ("deepseek_v3", "gptq", ["--format", "compressed-tensors"]),
+    "opt rtn": ("opt", "rtn", ["--bits", "8", "--scales", "minmax"]),
+    "experts gptq": ("deepseek_v3", "gptq", ["--format", "compressed-tensors", "--scales", "minmax"]),
     "fp8 experts gptq": ("deepseek_v3_fp8", "gptq", ["--format", "compressed-tensors", "--quality", "fast"]),
     "nvfp4 gptq": ("llama_nvfp4", "gptq", ["--quality", "fast"]),
 }
@@ -48,7 +49,9 @@ JOBS: dict[str, tuple[str, str, list[str]]] = {
 RUNS: dict[str, tuple[str, str, str]] = {
     **{f"{job}, {tier}": (job, tier, "") for job in ("llama gptq", "llama gptaq") for tier in TIERS},
     **{f"{job}, host": (job, "host", "") for job in ("bloom gptq", "qwen2 gptaq", "opt gptq", "llama rtn", "opt rtn")},
-    **{f"experts gptq, {tier}": ("experts gptq", tier, "") for tier in TIERS},
+    "llama gptaq, searched, host": ("llama gptaq, searched", "host", ""),
+    "experts gptq, gpu": ("experts gptq", "gpu", ""),
+    **{f"experts fast, {tier}": ("experts fast", tier, "") for tier in ("host", "disk")},
     "fp8 experts gptq, gpu": ("fp8 experts gptq", "gpu", ""),
     "nvfp4 gptq, host": ("nvfp4 gptq", "host", ""),
     "qwen2 gptq, disk": ("qwen2 gptq", "disk", ""),
