@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from bigq.kernels.precision import fp32_products
+from bigq.kernels.syrk import syrk_
 
 #: Bytes per second of a good NVMe disk or parallel file system. Used if the disk's rate is not given.
 DISK_RATE = 3e9
@@ -24,7 +25,7 @@ class Ceilings:
     """Peak rates of a device.
 
     products: operations per second of matrix products in the compute dtype. correcting: of GPTQ's error feedback (TF32 on a GPU,
-        fp32 on a CPU). single: in fp32.
+        fp32 on a CPU). single: in fp32. hessian: of sums ``XᵀX`` in fp32 from inputs in the compute dtype, one triangle counted.
     copy: bytes per second read and written by a copy within its memory.
     memory: bytes of device memory, 0 for a CPU.
     source: where the figures are from.
@@ -34,6 +35,7 @@ class Ceilings:
     products: float
     correcting: float
     single: float
+    hessian: float
     copy: float
     memory: int
     source: str
@@ -41,9 +43,9 @@ class Ceilings:
 
 #: Peaks from data sheets (SXM cards, dense): tensor cores in bf16 and TF32, fp32, memory bandwidth.
 KNOWN = {
-    "a100": Ceilings("A100 80 GB", 312e12, 156e12, 19.5e12, 2.04e12, 80 * 10**9, "data sheet"),
-    "h100": Ceilings("H100 80 GB", 989e12, 494e12, 67e12, 3.35e12, 80 * 10**9, "data sheet"),
-    "h200": Ceilings("H200 141 GB", 989e12, 494e12, 67e12, 4.8e12, 141 * 10**9, "data sheet"),
+    "a100": Ceilings("A100 80 GB", 312e12, 156e12, 19.5e12, 312e12, 2.04e12, 80 * 10**9, "data sheet"),
+    "h100": Ceilings("H100 80 GB", 989e12, 494e12, 67e12, 989e12, 3.35e12, 80 * 10**9, "data sheet"),
+    "h200": Ceilings("H200 141 GB", 989e12, 494e12, 67e12, 989e12, 4.8e12, 141 * 10**9, "data sheet"),
 }
 
 
@@ -60,9 +62,16 @@ def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
             correcting = _products(device, torch.float32, size)
     target = torch.empty_like(source)
     copied = 2 * source.numel() / _best(device, lambda: target.copy_(source))
+    hessian = products[dtype] if gpu else _hessian(dtype, size)
     name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
     memory = torch.cuda.get_device_properties(device).total_memory if gpu else 0
-    return Ceilings(name, products[dtype], correcting, products[torch.float32], copied, memory, "measured now")
+    return Ceilings(name, products[dtype], correcting, products[torch.float32], hessian, copied, memory, "measured now")
+
+
+def _hessian(dtype: torch.dtype, size: int) -> float:
+    """Operations per second of a CPU's sum over ``size`` tokens of as many inputs. Processors have several instructions for it."""
+    x, h = torch.ones(size, size, dtype=dtype), torch.zeros(size, size)
+    return float(size) ** 3 / _best(h.device, partial(syrk_, h, x))
 
 
 def _products(device: torch.device, dtype: torch.dtype, size: int) -> float:

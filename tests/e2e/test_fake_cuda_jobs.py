@@ -29,7 +29,7 @@ TIERS = ("gpu", "host", "disk")
 #: Job → family, method and further arguments, which the CPU's run has too.
 JOBS: dict[str, tuple[str, str, list[str]]] = {
     "llama gptq": ("llama", "gptq", []),
-    "llama rtn": ("llama", "rtn", []),
+    "llama rtn": ("llama", "rtn", ["--scales", "minmax"]),
     "small gptq": ("small", "gptq", ["--sweeps", "0"]),
     # Of bloom without searches and sweeps: the codes of its last Linears hang on how a processor rounds sums.
     "bloom gptq": ("bloom", "gptq", ["--quality", "fast"]),
@@ -51,7 +51,7 @@ RUNS: dict[str, tuple[str, str, str]] = {
     **{f"{job}, host": (job, "host", "") for job in ("bloom gptq", "qwen2 gptaq", "opt gptq", "llama rtn", "opt rtn")},
     "llama gptaq, searched, host": ("llama gptaq, searched", "host", ""),
     "experts gptq, gpu": ("experts gptq", "gpu", ""),
-    **{f"experts fast, {tier}": ("experts fast", tier, "") for tier in ("host", "disk")},
+    "experts fast, disk": ("experts fast", "disk", ""),
     "fp8 experts gptq, gpu": ("fp8 experts gptq", "gpu", ""),
     "nvfp4 gptq, host": ("nvfp4 gptq", "host", ""),
     "qwen2 gptq, disk": ("qwen2 gptq", "disk", ""),

@@ -288,9 +288,7 @@ def _solving(config: JobConfig, method: Method) -> tuple[str, ...]:
 
 def phase_seconds(phase: Phase, ceilings: Ceilings) -> float:
     """The minimum time of a phase: arithmetic and data movement at the device's peak rates."""
-    rates = {"products": ceilings.products, "hessian": ceilings.products, "single": ceilings.single, "solve": ceilings.correcting}
-    if not ceilings.memory:
-        rates["hessian"] = ceilings.single
+    rates = {"products": ceilings.products, "hessian": ceilings.hessian, "single": ceilings.single, "solve": ceilings.correcting}
     return sum(count / rates[kind] for kind, count in phase.flops.items()) + phase.moved / ceilings.copy
 
 

@@ -215,9 +215,9 @@ def test_searches_and_sweeps_take_their_time() -> None:
 
 
 def test_time_is_arithmetic_and_moving_at_the_best_rates() -> None:
-    rates = Ceilings("x", products=10.0, correcting=5.0, single=2.0, copy=100.0, memory=1, source="made up")
+    rates = Ceilings("x", products=10.0, correcting=5.0, single=2.0, hessian=10.0, copy=100.0, memory=1, source="made up")
     assert phase_seconds(Phase("a", 0, 0, {"products": 30.0, "hessian": 10.0, "solve": 10.0, "single": 4.0}, 50.0), rates) == 8.5
-    on_cpu = dataclasses.replace(rates, memory=0)
+    on_cpu = dataclasses.replace(rates, hessian=2.0, memory=0)
     assert phase_seconds(Phase("a", 0, 0, {"hessian": 10.0}, 0.0), on_cpu) == 5.0
 
 
@@ -347,7 +347,7 @@ def test_no_line_of_a_plan_wraps_at_60_columns() -> None:
     rules = (Rule(".*down", None), *(Rule(f".*{name}$", {"bits": 8, "group_size": 32, "damping": 0.25}) for name in ("q", "k", "o", "up")))
     work = dataclasses.replace(WORK, rows=123456, scheme=lambda name: scheme_for(name, asymmetric, rules))
     rates = Ceilings(
-        "NVIDIA A GPU With A Long Name SXM5 141GB", 1e12, 1e12, 1e12, 1e12, 2**40, "a data sheet of the vendor, and a measurement"
+        "NVIDIA A GPU With A Long Name SXM5 141GB", 1e12, 1e12, 1e12, 1e12, 1e12, 2**40, "a data sheet of the vendor, and a measurement"
     )
     found = make_plan(
         dataclasses.replace(SHAPE, family="some_model_type_with_a_long_name", seqlen=1048576),
