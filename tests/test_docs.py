@@ -162,9 +162,10 @@ def test_the_demo_s_table_is_its_result_file() -> None:
 
 def test_other_figures_of_the_readme_are_those_of_the_result_files() -> None:
     readme = " ".join(text_of(ROOT / "README.md").split())
-    small, memory, stress, fuzz = (result(f"{name}.json") for name in ("bench_small", "bench_memory", "stress", "fuzz"))
-    wall, peak = (statistics.median(run[field] for run in small["runs"]) for field in ("wall_s", "peak_rss_mib"))
-    assert f"{wall:.1f} s, peak {peak:.0f} MiB" in readme
+    peers, memory, stress, fuzz = (result(f"{name}.json") for name in ("bench_peers", "bench_memory", "stress", "fuzz"))
+    ours, llmc, gptqmodel = (peers["medians"][name] for name in ("bigq, defaults", "llmcompressor", "gptqmodel"))
+    walls = (f"{name} {median['wall_s']:.1f} s" for name, median in (("bigq", ours), ("llm-compressor", llmc), ("GPTQModel", gptqmodel)))
+    assert f"{', '.join(walls)}; peaks {', '.join(str(median['peak_rss_mib']) for median in (ours, llmc, gptqmodel))} MiB" in readme
     assert f"{memory['wall_s'] / 60:.0f} min on shared cores, peak {memory['vmhwm_bytes'] / 2**30:.2f} GiB" in readme
     assert f"A model of {memory['source_bytes'] / 1e9:.1f} GB" in readme and f"limit of {memory['limit_bytes'] / 1e9:.0f} GB" in readme
     total = stress["total"]
