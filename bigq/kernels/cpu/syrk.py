@@ -1,7 +1,8 @@
 """``XᵀX`` of bf16 inputs with the processor's dot products of pairs (AVX-512 BF16), which sum in fp32, or with its matrix unit.
 
-Products of bf16 numbers are exact in fp32, so only the order of the sums differs from fp32 arithmetic; the rate is twice as high, with
-AMX (``bigq.kernels.cpu.tiles``) ten times. torch has no such product: its bf16 products round their results to bf16.
+Products of bf16 numbers are exact in fp32, so only the order of the sums differs from fp32 arithmetic. On one core the rate is up to
+twice as high, with the matrix unit (``bigq.kernels.cpu.tiles``) five times. torch has no such product: its bf16 products round their
+results to bf16.
 
 Tokens are taken in pairs. The inputs are packed into panels of 64 columns, [pairs, 64] words of two numbers each, in which both
 operands of a tile are contiguous.

@@ -39,7 +39,7 @@ def has_tiles() -> bool:
     features = binding.get_host_cpu_features()
     if not (sys.platform == "linux" and features.get("amx-tile") and features.get("amx-bf16")):
         return False
-    return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST, _TILE_DATA)) == 0
+    return int(ctypes.CDLL(None).syscall(*map(ctypes.c_long, (_ARCH_PRCTL, _REQUEST, _TILE_DATA)))) == 0
 
 
 def _configuration() -> np.ndarray[Any, np.dtype[np.uint8]]:
