@@ -50,7 +50,7 @@ OPTIONS = (
         "--push-drop: removes the shards that a GGUF file is made from; leave out --push-drop",
         PLAN + " --format gguf --push owner/name --push-drop",
     ),
-    Case("leave out --attention", PLAN + " --attention fused", family="gpt2"),
+    Case("--attention fused: no effect on {}, only on BLOOM and MPT; leave out --attention", PLAN + " --attention fused", family="gpt2"),
     Case("leave out --rotate", PLAN + " --rotate", family="gpt2"),
     Case(
         "codes, scales and zero points are {} bits per weight; use --bits-per-weight {} or more",
