@@ -120,6 +120,8 @@ def _plan(
         shape = survey(dataclasses.replace(outline, fused=on_gpu), seqlen)
         samples = config.samples if method_of(config).calibrated else 0
         work = _work(config, samples, samples * seqlen)
+        if not on_gpu and ceilings is not None:  # measuring has loaded some of the kernels
+            load_compiled(device)
         base = host_memory() + (0 if on_gpu else compiled_bytes(device))
         machine = Machine(on_gpu=on_gpu, base=base, budgets=_budgets(config, device, out, ceilings), ceilings=ceilings)
         kept = require_share(shape, adapted)
