@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import FAMILIES, make_checkpoint, random_ids, save_ids, stored_tensors
 from tinyjob import hashes
+from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 import bigq
@@ -16,6 +17,7 @@ from bigq import faults
 from bigq.config import JobConfig
 from bigq.errors import UsageError
 from bigq.job.journal import read_job
+from bigq.model.forward import fused_attention
 from bigq.scheme import QuantScheme
 from bigq.vocabulary import AttentionName
 
@@ -41,10 +43,19 @@ def job(place: Path, **changes: Any) -> JobConfig:
     return JobConfig(**(given | changes))
 
 
-def test_codes_are_nearly_those_of_the_models_own_attention(place: Path) -> None:
-    own, fused = place / "own", place / "out"
+def test_codes_are_nearly_those_of_the_models_own_attention(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, fused, rows = place / "own", place / "out", []
+    attend = fused_attention.scaled_dot_product_attention
+
+    def counted(query: Tensor, *others: Tensor, **more: Any) -> Tensor:
+        rows.append(len(query))
+        return attend(query, *others, **more)
+
+    monkeypatch.setattr(fused_attention, "scaled_dot_product_attention", counted)
     before = bigq.quantize(str(place / "bloom"), own, job(place, attention="model"))
+    assert not rows
     after = bigq.quantize(str(place / "bloom"), fused, job(place))
+    assert len(rows) > 3 * 24 and set(rows) == {1}
     for one, other in zip(before.linears, after.linears, strict=True):
         assert other["relative_error"] == pytest.approx(one["relative_error"], rel=0.02)
     a, b, different, codes = stored_tensors(own), stored_tensors(fused), 0, 0
