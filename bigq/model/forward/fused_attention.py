@@ -69,7 +69,6 @@ _FORWARDS: Mapping[str, Callable[..., tuple[Tensor, None]]] = {
     "transformers.models.mpt.modeling_mpt.MptAttention": _mpt,
 }
 
-
 #: The class with fused attention of each class of transformers: one, so that modules of a kind stay of one kind.
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
