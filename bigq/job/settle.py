@@ -55,13 +55,10 @@ def row_length(model_config: object, config: JobConfig) -> int:
 
 
 def settled(model: ModelDescription, config: JobConfig) -> JobConfig:
-    """The job with its format and its scheme decided. Raises UsageError if the method does not take such a model, or if its scales would
-    not fit the format."""
-    if method_of(config).passes > 1 and model.has_experts:
-        raise UsageError(
-            f"--method {config.method}: takes no models with experts, whose tokens are routed differently in the unquantized model; use "
-            "--method gptq"
-        )
+    """The job with its format and its scheme decided. Raises UsageError if it cannot tune such a model, or if its scales would not fit the
+    format."""
+    if config.tune_steps and model.has_experts:
+        raise UsageError(f"--tune-steps {config.tune_steps}: tunes no models with experts; leave it out")
     config = dataclasses.replace(config, format=_settled_format(model, config))
     return dataclasses.replace(config, scheme=_settled_scheme(model, config))
 

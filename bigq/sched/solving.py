@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -22,7 +22,7 @@ from bigq.sched.rows.calibration import CalibrationRows
 from bigq.sched.rows.reference import REFERENCE_STEP, ReferenceBlock
 from bigq.sched.rows.shortcut_cache import LastInputs, ShortcutCache
 from bigq.sched.solve.bank import SolvedExpert
-from bigq.sched.solve.block import BlockJob, BlockRows, quantize_weights, replay_banks, solve_block
+from bigq.sched.solve.block import BlockJob, BlockRows, quantize_weights, replay_banks, replay_unquantized_banks, solve_block
 from bigq.sched.solve.head import HeadJob, quantize_head, solve_head
 from bigq.sched.solve.propagate import propagate
 from bigq.sched.solve.results import Skipped, Solved
@@ -36,6 +36,9 @@ class BlockVisit(Protocol):
 
     def solve(self) -> Iterator[Solved | Skipped | SolvedExpert]:
         """Quantize the block's Linears."""
+
+    def keep_originals(self, names: Iterable[str]) -> None:
+        """Keep the weights of Linears, by name in the block, which are about to be replaced although experts of the block are missing."""
 
     def advance(self, restore: Callable[[], None] | None, loading: float) -> int:
         """Replay the calibration rows through the block. Returns how many tokens are not finite afterwards.
@@ -92,6 +95,9 @@ class _VisitWithoutRows:
 
     def solve(self) -> Iterator[Solved | Skipped | SolvedExpert]:
         return quantize_weights(self._job, self._method)
+
+    def keep_originals(self, names: Iterable[str]) -> None:
+        """Nothing needs them."""
 
     def advance(self, restore: Callable[[], None] | None, loading: float) -> int:
         """There are no rows."""
@@ -213,19 +219,30 @@ class _VisitWithRows:
             return
         assert self.at.reference is not None, "tuning needs the rows of the unquantized model"
         control.progress.phase("tune", self.job.index)
-        self._advance_original()
+        self._advance_original(restored=False)
         # What is kept was computed with the scales before.
         self.at.cache.close()
         tuned = tune_block(self.job, solved, self.at.store, self.at.reference.store, self.solving.tune_steps, control.pause)
         control.progress.say(f"block {self.job.index + 1}: tuned, error of its outputs {tuned.before:.2e} → {tuned.after:.2e}")
         yield from tuned.linears
 
-    def _advance_original(self) -> int:
-        """Replay the rows of the unquantized model, if there are any, through the unquantized block. Returns how many are not finite."""
+    def keep_originals(self, names: Iterable[str]) -> None:
+        """For methods that correct the upstream error."""
+        if self.at.reference is not None:
+            for name in names:
+                self.at.reference.keep_weight(name, self.job.block.get_submodule(name))
+
+    def _advance_original(self, *, restored: bool) -> int:
+        """Replay the rows of the unquantized model, if there are any, through the unquantized block. Returns how many are not finite.
+
+        restored: whether the block was not solved in this run, which would have computed its banks too.
+        """
         reference, job = self.at.reference, self.job
         if reference is None or self.original_ahead:
             return 0
         self.solving.rows.at, self.original_ahead = None, True
+        if restored:
+            replay_unquantized_banks(job, reference, self.solving.method, true_sequential=self.solving.true_sequential)
         with self.solving.control.clock.phase("replay"), reference.unquantized_weights(job.block):
             place = (job.index, REFERENCE_STEP)
             lost = propagate(job.index, job.block, reference.store, job.prefix, reference.cache, job.on_nonfinite, place)
@@ -241,7 +258,7 @@ class _VisitWithRows:
         control.pause()
         rows.at = None
         started = time.monotonic()
-        lost = self._advance_original()
+        lost = self._advance_original(restored=restore is not None)
         if restore is not None:
             restore()
             replay_banks(self.job, self.at, self.solving.method, true_sequential=self.solving.true_sequential)

@@ -135,11 +135,10 @@ def test_convert_names_banks_that_stay_unquantized(models: Callable[[str], Path]
     ("settings", "error", "message"),
     [
         ({"format": "gguf", "scheme": QuantScheme(group_size=32)}, UnsupportedModelError, "writes no GGUF files of model type 'qwen3_moe'"),
-        ({"method": "gptaq"}, UsageError, "--method gptaq: takes no models with experts"),
         ({"rules": (Rule(r".*down_proj", EIGHT),)}, UsageError, "of all experts of a layer together, which needs one scheme; use"),
         ({"rules": (Rule(r".*experts\.3\.", None),)}, UsageError, r"use '\.\*\\\.experts'"),
     ],
-    ids=["gguf", "gptaq", "one matrix", "one expert"],
+    ids=["gguf", "one matrix", "one expert"],
 )
 def test_what_cannot_be_written_is_refused_first(
     settings: dict[str, object], error: type[Exception], message: str, models: Callable[[str], Path], tmp_path: Path

@@ -42,9 +42,9 @@ PLANNED = """
 import json, sys
 import bigq
 
-model, out, ids, rows, seqlen = sys.argv[1:]
+model, out, ids, rows, seqlen, method = sys.argv[1:]
 config = bigq.JobConfig(scheme=bigq.QuantScheme(group_size=32), calibration=ids, samples=int(rows), seqlen=int(seqlen), device="cpu",
-                        format="compressed-tensors", quiet=True)
+                        method=method, format="compressed-tensors", quiet=True)
 report = bigq.quantize(model, out, config)
 print(json.dumps({"peak": report.host_peak_bytes, "planned": report.planned_host_bytes}))
 """
@@ -85,6 +85,7 @@ def test_peak_does_not_follow_the_number_of_experts(child: Child, tmp_path: Path
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("method", ["gptq", "gptaq"])
 @pytest.mark.parametrize(
     ("rows", "seqlen", "sizes"),
     [
@@ -94,7 +95,7 @@ def test_peak_does_not_follow_the_number_of_experts(child: Child, tmp_path: Path
     ids=["large experts", "more tokens than an expert takes at a time"],
 )
 def test_the_peak_with_experts_is_within_a_tenth_of_the_plan(
-    rows: int, seqlen: int, sizes: dict[str, int], child: Child, tmp_path: Path
+    rows: int, seqlen: int, sizes: dict[str, int], method: str, child: Child, tmp_path: Path
 ) -> None:
     attention = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 512}
     model = moe_model("qwen3_moe", torch.bfloat16, **attention, num_experts_per_tok=4, num_hidden_layers=1, **sizes)
@@ -102,7 +103,7 @@ def test_the_peak_with_experts_is_within_a_tenth_of_the_plan(
     ids = torch.randint(3, 128, (rows, seqlen), generator=torch.Generator().manual_seed(2))
     save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
     names = (tmp_path / "model", tmp_path / "out", tmp_path / "ids.safetensors")
-    done = child("-c", PLANNED, *names, str(rows), str(seqlen), env={"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"}, timeout=300)
+    done = child("-c", PLANNED, *names, str(rows), str(seqlen), method, env={"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["peak"] == pytest.approx(result["planned"], rel=0.1)

@@ -231,7 +231,7 @@ class BlockCost:
                 sums -= self._work.streams * FP32 * group.n * group.n
         summed = 0
         for bank in self._block.banks:
-            result += self._bank(bank, always + summed + packed)
+            result += self._bank(bank, always + summed + originals + packed)
             summed += self._summed(bank)
         unpacked = packed if self._work.tune_steps else 0  # the rows of the original model pass on before tuning
         result.append(("replay", always + summed + originals + unpacked + self._block.forward.at(self._batch), self._replayed(None), 0))
@@ -253,22 +253,23 @@ class BlockCost:
         return [("tune", held + solved + needed, flops, 0), ("pack", held + solved + self.packed, {}, 0)]
 
     def _summed(self, bank: BankShape) -> int:
-        """Bytes on the computing device of the sums of a bank's outputs, which take as many as its inputs."""
+        """Bytes on the computing device of the sums of a bank's outputs in all models, which take as many as its inputs."""
         if self._choice.tier != ("gpu" if self._choice.on_gpu else "host"):
             return 0
-        return self._tokens * bank.inputs * self._shape.width * self._shape.itemsize
+        return self._work.streams * self._tokens * bank.inputs * self._shape.width * self._shape.itemsize
 
     def _bank(self, bank: BankShape, held: int) -> list[BankPhase]:
         """The phases of a bank. held: bytes of the rest of the block."""
         terms = BankTerms(
             schemes=self._schemes,
             tokens=self._tokens,
+            streams=self._work.streams,
             itemsize=self._shape.itemsize,
             inputs=self._summed(bank),
             reach=self._block.forward.at(self._batch),
             beside=self._choice.beside,
             at_once=self._choice.experts_at_once or 1,
-            widened=not self._choice.on_gpu and self._shape.itemsize < FP32,
+            on_gpu=self._choice.on_gpu,
             factor=self._factor,
             solve=self._solve,
             pack=self._pack,

@@ -1,6 +1,7 @@
 """The reference of asymmetric calibration (gptaq): a block with its unquantized weights, and the rows in the unquantized model.
 
-The quantized and the reference rows go through the same module in turn. Only the weights of solved Linears are in memory twice.
+The quantized and the reference rows go through the same module in turn. Only the weights of solved Linears are in
+memory twice. Experts are not kept: each is there for a moment in both forms (``solve.bank``).
 """
 
 from __future__ import annotations

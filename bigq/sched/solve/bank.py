@@ -3,10 +3,15 @@
 An expert's matrices are solved in the order in which it computes them, so that a later one sees what the quantized earlier ones return.
 Then the expert runs once and is added to the bank's output. One expert and one Hessian are in memory at a time; on a GPU a few are, since
 the matrices of one expert are too small to fill it: the first matrices of all are solved side by side, then the next ones.
+
+Methods that correct the upstream error see a token at an expert twice: as it is in the quantized model, which routed it there, and as it
+is in the unquantized model, whatever that routed it to. There the expert runs with its unquantized weights on both kinds of tokens: on
+these for the inputs of its matrices, and on those that the unquantized model routes to it for the bank's output in that model.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -34,11 +39,11 @@ STEP_TOKENS = 64
 class BankJob:
     """A bank to be quantized. prefix: its module's full name.
 
-    schemes: by parameter; without any, the experts stay unquantized. names: of the matrices that one expert's part of a parameter is
-    stored as, in the order of its outputs. load: an expert's parameters, on the device. finished: whether they are final already, because
-    an earlier run committed the expert; then it only runs. finite_only: leave tokens that are not finite out of Hessians.
-    at_once: experts that are solved side by side. ends: whether an expert is the last of its shard; no batch of experts goes beyond it, so
-    that a job that goes on has the same batches.
+    schemes: by parameter; without any, the experts stay unquantized. names: of the matrices that one expert's part of a parameter is stored
+    as, in the order of its outputs. load: an expert's parameters, on the device; original: those of the checkpoint, if ``load`` may return
+    others. finished: whether ``load`` returns final ones, because an earlier run committed the expert; then it only runs. finite_only:
+    leave tokens that are not finite out of Hessians. at_once: experts that are solved side by side. ends: whether an expert is the last of
+    its shard; no batch of experts goes beyond it, so that a job that goes on has the same batches.
     """
 
     prefix: str
@@ -48,10 +53,16 @@ class BankJob:
     names: Callable[[str, int], Sequence[str]]
     load: Callable[[int], Mapping[str, Tensor]]
     clock: Clock
+    original: Callable[[int], Mapping[str, Tensor]] | None = None
     finished: Callable[[int], bool] = lambda e: False
     finite_only: bool = False
     at_once: int = 1
     ends: Callable[[int], bool] = lambda e: False
+
+    @property
+    def load_original(self) -> Callable[[int], Mapping[str, Tensor]]:
+        """An expert's parameters in the checkpoint."""
+        return self.load if self.original is None else self.original
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,53 +103,109 @@ class SolvedExpert:
     left_out: int = 0
 
 
-def solve_bank(job: BankJob, method: CalibratedMethod, rows: RoutedRows) -> Iterator[SolvedExpert]:
+def solve_bank(job: BankJob, method: CalibratedMethod, rows: RoutedRows, reference: RoutedRows | None = None) -> Iterator[SolvedExpert]:
     """Quantize every expert that is not finished, and add the outputs of all to ``rows.total``.
 
-    An expert that cannot be solved, or that no token is routed to, is rounded to nearest in the same scheme, since readers take a bank as
-    a whole or not at all. Raises NumericsError for weights that are not finite.
+    reference: the same tokens in the unquantized model, for methods that correct the upstream error; outputs of the unquantized experts are
+    added to its total. An expert that cannot be solved, or that no token is routed to, is rounded to nearest in the same scheme, since
+    readers take a bank as a whole or not at all. Raises NumericsError for weights that are not finite.
     """
-    for batch, unsolved in _batches(job, rows):
-        members = [_Member(number, tokens, slots, _expert(job, rows, number)) for number, tokens, slots in batch]
+    for batch, unsolved in _batches(job, rows, reference):
+        members = [_member(job, rows, reference, visitors, unsolved) for visitors in batch]
         for product in job.bank.products if unsolved else ():
-            _solve(job, method, rows, members, product)
+            _solve(job, method, members, product)
         while members:
             member = members.pop(0)
-            _run(job, rows, member)
+            _run(job, rows, member.now, member.slots)
             if member.solved:
-                yield SolvedExpert(job.prefix, member.number, len(member.tokens), tuple(member.solved), member.left_out)
+                yield SolvedExpert(job.prefix, member.number, len(member.now.tokens), tuple(member.solved), member.left_out)
+            del member  # its weights go before the next ones come
 
 
-@dataclass(slots=True)
-class _Member:
-    """An expert, its tokens and their positions (see ``RoutedRows.routes``), and what is solved of it.
+@dataclass(frozen=True, slots=True)
+class _Visitors:
+    """The tokens that are routed to an expert, and their positions (see ``RoutedRows.routes``).
 
-    inputs: the rows of all its tokens once they are gathered, unless there are more than ``CHUNK_TOKENS``.
+    before: the same in the unquantized model.
     """
 
     number: int
     tokens: Tensor
     slots: Tensor
+    before: tuple[Tensor, Tensor] | None
+
+
+@dataclass(slots=True)
+class _Visited:
+    """An expert as it is in one model, and tokens at it. inputs: their rows once they are gathered, unless there are more than
+    ``CHUNK_TOKENS``."""
+
+    rows: RoutedRows
     expert: Expert
+    tokens: Tensor
     inputs: Tensor | None = None
+
+    def input_of(self, product: Product, part: Tensor) -> Tensor:
+        """The inputs of a product for some of the tokens."""
+        return self.expert.input_of(product, self.taken(part))[: len(part)]
+
+    def taken(self, part: Tensor) -> Tensor:
+        """The inputs of some of the tokens, see ``_taken``.
+
+        If these are all, the same tensor is returned again: what the expert's products return for it is kept as well (``Expert``).
+        """
+        if len(part) < len(self.tokens):
+            return _taken(self.rows, part)
+        if self.inputs is None:
+            self.inputs = _taken(self.rows, part)
+        return self.inputs
+
+
+@dataclass(slots=True)
+class _Member:
+    """An expert, and what is solved of it. now: in the quantized model; slots: the positions of its tokens. before: the same tokens in the
+    unquantized model."""
+
+    number: int
+    now: _Visited
+    slots: Tensor
+    before: _Visited | None = None
     solved: list[SolvedMatrix] = field(default_factory=list)
     left_out: int = 0
 
 
-def _batches(job: BankJob, rows: RoutedRows) -> Iterator[tuple[list[tuple[int, Tensor, Tensor]], bool]]:
-    """All experts in order, as (number, tokens, positions): those to be solved in batches, the others one by one; and which they are."""
-    batch: list[tuple[int, Tensor, Tensor]] = []
-    for number, ((tokens, slots),) in rows.routes(job.bank, None):
+def _batches(job: BankJob, rows: RoutedRows, reference: RoutedRows | None) -> Iterator[tuple[list[_Visitors], bool]]:
+    """All experts in order: those to be solved in batches, the others one by one; and which they are."""
+    before = itertools.repeat(None) if reference is None else (parts[0] for _, parts in reference.routes(job.bank, None))
+    batch: list[_Visitors] = []
+    for (number, (routed,)), routed_before in zip(rows.routes(job.bank, None), before, strict=False):
+        visitors = _Visitors(number, *routed, routed_before)
         unsolved = number < job.bank.experts and bool(job.schemes) and not job.finished(number)
-        if batch and (not unsolved or len(batch) == job.at_once or job.ends(batch[-1][0])):
+        if batch and (not unsolved or len(batch) == job.at_once or job.ends(batch[-1].number)):
             yield batch, True
             batch = []
         if unsolved:
-            batch.append((number, tokens, slots))
+            batch.append(visitors)
         else:
-            yield [(number, tokens, slots)], False
+            yield [visitors], False
     if batch:
         yield batch, True
+
+
+def _member(job: BankJob, rows: RoutedRows, reference: RoutedRows | None, visitors: _Visitors, unsolved: bool) -> _Member:
+    """An expert with its parameters. In the unquantized model it runs at once, on the tokens that are routed to it there."""
+    held = _loaded(job, job.load, visitors.number)
+    member = _Member(visitors.number, _Visited(rows, Expert(job.module, job.bank, rows.call, held), visitors.tokens), visitors.slots)
+    if reference is not None and visitors.before is not None:
+        if unsolved:  # its weights change in their place
+            held = {name: value.clone() for name, value in held.items()}
+        elif job.schemes and visitors.number < job.bank.experts:
+            held = _loaded(job, job.load_original, visitors.number)
+        expert = Expert(job.module, job.bank, reference.call, held)
+        tokens, slots = visitors.before
+        _run(job, reference, _Visited(reference, expert, tokens), slots)
+        member.before = _Visited(reference, expert, visitors.tokens) if unsolved else None
+    return member
 
 
 def run_bank_rows(job: BankJob, rows: RoutedRows, batch: int | None = None) -> None:
@@ -148,10 +215,10 @@ def run_bank_rows(job: BankJob, rows: RoutedRows, batch: int | None = None) -> N
     """
     for number, parts in rows.routes(job.bank, batch):
         if any(len(tokens) for tokens, _ in parts):
-            expert = _expert(job, rows, number)
+            expert = Expert(job.module, job.bank, rows.call, _loaded(job, job.load, number))
             for i, (tokens, slots) in enumerate(parts):
                 if batch is None:
-                    _run(job, rows, _Member(number, tokens, slots, expert))
+                    _run(job, rows, _Visited(rows, expert, tokens), slots)
                 elif len(tokens):
                     _run_as_called(job, rows, expert, tokens, slots, rows.spans(batch)[i])
 
@@ -173,9 +240,9 @@ def round_bank(job: BankJob, method: DataFreeMethod) -> Iterator[SolvedExpert]:
         yield SolvedExpert(job.prefix, number, None, tuple(solved))
 
 
-def _expert(job: BankJob, rows: RoutedRows, number: int) -> Expert:
+def _loaded(job: BankJob, load: Callable[[int], Mapping[str, Tensor]], number: int) -> Mapping[str, Tensor]:
     with job.clock.phase("load"):
-        return Expert(job.module, job.bank, rows.call, job.load(number))
+        return load(number)
 
 
 def _set(weight: Tensor, matrices: Sequence[SolvedMatrix]) -> None:
@@ -186,13 +253,13 @@ def _set(weight: Tensor, matrices: Sequence[SolvedMatrix]) -> None:
         at += m
 
 
-def _run(job: BankJob, rows: RoutedRows, member: _Member) -> None:
+def _run(job: BankJob, rows: RoutedRows, visited: _Visited, slots: Tensor) -> None:
     """Add the expert's outputs. Each token is there once, so the sum of every token is in the order of the experts."""
     assert rows.total is not None
     with job.clock.phase("replay"):
-        for part, slot in zip(member.tokens.split(CHUNK_TOKENS), member.slots.split(CHUNK_TOKENS), strict=True):
+        for part, slot in zip(visited.tokens.split(CHUNK_TOKENS), slots.split(CHUNK_TOKENS), strict=True):
             if len(part):
-                output = member.expert.run(_inputs(rows, member, part), _filled(rows.weights[part, slot]))
+                output = visited.expert.run(visited.taken(part), _filled(rows.weights[part, slot]))
                 rows.total.add(part, output[: len(part)])
 
 
@@ -206,18 +273,6 @@ def _run_as_called(job: BankJob, rows: RoutedRows, expert: Expert, tokens: Tenso
             given, places = rows.call.together(rows.inputs.take(part), (part - span[0]) // rows.per_token, count)
             output = expert.run(given, rows.weights[part, slot])
             rows.total.add(part, output if places is None else output[places])
-
-
-def _inputs(rows: RoutedRows, member: _Member, part: Tensor) -> Tensor:
-    """The inputs of some of an expert's tokens, see ``_taken``.
-
-    If these are all, the same tensor is returned again: what the expert's products return for it is kept as well (``Expert``).
-    """
-    if len(part) < len(member.tokens):
-        return _taken(rows, part)
-    if member.inputs is None:
-        member.inputs = _taken(rows, part)
-    return member.inputs
 
 
 def _taken(rows: RoutedRows, part: Tensor) -> Tensor:
@@ -236,22 +291,22 @@ def _filled(x: Tensor) -> Tensor:
     return x if not missing else torch.cat([x, x.new_zeros(missing)])
 
 
-def _solve(job: BankJob, method: CalibratedMethod, rows: RoutedRows, members: Sequence[_Member], product: Product) -> None:
+def _solve(job: BankJob, method: CalibratedMethod, members: Sequence[_Member], product: Product) -> None:
     """Solve one product of experts, set what their weights have become, and add their stored matrices to what is solved.
 
     One that cannot be solved is rounded to nearest, without an effect on the others.
     """
     scheme = job.schemes[product.parameter]
     names = {member.number: job.names(product.parameter, member.number) for member in members}
-    weights = {member.number: list(member.expert.weight(product).chunk(len(names[member.number]))) for member in members}
+    weights = {member.number: list(member.now.expert.weight(product).chunk(len(names[member.number]))) for member in members}
     no_tokens = NumericsError("no calibration token is routed to it")
     results: dict[int, list[QuantizedWeight] | NumericsError] = dict.fromkeys(weights, no_tokens)
-    if seen := [member for member in members if len(member.tokens)]:
+    if seen := [member for member in members if len(member.now.tokens)]:
         labels = [f"{job.prefix}.{member.number}.{product.parameter}" for member in seen]
-        weight = seen[0].expert.weight(product)
+        weight = seen[0].now.expert.weight(product)
         collectors = method.collectors(len(seen), weight.shape[1], weight.device, finite_only=job.finite_only)
         for member, collector in zip(seen, collectors.each, strict=True):
-            _collect(job, rows, member, product, collector)
+            _collect(job, member, product, collector)
         with job.clock.phase("factor"):
             factors = collectors.factor(scheme, labels)
         with job.clock.phase("solve"):
@@ -267,15 +322,16 @@ def _solve(job: BankJob, method: CalibratedMethod, rows: RoutedRows, members: Se
                 matrices = [SolvedMatrix(name, round_to_nearest(part, scheme, name), str(result)) for name, part in parts]
         else:
             matrices = [SolvedMatrix(name, part) for name, part in zip(names[member.number], result, strict=True)]
-        _set(member.expert.weight(product), matrices)
+        _set(member.now.expert.weight(product), matrices)
         member.solved += matrices
 
 
-def _collect(job: BankJob, rows: RoutedRows, member: _Member, product: Product, collector: Collector) -> None:
+def _collect(job: BankJob, member: _Member, product: Product, collector: Collector) -> None:
     """Add an expert's inputs of a product to its collector."""
-    for part in member.tokens.split(CHUNK_TOKENS):
+    for part in member.now.tokens.split(CHUNK_TOKENS):
         with job.clock.phase("replay"):
-            x = member.expert.input_of(product, _inputs(rows, member, part))[: len(part)]
+            before = None if member.before is None else member.before.input_of(product, part)
+            x = member.now.input_of(product, part)
         with job.clock.phase("hessian"):
-            collector.add(x)
+            collector.add(x, before)
     member.left_out = max(member.left_out, collector.left_out)

@@ -10,6 +10,7 @@ Methods that correct the upstream error also replay each batch through the unqua
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ def solve_block(
     linears = block_linears(job.block)
     passes = _passes(job, method)
     for number, level in enumerate(job.plan.levels(true_sequential)):
-        step = 1 + number * passes + len(job.banks)
+        step = 1 + number * passes + method.passes * len(job.banks)
         for name in _banks_at(job, number, true_sequential):
             yield from _solve_bank(job, rows, method, name, true_sequential)
         wanted = [Group(kept, g.level) for g in level if (kept := tuple(n for n in g.names if n in job.schemes))]
@@ -120,18 +121,39 @@ def solve_block(
 def replay_banks(job: BlockJob, rows: BlockRows, method: CalibratedMethod, *, true_sequential: bool) -> None:
     """Compute the outputs of a finished block's banks, with the same bits as ``solve_block`` did."""
     for name, bank in job.banks.items():
-        with _bank_rows(job, rows, method, name, true_sequential) as routed:
+        step = _bank_step(job, method, name, true_sequential)
+        with _bank_rows(job, rows.store, rows.cache, name, step) as routed:
             run_bank_rows(bank, routed)
 
 
+def replay_unquantized_banks(job: BlockJob, reference: ReferenceBlock, method: CalibratedMethod, *, true_sequential: bool) -> None:
+    """Compute the outputs of banks in the unquantized model, with the same bits as ``solve_block`` did. The block has its unquantized
+    weights."""
+    for name, bank in job.banks.items():
+        step = _bank_step(job, method, name, true_sequential) + 1
+        with _bank_rows(job, reference.store, reference.cache, name, step) as routed:
+            run_bank_rows(dataclasses.replace(bank, load=bank.load_original), routed)
+
+
 def _solve_bank(job: BlockJob, rows: BlockRows, method: CalibratedMethod, name: str, true_sequential: bool) -> Iterator[SolvedExpert]:
-    with _bank_rows(job, rows, method, name, true_sequential) as routed:
-        yield from solve_bank(job.banks[name], method, routed)
+    step, reference = _bank_step(job, method, name, true_sequential), rows.reference
+    with contextlib.ExitStack() as stack:
+        routed = stack.enter_context(_bank_rows(job, rows.store, rows.cache, name, step))
+        before = None
+        if reference is not None:
+            with reference.unquantized_weights(job.block):
+                before = stack.enter_context(_bank_rows(job, reference.store, reference.cache, name, step + 1))
+        yield from solve_bank(job.banks[name], method, routed, before)
 
 
 def _passes(job: BlockJob, method: CalibratedMethod) -> int:
     """A level's steps: a pass to each bank, one to collect, one for each shortcut. They do not depend on what is cached."""
-    return 1 + len(job.banks) + method.passes * len(block_linears(job.block))
+    return 1 + method.passes * (len(job.banks) + len(block_linears(job.block)))
+
+
+def _bank_step(job: BlockJob, method: CalibratedMethod, name: str, true_sequential: bool) -> int:
+    """The step of the pass to a bank; the one of the unquantized model comes next."""
+    return 1 + _bank_level(job, name, true_sequential) * _passes(job, method) + method.passes * list(job.banks).index(name)
 
 
 def _bank_level(job: BlockJob, name: str, true_sequential: bool) -> int:
@@ -145,21 +167,20 @@ def _banks_at(job: BlockJob, level: int, true_sequential: bool) -> list[str]:
 
 
 @contextlib.contextmanager
-def _bank_rows(job: BlockJob, rows: BlockRows, method: CalibratedMethod, name: str, true_sequential: bool) -> Iterator[RoutedRows]:
-    """The calibration tokens at a bank. If all is well when the context closes, the block takes the bank's output from them."""
-    step = 1 + _bank_level(job, name, true_sequential) * _passes(job, method) + list(job.banks).index(name)
-    running = functools.partial(rows.cache.apply, job.block, rows.store)
+def _bank_rows(job: BlockJob, store: ActivationStore, cache: ShortcutCache, name: str, step: int) -> Iterator[RoutedRows]:
+    """The tokens of a store at a bank. If all is well when the context closes, the block takes the bank's output from them."""
+    running = functools.partial(cache.apply, job.block, store)
     with contextlib.ExitStack() as undo:
         with job.clock.phase("replay"):
-            routed = record_routed(name, job.block, rows.store, job.index, step, running, job.prefix)
+            routed = record_routed(name, job.block, store, job.index, step, running, job.prefix)
         undo.callback(routed.close)
         undo.callback(routed.drop_inputs)
         return_freed_memory()
-        routed.begin_total(rows.store, job.banks[name].bank)
+        routed.begin_total(store, job.banks[name].bank)
         yield routed
         undo.pop_all()
     routed.drop_inputs()
-    rows.cache.use_bank(name, routed)
+    cache.use_bank(name, routed)
 
 
 def _collect(

@@ -76,9 +76,11 @@ class BlockUnit(StreamedUnit):
         )
         records: list[LinearRecord] = []
         with solving.block(job) as visit:
-            restore = None if commit is None else functools.partial(self._restore, bench, block, plan, commit)
+            restored = {} if commit is None else self._restored_schemes(bench.config, plan, commit)
+            restore = None if commit is None else functools.partial(self._restore, bench, block, restored, commit)
             if not whole:
                 if restore is not None:
+                    visit.keep_originals(restored)
                     restore()
                 product = self._solve(bench, job, visit, solving, experts)
                 records += product.records
@@ -157,13 +159,16 @@ class BlockUnit(StreamedUnit):
                 tensors.append(writer.stored(name))
         return tensors
 
-    def _restore(self, bench: Bench, block: nn.Module, plan: BlockPlan, commit: Commit) -> None:
-        """Load the committed weights of a block into its modules, without those of experts."""
+    def _restored_schemes(self, config: JobConfig, plan: BlockPlan, commit: Commit) -> dict[str, QuantScheme]:
+        """The scheme of each Linear that the committed shard holds quantized, by its name in the block."""
+        schemes = self._schemes(config, plan)
+        return {name: scheme for name, scheme in schemes.items() if f"{self.prefix}.{name}" not in commit.left_out}
+
+    def _restore(self, bench: Bench, block: nn.Module, schemes: Mapping[str, QuantScheme], commit: Commit) -> None:
+        """Load the committed weights of a block's Linears into its modules. schemes: by name in the block."""
         made: Format = bench.config.made
         finished = FinishedBlock(bench.writer.journal, commit, made)
-        for name, scheme in self._schemes(bench.config, plan).items():
-            if f"{self.prefix}.{name}" in commit.left_out:
-                continue
+        for name, scheme in schemes.items():
             source = bench.pager.source_of(f"{self.prefix}.{name}.weight").name.removesuffix(".weight")
             module = block.get_submodule(name)
             weight = finished.weight(source, scheme, linear_weight(module).dtype, bench.pager.device)

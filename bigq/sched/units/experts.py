@@ -97,6 +97,7 @@ class BankWork:
                 names=stored.matrices,
                 load=functools.partial(self._load, stored, schemes),
                 clock=bench.control.clock,
+                original=functools.partial(self._load_original, stored),
                 finished=functools.partial(self._is_finished, stored.path),
                 finite_only=bench.config.on_nonfinite == "skip",
                 at_once=bench.choice.experts_at_once or 1,
@@ -112,8 +113,7 @@ class BankWork:
         commit = self.bench.writer.committed(group.shard)
         pager = self.bench.pager
         if not schemes or commit is None:
-            pager.announce_experts(bank.path, range(e, min(e + 2, bank.experts)))
-            return pager.load_expert(bank.path, e)
+            return self._load_original(bank, e)
         finished = FinishedBlock(self.bench.writer.journal, commit, self.bench.config.made)
         matrices = {
             key: [
@@ -122,6 +122,13 @@ class BankWork:
             for key, scheme in schemes.items()
         }
         return pager.load_expert(bank.path, e, matrices)
+
+    def _load_original(self, bank: StoredBank, e: int) -> Mapping[str, Tensor]:
+        """An expert's parameters in the checkpoint. A spare one has none."""
+        if e >= bank.experts:
+            return {}
+        self.bench.pager.announce_experts(bank.path, range(e, min(e + 2, bank.experts)))
+        return self.bench.pager.load_expert(bank.path, e)
 
     def take(self, solved: SolvedExpert) -> list[LinearRecord]:
         """Pack an expert, and hand over its group if it is the last one of it. Returns its records."""

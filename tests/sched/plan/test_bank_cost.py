@@ -82,7 +82,7 @@ def test_compiled_products_on_a_cpu() -> None:
     """As many as an expert can have numbers of tokens, and no more than there are experts."""
     for experts, sizes in ((4, 4), (256, 128)):
         one = dataclasses.replace(bank(4), experts=experts)
-        loads = [bank_cost.bank_phases(one, 0, dataclasses.replace(terms(SEQLEN), widened=widened))[0] for widened in (False, True)]
+        loads = [bank_cost.bank_phases(one, 0, dataclasses.replace(terms(SEQLEN), on_gpu=on_gpu))[0] for on_gpu in (True, False)]
         assert loads[1][1] - loads[0][1] == 2 * sizes * bank_cost.COMPILED
 
 
@@ -90,12 +90,13 @@ def terms(tokens: int) -> bank_cost.BankTerms:
     return bank_cost.BankTerms(
         schemes=(),
         tokens=tokens,
+        streams=1,
         itemsize=2,
         inputs=0,
         reach=0,
         beside=False,
         at_once=1,
-        widened=False,
+        on_gpu=True,
         factor=lambda *_: 0,
         solve=lambda *_: 0,
         pack=lambda *_: 0,
@@ -103,6 +104,23 @@ def terms(tokens: int) -> bank_cost.BankTerms:
         moved=lambda _: 0,
         swept=lambda _: 0,
     )
+
+
+def test_the_unquantized_model_takes_rows_experts_and_sums_once_more() -> None:
+    """Of a bank whose inputs are on the device: the inputs twice, the experts that are solved twice, two buffers for a Hessian's."""
+    one, schemes = bank(4), {linear.name for linear in bank(4).linears}
+    expert, n = 3 * INNER * WIDTH, one.products[0][0].n
+
+    def phases(streams: int) -> dict[str, int]:
+        given = dataclasses.replace(terms(SEQLEN), streams=streams, schemes=schemes, inputs=streams * 10**6)
+        found: dict[str, int] = {}
+        for name, peak, _, _ in bank_cost.bank_phases(one, 0, given):
+            found.setdefault(name, peak)
+        return found
+
+    alone, both = phases(1), phases(2)
+    assert both["load"] - alone["load"] == 2 * 10**6 + bank_cost.CHOICE * SEQLEN * one.chosen + 2 * expert
+    assert both["factor"] - alone["factor"] == both["load"] - alone["load"] + 4 * n * n + SEQLEN * n * 2
 
 
 def test_packed_groups_grow_with_the_bits() -> None:

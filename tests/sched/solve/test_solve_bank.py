@@ -204,9 +204,9 @@ def test_batches_end_where_shards_do_and_go_around_finished_experts(at_once: int
     begun: list[list[int]] = []
     solve_product = solve._solve
 
-    def noted(job: BankJob, method: Any, rows: RoutedRows, members: list[Any], product: Any) -> None:
+    def noted(job: BankJob, method: Any, members: list[Any], product: Any) -> None:
         begun.append([member.number for member in members])
-        solve_product(job, method, rows, members, product)
+        solve_product(job, method, members, product)
 
     monkeypatch.setattr(solve, "_solve", noted)
     how: dict[str, Any] = {"at_once": at_once, "ends": lambda e: e in (1, 5)}
@@ -238,6 +238,6 @@ def test_rows_of_an_expert_are_gathered_once(at_once: int, monkeypatch: pytest.M
     once = solved(module, bank, call, at_once=at_once)
     assert sorted(taken) == sorted(expert.tokens for expert in once[0])
     taken.clear()
-    monkeypatch.setattr(solve, "_inputs", lambda rows, member, part: solve._taken(rows, part))
+    monkeypatch.setattr(solve._Visited, "taken", lambda self, part: solve._taken(self.rows, part))
     assert same(solved(module, bank, call, at_once=at_once), once)
     assert len(taken) == 3 * bank.experts

@@ -34,22 +34,22 @@ BankPhase = tuple[str, int, dict[str, float], float]
 class BankTerms:
     """What the phases of a bank depend on besides its shape.
 
-    schemes: names of Linears that are quantized. tokens: of all calibration rows. itemsize: bytes of an activation. inputs: bytes of a
-    bank's inputs on the computing device, if they are there; the sums of its outputs take as many. reach: bytes of a forward up to the
-    bank. beside: whether groups are written in the background. at_once: experts that are solved side by side. widened: whether inputs
-    become fp32 for the Hessian, as those in bf16 on a CPU do. factor, solve, pack: bytes in addition to the Hessian, of Linears that
-    share an input, solve for so many experts; packed: of one packed Linear; moved: read and written to solve it. swept: operations of
-    sweeps.
+    schemes: names of Linears that are quantized. tokens: of all calibration rows. streams: models that they pass through. itemsize: bytes
+    of an activation. inputs: bytes of a bank's inputs in these models on the computing device, if they are there; the sums of its outputs
+    take as many. reach: bytes of a forward up to the bank. beside: whether groups are written in the background. at_once: experts that are
+    solved side by side. factor, solve, pack: bytes in addition to the Hessian, of Linears that share an input, solve for so many experts;
+    packed: of one packed Linear; moved: read and written to solve it. swept: operations of sweeps.
     """
 
     schemes: Container[str]
     tokens: int
+    streams: int
     itemsize: int
     inputs: int
     reach: int
     beside: bool
     at_once: int
-    widened: bool
+    on_gpu: bool
     factor: Callable[[GroupShape, list[LinearShape]], int]
     solve: Callable[[GroupShape, list[LinearShape], int], int]
     pack: Callable[[GroupShape, list[LinearShape]], int]
@@ -83,21 +83,24 @@ def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]
     routed = float(terms.tokens) * bank.chosen
     weights = _weights(bank)
     expert = weights * terms.itemsize
-    held += terms.inputs + CHOICE * int(routed)
-    if terms.widened:
+    held += terms.inputs + terms.streams * CHOICE * int(routed)
+    if not terms.on_gpu and terms.itemsize < FP32:
         held += COMPILED * len(bank.products) * min(bank.experts, EXPERT_TOKENS // STEP_TOKENS)
     reached = held + terms.reach
     solved = all(linear.name in terms.schemes for linear in bank.linears)
     at_once = min(terms.at_once, bank.experts) if solved else 1
-    held += terms.inputs + at_once * expert
+    paired = terms.streams > 1
+    # Unsolved experts are the same in both models.
+    held += terms.inputs + at_once * expert * (terms.streams if solved else 1)
     running = _running(bank, terms)
+    inside = sum(linear.m * linear.n for product in bank.products[:-1] for linear in product)
     # With more tokens than are computed at a time, all products but the last run once more, for the inputs of those after them.
-    repeated = 0
-    if solved and routed / bank.experts > EXPERT_TOKENS:
-        repeated = sum(linear.m * linear.n for product in bank.products[:-1] for linear in product)
-    replayed = {"products": 2.0 * routed * (weights + repeated)}
-    # The expert before stays until the next one is complete, and so do its codes. Matrices are read one by one, then joined.
-    before = expert + solved * weights + max(sum(linear.stored for linear in product) for product in bank.products)
+    repeated = inside if solved and routed / bank.experts > EXPERT_TOKENS else 0
+    # In the unquantized model an expert runs on its tokens there, and on those of the quantized model up to the last product.
+    again = weights + solved * inside if paired else 0
+    replayed = {"products": 2.0 * routed * (weights + repeated + again)}
+    # The codes of the expert before stay until the next one is complete. Matrices are read one by one, then joined.
+    before = solved * weights + max(sum(linear.stored for linear in product) for product in bank.products)
     moved = float(bank.experts * weights * terms.itemsize)
     if not solved:
         return [("load", held + before, {}, moved), ("replay", max(reached, held + running), replayed, 0)]
@@ -105,26 +108,26 @@ def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]
     held += of_group * sum(terms.packed(linear) for linear in bank.linears) * (1 + terms.beside)
     result: list[BankPhase] = [("load", held + before, {}, moved), ("replay", max(reached, held + running), replayed, 0)]
     # The last tokens whose inputs were computed stay, and so does what the products before returned.
-    kept = _at_a_time(terms) * bank.products[0][0].n * terms.itemsize
+    kept = _at_a_time(terms) * bank.products[0][0].n * terms.itemsize * terms.streams
     for product in bank.products:
         group, linears = GroupShape(product, bank.level), list(product)
         rows, square = sum(linear.m for linear in product), float(group.n) * group.n
-        hessian = FP32 * group.n * group.n
-        waiting = held + at_once * (hessian + kept)
+        sums = terms.streams * FP32 * group.n * group.n  # one buffer for the cross matrix too
+        waiting = held + at_once * (sums + kept)
+        # One expert runs; what the others of its batch have computed stays, and in the other model its own.
+        others = (at_once - 1 + (terms.streams - 1) / terms.streams) * kept
+        solving = {"solve": bank.experts * ((3 if paired else 1) * rows * square + terms.swept(linears))}
+        if paired:
+            solving["single"] = 2.0 * bank.experts * rows * square
+        accumulated = {"hessian": routed * square * (3 if paired else 1)}
         result += [
-            # One expert runs; what the others of its batch have computed stays.
-            ("hessian", held + at_once * hessian + running + (at_once - 1) * kept, {"hessian": routed * square}, 0),
+            ("hessian", held + at_once * sums + running + int(others), accumulated, 0),
             ("factor", waiting + at_once * terms.factor(group, linears), {"single": bank.experts * group.n * square / 3}, 0),
-            (
-                "solve",
-                waiting + terms.solve(group, linears, at_once),
-                {"solve": bank.experts * (rows * square + terms.swept(linears))},
-                bank.experts * sum(map(terms.moved, linears)),
-            ),
+            ("solve", waiting + terms.solve(group, linears, at_once), solving, bank.experts * sum(map(terms.moved, linears))),
             ("pack", held + terms.pack(group, linears), {}, 6.0 * bank.experts * rows * group.n),
         ]
         held += at_once * rows * group.n  # its codes
-        kept += _at_a_time(terms) * rows * terms.itemsize
+        kept += _at_a_time(terms) * rows * terms.itemsize * terms.streams
     return result
 
 
@@ -152,5 +155,10 @@ def _running(bank: BankShape, terms: BankTerms) -> int:
     # the output, and its product with the weight of the expert.
     inside = sum(linear.m for product in bank.products[:-1] for linear in product)
     widths = 3 * first[0] + inside + max(inside, last[0] + 2 * last[1])
-    widened = FP32 * min(tokens, CHUNK_TOKENS) * max(first[0], last[0]) if terms.widened else 0
-    return tokens * widths * terms.itemsize + widened
+    # 16-bit inputs become fp32 for the Hessian on a CPU.
+    chunk = FP32 * min(tokens, CHUNK_TOKENS) * max(first[0], last[0])
+    narrow = terms.itemsize < FP32
+    if terms.streams < 2:
+        return tokens * widths * terms.itemsize + (chunk if narrow and not terms.on_gpu else 0)
+    # The input in the unquantized model; then the difference, the other input in fp32, and on a CPU the library's copies of both.
+    return tokens * (widths + max(first[0], last[0])) * terms.itemsize + chunk * (1 + narrow + 2 * (not terms.on_gpu))
