@@ -18,6 +18,10 @@ from bigq.mixed.rules import rules_of
 
 #: The most runs of blocks.
 RUNS = 4
+#: Tokens of each stream of a survey, if the calibration has so many, and bits of rounded Linears.
+TOKENS, ROUNDED = 1024, 4
+#: The streams without exceptions: as the model is, and with everything rounded.
+PLAIN, ALL = "plain", ""
 #: The loss at each number of bits, relative to 3 bits: measured with GPTQ it falls by 4 per bit. 2 bits cost more in a quantized model.
 RATIOS: Mapping[int, float] = {2: 6.0, 3: 1.0, 4: 0.25, 8: 4.0**-5}
 #: The powers to which the importance of a kind and of a run are taken. A survey by rounding exaggerates that of kinds, and that of runs is
@@ -55,6 +59,18 @@ def run_of(block: int, blocks: int) -> int:
 
 def run_name(run: int) -> str:
     return f"run {run}"
+
+
+def streams_of(groups: Sequence[Group], blocks_path: str, blocks: int) -> tuple[str, ...]:
+    """The streams of a survey; none if no group's bits are to be chosen."""
+    places = [Place.of(group, blocks_path, blocks) for group in groups if not group.fixed]
+    exceptions = dict.fromkeys(name for place in places if place is not None for name in place.exceptions)
+    return (PLAIN, ALL, *exceptions) if places else ()
+
+
+def rows_of(rows: int, seqlen: int) -> int:
+    """How many of the calibration rows a survey takes."""
+    return min(rows, -(-TOKENS // seqlen))
 
 
 def rates(everything: float, without: Mapping[str, float], weights: Mapping[str, int]) -> dict[str, float]:

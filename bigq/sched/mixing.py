@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,40 +21,26 @@ from bigq.job.batches import Batches
 from bigq.machine.memory import return_freed_memory
 from bigq.methods.base import CalibratedMethod
 from bigq.mixed.groups import Group
-from bigq.mixed.loss import Place, choose_bits, run_name, run_of
+from bigq.mixed.loss import PLAIN, ROUNDED, Place, choose_bits, rows_of, run_name, run_of, streams_of
 from bigq.mixed.record import ChosenBits
 from bigq.mixed.settings import with_chosen
 from bigq.model.blocks import block_linears
 from bigq.model.experts.bank import Bank
 from bigq.model.experts.pages import StoredBank
-from bigq.model.pager import Pager
 from bigq.model.skeleton import linear_weight, set_linear_weight
-from bigq.model.structure import BlockPlan
+from bigq.sched.plan.costs.survey import quantized_groups
 from bigq.sched.plan.shape import ModelShape
 from bigq.sched.resolve import Job
 from bigq.sched.rows.probe import embed, store_for
 from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import Tier
-from bigq.sched.solve.bank import BankJob
-from bigq.sched.solve.block import BlockJob, BlockRows, replay_banks
+from bigq.sched.solve.bank import BankJob, run_bank_variants
+from bigq.sched.solve.block import BlockJob, bank_rows, bank_step
 from bigq.sched.solve.propagate import propagate
 from bigq.sched.units.base import Bench
 from bigq.scheme import QuantScheme, scheme_for
 from bigq.solver.rtn import round_to_nearest
-
-#: Bits of rounded Linears.
-ROUNDED = 4
-#: Tokens of each stream, if the calibration has so many.
-TOKENS = 1024
-#: The streams without exceptions.
-PLAIN, ALL = "plain", ""
-
-
-def quantized_groups(groups: Sequence[Group], shape: ModelShape) -> tuple[Group, ...]:
-    """Without Linears that stay unquantized in every job, such as those that choose experts."""
-    names = set(shape.linear_names()) | ({shape.head.name} if shape.head is not None else set())
-    return tuple(group for group in groups if group.experts or group.parts[0] in names)
 
 
 def with_bits(job: Job, shape: ModelShape, bench: Bench, tier: Tier) -> Job:
@@ -97,18 +84,16 @@ class _Survey:
         """Open a store for each stream, filled with the inputs of the first block."""
         assert job.rows is not None
         rows, seqlen = job.rows.shape
-        count = min(rows, -(-TOKENS // seqlen))
+        count = rows_of(rows, seqlen)
         tokens = job.rows[:: rows // count][:count]
         batches = Batches(min(bench.choice.batch, count))
-        places = [Place.of(group, job.pager.blocks_path, len(job.pager.blocks)) for group in groups if not group.fixed]
-        exceptions = dict.fromkeys(name for place in places if place is not None for name in place.exceptions)
         streams: dict[str, ActivationStore] = {}
         with contextlib.ExitStack() as stack:
             plain = stack.enter_context(contextlib.closing(store_for(job.pager, tokens, batches, bench.probe, tier)))
             with bench.control.clock.phase("embed"):
                 embed(job.pager, tokens, bench.probe, plain)
             streams[PLAIN] = plain
-            for name in (ALL, *exceptions):
+            for name in streams_of(groups, job.pager.blocks_path, len(job.pager.blocks))[1:]:
                 streams[name] = stack.enter_context(contextlib.closing(plain.empty_like()))
                 streams[name].copy_from(plain)
             for store in streams.values():
@@ -133,29 +118,11 @@ class _Survey:
         return {name: relative_change(store, plain) for name, store in self.streams.items() if name != PLAIN}
 
     def _run_block(self, index: int, block: nn.Module) -> None:
+        """Replay each stream's rows through a block with the stream's weights."""
         bench = self.bench
         prefix = f"{self.job.pager.blocks_path}.{index}"
         plan = bench.structure(block, index)
         banks = bench.banks(block, index, plan)
-        linears = {name: module for name, module in block_linears(block).items() if f"{prefix}.{name}" in self.groups}
-        originals = {name: linear_weight(module).clone() for name, module in linears.items()}
-        self._pass(index, block, plan, banks, PLAIN)
-        rounded: dict[str, Tensor] = {}
-        with bench.control.clock.phase("solve"):
-            for name in linears:
-                scheme = self._scheme(f"{prefix}.{name}")
-                rounded[name] = round_to_nearest(originals[name], scheme, f"{prefix}.{name}").dequantize(originals[name].dtype)
-        for stream in self.streams:
-            if stream != PLAIN:
-                for name, module in linears.items():
-                    kept = self._is_exempt(stream, f"{prefix}.{name}", index)
-                    set_linear_weight(module, originals[name] if kept else rounded[name])
-                self._pass(index, block, plan, banks, stream)
-
-    def _pass(self, index: int, block: nn.Module, plan: BlockPlan, banks: Mapping[str, Bank], stream: str) -> None:
-        """Replay a stream's rows through a block whose Linears hold the stream's weights."""
-        bench, store = self.bench, self.streams[stream]
-        prefix = f"{self.job.pager.blocks_path}.{index}"
         job = BlockJob(
             index=index,
             prefix=prefix,
@@ -165,29 +132,83 @@ class _Survey:
             device=self.job.pager.device,
             clock=bench.control.clock,
             on_nonfinite=self.job.config.on_nonfinite,
-            banks={name: self._bank(block, prefix, name, bank, stream, index) for name, bank in banks.items()},
+            banks={name: self._bank(block, prefix, name, bank) for name, bank in banks.items()},
         )
-        with contextlib.closing(ShortcutCache()) as cache:
-            replay_banks(job, BlockRows(store=store, cache=cache), self.method, true_sequential=self.job.config.true_sequential)
-            with bench.control.clock.phase("replay"):
-                propagate(index, block, store, prefix, cache, job.on_nonfinite)
+        weights = self._weights(prefix, block)
+        with contextlib.ExitStack() as stack:
+            caches = {stream: stack.enter_context(contextlib.closing(ShortcutCache())) for stream in self.streams}
+            stack.callback(self._set_weights, index, block, weights, PLAIN)
+            for name in banks:
+                self._run_bank(job, name, weights, caches)
+            for stream, store in self.streams.items():
+                self._set_weights(index, block, weights, stream)
+                with bench.control.clock.phase("replay"):
+                    propagate(index, block, store, prefix, caches[stream], job.on_nonfinite)
 
-    def _bank(self, block: nn.Module, prefix: str, name: str, bank: Bank, stream: str, index: int) -> BankJob:
-        pager = self.job.pager
-        stored = pager.banks[f"{prefix}.{name}"]
-        first = next(iter(stored.sources))
-        part = stored.matrices(first, 0)[0]
-        kept = stream == PLAIN or part not in self.groups or self._is_exempt(stream, part, index)
-        scheme = None if kept else self._scheme(part)
+    def _weights(self, prefix: str, block: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """The weights of a block's quantized Linears by name in the block: as they are, and rounded."""
+        weights = {}
+        with self.bench.control.clock.phase("solve"):
+            for name, module in block_linears(block).items():
+                if f"{prefix}.{name}" not in self.groups:
+                    continue
+                original = module._parameters["weight"]
+                assert isinstance(original, nn.Parameter)
+                scheme = self._scheme(f"{prefix}.{name}")
+                made = round_to_nearest(linear_weight(module), scheme, f"{prefix}.{name}").dequantize(original.dtype)
+                module._parameters["weight"] = rounded = nn.Parameter(torch.empty_like(original), requires_grad=False)
+                set_linear_weight(module, made)
+                weights[name] = original, rounded
+        return weights
+
+    def _set_weights(self, index: int, block: nn.Module, weights: Mapping[str, tuple[nn.Parameter, nn.Parameter]], stream: str) -> None:
+        prefix = f"{self.job.pager.blocks_path}.{index}"
+        for name, (original, rounded) in weights.items():
+            kept = self._is_exempt(stream, f"{prefix}.{name}", index)
+            block.get_submodule(name)._parameters["weight"] = original if kept else rounded
+
+    def _run_bank(
+        self,
+        job: BlockJob,
+        name: str,
+        weights: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
+        caches: Mapping[str, ShortcutCache],
+    ) -> None:
+        """Compute a bank's outputs in all streams: each expert is read and rounded once."""
+        bank, stored = job.banks[name], self.job.pager.banks[f"{job.prefix}.{name}"]
+        part = stored.matrices(next(iter(stored.sources)), 0)[0]
+        step = bank_step(job, self.method, name, self.job.config.true_sequential)
+        kept = [part not in self.groups or self._is_exempt(stream, part, job.index) for stream in self.streams]
+
+        def variants(e: int, held: Mapping[str, Tensor]) -> Callable[[int], Mapping[str, Tensor]]:
+            rounded = functools.cache(lambda: _rounded(held, bank.bank, self._scheme(part), f"{stored.path}.{e}"))
+            return lambda i: held if kept[i] else rounded()
+
+        with contextlib.ExitStack() as stack:
+            routed = []
+            for stream, store in self.streams.items():
+                self._set_weights(job.index, job.block, weights, stream)
+                routed.append(stack.enter_context(bank_rows(job, store, caches[stream], name, step)))
+            run_bank_variants(bank, routed, variants)
+
+    def _bank(self, block: nn.Module, prefix: str, name: str, bank: Bank) -> BankJob:
+        stored = self.job.pager.banks[f"{prefix}.{name}"]
         return BankJob(
             prefix=stored.path,
             module=block.get_submodule(name),
             bank=bank,
             schemes={},
             names=stored.matrices,
-            load=lambda e: _expert(pager, stored, bank, e, scheme),
+            load=functools.partial(self._load, stored),
             clock=self.bench.control.clock,
         )
+
+    def _load(self, stored: StoredBank, e: int) -> Mapping[str, Tensor]:
+        """An expert's parameters. A spare one has none."""
+        if e >= stored.experts:
+            return {}
+        self.job.pager.announce_experts(stored.path, range(e, min(e + 2, stored.experts)))
+        return self.job.pager.load_expert(stored.path, e)
 
     def _scheme(self, name: str) -> QuantScheme:
         config = self.job.config
@@ -197,22 +218,21 @@ class _Survey:
 
     def _is_exempt(self, stream: str, name: str, index: int) -> bool:
         """Whether a stream has the original weights of a part. name: of the part; index: of its block."""
+        if stream == PLAIN:
+            return True
         if stream == run_name(run_of(index, len(self.job.pager.blocks))):
             return not self.groups[name].fixed
         place = Place.of(self.groups[name], self.job.pager.blocks_path, len(self.job.pager.blocks))
         return place is not None and stream == place.kind and not self.groups[name].fixed
 
 
-def _expert(pager: Pager, stored: StoredBank, bank: Bank, e: int, scheme: QuantScheme | None) -> Mapping[str, Tensor]:
+def _rounded(held: Mapping[str, Tensor], bank: Bank, scheme: QuantScheme, label: str) -> Mapping[str, Tensor]:
     """An expert's parameters, rounded by a scheme. A spare one has none."""
-    held = pager.load_expert(stored.path, e)
-    if scheme is None or not held:
-        return held
     rounded = dict(held)
-    for product in bank.products:
+    for product in bank.products if held else ():
         value = held[product.parameter]
         matrix = value.T if product.transposed else value
-        made = round_to_nearest(matrix, scheme, f"{stored.path}.{e}.{product.parameter}").dequantize(value.dtype)
+        made = round_to_nearest(matrix, scheme, f"{label}.{product.parameter}").dequantize(value.dtype)
         rounded[product.parameter] = (made.T if product.transposed else made).contiguous()
     return rounded
 

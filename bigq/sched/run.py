@@ -150,12 +150,14 @@ def _run(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Con
 
 
 def _with_bits(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control: Control) -> tuple[Job, Plan]:
-    """The job with the bits that are chosen for it now, and its plan."""
+    """The job with the bits that are chosen for it now, and its plan, in which the survey that chose them still counts."""
     with _writing(job, units, plan, claim, control, None) as writer:
         tier = Tier(plan.choice.tier, job.target.device, job.target.out / STATE_FOLDER, claim.clock)
         job = with_bits(job, plan.shape, _Setup(job=job, plan=plan, claim=claim, writer=writer).bench(), tier)
     return_freed_memory()
-    return job, plan_job(job.pager, job.rows, job.adapted, job.target.out, job.made)
+    chosen = plan_job(job.pager, job.rows, job.adapted, job.target.out, job.made)
+    surveyed = tuple(phase for phase in plan.cost.phases if phase.name == "survey")
+    return job, dataclasses.replace(chosen, cost=dataclasses.replace(chosen.cost, phases=surveyed + chosen.cost.phases))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from torch import Tensor
 from bigq.errors import NumericsError
 from bigq.kernels.finiteness import is_finite
 from bigq.kernels.grid import find_grid
+from bigq.kernels.pick import piece
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
 from bigq.solver.storage_range import require_storable
@@ -16,23 +17,33 @@ from bigq.solver.storage_range import require_storable
 def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "the Linear") -> QuantizedWeight:
     """Quantize a weight [m, n] without calibration. Loss and energy are sums of squares (H is the identity).
 
+    Takes some rows at a time: 25 bytes for each of their weights are needed besides the result.
     Raises NumericsError if the weight is not finite, UsageError if the group size does not divide n.
     """
-    if not is_finite(weight):
-        raise NumericsError(f"{name}: the weight contains NaN or Inf")
     m, n = weight.shape
     width = scheme.group_width(n)
-    groups = weight.float().reshape(m, n // width, width).permute(2, 0, 1)
-    scale, zero = find_grid(groups, scheme.grid)
-    require_storable(scale, name)
-    steps = torch.clamp(torch.round(groups / scale), -zero, scheme.grid.max_code - zero)
-    codes = (steps + zero).to(torch.uint8).permute(1, 2, 0).reshape(m, n)
+    codes = torch.empty(m, n, dtype=torch.uint8, device=weight.device)
+    scales, zeros = (torch.empty(m, n // width, device=weight.device) for _ in range(2))
+    sums = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    rows = max(1, piece(on_gpu=weight.is_cuda) // n)
+    for lo in range(0, m, rows):
+        at = slice(lo, lo + rows)
+        if not is_finite(weight[at]):
+            raise NumericsError(f"{name}: the weight contains NaN or Inf")
+        groups = weight[at].float().reshape(-1, n // width, width).permute(2, 0, 1)
+        scale, zero = find_grid(groups, scheme.grid)
+        steps = torch.clamp(torch.round(groups / scale), -zero, scheme.grid.max_code - zero)
+        codes[at] = (steps + zero).to(torch.uint8).permute(1, 2, 0).reshape(-1, n)
+        scales[at], zeros[at] = scale, zero
+        sums += torch.stack([(groups - steps * scale).double().square().sum(), groups.double().square().sum()])
+    require_storable(scales, name)
+    loss, energy = sums.tolist()
     return QuantizedWeight(
         codes=codes,
-        scales=scale.to(torch.float16),
-        zeros=zero.to(torch.uint8),
+        scales=scales.to(torch.float16),
+        zeros=zeros.to(torch.uint8),
         scheme=scheme,
-        loss=float((groups - steps * scale).double().square().sum()),
-        energy=float(groups.double().square().sum()),
+        loss=loss,
+        energy=energy,
         damping=0.0,
     )

@@ -40,13 +40,13 @@ class InputsOf(TorchFunctionMode):
 
     def __init__(self, parameter: Tensor) -> None:
         super().__init__()
-        self._first, self._bytes = parameter.data_ptr(), parameter[0].nbytes
+        self._first, self._bytes, self._count = parameter.data_ptr(), parameter[0].nbytes, len(parameter)
         self.inputs: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is nn.functional.linear:
             number, rest = divmod(args[1].data_ptr() - self._first, self._bytes)
-            if not rest and 0 <= number < 64:
+            if not rest and 0 <= number < self._count:
                 self.inputs[number] = args[0]
         return func(*args, **kwargs or {})
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+import test_memory
 from models import make_checkpoint, random_ids, save_ids, stored_tensors
+from moe_families import moe_model, random_tokens
+from safetensors.torch import save_file
 from tinyjob import at_points, hashes
 
 import bigq
@@ -22,6 +28,8 @@ from bigq.io.formats.readers import fused_linears
 from bigq.job.journal import read_commits, read_job
 from bigq.mixed.groups import NOTES
 from bigq.mixed.record import BITS_NAME, read_bits
+from bigq.model.pager import Pager
+from bigq.sched import mixing
 from bigq.scheme import QuantScheme, Rule
 
 BLOCKS = 4
@@ -109,6 +117,59 @@ def test_experts_of_a_layer_have_the_same_bits(ids: Path, tmp_path: Path, family
     assert found.reached <= 4.0
     require_alike(out)
     assert not verify(out)
+
+
+def test_the_survey_reads_every_expert_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many streams pass through it. The proof that a bank can run expert by expert has read a few before."""
+    moe_model("deepseek_v3").save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    save_file({"input_ids": random_tokens(16, 32)}, tmp_path / "ids.safetensors")
+    loaded: Counter[tuple[str, int]] = Counter()
+    load, choose = Pager.load_expert, mixing.choose_bits
+
+    def counted(self: Pager, path: str, e: int, *rest: Any) -> Any:
+        loaded[path, e] += 1
+        return load(self, path, e, *rest)
+
+    def chosen(*args: Any) -> Any:
+        monkeypatch.setattr(Pager, "load_expert", load)
+        return choose(*args)
+
+    monkeypatch.setattr(mixing, "choose_bits", chosen)
+    monkeypatch.setattr(Pager, "load_expert", counted)
+    settings = {"format": "compressed-tensors", "scheme": QuantScheme(group_size=16), "bits_per_weight": 6.2}
+    bigq.quantize(str(tmp_path / "model"), tmp_path / "out", job(tmp_path / "ids.safetensors", **settings))
+    assert loaded and max(loaded.values()) <= 2 and min(loaded.values()) == 1
+
+
+PEAK = """
+import json, sys
+import bigq
+source, out, ids = sys.argv[1:]
+config = bigq.JobConfig(scheme=bigq.QuantScheme(group_size=128), bits_per_weight=4, calibration=ids, samples=8, seqlen=128, device="cpu",
+                        quiet=True)
+report = bigq.quantize(source, out, config)
+print(json.dumps({"peak": report.host_peak_bytes, "planned": report.planned_host_bytes}))
+"""
+
+
+@pytest.mark.long
+def test_the_peak_of_a_job_with_a_survey_is_within_a_tenth_of_the_plan(
+    child: Callable[..., CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The survey takes more than the job here: all Linears of a block are there twice, and its streams."""
+    monkeypatch.setattr(test_memory, "HIDDEN", 2048)
+    monkeypatch.setattr(test_memory, "INNER", 5632)
+    source = test_memory.random_llama(tmp_path / "model", 1)
+    ids = save_ids(tmp_path / "ids.safetensors", random_ids(8, 128))
+    words = [str(source), "--bits-per-weight", "4", "--calibration", str(ids), "--samples", "8", "--seqlen", "128", "--json"]
+    told = child("-m", "bigq", "plan", *words, "--device", "cpu")
+    assert told.returncode == 0, told.stderr
+    phases = {phase["phase"]: phase["host_bytes"] for phase in json.loads(told.stdout)["phases"]}
+    done = child("-c", PEAK, source, tmp_path / "out", ids, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["planned"] >= 0.95 * phases["survey"]
+    assert result["peak"] == pytest.approx(result["planned"], rel=0.1)
 
 
 def test_rules_of_the_user_come_first(model: Path, ids: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from bigq.sched.plan.costs.bank import BankPhase, BankTerms, bank_phases, proof_
 from bigq.sched.plan.costs.head import head_phases
 from bigq.sched.plan.costs.rotation import block_bytes, block_flops, outside_flops, piece_bytes
 from bigq.sched.plan.costs.row import row_bytes
+from bigq.sched.plan.costs.survey import rounding_bytes, stream_bytes, survey_bytes, survey_flops, survey_moved
 from bigq.sched.plan.costs.tune import TuneTerms, solved_bytes, tune_bytes, tune_flops
 from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape, ModelShape, gguf_bytes, packed_bytes
 from bigq.sched.plan.work import Choice, Work
@@ -115,6 +116,10 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
         if shape.of_tokens:  # computed again for every block, when it is loaded
             largest_block = max(block.weights + block.calls.at(choice.batch) for block in shape.blocks)
             add("embed", around + largest_block, {}, work.rows * shape.around.per_row * len(shape.blocks), host)
+    for block in shape.blocks if work.survey else ():
+        held = block.weights + _converted(block) + survey_bytes(shape, block, work, choice)
+        beside = stream_bytes(shape, work) if choice.on_gpu and choice.tier == "host" else 0
+        add("survey", held, {"products": survey_flops(shape, block, work)}, survey_moved(block), beside, early=True)
     costs: dict[tuple[int, tuple[QuantScheme | None, ...]], tuple[BlockCost, list[BankPhase]]] = {}
     output, largest, late = shape.rest_stored, shape.rest_stored, 0
     again = shape.rest_stored if work.gguf else 0
@@ -145,7 +150,7 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
         output += packed_bytes(shape.head, scheme) - shape.head.stored
         again += gguf_bytes(shape.head, scheme) - shape.head.stored if work.gguf else 0
     saved = 2 * (hidden + work.streams * work.rows * shape.handed_on) if choice.checkpoints else 0
-    read = shape.stored - shape.coded + embedding
+    read = (shape.stored - shape.coded) * (1 + (work.survey > 0)) + embedding
     kept = kept_output(output, largest) if work.drop else output + again
     return Cost(phases=tuple(phases.values()), output=output + again, scratch=activations.disk + saved, read=read, kept=kept)
 
@@ -195,7 +200,9 @@ class BlockCost:
         result: list[tuple[str, int, dict[str, float], float]] = []
         if not self._work.streams:
             for linear in self._wanted(self._block.linears):
-                result.append(("solve", self._block.weights + self.packed + 3 * FP32 * linear.m * linear.n, {}, 16 * linear.m * linear.n))
+                weights = linear.m * linear.n
+                needed = max(rounding_bytes(weights, self._choice), 2 * weights)  # or while it is packed
+                result.append(("solve", self._block.weights + self.packed + needed, {}, 16 * weights))
             return result
         packed = originals = 0
         always = self._block.weights + self._block.calls.at(self._batch)

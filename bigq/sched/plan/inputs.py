@@ -29,6 +29,7 @@ from bigq.machine.budget import GPU_RESERVE, disk_budget, gpu_budget, host_budge
 from bigq.machine.ceilings import KNOWN, Ceilings, measure
 from bigq.machine.device import choose_device
 from bigq.methods import method_of
+from bigq.mixed.loss import streams_of
 from bigq.mixed.settings import with_chosen, without_chosen
 from bigq.model import skeleton
 from bigq.model.blocks import find_blocks
@@ -45,6 +46,7 @@ from bigq.model.rotation.checkpoint import described_rotation, untie
 from bigq.model.tied import tie_warnings
 from bigq.progress.records import host_memory
 from bigq.sched.plan.budgets import NETWORK_RATE, Budgets, Download, Fetch, Streamed, usual_cache
+from bigq.sched.plan.costs.survey import quantized_groups
 from bigq.sched.plan.planner import Machine, Plan, make_plan
 from bigq.sched.plan.shape import ModelShape
 from bigq.sched.plan.share import require_share
@@ -119,7 +121,7 @@ def _plan(
         on_gpu = device.type == "cuda" or (ceilings is not None and bool(ceilings.memory))
         shape = survey(dataclasses.replace(outline, fused=on_gpu), seqlen)
         samples = config.samples if method_of(config).calibrated else 0
-        work = _work(config, samples, samples * seqlen)
+        work = _work(adapted, shape, samples, samples * seqlen)
         if not on_gpu and ceilings is not None:  # measuring has loaded some of the kernels
             load_compiled(device)
         base = host_memory() + (0 if on_gpu else compiled_bytes(device))
@@ -201,7 +203,7 @@ def plan_job(pager: Pager, rows: Tensor | None, adapted: Adapted, out: Path, tex
     )
     shape = survey(outline, config.seqlen)
     kept = require_share(shape, adapted)
-    work = _work(config, 0 if rows is None else len(rows), 0 if rows is None else len(rows.unique()))
+    work = _work(adapted, shape, 0 if rows is None else len(rows), 0 if rows is None else len(rows.unique()))
     ceilings = measure(pager.device, pager.dtype)
     load_compiled(pager.device)
     if pager.device.type == "cuda":
@@ -214,8 +216,10 @@ def plan_job(pager: Pager, rows: Tensor | None, adapted: Adapted, out: Path, tex
     return dataclasses.replace(found, kept=kept)
 
 
-def _work(config: JobConfig, rows: int, tokens: int) -> Work:
+def _work(adapted: Adapted, shape: ModelShape, rows: int, tokens: int) -> Work:
+    config = adapted.config
     base = config.base_scheme
+    surveyed = () if config.chosen_rules else quantized_groups(adapted.groups, shape)
 
     def scheme(name: str) -> QuantScheme | None:
         return scheme_for(name, base, config.rules)
@@ -232,6 +236,7 @@ def _work(config: JobConfig, rows: int, tokens: int) -> Work:
         gguf=config.format == "gguf",
         drop=config.push_drop,
         rotate=config.rotate,
+        survey=len(streams_of(surveyed, shape.path, len(shape.blocks))),
     )
 
 

@@ -18,6 +18,7 @@ class Work:
     tune_steps: by gradients, for each block's scales. lm_head: whether the output head is quantized too.
     gguf: whether a GGUF file is made from the shards.
     drop: whether shards are removed once a hub repository has them. rotate: whether weights are rotated as they are read.
+    survey: streams of the survey that chooses bits first; 0 without one.
     """
 
     rows: int
@@ -31,6 +32,7 @@ class Work:
     gguf: bool = False
     drop: bool = False
     rotate: bool = False
+    survey: int = 0
 
     @property
     def streams(self) -> int:

@@ -223,6 +223,23 @@ def run_bank_rows(job: BankJob, rows: RoutedRows, batch: int | None = None) -> N
                     _run_as_called(job, rows, expert, tokens, slots, rows.spans(batch)[i])
 
 
+def run_bank_variants(
+    job: BankJob, streams: Sequence[RoutedRows], variants: Callable[[int, Mapping[str, Tensor]], Callable[[int], Mapping[str, Tensor]]]
+) -> None:
+    """Add the outputs of all experts to the total of each of several streams, which may see other parameters. Each expert is loaded once.
+
+    variants: from an expert's number and what ``job.load`` returns for it, its parameters in each stream.
+    """
+    for each in zip(*(rows.routes(job.bank, None) for rows in streams), strict=True):
+        number = each[0][0]
+        visits = [(i, tokens, slots) for i, (_, ((tokens, slots),)) in enumerate(each) if len(tokens)]
+        parameters = variants(number, _loaded(job, job.load, number)) if visits else None
+        for i, tokens, slots in visits:
+            assert parameters is not None
+            expert = Expert(job.module, job.bank, streams[i].call, parameters(i))
+            _run(job, streams[i], _Visited(streams[i], expert, tokens), slots)
+
+
 def round_bank(job: BankJob, method: DataFreeMethod) -> Iterator[SolvedExpert]:
     """Quantize every expert that is not finished with a method without calibration."""
     for number in range(job.bank.experts) if job.schemes else ():

@@ -121,8 +121,8 @@ def solve_block(
 def replay_banks(job: BlockJob, rows: BlockRows, method: CalibratedMethod, *, true_sequential: bool) -> None:
     """Compute the outputs of a finished block's banks, with the same bits as ``solve_block`` did."""
     for name, bank in job.banks.items():
-        step = _bank_step(job, method, name, true_sequential)
-        with _bank_rows(job, rows.store, rows.cache, name, step) as routed:
+        step = bank_step(job, method, name, true_sequential)
+        with bank_rows(job, rows.store, rows.cache, name, step) as routed:
             run_bank_rows(bank, routed)
 
 
@@ -130,19 +130,19 @@ def replay_unquantized_banks(job: BlockJob, reference: ReferenceBlock, method: C
     """Compute the outputs of banks in the unquantized model, with the same bits as ``solve_block`` did. The block has its unquantized
     weights."""
     for name, bank in job.banks.items():
-        step = _bank_step(job, method, name, true_sequential) + 1
-        with _bank_rows(job, reference.store, reference.cache, name, step) as routed:
+        step = bank_step(job, method, name, true_sequential) + 1
+        with bank_rows(job, reference.store, reference.cache, name, step) as routed:
             run_bank_rows(dataclasses.replace(bank, load=bank.load_original), routed)
 
 
 def _solve_bank(job: BlockJob, rows: BlockRows, method: CalibratedMethod, name: str, true_sequential: bool) -> Iterator[SolvedExpert]:
-    step, reference = _bank_step(job, method, name, true_sequential), rows.reference
+    step, reference = bank_step(job, method, name, true_sequential), rows.reference
     with contextlib.ExitStack() as stack:
-        routed = stack.enter_context(_bank_rows(job, rows.store, rows.cache, name, step))
+        routed = stack.enter_context(bank_rows(job, rows.store, rows.cache, name, step))
         before = None
         if reference is not None:
             with reference.unquantized_weights(job.block):
-                before = stack.enter_context(_bank_rows(job, reference.store, reference.cache, name, step + 1))
+                before = stack.enter_context(bank_rows(job, reference.store, reference.cache, name, step + 1))
         yield from solve_bank(job.banks[name], method, routed, before)
 
 
@@ -151,7 +151,7 @@ def _passes(job: BlockJob, method: CalibratedMethod) -> int:
     return 1 + method.passes * (len(job.banks) + len(block_linears(job.block)))
 
 
-def _bank_step(job: BlockJob, method: CalibratedMethod, name: str, true_sequential: bool) -> int:
+def bank_step(job: BlockJob, method: CalibratedMethod, name: str, true_sequential: bool) -> int:
     """The step of the pass to a bank; the one of the unquantized model comes next."""
     return 1 + _bank_level(job, name, true_sequential) * _passes(job, method) + method.passes * list(job.banks).index(name)
 
@@ -167,7 +167,7 @@ def _banks_at(job: BlockJob, level: int, true_sequential: bool) -> list[str]:
 
 
 @contextlib.contextmanager
-def _bank_rows(job: BlockJob, store: ActivationStore, cache: ShortcutCache, name: str, step: int) -> Iterator[RoutedRows]:
+def bank_rows(job: BlockJob, store: ActivationStore, cache: ShortcutCache, name: str, step: int) -> Iterator[RoutedRows]:
     """The tokens of a store at a bank. If all is well when the context closes, the block takes the bank's output from them."""
     running = functools.partial(cache.apply, job.block, store)
     with contextlib.ExitStack() as undo:

@@ -146,19 +146,27 @@ def _at_a_time(terms: BankTerms) -> int:
     return min(EXPERT_TOKENS, terms.tokens)
 
 
-def _running(bank: BankShape, terms: BankTerms) -> int:
-    """Bytes while an expert runs on as many tokens as it takes at a time."""
-    tokens = _at_a_time(terms)
+def running_bytes(bank: BankShape, tokens: int, itemsize: int) -> int:
+    """Bytes while an expert runs on so many tokens.
+
+    The tokens, a copy and the sum that the expert returns; what all products but the last return, and what becomes of that; the output,
+    and its product with the weight of the expert.
+    """
     products = [(product[0].n, sum(linear.m for linear in product)) for product in bank.products]
     first, last = products[0], products[-1]
-    # The tokens, a copy and the sum that the expert returns; what all products but the last return, and what becomes of that;
-    # the output, and its product with the weight of the expert.
     inside = sum(linear.m for product in bank.products[:-1] for linear in product)
-    widths = 3 * first[0] + inside + max(inside, last[0] + 2 * last[1])
+    return tokens * itemsize * (3 * first[0] + inside + max(inside, last[0] + 2 * last[1]))
+
+
+def _running(bank: BankShape, terms: BankTerms) -> int:
+    """Bytes while an expert runs on as many tokens as it takes at a time, and its input is added to a Hessian."""
+    tokens = _at_a_time(terms)
+    widest = max(bank.products[0][0].n, bank.products[-1][0].n)
+    running = running_bytes(bank, tokens, terms.itemsize)
     # 16-bit inputs become fp32 for the Hessian on a CPU.
-    chunk = FP32 * min(tokens, CHUNK_TOKENS) * max(first[0], last[0])
+    chunk = FP32 * min(tokens, CHUNK_TOKENS) * widest
     narrow = terms.itemsize < FP32
     if terms.streams < 2:
-        return tokens * widths * terms.itemsize + (chunk if narrow and not terms.on_gpu else 0)
+        return running + (chunk if narrow and not terms.on_gpu else 0)
     # The input in the unquantized model; then the difference, the other input in fp32, and on a CPU the library's copies of both.
-    return tokens * (widths + max(first[0], last[0])) * terms.itemsize + chunk * (1 + narrow + 2 * (not terms.on_gpu))
+    return running + tokens * widest * terms.itemsize + chunk * (1 + narrow + 2 * (not terms.on_gpu))
