@@ -46,8 +46,7 @@ def find_grid_reference(w: Tensor, spec: GridSpec, weight: Tensor | None = None)
         weight = weight[(...,) + (None,) * (w.ndim - weight.ndim)]
     best = scale = zero = torch.full_like(low, torch.inf)
     for hundredths in spec.tried:
-        part = hundredths / 100
-        tried = grid_for_range(low * part, high * part, spec)
+        tried = grid_for_range(low, high, spec, hundredths / 100)
         error = _squared_error(w, *tried, spec, weight)
         better = error < best
         best, scale, zero = (torch.where(better, new, old) for new, old in ((error, best), (tried[0], scale), (tried[1], zero)))
@@ -72,7 +71,7 @@ def least_loss_grid(target: Tensor, spec: GridSpec, solve: Callable[[Tensor, Ten
 
     def attempt(parts: Tensor) -> None:
         nonlocal loss, scale, zero, part
-        tried = grid_for_range(low * parts, high * parts, spec)
+        tried = grid_for_range(low, high, spec, parts)
         for new in zip(solve(*tried), *tried, parts, strict=True):
             better = new[0] < loss
             loss, scale, zero, part = (torch.where(better, n, old) for n, old in zip(new, (loss, scale, zero, part), strict=True))
@@ -83,11 +82,18 @@ def least_loss_grid(target: Tensor, spec: GridSpec, solve: Callable[[Tensor, Ten
     return scale, zero
 
 
-def grid_for_range(low: Tensor, high: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
-    """The grid that spans [low, high], low ≤ 0 ≤ high."""
+def grid_for_range(low: Tensor, high: Tensor, spec: GridSpec, part: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """The grid that spans a part of the range [low, high], low ≤ 0 ≤ high.
+
+    For a search, a symmetric grid has its spare step on the longer side, and on the shorter one if ``part`` is negative.
+    """
+    size = part.abs() if isinstance(part, Tensor) else abs(part)
+    low, high = low * size, high * size
     if spec.symmetric:
-        reach = torch.maximum(-low, high)
-        scale = round_scale(2 * reach / spec.max_code, spec.scale_bits)
+        step = 2 * torch.maximum(-low, high) / spec.max_code
+        if spec.search:
+            step = torch.where((high > -low) != torch.as_tensor(part < 0), -step, step)
+        scale = round_scale(step, spec.scale_bits)
         return scale, torch.full_like(scale, 2.0 ** (spec.bits - 1))
     scale = round_scale((high - low) / spec.max_code, spec.scale_bits)
     zero = torch.round(-low / scale).clamp_(0, spec.max_code)
@@ -103,7 +109,7 @@ def grid_for_range(low: Tensor, high: Tensor, spec: GridSpec) -> tuple[Tensor, T
 def round_scale(scale: Tensor, bits: int) -> Tensor:
     """Round scales to fp16 numbers of ``bits`` significant bits, returned in their own dtype.
 
-    0 (a group of zeros) becomes 1. An underflow becomes the smallest fp16 number, an overflow Inf.
+    0 (a group of zeros) becomes 1. An underflow becomes the smallest fp16 number, an overflow Inf, of the same sign.
     """
     half = scale.to(torch.float16)
     if bits < SCALE_BITS:
@@ -113,7 +119,7 @@ def round_scale(scale: Tensor, bits: int) -> Tensor:
         pattern = (pattern + ((1 << (drop - 1)) - 1) + ((pattern >> drop) & 1)) >> drop << drop
         half = pattern.view(torch.float16)
     stored = half.to(scale.dtype)
-    stored = torch.where(stored == 0, torch.full_like(stored, FP16_TINY), stored)
+    stored = torch.where(stored == 0, torch.full_like(stored, FP16_TINY).copysign(scale), stored)
     return torch.where(scale == 0, torch.ones_like(stored), stored)
 
 

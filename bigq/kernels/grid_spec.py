@@ -43,13 +43,26 @@ class GridSpec:
         return (1 << self.bits) - 1
 
     @property
-    def tried(self) -> range:
-        """The ranges that a search by squared error tries, in hundredths of the one that spans the group's weights, the widest first.
+    def widest(self) -> int:
+        """The widest range that a search by squared error tries, in hundredths of the one that spans the group's weights.
 
-        A symmetric grid has one more step below 0 than above, and spans ±reach in ``max_code`` steps: the largest weight is at least half
-        a step off if it is positive. In up to ``2^(bits−1) − 1`` steps it is a point of the grid.
+        A symmetric grid has ``2^(bits−1)`` steps on one side of 0 and one fewer on the other. A search puts the longer side where the
+        largest weight is; its scale is negative if that weight is positive. At 100, ±reach in ``max_code`` steps, a weight as large on
+        the other side is half a step off. It is a point of the widest grid; the largest weight is one at 100 · (1 − 2^−bits).
         """
-        return range(-(-100 * self.max_code // (self.max_code - 1)) if self.symmetric else 100, SMALLEST_TRIED - 1, -1)
+        return -(-100 * self.max_code // (self.max_code - 1)) if self.symmetric else 100
+
+    @property
+    def both_sides(self) -> bool:
+        """Whether a search also tries to put the longer side where the largest weight is not. At 2 bits, with one step on the other side,
+        that gains; at 3 and 4 bits it does not."""
+        return self.symmetric and self.bits == 2
+
+    @property
+    def tried(self) -> tuple[int, ...]:
+        """The ranges that a search by squared error tries, the widest first; negative ones have the other side longer."""
+        parts = tuple(range(self.widest, SMALLEST_TRIED - 1, -1))
+        return (*parts, *(-part for part in parts)) if self.both_sides else parts
 
     @property
     def solved(self) -> tuple[int, ...]:
@@ -58,7 +71,8 @@ class GridSpec:
         It begins on either side of the likely best one, so that others are soon seen to be worse. Then come those ± each of ``REFINED``
         around the best one of each row.
         """
-        return *SOLVED, max(132, self.tried[0])
+        parts = (*SOLVED, max(132, self.widest))
+        return (*parts, *(-part for part in parts)) if self.both_sides else parts
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,7 +169,9 @@ def _refine_scale(grid: GroupGrid, g: int, h: Tensor, steps: Tensor, slope: Tens
     pushed = product(h[..., :, at], mine, room.spare)
     along = torch.mul(mine, slope[..., at, :], out=product_of).sum(-2)
     curve = torch.mul(mine, pushed[..., at, :], out=product_of).sum(-2)
-    change = round_scale((scale + along / curve).clamp_(min=0), grid.spec.scale_bits).sub_(scale)
+    sign = scale.sign()
+    size = (scale + along / curve).mul_(sign).clamp_(min=0)
+    change = round_scale(size, grid.spec.scale_bits).mul_(sign).sub_(scale)
     better = 2 * change * along > change * change * curve  # false for NaN: of a group of zeros
     change = torch.where(better & torch.isfinite(change), change, torch.zeros_like(change))
     scale += change

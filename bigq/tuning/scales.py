@@ -93,7 +93,7 @@ class TunedScales:
         return self._kept
 
     def _scales(self) -> Tensor:
-        exact = (self._start * self.tuned.exp()).clamp(max=LARGEST)
+        exact = (self._start * self.tuned.exp()).clamp(-LARGEST, LARGEST)
         rounded = rounded_scales(exact.detach(), self._weight.scheme)
         return exact + (rounded - exact).detach() if exact.requires_grad else rounded
 

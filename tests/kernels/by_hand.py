@@ -19,16 +19,20 @@ def as_fp16(value: float) -> float:
     return stored if stored > 0 else TINY
 
 
-def range_grid(low: float, high: float, bits: int, symmetric: bool, min_zero: int) -> tuple[float, int]:
-    top = 2**bits - 1
-    if symmetric:
-        return as_fp16(2 * max(-low, high) / top), 2 ** (bits - 1)
+def range_grid(low: float, high: float, part: float, spec: GridSpec) -> tuple[float, int]:
+    """part: of the range; a negative one puts the spare step of a symmetric grid on the shorter side, not on the longer one."""
+    top, longer = spec.max_code, "above" if high > -low else "below"
+    low, high = abs(part) * low, abs(part) * high
+    if spec.symmetric:
+        scale = as_fp16(2 * max(-low, high) / top)
+        above = longer == "above" if part > 0 else longer == "below"
+        return -scale if spec.search and above else scale, 2 ** (spec.bits - 1)
     scale = as_fp16((high - low) / top)
     zero = min(max(int(np.rint(-low / scale)), 0), top)
-    if zero < min_zero:
+    if zero < spec.min_zero:
         if high > 0:
-            scale = max(scale, as_fp16(high / (top - min_zero)))
-        zero = min_zero
+            scale = max(scale, as_fp16(high / (top - spec.min_zero)))
+        zero = spec.min_zero
     return scale, zero
 
 
@@ -40,8 +44,8 @@ def rounding_error(group: np.ndarray, scale: float, zero: int, bits: int, weight
 def reference_grid(group: np.ndarray, spec: GridSpec, weights: np.ndarray | float = 1.0) -> tuple[float, int]:
     """Scale and zero of one group; with a search, those of the least squared error, weighted."""
     low, high = min(0.0, float(group.min())), max(0.0, float(group.max()))
-    shrinks = [i / 100 for i in spec.tried] if spec.search else [1.0]
-    grids = [range_grid(low * s, high * s, spec.bits, spec.symmetric, spec.min_zero) for s in shrinks]
+    parts = [i / 100 for i in spec.tried] if spec.search else [1.0]
+    grids = [range_grid(low, high, part, spec) for part in parts]
     return min(grids, key=lambda grid: rounding_error(group, *grid, spec.bits, weights))
 
 
@@ -50,7 +54,7 @@ def loss_grid(group: list[float], u: list[list[float]], spec: GridSpec) -> tuple
     low, high = min(0.0, *group), max(0.0, *group)
 
     def tried(part: float) -> tuple[float, tuple[float, int]]:
-        scale, zero = range_grid(low * part, high * part, spec.bits, spec.symmetric, spec.min_zero)
+        scale, zero = range_grid(low, high, part, spec)
         values, loss = list(group), 0.0
         for j, value in enumerate(values):
             error = (value - scale * (min(max(round(value / scale) + zero, 0), spec.max_code) - zero)) / u[j][j]

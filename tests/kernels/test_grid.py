@@ -44,7 +44,7 @@ def test_grid_is_rounded_to_its_stored_precision(symmetric: bool, dtype: torch.d
     assert scale.dtype == zero.dtype == dtype and scale.shape == zero.shape == (8, 5)
     assert torch.equal(scale, scale.half().to(dtype)), "scales are not fp16 numbers"
     assert torch.equal(zero, zero.to(torch.uint8).to(dtype)), "zeros are not whole"
-    assert bool((scale > 0).all()) and bool(((zero >= 0) & (zero <= 15)).all())
+    assert bool((scale > 0).all()) != symmetric and bool((scale != 0).all()) and bool(((zero >= 0) & (zero <= 15)).all())
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
@@ -56,8 +56,16 @@ def test_grid_search_is_never_worse_than_the_full_range(bits: int, symmetric: bo
         errors = [rounding_error(column, float(scale[i]), int(zero[i]), bits) for scale, zero in (searched, full)]
         assert errors[0] <= errors[1] * (1 + 1e-12)
     if bits <= 4:
-        assert int((searched[0] < full[0]).sum()) > 5, "hardly any range was shrunk"
-        assert not symmetric or int((searched[0] > full[0]).sum()) > 0, "the largest weight is not always half a step off"
+        assert int((searched[0].abs() < full[0]).sum()) > 5, "hardly any range was shrunk"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_longer_side_of_a_symmetric_grid_is_where_the_largest_weight_is(bits: int) -> None:
+    """The scale is negative if that weight is positive. The other weights are small."""
+    w = torch.randn(24, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 0.02
+    w[5] = torch.linspace(1, 2, 40, dtype=torch.float64) * torch.tensor([1, -1], dtype=torch.float64).repeat(20)
+    scale, _ = find_grid(w, GridSpec(bits=bits, symmetric=True, search=True))
+    assert torch.equal(scale < 0, w[5] > 0)
 
 
 def test_weights_may_differ_between_groups() -> None:

@@ -43,11 +43,13 @@ def cheap_problem(m: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return 0.02 * torch.randn(m, n, dtype=torch.float64, generator=gen), causes @ causes.T + torch.diag(own)
 
 
-def textbook_range_grid(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+def textbook_range_grid(low: Tensor, high: Tensor, scheme: QuantScheme, part: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """Of a part of the range. In a search, the spare step of a symmetric grid is on the longer side, or else, with a negative part."""
     top = 2**scheme.bits - 1
+    above, low, high = (high > low.abs()) == torch.as_tensor(part > 0), abs(part) * low, abs(part) * high
     if scheme.symmetric:
         scale = (2 * torch.maximum(low.abs(), high) / top).half().double()
-        return scale, torch.full_like(scale, 2 ** (scheme.bits - 1))
+        return torch.where(above & (scheme.scales == "search"), -scale, scale), torch.full_like(scale, 2 ** (scheme.bits - 1))
     scale = ((high - low) / top).half().double()
     return scale, (-low / scale).round().clamp(0, top)
 
@@ -63,7 +65,7 @@ def textbook_grid(w: Tensor, scheme: QuantScheme, error: Solve | None = None) ->
     low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
     if error is None:
         return textbook_range_grid(low, high, scheme)
-    grids = [textbook_range_grid(i / 100 * low, i / 100 * high, scheme) for i in scheme.grid.tried]
+    grids = [textbook_range_grid(low, high, scheme, i / 100) for i in scheme.grid.tried]
     return best_of(grids, torch.stack([error(*grid) for grid in grids]))
 
 
@@ -108,7 +110,7 @@ def textbook_loss_grid(w: Tensor, u: Tensor, scheme: QuantScheme) -> tuple[Tenso
     low, high, error = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0), loss_in_group(w, u, scheme)
 
     def best(parts: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        grids = [textbook_range_grid(p * low, p * high, scheme) for p in parts]
+        grids = [textbook_range_grid(low, high, scheme, p) for p in parts]
         errors = torch.stack([error(*grid) for grid in grids])
         return torch.stack(parts).gather(0, errors.min(0, keepdim=True).indices)[0], best_of(grids, errors)
 

@@ -174,5 +174,5 @@ def check_scales(piece: Tensor) -> str | None:
     """What is wrong with some scales, or None."""
     if not is_finite(piece):
         return "holds NaN or Inf"
-    # Valid scales are positive: a group of zeros has scale 1, and scales that would round to 0 become the smallest fp16 number.
-    return None if bool((piece > 0).all()) else "holds a scale that is not positive"
+    # A group of zeros has scale 1, and scales that would round to 0 become the smallest fp16 number. A scale may be negative.
+    return None if bool(piece.ne(0).all()) else "holds a scale of 0"

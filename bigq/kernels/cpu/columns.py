@@ -46,7 +46,7 @@ FUSED = {"contract"}
 
 
 class Spec(NamedTuple):
-    """A ``GridSpec`` as numbers. drop: bits by which scales are narrower than fp16. widest: of the ranges that a search tries."""
+    """A ``GridSpec`` as numbers. drop: bits by which scales are narrower than fp16."""
 
     top: int
     half: int
@@ -55,6 +55,7 @@ class Spec(NamedTuple):
     drop: int
     search: bool
     widest: int
+    both_sides: bool
     solved: tuple[int, ...]
 
 
@@ -86,7 +87,7 @@ class Grids(NamedTuple):
 
 def spec_of(spec: GridSpec) -> Spec:
     drop, half = SCALE_BITS - spec.scale_bits, 1 << (spec.bits - 1)
-    return Spec(spec.max_code, half, spec.symmetric, spec.min_zero, drop, spec.search, spec.tried[0], spec.solved)
+    return Spec(spec.max_code, half, spec.symmetric, spec.min_zero, drop, spec.search, spec.widest, spec.both_sides, spec.solved)
 
 
 def find_grid_compiled(w: Tensor, spec: GridSpec, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -144,11 +145,14 @@ def _round_scale(scale, drop):
 
 
 @njit(nogil=True, inline="always")
-def _grid_for_range(low, high, spec):
-    """The grid that spans [low, high], as ``grid._grid_for_range``."""
+def _grid_for_range(low, high, spec, part):
+    """The grid that spans a part of [low, high], as ``grid.grid_for_range``."""
     top = f32(spec.top)
+    size = abs(part)
+    low, high = low * size, high * size
     if spec.symmetric:
-        return _round_scale(f32(2) * max(-low, high) / top, spec.drop), f32(spec.half)
+        scale = _round_scale(f32(2) * max(-low, high) / top, spec.drop)
+        return -scale if spec.search and (high > -low) != (part < f32(0)) else scale, f32(spec.half)
     scale = _round_scale((high - low) / top, spec.drop)
     zero = _round(min(max(-low / scale, f32(0)), top))
     if spec.min_zero and zero < f32(spec.min_zero):
@@ -206,16 +210,17 @@ def _tile_grid(tile, s, e, weight, scale, zero, spec, scratch):
     low, high = scratch[2], scratch[3]
     _range_of(tile, s, e, low, high)
     for r in range(LANES):
-        scale[r], zero[r] = _grid_for_range(low[r], high[r], spec)
+        scale[r], zero[r] = _grid_for_range(low[r], high[r], spec, f32(1))
     if not spec.search:
         return
     best, tried = Grids(scale, zero, scratch[4], scratch[8]), Grids(scratch[5], scratch[6], scratch[7], scratch[9])
     best.error[:] = f32(np.inf)
-    for hundredths in range(spec.widest, SMALLEST_TRIED - 1, -1):
-        part = f32(hundredths / 100.0)
-        for r in range(LANES):
-            tried.scale[r], tried.zero[r] = _grid_for_range(low[r] * part, high[r] * part, spec)
-        _candidate(tile, s, e, weight, tried, best, spec, scratch)
+    for side in range(1 + spec.both_sides):
+        for hundredths in range(spec.widest, SMALLEST_TRIED - 1, -1):
+            part = f32((1 - 2 * side) * hundredths / 100.0)
+            for r in range(LANES):
+                tried.scale[r], tried.zero[r] = _grid_for_range(low[r], high[r], spec, part)
+            _candidate(tile, s, e, weight, tried, best, spec, scratch)
 
 
 @compiled()
@@ -331,7 +336,7 @@ def _solved_grid(tile, s, e, u, scale, zero, spec, scratch, spare):
     best, tried = Grids(scale, zero, scratch[4], scratch[8]), Grids(scratch[5], scratch[6], scratch[7], scratch[9])
     best.error[:] = f32(np.inf)
     for r in range(LANES):
-        scale[r], zero[r] = _grid_for_range(low[r], high[r], spec)
+        scale[r], zero[r] = _grid_for_range(low[r], high[r], spec, f32(1))
     best.part[:] = f32(1)
     around = np.empty(LANES, f32)
     for attempt in range(len(spec.solved) + 2 * len(REFINED)):
@@ -343,7 +348,7 @@ def _solved_grid(tile, s, e, u, scale, zero, spec, scratch, spare):
                 tried.part[r] = f32(spec.solved[attempt] / 100.0)
             else:
                 tried.part[r] = around[r] + f32((2 * (late % 2) - 1) * REFINED[late // 2] / 100.0)
-            tried.scale[r], tried.zero[r] = _grid_for_range(low[r] * tried.part[r], high[r] * tried.part[r], spec)
+            tried.scale[r], tried.zero[r] = _grid_for_range(low[r], high[r], spec, tried.part[r])
         _solve_group(tile, s, e, u, tried, best, f32(spec.top), spare)
 
 
