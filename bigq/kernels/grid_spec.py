@@ -65,14 +65,18 @@ class GridSpec:
         return (*parts, *(-part for part in parts)) if self.both_sides else parts
 
     @property
-    def solved(self) -> tuple[int, ...]:
-        """The same for a search by the loss in a group. Errors of a group's first columns widen its last ones.
+    def parts(self) -> tuple[int, ...]:
+        """The ranges that a search by the loss in a group tries. Errors of a group's first columns widen its last ones.
 
         It begins on either side of the likely best one, so that others are soon seen to be worse. Then come those ± each of ``REFINED``
         around the best one of each row.
         """
-        parts = (*SOLVED, max(132, self.widest))
-        return (*parts, *(-part for part in parts)) if self.both_sides else parts
+        return *SOLVED, max(132, self.widest)
+
+    @property
+    def solved(self) -> tuple[int, ...]:
+        """The same with those that have the other side longer, which are negative."""
+        return (*self.parts, *(-part for part in self.parts)) if self.both_sides else self.parts
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,8 +58,9 @@ class Program:
         return time.monotonic()
 
     def ended(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=30)
-        return self.process.returncode, out, err
+        # Not ``communicate``: it does not see what was read together with the first line.
+        out, err = self.out.read(), self.err.read()
+        return self.process.wait(30), out, err
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from bigq.kernels.cpu.compiler import compiled
+from bigq.kernels.cpu.spec import spec_of
 from bigq.kernels.cpu.threads import in_parts
-from bigq.kernels.grid_spec import FP16_TINY, REFINED, SCALE_BITS, SMALLEST_TRIED, GridSpec, GroupGrid
+from bigq.kernels.grid_spec import FP16_TINY, REFINED, SMALLEST_TRIED, GridSpec, GroupGrid
 
 f32, i32 = np.float32, np.int32
 
@@ -43,20 +44,6 @@ TINY, FP16_LIMIT = f32(FP16_TINY), f32(65536)
 
 #: Allows a product and a sum to be fused, and nothing else.
 FUSED = {"contract"}
-
-
-class Spec(NamedTuple):
-    """A ``GridSpec`` as numbers. drop: bits by which scales are narrower than fp16."""
-
-    top: int
-    half: int
-    symmetric: bool
-    min_zero: int
-    drop: int
-    search: bool
-    widest: int
-    both_sides: bool
-    solved: tuple[int, ...]
 
 
 class Block(NamedTuple):
@@ -83,11 +70,6 @@ class Grids(NamedTuple):
     zero: Any
     error: Any
     part: Any
-
-
-def spec_of(spec: GridSpec) -> Spec:
-    drop, half = SCALE_BITS - spec.scale_bits, 1 << (spec.bits - 1)
-    return Spec(spec.max_code, half, spec.symmetric, spec.min_zero, drop, spec.search, spec.widest, spec.both_sides, spec.solved)
 
 
 def find_grid_compiled(w: Tensor, spec: GridSpec, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -339,13 +321,15 @@ def _solved_grid(tile, s, e, u, scale, zero, spec, scratch, spare):
         scale[r], zero[r] = _grid_for_range(low[r], high[r], spec, f32(1))
     best.part[:] = f32(1)
     around = np.empty(LANES, f32)
-    for attempt in range(len(spec.solved) + 2 * len(REFINED)):
-        late = attempt - len(spec.solved)
+    first = len(spec.parts) * (1 + spec.both_sides)
+    for attempt in range(first + 2 * len(REFINED)):
+        late = attempt - first
         if late >= 0 and late % 2 == 0:
             around[:] = best.part
         for r in range(LANES):
             if late < 0:
-                tried.part[r] = f32(spec.solved[attempt] / 100.0)
+                side = 1 - 2 * (attempt // len(spec.parts))
+                tried.part[r] = f32(side * spec.parts[attempt % len(spec.parts)] / 100.0)
             else:
                 tried.part[r] = around[r] + f32((2 * (late % 2) - 1) * REFINED[late // 2] / 100.0)
             tried.scale[r], tried.zero[r] = _grid_for_range(low[r], high[r], spec, tried.part[r])
