@@ -14,8 +14,8 @@ from quality_bench import comparison
 from quality_bench.collected import contestants_of
 from quality_bench.settings import CHOOSING, CONTESTANTS, JUDGING, SUBJECTS, Contestant, Subject
 
-#: The subject and setting of the first table.
-SHOWN = ("smollm2-prose", "4g64-sym")
+#: The subject and setting of the first table; the KL of another setting is beside it.
+SHOWN, BESIDE = ("smollm2-prose", "4g64-sym"), "4g64-asym"
 
 Row = Mapping[str, Any]
 
@@ -44,18 +44,19 @@ def found(made: Mapping[str, Any], subject: str, setting: str) -> dict[str, Row]
 
 def presets(made: Mapping[str, Any]) -> list[str]:
     """The first table: bigq's default and its presets, as far as they were run."""
-    rows = found(made, *SHOWN)
+    rows, beside = found(made, *SHOWN), found(made, SHOWN[0], BESIDE)
     shown = [c for c in CONTESTANTS if c.tool == "bigq" and c.kind in ("default", "preset") and c.name in rows]
     lines = [
-        "| preset | options | KL | perplexity | top token | CPU time | memory |",
-        "|---|---|---|---|---|---|---|",
+        "| preset | options | KL | KL, asymmetric | perplexity | top token | CPU time | memory |",
+        "|---" * 8 + "|",
     ]
     for contestant in shown:
         name = "balanced" if contestant.kind == "default" else contestant.name.removeprefix("bigq ")
         options = f"`{contestant.flags}`" if contestant.flags else "none, it is the default"
-        lines.append(f"| {name} | {options} | {kl(rows[contestant.name])} | {cost(rows[contestant.name])} |")
+        other = kl(beside[contestant.name]) if contestant.name in beside else "–"
+        lines.append(f"| {name} | {options} | {kl(rows[contestant.name])} | {other} | {cost(rows[contestant.name])} |")
     original = next((run["original_perplexity"] for run in made["runs"] if run["subject"] == SHOWN[0]), None)
-    said = f"SmolLM2-135M-Instruct, 4 bits, groups of 64, symmetric; the original's perplexity is {original:.3f}." if original else ""
+    said = f"SmolLM2-135M-Instruct, 4 bits in groups of 64, symmetric if not said; its own perplexity is {original:.3f}." if original else ""
     return [*lines, "", said if shown else "No run of these is in the results yet.", ""]
 
 
@@ -83,7 +84,6 @@ def against(made: Mapping[str, Any], kind: str, title: str) -> list[str]:
     """bigq's default, or its best, beside others', for subjects that judge."""
     there = contestants_of(made, CONTESTANTS)
     candidates = [c for c in there if c.tool == "bigq" and (c.kind == kind or c.name == f"bigq {kind}")]
-    candidates += [c for c in there if kind == "default" and c.name == "bigq fast"] * (not candidates)  # where only that was run
     ours = next((c for c in candidates if c.kind == "preset"), candidates[0] if candidates else None)
     peers = [c for c in there if c.tool != "bigq" and c.kind == kind]
     if ours is None or not peers:

@@ -90,9 +90,9 @@ CONTESTANTS: tuple[Contestant, ...] = (
     Contestant(name="bigq rotated", flags="--rotate"),
     Contestant(name="bigq best, rotated", flags="--quality best --rotate"),
     Contestant(name="bigq best, tuned", flags="--quality best --tune-steps 64"),
-    # Of the size of 3 bits in groups of 64, in gptq_v2.
-    Contestant(name="bigq, 3.297 bits per weight, groups of 128", flags="--bits-per-weight 3.2969 --group-size 128"),
-    Contestant(name="bigq, 3.297 bits per weight, groups of 192", flags="--bits-per-weight 3.2969 --group-size 192"),
+    # Less than 3 bits in groups of 64 take in gptq_v2, which is 3.297.
+    Contestant(name="bigq, 3.25 bits per weight, groups of 192", flags="--bits-per-weight 3.25 --group-size 192"),
+    Contestant(name="bigq, groups of 192", flags="--group-size 192"),
     Contestant(name="bigq rtn", flags="--method rtn"),
     Contestant(name="GPTQModel", tool="gptqmodel", kind="default"),
     Contestant(name="GPTQModel, mse", tool="gptqmodel", told={"mse": 2.4}),

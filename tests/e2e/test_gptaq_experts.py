@@ -120,8 +120,13 @@ def small_groups(monkeypatch: pytest.MonkeyPatch, model: Path, experts: int) -> 
     monkeypatch.setattr(units, "GROUP_WEIGHTS", experts * weights)
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in DISTINCT else pytest.mark.long) for f in MOE_FAMILIES])
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *(pytest.param(f, torch.float32, marks=() if f in DISTINCT else pytest.mark.long) for f in MOE_FAMILIES),
+        pytest.param("qwen3_moe", torch.bfloat16, marks=pytest.mark.long),
+    ],
+)
 def test_a_model_with_holes_is_made_again_with_the_same_bytes(
     family: str, dtype: torch.dtype, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +134,7 @@ def test_a_model_with_holes_is_made_again_with_the_same_bytes(
     committed ones have replaced. Without true_sequential too."""
     model = saved(family, dtype)
     small_groups(monkeypatch, model, experts=3)
-    for number, settings in enumerate(({}, {"true_sequential": False})):
+    for number, settings in enumerate(({}, {"true_sequential": False})[: 1 + (family in DISTINCT)]):
         out = model.parent / f"out-{number}"
         bigq.quantize(str(model), out, job(model.parent, **settings))
         assert bigq.verify(out) == []

@@ -90,8 +90,8 @@ def test_results_have_the_bits_of_single_weights(scheme: str, compiled: bool, mo
 @pytest.mark.usefixtures("triton_path")
 @pytest.mark.parametrize("scheme", ["groups", "act-order", "wide grid search", "groups of 40"])
 def test_results_of_the_triton_kernels_too(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kernel gets the whole batch: the factorization takes the path of a GPU. A search takes a minute in the interpreter."""
-    chosen = QuantScheme(**{"order": "natural", "scales": "minmax", **SCHEMES[scheme]})
+    """Every kernel gets the whole batch: the factorization takes the path of a GPU. Searches and sweeps take minutes in the interpreter."""
+    chosen = QuantScheme(**{"order": "natural", "scales": "minmax", "sweeps": int(scheme == "act-order"), **SCHEMES[scheme]})
     n = 320 if chosen.group_size == 40 else 256
     monkeypatch.setattr(cholesky, "panel_width", lambda on_gpu: 96)
     xs, groups = [inputs(n, seed) for seed in range(2)], [weights(5, n, seed) for seed in range(2)]
