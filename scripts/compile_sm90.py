@@ -43,7 +43,7 @@ from bigq.kernels.gpu import gptq_block as gptq_block_triton
 from bigq.kernels.gpu import pack as pack_triton
 from bigq.kernels.gpu import rank_update as rank_update_triton
 from bigq.kernels.gpu import syrk as syrk_triton
-from bigq.kernels.grid import GridSpec, GroupGrid
+from bigq.kernels.grid import GroupGrid
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
@@ -130,8 +130,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def column_loop(loop: Loop, batch: int = 0) -> Launch:
     """A launch of the column loop. batch: matrices, 0 without a leading dimension."""
     k, m, groups, lead = loop.k, loop.m or 512, loop.k // loop.width if loop.width else 4, (batch,) if batch else ()
-    spec = GridSpec(bits=loop.bits, symmetric=loop.symmetric, min_zero=loop.min_zero, scale_bits=loop.scale_bits)
-    grid = GroupGrid(spec, empty(*lead, groups, m), empty(*lead, groups, m), empty(*lead, k, dtype=torch.int32), loop.width > 0)
+    grid = GroupGrid(loop.spec, empty(*lead, groups, m), empty(*lead, groups, m), empty(*lead, k, dtype=torch.int32), loop.width > 0)
     columns = (empty(*lead, m, 128).mT[..., :k, :], empty(*lead, 128, 128)[..., :k, :k], empty(*lead, m, 4096).mT[..., :k, :])
     codes = empty(*lead, m, 4096, dtype=torch.uint8).mT[..., :k, :]
     name = f"gptq_block, {loop.name}" + (f", {batch} matrices" if batch else "")
@@ -167,6 +166,9 @@ def common() -> Iterator[Launch]:
     yield column_loop(Loop(bits=4, symmetric=True, width=128, scale_bits=8))
     yield column_loop(Loop(bits=4, symmetric=False, width=128, scale_bits=8, min_zero=1))
     yield column_loop(Loop(bits=4, symmetric=True, width=32, scale_bits=8))
+    yield column_loop(Loop(bits=4, symmetric=True, width=128, scale_bits=8, search=True))
+    yield column_loop(Loop(bits=4, symmetric=False, width=128, scale_bits=8, min_zero=1, search=True))
+    yield column_loop(Loop(bits=4, symmetric=True, width=32, scale_bits=8, search=True))
     yield column_loop(Loop(bits=4, symmetric=True, width=0))
     yield column_loop(Loop(bits=4, symmetric=False, width=0, min_zero=1))
     for dtype in (torch.bfloat16, torch.float16):
@@ -180,6 +182,7 @@ def common() -> Iterator[Launch]:
     yield "rank_update, 8 matrices", lambda: rank_update_triton.rank_update_triton_(*of_each)
     # Experts that are solved side by side.
     yield column_loop(Loop(bits=4, symmetric=True, width=128, scale_bits=8), batch=8)
+    yield column_loop(Loop(bits=4, symmetric=True, width=128, scale_bits=8, search=True), batch=8)
     yield column_loop(Loop(bits=4, symmetric=True, width=32, scale_bits=8), batch=8)
     yield column_loop(Loop(bits=4, symmetric=True, width=0), batch=8)
     for bits in (2, 3, 4, 8):
@@ -198,6 +201,8 @@ def others() -> Iterator[Launch]:
     for scale_bits in (7, 9, 10, 11):
         yield column_loop(Loop(bits=4, symmetric=True, width=128, scale_bits=scale_bits))
     yield column_loop(Loop(bits=4, symmetric=False, width=128, scale_bits=8))
+    for bits, width, k in ((4, 64, 128), (3, 128, 128), (2, 128, 128), (4, 40, 120)):
+        yield column_loop(Loop(bits=bits, symmetric=True, width=width, k=k, search=True))
     for width in (16, 40, 64):
         k = 120 if width == 40 else 128
         yield column_loop(Loop(bits=4, symmetric=True, width=width, k=k, scale_bits=8))

@@ -18,9 +18,6 @@ from bigq.kernels.grid_spec import GridSpec as GridSpec
 from bigq.kernels.grid_spec import GroupGrid as GroupGrid
 from bigq.kernels.pick import use_compiled
 
-#: Weights that a GPU solves with several grids in one launch, if more than one grid fits: 9 bytes each.
-TRIAL_ELEMENTS = 2**24
-
 
 def find_grid(w: Tensor, spec: GridSpec, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and zero point of groups of weights.

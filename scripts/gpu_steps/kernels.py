@@ -70,7 +70,10 @@ def run(setting: Setting, found: Findings) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loop:
-    """A launch of the column loop. k: columns; m: rows, None for some thousands; width: columns of a group, 0 for given scales."""
+    """A launch of the column loop. k: columns; m: rows, None for some thousands; width: columns of a group, 0 for given scales.
+
+    search: whether the scales are searched for, which is a launch of its own before it.
+    """
 
     bits: int
     symmetric: bool
@@ -79,12 +82,17 @@ class Loop:
     m: int | None = None
     min_zero: int = 0
     scale_bits: int = SCALE_BITS
+    search: bool = False
+
+    @property
+    def spec(self) -> GridSpec:
+        return GridSpec(bits=self.bits, symmetric=self.symmetric, min_zero=self.min_zero, scale_bits=self.scale_bits, search=self.search)
 
     @property
     def name(self) -> str:
         kind = "symmetric" if self.symmetric else f"asymmetric from {self.min_zero}"
         rows = "" if self.m is None else f", {self.m} rows"
-        scales = f"groups of {self.width}" if self.width else "given scales"
+        scales = f"{'search in ' * self.search}groups of {self.width}" if self.width else "given scales"
         return f"column loop, {self.k} columns{rows}, {self.bits} bits {kind}, {scales}, {self.scale_bits}-bit scales"
 
 
@@ -106,6 +114,8 @@ LOOPS = (
     Loop(bits=3, symmetric=False, width=0),
     Loop(bits=2, symmetric=True, width=0),
     Loop(bits=2, symmetric=False, width=0, m=1030),
+    Loop(bits=4, symmetric=True, width=32, k=64, scale_bits=8, search=True),
+    Loop(bits=2, symmetric=True, width=32, k=32, search=True),
 )
 
 
@@ -201,7 +211,7 @@ class Cases:
 
     def column_loop(self, loop: Loop) -> None:
         k, m, width = loop.k, loop.m or 32 * self.size + 7, loop.width
-        spec = GridSpec(bits=loop.bits, symmetric=loop.symmetric, min_zero=loop.min_zero, scale_bits=loop.scale_bits)
+        spec = loop.spec
         u = torch.eye(k, device=self.device) + 0.02 * self.randn(k, k).triu(1)
         weights, groups = self.randn(k, m), k // width if width else 3
         of_column = (torch.arange(k) // width if width else torch.randint(0, groups, (k,))).to(self.device, torch.int32)
@@ -221,7 +231,7 @@ class Cases:
     def batched_column_loop(self, loop: Loop, count: int = 8) -> None:
         """Several matrices in one launch have the bytes that they have in launches of their own."""
         k, m, groups = loop.k, 32 * self.size + 7, loop.k // loop.width if loop.width else 3
-        spec = GridSpec(bits=loop.bits, symmetric=loop.symmetric, min_zero=loop.min_zero, scale_bits=loop.scale_bits)
+        spec = loop.spec
         u = torch.eye(k, device=self.device) + 0.02 * self.randn(count, k, k).triu(1)
         weights = self.randn(count, k, m)
         of_column = torch.arange(k) // loop.width if loop.width else torch.randint(0, groups, (k,))

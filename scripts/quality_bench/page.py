@@ -56,7 +56,7 @@ def presets(made: Mapping[str, Any]) -> list[str]:
         other = kl(beside[contestant.name]) if contestant.name in beside else "–"
         lines.append(f"| {name} | {options} | {kl(rows[contestant.name])} | {other} | {cost(rows[contestant.name])} |")
     original = next((run["original_perplexity"] for run in made["runs"] if run["subject"] == SHOWN[0]), None)
-    said = f"SmolLM2-135M-Instruct, 4 bits in groups of 64, symmetric if not said; its own perplexity is {original:.3f}." if original else ""
+    said = f"SmolLM2-135M-Instruct, 4 bits in groups of 64, symmetric if not said; its perplexity is {original:.3f}." if original else ""
     return [*lines, "", said if shown else "No run of these is in the results yet.", ""]
 
 

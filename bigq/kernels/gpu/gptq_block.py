@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq.kernels.grid import FP16_TINY, SCALE_BITS, TRIAL_ELEMENTS, GridSpec, GroupGrid, least_loss_grid
-from bigq.kernels.pick import empty_columns, input_precision
+from bigq.kernels.gpu.gptq_round import _grid_for_range, _round
+from bigq.kernels.gpu.group_search import search_group_triton_
+from bigq.kernels.grid_spec import SCALE_BITS, GroupGrid
+from bigq.kernels.pick import input_precision
 
 MAX_COLUMNS = 128
 ROWS = 16
@@ -23,10 +25,6 @@ ROWS = 16
 TILE, WARPS = 32, 1
 #: The same for groups whose grid is found in the loop and whose width neither divides TILE nor is a multiple of it.
 WHOLE, WHOLE_WARPS = 128, 4
-
-_TINY = tl.constexpr(FP16_TINY)
-#: Adding and subtracting 1.5 · 2²³ rounds a small fp32 number to the nearest integer, ties to even.
-_ROUNDER = tl.constexpr(12582912.0)
 
 
 def gptq_block_triton_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: GroupGrid) -> Tensor:
@@ -38,40 +36,17 @@ def gptq_block_triton_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, g
     assert k <= MAX_COLUMNS
     if not (grid.find and grid.spec.search):
         return _launch(target, u, work, codes, grid)
-    # A search solves each group with several grids, so its groups are separate launches.
+    # A search solves each group with several grids, so its groups are launches of their own.
     loss = torch.zeros(target.shape[0], target.shape[2], dtype=target.dtype, device=target.device)
     width = k // grid.scale.shape[1]
     for g in range(grid.scale.shape[1]):
         s, e = g * width, (g + 1) * width
         group = target[:, s:e], u[:, s:e, s:e]
-        grid.scale[:, g], grid.zero[:, g] = least_loss_grid(group[0], grid.spec, _Trials(*group, grid.spec))
+        search_group_triton_(*group, grid.spec, grid.scale[:, g], grid.zero[:, g])
         given = GroupGrid(grid.spec, grid.scale[:, g : g + 1], grid.zero[:, g : g + 1], torch.zeros_like(grid.group[:, s:e]), False)
         loss += _launch(*group, work[:, s:e], codes[:, s:e], given)
         target[:, e:] -= u[:, s:e, e:].mT @ target[:, s:e]
     return loss
-
-
-class _Trials:
-    """Solves a group's weights [batch, g, m] with several grids, as many at once as ``TRIAL_ELEMENTS`` allows."""
-
-    def __init__(self, target: Tensor, u: Tensor, spec: GridSpec) -> None:
-        self._target, self._u, self._spec = target, u, spec
-        self._at_once = max(1, TRIAL_ELEMENTS // target.numel())
-
-    def __call__(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """The loss of each row, [c, batch, m]. scale, zero: of the same shape."""
-        parts = zip(scale.split(self._at_once), zero.split(self._at_once), strict=True)
-        return torch.cat([self._losses(*part) for part in parts])
-
-    def _losses(self, scale: Tensor, zero: Tensor) -> Tensor:
-        (c, batch, m), g = scale.shape, self._target.shape[1]
-        buffers = (empty_columns(g, m, dtype, scale.device, (c, batch)) for dtype in (torch.float32, torch.float32, torch.uint8))
-        target, work, codes = (buffer.flatten(0, 1) for buffer in buffers)
-        target.view(c, batch, g, m).copy_(self._target)
-        work.zero_()
-        group = torch.zeros(c * batch, g, dtype=torch.int32, device=scale.device)
-        grid = GroupGrid(self._spec, scale.view(-1, 1, m), zero.view(-1, 1, m), group, False)
-        return _launch(target, self._u.repeat(c, 1, 1), work, codes, grid).view(c, batch, m)
 
 
 def _launch(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: GroupGrid) -> Tensor:
@@ -111,40 +86,6 @@ def _launch(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: GroupG
         enable_fp_fusion=False,
     )
     return loss
-
-
-@triton.jit
-def _round(x):
-    return (x + _ROUNDER) - _ROUNDER
-
-
-@triton.jit
-def _round_scale(scale, DROP: tl.constexpr):
-    half = scale.to(tl.float16)
-    if DROP > 0:
-        pattern = half.to(tl.int16, bitcast=True).to(tl.int32)
-        pattern = (pattern + ((1 << (DROP - 1)) - 1) + ((pattern >> DROP) & 1)) >> DROP << DROP
-        half = pattern.to(tl.int16).to(tl.float16, bitcast=True)
-    stored = half.to(tl.float32)
-    stored = tl.where(stored == 0, _TINY, stored)
-    return tl.where(scale == 0, 1.0, stored)
-
-
-@triton.jit
-def _grid_for_range(
-    low, high, MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr, DROP: tl.constexpr
-):
-    if SYMMETRIC:
-        scale = _round_scale(tl.div_rn(2.0 * tl.maximum(-low, high), tl.zeros_like(low) + MAX_CODE), DROP)
-        zero = tl.zeros_like(low) + HALF
-    else:
-        scale = _round_scale(tl.div_rn(high - low, tl.zeros_like(low) + MAX_CODE), DROP)
-        zero = _round(tl.clamp(tl.div_rn(-low, scale), 0.0, MAX_CODE + 0.0))
-        if MIN_ZERO > 0:
-            widened = _round_scale(tl.div_rn(high, tl.zeros_like(low) + (MAX_CODE - MIN_ZERO)), DROP)
-            scale = tl.where(zero < MIN_ZERO, tl.maximum(scale, widened), scale)
-            zero = tl.maximum(zero, MIN_ZERO + 0.0)
-    return scale, zero
 
 
 @triton.jit

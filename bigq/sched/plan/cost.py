@@ -14,7 +14,6 @@ from bigq.io.reader import CHUNK_BYTES
 from bigq.io.remote.push import WAITING_BYTES, WAITING_SHARDS
 from bigq.kernels.cholesky import panel_width
 from bigq.kernels.gptq_block import SUB_BLOCK
-from bigq.kernels.grid import TRIAL_ELEMENTS
 from bigq.kernels.grid_spec import REFINED
 from bigq.kernels.pick import piece
 from bigq.kernels.syrk import CHUNK_TOKENS
@@ -225,8 +224,7 @@ class BlockCost:
                 result.append(("hessian", held + sums, accumulated, 0))
                 result.append(("factor", held + sums + self._factor(group, linears), {"single": group.n * square / 3}, 0))
                 solved = {"solve": (3 if self._paired else 1) * rows * square + self._swept(linears)}
-                if self._paired:
-                    solved["single"] = 2 * rows * square
+                solved["single"] = (2 * rows * square if self._paired else 0.0) + self._searched(linears)
                 moved = sum(self._moved_solving(linear) for linear in linears)
                 result.append(("solve", held + sums + self._solve(group, linears), solved, moved))
                 originals += self._paired * self._shape.itemsize * rows * group.n
@@ -282,6 +280,7 @@ class BlockCost:
             pack=self._pack,
             moved=self._moved_solving,
             swept=self._swept,
+            searched=self._searched,
             packed=lambda linear: packed_bytes(linear, self._schemes[linear.name]),
         )
         return bank_phases(bank, held, terms)
@@ -347,16 +346,18 @@ class BlockCost:
             loop = n * m + FP32 * (max(columns, SWEEPING * BLOCK * (scheme.sweeps > 0)) * m + 3 * BLOCK * n)
             held = FP32 * m * (n + 2 * (n // scheme.group_width(n)))
             loop += FP32 * n * m * (static and scheme.scales == "search")
-            trials = self._trials(at_once * scheme.group_width(n) * m) if scheme.scales == "search" and not static else 0
-            most = max(most, at_once * held + max(converted, at_once * loop + trials))
+            most = max(most, at_once * held + max(converted, at_once * loop))
         return most
 
-    def _trials(self, weights: int) -> int:
-        """Bytes of the copies of groups of so many weights that a search in the loop solves, and of their errors and codes.
-
-        A CPU copies a tile.
-        """
-        return (2 * FP32 + 1) * max(TRIAL_ELEMENTS, weights) if self._choice.on_gpu else 0
+    def _searched(self, linears: Sequence[LinearShape]) -> float:
+        """Operations of the search for grids in the loop: each of them takes a pass over the columns of a group."""
+        found = 0.0
+        for linear in linears:
+            scheme = self._schemes[linear.name]
+            if scheme.scales == "search" and not has_static_grids(scheme, linear.n):
+                tried = len(scheme.grid.solved) + 2 * len(REFINED)
+                found += 2.0 * tried * scheme.group_width(linear.n) * linear.m * linear.n
+        return found
 
     def _swept(self, linears: Sequence[LinearShape]) -> float:
         """Operations of the sweeps over Linears: each takes a product of H and the errors."""
@@ -365,11 +366,7 @@ class BlockCost:
     def _moved_solving(self, linear: LinearShape) -> float:
         """Bytes of device memory read and written while a Linear is solved, outside of products."""
         scheme, weights = self._schemes[linear.name], float(linear.m * linear.n)
-        moved = 14 * weights
-        if scheme.scales == "search" and not has_static_grids(scheme, linear.n) and self._choice.on_gpu:
-            # Copies of a group are read and written for each grid. Those on a CPU stay in its cache.
-            moved += (len(scheme.grid.solved) + 2 * len(REFINED)) * 2 * (2 * FP32 + 1) * weights
-        return moved + scheme.sweeps * MOVED_BY_SWEEP * weights
+        return (14 + scheme.sweeps * MOVED_BY_SWEEP) * weights
 
     def _pack(self, group: GroupShape, linears: list[LinearShape]) -> int:
         """The codes of all Linears, and the new weight or words of one."""

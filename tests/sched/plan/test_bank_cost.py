@@ -103,6 +103,7 @@ def terms(tokens: int) -> bank_cost.BankTerms:
         packed=lambda _: 0,
         moved=lambda _: 0,
         swept=lambda _: 0,
+        searched=lambda _: 0,
     )
 
 

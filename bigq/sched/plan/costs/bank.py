@@ -38,7 +38,7 @@ class BankTerms:
     of an activation. inputs: bytes of a bank's inputs in these models on the computing device, if they are there; the sums of its outputs
     take as many. reach: bytes of a forward up to the bank. beside: whether groups are written in the background. at_once: experts that are
     solved side by side. factor, solve, pack: bytes in addition to the Hessian, of Linears that share an input, solve for so many experts;
-    packed: of one packed Linear; moved: read and written to solve it. swept: operations of sweeps.
+    packed: of one packed Linear; moved: read and written to solve it. swept, searched: operations of sweeps, and of the search for grids.
     """
 
     schemes: Container[str]
@@ -56,6 +56,7 @@ class BankTerms:
     packed: Callable[[LinearShape], int]
     moved: Callable[[LinearShape], float]
     swept: Callable[[Sequence[LinearShape]], float]
+    searched: Callable[[Sequence[LinearShape]], float]
 
 
 def numbers_at_once(shape: ModelShape | None, given: int | None, *, on_gpu: bool) -> list[int | None]:
@@ -117,8 +118,7 @@ def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]
         # One expert runs; what the others of its batch have computed stays, and in the other model its own.
         others = (at_once - 1 + (terms.streams - 1) / terms.streams) * kept
         solving = {"solve": bank.experts * ((3 if paired else 1) * rows * square + terms.swept(linears))}
-        if paired:
-            solving["single"] = 2.0 * bank.experts * rows * square
+        solving["single"] = bank.experts * ((2.0 * rows * square if paired else 0.0) + terms.searched(linears))
         accumulated = {"hessian": routed * square * (3 if paired else 1)}
         result += [
             ("hessian", held + at_once * sums + running + int(others), accumulated, 0),

@@ -1,0 +1,128 @@
+"""The search for a group's grid in the column loop on a GPU: one launch tries all grids, each program for a tile of rows.
+
+A program holds the group's weights of its rows in registers, and quantizes a copy of them with one grid after the other. A candidate costs
+as many steps as the group has columns, so the search takes some thirty times the work of the loop over the group, all of it in registers.
+The candidates and their order are those of ``grid.least_loss_grid``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bigq.kernels.gpu.gptq_round import _grid_for_range, _round
+from bigq.kernels.grid_spec import REFINED, SCALE_BITS, GridSpec
+
+ROWS = 16
+#: Columns that a warp holds in registers.
+COLUMNS_OF_WARP = 32
+
+
+def search_group_triton_(target: Tensor, u: Tensor, spec: GridSpec, scale: Tensor, zero: Tensor) -> None:
+    """Write the grid of the least loss for each row of a group's weights: see ``grid.least_loss_grid``.
+
+    target: fp32 [batch, g, m], g at most 128. u: [batch, g, g]. scale, zero: fp32 [batch, m], of equal strides.
+    """
+    batch, g, m = target.shape
+    assert scale.stride() == zero.stride() and target.dtype == u.dtype == scale.dtype == torch.float32
+    columns = max(COLUMNS_OF_WARP, triton.next_power_of_2(g))
+    _search_kernel[(triton.cdiv(m, ROWS), batch)](
+        target,
+        u,
+        scale,
+        zero,
+        _parts(spec, target.device),
+        g,
+        m,
+        *target.stride(),
+        *u.stride(),
+        *scale.stride(),
+        FIRST=len(spec.solved),
+        LATE=2 * len(REFINED),
+        MAX_CODE=spec.max_code,
+        HALF=2.0 ** (spec.bits - 1),
+        SYMMETRIC=spec.symmetric,
+        MIN_ZERO=spec.min_zero,
+        DROP=SCALE_BITS - spec.scale_bits,
+        COLUMNS=columns,
+        BM=ROWS,
+        num_warps=columns // COLUMNS_OF_WARP,
+        enable_fp_fusion=False,
+    )
+
+
+@functools.cache
+def _parts(spec: GridSpec, device: torch.device) -> Tensor:
+    """What is tried, as fractions of the range: first these, then ± each step around the best of each row."""
+    first = [hundredths / 100 for hundredths in spec.solved]
+    return torch.tensor([*first, *(side * step / 100 for step in REFINED for side in (-1, 1))], dtype=torch.float32, device=device)
+
+
+@triton.jit
+def _tried_grid(
+    low, high, part, MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr, DROP: tl.constexpr
+):
+    """The grid that spans a part of the range, as ``grid.grid_for_range`` for a search."""
+    size = tl.abs(part)
+    low = low * size
+    high = high * size
+    scale, zero = _grid_for_range(low, high, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO, DROP)
+    if SYMMETRIC:
+        scale = tl.where((high > -low) != (part < 0), -scale, scale)
+    return scale, zero
+
+
+@triton.jit
+def _search_kernel(
+    target, u, scale, zero, parts,
+    g, m,
+    target_b, target_k, target_m,
+    u_b, u_k, u_n,
+    grid_b, grid_m,
+    FIRST: tl.constexpr, LATE: tl.constexpr,
+    MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr, DROP: tl.constexpr,
+    COLUMNS: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1).to(tl.int64)
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    row_live = rows < m
+    cols = tl.arange(0, COLUMNS)
+    live = row_live[:, None] & (cols < g)[None, :]
+    target += batch * target_b + rows[:, None] * target_m
+    weights = tl.load(target + cols[None, :].to(tl.int64) * target_k, mask=live, other=0.0)
+    u += batch * u_b
+    low = tl.minimum(tl.min(weights, 1), 0.0)
+    high = tl.maximum(tl.max(weights, 1), 0.0)
+    best_part = tl.zeros((BM,), dtype=tl.float32) + 1.0
+    best_scale, best_zero = _tried_grid(low, high, best_part, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO, DROP)
+    best_loss = tl.zeros((BM,), dtype=tl.float32) + float("inf")
+    around = best_part
+    for i in range(FIRST + LATE):
+        part = tl.zeros((BM,), dtype=tl.float32) + tl.load(parts + i)
+        if i >= FIRST:
+            if (i - FIRST) % 2 == 0:
+                around = best_part
+            part = around + part
+        s, z = _tried_grid(low, high, part, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO, DROP)
+        w = weights
+        loss = tl.zeros((BM,), dtype=tl.float32)
+        for j in range(g):
+            row = tl.load(u + j * u_k + cols * u_n, mask=(cols > j) & (cols < g), other=0.0)
+            pivot = tl.load(u + j * (u_k + u_n))
+            column = tl.sum(tl.where((cols == j)[None, :], w, 0.0), 1)
+            step = _round(tl.clamp(tl.div_rn(column, s), -z, MAX_CODE - z))
+            error = tl.div_rn(column - step * s, tl.zeros_like(column) + pivot)
+            loss += error * error
+            w -= error[:, None] * row[None, :]
+        better = loss < best_loss
+        best_loss = tl.where(better, loss, best_loss)
+        best_scale = tl.where(better, s, best_scale)
+        best_zero = tl.where(better, z, best_zero)
+        best_part = tl.where(better, part, best_part)
+    at = batch * grid_b + rows * grid_m
+    tl.store(scale + at, best_scale, mask=row_live)
+    tl.store(zero + at, best_zero, mask=row_live)
