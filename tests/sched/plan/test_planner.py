@@ -200,18 +200,20 @@ def test_arithmetic_of_hessians_factors_and_solves() -> None:
 
 
 def test_searches_and_sweeps_take_their_time() -> None:
-    """Copies of groups are moved for each grid; a sweep is a product with the whole Hessian, where GPTQ needs half of it."""
+    """A grid is a pass over the columns of a group; a sweep is a product with the whole Hessian, where GPTQ needs half of it."""
 
-    def solving(on_gpu: bool = True, **changes: object) -> Phase:
+    def solving(**changes: object) -> Phase:
         scheme = dataclasses.replace(SCHEME, **changes)  # type: ignore[arg-type]
         work = dataclasses.replace(WORK, scheme=lambda _: scheme)
-        return phase(job_cost(SHAPE, work, dataclasses.replace(BEST, on_gpu=on_gpu, tier="host"), 0), "solve")
+        return phase(job_cost(SHAPE, work, BEST, 0), "solve")
 
     plain, searched, swept = solving(scales="minmax", sweeps=0), solving(sweeps=0), solving(sweeps=3)
-    assert searched.flops == plain.flops and searched.moved > 10 * plain.moved
-    assert solving(on_gpu=False, scales="minmax", sweeps=0).moved == solving(on_gpu=False, sweeps=0).moved
+    weights = sum(linear.m * linear.n for block in SHAPE.blocks for linear in block.linears)
+    assert plain.flops["single"] == 0 and searched.flops["single"] == 2 * 16 * SCHEME.group_size * weights
+    assert solving(bits=2, sweeps=0).flops["single"] == 2 * 28 * SCHEME.group_size * weights
+    assert searched.moved == plain.moved and searched.flops["solve"] == plain.flops["solve"]
     assert swept.flops["solve"] == 7 * plain.flops["solve"] and swept.moved > searched.moved
-    assert solving(order="activation", sweeps=0).moved == plain.moved
+    assert solving(order="activation", sweeps=0).flops == plain.flops
 
 
 def test_time_is_arithmetic_and_moving_at_the_best_rates() -> None:
