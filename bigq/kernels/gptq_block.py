@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigq.kernels.grid import GridSpec, GroupGrid, find_grid_reference, least_loss_grid
+from bigq.kernels.grid import GroupGrid, found_grid
 from bigq.kernels.pick import use_compiled, use_triton
 
 #: Columns of a sub-block. Inside it, errors are spread column by column; the rest of the block is corrected by one product.
@@ -102,25 +102,6 @@ def gptq_block_reference_(
         scratch.squares[: e - s].addcmul_(target[s:e], target[s:e])
     total: Tensor = scratch.squares.sum(0)
     return total
-
-
-def found_grid(target: Tensor, u: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [m] of a group whose turn has come, for its corrected weights [g, m] and its part of U [g, g]."""
-    if not spec.search:
-        return find_grid_reference(target, spec)
-    return least_loss_grid(target, spec, lambda scale, zero: _loss_in_group(target, u, scale, zero, spec))
-
-
-def _loss_in_group(w: Tensor, u: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
-    """``Σ_j ((w_j − q_j) / u_jj)²`` of each row, [c, m], for weights [g, m] and c grids: scale, zero: [c, m]."""
-    loss = torch.zeros_like(scale)
-    w = w[:, None].repeat(1, len(scale), 1)
-    for j, column in enumerate(w):
-        step = torch.clamp(torch.round(column / scale), -zero, spec.max_code - zero)
-        error = column.sub_(step * scale).div_(u[j, j])
-        loss.addcmul_(error, error)
-        w[j + 1 :].sub_(u[j, j + 1 :, None, None] * error)
-    return loss
 
 
 def _columns(scratch: Scratch, weights: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float) -> None:

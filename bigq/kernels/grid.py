@@ -53,6 +53,25 @@ def find_grid_reference(w: Tensor, spec: GridSpec, weight: Tensor | None = None)
     return torch.where(lost, full[0], scale), torch.where(lost, full[1], zero)
 
 
+def found_grid(target: Tensor, u: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [m] of a group whose turn has come, for its corrected weights [g, m] and its part of U [g, g]."""
+    if not spec.search:
+        return find_grid_reference(target, spec)
+    return least_loss_grid(target, spec, lambda scale, zero: _loss_in_group(target, u, scale, zero, spec))
+
+
+def _loss_in_group(w: Tensor, u: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
+    """``Σ_j ((w_j − q_j) / u_jj)²`` of each row, [c, m], for weights [g, m] and c grids: scale, zero: [c, m]."""
+    loss = torch.zeros_like(scale)
+    w = w[:, None].repeat(1, len(scale), 1)
+    for j, column in enumerate(w):
+        step = torch.clamp(torch.round(column / scale), -zero, spec.max_code - zero)
+        error = column.sub_(step * scale).div_(u[j, j])
+        loss.addcmul_(error, error)
+        w[j + 1 :].sub_(u[j, j + 1 :, None, None] * error)
+    return loss
+
+
 def least_loss_grid(target: Tensor, spec: GridSpec, solve: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """The tried grid of the least loss for each row of a group's weights [..., g, m]: scale and zero point [..., m].
 

@@ -78,7 +78,7 @@ def test_what_is_sound_is_told_by_shapes_alone(bits: int, version: int, tmp_path
 
 @pytest.mark.usefixtures("_pieces")
 @pytest.mark.parametrize("at", [0, 1, GROUPS * M - 1])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.0, -0.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -0.0])
 def test_scales_that_are_none(value: float, at: int, tmp_path: Path) -> None:
     tensors = packed(4, 1)
     tensors["a.q.scales"].view(-1)[at] = value

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq.kernels.gpu.gptq_round import _grid_for_range, _round
-from bigq.kernels.gpu.group_search import search_group_triton_
+from bigq.kernels.gpu.grid import _grid_for_range, _round, found_grid_triton
 from bigq.kernels.grid_spec import SCALE_BITS, GroupGrid
 from bigq.kernels.pick import input_precision
 
@@ -42,7 +41,7 @@ def gptq_block_triton_(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, g
     for g in range(grid.scale.shape[1]):
         s, e = g * width, (g + 1) * width
         group = target[:, s:e], u[:, s:e, s:e]
-        search_group_triton_(*group, grid.spec, grid.scale[:, g], grid.zero[:, g])
+        grid.scale[:, g], grid.zero[:, g] = found_grid_triton(*group, grid.spec)
         given = GroupGrid(grid.spec, grid.scale[:, g : g + 1], grid.zero[:, g : g + 1], torch.zeros_like(grid.group[:, s:e]), False)
         loss += _launch(*group, work[:, s:e], codes[:, s:e], given)
         target[:, e:] -= u[:, s:e, e:].mT @ target[:, s:e]

@@ -1,4 +1,4 @@
-"""The search for a group's grid in the column loop on a GPU: one launch tries all grids, each program for a tile of rows.
+"""The grid of a group in the column loop on a GPU, and its search: one launch tries all grids, each program for a tile of rows.
 
 A program holds the group's weights of its rows in registers, and quantizes a copy of them with one grid after the other. A candidate costs
 as many steps as the group has columns, so the search takes some thirty times the work of the loop over the group, all of it in registers.
@@ -14,21 +14,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq.kernels.gpu.gptq_round import _grid_for_range, _round
-from bigq.kernels.grid_spec import REFINED, SCALE_BITS, GridSpec
+from bigq.kernels.grid_spec import FP16_TINY, REFINED, SCALE_BITS, GridSpec
 
 ROWS = 16
 #: Columns that a warp holds in registers.
 COLUMNS_OF_WARP = 32
 
+_TINY = tl.constexpr(FP16_TINY)
+#: Adding and subtracting 1.5 · 2²³ rounds a small fp32 number to the nearest integer, ties to even.
+_ROUNDER = tl.constexpr(12582912.0)
 
-def search_group_triton_(target: Tensor, u: Tensor, spec: GridSpec, scale: Tensor, zero: Tensor) -> None:
-    """Write the grid of the least loss for each row of a group's weights: see ``grid.least_loss_grid``.
 
-    target: fp32 [batch, g, m], g at most 128. u: [batch, g, g]. scale, zero: fp32 [batch, m], of equal strides.
+def found_grid_triton(target: Tensor, u: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    """``found_grid`` for a search in groups of several matrices: scales and zero points, fp32 [batch, m].
+
+    target: fp32 [batch, g, m], g at most 128. u: [batch, g, g].
     """
     batch, g, m = target.shape
-    assert scale.stride() == zero.stride() and target.dtype == u.dtype == scale.dtype == torch.float32
+    assert target.dtype == u.dtype == torch.float32
+    scale, zero = (torch.empty(batch, m, dtype=torch.float32, device=target.device) for _ in range(2))
     columns = max(COLUMNS_OF_WARP, triton.next_power_of_2(g))
     _search_kernel[(triton.cdiv(m, ROWS), batch)](
         target,
@@ -53,6 +57,7 @@ def search_group_triton_(target: Tensor, u: Tensor, spec: GridSpec, scale: Tenso
         num_warps=columns // COLUMNS_OF_WARP,
         enable_fp_fusion=False,
     )
+    return scale, zero
 
 
 @functools.cache
@@ -60,6 +65,40 @@ def _parts(spec: GridSpec, device: torch.device) -> Tensor:
     """What is tried, as fractions of the range: first these, then ± each step around the best of each row."""
     first = [hundredths / 100 for hundredths in spec.solved]
     return torch.tensor([*first, *(side * step / 100 for step in REFINED for side in (-1, 1))], dtype=torch.float32, device=device)
+
+
+@triton.jit
+def _round(x):
+    return (x + _ROUNDER) - _ROUNDER
+
+
+@triton.jit
+def _round_scale(scale, DROP: tl.constexpr):
+    half = scale.to(tl.float16)
+    if DROP > 0:
+        pattern = half.to(tl.int16, bitcast=True).to(tl.int32)
+        pattern = (pattern + ((1 << (DROP - 1)) - 1) + ((pattern >> DROP) & 1)) >> DROP << DROP
+        half = pattern.to(tl.int16).to(tl.float16, bitcast=True)
+    stored = half.to(tl.float32)
+    stored = tl.where(stored == 0, _TINY, stored)
+    return tl.where(scale == 0, 1.0, stored)
+
+
+@triton.jit
+def _grid_for_range(
+    low, high, MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr, DROP: tl.constexpr
+):
+    if SYMMETRIC:
+        scale = _round_scale(tl.div_rn(2.0 * tl.maximum(-low, high), tl.zeros_like(low) + MAX_CODE), DROP)
+        zero = tl.zeros_like(low) + HALF
+    else:
+        scale = _round_scale(tl.div_rn(high - low, tl.zeros_like(low) + MAX_CODE), DROP)
+        zero = _round(tl.clamp(tl.div_rn(-low, scale), 0.0, MAX_CODE + 0.0))
+        if MIN_ZERO > 0:
+            widened = _round_scale(tl.div_rn(high, tl.zeros_like(low) + (MAX_CODE - MIN_ZERO)), DROP)
+            scale = tl.where(zero < MIN_ZERO, tl.maximum(scale, widened), scale)
+            zero = tl.maximum(zero, MIN_ZERO + 0.0)
+    return scale, zero
 
 
 @triton.jit
