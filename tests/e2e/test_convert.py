@@ -131,7 +131,7 @@ def test_verify_looks_at_every_tensor_of_a_compressed_tensors_job(suffix: str, c
     path = shard_of(tmp_path / "out", name)
     assert scan_shard(path, KNOWN["compressed-tensors"]).problems == ()
     tensor = stored_tensors(tmp_path / "out")[name]
-    wrong = {"weight_scale": -tensor, "weight_shape": tensor + 1}.get(suffix, tensor[:-1].clone())
+    wrong = {"weight_scale": tensor * 0, "weight_shape": tensor + 1}.get(suffix, tensor[:-1].clone())
     rewrite(tmp_path / "out", name, wrong)
     assert any(name.rpartition(".")[0] in problem for problem in scan_shard(path, KNOWN["compressed-tensors"]).problems)
 

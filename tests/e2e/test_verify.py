@@ -315,7 +315,7 @@ def test_a_model_with_code_of_its_own_is_not_run_unasked(out: Path) -> None:
 PREFIX = "model.layers.1.mlp"
 VALUES: dict[str, tuple[str, Callable[[torch.Tensor], Any]]] = {
     "NaN scale": (f"{PREFIX}.up_proj.scales", lambda t: t.view(-1)[-1:].fill_(float("nan"))),
-    "negative scale": (f"{PREFIX}.up_proj.scales", lambda t: t[0].neg_()),
+    "scale of 0": (f"{PREFIX}.up_proj.scales", lambda t: t[0].zero_()),
     "zero point out of range": (f"{PREFIX}.down_proj.qzeros", lambda t: t[-1, -1:].fill_(-1)),
     "zero point not in the middle": (f"{PREFIX}.up_proj.qzeros", lambda t: t[0, :1].fill_(0x77777776)),
     "group": (f"{PREFIX}.up_proj.g_idx", lambda t: t[-1:].zero_()),
