@@ -126,6 +126,7 @@ def test_linears_side_by_side_have_the_bits_of_single_ones(order: OrderName) -> 
         assert one[0].loss == alone.loss
 
 
+@pytest.mark.long  # the searches take ten seconds each in the interpreter
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_on_triton_the_result_is_the_same(scheme: QuantScheme, device: torch.device, request: pytest.FixtureRequest) -> None:
     weight, hessian = (t.float() for t in problem(m=8))
