@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from bigq.errors import UnsupportedModelError
-from bigq.model.architecture import is_composite, max_positions, text_config
+from bigq.model.architecture import is_composite, text_config
 from bigq.model.description import ModelDescription, replace_forward
 from bigq.model.forward.block_call import BlockCall, OutputForm
-from bigq.model.forward.capture import StopForward, first_input, forward_errors, record_calls, replace_forwards
+from bigq.model.forward.capture import StopForward, forward_errors, replace_forwards
 from bigq.model.rotation.banks import ADVICE
+from bigq.model.rotation.calls import StandInModel
 from bigq.model.rotation.find import CLOSE, Call, factor_of, find_roles
 from bigq.model.rotation.matrices import Rotation
 from bigq.model.rotation.proof import prove
 from bigq.model.rotation.roles import STREAM_SEED, Roles
-from bigq.model.rotation.standins import Bare, generator_of
 
 #: Tokens of the row that experiments run on.
 TOKENS = 8
@@ -55,84 +54,46 @@ def model_roles(described: ModelDescription) -> ModelRoles:
 class _Experiments:
     def __init__(self, described: ModelDescription) -> None:
         self._of, self._model = described, described.model
-        self._device = next((b.device for b in described.model.buffers()), torch.device("cpu"))
-        self._width = described.embedding.embedding_dim
-        length = min(TOKENS, max_positions(described.config) or TOKENS)
-        self._ids = torch.arange(length, device=self._device)[None] % described.embedding.num_embeddings
-        self._rows = torch.randn(1, length, self._width, generator=generator_of("embedding")).to(self._device)
-        self._rest = _bare_rest(described, self._width, self._device)
-        self._stream = Rotation(self._width, STREAM_SEED)
+        self._whole = StandInModel(described, TOKENS)
+        self._stream = Rotation(self._whole.width, STREAM_SEED)
 
     def run(self) -> ModelRoles:
-        hidden, first = self._entering(self._rows)
-        if hidden.shape != self._rows.shape:
+        whole = self._whole
+        hidden, first = whole.entering(whole.rows)
+        if hidden.shape != whole.rows.shape:
             raise UnsupportedModelError(
-                f"--rotate: the residual stream is {list(hidden.shape[2:])} numbers a token, and the embedding has {self._width}; {ADVICE}"
+                f"--rotate: the residual stream is {list(hidden.shape[2:])} numbers a token, and the embedding has {whole.width}; {ADVICE}"
             )
-        turned, _ = self._entering(self._stream.turn(self._rows))
-        if not factor_of(hidden, self._rows) or not _same(turned, self._stream.turn(hidden)):
+        turned, _ = whole.entering(self._stream.turn(whole.rows))
+        if not factor_of(hidden, whole.rows) or not _same(turned, self._stream.turn(hidden)):
             raise UnsupportedModelError(
                 f"--rotate: what enters the first block is not what the embedding returns, such as a sum with position embeddings; {ADVICE}"
             )
-        form, calls = self._calls(hidden, first)
+        form = whole.form(hidden, first)
         found: dict[Any, Roles] = {}
         roles: list[Roles] = []
         worst = 0.0
-        for i, (block, call) in enumerate(zip(self._of.blocks, calls, strict=True)):
-            bare = Bare(block, f"{self._of.blocks_path}.{i}", self._width, self._device)
+        for i, (block, call) in enumerate(zip(self._of.blocks, self._calls(form), strict=True)):
+            bare = whole.bare(i)
             run = _block_run(block, call)
             key = (type(block), tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
             if key not in found:
-                found[key] = find_roles(bare, run, hidden, _head_sizes(self._of.config))
+                found[key] = find_roles(bare, run, hidden, head_sizes(self._of.config))
             worst = max(worst, prove(bare, run, hidden, found[key]))
             roles.append(found[key])
         run = self._logits(form)
-        around = find_roles(self._rest, run, hidden, (), ends=True)
+        around = find_roles(whole.rest, run, hidden, (), ends=True)
         if tuple(around.readers) != (self._of.head_name,):
             raise UnsupportedModelError(
                 f"--rotate: {self._of.head_name}, the output head, is behind no norm of the residual stream; {ADVICE}"
             )
-        worst = max(worst, prove(self._rest, run, hidden, around, stream_out=False))
-        return ModelRoles(self._width, tuple(roles), around, worst)
+        worst = max(worst, prove(whole.rest, run, hidden, around, stream_out=False))
+        return ModelRoles(whole.width, tuple(roles), around, worst)
 
-    @contextlib.contextmanager
-    def _embedded(self, rows: Tensor) -> Iterator[None]:
-        with replace_forward(self._of.embedding, lambda *_, **__: rows.clone()):
-            yield
-
-    def _entering(self, rows: Tensor) -> tuple[Tensor, BlockCall]:
-        """What block 0 receives where the embedding returns ``rows`` [1, T, d]."""
-        found: list[tuple[Tensor, BlockCall]] = []
-
-        def run() -> Tensor:
-            with self._embedded(rows):
-                found.append(first_input(self._model, self._of.blocks, self._ids))
-            return found[0][0]
-
-        self._rest.run(run)
-        return found[0]
-
-    def _calls(self, hidden: Tensor, first: BlockCall) -> tuple[OutputForm, list[BlockCall]]:
-        """The form of a block's output, and the calls of all blocks, which must not depend on the stream."""
-        block = self._of.blocks[0]
-        bare = Bare(block, f"{self._of.blocks_path}.0", self._width, self._device)
-        outputs: list[Any] = []
-
-        def run() -> Tensor:
-            outputs.append(block(hidden.clone(), *first.args, **first.kwargs))
-            return hidden
-
-        bare.run(run)
-        form = OutputForm.of(outputs[0])
-        found: list[list[BlockCall]] = []
-        for rows in (self._rows, self._stream.turn(self._rows)):
-
-            def record(rows: Tensor = rows) -> Tensor:
-                with self._embedded(rows):
-                    found.append(record_calls(self._model, self._of.blocks, self._ids, form))
-                return rows
-
-            self._rest.run(record)
+    def _calls(self, form: OutputForm) -> list[BlockCall]:
+        """The calls of all blocks, which must not depend on the stream."""
+        rows = self._whole.rows
+        found = [self._whole.calls(given, form) for given in (rows, self._stream.turn(rows))]
         for i, (one, other) in enumerate(zip(*found, strict=True)):
             if one.row_values or any(
                 a.shape != b.shape or not torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True)
@@ -141,7 +102,7 @@ class _Experiments:
                     f"--rotate: {self._of.blocks_path}.{i} takes more from the embedding, or from other blocks, than the residual stream; "
                     f"{ADVICE}"
                 )
-        return form, found[0]
+        return found[0]
 
     def _logits(self, form: OutputForm) -> Call:
         blocks = self._of.blocks
@@ -155,12 +116,12 @@ class _Experiments:
 
             head = self._of.head.forward  # the stand-in
             with (
-                self._embedded(self._rows),
+                self._whole.embedded(self._whole.rows),
                 replace_forwards([*blocks], lambda i: lambda *args, **kwargs: form.wrap(hidden.clone(), i)),
                 replace_forward(self._of.head, at_head),
                 contextlib.suppress(StopForward),
             ):
-                self._model(input_ids=self._ids, use_cache=False)
+                self._model(input_ids=self._whole.ids, use_cache=False)
             return seen[0]
 
         return run
@@ -170,12 +131,7 @@ def _block_run(block: nn.Module, call: BlockCall) -> Call:
     return lambda hidden: call.run(block, hidden.clone())
 
 
-def _bare_rest(described: ModelDescription, width: int, device: torch.device) -> Bare:
-    name = type(described.model).__name__
-    return Bare(described.model, name, width, device, without=described.blocks_path, embedding=described.embedding)
-
-
-def _head_sizes(config: Any) -> tuple[int, ...]:
+def head_sizes(config: Any) -> tuple[int, ...]:
     """The sizes that heads of values may have, by the config."""
     text = text_config(config)
     heads = getattr(text, "num_attention_heads", None) or 0

@@ -20,7 +20,7 @@ from bigq.model.experts.call import BankCall
 from bigq.model.experts.cut import banks_replaced
 from bigq.model.forward.capture import replace_forwards
 from bigq.model.rotation.roles import Turn
-from bigq.model.skeleton import linear_weight
+from bigq.model.skeleton import is_transposed, linear_weight
 
 #: Called behind a module: its name, its first input, its output; returns the output to use.
 After = Callable[[str, Tensor, Tensor], Tensor]
@@ -39,7 +39,7 @@ class LinearStandIn:
         self._at = torch.randint(0, n, (2, m), generator=generator)
         self._weights = 0.5 + torch.rand(2, m, generator=generator)
         self._weights[1] *= -1
-        self._bias = torch.randn(m, generator=generator) if bias else None
+        self._bias = 0.25 * torch.randn(m, generator=generator) if bias else None
 
     @classmethod
     def of(cls, name: str, module: nn.Module) -> LinearStandIn:
@@ -74,7 +74,7 @@ class Bare:
         """without: a path in the module whose contents do not run, such as the blocks of a model; neither does its ``embedding``."""
         self.module, self.name, self.width = module, name, width
         self.calls: dict[str, BankCall] = {}
-        self.linears = {path: m for path, m in block_linears(module).items() if not _inside(path, without)}
+        self.linears = {path: m for path, m in block_linears(module).items() if _is_plain(m) and not _inside(path, without)}
         self.banks = {path: m for path, m in bank_modules(module).items() if not _inside(path, without)}
         self._standins = {
             path: LinearStandIn(path, *linear_weight(m).shape, bias=getattr(m, "bias", None) is not None)
@@ -162,6 +162,11 @@ class Bare:
             for path, param in before.items():
                 owner, _, leaf = path.rpartition(".")
                 self.module.get_submodule(owner)._parameters[leaf] = param
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a Linear computes what its class says. Some routers are Linears whose forward returns more."""
+    return is_transposed(linear) or type(linear).forward is nn.Linear.forward
 
 
 def _inside(path: str, without: str | None) -> bool:
