@@ -36,6 +36,11 @@ def seed_option(*, help: str, **more: Any) -> Any:
     return option(0, help=help, range=_SEED, placeholder="N", **more)
 
 
+def fold_option(**more: Any) -> Any:
+    help = "scales of a Linear's inputs, which the module before it divides by and its weights are multiplied by"
+    return option(None, help=help, unset="awq with --method awq, else none", **more)
+
+
 def device_option(**more: Any) -> Any:
     return option("auto", help="auto, cpu or cuda:N; auto is the first GPU, or the CPU without one", group=RUN, **more)
 

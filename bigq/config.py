@@ -21,6 +21,7 @@ from bigq.common_options import (
     batch_option,
     device_option,
     dtype_option,
+    fold_option,
     quiet_option,
     seed_option,
     seqlen_option,
@@ -35,7 +36,7 @@ from bigq.options import Converted, Effect, Range, Resume, at_least, checked, op
 from bigq.presets import PRESETS
 from bigq.progress.sizes import parse_size
 from bigq.scheme import CALIBRATED, WEIGHTS, QuantScheme, Rule, frozen_rules, scheme_fields
-from bigq.vocabulary import AttentionName, DtypeName, FetchChoice, FormatName, MethodName, OnNonfinite, QualityName, TierChoice
+from bigq.vocabulary import AttentionName, DtypeName, FetchChoice, FoldName, FormatName, MethodName, OnNonfinite, QualityName, TierChoice
 
 if TYPE_CHECKING:
     from bigq.io.formats import Format
@@ -46,6 +47,7 @@ FORMAT_WITH_EXPERTS: FormatName = "compressed-tensors"
 NEVER = "never"
 
 CORRECTED = Effect(unless="without --method gptaq", holds=lambda job, _: job.method == "gptaq", refused=True)
+SCALED = Effect(unless="with --method gptaq or rtn", holds=lambda job, _: job.method in ("gptq", "awq"), refused=True)
 ON_RECORDS = Effect(unless="on texts by name", holds=lambda job, _: not is_named(job.calibration))
 STREAMED = Effect(unless="with --fetch download", holds=lambda job, _: job.fetch != "download")
 ON_GPU = Effect(unless="on a CPU", holds=lambda _, device: device != "cpu")
@@ -119,10 +121,12 @@ class JobConfig:
     )
     method: MethodName = option(
         "gptq",
-        help="gptaq also corrects the error that earlier Linears add to the inputs; rtn rounds to nearest without calibration",
+        help="gptaq also corrects the error that earlier Linears add to the inputs; awq rounds to nearest after scaling inputs; "
+        "rtn rounds to nearest without calibration",
         group=WEIGHTS,
         resume=Resume.REFUSED,
     )
+    fold: FoldName | None = fold_option(group=WEIGHTS, resume=Resume.REFUSED, added=True, effects=(SCALED,))
     alpha: float = option(
         0.5,
         help="fraction of the upstream error that gptaq corrects",

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 #: Methods; each has a file in ``bigq.methods``.
-MethodName = Literal["gptq", "gptaq", "rtn"]
+MethodName = Literal["gptq", "gptaq", "awq", "rtn"]
+#: Rules by which scales of inputs are chosen that the module before divides by.
+FoldName = Literal["none", "awq", "smoothquant"]
 #: The orders in which columns are quantized.
 OrderName = Literal["natural", "activation", "group"]
 #: How scales are found: from the range of a group's weights, or by a search for the least error.
@@ -28,6 +30,7 @@ OnNonfinite = Literal["stop", "skip"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
+FOLDS: tuple[FoldName, ...] = get_args(FoldName)
 ORDERS: tuple[OrderName, ...] = get_args(OrderName)
 ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
 FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)

@@ -219,6 +219,10 @@ class FinishedBlock:
         words, scales, zeros = (t.to(device) for t in stored)
         return dequantize_packed(words, scales, zeros, scheme.bits, dtype)
 
+    def plain(self, name: str) -> Tensor:
+        """An unquantized tensor of the block, by its name in the shard."""
+        return read_tensor(self._tensors[name])
+
 
 def _files_in(folder: Path) -> list[Path]:
     """The files in a folder, sorted by name. Raises ResourceError."""

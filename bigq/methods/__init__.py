@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from bigq.config import JobConfig
+from bigq.methods.awq import Awq
 from bigq.methods.base import Method
 from bigq.methods.gptaq import Gptaq
 from bigq.methods.gptq import Gptq
 from bigq.methods.rtn import Rtn
+from bigq.methods.scaling import SCALINGS
 from bigq.vocabulary import MethodName
 
 #: For each value of ``--method``, the method made from a job's settings.
 METHODS: Mapping[MethodName, Callable[[JobConfig], Method]] = {
-    "gptq": lambda config: Gptq(),
+    "gptq": lambda config: Gptq(SCALINGS[config.fold or "none"]),
     "gptaq": lambda config: Gptaq(config.alpha),
+    "awq": lambda config: Awq(SCALINGS[config.fold or "awq"]),
     "rtn": lambda config: Rtn(),
 }
 

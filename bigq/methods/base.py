@@ -32,6 +32,7 @@ from bigq.errors import NumericsError
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
 from bigq.solver.hessian import Reduction
+from bigq.solver.scaling import InputStatistics, Reader
 from bigq.vocabulary import FORMAT_NAMES, FormatName, MethodName
 
 
@@ -94,13 +95,23 @@ class Collectors(Protocol):
         """End the accumulation. A group that fails does not change the others."""
 
 
+class Scaling(Protocol):
+    """How the scales of inputs are chosen that the module before divides by (``bigq.model.folding``)."""
+
+    def takes(self, *, norm: bool) -> bool:
+        """Whether a norm, or a Linear, may be what divides."""
+
+    def choose(self, inputs: InputStatistics, readers: Sequence[Reader], channels: Tensor) -> Tensor:
+        """The scales [count] of one input. readers: the Linears that read it. channels: int64 [n], which scale each feature takes."""
+
+
 class Method(ABC):
     """The common part of all methods.
 
     name: the value of ``--method``. title: for reports and model cards. passes: how often the calibration rows pass through a block
     at each step: 0 without calibration, 1 through the quantized model, 2 through the unquantized model too. error_meaning: the
     definition of a Linear's relative error, in sentences for reports. formats: those that can hold the method's results; ``quantize``
-    and ``plan`` refuse others.
+    and ``plan`` refuse others. scaling: of inputs before a block is solved, or None.
     """
 
     name: ClassVar[MethodName]
@@ -108,6 +119,7 @@ class Method(ABC):
     passes: ClassVar[int]
     error_meaning: ClassVar[str]
     formats: ClassVar[tuple[FormatName, ...]] = FORMAT_NAMES
+    scaling: Scaling | None = None
 
     @property
     def calibrated(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bigq.errors import NumericsError
-from bigq.methods.base import CalibratedMethod, Collectors, OneByOne
+from bigq.methods.base import CalibratedMethod, Collectors, OneByOne, Scaling
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
 from bigq.solver.batch import Factors, HessianSums
@@ -25,6 +25,9 @@ class Gptq(CalibratedMethod):
     title = "GPTQ"
     passes = 1
     error_meaning = "Relative errors of outputs on the calibration text (squared norms): ‖(W − Q)X‖² / ‖WX‖²."
+
+    def __init__(self, scaling: Scaling | None = None) -> None:
+        self.scaling = scaling
 
     def collector(self, n: int, device: torch.device, *, finite_only: bool) -> HessianCollector:
         return HessianCollector(HessianSum(n, device, finite_only=finite_only))

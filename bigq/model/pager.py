@@ -33,6 +33,7 @@ from bigq.model.experts.pages import StoredBank, stored_banks
 from bigq.model.experts.source import ExpertSource, expert_sources, joined
 from bigq.model.experts.stored import Part, joined_parameters, merged_beside, merged_parts, require_unmerged
 from bigq.model.extras import Extras, find_extras
+from bigq.model.folding.around import model_folds
 from bigq.model.lookup import rows_held, rows_read, token_tables
 from bigq.model.names import require_parameters
 from bigq.model.packed import packed_sources
@@ -52,6 +53,7 @@ class Pager(ModelDescription):
     dtype: of the forward passes. device: of the loaded parts. remote: has the shards. packed: weight name → prefix of its packed tensors.
     decode: whether packed Linears become plain ones as they are read, so that they can be quantized again; then ``packed`` stays empty.
     rotate: whether everything is read as the rotated model's (``bigq.model.rotation``).
+    folds: of every block, if it was opened to fold (``bigq.model.folding``).
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Pager(ModelDescription):
         decode: bool = False,
         remote: RemoteShards | None = None,
         rotate: bool = False,
+        fold: bool = False,
     ) -> None:
         require_finished(folder)
         self.device = device
@@ -79,6 +82,7 @@ class Pager(ModelDescription):
         self._unrotated = self.checkpoint.tensors
         if rotate:
             self._rotate()
+        self.folds = model_folds(self) if fold else ()
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._forced = skeleton.forced_dtypes(self.model, self.dtype, self._meta)
         self.banks: dict[str, StoredBank] = {}

@@ -138,6 +138,7 @@ def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
         decode=True,
         remote=target.remote,
         rotate=config.rotate,
+        fold=method_of(config).scaling is not None,
     )
     if config.attention == "fused":
         fuse_attention(pager.model)

@@ -204,6 +204,8 @@ class _VisitWithRows:
 
     def solve(self) -> Iterator[Solved | Skipped | SolvedExpert]:
         solving = self.solving
+        if self.job.folds is not None:
+            self.job.folds.run(self.at.store)
         found = solve_block(self.job, self.at, solving.method, true_sequential=solving.true_sequential, ranks=solving.ranks)
         return self._tuned(found) if solving.tune_steps else found
 

@@ -71,6 +71,11 @@ class Bank:
         return {**dict.fromkeys(self.totals, experts + spare), **dict.fromkeys(self.counts, experts)}
 
 
+def reading_products(bank: Bank) -> tuple[Product, ...]:
+    """The products that multiply what the bank receives: all but the last one, which multiplies what the others return."""
+    return bank.products[: max(1, len(bank.products) - 1)]
+
+
 class Expert:
     """One expert of a bank, on any device. parameters: its slices, without the dimension of the experts; they can be replaced. Without
     any, a spare expert.

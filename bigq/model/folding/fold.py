@@ -9,10 +9,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Fold:
-    """Dividing ``producer``'s outputs by scales, and multiplying the inputs of all ``readers`` by them, leaves what a block computes as it is.
+    """Dividing ``producer``'s outputs by scales, and multiplying the inputs of all ``readers`` by them, changes nothing in what a block
+    computes.
 
-    Modules are named as in the block. readers: everything that receives the input: Linears, modules with a matrix such as routers, and banks
-    of experts.
+    Modules are named as in the block. readers: everything that receives the input: Linears, modules with a matrix such as routers, and
+    banks of experts.
     rows: int64 [count], the outputs of a Linear that are divided; None for a norm, of which all are.
     channels: int64 [n], of which of the scales each input takes. Heads that share their values share scales.
     offset: what a norm adds to its weight before it multiplies by it (gemma's: 1).

@@ -31,9 +31,7 @@ class StandInModel:
         self.ids = torch.arange(length, device=self.device)[None] % described.embedding.num_embeddings
         self.rows = torch.randn(1, length, self.width, generator=generator_of("embedding")).to(self.device)
         name = type(described.model).__name__
-        self.rest = Bare(
-            described.model, name, self.width, self.device, without=described.blocks_path, embedding=described.embedding
-        )
+        self.rest = Bare(described.model, name, self.width, self.device, without=described.blocks_path, embedding=described.embedding)
 
     def bare(self, i: int) -> Bare:
         """Block i."""

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigq.model.blocks import block_linears
+from bigq.model.blocks import block_linears, is_product
 from bigq.model.experts.bank import bank_modules
 from bigq.model.experts.call import BankCall
 from bigq.model.experts.cut import banks_replaced
 from bigq.model.forward.capture import replace_forwards
 from bigq.model.rotation.roles import Turn
-from bigq.model.skeleton import is_transposed, linear_weight
+from bigq.model.skeleton import linear_weight
 
 #: Called behind a module: its name, its first input, its output; returns the output to use.
 After = Callable[[str, Tensor, Tensor], Tensor]
@@ -165,8 +165,13 @@ class Bare:
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether a Linear computes what its class says. Some routers are Linears whose forward returns more."""
-    return is_transposed(linear) or type(linear).forward is nn.Linear.forward
+    """Whether a Linear returns what its class says. Some routers are Linears whose forward returns more. linear: on meta."""
+    weight = linear_weight(linear)
+    x = torch.empty(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    try:
+        return is_product(linear, x, linear(x))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
 
 
 def _inside(path: str, without: str | None) -> bool:

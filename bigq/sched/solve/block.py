@@ -33,6 +33,7 @@ from bigq.sched.rows.routed import RoutedRows, record_routed
 from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.solve.bank import BankJob, SolvedExpert, round_bank, run_bank_rows, solve_bank
+from bigq.sched.solve.fold import FOLD_STEP, FoldWork
 from bigq.sched.solve.results import Skipped, Solved
 from bigq.scheme import QuantScheme
 from bigq.vocabulary import OnNonfinite
@@ -44,7 +45,7 @@ class BlockJob:
 
     index: of the block. prefix: its module path. schemes: by the Linear's name in the block; Linears without a scheme stay unquantized.
     on_nonfinite: if a value is not finite or a factorization fails, "stop" with an error, or "skip" the tokens and Linears concerned.
-    banks: the banks of experts by their name in the block.
+    banks: the banks of experts by their name in the block. folds: where inputs of its Linears can be scaled, if the method does so.
     """
 
     index: int
@@ -56,6 +57,7 @@ class BlockJob:
     clock: Clock
     on_nonfinite: OnNonfinite = "stop"
     banks: Mapping[str, BankJob] = field(default_factory=dict)
+    folds: FoldWork | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +85,7 @@ def solve_block(
     linears = block_linears(job.block)
     passes = _passes(job, method)
     for number, level in enumerate(job.plan.levels(true_sequential)):
-        step = 1 + number * passes + method.passes * len(job.banks)
+        step = _first_step(method) + number * passes + method.passes * len(job.banks)
         for name in _banks_at(job, number, true_sequential):
             yield from _solve_bank(job, rows, method, name, true_sequential)
         wanted = [Group(kept, g.level) for g in level if (kept := tuple(n for n in g.names if n in job.schemes))]
@@ -146,6 +148,10 @@ def _solve_bank(job: BlockJob, rows: BlockRows, method: CalibratedMethod, name: 
         yield from solve_bank(job.banks[name], method, routed, before)
 
 
+def _first_step(method: CalibratedMethod) -> int:
+    return FOLD_STEP + (method.scaling is not None)
+
+
 def _passes(job: BlockJob, method: CalibratedMethod) -> int:
     """A level's steps: a pass to each bank, one to collect, one for each shortcut. They do not depend on what is cached."""
     return 1 + method.passes * (len(job.banks) + len(block_linears(job.block)))
@@ -153,7 +159,8 @@ def _passes(job: BlockJob, method: CalibratedMethod) -> int:
 
 def bank_step(job: BlockJob, method: CalibratedMethod, name: str, true_sequential: bool) -> int:
     """The step of the pass to a bank; the one of the unquantized model comes next."""
-    return 1 + _bank_level(job, name, true_sequential) * _passes(job, method) + method.passes * list(job.banks).index(name)
+    level = _bank_level(job, name, true_sequential)
+    return _first_step(method) + level * _passes(job, method) + method.passes * list(job.banks).index(name)
 
 
 def _bank_level(job: BlockJob, name: str, true_sequential: bool) -> int:

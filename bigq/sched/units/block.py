@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -15,14 +15,16 @@ from bigq.io.writer import OutputTensor
 from bigq.job.finish import FinishedBlock
 from bigq.job.journal import Commit
 from bigq.machine.memory import return_freed_memory
+from bigq.methods import method_of
 from bigq.model import skeleton
 from bigq.model.pager import Pager
 from bigq.model.skeleton import linear_weight
 from bigq.model.structure import BlockPlan
 from bigq.progress.records import LinearRecord, dead_inputs_warning
 from bigq.sched.shards import Product, Shard
-from bigq.sched.solve.bank import SolvedExpert
+from bigq.sched.solve.bank import BankJob, SolvedExpert
 from bigq.sched.solve.block import BlockJob
+from bigq.sched.solve.fold import FoldWork
 from bigq.sched.solve.results import Skipped
 from bigq.sched.solving import BlockVisit, Solving
 from bigq.sched.units.base import Bench, StreamedUnit
@@ -63,21 +65,27 @@ class BlockUnit(StreamedUnit):
             pager.announce_block(self.index + 1)
         plan = bench.structure(block, self.index)
         experts = BankWork(bench, self.index, self.groups, solving.batch)
+        schemes = self._schemes(bench.config, plan)
+        restored = {} if commit is None else self._unless_left_out(schemes, commit)
+        banks = experts.jobs(self.prefix, block, bench.banks(block, self.index, plan))
+        folds = self._folds(bench, block, schemes if commit is None else restored, banks)
+        if folds is not None:
+            experts.factors = folds.factors
         job = BlockJob(
             index=self.index,
             prefix=self.prefix,
             block=block,
             plan=plan.with_shortcuts(last=not last and bench.choice.kept_rows > 0, others=bench.choice.memo),
-            schemes=self._schemes(bench.config, plan) if commit is None else {},
+            schemes=schemes if commit is None else {},
             device=pager.device,
             clock=control.clock,
             on_nonfinite=bench.config.on_nonfinite,
-            banks=experts.jobs(self.prefix, block, bench.banks(block, self.index, plan)),
+            banks=banks,
+            folds=folds if commit is None else None,
         )
         records: list[LinearRecord] = []
         with solving.block(job) as visit:
-            restored = {} if commit is None else self._restored_schemes(bench.config, plan, commit)
-            restore = None if commit is None else functools.partial(self._restore, bench, block, restored, commit)
+            restore = None if commit is None else functools.partial(self._restore, bench, block, restored, commit, folds)
             if not whole:
                 if restore is not None:
                     visit.keep_originals(restored)
@@ -136,36 +144,55 @@ class BlockUnit(StreamedUnit):
             control.progress.say(f"block {self.index + 1}: up to {lost} calibration tokens are not finite and were left out of a Hessian")
         if (warning := dead_inputs_warning(records)) is not None:
             control.progress.warn_once("dead inputs", warning)
-        tensors = self._tensors(bench, packed)
+        tensors = self._tensors(bench, packed, job.folds.changed if job.folds is not None else ())
         left_out = [f"{self.prefix}.{name}" for name in job.plan.left_out] + list(skipped)
         return Product(tensors=tensors, records=records, left_out=left_out, skipped=skipped, batch=solving.batch)
 
-    def _tensors(self, bench: Bench, packed: Mapping[str, Mapping[str, Tensor]]) -> list[OutputTensor]:
+    def _tensors(self, bench: Bench, packed: Mapping[str, Mapping[str, Tensor]], changed: Iterable[str]) -> list[OutputTensor]:
         """What the shard holds, in the checkpoint's order. packed: the quantized Linears by the name of their weight in the checkpoint.
+        changed: names in the block of parameters that scales were folded into.
 
         Unquantized weights are copied; of those that are not stored plainly, the loaded value is written.
         """
         pager, writer = bench.pager, bench.writer
         inside = [name for name in pager.block_names(self.index) if pager.has_source(name)]
         sources = {source.name: (name, source) for name in inside if not (source := pager.source_of(name)).is_plain}
+        for source, full in ((pager.source_of(full), full) for full in (f"{self.prefix}.{name}" for name in changed)):
+            sources[source.name] = full, source
         owned = {info.name for _, source in sources.values() for info in source.tensors}
         tensors: list[OutputTensor] = []
         for name in dict.fromkeys([*self.shard.sources, *sources]):
             if name in packed:
                 tensors += writer.packed(packed[name])
             elif name in sources:
-                tensors += writer.packed({name: pager.model.get_parameter(sources[name][0]).detach()})
+                full, source = sources[name]
+                tensors += writer.packed({name: pager.model.get_parameter(full).detach().to(source.dtype)})
             elif name not in owned:
                 tensors.append(writer.stored(name))
         return tensors
 
-    def _restored_schemes(self, config: JobConfig, plan: BlockPlan, commit: Commit) -> dict[str, QuantScheme]:
+    def _folds(self, bench: Bench, block: nn.Module, schemes: Mapping[str, QuantScheme], banks: Mapping[str, BankJob]) -> FoldWork | None:
+        """Where inputs of the block's Linears can be scaled, if the method does so. schemes: of those that are, or were, quantized."""
+        scaling = method_of(bench.config).scaling
+        if scaling is None:
+            return None
+        return FoldWork(
+            folds=bench.pager.folds[self.index].folds,
+            scaling=scaling,
+            index=self.index,
+            prefix=self.prefix,
+            block=block,
+            schemes=schemes,
+            banks=banks,
+            clock=bench.control.clock,
+        )
+
+    def _unless_left_out(self, schemes: Mapping[str, QuantScheme], commit: Commit) -> dict[str, QuantScheme]:
         """The scheme of each Linear that the committed shard holds quantized, by its name in the block."""
-        schemes = self._schemes(config, plan)
         return {name: scheme for name, scheme in schemes.items() if f"{self.prefix}.{name}" not in commit.left_out}
 
-    def _restore(self, bench: Bench, block: nn.Module, schemes: Mapping[str, QuantScheme], commit: Commit) -> None:
-        """Load the committed weights of a block's Linears into its modules. schemes: by name in the block."""
+    def _restore(self, bench: Bench, block: nn.Module, schemes: Mapping[str, QuantScheme], commit: Commit, folds: FoldWork | None) -> None:
+        """Load the committed weights of a block's Linears into its modules, and what scales were folded into. schemes: by name in it."""
         made: Format = bench.config.made
         finished = FinishedBlock(bench.writer.journal, commit, made)
         for name, scheme in schemes.items():
@@ -173,6 +200,9 @@ class BlockUnit(StreamedUnit):
             module = block.get_submodule(name)
             weight = finished.weight(source, scheme, linear_weight(module).dtype, bench.pager.device)
             skeleton.set_linear_weight(module, weight)
+        if folds is not None:
+            names = {name: bench.pager.source_of(f"{self.prefix}.{name}").name for name in folds.kept()}
+            folds.restore({name: finished.plain(source) for name, source in names.items()})
 
     def _show_done(self, bench: Bench, whole: bool, records: Sequence[LinearRecord], seconds: float) -> None:
         if whole:

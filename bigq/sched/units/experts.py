@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bigq.config import JobConfig
 from bigq.io.writer import OutputTensor
 from bigq.job.finish import FinishedBlock
-from bigq.model.experts.bank import Bank
+from bigq.model.experts.bank import Bank, reading_products
 from bigq.model.experts.pages import StoredBank
 from bigq.model.pager import Pager
 from bigq.progress.records import LinearRecord
@@ -69,6 +69,8 @@ class BankWork:
     index: int
     groups: Sequence[ExpertGroup]
     batch: int | None
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
+    _banks: dict[str, Bank] = field(default_factory=dict)
     _packed: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
     _records: list[LinearRecord] = field(default_factory=list)
 
@@ -89,6 +91,7 @@ class BankWork:
         for name, bank in banks.items():
             stored = bench.pager.banks[f"{prefix}.{name}"]
             schemes = bank_schemes(stored, bench.config)
+            self._banks[stored.path] = bank
             made[name] = BankJob(
                 prefix=stored.path,
                 module=block.get_submodule(name),
@@ -128,7 +131,9 @@ class BankWork:
         if e >= bank.experts:
             return {}
         self.bench.pager.announce_experts(bank.path, range(e, min(e + 2, bank.experts)))
-        return self.bench.pager.load_expert(bank.path, e)
+        held = self.bench.pager.load_expert(bank.path, e)
+        factors = self.factors.get(self._banks[bank.path].name)
+        return held if factors is None else _scaled(self._banks[bank.path], held, factors)
 
     def take(self, solved: SolvedExpert) -> list[LinearRecord]:
         """Pack an expert, and hand over its group if it is the last one of it. Returns its records."""
@@ -161,6 +166,15 @@ class BankWork:
         product = Product(tensors=tensors, records=self._records, batch=self.batch)
         self._packed, self._records = {}, []
         writer.hand_over(group.shard, product, self.index)
+
+
+def _scaled(bank: Bank, held: Mapping[str, Tensor], factors: Tensor) -> Mapping[str, Tensor]:
+    """An expert's parameters where its inputs are to be multiplied by factors [n]."""
+    scaled = {}
+    for product in reading_products(bank):
+        value = held[product.parameter]
+        scaled[product.parameter] = (value.float() * (factors[:, None] if product.transposed else factors)).to(value.dtype)
+    return {**held, **scaled}
 
 
 def uncommitted(groups: Sequence[ExpertGroup], bench: Bench) -> Iterator[ExpertGroup]:

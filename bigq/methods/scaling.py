@@ -1,0 +1,35 @@
+"""``--fold``: the rules by which scales of inputs are chosen (``bigq.solver.scaling``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from bigq.methods.base import Scaling
+from bigq.solver.scaling import InputStatistics, Reader, awq_scales, smoothquant_scales
+from bigq.vocabulary import FoldName
+
+
+class AwqScaling:
+    """By the least error of the readers' outputs (AWQ)."""
+
+    def takes(self, *, norm: bool) -> bool:
+        return True
+
+    def choose(self, inputs: InputStatistics, readers: Sequence[Reader], channels: Tensor) -> Tensor:
+        return awq_scales(inputs, readers, channels)
+
+
+class SmoothQuantScaling:
+    """By the largest inputs and weights (SmoothQuant). Only norms divide, as in the paper."""
+
+    def takes(self, *, norm: bool) -> bool:
+        return norm
+
+    def choose(self, inputs: InputStatistics, readers: Sequence[Reader], channels: Tensor) -> Tensor:
+        return smoothquant_scales(inputs, readers, channels)
+
+
+#: For each value of ``--fold``.
+SCALINGS: Mapping[FoldName, Scaling | None] = {"none": None, "awq": AwqScaling(), "smoothquant": SmoothQuantScaling()}

@@ -1,0 +1,79 @@
+"""Folding scales into the weights of a block, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from bigq.model.folding.fold import Fold
+from bigq.model.skeleton import is_linear, linear_weight
+
+
+def fold_(block: nn.Module, fold: Fold, scales: Tensor) -> Tensor:
+    """Divide the producer's outputs by ``scales`` [count], and multiply the inputs of the readers. Returns the factors of inputs, fp32 [n].
+
+    A norm's weight is rounded to its dtype, and the readers are multiplied by what it was really divided by, so that nothing but their own
+    rounding is lost. Readers that are banks are not changed: an expert is multiplied when it is loaded.
+    """
+    producer = block.get_submodule(fold.producer)
+    scales = scales.float()
+    if fold.rows is None:
+        factors = _divide_norm(producer, scales, fold.offset)
+    else:
+        weight = linear_weight(producer)
+        weight[fold.rows] = (weight[fold.rows].float() / scales[:, None]).to(weight.dtype)
+        bias = getattr(producer, "bias", None)
+        if bias is not None:
+            bias[fold.rows] = (bias[fold.rows].float() / scales).to(bias.dtype)
+        factors = scales[fold.channels]
+    for _, weight in matrices(block, fold):
+        weight.copy_(weight.float() * factors)
+    return factors
+
+
+def matrices(block: nn.Module, fold: Fold) -> Iterator[tuple[str, Tensor]]:
+    """The readers' parameters that scales multiply, by their names in the block, each as [outputs, inputs]; not those of banks."""
+    n = len(fold.channels)
+    for name in fold.readers:
+        module = block.get_submodule(name)
+        if is_linear(module):
+            yield f"{name}.weight", linear_weight(module)
+            continue
+        own = dict(module.named_parameters(recurse=False))
+        if any(param.ndim > 2 for param in own.values()):  # a bank, which may have a bias for each expert
+            continue
+        for leaf, param in own.items():
+            if param.ndim == 2 and param.shape[1] == n:
+                yield f"{name}.{leaf}", param
+
+
+def touched(block: nn.Module, fold: Fold) -> list[str]:
+    """The names of all parameters in the block that ``fold_`` may change."""
+    own = [f"{fold.producer}.{leaf}" for leaf, _ in block.get_submodule(fold.producer).named_parameters()]
+    return [*own, *(name for name, _ in matrices(block, fold))]
+
+
+def factors_of(before: Tensor, after: Tensor, offset: float, scales: Tensor | None = None) -> Tensor:
+    """What a norm's weight was divided by, fp32 [n]. scales: those asked for, which hold where the weight is 0."""
+    old, new = before.float() + offset, after.float() + offset
+    found = old / new
+    return torch.where((old != 0) & (new != 0), found, torch.ones_like(found) if scales is None else scales)
+
+
+def norm_weight(norm: nn.Module) -> str:
+    """The name of the parameter that a norm multiplies by."""
+    names = [name for name, _ in norm.named_parameters()]
+    return "weight" if "weight" in names else names[0]
+
+
+def _divide_norm(norm: nn.Module, scales: Tensor, offset: float) -> Tensor:
+    parameters = dict(norm.named_parameters())
+    weight = parameters.pop(norm_weight(norm))
+    before = weight.clone()
+    weight.copy_((weight.float() + offset) / scales - offset)
+    factors = factors_of(before, weight, offset, scales)
+    for bias in parameters.values():
+        bias.copy_(bias.float() / factors)
+    return factors
