@@ -47,7 +47,7 @@ FORMAT_WITH_EXPERTS: FormatName = "compressed-tensors"
 NEVER = "never"
 
 CORRECTED = Effect(unless="without --method gptaq", holds=lambda job, _: job.method == "gptaq", refused=True)
-SCALED = Effect(unless="with --method gptaq or rtn", holds=lambda job, _: job.method in ("gptq", "awq"), refused=True)
+SCALED = Effect(unless="without --method gptq or awq", holds=lambda job, _: job.method in ("gptq", "awq"), refused=True)
 ON_RECORDS = Effect(unless="on texts by name", holds=lambda job, _: not is_named(job.calibration))
 STREAMED = Effect(unless="with --fetch download", holds=lambda job, _: job.fetch != "download")
 ON_GPU = Effect(unless="on a CPU", holds=lambda _, device: device != "cpu")

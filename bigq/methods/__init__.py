@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from bigq.config import JobConfig
+from bigq.errors import UsageError
 from bigq.methods.awq import Awq
 from bigq.methods.base import Method
 from bigq.methods.gptaq import Gptaq
@@ -21,9 +22,14 @@ METHODS: Mapping[MethodName, Callable[[JobConfig], Method]] = {
     "rtn": lambda config: Rtn(),
 }
 
+#: Methods that can fold scales of inputs.
+FOLDING: tuple[MethodName, ...] = ("gptq", "awq")
+
 
 def method_of(config: JobConfig) -> Method:
-    """The method that a job asks for."""
+    """The method that a job asks for. Raises UsageError where it cannot fold scales, and is to."""
+    if config.fold not in (None, "none") and config.method not in FOLDING:
+        raise UsageError(f"--fold {config.fold}: no effect with --method {config.method}; use --method gptq, or leave out --fold")
     return METHODS[config.method](config)
 
 

@@ -24,6 +24,7 @@ class Awq(CalibratedMethod):
     name = "awq"
     title = "AWQ"
     passes = 1
+    hessians = False
     error_meaning = (
         "Relative errors of weights on the calibration text, each weighted by the mean square of its input: ‖(W − Q)D‖² / ‖WD‖², "
         "D² = diag(XXᵀ); products of different inputs do not count."

@@ -138,7 +138,10 @@ class DataFreeMethod(Method):
 
 
 class CalibratedMethod(Method):
-    """A method that uses the inputs of Linears."""
+    """A method that uses the inputs of Linears. hessians: whether it needs products of all pairs of inputs, and a factor of these; else
+    something of each input by itself."""
+
+    hessians: ClassVar[bool] = True
 
     @abstractmethod
     def collector(self, n: int, device: torch.device, *, finite_only: bool) -> Collector:

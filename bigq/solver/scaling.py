@@ -25,6 +25,8 @@ from bigq.scheme import QuantScheme
 SAMPLED_TOKENS = 256
 #: Exponents that are tried: 0, 1/10, … 1, then half a step on either side of the best one.
 STEPS = 10
+#: So many trials at most.
+TRIALS = 2 * (STEPS + 1) + 2
 #: Scales are at least this, and at most its reciprocal, so that a weight divided by one stays in the range of fp16.
 LEAST = 1e-4
 
@@ -145,7 +147,7 @@ def _of_scales(values: Tensor, channels: Tensor) -> Tensor:
 
 def _most_of_scales(values: Tensor, channels: Tensor) -> Tensor:
     count = int(channels.max()) + 1
-    return torch.zeros(count, device=values.device).index_reduce_(0, channels, values, "amax")
+    return torch.zeros(count, device=values.device).scatter_reduce_(0, channels, values, "amax")
 
 
 def _centred(scales: Tensor) -> Tensor:

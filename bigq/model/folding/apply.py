@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from bigq.kernels.pick import piece
 from bigq.model.folding.fold import Fold
 from bigq.model.skeleton import is_linear, linear_weight
 
@@ -29,7 +30,8 @@ def fold_(block: nn.Module, fold: Fold, scales: Tensor) -> Tensor:
             bias[fold.rows] = (bias[fold.rows].float() / scales).to(bias.dtype)
         factors = scales[fold.channels]
     for _, weight in matrices(block, fold):
-        weight.copy_(weight.float() * factors)
+        for part in weight.split(max(1, piece(on_gpu=weight.is_cuda) // weight.shape[1])):
+            part.copy_(part.float() * factors)
     return factors
 
 

@@ -6,7 +6,7 @@ The terms follow the code that they predict: ``solve.block`` (levels), ``solver.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bigq.io.prefetch.to_device import least_budget
@@ -14,13 +14,14 @@ from bigq.io.reader import CHUNK_BYTES
 from bigq.io.remote.push import WAITING_BYTES, WAITING_SHARDS
 from bigq.kernels.cholesky import panel_width
 from bigq.kernels.gptq_block import SUB_BLOCK
-from bigq.kernels.grid_spec import REFINED
 from bigq.kernels.pick import piece
 from bigq.kernels.syrk import CHUNK_TOKENS
 from bigq.sched.plan.costs.bank import BankPhase, BankTerms, bank_phases, proof_bytes
+from bigq.sched.plan.costs.fold import RowTerms, fold_phases
 from bigq.sched.plan.costs.head import head_phases
 from bigq.sched.plan.costs.rotation import block_bytes, block_flops, outside_flops, piece_bytes
 from bigq.sched.plan.costs.row import row_bytes
+from bigq.sched.plan.costs.solving import SolvingTerms
 from bigq.sched.plan.costs.survey import rounding_bytes, stream_bytes, survey_bytes, survey_flops, survey_moved
 from bigq.sched.plan.costs.tune import TuneTerms, solved_bytes, tune_bytes, tune_flops
 from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape, ModelShape, gguf_bytes, packed_bytes
@@ -30,9 +31,6 @@ from bigq.solver.gptq import BLOCK, PANEL, column_order, has_static_grids
 
 #: Bytes of an fp32 number.
 FP32 = 4
-
-#: Bytes that a sweep moves for each weight on a GPU: some 25 reads and writes of fp32 blocks, besides products.
-MOVED_BY_SWEEP = 100.0
 
 #: Buffers of the size of a block of columns in a sweep over them (``solver.sweeps``).
 SWEEPING = 7
@@ -190,6 +188,7 @@ class BlockCost:
         self.output = of_experts + self.packed + block.stored - sum(linear.stored for linear in block.linears if linear.name in schemes)
         kept = block.stored - sum(linear.stored for linear in block.linears if linear.name in schemes)
         self.blocks_of_gguf = kept + sum(gguf_bytes(linear, schemes[linear.name]) for linear in block.linears if linear.name in schemes)
+        self._solving = SolvingTerms(schemes=schemes, hessians=work.hessians)
         self._batch = min(choice.batch, work.rows)
         self._tokens = work.rows * shape.seqlen
         self._paired = work.streams > 1
@@ -205,27 +204,29 @@ class BlockCost:
             return result
         packed = originals = 0
         always = self._block.weights + self._block.calls.at(self._batch)
+        if self._work.method.scaling is not None:
+            terms = RowTerms(rows=self._work.rows, seqlen=self._shape.seqlen, batch=self._batch, on_gpu=self._choice.on_gpu)
+            result += fold_phases(self._block, self._schemes, terms, always)
         for number, level in enumerate(self._levels()):
             wanted = [(g, self._wanted(g.linears)) for g in level]
             wanted = [(g, linears) for g, linears in wanted if linears]
             if not wanted:
                 continue
             always += self._inputs_kept({linear.name for _, linears in wanted for linear in linears})
-            # One buffer for the cross matrix too.
-            sums = self._work.streams * sum(FP32 * g.n * g.n for g, _ in wanted)
+            sums = sum(self._sums(g) for g, _ in wanted)
             behind = sum(map(self._summed, [b for b in self._block.banks if self._work.true_sequential and b.level <= number]))
             held = always + behind + originals + packed
             deepest = max(g.level for g, _ in wanted)
             result.append(("replay", held + sums + self._capture(deepest, [g for g, _ in wanted]), self._replayed(deepest), 0))
             for group, linears in wanted:
-                square = float(group.n) * group.n
+                square = float(group.n) * group.n * self._work.hessians
                 rows = sum(linear.m for linear in linears)
                 accumulated = {"hessian": self._tokens * square * (3 if self._paired else 1)}
                 result.append(("hessian", held + sums, accumulated, 0))
                 result.append(("factor", held + sums + self._factor(group, linears), {"single": group.n * square / 3}, 0))
-                solved = {"solve": (3 if self._paired else 1) * rows * square + self._swept(linears)}
-                solved["single"] = (2 * rows * square if self._paired else 0.0) + self._searched(linears)
-                moved = sum(self._moved_solving(linear) for linear in linears)
+                solved = {"solve": (3 if self._paired else 1) * rows * square + self._solving.swept(linears)}
+                solved["single"] = (2 * rows * square if self._paired else 0.0) + self._solving.searched(linears)
+                moved = sum(self._solving.moved(linear) for linear in linears)
                 result.append(("solve", held + sums + self._solve(group, linears), solved, moved))
                 originals += self._paired * self._shape.itemsize * rows * group.n
                 held = always + behind + originals + packed
@@ -233,7 +234,7 @@ class BlockCost:
                 until_packed = solved_bytes if self._work.tune_steps else packed_bytes
                 packed += sum(until_packed(linear, self._schemes[linear.name]) for linear in linears)
                 held = always + behind + originals + packed
-                sums -= self._work.streams * FP32 * group.n * group.n
+                sums -= self._sums(group)
         summed = 0
         for bank in self._block.banks:
             result += self._bank(bank, always + summed + originals + packed)
@@ -275,12 +276,14 @@ class BlockCost:
             beside=self._choice.beside,
             at_once=self._choice.experts_at_once or 1,
             on_gpu=self._choice.on_gpu,
+            hessians=self._work.hessians,
+            sums=self._sums,
             factor=self._factor,
             solve=self._solve,
             pack=self._pack,
-            moved=self._moved_solving,
-            swept=self._swept,
-            searched=self._searched,
+            moved=self._solving.moved,
+            swept=self._solving.swept,
+            searched=self._solving.searched,
             packed=lambda linear: packed_bytes(linear, self._schemes[linear.name]),
         )
         return bank_phases(bank, held, terms)
@@ -323,8 +326,14 @@ class BlockCost:
         packed = 0 if self._choice.on_gpu else 2 * FP32 * chunk
         return before + max(reach.peak.at(self._batch), reach.held.at(self._batch) + widened + masked + packed)
 
+    def _sums(self, group: GroupShape) -> int:
+        """What is collected of a group's input. With two models, one buffer is for the cross matrix."""
+        return FP32 * group.n * (self._work.streams * group.n if self._work.hessians else 2)
+
     def _factor(self, group: GroupShape, linears: list[LinearShape]) -> int:
         """In addition to the Hessian: the buffer of a permutation, or the panels; and a copy if schemes need separate factors."""
+        if not self._work.hessians:
+            return 0
         schemes = [self._schemes[linear.name] for linear in linears]
         square = group.n * group.n
         moved = min(piece(on_gpu=self._choice.on_gpu), square) if any(s.order != "natural" for s in schemes) else 0
@@ -334,6 +343,8 @@ class BlockCost:
     def _solve(self, group: GroupShape, linears: list[LinearShape], at_once: int = 1) -> int:
         """In addition to the factor: see ``solver.gptq``. at_once: groups that are solved side by side; each is converted by itself."""
         n = group.n
+        if not self._work.hessians:
+            return max(rounding_bytes(linear.m * n, self._choice) for linear in linears)
         most = 0
         for scheme in {self._schemes[linear.name] for linear in linears}:
             rows = [linear.m for linear in linears if self._schemes[linear.name] == scheme]
@@ -348,25 +359,6 @@ class BlockCost:
             loop += FP32 * n * m * (static and scheme.scales == "search")
             most = max(most, at_once * held + max(converted, at_once * loop))
         return most
-
-    def _searched(self, linears: Sequence[LinearShape]) -> float:
-        """Operations of the search for grids in the loop: each of them takes a pass over the columns of a group."""
-        found = 0.0
-        for linear in linears:
-            scheme = self._schemes[linear.name]
-            if scheme.scales == "search" and not has_static_grids(scheme, linear.n):
-                tried = len(scheme.grid.solved) + 2 * len(REFINED)
-                found += 2.0 * tried * scheme.group_width(linear.n) * linear.m * linear.n
-        return found
-
-    def _swept(self, linears: Sequence[LinearShape]) -> float:
-        """Operations of the sweeps over Linears: each takes a product of H and the errors."""
-        return sum(2.0 * self._schemes[linear.name].sweeps * linear.m * linear.n**2 for linear in linears)
-
-    def _moved_solving(self, linear: LinearShape) -> float:
-        """Bytes of device memory read and written while a Linear is solved, outside of products."""
-        scheme, weights = self._schemes[linear.name], float(linear.m * linear.n)
-        return (14 + scheme.sweeps * MOVED_BY_SWEEP) * weights
 
     def _pack(self, group: GroupShape, linears: list[LinearShape]) -> int:
         """The codes of all Linears, and the new weight or words of one."""

@@ -38,6 +38,8 @@ from bigq.model.experts.pages import stored_banks
 from bigq.model.experts.source import ExpertSource, expert_sources
 from bigq.model.experts.stored import merged_beside, merged_parts
 from bigq.model.extras import Extras, find_extras
+from bigq.model.folding.around import model_folds
+from bigq.model.folding.fold import BlockFolds
 from bigq.model.forward.fused_attention import fuse_attention
 from bigq.model.names import require_parameters
 from bigq.model.pager import Pager
@@ -198,6 +200,7 @@ def plan_job(pager: Pager, rows: Tensor | None, adapted: Adapted, out: Path, tex
         sources=pager.sources,
         stored=_kept_bytes(pager.checkpoint.tensors, pager.extras),
         coded=_coded_bytes(pager.checkpoint.tensors),
+        folds=pager.folds,
         banks=pager.banks,
         fused=pager.device.type == "cuda",
     )
@@ -272,9 +275,14 @@ def _outline(folder: Path, remote: RemoteShards | None, config: JobConfig) -> tu
         fuse_attention(model)
     path, _ = find_blocks(model)
     warned = coded_warnings(folder, tensors)
-    if config.rotate:
+    folds: tuple[BlockFolds, ...] = ()
+    if config.rotate or method_of(config).scaling is not None:
         whole = skeleton.build(model_config, dtype, trust_remote_code=config.trust_remote_code)
-        tensors = described_rotation(ModelDescription(folder, model_config, whole, {}), tensors)
+        described = ModelDescription(folder, model_config, whole, {})
+        if config.rotate:
+            tensors = described_rotation(described, tensors)
+        if method_of(config).scaling is not None:
+            folds = model_folds(described)
     placement = skeleton.place(model, tensors)
     beside = merged_beside(model, placement.merged)
     placed, parts = dict(placement.whole), merged_parts({name: m for name, m in placement.merged.items() if name not in beside})
@@ -296,7 +304,7 @@ def _outline(folder: Path, remote: RemoteShards | None, config: JobConfig) -> tu
     files = (*unread_warnings(folder, tensors), *side_files(folder).warnings()) if local else ()
     warnings = (*warned, *extras.warnings(), *tie_warnings(model, sources), *files)
     coded = _coded_bytes(tensors)
-    outline = Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored, coded=coded, banks=banks)
+    outline = Outline(model=model, blocks_path=path, dtype=dtype, sources=sources, stored=stored, coded=coded, banks=banks, folds=folds)
     return outline, model_config, warnings
 
 

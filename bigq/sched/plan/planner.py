@@ -24,6 +24,7 @@ from bigq.sched.plan.budgets import Budgets, Fetch, over, shortages
 from bigq.sched.plan.cost import Cost, Phase, job_cost
 from bigq.sched.plan.costs.bank import numbers_at_once
 from bigq.sched.plan.costs.row import last_width
+from bigq.sched.plan.fold_text import fold_records, fold_text
 from bigq.sched.plan.output import output_of
 from bigq.sched.plan.shape import ModelShape
 from bigq.sched.plan.share import NOTHING_KEPT, Kept
@@ -132,6 +133,7 @@ class Plan:
             "device": None if self.ceilings is None else self.ceilings.name,
             "seconds_at_least": self.total_seconds if self.ceilings is not None else None,
             "phases": phases,
+            "folds": fold_records(self.shape.blocks) if self.work.method.scaling is not None else None,
             "bits_per_weight": self.budget,
             "rules": rules,
             "kept": self.kept.to_json(),
@@ -156,6 +158,8 @@ class Plan:
         for made in self.texts:
             lines += entry("text" if made is self.texts[0] else "", made.text())
         lines += entry("solve", list(self.solving))
+        if self.work.method.scaling is not None:
+            lines += entry("scales", fold_text(self.shape.blocks))
         if self.work.streams:
             lines += entry("run", self._how())
         lines += entry("needs", needs)

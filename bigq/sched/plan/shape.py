@@ -60,6 +60,15 @@ class MemoShape:
 
 
 @dataclass(frozen=True, slots=True)
+class FoldShape:
+    """Modules of a block, by their names in it, that read an input of n features which ``producer`` can divide (``model.folding``)."""
+
+    producer: str
+    readers: tuple[str, ...]
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
 class LeftShape:
     """A parameter of a block that stays unquantized, by its name in the block, or its module's. size: elements.
 
@@ -114,6 +123,7 @@ class BlockShape:
     among its arguments. weights: bytes of its parameters in the compute dtype; stored: in the checkpoint; largest_stored:
     of the largest tensor. attention: floating-point operations per row that are not a Linear's. Experts count in ``banks`` alone.
     left: what is no vector and stays unquantized in every job.
+    folds: where scales may be folded, if the method does so; unfolded: whose inputs no module divides.
     """
 
     groups: tuple[GroupShape, ...]
@@ -127,6 +137,8 @@ class BlockShape:
     attention: float
     banks: tuple[BankShape, ...] = ()
     left: tuple[LeftShape, ...] = ()
+    folds: tuple[FoldShape, ...] = ()
+    unfolded: tuple[str, ...] = ()
 
     @property
     def expert_bytes(self) -> int:

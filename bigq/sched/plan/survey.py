@@ -7,8 +7,9 @@ mark that spreads. The memory of a forward is counted as its tensors are allocat
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from bigq.model.experts.bank import bank_modules
 from bigq.model.experts.cut import chosen_experts, without_banks
 from bigq.model.experts.naming import ExpertLinear, Naming, experts_of
 from bigq.model.experts.pages import StoredBank, nominal_linears
+from bigq.model.folding.fold import BlockFolds, Fold
 from bigq.model.forward.block_call import OutputForm
 from bigq.model.forward.capture import first_input, forward_errors, on_its_input, replace_forwards
 from bigq.model.forward.checks import check_hidden_paths
@@ -32,10 +34,11 @@ from bigq.model.structure import BlockPlan, Shortcut, plan_block
 from bigq.model.tracers import GradientTracer
 from bigq.sched.plan.meta_run import Live, MetaRun, WholeRows, sum_bytes
 from bigq.sched.plan.selections import AllSelected
-from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LeftShape, LinearShape, MemoShape, ModelShape, Reach, Rows
+from bigq.sched.plan.shape import BankShape, BlockShape, FoldShape, GroupShape, LeftShape, LinearShape, MemoShape, ModelShape, Reach, Rows
 
 #: Tokens of the row with which the structure is probed.
 _STRUCTURE_TOKENS = 16
+NO_FOLDS = BlockFolds()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,7 @@ class Outline:
     sources: parameter name → the checkpoint's tensor; parameters without one count in ``dtype``. stored: bytes of all the
     checkpoint's tensors, if it is known. coded: how many of these bytes are not in files, because weights are decoded as they are read.
     banks: of experts, as they are stored.
+    folds: of every block, for methods that scale inputs.
     fused: whether attention needs no memory for scores if queries and values differ in width too. Torch's on a CPU does.
     """
 
@@ -56,6 +60,7 @@ class Outline:
     stored: int | None = None
     coded: int = 0
     banks: Mapping[str, StoredBank] = field(default_factory=dict)
+    folds: Sequence[BlockFolds] = ()
     fused: bool = True
 
     def expert_linears(self) -> dict[str, dict[str, ExpertLinear]]:
@@ -78,9 +83,11 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
         kinds: dict[Any, BlockShape] = {}
         shapes = []
         for i, block in enumerate(blocks):
-            key = (_signature(block), tuple(run.call_signature(i) for run in runs), *_stored(outline, block, i))
+            folds = outline.folds[i] if outline.folds else NO_FOLDS
+            key = (_signature(block), id(folds), tuple(run.call_signature(i) for run in runs), *_stored(outline, block, i))
             if key not in kinds:
-                kinds[key] = _block_shape(outline, block, i, runs, short)
+                found = _block_shape(outline, block, i, runs, short)
+                kinds[key] = dataclasses.replace(found, folds=tuple(map(_fold, folds.folds)), unfolded=folds.without)
             shapes.append(kinds[key])
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     stored = outline.stored if outline.stored is not None else sum(_bytes(outline, name) for name, _ in outline.model.named_parameters())
@@ -210,6 +217,10 @@ def _block_shape(outline: Outline, block: nn.Module, i: int, runs: list[MetaRun]
         banks=tuple(_banks(outline, block, i, plan, short)),
         left=tuple(_left(block, plan)),
     )
+
+
+def _fold(fold: Fold) -> FoldShape:
+    return FoldShape(fold.producer, fold.readers, len(fold.channels))
 
 
 def _left(block: nn.Module, plan: BlockPlan) -> Iterator[LeftShape]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bigq.methods.base import Method
+from bigq.methods.base import CalibratedMethod, Method
 from bigq.scheme import QuantScheme
 from bigq.vocabulary import OnNonfinite
 
@@ -33,6 +33,11 @@ class Work:
     drop: bool = False
     rotate: bool = False
     survey: int = 0
+
+    @property
+    def hessians(self) -> bool:
+        """Whether products of all pairs of a Linear's inputs are summed and factored."""
+        return isinstance(self.method, CalibratedMethod) and self.method.hessians
 
     @property
     def streams(self) -> int:

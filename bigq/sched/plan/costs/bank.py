@@ -37,8 +37,9 @@ class BankTerms:
     schemes: names of Linears that are quantized. tokens: of all calibration rows. streams: models that they pass through. itemsize: bytes
     of an activation. inputs: bytes of a bank's inputs in these models on the computing device, if they are there; the sums of its outputs
     take as many. reach: bytes of a forward up to the bank. beside: whether groups are written in the background. at_once: experts that are
-    solved side by side. factor, solve, pack: bytes in addition to the Hessian, of Linears that share an input, solve for so many experts;
-    packed: of one packed Linear; moved: read and written to solve it. swept, searched: operations of sweeps, and of the search for grids.
+    solved side by side. hessians: see ``Work``. sums: bytes of what is collected of an input. factor, solve, pack: bytes in addition to
+    it, of Linears that share an input, solve for so many experts; packed: of one packed Linear; moved: read and written to solve it.
+    swept, searched: operations of sweeps, and of the search for grids.
     """
 
     schemes: Container[str]
@@ -50,6 +51,8 @@ class BankTerms:
     beside: bool
     at_once: int
     on_gpu: bool
+    hessians: bool
+    sums: Callable[[GroupShape], int]
     factor: Callable[[GroupShape, list[LinearShape]], int]
     solve: Callable[[GroupShape, list[LinearShape], int], int]
     pack: Callable[[GroupShape, list[LinearShape]], int]
@@ -112,8 +115,8 @@ def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]
     kept = _at_a_time(terms) * bank.products[0][0].n * terms.itemsize * terms.streams
     for product in bank.products:
         group, linears = GroupShape(product, bank.level), list(product)
-        rows, square = sum(linear.m for linear in product), float(group.n) * group.n
-        sums = terms.streams * FP32 * group.n * group.n  # one buffer for the cross matrix too
+        rows, square = sum(linear.m for linear in product), float(group.n) * group.n * terms.hessians
+        sums = terms.sums(group)
         waiting = held + at_once * (sums + kept)
         # One expert runs; what the others of its batch have computed stays, and in the other model its own.
         others = (at_once - 1 + (terms.streams - 1) / terms.streams) * kept

@@ -1,0 +1,191 @@
+"""Jobs that fold scales into a model: the output computes what the original does, and a resumed job makes the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import FAMILIES, logits_of, make_checkpoint, random_ids, reference_model, rewrite, save_ids, stored_tensors, streamed_logits
+from moe_families import DISTINCT, MOE_FAMILIES
+from test_experts_end_to_end import hashes, small_groups, streamed, whole
+from test_experts_end_to_end import job as expert_job
+from test_experts_end_to_end import saved as save_experts
+from transformers import AutoModelForCausalLM
+
+import bigq
+from bigq.config import JobConfig
+from bigq.errors import Stopped, UsageError
+from bigq.job.stop import Stop
+from bigq.sched.solve import fold as folding
+from bigq.scheme import QuantScheme, Rule
+
+SCHEME = QuantScheme(group_size=16)
+#: 8 bits change so little that what is left of an error shows a wrong fold.
+FINE = QuantScheme(bits=8, group_size=16)
+DENSE = ("llama", "bloom", "gemma2")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def job(folder: Path, **changes: Any) -> JobConfig:
+    given: dict[str, Any] = {"method": "gptq", "fold": "awq", "scheme": SCHEME, "samples": 8, "seqlen": 24, "batch": 3, "device": "cpu"}
+    return JobConfig(**{**given, "calibration": str(folder / "ids.safetensors"), "quiet": True, **changes})
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Callable[..., Path]:
+    """A tiny checkpoint beside its calibration rows."""
+
+    def make(family: str, **changes: Any) -> Path:
+        if family in MOE_FAMILIES:
+            return save_experts(family, tmp_path, **changes)
+        save_ids(tmp_path / "ids.safetensors", random_ids(16, 24, seed=1))
+        return make_checkpoint(tmp_path / "model", family, **changes)
+
+    return make
+
+
+def distance(family: str, out: Path, source: Path) -> float:
+    """Of logits, relative to the original's norm."""
+    ids = random_ids(2, 24, seed=5)
+    if family in MOE_FAMILIES:
+        original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, experts_implementation="eager").eval()
+        expected, found = whole(original, ids, 2), streamed(out, ids, 2)
+    else:
+        expected, found = logits_of(reference_model(source), ids, 2), streamed_logits(out, ids, 2)
+    return float((found - expected).norm() / expected.norm())
+
+
+def of(family: str, folder: Path, **changes: Any) -> JobConfig:
+    if family in MOE_FAMILIES:
+        return expert_job(folder, **{"method": "gptq", "fold": "awq", "scheme": SCHEME, **changes})
+    return job(folder, **changes)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [*DENSE, *(pytest.param(f, marks=() if f in ("mixtral", "gpt_oss") else pytest.mark.long) for f in MOE_FAMILIES),
+     *(pytest.param(f, marks=pytest.mark.long) for f in FAMILIES if f not in DENSE)],
+)  # fmt: skip
+def test_the_output_computes_what_the_original_does(family: str, made: Callable[..., Path]) -> None:
+    """At 8 bits, where scales differ from 1 by more than that changes."""
+    model = made(family)
+    plain, folded = model.parent / "plain", model.parent / "folded"
+    bigq.quantize(str(model), plain, of(family, model.parent, fold="none", scheme=FINE))
+    bigq.quantize(str(model), folded, of(family, model.parent, scheme=FINE))
+    assert bigq.verify(folded) == []
+    assert distance(family, folded, model) < max(0.02, 2 * distance(family, plain, model))
+    before, after = stored_tensors(model), stored_tensors(folded)
+    norms = [name for name in before if name in after and before[name].ndim == 1 and not torch.equal(before[name], after[name])]
+    assert norms, "nothing was folded"
+
+
+@pytest.mark.parametrize(
+    "family", [*("llama", "gemma2", "bloom"), *(pytest.param(f, marks=() if f == "mixtral" else pytest.mark.long) for f in DISTINCT)]
+)
+@pytest.mark.parametrize("settings", [{"method": "awq", "fold": None}, {"fold": "smoothquant"}], ids=["awq", "smoothquant"])
+def test_a_model_with_holes_is_made_again_with_the_same_bytes(
+    family: str, settings: dict[str, Any], made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was folded into a committed block is read from its shard; so is by what experts that are missing are multiplied."""
+    model = made(family)
+    if family in MOE_FAMILIES:
+        small_groups(monkeypatch, model)
+    out = model.parent / "out"
+    bigq.quantize(str(model), out, of(family, model.parent, **settings))
+    expected = hashes(out)
+    names = [name for name in expected if name.endswith(".safetensors")]
+    for lost in ([names[-1]], names[1::2], names[2:4]):
+        for name in lost:
+            (out / name).unlink()
+        bigq.quantize(str(model), out, of(family, model.parent, **settings))
+        assert hashes(out) == expected, lost
+
+
+def test_a_stopped_job_ends_in_the_same_bytes(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the pass that collects, and after it, in every block."""
+    model = made("llama")
+    once = model.parent / "once"
+    bigq.quantize(str(model), once, job(model.parent))
+    expected = hashes(once)
+    run = folding.FoldWork.run
+    calls = 0
+
+    def stop_at(number: int, *, behind: bool) -> Callable[..., None]:
+        def stopping(self: folding.FoldWork, store: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if behind:
+                run(self, store)
+            if calls == number:
+                stop.request("test")
+            if not behind:
+                run(self, store)
+
+        return stopping
+
+    for number in (1, 2, 3):
+        for behind in (False, True):
+            out = model.parent / f"out-{number}-{behind}"
+            calls, stop = 0, Stop(grace=1e-3)
+            monkeypatch.setattr(folding.FoldWork, "run", stop_at(number, behind=behind))
+            with pytest.raises(Stopped):
+                bigq.quantize(str(model), out, job(model.parent), stop=stop)
+            monkeypatch.setattr(folding.FoldWork, "run", run)
+            bigq.quantize(str(model), out, job(model.parent))
+            assert hashes(out) == expected
+
+
+def test_what_stays_unquantized_keeps_its_bits(made: Callable[..., Path]) -> None:
+    """Its scales are powers of two, so that no product of it is rounded in another way: a producer that is skipped, and a router."""
+    llama = made("llama")
+    out, name = llama.parent / "out", "model.layers.1.mlp.up_proj.weight"
+    rewrite(llama, name, stored_tensors(llama)[name] * (1.0 + 31 * (torch.arange(96) % 8 == 0))[:, None])
+    bigq.quantize(str(llama), out, job(llama.parent, rules=(Rule(r".*\.(gate|up)_proj", None),)))
+    require_powers_of_two(llama, out, "model.layers.1.mlp.up_proj.weight")
+
+
+def test_a_router_keeps_its_bits(made: Callable[..., Path]) -> None:
+    mixtral = made("mixtral")
+    bigq.quantize(str(mixtral), mixtral.parent / "out", of("mixtral", mixtral.parent, fold="smoothquant"))
+    for name in ("block_sparse_moe.gate", "post_attention_layernorm"):
+        require_powers_of_two(mixtral, mixtral.parent / "out", f"model.layers.1.{name}.weight")
+
+
+def require_powers_of_two(source: Path, out: Path, name: str) -> None:
+    ratio = torch.log2(stored_tensors(out)[name] / stored_tensors(source)[name])
+    assert torch.equal(ratio, ratio.round()) and ratio.abs().max() > 0
+
+
+def test_a_block_without_anything_quantized_is_not_scaled(made: Callable[..., Path]) -> None:
+    model = made("llama")
+    out = model.parent / "out"
+    bigq.quantize(str(model), out, job(model.parent, rules=(Rule(r".*\.layers\.1\.", None),)))
+    before, after = stored_tensors(model), stored_tensors(out)
+    assert all(torch.equal(before[name], after[name]) for name in before if ".layers.1." in name)
+    assert not torch.equal(before["model.layers.0.input_layernorm.weight"], after["model.layers.0.input_layernorm.weight"])
+
+
+def test_the_plan_names_what_is_folded(made: Callable[..., Path]) -> None:
+    model = made("bloom")
+    plan = bigq.plan(str(model), model.parent / "out", job(model.parent))
+    text = " ".join(plan.brief().split())
+    assert "scales: into input_layernorm, self_attention.query_key_value, post_attention_layernorm; no module divides the inputs of" in text
+    (first, *_) = plan.to_json()["folds"]
+    assert first["without"] == ["mlp.dense_4h_to_h"]
+    assert {"scale", "replay"} <= {phase.name for phase in plan.cost.phases}
+    assert bigq.plan(str(model), model.parent / "out", job(model.parent, fold="none")).to_json()["folds"] is None
+
+
+@pytest.mark.parametrize("method", ["gptaq", "rtn"])
+def test_other_methods_fold_nothing(method: str, made: Callable[..., Path]) -> None:
+    model = made("llama")
+    with pytest.raises(UsageError, match=r"--fold awq: no effect with --method "):
+        bigq.quantize(str(model), model.parent / "out", job(model.parent, method=method))
