@@ -35,6 +35,7 @@ OTHER: dict[str, Any] = {
     "seqlen": 40,
     "seed": 3,
     "tune_steps": 4,
+    "fold": "none",
     "batch": 2,
     "experts_at_once": 3,
     "attention": "fused",

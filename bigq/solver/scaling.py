@@ -23,6 +23,8 @@ from bigq.scheme import QuantScheme
 
 #: Tokens that the error of outputs is measured on.
 SAMPLED_TOKENS = 256
+#: Experts of a bank whose weights decide the scales of its input, evenly spaced.
+SAMPLED_EXPERTS = 8
 #: Exponents that are tried: 0, 1/10, … 1, then half a step on either side of the best one.
 STEPS = 10
 #: So many trials at most.

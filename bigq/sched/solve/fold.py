@@ -22,12 +22,10 @@ from bigq.progress.clock import Clock
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.solve.bank import BankJob
 from bigq.scheme import QuantScheme
-from bigq.solver.scaling import InputStatistics, Reader, powers_of_two, require_scales
+from bigq.solver.scaling import SAMPLED_EXPERTS, InputStatistics, Reader, powers_of_two, require_scales
 
 #: The step of the pass (see ``Halving``): before all that solve the block.
 FOLD_STEP = 1
-#: Experts of a bank whose weights decide its scales.
-EXPERTS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +107,7 @@ class FoldWork:
 
 def _bank_readers(bank: BankJob) -> list[Reader]:
     """The matrices of some experts that read a bank's input."""
-    step = -(-bank.bank.experts // EXPERTS)
+    step = -(-bank.bank.experts // SAMPLED_EXPERTS)
     found = []
     for e in range(0, bank.bank.experts, step):
         held = bank.load_original(e)

@@ -97,6 +97,8 @@ def terms(tokens: int) -> bank_cost.BankTerms:
         beside=False,
         at_once=1,
         on_gpu=True,
+        hessians=True,
+        sums=lambda group: 4 * group.n * group.n,
         factor=lambda *_: 0,
         solve=lambda *_: 0,
         pack=lambda *_: 0,
@@ -113,7 +115,8 @@ def test_the_unquantized_model_takes_rows_experts_and_sums_once_more() -> None:
     expert, n = 3 * INNER * WIDTH, one.products[0][0].n
 
     def phases(streams: int) -> dict[str, int]:
-        given = dataclasses.replace(terms(SEQLEN), streams=streams, schemes=schemes, inputs=streams * 10**6)
+        sums = lambda group: streams * 4 * group.n**2  # noqa: E731
+        given = dataclasses.replace(terms(SEQLEN), streams=streams, schemes=schemes, inputs=streams * 10**6, sums=sums)
         found: dict[str, int] = {}
         for name, peak, _, _ in bank_cost.bank_phases(one, 0, given):
             found.setdefault(name, peak)

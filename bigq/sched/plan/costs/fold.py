@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from bigq.kernels.pick import piece
 from bigq.sched.plan.shape import BlockShape, FoldShape, LinearShape
-from bigq.sched.solve.fold import EXPERTS
 from bigq.scheme import QuantScheme
-from bigq.solver.scaling import SAMPLED_TOKENS, TRIALS
+from bigq.solver.scaling import SAMPLED_EXPERTS, SAMPLED_TOKENS, TRIALS
 
 #: Bytes that a trial moves for each weight besides the product: it is scaled, its range is found, it is rounded and subtracted.
 MOVED_BY_TRIAL = 60
@@ -59,7 +58,7 @@ def _readers(block: BlockShape, fold: FoldShape, schemes: Collection[str]) -> li
     found = [linears[name] for name in fold.readers if name in linears and name in schemes]
     for bank in (bank for bank in block.banks if bank.name in fold.readers):
         first = [linear for linear in bank.linears if linear.n == fold.n and linear.name in schemes]
-        found += first * min(EXPERTS, bank.experts)
+        found += first * min(SAMPLED_EXPERTS, bank.experts)
     return found
 
 
