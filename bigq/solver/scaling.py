@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bigq.errors import NumericsError
-from bigq.kernels.grid import find_grid
+from bigq.kernels.grid import grid_for_range
 from bigq.kernels.pick import piece
 from bigq.scheme import QuantScheme
 
@@ -25,10 +25,10 @@ from bigq.scheme import QuantScheme
 SAMPLED_TOKENS = 256
 #: Experts of a bank whose weights decide the scales of its input, evenly spaced.
 SAMPLED_EXPERTS = 8
-#: Exponents that are tried: 0, 1/10, … 1, then half a step on either side of the best one.
-STEPS = 10
+#: Exponents that are tried: 0, 1/5, … 1, then half and a quarter of a step on either side of the best one.
+STEPS = 5
 #: So many trials at most.
-TRIALS = 2 * (STEPS + 1) + 2
+TRIALS = 2 * (STEPS + 1) + 4
 #: Scales are at least this, and at most its reciprocal, so that a weight divided by one stays in the range of fp16.
 LEAST = 1e-4
 
@@ -105,9 +105,10 @@ def awq_scales(inputs: InputStatistics, readers: Sequence[Reader], channels: Ten
     for both in (False, True):
         for i in range(STEPS + 1):
             attempt(i / STEPS, both)
-    middle, both = min(losses, key=losses.__getitem__)
-    for offset in (-0.5, 0.5):
-        attempt(middle + offset / STEPS, both)
+    for part in (0.5, 0.25):
+        middle, both = min(losses, key=losses.__getitem__)
+        for offset in (-part, part):
+            attempt(middle + offset / STEPS, both)
     return chosen
 
 
@@ -166,19 +167,19 @@ def _output_error(scales: Tensor, readers: Sequence[Reader], sample: Tensor) -> 
         for part in reader.weight.split(max(1, piece(on_gpu=reader.weight.is_cuda) // n)):
             exact = part.float()
             error = rounded(exact * scales, reader.scheme).div_(scales).sub_(exact)
-            total += float((error @ sample.T).double().square().sum())
+            total += float((error @ sample.T).square_().sum(dtype=torch.float64))
     return total
 
 
 def rounded(weight: Tensor, scheme: QuantScheme) -> Tensor:
     """A weight fp32 [m, n], each element at the nearest point of the grid that spans its group."""
-    m, n = weight.shape
-    width = scheme.group_width(n)
     spec = dataclasses.replace(scheme.grid, search=False)
-    groups = weight.view(m, -1, width).permute(2, 0, 1)
-    scale, zero = find_grid(groups, spec)
-    steps = torch.clamp(torch.round(groups / scale), -zero, spec.max_code - zero)
-    return (steps * scale).permute(1, 2, 0).reshape(m, n)
+    groups = weight.view(len(weight), -1, scheme.group_width(weight.shape[1]))
+    scale, zero = grid_for_range(groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0), spec)
+    scale, zero = scale[..., None], zero[..., None]
+    steps = (groups / scale).round_()
+    torch.maximum(steps, -zero, out=steps)
+    return torch.minimum(steps, spec.max_code - zero, out=steps).mul_(scale).view_as(weight)
 
 
 def require_scales(scales: Tensor, label: str) -> None:

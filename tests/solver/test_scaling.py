@@ -1,0 +1,165 @@
+"""Scales of inputs: what is collected, what AWQ and SmoothQuant make of it, against plain formulas in fp64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigq.errors import NumericsError
+from bigq.scheme import QuantScheme
+from bigq.solver import scaling
+from bigq.solver.input_squares import InputSquares
+from bigq.solver.rtn import round_to_nearest
+from bigq.solver.scaling import InputStatistics, Reader, awq_scales, powers_of_two, require_scales, rounded, smoothquant_scales
+
+CPU = torch.device("cpu")
+M, N, TOKENS = 48, 64, 700
+SCHEME = QuantScheme(group_size=16, scales="minmax")
+
+
+def problem(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight [m, n], and inputs [t, n] of which a few features stand out."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(TOKENS, N, generator=generator) * (1 + 30 * (torch.arange(N) % 16 == 3))
+    return torch.randn(M, N, generator=generator) * 0.02, x
+
+
+def collected(x: Tensor, batches: int = 1) -> InputStatistics:
+    found = InputStatistics(x.shape[-1], CPU, len(x))
+    for part in x.chunk(batches):
+        found.add(part)
+    return found
+
+
+def output_error(weight: Tensor, scales: Tensor, x: Tensor, scheme: QuantScheme = SCHEME) -> float:
+    found = rounded(weight * scales, scheme).double() / scales.double()
+    return float(((found - weight.double()) @ x.double().T).square().sum())
+
+
+def test_what_is_collected() -> None:
+    _, x = problem()
+    found = collected(x)
+    assert torch.allclose(found.mean.double(), x.double().abs().mean(0), rtol=1e-6)
+    assert torch.equal(found.largest, x.abs().amax(0))
+    step = -(-TOKENS // scaling.SAMPLED_TOKENS)
+    assert torch.equal(found.sample, x[::step])
+
+
+@pytest.mark.parametrize("batches", [2, 7])
+def test_batches_do_not_change_the_sample(batches: int) -> None:
+    _, x = problem()
+    one, many = collected(x), collected(x, batches)
+    assert torch.equal(one.sample, many.sample) and torch.equal(one.largest, many.largest)
+    assert torch.allclose(one.mean, many.mean, rtol=1e-6)
+
+
+def test_tokens_that_are_not_finite_are_left_out() -> None:
+    _, x = problem()
+    spoiled = x.clone()
+    spoiled[::5, 7], spoiled[3] = torch.nan, torch.inf
+    found, sound = collected(spoiled, 3), torch.isfinite(spoiled).all(1)
+    assert torch.allclose(found.mean, x[sound].abs().mean(0), rtol=1e-5)
+    assert torch.equal(found.largest, x[sound].abs().amax(0))
+    assert torch.isfinite(found.sample).all() and len(found.sample) > 100
+
+
+def test_rounding_in_the_search_is_rounding_to_nearest() -> None:
+    weight, _ = problem()
+    for scheme in (SCHEME, dataclasses.replace(SCHEME, symmetric=False), dataclasses.replace(SCHEME, group_size=-1, bits=3)):
+        assert torch.equal(rounded(weight, scheme), round_to_nearest(weight, scheme).dequantize())
+
+
+def test_awq_lowers_the_error_of_outputs() -> None:
+    """Of all powers that are tried the best one, for both rules; and far better than none."""
+    weight, x = problem()
+    inputs, channels = collected(x), torch.arange(N)
+    scales = awq_scales(inputs, [Reader(weight[:20], SCHEME), Reader(weight[20:], SCHEME)], channels)
+    found = output_error(weight, scales, inputs.sample)
+    assert found < 0.65 * output_error(weight, torch.ones(N), inputs.sample)
+    mean = inputs.mean.double()
+    for a in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        power = mean**a
+        power = (power / (power.max() * power.min()).sqrt()).float()
+        assert found <= output_error(weight, power, inputs.sample) * 1.0001
+    assert float((scales.max() * scales.min()).log().abs()) < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_awq_is_never_worse_than_no_scales(seed: int) -> None:
+    """Also where no input stands out."""
+    weight, _ = problem(seed)
+    x = torch.randn(TOKENS, N, generator=torch.Generator().manual_seed(seed))
+    inputs = collected(x)
+    scales = awq_scales(inputs, [Reader(weight, SCHEME)], torch.arange(N))
+    assert output_error(weight, scales, inputs.sample) <= 1.0001 * output_error(weight, torch.ones(N), inputs.sample)
+
+
+def test_inputs_that_share_a_scale() -> None:
+    """Their mean counts: heads of four queries that read one head of values."""
+    weight, x = problem()
+    channels = torch.arange(N) % 16
+    scales = awq_scales(collected(x), [Reader(weight, SCHEME)], channels)
+    assert scales.shape == (16,)
+    assert output_error(weight, scales[channels], x) < 0.65 * output_error(weight, torch.ones(N), x)
+
+
+def test_smoothquant_is_its_formula() -> None:
+    weight, x = problem()
+    x[:, 5] = 0
+    for strength in (0.5, 0.8):
+        scales = smoothquant_scales(collected(x), [Reader(weight, SCHEME), Reader(weight * 2, SCHEME)], torch.arange(N), strength)
+        expected = x.double().abs().amax(0) ** strength / (2 * weight.double().abs().amax(0)) ** (1 - strength)
+        expected[5] = 1
+        assert torch.allclose(scales.double(), expected, rtol=1e-5)
+    shared = smoothquant_scales(collected(x), [Reader(weight, SCHEME)], torch.arange(N) % 8)
+    assert torch.allclose(shared[3] ** 2, x[:, 3::8].abs().max() / weight[:, 3::8].abs().max(), rtol=1e-5)
+
+
+def test_powers_of_two_are_the_nearest() -> None:
+    scales = torch.tensor([0.3, 0.7, 1.0, 1.41, 1.42, 100.0])
+    assert powers_of_two(scales).tolist() == [0.25, 0.5, 1.0, 1.0, 2.0, 128.0]
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
+def test_scales_that_cannot_be_used_are_refused(wrong: float) -> None:
+    with pytest.raises(NumericsError, match=r"layer\.norm: scales of its inputs are not finite"):
+        require_scales(torch.tensor([1.0, wrong]), "layer.norm")
+
+
+def test_squares_of_inputs() -> None:
+    _, x = problem()
+    squares = InputSquares(N, CPU, finite_only=True)
+    spoiled = x.clone()
+    spoiled[::9, 3] = torch.nan
+    squares.add(spoiled[:300])
+    squares.add(spoiled[300:].view(4, 100, N))
+    sound = torch.isfinite(spoiled).all(1)
+    assert squares.left_out == int((~sound).sum())
+    assert torch.allclose(squares.finish().double(), x[sound].double().square().mean(0), rtol=1e-5)
+    broken = InputSquares(N, CPU)
+    broken.add(spoiled)
+    with pytest.raises(NumericsError, match="not finite"):
+        broken.finish("a Linear")
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rounding_by_importance_finds_the_least_weighted_error(symmetric: bool) -> None:
+    """Of each group in each row: no grid that spans a part of its range is better. Importances of 1 change nothing."""
+    weight, x = problem()
+    importance = x.square().mean(0)
+    scheme = QuantScheme(bits=3, group_size=16, symmetric=symmetric)
+    found = round_to_nearest(weight, scheme, importance=importance)
+
+    def error(q: Tensor) -> Tensor:
+        return ((q - weight).double().square() * importance).view(M, -1, 16).sum(-1)
+
+    best = error(found.dequantize())
+    assert found.loss == pytest.approx(float(best.sum()), rel=1e-5)
+    assert found.energy == pytest.approx(float((weight.double().square() * importance).sum()), rel=1e-5)
+    assert bool((best <= error(round_to_nearest(weight, scheme).dequantize()) * 1.0001).all())
+    assert best.sum() < 0.9 * error(round_to_nearest(weight, scheme).dequantize()).sum()
+    even = round_to_nearest(weight, scheme, importance=torch.ones(N))
+    assert torch.equal(even.codes, round_to_nearest(weight, scheme).codes)
