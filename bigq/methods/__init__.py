@@ -29,7 +29,7 @@ FOLDING: tuple[MethodName, ...] = ("gptq", "awq")
 def method_of(config: JobConfig) -> Method:
     """The method that a job asks for. Raises UsageError where it cannot fold scales, and is to."""
     if config.fold not in (None, "none") and config.method not in FOLDING:
-        raise UsageError(f"--fold {config.fold}: no effect with --method {config.method}; use --method gptq, or leave out --fold")
+        raise UsageError(f"--fold {config.fold}: no effect with --method {config.method}")
     return METHODS[config.method](config)
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bigq.errors import NumericsError
 from bigq.kernels.grid import grid_for_range
 from bigq.kernels.pick import piece
 from bigq.scheme import QuantScheme
@@ -180,9 +179,3 @@ def rounded(weight: Tensor, scheme: QuantScheme) -> Tensor:
     steps = (groups / scale).round_()
     torch.maximum(steps, -zero, out=steps)
     return torch.minimum(steps, spec.max_code - zero, out=steps).mul_(scale).view_as(weight)
-
-
-def require_scales(scales: Tensor, label: str) -> None:
-    """Raise NumericsError, naming what is scaled, where scales are not finite and positive."""
-    if not bool((torch.isfinite(scales) & (scales > 0)).all()):
-        raise NumericsError(f"{label}: scales of its inputs are not finite; leave out --fold, or skip these Linears with --skip")

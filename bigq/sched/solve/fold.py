@@ -22,7 +22,7 @@ from bigq.progress.clock import Clock
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.solve.bank import BankJob
 from bigq.scheme import QuantScheme
-from bigq.solver.scaling import SAMPLED_EXPERTS, InputStatistics, Reader, powers_of_two, require_scales
+from bigq.solver.scaling import SAMPLED_EXPERTS, InputStatistics, Reader, powers_of_two
 
 #: The step of the pass (see ``Halving``): before all that solve the block.
 FOLD_STEP = 1
@@ -39,7 +39,6 @@ class FoldWork:
     folds: Sequence[Fold]
     scaling: Scaling
     index: int
-    prefix: str
     block: nn.Module
     schemes: Mapping[str, QuantScheme]
     banks: Mapping[str, BankJob]
@@ -77,7 +76,7 @@ class FoldWork:
             self.block.get_parameter(name).copy_(value)
 
     def run(self, store: ActivationStore) -> None:
-        """Choose the scales of all folds, and fold them. Raises NumericsError where scales are not finite."""
+        """Choose the scales of all folds, and fold them."""
         used = self.used
         if not used:
             return
@@ -94,7 +93,6 @@ class FoldWork:
                 scales = self.scaling.choose(statistics.pop(fold.producer), readers, fold.channels)
                 if self._has_exact_part(fold):
                     scales = powers_of_two(scales)
-                require_scales(scales, f"{self.prefix}.{fold.producer}")
                 self.factors.update(dict.fromkeys(banks, fold_(self.block, fold, scales)))
                 self.changed.update(touched(self.block, fold))
                 return_freed_memory()

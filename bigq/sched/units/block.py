@@ -180,7 +180,6 @@ class BlockUnit(StreamedUnit):
             folds=bench.pager.folds[self.index].folds,
             scaling=scaling,
             index=self.index,
-            prefix=self.prefix,
             block=block,
             schemes=schemes,
             banks=banks,
