@@ -231,15 +231,26 @@ def _require_fit(pager: Pager, target: Format) -> None:
         ]
         advice = f"use {' or '.join(fitting)}" if fitting else "keep the model in its present format"
         raise UsageError(f"{listed(found)}; {advice}")
+    packed = pager.packed_sources().keys()
+    clash = target.clash(packed, [name for name in pager.plain_modules().every if name not in packed])
+    if clash is not None:
+        raise UsageError(
+            f"{clash[0]} is not packed, and readers of {target.name} find its name in {clash[1]}, which is; keep the model in its present "
+            "format"
+        )
 
 
 def _misfits(pager: Pager, target: Format) -> dict[str, Misfit]:
     assert pager.schemes is not None
     found = {}
-    for name, source in pager.packed_sources().items():
+    packed = pager.packed_sources()
+    sizes = [source.scheme.group_size for source in packed.values()]
+    usual = max(dict.fromkeys(sizes), key=sizes.count) if sizes else -1
+    for name, source in packed.items():
         m, n = source.shape
-        transposed = bank_of(name) is None and skeleton.is_transposed(pager.model.get_submodule(name))
-        misfit = target.misfit(m, n, source.scheme, transposed=transposed)
+        expert = bank_of(name) is not None
+        transposed = not expert and skeleton.is_transposed(pager.model.get_submodule(name))
+        misfit = target.misfit(m, n, source.scheme, transposed=transposed, expert=expert) or target.other_size(source.scheme, usual)
         if misfit is not None:
             found[name] = misfit
     return found

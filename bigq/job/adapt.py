@@ -117,7 +117,8 @@ def _sizes(
     for together in _together(linears, names, found, config):
         given = config.scheme.group_size
         size = fitting_group_size([by_name[name].n for name in together], given)
-        if any(name in found and found[name].kind == "shape" for name in together) or size < min(FINE, given):
+        other = config.made.one_size and size != given
+        if any(name in found and found[name].kind == "shape" for name in together) or size < min(FINE, given) or other:
             size = 0
         by_size.setdefault((size, bank_of(together[0]) is not None), []).extend(together)
     for (size, _), wanted in sorted(by_size.items(), key=lambda item: (-item[0][0], item[0][1])):

@@ -12,7 +12,7 @@ from bigq.common_options import DEFAULT_SEQLEN
 from bigq.config import DEFAULT_FORMAT, FORMAT_WITH_EXPERTS, JobConfig
 from bigq.errors import UsageError
 from bigq.job.adapt import Adapted, adapted
-from bigq.job.fit import Candidate, misfits, require_fit
+from bigq.job.fit import Candidate, misfits, require_distinct, require_fit
 from bigq.job.rules import require_sound_rules
 from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS
 from bigq.methods import method_of
@@ -119,6 +119,8 @@ def check_shapes(model: ModelDescription, config: JobConfig) -> Adapted:
     candidates += [Candidate(name=name, m=e.m, n=e.n, joined=e.joined) for name, e in experts.items()]
     found = adapted(candidates, names, _linear_head(model), config)
     require_fit(candidates, names, _linear_head(model), found.config)
+    matrices = (name.removesuffix(".weight") for name, param in model.model.named_parameters() if param.ndim == 2)
+    require_distinct(candidates, [*model.linears, *matrices], found.config)
     base = config.base_scheme
     if head is None and all(scheme_for(each.name, base, config.rules) is None for each in candidates):
         raise UsageError("--skip: no Linear would be quantized; give narrower patterns")

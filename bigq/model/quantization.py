@@ -102,7 +102,7 @@ def _integers(folder: Path, config: Mapping[str, Any]) -> Decoding | None:
     """The decoding of packed integers; None for plain weights. Raises CheckpointError, UnsupportedModelError."""
     said, dtype = described_quantization(config)[1], _original_dtype(config)
     if isinstance(said, dict) and said.get("quant_method") == "awq":
-        _require_gemm(folder, said)
+        read_schemes(folder / "config.json", said)
         return Decoding(quantization_method(said), lambda tensors: decoded_awq(tensors, dtype))
     schemes = packed_schemes(folder)
     return None if schemes is None else Decoding(quantization_method(said or {}), lambda tensors: decoded_integers(tensors, schemes, dtype))
@@ -128,16 +128,6 @@ def decoded_source(folder: Path, tensors: Mapping[str, TensorInfo], *, integers:
             "checkpoint again, or remove quantization_config if the weights are the original ones"
         )
     return decoded
-
-
-def _require_gemm(folder: Path, said: Mapping[str, Any]) -> None:
-    """Raise UnsupportedModelError unless AWQ has packed 4-bit codes in the order of its gemm kernels."""
-    version, bits = said.get("version", "gemm"), said.get("bits", said.get("w_bit", 4))
-    if str(version).lower() != "gemm" or bits != 4:
-        raise UnsupportedModelError(
-            f"{folder}: is already quantized (awq, version {show_value(version)}, {show_value(bits)} bits); of awq, bigq reads version "
-            "gemm at 4 bits: give such a one, or the original model"
-        )
 
 
 def open_source(folder: Path, *, integers: bool = False, remote: RemoteHeaders | None = None) -> Checkpoint:

@@ -45,11 +45,7 @@ class Gptq(Format):
         if bool((zeros < self.min_zero).any()):
             raise ValueError(f"{prefix}: format gptq (v1) cannot store a zero point of 0; solve with min_zero=1")
         n, groups = words.shape[0] * 32 // scheme.bits, scales.shape[1]
-        half = scales.to(torch.float16)
-        if not torch.equal(half.to(scales.dtype), scales):
-            raise UsageError(
-                f"{prefix}: its scales are not exact in fp16, the dtype of scales in {self.name}; keep the model in its present format"
-            )
+        half = require_half(prefix, scales, self.name)
         return {
             f"{prefix}.qweight": words.contiguous(),
             f"{prefix}.qzeros": pack(zeros + self.shift, scheme.bits).T.contiguous(),
@@ -168,6 +164,14 @@ class GptqV2(Gptq):
 def escaped(name: str) -> str:
     """A module name as a regular expression. ``re.escape`` would also escape characters that need it in no dialect."""
     return re.sub(r"([.^$*+?{}\[\]\\|()])", r"\\\1", name)
+
+
+def require_half(prefix: str, scales: Tensor, format: str) -> Tensor:
+    """Scales in fp16. Raises UsageError if they are not exact there."""
+    half = scales.to(torch.float16)
+    if not torch.equal(half.to(scales.dtype), scales):
+        raise UsageError(f"{prefix}: its scales are not exact in fp16, the dtype of scales in {format}; keep the model in its present format")
+    return half
 
 
 def check_scales(piece: Tensor) -> str | None:
