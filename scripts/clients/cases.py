@@ -90,7 +90,7 @@ class Case:
 class Client:
     """A program that reads bigq's output.
 
-    name: of its virtual environment and of the results file (docs/results/clients_NAME.json).
+    name: of the results file (docs/results/clients_NAME.json); venv: of its virtual environment, the same name if empty.
     reader: a script in this folder. The environment's own Python runs it, without bigq, as ``reader RESULTS FOLDER…``. It appends
     a JSON line to RESULTS for each case and way of reading, {"case": …, "route": …} and its findings, and prints {"versions": {…}}
     as its last line. environment: of the reader's process. cases: the cases that it must read.
@@ -104,6 +104,12 @@ class Client:
     fails: Callable[[dict[str, Any]], str | None]
     limits: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    venv: str = ""
+
+    @property
+    def home(self) -> str:
+        """The folder of its virtual environment, among those of all clients."""
+        return self.venv or self.name
 
 
 def prepare(case: Case, work: Path) -> Path:

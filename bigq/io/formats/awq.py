@@ -23,8 +23,8 @@ from torch import Tensor
 
 from bigq.errors import CheckpointError, UnsupportedModelError, UsageError
 from bigq.io.formats.base import Format, Misfit, PackedLinear, PackedWeight, Quantization, bank_of, require_tensor
-from bigq.io.formats.gptq import check_scales, require_half
-from bigq.io.formats.readers import fused_linears
+from bigq.io.formats.fused import fused_linears
+from bigq.io.formats.gptq import check_scales, excluded, require_half
 from bigq.io.index import TensorInfo
 from bigq.io.json_file import show_value
 from bigq.kernels.pack import pack, unpack
@@ -51,7 +51,7 @@ def awq_codes(words: Tensor) -> Tensor:
 
 
 def _arranged(codes: Tensor, order: tuple[int, ...]) -> Tensor:
-    return codes.unflatten(0, (-1, IN_WORD))[:, list(order)].flatten(0, 1).contiguous()
+    return codes.reshape(-1, IN_WORD, codes.shape[1])[:, list(order)].reshape(codes.shape)
 
 
 class Awq(Format):
@@ -121,6 +121,7 @@ class Awq(Format):
         sizes = {scheme.group_size for scheme in job.packed.values()} or {job.scheme.group_size}
         if len(sizes) > 1:
             raise ValueError(f"format awq has one group size for all Linears, not {sorted(sizes)}")
+        skips: dict[str, dict[str, Any]] = {f"-:{rule.pattern}": {} for rule in job.rules if rule.overrides is None}
         return {
             "quant_method": self.name,
             "version": "gemm",
@@ -129,6 +130,8 @@ class Awq(Format):
             "zero_point": True,
             "lm_head": job.head is not None,
             "modules_to_not_convert": not_converted(job.packed, (*job.others, *job.apart)),
+            # GPTQModel does not look at the names above.
+            "dynamic": {**excluded(job), **skips},
             "meta": {**job.meta, "symmetric": all(scheme.symmetric for scheme in job.packed.values())},
         }
 

@@ -146,6 +146,9 @@ class Format(ABC):
     group_sizes: ClassVar[tuple[int, ...] | None] = None
     one_size: ClassVar[bool] = False
 
+    def __str__(self) -> str:
+        return self.name
+
     @abstractmethod
     def suffixes(self, symmetric: bool) -> tuple[str, ...]:
         """Suffixes of the tensors of a packed weight, ``mark`` first."""

@@ -124,8 +124,7 @@ class Gptq(Format):
 
         Modules beside the model's own are excluded by path: vLLM looks fused Linears up by their fused name only.
         """
-        dynamic: dict[str, dict[str, Any]] = {f"-:^{escaped(path)}(\\.|$)": {} for path in job.apart}
-        dynamic |= {f"-:^{escaped(name)}$": {} for name in (*job.outside, *job.left_out)}
+        dynamic: dict[str, dict[str, Any]] = excluded(job)
         for rule in job.rules:
             if rule.overrides is None:
                 dynamic.setdefault(f"-:{rule.pattern}", {})
@@ -161,6 +160,12 @@ class GptqV2(Gptq):
     shift = 0
 
 
+def excluded(job: Quantization) -> dict[str, dict[str, Any]]:
+    """The entries of ``dynamic`` for modules beside the model's own, by path, and for those that no rule skips, by name."""
+    dynamic: dict[str, dict[str, Any]] = {f"-:^{escaped(path)}(\\.|$)": {} for path in job.apart}
+    return dynamic | {f"-:^{escaped(name)}$": {} for name in (*job.outside, *job.left_out)}
+
+
 def escaped(name: str) -> str:
     """A module name as a regular expression. ``re.escape`` would also escape characters that need it in no dialect."""
     return re.sub(r"([.^$*+?{}\[\]\\|()])", r"\\\1", name)
@@ -170,7 +175,9 @@ def require_half(prefix: str, scales: Tensor, format: str) -> Tensor:
     """Scales in fp16. Raises UsageError if they are not exact there."""
     half = scales.to(torch.float16)
     if not torch.equal(half.to(scales.dtype), scales):
-        raise UsageError(f"{prefix}: its scales are not exact in fp16, the dtype of scales in {format}; keep the model in its present format")
+        raise UsageError(
+            f"{prefix}: its scales are not exact in fp16, the dtype of scales in {format}; keep the model in its present format"
+        )
     return half
 
 

@@ -18,7 +18,6 @@ from bigq.io.formats.awq import awq_codes
 from bigq.io.formats.base import module_of
 from bigq.io.formats.gptq import Gptq
 from bigq.io.index import Decoder, TensorInfo
-from bigq.io.json_file import show_name
 from bigq.kernels.dequantize import dequantize, dequantize_packed
 from bigq.kernels.pack import pack, unpack
 from bigq.scheme import QuantScheme

@@ -1,0 +1,34 @@
+"""vLLM's engine, with its own kernels on a CPU (``reader_vllm_engine.py``)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from cases import Case, Client
+from client_vllm import DENSE, make_case
+
+#: The engine computes in fp16, which alone makes a mean difference of about 0.0007.
+LOGPROB_TOLERANCE = 0.002
+
+
+def make_cases() -> tuple[Case, ...]:
+    cases = (
+        make_case("llama", "awq", 4, 32, False),
+        make_case("llama", "awq", 4, 64, True),
+        make_case("llama", "awq", 4, -1, False),
+        make_case("llama", "awq", 4, 32, True, "-skip", "--skip", r".*layers\.1\.(self_attn|mlp\.(gate|up)_proj)"),
+        *(make_case(family, "awq", 4, 32, False) for family in DENSE),
+    )
+    return tuple(dataclasses.replace(case, reader={"routes": ["engine"]}) for case in cases)
+
+
+def fails(row: dict[str, Any]) -> str | None:
+    """The reason why a row is wrong; None if it is right."""
+    if "error" in row:
+        return str(row["error"])
+    found = row["logprob_mean_diff"]
+    return None if found < LOGPROB_TOLERANCE else f"log-probabilities differ by {found:.2g} on average"
+
+
+CLIENT = Client(name="vllm-engine", reader="reader_vllm_engine.py", cases=make_cases(), fails=fails, venv="vllm")
