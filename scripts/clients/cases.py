@@ -5,8 +5,8 @@ The folder of a case holds
     model/                  the source, in fp16: the same values whether it is read in fp16 or fp32
     out/                    bigq's output, quantized on 16 × 40 random tokens, with experts on 64 × 40
     expected.safetensors    ids int64 [N, T]; logits fp32 [N, T, V] of the dense model with bigq's dequantized weights, rounded to
-                            fp16 as readers store them, computed in fp32; weight.NAME fp32 [outputs, inputs] of every packed
-                            Linear, not rounded
+                            fp16 as readers store them, computed in fp32; original: the logits of the source; weight.NAME fp32
+                            [outputs, inputs] of every packed Linear, not rounded
     case.json               names of the packed Linears, and the settings that the client module has for its reader
 """
 
@@ -181,14 +181,17 @@ def write_expected(folder: Path) -> list[str]:
         model = (reference_composite if kind in COMPOSITE else reference_model)(folder / "model")
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")
+    ids = random_ids(EVALUATED_ROWS, seed=1)
+    original = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
     records = {r["name"]: r for r in map(json.loads, (folder / "out/.bigq/linears.jsonl").read_text().splitlines())}
     places = weights_in(model, folder / "model")
     for name, weight in weights.items():
         require_near(name, weight, places[name], records[name]["bits"], records[name]["group_size"])
         places[name].copy_(weight.to(torch.float16))
-    ids = random_ids(EVALUATED_ROWS, seed=1)
     logits = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
-    tensors = {"ids": ids, "logits": logits} | {f"weight.{name}": weight.contiguous() for name, weight in weights.items()}
+    tensors = {"ids": ids, "logits": logits, "original": original} | {
+        f"weight.{name}": weight.contiguous() for name, weight in weights.items()
+    }
     save_file(tensors, folder / "expected.safetensors")
     return sorted(weights)
 

@@ -16,8 +16,8 @@ HEADS: Mapping[str, Mapping[str, Any]] = {
     "opt": {"num_attention_heads": 2},
 }
 
-#: The engine computes in fp16, which alone makes a mean difference of about 0.0007.
-LOGPROB_TOLERANCE = 0.002
+#: The engine computes in fp16, which alone makes a mean difference of up to 0.002. Weights of 4 bits differ by ten times that.
+LOGPROB_TOLERANCE = 0.004
 
 
 def make_cases() -> tuple[Case, ...]:
@@ -36,7 +36,9 @@ def fails(row: dict[str, Any]) -> str | None:
     if "error" in row:
         return str(row["error"])
     found = row["logprob_mean_diff"]
-    return None if found < LOGPROB_TOLERANCE else f"log-probabilities differ by {found:.2g} on average"
+    if not found < LOGPROB_TOLERANCE:
+        return f"log-probabilities differ by {found:.2g} on average"
+    return None if row["original_mean_diff"] > 2 * found else "log-probabilities are as near to those of the unquantized weights"
 
 
 CLIENT = Client(name="vllm-engine", reader="reader_vllm_engine.py", cases=make_cases(), fails=fails, venv="vllm")

@@ -4,7 +4,7 @@
     reader_vllm_engine.py RESULTS FOLDER…
 
 Every folder is run by a process of its own. Route "engine": the log-probability of every token of the case's rows, given those before
-it, in fp16, and those of bigq's weights in fp32.
+it, in fp16, and those of bigq's weights in fp32 (original_mean_diff: of the unquantized weights and these).
 """
 
 from __future__ import annotations
@@ -53,15 +53,21 @@ def logprobs(folder: Path, ids: Tensor) -> Tensor:
     return torch.tensor([[given[int(token)].logprob for token, given in pair] for pair in pairs])
 
 
+def of_next(logits: Tensor, ids: Tensor) -> Tensor:
+    """The log-probability of each token but the first, [N, T − 1], from logits [N, T, V]."""
+    return logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
 def read(folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     row: dict[str, Any] = {"case": folder.name, "route": "engine"}
     with safe_open(folder / "expected.safetensors", "pt") as file:
-        ids, logits = file.get_tensor("ids"), file.get_tensor("logits")
+        ids, logits, original = (file.get_tensor(name) for name in ("ids", "logits", "original"))
     try:
-        expected = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+        expected, unquantized = (of_next(given, ids) for given in (logits, original))
         difference = (logprobs(folder / "out", ids) - expected).abs()
         row |= {"tokens": difference.numel(), "logprob_mean_diff": float(difference.mean()), "logprob_max_diff": float(difference.max())}
+        row["original_mean_diff"] = float((unquantized - expected).abs().mean())
     except Exception as error:  # any error of the reader is a finding
         row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return row | {"seconds": round(time.monotonic() - began, 2)}
