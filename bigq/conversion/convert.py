@@ -78,6 +78,7 @@ def convert(
             raise UsageError(f"{source}: is not quantized; convert takes a packed checkpoint, such as the output of bigq quantize")
         if to == "gguf":
             return _to_gguf(pager, Path(os.path.expanduser(out)), trust_remote_code, say)
+        _require_same_inputs(source, pager.schemes.format, to)
         if pager.schemes.format.name == to:
             raise UsageError(f"{source}: is in the {to} format already")
         return _to_folder(pager, place, FORMATS[to], say)
@@ -216,6 +217,17 @@ def _to_gguf(pager: Pager, out: Path, trust_remote_code: bool, say: Callable[[st
         linears=len(pager.packed),
         bytes_before=sum(info.nbytes for info in pager.checkpoint.tensors.values()),
         bytes=out.stat().st_size,
+    )
+
+
+def _require_same_inputs(source: Path, before: Format, to: str) -> None:
+    """Raise UsageError where one format's readers quantize the inputs of Linears and the other's do not."""
+    if before.name == to or before.quantizes_inputs == (to in FORMATS and FORMATS[to].quantizes_inputs):
+        return
+    which = before.name if before.quantizes_inputs else to
+    raise UsageError(
+        f"{source}: readers of {which} quantize the inputs of Linears too, so another format is another model; quantize the original model "
+        f"with --format {to}"
     )
 
 

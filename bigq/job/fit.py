@@ -141,7 +141,8 @@ def _skips(linears: Sequence[Candidate], names: Sequence[str], begun: _Remedy) -
 
 def _bits(linears: Sequence[Candidate], begun: _Remedy) -> Iterator[_Remedy]:
     sources = {_source(name, "bits", begun.config) for name, misfit in misfits(linears, begun.config).items() if misfit.kind == "bits"}
-    yield _with(begun, "bits", dict.fromkeys(sorted(sources, key=_order), GGUF_BITS))
+    bits = GGUF_BITS if GGUF_BITS in begun.config.made.bits else begun.config.made.bits[0]
+    yield _with(begun, "bits", dict.fromkeys(sorted(sources, key=_order), bits))
 
 
 def _group_sizes(

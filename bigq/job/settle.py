@@ -12,6 +12,7 @@ from bigq.common_options import DEFAULT_SEQLEN
 from bigq.config import DEFAULT_FORMAT, FORMAT_WITH_EXPERTS, JobConfig
 from bigq.errors import UsageError
 from bigq.job.adapt import Adapted, adapted
+from bigq.job.command import rule_option
 from bigq.job.fit import Candidate, misfits, require_distinct, require_fit
 from bigq.job.rules import require_sound_rules
 from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS
@@ -33,6 +34,13 @@ def require_format(config: JobConfig) -> None:
     formats = method_of(config).formats
     if config.format is not None and config.format not in formats:
         raise UsageError(f"--format {config.format}: {config.method} writes {', '.join(formats)}; use --format {formats[0]}")
+    if not config.made.symmetric_only:
+        return
+    if not config.scheme.symmetric:
+        raise UsageError(f"--asym: --format {config.format} holds no zero points; use --sym")
+    for rule in config.rules:
+        if (rule.overrides or {}).get("sym") is False:
+            raise UsageError(f"{rule_option(rule)}: --format {config.format} holds no zero points; leave out sym=false")
 
 
 def _settled_format(model: ModelDescription, config: JobConfig) -> FormatName:

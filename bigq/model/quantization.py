@@ -17,6 +17,7 @@ import torch
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.formats import PackedSchemes, quantization_method, read_schemes
 from bigq.io.formats.compressed_tensors import require_plain
+from bigq.io.formats.w8a8 import is_w8a8
 from bigq.io.index import Checkpoint, RemoteHeaders, TensorInfo
 from bigq.io.json_file import read_json_object, show_name, show_value
 from bigq.io.sources.coded import decoded_tensors
@@ -110,6 +111,9 @@ def _integers(folder: Path, config: Mapping[str, Any]) -> Decoding | None:
 
 def _decoding(folder: Path, *, integers: bool) -> Decoding | None:
     config = read_json_object(folder / "config.json")
+    said = described_quantization(config)[1]
+    if not integers and isinstance(said, dict) and is_w8a8(said):
+        return None  # read as packed Linears, whose inputs are quantized
     return _numbers(folder, config) or (_integers(folder, config) if integers else None)
 
 
@@ -181,6 +185,8 @@ def packed_schemes(folder: Path) -> PackedSchemes | None:
     path = folder / "config.json"
     config = read_json_object(path)
     place, said = described_quantization(config)
+    if isinstance(said, dict) and is_w8a8(said):
+        return read_schemes(path, said)
     if _numbers(folder, config) is not None:
         return None
     if said is None:

@@ -130,6 +130,8 @@ class Format(ABC):
     config_file: a file beside config.json to which the quantization config is written too, for readers that look for it.
     scales_as_weights: whether scales have the dtype of the original weights, instead of fp16.
     bits, group_sizes: those that it holds; None for any group size. one_size: whether its config has one group size for all Linears.
+    symmetric_only: whether it holds no zero points. quantizes_inputs: whether its readers quantize the inputs of Linears too, to int8 with
+        a scale for each token, so that the same weights in another format are another model.
     """
 
     name: ClassVar[str]
@@ -145,6 +147,8 @@ class Format(ABC):
     bits: ClassVar[tuple[int, ...]] = BITS
     group_sizes: ClassVar[tuple[int, ...] | None] = None
     one_size: ClassVar[bool] = False
+    symmetric_only: ClassVar[bool] = False
+    quantizes_inputs: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return self.name

@@ -16,7 +16,7 @@ from typing import Literal
 from bigq.scheme import QuantScheme
 
 #: Formats that vLLM reads, and whether it looks a fused Linear's rule up by the fused name (``dynamic``) or by the names of the parts.
-BY_FUSED_NAME: Mapping[str, bool] = {"gptq": True, "gptq_v2": True, "compressed-tensors": False, "awq": False}
+BY_FUSED_NAME: Mapping[str, bool] = {"gptq": True, "gptq_v2": True, "compressed-tensors": False, "w8a8-int8": False, "awq": False}
 
 ALL_BITS = (2, 3, 4, 8)
 #: Group sizes that vLLM was run with or whose kernels name them; -1 is the whole row.
@@ -110,6 +110,7 @@ class Row:
 _CT = ("compressed-tensors",)
 _GPTQ = ("gptq", "gptq_v2")
 _AWQ = ("awq",)
+_W8A8 = ("w8a8-int8",)
 ROWS: tuple[Row, ...] = (
     Row(reader="transformers", formats=_GPTQ, mixed=False, head=False, experts=False, needs="optimum, gptqmodel"),
     Row(reader="transformers", formats=_CT, bits=(2, 4, 8), symmetric=(True,), experts="alike", whole=False, needs="compressed-tensors"),
@@ -188,6 +189,16 @@ ROWS: tuple[Row, ...] = (
         fuses=True,
         not_families=("bloom", "gpt_oss", *_LLAMA4),
         needs="humming",
+    ),
+    Row(
+        reader="vLLM",
+        formats=_W8A8,
+        bits=(8,),
+        symmetric=(True,),
+        group_sizes=(-1,),
+        fuses=True,
+        not_families=("bloom", *_LLAMA4),
+        kernel="Cutlass",
     ),
     Row(
         reader="vLLM",
