@@ -5,8 +5,8 @@ The folder of a case holds
     model/                  the source, in fp16: the same values whether it is read in fp16 or fp32
     out/                    bigq's output, quantized on 16 × 40 random tokens, with experts on 64 × 40
     expected.safetensors    ids int64 [N, T]; logits fp32 [N, T, V] of the dense model with bigq's dequantized weights, rounded to
-                            fp16 as readers store them, computed in fp32; original: the logits of the source; weight.NAME fp32
-                            [outputs, inputs] of every packed Linear, not rounded
+                            fp16 as readers store them, computed in fp32 (in w8a8-int8: not rounded, but inputs are, to int8);
+                            original: the logits of the source; weight.NAME fp32 [outputs, inputs] of every packed Linear, not rounded
     case.json               names of the packed Linears, and the settings that the client module has for its reader
 """
 
@@ -183,17 +183,27 @@ def write_expected(folder: Path) -> list[str]:
             model.set_experts_implementation("eager")
     ids = random_ids(EVALUATED_ROWS, seed=1)
     original = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
+    int8 = '"int-quantized"' in (folder / "out/config.json").read_text()
     records = {r["name"]: r for r in map(json.loads, (folder / "out/.bigq/linears.jsonl").read_text().splitlines())}
     places = weights_in(model, folder / "model")
     for name, weight in weights.items():
         require_near(name, weight, places[name], records[name]["bits"], records[name]["group_size"])
-        places[name].copy_(weight.to(torch.float16))
+        places[name].copy_(weight if int8 else weight.to(torch.float16))
+    if int8:
+        for name in weights:
+            linear_module(model, name).register_forward_pre_hook(rounded_inputs)
     logits = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
     tensors = {"ids": ids, "logits": logits, "original": original} | {
         f"weight.{name}": weight.contiguous() for name, weight in weights.items()
     }
     save_file(tensors, folder / "expected.safetensors")
     return sorted(weights)
+
+
+def rounded_inputs(_: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Inputs [..., K] as int8 numbers times a scale for each token."""
+    scale = given[0].abs().amax(-1, keepdim=True) / 127
+    return (torch.round(given[0] / scale) * scale, *given[1:])
 
 
 def require_near(name: str, weight: Tensor, source: Tensor, bits: int, group_size: int) -> None:

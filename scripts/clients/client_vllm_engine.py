@@ -28,7 +28,10 @@ def make_cases() -> tuple[Case, ...]:
         make_case("llama", "awq", 4, 32, True, "-skip", "--skip", r".*layers\.1\.(self_attn|mlp\.(gate|up)_proj)"),
         *(make_case(family, "awq", 4, 32, False) for family in DENSE),
     )
-    return tuple(dataclasses.replace(case, model={**case.model, **HEADS[case.family]}, reader={"routes": ["engine"]}) for case in cases)
+    return tuple(
+        dataclasses.replace(case, model={**case.model, **HEADS[case.family]}, reader={"routes": ["engine"], "dtype": "float16"})
+        for case in cases
+    )
 
 
 def fails(row: dict[str, Any]) -> str | None:

