@@ -57,6 +57,13 @@ def loading(history: History) -> Iterator[str]:
             yield f"{refusal}.\n"
     elif config.made.name == "awq":
         yield from _awq(history, config)
+    elif config.made.quantizes_inputs:
+        yield "With transformers (`pip install transformers compressed-tensors`):\n"
+        yield _transformers(history, config.trust_remote_code)
+        yield (
+            "Inputs of Linears are rounded to 8 bits for each token while the model runs. compressed-tensors divides the largest one by "
+            "127.5 for it, vLLM and bigq by 127, so their results differ a little.\n"
+        )
     elif "transformers" in readers:
         yield "With transformers:\n"
         yield _transformers(history, config.trust_remote_code)

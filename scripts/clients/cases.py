@@ -5,7 +5,8 @@ The folder of a case holds
     model/                  the source, in fp16: the same values whether it is read in fp16 or fp32
     out/                    bigq's output, quantized on 16 × 40 random tokens, with experts on 64 × 40
     expected.safetensors    ids int64 [N, T]; logits fp32 [N, T, V] of the dense model with bigq's dequantized weights, rounded to
-                            fp16 as readers store them, computed in fp32 (in w8a8-int8: not rounded, but inputs are, to int8);
+                            fp16 as readers store them, computed in fp32 (in w8a8-int8: not rounded, but inputs are, to int8 with
+                            the largest number that the client module names, 127 if it names none);
                             original: the logits of the source; weight.NAME fp32 [outputs, inputs] of every packed Linear, not rounded
     case.json               names of the packed Linears, and the settings that the client module has for its reader
 """
@@ -133,7 +134,7 @@ def prepare(case: Case, work: Path) -> Path:
     rows = ROWS_WITH_EXPERTS if case.family in MOE_FAMILIES else ROWS
     save_ids(folder / "calibration.safetensors", random_ids(rows))
     quantize(folder, ("--samples", str(rows), *case.flags))
-    packed = write_expected(folder)
+    packed = write_expected(folder, case.reader.get("largest", 127))
     described.write_text(json.dumps({"settings": settings, "packed": packed, **case.reader}, indent=2) + "\n")
     return folder
 
@@ -173,8 +174,8 @@ def weights_in(model: torch.nn.Module, source: Path) -> dict[str, Tensor]:
     return found
 
 
-def write_expected(folder: Path) -> list[str]:
-    """Write expected.safetensors; returns the names of the packed Linears."""
+def write_expected(folder: Path, largest: float = 127) -> list[str]:
+    """Write expected.safetensors; returns the names of the packed Linears. largest: number of a rounded input."""
     weights = dict(dequantized(folder / "out"))
     with silent():
         kind = json.loads((folder / "model/config.json").read_text())["model_type"]
@@ -191,7 +192,7 @@ def write_expected(folder: Path) -> list[str]:
         places[name].copy_(weight if int8 else weight.to(torch.float16))
     if int8:
         for name in weights:
-            linear_module(model, name).register_forward_pre_hook(rounded_inputs)
+            linear_module(model, name).register_forward_pre_hook(lambda _, given: rounded_inputs(given, largest))
     logits = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
     tensors = {"ids": ids, "logits": logits, "original": original} | {
         f"weight.{name}": weight.contiguous() for name, weight in weights.items()
@@ -200,10 +201,10 @@ def write_expected(folder: Path) -> list[str]:
     return sorted(weights)
 
 
-def rounded_inputs(_: torch.nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def rounded_inputs(given: tuple[Tensor, ...], largest: float) -> tuple[Tensor, ...]:
     """Inputs [..., K] as int8 numbers times a scale for each token."""
-    scale = given[0].abs().amax(-1, keepdim=True) / 127
-    return (torch.round(given[0] / scale) * scale, *given[1:])
+    scale = given[0].abs().amax(-1, keepdim=True) / largest
+    return (torch.clamp(torch.round(given[0] / scale), -128, 127) * scale, *given[1:])
 
 
 def require_near(name: str, weight: Tensor, source: Tensor, bits: int, group_size: int) -> None:

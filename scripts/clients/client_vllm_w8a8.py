@@ -10,7 +10,8 @@ from client_vllm import make_case
 from client_vllm_engine import CLIENT as ENGINE
 from client_vllm_engine import HEADS
 
-LOGPROB_TOLERANCE = 0.001
+#: An input near the middle of two integers may become the other one, which then differs by a 127th of the largest.
+LOGPROB_TOLERANCE = 0.003
 SKIP = ("--skip", r".*layers\.1\.(self_attn|mlp\.(gate|up)_proj)")
 
 

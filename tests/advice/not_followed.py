@@ -53,6 +53,16 @@ NOT_FOLLOWED: tuple[Left, ...] = (
         ),
     ),
     Left(
+        "about the original model, which a packed one is not made from here; or about zero points, with other words than an option's",
+        ("e2e/test_w8a8.py::test_other_formats_are_other_models", "e2e/test_w8a8.py::test_what_does_not_fit_is_refused"),
+        (
+            "{}: readers of {} quantize the inputs of Linears too, so another format is another model; quantize the original model with "
+            "--format {}",
+            "{}: --format {} holds no zero points; leave out sym=false",
+            "{}: its scales are not exact in {}; quantize the original model with --scale-bits 8",
+        ),
+    ),
+    Left(
         "another version of AWQ",
         ("e2e/test_coded_sources.py::test_another_version_of_awq_is_refused",),
         (

@@ -205,14 +205,16 @@ def test_scales_of_more_bits_than_bf16_need_float16_in_vllm(scale_bits: int | No
         ("gptq_v2", ["gptq", "4-bit", "bigq"], "pip install transformers optimum gptqmodel"),
         ("compressed-tensors", ["compressed-tensors", "4-bit", "bigq"], "pip install transformers compressed-tensors"),
         ("awq", ["awq", "4-bit", "bigq"], "pip install transformers gptqmodel"),
+        ("w8a8-int8", ["compressed-tensors", "8-bit", "bigq"], "pip install transformers compressed-tensors"),
         ("gguf", ["gguf", "gptq", "4-bit", "bigq"], "pip install transformers optimum gptqmodel"),
     ],
 )
 def test_each_format_has_its_tags_and_its_packages(format: str, tags: list[str], packages: str) -> None:
-    card = model_card(made(packed(), format=format), "")
+    linear = packed(bits=8, group_size=-1) if format == "w8a8-int8" else packed()
+    card = model_card(made(linear, format=format), "")
     assert front(card)["tags"] == tags and front(card)["library_name"] == "transformers"
     assert f"({packages})".replace("(", "(`").replace(")", "`)") in loading(card)
-    assert ("optimum" in card) == (format not in ("compressed-tensors", "awq"))
+    assert ("optimum" in card) == (format not in ("compressed-tensors", "awq", "w8a8-int8"))
     assert ("Readers that do not know it would read it as `gptq`" in card) == (format in ("gptq_v2", "gguf"))
     assert ("llama-cli -m model.gguf" in card) == ("llama-cpp-python" in card) == (format == "gguf")
 

@@ -125,6 +125,16 @@ ROWS: tuple[Row, ...] = (
         needs="transformers<5.23, compressed-tensors>=0.18",
     ),
     Row(reader="transformers", formats=_AWQ, bits=(4,), mixed=False, head=False, experts=False, not_families=_SCALED, needs="gptqmodel"),
+    Row(
+        reader="transformers",
+        formats=_W8A8,
+        bits=(8,),
+        symmetric=(True,),
+        group_sizes=(-1,),
+        experts=False,
+        not_families=("opt",),
+        needs="compressed-tensors",
+    ),
     Row(reader="GPTQModel", formats=("gptq",), not_families=("glm4_moe", "mixtral"), not_base=False),
     Row(reader="GPTQModel", formats=("gptq_v2",), not_families=("glm4_moe", "mixtral")),
     Row(reader="GPTQModel", formats=_AWQ, bits=(4,), mixed=False, not_families=("glm4_moe", "mixtral")),
@@ -305,8 +315,9 @@ def _refusal(written: Written, format: str, row: Row, used: Mapping[Kind, Row | 
             return f"{'symmetric' if kind.symmetric else 'asymmetric'} {here}{other if format in _GPTQ else ''}"
         if not any(kind.bits in each.bits for each in rows):
             return f"{here} of {kind.bits} bits{other if format in _GPTQ else ''}"
-        sizes = ", ".join(str(size) for size in VLLM_GROUPS[1:])
-        return f"{here} in groups of {kind.group_size}; use --group-size {sizes} or -1"
+        taken = sorted({size for each in rows for size in each.group_sizes or () if size != -1})
+        sizes = f"{', '.join(map(str, taken))} or -1" if taken else "-1"
+        return f"{here} in groups of {kind.group_size}; use --group-size {sizes}"
     return None
 
 

@@ -100,7 +100,7 @@ class W8A8Int8(CompressedTensors):
         scales, weight = (require_tensor(tensors, f"{prefix}.{suffix}") for suffix in self.suffixes(True))
         fits = len(weight.shape) == 2 and min(weight.shape) > 0 and not weight.shape[1] % 4 and scales.shape == (weight.shape[0], 1)
         if not fits or weight.dtype != torch.int8 or scales.dtype not in _FLOATS:
-            raise CheckpointError(f"tensor {weight.name}: its shape or dtype does not match that of {scales.name}; fetch it again")
+            raise CheckpointError(f"tensor {weight.name}: its shape or dtype does not match that of its weight_scale")
         return PackedLinear(bits=BITS, outputs=weight.shape[0], inputs=weight.shape[1], groups=1)
 
     def values_per_check(self, suffix: str, info: TensorInfo) -> int:

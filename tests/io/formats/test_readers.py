@@ -89,6 +89,7 @@ def said(format: str, *kinds: Kind, **changes: object) -> tuple[list[str], list[
             ["transformers (with compressed-tensors>=0.18)", "compressed-tensors (with compressed-tensors>=0.18)", "vLLM (with humming)"],
             [],
         ),
+        ("w8a8-int8", Kind(8, -1, True), ["transformers (with compressed-tensors)", "vLLM (CUDA: Cutlass)"], []),
         ("awq", FOUR, ["transformers (with gptqmodel)", "GPTQModel", "vLLM (CUDA: Marlin)"], []),
         ("awq", Kind(4, -1, False), ["transformers (with gptqmodel)", "GPTQModel", "vLLM (CUDA: Marlin)"], []),
         ("gguf", FOUR, ["llama.cpp", "transformers (with optimum, gptqmodel)", "GPTQModel", "vLLM"], []),
