@@ -86,8 +86,8 @@ class Pager(ModelDescription):
         self._weights = self._find_sources()
         if self.schemes is not None and self.schemes.format.quantizes_inputs:
             self._forced |= dict.fromkeys(self.packed, torch.float32)
-            for name in self.packed:
-                quantize_inputs(self._owner(name)[0])
+            experts = any(any(bank.packed()) for bank in self.banks.values())
+            quantize_inputs(folder, [self._owner(name)[0] for name in self.packed], experts)
         self._ahead: Prefetch | None = None
         self._budget = 0
         skeleton.move_buffers(self.model, device)

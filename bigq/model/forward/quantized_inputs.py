@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
+
+from bigq.errors import UnsupportedModelError
 
 #: The largest number of a quantized input.
 MOST = 127
@@ -29,7 +34,15 @@ class Int8Inputs(nn.Linear):
         return nn.functional.linear(rounded_tokens(input), self.weight.float(), bias).to(input.dtype)
 
 
-def quantize_inputs(module: nn.Module) -> None:
-    """Let a Linear quantize its inputs from now on."""
-    assert isinstance(module, nn.Linear), f"a {type(module).__name__} has no inputs that readers quantize"
-    module.__class__ = Int8Inputs
+def quantize_inputs(folder: Path, modules: Iterable[nn.Module], experts: bool) -> None:
+    """Let Linears quantize their inputs from now on. experts: whether the checkpoint in ``folder`` holds experts that would have to.
+
+    Raises UnsupportedModelError for experts, and for what is no Linear.
+    """
+    if experts:
+        raise UnsupportedModelError(f"{folder}: readers quantize the inputs of experts too, which bigq cannot; give the original model")
+    for module in modules:
+        if not isinstance(module, nn.Linear):
+            kind = type(module).__name__
+            raise UnsupportedModelError(f"{folder}: readers quantize the inputs of a {kind}, which bigq cannot; give the original model")
+        module.__class__ = Int8Inputs

@@ -17,7 +17,7 @@ from bigq.io.formats import FORMATS, PackedLinear, PackedWeight, Quantization, r
 from bigq.io.formats.base import Misfit
 from bigq.io.formats.w8a8 import is_w8a8
 from bigq.kernels.pack import unpack
-from bigq.model.forward.quantized_inputs import rounded_tokens
+from bigq.model.forward.quantized_inputs import quantize_inputs, rounded_tokens
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
 
@@ -131,6 +131,18 @@ def test_what_does_not_fit(m: int, scheme: dict[str, Any], more: dict[str, bool]
     found = W8A8.misfit(m, 64, QuantScheme(**{"bits": 8, "group_size": -1, **scheme}), **more)
     assert isinstance(found, Misfit) and found.kind == kind
     assert W8A8.misfit(32, 64, SCHEME) is None
+
+
+def test_what_has_no_linear_to_round_the_inputs_of_is_refused() -> None:
+    linear = torch.nn.Linear(4, 4)
+    quantize_inputs(Path("m"), [linear], experts=False)
+    x = torch.tensor([[127.0, 0.5, 0.0, 1.6]])
+    rounded = torch.tensor([[127.0, 0.0, 0.0, 2.0]])
+    assert torch.equal(linear(x), torch.nn.functional.linear(rounded, linear.weight, linear.bias))
+    with pytest.raises(UnsupportedModelError, match=r"^m: readers quantize the inputs of experts too"):
+        quantize_inputs(Path("m"), [], experts=True)
+    with pytest.raises(UnsupportedModelError, match=r"^m: readers quantize the inputs of a Identity, which"):
+        quantize_inputs(Path("m"), [torch.nn.Identity()], experts=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
