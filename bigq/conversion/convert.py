@@ -78,6 +78,7 @@ def convert(
             raise UsageError(f"{source}: is not quantized; convert takes a packed checkpoint, such as the output of bigq quantize")
         if to == "gguf":
             return _to_gguf(pager, Path(os.path.expanduser(out)), trust_remote_code, say)
+        _require_same_inputs(source, pager.schemes.format, to)
         if pager.schemes.format.name == to:
             raise UsageError(f"{source}: is in the {to} format already")
         return _to_folder(pager, place, FORMATS[to], say)
@@ -219,6 +220,17 @@ def _to_gguf(pager: Pager, out: Path, trust_remote_code: bool, say: Callable[[st
     )
 
 
+def _require_same_inputs(source: Path, before: Format, to: str) -> None:
+    """Raise UsageError where one format's readers quantize the inputs of Linears and the other's do not."""
+    if before.name == to or before.quantizes_inputs == (to in FORMATS and FORMATS[to].quantizes_inputs):
+        return
+    which = before.name if before.quantizes_inputs else to
+    raise UsageError(
+        f"{source}: readers of {which} quantize the inputs of Linears too, so another format is another model; quantize the original model "
+        f"with --format {to}"
+    )
+
+
 def _require_fit(pager: Pager, target: Format) -> None:
     """Raise UsageError, naming the packed Linears that do not fit the format. Their values are checked when they are packed."""
     assert pager.schemes is not None
@@ -231,15 +243,26 @@ def _require_fit(pager: Pager, target: Format) -> None:
         ]
         advice = f"use {' or '.join(fitting)}" if fitting else "keep the model in its present format"
         raise UsageError(f"{listed(found)}; {advice}")
+    packed = pager.packed_sources().keys()
+    clash = target.clash(packed, [name for name in pager.plain_modules().every if name not in packed])
+    if clash is not None:
+        raise UsageError(
+            f"{clash[0]} is not packed, and readers of {target.name} find its name in {clash[1]}, which is; keep the model in its present "
+            "format"
+        )
 
 
 def _misfits(pager: Pager, target: Format) -> dict[str, Misfit]:
     assert pager.schemes is not None
     found = {}
-    for name, source in pager.packed_sources().items():
+    packed = pager.packed_sources()
+    sizes = [source.scheme.group_size for source in packed.values()]
+    usual = max(dict.fromkeys(sizes), key=sizes.count) if sizes else -1
+    for name, source in packed.items():
         m, n = source.shape
-        transposed = bank_of(name) is None and skeleton.is_transposed(pager.model.get_submodule(name))
-        misfit = target.misfit(m, n, source.scheme, transposed=transposed)
+        expert = bank_of(name) is not None
+        transposed = not expert and skeleton.is_transposed(pager.model.get_submodule(name))
+        misfit = target.misfit(m, n, source.scheme, transposed=transposed, expert=expert) or target.other_size(source.scheme, usual)
         if misfit is not None:
             found[name] = misfit
     return found

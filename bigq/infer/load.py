@@ -63,7 +63,7 @@ def choose_packed(pager: Pager, tokens: int, packed: bool | None = None) -> bool
     """
     on_gpu = pager.device.type == "cuda"
     there = gpu_budget(pager.device) if on_gpu else host_budget(0)
-    ways = (on_gpu, True) if packed is None else (packed,)
+    ways = (False,) if _quantizes_inputs(pager) else (on_gpu, True) if packed is None else (packed,)
     for way in ways:
         if bytes_needed(pager, tokens, packed=way) <= there:
             return way and bool(pager.packed)
@@ -75,13 +75,18 @@ def choose_packed(pager: Pager, tokens: int, packed: bool | None = None) -> bool
     )
 
 
+def _quantizes_inputs(pager: Pager) -> bool:
+    """Whether packed Linears quantize their inputs, for which ``PackedLinear`` has no way."""
+    return pager.schemes is not None and pager.schemes.format.quantizes_inputs
+
+
 def bytes_needed(pager: Pager, tokens: int, *, packed: bool) -> int:
     """Bytes that the model needs, with a KV cache of ``tokens`` (as if without grouped queries) and buffers for dequantizing."""
     weights = largest = 0
     seen = set()
     for name, param in pager.model.named_parameters(remove_duplicate=False):
         if name in pager.packed:
-            dense = param.numel() * pager.dtype.itemsize
+            dense = param.numel() * pager.dtype_of(name).itemsize
             largest = max(largest, dense)
             stored = sum(info.nbytes for info in pager.packed_source(name).tensors)
             weights += stored if packed else dense

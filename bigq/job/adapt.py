@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from bigq.config import JobConfig
 from bigq.errors import UsageError
 from bigq.io.formats.base import Misfit, bank_of, fitting_group_size, listed
-from bigq.io.formats.readers import BY_FUSED_NAME, ROWS, fused_linears
+from bigq.io.formats.fused import fused_linears
+from bigq.io.formats.readers import BY_FUSED_NAME, ROWS
 from bigq.job.fit import FINE, Candidate, misfits, patterns
 from bigq.job.rules import deciding_rule, require_sound_rules
 from bigq.methods import method_of
@@ -117,7 +118,8 @@ def _sizes(
     for together in _together(linears, names, found, config):
         given = config.scheme.group_size
         size = fitting_group_size([by_name[name].n for name in together], given)
-        if any(name in found and found[name].kind == "shape" for name in together) or size < min(FINE, given):
+        other = config.made.one_size and size != given
+        if any(name in found and found[name].kind == "shape" for name in together) or size < min(FINE, given) or other:
             size = 0
         by_size.setdefault((size, bank_of(together[0]) is not None), []).extend(together)
     for (size, _), wanted in sorted(by_size.items(), key=lambda item: (-item[0][0], item[0][1])):

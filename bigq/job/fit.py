@@ -11,7 +11,8 @@ from typing import Any
 from bigq.config import JobConfig
 from bigq.errors import UsageError
 from bigq.io.formats.base import Misfit, bank_of, fitting_group_size, listed
-from bigq.io.formats.readers import BY_FUSED_NAME, fused_linears
+from bigq.io.formats.fused import fused_linears
+from bigq.io.formats.readers import BY_FUSED_NAME
 from bigq.io.gguf_file import BLOCK, gguf_misfit
 from bigq.job.command import rule_option
 from bigq.job.rules import deciding_rule, require_sound_rules
@@ -68,6 +69,23 @@ def require_fit(linears: Sequence[Candidate], names: Sequence[str], head: str | 
     raise UsageError(f"{listed(found)}; {advice}")
 
 
+def require_distinct(linears: Sequence[Candidate], others: Iterable[str], config: JobConfig) -> None:
+    """Raise UsageError where readers of the format would confuse the name of a module that stays unquantized with that of a packed Linear.
+
+    linears: as for ``require_fit``. others: names of all modules that hold a matrix.
+    """
+    packed = {each.name for each in linears if _scheme(each, config) is not None}
+    clash = config.made.clash(packed, [name for name in others if name not in packed])
+    if clash is None:
+        return
+    tried = (dataclasses.replace(config, format=each) for each in method_of(config).formats if each not in ("gguf", config.format))
+    other = next((each.format for each in tried if each.made.clash(packed, [clash[0]]) is None and not misfits(linears, each)), None)
+    raise UsageError(
+        f"--format {config.output_format}: {clash[0]} stays unquantized, and readers find its name in {clash[1]}, which is packed; "
+        + ("choose another --format" if other is None else f"use --format {other}")
+    )
+
+
 def misfits(linears: Iterable[Candidate], config: JobConfig) -> dict[str, Misfit]:
     """What does not fit, by the Linear's name."""
     found = {}
@@ -76,7 +94,9 @@ def misfits(linears: Iterable[Candidate], config: JobConfig) -> dict[str, Misfit
         scheme = scheme_for(each.name, base, config.rules)
         if scheme is None:
             continue
-        misfit = config.made.misfit(each.m, each.n, scheme, transposed=each.transposed, joined=each.joined)
+        expert = bank_of(each.name) is not None
+        misfit = config.made.misfit(each.m, each.n, scheme, transposed=each.transposed, joined=each.joined, expert=expert)
+        misfit = misfit or config.made.other_size(scheme, base.group_size)
         if misfit is None and config.format == "gguf":
             misfit = gguf_misfit(each.n, scheme)
         if misfit is not None:
@@ -121,7 +141,8 @@ def _skips(linears: Sequence[Candidate], names: Sequence[str], begun: _Remedy) -
 
 def _bits(linears: Sequence[Candidate], begun: _Remedy) -> Iterator[_Remedy]:
     sources = {_source(name, "bits", begun.config) for name, misfit in misfits(linears, begun.config).items() if misfit.kind == "bits"}
-    yield _with(begun, "bits", dict.fromkeys(sorted(sources, key=_order), GGUF_BITS))
+    bits = GGUF_BITS if GGUF_BITS in begun.config.made.bits else begun.config.made.bits[0]
+    yield _with(begun, "bits", dict.fromkeys(sorted(sources, key=_order), bits))
 
 
 def _group_sizes(
@@ -138,8 +159,8 @@ def _group_sizes(
         if _scheme(each, config) is not None:
             inputs.setdefault(_source(each.name, "group_size", config), []).append(each.n)
     sources = sorted({_source(name, "group_size", config) for name in wrong}, key=_order)
-    step = BLOCK if config.format == "gguf" else 8
-    sizes = {source: fitting_group_size(inputs[source], _size(source, config), step) for source in sources}
+    step = BLOCK if config.format == "gguf" else min(_held(config), default=8)
+    sizes = {source: fitting_group_size(inputs[source], _most(source, config), step) for source in sources}
     broad = _with(begun, "group_size", sizes)
     alone = list(_alone(linears, names, wrong, begun, step)) if sources == [None] and len(wrong) < len(inputs[None]) else []
     if min(sizes.values()) >= min(FINE, *(_size(source, config) for source in sources)):
@@ -148,7 +169,8 @@ def _group_sizes(
     else:
         yield from (each for each in alone if works(each.config))
         yield broad
-    common = fitting_group_size([n for source in sources for n in inputs[source]], min(_size(source, config) for source in sources), step)
+    among = inputs if config.made.one_size else sources
+    common = fitting_group_size([n for source in among for n in inputs[source]], min(_most(source, config) for source in among), step)
     for size in (common, -1):
         yield _with(begun, "group_size", dict.fromkeys(sources, size))
         yield _with(begun, "group_size", dict.fromkeys([None, *range(len(config.rules))], size))
@@ -156,7 +178,7 @@ def _group_sizes(
 
 def _alone(linears: Sequence[Candidate], names: Sequence[str], wrong: Sequence[str], begun: _Remedy, step: int) -> Iterator[_Remedy]:
     config = begun.config
-    size = fitting_group_size([each.n for each in linears if each.name in wrong], _size(None, config), step)
+    size = fitting_group_size([each.n for each in linears if each.name in wrong], _most(None, config), step)
     for pattern in patterns(wrong, [each.name for each in linears], names, config):
         rule = Rule(pattern, {"group_size": size})
         yield _Remedy(changes=(*begun.changes, rule_option(rule)), config=dataclasses.replace(config, rules=(*config.rules, rule)))
@@ -174,6 +196,17 @@ def _order(source: int | None) -> int:
 
 def _size(source: int | None, config: JobConfig) -> int:
     return config.scheme.group_size if source is None else int((config.rules[source].overrides or {})["group_size"])
+
+
+def _held(config: JobConfig) -> list[int]:
+    """The group sizes that the format holds, without whole rows; empty where it holds any."""
+    return [size for size in config.made.group_sizes or () if size != -1]
+
+
+def _most(source: int | None, config: JobConfig) -> int:
+    """The largest group size to advise: the one that was asked for, or the largest that the format holds."""
+    size, most = _size(source, config), max(_held(config), default=None)
+    return size if most is None else most if size == -1 else min(size, most)
 
 
 def _with(begun: _Remedy, field: str, values: Mapping[int | None, int]) -> _Remedy:

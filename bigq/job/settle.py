@@ -12,7 +12,8 @@ from bigq.common_options import DEFAULT_SEQLEN
 from bigq.config import DEFAULT_FORMAT, FORMAT_WITH_EXPERTS, JobConfig
 from bigq.errors import UsageError
 from bigq.job.adapt import Adapted, adapted
-from bigq.job.fit import Candidate, misfits, require_fit
+from bigq.job.command import rule_option
+from bigq.job.fit import Candidate, misfits, require_distinct, require_fit
 from bigq.job.rules import require_sound_rules
 from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS
 from bigq.methods import method_of
@@ -33,6 +34,13 @@ def require_format(config: JobConfig) -> None:
     formats = method_of(config).formats
     if config.format is not None and config.format not in formats:
         raise UsageError(f"--format {config.format}: {config.method} writes {', '.join(formats)}; use --format {formats[0]}")
+    if not config.made.symmetric_only:
+        return
+    if not config.scheme.symmetric:
+        raise UsageError(f"--asym: --format {config.format} holds no zero points; use --sym")
+    for rule in config.rules:
+        if (rule.overrides or {}).get("sym") is False:
+            raise UsageError(f"{rule_option(rule)}: --format {config.format} holds no zero points; leave out sym=false")
 
 
 def _settled_format(model: ModelDescription, config: JobConfig) -> FormatName:
@@ -119,6 +127,8 @@ def check_shapes(model: ModelDescription, config: JobConfig) -> Adapted:
     candidates += [Candidate(name=name, m=e.m, n=e.n, joined=e.joined) for name, e in experts.items()]
     found = adapted(candidates, names, _linear_head(model), config)
     require_fit(candidates, names, _linear_head(model), found.config)
+    matrices = (name.removesuffix(".weight") for name, param in model.model.named_parameters() if param.ndim == 2)
+    require_distinct(candidates, [*model.linears, *matrices], found.config)
     base = config.base_scheme
     if head is None and all(scheme_for(each.name, base, config.rules) is None for each in candidates):
         raise UsageError("--skip: no Linear would be quantized; give narrower patterns")

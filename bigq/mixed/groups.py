@@ -16,7 +16,7 @@ import torch
 
 from bigq.errors import UsageError
 from bigq.io.formats.base import Format, PackedLinear
-from bigq.io.formats.readers import FusedLinear, fused_linears
+from bigq.io.formats.fused import FusedLinear, fused_linears
 from bigq.scheme import BITS, QuantScheme
 
 #: Suffixes of stored tensors that are not counted.

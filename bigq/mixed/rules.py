@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from bigq.io.formats.readers import FUSED
+from bigq.io.formats.fused import FUSED
 from bigq.mixed.groups import Group
 from bigq.scheme import MAX_PATTERN, Rule
 

@@ -34,6 +34,7 @@ from bigq.model.experts.source import ExpertSource, expert_sources, joined
 from bigq.model.experts.stored import Part, joined_parameters, merged_beside, merged_parts, require_unmerged
 from bigq.model.extras import Extras, find_extras
 from bigq.model.folding.around import model_folds
+from bigq.model.forward.quantized_inputs import quantize_inputs
 from bigq.model.lookup import rows_held, rows_read, token_tables
 from bigq.model.names import require_parameters
 from bigq.model.packed import packed_sources
@@ -87,6 +88,10 @@ class Pager(ModelDescription):
         self._forced = skeleton.forced_dtypes(self.model, self.dtype, self._meta)
         self.banks: dict[str, StoredBank] = {}
         self._weights = self._find_sources()
+        if self.schemes is not None and self.schemes.format.quantizes_inputs:
+            self._forced |= dict.fromkeys(self.packed, torch.float32)
+            experts = any(any(bank.packed()) for bank in self.banks.values())
+            quantize_inputs(folder, [self._owner(name)[0] for name in self.packed], experts)
         self._ahead: Prefetch | None = None
         self._budget = 0
         skeleton.move_buffers(self.model, device)
@@ -147,8 +152,8 @@ class Pager(ModelDescription):
     def _find_sources(self) -> dict[str, Source]:
         """How each parameter is stored. Raises CheckpointError where one is missing or has another shape, UnsupportedModelError."""
         packed = packed_sources(self.folder, self.model, self.checkpoint, self.schemes)
-        self.sources = self._find_plain()
         parts = {info.name for source in packed.values() for info in source.tensors}
+        self.sources = {name: info for name, info in self._find_plain().items() if info.name not in parts}
         experts = self._find_experts(packed)
         merged = {info.name for sources in experts.values() for source in sources for info in source.tensors}
         used = {*self._placed, *parts, *merged, *self._beside}
@@ -352,7 +357,7 @@ class Pager(ModelDescription):
 
     def dequantized(self, name: str) -> Tensor:
         """The weight of a packed Linear, [outputs, inputs], in the compute dtype."""
-        return self.packed_source(name).value(self._read, self.device, self.dtype)
+        return self.packed_source(name).value(self._read, self.device, self.dtype_of(name))
 
     def stored(self, name: str) -> PackedWeight:
         """The packed tensors of a packed Linear's weight, on the device that they were read to."""

@@ -17,6 +17,7 @@ import torch
 from bigq.errors import CheckpointError, UnsupportedModelError
 from bigq.io.formats import PackedSchemes, quantization_method, read_schemes
 from bigq.io.formats.compressed_tensors import require_plain
+from bigq.io.formats.w8a8 import is_w8a8
 from bigq.io.index import Checkpoint, RemoteHeaders, TensorInfo
 from bigq.io.json_file import read_json_object, show_name, show_value
 from bigq.io.sources.coded import decoded_tensors
@@ -102,7 +103,7 @@ def _integers(folder: Path, config: Mapping[str, Any]) -> Decoding | None:
     """The decoding of packed integers; None for plain weights. Raises CheckpointError, UnsupportedModelError."""
     said, dtype = described_quantization(config)[1], _original_dtype(config)
     if isinstance(said, dict) and said.get("quant_method") == "awq":
-        _require_gemm(folder, said)
+        read_schemes(folder / "config.json", said)
         return Decoding(quantization_method(said), lambda tensors: decoded_awq(tensors, dtype))
     schemes = packed_schemes(folder)
     return None if schemes is None else Decoding(quantization_method(said or {}), lambda tensors: decoded_integers(tensors, schemes, dtype))
@@ -110,6 +111,9 @@ def _integers(folder: Path, config: Mapping[str, Any]) -> Decoding | None:
 
 def _decoding(folder: Path, *, integers: bool) -> Decoding | None:
     config = read_json_object(folder / "config.json")
+    said = described_quantization(config)[1]
+    if not integers and isinstance(said, dict) and is_w8a8(said):
+        return None  # read as packed Linears, whose inputs are quantized
     return _numbers(folder, config) or (_integers(folder, config) if integers else None)
 
 
@@ -128,16 +132,6 @@ def decoded_source(folder: Path, tensors: Mapping[str, TensorInfo], *, integers:
             "checkpoint again, or remove quantization_config if the weights are the original ones"
         )
     return decoded
-
-
-def _require_gemm(folder: Path, said: Mapping[str, Any]) -> None:
-    """Raise UnsupportedModelError unless AWQ has packed 4-bit codes in the order of its gemm kernels."""
-    version, bits = said.get("version", "gemm"), said.get("bits", said.get("w_bit", 4))
-    if str(version).lower() != "gemm" or bits != 4:
-        raise UnsupportedModelError(
-            f"{folder}: is already quantized (awq, version {show_value(version)}, {show_value(bits)} bits); of awq, bigq reads version "
-            "gemm at 4 bits: give such a one, or the original model"
-        )
 
 
 def open_source(folder: Path, *, integers: bool = False, remote: RemoteHeaders | None = None) -> Checkpoint:
@@ -191,6 +185,8 @@ def packed_schemes(folder: Path) -> PackedSchemes | None:
     path = folder / "config.json"
     config = read_json_object(path)
     place, said = described_quantization(config)
+    if isinstance(said, dict) and is_w8a8(said):
+        return read_schemes(path, said)
     if _numbers(folder, config) is not None:
         return None
     if said is None:

@@ -9,13 +9,17 @@ from pathlib import Path
 from bigq.config import JobConfig
 from bigq.inspect.history import History
 from bigq.io.formats.base import bank_of
-from bigq.io.formats.readers import Kind, Written, fused_linears, readers_of, verdicts
+from bigq.io.formats.fused import fused_linears
+from bigq.io.formats.gptq import Gptq
+from bigq.io.formats.readers import Kind, Written, readers_of, verdicts
 from bigq.io.json_file import read_json_object
 from bigq.model.architecture import auto_class_named
 from bigq.reports.markdown import block
 
 #: Significant bits of a bf16 number.
 BF16_BITS = 8
+#: The entry that says what is not quantized, in formats whose config says nothing else of single Linears.
+_PLACES = {"awq": "`modules_to_not_convert`"}
 _ASK = '"The answer is"'
 
 
@@ -51,6 +55,15 @@ def loading(history: History) -> Iterator[str]:
             yield from _compressed_tensors(history, config, _schemes(history, config))
         else:
             yield f"{refusal}.\n"
+    elif config.made.name == "awq":
+        yield from _awq(history, config)
+    elif config.made.quantizes_inputs:
+        yield "With transformers (`pip install transformers compressed-tensors`):\n"
+        yield _transformers(history, config.trust_remote_code)
+        yield (
+            "Inputs of Linears are rounded to 8 bits for each token while the model runs. compressed-tensors divides the largest one by "
+            "127.5 for it, vLLM and bigq by 127, so their results differ a little.\n"
+        )
     elif "transformers" in readers:
         yield "With transformers:\n"
         yield _transformers(history, config.trust_remote_code)
@@ -64,8 +77,8 @@ def loading(history: History) -> Iterator[str]:
 
 
 def _is_gptq(config: JobConfig) -> bool:
-    """Whether GPTQModel reads the shards, by itself and for transformers."""
-    return "GPTQModel" in readers_of(config.made.name)
+    """Whether optimum reads the shards for transformers, and GPTQModel by itself."""
+    return isinstance(config.made, Gptq)
 
 
 def _schemes(history: History, config: JobConfig) -> set[tuple[int, int, bool]]:
@@ -124,9 +137,7 @@ def _gptq(history: History, config: JobConfig) -> Iterator[str]:
         )
         if refused:
             yield block("bigq convert MODEL NEW --to gptq_v2", "sh")
-        model = "NEW" if refused else "MODEL"
-        more = ", trust_remote_code=True" if config.trust_remote_code else ""
-        yield block(f'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("{model}"{more})', "python")
+        yield _gptqmodel("NEW" if refused else "MODEL", config)
     if config.made.name == "gptq_v2":
         yield "The checkpoint format is `gptq_v2`. Readers that do not know it would read it as `gptq`, with wrong zero points.\n"
 
@@ -146,6 +157,23 @@ def _compressed_tensors(history: History, config: JobConfig, schemes: set[tuple[
         yield "Codes of 3 bits are packed as compressed-tensors has done it since version 0.18; older ones cannot read them.\n"
 
 
+def _awq(history: History, config: JobConfig) -> Iterator[str]:
+    refusal = _refusal_of("transformers", history, config)
+    if refusal is None:
+        yield "With transformers (`pip install transformers gptqmodel`):\n"
+        yield _transformers(history, config.trust_remote_code)
+        return
+    yield f"{refusal}.\n"
+    if _refusal_of("GPTQModel", history, config) is None:
+        yield "GPTQModel by itself can load it (`pip install gptqmodel`):\n"
+        yield _gptqmodel("MODEL", config)
+
+
+def _gptqmodel(model: str, config: JobConfig) -> str:
+    more = ", trust_remote_code=True" if config.trust_remote_code else ""
+    return block(f'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("{model}"{more})', "python")
+
+
 def _vllm(history: History, config: JobConfig) -> Iterator[str]:
     verdict = next((each for each in verdicts(_written(history, config)) if each.reader == "vLLM"), None)
     if verdict is None:
@@ -158,10 +186,11 @@ def _vllm(history: History, config: JobConfig) -> Iterator[str]:
     if config.scheme.scale_bits is not None and config.scheme.scale_bits > BF16_BITS:
         more += " --dtype float16"  # vLLM's own choice for an fp32 source is bf16, which would round the scales
     yield block(f"vllm serve MODEL{more}", "sh")
-    what = ["some Linears have other bits, groups or zero points than the rest"] * (len(_schemes(history, config)) > 1)
+    one_scheme = config.made.one_size or len(_schemes(history, config)) == 1
+    what = [] if one_scheme else ["some Linears have other bits, groups or zero points than the rest"]
     what += ["some Linears are not quantized"] * any(each.block is not None for each in history.left_out)
     if what:
-        where = "`dynamic`" if _is_gptq(config) else "`config_groups` and `ignore`"
+        where = "`dynamic`" if _is_gptq(config) else _PLACES.get(config.made.name, "`config_groups` and `ignore`")
         said = " and ".join(what)
         yield f"{said[0].upper()}{said[1:]} ({where} in config.json).\n"
 

@@ -5,8 +5,9 @@ The folder of a case holds
     model/                  the source, in fp16: the same values whether it is read in fp16 or fp32
     out/                    bigq's output, quantized on 16 × 40 random tokens, with experts on 64 × 40
     expected.safetensors    ids int64 [N, T]; logits fp32 [N, T, V] of the dense model with bigq's dequantized weights, rounded to
-                            fp16 as readers store them, computed in fp32; weight.NAME fp32 [outputs, inputs] of every packed
-                            Linear, not rounded
+                            fp16 as readers store them, computed in fp32 (in w8a8-int8: not rounded, but inputs are, to int8 with
+                            the largest number that the client module names, 127 if it names none);
+                            original: the logits of the source; weight.NAME fp32 [outputs, inputs] of every packed Linear, not rounded
     case.json               names of the packed Linears, and the settings that the client module has for its reader
 """
 
@@ -90,7 +91,7 @@ class Case:
 class Client:
     """A program that reads bigq's output.
 
-    name: of its virtual environment and of the results file (docs/results/clients_NAME.json).
+    name: of the results file (docs/results/clients_NAME.json); venv: of its virtual environment, the same name if empty.
     reader: a script in this folder. The environment's own Python runs it, without bigq, as ``reader RESULTS FOLDER…``. It appends
     a JSON line to RESULTS for each case and way of reading, {"case": …, "route": …} and its findings, and prints {"versions": {…}}
     as its last line. environment: of the reader's process. cases: the cases that it must read.
@@ -104,6 +105,12 @@ class Client:
     fails: Callable[[dict[str, Any]], str | None]
     limits: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    venv: str = ""
+
+    @property
+    def home(self) -> str:
+        """The folder of its virtual environment, among those of all clients."""
+        return self.venv or self.name
 
 
 def prepare(case: Case, work: Path) -> Path:
@@ -127,7 +134,7 @@ def prepare(case: Case, work: Path) -> Path:
     rows = ROWS_WITH_EXPERTS if case.family in MOE_FAMILIES else ROWS
     save_ids(folder / "calibration.safetensors", random_ids(rows))
     quantize(folder, ("--samples", str(rows), *case.flags))
-    packed = write_expected(folder)
+    packed = write_expected(folder, case.reader.get("largest", 127))
     described.write_text(json.dumps({"settings": settings, "packed": packed, **case.reader}, indent=2) + "\n")
     return folder
 
@@ -167,24 +174,37 @@ def weights_in(model: torch.nn.Module, source: Path) -> dict[str, Tensor]:
     return found
 
 
-def write_expected(folder: Path) -> list[str]:
-    """Write expected.safetensors; returns the names of the packed Linears."""
+def write_expected(folder: Path, largest: float = 127) -> list[str]:
+    """Write expected.safetensors; returns the names of the packed Linears. largest: number of a rounded input."""
     weights = dict(dequantized(folder / "out"))
     with silent():
         kind = json.loads((folder / "model/config.json").read_text())["model_type"]
         model = (reference_composite if kind in COMPOSITE else reference_model)(folder / "model")
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")
+    ids = random_ids(EVALUATED_ROWS, seed=1)
+    original = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
+    int8 = '"int-quantized"' in (folder / "out/config.json").read_text()
     records = {r["name"]: r for r in map(json.loads, (folder / "out/.bigq/linears.jsonl").read_text().splitlines())}
     places = weights_in(model, folder / "model")
     for name, weight in weights.items():
         require_near(name, weight, places[name], records[name]["bits"], records[name]["group_size"])
-        places[name].copy_(weight.to(torch.float16))
-    ids = random_ids(EVALUATED_ROWS, seed=1)
+        places[name].copy_(weight if int8 else weight.to(torch.float16))
+    if int8:
+        for name in weights:
+            linear_module(model, name).register_forward_pre_hook(lambda _, given: rounded_inputs(given, largest))
     logits = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
-    tensors = {"ids": ids, "logits": logits} | {f"weight.{name}": weight.contiguous() for name, weight in weights.items()}
+    tensors = {"ids": ids, "logits": logits, "original": original} | {
+        f"weight.{name}": weight.contiguous() for name, weight in weights.items()
+    }
     save_file(tensors, folder / "expected.safetensors")
     return sorted(weights)
+
+
+def rounded_inputs(given: tuple[Tensor, ...], largest: float) -> tuple[Tensor, ...]:
+    """Inputs [..., K] as int8 numbers times a scale for each token."""
+    scale = given[0].abs().amax(-1, keepdim=True) / largest
+    return (torch.clamp(torch.round(given[0] / scale), -128, 127) * scale, *given[1:])
 
 
 def require_near(name: str, weight: Tensor, source: Tensor, bits: int, group_size: int) -> None:

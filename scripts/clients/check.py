@@ -56,7 +56,7 @@ def read_rows(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
 def run_reader(client: Client, venvs: Path, work: Path, folders: list[Path]) -> dict[str, str]:
     """Run the reader on some folders; its rows go to rows.jsonl. Returns the versions that it prints."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    command = [str(venvs.absolute() / client.name / "bin/python"), str(HERE / client.reader), str(work / "rows.jsonl"), *map(str, folders)]
+    command = [str(venvs.absolute() / client.home / "bin/python"), str(HERE / client.reader), str(work / "rows.jsonl"), *map(str, folders)]
     environment = kept | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | dict(client.environment)
     with (work / "log.txt").open("a") as log:
         done = subprocess.run(

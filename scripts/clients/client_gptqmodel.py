@@ -78,8 +78,8 @@ SPECIAL: tuple[tuple[str, str, dict[str, Any], tuple[str, ...]], ...] = (
 EXPERTS = ("qwen3_moe", "deepseek_v3", "mixtral", "glm4_moe")
 
 
-def fails(row: dict[str, Any]) -> str | None:
-    """The reason why a row is wrong; None if it is right."""
+def fails(row: dict[str, Any], tolerance: float = LOGITS_TOLERANCE) -> str | None:
+    """The reason why a row is wrong; None if it is right. tolerance: of the logits, relative to their norm."""
     if "error" in row:
         return str(row["error"])
     for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -89,7 +89,7 @@ def fails(row: dict[str, Any]) -> str | None:
         return f"the reader has {row['linears']} packed Linears, expected {row['linears_expected']}"
     if row["weights_equal"] != row["linears_expected"]:
         return f"{row['linears_expected'] - row['weights_equal']} Linears unpack to other values"
-    if not row["logits_rel_diff"] < LOGITS_TOLERANCE:
+    if not row["logits_rel_diff"] < tolerance:
         return f"logits differ by {row['logits_rel_diff']:.2g} of their norm"
     return _training_fails(row) if row["route"] == "peft" else None
 

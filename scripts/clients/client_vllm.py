@@ -16,41 +16,41 @@ EXPERTS = ("qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3")
 
 def make_cases() -> tuple[Case, ...]:
     cases = [
-        _case("llama", format, bits, size, symmetric)
+        make_case("llama", format, bits, size, symmetric)
         for format, symmetric in (("gptq", True), ("compressed-tensors", True), ("compressed-tensors", False))
         for bits, size in ((4, 64), (8, -1))
     ]
-    cases += [_case("llama", "compressed-tensors", bits, 32, symmetric) for bits in (2, 3) for symmetric in (True, False)]
-    cases += [_case(family, format, 4, 32, True) for family in DENSE for format in ("gptq_v2", "compressed-tensors")]
+    cases += [make_case("llama", "compressed-tensors", bits, 32, symmetric) for bits in (2, 3) for symmetric in (True, False)]
+    cases += [make_case(family, format, 4, 32, True) for family in DENSE for format in ("gptq_v2", "compressed-tensors")]
     for family, format, bits in itertools.product(EXPERTS, ("compressed-tensors", "gptq"), (4, 8)):
-        cases.append(_case(family, format, bits, 32, True))
+        cases.append(make_case(family, format, bits, 32, True))
     ct, gptq = "compressed-tensors", "gptq"
-    cases += [_case(family, ct, bits, 32, True) for family in ("gpt_oss", "granitemoe", "llama4_text") for bits in (4, 8)]
+    cases += [make_case(family, ct, bits, 32, True) for family in ("gpt_oss", "granitemoe", "llama4_text") for bits in (4, 8)]
     cases += [
-        _case("qwen3_moe", ct, 4, 64, True),
-        _case("qwen3_moe", ct, 4, -1, True),
-        _case("mixtral", gptq, 4, -1, True),
-        _case("qwen3_moe", ct, 4, 32, False),
-        _case("qwen3_moe", ct, 8, 32, False),
-        _case("qwen3_moe", ct, 3, 32, True),
-        _case("qwen3_moe", ct, 2, 32, True),
-        _case("mixtral", gptq, 3, 32, True),
-        _case("mixtral", gptq, 4, 32, False),
-        *(_case("deepseek_v3", format, 4, 32, True, "-experts-only", *ONLY_EXPERTS) for format in (ct, gptq)),
-        *(_case(family, ct, 4, 32, True, "-attention-only", "--skip", r".*\.experts") for family in ("gpt_oss", "llama4_text")),
-        _case("gpt_oss", ct, 4, 32, True, "-experts-only", "--skip", r".*self_attn"),
-        *(_case(family, ct, 4, 32, False) for family in ("gpt_oss", "granitemoe", "llama4_text")),
-        *(_case(family, ct, 3, 32, True) for family in ("gpt_oss", "llama4_text")),
-        _case("llama4_text", gptq, 4, 32, True),
-        *(_case("glm4_moe", format, 4, 32, True, "-experts-only", *ONLY_EXPERTS) for format in (ct, gptq)),
-        *(_case("mixtral", format, 4, 32, True, "-attention-only", "--skip", r".*\.experts") for format in (ct, gptq)),
-        *(_case("mixtral", format, 4, 32, True, "-attention-8bit", "--rule", r".*self_attn.*:bits=8") for format in (ct, gptq)),
-        *(_case("qwen3_moe", format, 4, 32, True, "-experts-8bit", "--rule", r".*\.experts.*:bits=8") for format in (ct, gptq)),
+        make_case("qwen3_moe", ct, 4, 64, True),
+        make_case("qwen3_moe", ct, 4, -1, True),
+        make_case("mixtral", gptq, 4, -1, True),
+        make_case("qwen3_moe", ct, 4, 32, False),
+        make_case("qwen3_moe", ct, 8, 32, False),
+        make_case("qwen3_moe", ct, 3, 32, True),
+        make_case("qwen3_moe", ct, 2, 32, True),
+        make_case("mixtral", gptq, 3, 32, True),
+        make_case("mixtral", gptq, 4, 32, False),
+        *(make_case("deepseek_v3", format, 4, 32, True, "-experts-only", *ONLY_EXPERTS) for format in (ct, gptq)),
+        *(make_case(family, ct, 4, 32, True, "-attention-only", "--skip", r".*\.experts") for family in ("gpt_oss", "llama4_text")),
+        make_case("gpt_oss", ct, 4, 32, True, "-experts-only", "--skip", r".*self_attn"),
+        *(make_case(family, ct, 4, 32, False) for family in ("gpt_oss", "granitemoe", "llama4_text")),
+        *(make_case(family, ct, 3, 32, True) for family in ("gpt_oss", "llama4_text")),
+        make_case("llama4_text", gptq, 4, 32, True),
+        *(make_case("glm4_moe", format, 4, 32, True, "-experts-only", *ONLY_EXPERTS) for format in (ct, gptq)),
+        *(make_case("mixtral", format, 4, 32, True, "-attention-only", "--skip", r".*\.experts") for format in (ct, gptq)),
+        *(make_case("mixtral", format, 4, 32, True, "-attention-8bit", "--rule", r".*self_attn.*:bits=8") for format in (ct, gptq)),
+        *(make_case("qwen3_moe", format, 4, 32, True, "-experts-8bit", "--rule", r".*\.experts.*:bits=8") for format in (ct, gptq)),
     ]
     return tuple(cases)
 
 
-def _case(family: str, format: str, bits: int, group_size: int, symmetric: bool, name: str = "", *more: str) -> Case:
+def make_case(family: str, format: str, bits: int, group_size: int, symmetric: bool, name: str = "", *more: str) -> Case:
     size = f"g{group_size}" if group_size > 0 else "row"
     flags = ("--bits", str(bits), "--group-size", str(group_size), "--sym" if symmetric else "--asym", "--format", format, *more)
     named = f"{family}-{format}-{bits}bit-{size}-{'sym' if symmetric else 'asym'}{name}"

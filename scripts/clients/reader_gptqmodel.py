@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Read bigq's output with GPTQModel in two ways, and train PEFT adapters on it, in the client's virtual environment without bigq.
+"""Read bigq's output (gptq or awq) with GPTQModel in two ways, and train PEFT adapters on it, in the client's virtual environment
+without bigq.
 
     reader_gptqmodel.py RESULTS FOLDER…
 
 route "transformers": ``AutoModelForCausalLM.from_pretrained``, where optimum replaces Linears by GPTQModel's.
 route "gptqmodel": ``GPTQModel.load``. route "peft": as "transformers", then some training steps of LoRA adapters.
-Weights are unpacked by GPTQModel. Its torch kernel takes activations of any type, so the model runs in fp32.
+Weights are unpacked by GPTQModel. Its torch kernel for gptq takes activations of any type, so the model runs in fp32. That for awq
+multiplies in fp16, also where the rest of the model is in fp32.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # GPTQModel compiles its unpa
 import torch
 from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPTQConfig
+from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
 PACKAGES = ("gptqmodel", "transformers", "optimum", "peft", "torch", "accelerate", "safetensors")
 BACKENDS = {"transformers": "gptq_torch", "peft": "auto_trainable"}
@@ -35,12 +38,15 @@ PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
 def load(folder: Path, route: str) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The model, loaded by a route, in fp32 except the packed Linears; and the keys that its loader reports."""
+    is_awq = json.loads((folder / "out/config.json").read_text())["quantization_config"]["quant_method"] == "awq"
     if route == "gptqmodel":
-        model = GPTQModel.load(str(folder / "out"), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16).model.float()
+        backend = BACKEND.AWQ_TORCH if is_awq else BACKEND.GPTQ_TORCH
+        model = GPTQModel.load(str(folder / "out"), backend=backend, device="cpu", dtype=torch.float16).model.float()
         for module in quantized_modules(model).values():
             module.scales = module.scales.half()
         return model, {}
-    quantization = GPTQConfig(bits=4, backend=BACKENDS[route])  # bits is required, but only the backend overrides the checkpoint
+    # bits is required, but only the backend overrides the checkpoint
+    quantization = AwqConfig(bits=4, backend="torch_awq") if is_awq else GPTQConfig(bits=4, backend=BACKENDS[route])
     model, info = AutoModelForCausalLM.from_pretrained(
         folder / "out", dtype=torch.float32, quantization_config=quantization, output_loading_info=True
     )
@@ -51,13 +57,20 @@ def quantized_modules(model: torch.nn.Module) -> dict[str, BaseQuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseQuantLinear)}
 
 
+def unpacked(module: BaseQuantLinear) -> Tensor:
+    """The weight [outputs, inputs] of a packed Linear."""
+    if isinstance(module, AwqTorchLinear):
+        return module._dequantize_weight_for_inference(torch.empty(0), dtype=torch.float16).T
+    return module.dequantize_weight().T
+
+
 def compare_weights(modules: dict[str, BaseQuantLinear], expected: dict[str, Tensor]) -> dict[str, Any]:
     """weights_equal: Linears whose unpacked weight equals bigq's, rounded to the client's type."""
     equal, dtypes, largest = 0, set(), 0.0
     for name, weight in expected.items():
         if name not in modules:
             continue
-        got = modules[name].dequantize_weight().T
+        got = unpacked(modules[name])
         dtypes.add(str(got.dtype).removeprefix("torch."))
         equal += bool(torch.equal(got, weight.to(got.dtype)))
         largest = max(largest, float((got.float() - weight).abs().max()))

@@ -31,6 +31,7 @@ os.environ.update(
 
 import torch
 import vllm.model_executor.kernels.linear as linear_kernels
+import vllm.model_executor.layers.quantization.auto_awq as auto_awq
 import vllm.model_executor.layers.quantization.auto_gptq as auto_gptq
 import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 as ct_moe
 import vllm.model_executor.layers.quantization.utils.marlin_utils as marlin_utils
@@ -79,9 +80,19 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     return codes & ((1 << bits) - 1)
 
 
+def unpack_awq(words: Tensor) -> Tensor:
+    """int32 words [k, N/8] of awq as codes [N, k]."""
+    codes = unpack(words, 4).unflatten(-1, (-1, 8))
+    return codes[..., [0, 4, 1, 5, 2, 6, 3, 7]].flatten(-2).t()
+
+
 def weight_of(words: Tensor, scales: Tensor, bits: int, zeros: Tensor | int) -> Tensor:
     """fp32 [N, K] from words [N, K·b/32], scales [N, G] and zero points [N, G] or one for all."""
-    codes = unpack(words, bits)
+    return dequantized(unpack(words, bits), scales, zeros)
+
+
+def dequantized(codes: Tensor, scales: Tensor, zeros: Tensor | int) -> Tensor:
+    """fp32 [N, K] from codes [N, K], scales [N, G] and zero points [N, G] or one for all."""
     grouped = codes.view(len(codes), scales.shape[1], -1)
     zero = zeros[..., None] if isinstance(zeros, Tensor) else zeros
     return ((grouped - zero).float() * scales.float()[..., None]).view(codes.shape)
@@ -121,6 +132,10 @@ def unpack_experts(method: Any, layer: nn.Module) -> None:
     """Stands in for the repacking of experts: leaves the weights of w13 and w2 as ``unpacked``, [experts, N, K] each."""
     layer.unpacked = {}
     for name in MATRICES:
+        if isinstance(method, auto_awq.AutoAWQMoEMethod):
+            stored = [getattr(layer, f"{name}_{part}").data for part in ("qweight", "scales", "qzeros")]
+            layer.unpacked[name] = torch.stack([dequantized(unpack_awq(q), s.t(), unpack_awq(z)) for q, s, z in zip(*stored, strict=True)])
+            continue
         if hasattr(layer, f"{name}_qweight"):  # gptq: packed along the inputs, which come first
             bits, first = method.quant_config.quant_type.size_bits, True
             words, scales, zeros = (getattr(layer, f"{name}_{part}").data for part in ("qweight", "scales", "qzeros"))
@@ -155,7 +170,11 @@ def prepare_vllm() -> None:
     UnquantizedLinearMethod.process_weights_after_loading = lambda self, layer: None
     for name in ("empty_cache", "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats", "memory_reserved"):
         setattr(torch.accelerator, name, lambda *_, **__: 0)
-    for module, method in ((auto_gptq, auto_gptq.AutoGPTQMoEMethod), (ct_moe, ct_moe.CompressedTensorsWNA16MoEMethod)):
+    for module, method in (
+        (auto_awq, auto_awq.AutoAWQMoEMethod),
+        (auto_gptq, auto_gptq.AutoGPTQMoEMethod),
+        (ct_moe, ct_moe.CompressedTensorsWNA16MoEMethod),
+    ):
         module.select_wna16_moe_backend = choose_for_experts
         method.process_weights_after_loading = unpack_experts
     init_distributed_environment(1, 0, "tcp://127.0.0.1:29617", 0, "gloo")

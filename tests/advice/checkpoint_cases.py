@@ -302,8 +302,8 @@ NAMES = (
         by_the_docs("_orig_mod."),
     ),
     damaged(
-        "{}: is already quantized ({}); give the original model, in fp32, fp16 or bf16 (of quantized ones, bigq reads gptq and "
-        "compressed-tensors)",
+        "{}: is already quantized ({}); give the original model, in fp32, fp16 or bf16 (of quantized ones, bigq reads gptq, "
+        "compressed-tensors and awq)",
         lambda p: p.config(quantization_config={"quant_method": "eetq", "bits": 8}),
     ),
     damaged(

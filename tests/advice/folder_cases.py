@@ -181,7 +181,7 @@ ADVISED_ELSEWHERE = (
         lambda p: lambda: noted(PLAN + " --format compressed-tensors --asym", r"vLLM[^.]*?; use --format \S+")(p),
     ),
     Case(
-        "{} in groups of {}; use --group-size {} or -1",
+        "{} in groups of {}; use --group-size {}",
         noted(PLAN.replace("32", "16"), r"\S+ in groups of 16; use --group-size .* or -1"),
         None,
         lambda p: lambda: noted(PLAN, r"\S+ in groups of \d+; use --group-size .* or -1")(p),

@@ -29,9 +29,8 @@ NOT_FOLLOWED: tuple[Left, ...] = (
             "{}: tensor {} lacks its scales, {}; fetch it again",
             "{}: tensor {} has shape {}, not one number; fetch it again",
             "{}: quantization_config: weight_block_size is {}, not two sizes; fetch it again",
-            "tensor {} lacks its scales or zero points; fetch it again",
-            "tensor {}: its shape does not match those of qzeros and scales; the checkpoint is damaged, or its version of AWQ is not gemm: "
-            "fetch it again, or one of version gemm",
+            "tensor {}: its shape or dtype does not match those of qzeros and scales; the checkpoint is damaged, or its version of AWQ is "
+            "not gemm: fetch it again, or one of version gemm",
         ),
     ),
     Left(
@@ -43,6 +42,26 @@ NOT_FOLLOWED: tuple[Left, ...] = (
         (
             "{}: the checkpoint holds {} of the {} tensors that it consists of, such as {}; fetch it again",
             "{}: tensor {} is {} {}, which cannot be joined to {}, {} {}; fetch the checkpoint again",
+        ),
+    ),
+    Left(
+        "names of modules that no family of transformers has today",
+        ("e2e/test_awq.py::test_names_that_readers_confuse_are_refused",),
+        (
+            "use --format {}",
+            "{} is not packed, and readers of {} find its name in {}, which is; keep the model in its present format",
+        ),
+    ),
+    Left(
+        "about the original model, which a packed one is not made from here; or about zero points, with other words than an option's",
+        ("e2e/test_w8a8.py::test_other_formats_are_other_models", "e2e/test_w8a8.py::test_what_does_not_fit_is_refused"),
+        (
+            "{}: readers of {} quantize the inputs of Linears too, so another format is another model; quantize the original model with "
+            "--format {}",
+            "{}: --format {} holds no zero points; leave out sym=false",
+            "{}: readers quantize the inputs of experts too, which bigq cannot; give the original model",
+            "{}: readers quantize the inputs of a {}, which bigq cannot; give the original model",
+            "{}: its scales are not exact in {}; quantize the original model with --scale-bits 8",
         ),
     ),
     Left(

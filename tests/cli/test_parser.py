@@ -38,7 +38,7 @@ from bigq.vocabulary import FORMAT_NAMES
             "quantize M O --format gptqv2",
             f"bigq quantize: error: --format gptqv2: must be one of {', '.join(FORMAT_NAMES)}; did you mean gptq_v2?",
         ),
-        ("convert M O --to awq", f"bigq convert: error: --to awq: must be one of {', '.join(FORMAT_NAMES)}"),
+        ("convert M O --to exl2", f"bigq convert: error: --to exl2: must be one of {', '.join(FORMAT_NAMES)}"),
         ("quantize M O --vram 72", "bigq quantize: error: --vram 72: give a unit, such as 72GiB"),
         ("quantize M O --ram lots", "bigq quantize: error: --ram lots: is not a size; write for instance 72GiB or 80GB"),
         ("quantize M O --sym --asym", "bigq quantize: error: --sym and --asym: contradict each other; give one of them"),

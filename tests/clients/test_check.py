@@ -169,4 +169,4 @@ def test_a_client_reads_what_bigq_writes(name: str, venvs: Path, tmp_path: Path)
     chosen = client.cases[:: max(1, len(client.cases) // 12)]
     result = check.check(dataclasses.replace(client, cases=chosen), chosen, venvs, tmp_path)
     assert result["rows"] and result["unexpected"] == [], [row for row in result["rows"] if row["fails"] and not row["limit"]]
-    assert "bigq" not in os.listdir(next((venvs / name / "lib").glob("python*")) / "site-packages")
+    assert "bigq" not in os.listdir(next((venvs / client.home / "lib").glob("python*")) / "site-packages")

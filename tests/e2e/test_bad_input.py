@@ -451,7 +451,7 @@ def test_damping_out_of_range(case: Case, value: str) -> None:
     "arguments",
     [
         ["--bits", "5"],
-        ["--format", "awq"],
+        ["--format", "exl2"],
         ["--method", "magic"],
         ["--dtype", "int8"],
         ["--samples", "many"],

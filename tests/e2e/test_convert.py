@@ -46,7 +46,8 @@ RULES_OF = {
         Rule.parse(r".*dense_h_to_4h:bits=3,sym=false"),
     ),
 }
-FORMATS = tuple(KNOWN)
+#: Those that hold what the rules say.
+FORMATS = tuple(name for name, made in KNOWN.items() if not made.one_size and len(made.bits) > 1)
 
 
 def hashes(out: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ from bigq.errors import UsageError
 from bigq.inspect.verify import verify
 from bigq.io.folders import STATE_FOLDER
 from bigq.io.formats import read_schemes
-from bigq.io.formats.readers import fused_linears
+from bigq.io.formats.fused import fused_linears
 from bigq.job.journal import read_commits, read_job
 from bigq.mixed.groups import NOTES
 from bigq.mixed.record import BITS_NAME, read_bits

@@ -176,6 +176,7 @@ def loading(card: str) -> str:
         ([packed(group_size=16)], "gptq", "vLLM does not load gptq in groups of 16.\n"),
         ([packed(), packed(name="b", bits=8)], "gptq", None),
         ([packed(), packed(name="b", bits=2)], "gptq", "vLLM does not load gptq of 2 bits. It loads"),
+        ([packed(symmetric=False)], "awq", None),
         ([packed(symmetric=False)], "gguf", "vLLM does not load asymmetric gptq_v2 shards. It loads"),
     ],
 )
@@ -203,14 +204,17 @@ def test_scales_of_more_bits_than_bf16_need_float16_in_vllm(scale_bits: int | No
         ("gptq", ["gptq", "4-bit", "bigq"], "pip install transformers optimum gptqmodel"),
         ("gptq_v2", ["gptq", "4-bit", "bigq"], "pip install transformers optimum gptqmodel"),
         ("compressed-tensors", ["compressed-tensors", "4-bit", "bigq"], "pip install transformers compressed-tensors"),
+        ("awq", ["awq", "4-bit", "bigq"], "pip install transformers gptqmodel"),
+        ("w8a8-int8", ["compressed-tensors", "8-bit", "bigq"], "pip install transformers compressed-tensors"),
         ("gguf", ["gguf", "gptq", "4-bit", "bigq"], "pip install transformers optimum gptqmodel"),
     ],
 )
 def test_each_format_has_its_tags_and_its_packages(format: str, tags: list[str], packages: str) -> None:
-    card = model_card(made(packed(), format=format), "")
+    linear = packed(bits=8, group_size=-1) if format == "w8a8-int8" else packed()
+    card = model_card(made(linear, format=format), "")
     assert front(card)["tags"] == tags and front(card)["library_name"] == "transformers"
     assert f"({packages})".replace("(", "(`").replace(")", "`)") in loading(card)
-    assert ("optimum" in card) == (format != "compressed-tensors")
+    assert ("optimum" in card) == (format not in ("compressed-tensors", "awq", "w8a8-int8"))
     assert ("Readers that do not know it would read it as `gptq`" in card) == (format in ("gptq_v2", "gguf"))
     assert ("llama-cli -m model.gguf" in card) == ("llama-cpp-python" in card) == (format == "gguf")
 
@@ -261,6 +265,18 @@ def test_what_optimum_cannot_read_is_for_gptqmodel(others: list[LinearResult], w
     assert ("AutoModelForCausalLM" in card) == ("library_name" in front(card)) == (why is None)
     assert ('GPTQModel.load("MODEL")' in card) == (why is not None)
     assert why is None or why in card
+
+
+def test_a_packed_head_in_awq_is_for_gptqmodel_and_vllm() -> None:
+    card = loading(model_card(made(packed(), HEAD, format="awq"), ""))
+    assert card.index("transformers does not load awq with a packed output head") < card.index('GPTQModel.load("MODEL")')
+    assert "AutoModelForCausalLM" not in card and "vllm serve MODEL" in card
+
+
+def test_what_awq_leaves_out_is_found_in_its_own_entry() -> None:
+    left = (LeftOut(block=0, name="mlp.up_proj", reason="not finite", wanted=False),)
+    card = loading(model_card(dataclasses.replace(made(packed(), packed(name="b", symmetric=False), format="awq"), left_out=left), ""))
+    assert "Some Linears are not quantized (`modules_to_not_convert` in config.json)." in card and "other bits" not in card
 
 
 def test_who_refuses_asymmetric_gptq_is_told() -> None:

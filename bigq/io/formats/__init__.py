@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from bigq.errors import UnsupportedModelError
+from bigq.io.formats.awq import Awq, AwqSchemes
 from bigq.io.formats.base import Format, PackedLinear, PackedSchemes, PackedWeight, Quantization
 from bigq.io.formats.compressed_tensors import CompressedTensors, CompressedTensorsSchemes
 from bigq.io.formats.gptq import Gptq, GptqV2
 from bigq.io.formats.gptq_config import GptqSchemes
+from bigq.io.formats.w8a8 import W8A8Int8, W8A8Schemes, is_w8a8
 from bigq.io.json_file import show_name, show_value
 
 __all__ = ["FORMATS", "Format", "PackedLinear", "PackedSchemes", "Quantization", "PackedWeight", "quantization_method", "read_schemes"]
 
-FORMATS: Mapping[str, Format] = {made.name: made for made in (Gptq(), GptqV2(), CompressedTensors())}
+FORMATS: Mapping[str, Format] = {made.name: made for made in (Gptq(), GptqV2(), CompressedTensors(), W8A8Int8(), Awq())}
 
 
 #: Entries that name a method in place of ``quant_method``.
@@ -42,11 +44,15 @@ def read_schemes(path: Path, config: Mapping[str, Any]) -> PackedSchemes:
     method = config.get("quant_method")
     if method == "gptq":
         return GptqSchemes.read(path, config, _gptq_variant(path, config.get("checkpoint_format")))
+    if is_w8a8(config):
+        return W8A8Schemes(path, FORMATS["w8a8-int8"])
     if method == "compressed-tensors":
         return CompressedTensorsSchemes.read(path, config, FORMATS["compressed-tensors"])
+    if method == "awq":
+        return AwqSchemes.read(path, config, FORMATS["awq"])
     raise UnsupportedModelError(
         f"{path.parent}: is already quantized ({quantization_method(config)}); give the original model, in fp32, fp16 or bf16 (of "
-        "quantized ones, bigq reads gptq and compressed-tensors)"
+        "quantized ones, bigq reads gptq, compressed-tensors and awq)"
     )
 
 

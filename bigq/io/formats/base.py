@@ -20,7 +20,7 @@ from bigq.errors import CheckpointError
 from bigq.io.index import TensorInfo
 from bigq.kernels.pack import pack
 from bigq.quantized_weight import QuantizedWeight
-from bigq.scheme import QuantScheme, Rule
+from bigq.scheme import BITS, QuantScheme, Rule
 
 #: Codes are packed into whole words, at most this many codes at a time.
 ALIGNMENT = 32
@@ -129,6 +129,9 @@ class Format(ABC):
     takes_joined: whether readers know experts whose gate and up are one Linear (gpt_oss's w13).
     config_file: a file beside config.json to which the quantization config is written too, for readers that look for it.
     scales_as_weights: whether scales have the dtype of the original weights, instead of fp16.
+    bits, group_sizes: those that it holds; None for any group size. one_size: whether its config has one group size for all Linears.
+    symmetric_only: whether it holds no zero points. quantizes_inputs: whether its readers quantize the inputs of Linears too, to int8 with
+        a scale for each token, so that the same weights in another format are another model.
     """
 
     name: ClassVar[str]
@@ -141,6 +144,14 @@ class Format(ABC):
     takes_joined: ClassVar[bool] = False
     config_file: ClassVar[str | None] = None
     scales_as_weights: ClassVar[bool] = False
+    bits: ClassVar[tuple[int, ...]] = BITS
+    group_sizes: ClassVar[tuple[int, ...] | None] = None
+    one_size: ClassVar[bool] = False
+    symmetric_only: ClassVar[bool] = False
+    quantizes_inputs: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return self.name
 
     @abstractmethod
     def suffixes(self, symmetric: bool) -> tuple[str, ...]:
@@ -210,8 +221,13 @@ class Format(ABC):
         """Of which numbers the outputs and inputs of a packed Linear must be multiples."""
         return ALIGNMENT, ALIGNMENT
 
-    def misfit(self, m: int, n: int, scheme: QuantScheme, *, transposed: bool = False, joined: bool = False) -> Misfit | None:
-        """Why a Linear of m outputs and n inputs does not fit the format or its group size; None if it does."""
+    def misfit(
+        self, m: int, n: int, scheme: QuantScheme, *, transposed: bool = False, joined: bool = False, expert: bool = False
+    ) -> Misfit | None:
+        """Why a Linear of m outputs and n inputs does not fit the format or its group size; None if it does.
+
+        expert: whether it is a matrix of an expert.
+        """
         if transposed and not self.takes_transposed:
             return Misfit("transposed", f"is stored transposed (Conv1D), which readers of {self.name} do not support")
         if joined and not self.takes_joined:
@@ -220,9 +236,28 @@ class Format(ABC):
         if m % outputs or n % inputs:
             only = "packed dimensions" if outputs == inputs else f"the inputs of Linears packed at {scheme.bits} bits"
             return Misfit("shape", f"is {m} × {n}, but {only} must be multiples of {inputs}")
+        if scheme.bits not in self.bits:
+            return Misfit("bits", f"is quantized at {scheme.bits} bits, but {self.name} holds {', '.join(map(str, self.bits))} bits only")
+        if self.group_sizes is not None and scheme.group_size not in self.group_sizes:
+            return Misfit("group_size", f"is quantized in groups of {scheme.group_size}, which readers of {self.name} do not take")
         if scheme.group_size != -1 and n % scheme.group_size:
             return Misfit("group_size", f"has {n} inputs, which group size {scheme.group_size} does not divide")
         return None
+
+    def other_size(self, scheme: QuantScheme, size: int) -> Misfit | None:
+        """Why a Linear does not fit a config whose group size is ``size``; None if it does."""
+        if not self.one_size or scheme.group_size == size:
+            return None
+        groups, usual = (_in_groups(each) for each in (scheme.group_size, size))
+        return Misfit("group_size", f"is quantized {groups}, but {self.name} has one group size for all Linears, which are {usual}")
+
+    def clash(self, packed: Iterable[str], others: Iterable[str]) -> tuple[str, str] | None:
+        """The first of the unpacked modules ``others`` whose name readers confuse with that of a packed Linear, and that name."""
+        return None
+
+
+def _in_groups(size: int) -> str:
+    return "in whole rows" if size == -1 else f"in groups of {size}"
 
 
 def module_of(prefix: str) -> str:

@@ -61,7 +61,7 @@ class CompressedTensors(Format):
     mark = "weight_packed"
     zeros = "weight_zero_point"
     symmetric_key = "symmetric"
-    spare = ("weight_g_idx",)
+    spare: ClassVar[tuple[str, ...]] = ("weight_g_idx",)
     takes_transposed = False
     takes_joined = True
     scales_as_weights = True

@@ -45,11 +45,7 @@ class Gptq(Format):
         if bool((zeros < self.min_zero).any()):
             raise ValueError(f"{prefix}: format gptq (v1) cannot store a zero point of 0; solve with min_zero=1")
         n, groups = words.shape[0] * 32 // scheme.bits, scales.shape[1]
-        half = scales.to(torch.float16)
-        if not torch.equal(half.to(scales.dtype), scales):
-            raise UsageError(
-                f"{prefix}: its scales are not exact in fp16, the dtype of scales in {self.name}; keep the model in its present format"
-            )
+        half = require_half(prefix, scales, self.name)
         return {
             f"{prefix}.qweight": words.contiguous(),
             f"{prefix}.qzeros": pack(zeros + self.shift, scheme.bits).T.contiguous(),
@@ -128,8 +124,7 @@ class Gptq(Format):
 
         Modules beside the model's own are excluded by path: vLLM looks fused Linears up by their fused name only.
         """
-        dynamic: dict[str, dict[str, Any]] = {f"-:^{escaped(path)}(\\.|$)": {} for path in job.apart}
-        dynamic |= {f"-:^{escaped(name)}$": {} for name in (*job.outside, *job.left_out)}
+        dynamic: dict[str, dict[str, Any]] = excluded(job)
         for rule in job.rules:
             if rule.overrides is None:
                 dynamic.setdefault(f"-:{rule.pattern}", {})
@@ -165,9 +160,25 @@ class GptqV2(Gptq):
     shift = 0
 
 
+def excluded(job: Quantization) -> dict[str, dict[str, Any]]:
+    """The entries of ``dynamic`` for modules beside the model's own, by path, and for those that no rule skips, by name."""
+    dynamic: dict[str, dict[str, Any]] = {f"-:^{escaped(path)}(\\.|$)": {} for path in job.apart}
+    return dynamic | {f"-:^{escaped(name)}$": {} for name in (*job.outside, *job.left_out)}
+
+
 def escaped(name: str) -> str:
     """A module name as a regular expression. ``re.escape`` would also escape characters that need it in no dialect."""
     return re.sub(r"([.^$*+?{}\[\]\\|()])", r"\\\1", name)
+
+
+def require_half(prefix: str, scales: Tensor, format: str) -> Tensor:
+    """Scales in fp16. Raises UsageError if they are not exact there."""
+    half = scales.to(torch.float16)
+    if not torch.equal(half.to(scales.dtype), scales):
+        raise UsageError(
+            f"{prefix}: its scales are not exact in fp16, the dtype of scales in {format}; keep the model in its present format"
+        )
+    return half
 
 
 def check_scales(piece: Tensor) -> str | None:

@@ -13,18 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from bigq.io.formats.base import bank_of
 from bigq.scheme import QuantScheme
 
-#: Linears that vLLM 0.32 loads as one, by the name of the one (``packed_modules_mapping`` of its model classes). Parts of one that
-#: differ in bits, group size or symmetry end in an AssertionError, or load with the first part's scheme for all of them.
-FUSED: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
 #: Formats that vLLM reads, and whether it looks a fused Linear's rule up by the fused name (``dynamic``) or by the names of the parts.
-BY_FUSED_NAME: Mapping[str, bool] = {"gptq": True, "gptq_v2": True, "compressed-tensors": False}
+BY_FUSED_NAME: Mapping[str, bool] = {"gptq": True, "gptq_v2": True, "compressed-tensors": False, "w8a8-int8": False, "awq": False}
 
 ALL_BITS = (2, 3, 4, 8)
 #: Group sizes that vLLM was run with or whose kernels name them; -1 is the whole row.
@@ -34,6 +26,8 @@ WITH_EXPERTS = ("qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3")
 #: Llama 4: vLLM brings the rows of queries and keys into another order on loading, but of packed ones only those of symmetric
 #: compressed-tensors; in other formats the zero points or the whole matrix keep the old order, without an error.
 _LLAMA4 = ("llama4", "llama4_text")
+#: Model types for whose activations transformers expects scales in awq (AWQ_SCALES_MAPPINGS), which only AWQ's own method makes.
+_SCALED = ("bloom", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "starcoder2")
 #: Model types whose packed checkpoints readers were run with.
 RUN_FAMILIES: Mapping[str, tuple[str, ...]] = {
     "transformers": ("llama", "qwen2", "opt", "bloom", *WITH_EXPERTS),
@@ -115,6 +109,8 @@ class Row:
 
 _CT = ("compressed-tensors",)
 _GPTQ = ("gptq", "gptq_v2")
+_AWQ = ("awq",)
+_W8A8 = ("w8a8-int8",)
 ROWS: tuple[Row, ...] = (
     Row(reader="transformers", formats=_GPTQ, mixed=False, head=False, experts=False, needs="optimum, gptqmodel"),
     Row(reader="transformers", formats=_CT, bits=(2, 4, 8), symmetric=(True,), experts="alike", whole=False, needs="compressed-tensors"),
@@ -128,8 +124,20 @@ ROWS: tuple[Row, ...] = (
         experts=False,
         needs="transformers<5.23, compressed-tensors>=0.18",
     ),
+    Row(reader="transformers", formats=_AWQ, bits=(4,), mixed=False, head=False, experts=False, not_families=_SCALED, needs="gptqmodel"),
+    Row(
+        reader="transformers",
+        formats=_W8A8,
+        bits=(8,),
+        symmetric=(True,),
+        group_sizes=(-1,),
+        experts=False,
+        not_families=("opt",),
+        needs="compressed-tensors",
+    ),
     Row(reader="GPTQModel", formats=("gptq",), not_families=("glm4_moe", "mixtral"), not_base=False),
     Row(reader="GPTQModel", formats=("gptq_v2",), not_families=("glm4_moe", "mixtral")),
+    Row(reader="GPTQModel", formats=_AWQ, bits=(4,), mixed=False, not_families=("glm4_moe", "mixtral")),
     Row(reader="compressed-tensors", formats=_CT, bits=(2, 4, 8)),
     Row(reader="compressed-tensors", formats=_CT, bits=(3,), needs="compressed-tensors>=0.18"),
     Row(
@@ -191,6 +199,26 @@ ROWS: tuple[Row, ...] = (
         fuses=True,
         not_families=("bloom", "gpt_oss", *_LLAMA4),
         needs="humming",
+    ),
+    Row(
+        reader="vLLM",
+        formats=_W8A8,
+        bits=(8,),
+        symmetric=(True,),
+        group_sizes=(-1,),
+        fuses=True,
+        not_families=("bloom", *_LLAMA4),
+        kernel="Cutlass",
+    ),
+    Row(
+        reader="vLLM",
+        formats=_AWQ,
+        bits=(4,),
+        mixed=False,
+        group_sizes=VLLM_GROUPS,
+        fuses=True,
+        not_families=("bloom", *_LLAMA4),
+        kernel="Marlin",
     ),
     Row(reader="llama.cpp", formats=("gguf",), bits=(4, 8)),
 )
@@ -287,8 +315,9 @@ def _refusal(written: Written, format: str, row: Row, used: Mapping[Kind, Row | 
             return f"{'symmetric' if kind.symmetric else 'asymmetric'} {here}{other if format in _GPTQ else ''}"
         if not any(kind.bits in each.bits for each in rows):
             return f"{here} of {kind.bits} bits{other if format in _GPTQ else ''}"
-        sizes = ", ".join(str(size) for size in VLLM_GROUPS[1:])
-        return f"{here} in groups of {kind.group_size}; use --group-size {sizes} or -1"
+        taken = sorted({size for each in rows for size in each.group_sizes or () if size != -1})
+        sizes = f"{', '.join(map(str, taken))} or -1" if taken else "-1"
+        return f"{here} in groups of {kind.group_size}; use --group-size {sizes}"
     return None
 
 
@@ -326,48 +355,6 @@ def _advice(written: Written, format: str) -> str:
     if written.format == "gguf" or (format == "compressed-tensors" and written.transposed):
         return ""
     return f"; use --format {format}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FusedLinear:
-    """Linears of one module, or matrices of all experts of a bank, that a reader loads as one.
-
-    name: of the fused Linear or the bank; parts: full names of the Linears or matrices. experts: whether it is a bank.
-    """
-
-    name: str
-    parts: tuple[str, ...]
-    experts: bool = False
-
-    @property
-    def last_names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(part.rpartition(".")[2] for part in self.parts))
-
-    @property
-    def said(self) -> str:
-        """The parts in a message."""
-        *others, last = self.last_names
-        named = f"{', '.join(others)} and {last}" if others else last
-        return f"{named} of all experts of a layer" if self.experts else named
-
-
-def fused_linears(names: Iterable[str]) -> tuple[FusedLinear, ...]:
-    """The fused Linears among ``names``: at least two parts in one module, which share their input. Then banks of experts."""
-    whole_of = {part: whole for whole, parts in FUSED.items() for part in parts}
-    found: dict[tuple[str, str], list[str]] = {}
-    banks: dict[str, list[str]] = {}
-    for name in names:
-        module, _, last = name.rpartition(".")
-        if (bank := bank_of(name)) is not None:
-            banks.setdefault(bank, []).append(name)
-        elif last in whole_of:
-            found.setdefault((module, whole_of[last]), []).append(name)
-    linears = (
-        FusedLinear(name=f"{module}.{whole}" if module else whole, parts=tuple(parts))
-        for (module, whole), parts in found.items()
-        if len(parts) > 1
-    )
-    return (*linears, *(FusedLinear(name=bank, parts=tuple(parts), experts=True) for bank, parts in banks.items()))
 
 
 def markdown_table() -> str:

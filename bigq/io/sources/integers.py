@@ -1,10 +1,6 @@
 """Linears that are packed as integers, as if they were plain tensors: a job may quantize them again, to another format or width.
 
-Of gptq, groups may be in any order (``desc_act`` without static groups). AWQ is the layout of its "gemm" kernels:
-
-    X.qweight   int32 [K, N/8]    4-bit codes of 8 outputs in a word, in the order 0 2 4 6 1 3 5 7
-    X.qzeros    int32 [G, N/8]    zero points, packed alike and stored unchanged
-    X.scales    fp16 [G, N]
+Of gptq, groups may be in any order (``desc_act`` without static groups). The layouts are in ``bigq.io.formats``.
 """
 
 from __future__ import annotations
@@ -17,17 +13,14 @@ import torch
 from torch import Tensor
 
 from bigq.errors import CheckpointError, UnsupportedModelError
-from bigq.io.formats import Format, PackedSchemes
+from bigq.io.formats import FORMATS, Format, PackedSchemes
+from bigq.io.formats.awq import awq_codes
 from bigq.io.formats.base import module_of
 from bigq.io.formats.gptq import Gptq
 from bigq.io.index import Decoder, TensorInfo
-from bigq.io.json_file import show_name
 from bigq.kernels.dequantize import dequantize, dequantize_packed
 from bigq.kernels.pack import pack, unpack
 from bigq.scheme import QuantScheme
-
-#: The output, of 8 in a word, that each 4 bits of AWQ's words belong to, from the lowest bits on.
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +63,7 @@ class PackedIntegers:
 
 @dataclass(frozen=True, slots=True)
 class AwqIntegers:
-    """A Linear as AWQ packs it, at 4 bits."""
+    """A Linear as AWQ packs it, at 4 bits. Its codes are not packed again in between, as they would be by ``Format.read``."""
 
     @property
     def by_rows(self) -> bool:
@@ -78,16 +71,7 @@ class AwqIntegers:
 
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         qweight, qzeros, scales = parts
-        codes, zeros = _awq_numbers(qweight).T.contiguous(), _awq_numbers(qzeros).T.contiguous()
-        return dequantize(codes, scales.T.contiguous(), zeros, dtype)
-
-
-def _awq_numbers(words: Tensor) -> Tensor:
-    """Int32 words [k, m/8] as uint8 numbers [k, m]."""
-    numbers = torch.empty(*words.shape, 8, dtype=torch.uint8, device=words.device)
-    for place, output in enumerate(_AWQ_ORDER):
-        numbers[..., output] = (words >> (4 * place)) & 15
-    return numbers.flatten(-2)
+        return dequantize(awq_codes(qweight), scales.T.contiguous(), awq_codes(qzeros), dtype)
 
 
 def decoded_integers(tensors: Mapping[str, TensorInfo], schemes: PackedSchemes, dtype: torch.dtype) -> dict[str, TensorInfo]:
@@ -118,25 +102,14 @@ def decoded_awq(tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> dict[s
 
     Raises CheckpointError where tensors of a Linear are missing or do not match.
     """
+    made = FORMATS["awq"]
 
     def weight(prefix: str) -> tuple[TensorInfo, list[str]]:
-        parts = [tensors.get(f"{prefix}.{name}") for name in ("qweight", "qzeros", "scales")]
-        found = [part for part in parts if part is not None]
-        if len(found) < len(parts):
-            raise CheckpointError(f"tensor {show_name(found[0].name)} lacks its scales or zero points; fetch it again")
-        qweight, _, scales = found
-        shapes = [part.shape for part in found]
-        n, eighth = qweight.shape if len(qweight.shape) == 2 else (0, 0)
-        groups = scales.shape[0] if scales.shape else 0
-        if not groups or n % groups or shapes != [(n, eighth), (groups, eighth), (groups, 8 * eighth)]:
-            raise CheckpointError(
-                f"tensor {show_name(qweight.name)}: its shape does not match those of qzeros and scales; the checkpoint is damaged, or its "
-                "version of AWQ is not gemm: fetch it again, or one of version gemm"
-            )
-        return _made(f"{prefix}.weight", (8 * eighth, n), dtype, AwqIntegers(), found), []
+        linear = made.geometry(prefix, tensors)
+        parts = [tensors[f"{prefix}.{name}"] for name in made.suffixes(False)]
+        return _made(f"{prefix}.weight", (linear.outputs, linear.inputs), dtype, AwqIntegers(), parts), []
 
-    prefixes = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-    return _replaced(tensors, prefixes, lambda prefix: f"{prefix}.qweight", weight)
+    return _replaced(tensors, made.prefixes(tensors), lambda prefix: f"{prefix}.{made.mark}", weight)
 
 
 def _replaced(

@@ -11,16 +11,14 @@ from test_vllm_rules import FUSED as LOOKED_UP
 from test_vllm_rules import GROUP_SIZES
 
 from bigq.io.formats import FORMATS
+from bigq.io.formats.fused import FUSED, FusedLinear, fused_linears
 from bigq.io.formats.readers import (
     BY_FUSED_NAME,
-    FUSED,
     ROWS,
     RUN_FAMILIES,
     VLLM_GROUPS,
-    FusedLinear,
     Kind,
     Written,
-    fused_linears,
     markdown_table,
     not_run_with,
     read_by,
@@ -91,6 +89,9 @@ def said(format: str, *kinds: Kind, **changes: object) -> tuple[list[str], list[
             ["transformers (with compressed-tensors>=0.18)", "compressed-tensors (with compressed-tensors>=0.18)", "vLLM (with humming)"],
             [],
         ),
+        ("w8a8-int8", Kind(8, -1, True), ["transformers (with compressed-tensors)", "vLLM (CUDA: Cutlass)"], []),
+        ("awq", FOUR, ["transformers (with gptqmodel)", "GPTQModel", "vLLM (CUDA: Marlin)"], []),
+        ("awq", Kind(4, -1, False), ["transformers (with gptqmodel)", "GPTQModel", "vLLM (CUDA: Marlin)"], []),
         ("gguf", FOUR, ["llama.cpp", "transformers (with optimum, gptqmodel)", "GPTQModel", "vLLM"], []),
         (
             "gguf",
@@ -111,6 +112,8 @@ def test_what_depends_on_more_than_the_kind() -> None:
     )
     assert said("gptq", FOUR, Kind(4, 128, False))[0] == ["transformers (with optimum, gptqmodel)", "GPTQModel"]
     assert "transformers does not load gptq with a packed output head; use --format compressed-tensors" in said("gptq", head=True)[1]
+    assert "transformers does not load awq with a packed output head; use --format compressed-tensors" in said("awq", head=True)[1]
+    assert "transformers does not load awq of falcon models; use --format compressed-tensors" in said("awq", family="falcon")[1]
     assert said("gptq", Kind(3, 64, True), transposed=True)[1] == ["vLLM does not load gptq of 3 bits"]
     for format in ("gptq", "compressed-tensors"):
         assert f"vLLM does not load {format} of bloom models" in said(format, family="bloom")[1]
@@ -179,6 +182,13 @@ EIGHT = Kind(8, 128, True)
             {"experts": frozenset([None])},
             ["compressed-tensors", "vLLM"],
             ["transformers does not load unquantized experts beside packed Linears in compressed-tensors"],
+        ),
+        (
+            "awq",
+            (FOUR,),
+            {},
+            ["GPTQModel", "vLLM"],
+            ["transformers does not load experts in awq: it leaves them random; use --format compressed-tensors"],
         ),
         ("gptq", (FOUR,), {"experts": frozenset([None])}, ["transformers", "GPTQModel", "vLLM"], []),
     ],

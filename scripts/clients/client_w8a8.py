@@ -1,0 +1,33 @@
+"""transformers with compressed-tensors, and the w8a8-int8 format. It divides the largest input by 127.5, where vLLM does by 127."""
+
+from __future__ import annotations
+
+from cases import Case, Client
+from client_compressed_tensors import fails as fails_in_compressed_tensors
+from client_vllm_w8a8 import SKIP
+
+
+def make_cases() -> tuple[Case, ...]:
+    return (
+        *(_case(family, family) for family in ("llama", "qwen2", "opt", "bloom")),
+        _case("llama-rtn", "llama", "--method", "rtn"),
+        _case("llama-skip", "llama", *SKIP),
+        _case("llama-head", "llama", "--lm-head"),
+    )
+
+
+def _case(name: str, family: str, *more: str) -> Case:
+    flags = ("--bits", "8", "--group-size", "-1", "--sym", "--format", "w8a8-int8", *more)
+    return Case(name=f"{name}-w8a8-int8", family=family, flags=flags, reader={"routes": ["transformers"], "largest": 127.5})
+
+
+LIMITS = {"/opt-": "compressed-tensors takes all tokens for one where inputs have two dimensions, as those of OPT's fc1 and fc2"}
+
+CLIENT = Client(
+    name="w8a8",
+    venv="compressed-tensors-transformers-5.23",
+    reader="reader_w8a8.py",
+    cases=make_cases(),
+    fails=fails_in_compressed_tensors,
+    limits=LIMITS,
+)
