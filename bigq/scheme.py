@@ -11,7 +11,7 @@ from typing import Any
 from bigq.errors import UsageError
 from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS, GridSpec
 from bigq.options import Effect, Range, Resume, checked, option, require_known, require_names, settle, shown, table
-from bigq.vocabulary import DATA_FREE_METHODS, OrderName, ScalesName
+from bigq.vocabulary import DATA_FREE_METHODS, OrderName, PointsName, ScaleForm, ScalesName
 
 BITS = (2, 3, 4, 8)
 
@@ -33,7 +33,7 @@ def _weights(default: Any, *, help: str, **more: Any) -> Any:
 class QuantScheme:
     """How the weights of one Linear are quantized.
 
-    ``w ≈ scale · (code − zero)`` with ``0 ≤ code < 2**bits``; scale and zero are shared by ``group_size`` consecutive inputs of one
+    ``w ≈ scale · (code − zero)`` with ``0 ≤ code < 2**bits``, or ``scale · book[code]``; scale and zero are shared by ``group_size`` consecutive inputs of one
     output row. symmetric: zero is ``2**(bits−1)``. The other fields are described below. Raises UsageError.
     """
 
@@ -87,6 +87,8 @@ class QuantScheme:
     )
     # The gptq v1 format stores zero − 1 and needs 1.
     min_zero: int = _weights(0, help="smallest zero point allowed; the output format decides it", flag=None)
+    points: PointsName = _weights("int", help="what codes stand for; the output format decides it", flag=None, added=True)
+    scale_form: ScaleForm = _weights("fp16", help="how scales are stored; the output format decides it", flag=None, added=True)
     # fp16 has 11. Scales of 8 bits are exact in bf16. The product of a scale of 7 bits and a zero point of 4 bits is exact in fp16.
     scale_bits: int | None = _weights(
         None,
@@ -111,6 +113,8 @@ class QuantScheme:
             min_zero=self.min_zero,
             search=self.scales == "search",
             scale_bits=self.scale_bits or SCALE_BITS,
+            points=self.points,
+            scale_form=self.scale_form,
         )
 
     def group_width(self, n: int) -> int:

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from bigq.errors import NumericsError
 from bigq.kernels.finiteness import is_finite
-from bigq.kernels.grid import find_grid
+from bigq.kernels.grid import GridSpec, codes_of, find_grid, nearest
 from bigq.kernels.pick import piece
+from bigq.nested_scales import TINY, NestedScales
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
 from bigq.solver.storage_range import require_storable
@@ -21,29 +22,53 @@ def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "the Linea
     Raises NumericsError if the weight is not finite, UsageError if the group size does not divide n.
     """
     m, n = weight.shape
-    width = scheme.group_width(n)
+    width, spec = scheme.group_width(n), scheme.grid
     codes = torch.empty(m, n, dtype=torch.uint8, device=weight.device)
     scales, zeros = (torch.empty(m, n // width, device=weight.device) for _ in range(2))
     sums = torch.zeros(2, dtype=torch.float64, device=weight.device)
     rows = max(1, piece(on_gpu=weight.is_cuda) // n)
-    for lo in range(0, m, rows):
-        at = slice(lo, lo + rows)
+    pieces = [slice(lo, lo + rows) for lo in range(0, m, rows)]
+
+    def find(at: slice) -> None:
         if not is_finite(weight[at]):
             raise NumericsError(f"{name}: the weight contains NaN or Inf")
-        groups = weight[at].float().reshape(-1, n // width, width).permute(2, 0, 1)
-        scale, zero = find_grid(groups, scheme.grid)
-        steps = torch.clamp(torch.round(groups / scale), -zero, scheme.grid.max_code - zero)
-        codes[at] = (steps + zero).to(torch.uint8).permute(1, 2, 0).reshape(-1, n)
-        scales[at], zeros[at] = scale, zero
-        sums += torch.stack([(groups - steps * scale).double().square().sum(), groups.double().square().sum()])
-    require_storable(scales, name)
+        scales[at], zeros[at] = find_grid(_groups(weight[at], width), spec)
+
+    nested = None
+    if spec.settles:  # the scales of all pieces are rounded together
+        for at in pieces:
+            find(at)
+        nested = NestedScales.of(scales)
+    settled = scales if nested is None else nested.values()
+    for at in pieces:
+        if nested is None:
+            find(at)
+        groups = _groups(weight[at], width)
+        points = _points(groups, settled[at] if spec.search else scales[at], zeros[at], spec)
+        codes[at] = codes_of(points, zeros[at], spec).permute(1, 2, 0).reshape(-1, n)
+        sums += torch.stack([(groups - points * settled[at]).double().square().sum(), groups.double().square().sum()])
+    require_storable(settled, name)
     loss, energy = sums.tolist()
     return QuantizedWeight(
         codes=codes,
-        scales=scales.to(torch.float16),
+        scales=settled.to(torch.float16) if nested is None else settled,
         zeros=zeros.to(torch.uint8),
         scheme=scheme,
         loss=loss,
         energy=energy,
         damping=0.0,
+        nested=nested,
     )
+
+
+def _groups(rows: Tensor, width: int) -> Tensor:
+    """Rows [k, n] as fp32 groups [width, k, n / width]."""
+    return rows.float().reshape(len(rows), -1, width).permute(2, 0, 1)
+
+
+def _points(groups: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
+    """The nearest points, in units of the scale. With scales that span the weights of a group and are rounded later, those of the scales
+    before they are rounded: so bitsandbytes does it."""
+    if spec.settles and not spec.search:
+        return nearest(groups * (1.0 / scale.clamp(min=TINY)), zero, spec)
+    return nearest(groups / scale, zero, spec)
