@@ -33,8 +33,9 @@ def _weights(default: Any, *, help: str, **more: Any) -> Any:
 class QuantScheme:
     """How the weights of one Linear are quantized.
 
-    ``w ≈ scale · (code − zero)`` with ``0 ≤ code < 2**bits``, or ``scale · book[code]``; scale and zero are shared by ``group_size`` consecutive inputs of one
-    output row. symmetric: zero is ``2**(bits−1)``. The other fields are described below. Raises UsageError.
+    ``w ≈ scale · (code − zero)`` with ``0 ≤ code < 2**bits``, or ``scale · book[code]`` with a codebook. Scale and zero are shared by
+    ``group_size`` consecutive inputs of one output row. symmetric: zero is ``2**(bits−1)``. The other fields are described below.
+    Raises UsageError.
     """
 
     bits: int = _weights(4, help="bits per weight", choices=BITS, rule_key="bits")

@@ -20,9 +20,7 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype,
     return dequantize_reference(codes, scales, zeros, dtype, points)
 
 
-def dequantize_packed(
-    words: Tensor, scales: Tensor, zeros: Tensor, bits: int, dtype: torch.dtype, points: PointsName = "int"
-) -> Tensor:
+def dequantize_packed(words: Tensor, scales: Tensor, zeros: Tensor, bits: int, dtype: torch.dtype, points: PointsName = "int") -> Tensor:
     """The weight [m, n] in ``dtype`` from codes packed along n. words: int32 [n·bits/32, m]; scales, zeros: [m, G]."""
     if use_triton(words) and dtype != torch.float64:
         from bigq.kernels.gpu.dequantize import dequantize_packed_triton

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ class GridSpec:
     def bounds(self) -> tuple[float, ...]:
         """The numbers between neighbours of the book, rounded to fp32. One on a bound goes to the lower point."""
         book = self.book
-        return tuple(struct.unpack("f", struct.pack("f", (a + b) / 2))[0] for a, b in zip(book, book[1:]))
+        return tuple(struct.unpack("f", struct.pack("f", (a + b) / 2))[0] for a, b in itertools.pairwise(book))
 
     @property
     def largest(self) -> float:

@@ -145,6 +145,8 @@ class Pager(ModelDescription):
         packed = packed_sources(self.folder, self.model, self.checkpoint, self.schemes)
         self.sources = self._find_plain()
         parts = {info.name for source in packed.values() for info in source.tensors}
+        # bitsandbytes stores codes under the name of the weight.
+        self.sources = {name: info for name, info in self.sources.items() if info.name not in parts}
         experts = self._find_experts(packed)
         merged = {info.name for sources in experts.values() for source in sources for info in source.tensors}
         used = {*self._placed, *parts, *merged, *self._beside}

@@ -8,6 +8,7 @@ from typing import Any
 
 from bigq.errors import UnsupportedModelError
 from bigq.io.formats.base import Format, PackedLinear, PackedSchemes, PackedWeight, Quantization
+from bigq.io.formats.bitsandbytes import BitsAndBytesSchemes, Fp4, Nf4
 from bigq.io.formats.compressed_tensors import CompressedTensors, CompressedTensorsSchemes
 from bigq.io.formats.gptq import Gptq, GptqV2
 from bigq.io.formats.gptq_config import GptqSchemes
@@ -15,7 +16,7 @@ from bigq.io.json_file import show_name, show_value
 
 __all__ = ["FORMATS", "Format", "PackedLinear", "PackedSchemes", "Quantization", "PackedWeight", "quantization_method", "read_schemes"]
 
-FORMATS: Mapping[str, Format] = {made.name: made for made in (Gptq(), GptqV2(), CompressedTensors())}
+FORMATS: Mapping[str, Format] = {made.name: made for made in (Gptq(), GptqV2(), CompressedTensors(), Nf4(), Fp4())}
 
 
 #: Entries that name a method in place of ``quant_method``.
@@ -44,9 +45,11 @@ def read_schemes(path: Path, config: Mapping[str, Any]) -> PackedSchemes:
         return GptqSchemes.read(path, config, _gptq_variant(path, config.get("checkpoint_format")))
     if method == "compressed-tensors":
         return CompressedTensorsSchemes.read(path, config, FORMATS["compressed-tensors"])
+    if method == "bitsandbytes":
+        return BitsAndBytesSchemes.read(path, config, FORMATS)
     raise UnsupportedModelError(
         f"{path.parent}: is already quantized ({quantization_method(config)}); give the original model, in fp32, fp16 or bf16 (of "
-        "quantized ones, bigq reads gptq and compressed-tensors)"
+        "quantized ones, bigq reads gptq, compressed-tensors and bitsandbytes)"
     )
 
 

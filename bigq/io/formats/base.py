@@ -21,6 +21,7 @@ from bigq.io.index import TensorInfo
 from bigq.kernels.pack import pack
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme, Rule
+from bigq.vocabulary import PointsName, ScaleForm
 
 #: Codes are packed into whole words, at most this many codes at a time.
 ALIGNMENT = 32
@@ -41,16 +42,17 @@ def bank_of(name: str) -> str | None:
 class Misfit(NamedTuple):
     """Why a Linear does not fit.
 
-    kind: what has to change for it to fit; "shape", "transposed" and "joined" mean that nothing helps in this format.
+    kind: what has to change for it to fit; "shape", "transposed", "joined" and "points" mean that nothing helps in this format.
     said: begins with a verb whose subject is the Linear, or with ":".
     """
 
-    kind: Literal["transposed", "joined", "shape", "group_size", "bits"]
+    kind: Literal["transposed", "joined", "shape", "points", "group_size", "bits"]
     said: str
 
 
 class PackedWeight(NamedTuple):
-    """A packed Linear of m outputs, n inputs, G groups and b bits: ``weight = scale · (code − zero)``.
+    """A packed Linear of m outputs, n inputs, G groups and b bits: ``weight = scale · (code − zero)``, or ``scale · book[code]`` where the
+    scheme has a codebook.
 
     words: int32 [n·b/32, m], codes packed along the inputs as a bit stream, least significant bits first.
     scales: [m, G], of a floating type that represents them exactly.
@@ -101,6 +103,7 @@ class Quantization:
     outside: those of them outside the blocks and beside the head, and those inside that are no Linear.
     apart: module paths that hold nothing of the model but plain weights, such as MTP layers.
     head: the module name of the output head, if it is packed.
+    dtype: of the original model.
     meta: further entries for human readers.
     """
 
@@ -112,6 +115,7 @@ class Quantization:
     outside: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
     head: str | None
+    dtype: torch.dtype = torch.bfloat16
     meta: Mapping[str, Any]
 
 
@@ -129,6 +133,9 @@ class Format(ABC):
     takes_joined: whether readers know experts whose gate and up are one Linear (gpt_oss's w13).
     config_file: a file beside config.json to which the quantization config is written too, for readers that look for it.
     scales_as_weights: whether scales have the dtype of the original weights, instead of fp16.
+    points, scale_form: what codes stand for, and how scales are stored.
+    fixed: fields of the scheme that have only one value in the format.
+    takes_experts, takes_head: whether matrices of experts, and the output head, can be packed.
     """
 
     name: ClassVar[str]
@@ -141,6 +148,11 @@ class Format(ABC):
     takes_joined: ClassVar[bool] = False
     config_file: ClassVar[str | None] = None
     scales_as_weights: ClassVar[bool] = False
+    points: ClassVar[PointsName] = "int"
+    scale_form: ClassVar[ScaleForm] = "fp16"
+    fixed: ClassVar[Mapping[str, int | bool]] = {}
+    takes_experts: ClassVar[bool] = True
+    takes_head: ClassVar[bool] = True
 
     @abstractmethod
     def suffixes(self, symmetric: bool) -> tuple[str, ...]:
@@ -212,6 +224,9 @@ class Format(ABC):
 
     def misfit(self, m: int, n: int, scheme: QuantScheme, *, transposed: bool = False, joined: bool = False) -> Misfit | None:
         """Why a Linear of m outputs and n inputs does not fit the format or its group size; None if it does."""
+        if scheme.points != self.points:
+            stored, has = ("integers" if points == "int" else f"points of {points}" for points in (self.points, scheme.points))
+            return Misfit("points", f"has codes of {has}, and {self.name} stores {stored}")
         if transposed and not self.takes_transposed:
             return Misfit("transposed", f"is stored transposed (Conv1D), which readers of {self.name} do not support")
         if joined and not self.takes_joined:

@@ -115,6 +115,7 @@ class Row:
 
 _CT = ("compressed-tensors",)
 _GPTQ = ("gptq", "gptq_v2")
+_BNB, _BNB_NEEDS = ("bnb-nf4", "bnb-fp4"), "accelerate, bitsandbytes"
 ROWS: tuple[Row, ...] = (
     Row(reader="transformers", formats=_GPTQ, mixed=False, head=False, experts=False, needs="optimum, gptqmodel"),
     Row(reader="transformers", formats=_CT, bits=(2, 4, 8), symmetric=(True,), experts="alike", whole=False, needs="compressed-tensors"),
@@ -192,6 +193,7 @@ ROWS: tuple[Row, ...] = (
         not_families=("bloom", "gpt_oss", *_LLAMA4),
         needs="humming",
     ),
+    Row(reader="transformers", formats=_BNB, bits=(4,), symmetric=(True,), group_sizes=(64,), head=False, experts=False, needs=_BNB_NEEDS),
     Row(reader="llama.cpp", formats=("gguf",), bits=(4, 8)),
 )
 #: The format of the safetensors shards that a job of format gguf writes beside its GGUF file.

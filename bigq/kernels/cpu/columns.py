@@ -163,8 +163,7 @@ def _nearest_of_book(x, book, bounds):
     point = f32(book[12]) if x > f32(bounds[11]) else point
     point = f32(book[13]) if x > f32(bounds[12]) else point
     point = f32(book[14]) if x > f32(bounds[13]) else point
-    point = f32(book[15]) if x > f32(bounds[14]) else point
-    return point
+    return f32(book[15]) if x > f32(bounds[14]) else point
 
 
 @njit(nogil=True, inline="always")
