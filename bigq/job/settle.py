@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,7 +76,7 @@ def _require_possible(model: ModelDescription, config: JobConfig) -> None:
         if given not in (only, option.default):
             advice = "leave it out" if option.default == only else f"use {' '.join(option.words(only))}"
             raise UsageError(f"{' '.join(option.words(given))}: {named} holds only {' '.join(option.words(only))}; {advice}")
-        rule = next((rule for rule in config.rules if (rule.overrides or {}).get(option.rule_key, only) != only), None)
+        rule = next((rule for rule in config.rules if (rule.overrides or {}).get(option.rule_key or "", only) != only), None)
         if rule is not None:
             raise UsageError(f"{rule_option(rule)}: {named} holds only {' '.join(option.words(only))}; leave this out of the rule")
     if made.scale_form == "fp16":
@@ -96,7 +97,8 @@ def _require_possible(model: ModelDescription, config: JobConfig) -> None:
 def _settled_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme:
     """The scheme of a job whose format is settled, with all settings decided. Raises UsageError if its scales would not fit the format."""
     order = config.scheme.order if method_of(config).calibrated else "natural"  # without a Hessian there is no other one
-    return dataclasses.replace(config.scheme, order=order, scale_bits=_scale_bits(model, config), **dict(config.made.fixed))
+    fixed: Mapping[str, Any] = config.made.fixed
+    return dataclasses.replace(config.scheme, order=order, scale_bits=_scale_bits(model, config), **fixed)
 
 
 def _scale_bits(model: ModelDescription, config: JobConfig) -> int | None:

@@ -225,8 +225,8 @@ class Format(ABC):
     def misfit(self, m: int, n: int, scheme: QuantScheme, *, transposed: bool = False, joined: bool = False) -> Misfit | None:
         """Why a Linear of m outputs and n inputs does not fit the format or its group size; None if it does."""
         if scheme.points != self.points:
-            stored, has = ("integers" if points == "int" else f"points of {points}" for points in (self.points, scheme.points))
-            return Misfit("points", f"has codes of {has}, and {self.name} stores {stored}")
+            stored, has = ("integers" if points == "int" else f"codes of {points}" for points in (self.points, scheme.points))
+            return Misfit("points", f"has {has}, but {self.name} stores {stored}")
         if transposed and not self.takes_transposed:
             return Misfit("transposed", f"is stored transposed (Conv1D), which readers of {self.name} do not support")
         if joined and not self.takes_joined:

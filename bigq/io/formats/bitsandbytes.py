@@ -97,7 +97,7 @@ class BitsAndBytes(Format):
             self._points(),
             nested.blocks,
             dynamic_table(),
-            self._state(*codes.shape, dtype, nested.offset),
+            self._state(codes.shape[0], codes.shape[1], dtype, nested.offset),
         )
         return {self.tensor(prefix, suffix): t.contiguous() for suffix, t in zip(self.suffixes(True), made, strict=True)}
 
@@ -160,8 +160,9 @@ class BitsAndBytes(Format):
                 f"blocks of {BLOCK}: give such a checkpoint, or the original model"
             )
         shape, offset = said.get("shape"), said.get("nested_offset")
-        whole = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
-        if not whole or type(offset) not in (int, float) or not math.isfinite(offset):
+        if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)):
+            raise wrong
+        if isinstance(offset, bool) or not isinstance(offset, int | float) or not math.isfinite(offset):
             raise wrong
         return shape[0], shape[1], float(offset)
 
