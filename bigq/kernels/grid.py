@@ -70,7 +70,7 @@ def nearest(x: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
 
 
 def codes_of(points: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
-    """The codes of points, uint8: ``nearest`` without its last step."""
+    """The codes of points, uint8. With a codebook, of the points nearest to any numbers, and of two points of 0 the one on their side."""
     if spec.book:
         return torch.bucketize(points.contiguous(), _tables(spec, points.dtype, points.device)[1]).to(torch.uint8)
     return (points + zero).to(torch.uint8)

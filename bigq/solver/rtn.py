@@ -44,8 +44,9 @@ def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "the Linea
         if nested is None:
             find(at)
         groups = _groups(weight[at], width)
-        points = _points(groups, settled[at] if spec.search else scales[at], zeros[at], spec)
-        codes[at] = codes_of(points, zeros[at], spec).permute(1, 2, 0).reshape(-1, n)
+        scaled = _scaled(groups, settled[at] if spec.search else scales[at], spec)
+        points = nearest(scaled, zeros[at], spec)
+        codes[at] = codes_of(scaled if spec.book else points, zeros[at], spec).permute(1, 2, 0).reshape(-1, n)
         sums += torch.stack([(groups - points * settled[at]).double().square().sum(), groups.double().square().sum()])
     require_storable(settled, name)
     loss, energy = sums.tolist()
@@ -66,9 +67,6 @@ def _groups(rows: Tensor, width: int) -> Tensor:
     return rows.float().reshape(len(rows), -1, width).permute(2, 0, 1)
 
 
-def _points(groups: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
-    """The nearest points, in units of the scale. With scales that span the weights of a group and are rounded later, those of the scales
-    before they are rounded: so bitsandbytes does it."""
-    if spec.settles and not spec.search:
-        return nearest(groups * (1.0 / scale.clamp(min=TINY)), zero, spec)
-    return nearest(groups / scale, zero, spec)
+def _scaled(groups: Tensor, scale: Tensor, spec: GridSpec) -> Tensor:
+    """Groups in units of their scale. If it spans their weights and is rounded later, it is not rounded here: so bitsandbytes does it."""
+    return groups * (1.0 / scale.clamp(min=TINY)) if spec.settles and not spec.search else groups / scale
