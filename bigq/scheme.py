@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigq.errors import UsageError
-from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS, GridSpec
+from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS, GridSpec, PointsName, ScaleForm
 from bigq.options import Effect, Range, Resume, checked, option, require_known, require_names, settle, shown, table
-from bigq.vocabulary import DATA_FREE_METHODS, OrderName, PointsName, ScaleForm, ScalesName
+from bigq.vocabulary import DATA_FREE_METHODS, OrderName, ScalesName
 
 BITS = (2, 3, 4, 8)
 

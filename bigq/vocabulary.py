@@ -10,10 +10,6 @@ MethodName = Literal["gptq", "gptaq", "rtn"]
 OrderName = Literal["natural", "activation", "group"]
 #: How scales are found: from the range of a group's weights, or by a search for the least error.
 ScalesName = Literal["minmax", "search"]
-#: What codes stand for: integers, or the points of a codebook (``bigq.kernels.grid_spec.BOOKS``). The format decides it.
-PointsName = Literal["int", "nf4", "fp4", "e2m1"]
-#: How scales are stored: each as an fp16 number; or "nested", as 8-bit numbers with scales of their own (``bigq.kernels.nested``).
-ScaleForm = Literal["fp16", "nested"]
 #: How attention is computed that a model writes step by step: as its own code does, or fused.
 AttentionName = Literal["model", "fused"]
 #: Presets of options.

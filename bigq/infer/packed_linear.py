@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from bigq.kernels.dequant_matvec import MAX_VECTORS, dequant_matvec
 from bigq.kernels.dequantize import dequantize_packed
+from bigq.kernels.grid_spec import PointsName
 from bigq.kernels.pick import use_triton
-from bigq.vocabulary import PointsName
 
 
 class PackedLinear(nn.Module):

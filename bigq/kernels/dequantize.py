@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigq.kernels.grid_spec import BOOKS
+from bigq.kernels.grid_spec import BOOKS, PointsName
 from bigq.kernels.pack import unpack
 from bigq.kernels.pick import piece, use_triton
-from bigq.vocabulary import PointsName
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype, points: PointsName = "int") -> Tensor:

@@ -6,12 +6,15 @@ import itertools
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from bigq.vocabulary import PointsName, ScaleForm
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+#: What codes stand for: integers, or the points of a codebook.
+PointsName = Literal["int", "nf4", "fp4", "e2m1"]
+#: How scales are stored: each as an fp16 number; or "nested", as 8-bit numbers with scales of their own (``bigq.nested_scales``).
+ScaleForm = Literal["fp16", "nested"]
 
 #: Significant bits of fp16, and the fewest that a scale may be rounded to.
 SCALE_BITS = 11

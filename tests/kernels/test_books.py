@@ -12,10 +12,9 @@ from torch import Tensor
 from bigq.kernels.dequantize import dequantize, dequantize_packed, dequantize_reference
 from bigq.kernels.gptq_block import gptq_block_, gptq_block_reference_
 from bigq.kernels.grid import codes_of, find_grid, find_grid_reference, nearest, points_of
-from bigq.kernels.grid_spec import BOOKS, GridSpec, GroupGrid
+from bigq.kernels.grid_spec import BOOKS, GridSpec, GroupGrid, PointsName
 from bigq.kernels.pack import pack
 from bigq.kernels.pick import compiler_installed
-from bigq.vocabulary import PointsName
 
 NAMES: tuple[PointsName, ...] = ("nf4", "fp4", "e2m1")
 books = pytest.mark.parametrize("points", NAMES)

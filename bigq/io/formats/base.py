@@ -18,10 +18,10 @@ from torch import Tensor
 
 from bigq.errors import CheckpointError
 from bigq.io.index import TensorInfo
+from bigq.kernels.grid_spec import PointsName, ScaleForm
 from bigq.kernels.pack import pack
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme, Rule
-from bigq.vocabulary import PointsName, ScaleForm
 
 #: Codes are packed into whole words, at most this many codes at a time.
 ALIGNMENT = 32

@@ -18,6 +18,7 @@ from numba import njit
 from numba.extending import overload
 from torch import Tensor
 
+from bigq.kernels.cpu.book import code_of_book, nearest_of_book
 from bigq.kernels.cpu.compiler import compiled
 from bigq.kernels.cpu.spec import spec_of
 from bigq.kernels.cpu.spread import LANES, spread
@@ -146,34 +147,6 @@ def _grid_of_book(low, high, spec, part):
     return reach if spec.settles else _round_scale(reach, spec.drop), f32(0)
 
 
-@njit(nogil=True, inline="always")
-def _nearest_of_book(x, book, bounds):
-    point = f32(book[0])  # a loop would not become vector instructions
-    point = f32(book[1]) if x > f32(bounds[0]) else point
-    point = f32(book[2]) if x > f32(bounds[1]) else point
-    point = f32(book[3]) if x > f32(bounds[2]) else point
-    point = f32(book[4]) if x > f32(bounds[3]) else point
-    point = f32(book[5]) if x > f32(bounds[4]) else point
-    point = f32(book[6]) if x > f32(bounds[5]) else point
-    point = f32(book[7]) if x > f32(bounds[6]) else point
-    point = f32(book[8]) if x > f32(bounds[7]) else point
-    point = f32(book[9]) if x > f32(bounds[8]) else point
-    point = f32(book[10]) if x > f32(bounds[9]) else point
-    point = f32(book[11]) if x > f32(bounds[10]) else point
-    point = f32(book[12]) if x > f32(bounds[11]) else point
-    point = f32(book[13]) if x > f32(bounds[12]) else point
-    point = f32(book[14]) if x > f32(bounds[13]) else point
-    return f32(book[15]) if x > f32(bounds[14]) else point
-
-
-@njit(nogil=True, inline="always")
-def _code_of_book(p, b):
-    low = (p > f32(b[0])) + (p > f32(b[1])) + (p > f32(b[2])) + (p > f32(b[3])) + (p > f32(b[4]))
-    middle = (p > f32(b[5])) + (p > f32(b[6])) + (p > f32(b[7])) + (p > f32(b[8])) + (p > f32(b[9]))
-    high = (p > f32(b[10])) + (p > f32(b[11])) + (p > f32(b[12])) + (p > f32(b[13])) + (p > f32(b[14]))
-    return np.uint8(low + middle + high)
-
-
 def _grid_for_range(low, high, spec, part):
     """The grid that spans a part of [low, high], as ``grid.grid_for_range``."""
 
@@ -200,14 +173,14 @@ def _(low, high, spec, part):
 @overload(_nearest)
 def _(x, low, high, spec):
     if _has_book(spec):
-        return lambda x, low, high, spec: _nearest_of_book(x, spec.book, spec.bounds)
+        return lambda x, low, high, spec: nearest_of_book(x, spec.book, spec.bounds)
     return lambda x, low, high, spec: _round(min(max(x, low), high))
 
 
 @overload(_code_of)
 def _(point, zero, spec):
     if _has_book(spec):
-        return lambda point, zero, spec: _code_of_book(point, spec.bounds)
+        return lambda point, zero, spec: code_of_book(point, spec.bounds)
     return lambda point, zero, spec: np.uint8(point + zero)
 
 

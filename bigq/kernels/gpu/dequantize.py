@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bigq.kernels.gpu.pack import code_at
-from bigq.kernels.grid_spec import BOOKS
-from bigq.vocabulary import PointsName
+from bigq.kernels.grid_spec import BOOKS, PointsName
 
 #: Rows and columns of a tile.
 TILE = (32, 128)
