@@ -9,7 +9,7 @@ from pathlib import Path
 from bigq.config import JobConfig
 from bigq.inspect.history import History
 from bigq.io.formats.base import bank_of
-from bigq.io.formats.readers import Kind, Written, fused_linears, readers_of, verdicts
+from bigq.io.formats.readers import ROWS, Kind, Written, fused_linears, readers_of, verdicts
 from bigq.io.json_file import read_json_object
 from bigq.model.architecture import auto_class_named
 from bigq.reports.markdown import block
@@ -52,7 +52,8 @@ def loading(history: History) -> Iterator[str]:
         else:
             yield f"{refusal}.\n"
     elif "transformers" in readers:
-        yield "With transformers:\n"
+        needs = next(row.needs for row in ROWS if row.reader == "transformers" and config.made.name in row.formats).replace(",", "")
+        yield f"With transformers (`pip install transformers {needs}`):\n"
         yield _transformers(history, config.trust_remote_code)
     yield from _vllm(history, config)
     yield (

@@ -109,7 +109,7 @@ def _tags(config: JobConfig | None) -> Iterator[str]:
     if config is not None:
         if config.format == "gguf":
             yield "gguf"
-        yield "compressed-tensors" if config.made.name == "compressed-tensors" else "gptq"
+        yield config.made.tag
         yield f"{config.scheme.bits}-bit"
     yield "bigq"
 

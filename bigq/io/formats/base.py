@@ -133,6 +133,7 @@ class Format(ABC):
     takes_joined: whether readers know experts whose gate and up are one Linear (gpt_oss's w13).
     config_file: a file beside config.json to which the quantization config is written too, for readers that look for it.
     scales_as_weights: whether scales have the dtype of the original weights, instead of fp16.
+    tag: the hub's name of the format.
     points, scale_form: what codes stand for, and how scales are stored.
     fixed: fields of the scheme that have only one value in the format.
     takes_experts, takes_head: whether matrices of experts, and the output head, can be packed.
@@ -148,6 +149,7 @@ class Format(ABC):
     takes_joined: ClassVar[bool] = False
     config_file: ClassVar[str | None] = None
     scales_as_weights: ClassVar[bool] = False
+    tag: ClassVar[str]
     points: ClassVar[PointsName] = "int"
     scale_form: ClassVar[ScaleForm] = "fp16"
     fixed: ClassVar[Mapping[str, int | bool]] = {}

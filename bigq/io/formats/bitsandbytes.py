@@ -56,6 +56,7 @@ class BitsAndBytes(Format):
     mark = "weight.absmax"
     zeros = ""
     symmetric_key = ""
+    tag = "bitsandbytes"
     scale_form = "nested"
     takes_experts = False
     takes_head = False
@@ -190,9 +191,10 @@ class BitsAndBytes(Format):
         return None, None
 
     def misfit(self, m: int, n: int, scheme: QuantScheme, *, transposed: bool = False, joined: bool = False) -> Misfit | None:
-        if scheme.bits != 4:
+        same_points = scheme.points == self.points
+        if same_points and scheme.bits != 4:
             return Misfit("bits", f"has {scheme.bits} bits, but {self.name} has 4")
-        if scheme.group_size != GROUP or not scheme.symmetric:
+        if same_points and (scheme.group_size != GROUP or not scheme.symmetric):
             return Misfit("points", f"has groups of {scheme.group_size} or zero points, but {self.name} has blocks of {GROUP} without")
         return super().misfit(m, n, scheme, transposed=transposed, joined=joined)
 
