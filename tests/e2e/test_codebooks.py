@@ -179,7 +179,7 @@ def test_experts_are_refused(ids: Path, tmp_path: Path) -> None:
 def test_it_is_converted_to_no_other_format(to: str, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(done), str(tmp_path / "new"), "--to", to]) != 0
     said = capsys.readouterr().err
-    expected = "holds points of nf4, which GGUF does not; keep its format" if to == "gguf" else f"but {to} stores"
+    expected = "holds points of nf4, which GGUF does not; keep the model in its present format" if to == "gguf" else f"but {to} stores"
     assert expected in said and not (tmp_path / "new").exists()
 
 

@@ -289,8 +289,10 @@ def _refusal(written: Written, format: str, row: Row, used: Mapping[Kind, Row | 
             return f"{'symmetric' if kind.symmetric else 'asymmetric'} {here}{other if format in _GPTQ else ''}"
         if not any(kind.bits in each.bits for each in rows):
             return f"{here} of {kind.bits} bits{other if format in _GPTQ else ''}"
-        *sizes, last = (str(size) for size in sorted(rows[0].group_sizes or (), key=lambda size: (size < 0, size)))
-        return f"{here} in groups of {kind.group_size}; use --group-size {', '.join(sizes)}{' or ' * bool(sizes)}{last}"
+        if -1 not in (rows[0].group_sizes or ()):
+            return f"{here} in groups of {kind.group_size}"
+        sizes = ", ".join(str(size) for size in VLLM_GROUPS[1:])
+        return f"{here} in groups of {kind.group_size}; use --group-size {sizes} or -1"
     return None
 
 
