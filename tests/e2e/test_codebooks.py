@@ -94,9 +94,7 @@ def test_a_loaded_model_computes_the_same(packed: bool, done: Path) -> None:
         assert torch.allclose(loaded(input_ids=random_ids(2, 16)).logits, streamed, atol=1e-5)
 
 
-def test_a_job_goes_on_to_the_same_bytes(
-    model: Path, done: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_goes_on_to_the_same_bytes(model: Path, done: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise BigqError("stopped here")
 
