@@ -361,8 +361,9 @@ class JobConfig:
 
     @property
     def base_scheme(self) -> QuantScheme:
-        """The scheme, with the smallest zero point that the output format can store."""
-        return dataclasses.replace(self.scheme, min_zero=self.made.min_zero)
+        """The scheme, with the smallest zero point that the output format can store, its points and its form of scales."""
+        made = self.made
+        return dataclasses.replace(self.scheme, min_zero=made.min_zero, points=made.points, scale_form=made.scale_form)
 
     @property
     def made(self) -> Format:
@@ -386,7 +387,9 @@ class JobConfig:
             present = [name for name in FROZEN_FIELDS if not table(cls)[name].added or (isinstance(settings, dict) and name in settings)]
             require_names("settings", settings, present)
             values = {name: checked(f"settings.{name}", settings[name], table(cls)[name]) for name in present if name not in _NESTED}
-            scheme = QuantScheme(**scheme_fields("settings.scheme", settings["scheme"], table(QuantScheme)))
+            given = settings["scheme"]
+            of_scheme = [name for name, each in table(QuantScheme).items() if not each.added or (isinstance(given, dict) and name in given)]
+            scheme = QuantScheme(**scheme_fields("settings.scheme", given, of_scheme))
             return cls(scheme=scheme, rules=frozen_rules(settings["rules"]), **values)
         except UsageError as error:
             raise CheckpointError(

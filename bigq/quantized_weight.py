@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bigq.kernels.dequantize import dequantize
+from bigq.nested_scales import NestedScales
 from bigq.scheme import QuantScheme
 
 
@@ -15,7 +16,8 @@ from bigq.scheme import QuantScheme
 class QuantizedWeight:
     """A Linear's weight as codes, scales and zero points.
 
-    codes: uint8 [m, n]. scales: fp16 [m, G]. zeros: uint8 [m, G].
+    codes: uint8 [m, n]. scales: fp16 [m, G]. zeros: uint8 [m, G]; 0 with a codebook.
+    nested: how the scales are stored, where the scheme's form of scales is "nested"; they are fp32 then.
     loss: Σ over rows of (w−q)ᵀ·H·(w−q), with the damped Hessian that was factored. For round-to-nearest,
         which has no Hessian, H is the identity.
     energy: the same quadratic form of w itself, so that ``loss / energy`` is the relative output error. Where there
@@ -32,6 +34,7 @@ class QuantizedWeight:
     energy: float
     damping: float
     dead_inputs: int = 0
+    nested: NestedScales | None = None
 
     @property
     def relative_error(self) -> float:
@@ -39,4 +42,4 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [m, n] that a reader of the codes sees: computed in fp32, rounded once to ``dtype``."""
-        return dequantize(self.codes, self.scales, self.zeros, dtype)
+        return dequantize(self.codes, self.scales, self.zeros, dtype, self.scheme.points)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigq.errors import UsageError
-from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS, GridSpec
+from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS, GridSpec, PointsName, ScaleForm
 from bigq.options import Effect, Range, Resume, checked, option, require_known, require_names, settle, shown, table
 from bigq.vocabulary import DATA_FREE_METHODS, OrderName, ScalesName
 
@@ -33,8 +33,9 @@ def _weights(default: Any, *, help: str, **more: Any) -> Any:
 class QuantScheme:
     """How the weights of one Linear are quantized.
 
-    ``w ≈ scale · (code − zero)`` with ``0 ≤ code < 2**bits``; scale and zero are shared by ``group_size`` consecutive inputs of one
-    output row. symmetric: zero is ``2**(bits−1)``. The other fields are described below. Raises UsageError.
+    ``w ≈ scale · (code − zero)`` with ``0 ≤ code < 2**bits``, or ``scale · book[code]`` with a codebook. Scale and zero are shared by
+    ``group_size`` consecutive inputs of one output row. symmetric: zero is ``2**(bits−1)``. The other fields are described below.
+    Raises UsageError.
     """
 
     bits: int = _weights(4, help="bits per weight", choices=BITS, rule_key="bits")
@@ -87,6 +88,8 @@ class QuantScheme:
     )
     # The gptq v1 format stores zero − 1 and needs 1.
     min_zero: int = _weights(0, help="smallest zero point allowed; the output format decides it", flag=None)
+    points: PointsName = _weights("int", help="what codes stand for; the output format decides it", flag=None, added=True)
+    scale_form: ScaleForm = _weights("fp16", help="how scales are stored; the output format decides it", flag=None, added=True)
     # fp16 has 11. Scales of 8 bits are exact in bf16. The product of a scale of 7 bits and a zero point of 4 bits is exact in fp16.
     scale_bits: int | None = _weights(
         None,
@@ -111,6 +114,8 @@ class QuantScheme:
             min_zero=self.min_zero,
             search=self.scales == "search",
             scale_bits=self.scale_bits or SCALE_BITS,
+            points=self.points,
+            scale_form=self.scale_form,
         )
 
     def group_width(self, n: int) -> int:

@@ -35,7 +35,7 @@ OWNERS: Mapping[str, tuple[str, ...]] = {
 #: The rooms, and the modules of ``bigq/`` itself, from the lowest floor up. A module imports from its own room and from floors below.
 #: Rooms on one floor do not import each other.
 FLOORS: Sequence[tuple[str, ...]] = (
-    ("bigq.version", "bigq.errors", "bigq.vocabulary", "bigq.kernels"),
+    ("bigq.version", "bigq.errors", "bigq.vocabulary", "bigq.nested_scales", "bigq.kernels"),
     ("bigq.options",),
     ("bigq.faults", "bigq.scheme", "bigq.common_options"),
     ("bigq.machine", "bigq.progress", "bigq.quantized_weight", "bigq.presets"),

@@ -76,6 +76,9 @@ def convert(
         pager = Pager(source, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
         if pager.schemes is None:
             raise UsageError(f"{source}: is not quantized; convert takes a packed checkpoint, such as the output of bigq quantize")
+        points = pager.schemes.format.points
+        if to == "gguf" and points != "int":
+            raise UsageError(f"{source}: holds points of {points}, which GGUF does not; keep the model in its present format")
         if to == "gguf":
             return _to_gguf(pager, Path(os.path.expanduser(out)), trust_remote_code, say)
         _require_same_inputs(source, pager.schemes.format, to)

@@ -109,13 +109,13 @@ def _keep_packed(pager: Pager, name: str) -> None:
     """Replace the Linear whose weight is ``name`` by a PackedLinear."""
     path = name.removesuffix(".weight")
     assert pager.schemes is not None
-    bits = pager.schemes.scheme(path).bits
+    scheme = pager.schemes.scheme(path)
     bias = pager.model.get_submodule(path)._parameters.get("bias")
     words, scales, zeros = (t.to(pager.device).contiguous() for t in pager.stored(name))
     half = scales.to(torch.float16)
     scales = half if torch.equal(half.to(scales.dtype), scales) else scales
     parent, _, leaf = path.rpartition(".")
-    setattr(pager.model.get_submodule(parent), leaf, PackedLinear(words, scales, zeros, bits, bias).eval())
+    setattr(pager.model.get_submodule(parent), leaf, PackedLinear(words, scales, zeros, scheme.bits, bias, scheme.points).eval())
 
 
 def _fill(pager: Pager) -> None:

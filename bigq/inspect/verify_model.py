@@ -26,6 +26,7 @@ from bigq.model.blocks import block_linears, find_blocks
 from bigq.model.experts.stored import expert_parts
 from bigq.model.pager import Pager
 from bigq.model.plain import PlainModules, plain_modules
+from bigq.model.quantization import original_dtype
 from bigq.model.skeleton import linear_weight
 from bigq.scheme import scheme_for
 
@@ -57,7 +58,8 @@ def config_problems(
 ) -> Problems:
     """Whether config.json and the format's own config file say how the job quantized. Raises DataError where one cannot be parsed."""
     tensors = {name: info for scan in scans.values() for name, info in scan.tensors.items()}
-    quantization = quantization_of(commits, job, _modules(out, tensors, trust_remote_code=trust_remote_code), {})
+    dtype = original_dtype(read_json_object(out / "config.json"))
+    quantization = quantization_of(commits, job, _modules(out, tensors, trust_remote_code=trust_remote_code), {}, dtype)
     if not quantization.packed:
         if "quantization_config" in read_json_object(out / "config.json"):
             yield "config.json", "has a quantization_config, but nothing is quantized"

@@ -29,7 +29,7 @@ from bigq.job.manifest import GGUF_NAME, MANIFEST_NAME, read_manifest
 from bigq.kernels.dequantize import dequantize_packed
 from bigq.mixed.record import BITS_NAME
 from bigq.model.plain import PlainModules
-from bigq.model.quantization import without_quantization
+from bigq.model.quantization import original_dtype, without_quantization
 from bigq.scheme import QuantScheme, scheme_for
 from bigq.version import __version__
 
@@ -120,7 +120,8 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, modules: Pl
         "true_sequential": config.true_sequential,
         "mse": 0.0 if config.scheme.scales == "minmax" else 2.0,
     }
-    quantization = quantization_of(journal.commits, config, modules, meta)
+    original = read_json_object(source / "config.json")
+    quantization = quantization_of(journal.commits, config, modules, meta, original_dtype(original))
     quantization_config = config.made.config(quantization)
     if config.made.config_file is not None and quantization.packed:
         write_json(out / config.made.config_file, quantization_config)
@@ -131,7 +132,7 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, modules: Pl
     # If every Linear was skipped, the folder is a plain unquantized checkpoint.
     added = {"quantization_config": quantization_config} if quantization.packed else {}
     untied = {"tie_word_embeddings": False} if config.rotate else {}
-    final = json_bytes(without_quantization(read_json_object(source / "config.json")) | untied | added)
+    final = json_bytes(without_quantization(original) | untied | added)
     free = {"free": [CARD_NAME]} if is_card(out / CARD_NAME) else {}
     files = {name: entry for name, entry in _manifest(journal, final, side).items() if name not in free.get("free", ())}
     save_record(out / STATE_FOLDER / MANIFEST_NAME, {"files": files, **free})
@@ -146,8 +147,10 @@ def finish_folder(source: Path, journal: Journal, config: JobConfig, modules: Pl
     faults.point("finish.config")
 
 
-def quantization_of(commits: Iterable[Commit], config: JobConfig, modules: PlainModules, meta: Mapping[str, Any]) -> Quantization:
-    """The input of the format's quantization_config. modules: of the model and the tensors of the output."""
+def quantization_of(
+    commits: Iterable[Commit], config: JobConfig, modules: PlainModules, meta: Mapping[str, Any], dtype: torch.dtype
+) -> Quantization:
+    """The input of the format's quantization_config. modules: of the model and the tensors of the output. dtype: of the original model."""
     commits = list(commits)
     names = [name for commit in commits for record in commit.linears if isinstance(name := record.get("name"), str)]
     found = {name: scheme_for(name, config.base_scheme, config.rules) for name in names}
@@ -162,6 +165,7 @@ def quantization_of(commits: Iterable[Commit], config: JobConfig, modules: Plain
         outside=modules.outside,
         apart=(*modules.apart, *(path for path in modules.banks if path not in bases)),
         head=next((str(record.get("name")) for commit in commits if commit.unit.startswith("head") for record in commit.linears), None),
+        dtype=dtype,
         meta=meta,
     )
 
@@ -217,7 +221,7 @@ class FinishedBlock:
         """The dequantized weight [m, n] of the Linear whose tensors begin with ``prefix``."""
         stored = self._format.read(prefix, lambda n: read_tensor(self._tensors[n]), scheme)
         words, scales, zeros = (t.to(device) for t in stored)
-        return dequantize_packed(words, scales, zeros, scheme.bits, dtype)
+        return dequantize_packed(words, scales, zeros, scheme.bits, dtype, scheme.points)
 
     def plain(self, name: str) -> Tensor:
         """An unquantized tensor of the block, by its name in the shard."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from bigq.model.blocks import block_linears
 from bigq.model.description import ModelDescription
 from bigq.model.skeleton import linear_weight
 from bigq.model.structure import MIN_FEATURES
+from bigq.options import table
 from bigq.scheme import QuantScheme, scheme_for
 from bigq.vocabulary import FormatName
 
@@ -68,16 +70,47 @@ def settled(model: ModelDescription, config: JobConfig) -> JobConfig:
     if config.tune_steps and model.has_experts:
         raise UsageError(f"--tune-steps {config.tune_steps}: tunes no models with experts; leave it out")
     config = dataclasses.replace(config, format=_settled_format(model, config))
+    _require_possible(model, config)
     return dataclasses.replace(config, scheme=_settled_scheme(model, config))
+
+
+def _require_possible(model: ModelDescription, config: JobConfig) -> None:
+    """Raise UsageError, naming the option, for what the format cannot hold."""
+    made, named = config.made, f"--format {config.format}"
+    for name, only in made.fixed.items():
+        option = table(QuantScheme)[name]
+        given = getattr(config.scheme, name)
+        if given not in (only, option.default):
+            advice = "leave it out" if option.default == only else f"use {' '.join(option.words(only))}"
+            raise UsageError(f"{' '.join(option.words(given))}: {named} holds only {' '.join(option.words(only))}; {advice}")
+        rule = next((rule for rule in config.rules if (rule.overrides or {}).get(option.rule_key or "", only) != only), None)
+        if rule is not None:
+            raise UsageError(f"{rule_option(rule)}: {named} holds only {' '.join(option.words(only))}; leave this out of the rule")
+    if made.scale_form == "fp16":
+        return
+    for given, what in (
+        (config.scheme.scale_bits, f"--scale-bits {config.scheme.scale_bits}"),
+        (config.tune_steps, f"--tune-steps {config.tune_steps}"),
+        (config.bits_per_weight, f"--bits-per-weight {config.bits_per_weight}"),
+    ):
+        if given:
+            raise UsageError(f"{what}: {named} stores the scales of a matrix in a form of its own, at 4 bits; leave it out")
+    if model.has_experts and not made.takes_experts:
+        raise UsageError(f"{named}: its readers take no experts, which {model.folder} has; use --format {FORMAT_WITH_EXPERTS}")
+    if config.lm_head and not made.takes_head:
+        raise UsageError(f"--lm-head: {named} holds Linears inside blocks only; leave out --lm-head")
 
 
 def _settled_scheme(model: ModelDescription, config: JobConfig) -> QuantScheme:
     """The scheme of a job whose format is settled, with all settings decided. Raises UsageError if its scales would not fit the format."""
     order = config.scheme.order if method_of(config).calibrated else "natural"  # without a Hessian there is no other one
-    return dataclasses.replace(config.scheme, order=order, scale_bits=_scale_bits(model, config))
+    fixed: Mapping[str, Any] = config.made.fixed
+    return dataclasses.replace(config.scheme, order=order, scale_bits=_scale_bits(model, config), **fixed)
 
 
-def _scale_bits(model: ModelDescription, config: JobConfig) -> int:
+def _scale_bits(model: ModelDescription, config: JobConfig) -> int | None:
+    if config.made.scale_form != "fp16":
+        return None
     prefix, asked = model.blocks_path + ".", config.scheme.scale_bits
     types = {info.dtype for name, info in model.sources.items() if name.startswith(prefix) and name.endswith(".weight")}
     if config.lm_head and (head := model.sources.get(f"{model.head_name}.weight")) is not None:

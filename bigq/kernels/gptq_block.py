@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigq.kernels.grid import GroupGrid, found_grid
+from bigq.kernels.grid import GroupGrid, codes_of, found_grid, nearest
+from bigq.kernels.grid_spec import GridSpec
 from bigq.kernels.pick import use_compiled, use_triton
 
 #: Columns of a sub-block. Inside it, errors are spread column by column; the rest of the block is corrected by one product.
@@ -91,14 +92,17 @@ def gptq_block_reference_(
             grid.scale[g], grid.zero[g] = found_grid(target[at], u[at, at], spec)
         index = slice(group[s], group[s] + 1) if len(set(group[s:e])) == 1 else grid.group[s:e]
         scale, zero = grid.scale[index], grid.zero[index]
-        low, high = (-half, half - 1) if spec.symmetric else (-zero, spec.max_code - zero)
         scratch.spread[: e - s, : e - s] = spread[s:e, s:e]
         errors, steps = scratch.columns[: e - s], scratch.steps[: e - s]
-        _columns(scratch, target[s:e], scale, low, high)
+        if spec.book:
+            _book_columns(scratch, target[s:e], scale, spec)
+        else:
+            low, high = (-half, half - 1) if spec.symmetric else (-zero, spec.max_code - zero)
+            _columns(scratch, target[s:e], scale, low, high)
         target[e:].addmm_(spread[s:e, e:].T, errors, alpha=-1)
         torch.mul(errors, inverse_pivot[s:e, None], out=target[s:e])
         work[s:e].addcmul_(steps, scale, value=-1)
-        codes[s:e] = steps.add_(zero)
+        codes[s:e] = codes_of(steps, zero, spec) if spec.book else steps.add_(zero)
         scratch.squares[: e - s].addcmul_(target[s:e], target[s:e])
     total: Tensor = scratch.squares.sum(0)
     return total
@@ -138,3 +142,14 @@ def _columns(scratch: Scratch, weights: Tensor, scale: Tensor, low: Tensor | flo
         later.addr_(spread, column, alpha=-1)
     if one_group:
         columns.mul_(scale)
+
+
+def _book_columns(scratch: Scratch, weights: Tensor, scale: Tensor, spec: GridSpec) -> None:
+    """``_columns`` with a codebook. A scale may be 0, so nothing is in units of it."""
+    k = len(weights)
+    scratch.columns[:k] = weights
+    for j, (column, step, later, spread) in enumerate(scratch.views[:k]):
+        own = scale[0 if len(scale) == 1 else j]
+        step.copy_(nearest(column / own, own, spec))
+        column.addcmul_(step, own, value=-1)
+        later.addr_(spread, column, alpha=-1)

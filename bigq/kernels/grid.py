@@ -6,6 +6,7 @@ against exactly the grid that readers use.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -60,12 +61,40 @@ def found_grid(target: Tensor, u: Tensor, spec: GridSpec) -> tuple[Tensor, Tenso
     return least_loss_grid(target, spec, lambda scale, zero: _loss_in_group(target, u, scale, zero, spec))
 
 
+def nearest(x: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
+    """The points of a grid, in units of its scale, that are nearest to x: ``code − zero``, or ``book[code]``. zero broadcasts to x."""
+    if spec.book:
+        book, bounds = _tables(spec, x.dtype, x.device)
+        return book[torch.bucketize(x.contiguous(), bounds)]
+    return torch.clamp(torch.round(x), -zero, spec.max_code - zero)
+
+
+def codes_of(points: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
+    """The codes of points, uint8. With a codebook, of the points nearest to any numbers, and of two points of 0 the one on their side."""
+    if spec.book:
+        return torch.bucketize(points.contiguous(), _tables(spec, points.dtype, points.device)[1]).to(torch.uint8)
+    return (points + zero).to(torch.uint8)
+
+
+def points_of(codes: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
+    """The points of codes, in the dtype of zero, which broadcasts to them."""
+    if spec.book:
+        return _tables(spec, zero.dtype, zero.device)[0][codes.int()]
+    return codes - zero
+
+
+@functools.cache
+def _tables(spec: GridSpec, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The points of the book and the bounds between them."""
+    return torch.tensor(spec.book, dtype=dtype, device=device), torch.tensor(spec.bounds, dtype=dtype, device=device)
+
+
 def _loss_in_group(w: Tensor, u: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
     """``Σ_j ((w_j − q_j) / u_jj)²`` of each row, [c, m], for weights [g, m] and c grids: scale, zero: [c, m]."""
     loss = torch.zeros_like(scale)
     w = w[:, None].repeat(1, len(scale), 1)
     for j, column in enumerate(w):
-        step = torch.clamp(torch.round(column / scale), -zero, spec.max_code - zero)
+        step = nearest(column / scale, zero, spec)
         error = column.sub_(step * scale).div_(u[j, j])
         loss.addcmul_(error, error)
         w[j + 1 :].sub_(u[j, j + 1 :, None, None] * error)
@@ -105,6 +134,10 @@ def grid_for_range(low: Tensor, high: Tensor, spec: GridSpec, part: Tensor | flo
     """
     size = part.abs() if isinstance(part, Tensor) else abs(part)
     low, high = low * size, high * size
+    if spec.book:
+        reach = torch.maximum(-low, high) / spec.largest
+        scale = reach if spec.settles else round_scale(reach, spec.scale_bits)
+        return scale, torch.zeros_like(scale)
     if spec.symmetric:
         step = 2 * torch.maximum(-low, high) / spec.max_code
         if spec.search:
@@ -140,6 +173,6 @@ def round_scale(scale: Tensor, bits: int) -> Tensor:
 
 
 def _squared_error(w: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec, weight: Tensor | None) -> Tensor:
-    step = torch.clamp(torch.round(w / scale), -zero, spec.max_code - zero)
+    step = nearest(w / scale, zero, spec)
     error = (w - step * scale).square_()
     return (error if weight is None else error.mul_(weight)).sum(0)

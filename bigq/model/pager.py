@@ -153,6 +153,7 @@ class Pager(ModelDescription):
         """How each parameter is stored. Raises CheckpointError where one is missing or has another shape, UnsupportedModelError."""
         packed = packed_sources(self.folder, self.model, self.checkpoint, self.schemes)
         parts = {info.name for source in packed.values() for info in source.tensors}
+        # bitsandbytes and w8a8-int8 store codes under the name of the weight.
         self.sources = {name: info for name, info in self._find_plain().items() if info.name not in parts}
         experts = self._find_experts(packed)
         merged = {info.name for sources in experts.values() for source in sources for info in source.tensors}

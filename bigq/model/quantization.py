@@ -95,13 +95,13 @@ def _numbers(folder: Path, config: Mapping[str, Any]) -> Decoding | None:
         return None
     if method == "compressed-tensors":
         require_plain(path, said)
-    block, dtype = _block(path, said), _original_dtype(config)
+    block, dtype = _block(path, said), original_dtype(config)
     return Decoding(f"{algorithm or format or method}", lambda tensors: decoded_tensors(tensors, block, dtype))
 
 
 def _integers(folder: Path, config: Mapping[str, Any]) -> Decoding | None:
     """The decoding of packed integers; None for plain weights. Raises CheckpointError, UnsupportedModelError."""
-    said, dtype = described_quantization(config)[1], _original_dtype(config)
+    said, dtype = described_quantization(config)[1], original_dtype(config)
     if isinstance(said, dict) and said.get("quant_method") == "awq":
         read_schemes(folder / "config.json", said)
         return Decoding(quantization_method(said), lambda tensors: decoded_awq(tensors, dtype))
@@ -168,7 +168,7 @@ def _block(path: Path, said: Mapping[str, Any]) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-def _original_dtype(config: Mapping[str, Any]) -> torch.dtype:
+def original_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """The dtype that a config names for its model; bf16 if it names none."""
     text = config.get("text_config")
     places = (config, text if isinstance(text, dict) else {})

@@ -11,7 +11,7 @@ from bigq.inspect.history import History
 from bigq.io.formats.base import bank_of
 from bigq.io.formats.fused import fused_linears
 from bigq.io.formats.gptq import Gptq
-from bigq.io.formats.readers import Kind, Written, readers_of, verdicts
+from bigq.io.formats.readers import ROWS, Kind, Written, readers_of, verdicts
 from bigq.io.json_file import read_json_object
 from bigq.model.architecture import auto_class_named
 from bigq.reports.markdown import block
@@ -65,7 +65,8 @@ def loading(history: History) -> Iterator[str]:
             "127.5 for it, vLLM and bigq by 127, so their results differ a little.\n"
         )
     elif "transformers" in readers:
-        yield "With transformers:\n"
+        needs = next(row.needs for row in ROWS if row.reader == "transformers" and config.made.name in row.formats).replace(",", "")
+        yield f"With transformers (`pip install transformers {needs}`):\n"
         yield _transformers(history, config.trust_remote_code)
     yield from _vllm(history, config)
     yield (

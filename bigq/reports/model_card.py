@@ -44,8 +44,6 @@ ORDERS: Mapping[OrderName, str] = {
 }
 SCALES: Mapping[ScalesName, str] = {"minmax": "each spans all weights of its group", "search": "searched for the least error"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
-#: Tags of formats that are not called like them.
-_TAGS = {"gptq_v2": "gptq", "w8a8-int8": "compressed-tensors"}
 _SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{7,64})/?$")
 _LICENCE = re.compile(r"""^(license|license_name|license_link):[ \t]*["']?([A-Za-z0-9][\w./:#?=&%+-]{0,200})["']?[ \t]*$""", re.MULTILINE)
 
@@ -111,7 +109,7 @@ def _tags(config: JobConfig | None) -> Iterator[str]:
     if config is not None:
         if config.format == "gguf":
             yield "gguf"
-        yield _TAGS.get(config.made.name, config.made.name)
+        yield config.made.tag
         yield f"{config.scheme.bits}-bit"
     yield "bigq"
 

@@ -30,10 +30,11 @@ from bigq.kernels.cholesky import diagonal_inverses
 from bigq.kernels.feedback import feedback
 from bigq.kernels.finiteness import is_finite
 from bigq.kernels.gptq_block import Scratch, gptq_block_
-from bigq.kernels.grid import GridSpec, GroupGrid, find_grid
+from bigq.kernels.grid import GridSpec, GroupGrid, find_grid, points_of
 from bigq.kernels.pick import empty_columns, piece, use_compiled
 from bigq.kernels.precision import fp32_products, product
 from bigq.machine.memory import return_freed_memory
+from bigq.nested_scales import NestedScales, settled_
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
 from bigq.solver.batch import Factors
@@ -62,7 +63,7 @@ def has_static_grids(scheme: QuantScheme, n: int) -> bool:
     A search in the loop solves each group with several grids, so the group must fit into a block.
     """
     width = scheme.group_width(n)
-    if scheme.order == "activation" or width == n:
+    if scheme.order == "activation" or width == n or scheme.grid.settles:
         return True
     return width > BLOCK if scheme.scales == "search" else scheme.bits <= STATIC_BITS
 
@@ -116,18 +117,19 @@ def _solve(weights: list[Tensor], factor: Factor, scheme: QuantScheme, name: str
 class _Solved:
     """What the loop leaves. codes: uint8 [..., n, m] in the order of work. loss: of each row, fp64 [..., m].
 
-    energy: fp64 [..., at most ENERGY_ROWS] of each Linear. rows: of each Linear.
+    energy: fp64 [..., at most ENERGY_ROWS] of each Linear. rows: of each Linear. nested: how its scales are stored, or None.
     """
 
     codes: Tensor
     loss: Tensor
     energy: list[Tensor]
     rows: list[int]
+    nested: Sequence[NestedScales | None]
 
     def each(self) -> Iterator[_Solved]:
         """Those of a batch."""
         for i in range(len(self.codes)):
-            yield _Solved(self.codes[i], self.loss[i], [energy[i] for energy in self.energy], self.rows)
+            yield _Solved(self.codes[i], self.loss[i], [energy[i] for energy in self.energy], self.rows, self.nested)
 
 
 def _quantize(columns: _Columns, r: Tensor, rows: list[int]) -> _Solved:
@@ -135,11 +137,13 @@ def _quantize(columns: _Columns, r: Tensor, rows: list[int]) -> _Solved:
     if not columns.work.is_cuda:
         # Conversions leave holes between what stays, into which the loop's buffers would not fit.
         return_freed_memory()
+    nested = columns.settled(rows)
     if columns.static and columns.spec.search:
         _search_again(columns, r)
+        nested = columns.settled(rows)
     codes, loss = _quantize_columns(columns, r)
     _sweep(columns, codes, loss, r)
-    return _Solved(codes, loss, energy, rows)
+    return _Solved(codes, loss, energy, rows, nested)
 
 
 def _sweep(columns: _Columns, codes: Tensor, loss: Tensor, r: Tensor) -> None:
@@ -180,19 +184,20 @@ def _results(columns: _Columns, done: _Solved, factor: Factor, scheme: QuantSche
     if factor.perm is not None:
         codes = torch.empty_like(codes).index_copy_(0, factor.perm, codes)
     scale, zero = columns.natural_grids(factor)
-    parts = zip(codes.split(rows, 1), scale.split(rows, 1), zero.split(rows, 1), loss.split(rows), done.energy, strict=True)
+    parts = zip(codes.split(rows, 1), scale.split(rows, 1), zero.split(rows, 1), loss.split(rows), done.energy, done.nested, strict=True)
     return [
         QuantizedWeight(
             codes=part_codes.T,
-            scales=scale.T.to(torch.float16),
+            scales=scale.T.to(torch.float16) if nested is None else nested.values(),
             zeros=zero.T.to(torch.uint8),
             scheme=scheme,
             loss=float(part_loss.sum()),
             energy=total_energy(part_energy, part_loss),
             damping=factor.damping,
             dead_inputs=factor.dead_inputs,
+            nested=nested,
         )
-        for part_codes, scale, zero, part_loss, part_energy in parts
+        for part_codes, scale, zero, part_loss, part_energy, nested in parts
     ]
 
 
@@ -294,18 +299,21 @@ class _Columns:
         weight = None if self.weight is None else self.weight[order].view(-1, self.width).T
         for at in range(0, m, rows := max(1, piece(on_gpu=met.is_cuda) // n)):
             to = slice(at, at + rows)
-            self.work[:, to] += (codes[:, to] - self.zero[self.group, to]) * self.scale[self.group, to]
+            self.work[:, to] += points_of(codes[:, to], self.zero[self.group, to], self.spec) * self.scale[self.group, to]
             grouped = met[order, to].view(-1, self.width, met[:, to].shape[1]).transpose(0, 1)
             self.scale[:, to], self.zero[:, to] = find_grid(grouped, self.spec, weight)
+
+    def settled(self, rows: list[int]) -> Sequence[NestedScales | None]:
+        """Round the scales of each Linear together, where the form of scales is such. rows: of the Linears."""
+        return settled_(self.scale, rows) if self.spec.settles else [None] * len(rows)
 
     def natural_grids(self, factor: Factor) -> tuple[Tensor, Tensor]:
         """Scales and zero points in the natural order of the groups, each [groups, m]."""
         if self.static or factor.perm is None:
             return self.scale, self.zero
         groups = factor.perm[:: self.width] // self.width
-        return torch.empty_like(self.scale).index_copy_(0, groups, self.scale), torch.empty_like(self.zero).index_copy_(
-            0, groups, self.zero
-        )
+        scale, zero = (torch.empty_like(x).index_copy_(0, groups, x) for x in (self.scale, self.zero))
+        return scale, zero
 
     def each(self) -> Iterator[_Columns]:
         """The columns of each weight of a batch."""

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from bigq.errors import NumericsError
 from bigq.kernels.finiteness import is_finite
-from bigq.kernels.grid import find_grid
+from bigq.kernels.grid import GridSpec, codes_of, find_grid, nearest
 from bigq.kernels.pick import piece
+from bigq.nested_scales import TINY, NestedScales
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
 from bigq.solver.storage_range import require_storable
@@ -22,33 +23,57 @@ def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "the Linea
     Raises NumericsError if the weight is not finite, UsageError if the group size does not divide n.
     """
     m, n = weight.shape
-    width = scheme.group_width(n)
+    width, spec = scheme.group_width(n), scheme.grid
     codes = torch.empty(m, n, dtype=torch.uint8, device=weight.device)
     scales, zeros = (torch.empty(m, n // width, device=weight.device) for _ in range(2))
     sums = torch.zeros(2, dtype=torch.float64, device=weight.device)
     rows = max(1, piece(on_gpu=weight.is_cuda) // n)
-    # As [inputs per group, groups, 1]: rows come last, since weights of squared errors have the first dimensions.
-    weights = torch.ones(1, 1, 1, device=weight.device) if importance is None else importance.float().view(-1, width).T[..., None]
-    order = (2, 0, 1) if importance is None else (2, 1, 0)
-    back = (1, 2, 0) if importance is None else (2, 1, 0)
-    for lo in range(0, m, rows):
-        at = slice(lo, lo + rows)
+    # [inputs per group, groups]
+    weights = torch.ones(1, 1, device=weight.device) if importance is None else importance.float().view(-1, width).T
+    pieces = [slice(lo, lo + rows) for lo in range(0, m, rows)]
+
+    def find(at: slice) -> None:
         if not is_finite(weight[at]):
             raise NumericsError(f"{name}: the weight contains NaN or Inf")
-        groups = weight[at].float().reshape(-1, n // width, width).permute(order)
-        scale, zero = find_grid(groups, scheme.grid, None if importance is None else weights[..., 0])
-        steps = torch.clamp(torch.round(groups / scale), -zero, scheme.grid.max_code - zero)
-        codes[at] = (steps + zero).to(torch.uint8).permute(back).reshape(-1, n)
-        scales[at], zeros[at] = (scale, zero) if importance is None else (scale.T, zero.T)
-        sums += torch.stack([(part.double().square() * weights).sum() for part in (groups - steps * scale, groups)])
-    require_storable(scales, name)
+        groups = _groups(weight[at], width)
+        if importance is None:
+            scales[at], zeros[at] = find_grid(groups, spec)
+        else:  # the weights of squared errors have the first dimensions
+            scales[at], zeros[at] = (found.T for found in find_grid(groups.transpose(1, 2), spec, weights))
+
+    nested = None
+    if spec.settles:  # the scales of all pieces are rounded together
+        for at in pieces:
+            find(at)
+        nested = NestedScales.of(scales)
+    settled = scales if nested is None else nested.values()
+    for at in pieces:
+        if nested is None:
+            find(at)
+        groups = _groups(weight[at], width)
+        scaled = _scaled(groups, settled[at] if spec.search else scales[at], spec)
+        points = nearest(scaled, zeros[at], spec)
+        codes[at] = codes_of(scaled if spec.book else points, zeros[at], spec).permute(1, 2, 0).reshape(-1, n)
+        sums += torch.stack([(part.double().square() * weights[:, None]).sum() for part in (groups - points * settled[at], groups)])
+    require_storable(settled, name)
     loss, energy = sums.tolist()
     return QuantizedWeight(
         codes=codes,
-        scales=scales.to(torch.float16),
+        scales=settled.to(torch.float16) if nested is None else settled,
         zeros=zeros.to(torch.uint8),
         scheme=scheme,
         loss=loss,
         energy=energy,
         damping=0.0,
+        nested=nested,
     )
+
+
+def _groups(rows: Tensor, width: int) -> Tensor:
+    """Rows [k, n] as fp32 groups [width, k, n / width]."""
+    return rows.float().reshape(len(rows), -1, width).permute(2, 0, 1)
+
+
+def _scaled(groups: Tensor, scale: Tensor, spec: GridSpec) -> Tensor:
+    """Groups in units of their scale. If it spans their weights and is rounded later, it is not rounded here: so bitsandbytes does it."""
+    return groups * (1.0 / scale.clamp(min=TINY)) if spec.settles and not spec.search else groups / scale

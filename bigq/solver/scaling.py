@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bigq.kernels.grid import grid_for_range
+from bigq.kernels.grid import grid_for_range, nearest
 from bigq.kernels.pick import piece
 from bigq.scheme import QuantScheme
 
@@ -176,6 +176,4 @@ def rounded(weight: Tensor, scheme: QuantScheme) -> Tensor:
     groups = weight.view(len(weight), -1, scheme.group_width(weight.shape[1]))
     scale, zero = grid_for_range(groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0), spec)
     scale, zero = scale[..., None], zero[..., None]
-    steps = (groups / scale).round_()
-    torch.maximum(steps, -zero, out=steps)
-    return torch.minimum(steps, spec.max_code - zero, out=steps).mul_(scale).view_as(weight)
+    return nearest(groups / scale, zero, spec).mul_(scale).view_as(weight)

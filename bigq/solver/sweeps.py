@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bigq.kernels.gptq_block import gptq_block_
-from bigq.kernels.grid import GridSpec, GroupGrid, round_scale
+from bigq.kernels.grid import GridSpec, GroupGrid, points_of, round_scale
 from bigq.kernels.pick import empty_columns
 from bigq.kernels.precision import fp32_products, product
 
@@ -113,7 +113,8 @@ def _visit(solution: Solution, r: Tensor, spec: GridSpec, block: _Block, width: 
     error, codes = solution.error[..., a:b, :], solution.codes[..., a:b, :]
     gradient = _gradient(r, block, solution.error, room.gradient)
     grid = _grid(solution, spec, a, b, width)
-    steps = room.steps.copy_(codes).sub_(_of_columns(grid.zero, grid.group, room.spare))
+    zero = _of_columns(grid.zero, grid.group, room.spare)
+    steps = room.steps.copy_(points_of(codes, zero, spec)) if spec.book else room.steps.copy_(codes).sub_(zero)
     before = torch.mul(steps, _of_columns(grid.scale, grid.group, room.spare), out=room.before)
     weight = torch.add(error, before, out=room.weight)
     value, slope = before, gradient

@@ -34,6 +34,9 @@ from place import (
     widened,
 )
 
+#: A plan in a format that has one group size.
+BNB = PLAN.replace("--group-size 32", "--group-size 64 --format bnb-nf4")
+
 OPTIONS = (
     Case("give a command: {}", "", follow=lambda p: ["plan", p.model, "--group-size", "32"]),
     Case(
@@ -70,6 +73,16 @@ OPTIONS = (
     ),
     Case("--lm-head: {} has the input embedding's weight", PLAN + " --lm-head", family="tied"),
     Case("--tune-steps {}: tunes no models with experts; leave it out", PLAN + " --method gptaq --tune-steps 4", family="mixtral"),
+    Case("{}: {} stores the scales of a matrix in a form of its own, at 4 bits; leave it out", BNB + " --scale-bits 8"),
+    Case("--lm-head: {} holds Linears inside blocks only; leave out --lm-head", BNB + " --lm-head"),
+    Case("{}: its readers take no experts, which {} has; use --format {}", BNB, family="mixtral"),
+    Case("leave it out", BNB + " --bits 3"),
+    Case("leave it out", BNB + " --asym"),
+    Case(
+        "{}: {} holds only {}; leave this out of the rule",
+        BNB + " --rule '.*q_proj:bits=8,damping=0.02'",
+        follow=lambda p: line(BNB + " --rule '.*q_proj:damping=0.02'", model=p.model),
+    ),
     Case("use {}", PLAN + " --group-size 40"),
     Case("use {}", PLAN + " --format gguf --bits 3"),
     Case("use {}", PLAN + " --format compressed-tensors --group-size 128", family="gpt2"),

@@ -303,8 +303,13 @@ NAMES = (
     ),
     damaged(
         "{}: is already quantized ({}); give the original model, in fp32, fp16 or bf16 (of quantized ones, bigq reads gptq, "
-        "compressed-tensors and awq)",
+        "compressed-tensors, awq and bitsandbytes)",
         lambda p: p.config(quantization_config={"quant_method": "eetq", "bits": 8}),
+    ),
+    damaged(
+        "{}: is already quantized (bitsandbytes); of that, bigq reads 4 bits (nf4, fp4) with double quantization, stored as uint8: give "
+        "such a checkpoint, or the original model",
+        lambda p: p.config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
     ),
     damaged(
         "{}: is already quantized: tensor {} is one that {} stores, although config.json has no quantization_config; give the original "

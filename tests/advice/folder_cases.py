@@ -164,6 +164,12 @@ ADVISED_ELSEWHERE = (
         family="odd",
     ),
     Case(
+        "{}: holds points of {}, which GGUF does not; keep the model in its present format",
+        CONVERT + " --to gguf",
+        lambda p: quantized(p, "--format bnb-nf4 --group-size 64"),
+        evaluated,
+    ),
+    Case(
         "{}: its scales are not exact in fp16, the dtype of scales in {}; keep the model in its present format",
         CONVERT + " --to gptq",
         finer,

@@ -34,6 +34,25 @@ NOT_FOLLOWED: tuple[Left, ...] = (
         ),
     ),
     Left(
+        "a damaged tensor, or one of another kind; the format reads the one that it was made from",
+        (
+            "io/formats/test_bitsandbytes_format.py::test_damaged_tensors_are_refused",
+            "io/formats/test_bitsandbytes_format.py::test_values_that_no_reader_can_use_are_found",
+        ),
+        (
+            "tensor {}: is not a description of a matrix by bitsandbytes; fetch it again",
+            "tensor {}.weight.quant_map: holds other points than those of {}; fetch it again",
+            "tensor {}: block sizes and type {}; of bitsandbytes, bigq reads blocks of {} with nested blocks of {}: give such a "
+            "checkpoint, or the original model",
+            "tensor {}: its blocks cross rows, which bigq does not read; give the original model",
+        ),
+    ),
+    Left(
+        "scales that no conversion of today brings to the format",
+        ("io/formats/test_bitsandbytes_format.py::test_only_scales_that_nested_ones_can_hold_are_stored",),
+        ("{}: its scales cannot be stored exactly in {}; quantize the original model with --format {}",),
+    ),
+    Left(
         "a damaged checkpoint; the one that is fetched again is that of the test before it is damaged",
         (
             "e2e/test_joined_parameters.py::test_a_missing_piece_is_named",

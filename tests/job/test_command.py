@@ -36,7 +36,7 @@ def test_every_kept_setting_has_its_flag() -> None:
     config = JobConfig()
     for name in config.frozen().keys() - {"scheme", "rules", "chosen_rules"}:
         assert hasattr(known, name), f"{name} has a flag of another name"
-    for name in config.frozen()["scheme"].keys() - {"min_zero"}:
+    for name in config.frozen()["scheme"].keys() - {"min_zero", "points", "scale_form"}:
         assert hasattr(known, name), f"{name} has a flag of another name"
 
 

@@ -37,6 +37,8 @@ SETTINGS = {
         "scales": "minmax",
         "sweeps": 1,
         "min_zero": 0,
+        "points": "int",
+        "scale_form": "fp16",
         "scale_bits": 11,
     },
     "rules": [{"pattern": "a.*", "overrides": None}, {"pattern": "b", "overrides": {"bits": 8, "sym": False}}],
@@ -93,6 +95,8 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("settings.scheme.scales", "search", ["--scales search: ", "with --scales minmax;"]),
     ("settings.scheme.sweeps", 3, ["--sweeps 3: ", "with --sweeps 1;"]),
     ("settings.scheme.min_zero", 1, ["min_zero 1: ", "with min_zero 0;"]),
+    ("settings.scheme.points", "nf4", ["points nf4: ", "with points int;"]),
+    ("settings.scheme.scale_form", "nested", ["scale_form nested: ", "with scale_form fp16;"]),
     ("settings.rules", [], ["no --rule and no --skip: ", "with --skip 'a.*' --rule 'b:bits=8,sym=false';"]),
     ("settings.rules", [{"pattern": "c", "overrides": {"damping": 0.5}}], ["--rule 'c:damping=0.5': ", "with --skip 'a.*' --rule "]),
     ("settings.method", "rtn", ["--method rtn: ", "with --method gptq;"]),
@@ -254,6 +258,8 @@ ADDED = (
     "settings.push_drop",
     "settings.bits_per_weight",
     "settings.chosen_rules",
+    "settings.scheme.points",
+    "settings.scheme.scale_form",
 )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from bigq.errors import UnsupportedModelError
 from bigq.io.formats.awq import Awq, AwqSchemes
 from bigq.io.formats.base import Format, PackedLinear, PackedSchemes, PackedWeight, Quantization
+from bigq.io.formats.bitsandbytes import BitsAndBytesSchemes, Fp4, Nf4
 from bigq.io.formats.compressed_tensors import CompressedTensors, CompressedTensorsSchemes
 from bigq.io.formats.gptq import Gptq, GptqV2
 from bigq.io.formats.gptq_config import GptqSchemes
@@ -17,7 +18,7 @@ from bigq.io.json_file import show_name, show_value
 
 __all__ = ["FORMATS", "Format", "PackedLinear", "PackedSchemes", "Quantization", "PackedWeight", "quantization_method", "read_schemes"]
 
-FORMATS: Mapping[str, Format] = {made.name: made for made in (Gptq(), GptqV2(), CompressedTensors(), W8A8Int8(), Awq())}
+FORMATS: Mapping[str, Format] = {made.name: made for made in (Gptq(), GptqV2(), CompressedTensors(), W8A8Int8(), Awq(), Nf4(), Fp4())}
 
 
 #: Entries that name a method in place of ``quant_method``.
@@ -50,9 +51,11 @@ def read_schemes(path: Path, config: Mapping[str, Any]) -> PackedSchemes:
         return CompressedTensorsSchemes.read(path, config, FORMATS["compressed-tensors"])
     if method == "awq":
         return AwqSchemes.read(path, config, FORMATS["awq"])
+    if method == "bitsandbytes":
+        return BitsAndBytesSchemes.read(path, config, FORMATS)
     raise UnsupportedModelError(
         f"{path.parent}: is already quantized ({quantization_method(config)}); give the original model, in fp32, fp16 or bf16 (of "
-        "quantized ones, bigq reads gptq, compressed-tensors and awq)"
+        "quantized ones, bigq reads gptq, compressed-tensors, awq and bitsandbytes)"
     )
 
 

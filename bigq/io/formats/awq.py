@@ -58,7 +58,7 @@ class Awq(Format):
     """Readers look a module up among the names that are not packed: vLLM finds a name anywhere in the module's, transformers at its end,
     or at its start up to a dot. So no name may be part of a packed Linear's."""
 
-    name = "awq"
+    name = tag = "awq"
     mark = "qweight"
     zeros = "qzeros"
     symmetric_key = "meta.symmetric"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bigq.errors import CheckpointError
 from bigq.io.index import TensorInfo
+from bigq.kernels.grid_spec import PointsName, ScaleForm
 from bigq.kernels.pack import pack
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import BITS, QuantScheme, Rule
@@ -41,16 +42,17 @@ def bank_of(name: str) -> str | None:
 class Misfit(NamedTuple):
     """Why a Linear does not fit.
 
-    kind: what has to change for it to fit; "shape", "transposed" and "joined" mean that nothing helps in this format.
+    kind: what has to change for it to fit; "shape", "transposed", "joined" and "points" mean that nothing helps in this format.
     said: begins with a verb whose subject is the Linear, or with ":".
     """
 
-    kind: Literal["transposed", "joined", "shape", "group_size", "bits"]
+    kind: Literal["transposed", "joined", "shape", "points", "group_size", "bits"]
     said: str
 
 
 class PackedWeight(NamedTuple):
-    """A packed Linear of m outputs, n inputs, G groups and b bits: ``weight = scale · (code − zero)``.
+    """A packed Linear of m outputs, n inputs, G groups and b bits: ``weight = scale · (code − zero)``, or ``scale · book[code]`` where the
+    scheme has a codebook.
 
     words: int32 [n·b/32, m], codes packed along the inputs as a bit stream, least significant bits first.
     scales: [m, G], of a floating type that represents them exactly.
@@ -101,6 +103,7 @@ class Quantization:
     outside: those of them outside the blocks and beside the head, and those inside that are no Linear.
     apart: module paths that hold nothing of the model but plain weights, such as MTP layers.
     head: the module name of the output head, if it is packed.
+    dtype: of the original model.
     meta: further entries for human readers.
     """
 
@@ -112,6 +115,7 @@ class Quantization:
     outside: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
     head: str | None
+    dtype: torch.dtype = torch.bfloat16
     meta: Mapping[str, Any]
 
 
@@ -132,6 +136,10 @@ class Format(ABC):
     bits, group_sizes: those that it holds; None for any group size. one_size: whether its config has one group size for all Linears.
     symmetric_only: whether it holds no zero points. quantizes_inputs: whether its readers quantize the inputs of Linears too, to int8 with
         a scale for each token, so that the same weights in another format are another model.
+    tag: the hub's name of the format.
+    points, scale_form: what codes stand for, and how scales are stored.
+    fixed: fields of the scheme that have only one value in the format.
+    takes_experts, takes_head: whether matrices of experts, and the output head, can be packed.
     """
 
     name: ClassVar[str]
@@ -144,11 +152,17 @@ class Format(ABC):
     takes_joined: ClassVar[bool] = False
     config_file: ClassVar[str | None] = None
     scales_as_weights: ClassVar[bool] = False
+    tag: ClassVar[str]
     bits: ClassVar[tuple[int, ...]] = BITS
     group_sizes: ClassVar[tuple[int, ...] | None] = None
     one_size: ClassVar[bool] = False
     symmetric_only: ClassVar[bool] = False
     quantizes_inputs: ClassVar[bool] = False
+    points: ClassVar[PointsName] = "int"
+    scale_form: ClassVar[ScaleForm] = "fp16"
+    fixed: ClassVar[Mapping[str, int | bool]] = {}
+    takes_experts: ClassVar[bool] = True
+    takes_head: ClassVar[bool] = True
 
     def __str__(self) -> str:
         return self.name
@@ -228,6 +242,9 @@ class Format(ABC):
 
         expert: whether it is a matrix of an expert.
         """
+        if scheme.points != self.points:
+            stored, has = ("integers" if points == "int" else f"codes of {points}" for points in (self.points, scheme.points))
+            return Misfit("points", f"has {has}, but {self.name} stores {stored}")
         if transposed and not self.takes_transposed:
             return Misfit("transposed", f"is stored transposed (Conv1D), which readers of {self.name} do not support")
         if joined and not self.takes_joined:

@@ -57,7 +57,7 @@ class CompressedTensors(Format):
     then the names of the parts.
     """
 
-    name = "compressed-tensors"
+    name = tag = "compressed-tensors"
     mark = "weight_packed"
     zeros = "weight_zero_point"
     symmetric_key = "symmetric"

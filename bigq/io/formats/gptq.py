@@ -28,7 +28,7 @@ from bigq.scheme import BITS, QuantScheme
 class Gptq(Format):
     """Version 1: zero points are stored minus one, so a zero point of 0 is impossible."""
 
-    name = "gptq"
+    name = tag = "gptq"
     mark = "qweight"
     zeros = "qzeros"
     symmetric_key = "sym"

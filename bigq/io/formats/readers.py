@@ -111,6 +111,7 @@ _CT = ("compressed-tensors",)
 _GPTQ = ("gptq", "gptq_v2")
 _AWQ = ("awq",)
 _W8A8 = ("w8a8-int8",)
+_BNB, _BNB_NEEDS = ("bnb-nf4", "bnb-fp4"), "accelerate, bitsandbytes"
 ROWS: tuple[Row, ...] = (
     Row(reader="transformers", formats=_GPTQ, mixed=False, head=False, experts=False, needs="optimum, gptqmodel"),
     Row(reader="transformers", formats=_CT, bits=(2, 4, 8), symmetric=(True,), experts="alike", whole=False, needs="compressed-tensors"),
@@ -220,6 +221,7 @@ ROWS: tuple[Row, ...] = (
         not_families=("bloom", *_LLAMA4),
         kernel="Marlin",
     ),
+    Row(reader="transformers", formats=_BNB, bits=(4,), symmetric=(True,), group_sizes=(64,), head=False, experts=False, needs=_BNB_NEEDS),
     Row(reader="llama.cpp", formats=("gguf",), bits=(4, 8)),
 )
 #: The format of the safetensors shards that a job of format gguf writes beside its GGUF file.
@@ -315,6 +317,8 @@ def _refusal(written: Written, format: str, row: Row, used: Mapping[Kind, Row | 
             return f"{'symmetric' if kind.symmetric else 'asymmetric'} {here}{other if format in _GPTQ else ''}"
         if not any(kind.bits in each.bits for each in rows):
             return f"{here} of {kind.bits} bits{other if format in _GPTQ else ''}"
+        if not any(-1 in (each.group_sizes or ()) for each in rows):
+            return f"{here} in groups of {kind.group_size}"
         taken = sorted({size for each in rows for size in each.group_sizes or () if size != -1})
         sizes = f"{', '.join(map(str, taken))} or -1" if taken else "-1"
         return f"{here} in groups of {kind.group_size}; use --group-size {sizes}"

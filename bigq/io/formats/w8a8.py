@@ -39,6 +39,7 @@ class W8A8Int8(CompressedTensors):
     """Names and config are those of compressed-tensors. All packed Linears have one scheme, so the config has one group."""
 
     name = "w8a8-int8"
+    tag = "compressed-tensors"
     mark = "weight_scale"
     zeros = "weight_zero_point"
     spare: ClassVar[tuple[str, ...]] = ()

@@ -42,7 +42,7 @@ class PackedIntegers:
         if isinstance(self.format, Gptq):
             order = self._sort_groups(given)
         words, scales, zeros = self.format.read(self.prefix, given.__getitem__, self.scheme)
-        weight = dequantize_packed(words, scales, zeros, self.scheme.bits, dtype)
+        weight = dequantize_packed(words, scales, zeros, self.scheme.bits, dtype, self.scheme.points)
         if order is None:
             return weight
         natural = torch.empty_like(weight)

@@ -64,7 +64,7 @@ class PackedSource:
 
     def value(self, read: Read, device: torch.device, dtype: torch.dtype) -> Tensor:
         words, scales, zeros = (t.to(device) for t in self.stored(read))
-        return dequantize_packed(words, scales, zeros, self.scheme.bits, dtype)
+        return dequantize_packed(words, scales, zeros, self.scheme.bits, dtype, self.scheme.points)
 
     def stored(self, read: Read) -> PackedWeight:
         """The packed tensors, in host memory."""

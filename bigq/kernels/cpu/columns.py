@@ -4,7 +4,8 @@ Rows are handled ``LANES`` at a time: a tile of all columns of a block and a few
 Every step of the column loop is one rounded operation (no fused multiply-add), so results do not depend on the processor; they are
 those of the textbook loop in fp32. Only the grid search fuses and approximates: it merely compares errors.
 
-Both kernels are in one file because numba's cache notices changes of a function's own file only.
+Both kernels are in one file because numba's cache notices changes of a function's own file only. They are compiled once for integers and
+once for codebooks, which differ in the type of ``Spec.book``; the functions marked ``overload`` are those that depend on it.
 """
 
 from __future__ import annotations
@@ -13,20 +14,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
+from numba.extending import overload
 from torch import Tensor
 
+from bigq.kernels.cpu.book import code_of_book, nearest_of_book
 from bigq.kernels.cpu.compiler import compiled
 from bigq.kernels.cpu.spec import spec_of
+from bigq.kernels.cpu.spread import LANES, spread
 from bigq.kernels.cpu.threads import in_parts
 from bigq.kernels.grid_spec import FP16_TINY, REFINED, SMALLEST_TRIED, GridSpec, GroupGrid
 
 f32, i32 = np.float32, np.int32
-
-#: Rows of a tile: two vectors of 16. A block of 128 columns takes 16 KiB.
-LANES = 32
 
 #: Columns whose errors are spread to later ones together, so that these are loaded and stored once for all of them. A strip ends with
 #: its group if the next group's grid is to be found, which needs the corrected weights.
@@ -127,8 +126,7 @@ def _round_scale(scale, drop):
 
 
 @njit(nogil=True, inline="always")
-def _grid_for_range(low, high, spec, part):
-    """The grid that spans a part of [low, high], as ``grid.grid_for_range``."""
+def _grid_of_integers(low, high, spec, part):
     top = f32(spec.top)
     size = abs(part)
     low, high = low * size, high * size
@@ -143,7 +141,50 @@ def _grid_for_range(low, high, spec, part):
     return scale, zero
 
 
-@compiled(fastmath=FUSED)
+@njit(nogil=True, inline="always")
+def _grid_of_book(low, high, spec, part):
+    reach = max(-low, high) * abs(part) / f32(spec.book[15])
+    return reach if spec.settles else _round_scale(reach, spec.drop), f32(0)
+
+
+def _grid_for_range(low, high, spec, part):
+    """The grid that spans a part of [low, high], as ``grid.grid_for_range``."""
+
+
+def _nearest(x, low, high, spec):
+    """The point nearest to x, in units of the scale, as ``grid.nearest``. low, high: those of integers."""
+
+
+def _code_of(point, zero, spec):
+    """The code of a point."""
+
+
+def _has_book(spec):
+    return spec.types[spec.fields.index("book")].count > 0
+
+
+@overload(_grid_for_range)
+def _(low, high, spec, part):
+    if _has_book(spec):
+        return lambda low, high, spec, part: _grid_of_book(low, high, spec, part)
+    return lambda low, high, spec, part: _grid_of_integers(low, high, spec, part)
+
+
+@overload(_nearest)
+def _(x, low, high, spec):
+    if _has_book(spec):
+        return lambda x, low, high, spec: nearest_of_book(x, spec.book, spec.bounds)
+    return lambda x, low, high, spec: _round(min(max(x, low), high))
+
+
+@overload(_code_of)
+def _(point, zero, spec):
+    if _has_book(spec):
+        return lambda point, zero, spec: code_of_book(point, spec.bounds)
+    return lambda point, zero, spec: np.uint8(point + zero)
+
+
+@compiled(fastmath=FUSED, error_model="numpy")
 def _candidate(tile, s, e, weight, tried, best, spec, scratch):
     """Try grids on columns [s, e) of a tile. Rows in which their weighted error is below the best take them. scratch: [≥ 2, LANES]."""
     scale, zero, error = tried.scale, tried.zero, tried.error
@@ -158,7 +199,7 @@ def _candidate(tile, s, e, weight, tried, best, spec, scratch):
             of_column = weight[j]
             for r in range(LANES):
                 steps = tile[j, r] * inverse[r]
-                off = steps - _round(min(max(steps, -zero[r]), top - zero[r]))
+                off = steps - _nearest(steps, -zero[r], top - zero[r], spec)
                 error[r] += of_column * (off * off)
         worse = 0
         for r in range(LANES):
@@ -223,62 +264,14 @@ def _find_grids(w, weight, scale, zero, spec, start, stop):
         zero[c : c + count] = tile_zero[:count]
 
 
-@intrinsic
-def _spread(context: Any, tile: Any, factors: Any, width: Any, first: Any, end: Any, later: Any) -> Any:
-    """Subtract the errors of columns [first, end) of a tile [columns, LANES] from a later column, in their order.
-
-    tile, factors: addresses of fp32 numbers. width: bytes of a row of ``factors``; element [j, later] is the factor of column j.
-    """
-    return types.void(*[types.intp] * 6), _emit_spread
-
-
-def _emit_spread(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    tile, factors, width, first, end, later = arguments
-    index, number = ir.IntType(64), ir.FloatType()
-    vector = ir.VectorType(number, 16)
-
-    def load(address: Any, kind: Any) -> Any:
-        loaded = builder.load(builder.inttoptr(address, ir.PointerType(kind)), typ=kind)
-        loaded.align = 4
-        return loaded
-
-    def halves(column: Any) -> list[Any]:
-        at = builder.add(tile, builder.mul(column, ir.Constant(index, 4 * LANES)))
-        return [builder.add(at, ir.Constant(index, 4 * start)) for start in range(0, LANES, 16)]
-
-    places = halves(later)
-    loaded = [load(place, vector) for place in places]
-    factor_at = builder.add(factors, builder.mul(later, ir.Constant(index, 4)))
-    before = builder.block
-    loop, after = builder.append_basic_block("columns"), builder.append_basic_block("end")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    column = builder.phi(index)
-    column.add_incoming(first, before)
-    sums = [builder.phi(vector) for _ in places]
-    factor = load(builder.add(factor_at, builder.mul(column, width)), number)
-    one = builder.insert_element(ir.Constant(vector, ir.Undefined), factor, ir.Constant(ir.IntType(32), 0))
-    repeated = builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), 16), [0] * 16))
-    for total, start, place in zip(sums, loaded, halves(column), strict=True):
-        total.add_incoming(start, before)
-        total.add_incoming(builder.fsub(total, builder.fmul(load(place, vector), repeated)), loop)
-    following = builder.add(column, ir.Constant(index, 1))
-    column.add_incoming(following, loop)
-    builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
-    builder.position_at_end(after)
-    for total, place in zip(sums, places, strict=True):
-        builder.store(total.incomings[1][0], builder.inttoptr(place, ir.PointerType(vector)), align=4)
-    return context.get_dummy_value()
-
-
 @compiled(error_model="numpy")
-def _solve_group(tile, s, e, u, tried, best, top, spare):
+def _solve_group(tile, s, e, u, tried, best, spec, spare):
     """Solve columns [s, e) of a tile with given grids. Rows in which the loss is below the best take the grid.
 
     spare: [≥ e, LANES], room for a copy of the tile.
     """
     scale, zero, loss = tried.scale, tried.zero, tried.error
-    at, at_u, row = spare.ctypes.data, u.ctypes.data, 4 * u.shape[1]
+    at, at_u, row, top = spare.ctypes.data, u.ctypes.data, 4 * u.shape[1], f32(spec.top)
     spare[s:e] = tile[s:e]
     loss[:] = f32(0)
     first = s
@@ -286,13 +279,13 @@ def _solve_group(tile, s, e, u, tried, best, top, spare):
         pivot = u[j, j]
         for r in range(LANES):
             low = -zero[r]
-            step = _round(min(max(spare[j, r] / scale[r], low), top + low))
+            step = _nearest(spare[j, r] / scale[r], low, top + low, spec)
             error = (spare[j, r] - scale[r] * step) / pivot
             loss[r] += error * error
             spare[j, r] = error
         end = min(first + STRIP, e)
         for later in range(j + 1, end):
-            _spread(at, at_u, row, j, j + 1, later)
+            spread(at, at_u, row, j, j + 1, later)
         if j + 1 == end:
             worse = 0
             for r in range(LANES):
@@ -300,7 +293,7 @@ def _solve_group(tile, s, e, u, tried, best, top, spare):
             if worse == LANES:
                 return
             for later in range(end, e):
-                _spread(at, at_u, row, first, end, later)
+                spread(at, at_u, row, first, end, later)
             first = end
     for r in range(LANES):
         if loss[r] < best.error[r]:
@@ -333,7 +326,7 @@ def _solved_grid(tile, s, e, u, scale, zero, spec, scratch, spare):
             else:
                 tried.part[r] = around[r] + f32((2 * (late % 2) - 1) * REFINED[late // 2] / 100.0)
             tried.scale[r], tried.zero[r] = _grid_for_range(low[r], high[r], spec, tried.part[r])
-        _solve_group(tile, s, e, u, tried, best, f32(spec.top), spare)
+        _solve_group(tile, s, e, u, tried, best, spec, spare)
 
 
 @compiled(error_model="numpy")
@@ -364,11 +357,11 @@ def _quantize_columns(block, spec, start, stop):
             pivot = u[j, j]
             for r in range(LANES):
                 low, s = -at_zero[g, r], at_scale[g, r]
-                step = _round(min(max(tile[j, r] / s, low), top + low))
+                step = _nearest(tile[j, r] / s, low, top + low, spec)
                 scratch[0, r] = step
                 error[r] = tile[j, r] - s * step
             for r in range(count):
-                codes[j, c + r] = np.uint8(scratch[0, r] + at_zero[g, r])
+                codes[j, c + r] = _code_of(scratch[0, r], at_zero[g, r], spec)
                 work[j, c + r] -= scratch[0, r] * at_scale[g, r]
             for r in range(LANES):
                 error[r] /= pivot
@@ -377,10 +370,10 @@ def _quantize_columns(block, spec, start, stop):
             # Columns outside the strip [first, end) are changed once it is complete, in the order of the textbook loop.
             end = min(first + STRIP, k, first // width * width + width if find else k)
             for later in range(j + 1, end):
-                _spread(at_tile, at_u, 4 * k, j, j + 1, later)
+                spread(at_tile, at_u, 4 * k, j, j + 1, later)
             if j + 1 == end:
                 for later in range(end, k):
-                    _spread(at_tile, at_u, 4 * k, first, end, later)
+                    spread(at_tile, at_u, 4 * k, first, end, later)
                 first = end
         target[:, c : c + count] = tile[:, :count]
         loss[c : c + count] = total[:count]

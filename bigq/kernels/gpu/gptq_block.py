@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq.kernels.gpu.grid import _grid_for_range, _round, found_grid_triton
-from bigq.kernels.grid_spec import SCALE_BITS, GroupGrid
+from bigq.kernels.gpu.grid import _codes, _grid_for_range, _nearest, book_of, drop_of, found_grid_triton
+from bigq.kernels.grid_spec import GroupGrid
 from bigq.kernels.pick import input_precision
 
 MAX_COLUMNS = 128
@@ -76,7 +76,8 @@ def _launch(target: Tensor, u: Tensor, work: Tensor, codes: Tensor, grid: GroupG
         HALF=2.0 ** (spec.bits - 1),
         SYMMETRIC=spec.symmetric,
         MIN_ZERO=spec.min_zero,
-        DROP=SCALE_BITS - spec.scale_bits if grid.find else 0,  # given scales are rounded already: one variant for all precisions
+        DROP=drop_of(spec) if grid.find else 0,  # given scales are rounded already: one variant for all precisions
+        **book_of(spec),
         WIDTH=width,
         SUB=TILE if tiled else WHOLE,
         BM=ROWS,
@@ -113,7 +114,7 @@ def _gptq_block_kernel(
     grid_b, grid_g, grid_m,
     group_b, group_k,
     MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr, DROP: tl.constexpr,
-    WIDTH: tl.constexpr, SUB: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+    BOOK: tl.constexpr, BOUNDS: tl.constexpr, WIDTH: tl.constexpr, SUB: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -138,7 +139,7 @@ def _gptq_block_kernel(
                     inside = _corrected(target, target_k, u, u_k, u_n, k, row_live, lo, part, SUB, PRECISION)
                     low = tl.minimum(low, tl.min(inside, 1))
                     high = tl.maximum(high, tl.max(inside, 1))
-                s, z = _grid_for_range(low, high, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO, DROP)
+                s, z = _grid_for_range(low, high, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO, DROP, BOOK)
                 tl.store(scale + (lo // WIDTH) * grid_g, s, mask=row_live)
                 tl.store(zero + (lo // WIDTH) * grid_g, z, mask=row_live)
         w = _corrected(target, target_k, u, u_k, u_n, k, row_live, lo, lo, SUB, PRECISION)
@@ -159,7 +160,7 @@ def _gptq_block_kernel(
                     inside = tl.where(mine[None, :], w, 0.0)
                     low = tl.minimum(tl.min(inside, 1), 0.0)
                     high = tl.maximum(tl.max(inside, 1), 0.0)
-                    s, z = _grid_for_range(low, high, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO, DROP)
+                    s, z = _grid_for_range(low, high, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO, DROP, BOOK)
                     tl.store(scale + ((lo + j) // WIDTH) * grid_g, s, mask=row_live)
                     tl.store(zero + ((lo + j) // WIDTH) * grid_g, z, mask=row_live)
                     scales = tl.where(mine[None, :], s[:, None], scales)
@@ -168,7 +169,7 @@ def _gptq_block_kernel(
             pivot = tl.div_rn(1.0, tl.load(u + (lo + j) * (u_k + u_n)))
             here = (inner == j)[None, :]
             column = tl.sum(tl.where(here, w, 0.0), 1)
-            step = _round(tl.clamp(tl.div_rn(column, s), -z, MAX_CODE - z))
+            step = _nearest(tl.div_rn(column, s), z, MAX_CODE, BOOK, BOUNDS)
             error = (column - step * s) * pivot
             w = tl.where(here, error[:, None], w - error[:, None] * row[None, :])
             steps = tl.where(here, step[:, None], steps)
@@ -182,7 +183,7 @@ def _gptq_block_kernel(
         tl.store(target + column_at * target_k, w, mask=live)
         before = tl.load(work + column_at * work_k, mask=live, other=0.0)
         tl.store(work + column_at * work_k, before - steps * scales, mask=live)
-        tl.store(codes + column_at * codes_k, (steps + zeros).to(tl.uint8), mask=live)
+        tl.store(codes + column_at * codes_k, _codes(steps, zeros, BOUNDS), mask=live)
         # The next tile reads errors that other threads of this program stored.
         tl.debug_barrier()
     tl.store(loss + batch * m + rows, total, mask=row_live)

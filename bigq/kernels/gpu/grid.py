@@ -51,7 +51,8 @@ def found_grid_triton(target: Tensor, u: Tensor, spec: GridSpec) -> tuple[Tensor
         HALF=2.0 ** (spec.bits - 1),
         SYMMETRIC=spec.symmetric,
         MIN_ZERO=spec.min_zero,
-        DROP=SCALE_BITS - spec.scale_bits,
+        DROP=drop_of(spec),
+        **book_of(spec),
         COLUMNS=columns,
         BM=ROWS,
         num_warps=columns // COLUMNS_OF_WARP,
@@ -67,9 +68,44 @@ def _parts(spec: GridSpec, device: torch.device) -> Tensor:
     return torch.tensor([*first, *(side * step / 100 for step in REFINED for side in (-1, 1))], dtype=torch.float32, device=device)
 
 
+def drop_of(spec: GridSpec) -> int:
+    """Bits by which scales are narrower than fp16; −1 for scales that are rounded later."""
+    return -1 if spec.settles else SCALE_BITS - spec.scale_bits
+
+
+def book_of(spec: GridSpec) -> dict[str, tuple[float, ...] | None]:
+    """The codebook as arguments of a kernel."""
+    return {"BOOK": spec.book or None, "BOUNDS": spec.bounds or None}
+
+
 @triton.jit
 def _round(x):
     return (x + _ROUNDER) - _ROUNDER
+
+
+@triton.jit
+def _nearest(x, z, MAX_CODE: tl.constexpr, BOOK: tl.constexpr, BOUNDS: tl.constexpr):
+    """The point nearest to x, in units of the scale, as ``grid.nearest``."""
+    if BOOK is None:
+        point = _round(tl.clamp(x, -z, MAX_CODE - z))
+    else:
+        point = tl.zeros_like(x) + BOOK[0]
+        for i in tl.static_range(15):
+            point = tl.where(x > BOUNDS[i], BOOK[i + 1], point)
+    return point
+
+
+@triton.jit
+def _codes(point, z, BOUNDS: tl.constexpr):
+    """The codes of points."""
+    if BOUNDS is None:
+        code = (point + z).to(tl.uint8)
+    else:
+        count = tl.zeros_like(point)
+        for i in tl.static_range(15):
+            count += tl.where(point > BOUNDS[i], 1.0, 0.0)
+        code = count.to(tl.uint8)
+    return code
 
 
 @triton.jit
@@ -86,9 +122,15 @@ def _round_scale(scale, DROP: tl.constexpr):
 
 @triton.jit
 def _grid_for_range(
-    low, high, MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr, DROP: tl.constexpr
-):
-    if SYMMETRIC:
+    low, high, MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr, DROP: tl.constexpr,
+    BOOK: tl.constexpr,
+):  # fmt: skip
+    if BOOK is not None:
+        scale = tl.div_rn(tl.maximum(-low, high), tl.zeros_like(low) + BOOK[15])
+        if DROP >= 0:
+            scale = _round_scale(scale, DROP)
+        zero = tl.zeros_like(low)
+    elif SYMMETRIC:
         scale = _round_scale(tl.div_rn(2.0 * tl.maximum(-low, high), tl.zeros_like(low) + MAX_CODE), DROP)
         zero = tl.zeros_like(low) + HALF
     else:
@@ -103,14 +145,15 @@ def _grid_for_range(
 
 @triton.jit
 def _tried_grid(
-    low, high, part, MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr, DROP: tl.constexpr
-):
+    low, high, part, MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr, DROP: tl.constexpr,
+    BOOK: tl.constexpr,
+):  # fmt: skip
     """The grid that spans a part of the range, as ``grid.grid_for_range`` for a search."""
     size = tl.abs(part)
     low = low * size
     high = high * size
-    scale, zero = _grid_for_range(low, high, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO, DROP)
-    if SYMMETRIC:
+    scale, zero = _grid_for_range(low, high, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO, DROP, BOOK)
+    if SYMMETRIC and BOOK is None:
         scale = tl.where((high > -low) != (part < 0), -scale, scale)
     return scale, zero
 
@@ -124,7 +167,7 @@ def _search_kernel(
     grid_b, grid_m,
     FIRST: tl.constexpr, LATE: tl.constexpr,
     MAX_CODE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_ZERO: tl.constexpr, DROP: tl.constexpr,
-    COLUMNS: tl.constexpr, BM: tl.constexpr,
+    BOOK: tl.constexpr, BOUNDS: tl.constexpr, COLUMNS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -137,7 +180,7 @@ def _search_kernel(
     low = tl.minimum(tl.min(weights, 1), 0.0)
     high = tl.maximum(tl.max(weights, 1), 0.0)
     best_part = tl.zeros((BM,), dtype=tl.float32) + 1.0
-    best_scale, best_zero = _tried_grid(low, high, best_part, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO, DROP)
+    best_scale, best_zero = _tried_grid(low, high, best_part, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO, DROP, BOOK)
     best_loss = tl.zeros((BM,), dtype=tl.float32) + float("inf")
     around = best_part
     for i in range(FIRST + LATE):
@@ -146,14 +189,14 @@ def _search_kernel(
             if (i - FIRST) % 2 == 0:
                 around = best_part
             part = around + part
-        s, z = _tried_grid(low, high, part, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO, DROP)
+        s, z = _tried_grid(low, high, part, MAX_CODE, HALF, SYMMETRIC, MIN_ZERO, DROP, BOOK)
         w = weights
         loss = tl.zeros((BM,), dtype=tl.float32)
         for j in range(g):
             row = tl.load(u + j * u_k + cols * u_n, mask=(cols > j) & (cols < g), other=0.0)
             pivot = tl.load(u + j * (u_k + u_n))
             column = tl.sum(tl.where((cols == j)[None, :], w, 0.0), 1)
-            step = _round(tl.clamp(tl.div_rn(column, s), -z, MAX_CODE - z))
+            step = _nearest(tl.div_rn(column, s), z, MAX_CODE, BOOK, BOUNDS)
             error = tl.div_rn(column - step * s, tl.zeros_like(column) + pivot)
             loss += error * error
             w -= error[:, None] * row[None, :]

@@ -27,7 +27,9 @@ def written(format: str) -> dict[str, Any]:
 def test_a_format_reads_the_config_it_writes(format: str) -> None:
     schemes = read_schemes(PATH, written(format))
     assert schemes.format is FORMATS[format]
-    assert [(schemes.scheme(name).bits, schemes.scheme(name).group_size) for name in NAMES] == [(4, 64), (8, 32)]
+    fixed = bool(FORMATS[format].fixed)  # then rules with other bits are refused before
+    assert [(schemes.scheme(name).bits, schemes.scheme(name).group_size) for name in NAMES] == [(4, 64), (4, 64) if fixed else (8, 32)]
+    assert all(schemes.scheme(name).points == FORMATS[format].points for name in NAMES)
 
 
 @pytest.mark.parametrize("absent", [True, False], ids=["absent", "null"])
