@@ -190,13 +190,15 @@ class BitsAndBytes(Format):
             return wrong, None
         return None, None
 
-    def misfit(self, m: int, n: int, scheme: QuantScheme, *, transposed: bool = False, joined: bool = False) -> Misfit | None:
+    def misfit(
+        self, m: int, n: int, scheme: QuantScheme, *, transposed: bool = False, joined: bool = False, expert: bool = False
+    ) -> Misfit | None:
         same_points = scheme.points == self.points
         if same_points and scheme.bits != 4:
             return Misfit("bits", f"has {scheme.bits} bits, but {self.name} has 4")
         if same_points and (scheme.group_size != GROUP or not scheme.symmetric):
             return Misfit("points", f"has groups of {scheme.group_size} or zero points, but {self.name} has blocks of {GROUP} without")
-        return super().misfit(m, n, scheme, transposed=transposed, joined=joined)
+        return super().misfit(m, n, scheme, transposed=transposed, joined=joined, expert=expert)
 
     def config(self, job: Quantization) -> dict[str, Any]:
         """What ``BitsAndBytesConfig`` saves. Modules that stay unquantized are named: by default, transformers leaves out the head only."""
