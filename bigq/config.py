@@ -19,12 +19,14 @@ from bigq.common_options import (
     OUTPUT,
     RUN,
     batch_option,
+    budget_option,
     device_option,
     dtype_option,
     fold_option,
     quiet_option,
     seed_option,
     seqlen_option,
+    size_given,
     text_field_option,
     trust_option,
 )
@@ -34,7 +36,6 @@ from bigq.errors import CheckpointError, UsageError
 from bigq.io.json_file import show_name
 from bigq.options import Converted, Effect, Range, Resume, at_least, checked, option, path, require_names, settle, shown, table
 from bigq.presets import PRESETS
-from bigq.progress.sizes import parse_size
 from bigq.scheme import CALIBRATED, WEIGHTS, QuantScheme, Rule, frozen_rules, scheme_fields
 from bigq.vocabulary import AttentionName, DtypeName, FetchChoice, FoldName, FormatName, MethodName, OnNonfinite, QualityName, TierChoice
 
@@ -55,10 +56,6 @@ ON_GPU = Effect(unless="on a CPU", holds=lambda _, device: device != "cpu")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
-def _size(given: Any, label: str) -> Any:
-    return parse_size(given, label) if isinstance(given, str) else given
-
-
 def _seconds_or_never(given: Any, label: str) -> Any:
     if not isinstance(given, str):
         return given
@@ -66,12 +63,6 @@ def _seconds_or_never(given: Any, label: str) -> Any:
         return None if given == NEVER else float(given)
     except ValueError:
         raise UsageError(f"{label}: must be a number of seconds, such as 60, or never") from None
-
-
-def _budget(help: str, **more: Any) -> Any:
-    return option(
-        None, help=help, group=BUDGETS, unit="bytes", placeholder="SIZE", unset="what is free", convert=_size, range=at_least(0), **more
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,9 +232,9 @@ class JobConfig:
         unset="1 on a GPU, 0 on a CPU",  # there, files take little of the time, and prefetched blocks much of the memory
         range=Range(must="not be negative", holds=lambda blocks: blocks >= 0),
     )
-    vram: Converted[int | None, int | str | None] = _budget("GPU memory that the job may use, such as 72GiB", effects=(ON_GPU,))
-    ram: Converted[int | None, int | str | None] = _budget("host memory that the job may use")
-    disk: Converted[int | None, int | str | None] = _budget("disk space that the job may use on OUT's file system")
+    vram: Converted[int | None, int | str | None] = budget_option("GPU memory that the job may use, such as 72GiB", effects=(ON_GPU,))
+    ram: Converted[int | None, int | str | None] = budget_option("host memory that the job may use")
+    disk: Converted[int | None, int | str | None] = budget_option("disk space that the job may use on OUT's file system")
     fetch: FetchChoice = option(
         "auto",
         help="a model on the hub: download it, or stream what each block needs; auto streams where the disk cannot hold it",
@@ -256,7 +247,7 @@ class JobConfig:
         unit="bytes",
         placeholder="SIZE",
         unset="two blocks, at least 1 GiB; less if the disk is short",
-        convert=_size,
+        convert=size_given,
         range=Range(must="be 32 MiB or more", holds=lambda size: size >= 32 * 2**20),
         effects=(STREAMED,),
     )
@@ -267,7 +258,7 @@ class JobConfig:
         unit="bytes per second",
         placeholder="SIZE",
         unset="125 MB, which is 1 Gbit/s",
-        convert=_size,
+        convert=size_given,
         range=at_least(1),
     )
     push: str | None = option(

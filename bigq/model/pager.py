@@ -53,8 +53,7 @@ class Pager(ModelDescription):
 
     dtype: of the forward passes. device: of the loaded parts. remote: has the shards. packed: weight name → prefix of its packed tensors.
     decode: whether packed Linears become plain ones as they are read, so that they can be quantized again; then ``packed`` stays empty.
-    rotate: whether everything is read as the rotated model's (``bigq.model.rotation``).
-    folds: of every block, if it was opened to fold (``bigq.model.folding``).
+    rotate: whether everything is read as the rotated model's (``bigq.model.rotation``). fold: whether ``folds`` of its blocks are found.
     """
 
     def __init__(
@@ -82,7 +81,8 @@ class Pager(ModelDescription):
         super().__init__(folder, config, skeleton.build(config, self.dtype, trust_remote_code=trust_remote_code, max_parameters=most), {})
         self._unrotated = self.checkpoint.tensors
         if rotate:
-            self._rotate()
+            tensors = described_rotation(self, self._unrotated)
+            self.checkpoint = Checkpoint(self.checkpoint.folder, tensors, self.checkpoint.fingerprint)
         self.folds = model_folds(self) if fold else ()
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._forced = skeleton.forced_dtypes(self.model, self.dtype, self._meta)
@@ -90,16 +90,11 @@ class Pager(ModelDescription):
         self._weights = self._find_sources()
         if self.schemes is not None and self.schemes.format.quantizes_inputs:
             self._forced |= dict.fromkeys(self.packed, torch.float32)
-            experts = any(any(bank.packed()) for bank in self.banks.values())
-            quantize_inputs(folder, [self._owner(name)[0] for name in self.packed], experts)
+            packed = [self._owner(name)[0] for name in self.packed]
+            quantize_inputs(folder, packed, any(any(bank.packed()) for bank in self.banks.values()))
         self._ahead: Prefetch | None = None
         self._budget = 0
         skeleton.move_buffers(self.model, device)
-
-    def _rotate(self) -> None:
-        """Let the checkpoint be that of the rotated model. Raises UnsupportedModelError where a proof fails."""
-        stored = self.checkpoint
-        self.checkpoint = Checkpoint(stored.folder, described_rotation(self, stored.tensors), stored.fingerprint)
 
     @functools.cached_property
     def _placement(self) -> skeleton.Placement:
