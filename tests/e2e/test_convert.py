@@ -46,7 +46,7 @@ RULES_OF = {
         Rule.parse(r".*dense_h_to_4h:bits=3,sym=false"),
     ),
 }
-FORMATS = tuple(KNOWN)
+FORMATS = tuple(name for name, format in KNOWN.items() if format.points == "int")
 
 
 def hashes(out: Path) -> dict[str, str]:
