@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from bigq.options import Range, at_least, option
-from bigq.progress.sizes import parse_size
 
 #: The greatest seed that torch takes.
 MAX_SEED = 2**64 - 1
@@ -35,18 +34,6 @@ def batch_option(**more: Any) -> Any:
 
 def seed_option(*, help: str, **more: Any) -> Any:
     return option(0, help=help, range=_SEED, placeholder="N", **more)
-
-
-def size_given(given: Any, label: str) -> Any:
-    """Bytes of a size such as "72GiB"; other values unchanged. Raises UsageError, naming ``label``."""
-    return parse_size(given, label) if isinstance(given, str) else given
-
-
-def budget_option(help: str, **more: Any) -> Any:
-    unset = "what is free"
-    return option(
-        None, help=help, group=BUDGETS, unit="bytes", placeholder="SIZE", unset=unset, convert=size_given, range=at_least(0), **more
-    )
 
 
 def fold_option(**more: Any) -> Any:

@@ -19,14 +19,12 @@ from bigq.common_options import (
     OUTPUT,
     RUN,
     batch_option,
-    budget_option,
     device_option,
     dtype_option,
     fold_option,
     quiet_option,
     seed_option,
     seqlen_option,
-    size_given,
     text_field_option,
     trust_option,
 )
@@ -37,6 +35,7 @@ from bigq.io.json_file import show_name
 from bigq.options import Converted, Effect, Range, Resume, at_least, checked, option, path, require_names, settle, shown, table
 from bigq.presets import PRESETS
 from bigq.scheme import CALIBRATED, WEIGHTS, QuantScheme, Rule, frozen_rules, scheme_fields
+from bigq.size_options import budget_option, size_given
 from bigq.vocabulary import AttentionName, DtypeName, FetchChoice, FoldName, FormatName, MethodName, OnNonfinite, QualityName, TierChoice
 
 if TYPE_CHECKING:

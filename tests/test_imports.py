@@ -40,7 +40,7 @@ FLOORS: Sequence[tuple[str, ...]] = (
     ("bigq.faults", "bigq.scheme", "bigq.common_options"),
     ("bigq.machine", "bigq.progress", "bigq.quantized_weight", "bigq.presets"),
     ("bigq.io", "bigq.solver", "bigq.tuning"),
-    ("bigq.data",),
+    ("bigq.data", "bigq.size_options"),
     ("bigq.config", "bigq.calibration"),
     ("bigq.methods", "bigq.mixed"),
     ("bigq.model",),

@@ -47,7 +47,7 @@ RULES_OF = {
     ),
 }
 #: Those that hold what the rules say.
-FORMATS = tuple(name for name, made in KNOWN.items() if not made.one_size and len(made.bits) > 1)
+FORMATS = tuple(name for name, made in KNOWN.items() if made.points == "int" and not made.one_size and len(made.bits) > 1)
 
 
 def hashes(out: Path) -> dict[str, str]:
