@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +53,14 @@ def made(tmp_path: Path) -> Callable[..., Path]:
 
 
 def distance(family: str, out: Path, source: Path) -> float:
-    """Of logits, relative to the original's norm."""
+    """Of a token's logits, relative to the original's: the median, since a few tokens may have other experts."""
     ids = random_ids(2, 24, seed=5)
     if family in MOE_FAMILIES:
         original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, experts_implementation="eager").eval()
         expected, found = whole(original, ids, 2), streamed(out, ids, 2)
     else:
         expected, found = logits_of(reference_model(source), ids, 2), streamed_logits(out, ids, 2)
-    return float((found - expected).norm() / expected.norm())
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
 
 
 def of(family: str, folder: Path, **changes: Any) -> JobConfig:
@@ -69,11 +69,13 @@ def of(family: str, folder: Path, **changes: Any) -> JobConfig:
     return job(folder, **changes)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [*DENSE, *(pytest.param(f, marks=() if f in ("mixtral", "gpt_oss") else pytest.mark.long) for f in MOE_FAMILIES),
-     *(pytest.param(f, marks=pytest.mark.long) for f in FAMILIES if f not in DENSE)],
-)  # fmt: skip
+def families(quick: Sequence[str], long: Sequence[str]) -> list[Any]:
+    """All families; those that are neither quick nor long do not run in continuous integration, where model/test_folding.py has them."""
+    marks = dict.fromkeys(quick, ()) | {f: pytest.mark.long for f in long if f not in quick}
+    return [pytest.param(f, marks=marks.get(f, pytest.mark.slow)) for f in (*FAMILIES, *MOE_FAMILIES)]
+
+
+@pytest.mark.parametrize("family", families(("llama", "mixtral"), (*DENSE, *DISTINCT)))
 def test_the_output_computes_what_the_original_does(family: str, made: Callable[..., Path]) -> None:
     """At 8 bits, where scales differ from 1 by more than that changes."""
     model = made(family)
@@ -81,15 +83,11 @@ def test_the_output_computes_what_the_original_does(family: str, made: Callable[
     bigq.quantize(str(model), plain, of(family, model.parent, fold="none", scheme=FINE))
     bigq.quantize(str(model), folded, of(family, model.parent, scheme=FINE))
     assert bigq.verify(folded) == []
-    assert distance(family, folded, model) < max(0.02, 2 * distance(family, plain, model))
-    before, after = stored_tensors(model), stored_tensors(folded)
-    norms = [name for name in before if name in after and before[name].ndim == 1 and not torch.equal(before[name], after[name])]
-    assert norms, "nothing was folded"
+    assert distance(family, folded, model) < 2 * distance(family, plain, model)
+    assert hashes(plain) != hashes(folded), "nothing was folded"
 
 
-@pytest.mark.parametrize(
-    "family", [*("llama", "gemma2", "bloom"), *(pytest.param(f, marks=() if f == "mixtral" else pytest.mark.long) for f in DISTINCT)]
-)
+@pytest.mark.parametrize("family", families(("llama", "mixtral"), ("gemma2", "bloom", "gpt_oss", "deepseek_v3")))
 @pytest.mark.parametrize("settings", [{"method": "awq", "fold": None}, {"fold": "smoothquant"}], ids=["awq", "smoothquant"])
 def test_a_model_with_holes_is_made_again_with_the_same_bytes(
     family: str, settings: dict[str, Any], made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
