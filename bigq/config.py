@@ -47,7 +47,7 @@ FORMAT_WITH_EXPERTS: FormatName = "compressed-tensors"
 NEVER = "never"
 
 CORRECTED = Effect(unless="without --method gptaq", holds=lambda job, _: job.method == "gptaq", refused=True)
-SCALED = Effect(unless="without --method gptq or awq", holds=lambda job, _: job.method in ("gptq", "awq"), refused=True)
+NEEDS_ROWS = dataclasses.replace(CALIBRATED, refused=True)
 ON_RECORDS = Effect(unless="on texts by name", holds=lambda job, _: not is_named(job.calibration))
 STREAMED = Effect(unless="with --fetch download", holds=lambda job, _: job.fetch != "download")
 ON_GPU = Effect(unless="on a CPU", holds=lambda _, device: device != "cpu")
@@ -98,7 +98,7 @@ class JobConfig:
         resume=Resume.REFUSED,
         added=True,
         range=Range(must="be above 2 and at most 16", holds=lambda bits: 2 < bits <= 16),
-        effects=(dataclasses.replace(CALIBRATED, refused=True),),
+        effects=(NEEDS_ROWS,),
     )
     chosen_rules: int = option(
         0,
@@ -116,7 +116,7 @@ class JobConfig:
         group=WEIGHTS,
         resume=Resume.REFUSED,
     )
-    fold: FoldName | None = fold_option(group=WEIGHTS, resume=Resume.REFUSED, added=True, effects=(SCALED,))
+    fold: FoldName | None = fold_option(group=WEIGHTS, resume=Resume.REFUSED, added=True, effects=(NEEDS_ROWS,))
     alpha: float = option(
         0.5,
         help="fraction of the upstream error that gptaq corrects",

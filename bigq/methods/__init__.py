@@ -17,13 +17,13 @@ from bigq.vocabulary import MethodName
 #: For each value of ``--method``, the method made from a job's settings.
 METHODS: Mapping[MethodName, Callable[[JobConfig], Method]] = {
     "gptq": lambda config: Gptq(SCALINGS[config.fold or "none"]),
-    "gptaq": lambda config: Gptaq(config.alpha),
+    "gptaq": lambda config: Gptaq(config.alpha, SCALINGS[config.fold or "none"]),
     "awq": lambda config: Awq(SCALINGS[config.fold or "awq"]),
     "rtn": lambda config: Rtn(),
 }
 
 #: Methods that can fold scales of inputs.
-FOLDING: tuple[MethodName, ...] = ("gptq", "awq")
+FOLDING: tuple[MethodName, ...] = ("gptq", "gptaq", "awq")
 
 
 def method_of(config: JobConfig) -> Method:

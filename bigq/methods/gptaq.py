@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigq.methods.base import CalibratedMethod
+from bigq.methods.base import CalibratedMethod, Scaling
 from bigq.methods.gptq import Gptq, HessianSolver
 from bigq.solver.hessian import HessianSum, Reduction
 from bigq.solver.upstream_error import Correction, CrossSum
@@ -22,8 +22,9 @@ class Gptaq(CalibratedMethod):
         "‖(W* − Q)X‖² / ‖W*X‖². W* is the weight corrected for the upstream error in X; an output head is not corrected."
     )
 
-    def __init__(self, alpha: float) -> None:
+    def __init__(self, alpha: float, scaling: Scaling | None = None) -> None:
         self.alpha = alpha
+        self.scaling = scaling
 
     def collector(self, n: int, device: torch.device, *, finite_only: bool) -> CrossCollector:
         return CrossCollector(n, device, self.alpha, finite_only=finite_only)

@@ -23,6 +23,7 @@ from bigq.sched.rows.reference import REFERENCE_STEP, ReferenceBlock
 from bigq.sched.rows.shortcut_cache import LastInputs, ShortcutCache
 from bigq.sched.solve.bank import SolvedExpert
 from bigq.sched.solve.block import BlockJob, BlockRows, quantize_weights, replay_banks, replay_unquantized_banks, solve_block
+from bigq.sched.solve.fold import FoldWork
 from bigq.sched.solve.head import HeadJob, quantize_head, solve_head
 from bigq.sched.solve.propagate import propagate
 from bigq.sched.solve.results import Skipped, Solved
@@ -36,6 +37,9 @@ class BlockVisit(Protocol):
 
     def solve(self) -> Iterator[Solved | Skipped | SolvedExpert]:
         """Quantize the block's Linears."""
+
+    def fold(self, work: FoldWork) -> None:
+        """Fold scales of inputs into the unquantized block."""
 
     def keep_originals(self, names: Iterable[str]) -> None:
         """Keep the weights of Linears, by name in the block, which are about to be replaced although experts of the block are missing."""
@@ -95,6 +99,9 @@ class _VisitWithoutRows:
 
     def solve(self) -> Iterator[Solved | Skipped | SolvedExpert]:
         return quantize_weights(self._job, self._method)
+
+    def fold(self, work: FoldWork) -> None:
+        """No method without rows scales inputs."""
 
     def keep_originals(self, names: Iterable[str]) -> None:
         """Nothing needs them."""
@@ -204,8 +211,6 @@ class _VisitWithRows:
 
     def solve(self) -> Iterator[Solved | Skipped | SolvedExpert]:
         solving = self.solving
-        if self.job.folds is not None:
-            self.job.folds.run(self.at.store)
         found = solve_block(self.job, self.at, solving.method, true_sequential=solving.true_sequential, ranks=solving.ranks)
         return self._tuned(found) if solving.tune_steps else found
 
@@ -227,6 +232,10 @@ class _VisitWithRows:
         tuned = tune_block(self.job, solved, self.at.store, self.at.reference.store, self.solving.tune_steps, control.pause)
         control.progress.say(f"block {self.job.index + 1}: tuned, error of its outputs {tuned.before:.2e} → {tuned.after:.2e}")
         yield from tuned.linears
+
+    def fold(self, work: FoldWork) -> None:
+        self.solving.control.progress.phase("fold", self.job.index)
+        work.run(self.at.store)
 
     def keep_originals(self, names: Iterable[str]) -> None:
         """For methods that correct the upstream error."""

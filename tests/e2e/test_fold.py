@@ -88,7 +88,11 @@ def test_the_output_computes_what_the_original_does(family: str, made: Callable[
 
 
 @pytest.mark.parametrize("family", families(("llama", "mixtral"), ("gemma2", "bloom", "gpt_oss", "deepseek_v3")))
-@pytest.mark.parametrize("settings", [{"method": "awq", "fold": None}, {"fold": "smoothquant"}], ids=["awq", "smoothquant"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "awq", "fold": None}, {"fold": "smoothquant"}, {"method": "gptaq", "fold": "awq"}],
+    ids=["awq", "smoothquant", "gptaq"],
+)
 def test_a_model_with_holes_is_made_again_with_the_same_bytes(
     family: str, settings: dict[str, Any], made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,8 +186,7 @@ def test_the_plan_names_what_is_folded(made: Callable[..., Path]) -> None:
     assert bigq.plan(str(model), model.parent / "out", job(model.parent, fold="none")).to_json()["folds"] is None
 
 
-@pytest.mark.parametrize("method", ["gptaq", "rtn"])
-def test_other_methods_fold_nothing(method: str, made: Callable[..., Path]) -> None:
+def test_rounding_to_nearest_folds_nothing(made: Callable[..., Path]) -> None:
     model = made("llama")
-    with pytest.raises(UsageError, match=r"--fold awq: no effect with --method "):
-        bigq.quantize(str(model), model.parent / "out", job(model.parent, method=method))
+    with pytest.raises(UsageError, match=r"--fold awq: no effect with --method rtn"):
+        bigq.quantize(str(model), model.parent / "out", job(model.parent, method="rtn"))

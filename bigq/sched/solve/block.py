@@ -33,7 +33,7 @@ from bigq.sched.rows.routed import RoutedRows, record_routed
 from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.solve.bank import BankJob, SolvedExpert, round_bank, run_bank_rows, solve_bank
-from bigq.sched.solve.fold import FOLD_STEP, FoldWork
+from bigq.sched.solve.fold import FOLD_STEP
 from bigq.sched.solve.results import Skipped, Solved
 from bigq.scheme import QuantScheme
 from bigq.vocabulary import OnNonfinite
@@ -45,7 +45,7 @@ class BlockJob:
 
     index: of the block. prefix: its module path. schemes: by the Linear's name in the block; Linears without a scheme stay unquantized.
     on_nonfinite: if a value is not finite or a factorization fails, "stop" with an error, or "skip" the tokens and Linears concerned.
-    banks: the banks of experts by their name in the block. folds: where inputs of its Linears can be scaled, if the method does so.
+    banks: the banks of experts by their name in the block.
     """
 
     index: int
@@ -57,7 +57,6 @@ class BlockJob:
     clock: Clock
     on_nonfinite: OnNonfinite = "stop"
     banks: Mapping[str, BankJob] = field(default_factory=dict)
-    folds: FoldWork | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

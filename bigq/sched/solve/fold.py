@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,15 +59,16 @@ class FoldWork:
             and self.scaling.takes(norm=fold.rows is None)
         ]
 
-    def kept(self) -> list[str]:
-        """The names of parameters in the block that may change and are not packed: the block's shard has them."""
-        packed = {f"{name}.weight" for name in self.schemes}
+    def kept(self, packed: Collection[str]) -> list[str]:
+        """The names of parameters in the block that may change and that its shard holds as they are. packed: Linears that it holds
+        packed."""
+        packed = {f"{name}.weight" for name in packed}
         return list(dict.fromkeys(name for fold in self.used for name in touched(self.block, fold) if name not in packed))
 
     def restore(self, values: Mapping[str, Tensor]) -> None:
         """Set the parameters that a shard has, by their names in the block, and find the factors of banks from the norms among them."""
         for fold in self.used:
-            banks = [name for name in fold.readers if name in self.banks]
+            banks = [name for name in fold.readers if name in self.banks and name not in self.factors]
             if banks:
                 leaf = f"{fold.producer}.{norm_weight(self.block.get_submodule(fold.producer))}"
                 before = self.block.get_parameter(leaf)

@@ -68,7 +68,7 @@ class BlockUnit(StreamedUnit):
         schemes = self._schemes(bench.config, plan)
         restored = {} if commit is None else self._unless_left_out(schemes, commit)
         banks = experts.jobs(self.prefix, block, bench.banks(block, self.index, plan))
-        folds = self._folds(bench, block, schemes if commit is None else restored, banks)
+        folds = self._folds(bench, block, schemes, banks)
         if folds is not None:
             experts.factors = folds.factors
         job = BlockJob(
@@ -81,16 +81,19 @@ class BlockUnit(StreamedUnit):
             clock=control.clock,
             on_nonfinite=bench.config.on_nonfinite,
             banks=banks,
-            folds=folds if commit is None else None,
         )
         records: list[LinearRecord] = []
         with solving.block(job) as visit:
             restore = None if commit is None else functools.partial(self._restore, bench, block, restored, commit, folds)
+            # Rows of the unquantized model pass through it as it was then: with scales folded into it.
+            if folds is not None and (commit is None or method_of(bench.config).passes > 1):
+                visit.fold(folds)
             if not whole:
                 if restore is not None:
                     visit.keep_originals(restored)
                     restore()
-                product = self._solve(bench, job, visit, solving, experts)
+                changed = folds.changed if folds is not None else ()
+                product = self._solve(bench, job, visit, solving, experts, changed)
                 records += product.records
                 if commit is None:
                     bench.writer.hand_over(self.shard, product, self.index)
@@ -111,8 +114,13 @@ class BlockUnit(StreamedUnit):
         found = {name: scheme_for(f"{self.prefix}.{name}", config.base_scheme, config.rules) for name in names}
         return {name: scheme for name, scheme in found.items() if scheme is not None}
 
-    def _solve(self, bench: Bench, job: BlockJob, visit: BlockVisit, solving: Solving, experts: BankWork) -> Product:
-        """Quantize the block's Linears and experts, and pack each as soon as it is solved. Groups of experts are handed over."""
+    def _solve(
+        self, bench: Bench, job: BlockJob, visit: BlockVisit, solving: Solving, experts: BankWork, changed: Iterable[str]
+    ) -> Product:
+        """Quantize the block's Linears and experts, and pack each as soon as it is solved. Groups of experts are handed over.
+
+        changed: names in the block of parameters that scales were folded into.
+        """
         control = bench.control
         control.progress.phase("solve", self.index)
         packed: dict[str, dict[str, Tensor]] = {}
@@ -144,7 +152,7 @@ class BlockUnit(StreamedUnit):
             control.progress.say(f"block {self.index + 1}: up to {lost} calibration tokens are not finite and were left out of a Hessian")
         if (warning := dead_inputs_warning(records)) is not None:
             control.progress.warn_once("dead inputs", warning)
-        tensors = self._tensors(bench, packed, job.folds.changed if job.folds is not None else ())
+        tensors = self._tensors(bench, packed, changed)
         left_out = [f"{self.prefix}.{name}" for name in job.plan.left_out] + list(skipped)
         return Product(tensors=tensors, records=records, left_out=left_out, skipped=skipped, batch=solving.batch)
 
@@ -172,7 +180,7 @@ class BlockUnit(StreamedUnit):
         return tensors
 
     def _folds(self, bench: Bench, block: nn.Module, schemes: Mapping[str, QuantScheme], banks: Mapping[str, BankJob]) -> FoldWork | None:
-        """Where inputs of the block's Linears can be scaled, if the method does so. schemes: of those that are, or were, quantized."""
+        """Where inputs of the block's Linears can be scaled, if the method does so. schemes: of those that are to be quantized."""
         scaling = method_of(bench.config).scaling
         if scaling is None:
             return None
@@ -200,7 +208,7 @@ class BlockUnit(StreamedUnit):
             weight = finished.weight(source, scheme, linear_weight(module).dtype, bench.pager.device)
             skeleton.set_linear_weight(module, weight)
         if folds is not None:
-            names = {name: bench.pager.source_of(f"{self.prefix}.{name}").name for name in folds.kept()}
+            names = {name: bench.pager.source_of(f"{self.prefix}.{name}").name for name in folds.kept(schemes)}
             folds.restore({name: finished.plain(source) for name, source in names.items()})
 
     def _show_done(self, bench: Bench, whole: bool, records: Sequence[LinearRecord], seconds: float) -> None:
