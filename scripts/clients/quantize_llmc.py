@@ -4,8 +4,9 @@
     quantize_llmc.py MODEL IDS OUT SETTINGS
 
 Arguments and output are those of quantize_gptqmodel.py; SETTINGS are {"weights": fields of QuantizationArgs, "modifier": fields of
-GPTQModifier, "oneshot": further arguments of oneshot}. The weights are llm-compressor's own: it replaces each weight by scale · code, with
-fp32 scales. It is not saved in its packed format, which takes no time to speak of.
+GPTQModifier, "oneshot": further arguments of oneshot}; with "awq": fields of AWQModifier, it runs AWQ instead of GPTQ, and the norms that
+AWQ changes are written too. The weights are llm-compressor's own: scale · code, with fp32 scales. It is not saved in its packed format,
+which takes no time to speak of.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -33,7 +38,13 @@ def quantize(folder: Path, ids: Tensor, settings: dict[str, Any]) -> tuple[dict[
     """Every quantized Linear's weight, fp32 [outputs, inputs], and the compute dtype."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     groups = {"all": {"targets": ["Linear"], "weights": {"type": "int", **settings["weights"]}}}
-    recipe = GPTQModifier(ignore=["lm_head"], config_groups=groups, **settings.get("modifier", {}))
+    awq = settings.get("awq")
+    if awq is None:
+        recipe: Any = GPTQModifier(ignore=["lm_head"], config_groups=groups, **settings.get("modifier", {}))
+    else:
+        recipe = [AWQModifier(**awq), QuantizationModifier(ignore=["lm_head"], config_groups=groups)]
+        if not torch.accelerator.is_available():  # it pins memory where there is nothing to pin it for
+            IntermediatesCache.pin_memory = lambda *_, **__: None
     oneshot(
         model=model,
         dataset=Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}),
@@ -48,7 +59,19 @@ def quantize(folder: Path, ids: Tensor, settings: dict[str, Any]) -> tuple[dict[
     )
     linears = {name: m for name, m in model.named_modules() if getattr(m, "quantization_scheme", None) is not None}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return {f"{name}.weight": m.weight.detach().float().contiguous() for name, m in linears.items()}, dtype
+    if awq is None:
+        return {f"{name}.weight": m.weight.detach().float().contiguous() for name, m in linears.items()}, dtype
+    made = {f"{name}.weight": quantized(m) for name, m in linears.items()}
+    vectors = {name: p.detach().float().contiguous() for name, p in model.named_parameters() if p.ndim == 1 and name.endswith("weight")}
+    return vectors | made, dtype
+
+
+@torch.no_grad()
+def quantized(linear: torch.nn.Module) -> Tensor:
+    """What a Linear computes with: its weight on its grid, fp32."""
+    zero = getattr(linear, "weight_zero_point", None)
+    args = linear.quantization_scheme.weights
+    return fake_quantize(linear.weight, scale=linear.weight_scale, zero_point=zero, args=args).float().contiguous()
 
 
 def main() -> None:

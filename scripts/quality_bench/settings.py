@@ -93,6 +93,9 @@ CONTESTANTS: tuple[Contestant, ...] = (
     # Less than 3 bits in groups of 64 take in gptq_v2, which is 3.297.
     Contestant(name="bigq, 3.25 bits per weight, groups of 192", flags="--bits-per-weight 3.25 --group-size 192"),
     Contestant(name="bigq, groups of 192", flags="--group-size 192"),
+    Contestant(name="bigq, folded", flags="--fold awq"),
+    Contestant(name="bigq best, folded", flags="--quality best --fold awq"),
+    Contestant(name="bigq awq", flags="--method awq"),
     Contestant(name="bigq rtn", flags="--method rtn"),
     Contestant(name="GPTQModel", tool="gptqmodel", kind="default"),
     Contestant(name="GPTQModel, mse", tool="gptqmodel", told={"mse": 2.4}),
@@ -101,6 +104,7 @@ CONTESTANTS: tuple[Contestant, ...] = (
     Contestant(name="llm-compressor", tool="llmc", kind="default"),
     Contestant(name="llm-compressor, mse", tool="llmc", told={"weights": {"observer": "memoryless_mse"}}),
     Contestant(name="llm-compressor, imatrix", tool="llmc", told={"weights": {"observer": "imatrix_mse"}}, kind="best"),
+    Contestant(name="llm-compressor, awq", tool="llmc", told={"awq": {}}),
     Contestant(name="auto-round", tool="auto_round", kind="default"),
     Contestant(name="auto-round, 1000 steps", tool="auto_round", told={"iters": 1000}, kind="best"),
 )
