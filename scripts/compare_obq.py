@@ -5,7 +5,8 @@
 
 OBQ always takes the weight whose rounding costs least, and corrects the others of its row exactly. Each row then needs an inverse Hessian
 of its own: n³ operations a row, where GPTQ needs n² beside one factor for all. Both get the Hessians of the model that ships with bigq, on
-its calibration text, and the same grids, of whole rows. The time of GPTQ is also measured on the shapes of a BERT of 336 million parameters.
+its calibration text, and the same grids, of whole rows. The time of GPTQ is also measured on the shapes of a BERT of 336 million
+parameters.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ WAYS = {
     "gptq, 1 sweep": {"order": "activation", "sweeps": 1},
     "gptq, 4 sweeps": {"order": "activation", "sweeps": 4},
 }
+LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 #: Linears of BERT-large by [outputs, inputs], and how many of each its 24 blocks have.
 BERT = {(1024, 1024): 4 * 24, (4096, 1024): 24, (1024, 4096): 24}
 
@@ -93,9 +95,7 @@ def hessians() -> Iterator[tuple[str, Tensor, Tensor]]:
     rows = read_calibration("builtin", MODEL, samples=SAMPLES, seqlen=SEQLEN, seed=0).rows
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     last = model.config.num_hidden_layers - 1
-    wanted = [
-        f"model.layers.{i}.{name}" for i in (0, last) for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-    ]
+    wanted = [f"model.layers.{i}.{name}" for i in (0, last) for name in LINEARS]
     sums = {name: HessianSum(model.get_submodule(name).in_features, torch.device("cpu")) for name in wanted}
 
     def watch(name: str) -> Any:
@@ -132,7 +132,7 @@ def compare(bits: int, name: str, weight: Tensor, h: Tensor) -> dict[str, Any]:
         "rows": len(weight),
         "inputs": weight.shape[1],
         "losses": losses,
-        "obq_s": round(time.process_time() - started, 2),
+        "obq_cpu_s": round(time.process_time() - started, 2),
     }
 
 
