@@ -39,7 +39,7 @@ def require_format(config: JobConfig) -> None:
     if not config.made.symmetric_only:
         return
     if not config.scheme.symmetric:
-        raise UsageError(f"--asym: --format {config.format} holds no zero points; use --sym")
+        raise UsageError(f"--asym: --format {config.format} holds no zero points; leave out --asym")
     for rule in config.rules:
         if (rule.overrides or {}).get("sym") is False:
             raise UsageError(f"{rule_option(rule)}: --format {config.format} holds no zero points; leave out sym=false")

@@ -276,7 +276,7 @@ MORE = (
     ),
     Case("use {}", PLAN + " --format awq --bits 8"),
     Case("use {}", PLAN + " --format w8a8-int8 --group-size 32"),
-    Case("--asym: --format {} holds no zero points; use --sym", PLAN + " --format w8a8-int8 --bits 8 --group-size -1 --asym"),
+    Case("--asym: --format {} holds no zero points; leave out --asym", PLAN + " --format w8a8-int8 --bits 8 --group-size -1 --asym"),
     Case("use {}", PLAN + " --format awq --group-size 16"),
     Case("use {}", PLAN + " --format awq --rule '.*o_proj:group_size=64'"),
     Case("use {}", "convert {model} {out} --to compressed-tensors --quiet", lambda p: quantized(p, "--format gptq"), None, family="gpt2"),
