@@ -131,7 +131,7 @@ def test_defaults_in_the_help_are_those_of_the_api(command: str, configs: list[A
                     assert value == default, field.name
                     shown += 1
             elif command == "quantize" and field.name not in flags:
-                assert field.name in ("scheme", "min_zero", "chosen_rules"), "every other field has an option"
+                assert field.name in ("scheme", "min_zero", "points", "scale_form", "chosen_rules"), "every other field has an option"
     assert shown > 3
     assert all(flags[name].default is None for name in ("rules", "skip", "trace") if name in flags)
 
