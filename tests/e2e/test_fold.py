@@ -190,3 +190,18 @@ def test_rounding_to_nearest_folds_nothing(made: Callable[..., Path]) -> None:
     model = made("llama")
     with pytest.raises(UsageError, match=r"--fold awq: no effect with --method rtn"):
         bigq.quantize(str(model), model.parent / "out", job(model.parent, method="rtn"))
+
+
+def test_scales_are_folded_into_a_rotated_model(made: Callable[..., Path]) -> None:
+    """Its norms have the weight 1 then. A job with holes ends in the same bytes."""
+    model = made("llama")
+    plain, out = model.parent / "plain", model.parent / "out"
+    bigq.quantize(str(model), plain, job(model.parent, scheme=FINE, fold="none", rotate=True))
+    bigq.quantize(str(model), out, job(model.parent, scheme=FINE, rotate=True))
+    assert hashes(out) != hashes(plain)
+    assert distance("llama", out, model) < 2 * distance("llama", plain, model)
+    expected = hashes(out)
+    for name in [name for name in expected if name.endswith(".safetensors")][1::2]:
+        (out / name).unlink()
+    bigq.quantize(str(model), out, job(model.parent, scheme=FINE, rotate=True))
+    assert hashes(out) == expected
