@@ -106,7 +106,10 @@ def test_other_formats_are_other_models(out: Path, tmp_path: Path) -> None:
         ({"scheme": QuantScheme(group_size=-1)}, "are quantized at 4 bits, but w8a8-int8 holds 8 bits only; use --bits 8$"),
         ({"scheme": QuantScheme(bits=8)}, "are quantized in groups of 128, which readers of w8a8-int8 do not take; use --group-size -1$"),
         ({"scheme": QuantScheme(group_size=32)}, "use --bits 8 and --group-size -1$"),
-        ({"scheme": QuantScheme(bits=8, group_size=-1, symmetric=False)}, "--asym: --format w8a8-int8 holds no zero points; leave out --asym$"),
+        (
+            {"scheme": QuantScheme(bits=8, group_size=-1, symmetric=False)},
+            "--asym: --format w8a8-int8 holds no zero points; leave out --asym$",
+        ),
         (
             {"rules": (Rule.parse(".*o_proj:sym=false"),)},
             "--rule '.*o_proj:sym=false': --format w8a8-int8 holds no zero points; leave out sym=false$",
