@@ -137,6 +137,7 @@ def status(out: Path) -> Status:
     conversion = _conversion(out, damaged)
     again = CONVERT_AGAIN if is_conversion(out) else "it will be written again"
     intact = _has_job(out, damaged)
+    begun = any((state / name).exists() for name in (JOB_NAME, JOURNAL_NAME, OWNER_NAME))  # before the look at its owner: a job may begin now
     holder = _holder(state, damaged)
     pushed = _pushed(out, damaged)
     commits = _commits(out, damaged, again, pushed)
@@ -144,7 +145,7 @@ def status(out: Path) -> Status:
     blocks = {commit.unit for commit in commits if _BLOCK.fullmatch(commit.unit)}
     facts = {} if holder is None else holder.facts
     last = pushed.get("config.json")
-    verdict = _state(out, holder, damaged, uploaded=not pushed or (last is not None and last.confirmed))
+    verdict = _state(out, holder, damaged, begun=begun, uploaded=not pushed or (last is not None and last.confirmed))
     live = verdict in ("running", "unknown")
     return Status(
         out=str(out),
@@ -215,8 +216,8 @@ def _has_job(out: Path, damaged: list[str]) -> bool:
 
 def _holder(state: Path, damaged: list[str]) -> Holder | None:
     try:
-        holder = Holder.read(state)
         there = os.path.lexists(state / OWNER_NAME)
+        holder = Holder.read(state)
     except BigqError as error:
         damaged.append(_about(state.parent, error))
         return None
@@ -269,8 +270,11 @@ def _warnings(state: Path, damaged: list[str]) -> tuple[str, ...]:
     return tuple(str(note) for note in notes) if isinstance(notes, list) else ()
 
 
-def _state(out: Path, holder: Holder | None, damaged: list[str], *, uploaded: bool) -> str:
-    """uploaded: whether nothing is left of what a run began to upload. A later run may have been told not to upload."""
+def _state(out: Path, holder: Holder | None, damaged: list[str], *, begun: bool, uploaded: bool) -> str:
+    """begun: whether the folder held records of a job. uploaded: whether nothing is left of what a run began to upload.
+
+    A later run may have been told not to upload.
+    """
     uploaded = uploaded or (holder is not None and holder.outcome == "finished")
     if holder is not None and holder.alive:
         return "running"
@@ -281,7 +285,6 @@ def _state(out: Path, holder: Holder | None, damaged: list[str], *, uploaded: bo
         damaged.append(f"config.json: is missing; {CONVERT_AGAIN}")
         return "failed"
     if holder is None:
-        begun = any((out / STATE_FOLDER / name).exists() for name in (JOB_NAME, JOURNAL_NAME, OWNER_NAME))
         return "unknown" if begun else "not begun"
     if holder.alive is None:
         return "unknown"

@@ -153,7 +153,10 @@ def peak(child: Child, tmp_path_factory: pytest.TempPathFactory) -> Callable[[in
 def test_peak_follows_the_block_and_not_the_model(peak: Callable[[int, int], int], child: Child) -> None:
     """20 blocks more cost less than one block's bytes, and 24 blocks together less than 60 % of the model's size over
     a process that has only imported everything."""
-    many, more = (int(statistics.median(peak(blocks, seed) for seed in (1, 2, 3))) for blocks in (MANY, MORE))
+    found = [(peak(MANY, 1), peak(MORE, 1))]
+    if abs(found[0][1] - found[0][0]) >= BLOCK_BYTES:  # now and then the allocator keeps a block's bytes; the median decides
+        found += [(peak(MANY, seed), peak(MORE, seed)) for seed in (2, 3)]
+    many, more = (int(statistics.median(peaks)) for peaks in zip(*found, strict=True))
     assert abs(more - many) < BLOCK_BYTES, f"{many / 2**20:.1f} MiB for {MANY} blocks, {more / 2**20:.1f} MiB for {MORE}"
     idle = child("-c", IDLE)
     assert idle.returncode == 0, idle.stderr

@@ -116,21 +116,17 @@ print(json.dumps({"peak": report.host_peak_bytes, "planned": report.planned_host
     [
         (512, 1408, 48, 256, "natural", "minmax", "gptq"),
         (1024, 4096, 8, 512, "activation", "minmax", "gptq"),
-        (1024, 4096, 8, 512, "activation", "search", "gptq"),
         (1024, 4096, 8, 512, "group", "search", "gptq"),
         (2048, 5632, 4, 256, "natural", "minmax", "gptq"),
         (512, 1408, 48, 256, "natural", "minmax", "gptaq"),
-        (1024, 4096, 8, 512, "activation", "minmax", "gptaq"),
         (2048, 5632, 4, 256, "natural", "minmax", "gptaq"),
     ],
     ids=[
         "many tokens",
         "wide, act-order",
-        "wide, search",
         "wide, groups, search",
         "large",
         "many tokens, gptaq",
-        "wide, act-order, gptaq",
         "large, gptaq",
     ],
 )

@@ -12,7 +12,7 @@ from conftest import ROOT, Child
 SECONDS = 90
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_killed_at_every_step_and_at_random(child: Child, tmp_path: Path) -> None:
     result = tmp_path / "stress.json"
     done = child(ROOT / "scripts/stress.py", "--work", tmp_path / "work", "--seconds", str(SECONDS), "--json", result, timeout=900)

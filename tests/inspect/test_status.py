@@ -24,6 +24,8 @@ from bigq import faults, quantize
 from bigq.config import JobConfig
 from bigq.errors import BigqError, UsageError
 from bigq.inspect.status import RESUMABLE, STATES, Status, status
+from bigq.io.folders import STATE_FOLDER
+from bigq.job.owner import OWNER_NAME
 from bigq.scheme import QuantScheme
 
 #: One job, as a process of its own: the model, OUT, calibration ids, and what is to go wrong.
@@ -175,6 +177,17 @@ def test_phase_and_time_left_of_a_job_that_runs(job: Job, tmp_path: Path, monkey
     asleep = [s for s in seen if s.blocks_done == 2 and s.phase == "block 3 solve"]
     assert asleep and asleep[-1].eta_seconds is not None and asleep[-1].blocks == 3
     assert "block 3 solve" in asleep[-1].text()
+
+
+def test_a_job_that_begins_at_this_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner's record appears after the look at it: the folder is as it was then."""
+    (tmp_path / STATE_FOLDER).mkdir()
+
+    def late(state: Path) -> None:
+        (state / OWNER_NAME).write_text("{}")
+
+    monkeypatch.setattr("bigq.inspect.status.Holder.read", late)
+    assert told(tmp_path).state == "not begun" and told(tmp_path).state == "unknown"
 
 
 @pytest.mark.long
