@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigq.errors import UsageError
-from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS, GridSpec, PointsName, ScaleForm
+from bigq.kernels.grid_spec import BITS_OF_FORM, FEWEST_SCALE_BITS, SCALE_BITS, GridSpec, PointsName, ScaleForm
 from bigq.options import Effect, Range, Resume, checked, option, require_known, require_names, settle, shown, table
 from bigq.vocabulary import DATA_FREE_METHODS, OrderName, ScalesName
 
@@ -112,8 +112,9 @@ class QuantScheme:
             bits=self.bits,
             symmetric=self.symmetric,
             min_zero=self.min_zero,
-            search=self.scales == "search",
-            scale_bits=self.scale_bits or SCALE_BITS,
+            # Floats have the same relative precision with any scale.
+            search=self.scales == "search" and self.points != "e4m3",
+            scale_bits=BITS_OF_FORM.get(self.scale_form, self.scale_bits or SCALE_BITS),
             points=self.points,
             scale_form=self.scale_form,
         )

@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bigq.kernels.grid_spec import FP16_TINY as FP16_TINY
 from bigq.kernels.grid_spec import REFINED
 from bigq.kernels.grid_spec import SCALE_BITS as SCALE_BITS
 from bigq.kernels.grid_spec import GridSpec as GridSpec
 from bigq.kernels.grid_spec import GroupGrid as GroupGrid
+from bigq.kernels.grid_spec import smallest_scale as smallest_scale
 from bigq.kernels.pick import use_compiled
 
 
@@ -63,6 +63,8 @@ def found_grid(target: Tensor, u: Tensor, spec: GridSpec) -> tuple[Tensor, Tenso
 
 def nearest(x: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
     """The points of a grid, in units of its scale, that are nearest to x: ``code − zero``, or ``book[code]``. zero broadcasts to x."""
+    if spec.is_float:
+        return torch.clamp(x, -spec.largest, spec.largest).to(torch.float8_e4m3fn).to(x.dtype)
     if spec.book:
         book, bounds = _tables(spec, x.dtype, x.device)
         return book[torch.bucketize(x.contiguous(), bounds)]
@@ -158,7 +160,7 @@ def grid_for_range(low: Tensor, high: Tensor, spec: GridSpec, part: Tensor | flo
 def round_scale(scale: Tensor, bits: int) -> Tensor:
     """Round scales to fp16 numbers of ``bits`` significant bits, returned in their own dtype.
 
-    0 (a group of zeros) becomes 1. An underflow becomes the smallest fp16 number, an overflow Inf, of the same sign.
+    0 (a group of zeros) becomes 1. An underflow becomes ``smallest_scale``, an overflow Inf, of the same sign.
     """
     half = scale.to(torch.float16)
     if bits < SCALE_BITS:
@@ -168,7 +170,7 @@ def round_scale(scale: Tensor, bits: int) -> Tensor:
         pattern = (pattern + ((1 << (drop - 1)) - 1) + ((pattern >> drop) & 1)) >> drop << drop
         half = pattern.view(torch.float16)
     stored = half.to(scale.dtype)
-    stored = torch.where(stored == 0, torch.full_like(stored, FP16_TINY).copysign(scale), stored)
+    stored = torch.where(stored == 0, torch.full_like(stored, smallest_scale(bits)).copysign(scale), stored)
     return torch.where(scale == 0, torch.ones_like(stored), stored)
 
 

@@ -12,13 +12,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: What codes stand for: integers, or the points of a codebook.
-PointsName = Literal["int", "nf4", "fp4", "e2m1"]
-#: How scales are stored: each as an fp16 number; or "nested", as 8-bit numbers with scales of their own (``bigq.nested_scales``).
-ScaleForm = Literal["fp16", "nested"]
+PointsName = Literal["int", "nf4", "fp4", "e2m1", "e4m3"]
+#: How scales are stored: each as an fp16 number; as an fp16 number that E4M3 or E8M0 can hold, times a power of two; or "nested", as 8-bit
+#: numbers with scales of their own (``bigq.nested_scales``).
+ScaleForm = Literal["fp16", "e4m3", "e8m0", "nested"]
 
 #: Significant bits of fp16, and the fewest that a scale may be rounded to.
 SCALE_BITS = 11
 FEWEST_SCALE_BITS = 7
+
+#: Significant bits of scales in forms that decide them. fp16 numbers of 4 bits, from 2^-17 on, are E4M3's over 256, also where these lose
+#: bits; and powers of two are E8M0's.
+BITS_OF_FORM: Mapping[ScaleForm, int] = {"e4m3": 4, "e8m0": 1}
+#: The largest scale of a form, if it is not that of fp16.
+LARGEST_OF_FORM: Mapping[ScaleForm, float] = {"e4m3": 448 / 256}
 
 #: The smallest scale that a search by squared error tries, in hundredths of the one that spans the group's weights.
 SMALLEST_TRIED = 21
@@ -33,9 +40,23 @@ REFINED = (4, 2)
 #: The smallest fp16 number above 0.
 FP16_TINY = 2.0**-24
 
+
+def smallest_scale(bits: int) -> float:
+    """What a scale of so many significant bits becomes, if it is rounded to 0. Forms of E4M3 and E8M0 do not hold ``FP16_TINY``."""
+    return FP16_TINY if bits >= FEWEST_SCALE_BITS else FP16_TINY * 2.0 ** (SCALE_BITS - bits)
+
+
+
+def _e4m3(pattern: int) -> float:
+    """The number of 7 bits without a sign: exponent and fraction of E4M3."""
+    exponent, fraction = divmod(pattern, 8)
+    return (8 + fraction) * 2.0 ** (exponent - 10) if exponent else fraction * 2.0**-9
+
+
 #: What codes stand for, if not integers: the points of a codebook in ascending order, each an fp32 number. A code is the place of a point
 #: here; formats that number them otherwise translate. Two points of 0 are those of formats with a sign bit.
-#: "nf4" and "fp4" are those of bitsandbytes (Dettmers et al. 2023, arXiv 2305.14314), "e2m1" the 4-bit floats of OCP's MX formats.
+#: "nf4" and "fp4" are those of bitsandbytes (Dettmers et al. 2023, arXiv 2305.14314), "e2m1" the 4-bit floats of OCP's MX formats, and
+#: "e4m3" the 8-bit floats of Micikevicius et al. 2022 (arXiv 2209.05433), with one point of 0.
 BOOKS: Mapping[PointsName, tuple[float, ...]] = {
     "int": (),
     "nf4": (
@@ -49,6 +70,7 @@ BOOKS: Mapping[PointsName, tuple[float, ...]] = {
         0.0, 0.0052083334885537624, 0.1666666716337204, 0.25, 0.3333333432674408, 0.5, 0.6666666865348816, 1.0,
     ),
     "e2m1": (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+    "e4m3": (*(-_e4m3(pattern) for pattern in range(126, 0, -1)), *(_e4m3(pattern) for pattern in range(127))),
 }  # fmt: skip
 
 
@@ -80,6 +102,11 @@ class GridSpec:
         return BOOKS[self.points]
 
     @property
+    def is_float(self) -> bool:
+        """Whether the points are so many that they are computed: of E4M3, to which numbers are rounded, ties to even."""
+        return self.points == "e4m3"
+
+    @property
     def bounds(self) -> tuple[float, ...]:
         """The numbers between neighbours of the book, rounded to fp32. One on a bound goes to the lower point."""
         book = self.book
@@ -102,6 +129,8 @@ class GridSpec:
         largest weight is; its scale is negative if that weight is positive. At 100, ±reach in ``max_code`` steps, a weight as large on
         the other side is half a step off. It is a point of the widest grid; the largest weight is one at 100 · (1 − 2^−bits).
         """
+        if self.is_float:
+            return 100
         if self.book:
             return WIDEST_BOOK
         return -(-100 * self.max_code // (self.max_code - 1)) if self.symmetric else 100

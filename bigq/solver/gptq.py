@@ -178,7 +178,7 @@ def _results(columns: _Columns, done: _Solved, factor: Factor, scheme: QuantSche
     codes, loss, rows = done.codes, done.loss, done.rows
     solved = is_finite(loss)
     if solved or bool(torch.isinf(columns.scale).any()):  # NaN scales without an Inf come from the solve
-        require_storable(columns.scale, name)
+        require_storable(columns.scale, name, columns.spec.scale_form)
     if not solved:
         raise NumericsError(f"{name}: the solve produced NaN or Inf; use a higher --damping, or {LEAVE_OUT}")
     if factor.perm is not None:

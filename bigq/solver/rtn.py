@@ -55,7 +55,7 @@ def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "the Linea
         points = nearest(scaled, zeros[at], spec)
         codes[at] = codes_of(scaled if spec.book else points, zeros[at], spec).permute(1, 2, 0).reshape(-1, n)
         sums += torch.stack([(part.double().square() * weights[:, None]).sum() for part in (groups - points * settled[at], groups)])
-    require_storable(settled, name)
+    require_storable(settled, name, spec.scale_form)
     loss, energy = sums.tolist()
     return QuantizedWeight(
         codes=codes,

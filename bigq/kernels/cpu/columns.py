@@ -18,12 +18,12 @@ from numba import njit
 from numba.extending import overload
 from torch import Tensor
 
-from bigq.kernels.cpu.book import code_of_book, nearest_of_book
+from bigq.kernels.cpu.book import code_of_book, code_of_e4m3, nearest_e4m3, nearest_of_book
 from bigq.kernels.cpu.compiler import compiled
 from bigq.kernels.cpu.spec import spec_of
 from bigq.kernels.cpu.spread import LANES, spread
 from bigq.kernels.cpu.threads import in_parts
-from bigq.kernels.grid_spec import FP16_TINY, REFINED, SMALLEST_TRIED, GridSpec, GroupGrid
+from bigq.kernels.grid_spec import REFINED, SMALLEST_TRIED, GridSpec, GroupGrid
 
 f32, i32 = np.float32, np.int32
 
@@ -39,7 +39,7 @@ ROUNDING = f32(1.5 * 2**23)
 
 #: Rounding fp16 numbers below their smallest normal one: to multiples of 2⁻²⁴, half the spacing of fp32 numbers at 1.
 SMALLEST_NORMAL, SUBNORMAL_ROUNDING = f32(2.0**-14), f32(0.5)
-TINY, FP16_LIMIT = f32(FP16_TINY), f32(65536)
+FP16_LIMIT = f32(65536)
 
 #: Allows a product and a sum to be fused, and nothing else.
 FUSED = {"contract"}
@@ -108,8 +108,9 @@ def _to_multiple(bits, drop):
 
 
 @njit(nogil=True, inline="always")
-def _round_scale(scale, drop):
-    """Round a scale to fp16, then to ``drop`` bits fewer."""
+def _round_scale(scale, spec):
+    """Round a scale to fp16, then to ``spec.drop`` bits fewer."""
+    drop = spec.drop
     if scale == f32(0):
         return f32(1)
     if scale < SMALLEST_NORMAL:
@@ -117,7 +118,7 @@ def _round_scale(scale, drop):
         if drop:
             coarse = SUBNORMAL_ROUNDING * f32(i32(1) << i32(drop))
             stored = (stored + coarse) - coarse
-        return stored if stored > f32(0) else TINY
+        return stored if stored > f32(0) else f32(spec.smallest)
     bits = _to_multiple(f32(scale).view(i32), 13)
     if drop:
         bits = _to_multiple(bits, 13 + drop)
@@ -131,20 +132,20 @@ def _grid_of_integers(low, high, spec, part):
     size = abs(part)
     low, high = low * size, high * size
     if spec.symmetric:
-        scale = _round_scale(f32(2) * max(-low, high) / top, spec.drop)
+        scale = _round_scale(f32(2) * max(-low, high) / top, spec)
         return -scale if spec.search and (high > -low) != (part < f32(0)) else scale, f32(spec.half)
-    scale = _round_scale((high - low) / top, spec.drop)
+    scale = _round_scale((high - low) / top, spec)
     zero = _round(min(max(-low / scale, f32(0)), top))
     if spec.min_zero and zero < f32(spec.min_zero):
-        scale = max(scale, _round_scale(high / f32(spec.top - spec.min_zero), spec.drop))
+        scale = max(scale, _round_scale(high / f32(spec.top - spec.min_zero), spec))
         zero = f32(spec.min_zero)
     return scale, zero
 
 
 @njit(nogil=True, inline="always")
 def _grid_of_book(low, high, spec, part):
-    reach = max(-low, high) * abs(part) / f32(spec.book[15])
-    return reach if spec.settles else _round_scale(reach, spec.drop), f32(0)
+    reach = max(-low, high) * abs(part) / f32(spec.book[-1])
+    return reach if spec.settles else _round_scale(reach, spec), f32(0)
 
 
 def _grid_for_range(low, high, spec, part):
@@ -159,27 +160,32 @@ def _code_of(point, zero, spec):
     """The code of a point."""
 
 
-def _has_book(spec):
-    return spec.types[spec.fields.index("book")].count > 0
+def _points(spec):
+    """The number of points of the book: 0 for integers, 1 for floats."""
+    return spec.types[spec.fields.index("book")].count
 
 
 @overload(_grid_for_range)
 def _(low, high, spec, part):
-    if _has_book(spec):
+    if _points(spec):
         return lambda low, high, spec, part: _grid_of_book(low, high, spec, part)
     return lambda low, high, spec, part: _grid_of_integers(low, high, spec, part)
 
 
 @overload(_nearest)
 def _(x, low, high, spec):
-    if _has_book(spec):
+    if _points(spec) == 1:
+        return lambda x, low, high, spec: nearest_e4m3(x)
+    if _points(spec):
         return lambda x, low, high, spec: nearest_of_book(x, spec.book, spec.bounds)
     return lambda x, low, high, spec: _round(min(max(x, low), high))
 
 
 @overload(_code_of)
 def _(point, zero, spec):
-    if _has_book(spec):
+    if _points(spec) == 1:
+        return lambda point, zero, spec: code_of_e4m3(point)
+    if _points(spec):
         return lambda point, zero, spec: code_of_book(point, spec.bounds)
     return lambda point, zero, spec: np.uint8(point + zero)
 

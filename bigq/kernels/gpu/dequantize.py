@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigq.kernels.gpu.grid import e4m3_of
 from bigq.kernels.gpu.pack import code_at
 from bigq.kernels.grid_spec import BOOKS, PointsName
 
@@ -42,7 +43,7 @@ def _launch(
     out = torch.empty(m, n, dtype=dtype, device=source.device)
     _dequantize_kernel[(triton.cdiv(n, TILE[1]), triton.cdiv(m, TILE[0]))](
         source, scales, zeros, out, m, n, n // scales.shape[1], *strides, *scales.stride(), *zeros.stride(),
-        BITS=bits, BOOK=BOOKS[points] or None, BM=TILE[0], BN=TILE[1], num_warps=4,
+        BITS=bits, BOOK=(BOOKS[points][-1],) if points == "e4m3" else BOOKS[points] or None, BM=TILE[0], BN=TILE[1], num_warps=4,
     )  # fmt: skip
     return out
 
@@ -65,6 +66,8 @@ def _dequantize_kernel(
     if BOOK is None:
         zero = tl.load(zeros + rows * zeros_m + group * zeros_g, mask=mask, other=0).to(tl.float32)
         value = (code.to(tl.float32) - zero) * scale
+    elif len(BOOK) == 1:
+        value = e4m3_of(code) * scale
     else:
         point = tl.zeros_like(scale) + BOOK[0]
         for i in tl.static_range(1, 16):

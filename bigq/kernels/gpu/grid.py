@@ -14,13 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigq.kernels.grid_spec import FP16_TINY, REFINED, SCALE_BITS, GridSpec
+from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, FP16_TINY, REFINED, SCALE_BITS, GridSpec
 
 ROWS = 16
 #: Columns that a warp holds in registers.
 COLUMNS_OF_WARP = 32
 
-_TINY = tl.constexpr(FP16_TINY)
+#: What a scale of more bits than these fewer becomes, if it is rounded to 0: ``smallest_scale``.
+_TINY, _NARROWEST = tl.constexpr(FP16_TINY), tl.constexpr(SCALE_BITS - FEWEST_SCALE_BITS)
+#: The code of 0 in E4M3; its smallest normal number, and the numbers per unit below it; the exponent and fraction in an fp32 number that
+#: stand for 0.
+_E4M3_ZERO, _E4M3_NORMAL, _E4M3_SUBNORMALS, _E4M3_BIAS = tl.constexpr(126), tl.constexpr(2.0**-6), tl.constexpr(512.0), tl.constexpr(960)
 #: Adding and subtracting 1.5 · 2²³ rounds a small fp32 number to the nearest integer, ties to even.
 _ROUNDER = tl.constexpr(12582912.0)
 
@@ -74,8 +78,8 @@ def drop_of(spec: GridSpec) -> int:
 
 
 def book_of(spec: GridSpec) -> dict[str, tuple[float, ...] | None]:
-    """The codebook as arguments of a kernel."""
-    return {"BOOK": spec.book or None, "BOUNDS": spec.bounds or None}
+    """The codebook as arguments of a kernel; of floats, to which numbers are rounded, the largest one and no bounds."""
+    return {"BOOK": (spec.largest,), "BOUNDS": ()} if spec.is_float else {"BOOK": spec.book or None, "BOUNDS": spec.bounds or None}
 
 
 @triton.jit
@@ -84,10 +88,38 @@ def _round(x):
 
 
 @triton.jit
+def _to_e4m3(x):
+    """Rounded to E4M3, ties to even: the sum with 1.5 · 2^(e + 20), e the exponent, has its last bit where E4M3 has."""
+    binade = tl.maximum(tl.abs(x), _E4M3_NORMAL).to(tl.int32, bitcast=True) & 0x7F800000
+    rounder = (binade + (20 << 23)).to(tl.float32, bitcast=True) * 1.5
+    return (x + rounder) - rounder
+
+
+@triton.jit
+def _e4m3_code(point):
+    size = tl.abs(point)
+    normal = (size.to(tl.int32, bitcast=True) >> 20) - _E4M3_BIAS
+    pattern = tl.where(size >= _E4M3_NORMAL, normal, (size * _E4M3_SUBNORMALS).to(tl.int32))
+    return tl.where(point < 0, _E4M3_ZERO - pattern, _E4M3_ZERO + pattern).to(tl.uint8)
+
+
+@triton.jit
+def e4m3_of(code):
+    """The points of codes, fp32."""
+    signed = code.to(tl.int32) - _E4M3_ZERO
+    pattern = tl.abs(signed)
+    normal = ((pattern + _E4M3_BIAS) << 20).to(tl.float32, bitcast=True)
+    size = tl.where(pattern < 8, pattern.to(tl.float32) / _E4M3_SUBNORMALS, normal)
+    return tl.where(signed < 0, -size, size)
+
+
+@triton.jit
 def _nearest(x, z, MAX_CODE: tl.constexpr, BOOK: tl.constexpr, BOUNDS: tl.constexpr):
     """The point nearest to x, in units of the scale, as ``grid.nearest``."""
     if BOOK is None:
         point = _round(tl.clamp(x, -z, MAX_CODE - z))
+    elif len(BOOK) == 1:
+        point = _to_e4m3(tl.clamp(x, -BOOK[0], BOOK[0]))
     else:
         point = tl.zeros_like(x) + BOOK[0]
         for i in tl.static_range(15):
@@ -100,6 +132,8 @@ def _codes(point, z, BOUNDS: tl.constexpr):
     """The codes of points."""
     if BOUNDS is None:
         code = (point + z).to(tl.uint8)
+    elif len(BOUNDS) == 0:
+        code = _e4m3_code(point)
     else:
         count = tl.zeros_like(point)
         for i in tl.static_range(15):
@@ -116,7 +150,10 @@ def _round_scale(scale, DROP: tl.constexpr):
         pattern = (pattern + ((1 << (DROP - 1)) - 1) + ((pattern >> DROP) & 1)) >> DROP << DROP
         half = pattern.to(tl.int16).to(tl.float16, bitcast=True)
     stored = half.to(tl.float32)
-    stored = tl.where(stored == 0, _TINY, stored)
+    tiny = _TINY
+    if DROP > _NARROWEST:
+        tiny = _TINY * (1 << DROP)
+    stored = tl.where(stored == 0, tiny, stored)
     return tl.where(scale == 0, 1.0, stored)
 
 
@@ -126,7 +163,7 @@ def _grid_for_range(
     BOOK: tl.constexpr,
 ):  # fmt: skip
     if BOOK is not None:
-        scale = tl.div_rn(tl.maximum(-low, high), tl.zeros_like(low) + BOOK[15])
+        scale = tl.div_rn(tl.maximum(-low, high), tl.zeros_like(low) + BOOK[len(BOOK) - 1])
         if DROP >= 0:
             scale = _round_scale(scale, DROP)
         zero = tl.zeros_like(low)
