@@ -44,6 +44,7 @@ from bigq.kernels.gpu import pack as pack_triton
 from bigq.kernels.gpu import rank_update as rank_update_triton
 from bigq.kernels.gpu import syrk as syrk_triton
 from bigq.kernels.grid import GroupGrid
+from bigq.kernels.grid_spec import PointsName
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
@@ -151,14 +152,14 @@ def syrk(n: int, dtype: torch.dtype, *, aligned: bool = True) -> Launch:
     return name, lambda: syrk_triton.syrk_triton_(empty(1, n), x)
 
 
-def dequantize(bits: int, dtype: torch.dtype, n: int = 4096, m: int = 512) -> Launch:
+def dequantize(bits: int, dtype: torch.dtype, n: int = 4096, m: int = 512, points: PointsName = "int") -> Launch:
     """bits: 0 for codes."""
     source = empty(n * bits // 32, m, dtype=torch.int32) if bits else empty(m, n, dtype=torch.uint8)
     scales, zeros = empty(n // 128, m, dtype=torch.float16).T, empty(n // 128, m, dtype=torch.uint8).T
     if not bits:
         return f"dequantize to {TYPES[dtype]}", lambda: dequantize_triton.dequantize_triton(source, scales, zeros, dtype)
-    name = f"dequantize_packed, {bits} bits to {TYPES[dtype]}"
-    return name, lambda: dequantize_triton.dequantize_packed_triton(source, scales, zeros, bits, dtype)
+    name = f"dequantize_packed, {f'{bits} bits' if points == 'int' else points} to {TYPES[dtype]}"
+    return name, lambda: dequantize_triton.dequantize_packed_triton(source, scales, zeros, bits, dtype, points)
 
 
 def common() -> Iterator[Launch]:
@@ -217,6 +218,8 @@ def others() -> Iterator[Launch]:
         yield dequantize(4, dtype)
         yield dequantize(0, dtype)
     yield dequantize(3, torch.float32)
+    for bits, points in ((4, "nf4"), (4, "e2m1"), (8, "e4m3")):
+        yield dequantize(bits, torch.bfloat16, points=points)
     yield syrk(57344, torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float16):
         yield matvec(1, 4096, 4096, 4096, 4, dtype)  # one group

@@ -225,9 +225,9 @@ def _to_gguf(pager: Pager, out: Path, trust_remote_code: bool, say: Callable[[st
 
 def _require_same_inputs(source: Path, before: Format, to: str) -> None:
     """Raise UsageError where one format's readers quantize the inputs of Linears and the other's do not."""
-    if before.name == to or before.quantizes_inputs == (to in FORMATS and FORMATS[to].quantizes_inputs):
+    if before.name == to or before.quantized_inputs == (FORMATS[to].quantized_inputs if to in FORMATS else ""):
         return
-    which = before.name if before.quantizes_inputs else to
+    which = before.name if before.quantized_inputs else to
     raise UsageError(
         f"{source}: readers of {which} quantize the inputs of Linears too, so another format is another model; quantize the original model "
         f"with --format {to}"

@@ -77,7 +77,7 @@ def choose_packed(pager: Pager, tokens: int, packed: bool | None = None) -> bool
 
 def _quantizes_inputs(pager: Pager) -> bool:
     """Whether packed Linears quantize their inputs, for which ``PackedLinear`` has no way."""
-    return pager.schemes is not None and pager.schemes.format.quantizes_inputs
+    return pager.schemes is not None and bool(pager.schemes.format.quantized_inputs)
 
 
 def bytes_needed(pager: Pager, tokens: int, *, packed: bool) -> int:

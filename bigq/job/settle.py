@@ -86,15 +86,12 @@ def _require_possible(model: ModelDescription, config: JobConfig) -> None:
         rule = next((rule for rule in config.rules if (rule.overrides or {}).get(option.rule_key or "", only) != only), None)
         if rule is not None:
             raise UsageError(f"{rule_option(rule)}: {named} holds only {' '.join(option.words(only))}; leave this out of the rule")
-    if made.scale_form == "fp16":
-        return
-    for given, what in (
-        (config.scheme.scale_bits, f"--scale-bits {config.scheme.scale_bits}"),
-        (config.tune_steps, f"--tune-steps {config.tune_steps}"),
-        (config.bits_per_weight, f"--bits-per-weight {config.bits_per_weight}"),
-    ):
-        if given:
-            raise UsageError(f"{what}: {named} stores the scales of a matrix in a form of its own, at 4 bits; leave it out")
+    if made.scale_form != "fp16" and config.scheme.scale_bits:
+        raise UsageError(f"--scale-bits {config.scheme.scale_bits}: {named} stores scales in a form of its own; leave it out")
+    if made.points != "int" and config.tune_steps:
+        raise UsageError(f"--tune-steps {config.tune_steps}: {named} stores no integers; leave it out")
+    if config.bits_per_weight and "bits" in made.fixed:
+        raise UsageError(f"--bits-per-weight {config.bits_per_weight}: {named} holds {made.fixed['bits']} bits only; leave it out")
     if model.has_experts and not made.takes_experts:
         raise UsageError(f"{named}: its readers take no experts, which {model.folder} has; use --format {FORMAT_WITH_EXPERTS}")
     if config.lm_head and not made.takes_head:

@@ -88,10 +88,10 @@ class Pager(ModelDescription):
         self._forced = skeleton.forced_dtypes(self.model, self.dtype, self._meta)
         self.banks: dict[str, StoredBank] = {}
         self._weights = self._find_sources()
-        if self.schemes is not None and self.schemes.format.quantizes_inputs:
+        if self.schemes is not None and (kind := self.schemes.format.quantized_inputs):
             self._forced |= dict.fromkeys(self.packed, torch.float32)
             packed = [self._owner(name)[0] for name in self.packed]
-            quantize_inputs(folder, packed, any(any(bank.packed()) for bank in self.banks.values()))
+            quantize_inputs(folder, packed, kind, any(any(bank.packed()) for bank in self.banks.values()))
         self._ahead: Prefetch | None = None
         self._budget = 0
         skeleton.move_buffers(self.model, device)

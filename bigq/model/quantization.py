@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from bigq.errors import CheckpointError, UnsupportedModelError
-from bigq.io.formats import PackedSchemes, quantization_method, read_schemes
+from bigq.io.formats import PackedSchemes, numbers_format, quantization_method, read_schemes
 from bigq.io.formats.compressed_tensors import require_plain
-from bigq.io.formats.w8a8 import is_w8a8
 from bigq.io.index import Checkpoint, RemoteHeaders, TensorInfo
 from bigq.io.json_file import read_json_object, show_name, show_value
 from bigq.io.sources.coded import decoded_tensors
@@ -112,9 +111,20 @@ def _integers(folder: Path, config: Mapping[str, Any]) -> Decoding | None:
 def _decoding(folder: Path, *, integers: bool) -> Decoding | None:
     config = read_json_object(folder / "config.json")
     said = described_quantization(config)[1]
-    if not integers and isinstance(said, dict) and is_w8a8(said):
-        return None  # read as packed Linears, whose inputs are quantized
+    if not integers and isinstance(said, dict) and _is_packed(config, said):
+        return None
     return _numbers(folder, config) or (_integers(folder, config) if integers else None)
+
+
+def _is_packed(config: Mapping[str, Any], said: Mapping[str, Any]) -> bool:
+    """Whether weights are numbers that programs which use a model read as packed Linears, whose inputs they may have to quantize.
+
+    Experts in fp8 are decoded instead, since their inputs cannot be quantized.
+    """
+    format = numbers_format(said)
+    parts = [config, *(config.get(part) for part in _LANGUAGE_PARTS)]
+    has_experts = any("expert" in key for part in parts if isinstance(part, Mapping) for key in part)
+    return format is not None and not (format.quantized_inputs == "e4m3" and has_experts)
 
 
 def decoded_source(folder: Path, tensors: Mapping[str, TensorInfo], *, integers: bool) -> Mapping[str, TensorInfo]:
@@ -185,7 +195,7 @@ def packed_schemes(folder: Path) -> PackedSchemes | None:
     path = folder / "config.json"
     config = read_json_object(path)
     place, said = described_quantization(config)
-    if isinstance(said, dict) and is_w8a8(said):
+    if isinstance(said, dict) and _is_packed(config, said):
         return read_schemes(path, said)
     if _numbers(folder, config) is not None:
         return None

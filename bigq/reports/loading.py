@@ -57,7 +57,7 @@ def loading(history: History) -> Iterator[str]:
             yield f"{refusal}.\n"
     elif config.made.name == "awq":
         yield from _awq(history, config)
-    elif config.made.quantizes_inputs:
+    elif config.made.quantized_inputs:
         yield "With transformers (`pip install transformers compressed-tensors`):\n"
         yield _transformers(history, config.trust_remote_code)
         yield (

@@ -20,6 +20,7 @@ from bigq.kernels.feedback import feedback
 from bigq.kernels.finiteness import is_finite
 from bigq.kernels.gptq_block import gptq_block_, gptq_block_reference_
 from bigq.kernels.grid import SCALE_BITS, GridSpec, GroupGrid
+from bigq.kernels.grid_spec import BITS_OF_FORM, PointsName, ScaleForm
 from bigq.kernels.pack import pack, pack_reference, unpack
 from bigq.kernels.pick import empty_columns
 from bigq.kernels.rank_update import rank_update_
@@ -72,7 +73,7 @@ def run(setting: Setting, found: Findings) -> None:
 class Loop:
     """A launch of the column loop. k: columns; m: rows, None for some thousands; width: columns of a group, 0 for given scales.
 
-    search: whether the scales are searched for, which is a launch of its own before it.
+    search: whether the scales are searched for, which is a launch of its own before it. points, scale_form: of codebooks.
     """
 
     bits: int
@@ -83,16 +84,22 @@ class Loop:
     min_zero: int = 0
     scale_bits: int = SCALE_BITS
     search: bool = False
+    points: PointsName = "int"
+    scale_form: ScaleForm = "fp16"
 
     @property
     def spec(self) -> GridSpec:
-        return GridSpec(bits=self.bits, symmetric=self.symmetric, min_zero=self.min_zero, scale_bits=self.scale_bits, search=self.search)
+        names = ("bits", "symmetric", "min_zero", "search", "points", "scale_form")
+        scale_bits = BITS_OF_FORM.get(self.scale_form, self.scale_bits)
+        return GridSpec(scale_bits=scale_bits, **{name: getattr(self, name) for name in names})
 
     @property
     def name(self) -> str:
         kind = "symmetric" if self.symmetric else f"asymmetric from {self.min_zero}"
         rows = "" if self.m is None else f", {self.m} rows"
         scales = f"{'search in ' * self.search}groups of {self.width}" if self.width else "given scales"
+        if self.points != "int":
+            return f"column loop, {self.k} columns{rows}, {self.points}, {scales}, {self.scale_form} scales"
         return f"column loop, {self.k} columns{rows}, {self.bits} bits {kind}, {scales}, {self.scale_bits}-bit scales"
 
 
@@ -116,6 +123,11 @@ LOOPS = (
     Loop(bits=2, symmetric=False, width=0, m=1030),
     Loop(bits=4, symmetric=True, width=32, k=64, scale_bits=8, search=True),
     Loop(bits=2, symmetric=True, width=32, k=32, search=True),
+    Loop(bits=4, symmetric=True, width=0, points="nf4", scale_form="nested"),
+    Loop(bits=4, symmetric=True, width=16, points="e2m1", scale_form="e4m3"),
+    Loop(bits=4, symmetric=True, width=32, points="e2m1", scale_form="e8m0"),
+    Loop(bits=4, symmetric=True, width=16, k=32, points="e2m1", scale_form="e4m3", search=True),
+    Loop(bits=8, symmetric=True, width=0, points="e4m3"),
 )
 
 

@@ -153,11 +153,11 @@ def test_a_transposed_weight(ids: Path, tmp_path: Path) -> None:
         ({"scheme": QuantScheme(bits=3)}, "--bits 3: --format bnb-nf4 holds only --bits 4; leave it out"),
         ({"scheme": QuantScheme(symmetric=False)}, "--asym: --format bnb-nf4 holds only --sym; leave it out"),
         ({"scheme": QuantScheme(group_size=32)}, "--group-size 32: --format bnb-nf4 holds only --group-size 64; use --group-size 64"),
-        ({"scheme": QuantScheme(scale_bits=8)}, "--scale-bits 8: --format bnb-nf4 stores the scales of a matrix in a form of its own"),
+        ({"scheme": QuantScheme(scale_bits=8)}, "--scale-bits 8: --format bnb-nf4 stores scales in a form of its own; leave it out"),
         ({"lm_head": True}, "--lm-head: --format bnb-nf4 holds Linears inside blocks only; leave out --lm-head"),
         ({"rules": (Rule.parse(".*q_proj:bits=8"),)}, "--rule '.*q_proj:bits=8': --format bnb-nf4 holds only --bits 4; leave this out"),
-        ({"method": "gptaq", "tune_steps": 4}, "--tune-steps 4: --format bnb-nf4 stores the scales"),
-        ({"bits_per_weight": 4.5}, "--bits-per-weight 4.5: --format bnb-nf4 stores the scales"),
+        ({"method": "gptaq", "tune_steps": 4}, "--tune-steps 4: --format bnb-nf4 stores no integers; leave it out"),
+        ({"bits_per_weight": 4.5}, "--bits-per-weight 4.5: --format bnb-nf4 holds 4 bits only; leave it out"),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused(changes: dict[str, Any], message: str, model: Path, ids: Path, tmp_path: Path) -> None:
@@ -178,8 +178,8 @@ def test_it_is_converted_to_no_other_format(to: str, done: Path, tmp_path: Path,
     assert main(["convert", str(done), str(tmp_path / "new"), "--to", to]) != 0
     said = capsys.readouterr().err
     expected = "holds points of nf4, which GGUF does not; keep the model in its present format" if to == "gguf" else f"but {to} stores"
-    if to == "w8a8-int8":
-        expected = "quantize the original model with --format w8a8-int8"
+    if to in ("w8a8-int8", "fp8"):
+        expected = f"quantize the original model with --format {to}"
     assert expected in said and not (tmp_path / "new").exists()
 
 

@@ -9,16 +9,22 @@ from typing import Any
 from bigq.errors import UnsupportedModelError
 from bigq.io.formats.awq import Awq, AwqSchemes
 from bigq.io.formats.base import Format, PackedLinear, PackedSchemes, PackedWeight, Quantization
-from bigq.io.formats.bitsandbytes import BitsAndBytesSchemes, Fp4, Nf4
+from bigq.io.formats.bitsandbytes import BitsAndBytesSchemes, BnbFp4, Nf4
 from bigq.io.formats.compressed_tensors import CompressedTensors, CompressedTensorsSchemes
+from bigq.io.formats.fp4 import MxFp4, NvFp4
 from bigq.io.formats.gptq import Gptq, GptqV2
 from bigq.io.formats.gptq_config import GptqSchemes
-from bigq.io.formats.w8a8 import W8A8Int8, W8A8Schemes, is_w8a8
+from bigq.io.formats.numbers import Numbers, NumbersSchemes
+from bigq.io.formats.w8a8 import Fp8, W8A8Int8
 from bigq.io.json_file import show_name, show_value
 
-__all__ = ["FORMATS", "Format", "PackedLinear", "PackedSchemes", "Quantization", "PackedWeight", "quantization_method", "read_schemes"]
+__all__ = ["FORMATS", "Format", "PackedLinear", "PackedSchemes", "Quantization", "PackedWeight", "numbers_format", "quantization_method", "read_schemes"]
 
-FORMATS: Mapping[str, Format] = {made.name: made for made in (Gptq(), GptqV2(), CompressedTensors(), W8A8Int8(), Awq(), Nf4(), Fp4())}
+#: Variants of compressed-tensors that store numbers instead of packed codes.
+_NUMBERS: tuple[Numbers, ...] = (W8A8Int8(), Fp8(), NvFp4(), MxFp4())
+FORMATS: Mapping[str, Format] = {
+    made.name: made for made in (Gptq(), GptqV2(), CompressedTensors(), *_NUMBERS, Awq(), Nf4(), BnbFp4())
+}
 
 
 #: Entries that name a method in place of ``quant_method``.
@@ -37,6 +43,11 @@ _TELLING_KEYS: Mapping[str, str] = {
 }
 
 
+def numbers_format(config: Mapping[str, Any]) -> Numbers | None:
+    """The variant of compressed-tensors that a ``quantization_config`` describes, if it is one that stores numbers and that bigq writes."""
+    return next((made for made in _NUMBERS if made.describes(config)), None)
+
+
 def read_schemes(path: Path, config: Mapping[str, Any]) -> PackedSchemes:
     """Parse the ``quantization_config`` of the config.json at ``path``.
 
@@ -45,8 +56,8 @@ def read_schemes(path: Path, config: Mapping[str, Any]) -> PackedSchemes:
     method = config.get("quant_method")
     if method == "gptq":
         return GptqSchemes.read(path, config, _gptq_variant(path, config.get("checkpoint_format")))
-    if is_w8a8(config):
-        return W8A8Schemes(path, FORMATS["w8a8-int8"])
+    if (numbers := numbers_format(config)) is not None:
+        return NumbersSchemes(path, numbers)
     if method == "compressed-tensors":
         return CompressedTensorsSchemes.read(path, config, FORMATS["compressed-tensors"])
     if method == "awq":

@@ -29,6 +29,9 @@ ALIGNMENT = 32
 REASONS = 3
 
 
+#: Types to which readers quantize the inputs of Linears; empty if they do not.
+InputType = Literal["", "int8", "e4m3"]
+
 #: The name of a matrix of one expert; readers take all experts of a bank, the first group, as one module.
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.\w+")
 
@@ -134,8 +137,8 @@ class Format(ABC):
     config_file: a file beside config.json to which the quantization config is written too, for readers that look for it.
     scales_as_weights: whether scales have the dtype of the original weights, instead of fp16.
     bits, group_sizes: those that it holds; None for any group size. one_size: whether its config has one group size for all Linears.
-    symmetric_only: whether it holds no zero points. quantizes_inputs: whether its readers quantize the inputs of Linears too, to int8 with
-        a scale for each token, so that the same weights in another format are another model.
+    symmetric_only: whether it holds no zero points. quantized_inputs: the type to which its readers quantize the inputs of Linears too,
+        with a scale for each token, so that the same weights in another format are another model; empty if they do not.
     tag: the hub's name of the format.
     points, scale_form: what codes stand for, and how scales are stored.
     fixed: fields of the scheme that have only one value in the format.
@@ -157,7 +160,7 @@ class Format(ABC):
     group_sizes: ClassVar[tuple[int, ...] | None] = None
     one_size: ClassVar[bool] = False
     symmetric_only: ClassVar[bool] = False
-    quantizes_inputs: ClassVar[bool] = False
+    quantized_inputs: ClassVar[InputType] = ""
     points: ClassVar[PointsName] = "int"
     scale_form: ClassVar[ScaleForm] = "fp16"
     fixed: ClassVar[Mapping[str, int | bool]] = {}

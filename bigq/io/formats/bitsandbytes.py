@@ -227,7 +227,7 @@ class Nf4(BitsAndBytes):
     kind = points = "nf4"
 
 
-class Fp4(BitsAndBytes):
+class BnbFp4(BitsAndBytes):
     """Points of a 4-bit float."""
 
     name = "bnb-fp4"

@@ -24,7 +24,7 @@ from bigq.model.forward.arguments import probe_calls
 from bigq.model.forward.block_call import BlockCall, HandedOn, OfTokens, OutputForm, extras_of, fill_from_first, hidden_of
 from bigq.model.forward.capture import first_input, forward_errors, output_head, record_calls, replace_forwards, split_call
 from bigq.model.forward.compare import agree
-from bigq.model.forward.quantized_inputs import Int8Inputs
+from bigq.model.forward.quantized_inputs import QuantizedInputs
 from bigq.model.skeleton import linear_weight
 
 #: The order in which probes run to see that the first gives the same again: at once, and after another one.
@@ -131,7 +131,7 @@ class _Linears:
 
     def _check(self, name: str) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not args or isinstance(module, Int8Inputs) or not is_product(module, args[0], output):
+            if not args or isinstance(module, QuantizedInputs) or not is_product(module, args[0], output):
                 return  # it stays unquantized, or is quantized already, with its inputs
             weight, bias = linear_weight(module), module.bias
             if "weight" not in module._parameters or not agree(functional.linear(args[0], weight, bias), output):  # type: ignore[arg-type]

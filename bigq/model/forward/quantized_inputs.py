@@ -2,40 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bigq.errors import UnsupportedModelError
+from bigq.io.formats.base import InputType
 
-#: The largest number of a quantized input.
-MOST = 127
+#: The largest number of an input in int8 and in E4M3, and the smallest scale there, as in vLLM.
+INT8_MOST, E4M3_MOST = 127, 448.0
+E4M3_SMALLEST = 1 / (E4M3_MOST * 512)
 
 
-def rounded_tokens(x: Tensor) -> Tensor:
+def rounded_to_int8(x: Tensor) -> Tensor:
     """Inputs [..., n] as fp32 numbers that int8 times a scale for each token can represent.
 
     The scale is the largest magnitude over 127. It is multiplied by as its inverse, and ties go to even numbers, as in vLLM's kernels:
     on a CPU the numbers are bit for bit theirs.
     """
     wide = x.float()
-    scale = wide.abs().amax(-1, keepdim=True) / MOST
+    scale = wide.abs().amax(-1, keepdim=True) / INT8_MOST
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-    return torch.clamp(torch.round(wide * inverse), -MOST - 1, MOST) * scale
+    return torch.clamp(torch.round(wide * inverse), -INT8_MOST - 1, INT8_MOST) * scale
 
 
-class Int8Inputs(nn.Linear):
-    """A Linear that first quantizes its inputs. The weight is in fp32, and so is the product, in which integers are nearly exact."""
+def rounded_to_e4m3(x: Tensor) -> Tensor:
+    """The same with E4M3, whose largest number is 448."""
+    wide = x.float()
+    scale = (wide.abs().amax(-1, keepdim=True) / E4M3_MOST).clamp(min=E4M3_SMALLEST)
+    return torch.clamp(wide * scale.reciprocal(), -E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn).float() * scale
+
+
+class QuantizedInputs(nn.Linear):
+    """A Linear that first quantizes its inputs. The weight is in fp32, and so is the product, in which 8-bit numbers are nearly exact."""
+
+    rounded: ClassVar[Callable[[Tensor], Tensor]]
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(rounded_tokens(input), self.weight.float(), bias).to(input.dtype)
+        return nn.functional.linear(type(self).rounded(input), self.weight.float(), bias).to(input.dtype)
 
 
-def quantize_inputs(folder: Path, modules: Iterable[nn.Module], experts: bool) -> None:
-    """Let Linears quantize their inputs from now on. experts: whether the checkpoint in ``folder`` holds experts that would have to.
+class Int8Inputs(QuantizedInputs):
+    rounded = staticmethod(rounded_to_int8)
+
+
+class E4M3Inputs(QuantizedInputs):
+    rounded = staticmethod(rounded_to_e4m3)
+
+
+def quantize_inputs(folder: Path, modules: Iterable[nn.Module], kind: InputType, experts: bool) -> None:
+    """Let Linears quantize their inputs to a type from now on. experts: whether the checkpoint in ``folder`` holds experts that would have
+    to.
 
     Raises UnsupportedModelError for experts, and for what is no Linear.
     """
@@ -45,4 +66,4 @@ def quantize_inputs(folder: Path, modules: Iterable[nn.Module], experts: bool) -
         if not isinstance(module, nn.Linear):
             kind = type(module).__name__
             raise UnsupportedModelError(f"{folder}: readers quantize the inputs of a {kind}, which bigq cannot; give the original model")
-        module.__class__ = Int8Inputs
+        module.__class__ = Int8Inputs if kind == "int8" else E4M3Inputs

@@ -1,8 +1,9 @@
-"""The w8a8-int8 format: int8 numbers and a scale for each row, and the config that makes readers quantize inputs."""
+"""The formats w8a8-int8 and fp8: 8-bit numbers and a scale for each row, and the config that makes readers quantize inputs."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +14,59 @@ from torch import Tensor
 
 from bigq.errors import CheckpointError, UnsupportedModelError, UsageError
 from bigq.inspect.scan import scan_shard
-from bigq.io.formats import FORMATS, PackedLinear, PackedWeight, Quantization, read_schemes
+from bigq.io.formats import FORMATS, PackedLinear, PackedWeight, Quantization, numbers_format, read_schemes
 from bigq.io.formats.base import Misfit
-from bigq.io.formats.w8a8 import is_w8a8
+from bigq.io.formats.w8a8 import EightBits
+from bigq.kernels.grid_spec import BOOKS
 from bigq.kernels.pack import unpack
-from bigq.model.forward.quantized_inputs import quantize_inputs, rounded_tokens
+from bigq.model.forward.quantized_inputs import quantize_inputs, rounded_to_e4m3, rounded_to_int8
 from bigq.quantized_weight import QuantizedWeight
-from bigq.scheme import QuantScheme
 
-W8A8 = FORMATS["w8a8-int8"]
 PATH = Path("model/config.json")
-SCHEME = QuantScheme(bits=8, group_size=-1)
 M, N = 32, 48
 
 
-def random_weight() -> QuantizedWeight:
+@pytest.fixture(params=["w8a8-int8", "fp8"])
+def made(request: pytest.FixtureRequest) -> EightBits:
+    found = FORMATS[request.param]
+    assert isinstance(found, EightBits)
+    return found
+
+
+def random_weight(made: EightBits) -> QuantizedWeight:
     """With every code, and negative scales."""
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(256, (M, N), generator=generator).to(torch.uint8)
-    codes[0, :2] = torch.tensor([0, 255])
+    scheme = made.scheme()
+    count = len(BOOKS[scheme.points]) or 256
+    codes = torch.randperm(M * N, generator=generator).remainder_(count).to(torch.uint8).view(M, N)
     scales = (torch.randn(M, 1, generator=generator) / 8).bfloat16()
-    zeros = torch.full((M, 1), 128, dtype=torch.uint8)
-    return QuantizedWeight(codes=codes, scales=scales, zeros=zeros, scheme=SCHEME, loss=0.0, energy=1.0, damping=0.01)
+    zeros = torch.full((M, 1), made.zero, dtype=torch.uint8)
+    return QuantizedWeight(codes=codes, scales=scales, zeros=zeros, scheme=scheme, loss=0.0, energy=1.0, damping=0.01)
 
 
-def test_numbers_are_those_that_readers_multiply_with() -> None:
-    weight = random_weight()
-    tensors = W8A8.store("x", PackedWeight.of(weight), SCHEME, torch.bfloat16)
+def test_numbers_are_those_that_readers_multiply_with(made: EightBits) -> None:
+    weight = random_weight(made)
+    tensors = made.store("x", PackedWeight.of(weight), weight.scheme, torch.bfloat16)
     described = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    assert described == {"x.weight_scale": (torch.bfloat16, (M, 1)), "x.weight": (torch.int8, (M, N))}
+    number = {"w8a8-int8": torch.int8, "fp8": torch.float8_e4m3fn}[made.name]
+    assert described == {"x.weight_scale": (torch.bfloat16, (M, 1)), "x.weight": (number, (M, N))}
     linear = PackedLinear(bits=8, outputs=M, inputs=N, groups=1)
-    assert list(W8A8.layout("x", linear, True, torch.bfloat16).items()) == list(described.items())
+    assert list(made.layout("x", linear, True, torch.bfloat16).items()) == list(described.items())
     assert torch.equal(tensors["x.weight"].float() * tensors["x.weight_scale"].float(), weight.dequantize())
-    assert tensors["x.weight"].min() == -128 and tensors["x.weight"].max() == 127
-    words, scales, zeros = W8A8.read("x", tensors.__getitem__, SCHEME)
+    extremes = {"w8a8-int8": [-128, 127], "fp8": [-448, 448]}[made.name]
+    assert [float(x) for x in torch.aminmax(tensors["x.weight"].float())] == extremes
+    words, scales, zeros = made.read("x", tensors.__getitem__, weight.scheme)
     assert torch.equal(unpack(words, 8).T, weight.codes) and torch.equal(scales, weight.scales) and torch.equal(zeros, weight.zeros)
     for name, tensor in tensors.items():
         assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes, name
 
 
-def test_what_it_cannot_hold_is_not_stored() -> None:
-    words, scales, zeros = PackedWeight.of(random_weight())
+def test_what_it_cannot_hold_is_not_stored(made: EightBits) -> None:
+    words, scales, zeros = PackedWeight.of(random_weight(made))
     with pytest.raises(ValueError, match="symmetric codes in whole rows only"):
-        W8A8.store("x", PackedWeight(words, scales, zeros - 1), SCHEME, torch.bfloat16)
+        made.store("x", PackedWeight(words, scales, zeros - 1), made.scheme(), torch.bfloat16)
     with pytest.raises(UsageError, match=r"not exact in torch\.bfloat16; quantize the original model with --scale-bits 8"):
-        W8A8.store("x", PackedWeight(words, scales.float() * 1.001, zeros), SCHEME, torch.bfloat16)
+        made.store("x", PackedWeight(words, scales.float() * 1.001, zeros), made.scheme(), torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -70,11 +79,11 @@ def test_what_it_cannot_hold_is_not_stored() -> None:
         ({"weight": torch.ones(M, N)}, "tensor a.q.weight: its shape or dtype does not match that of its weight_scale"),
     ],
 )
-def test_shards_are_scanned(changes: dict[str, Tensor], said: str | None, tmp_path: Path) -> None:
-    tensors = W8A8.store("a.q", PackedWeight.of(random_weight()), SCHEME, torch.float32)
+def test_shards_are_scanned(changes: dict[str, Tensor], said: str | None, made: EightBits, tmp_path: Path) -> None:
+    tensors = made.store("a.q", PackedWeight.of(random_weight(made)), made.scheme(), torch.float32)
     more = {"norm.weight": torch.ones(4), **{f"a.q.{name}": tensor for name, tensor in changes.items()}}
     save_file(tensors | more, tmp_path / "x.safetensors")
-    found = scan_shard(tmp_path / "x.safetensors", W8A8)
+    found = scan_shard(tmp_path / "x.safetensors", made)
     if said is None:
         assert found.problems == () and found.linears == {"a.q": PackedLinear(bits=8, outputs=M, inputs=N, groups=1)}
     else:
@@ -82,20 +91,32 @@ def test_shards_are_scanned(changes: dict[str, Tensor], said: str | None, tmp_pa
         assert problem.startswith(said)
 
 
-def config() -> dict[str, Any]:
-    packed = {"model.layers.0.mlp.up_proj": SCHEME}
-    job = Quantization(scheme=SCHEME, rules=(), packed=packed, left_out=(), others=("lm_head",), head=None, meta={})
-    return W8A8.config(job)
+def test_numbers_of_fp8_that_are_nan_are_found(tmp_path: Path) -> None:
+    made = FORMATS["fp8"]
+    assert isinstance(made, EightBits)
+    tensors = made.store("a.q", PackedWeight.of(random_weight(made)), made.scheme(), torch.float32)
+    tensors["a.q.weight"].view(torch.uint8)[3, 4] = 0xFF
+    save_file(tensors, tmp_path / "x.safetensors")
+    (problem,) = scan_shard(tmp_path / "x.safetensors", made).problems
+    assert problem.startswith("tensor a.q.weight holds NaN")
 
 
-def test_the_config_says_that_inputs_are_quantized() -> None:
-    found = config()
+def config(made: EightBits) -> dict[str, Any]:
+    scheme = made.scheme()
+    packed = {"model.layers.0.mlp.up_proj": scheme}
+    job = Quantization(scheme=scheme, rules=(), packed=packed, left_out=(), others=("lm_head",), head=None, meta={})
+    return made.config(job)
+
+
+def test_the_config_says_that_inputs_are_quantized(made: EightBits) -> None:
+    found = config(made)
+    kind, variant = {"w8a8-int8": ("int", "int-quantized"), "fp8": ("float", "float-quantized")}[made.name]
     (group,) = found["config_groups"].values()
-    assert (found["quant_method"], found["format"], group["format"]) == ("compressed-tensors", "int-quantized", "int-quantized")
+    assert (found["quant_method"], found["format"], group["format"]) == ("compressed-tensors", variant, variant)
     assert found["ignore"] == ["lm_head"] and group["targets"] == ["Linear"]
-    assert group["input_activations"] == {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    assert group["input_activations"] == {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
     schemes = read_schemes(PATH, found)
-    assert schemes.format is W8A8 and schemes.scheme("model.layers.0.mlp.up_proj") == SCHEME
+    assert schemes.format is made and schemes.scheme("model.layers.0.mlp.up_proj") == made.scheme()
 
 
 @pytest.mark.parametrize(
@@ -105,14 +126,14 @@ def test_the_config_says_that_inputs_are_quantized() -> None:
         ("input_activations", {"strategy": "tensor"}),
         ("input_activations", {"symmetric": False}),
         ("weights", {"strategy": "tensor"}),
-        ("weights", {"type": "float"}),
+        ("weights", {"type": "other"}),
     ],
     ids=str,
 )
-def test_other_ways_to_quantize_inputs_are_not_taken_for_it(part: str, change: dict[str, Any]) -> None:
-    changed = copy.deepcopy(config())
+def test_other_ways_to_quantize_inputs_are_not_taken_for_it(part: str, change: dict[str, Any], made: EightBits) -> None:
+    changed = copy.deepcopy(config(made))
     changed["config_groups"]["group_0"][part] |= change
-    assert is_w8a8(config()) and not is_w8a8(changed)
+    assert numbers_format(config(made)) is made and numbers_format(changed) is None
     with pytest.raises((CheckpointError, UnsupportedModelError)):
         read_schemes(PATH, changed)
 
@@ -127,22 +148,22 @@ def test_other_ways_to_quantize_inputs_are_not_taken_for_it(part: str, change: d
         (32, {}, {"transposed": True}, "transposed"),
     ],
 )
-def test_what_does_not_fit(m: int, scheme: dict[str, Any], more: dict[str, bool], kind: str) -> None:
-    found = W8A8.misfit(m, 64, QuantScheme(**{"bits": 8, "group_size": -1, **scheme}), **more)
+def test_what_does_not_fit(m: int, scheme: dict[str, Any], more: dict[str, bool], kind: str, made: EightBits) -> None:
+    found = made.misfit(m, 64, dataclasses.replace(made.scheme(), **scheme), **more)
     assert isinstance(found, Misfit) and found.kind == kind
-    assert W8A8.misfit(32, 64, SCHEME) is None
+    assert made.misfit(32, 64, made.scheme()) is None
 
 
 def test_what_has_no_linear_to_round_the_inputs_of_is_refused() -> None:
     linear = torch.nn.Linear(4, 4)
-    quantize_inputs(Path("m"), [linear], experts=False)
+    quantize_inputs(Path("m"), [linear], "int8", experts=False)
     x = torch.tensor([[127.0, 0.5, 0.0, 1.6]])
     rounded = torch.tensor([[127.0, 0.0, 0.0, 2.0]])
     assert torch.equal(linear(x), torch.nn.functional.linear(rounded, linear.weight, linear.bias))
     with pytest.raises(UnsupportedModelError, match=r"^m: readers quantize the inputs of experts too"):
-        quantize_inputs(Path("m"), [], experts=True)
+        quantize_inputs(Path("m"), [], "int8", experts=True)
     with pytest.raises(UnsupportedModelError, match=r"^m: readers quantize the inputs of a Identity, which"):
-        quantize_inputs(Path("m"), [torch.nn.Identity()], experts=False)
+        quantize_inputs(Path("m"), [torch.nn.Identity()], "e4m3", experts=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -152,9 +173,26 @@ def test_inputs_are_rounded_for_each_token(dtype: torch.dtype) -> None:
     x[0, 1] = 0
     x[1, 2, :3] = torch.tensor([127.0, 0.5, 1.5], dtype=dtype)
     x[1, 2, 3:] = 0
-    got = rounded_tokens(x)
+    got = rounded_to_int8(x)
     assert got.dtype == torch.float32 and bool((got[0, 1] == 0).all()) and got[1, 2, :3].tolist() == [127.0, 0.0, 2.0]
     scale = x.float().abs().amax(-1, keepdim=True) / 127
     steps = (got / scale.clamp(min=1e-30)).round()
     assert torch.equal(steps * scale, got) and float(((got - x.float()).abs() - scale / 2).max()) < 1e-5
     assert int(steps.max()) <= 127 and int(steps.min()) >= -128
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_inputs_are_rounded_to_floats_for_each_token(dtype: torch.dtype) -> None:
+    """The largest one is 448 times the scale, and all have four significant bits."""
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 1] = 0
+    got = rounded_to_e4m3(x)
+    assert got.dtype == torch.float32 and bool((got[0, 1] == 0).all())
+    numbers = got / (x.float().abs().amax(-1, keepdim=True) / 448).clamp(min=1e-30)
+    nearest = numbers.to(torch.float8_e4m3fn).float()
+    assert torch.allclose(numbers, nearest, rtol=1e-5) and float(nearest.abs().max()) == 448
+    assert float(((got - x.float()).abs() / x.float().abs().clamp(min=1e-2)).max()) <= 2**-4
+    linear = torch.nn.Linear(64, 8)
+    quantize_inputs(Path("m"), [linear], "e4m3", experts=False)
+    expected = torch.nn.functional.linear(got, linear.weight, linear.bias)
+    assert torch.equal(linear(x.float()), expected)
