@@ -5,8 +5,8 @@ The folder of a case holds
     model/                  the source, in fp16: the same values whether it is read in fp16 or fp32
     out/                    bigq's output, quantized on 16 × 40 random tokens, with experts on 64 × 40
     expected.safetensors    ids int64 [N, T]; logits fp32 [N, T, V] of the dense model with bigq's dequantized weights, rounded to
-                            fp16 as readers store them, computed in fp32 (in w8a8-int8: not rounded, but inputs are, to int8 with
-                            the largest number that the client module names, 127 if it names none);
+                            fp16 as readers store them, computed in fp32 (in w8a8-int8 and fp8: not rounded, but inputs are, to int8
+                            with the largest number that the client module names, 127 if it names none, or to E4M3);
                             original: the logits of the source; weight.NAME fp32 [outputs, inputs] of every packed Linear, not rounded
     case.json               names of the packed Linears, and the settings that the client module has for its reader
 """
@@ -14,6 +14,7 @@ The folder of a case holds
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
@@ -36,9 +37,11 @@ from moe_families import MOE_FAMILIES, moe_model
 
 from bigq.cli.main import main as bigq
 from bigq.io.reader import read_tensor
-from bigq.kernels.grid import GridSpec, find_grid
+from bigq.kernels.grid import find_grid, nearest
 from bigq.model.pager import Pager
+from bigq.model.quantization import packed_schemes
 from bigq.model.skeleton import is_linear
+from bigq.scheme import QuantScheme
 
 #: Sizes of models with experts that vLLM's kernel for experts takes.
 _EXPERTS: Mapping[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64, "head_dim": 32}
@@ -184,15 +187,16 @@ def write_expected(folder: Path, largest: float = 127) -> list[str]:
             model.set_experts_implementation("eager")
     ids = random_ids(EVALUATED_ROWS, seed=1)
     original = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
-    int8 = '"int-quantized"' in (folder / "out/config.json").read_text()
-    records = {r["name"]: r for r in map(json.loads, (folder / "out/.bigq/linears.jsonl").read_text().splitlines())}
+    variant = json.loads((folder / "out/config.json").read_text())["quantization_config"].get("format")
+    schemes = packed_schemes(folder / "out")
+    assert schemes is not None, "nothing is packed"
     places = weights_in(model, folder / "model")
     for name, weight in weights.items():
-        require_near(name, weight, places[name], records[name]["bits"], records[name]["group_size"])
-        places[name].copy_(weight if int8 else weight.to(torch.float16))
-    if int8:
+        require_near(name, weight, places[name], schemes.scheme(name))
+        places[name].copy_(weight if variant in INPUTS else weight.to(torch.float16))
+    if variant in INPUTS:
         for name in weights:
-            linear_module(model, name).register_forward_pre_hook(lambda _, given: rounded_inputs(given, largest))
+            linear_module(model, name).register_forward_pre_hook(lambda _, given: (INPUTS[variant](given[0], largest), *given[1:]))
     logits = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
     tensors = {"ids": ids, "logits": logits, "original": original} | {
         f"weight.{name}": weight.contiguous() for name, weight in weights.items()
@@ -201,22 +205,32 @@ def write_expected(folder: Path, largest: float = 127) -> list[str]:
     return sorted(weights)
 
 
-def rounded_inputs(given: tuple[Tensor, ...], largest: float) -> tuple[Tensor, ...]:
+def in_int8(x: Tensor, largest: float) -> Tensor:
     """Inputs [..., K] as int8 numbers times a scale for each token."""
-    scale = given[0].abs().amax(-1, keepdim=True) / largest
-    return (torch.clamp(torch.round(given[0] / scale), -128, 127) * scale, *given[1:])
+    scale = x.abs().amax(-1, keepdim=True) / largest
+    return torch.clamp(torch.round(x / scale), -128, 127) * scale
 
 
-def require_near(name: str, weight: Tensor, source: Tensor, bits: int, group_size: int) -> None:
+def in_fp8(x: Tensor, largest: float) -> Tensor:
+    """The same with numbers of E4M3, which has a largest one of its own."""
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    return torch.clamp(x / scale, -448, 448).to(torch.float8_e4m3fn).float() * scale
+
+
+#: Variants of compressed-tensors whose readers round the inputs of Linears, and how.
+INPUTS: Mapping[str, Callable[[Tensor, float], Tensor]] = {"int-quantized": in_int8, "float-quantized": in_fp8}
+
+
+def require_near(name: str, weight: Tensor, source: Tensor, scheme: QuantScheme) -> None:
     """Exit if a dequantized weight [N, K] is too far from its source.
 
     Without this check, an error that packing and reading share would become the expected value. A zero point that is off by one gives
     three times the error of rounding to nearest; GPTQ gives up to 1.7 times.
     """
-    width = source.shape[1] if group_size == -1 else group_size
-    grouped = source.view(len(source), -1, width).permute(2, 0, 1)
-    scale, zero = find_grid(grouped, GridSpec(bits=bits, symmetric=True))
-    rounded = scale * torch.clamp(torch.round(grouped / scale), -zero, 2**bits - 1 - zero)
+    spec = dataclasses.replace(scheme.grid, symmetric=True, search=False)
+    grouped = source.view(len(source), -1, scheme.group_width(source.shape[1])).permute(2, 0, 1)
+    scale, zero = find_grid(grouped, spec)
+    rounded = scale * nearest(grouped / scale, zero, spec)
     ratio = float((weight - source).norm() / (rounded - grouped).norm())
     if not ratio < FARTHEST:
         sys.exit(f"clients: {name} is read back {ratio:.1f} times as far from its source as rounding to nearest would be")

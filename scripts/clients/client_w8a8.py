@@ -21,12 +21,12 @@ def _case(name: str, family: str, *more: str) -> Case:
     return Case(name=f"{name}-w8a8-int8", family=family, flags=flags, reader={"routes": ["transformers"], "largest": 127.5})
 
 
-LIMITS = {"/opt-": "compressed-tensors takes all tokens for one where inputs have two dimensions, as those of OPT's fc1 and fc2"}
+LIMITS = {"/opt-(w8a8|fp8)": "compressed-tensors takes all tokens for one where inputs have two dimensions, as those of OPT's fc1 and fc2"}
 
 CLIENT = Client(
     name="w8a8",
     venv="compressed-tensors-transformers-5.23",
-    reader="reader_w8a8.py",
+    reader="reader_numbers.py",
     cases=make_cases(),
     fails=fails_in_compressed_tensors,
     limits=LIMITS,
