@@ -295,6 +295,6 @@ def test_the_quick_tests_exist() -> None:
 
 def test_the_table_of_readers_is_the_codes() -> None:
     """The plan, the summary and model cards name readers from the same table."""
-    from bigq.io.formats.readers import markdown_table
+    from bigq.io.formats.readers_table import markdown_table
 
     assert markdown_table() in (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")

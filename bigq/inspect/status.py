@@ -137,7 +137,8 @@ def status(out: Path) -> Status:
     conversion = _conversion(out, damaged)
     again = CONVERT_AGAIN if is_conversion(out) else "it will be written again"
     intact = _has_job(out, damaged)
-    begun = any((state / name).exists() for name in (JOB_NAME, JOURNAL_NAME, OWNER_NAME))  # before the look at its owner: a job may begin now
+    # Before the look at its owner, for a job may begin now.
+    begun = any((state / name).exists() for name in (JOB_NAME, JOURNAL_NAME, OWNER_NAME))
     holder = _holder(state, damaged)
     pushed = _pushed(out, damaged)
     commits = _commits(out, damaged, again, pushed)

@@ -16,7 +16,7 @@ from bigq.config import JobConfig
 from bigq.errors import UsageError
 from bigq.io.formats.base import Misfit, bank_of, fitting_group_size, listed
 from bigq.io.formats.fused import fused_linears
-from bigq.io.formats.readers import BY_FUSED_NAME, ROWS
+from bigq.io.formats.readers_table import BY_FUSED_NAME, ROWS
 from bigq.job.fit import FINE, Candidate, misfits, patterns
 from bigq.job.rules import deciding_rule, require_sound_rules
 from bigq.methods import method_of

@@ -12,7 +12,7 @@ from bigq.config import JobConfig
 from bigq.errors import UsageError
 from bigq.io.formats.base import Misfit, bank_of, fitting_group_size, listed
 from bigq.io.formats.fused import fused_linears
-from bigq.io.formats.readers import BY_FUSED_NAME
+from bigq.io.formats.readers_table import BY_FUSED_NAME
 from bigq.io.gguf_file import BLOCK, gguf_misfit
 from bigq.job.command import rule_option
 from bigq.job.rules import deciding_rule, require_sound_rules

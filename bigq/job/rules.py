@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from bigq.config import JobConfig
 from bigq.errors import UsageError
 from bigq.io.formats.fused import FusedLinear, fused_linears
-from bigq.io.formats.readers import BY_FUSED_NAME, Kind
+from bigq.io.formats.readers_table import BY_FUSED_NAME, Kind
 from bigq.job.command import rule_option
 from bigq.scheme import QuantScheme, Rule, scheme_for
 

@@ -46,7 +46,6 @@ def smallest_scale(bits: int) -> float:
     return FP16_TINY if bits >= FEWEST_SCALE_BITS else FP16_TINY * 2.0 ** (SCALE_BITS - bits)
 
 
-
 def _e4m3(pattern: int) -> float:
     """The number of 7 bits without a sign: exponent and fraction of E4M3."""
     exponent, fraction = divmod(pattern, 8)

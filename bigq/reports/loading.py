@@ -8,10 +8,11 @@ from pathlib import Path
 
 from bigq.config import JobConfig
 from bigq.inspect.history import History
-from bigq.io.formats.base import bank_of
+from bigq.io.formats.base import InputType, bank_of
 from bigq.io.formats.fused import fused_linears
 from bigq.io.formats.gptq import Gptq
-from bigq.io.formats.readers import ROWS, Kind, Written, readers_of, verdicts
+from bigq.io.formats.readers import Written, readers_of, verdicts
+from bigq.io.formats.readers_table import ROWS, Kind
 from bigq.io.json_file import read_json_object
 from bigq.model.architecture import auto_class_named
 from bigq.reports.markdown import block
@@ -60,14 +61,16 @@ def loading(history: History) -> Iterator[str]:
     elif config.made.quantized_inputs:
         yield "With transformers (`pip install transformers compressed-tensors`):\n"
         yield _transformers(history, config.trust_remote_code)
-        yield (
-            "Inputs of Linears are rounded to 8 bits for each token while the model runs. compressed-tensors divides the largest one by "
-            "127.5 for it, vLLM and bigq by 127, so their results differ a little.\n"
-        )
+        yield _said_of_inputs(config.made.quantized_inputs)
     elif "transformers" in readers:
         needs = next(row.needs for row in ROWS if row.reader == "transformers" and config.made.name in row.formats).replace(",", "")
         yield f"With transformers (`pip install transformers {needs}`):\n"
         yield _transformers(history, config.trust_remote_code)
+        if config.made.points == "e2m1":
+            yield (
+                "Weights become bf16 there, in which they are exact. With `quantization_config=CompressedTensorsConfig(dequantize=True)` "
+                "they take the dtype that is asked for.\n"
+            )
     yield from _vllm(history, config)
     yield (
         "bigq itself reads it too:\n"
@@ -92,6 +95,15 @@ def _schemes(history: History, config: JobConfig) -> set[tuple[int, int, bool]]:
 
 def _sizes_differ(history: History) -> bool:
     return len({(each.bits, each.group_size) for each in history.linears}) > 1
+
+
+def _said_of_inputs(kind: InputType) -> str:
+    if kind == "e4m3":
+        return "Inputs of Linears are rounded to fp8 (E4M3) for each token while the model runs.\n"
+    return (
+        "Inputs of Linears are rounded to 8 bits for each token while the model runs. compressed-tensors divides the largest one by "
+        "127.5 for it, vLLM and bigq by 127, so their results differ a little.\n"
+    )
 
 
 def _transformers(history: History, remote_code: bool) -> str:

@@ -24,6 +24,7 @@ from bigq.io.json_file import open_regular
 from bigq.job.command import flags
 from bigq.job.finish import CARD_MARK, CARD_NAME
 from bigq.job.manifest import GGUF_NAME
+from bigq.kernels.grid_spec import PointsName
 from bigq.mixed.record import read_bits
 from bigq.progress.sizes import show_size
 from bigq.reports.loading import loading, loads_with_transformers
@@ -41,6 +42,12 @@ ORDERS: Mapping[OrderName, str] = {
     "natural": "from left to right",
     "activation": "by decreasing Hessian diagonal, groups in natural order",
     "group": "group by group, by decreasing Hessian diagonal",
+}
+POINTS: Mapping[PointsName, str] = {
+    "nf4": "4-bit NormalFloat (NF4)",
+    "fp4": "4-bit floats (FP4 of bitsandbytes)",
+    "e2m1": "4-bit floats (E2M1)",
+    "e4m3": "8-bit floats (E4M3)",
 }
 SCALES: Mapping[ScalesName, str] = {"minmax": "each spans all weights of its group", "search": "searched for the least error"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
@@ -200,7 +207,10 @@ def _settings(history: History, config: JobConfig) -> Iterator[tuple[str, str]]:
     else:
         yield from _chosen_bits(history, config)
     yield "group size", "whole rows" if scheme.group_size == -1 else str(scheme.group_size)
-    yield "zero points", "symmetric" if scheme.symmetric else "asymmetric"
+    if config.made.points == "int":
+        yield "zero points", "symmetric" if scheme.symmetric else "asymmetric"
+    else:
+        yield "numbers", POINTS[config.made.points]
     if scheme.scale_bits is not None:
         yield "significant bits of scales", str(scheme.scale_bits)
     yield "scales", SCALES[scheme.scales]

@@ -15,16 +15,20 @@ LOGPROB_TOLERANCE = 0.003
 SKIP = ("--skip", r".*layers\.1\.(self_attn|mlp\.(gate|up)_proj)")
 
 
+def make_engine_case(family: str, format: str, name: str = "", *more: str) -> Case:
+    """For formats of 8 bits in whole rows."""
+    case = make_case(family, format, 8, -1, True, name, *more)
+    return dataclasses.replace(case, model={**case.model, **HEADS[family]}, reader={"routes": ["engine"], "dtype": "float32"})
+
+
 def make_cases() -> tuple[Case, ...]:
-    cases = (
-        *(make_case(family, "w8a8-int8", 8, -1, True) for family in HEADS),
-        make_case("llama", "w8a8-int8", 8, -1, True, "-rtn", "--method", "rtn"),
-        make_case("llama", "w8a8-int8", 8, -1, True, "-gptaq", "--method", "gptaq"),
-        make_case("llama", "w8a8-int8", 8, -1, True, "-skip", *SKIP),
-        make_case("llama", "w8a8-int8", 8, -1, True, "-head", "--lm-head"),
+    return (
+        *(make_engine_case(family, "w8a8-int8") for family in HEADS),
+        make_engine_case("llama", "w8a8-int8", "-rtn", "--method", "rtn"),
+        make_engine_case("llama", "w8a8-int8", "-gptaq", "--method", "gptaq"),
+        make_engine_case("llama", "w8a8-int8", "-skip", *SKIP),
+        make_engine_case("llama", "w8a8-int8", "-head", "--lm-head"),
     )
-    reader = {"routes": ["engine"], "dtype": "float32"}
-    return tuple(dataclasses.replace(case, model={**case.model, **HEADS[case.family]}, reader=reader) for case in cases)
 
 
 def fails(row: dict[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ import pytest
 
 from bigq.config import JobConfig
 from bigq.errors import UsageError
-from bigq.io.formats.readers import BY_FUSED_NAME
+from bigq.io.formats.readers_table import BY_FUSED_NAME
 from bigq.job.rules import count_words, require_sound_rules, rule_counts, splits
 from bigq.scheme import QuantScheme, Rule
 

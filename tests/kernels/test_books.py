@@ -18,6 +18,9 @@ from bigq.kernels.pick import compiler_installed
 
 NAMES: tuple[PointsName, ...] = ("nf4", "fp4", "e2m1", "e4m3")
 books = pytest.mark.parametrize("points", NAMES)
+#: Points, and whether the grids are given, found or searched; those of floats are not searched.
+WAYS = [(points, way) for points in NAMES for way in ("given", "found", "searched") if (points, way) != ("e4m3", "searched")]
+ON_GPU = [("nf4", "given"), ("fp4", "found"), ("e4m3", "found"), pytest.param("nf4", "searched", marks=pytest.mark.long)]
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -122,7 +125,7 @@ class Solve:
         return codes, grid.scale, work, loss
 
 
-@pytest.mark.parametrize(("points", "way"), [(p, w) for p in NAMES for w in ("given", "found", "searched") if (p, w) != ("e4m3", "searched")])
+@pytest.mark.parametrize(("points", "way"), WAYS)
 def test_the_compiled_loop_agrees_with_the_plain_one(points: PointsName, way: str) -> None:
     if not compiler_installed():
         pytest.skip("needs numba")
@@ -141,7 +144,7 @@ def test_the_compiled_loop_agrees_with_the_plain_one(points: PointsName, way: st
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero")
-@pytest.mark.parametrize(("points", "way"), [("nf4", "given"), ("fp4", "found"), ("e4m3", "found"), pytest.param("nf4", "searched", marks=pytest.mark.long)])
+@pytest.mark.parametrize(("points", "way"), ON_GPU)
 def test_the_gpu_loop_agrees_with_the_plain_one(points: PointsName, way: str, device: torch.device) -> None:
     from bigq.kernels.gpu.gptq_block import gptq_block_triton_
 

@@ -18,13 +18,21 @@ from bigq.io.formats.numbers import Numbers, NumbersSchemes
 from bigq.io.formats.w8a8 import Fp8, W8A8Int8
 from bigq.io.json_file import show_name, show_value
 
-__all__ = ["FORMATS", "Format", "PackedLinear", "PackedSchemes", "Quantization", "PackedWeight", "numbers_format", "quantization_method", "read_schemes"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "PackedLinear",
+    "PackedSchemes",
+    "PackedWeight",
+    "Quantization",
+    "numbers_format",
+    "quantization_method",
+    "read_schemes",
+]
 
 #: Variants of compressed-tensors that store numbers instead of packed codes.
 _NUMBERS: tuple[Numbers, ...] = (W8A8Int8(), Fp8(), NvFp4(), MxFp4())
-FORMATS: Mapping[str, Format] = {
-    made.name: made for made in (Gptq(), GptqV2(), CompressedTensors(), *_NUMBERS, Awq(), Nf4(), BnbFp4())
-}
+FORMATS: Mapping[str, Format] = {made.name: made for made in (Gptq(), GptqV2(), CompressedTensors(), *_NUMBERS, Awq(), Nf4(), BnbFp4())}
 
 
 #: Entries that name a method in place of ``quant_method``.

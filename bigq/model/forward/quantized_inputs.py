@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,19 +38,23 @@ def rounded_to_e4m3(x: Tensor) -> Tensor:
 class QuantizedInputs(nn.Linear):
     """A Linear that first quantizes its inputs. The weight is in fp32, and so is the product, in which 8-bit numbers are nearly exact."""
 
-    rounded: ClassVar[Callable[[Tensor], Tensor]]
+    def rounded(self, input: Tensor) -> Tensor:
+        """The inputs, fp32."""
+        raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(type(self).rounded(input), self.weight.float(), bias).to(input.dtype)
+        return nn.functional.linear(self.rounded(input), self.weight.float(), bias).to(input.dtype)
 
 
 class Int8Inputs(QuantizedInputs):
-    rounded = staticmethod(rounded_to_int8)
+    def rounded(self, input: Tensor) -> Tensor:
+        return rounded_to_int8(input)
 
 
 class E4M3Inputs(QuantizedInputs):
-    rounded = staticmethod(rounded_to_e4m3)
+    def rounded(self, input: Tensor) -> Tensor:
+        return rounded_to_e4m3(input)
 
 
 def quantize_inputs(folder: Path, modules: Iterable[nn.Module], kind: InputType, experts: bool) -> None:
@@ -64,6 +67,6 @@ def quantize_inputs(folder: Path, modules: Iterable[nn.Module], kind: InputType,
         raise UnsupportedModelError(f"{folder}: readers quantize the inputs of experts too, which bigq cannot; give the original model")
     for module in modules:
         if not isinstance(module, nn.Linear):
-            kind = type(module).__name__
-            raise UnsupportedModelError(f"{folder}: readers quantize the inputs of a {kind}, which bigq cannot; give the original model")
+            name = type(module).__name__
+            raise UnsupportedModelError(f"{folder}: readers quantize the inputs of a {name}, which bigq cannot; give the original model")
         module.__class__ = Int8Inputs if kind == "int8" else E4M3Inputs

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bigq.config import JobConfig
-from bigq.io.formats.readers import Kind, Verdict, Written, not_run_with, refused_by, verdicts
+from bigq.io.formats.readers import Verdict, Written, not_run_with, refused_by, verdicts
+from bigq.io.formats.readers_table import Kind
 from bigq.job.rules import RuleCount, rule_counts, splits
 from bigq.sched.plan.shape import ModelShape
 from bigq.sched.plan.work import Work

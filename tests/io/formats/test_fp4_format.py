@@ -109,7 +109,7 @@ def test_scales_that_are_nan_are_found(made: Fp4, tmp_path: Path) -> None:
 def test_tensors_of_other_shapes_are_not_read(made: Fp4) -> None:
     tensors = stored(made)
     tensors["x.weight_scale"] = tensors["x.weight_scale"][:, 1:]
-    with pytest.raises(CheckpointError, match="^x: the shapes of weight_packed and its scales do not match"):
+    with pytest.raises(CheckpointError, match=r"^x: the shapes of weight_packed and its scales do not match"):
         made.read("x", tensors.__getitem__, made.scheme())
 
 

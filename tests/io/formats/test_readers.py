@@ -12,19 +12,8 @@ from test_vllm_rules import GROUP_SIZES
 
 from bigq.io.formats import FORMATS
 from bigq.io.formats.fused import FUSED, FusedLinear, fused_linears
-from bigq.io.formats.readers import (
-    BY_FUSED_NAME,
-    ROWS,
-    RUN_FAMILIES,
-    VLLM_GROUPS,
-    Kind,
-    Written,
-    markdown_table,
-    not_run_with,
-    read_by,
-    refused_by,
-    verdicts,
-)
+from bigq.io.formats.readers import Written, not_run_with, read_by, refused_by, verdicts
+from bigq.io.formats.readers_table import BY_FUSED_NAME, ROWS, RUN_FAMILIES, VLLM_GROUPS, Kind, markdown_table
 
 FOUR = Kind(4, 128, True)
 

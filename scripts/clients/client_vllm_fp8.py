@@ -1,0 +1,23 @@
+"""vLLM's engine with the fp8 format, in fp32 (see ``client_vllm_w8a8``)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cases import Case
+from client_vllm_engine import HEADS
+from client_vllm_w8a8 import CLIENT as W8A8
+from client_vllm_w8a8 import SKIP, make_engine_case
+
+
+def make_cases() -> tuple[Case, ...]:
+    return (
+        *(make_engine_case(family, "fp8") for family in HEADS),
+        make_engine_case("llama", "fp8", "-rtn", "--method", "rtn"),
+        make_engine_case("llama", "fp8", "-gptaq", "--method", "gptaq"),
+        make_engine_case("llama", "fp8", "-skip", *SKIP),
+        make_engine_case("llama", "fp8", "-head", "--lm-head"),
+    )
+
+
+CLIENT = dataclasses.replace(W8A8, name="vllm-fp8", cases=make_cases())
