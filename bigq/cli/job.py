@@ -133,8 +133,10 @@ def _run_quantize(args: argparse.Namespace) -> int:
         stop.grace = config.grace
         _begin(args, config)
         with without_collection():
+            from bigq.job.settle import require_fixed
             from bigq.sched.run import quantize
 
+        require_fixed(config, given(args, table(QuantScheme)))
         report = quantize(args.model, args.out, config, stop, args.display, command=args.given, started=args.started)
     values = report.to_json()
     args.display.event("done", **{name: values[name] for name in DONE_FIELDS})
@@ -149,8 +151,10 @@ def _run_plan(args: argparse.Namespace) -> int:
     with without_collection():
         config = job_config(args, None if args.out is None else _settings_before(args.out))
         _begin(args, config)
+        from bigq.job.settle import require_fixed
         from bigq.sched.plan.inputs import plan
 
+        require_fixed(config, given(args, table(QuantScheme)))
         result = plan(args.model, args.out or ".", config, args.on)
     print_result(json.dumps(result.to_json()) if args.json else result.table())
     if result.shortages:

@@ -74,15 +74,25 @@ def settled(model: ModelDescription, config: JobConfig) -> JobConfig:
     return dataclasses.replace(config, scheme=_settled_scheme(model, config))
 
 
+def require_fixed(config: JobConfig, given: Iterable[str] = ()) -> None:
+    """Raise UsageError, naming the option, for a value of which the format has only another.
+
+    A default is taken for no choice, unless the field of the scheme is among those that were ``given``.
+    """
+    for name, only in config.made.fixed.items():
+        option, value = table(QuantScheme)[name], getattr(config.scheme, name)
+        if value != only and (value != option.default or name in given):
+            advice = "leave it out" if option.default == only else f"use {' '.join(option.words(only))}"
+            holds = f"--format {config.format} holds only {' '.join(option.words(only))}"
+            raise UsageError(f"{' '.join(option.words(value))}: {holds}; {advice}")
+
+
 def _require_possible(model: ModelDescription, config: JobConfig) -> None:
     """Raise UsageError, naming the option, for what the format cannot hold."""
     made, named = config.made, f"--format {config.format}"
+    require_fixed(config)
     for name, only in made.fixed.items():
         option = table(QuantScheme)[name]
-        given = getattr(config.scheme, name)
-        if given not in (only, option.default):
-            advice = "leave it out" if option.default == only else f"use {' '.join(option.words(only))}"
-            raise UsageError(f"{' '.join(option.words(given))}: {named} holds only {' '.join(option.words(only))}; {advice}")
         rule = next((rule for rule in config.rules if (rule.overrides or {}).get(option.rule_key or "", only) != only), None)
         if rule is not None:
             raise UsageError(f"{rule_option(rule)}: {named} holds only {' '.join(option.words(only))}; leave this out of the rule")

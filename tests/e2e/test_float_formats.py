@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import make_checkpoint, random_ids, reference_model, save_ids, streamed_logits
+from models import make_checkpoint, random_ids, reference_model, rewrite, save_ids, stored_tensors, streamed_logits
 from moe_families import moe_model
 from tinyjob import hashes
 
 import bigq
+from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import BigqError, NumericsError, UsageError
 from bigq.infer.evaluate import EvalConfig
@@ -63,7 +64,7 @@ def test_a_job_is_sound_and_near_its_source(form: str, model: Path, done: dict[s
     assert config["quant_method"] == "compressed-tensors" and group["weights"]["type"] == "float"
     exact = reference_model(model)(random_ids(8, 16)).logits
     logits = streamed_logits(out, random_ids(8, 16), 4, "float32")
-    assert float((logits - exact).norm() / exact.norm()) < (0.1 if form == "fp8" else 0.3)
+    assert float((logits - exact).norm() / exact.norm()) < (0.2 if form == "fp8" else 0.3)
     evaluated = EvalConfig(data=str(ids), seqlen=16, device="cpu", quiet=True)
     result = bigq.evaluate(out, evaluated, baseline=model)
     assert result.kl is not None and 0 < result.kl < 0.2
@@ -100,7 +101,7 @@ def test_a_job_goes_on_to_the_same_bytes(
 def test_gptq_is_nearer_than_rounding(form: str, model: Path, done: dict[str, Path], ids: Path, tmp_path: Path) -> None:
     """By the weights' loss; in fp8, most of the difference of logits is of inputs that are rounded."""
     rounded = bigq.quantize(str(model), tmp_path / "rtn", job(ids, form, method="rtn", scheme=QuantScheme(scales="minmax")))
-    assert rounded.linears == 14 and verify(tmp_path / "rtn") == []
+    assert len(rounded.linears) == 14 and verify(tmp_path / "rtn") == []
     exact = reference_model(model)(random_ids(8, 16)).logits
     solved, nearest = (streamed_logits(out, random_ids(8, 16), 4, "float32") - exact for out in (done[form], tmp_path / "rtn"))
     assert float(solved.norm()) < (1.1 if form == "fp8" else 0.9) * float(nearest.norm())
@@ -132,10 +133,25 @@ def test_the_output_can_be_quantized_again(form: str, done: dict[str, Path], tmp
     assert float((first - second).norm() / first.norm()) < 0.01
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--format", "nvfp4", "--group-size", "128"], "--group-size 128: --format nvfp4 holds only --group-size 16; use --group-size 16"),
+        (["--format", "fp8", "--bits", "4"], "--bits 4: --format fp8 holds only --bits 8; use --bits 8"),
+        (["--format", "bnb-nf4", "--group-size", "128"], "--group-size 128: --format bnb-nf4 holds only --group-size 64; use"),
+    ],
+)
+def test_a_default_that_is_given_is_refused_too(
+    flags: list[str], said: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["quantize", str(model), str(tmp_path / "out")], ["plan", str(model)]):
+        assert main([*command, "--method", "rtn", "--device", "cpu", *flags]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_above_what_scales_hold_name_the_linear(ids: Path, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "m", "llama", num_hidden_layers=1, dtype=torch.bfloat16)
-    from models import rewrite, stored_tensors
-
     name = "model.layers.0.mlp.up_proj"
     weight = stored_tensors(source)[f"{name}.weight"].clone()
     weight[3, 5] = 30.0
