@@ -36,13 +36,6 @@ def require_format(config: JobConfig) -> None:
     formats = method_of(config).formats
     if config.format is not None and config.format not in formats:
         raise UsageError(f"--format {config.format}: {config.method} writes {', '.join(formats)}; use --format {formats[0]}")
-    if not config.made.symmetric_only:
-        return
-    if not config.scheme.symmetric:
-        raise UsageError(f"--asym: --format {config.format} holds no zero points; leave out --asym")
-    for rule in config.rules:
-        if (rule.overrides or {}).get("sym") is False:
-            raise UsageError(f"{rule_option(rule)}: --format {config.format} holds no zero points; leave out sym=false")
 
 
 def _settled_format(model: ModelDescription, config: JobConfig) -> FormatName:

@@ -37,6 +37,9 @@ from place import (
 #: A plan in a format that has one group size.
 BNB = PLAN.replace("--group-size 32", "--group-size 64 --format bnb-nf4")
 
+#: A plan in a format that has whole rows.
+WHOLE_ROWS = PLAN.replace("--group-size 32", "--group-size -1 --format w8a8-int8")
+
 OPTIONS = (
     Case("give a command: {}", "", follow=lambda p: ["plan", p.model, "--group-size", "32"]),
     Case(
@@ -73,7 +76,9 @@ OPTIONS = (
     ),
     Case("--lm-head: {} has the input embedding's weight", PLAN + " --lm-head", family="tied"),
     Case("--tune-steps {}: tunes no models with experts; leave it out", PLAN + " --method gptaq --tune-steps 4", family="mixtral"),
-    Case("{}: {} stores the scales of a matrix in a form of its own, at 4 bits; leave it out", BNB + " --scale-bits 8"),
+    Case("--scale-bits {}: {} stores scales in a form of its own; leave it out", BNB + " --scale-bits 8"),
+    Case("--tune-steps {}: {} stores no integers; leave it out", BNB + " --method gptaq --tune-steps 4"),
+    Case("--bits-per-weight {}: {} holds {} bits only; leave it out", BNB + " --bits-per-weight 4.5"),
     Case("--lm-head: {} holds Linears inside blocks only; leave out --lm-head", BNB + " --lm-head"),
     Case("{}: its readers take no experts, which {} has; use --format {}", BNB, family="mixtral"),
     Case("leave it out", BNB + " --bits 3"),
@@ -276,7 +281,7 @@ MORE = (
     ),
     Case("use {}", PLAN + " --format awq --bits 8"),
     Case("use {}", PLAN + " --format w8a8-int8 --group-size 32"),
-    Case("--asym: --format {} holds no zero points; leave out --asym", PLAN + " --format w8a8-int8 --bits 8 --group-size -1 --asym"),
+    Case("leave it out", WHOLE_ROWS + " --bits 8 --asym"),
     Case("use {}", PLAN + " --format awq --group-size 16"),
     Case("use {}", PLAN + " --format awq --rule '.*o_proj:group_size=64'"),
     Case("use {}", "convert {model} {out} --to compressed-tensors --quiet", lambda p: quantized(p, "--format gptq"), None, family="gpt2"),

@@ -77,10 +77,17 @@ NOT_FOLLOWED: tuple[Left, ...] = (
         (
             "{}: readers of {} quantize the inputs of Linears too, so another format is another model; quantize the original model with "
             "--format {}",
-            "{}: --format {} holds no zero points; leave out sym=false",
             "{}: readers quantize the inputs of experts too, which bigq cannot; give the original model",
             "{}: readers quantize the inputs of a {}, which bigq cannot; give the original model",
             "{}: its scales are not exact in {}; quantize the original model with --scale-bits 8",
+        ),
+    ),
+    Left(
+        "about weights that models do not have, or scales that no job writes",
+        ("e2e/test_float_formats.py::test_weights_above_what_scales_hold_name_the_linear",),
+        (
+            "{}: its weights need a scale above {}, the largest one of the format; leave this Linear unquantized with --skip",
+            "{}: its scales are not exact in {}; quantize the original model with --format {}",
         ),
     ),
     Left(

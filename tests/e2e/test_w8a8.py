@@ -107,11 +107,11 @@ def test_other_formats_are_other_models(out: Path, tmp_path: Path) -> None:
         ({"scheme": QuantScheme(group_size=32)}, "--group-size 32: --format w8a8-int8 holds only --group-size -1; use --group-size -1$"),
         (
             {"scheme": QuantScheme(bits=8, group_size=-1, symmetric=False)},
-            "--asym: --format w8a8-int8 holds no zero points; leave out --asym$",
+            "--asym: --format w8a8-int8 holds only --sym; leave it out$",
         ),
         (
             {"rules": (Rule.parse(".*o_proj:sym=false"),)},
-            "--rule '.*o_proj:sym=false': --format w8a8-int8 holds no zero points; leave out sym=false$",
+            "--rule '.*o_proj:sym=false': --format w8a8-int8 holds only --sym; leave this out of the rule$",
         ),
     ],
     ids=["bits", "groups", "asym", "rule"],

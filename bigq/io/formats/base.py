@@ -137,7 +137,7 @@ class Format(ABC):
     config_file: a file beside config.json to which the quantization config is written too, for readers that look for it.
     scales_as_weights: whether scales have the dtype of the original weights, instead of fp16.
     bits, group_sizes: those that it holds; None for any group size. one_size: whether its config has one group size for all Linears.
-    symmetric_only: whether it holds no zero points. quantized_inputs: the type to which its readers quantize the inputs of Linears too,
+    quantized_inputs: the type to which its readers quantize the inputs of Linears too,
         with a scale for each token, so that the same weights in another format are another model; empty if they do not.
     tag: the hub's name of the format.
     points, scale_form: what codes stand for, and how scales are stored.
@@ -159,7 +159,6 @@ class Format(ABC):
     bits: ClassVar[tuple[int, ...]] = BITS
     group_sizes: ClassVar[tuple[int, ...] | None] = None
     one_size: ClassVar[bool] = False
-    symmetric_only: ClassVar[bool] = False
     quantized_inputs: ClassVar[InputType] = ""
     points: ClassVar[PointsName] = "int"
     scale_form: ClassVar[ScaleForm] = "fp16"

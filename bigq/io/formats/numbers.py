@@ -24,7 +24,6 @@ class Numbers(CompressedTensors):
     zeros = "weight_zero_point"
     spare: ClassVar[tuple[str, ...]] = ()
     takes_joined = False
-    symmetric_only = True
     variant: ClassVar[str]
     weights: ClassVar[Mapping[str, Any]]
     inputs: ClassVar[Mapping[str, Any] | None] = None

@@ -357,7 +357,7 @@ def test_zero_points_of_asymmetric_weights_are_not_omitted() -> None:
     ("format", "bits"), [(made, bits) for made in FORMATS.values() if made.points == "int" for bits in made.bits], ids=str
 )
 def test_layouts_equal_those_of_stored_tensors(format: Format, bits: int, symmetric: bool, dtype: torch.dtype) -> None:
-    if format.symmetric_only and not symmetric:
+    if format.fixed.get("symmetric") and not symmetric:
         return
     weight = random_weight(bits, symmetric)
     weight.zeros.clamp_(min=1)
