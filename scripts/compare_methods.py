@@ -62,6 +62,7 @@ ROWS: Mapping[str, str] = {
     "2 bits, best": "--bits 2 --group-size 64 --asym --format gptq_v2 --quality best",
 }
 
+
 def run(flags: list[str], given: argparse.Namespace, out: Path) -> dict[str, Any]:
     """The findings of one job."""
     data = ["--calibration", str(given.ids)] if given.ids else ["--calibration", "builtin", "--samples", "64", "--seqlen", "256"]
@@ -101,7 +102,8 @@ def table(result: Mapping[str, Any]) -> str:
         if last is None:
             continue
         figures = [f"{found[name][row]['kl']:.4f}" if row in found[name] else "–" for name in names]
-        lines.append(f"| {' | '.join([row, f'`{flags}`', f'{last["bits_per_weight"]:.2f}', *figures, f'{last["cpu_seconds"]:.0f}'])} |")
+        bits, seconds = f"{last['bits_per_weight']:.2f}", f"{last['cpu_seconds']:.0f}"
+        lines.append(f"| {' | '.join([row, f'`{flags}`', bits, *figures, seconds])} |")
     return "\n".join(lines)
 
 
@@ -116,7 +118,9 @@ def main() -> None:
     parser.add_argument("--only", help="rows whose name contains this")
     parser.add_argument("--table", action="store_true", help="print the table and stop")
     given = parser.parse_args()
-    result: dict[str, Any] = json.loads(given.json.read_text(encoding="utf-8")) if given.json.exists() else {"command": COMMAND, "versions": versions(), "models": {}}
+    result: dict[str, Any] = {"command": COMMAND, "versions": versions(), "models": {}}
+    if given.json.exists():
+        result = json.loads(given.json.read_text(encoding="utf-8"))
     if given.table:
         print(table(result))
         return
