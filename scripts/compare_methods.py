@@ -72,9 +72,8 @@ def run(flags: list[str], given: argparse.Namespace, out: Path) -> dict[str, Any
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     report = json.loads(done.stdout)
     rows = {} if given.heldout else {"samples": 128}
-    judged = evaluate(
-        out, EvalConfig(data=str(given.heldout or "builtin"), seqlen=given.window, device="cpu", quiet=True, **rows), baseline=given.model
-    )
+    config = EvalConfig(data=str(given.heldout or "builtin"), seqlen=given.window, device="cpu", quiet=True, **rows)
+    judged = evaluate(str(out), config, baseline=str(given.model))
     history = read_history(out)
     assert history.config is not None
     return {

@@ -65,6 +65,17 @@ JOBS: dict[str, tuple[str, str]] = {
     ),
     "mixtral, groups, experts only": ("mixtral", "--format compressed-tensors --skip .*self_attn.* --checkpoint-every 0 --order natural"),
     "qwen3_moe, groups, two experts at once": ("qwen3_moe", "--format compressed-tensors --experts-at-once 2 --checkpoint-every 0"),
+    "llama, method awq, disk": ("llama", "--method awq --asym --format awq --activations disk --checkpoint-every 0"),
+    "llama, method awq scales before gptaq": ("llama", "--method gptaq --fold awq --checkpoint-every 0"),
+    "qwen3_moe, method awq scales": ("qwen3_moe", "--fold awq --format compressed-tensors --checkpoint-every 0"),
+    "bloom, method smoothquant, int8": ("bloom", "--fold smoothquant --format w8a8-int8 --group-size -1 --bits 8 --checkpoint-every 0"),
+    "llama, method fp8": ("llama", "--format fp8 --group-size -1 --read-ahead 1 --checkpoint-every 0"),
+    "qwen3_moe, method nvfp4": ("qwen3_moe", "--format nvfp4 --group-size 16 --checkpoint-every 0"),
+    "llama, method mxfp4, nearest": ("llama", "--format mxfp4 --group-size 32 --method rtn"),
+    "llama, method nf4": ("llama", "--format bnb-nf4 --group-size 64 --checkpoint-every 0"),
+    "llama, method rotated": ("llama", "--rotate --checkpoint-every 0"),
+    "llama, method tuned": ("llama", "--tune-steps 4 --method gptaq --activations disk --checkpoint-every 0"),
+    "llama, method mixed bits": ("llama", "--bits-per-weight 4.5 --format gptq_v2 --asym --checkpoint-every 0"),
     "llama, memory ends": ("llama", "--activations disk --checkpoint-every 0"),
 }
 #: The fault of the job "llama, memory ends": out of memory at the first batch, unless batches.json already records it.
