@@ -48,7 +48,8 @@ def mean_loss(model: nn.Module, rows: Tensor, batch: int) -> float:
 def load(folder: str) -> PreTrainedModel:
     """In fp32. GPTQModel's usual kernels have no gradients, so it is told to choose one that has."""
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
-    more = {"quantization_config": GPTQConfig(bits=config["bits"], backend="auto_trainable")} if config.get("quant_method") == "gptq" else {}
+    is_gptq = config.get("quant_method") == "gptq"
+    more = {"quantization_config": GPTQConfig(bits=config["bits"], backend="auto_trainable")} if is_gptq else {}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more)
 
 
