@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-from facts import revision, versions
+from facts import calibration_flags, revision, versions
 
 from bigq.cli.demo import MODEL
 from bigq.infer.evaluate import EvalConfig, evaluate
@@ -65,7 +65,7 @@ ROWS: Mapping[str, str] = {
 
 def run(flags: list[str], given: argparse.Namespace, out: Path) -> dict[str, Any]:
     """The findings of one job."""
-    data = ["--calibration", str(given.ids)] if given.ids else ["--calibration", "builtin", "--samples", "64", "--seqlen", "256"]
+    data = calibration_flags(given.ids) if given.ids else ["--calibration", "builtin", "--samples", "64", "--seqlen", "256"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "bigq", "quantize", str(given.model), str(out), *data, *flags, "--device", "cpu", "--quiet", "--json"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})

@@ -49,6 +49,15 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{package: version_of(package) for package in packages}}
 
 
+def calibration_flags(ids: Path) -> list[str]:
+    """Options of ``bigq quantize`` for all rows of a file of token ids."""
+    from safetensors import safe_open
+
+    with safe_open(ids, "pt") as file:
+        rows, tokens = file.get_slice("input_ids").get_shape()
+    return ["--calibration", str(ids), "--samples", str(rows), "--seqlen", str(tokens)]
+
+
 def version_of(package: str) -> str:
     """The version of an installed package, or "not installed"."""
     try:

@@ -298,3 +298,12 @@ def test_the_table_of_readers_is_the_codes() -> None:
     from bigq.io.formats.readers_table import markdown_table
 
     assert markdown_table() in (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_methods_is_that_of_its_results() -> None:
+    sys.path.append(str(ROOT / "scripts"))
+    from compare_methods import ROWS, table
+
+    result = json.loads((ROOT / "docs/results/methods.json").read_text(encoding="utf-8"))
+    assert set(result["models"]["shipped"]["rows"]) == set(ROWS)
+    assert table(result) in text_of(ROOT / "docs/methods.md")
