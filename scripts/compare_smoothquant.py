@@ -4,8 +4,9 @@
     python scripts/compare_smoothquant.py --venvs DIR --json docs/results/smoothquant.json \
         --name NAME --model FOLDER --ids FILE [FILE…] --heldout FILE [--window N]
 
-Each FILE of --ids is one draw of calibration rows. Both programs solve by GPTQ behind SmoothQuant's scales. All outputs are read by
-``bigq eval``, which rounds inputs for each token as vLLM does. An existing result file is resumed: remove a row to repeat it.
+Each FILE of --ids is one draw of calibration rows. Both programs solve by GPTQ behind SmoothQuant's scales. Their outputs are read by
+``bigq eval``, which rounds inputs for each token as vLLM does. LLM.int8 of bitsandbytes needs no calibration and runs itself; its seconds
+are those of loading and evaluating. An existing result file is resumed: remove a row to repeat it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ BIGQ: Mapping[str, str] = {
     "bigq": "",
     "bigq, SmoothQuant": "--fold smoothquant",
 }
+LLM_INT8 = "bitsandbytes, LLM.int8"
 LLMC: Mapping[str, dict[str, Any] | None] = {"llm-compressor": None, "llm-compressor, SmoothQuant": {}}
 
 
@@ -56,6 +58,16 @@ def quantize(name: str, given: argparse.Namespace, ids: Path, out: Path) -> floa
     return run([str(python), str(script), str(given.model), str(ids), str(out), json.dumps({"smoothquant": LLMC[name]})])
 
 
+def by_bitsandbytes(given: argparse.Namespace) -> dict[str, Any]:
+    """The findings of LLM.int8."""
+    script = ROOT / "scripts/clients/judge_llm_int8.py"
+    command = [given.venvs.absolute() / "bitsandbytes/bin/python", script, given.model, given.heldout, given.window]
+    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(list(map(str, command)), check=True, env={**inherited, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found | {"revision": revision()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venvs", type=Path, required=True, help="virtual environments of other programs (scripts/clients/venvs)")
@@ -70,6 +82,14 @@ def main() -> None:
     if given.json.exists():
         result = json.loads(given.json.read_text(encoding="utf-8"))
     rows = result["models"].setdefault(given.name, {})
+
+    def keep(row: str, found: dict[str, Any]) -> None:
+        rows[row] = found
+        print(f"{given.name}, {row}: KL {found['kl']:.6f}, {found['cpu_seconds']} s", flush=True)
+        given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+    if LLM_INT8 not in rows:
+        keep(LLM_INT8, by_bitsandbytes(given))
     for draw, ids in enumerate(given.ids):
         for name in (*BIGQ, *LLMC):
             if (row := f"{name}, draw {draw}") in rows:
@@ -79,16 +99,8 @@ def main() -> None:
                 seconds = quantize(name, given, ids, out)
                 config = EvalConfig(data=str(given.heldout), seqlen=given.window, device="cpu", quiet=True)
                 judged = evaluate(str(out), config, baseline=str(given.model))
-            rows[row] = {
-                "kl": judged.kl,
-                "kl_stderr": judged.kl_stderr,
-                "perplexity": judged.perplexity,
-                "baseline_perplexity": judged.baseline_perplexity,
-                "cpu_seconds": seconds,
-                "revision": revision(),
-            }
-            print(f"{given.name}, {row}: KL {judged.kl:.6f}, {seconds} s", flush=True)
-            given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            found = {name: getattr(judged, name) for name in ("kl", "kl_stderr", "perplexity", "baseline_perplexity")}
+            keep(row, found | {"cpu_seconds": seconds, "revision": revision()})
 
 
 if __name__ == "__main__":
