@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from bigq.model.experts.bank import Bank, bank_modules
 from bigq.model.experts.cut import called_banks
 from bigq.model.experts.proof import prove_bank
+from bigq.model.forward.quantized_inputs import ROUNDINGS
 from bigq.model.pager import Pager
 from bigq.progress.clock import Clock
 from bigq.sched.rows.probe import Probe
@@ -51,10 +54,13 @@ class BankRunner:
             yield cache
 
     def _job(self, path: str, module: nn.Module, bank: Bank) -> BankJob:
-        pager = self.pager
+        pager, rounded = self.pager, None
+        if pager.schemes is not None and any(pager.banks[path].packed()):
+            rounded = ROUNDINGS.get(pager.schemes.format.quantized_inputs)
 
         def load(e: int) -> dict[str, Any]:
             pager.announce_experts(path, range(e, min(e + 2, bank.experts)))
-            return pager.load_expert(path, e)
+            return pager.load_expert(path, e, dtype=None if rounded is None else torch.float32)
 
-        return BankJob(prefix=path, module=module, bank=bank, schemes={}, names=lambda key, e: (), load=load, clock=self.clock)
+        job = BankJob(prefix=path, module=module, bank=bank, schemes={}, names=lambda key, e: (), load=load, clock=self.clock)
+        return dataclasses.replace(job, rounded=rounded)

@@ -51,6 +51,8 @@ def load_resident(
             say("warning: the weights stay packed, because they do not fit otherwise; on a CPU this is about a hundred times slower")
         for name in pager.packed:
             _keep_packed(pager, name)
+    if _quantizes_inputs(pager) and any(any(bank.packed()) for bank in pager.banks.values()):
+        say("note: the inputs of experts are not rounded here, as readers of this format and bigq eval do")
     _fill(pager)
     return_freed_memory()
     return pager.model

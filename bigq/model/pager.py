@@ -91,7 +91,7 @@ class Pager(ModelDescription):
         if self.schemes is not None and (kind := self.schemes.format.quantized_inputs):
             self._forced |= dict.fromkeys(self.packed, torch.float32)
             packed = [self._owner(name)[0] for name in self.packed]
-            quantize_inputs(folder, packed, kind, any(any(bank.packed()) for bank in self.banks.values()))
+            quantize_inputs(folder, packed, kind)
         self._ahead: Prefetch | None = None
         self._budget = 0
         skeleton.move_buffers(self.model, device)
@@ -272,11 +272,14 @@ class Pager(ModelDescription):
         assert isinstance(block, nn.Module)
         return block
 
-    def load_expert(self, path: str, e: int, matrices: Mapping[str, list[Tensor]] | None = None) -> dict[str, Tensor]:
+    def load_expert(
+        self, path: str, e: int, matrices: Mapping[str, list[Tensor]] | None = None, *, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
         """Expert e of the bank ``path`` on the device: its part of every parameter, by the name in the bank. A spare expert has none.
 
         Small parameters, such as biases, are loaded with the block. matrices: of its parameters, if they are not to be read from the
-        checkpoint, [outputs, inputs] each. Raises CheckpointError; NumericsError for weights that are not finite.
+        checkpoint, [outputs, inputs] each. dtype: of those that are read, if not the parameter's. Raises CheckpointError; NumericsError for
+        weights that are not finite.
         """
         bank, module = self.banks[path], self.model.get_submodule(path)
         found: dict[str, Tensor] = {}
@@ -284,7 +287,7 @@ class Pager(ModelDescription):
             if matrices is not None and key in matrices:
                 found[key] = joined(matrices[key], transposed=bank.is_transposed(key))
             elif key in bank.sources:
-                found[key] = bank.sources[key][e].value(self._read, self.device, self.dtype_of(f"{path}.{key}"))
+                found[key] = bank.sources[key][e].value(self._read, self.device, dtype or self.dtype_of(f"{path}.{key}"))
             else:
                 found[key] = param[e].clone()
         if self._ahead is not None:

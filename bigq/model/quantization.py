@@ -111,20 +111,9 @@ def _integers(folder: Path, config: Mapping[str, Any]) -> Decoding | None:
 def _decoding(folder: Path, *, integers: bool) -> Decoding | None:
     config = read_json_object(folder / "config.json")
     said = described_quantization(config)[1]
-    if not integers and isinstance(said, dict) and _is_packed(config, said):
-        return None
+    if not integers and isinstance(said, dict) and numbers_format(said) is not None:
+        return None  # read as packed Linears, whose inputs may have to be quantized
     return _numbers(folder, config) or (_integers(folder, config) if integers else None)
-
-
-def _is_packed(config: Mapping[str, Any], said: Mapping[str, Any]) -> bool:
-    """Whether weights are numbers that programs which use a model read as packed Linears, whose inputs they may have to quantize.
-
-    Experts in fp8 are decoded instead, since their inputs cannot be quantized.
-    """
-    format = numbers_format(said)
-    parts = [config, *(config.get(part) for part in _LANGUAGE_PARTS)]
-    has_experts = any("expert" in key for part in parts if isinstance(part, Mapping) for key in part)
-    return format is not None and not (format.quantized_inputs == "e4m3" and has_experts)
 
 
 def decoded_source(folder: Path, tensors: Mapping[str, TensorInfo], *, integers: bool) -> Mapping[str, TensorInfo]:
@@ -195,7 +184,7 @@ def packed_schemes(folder: Path) -> PackedSchemes | None:
     path = folder / "config.json"
     config = read_json_object(path)
     place, said = described_quantization(config)
-    if isinstance(said, dict) and _is_packed(config, said):
+    if isinstance(said, dict) and numbers_format(said) is not None:
         return read_schemes(path, said)
     if _numbers(folder, config) is not None:
         return None

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -194,10 +195,9 @@ def write_expected(folder: Path, largest: float = 127) -> list[str]:
     for name, weight in weights.items():
         require_near(name, weight, places[name], schemes.scheme(name))
         places[name].copy_(weight if variant in INPUTS else weight.to(torch.float16))
-    if variant in INPUTS:
-        for name in weights:
-            linear_module(model, name).register_forward_pre_hook(lambda _, given: (INPUTS[variant](given[0], largest), *given[1:]))
-    logits = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
+    packed = [places[name] for name in weights]
+    with RoundedInputs(INPUTS[variant], largest, packed) if variant in INPUTS else contextlib.nullcontext():
+        logits = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
     tensors = {"ids": ids, "logits": logits, "original": original} | {
         f"weight.{name}": weight.contiguous() for name, weight in weights.items()
     }
@@ -219,6 +219,20 @@ def in_fp8(x: Tensor, largest: float) -> Tensor:
 
 #: Variants of compressed-tensors whose readers round the inputs of Linears, and how.
 INPUTS: Mapping[str, Callable[[Tensor, float], Tensor]] = {"int-quantized": in_int8, "float-quantized": in_fp8}
+
+
+class RoundedInputs(TorchFunctionMode):
+    """Rounds what some weights are multiplied with: of Linears, and of experts, whose weights are parts of one parameter."""
+
+    def __init__(self, rounded: Callable[[Tensor, float], Tensor], largest: float, weights: list[Tensor]) -> None:
+        super().__init__()
+        self._rounded, self._largest = rounded, largest
+        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear and args[1].untyped_storage().data_ptr() in self._weights:
+            args = (self._rounded(args[0], self._largest), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def require_near(name: str, weight: Tensor, source: Tensor, scheme: QuantScheme) -> None:

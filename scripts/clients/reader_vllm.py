@@ -260,6 +260,7 @@ def by_loader(folder: Path, expected: dict[str, Tensor]) -> dict[str, Any]:
     """linears: packed Linears that vLLM holds, matrices of experts among them; plain: other matrices, such as routers."""
     stored = read_all(folder / "out")
     plain = {name.removesuffix(".weight"): t.float() for name, t in stored.items() if name.endswith(".weight") and t.ndim == 2}
+    plain = {name: t for name, t in plain.items() if name not in expected}
     for name, tensor in stored.items():
         parent, _, last = name.rpartition(".")
         if last in WHOLE and tensor.ndim == 3:

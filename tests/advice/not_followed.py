@@ -77,7 +77,6 @@ NOT_FOLLOWED: tuple[Left, ...] = (
         (
             "{}: readers of {} quantize the inputs of Linears too, so another format is another model; quantize the original model with "
             "--format {}",
-            "{}: readers quantize the inputs of experts too, which bigq cannot; give the original model",
             "{}: readers quantize the inputs of a {}, which bigq cannot; give the original model",
             "{}: its scales are not exact in {}; quantize the original model with --scale-bits 8",
         ),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bigq.io.formats.base import Format, Misfit, Quantization
+from bigq.io.formats.base import Format, Quantization
 from bigq.io.formats.compressed_tensors import CompressedTensors
 from bigq.scheme import QuantScheme
 
@@ -33,13 +33,6 @@ class Numbers(CompressedTensors):
 
     def split(self, name: str) -> tuple[str, str]:
         return Format.split(self, name)
-
-    def misfit(
-        self, m: int, n: int, scheme: QuantScheme, *, transposed: bool = False, joined: bool = False, expert: bool = False
-    ) -> Misfit | None:
-        if expert and self.inputs is not None:
-            return Misfit("joined", f"is of experts, which {self.name} does not hold")
-        return super().misfit(m, n, scheme, transposed=transposed, joined=joined, expert=expert)
 
     def scheme(self) -> QuantScheme:
         """That of every packed Linear."""

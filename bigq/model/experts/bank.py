@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ from bigq.model.experts.call import BankCall
 from bigq.model.experts.spare import spare_experts
 
 #: Functions that multiply a matrix of tokens by a weight stored as [outputs, inputs], and by one stored as [inputs, outputs].
+#: What the input of a product becomes.
+Rounding = Callable[[Tensor], Tensor]
+
 _LINEAR = frozenset({nn.functional.linear})
 _PRODUCTS = frozenset(
     {torch.matmul, torch.mm, torch.bmm, torch.addmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm, Tensor.addmm}
@@ -78,13 +81,15 @@ def reading_products(bank: Bank) -> tuple[Product, ...]:
 
 class Expert:
     """One expert of a bank, on any device. parameters: its slices, without the dimension of the experts; they can be replaced. Without
-    any, a spare expert.
+    any, a spare expert. rounded: what the inputs of products become, fp32; products are computed in fp32 then.
 
     What products return is kept for the next call with the same tensor of tokens, so that each product is computed once.
     """
 
-    def __init__(self, module: nn.Module, bank: Bank, call: BankCall, parameters: Mapping[str, Tensor]) -> None:
-        self._call, self._idle = call, bank.idle
+    def __init__(
+        self, module: nn.Module, bank: Bank, call: BankCall, parameters: Mapping[str, Tensor], rounded: Rounding | None = None
+    ) -> None:
+        self._call, self._idle, self._rounded = call, bank.idle, rounded
         self._held = {name: nn.Parameter(value[None], requires_grad=False) for name, value in parameters.items()}
         # The family's forward sees an object of its own class, with a bank of one expert.
         self._module: nn.Module = object.__new__(type(module))
@@ -128,7 +133,7 @@ class Expert:
         if self._kept is not None and self._kept[0] is not tokens:
             self._kept = None  # before more memory is needed
         known = self._kept[1] if self._kept is not None else {}
-        watch = _Watch(self._held, stop, {name: result.value for name, result in known.items() if result.unchanged})
+        watch = _Watch(self._held, stop, {name: result.value for name, result in known.items() if result.unchanged}, self._rounded)
         try:
             with watch:
                 watch.returned = self._call.run_one(self._module.forward, tokens, weights, idle=self._idle)
@@ -158,12 +163,14 @@ class _Watch(TorchFunctionMode):
 
     inputs: of each product, by parameter, in order. transposed: parameters stored as [inputs, outputs]. stop: end before its product.
     known: results of products that are not computed again. results: those of all products that were reached. returned: what the forward
-    returned.
+    returned. rounded: see ``Expert``.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], stop: str | None, known: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], stop: str | None, known: Mapping[str, Tensor], rounded: Rounding | None = None
+    ) -> None:
         super().__init__()
-        self._known = known
+        self._known, self._rounded = known, rounded
         self._names = {p.untyped_storage().data_ptr(): name for name, p in parameters.items() if p.ndim > 2}
         self._stop = stop
         self._added: list[Tensor] = []
@@ -178,12 +185,27 @@ class _Watch(TorchFunctionMode):
             name = self._see_product(func, [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)])
             if name is None:
                 return func(*args, **kwargs)
-            result = self._known[name] if name in self._known else func(*args, **kwargs)
+            if name in self._known:
+                result = self._known[name]
+            elif self._rounded is not None:
+                result = self._of_rounded(self._rounded, self.inputs[name], func, args, kwargs)
+            else:
+                result = func(*args, **kwargs)
             self.results[name] = _Result(result, result._version)
             return result
         if func in _ADDITIONS:
             self._added.append(kwargs["source"] if "source" in kwargs else args[3])
         return func(*args, **kwargs)
+
+    @staticmethod
+    def _of_rounded(rounded: Rounding, x: Tensor, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """A product with another input than x, in fp32; returned in x's dtype."""
+
+        def wide(given: Any) -> Any:
+            return rounded(x) if given is x else given.float() if isinstance(given, Tensor) else given
+
+        result: Tensor = func(*map(wide, args), **{key: wide(value) for key, value in kwargs.items()})
+        return result.to(x.dtype)
 
     def _see_product(self, func: Any, operands: list[Tensor]) -> str | None:
         """The parameter that takes part, if one does."""

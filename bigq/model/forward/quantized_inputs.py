@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -57,14 +57,15 @@ class E4M3Inputs(QuantizedInputs):
         return rounded_to_e4m3(input)
 
 
-def quantize_inputs(folder: Path, modules: Iterable[nn.Module], kind: InputType, experts: bool) -> None:
-    """Let Linears quantize their inputs to a type from now on. experts: whether the checkpoint in ``folder`` holds experts that would have
-    to.
+#: How inputs are rounded to a type, as fp32 numbers.
+ROUNDINGS: Mapping[InputType, Callable[[Tensor], Tensor]] = {"int8": rounded_to_int8, "e4m3": rounded_to_e4m3}
 
-    Raises UnsupportedModelError for experts, and for what is no Linear.
+
+def quantize_inputs(folder: Path, modules: Iterable[nn.Module], kind: InputType) -> None:
+    """Let Linears quantize their inputs to a type from now on. folder: of the checkpoint, for messages.
+
+    Raises UnsupportedModelError for what is no Linear.
     """
-    if experts:
-        raise UnsupportedModelError(f"{folder}: readers quantize the inputs of experts too, which bigq cannot; give the original model")
     for module in modules:
         if not isinstance(module, nn.Linear):
             name = type(module).__name__

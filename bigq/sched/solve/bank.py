@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bigq.errors import NumericsError
 from bigq.methods.base import CalibratedMethod, Collector, DataFreeMethod
-from bigq.model.experts.bank import Bank, Expert, Product
+from bigq.model.experts.bank import Bank, Expert, Product, Rounding
 from bigq.progress.clock import Clock
 from bigq.progress.records import LinearRecord
 from bigq.quantized_weight import QuantizedWeight
@@ -43,7 +43,8 @@ class BankJob:
     as, in the order of its outputs. load: an expert's parameters, on the device; original: those of the checkpoint, if ``load`` may return
     others. finished: whether ``load`` returns final ones, because an earlier run committed the expert; then it only runs. finite_only:
     leave tokens that are not finite out of Hessians. at_once: experts that are solved side by side. ends: whether an expert is the last of
-    its shard; no batch of experts goes beyond it, so that a job that goes on has the same batches.
+    its shard; no batch of experts goes beyond it, so that a job that goes on has the same batches. rounded: see ``Expert``; of
+    ``run_bank_rows``.
     """
 
     prefix: str
@@ -58,6 +59,7 @@ class BankJob:
     finite_only: bool = False
     at_once: int = 1
     ends: Callable[[int], bool] = lambda e: False
+    rounded: Rounding | None = None
 
     @property
     def load_original(self) -> Callable[[int], Mapping[str, Tensor]]:
@@ -215,7 +217,7 @@ def run_bank_rows(job: BankJob, rows: RoutedRows, batch: int | None = None) -> N
     """
     for number, parts in rows.routes(job.bank, batch):
         if any(len(tokens) for tokens, _ in parts):
-            expert = Expert(job.module, job.bank, rows.call, _loaded(job, job.load, number))
+            expert = Expert(job.module, job.bank, rows.call, _loaded(job, job.load, number), job.rounded)
             for i, (tokens, slots) in enumerate(parts):
                 if batch is None:
                     _run(job, rows, _Visited(rows, expert, tokens), slots)

@@ -144,7 +144,7 @@ def test_other_ways_to_quantize_inputs_are_not_taken_for_it(part: str, change: d
         (32, {"bits": 4}, {}, "bits"),
         (32, {"group_size": 32}, {}, "group_size"),
         (40, {}, {}, "shape"),
-        (32, {}, {"expert": True}, "joined"),
+        (32, {}, {"joined": True}, "joined"),
         (32, {}, {"transposed": True}, "transposed"),
     ],
 )
@@ -156,14 +156,12 @@ def test_what_does_not_fit(m: int, scheme: dict[str, Any], more: dict[str, bool]
 
 def test_what_has_no_linear_to_round_the_inputs_of_is_refused() -> None:
     linear = torch.nn.Linear(4, 4)
-    quantize_inputs(Path("m"), [linear], "int8", experts=False)
+    quantize_inputs(Path("m"), [linear], "int8")
     x = torch.tensor([[127.0, 0.5, 0.0, 1.6]])
     rounded = torch.tensor([[127.0, 0.0, 0.0, 2.0]])
     assert torch.equal(linear(x), torch.nn.functional.linear(rounded, linear.weight, linear.bias))
-    with pytest.raises(UnsupportedModelError, match=r"^m: readers quantize the inputs of experts too"):
-        quantize_inputs(Path("m"), [], "int8", experts=True)
     with pytest.raises(UnsupportedModelError, match=r"^m: readers quantize the inputs of a Identity, which"):
-        quantize_inputs(Path("m"), [torch.nn.Identity()], "e4m3", experts=False)
+        quantize_inputs(Path("m"), [torch.nn.Identity()], "e4m3")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -193,6 +191,6 @@ def test_inputs_are_rounded_to_floats_for_each_token(dtype: torch.dtype) -> None
     assert torch.allclose(numbers, nearest, rtol=1e-5) and float(nearest.abs().max()) == 448
     assert float(((got - x.float()).abs() / x.float().abs().clamp(min=1e-2)).max()) <= 2**-4
     linear = torch.nn.Linear(64, 8)
-    quantize_inputs(Path("m"), [linear], "e4m3", experts=False)
+    quantize_inputs(Path("m"), [linear], "e4m3")
     expected = torch.nn.functional.linear(got, linear.weight, linear.bias)
     assert torch.equal(linear(x.float()), expected)

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""``reader_vllm.py`` for the formats nvfp4 and mxfp4: their Linears and experts are unpacked instead of repacked for a kernel.
+"""``reader_vllm.py`` for the formats nvfp4, mxfp4, fp8 and w8a8-int8: their Linears and experts are unpacked instead of repacked for a
+kernel.
 
-reader_vllm_fp4.py RESULTS FOLDER…
+    reader_vllm_numbers.py RESULTS FOLDER…
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ import reader_vllm as base
 import torch
 import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a4_mxfp4 as mxfp4_experts
 import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a4_nvfp4 as nvfp4_experts
+import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_fp8 as fp8_experts
+import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_int8 as int8_experts
 import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w4a4_mxfp4 as mxfp4
 import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w4a4_nvfp4 as nvfp4
+import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8 as fp8
+import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_int8 as int8
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
@@ -50,12 +55,29 @@ def unpack_experts(method: Any, layer: nn.Module) -> None:
         layer.unpacked[name] = weight_of(packed, scales, factors)
 
 
+def unpack_eight_bits(scheme: Any, layer: nn.Module) -> None:
+    """Stands in for the last step of a Linear of 8 bits: leaves the weight as ``unpacked``."""
+    layer.unpacked = layer.weight.data.float() * layer.weight_scale.data.float()
+
+
+def unpack_experts_of_eight_bits(method: Any, layer: nn.Module) -> None:
+    layer.unpacked = {
+        name: getattr(layer, f"{name}_weight").data.float() * getattr(layer, f"{name}_weight_scale").data.float() for name in base.MATRICES
+    }
+
+
 def main() -> None:
     nvfp4.init_nvfp4_linear_kernel = lambda **_: Unpacking()
     mxfp4.init_mxfp4_linear_kernel = lambda **_: Unpacking()
     nvfp4_experts.select_nvfp4_moe_backend = lambda **_: (NvFp4MoeBackend.MARLIN, MarlinExperts)
     for method in (nvfp4_experts.CompressedTensorsW4A4Nvfp4MoEMethod, mxfp4_experts.CompressedTensorsW4A4Mxfp4MoEMethod):
         method.process_weights_after_loading = unpack_experts
+    fp8.CompressedTensorsW8A8Fp8.process_weights_after_loading = unpack_eight_bits
+    int8.CompressedTensorsW8A8Int8.process_weights_after_loading = unpack_eight_bits
+    fp8_experts.select_fp8_moe_backend = lambda *_, **__: (None, None)
+    int8_experts.select_int8_moe_backend = lambda *_, **__: (None, None)
+    for method in (fp8_experts.CompressedTensorsW8A8Fp8MoEMethod, int8_experts.CompressedTensorsW8A8Int8MoEMethod):
+        method.process_weights_after_loading = unpack_experts_of_eight_bits
     base.main()
 
 

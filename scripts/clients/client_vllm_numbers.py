@@ -1,4 +1,4 @@
-"""vLLM's loader (``reader_vllm_fp4.py``) with the formats nvfp4 and mxfp4."""
+"""vLLM's loader (``reader_vllm_numbers.py``) with the formats nvfp4 and mxfp4, and with experts in fp8 and w8a8-int8."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from client_vllm import CLIENT as VLLM
 from client_vllm import DENSE, EXPERTS
 from client_vllm_w8a8 import SKIP
 
-FORMATS = ("nvfp4", "mxfp4")
+FORMATS, EIGHT_BITS = ("nvfp4", "mxfp4"), ("fp8", "w8a8-int8")
 
 
 def make_cases() -> tuple[Case, ...]:
     return (
         *(_case(family, format) for family, format in itertools.product(("llama", *DENSE, *EXPERTS), FORMATS)),
+        *(_case(family, format) for family, format in itertools.product(EXPERTS, EIGHT_BITS)),
         *(_case("llama", format, "-rtn", "--method", "rtn") for format in FORMATS),
         *(_case("llama", format, "-skip", *SKIP) for format in FORMATS),
         *(_case("llama", format, "-head", "--lm-head") for format in FORMATS),
@@ -27,4 +28,4 @@ def _case(family: str, format: str, name: str = "", *more: str) -> Case:
     return Case(name=f"{family}-{format}{name}", family=family, model=model, flags=flags, reader={"routes": ["loader"]})
 
 
-CLIENT = dataclasses.replace(VLLM, name="vllm-fp4", reader="reader_vllm_fp4.py", cases=make_cases(), limits={}, venv="vllm")
+CLIENT = dataclasses.replace(VLLM, name="vllm-numbers", reader="reader_vllm_numbers.py", cases=make_cases(), limits={}, venv="vllm")
