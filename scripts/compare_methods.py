@@ -72,7 +72,7 @@ def run(flags: list[str], given: argparse.Namespace, out: Path) -> dict[str, Any
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     report = json.loads(done.stdout)
     rows = {} if given.heldout else {"samples": 128}
-    config = EvalConfig(data=str(given.heldout or "builtin"), seqlen=given.window, device="cpu", quiet=True, **rows)
+    config = EvalConfig(data=str(given.heldout or "builtin"), seqlen=given.window, device="cpu", dtype="float32", quiet=True, **rows)
     judged = evaluate(str(out), config, baseline=str(given.model))
     history = read_history(out)
     assert history.config is not None

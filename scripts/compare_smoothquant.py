@@ -97,7 +97,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
                 seconds = quantize(name, given, ids, out)
-                config = EvalConfig(data=str(given.heldout), seqlen=given.window, device="cpu", quiet=True)
+                config = EvalConfig(data=str(given.heldout), seqlen=given.window, device="cpu", dtype="float32", quiet=True)
                 judged = evaluate(str(out), config, baseline=str(given.model))
             found = {name: getattr(judged, name) for name in ("kl", "kl_stderr", "perplexity", "baseline_perplexity")}
             keep(row, found | {"cpu_seconds": seconds, "revision": revision()})
