@@ -100,7 +100,7 @@ def table(result: Mapping[str, Any]) -> str:
         last = found[names[-1]].get(row)
         if last is None:
             continue
-        figures = [f"{found[name][row]['kl']:.4f}" if row in found[name] else "–" for name in names]
+        figures = [f"{found[name][row]['kl']:.5f}" if row in found[name] else "–" for name in names]
         bits, seconds = f"{last['bits_per_weight']:.2f}", f"{last['cpu_seconds']:.0f}"
         lines.append(f"| {' | '.join([row, f'`{flags}`', bits, *figures, seconds])} |")
     return "\n".join(lines)
