@@ -90,8 +90,7 @@ class Pager(ModelDescription):
         self._weights = self._find_sources()
         if self.schemes is not None and (kind := self.schemes.format.quantized_inputs):
             self._forced |= dict.fromkeys(self.packed, torch.float32)
-            packed = [self._owner(name)[0] for name in self.packed]
-            quantize_inputs(folder, packed, kind)
+            quantize_inputs(folder, (self._owner(name)[0] for name in self.packed), kind)
         self._ahead: Prefetch | None = None
         self._budget = 0
         skeleton.move_buffers(self.model, device)
@@ -278,8 +277,7 @@ class Pager(ModelDescription):
         """Expert e of the bank ``path`` on the device: its part of every parameter, by the name in the bank. A spare expert has none.
 
         Small parameters, such as biases, are loaded with the block. matrices: of its parameters, if they are not to be read from the
-        checkpoint, [outputs, inputs] each. dtype: of those that are read, if not the parameter's. Raises CheckpointError; NumericsError for
-        weights that are not finite.
+        checkpoint, [outputs, inputs] each. dtype: of those that are read, if not their own. Raises CheckpointError; NumericsError for NaN.
         """
         bank, module = self.banks[path], self.model.get_submodule(path)
         found: dict[str, Tensor] = {}
