@@ -26,7 +26,7 @@ from bigq.job.journal import read_commits
 from bigq.model.pager import Pager
 from bigq.progress.progress import Progress
 from bigq.reports.model_card import model_card
-from bigq.scheme import QuantScheme
+from bigq.scheme import QuantScheme, Rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -183,6 +183,8 @@ def test_a_default_that_is_given_is_refused_too(
         assert main([*command, "--method", "rtn", "--device", "cpu", *flags]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    followed = [*flags[:-1], said.rpartition(" ")[2] if said.rpartition(" ")[2] != "use" else "64"]
+    assert main(["plan", str(model), "--method", "rtn", "--device", "cpu", *followed]) == 0
 
 
 def test_weights_above_what_scales_hold_name_the_linear(ids: Path, tmp_path: Path) -> None:
@@ -193,5 +195,11 @@ def test_weights_above_what_scales_hold_name_the_linear(ids: Path, tmp_path: Pat
     rewrite(source, f"{name}.weight", weight)
     with pytest.raises(NumericsError, match=rf"{name}: its weights need a scale above 1\.75, the largest one of the format; leave this"):
         bigq.quantize(str(source), tmp_path / "out", job(ids, "nvfp4", method="rtn"))
+    bigq.quantize(
+        str(source),
+        tmp_path / "skipped",
+        job(ids, "nvfp4", method="rtn", rules=(Rule(f".*{name.rpartition('.')[2]}", None), Rule(".*gate_proj", None))),
+    )
+    assert verify(tmp_path / "skipped") == []
     bigq.quantize(str(source), tmp_path / "other", job(ids, "mxfp4", method="rtn"))
     assert verify(tmp_path / "other") == []

@@ -66,7 +66,7 @@ def test_a_model_computes_with_rounded_inputs(out: Path, checkpoint: Callable[[s
     for logits in found:
         assert float((logits - expected).norm()) < 1e-4 * float((plain - expected).norm())
     kinds = {type(module).__name__ for name, module in resident.named_modules() if name.endswith("_proj") and ".1.self_attn" not in name}
-    assert kinds == {"Int8Inputs"} and type(resident.model.layers[1].self_attn.q_proj) is nn.Linear
+    assert kinds == {"QuantizedInputs"} and type(resident.model.layers[1].self_attn.q_proj) is nn.Linear
 
 
 def test_it_is_what_the_same_job_in_gptq_holds(out: Path, checkpoint: Callable[[str], Path], ids_file: Path, tmp_path: Path) -> None:

@@ -35,30 +35,19 @@ def rounded_to_e4m3(x: Tensor) -> Tensor:
     return torch.clamp(wide * scale.reciprocal(), -E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn).float() * scale
 
 
-class QuantizedInputs(nn.Linear):
-    """A Linear that first quantizes its inputs. The weight is in fp32, and so is the product, in which 8-bit numbers are nearly exact."""
+#: How inputs are rounded to a type, as fp32 numbers.
+ROUNDINGS: Mapping[InputType, Callable[[Tensor], Tensor]] = {"int8": rounded_to_int8, "e4m3": rounded_to_e4m3}
 
-    def rounded(self, input: Tensor) -> Tensor:
-        """The inputs, fp32."""
-        raise NotImplementedError
+
+class QuantizedInputs(nn.Linear):
+    """A Linear that first quantizes its inputs, to ``input_type``. The weight is in fp32, and so is the product, in which 8-bit numbers are
+    nearly exact."""
+
+    input_type: InputType
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(self.rounded(input), self.weight.float(), bias).to(input.dtype)
-
-
-class Int8Inputs(QuantizedInputs):
-    def rounded(self, input: Tensor) -> Tensor:
-        return rounded_to_int8(input)
-
-
-class E4M3Inputs(QuantizedInputs):
-    def rounded(self, input: Tensor) -> Tensor:
-        return rounded_to_e4m3(input)
-
-
-#: How inputs are rounded to a type, as fp32 numbers.
-ROUNDINGS: Mapping[InputType, Callable[[Tensor], Tensor]] = {"int8": rounded_to_int8, "e4m3": rounded_to_e4m3}
+        return nn.functional.linear(ROUNDINGS[self.input_type](input), self.weight.float(), bias).to(input.dtype)
 
 
 def quantize_inputs(folder: Path, modules: Iterable[nn.Module], kind: InputType) -> None:
@@ -70,4 +59,6 @@ def quantize_inputs(folder: Path, modules: Iterable[nn.Module], kind: InputType)
         if not isinstance(module, nn.Linear):
             name = type(module).__name__
             raise UnsupportedModelError(f"{folder}: readers quantize the inputs of a {name}, which bigq cannot; give the original model")
-        module.__class__ = Int8Inputs if kind == "int8" else E4M3Inputs
+        module.__class__ = QuantizedInputs
+        assert isinstance(module, QuantizedInputs)
+        module.input_type = kind
