@@ -19,6 +19,7 @@ from bigq.config import JobConfig
 from bigq.errors import UsageError
 from bigq.infer.load import load_model
 from bigq.inspect.verify import verify
+from bigq.model.forward.quantized_inputs import QuantizedInputs
 from bigq.scheme import QuantScheme, Rule
 
 SCHEME = QuantScheme(bits=8, group_size=-1)
@@ -66,6 +67,7 @@ def test_a_model_computes_with_rounded_inputs(out: Path, checkpoint: Callable[[s
     for logits in found:
         assert float((logits - expected).norm()) < 1e-4 * float((plain - expected).norm())
     kinds = {type(module).__name__ for name, module in resident.named_modules() if name.endswith("_proj") and ".1.self_attn" not in name}
+    assert {module.input_type for module in resident.modules() if isinstance(module, QuantizedInputs)} == {"int8"}
     assert kinds == {"QuantizedInputs"} and type(resident.model.layers[1].self_attn.q_proj) is nn.Linear
 
 

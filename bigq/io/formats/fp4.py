@@ -32,6 +32,7 @@ from bigq.scheme import QuantScheme
 
 BITS = 4
 GLOBAL_SCALE = 256.0
+_WEIGHTS: Mapping[str, Any] = {"num_bits": BITS, "type": "float", "symmetric": True, "dynamic": False}
 
 
 class Fp4(Numbers):
@@ -106,12 +107,9 @@ class NvFp4(Fp4):
     scale_form = "e4m3"
     scale_dtype = torch.float8_e4m3fn
     weights: ClassVar[Mapping[str, Any]] = {
-        "num_bits": BITS,
-        "type": "float",
-        "symmetric": True,
+        **_WEIGHTS,
         "strategy": "tensor_group",
         "group_size": group,
-        "dynamic": False,
         "scale_dtype": "torch.float8_e4m3fn",
     }
 
@@ -138,15 +136,7 @@ class MxFp4(Fp4):
     fixed: ClassVar[Mapping[str, int | bool]] = {"bits": BITS, "group_size": group, "symmetric": True}
     scale_form = "e8m0"
     scale_dtype = torch.uint8
-    weights: ClassVar[Mapping[str, Any]] = {
-        "num_bits": BITS,
-        "type": "float",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": group,
-        "dynamic": False,
-        "scale_dtype": "torch.uint8",
-    }
+    weights: ClassVar[Mapping[str, Any]] = {**_WEIGHTS, "strategy": "group", "group_size": group, "scale_dtype": "torch.uint8"}
 
     def suffixes(self, symmetric: bool) -> tuple[str, ...]:
         return "weight_packed", "weight_scale"
