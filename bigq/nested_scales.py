@@ -9,7 +9,6 @@ table has 256 numbers of a dynamic exponent and fraction (Dettmers 2015, arXiv 1
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,10 +62,3 @@ class NestedScales:
         table = dynamic_table().to(self.codes.device)
         of_each = self.blocks.repeat_interleave(BLOCK)[: self.codes.numel()].view(self.codes.shape)
         return table[self.codes.int()] * of_each + self.offset
-
-
-def settled_(scale: Tensor, rows: Sequence[int]) -> list[NestedScales]:
-    """Round the scales [G, m] of several matrices, which have these rows, in place. Returns how they are stored."""
-    nested = [NestedScales.of(part.T) for part in scale.split(list(rows), 1)]
-    scale.copy_(torch.cat([each.values() for each in nested]).T)
-    return nested

@@ -16,8 +16,8 @@ from bigq.scheme import QuantScheme
 class QuantizedWeight:
     """A Linear's weight as codes, scales and zero points.
 
-    codes: uint8 [m, n]. scales: fp16 [m, G]. zeros: uint8 [m, G]; 0 with a codebook.
-    nested: how the scales are stored, where the scheme's form of scales is "nested"; they are fp32 then.
+    codes: uint8 [m, n]. scales: fp16 [m, G], fp32 in the forms "nested" and "block". zeros: uint8 [m, G]; 0 with a codebook.
+    nested: how the scales are stored, where the scheme's form of scales is "nested".
     loss: Σ over rows of (w−q)ᵀ·H·(w−q), with the damped Hessian that was factored. For round-to-nearest,
         which has no Hessian, H is the identity.
     energy: the same quadratic form of w itself, so that ``loss / energy`` is the relative output error. Where there

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from bigq.nested_scales import BLOCK, NestedScales, dynamic_table, settled_
+from bigq.nested_scales import BLOCK, NestedScales, dynamic_table
+from bigq.solver.settling import settled_
 
 
 def scales(m: int, groups: int, seed: int = 0) -> torch.Tensor:
@@ -42,7 +43,7 @@ def test_scales_that_are_all_0_stay_0() -> None:
 def test_matrices_that_are_solved_together_have_scales_of_their_own() -> None:
     first, second = scales(20, 8), scales(12, 8, seed=1) * 30
     stacked = torch.cat([first, second]).T.contiguous()
-    nested = settled_(stacked, [20, 12])
+    nested = settled_(stacked, [20, 12], "nested")
     for given, each, found in zip((first, second), nested, stacked.split([20, 12], 1), strict=True):
         alone = NestedScales.of(given)
         assert torch.equal(each.codes, alone.codes) and torch.equal(found, alone.values().T)

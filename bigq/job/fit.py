@@ -11,7 +11,7 @@ from typing import Any
 from bigq.config import JobConfig
 from bigq.errors import UsageError
 from bigq.io.formats.base import Misfit, bank_of, fitting_group_size, listed
-from bigq.io.formats.fused import fused_linears
+from bigq.io.formats.fused import FUSED, fused_linears
 from bigq.io.formats.readers_table import BY_FUSED_NAME
 from bigq.io.gguf_file import BLOCK, gguf_misfit
 from bigq.job.command import rule_option
@@ -88,8 +88,9 @@ def require_distinct(linears: Sequence[Candidate], others: Iterable[str], config
 
 def misfits(linears: Iterable[Candidate], config: JobConfig) -> dict[str, Misfit]:
     """What does not fit, by the Linear's name."""
-    found = {}
+    found: dict[str, Misfit] = {}
     base = config.base_scheme  # once: it is made anew each time, and a model with experts has many Linears
+    linears = list(linears)
     for each in linears:
         scheme = scheme_for(each.name, base, config.rules)
         if scheme is None:
@@ -101,7 +102,22 @@ def misfits(linears: Iterable[Candidate], config: JobConfig) -> dict[str, Misfit
             misfit = gguf_misfit(each.n, scheme)
         if misfit is not None:
             found[each.name] = misfit
+    if (step := config.made.outputs_of_parts) > 1:
+        for name, misfit in _cut_blocks({each.name: each.m for each in linears if _scheme(each, config) is not None}, step):
+            found.setdefault(name, misfit)
     return found
+
+
+def _cut_blocks(outputs: Mapping[str, int], step: int) -> Iterator[tuple[str, Misfit]]:
+    """Parts of fused Linears whose last block of ``step`` outputs would have to hold some of the next part. outputs: by name."""
+    for fused in fused_linears(outputs):
+        if fused.experts:
+            continue
+        order = FUSED[fused.name.rpartition(".")[2]]
+        for name in sorted(fused.parts, key=lambda part: order.index(part.rpartition(".")[2]))[:-1]:
+            if outputs[name] % step:
+                said = f"has {outputs[name]} outputs, but readers load {fused.said} as one Linear in blocks of {step} outputs"
+                yield name, Misfit("shape", said)
 
 
 def _scheme(linear: Candidate, config: JobConfig) -> QuantScheme | None:

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 #: What codes stand for: integers, or the points of a codebook.
 PointsName = Literal["int", "nf4", "fp4", "e2m1", "e4m3"]
 #: How scales are stored: each as an fp16 number; as an fp16 number that E4M3 or E8M0 can hold, times a power of two; or "nested", as 8-bit
-#: numbers with scales of their own (``bigq.nested_scales``).
-ScaleForm = Literal["fp16", "e4m3", "e8m0", "nested"]
+#: numbers with scales of their own (``bigq.nested_scales``); or "block", each as a bf16 number that ``BLOCK_ROWS`` rows share.
+ScaleForm = Literal["fp16", "e4m3", "e8m0", "nested", "block"]
+#: Rows of a matrix that share a scale in the form "block". The last block may have fewer.
+BLOCK_ROWS = 128
 
 #: Significant bits of fp16, and the fewest that a scale may be rounded to.
 SCALE_BITS = 11
@@ -93,7 +95,7 @@ class GridSpec:
     @property
     def settles(self) -> bool:
         """Whether scales are rounded together with all others of the matrix, once they are found. Until then they are fp32 numbers."""
-        return self.scale_form == "nested"
+        return self.scale_form in ("nested", "block")
 
     @property
     def book(self) -> tuple[float, ...]:

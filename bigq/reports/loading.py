@@ -100,6 +100,8 @@ def _sizes_differ(history: History) -> bool:
 def _said_of_inputs(kind: InputType) -> str:
     if kind == "e4m3":
         return "Inputs of Linears are rounded to fp8 (E4M3) for each token while the model runs.\n"
+    if kind == "e4m3-groups":
+        return "Inputs of Linears are rounded to fp8 (E4M3) for each token, 128 at a time, while the model runs.\n"
     return (
         "Inputs of Linears are rounded to 8 bits for each token while the model runs. compressed-tensors divides the largest one by "
         "127.5 for it, vLLM and bigq by 127, so their results differ a little.\n"

@@ -34,12 +34,13 @@ from bigq.kernels.grid import GridSpec, GroupGrid, find_grid, points_of
 from bigq.kernels.pick import empty_columns, piece, use_compiled
 from bigq.kernels.precision import fp32_products, product
 from bigq.machine.memory import return_freed_memory
-from bigq.nested_scales import NestedScales, settled_
+from bigq.nested_scales import NestedScales
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
 from bigq.solver.batch import Factors
 from bigq.solver.energy import sampled_energy, total_energy
 from bigq.solver.hessian import LEAVE_OUT, Factor, Order, factorize
+from bigq.solver.settling import settled_
 from bigq.solver.storage_range import require_storable
 from bigq.solver.sweeps import Solution, sweep_
 from bigq.solver.upstream_error import Correction
@@ -188,7 +189,7 @@ def _results(columns: _Columns, done: _Solved, factor: Factor, scheme: QuantSche
     return [
         QuantizedWeight(
             codes=part_codes.T,
-            scales=scale.T.to(torch.float16) if nested is None else nested.values(),
+            scales=scale.T.to(torch.float32 if columns.spec.settles else torch.float16),
             zeros=zero.T.to(torch.uint8),
             scheme=scheme,
             loss=float(part_loss.sum()),
@@ -305,7 +306,7 @@ class _Columns:
 
     def settled(self, rows: list[int]) -> Sequence[NestedScales | None]:
         """Round the scales of each Linear together, where the form of scales is such. rows: of the Linears."""
-        return settled_(self.scale, rows) if self.spec.settles else [None] * len(rows)
+        return settled_(self.scale, rows, self.spec.scale_form) if self.spec.settles else [None] * len(rows)
 
     def natural_grids(self, factor: Factor) -> tuple[Tensor, Tensor]:
         """Scales and zero points in the natural order of the groups, each [groups, m]."""

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from bigq.errors import NumericsError
 from bigq.kernels.finiteness import is_finite
-from bigq.kernels.grid import GridSpec, codes_of, find_grid, nearest
+from bigq.kernels.grid import codes_of, find_grid, nearest
 from bigq.kernels.pick import piece
-from bigq.nested_scales import TINY, NestedScales
+from bigq.nested_scales import TINY
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
+from bigq.solver.settling import settled_
 from bigq.solver.storage_range import require_storable
 
 
@@ -41,17 +42,17 @@ def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "the Linea
         else:  # the weights of squared errors have the first dimensions
             scales[at], zeros[at] = (found.T for found in find_grid(groups.transpose(1, 2), spec, weights))
 
-    nested = None
+    nested, settled = None, scales
     if spec.settles:  # the scales of all pieces are rounded together
         for at in pieces:
             find(at)
-        nested = NestedScales.of(scales)
-    settled = scales if nested is None else nested.values()
+        settled = scales.clone()
+        (nested,) = settled_(settled.T, [m], spec.scale_form)
     for at in pieces:
-        if nested is None:
+        if not spec.settles:
             find(at)
         groups = _groups(weight[at], width)
-        scaled = _scaled(groups, settled[at] if spec.search else scales[at], spec)
+        scaled = groups / settled[at] if nested is None or spec.search else _in_units_of(scales[at], groups)
         points = nearest(scaled, zeros[at], spec)
         codes[at] = codes_of(scaled if spec.book else points, zeros[at], spec).permute(1, 2, 0).reshape(-1, n)
         sums += torch.stack([(part.double().square() * weights[:, None]).sum() for part in (groups - points * settled[at], groups)])
@@ -59,7 +60,7 @@ def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "the Linea
     loss, energy = sums.tolist()
     return QuantizedWeight(
         codes=codes,
-        scales=settled.to(torch.float16) if nested is None else settled,
+        scales=settled if spec.settles else settled.to(torch.float16),
         zeros=zeros.to(torch.uint8),
         scheme=scheme,
         loss=loss,
@@ -74,6 +75,6 @@ def _groups(rows: Tensor, width: int) -> Tensor:
     return rows.float().reshape(len(rows), -1, width).permute(2, 0, 1)
 
 
-def _scaled(groups: Tensor, scale: Tensor, spec: GridSpec) -> Tensor:
-    """Groups in units of their scale. If it spans their weights and is rounded later, it is not rounded here: so bitsandbytes does it."""
-    return groups * (1.0 / scale.clamp(min=TINY)) if spec.settles and not spec.search else groups / scale
+def _in_units_of(scale: Tensor, groups: Tensor) -> Tensor:
+    """Groups in units of a scale that spans their weights, and is not rounded yet: so bitsandbytes does it."""
+    return groups * (1.0 / scale.clamp(min=TINY))

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from bigq.kernels.grid import grid_for_range, nearest
+from bigq.kernels.grid_spec import BLOCK_ROWS
 from bigq.kernels.pick import piece
 from bigq.scheme import QuantScheme
+from bigq.solver.settling import of_blocks
 
 #: Tokens that the error of outputs is measured on.
 SAMPLED_TOKENS = 256
@@ -163,7 +165,8 @@ def _output_error(scales: Tensor, readers: Sequence[Reader], sample: Tensor) -> 
     total = 0.0
     for reader in readers:
         n = reader.weight.shape[1]
-        for part in reader.weight.split(max(1, piece(on_gpu=reader.weight.is_cuda) // n)):
+        rows = max(1, piece(on_gpu=reader.weight.is_cuda) // n)
+        for part in reader.weight.split(rows if reader.scheme.scale_form != "block" else -(-rows // BLOCK_ROWS) * BLOCK_ROWS):
             exact = part.float()
             error = rounded(exact * scales, reader.scheme).div_(scales).sub_(exact)
             total += float((error @ sample.T).square_().sum(dtype=torch.float64))
@@ -171,9 +174,12 @@ def _output_error(scales: Tensor, readers: Sequence[Reader], sample: Tensor) -> 
 
 
 def rounded(weight: Tensor, scheme: QuantScheme) -> Tensor:
-    """A weight fp32 [m, n], each element at the nearest point of the grid that spans its group."""
+    """A weight fp32 [m, n], each element at the nearest point of the grid that spans its group. With scales of blocks, m counts whole ones,
+    or ends the matrix."""
     spec = dataclasses.replace(scheme.grid, search=False)
     groups = weight.view(len(weight), -1, scheme.group_width(weight.shape[1]))
     scale, zero = grid_for_range(groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0), spec)
+    if scheme.scale_form == "block":
+        scale = of_blocks(scale.T).T
     scale, zero = scale[..., None], zero[..., None]
     return nearest(groups / scale, zero, spec).mul_(scale).view_as(weight)

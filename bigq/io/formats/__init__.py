@@ -12,6 +12,7 @@ from bigq.io.formats.base import Format, PackedLinear, PackedSchemes, PackedWeig
 from bigq.io.formats.bitsandbytes import BitsAndBytesSchemes, BnbFp4, Nf4
 from bigq.io.formats.compressed_tensors import CompressedTensors, CompressedTensorsSchemes
 from bigq.io.formats.fp4 import MxFp4, NvFp4
+from bigq.io.formats.fp8_block import Fp8Block
 from bigq.io.formats.gptq import Gptq, GptqV2
 from bigq.io.formats.gptq_config import GptqSchemes
 from bigq.io.formats.numbers import Numbers, NumbersSchemes
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 #: Variants of compressed-tensors that store numbers instead of packed codes.
-_NUMBERS: tuple[Numbers, ...] = (W8A8Int8(), Fp8(), NvFp4(), MxFp4())
+_NUMBERS: tuple[Numbers, ...] = (W8A8Int8(), Fp8(), Fp8Block(), NvFp4(), MxFp4())
 FORMATS: Mapping[str, Format] = {made.name: made for made in (Gptq(), GptqV2(), CompressedTensors(), *_NUMBERS, Awq(), Nf4(), BnbFp4())}
 
 

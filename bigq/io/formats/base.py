@@ -29,8 +29,8 @@ ALIGNMENT = 32
 REASONS = 3
 
 
-#: Types to which readers quantize the inputs of Linears; empty if they do not.
-InputType = Literal["", "int8", "e4m3"]
+#: Types to which readers quantize the inputs of Linears; empty if they do not. "e4m3-groups": for each group of 128 inputs by itself.
+InputType = Literal["", "int8", "e4m3", "e4m3-groups"]
 
 #: The name of a matrix of one expert; readers take all experts of a bank, the first group, as one module.
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.\w+")
@@ -143,6 +143,7 @@ class Format(ABC):
     points, scale_form: what codes stand for, and how scales are stored.
     fixed: fields of the scheme that have only one value in the format.
     takes_experts, takes_head: whether matrices of experts, and the output head, can be packed.
+    outputs_of_parts: of which number the outputs of the parts of a fused Linear must be multiples, except of the last one.
     """
 
     name: ClassVar[str]
@@ -165,6 +166,7 @@ class Format(ABC):
     fixed: ClassVar[Mapping[str, int | bool]] = {}
     takes_experts: ClassVar[bool] = True
     takes_head: ClassVar[bool] = True
+    outputs_of_parts: ClassVar[int] = 1
 
     def __str__(self) -> str:
         return self.name

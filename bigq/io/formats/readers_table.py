@@ -19,7 +19,7 @@ from bigq.scheme import QuantScheme
 BY_FUSED_NAME: Mapping[str, bool] = {
     "gptq": True,
     "gptq_v2": True,
-    **dict.fromkeys(("compressed-tensors", "w8a8-int8", "fp8", "nvfp4", "mxfp4", "awq"), False),
+    **dict.fromkeys(("compressed-tensors", "w8a8-int8", "fp8", "fp8-block", "nvfp4", "mxfp4", "awq"), False),
 }
 
 ALL_BITS = (2, 3, 4, 8)
@@ -95,7 +95,7 @@ _CT = ("compressed-tensors",)
 _GPTQ = ("gptq", "gptq_v2")
 _AWQ = ("awq",)
 _W8A8 = ("w8a8-int8",)
-_NVFP4, _MXFP4, _FP8 = ("nvfp4",), ("mxfp4",), ("fp8",)
+_NVFP4, _MXFP4, _FP8, _FP8_BLOCK = ("nvfp4",), ("mxfp4",), ("fp8",), ("fp8-block",)
 _BNB, _BNB_NEEDS = ("bnb-nf4", "bnb-fp4"), "accelerate, bitsandbytes"
 ROWS: tuple[Row, ...] = (
     Row(reader="transformers", formats=_GPTQ, mixed=False, head=False, experts=False, needs="optimum, gptqmodel"),
@@ -117,13 +117,13 @@ ROWS: tuple[Row, ...] = (
             formats=formats,
             bits=(8,),
             symmetric=(True,),
-            group_sizes=(-1,),
+            group_sizes=(size,),
             experts="alike",
             whole=False,
             not_families=("opt",),
             needs="compressed-tensors",
         )
-        for formats in (_W8A8, _FP8)
+        for formats, size in ((_W8A8, -1), (_FP8, -1), (_FP8_BLOCK, 128))
     ),
     Row(
         reader="transformers",
@@ -224,6 +224,7 @@ ROWS: tuple[Row, ...] = (
         for formats, bits, size, kernel in (
             (_W8A8, 8, -1, "Cutlass"),
             (_FP8, 8, -1, "Cutlass or Marlin"),
+            (_FP8_BLOCK, 8, 128, "DeepGEMM, Cutlass or Triton"),
             (_NVFP4, 4, 16, "Marlin"),
             (_MXFP4, 4, 32, "Marlin"),
         )

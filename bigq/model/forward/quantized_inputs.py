@@ -14,6 +14,8 @@ from bigq.io.formats.base import InputType
 #: The largest number of an input in int8 and in E4M3, and the smallest scale there, as in vLLM.
 INT8_MOST, E4M3_MOST = 127, 448.0
 E4M3_SMALLEST = 1 / (E4M3_MOST * 512)
+#: Inputs that share a scale with the weights in blocks.
+E4M3_GROUP = 128
 
 
 def rounded_to_int8(x: Tensor) -> Tensor:
@@ -35,8 +37,19 @@ def rounded_to_e4m3(x: Tensor) -> Tensor:
     return torch.clamp(wide * scale.reciprocal(), -E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn).float() * scale
 
 
+def rounded_in_groups(x: Tensor) -> Tensor:
+    """The same with a scale for each token and 128 inputs, by which readers divide."""
+    groups = x.float().unflatten(-1, (-1, E4M3_GROUP))
+    scale = (groups.abs().amax(-1, keepdim=True) / E4M3_MOST).clamp(min=E4M3_SMALLEST)
+    return (torch.clamp(groups / scale, -E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn).float() * scale).flatten(-2)
+
+
 #: How inputs are rounded to a type, as fp32 numbers.
-ROUNDINGS: Mapping[InputType, Callable[[Tensor], Tensor]] = {"int8": rounded_to_int8, "e4m3": rounded_to_e4m3}
+ROUNDINGS: Mapping[InputType, Callable[[Tensor], Tensor]] = {
+    "int8": rounded_to_int8,
+    "e4m3": rounded_to_e4m3,
+    "e4m3-groups": rounded_in_groups,
+}
 
 
 class QuantizedInputs(nn.Linear):
