@@ -43,6 +43,8 @@ ROWS: Mapping[str, str] = {
     "w8a8-int8, SmoothQuant": "--format w8a8-int8 --fold smoothquant",
     "fp8, nearest": f"--format fp8 {NEAREST}",
     "fp8": "--format fp8",
+    "fp8-block, nearest": f"--format fp8-block {NEAREST}",
+    "fp8-block": "--format fp8-block",
     "4 bits, nearest": f"--group-size 64 --asym --format gptq_v2 {NEAREST}",
     "4 bits, AWQ": "--group-size 64 --asym --format awq --method awq",
     "4 bits, fast": "--group-size 64 --asym --format gptq_v2 --quality fast",
