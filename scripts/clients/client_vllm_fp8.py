@@ -1,10 +1,11 @@
-"""vLLM's engine with the fp8 format, in fp32 (see ``client_vllm_w8a8``)."""
+"""vLLM's engine with the formats fp8 and fp8-block, in fp32 (see ``client_vllm_w8a8``)."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from cases import Case
+from cases import IN_BLOCKS, Case
+from client_vllm import make_case
 from client_vllm_engine import HEADS
 from client_vllm_w8a8 import CLIENT as W8A8
 from client_vllm_w8a8 import SKIP, make_engine_case
@@ -17,7 +18,22 @@ def make_cases() -> tuple[Case, ...]:
         make_engine_case("llama", "fp8", "-gptaq", "--method", "gptaq"),
         make_engine_case("llama", "fp8", "-skip", *SKIP),
         make_engine_case("llama", "fp8", "-head", "--lm-head"),
+        *(_in_blocks(family) for family in HEADS),
+        _in_blocks("llama", "-rtn", "--method", "rtn"),
+        _in_blocks("llama", "-gptaq", "--method", "gptaq"),
+        _in_blocks("llama", "-skip", *SKIP),
+        _in_blocks("llama", "-head", "--lm-head"),
+        _in_blocks("llama", "-partial", "--allow-partial", hidden_size=192),
     )
+
+
+def _in_blocks(family: str, name: str = "", *more: str, **sizes: int) -> Case:
+    case = make_case(family, "fp8-block", 8, 128, True, name, *more)
+    heads = {} if family == "llama" else {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    if family == "opt":
+        heads = {"num_attention_heads": 4}
+    model = {**case.model, **IN_BLOCKS[family], **heads, **sizes}
+    return dataclasses.replace(case, model=model, reader={"routes": ["engine"], "dtype": "float32"})
 
 
 CLIENT = dataclasses.replace(W8A8, name="vllm-fp8", cases=make_cases())

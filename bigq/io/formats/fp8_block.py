@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bigq.errors import CheckpointError, UsageError
+from bigq.errors import CheckpointError
 from bigq.io.formats.base import PackedLinear, PackedWeight, require_tensor
 from bigq.io.formats.w8a8 import BITS, Fp8
 from bigq.io.index import TensorInfo
@@ -53,7 +53,7 @@ class Fp8Block(Fp8):
         words, scales, _ = stored
         blocks = scales[::BLOCK_ROWS].float().clone(memory_format=torch.contiguous_format)
         if not torch.equal(_of_rows(blocks, len(scales)), scales.float()):
-            raise UsageError(f"{prefix}: its rows have scales of their own; quantize the original model with --format {self.name}")
+            raise ValueError(f"{prefix}: {self.name} holds one scale for {BLOCK_ROWS} rows only")
         return {
             f"{prefix}.weight_scale": blocks,
             f"{prefix}.weight": self.numbers(unpack(words, BITS).T).contiguous(),
