@@ -8,6 +8,7 @@ import itertools
 from cases import IN_BLOCKS, Case
 from client_vllm import CLIENT as VLLM
 from client_vllm import DENSE, EXPERTS
+from client_vllm_fp8 import HEAD_IN_BLOCKS
 from client_vllm_w8a8 import SKIP
 
 FORMATS, EIGHT_BITS = ("nvfp4", "mxfp4", "fp8-block"), ("fp8", "w8a8-int8")
@@ -30,4 +31,4 @@ def _case(family: str, format: str, name: str = "", *more: str, **sizes: int) ->
     return Case(name=f"{family}-{format}{name}", family=family, model=model, flags=flags, reader={"routes": ["loader"]})
 
 
-CLIENT = dataclasses.replace(VLLM, name="vllm-numbers", reader="reader_vllm_numbers.py", cases=make_cases(), limits={}, venv="vllm")
+CLIENT = dataclasses.replace(VLLM, name="vllm-numbers", reader="reader_vllm_numbers.py", cases=make_cases(), limits=HEAD_IN_BLOCKS, venv="vllm")

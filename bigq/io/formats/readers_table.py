@@ -120,10 +120,10 @@ ROWS: tuple[Row, ...] = (
             group_sizes=(size,),
             experts="alike",
             whole=False,
-            not_families=("opt",),
+            not_families=families,
             needs="compressed-tensors",
         )
-        for formats, size in ((_W8A8, -1), (_FP8, -1), (_FP8_BLOCK, 128))
+        for formats, size, families in ((_W8A8, -1, ("opt",)), (_FP8, -1, ("opt",)), (_FP8_BLOCK, 128, ()))
     ),
     Row(
         reader="transformers",
@@ -217,6 +217,7 @@ ROWS: tuple[Row, ...] = (
             bits=(bits,),
             symmetric=(True,),
             group_sizes=(size,),
+            head=formats != _FP8_BLOCK,
             fuses=True,
             not_families=("bloom", *_LLAMA4),
             kernel=kernel,
@@ -224,7 +225,7 @@ ROWS: tuple[Row, ...] = (
         for formats, bits, size, kernel in (
             (_W8A8, 8, -1, "Cutlass"),
             (_FP8, 8, -1, "Cutlass or Marlin"),
-            (_FP8_BLOCK, 8, 128, "DeepGEMM, Cutlass or Triton"),
+            (_FP8_BLOCK, 8, 128, "DeepGEMM, Cutlass, Marlin or Triton"),
             (_NVFP4, 4, 16, "Marlin"),
             (_MXFP4, 4, 32, "Marlin"),
         )
