@@ -31,4 +31,6 @@ def _case(family: str, format: str, name: str = "", *more: str, **sizes: int) ->
     return Case(name=f"{family}-{format}{name}", family=family, model=model, flags=flags, reader={"routes": ["loader"]})
 
 
-CLIENT = dataclasses.replace(VLLM, name="vllm-numbers", reader="reader_vllm_numbers.py", cases=make_cases(), limits=HEAD_IN_BLOCKS, venv="vllm")
+CLIENT = dataclasses.replace(
+    VLLM, name="vllm-numbers", reader="reader_vllm_numbers.py", cases=make_cases(), limits=HEAD_IN_BLOCKS, venv="vllm"
+)

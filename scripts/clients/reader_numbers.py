@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Read bigq's output in w8a8-int8, fp8, fp8-block, nvfp4 or mxfp4 with transformers and compressed-tensors, in the client's virtual environment
-without bigq.
+"""Read bigq's output in w8a8-int8, fp8, fp8-block, nvfp4 or mxfp4 with transformers and compressed-tensors, in the client's virtual
+environment without bigq.
 
     reader_numbers.py RESULTS FOLDER…
 

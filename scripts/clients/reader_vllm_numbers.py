@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""``reader_vllm.py`` for the formats nvfp4, mxfp4, fp8, fp8-block and w8a8-int8: their Linears and experts are unpacked instead of repacked for a
-kernel.
+"""``reader_vllm.py`` for the formats nvfp4, mxfp4, fp8, fp8-block and w8a8-int8: their Linears and experts are unpacked instead of
+repacked for a kernel.
 
     reader_vllm_numbers.py RESULTS FOLDER…
 """
