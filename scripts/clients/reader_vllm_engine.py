@@ -40,7 +40,6 @@ from vllm.platforms import PlatformEnum
 int8_on_cpu.check_cpu_sgl_kernel = lambda *_: False
 
 
-
 class PlainProduct(Fp8BlockScaledMMLinearKernel):
     """Stands in for the product of fp8 numbers in blocks, for which vLLM has CPU kernels with AMX only. vLLM itself rounds the inputs, and
     loads the weights and their scales."""

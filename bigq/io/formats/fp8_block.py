@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bigq.errors import CheckpointError
-from bigq.io.formats.base import PackedLinear, PackedWeight, require_tensor
+from bigq.io.formats.base import InputType, PackedLinear, PackedWeight, require_tensor
 from bigq.io.formats.w8a8 import BITS, Fp8
 from bigq.io.index import TensorInfo
 from bigq.kernels.grid_spec import BLOCK_ROWS
@@ -40,7 +40,7 @@ class Fp8Block(Fp8):
         "block_structure": [BLOCK_ROWS, GROUP],
     }
     inputs: ClassVar[Mapping[str, Any]] = {**Fp8.inputs, "strategy": "group", "group_size": GROUP}
-    quantized_inputs = "e4m3-groups"
+    quantized_inputs: ClassVar[InputType] = "e4m3-groups"
     scale_form = "block"
     group_sizes = (GROUP,)
     fixed: ClassVar[Mapping[str, int | bool]] = {"bits": BITS, "group_size": GROUP, "symmetric": True}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bigq.errors import CheckpointError, UsageError
-from bigq.io.formats.base import PackedLinear, PackedWeight, require_tensor
+from bigq.io.formats.base import InputType, PackedLinear, PackedWeight, require_tensor
 from bigq.io.formats.gptq import check_scales
 from bigq.io.formats.numbers import Numbers
 from bigq.io.index import TensorInfo
@@ -127,7 +127,8 @@ class Fp8(EightBits):
     variant = "float-quantized"
     weights: ClassVar[Mapping[str, Any]] = {**W8A8Int8.weights, "type": "float"}
     inputs: ClassVar[Mapping[str, Any]] = {**W8A8Int8.inputs, "type": "float"}
-    quantized_inputs = points = "e4m3"
+    quantized_inputs: ClassVar[InputType] = "e4m3"
+    points = "e4m3"
     dtype = torch.float8_e4m3fn
     zero = 0  # a codebook has no zero points
 

@@ -41,7 +41,8 @@ def rounded_in_groups(x: Tensor) -> Tensor:
     """The same with a scale for each token and 128 inputs, by which readers divide."""
     groups = x.float().unflatten(-1, (-1, E4M3_GROUP))
     scale = (groups.abs().amax(-1, keepdim=True) / E4M3_MOST).clamp(min=E4M3_SMALLEST)
-    return (torch.clamp(groups / scale, -E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn).float() * scale).flatten(-2)
+    rounded: Tensor = torch.clamp(groups / scale, -E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn).float() * scale
+    return rounded.flatten(-2)
 
 
 #: How inputs are rounded to a type, as fp32 numbers.
