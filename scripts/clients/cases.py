@@ -5,8 +5,8 @@ The folder of a case holds
     model/                  the source, in fp16: the same values whether it is read in fp16 or fp32
     out/                    bigq's output, quantized on 16 × 40 random tokens, with experts on 64 × 40
     expected.safetensors    ids int64 [N, T]; logits fp32 [N, T, V] of the dense model with bigq's dequantized weights, rounded to
-                            fp16 as readers store them, computed in fp32 (in w8a8-int8, fp8 and fp8-block: not rounded, but inputs are,
-                            to int8 with the largest number that the client module names, 127 if it names none, or to E4M3);
+                            fp16 as readers store them, computed in fp32 (in w8a8-int8 and fp8: not rounded, but inputs are, to int8
+                            with the largest number that the client module names, 127 if it names none, or to E4M3);
                             original: the logits of the source; weight.NAME fp32 [outputs, inputs] of every packed Linear, not rounded
     case.json               names of the packed Linears, and the settings that the client module has for its reader
 """
@@ -67,17 +67,6 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 4,
         "topk_method": "noaux_tc",
     },
-}
-_IN_BLOCKS: Mapping[str, Any] = {"hidden_size": 128, "num_key_value_heads": 4, "head_dim": 32, "moe_intermediate_size": 128}
-#: Sizes in blocks of 128: of all inputs, and of the outputs of what is loaded as one, except the last part. Changes of ``SIZES``.
-IN_BLOCKS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64},
-    "qwen2": {"hidden_size": 256, "intermediate_size": 256},
-    "opt": {"hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 256},
-    "bloom": {"hidden_size": 128},
-    **dict.fromkeys(("qwen3_moe", "glm4_moe"), _IN_BLOCKS),
-    "mixtral": _IN_BLOCKS | {"intermediate_size": 128},
-    "deepseek_v3": _IN_BLOCKS | {"q_lora_rank": 128, "kv_lora_rank": 128},
 }
 CALIBRATION = ("--seqlen", "40", "--dtype", "float32")
 #: Rows of calibration; an expert sees only the tokens that are routed to it.
@@ -199,15 +188,15 @@ def write_expected(folder: Path, largest: float = 127) -> list[str]:
             model.set_experts_implementation("eager")
     ids = random_ids(EVALUATED_ROWS, seed=1)
     original = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
-    rounded = rounding_of(json.loads((folder / "out/config.json").read_text())["quantization_config"])
+    variant = json.loads((folder / "out/config.json").read_text())["quantization_config"].get("format")
     schemes = packed_schemes(folder / "out")
     assert schemes is not None, "nothing is packed"
     places = weights_in(model, folder / "model")
     for name, weight in weights.items():
         require_near(name, weight, places[name], schemes.scheme(name))
-        places[name].copy_(weight.to(torch.float16) if rounded is None else weight)
+        places[name].copy_(weight if variant in INPUTS else weight.to(torch.float16))
     packed = [places[name] for name in weights]
-    with contextlib.nullcontext() if rounded is None else RoundedInputs(rounded, largest, packed):
+    with RoundedInputs(INPUTS[variant], largest, packed) if variant in INPUTS else contextlib.nullcontext():
         logits = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
     tensors = {"ids": ids, "logits": logits, "original": original} | {
         f"weight.{name}": weight.contiguous() for name, weight in weights.items()
@@ -228,24 +217,8 @@ def in_fp8(x: Tensor, largest: float) -> Tensor:
     return torch.clamp(x / scale, -448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
-def in_groups_of_fp8(x: Tensor, largest: float) -> Tensor:
-    """The same with a scale for each 128 inputs too."""
-    return in_fp8(x.unflatten(-1, (-1, 128)), largest).flatten(-2)
-
-
-#: How readers round the inputs of Linears, by the type of their numbers and what shares a scale.
-INPUTS: Mapping[tuple[str, str], Callable[[Tensor, float], Tensor]] = {
-    ("int", "token"): in_int8,
-    ("float", "token"): in_fp8,
-    ("float", "group"): in_groups_of_fp8,
-}
-
-
-def rounding_of(config: Mapping[str, Any]) -> Callable[[Tensor, float], Tensor] | None:
-    """How readers of a ``quantization_config`` round the inputs of Linears; None if they do not."""
-    group = next(iter(config.get("config_groups", {}).values()), {})
-    inputs = group.get("input_activations")
-    return None if inputs is None else INPUTS[inputs["type"], inputs["strategy"]]
+#: Variants of compressed-tensors whose readers round the inputs of Linears, and how.
+INPUTS: Mapping[str, Callable[[Tensor, float], Tensor]] = {"int-quantized": in_int8, "float-quantized": in_fp8}
 
 
 class RoundedInputs(TorchFunctionMode):

@@ -1,17 +1,17 @@
-"""transformers with compressed-tensors, and the formats fp8, fp8-block, nvfp4 and mxfp4."""
+"""transformers with compressed-tensors, and the formats fp8, nvfp4 and mxfp4."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from cases import IN_BLOCKS, Case
+from cases import Case
 from client_compressed_tensors import fails as fails_in_compressed_tensors
 from client_vllm_w8a8 import SKIP
 from client_w8a8 import CLIENT as W8A8
 from client_w8a8 import LIMITS, NOT_ROUNDED
 
-FORMATS = ("fp8", "fp8-block", "nvfp4", "mxfp4")
+FORMATS = ("fp8", "nvfp4", "mxfp4")
 #: Of logits in bf16, against fp32, relative to what the quantization itself changes. A token may go to another expert.
 IN_BF16 = 0.3
 
@@ -23,19 +23,12 @@ def make_cases() -> tuple[Case, ...]:
         *(_case("llama", format, "-skip", *SKIP) for format in FORMATS),
         *(_case("llama", format, "-head", "--lm-head") for format in FORMATS),
         *(_case(family, format) for family in ("qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3") for format in FORMATS),
-        PARTIAL,
     )
 
 
 def _case(family: str, format: str, name: str = "", *more: str) -> Case:
-    routes = ["transformers"] if format in ("fp8", "fp8-block") else ["transformers", "dequantize"]
-    sizes = IN_BLOCKS[family] if format == "fp8-block" else {}
-    return Case(name=f"{family}-{format}{name}", family=family, model=sizes, flags=("--format", format, *more), reader={"routes": routes})
-
-
-#: 192 outputs are a block and a half. Linears of 192 inputs stay unquantized.
-_ALL = _case("llama", "fp8-block", "-partial", "--allow-partial")
-PARTIAL = dataclasses.replace(_ALL, model={**_ALL.model, "hidden_size": 192})
+    routes = ["transformers"] if format == "fp8" else ["transformers", "dequantize"]
+    return Case(name=f"{family}-{format}{name}", family=family, flags=("--format", format, *more), reader={"routes": routes})
 
 
 def fails(row: dict[str, Any]) -> str | None:
