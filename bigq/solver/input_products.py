@@ -12,7 +12,6 @@ from bigq.kernels.finiteness import is_finite
 from bigq.kernels.syrk import CHUNK_TOKENS
 from bigq.solver.hessian import LEAVE_OUT, OTHER_DTYPE, Reduction, finite_tokens
 
-
 #: The widest block.
 WIDEST = 128
 
@@ -86,4 +85,5 @@ def quadratic(errors: Tensor, products: Tensor) -> Tensor:
     """
     _, parts, c, _ = products.shape
     e = errors.unflatten(-1, (parts, c)).transpose(1, 2)
-    return (e @ products).mul_(e).sum((1, 3))
+    total: Tensor = (e @ products).mul_(e).sum((1, 3))
+    return total
