@@ -6,6 +6,7 @@ r"""Quantize several models with bigq, GPTQModel, llm-compressor and auto-round 
     python scripts/quality.py --work DIR --summary                     # prints what is there
     python scripts/quality.py --work DIR --collect --out docs/results  # docs/results/quality.json and docs/quality.md
     python scripts/quality.py --out docs/results --table               # docs/quality.md again, from quality.json
+    python scripts/quality.py --work DIR --out docs/results --restore  # WORK/runs again, from quality.json, to add runs to them
 
 Choose runs with --only and a regular expression, searched in SUBJECT.SETTING.CONTESTANT.DRAW, such as smollm2-docs.4g64-sym.bigq-search.0:
 
@@ -58,9 +59,10 @@ def main() -> None:
     parser.add_argument("--against", default="bigq", metavar="CONTESTANT", help="whom --summary compares with (default: %(default)s)")
     parser.add_argument("--collect", action="store_true", help="make no run; write the result file and the page")
     parser.add_argument("--table", action="store_true", help="only write the page, from the result file")
+    parser.add_argument("--restore", action="store_true", help="only write the records of the result file to WORK/runs")
     parser.add_argument("--out", type=Path, help="folder for quality.json; quality.md goes to the folder above")
     args = parser.parse_args()
-    if (args.table or args.collect) and args.out is None:
+    if (args.table or args.collect or args.restore) and args.out is None:
         parser.error("--out is needed")
     if args.table:
         (args.out.parent / "quality.md").write_text(page(args.out), encoding="utf-8")
@@ -74,6 +76,8 @@ def main() -> None:
         print("\n".join(f"{'done' if (work / 'runs' / f'{run.name}.json').exists() else '-':5} {run.name}" for run in runs))
     elif args.summary:
         print(comparison.summary(collected.records(work, runs), args.against))
+    elif args.restore:
+        print(f"{collected.restore(args.out / 'quality.json', work, every)} records written")
     elif args.collect:
         collected.write_result(work, models, runs, args.out / "quality.json")
         (args.out.parent / "quality.md").write_text(page(args.out), encoding="utf-8")

@@ -42,12 +42,20 @@ def find_grid_reference(w: Tensor, spec: GridSpec, weight: Tensor | None = None)
         return grid_for_range(low, high, spec)
     if weight is not None:
         weight = weight[(...,) + (None,) * (w.ndim - weight.ndim)]
+    return searched_grid(low, high, spec, lambda scale, zero: _squared_error(w, scale, zero, spec, weight))
+
+
+def searched_grid(low: Tensor, high: Tensor, spec: GridSpec, error: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The tried grid of the least error for each group, whose weights are in [low, high], low ≤ 0 ≤ high.
+
+    error: of all groups on given grids; scale, zero and the error have the shape of low.
+    """
     best = scale = zero = torch.full_like(low, torch.inf)
     for hundredths in spec.tried:
         tried = grid_for_range(low, high, spec, hundredths / 100)
-        error = _squared_error(w, *tried, spec, weight)
-        better = error < best
-        best, scale, zero = (torch.where(better, new, old) for new, old in ((error, best), (tried[0], scale), (tried[1], zero)))
+        found = error(*tried)
+        better = found < best
+        best, scale, zero = (torch.where(better, new, old) for new, old in ((found, best), (tried[0], scale), (tried[1], zero)))
     # Without a better one, as of weights that are not finite, the full range.
     lost = torch.isinf(best)
     full = grid_for_range(low, high, spec)

@@ -37,6 +37,7 @@ BATCH = 8
 def quantize(folder: Path, ids: Tensor, settings: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
     """Every quantized Linear's weight, fp32 [outputs, inputs], and the compute dtype."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.ndim == 1 and name.endswith("weight")}
     groups = {"all": {"targets": ["Linear"], "weights": {"type": "int", **settings["weights"]}}}
     awq = settings.get("awq")
     if awq is None:
@@ -62,8 +63,8 @@ def quantize(folder: Path, ids: Tensor, settings: dict[str, Any]) -> tuple[dict[
     if awq is None:
         return {f"{name}.weight": m.weight.detach().float().contiguous() for name, m in linears.items()}, dtype
     made = {f"{name}.weight": quantized(m) for name, m in linears.items()}
-    vectors = {name: p.detach().float().contiguous() for name, p in model.named_parameters() if p.ndim == 1 and name.endswith("weight")}
-    return vectors | made, dtype
+    vectors = {name: p.detach().float().contiguous() for name, p in model.named_parameters() if name in before}
+    return {name: p for name, p in vectors.items() if not torch.equal(p, before[name].float())} | made, dtype
 
 
 @torch.no_grad()

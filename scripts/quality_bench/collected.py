@@ -11,7 +11,7 @@ from typing import Any
 from facts import host, versions
 
 from quality_bench import comparison, origin
-from quality_bench.settings import CHOOSING, JUDGING, PROGRAMS, SUBJECTS, Contestant, Run, Subject, settings_of
+from quality_bench.settings import CHOOSING, JUDGING, PROGRAMS, SUBJECTS, Contestant, Run, Setting, Subject, settings_of
 
 COMMAND = "python scripts/quality.py --work DIR --venvs DIR; python scripts/quality.py --work DIR --collect --out docs/results"
 
@@ -21,8 +21,11 @@ def records(work: Path, runs: Iterable[Run]) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for run in runs if (path := work / "runs" / f"{run.name}.json").exists()]
 
 
-def result(work: Path, models: Path, runs: Sequence[Run]) -> dict[str, Any]:
-    """The content of quality.json. Exits if a run was made from sources that no commit has."""
+def result(work: Path, models: Path, runs: Sequence[Run], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of quality.json. Exits if a run was made from sources that no commit has.
+
+    known: "subjects" of an earlier result, for subjects whose model is not in MODELS: their runs were restored from it.
+    """
     found = records(work, runs)
     revisions = sorted({record["revision"] for record in found})
     if wrong := [name for name in revisions if " " in name]:
@@ -36,12 +39,19 @@ def result(work: Path, models: Path, runs: Sequence[Run]) -> dict[str, Any]:
         "revisions": revisions,
         "versions": versions() | programs,
         "host": host(),
-        "subjects": {s.name: about(s) | origin.facts(models, s) for s in SUBJECTS if s.name in there},
+        "subjects": {s.name: subject_facts(models, s, known) for s in SUBJECTS if s.name in there},
         "halves": {half: [s.name for s in SUBJECTS if s.half == half] for half in (CHOOSING, JUDGING)},
         "runs_missing": len(runs) - len(found),
         "comparisons": compared(found),
         "runs": found,
     }
+
+
+def subject_facts(models: Path, subject: Subject, known: Mapping[str, Any]) -> dict[str, Any]:
+    there = (models / "texts" / subject.name / "facts.json").exists()
+    if not there and subject.name not in known:
+        sys.exit(f"quality: {models} has no model and text of {subject.name}")
+    return about(subject) | (origin.facts(models, subject) if there else known[subject.name])
 
 
 def about(subject: Subject) -> dict[str, Any]:
@@ -66,11 +76,33 @@ def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_result(work: Path, models: Path, runs: Sequence[Run], path: Path) -> None:
     """Write the result file, a line for each run: they hold the figures of windows, from which everything else follows."""
-    made = result(work, models, runs)
+    known = json.loads(path.read_text())["subjects"] if path.exists() else {}
+    made = result(work, models, runs, known)
     lines = ",\n".join(f"  {json.dumps(run, ensure_ascii=False)}" for run in made.pop("runs"))
     head = json.dumps(made, indent=1, ensure_ascii=False).removesuffix("\n}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+
+
+def restore(path: Path, work: Path, runs: Iterable[Run]) -> int:
+    """Write the records of a result file to WORK/runs, so that runs can be added to them; those that are there are kept. Returns how many.
+
+    Each takes the versions of the whole file, which has them once.
+    """
+    made = json.loads(path.read_text())
+    names = {(run.subject.name, run.contestant.name, run.setting, run.draw): run.name for run in runs}
+    programs = {name: version for name, version in made["versions"].items() if name in PROGRAMS}
+    (work / "runs").mkdir(parents=True, exist_ok=True)
+    written = 0
+    for record in made["runs"]:
+        setting = Setting(bits=record["bits"], group_size=record["group_size"], symmetric=record["symmetric"])
+        name = names.get((record["subject"], record["contestant"], setting, record["draw"]))
+        if name is None:
+            sys.exit(f"quality: {path} has a run of {record['contestant']!r}, which is no contestant; name it with --add")
+        if not (place := work / "runs" / f"{name}.json").exists():
+            place.write_text(json.dumps(record | {"versions": programs}))
+            written += 1
+    return written
 
 
 def contestants_of(made: Mapping[str, Any], known: Iterable[Contestant]) -> list[Contestant]:

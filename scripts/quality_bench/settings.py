@@ -13,7 +13,7 @@ from typing import Any
 DRAWS = 4
 
 #: Packages whose versions results name, beside those of this environment.
-PROGRAMS = ("gptqmodel", "llmcompressor", "compressed-tensors", "auto-round")
+PROGRAMS = ("gptqmodel", "llmcompressor", "compressed-tensors", "auto-round", "autoawq")
 
 CHOOSING, JUDGING = "choosing", "judging"
 
@@ -105,6 +105,7 @@ CONTESTANTS: tuple[Contestant, ...] = (
     Contestant(name="llm-compressor, mse", tool="llmc", told={"weights": {"observer": "memoryless_mse"}}),
     Contestant(name="llm-compressor, imatrix", tool="llmc", told={"weights": {"observer": "imatrix_mse"}}, kind="best"),
     Contestant(name="llm-compressor, awq", tool="llmc", told={"awq": {}}),
+    Contestant(name="AutoAWQ", tool="autoawq", kind="default"),
     Contestant(name="auto-round", tool="auto_round", kind="default"),
     Contestant(name="auto-round, 1000 steps", tool="auto_round", told={"iters": 1000}, kind="best"),
 )
@@ -142,8 +143,14 @@ def auto_round(run: Run) -> dict[str, Any]:
     return {"bits": s.bits, "group_size": s.group_size, "sym": s.symmetric, **run.contestant.told}
 
 
+def autoawq(run: Run) -> dict[str, Any]:
+    """Fields of its quant_config."""
+    s = run.setting
+    return {"w_bit": s.bits, "q_group_size": s.group_size, "zero_point": not s.symmetric, **run.contestant.told}
+
+
 #: What a program is told for a run.
-PEERS: Mapping[str, Callable[[Run], dict[str, Any]]] = {"gptqmodel": gptqmodel, "llmc": llmc, "auto_round": auto_round}
+PEERS: Mapping[str, Callable[[Run], dict[str, Any]]] = {"gptqmodel": gptqmodel, "llmc": llmc, "auto_round": auto_round, "autoawq": autoawq}
 
 
 def all_runs(draws: Iterable[int], contestants: Iterable[Contestant] = CONTESTANTS) -> list[Run]:

@@ -246,7 +246,21 @@ def test_results_without_a_commit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / f"{run.name}.json").write_text(json.dumps(record("bigq", [0.1, 0.2], revision="abc with local changes")))
     with pytest.raises(SystemExit, match="abc with local changes; commit"):
-        collected.result(tmp_path, tmp_path, [run])
+        collected.result(tmp_path, tmp_path, [run], {})
+
+
+def test_restored_records_make_the_same_results(tmp_path: Path) -> None:
+    """A work folder made from the result file alone, without any model: collecting again changes no figure."""
+    made = json.loads((RESULTS / "quality.json").read_text(encoding="utf-8"))
+    every = settings.all_runs(range(3))
+    assert collected.restore(RESULTS / "quality.json", tmp_path, every) == len(made["runs"])
+    assert collected.restore(RESULTS / "quality.json", tmp_path, every) == 0
+    again = collected.result(tmp_path, tmp_path, every, made["subjects"])
+    same = ("revisions", "subjects", "halves", "comparisons")
+    assert {name: again[name] for name in same} == {name: made[name] for name in same}
+    assert sorted(map(json.dumps, again["runs"])) == sorted(map(json.dumps, made["runs"]))
+    with pytest.raises(SystemExit, match="no model and text of opt"):
+        collected.result(tmp_path, tmp_path, every, {name: made["subjects"][name] for name in made["subjects"] if name != "opt"})
 
 
 def test_the_page_is_the_table_of_the_results() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from bigq.errors import NumericsError
 from bigq.scheme import QuantScheme
 from bigq.solver import scaling
-from bigq.solver.input_squares import InputSquares
+from bigq.solver.input_products import InputProducts, block_width
 from bigq.solver.rtn import round_to_nearest
 from bigq.solver.scaling import InputStatistics, Reader, awq_scales, powers_of_two, rounded, smoothquant_scales
 
@@ -132,37 +132,65 @@ def test_scales_are_finite_whatever_the_inputs_are() -> None:
             assert torch.isfinite(scales).all() and (scales > 0).all()
 
 
-def test_squares_of_inputs() -> None:
+def blocks_of(h: Tensor, width: int) -> Tensor:
+    """The matrix [n, n] without products of inputs that do not share a block of ``width``."""
+    at = torch.arange(len(h)) // width
+    return h * (at[:, None] == at)
+
+
+def test_products_of_neighbouring_inputs() -> None:
     _, x = problem()
-    squares = InputSquares(N, CPU, finite_only=True)
+    products = InputProducts(N, CPU, finite_only=True)
     spoiled = x.clone()
     spoiled[::9, 3] = torch.nan
-    squares.add(spoiled[:300])
-    squares.add(spoiled[300:].view(4, 100, N))
+    products.add(spoiled[:300])
+    products.add(spoiled[300:].view(4, 100, N))
     sound = torch.isfinite(spoiled).all(1)
-    assert squares.left_out == int((~sound).sum())
-    assert torch.allclose(squares.finish().double(), x[sound].double().square().mean(0), rtol=1e-5)
-    broken = InputSquares(N, CPU)
+    assert products.left_out == int((~sound).sum())
+    whole = x[sound].double().T @ x[sound].double() / int(sound.sum())
+    found = torch.block_diag(*products.finish().double())
+    assert torch.allclose(found, blocks_of(whole, block_width(N)), rtol=1e-5, atol=1e-6 * float(whole.abs().max()))
+    broken = InputProducts(N, CPU)
     broken.add(spoiled)
     with pytest.raises(NumericsError, match="not finite"):
         broken.finish("a Linear")
 
 
+@pytest.mark.parametrize(("n", "width"), [(4096, 128), (576, 64), (1000, 8), (96, 32), (7, 1)])
+def test_widths_of_blocks_divide(n: int, width: int) -> None:
+    assert block_width(n) == width
+
+
+@pytest.mark.parametrize(("width", "shared"), [(16, 16), (8, 8), (48, 16), (96, 32)], ids=["16", "8", "48", "96"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_rounding_by_importance_finds_the_least_weighted_error(symmetric: bool) -> None:
-    """Of each group in each row: no grid that spans a part of its range is better. Importances of 1 change nothing."""
-    weight, x = problem()
-    importance = x.square().mean(0)
-    scheme = QuantScheme(bits=3, group_size=16, symmetric=symmetric)
-    found = round_to_nearest(weight, scheme, importance=importance)
+def test_rounding_by_products_finds_the_least_error_of_outputs(symmetric: bool, width: int, shared: int) -> None:
+    """Of each group in each row: no grid that spans a part of its range is better. The reference multiplies whole matrices in fp64."""
+    generator = torch.Generator().manual_seed(3)
+    n = 96
+    weight = torch.randn(M, n, generator=generator)
+    x = torch.randn(500, n, generator=generator) @ torch.randn(n, n, generator=generator)
+    products = InputProducts(n, CPU)
+    products.add(x)
+    scheme = QuantScheme(bits=3, group_size=width, symmetric=symmetric)
+    found = round_to_nearest(weight, scheme, products=products.finish())
+    h = x.double().T @ x.double() / len(x)
+    h = blocks_of(h + scheme.damping * h.diagonal().mean() * torch.eye(n, dtype=h.dtype), shared)
 
-    def error(q: Tensor) -> Tensor:
-        return ((q - weight).double().square() * importance).view(M, -1, 16).sum(-1)
+    def errors(q: Tensor) -> Tensor:
+        e = (weight - q).double()
+        return ((e @ h) * e).view(M, -1, width).sum(-1)
 
-    best = error(found.dequantize())
+    best = errors(found.dequantize())
     assert found.loss == pytest.approx(float(best.sum()), rel=1e-5)
-    assert found.energy == pytest.approx(float((weight.double().square() * importance).sum()), rel=1e-5)
-    assert bool((best <= error(round_to_nearest(weight, scheme).dequantize()) * 1.0001).all())
-    assert best.sum() < 0.9 * error(round_to_nearest(weight, scheme).dequantize()).sum()
-    even = round_to_nearest(weight, scheme, importance=torch.ones(N))
-    assert torch.equal(even.codes, round_to_nearest(weight, scheme).codes)
+    assert found.energy == pytest.approx(float(errors(torch.zeros_like(weight)).sum()), rel=1e-5)
+    even = errors(round_to_nearest(weight, scheme).dequantize())
+    assert bool((best <= even * 1.0001).all()) and best.sum() < 0.97 * even.sum()
+
+
+def test_rounding_by_inputs_that_were_all_0_is_rounding_to_nearest() -> None:
+    weight, _ = problem()
+    scheme = QuantScheme(bits=3, group_size=16)
+    products = InputProducts(N, CPU)
+    products.add(torch.zeros(10, N))
+    found = round_to_nearest(weight, scheme, products=products.finish())
+    assert torch.equal(found.codes, round_to_nearest(weight, scheme).codes)

@@ -28,6 +28,7 @@ from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape
 from bigq.sched.plan.work import Choice, Work
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import BLOCK, PANEL, column_order, has_static_grids
+from bigq.solver.input_products import block_width
 
 #: Bytes of an fp32 number.
 FP32 = 4
@@ -188,7 +189,7 @@ class BlockCost:
         self.output = of_experts + self.packed + block.stored - sum(linear.stored for linear in block.linears if linear.name in schemes)
         kept = block.stored - sum(linear.stored for linear in block.linears if linear.name in schemes)
         self.blocks_of_gguf = kept + sum(gguf_bytes(linear, schemes[linear.name]) for linear in block.linears if linear.name in schemes)
-        self._solving = SolvingTerms(schemes=schemes, hessians=work.hessians)
+        self._solving = SolvingTerms(schemes=schemes, hessians=work.hessians, calibrated=work.method.calibrated)
         self._batch = min(choice.batch, work.rows)
         self._tokens = work.rows * shape.seqlen
         self._paired = work.streams > 1
@@ -221,7 +222,7 @@ class BlockCost:
             for group, linears in wanted:
                 square = float(group.n) * group.n * self._work.hessians
                 rows = sum(linear.m for linear in linears)
-                accumulated = {"hessian": self._tokens * square * (3 if self._paired else 1)}
+                accumulated = {"hessian": self._tokens * self._work.collected(group.n) * (3 if self._paired else 1)}
                 result.append(("hessian", held + sums, accumulated, 0))
                 result.append(("factor", held + sums + self._factor(group, linears), {"single": group.n * square / 3}, 0))
                 solved = {"solve": (3 if self._paired else 1) * rows * square + self._solving.swept(linears)}
@@ -277,6 +278,7 @@ class BlockCost:
             at_once=self._choice.experts_at_once or 1,
             on_gpu=self._choice.on_gpu,
             hessians=self._work.hessians,
+            collected=self._work.collected,
             sums=self._sums,
             factor=self._factor,
             solve=self._solve,
@@ -328,7 +330,7 @@ class BlockCost:
 
     def _sums(self, group: GroupShape) -> int:
         """What is collected of a group's input. With two models, one buffer is for the cross matrix."""
-        return FP32 * group.n * (self._work.streams * group.n if self._work.hessians else 2)
+        return FP32 * group.n * (self._work.streams * group.n if self._work.hessians else block_width(group.n))
 
     def _factor(self, group: GroupShape, linears: list[LinearShape]) -> int:
         """In addition to the Hessian: the buffer of a permutation, or the panels; and a copy if schemes need separate factors."""

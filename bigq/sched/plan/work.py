@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from bigq.methods.base import CalibratedMethod, Method
 from bigq.scheme import QuantScheme
+from bigq.solver.input_products import block_width
 from bigq.vocabulary import OnNonfinite
 
 
@@ -38,6 +39,10 @@ class Work:
     def hessians(self) -> bool:
         """Whether products of all pairs of a Linear's inputs are summed and factored."""
         return isinstance(self.method, CalibratedMethod) and self.method.hessians
+
+    def collected(self, n: int) -> float:
+        """Operations for each token whose n inputs are multiplied with each other, or with their neighbours."""
+        return float(n) * n if self.hessians else 2.0 * n * block_width(n)
 
     @property
     def streams(self) -> int:

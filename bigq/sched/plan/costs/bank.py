@@ -37,9 +37,9 @@ class BankTerms:
     schemes: names of Linears that are quantized. tokens: of all calibration rows. streams: models that they pass through. itemsize: bytes
     of an activation. inputs: bytes of a bank's inputs in these models on the computing device, if they are there; the sums of its outputs
     take as many. reach: bytes of a forward up to the bank. beside: whether groups are written in the background. at_once: experts that are
-    solved side by side. hessians: see ``Work``. sums: bytes of what is collected of an input. factor, solve, pack: bytes in addition to
-    it, of Linears that share an input, solve for so many experts; packed: of one packed Linear; moved: read and written to solve it.
-    swept, searched: operations of sweeps, and of the search for grids.
+    solved side by side. hessians, collected: see ``Work``. sums: bytes of what is collected of an input. factor, solve, pack: bytes in
+    addition to it, of Linears that share an input, solve for so many experts; packed: of one packed Linear; moved: read and written to
+    solve it. swept, searched: operations of sweeps, and of the search for grids.
     """
 
     schemes: Container[str]
@@ -52,6 +52,7 @@ class BankTerms:
     at_once: int
     on_gpu: bool
     hessians: bool
+    collected: Callable[[int], float]
     sums: Callable[[GroupShape], int]
     factor: Callable[[GroupShape, list[LinearShape]], int]
     solve: Callable[[GroupShape, list[LinearShape], int], int]
@@ -122,7 +123,7 @@ def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]
         others = (at_once - 1 + (terms.streams - 1) / terms.streams) * kept
         solving = {"solve": bank.experts * ((3 if paired else 1) * rows * square + terms.swept(linears))}
         solving["single"] = bank.experts * ((2.0 * rows * square if paired else 0.0) + terms.searched(linears))
-        accumulated = {"hessian": routed * square * (3 if paired else 1)}
+        accumulated = {"hessian": routed * terms.collected(group.n) * (3 if paired else 1)}
         result += [
             ("hessian", held + at_once * sums + running + int(others), accumulated, 0),
             ("factor", waiting + at_once * terms.factor(group, linears), {"single": bank.experts * group.n * square / 3}, 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from bigq.kernels.grid_spec import REFINED
 from bigq.sched.plan.shape import LinearShape
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import has_static_grids
+from bigq.solver.input_products import block_width
 
 #: Bytes that a sweep moves for each weight on a GPU: some 25 reads and writes of fp32 blocks, besides products.
 MOVED_BY_SWEEP = 100.0
@@ -18,10 +20,12 @@ ROUNDED = 8.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolvingTerms:
-    """schemes: of Linears by name. hessians: whether the method has any; else each weight is rounded by itself."""
+    """schemes: of Linears by name. hessians: whether the method has any; else each weight is rounded by itself. calibrated: whether it
+    knows products of inputs nevertheless."""
 
     schemes: Mapping[str, QuantScheme]
     hessians: bool
+    calibrated: bool
 
     def searched(self, linears: Sequence[LinearShape]) -> float:
         """Operations of the search for grids. In the column loop each of them takes a pass over the columns of a group."""
@@ -30,7 +34,8 @@ class SolvingTerms:
             scheme, weights = self.schemes[linear.name], linear.m * linear.n
             search = scheme.scales == "search"
             if not self.hessians:
-                found += ROUNDED * (len(scheme.grid.tried) if search else 1) * weights
+                squared = 2.0 * math.gcd(block_width(linear.n), scheme.group_width(linear.n)) * self.calibrated
+                found += (ROUNDED + squared) * (len(scheme.grid.tried) if search else 1) * weights
             elif search and not has_static_grids(scheme, linear.n):
                 found += 2.0 * (len(scheme.grid.solved) + 2 * len(REFINED)) * scheme.group_width(linear.n) * weights
         return found
