@@ -68,6 +68,17 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         "topk_method": "noaux_tc",
     },
 }
+_IN_BLOCKS: Mapping[str, Any] = {"hidden_size": 128, "num_key_value_heads": 4, "head_dim": 32, "moe_intermediate_size": 128}
+#: Sizes in blocks of 128: of all inputs, and of the outputs of what is loaded as one, except the last part. Changes of ``SIZES``.
+IN_BLOCKS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64},
+    "qwen2": {"hidden_size": 256, "intermediate_size": 256},
+    "opt": {"hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 256},
+    "bloom": {"hidden_size": 128},
+    **dict.fromkeys(("qwen3_moe", "glm4_moe"), _IN_BLOCKS),
+    "mixtral": _IN_BLOCKS | {"intermediate_size": 128},
+    "deepseek_v3": _IN_BLOCKS | {"q_lora_rank": 128, "kv_lora_rank": 128},
+}
 CALIBRATION = ("--seqlen", "40", "--dtype", "float32")
 #: Rows of calibration; an expert sees only the tokens that are routed to it.
 ROWS, ROWS_WITH_EXPERTS = 16, 64
@@ -188,7 +199,8 @@ def write_expected(folder: Path, largest: float = 127) -> list[str]:
             model.set_experts_implementation("eager")
     ids = random_ids(EVALUATED_ROWS, seed=1)
     original = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
-    variant = json.loads((folder / "out/config.json").read_text())["quantization_config"].get("format")
+    said = (folder / "out/config.json").read_text()
+    variant = "fp8-block" if '"block_structure"' in said else json.loads(said)["quantization_config"].get("format")
     schemes = packed_schemes(folder / "out")
     assert schemes is not None, "nothing is packed"
     places = weights_in(model, folder / "model")
@@ -217,8 +229,17 @@ def in_fp8(x: Tensor, largest: float) -> Tensor:
     return torch.clamp(x / scale, -448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
+def in_groups_of_fp8(x: Tensor, largest: float) -> Tensor:
+    """The same with a scale for each 128 inputs too."""
+    return in_fp8(x.unflatten(-1, (-1, 128)), largest).flatten(-2)
+
+
 #: Variants of compressed-tensors whose readers round the inputs of Linears, and how.
-INPUTS: Mapping[str, Callable[[Tensor, float], Tensor]] = {"int-quantized": in_int8, "float-quantized": in_fp8}
+INPUTS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
+    "int-quantized": in_int8,
+    "float-quantized": in_fp8,
+    "fp8-block": in_groups_of_fp8,
+}
 
 
 class RoundedInputs(TorchFunctionMode):

@@ -23,7 +23,7 @@ def _case(name: str, family: str, *more: str) -> Case:
 
 NOT_ROUNDED = "transformers does not round the inputs of experts; their weights are right"
 LIMITS = {
-    "/opt-(w8a8|fp8)(?!-block)": "compressed-tensors takes all tokens for one of inputs with two dimensions, as of OPT's fc1 and fc2",
+    "/opt-(w8a8|fp8)": "compressed-tensors takes all tokens for one where inputs have two dimensions, as those of OPT's fc1 and fc2",
     "/(qwen3_moe|mixtral)-w8a8": NOT_ROUNDED,
 }
 
