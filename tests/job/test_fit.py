@@ -164,3 +164,18 @@ def test_all_that_do_not_fit_are_named_once() -> None:
     linears = [Candidate(name=f"model.layers.{i}.proj", m=64, n=8 * (i + 1)) for i in range(5)]
     said = refusal(linears, JobConfig(scheme=QuantScheme(group_size=-1))) or ""
     assert said.count("model.layers") >= 3 and "and 1 other does not fit either; use --skip " in said
+
+
+@pytest.mark.parametrize("names", [("q_proj", "k_proj", "v_proj"), ("k_proj", "v_proj", "q_proj")])
+def test_parts_of_a_fused_linear_end_with_whole_blocks(names: tuple[str, ...]) -> None:
+    """All but the last part in the readers' order, whatever that of the model."""
+    config = JobConfig(format="fp8-block", scheme=QuantScheme(bits=8))
+    outputs = {"q_proj": 192, "k_proj": 64, "v_proj": 64}
+    linears = [Candidate(name=f"model.layers.0.self_attn.{name}", m=outputs[name], n=128) for name in names]
+    found = {name.rpartition(".")[2]: misfit.said for name, misfit in misfits(linears, config).items()}
+    said = "readers load q_proj, k_proj and v_proj as one Linear in blocks of 128 outputs"
+    assert found.keys() == {"q_proj", "k_proj"} and found["q_proj"].startswith("has 192 outputs, but readers load")
+    assert names[0] != "q_proj" or found["q_proj"] == f"has 192 outputs, but {said}"
+    assert not misfits(linears[:1] if names[0] == "q_proj" else linears[2:], config)
+    skipped = dataclasses.replace(config, rules=(Rule(r".*(q|k|v)_proj", None),))
+    assert not misfits(linears, skipped)

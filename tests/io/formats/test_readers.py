@@ -79,6 +79,12 @@ def said(format: str, *kinds: Kind, **changes: object) -> tuple[list[str], list[
             [],
         ),
         ("w8a8-int8", Kind(8, -1, True), ["transformers (with compressed-tensors)", "vLLM (CUDA: Cutlass)"], []),
+        (
+            "fp8-block",
+            Kind(8, 128, True),
+            ["transformers (with compressed-tensors)", "vLLM (CUDA: DeepGEMM, Cutlass, Marlin or Triton)"],
+            [],
+        ),
         ("awq", FOUR, ["transformers (with gptqmodel)", "GPTQModel", "vLLM (CUDA: Marlin)"], []),
         ("awq", Kind(4, -1, False), ["transformers (with gptqmodel)", "GPTQModel", "vLLM (CUDA: Marlin)"], []),
         ("gguf", FOUR, ["llama.cpp", "transformers (with optimum, gptqmodel)", "GPTQModel", "vLLM"], []),
@@ -103,6 +109,9 @@ def test_what_depends_on_more_than_the_kind() -> None:
     assert "transformers does not load gptq with a packed output head; use --format compressed-tensors" in said("gptq", head=True)[1]
     assert "transformers does not load awq with a packed output head; use --format compressed-tensors" in said("awq", head=True)[1]
     assert "transformers does not load awq of falcon models; use --format compressed-tensors" in said("awq", family="falcon")[1]
+    loads, refuses = said("fp8-block", Kind(8, 128, True), head=True)
+    assert loads == ["transformers (with compressed-tensors)"]
+    assert refuses == ["vLLM does not load fp8-block with a packed output head; use --format compressed-tensors"]
     assert said("gptq", Kind(3, 64, True), transposed=True)[1] == ["vLLM does not load gptq of 3 bits"]
     for format in ("gptq", "compressed-tensors"):
         assert f"vLLM does not load {format} of bloom models" in said(format, family="bloom")[1]
