@@ -3,7 +3,7 @@
 For a Linear X with K inputs and N outputs:
 
     X.weight         fp8 (E4M3) [N, K]
-    X.weight_scale   fp32 [⌈N/128⌉, K/128]
+    X.weight_scale   fp32 [⌈N/128⌉, K/128]       other programs write the dtype of the original weight
 
 Readers quantize the inputs as well: for each token and group of 128 inputs, with a scale that they find. So K is a multiple of 128.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bigq.errors import CheckpointError
 from bigq.io.formats.base import InputType, PackedLinear, PackedWeight, require_tensor
-from bigq.io.formats.w8a8 import BITS, Fp8
+from bigq.io.formats.w8a8 import BITS, FLOATS, Fp8
 from bigq.io.index import TensorInfo
 from bigq.kernels.grid_spec import BLOCK_ROWS
 from bigq.kernels.pack import pack, unpack
@@ -77,7 +77,7 @@ class Fp8Block(Fp8):
     def geometry(self, prefix: str, tensors: Mapping[str, TensorInfo]) -> PackedLinear:
         scales, weight = (require_tensor(tensors, f"{prefix}.{suffix}") for suffix in self.suffixes(True))
         fits = len(weight.shape) == 2 and min(weight.shape) > 0 and not weight.shape[1] % GROUP
-        if not fits or tuple(scales.shape) != _blocks(*weight.shape) or weight.dtype != self.dtype or scales.dtype != torch.float32:
+        if not fits or tuple(scales.shape) != _blocks(*weight.shape) or weight.dtype != self.dtype or scales.dtype not in FLOATS:
             raise CheckpointError(f"tensor {weight.name}: its shape or dtype does not match that of its weight_scale")
         return PackedLinear(bits=BITS, outputs=weight.shape[0], inputs=weight.shape[1], groups=weight.shape[1] // GROUP)
 

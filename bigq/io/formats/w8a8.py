@@ -30,7 +30,7 @@ BITS = 8
 INT8_ZERO, E4M3_ZERO = 128, 126
 #: The exponent and fraction of E4M3 that are NaN.
 E4M3_NAN = 0x7F
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class EightBits(Numbers):
@@ -87,7 +87,7 @@ class EightBits(Numbers):
     def geometry(self, prefix: str, tensors: Mapping[str, TensorInfo]) -> PackedLinear:
         scales, weight = (require_tensor(tensors, f"{prefix}.{suffix}") for suffix in self.suffixes(True))
         fits = len(weight.shape) == 2 and min(weight.shape) > 0 and not weight.shape[1] % 4 and scales.shape == (weight.shape[0], 1)
-        if not fits or weight.dtype != self.dtype or scales.dtype not in _FLOATS:
+        if not fits or weight.dtype != self.dtype or scales.dtype not in FLOATS:
             raise CheckpointError(f"tensor {weight.name}: its shape or dtype does not match that of its weight_scale")
         return PackedLinear(bits=BITS, outputs=weight.shape[0], inputs=weight.shape[1], groups=1)
 
