@@ -65,16 +65,17 @@ def test_rows_with_scales_of_their_own_are_not_stored() -> None:
         MADE.store("x", PackedWeight.of(weight), SCHEME, torch.bfloat16)
 
 
+NO_MATCH = "tensor a.q.weight: its shape or dtype does not match that of its weight_scale"
 DAMAGES: dict[str, tuple[dict[str, Tensor], str | None]] = {
     "none": ({}, None),
     "of another program": ({"weight_scale": torch.ones(2, 2).bfloat16()}, None),
     "zero": ({"weight_scale": torch.zeros(2, 2)}, "tensor a.q.weight_scale holds a scale of 0"),
     "nan scale": ({"weight_scale": torch.full((2, 2), torch.nan)}, "tensor a.q.weight_scale holds NaN or Inf"),
     "nan": ({"weight": torch.full((M, N), torch.nan).to(torch.float8_e4m3fn)}, "tensor a.q.weight holds NaN"),
-    "of rows": ({"weight_scale": torch.ones(M, 2)}, "tensor a.q.weight: its shape or dtype does not match that of its weight_scale"),
-    "too few": ({"weight_scale": torch.ones(1, 2)}, "tensor a.q.weight: its shape or dtype does not match that of its weight_scale"),
-    "dtype": ({"weight_scale": torch.ones(2, 2).to(torch.float8_e4m3fn)}, "tensor a.q.weight: its shape or dtype does not match that of its weight_scale"),
-    "numbers": ({"weight": torch.ones(M, N)}, "tensor a.q.weight: its shape or dtype does not match that of its weight_scale"),
+    "of rows": ({"weight_scale": torch.ones(M, 2)}, NO_MATCH),
+    "too few": ({"weight_scale": torch.ones(1, 2)}, NO_MATCH),
+    "dtype": ({"weight_scale": torch.ones(2, 2).to(torch.float8_e4m3fn)}, NO_MATCH),
+    "numbers": ({"weight": torch.ones(M, N)}, NO_MATCH),
 }
 
 
