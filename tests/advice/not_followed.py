@@ -22,7 +22,7 @@ NOT_FOLLOWED: tuple[Left, ...] = (
             "e2e/test_ranks.py::test_a_killed_process_ends_the_others_and_the_job_goes_on",
             "e2e/test_ranks.py::test_another_number_of_processes_is_refused_unless_allowed",
             "e2e/test_ranks.py::test_jobs_that_processes_do_not_share_are_refused",
-            "machine/test_ranks.py::test_a_place_that_makes_no_sense_is_refused",
+            "machine/test_places.py::test_a_place_that_makes_no_sense_is_refused",
         ),
         (
             "rank {} of {}{} {}; run the same command again to resume",
@@ -37,8 +37,6 @@ NOT_FOLLOWED: tuple[Left, ...] = (
             "the job in {} was begun with {} process{}, now there {}: what is quantized from here on would have other bytes; start it "
             "with {}, or add --allow-ranks",
             "{}: {} processes cannot share such a job; start it in one process",
-            "rank {} of {}: cannot meet the other ranks at {}: {}; see that all of them were started, and that the address and the port "
-            "can be reached",
         ),
     ),
     Left(
