@@ -305,6 +305,7 @@ class JobConfig:
         unit="seconds",
         range=Range(must="be above 0", holds=lambda grace: math.isfinite(grace) and grace > 0),
     )
+    allow_ranks: bool = option(False, help="resume with another number of processes than the job was begun with", group=RUN, opposite=None)
     steal_lock: bool = option(False, help="take over the folder of a job that is dead", group=RUN, opposite=None)
     # Not kept: a request records the device that was chosen.
     device: str = device_option(resume=Resume.WARNED, kept=False)

@@ -9,7 +9,8 @@
     │   └── NumericsError            NaN or Inf in weights, activations or a Hessian; a factorization that fails
     ├── ResourceError            4   memory, disk, device, network, or a package that is missing
     │   └── BusyError                another job is writing to the folder
-    └── Stopped                 75   stopped by a signal; the same command resumes the job
+    ├── Stopped                 75   stopped by a signal; the same command resumes the job
+    └── RankLostError           75   another process of the same job is gone, or ended with another code, which is this one's then
 
 Exit codes of every command:
 
@@ -17,7 +18,7 @@ Exit codes of every command:
     2    usage: an option, or a folder that is not what the command needs (OUT holds no job, OUT is not empty)
     3    data: a model or a text is missing, damaged or not supported; bigq verify found problems
     4    environment: memory, disk, device, network, a missing package, a folder that another job is using; bigq plan: does not fit
-    75   stopped by a signal; run the same command again
+    75   stopped by a signal, or a process of the job is gone; run the same command again
     130  interrupted
     141  the output's reader has closed the pipe
 
@@ -67,3 +68,13 @@ class BusyError(ResourceError):
 
 class Stopped(BigqError):
     exit_code = 75
+
+
+class RankLostError(BigqError):
+    """Another process of the job is gone. exit_code: the one that it ended with, if it said so."""
+
+    exit_code = 75
+
+    def __init__(self, message: str, exit_code: int = 75) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -24,7 +24,7 @@ OWNERS: Mapping[str, tuple[str, ...]] = {
     "llvmlite": ("bigq.kernels.cpu",),
     "safetensors": ("bigq.io",),
     "transformers": ("bigq.model.skeleton", "bigq.model.architecture", "bigq.data.tokenizer"),
-    "torch.distributed": ("bigq.machine.ranks",),
+    "torch.distributed": ("bigq.machine.process_group",),
     "huggingface_hub": ("bigq.io.hub", "bigq.io.remote.http", "bigq.io.remote.push", "bigq.io.remote.url"),
     "fsspec": ("bigq.io.remote.objects",),
     "matplotlib": ("bigq.reports.charts",),
@@ -301,7 +301,10 @@ def test_a_violation_is_found(check: Callable[[Sources], list[str]], sources: So
 ALLOWED: list[tuple[Callable[[Sources], list[str]], dict[str, str]]] = [
     (foreign_dependencies, {"bigq.reports.charts": "def f():\n    from matplotlib import patches"}),
     (foreign_dependencies, {"bigq.kernels.x": "import triton", "bigq.io.hub": "import huggingface_hub", "bigq.io.x": "import safetensors"}),
-    (foreign_dependencies, {"bigq.model.skeleton": "import transformers", "bigq.machine.ranks": "import torch.distributed as dist"}),
+    (
+        foreign_dependencies,
+        {"bigq.model.skeleton": "import transformers", "bigq.machine.process_group": "import torch.distributed as dist"},
+    ),
     (foreign_dependencies, {"bigq.solver.x": "import tritonish\nfrom torch import Tensor, nn\n# import triton"}),
     (climbing_imports, {"bigq.kernels.x": "import torch\nfrom bigq.kernels.y import z", "bigq.io.x": "from bigq.scheme import Rule"}),
     (climbing_imports, {"bigq.sched.x": "from bigq.sched.rows.store import a\nfrom bigq.job.journal import b"}),

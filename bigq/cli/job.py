@@ -15,14 +15,15 @@ from bigq.common_options import OUTPUT, RUN
 from bigq.config import JobConfig
 from bigq.errors import ResourceError
 from bigq.machine.memory import without_collection
+from bigq.machine.ranks import Place
 from bigq.options import Option, table, without_effect
 from bigq.presets import Presetting
-from bigq.progress.display import DONE_FIELDS, Events, to_json
-from bigq.progress.terminal import print_result
+from bigq.progress.display import DONE_FIELDS, Display, Events, to_json
+from bigq.progress.terminal import print_result, tell
 from bigq.scheme import WEIGHTS, QuantScheme, Rule
 
 #: Options of a job that a plan does not need.
-ONLY_QUANTIZE = ("grace", "steal_lock", "trace")
+ONLY_QUANTIZE = ("grace", "steal_lock", "trace", "allow_ranks")
 
 _KEPT = "If OUT holds a job, options that are not given keep the job's values; otherwise they have their defaults."
 
@@ -127,6 +128,7 @@ def _begin(args: argparse.Namespace, config: JobConfig) -> None:
 def _run_quantize(args: argparse.Namespace) -> int:
     from bigq.job.stop import Stop
 
+    place: Place | None = args.place
     stop = Stop(notify=args.display.signalled if isinstance(args.display, Events) else None)
     with stop.listen():
         config = job_config(args, _settings_before(args.out))
@@ -137,7 +139,18 @@ def _run_quantize(args: argparse.Namespace) -> int:
             from bigq.sched.run import quantize
 
         require_fixed(config, given(args, table(QuantScheme)))
-        report = quantize(args.model, args.out, config, stop, args.display, command=args.given, started=args.started)
+        how = {"command": args.given, "started": args.started}
+        if place is None:
+            report = quantize(args.model, args.out, config, stop, args.display, **how)
+        else:
+            from bigq.machine.process_group import joined_group
+
+            # The first rank shows the progress of all.
+            args.display = args.display if place.index == 0 else Display()
+            with joined_group(place, lambda text: tell(f"bigq: {text}")) as ranks:
+                report = quantize(args.model, args.out, config, stop, args.display, **how, ranks=ranks)
+            if place.index > 0:
+                return 0
     values = report.to_json()
     args.display.event("done", **{name: values[name] for name in DONE_FIELDS})
     if args.json:

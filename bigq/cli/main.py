@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from bigq.cli.commands import build_parser
 from bigq.cli.parser import ParseError
 from bigq.errors import BigqError
+from bigq.machine.ranks import place_of
 from bigq.progress.terminal import abandon_broken_streams, flush_results, one_line, prepare_streams, tell
 
 if TYPE_CHECKING:
@@ -74,6 +75,10 @@ def _run(argv: list[str], started: float) -> int:
                     from bigq.cli.silence import silenced
 
                     stack.enter_context(silenced())
+                args.place = place_of(os.environ)
+                if args.place is not None:
+                    # Ranks that lose each other say so in one line. torch's own warnings say it again, with the stacks of its threads.
+                    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
                 if spec := os.environ.get("BIGQ_FAULT"):
                     from bigq import faults
 

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bigq import faults
 from bigq.errors import CheckpointError, ResourceError, UsageError
@@ -283,6 +283,26 @@ class Journal:
         path, begun = self._state / RUNS_NAME, seal(self._run, line=True)
         others = [line for line in valid_lines(path) if line != begun]
         write_bytes(path, b"".join([*others, seal({**self._run, "ended": ended}, line=True)]))
+
+
+class FollowedJournal(Journal):
+    """The journal in a process that shares the job with the owner of the folder: what the owner had committed when the run began.
+
+    It writes nothing.
+    """
+
+    def __init__(self, out: Path, units: list[str], commits: Iterable[Commit], halvings: Sequence[Halving]) -> None:
+        self.out, self.units, self.away = out, units, None
+        self._state = out / STATE_FOLDER
+        self._path = self._state / JOURNAL_NAME
+        self.notes = []
+        self._replaced_hashes = {}
+        self._run = {}
+        self._committed = {commit.unit: commit for commit in commits}
+        self.halvings = list(halvings)
+
+    def commit(self, commit: Commit) -> NoReturn:
+        raise AssertionError(f"{commit.unit}: only the owner of the folder commits")
 
 
 def _write_all(file: FileIO, data: bytes) -> None:

@@ -71,6 +71,7 @@ CHANGES: Mapping[str, Change] = {
     "machine.device": Change(Resume.WARNED, "--device"),
     "machine.name": Change(Resume.WARNED, "the processor"),
     "machine.torch_threads": Change(Resume.WARNED, "the number of CPU threads", optional=True),
+    "machine.ranks": Change(Resume.WARNED, "the number of processes", optional=True),
     "versions.bigq": Change(Resume.WARNED, "bigq"),
     "versions.torch": Change(Resume.WARNED, "torch"),
     "versions.transformers": Change(Resume.WARNED, "transformers"),

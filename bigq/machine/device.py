@@ -28,19 +28,21 @@ OTHER_MESSAGES = re.compile(
 CUBLAS_WORKSPACES = ":4096:8"
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device named ``wanted``; "auto" is the first GPU if there is one, else the CPU.
+def choose_device(wanted: str, local: int = 0) -> torch.device:
+    """The device named ``wanted``; "auto" is a GPU if there is one, else the CPU. local: of several ranks on a host, each has its own GPU.
 
     Raises UsageError for an invalid name, ResourceError for an absent device.
     """
     if wanted == "auto":
-        wanted = "cuda:0" if torch.cuda.is_available() else "cpu"
+        wanted = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(wanted)
     except RuntimeError:
         raise UsageError(f"--device {wanted}: not a device; use auto, cpu or cuda:0") from None
     if device.type == "cpu":
         return device
+    if ":" not in wanted:
+        device = torch.device(device.type, local)
     if device.type != "cuda":
         raise UsageError(f"--device {wanted}: bigq supports only CPUs and CUDA GPUs; use auto, cpu or cuda:0")
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():

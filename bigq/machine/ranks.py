@@ -1,24 +1,120 @@
-"""How processes share the work of a job: the interface for ``torch.distributed``.
+"""How processes share the work of a job (ranks). Knows nothing of torch.distributed, which ``bigq.machine.process_group`` uses.
 
-Each rank replays its own share of the calibration rows. Sums over rows are added up over ranks (``HessianSum.reduce``), so every
-rank solves with the same sums. Each shard is written by one rank. Today there is one process, which has all rows and writes all shards.
+Each rank passes its own share of the calibration rows through the model, and quantizes its share of the rows of each weight. Sums over
+calibration rows are added up over ranks (``HessianSum.reduce``), and the rows of weights are joined, so every rank continues with the same
+quantized weights. The first rank owns the folder, and writes and commits all shards.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+from bigq.errors import UsageError
+
+if TYPE_CHECKING:  # the command line reads the environment before torch is imported
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """One process among those that a launcher has started. index: from 0, of count. local: the same on this host, of local_count.
+
+    address, port: where the first process listens. agent: whether the launcher listens there instead. attempt: how often it started them.
+    """
+
+    index: int
+    count: int
+    local: int
+    local_count: int
+    address: str
+    port: int
+    agent: bool = False
+    attempt: int = 0
+
+
+#: By what names launchers tell a process its place: torchrun, and srun with MASTER_ADDR and MASTER_PORT.
+_NAMES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+)
+
+
+def place_of(environment: Mapping[str, str]) -> Place | None:
+    """This process's place, from environment variables; None if it runs alone.
+
+    Raises UsageError if they are incomplete or contradict each other.
+    """
+    names = next((names for names in _NAMES if all(name in environment for name in names[:2])), None)
+    if names is None or environment[names[1]] == "1":
+        return None
+
+    def number(name: str) -> int:
+        text = environment.get(name, "")
+        # Slurm writes "2(x3),1": tasks of each node. More than fits is refused when memory is planned.
+        digits = text.partition("(")[0].partition(",")[0] if name == "SLURM_STEP_TASKS_PER_NODE" else text
+        if not digits.isdigit():
+            raise UsageError(
+                f"{name}={text!r}: not a number, though {names[1]} is set; start bigq by torchrun or srun, or unset {names[1]}"
+            )
+        return int(digits)
+
+    index, count, local, local_count = map(number, names)
+    if not 0 <= index < count or not 0 <= local < local_count:
+        raise UsageError(f"{names[0]}={index}, {names[1]}={count}: there is no such process; start bigq by torchrun or srun")
+    if not environment.get("MASTER_ADDR"):
+        raise UsageError(
+            "MASTER_ADDR: is not set, so ranks cannot find each other; start bigq by torchrun, or with srun export the first node's name "
+            "as MASTER_ADDR and a free port as MASTER_PORT"
+        )
+    return Place(
+        index=index,
+        count=count,
+        local=local,
+        local_count=local_count,
+        address=environment["MASTER_ADDR"],
+        port=number("MASTER_PORT"),
+        agent=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    )
+
+
+def share(count: int, index: int, ranks: int) -> range:
+    """The part of ``range(count)`` of one of several ranks. Parts differ by at most 1 in size."""
+    return range(count * index // ranks, count * (index + 1) // ranks)
 
 
 class Ranks(Protocol):
-    """The processes of a job. It is a ``bigq.solver.hessian.Reduction`` too."""
+    """The processes of a job. It is a ``bigq.solver.hessian.Reduction`` too.
+
+    Every method but ``rows`` and ``writes`` must be called by all ranks, in the same order. They raise RankLostError where one is gone.
+    index: of this rank. count: of ranks. local: this rank's number on its host, of local_count.
+    """
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def local(self) -> int: ...
+
+    @property
+    def local_count(self) -> int: ...
 
     def tensor_(self, share: Tensor) -> None:
-        """Replace this rank's share by the sum over all ranks, in place and in a fixed order."""
+        """Replace this rank's share by the sum over all ranks, in place, added in the order of ranks."""
 
     def number(self, share: int) -> int:
         """The sum over all ranks."""
+
+    def everyone(self, value: object) -> list[object]:
+        """What each rank has given, in the order of ranks. Small values that can be pickled."""
+
+    def joined(self, part: Tensor, count: int) -> Tensor:
+        """[count, ...] from each rank's part, which has the rows of ``share(count, index, ranks)``."""
 
     def rows(self, count: int) -> range:
         """This rank's share of the calibration rows: a range of row numbers."""
@@ -30,11 +126,19 @@ class Ranks(Protocol):
 class OneProcess:
     """A job in one process."""
 
+    index, count, local, local_count = 0, 1, 0, 1
+
     def tensor_(self, share: Tensor) -> None:
         """The share is the sum."""
 
     def number(self, share: int) -> int:
         return share
+
+    def everyone(self, value: object) -> list[object]:
+        return [value]
+
+    def joined(self, part: Tensor, count: int) -> Tensor:
+        return part
 
     def rows(self, count: int) -> range:
         return range(count)

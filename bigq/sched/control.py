@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bigq.job.stop import GraceEstimate, Stop
+from bigq.machine.ranks import OneProcess, Ranks
 from bigq.progress.clock import Clock
 from bigq.progress.progress import Progress
 
@@ -13,13 +14,14 @@ from bigq.progress.progress import Progress
 class Control:
     """Every step of a job checks this for stop requests and reports to it.
 
-    place: the place in the job as text, for the message of a job that stops.
+    place: the place in the job as text, for the message of a job that stops. ranks: they stop at the same step.
     """
 
     stop: Stop
     progress: Progress
     clock: Clock
     place: str = "before the first block"
+    ranks: Ranks = field(default_factory=OneProcess)
     _grace_estimate: GraceEstimate = field(default_factory=GraceEstimate)
 
     def begin(self, kind: str, place: str) -> None:
@@ -33,6 +35,22 @@ class Control:
         self._grace_estimate.end()
 
     def pause(self) -> None:
-        """Between steps: raise Stopped if the job was asked to stop, unless the unit can be finished within the grace period."""
-        if self.stop.requested and self._grace_estimate.must_stop(self.stop.seconds_left):
+        """Between steps: raise Stopped if the job was asked to stop, unless the unit can be finished within the grace period.
+
+        Ranks decide together, whichever of them was asked.
+        """
+        if any(self.ranks.everyone(self._must_stop())):
+            self.stop.request("another rank was asked to stop")
             raise self.stop.error(f"at {self.place}")
+
+    def pause_in_pass(self) -> None:
+        """Between the batches of a pass over calibration rows. Ranks have different numbers of them, so several do not stop here."""
+        if self.ranks.count == 1:
+            self.pause()
+
+    def agreed(self, wanted: bool) -> bool:
+        """Whether the ranks do something: only if all of them want to."""
+        return all(self.ranks.everyone(wanted))
+
+    def _must_stop(self) -> bool:
+        return self.stop.requested and self._grace_estimate.must_stop(self.stop.seconds_left)

@@ -32,11 +32,11 @@ def run_units(
     streamed = [unit for unit in units if isinstance(unit, StreamedUnit)]
     left = [unit for unit in missing if isinstance(unit, StreamedUnit)]
     writer.hold(shard for unit in streamed for shard in unit.shards if left)
-    if missing:
+    if missing and writer.ranks.index == 0:
         reopen_folder(writer.journal.out)
     writer.follow([unit.shard for unit in missing if isinstance(unit, PlainUnit)])
     for unit in missing:
-        if isinstance(unit, PlainUnit):
+        if isinstance(unit, PlainUnit) and writer.ranks.writes(unit.shard.number):
             control.stop.check()
             control.progress.phase(unit.doing)
             with control.clock.phase(unit.phase):

@@ -29,6 +29,7 @@ from bigq.job.request import compare, make_request, require_same_code
 from bigq.job.settle import check_shapes, require_format, row_length, settled
 from bigq.job.stop import Stop
 from bigq.machine.device import choose_device
+from bigq.machine.ranks import Ranks
 from bigq.methods import method_of
 from bigq.methods.base import Method
 from bigq.mixed.record import read_bits
@@ -40,6 +41,7 @@ from bigq.sched.plan.budgets import Streamed
 from bigq.sched.plan.inputs import plan_before_fetch
 from bigq.sched.plan.work import Choice
 from bigq.sched.push import Push, open_push
+from bigq.sched.together import require_same_count, require_shareable
 from bigq.sched.units.base import Unit
 from bigq.sched.units.block import BlockUnit
 from bigq.sched.units.copied import copied_units
@@ -69,7 +71,7 @@ class Job:
     """A job whose settings are all decided. rows: calibration tokens [N, T]; None for methods without calibration. head: None if the
     output head stays unquantized. made: what was made of the calibration text.
 
-    adapted: what was changed for Linears of odd widths. stamps: detect source files that change.
+    adapted: what was changed for Linears of odd widths. stamps: detect source files that change. ranks: the processes that share the job.
     """
 
     target: Target
@@ -81,6 +83,15 @@ class Job:
     rows: Tensor | None
     made: tuple[Made, ...]
     stamps: Stamps
+    ranks: Ranks
+
+    @property
+    def own_rows(self) -> Tensor | None:
+        """This rank's share of the rows."""
+        if self.rows is None:
+            return None
+        span = self.ranks.rows(len(self.rows))
+        return self.rows[span.start : span.stop]
 
     def with_choice(self, choice: Choice) -> Job:
         """The same job with what the plan chose of the settings that a resumed job keeps."""
@@ -88,7 +99,7 @@ class Job:
         return dataclasses.replace(self, config=config)
 
 
-def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Target:
+def resolve_target(model: str, out: str | Path, config: JobConfig | None, ranks: Ranks) -> Target:
     """Find the model's folder and look at OUT. A model on the hub is planned from its headers before it is fetched.
 
     config: defaults to that of the job in OUT, or to ``JobConfig()`` if there is none.
@@ -107,7 +118,7 @@ def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Tar
         )
     require_format(config)
     refuse_source(config.push, model)
-    device = choose_device(config.device)
+    device = choose_device(config.device, ranks.local)
     refuse_if_held(out / STATE_FOLDER)
     if begun is None and method_of(config).calibrated:  # before anything is fetched
         require_texts(config.calibration)
@@ -124,7 +135,7 @@ def resolve_target(model: str, out: str | Path, config: JobConfig | None) -> Tar
     return Target(model=model, folder=folder, remote=remote, out=out, config=config, begun=begun, device=device, push=push)
 
 
-def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
+def resolve_job(target: Target, stop: Stop, stages: Stages, ranks: Ranks) -> Job:
     """Open the model, decide the settings that depend on it, and read the calibration rows.
 
     stages: the stages "start-up" and "calibration" end here. Raises Stopped, UsageError, DataError.
@@ -158,7 +169,21 @@ def resolve_job(target: Target, stop: Stop, stages: Stages) -> Job:
     stages.ended("calibration")
     stop.check()
     rows, made = (None, ()) if read is None else (read.rows, read.made)
-    return Job(target=target, pager=pager, config=config, adapted=adapted, method=method, head=head, rows=rows, made=made, stamps=stamps)
+    job = Job(
+        target=target,
+        pager=pager,
+        config=config,
+        adapted=adapted,
+        method=method,
+        head=head,
+        rows=rows,
+        made=made,
+        stamps=stamps,
+        ranks=ranks,
+    )
+    if ranks.count > 1:
+        require_shareable(job)
+    return job
 
 
 def _rows(pager: Pager, config: JobConfig) -> Rows:
@@ -193,6 +218,8 @@ def request_of(job: Job) -> dict[str, Any]:
     """The request that OUT keeps. Raises UsageError if the job in OUT has another request; then nothing in OUT changes."""
     target = job.target
     request = make_request(job.config, target.folder, job.pager.checkpoint.fingerprint, job.rows, target.device)
+    request["machine"]["ranks"] = job.ranks.count
     if target.begun is not None:
+        require_same_count(target.out, target.begun, job.ranks, allowed=job.config.allow_ranks)
         compare(target.out, target.begun, request)
     return request

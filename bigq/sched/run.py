@@ -27,7 +27,7 @@ from bigq.job.manifest import GGUF_NAME, add_gguf, has_gguf
 from bigq.job.stop import Stop
 from bigq.machine.device import memory_errors
 from bigq.machine.memory import hold_heap, return_freed_memory, without_collection
-from bigq.machine.ranks import OneProcess
+from bigq.machine.ranks import OneProcess, Ranks
 from bigq.methods.base import CalibratedMethod
 from bigq.mixed.record import read_bits
 from bigq.mixed.settings import lacks_bits
@@ -51,6 +51,7 @@ from bigq.sched.rows.shortcut_cache import LastInputs
 from bigq.sched.rows.tiers import Tier
 from bigq.sched.shards import ShardWriter
 from bigq.sched.solving import Solving, WithRows, solving_of
+from bigq.sched.together import agreed_choice, rank_folder, refuse_halving
 from bigq.sched.units.base import Bench, Unit
 from bigq.sched.write_behind import WriteBehind
 
@@ -64,18 +65,21 @@ def quantize(
     *,
     command: Sequence[str] = (),
     started: float | None = None,
+    ranks: Ranks | None = None,
 ) -> Report:
     """Quantize a model folder or hub id into the folder ``out``, or resume the job that ``out`` holds.
 
     config: defaults to that of the job in ``out``, or to ``JobConfig()`` if there is none. stop: checked between steps.
     display: how progress is shown; by default as suits stderr, or not at all with config.quiet.
     command: arguments to record for this run. started: when the program began, by ``time.monotonic``; defaults to now.
+    ranks: the processes that share the job; by default it has one.
     Raises UsageError, DataError, ResourceError or Stopped (see ``bigq.errors``); then ``out`` holds no config.json, unless only its
     GGUF file is missing, or only the last files that are uploaded to a hub repository.
     """
     started = time.monotonic() if started is None else started
     stages = Stages(started)
-    target = resolve_target(model, out, config)
+    ranks = ranks or OneProcess()
+    target = resolve_target(model, out, config, ranks)
     if (commits := finished_commits(target)) is not None:
         return _finished_report(target, commits, display, started)
     stop = stop or Stop(target.config.grace)
@@ -83,8 +87,9 @@ def quantize(
     with torch.no_grad(), memory_errors(target.device):
         with without_collection():
             skeleton.silence_transformers()
-            job = resolve_job(target, stop, stages)
-            plan = plan_job(job.pager, job.rows, job.adapted, target.out, job.made)
+            job = resolve_job(target, stop, stages, ranks)
+            plan = plan_job(job.pager, job.own_rows, job.adapted, target.out, job.made, ranks.local_count)
+        plan = dataclasses.replace(plan, choice=agreed_choice(plan.choice, ranks))
         job = job.with_choice(plan.choice)
         units, request = units_of(job), request_of(job)
         return_freed_memory()
@@ -92,16 +97,24 @@ def quantize(
         with Progress(len(job.pager.blocks), target.device, job.config.quiet, display=display) as progress:
             _announce(plan, target.out, progress, stop)
             with claimed(job, units, request, plan, progress, started=started, command=command) as claim:
-                control = Control(stop=stop, progress=progress, clock=claim.clock)
+                control = Control(stop=stop, progress=progress, clock=claim.clock, ranks=ranks)
                 if lacks_bits(job.config):
                     job, plan = _with_bits(job, units, plan, claim, control)
                     units = units_of(job)
                     progress.planned(plan.brief(), plan.to_json())
-                with pushing(target.push, target.out, claim.journal.commits, control, claim.owner.check) as pusher:
+                with _pushing(job, claim, control) as pusher:
                     with _in_another_folder(target.out):
                         resumed = _run(job, units, plan, claim, control, pusher)
                     _finish(job, claim, control, pusher)
     return _report(job, plan, claim, resumed, started, stages)
+
+
+def _pushing(job: Job, claim: Claim, control: Control) -> contextlib.AbstractContextManager[Pusher | None]:
+    """Uploads beside the job, if it asks for them; the first of several ranks does this."""
+    owner = claim.owner
+    if owner is None:
+        return contextlib.nullcontext()
+    return pushing(job.target.push, job.target.out, claim.journal.commits, control, owner.check)
 
 
 def _finished_report(target: Target, commits: Sequence[Commit], display: Display | None, started: float) -> Report:
@@ -178,7 +191,7 @@ def _writing(job: Job, units: Sequence[Unit], plan: Plan, claim: Claim, control:
             behind=behind,
             exporter=DeviceToHost(device) if device.type == "cuda" else None,
             control=control,
-            ranks=OneProcess(),
+            ranks=job.ranks,
             pusher=pusher,
         )
         writer.require_same_sources([shard for unit in units for shard in unit.shards], str(job.pager.folder))
@@ -226,14 +239,15 @@ class _Setup:
     @contextlib.contextmanager
     def _with_rows(self, method: CalibratedMethod, bench: Bench) -> Iterator[WithRows]:
         job, claim, choice = self.job, self.claim, self.plan.choice
-        assert job.rows is not None, "a calibrated method has rows"
-        tier = Tier(choice.tier, job.target.device, job.target.out / STATE_FOLDER, claim.clock)
+        own = job.own_rows
+        assert own is not None, "a calibrated method has rows"
+        tier = Tier(choice.tier, job.target.device, rank_folder(job.target.out, job.ranks), claim.clock)
         batches = Batches(choice.batch, claim.journal.halvings, self._halved)
         last = LastInputs(choice.kept_rows, dataclasses.replace(tier, kind=choice.kept_tier))
         with (
             contextlib.closing(last),
             CalibrationRows.opened(
-                job.rows, job.pager, bench.probe, batches, tier, claim.checkpoints, both_models=method.passes > 1
+                own, job.pager, bench.probe, batches, tier, claim.checkpoints, job.ranks, both_models=method.passes > 1
             ) as rows,
         ):
             yield WithRows(
@@ -249,6 +263,8 @@ class _Setup:
             )
 
     def _halved(self, before: int, halving: Halving) -> None:
+        if self.job.ranks.count > 1:
+            refuse_halving(before, halving, self.job.ranks.index)
         self.writer.control.progress.say(halving_message(before, halving))
         self.claim.journal.record_halving(halving)
 
@@ -266,7 +282,14 @@ def _in_another_folder(out: Path) -> Iterator[None]:
 
 
 def _finish(job: Job, claim: Claim, control: Control, pusher: Pusher | None) -> None:
-    """Make the folder loadable, and write its GGUF file if the job asks for one; then make the hub repository loadable too."""
+    """Make the folder loadable, and write its GGUF file if the job asks for one; then make the hub repository loadable too.
+
+    The first of several ranks does so once all of them are done.
+    """
+    job.ranks.everyone(None)
+    claim.checkpoints.discard()
+    if claim.owner is None:
+        return
     if pusher is not None:
         pusher.drain()
     if not is_finished(claim.journal):
@@ -276,22 +299,24 @@ def _finish(job: Job, claim: Claim, control: Control, pusher: Pusher | None) -> 
         _write_gguf(job, claim, control)
     if pusher is not None:
         pusher.finish(claim.journal.commits)
-    claim.checkpoints.discard()
 
 
 def _write_gguf(job: Job, claim: Claim, control: Control) -> None:
     """Write the GGUF file of a finished folder. A job that stops here writes it when it resumes. Raises Stopped."""
     out, progress, stop = job.target.out, control.progress, control.stop
 
+    owner = claim.owner
+    assert owner is not None, "who writes owns the folder"
+
     def written(done: int, blocks: int) -> None:
-        claim.owner.check()
+        owner.check()
         if stop.requested and done < blocks:
             raise stop.error(f"while {GGUF_NAME} was written")
         progress.phase(f"{GGUF_NAME}: {done} of {blocks} blocks")
 
     progress.phase(GGUF_NAME)
     write_gguf(out, out / GGUF_NAME, trust_remote_code=job.config.trust_remote_code, say=progress.say, written=written)
-    claim.owner.check()
+    owner.check()
     add_gguf(out)
 
 

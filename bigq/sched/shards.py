@@ -56,14 +56,14 @@ class Shard:
 class ShardWriter:
     """Writes the shards of a job that owns its folder.
 
-    remote: the source's shards that are on a server. exporter: copies tensors from the GPU to the host; None on a CPU.
-    pusher: uploads committed shards; None without ``--push``.
+    owner: None in ranks that write nothing. remote: the source's shards that are on a server. exporter: copies tensors from the GPU to the
+    host; None on a CPU. pusher: uploads committed shards; None without ``--push``.
     """
 
     checkpoint: Checkpoint
     remote: RemoteShards | None
     journal: Journal
-    owner: Owner
+    owner: Owner | None
     stamps: Stamps
     behind: WriteBehind
     exporter: DeviceToHost | None
@@ -95,6 +95,7 @@ class ShardWriter:
         """Write a shard and its line in the journal. Raises ResourceError, CheckpointError."""
         if not self.ranks.writes(shard.number):
             return
+        assert self.owner is not None, "who writes owns the folder"
         with self.control.clock.trace.span("commit", shard.name):
             self.owner.check()
             path = self.journal.out / self.journal.shard_name(shard.number)

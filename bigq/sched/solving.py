@@ -139,7 +139,7 @@ class WithRows:
         progress.phase("calibration rows")
         with clock.phase("embed"):
             at = self.rows.enter(self.pager, units.index(missing[0]))
-        self.rows.watch(self.control.pause, progress.step)
+        self.rows.watch(self.control.pause_in_pass, progress.step)
         for _ in range(at):
             progress.block_skipped()
         for unit in units[at : units.index(missing[-1]) + 1]:
@@ -152,7 +152,7 @@ class WithRows:
             yield
         except Stopped:
             self.wait()
-            if self.rows.expected_saving_seconds() < self.control.stop.seconds_left / 2:
+            if self.control.agreed(self.rows.expected_saving_seconds() < self.control.stop.seconds_left / 2):
                 self._save()
             raise
 
@@ -172,7 +172,8 @@ class WithRows:
         return solve_head(job, self.rows, self.method.for_head(), self.ranks)
 
     def between(self) -> None:
-        if self.rows.checkpoints.due and self.rows.at is not None:
+        due = any(self.ranks.everyone(self.rows.checkpoints.due))
+        if due and self.rows.at is not None:
             self.control.progress.phase(f"saving activations at block {self.rows.at + 1}")
             with self.control.clock.phase("checkpoint"):
                 self.wait()

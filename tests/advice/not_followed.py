@@ -17,6 +17,29 @@ class Left:
 NO_MESSAGE = "no message: help, a title, a note of a state, or a part of another text"
 NOT_FOLLOWED: tuple[Left, ...] = (
     Left(
+        "several processes: a launcher starts them",
+        (
+            "e2e/test_ranks.py::test_a_killed_process_ends_the_others_and_the_job_goes_on",
+            "e2e/test_ranks.py::test_another_number_of_processes_is_refused_unless_allowed",
+            "e2e/test_ranks.py::test_jobs_that_processes_do_not_share_are_refused",
+            "machine/test_places.py::test_a_place_that_makes_no_sense_is_refused",
+        ),
+        (
+            "rank {} of {}{} {}; run the same command again to resume",
+            "{}={}, {}={}: there is no such process; start bigq by torchrun or srun",
+            "MASTER_ADDR: is not set, so ranks cannot find each other; start bigq by torchrun, or with srun export the first node's name "
+            "as MASTER_ADDR and a free port as MASTER_PORT",
+            "{}={}: not a number, though {} is set; start bigq by torchrun or srun, or unset {}",
+            "rank {}: the device is out of memory with --batch {}; several processes do not halve it by themselves: run the same command "
+            "with --batch {}",
+            "--samples {}: {} processes share the calibration rows, and each needs at least one; give at least {}, or start fewer "
+            "processes",
+            "the job in {} was begun with {} process{}, now there {}: what is quantized from here on would have other bytes; start it "
+            "with {}, or add --allow-ranks",
+            "{}: {} processes cannot share such a job; start it in one process",
+        ),
+    ),
+    Left(
         "no format of today refuses all numbers of bits but for shapes that it refuses before",
         ("mixed/test_mixed_choice.py::test_a_group_has_the_bits_that_fit_all_of_its_parts",),
         ("--bits-per-weight: no number of bits fits {}; leave it unquantized with --skip",),

@@ -83,7 +83,7 @@ BEFORE: dict[str, Any] = {
         "triton": None,
         "numba": None,
     },
-    "machine": {"device": "cpu", "name": "A CPU x86_64 (AVX512)", "torch_threads": 2},
+    "machine": {"device": "cpu", "name": "A CPU x86_64 (AVX512)", "torch_threads": 2, "ranks": 2},
 }
 
 #: What is changed (the place in the request, the new value) → everything that the message must hold.
@@ -131,6 +131,7 @@ WARNED: list[tuple[str, Any, str]] = [
     ("settings.experts_at_once", 4, "--experts-at-once was not there when the job was begun, is 4 now"),
     ("machine.device", "cuda", "--device was cpu when the job was begun, is cuda now"),
     ("machine.name", "B", "the processor was A CPU x86_64 (AVX512) when the job was begun, is B now"),
+    ("machine.ranks", 4, "the number of processes was 2 when the job was begun, is 4 now"),
     ("machine.torch_threads", 16, "the number of CPU threads was 2 when the job was begun, is 16 now"),
     ("versions.bigq", "0.2.0", "bigq was 0.1.0 when the job was begun, is 0.2.0 now"),
     ("versions.torch", "2.13.0", "torch was 2.11.0 when the job was begun, is 2.13.0 now"),

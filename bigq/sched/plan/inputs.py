@@ -186,8 +186,10 @@ def _checked(model: ModelDescription, config: JobConfig) -> Adapted:
     return found
 
 
-def plan_job(pager: Pager, rows: Tensor | None, adapted: Adapted, out: Path, texts: Sequence[Made] = ()) -> Plan:
+def plan_job(pager: Pager, rows: Tensor | None, adapted: Adapted, out: Path, texts: Sequence[Made] = (), beside: int = 1) -> Plan:
     """The plan of a job that is about to begin or resume in ``out``. Its row length is settled. texts: what ``rows`` were made of.
+
+    beside: processes of the job that share this host's memory, this one included.
 
     Raises UsageError if too much of the blocks would stay unquantized.
     """
@@ -212,6 +214,7 @@ def plan_job(pager: Pager, rows: Tensor | None, adapted: Adapted, out: Path, tex
     if pager.device.type == "cuda":
         torch.cuda.empty_cache()
     budgets = _budgets(config, pager.device, out, ceilings)
+    budgets = dataclasses.replace(budgets, host=budgets.host // beside)
     machine = Machine(on_gpu=pager.device.type == "cuda", base=host_memory(), budgets=budgets, ceilings=ceilings)
     fetch = None if pager.remote is None else stream_of(pager.remote, shape, config)
     said = (*pager.warnings, *adapted.said, *_fetch_warnings(config, pager.remote))

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -69,13 +69,20 @@ class Checkpoints:
             self._say(f"{CHECKPOINTS_NAME}: is damaged or cannot be read; finished blocks are replayed")
             return []
 
-    def restore(self, first: int, *stores: ActivationStore) -> int | None:
+    @property
+    def blocks(self) -> list[int]:
+        """The blocks whose inputs are saved."""
+        return [saved.block for saved in self._kept]
+
+    def restore(self, first: int, *stores: ActivationStore, among: Container[int] | None = None) -> int | None:
         """Fill the stores from the newest checkpoint at or before block ``first``. Returns its block, or None.
+
+        among: only checkpoints of these blocks.
 
         Damaged files are skipped and removed.
         """
         for saved in sorted(self._kept, key=lambda s: -s.block):
-            if saved.block <= first:
+            if saved.block <= first and (among is None or saved.block in among):
                 path = self._state / saved.file
                 try:
                     if path.stat().st_size == saved.size and file_sha256(path) == saved.sha256:

@@ -35,6 +35,7 @@ from bigq.sched.rows.store import ActivationStore
 from bigq.sched.solve.bank import BankJob, SolvedExpert, round_bank, run_bank_rows, solve_bank
 from bigq.sched.solve.fold import FOLD_STEP
 from bigq.sched.solve.results import Skipped, Solved
+from bigq.sched.solve.shared import solve_shared
 from bigq.scheme import QuantScheme
 from bigq.vocabulary import OnNonfinite
 
@@ -98,7 +99,7 @@ def solve_block(
         for group in wanted:
             collector = collectors.pop(group.names)
             collector.reduce(ranks or OneProcess())
-            yield from _solve_group(job, rows, linears, group, collector)
+            yield from _solve_group(job, rows, linears, group, collector, ranks or OneProcess())
             del collector
         return_freed_memory()
         with job.clock.phase("replay"):
@@ -275,7 +276,7 @@ def _run_up_to(
 
 
 def _solve_group(
-    job: BlockJob, rows: BlockRows, linears: Mapping[str, nn.Module], group: Group, collector: Collector
+    job: BlockJob, rows: BlockRows, linears: Mapping[str, nn.Module], group: Group, collector: Collector, ranks: Ranks
 ) -> Iterator[Solved | Skipped]:
     """Solve a group's Linears; those with equal schemes are solved together.
 
@@ -303,7 +304,7 @@ def _solve_group(
             continue
         for scheme, names in alike.items():
             with _skipping(job, names, label) as skipped, job.clock.phase("solve") as solve_time:
-                results = factor.solve([linear_weight(linears[n]) for n in names], scheme, label)
+                results = solve_shared(factor, [linear_weight(linears[n]) for n in names], scheme, label, ranks)
                 return_freed_memory()
             if skipped:
                 yield from skipped

@@ -123,6 +123,7 @@ class BlockUnit(StreamedUnit):
         """
         control = bench.control
         control.progress.phase("solve", self.index)
+        writes = bench.writer.ranks.writes(self.shard.number)
         packed: dict[str, dict[str, Tensor]] = {}
         records: list[LinearRecord] = []
         skipped: dict[str, str] = {}
@@ -143,7 +144,8 @@ class BlockUnit(StreamedUnit):
                 continue
             source = bench.pager.source_of(f"{solved.name}.weight")
             with control.clock.phase("pack"):
-                packed[source.name] = bench.config.made.pack(source.name.removesuffix(".weight"), solved.weight, source.dtype)
+                if writes:
+                    packed[source.name] = bench.config.made.pack(source.name.removesuffix(".weight"), solved.weight, source.dtype)
             records.append(solved.record())
             control.progress.solved(len(records), len(job.schemes), _share(job, records))
             faults.point("linear.solved")
@@ -152,7 +154,7 @@ class BlockUnit(StreamedUnit):
             control.progress.say(f"block {self.index + 1}: up to {lost} calibration tokens are not finite and were left out of a Hessian")
         if (warning := dead_inputs_warning(records)) is not None:
             control.progress.warn_once("dead inputs", warning)
-        tensors = self._tensors(bench, packed, changed)
+        tensors = self._tensors(bench, packed, changed) if writes else []
         left_out = [f"{self.prefix}.{name}" for name in job.plan.left_out] + list(skipped)
         return Product(tensors=tensors, records=records, left_out=left_out, skipped=skipped, batch=solving.batch)
 

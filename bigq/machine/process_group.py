@@ -1,0 +1,135 @@
+"""Several processes of a job, by torch.distributed. The only module that imports it.
+
+Sums are added in the order of ranks, whatever the network does, so the bytes of a job depend on the number of ranks alone. A collective
+operation waits for ever; that a rank is gone is noticed by ``bigq.machine.rank_watch``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed does not name them for type checkers
+
+from bigq.errors import ResourceError
+from bigq.machine.rank_watch import RankWatch
+from bigq.machine.ranks import Place, share
+
+#: Processes that a scheduler starts may be minutes apart.
+MEETING = datetime.timedelta(minutes=10)
+#: A collective operation lasts as long as the slowest rank computes. That a rank is gone is noticed without it.
+COMPUTING = datetime.timedelta(days=30)
+#: Elements that are summed at a time: the buffers of a sum take three times as much.
+PIECE = 2**24
+
+T = TypeVar("T")
+
+
+class ProcessGroup:
+    """This process as one of the ranks, between ``joined_group`` and its end."""
+
+    def __init__(self, place: Place, watch: RankWatch) -> None:
+        self._place, self._watch = place, watch
+
+    @property
+    def index(self) -> int:
+        return self._place.index
+
+    @property
+    def count(self) -> int:
+        return self._place.count
+
+    @property
+    def local(self) -> int:
+        return self._place.local
+
+    @property
+    def local_count(self) -> int:
+        return self._place.local_count
+
+    def tensor_(self, share: Tensor) -> None:
+        flat = share.view(-1)
+        for piece in flat.split(PIECE):
+            self._sum_(piece)
+
+    def _sum_(self, piece: Tensor) -> None:
+        """Every rank receives one part from all, adds them in the order of ranks, and sends the sum to all."""
+        count = self.count
+        width = -(-piece.numel() // count)
+        padded = piece.new_zeros(count * width)
+        padded[: piece.numel()] = piece
+        parts = torch.empty_like(padded)
+        self._together(lambda: dist.all_to_all_single(parts, padded))
+        total = parts[:width].clone()
+        for other in parts.split(width)[1:]:
+            total += other
+        self._together(lambda: dist.all_gather(list(padded.split(width)), total))
+        piece.copy_(padded[: piece.numel()])
+
+    def number(self, share: int) -> int:
+        return sum(number for number in self.everyone(share) if isinstance(number, int))
+
+    def everyone(self, value: object) -> list[object]:
+        found: list[object] = [None] * self.count
+        self._together(lambda: dist.all_gather_object(found, value))
+        return found
+
+    def joined(self, part: Tensor, count: int) -> Tensor:
+        width = -(-count // self.count)
+        padded = part.new_zeros(width, *part.shape[1:])
+        padded[: len(part)] = part
+        parts = list(part.new_empty(self.count * width, *part.shape[1:]).split(width))
+        self._together(lambda: dist.all_gather(parts, padded))
+        return torch.cat([parts[i][: len(share(count, i, self.count))] for i in range(self.count)])
+
+    def rows(self, count: int) -> range:
+        return share(count, self.index, self.count)
+
+    def writes(self, unit: int) -> bool:
+        return self.index == 0
+
+    def _together(self, operation: Callable[[], T]) -> T:
+        try:
+            return operation()
+        except RuntimeError as error:
+            raise self._watch.lost(str(error)) from error
+
+
+@contextlib.contextmanager
+def joined_group(place: Place, say: Callable[[str], None]) -> Iterator[ProcessGroup]:
+    """Meet the other ranks, and be one of them while the context is open. If it ends with an error, the other ranks end too.
+
+    say: receives the line that says why this process ends, if its main thread cannot say it. Raises ResourceError if they cannot be found.
+    """
+    where = f"{place.address}:{place.port}"
+    try:
+        listens = place.index == 0 and not place.agent
+        store = TCPStore(place.address, place.port, place.count, listens, timeout=MEETING, wait_for_workers=False)
+        # One connection for each thread: a request that waits holds up the others of its connection.
+        beside = TCPStore(place.address, place.port, place.count, is_master=False, timeout=MEETING, wait_for_workers=False)
+        prefix = f"bigq-{place.attempt}"
+        watch = RankWatch(PrefixStore(prefix, beside), place.index, place.count, socket.gethostname(), say)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        group: Any = PrefixStore(f"{prefix}/group", store)
+        dist.init_process_group(backend, store=group, rank=place.index, world_size=place.count, timeout=MEETING)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ResourceError(
+            f"rank {place.index} of {place.count}: cannot meet the other ranks at {where}: {_first_line(error)}; see that all of them were "
+            "started, and that the address and the port can be reached"
+        ) from error
+    dist.distributed_c10d._set_pg_timeout(COMPUTING, dist.group.WORLD)
+    with watch.watching():
+        yield ProcessGroup(place, watch)
+        watch.leaving()
+    watch.left()
+    dist.destroy_process_group()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
