@@ -13,24 +13,27 @@ from bigq.io.folders import STATE_FOLDER
 from bigq.job.journal import Journal
 from bigq.job.owner import Owner, ownership
 from bigq.job.request import compare
+from bigq.job.stop import Stop
 from bigq.progress.clock import Clock
 from bigq.progress.progress import Progress
 from bigq.progress.trace import Trace
 from bigq.sched.plan.planner import Plan
 from bigq.sched.resolve import Job
 from bigq.sched.rows.checkpoint import Checkpoints
-from bigq.sched.run_record import RunMeter, record_run, run_entry
+from bigq.sched.run_record import RunMeter, RunRecorder, run_entry
+from bigq.sched.short_runs import Patience, UnitTimes, reached, recorded_runs
 from bigq.sched.units.base import Unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A folder that this process owns."""
+    """A folder that this process owns. times: of the run's units."""
 
     owner: Owner
     journal: Journal
     checkpoints: Checkpoints
     clock: Clock
+    times: UnitTimes
 
 
 @contextlib.contextmanager
@@ -40,6 +43,7 @@ def claimed(
     request: Mapping[str, Any],
     plan: Plan,
     progress: Progress,
+    stop: Stop,
     *,
     started: float,
     command: Sequence[str],
@@ -58,11 +62,14 @@ def claimed(
             progress.say(f"warning: {note}")
         trace = Trace(keep=config.trace is not None)
         clock = Clock(job.target.device, trace)
-        run = run_entry(job.pager, request, plan, journal, notes, model=job.target.model, command=command)
-        with record_run(journal, owner, run, RunMeter(started, clock, job.target.device), progress.say):
-            every = config.checkpoint_every if plan.choice.checkpoints else None
-            with _traced(config.trace, clock, trace):
-                yield Claim(owner=owner, journal=journal, checkpoints=Checkpoints(out / STATE_FOLDER, every, progress.say), clock=clock)
+        every = config.checkpoint_every if plan.choice.checkpoints else None
+        checkpoints = Checkpoints(out / STATE_FOLDER, every, progress.say)
+        earlier, begun, times = recorded_runs(out), reached(journal, checkpoints), UnitTimes(started)
+        patience = Patience(journal=journal, checkpoints=checkpoints, stop=stop, times=times, begun=begun, earlier=earlier)
+        run = run_entry(job.pager, request, plan, journal, notes, model=job.target.model, command=command) | {"reached": begun}
+        recorder = RunRecorder(journal=journal, owner=owner, meter=RunMeter(started, clock, job.target.device), patience=patience)
+        with recorder.recording(run, progress.say), patience.judging(recorder.leave), _traced(config.trace, clock, trace):
+            yield Claim(owner=owner, journal=journal, checkpoints=checkpoints, clock=clock, times=times)
 
 
 @contextlib.contextmanager
