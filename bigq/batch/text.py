@@ -78,4 +78,3 @@ def _value(value: Any) -> str:
         return str(value)
     plain = re.fullmatch(r"[A-Za-z][\w.-]*", value, re.ASCII) and value.lower() not in _RESERVED
     return value if plain else write_scalar(value)
-

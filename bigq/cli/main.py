@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from bigq.cli.commands import build_parser
@@ -29,13 +29,13 @@ INTERRUPTED = 130
 WITH_EVENTS = ("quantize", "plan")
 
 
-def program() -> NoReturn:
-    """The installed program: run one command and end the process.
+def program(argv: Sequence[str] | None = None, failed: Callable[[str], None] | None = None) -> NoReturn:
+    """The installed program: run one command and end the process. failed: receives the error that the command ends with.
 
     Python's own end, which frees every object that torch and transformers made, takes a second. Nothing waits for it: what
     ``main`` started has ended, and files and streams are flushed.
     """
-    status = main()
+    status = main(argv, failed)
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -43,12 +43,12 @@ def program() -> NoReturn:
     os._exit(status)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+def main(argv: Sequence[str] | None = None, failed: Callable[[str], None] | None = None) -> int:
+    """Run one command; returns the exit code. failed: receives the error that the command ends with."""
     started = time.monotonic()
     prepare_streams()
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv), started)
+        return _run(list(sys.argv[1:] if argv is None else argv), started, failed or (lambda _: None))
     except KeyboardInterrupt:  # before a command began
         return INTERRUPTED
     except BrokenPipeError:
@@ -57,15 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         abandon_broken_streams()
 
 
-def _run(argv: list[str], started: float) -> int:
+def _run(argv: list[str], started: float, failed: Callable[[str], None]) -> int:
     try:
         args = build_parser().parse_args(argv)
     except ParseError as error:
         _report_parse_error(argv, error)
+        failed(str(error))
         return error.exit_code
     finally:
         flush_results()
     args.given, args.started = argv, started
+    if argv[0] == "batch":
+        from bigq.cli.batch import ARRAY_VARIABLES
+
+        args.array_variables = {name: os.environ[name] for name in ARRAY_VARIABLES if name in os.environ}
     args.display = display = _display(argv[0], args)
     with contextlib.ExitStack() as stack:
         try:
@@ -83,6 +88,7 @@ def _run(argv: list[str], started: float) -> int:
                 flush_results()
         except BigqError as error:
             display.error(error.exit_code, type(error).__name__, str(error))
+            failed(str(error))
             return error.exit_code
         except KeyboardInterrupt:
             display.error(INTERRUPTED, "Interrupted", "interrupted; run the same command again to resume")

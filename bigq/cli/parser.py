@@ -50,7 +50,9 @@ class Parser(argparse.ArgumentParser):
 
         argparse takes such a one for absent as soon as it meets an option before it.
         """
-        absent = [each.dest for each in self._actions if not each.option_strings and each.nargs == "?" and getattr(parsed, each.dest) is None]
+        absent = [
+            each.dest for each in self._actions if not each.option_strings and each.nargs == "?" and getattr(parsed, each.dest) is None
+        ]
         if not absent or not extra:
             return extra
         rest = list(extra)

@@ -75,7 +75,7 @@ def read_yaml(path: Path) -> Tree:
         raise UsageError(f"{path}: {where}is not YAML: {show_name(error.problem or error.context or '')}") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: is not YAML: {show_name(' '.join(str(error).split()))}") from None
-    except ValueError:  # an escape such as "\UFFFFFFFF"
+    except (ValueError, OverflowError):  # an escape such as "\UFFFFFFFF"
         raise UsageError(f"{path}: is not YAML: it holds a character that does not exist") from None
     except RecursionError:
         raise UsageError(f"{path}: is nested too deeply") from None
