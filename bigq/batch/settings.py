@@ -6,7 +6,6 @@ Values are read as on the command line, from the text in the file. What YAML wou
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,8 @@ from bigq.presets import Presetting
 from bigq.scheme import QuantScheme, Rule
 
 PLACES = ("model", "out")
+#: Variables that hold the number of a task of an array, for ``bigq batch --index auto``.
+ARRAY_VARIABLES = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
 #: Lists of texts, by their name: the name in a parsed command line.
 LISTS: Mapping[str, str] = {"rule": "rules", "skip": "skip"}
 _ON, _OFF = ("true", "True", "TRUE"), ("false", "False", "FALSE")
@@ -180,8 +181,3 @@ def _require_plain_number(each: Option, name: str, scalar: Scalar) -> None:
 
 def _shown(scalar: Scalar) -> str:
     return repr(scalar.text) if scalar.quoted else show_name(scalar.text)
-
-
-def replaced(settings: Settings, **values: Any) -> Settings:
-    """The settings with some of ``values`` in place of theirs."""
-    return dataclasses.replace(settings, values={**settings.values, **values})

@@ -24,7 +24,6 @@ from pathlib import Path
 
 from bigq.batch.settings import Settings, settings_of
 from bigq.errors import BigqError, UsageError
-from bigq.io.hub import require_model
 from bigq.io.json_file import show_name
 from bigq.io.yaml_file import Entries, Items, Scalar, Tree, read_yaml
 from bigq.job.journal import require_job_folder
@@ -150,6 +149,8 @@ def require_sound(
     that do not go together. done: the jobs that are finished already, whose MODEL is not needed any more.
     Raises a BigqError that names the file, and the line of the job.
     """
+    from bigq.io.hub import require_model  # here: it imports torch, which reading a file does without
+
     _require_places(path, jobs)
     known: set[str] = set()
     for job in jobs:

@@ -20,7 +20,7 @@ _RESERVED = ("y", "yes", "n", "no", "on", "off", "true", "false", "null")
 
 
 def settings_text(model: str, out: str, given: Mapping[str, Any], config: JobConfig) -> str:
-    """The file. given: the options of the command line and of its file, by the name of the field; they are written as they were given.
+    """The file. given: the options of the command line and of its file, by the name of the field; each is written in the same words.
 
     config: the job that they make, with what a job in ``out`` adds. Options that have their defaults are comments.
     """

@@ -43,6 +43,15 @@ def program(argv: Sequence[str] | None = None, failed: Callable[[str], None] | N
     os._exit(status)
 
 
+def job_of_batch() -> NoReturn:
+    """The process of one job of ``bigq batch``: ``bigq`` with the arguments after the first one, a file descriptor that takes its error."""
+    from bigq.batch.run import report_to
+
+    fd = int(sys.argv[1])
+    os.set_inheritable(fd, False)
+    program(sys.argv[2:], report_to(fd))
+
+
 def main(argv: Sequence[str] | None = None, failed: Callable[[str], None] | None = None) -> int:
     """Run one command; returns the exit code. failed: receives the error that the command ends with."""
     started = time.monotonic()
@@ -68,7 +77,7 @@ def _run(argv: list[str], started: float, failed: Callable[[str], None]) -> int:
         flush_results()
     args.given, args.started = argv, started
     if argv[0] == "batch":
-        from bigq.cli.batch import ARRAY_VARIABLES
+        from bigq.batch.settings import ARRAY_VARIABLES
 
         args.array_variables = {name: os.environ[name] for name in ARRAY_VARIABLES if name in os.environ}
     args.display = display = _display(argv[0], args)

@@ -19,6 +19,7 @@ from bigq.batch.attempts import last_attempt
 from bigq.batch.run import Outcome, Runner, Signals, exit_code_of
 from bigq.batch.settings import Settings
 from bigq.batch.table import BatchJob
+from bigq.errors import Stopped
 
 #: In place of bigq: does what the name of the model says.
 JOB = """
@@ -113,6 +114,15 @@ def test_signals_are_passed_on(
     assert exit_code_of(outcomes, 75) == 75 and exit_code_of(outcomes, 99) == 99
 
 
+def test_asked_to_stop_before_the_first_job(signals: Signals, runner: Runner, jobs: Callable[..., list[BatchJob]]) -> None:
+    """While the file is checked, which may wait for the hub."""
+    signals.interrupting = True
+    with pytest.raises(Stopped, match=r"^SIGUSR1: stopped before the first job; run the same command again$"):
+        signal.raise_signal(signal.SIGUSR1)
+    signals.interrupting = False
+    assert [each.state for each in runner.run(jobs("well"), {})] == ["waiting"]
+
+
 def test_a_job_that_stops_of_itself_stops_no_other(jobs: Callable[..., list[BatchJob]], runner: Runner) -> None:
     outcomes = runner.run(jobs("75", "3", "well"), {})
     assert [each.state for each in outcomes] == ["stopped", "failed", "done"]
@@ -139,6 +149,7 @@ from pathlib import Path
 from bigq.batch.run import Runner, Signals
 from bigq.batch.settings import Settings
 from bigq.batch.table import BatchJob
+from bigq.errors import Stopped
 job = BatchJob(index=0, line=0, model="stops", out={str(tmp_path / "out")!r}, settings=Settings())
 Runner(file=Path({str(tmp_path / "b.yaml")!r}), command=[sys.executable, "-c", {JOB!r}], signals=Signals(), say=print).run([job], {{}})
 """

@@ -197,10 +197,12 @@ def test_any_text_is_written_so_that_it_is_read_again(tmp_path_factory: pytest.T
 def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     path.write_bytes(text.encode())
+    said = f"{path}: "
     try:
         read_yaml(path)
     except UsageError as error:
-        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+        said = str(error)
+    assert said.startswith(f"{path}: ") and "\n" not in said
 
 
 PRINTED = [
@@ -248,7 +250,8 @@ def test_a_printed_file_holds_what_out_holds(tmp_path: Path, capsys: pytest.Capt
     """Options that are not given come from the job in OUT; in another folder the file makes the same one."""
     from bigq.cli import job
 
-    was = job_config(parsed("M", "O", *r"--bits 3 --asym --samples 9 --method rtn --skip a\d --rule b:bits=8 --format gptq_v2".split()))
+    words = r"M O --bits 3 --asym --samples 9 --method rtn --skip a\d --rule b:bits=8 --format gptq_v2"
+    was = job_config(parsed(*words.split()))
     frozen = json.loads(json.dumps(was.frozen()))
     monkeypatch.setattr(job, "_settings_before", lambda out: frozen)
     assert main(["quantize", "M", "O", "--print-config", "--samples", "7"]) == 0

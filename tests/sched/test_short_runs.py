@@ -67,8 +67,8 @@ def test_a_finished_unit_begins_the_count_again_and_says_how_long_units_take(job
     assert run(job, out, ("block.loaded", 2)).startswith("75 ") and committed(out) == ["rest-0", "block-0"]
     # Now block 1 is replayed first, and then block 2 does not come to its end.
     assert [run(job, out, ("block.loaded", 2))[:2] for _ in range(2)] == ["75"] * 2
-    found = re.search(r"needs runs of at least ([\d.]+) \S+ \(\S+ s before block 2 of 2, \S+ s for it as for the longest so far, 60.0 s to stop\)",
-                      run(job, out, ("block.loaded", 2)))  # fmt: skip
+    parts = r"\S+ s before block 2 of 2, \S+ s for it as for the longest so far, 60.0 s to stop"
+    found = re.search(rf"needs runs of at least ([\d.]+) \S+ \({parts}\)", run(job, out, ("block.loaded", 2)))
     assert found and float(found[1]) > 60
 
 
