@@ -57,15 +57,15 @@ def claimed(
     with ownership(out / STATE_FOLDER, progress, steal=config.steal_lock) as owner:
         away = None if job.target.push is None else job.target.push.away
         journal = Journal(out, request, [shard.name for unit in units for shard in unit.shards], compare, away)
-        notes = [*owner.notes, *journal.notes, *plan.warnings]
-        for note in notes:
-            progress.say(f"warning: {note}")
         trace = Trace(keep=config.trace is not None)
         clock = Clock(job.target.device, trace)
         every = config.checkpoint_every if plan.choice.checkpoints else None
         checkpoints = Checkpoints(out / STATE_FOLDER, every, progress.say)
         earlier, begun, times = recorded_runs(out), reached(journal, checkpoints), UnitTimes(started)
         patience = Patience(journal=journal, checkpoints=checkpoints, stop=stop, times=times, begun=begun, earlier=earlier)
+        notes = [*owner.notes, *journal.notes, *plan.warnings, *patience.notes()]
+        for note in notes:
+            progress.say(f"warning: {note}")
         run = run_entry(job.pager, request, plan, journal, notes, model=job.target.model, command=command) | {"reached": begun}
         recorder = RunRecorder(journal=journal, owner=owner, meter=RunMeter(started, clock, job.target.device), patience=patience)
         with recorder.recording(run, progress.say), patience.judging(recorder.leave), _traced(config.trace, clock, trace):

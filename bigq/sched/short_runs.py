@@ -111,6 +111,13 @@ class Patience:
     begun: Sequence[int]
     earlier: Sequence[Mapping[str, Any]]
 
+    def notes(self) -> list[str]:
+        """A warning for a run that follows too many. A scheduler that kills sees no exit code, so its log must say it."""
+        row = short_runs(self.earlier, self.begun)
+        if len(row) < MOST:
+            return []
+        return [f"the last {len(row)} runs ended before they finished a unit; this one finishes one only if it has more time"]
+
     def problem(self) -> str | None:
         """What to say instead of "resume" if this is the last of too many runs that finished nothing; None if it is not."""
         if self.stop.asked_by in (None, BY_HAND) or _further(self.begun, reached(self.journal, self.checkpoints)):

@@ -71,7 +71,7 @@ matrix:
         ("jobs:\n- {model: m1, out: o}\n- {model: m1, out: p, alpha: 0.3}", 2, "b.yaml: line 3: --alpha 0.3: no effect without"),
         ("jobs: [{model: m1, out: o, push-drop: true}]", 2, "b.yaml: line 1: --push-drop: no effect without --push"),
         # Folders.
-        ("jobs:\n- {model: m1, out: o}\n- {model: m2, out: ./x/../o/}", 2, "b.yaml: line 3: out: ./x/../o/ is the folder of the job on line 2"),
+        ("jobs:\n- {model: m1, out: o}\n- {model: m2, out: ./x/../o/}", 2, "b.yaml: line 3: out: ./x/../o/ is the folder of"),
         ("jobs:\n- {model: m1, out: o/p/q}\n- {model: m2, out: o}", 2, "b.yaml: line 2: out: o/p/q lies in that of the job on line 3"),
         ("jobs:\n- {model: m1, out: o}\n- {model: m2, out: m1/x}", 2, "b.yaml: line 3: out: m1/x lies in the model of the job on line 2"),
         ("jobs:\n- {model: m1, out: m2}\n- {model: m2, out: o}", 2, "b.yaml: line 3: model: m2 is or lies in the out of the job on line 2"),
