@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from bigq.batch.table import read_batch
 from bigq.cli.commands import build_parser
@@ -151,3 +153,14 @@ def test_a_page_is_for_files_of_jobs(folder: Path, capsys: pytest.CaptureFixture
     ):
         assert main(["status", *words]) == 2
         assert capsys.readouterr().err.startswith(f"bigq: error: {said}")
+
+
+def test_the_examples_of_the_page_are_read(tmp_path: Path) -> None:
+    one, many = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/batch.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "one.yaml").write_text(one)
+    (tmp_path / "many.yaml").write_text(many)
+    args = build_parser().parse_args(["quantize", "--config", str(tmp_path / "one.yaml")])
+    config = job_config(args)
+    assert (args.out, config.scheme.bits, config.checkpoint_every, len(config.rules)) == ("out/llama-3bit", 3, None, 2)
+    outs = [job.out for job in read_batch(tmp_path / "many.yaml")]
+    assert outs == ["out/mistral", "out/mistral-best", *(f"out/Qwen3-{size}-{name}" for size in ("8B", "14B") for name in ("w4", "w3"))]
