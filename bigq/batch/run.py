@@ -159,7 +159,8 @@ class Runner:
             message = f"its process was ended by {_signal_name(-code)}"
             code = 128 - code
         state = "done" if code == 0 else "failed"
-        if code in (Stopped.exit_code, INTERRUPTED) or (self.signals.reason is not None and code == 128 + signal.SIGTERM):
+        unhandled = self.signals.reason is not None and code in [128 + number for number in SIGNALS]  # while the program was starting
+        if code in (Stopped.exit_code, INTERRUPTED) or unhandled:
             state = "stopped"
             code = code if code == INTERRUPTED else Stopped.exit_code
         elif code == BusyError.exit_code:

@@ -36,6 +36,9 @@ if model == "stops":
     time.sleep(0.2)
     open(out + ".asked", "w").write(" ".join(asked))
     sys.exit(75)
+if model == "starts":
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    time.sleep(60)
 if model == "crashes":
     os.kill(os.getpid(), signal.SIGSEGV)
 if model.isdigit():
@@ -112,6 +115,18 @@ def test_signals_are_passed_on(
     assert [(each.state, each.exit_code) for each in outcomes] == [("done", 0), ("stopped", 75), ("waiting", None)]
     assert (tmp_path / "out1.asked").read_text() == passed and signals.reason == number
     assert exit_code_of(outcomes, 75) == 75 and exit_code_of(outcomes, 99) == 99
+
+
+def test_a_job_that_does_not_handle_signals_yet_is_stopped_too(jobs: Callable[..., list[BatchJob]], runner: Runner, tmp_path: Path) -> None:
+    def ask() -> None:
+        while not (tmp_path / "out0.begun").exists():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=ask).start()
+    outcomes = runner.run(jobs("starts", "well"), {})
+    assert [(each.state, each.exit_code) for each in outcomes] == [("stopped", 75), ("waiting", None)]
 
 
 def test_asked_to_stop_before_the_first_job(signals: Signals, runner: Runner, jobs: Callable[..., list[BatchJob]]) -> None:
