@@ -8,7 +8,7 @@
     │   ├── CalibrationError         calibration or evaluation text that is missing, unreadable or too short
     │   └── NumericsError            NaN or Inf in weights, activations or a Hessian; a factorization that fails
     ├── ResourceError            4   memory, disk, device, network, or a package that is missing
-    │   └── BusyError                another job is writing to the folder
+    │   └── BusyError           5    another job is writing to the folder
     ├── Stopped                 75   stopped by a signal; the same command resumes the job
     └── RankLostError           75   another process of the same job is gone, or ended with another code, which is this one's then
 
@@ -17,8 +17,9 @@ Exit codes of every command:
     0    done
     2    usage: an option, or a folder that is not what the command needs (OUT holds no job, OUT is not empty)
     3    data: a model or a text is missing, damaged or not supported; bigq verify found problems
-    4    environment: memory, disk, device, network, a missing package, a folder that another job is using; bigq plan: does not fit
-    75   stopped by a signal, or a process of the job is gone; run the same command again
+    4    environment: memory, disk, device, network, a missing package, runs that are too short to finish anything; bigq plan: does not fit
+    5    another job is writing to the folder
+    75   stopped by a signal, or a process of the job is gone; run the same command again (--exit-code-on-stop gives another code)
     130  interrupted
     141  the output's reader has closed the pipe
 
@@ -63,11 +64,17 @@ class ResourceError(BigqError):
 
 
 class BusyError(ResourceError):
-    pass
+    exit_code = 5
 
 
 class Stopped(BigqError):
+    """exit_code: 75, unless the command line says otherwise."""
+
     exit_code = 75
+
+    def __init__(self, message: str, exit_code: int = 75) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class RankLostError(BigqError):

@@ -269,7 +269,7 @@ class Stress:
             elif code == -signal.SIGTERM:  # it came before or after the program handles it: the same as a kill
                 kills += 1
                 tally.kills["SIGTERM not handled"] += 1
-            elif code == 75:
+            elif code == 75 or (code == 4 and self._too_short()):
                 tally.stopped += 1
             else:
                 tally.wrong.append(f"job {self.number}: exit code {code} after {history}")
@@ -280,6 +280,11 @@ class Stress:
         from bigq.inspect.verify import verify
 
         tally.wrong += [f"job {self.number}: {problem} after {history}" for problem in verify(out)]
+
+    def _too_short(self) -> bool:
+        """Whether the last run ended as the third in a row that finished nothing."""
+        lines = (self.work / "log").read_text(errors="replace").splitlines()
+        return bool(lines) and "runs ended before they finished a unit" in lines[-1]
 
     def _loads(self, found: dict[str, str], name: str) -> bool:
         """Whether the output of a job killed after it became loadable is right. The GGUF file is written last, from the folder."""

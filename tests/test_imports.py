@@ -30,6 +30,7 @@ OWNERS: Mapping[str, tuple[str, ...]] = {
     "matplotlib": ("bigq.reports.charts",),
     "gguf": ("bigq.io.gguf_file",),
     "pyarrow": ("bigq.io.parquet_file",),
+    "yaml": ("bigq.io.yaml_file",),
 }
 
 #: The rooms, and the modules of ``bigq/`` itself, from the lowest floor up. A module imports from its own room and from floors below.
@@ -53,6 +54,7 @@ FLOORS: Sequence[tuple[str, ...]] = (
     ("bigq.sched",),
     ("bigq.infer",),
     ("bigq.reports",),
+    ("bigq.batch",),
     ("bigq.api",),
     ("bigq.__init__",),
     ("bigq.cli",),

@@ -21,6 +21,8 @@ class _Bigq(Parser):
             args, unexpected = super().parse_known_args(arguments, namespace)  # type: ignore[no-untyped-call]
             if unexpected:
                 command.error(f"unrecognized arguments: {' '.join(unexpected)}")
+            if complete := getattr(args, "complete", None):
+                complete(command, args)
             return args, unexpected
         except ParseError:
             raise
@@ -75,6 +77,12 @@ def _plan(p: Parser) -> None:
     add_plan(p)
 
 
+def _batch(p: Parser) -> None:
+    from bigq.cli.batch import add_batch
+
+    add_batch(p)
+
+
 def _eval(p: Parser) -> None:
     from bigq.cli.evaluate import add_eval
 
@@ -120,12 +128,13 @@ def _demo(p: Parser) -> None:
 #: Each command: what it does, its positional arguments, and what adds its arguments.
 COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
     "quantize": ("quantize a model, or resume a job that was stopped", "MODEL OUT", _quantize),
+    "batch": ("quantize the models of a file of jobs one after another, or resume them", "FILE", _batch),
     "plan": ("estimate memory, disk and time of a job before it starts", "MODEL [OUT]", _plan),
     "eval": ("measure a model's perplexity and its distance from another model", "MODEL --data FILE", _eval),
     "generate": ("generate text with a model, original or quantized", "MODEL --prompt TEXT", _generate),
     "convert": ("re-pack a quantized model in another format, without loss", "MODEL OUT --to FORMAT", _convert),
     "verify": ("check a job's output folder against its records", "OUT", _verify),
-    "status": ("show the progress of a job", "OUT", _status),
+    "status": ("show the progress of a job, or of all jobs of a file", "OUT", _status),
     "report": ("write a job's report as one HTML file, or as a model card", "OUT", _report),
     "demo": ("quantize the tiny model that ships with bigq and compare the results", "", _demo),
 }

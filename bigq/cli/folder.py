@@ -6,11 +6,16 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bigq.cli.parser import Parser
 from bigq.errors import CheckpointError, UsageError
 from bigq.progress.terminal import keep_quiet, one_line, print_result, tell
 from bigq.vocabulary import FORMAT_NAMES
+
+if TYPE_CHECKING:
+    from bigq.batch.overview import Overview
+    from bigq.inspect.status import Status
 
 
 def add_verify(p: Parser) -> None:
@@ -30,8 +35,9 @@ def add_convert(p: Parser) -> None:
 
 
 def add_status(p: Parser) -> None:
-    p.add_argument("out", metavar="OUT", help="output folder of a job, running or not")
+    p.add_argument("out", metavar="OUT|FILE", help="output folder of a job, running or not; or a YAML file of jobs")
     p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.add_argument("--html", metavar="PAGE", help="also write the state of a file's jobs as one HTML page")
     p.set_defaults(command=_run_status)
 
 
@@ -84,9 +90,22 @@ def _run_convert(args: argparse.Namespace) -> int:
 
 
 def _run_status(args: argparse.Namespace) -> int:
-    from bigq.inspect.status import status
+    out = Path(os.path.expanduser(args.out))
+    found: Status | Overview
+    if out.is_file():
+        from bigq.batch.overview import overview
 
-    found = status(Path(args.out))
+        found = overview(out)
+        if args.html is not None:
+            from bigq.batch.page import write_page
+
+            write_page(found, Path(os.path.expanduser(args.html)))
+    elif args.html is not None:
+        raise UsageError(f"--html {args.html}: {args.out} is no file of jobs; run bigq report {args.out}")
+    else:
+        from bigq.inspect.status import status
+
+        found = status(out)
     print_result(json.dumps(found.to_json()) if args.json else found.text())
     return 0
 

@@ -9,15 +9,15 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from bigq.batch.settings import LISTS, Ending, job_options, read_settings
 from bigq.cli.flags import add_option, add_options, given, group_of
 from bigq.cli.parser import Parser
 from bigq.common_options import OUTPUT, RUN
 from bigq.config import JobConfig
-from bigq.errors import ResourceError
+from bigq.errors import ResourceError, Stopped
 from bigq.machine.memory import without_collection
 from bigq.machine.ranks import Place
 from bigq.options import Option, table, without_effect
-from bigq.presets import Presetting
 from bigq.progress.display import DONE_FIELDS, Display, Events, to_json
 from bigq.progress.terminal import print_result, tell
 from bigq.scheme import WEIGHTS, QuantScheme, Rule
@@ -28,30 +28,41 @@ ONLY_QUANTIZE = ("grace", "steal_lock", "trace", "allow_ranks")
 _KEPT = "If OUT holds a job, options that are not given keep the job's values; otherwise they have their defaults."
 
 
-def job_options() -> list[Option]:
-    """All options of a job, in the order of the help. Rules have two flags and are added separately."""
-    of_job = (each for name, each in table(JobConfig).items() if name not in ("scheme", "rules"))
-    return [*table(Presetting).values(), *table(QuantScheme).values(), *of_job]
-
-
 def add_quantize(p: Parser) -> None:
     p.description = f"{p.description} {_KEPT}"
-    p.add_argument("model", metavar="MODEL", help="folder with safetensors shards, or hub id (owner/name[@revision])")
-    p.add_argument("out", metavar="OUT", help="output folder; if it holds the same job unfinished, the job is resumed")
+    p.add_argument("model", metavar="MODEL", nargs="?", help="folder with safetensors shards, or hub id (owner/name[@revision])")
+    p.add_argument("out", metavar="OUT", nargs="?", help="output folder; if it holds the same job unfinished, the job is resumed")
     _add_job(p, job_options())
-    group_of(p, OUTPUT).add_argument("--json", action="store_true", help="print a JSON object on stdout and events on stderr, one per line")
-    p.set_defaults(command=_run_quantize)
+    add_options(p, table(Ending).values())
+    output = group_of(p, OUTPUT)
+    output.add_argument("--json", action="store_true", help="print a JSON object on stdout and events on stderr, one per line")
+    output.add_argument("--print-config", action="store_true", help="print the job as a YAML file for --config, and do nothing else")
+    p.set_defaults(command=_run_quantize, complete=_complete)
 
 
 def add_plan(p: Parser) -> None:
     p.description = f"{p.description} Exits with 4 if the job does not fit. {_KEPT}"
-    p.add_argument("model", metavar="MODEL", help="folder (its config.json is enough), or hub id (only config and headers are downloaded)")
+    model = "folder (its config.json is enough), or hub id (only config and headers are downloaded)"
+    p.add_argument("model", metavar="MODEL", nargs="?", help=model)
     p.add_argument("out", metavar="OUT", nargs="?", help="where the output would go, for the free disk space (default: current folder)")
     _add_job(p, (each for each in job_options() if each.name not in ONLY_QUANTIZE))
     on = "plan for another machine's GPU: a100, h100 or h200 (default: this)"
     group_of(p, RUN).add_argument("--on", default="this", metavar="DEVICE", help=on)
     group_of(p, OUTPUT).add_argument("--json", action="store_true", help="print one JSON object, and events on stderr")
-    p.set_defaults(command=_run_plan)
+    p.set_defaults(command=_run_plan, complete=_complete)
+
+
+def _complete(p: Parser, args: argparse.Namespace) -> None:
+    """Add what the file of ``--config`` says and the command line does not. Raises UsageError."""
+    if args.config is not None:
+        file = read_settings(Path(os.path.expanduser(args.config)))
+        for dest, value in {"model": file.model, "out": file.out, **file.values}.items():
+            if getattr(args, dest, None) is None:
+                setattr(args, dest, value)
+    needed = {"model": "MODEL", "out": "OUT"} if args.command is _run_quantize else {"model": "MODEL"}
+    missing = [name for dest, name in needed.items() if getattr(args, dest) is None]
+    if missing:
+        p.error(f"the following arguments are required: {', '.join(missing)}")
 
 
 def _add_job(p: Parser, options: Iterable[Option]) -> None:
@@ -63,6 +74,8 @@ def _add_job(p: Parser, options: Iterable[Option]) -> None:
     add_option(weights, rule, action="append")
     help = "leave Linears whose name matches unquantized; may be repeated"
     weights.add_argument("--skip", action="append", metavar="REGEX", help=help)
+    help = "YAML file with options by name, model and out; options of the command line take their place"
+    group_of(p, RUN).add_argument("--config", metavar="FILE", help=help)
 
 
 def _rule_text(text: str, _: str) -> Rule:
@@ -128,8 +141,12 @@ def _begin(args: argparse.Namespace, config: JobConfig) -> None:
 def _run_quantize(args: argparse.Namespace) -> int:
     from bigq.job.stop import Stop
 
+    if args.print_config:
+        _print_config(args)
+        return 0
     place: Place | None = args.place
-    stop = Stop(notify=args.display.signalled if isinstance(args.display, Events) else None)
+    notify = args.display.signalled if isinstance(args.display, Events) else None
+    stop = Stop(notify=notify, exit_code=args.exit_code_on_stop or Stopped.exit_code)
     with stop.listen():
         config = job_config(args, _settings_before(args.out))
         stop.grace = config.grace
@@ -158,6 +175,15 @@ def _run_quantize(args: argparse.Namespace) -> int:
     elif not args.quiet:
         print_result(report.summary())
     return 0
+
+
+def _print_config(args: argparse.Namespace) -> None:
+    from bigq.batch.text import settings_text
+
+    config = job_config(args, _settings_before(args.out))
+    idle_options(args, config, "")
+    names = [*(each.name for each in (*job_options(), *table(Ending).values())), *LISTS.values()]
+    print_result(settings_text(args.model, args.out, given(args, names), config))
 
 
 def _run_plan(args: argparse.Namespace) -> int:

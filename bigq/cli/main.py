@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from bigq.cli.commands import build_parser
@@ -30,13 +30,13 @@ INTERRUPTED = 130
 WITH_EVENTS = ("quantize", "plan")
 
 
-def program() -> NoReturn:
-    """The installed program: run one command and end the process.
+def program(argv: Sequence[str] | None = None, failed: Callable[[str], None] | None = None) -> NoReturn:
+    """The installed program: run one command and end the process. failed: receives the error that the command ends with.
 
     Python's own end, which frees every object that torch and transformers made, takes a second. Nothing waits for it: what
     ``main`` started has ended, and files and streams are flushed.
     """
-    status = main()
+    status = main(argv, failed)
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -44,12 +44,21 @@ def program() -> NoReturn:
     os._exit(status)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+def job_of_batch() -> NoReturn:
+    """The process of one job of ``bigq batch``: ``bigq`` with the arguments after the first one, a file descriptor that takes its error."""
+    from bigq.batch.run import report_to
+
+    fd = int(sys.argv[1])
+    os.set_inheritable(fd, False)
+    program(sys.argv[2:], report_to(fd))
+
+
+def main(argv: Sequence[str] | None = None, failed: Callable[[str], None] | None = None) -> int:
+    """Run one command; returns the exit code. failed: receives the error that the command ends with."""
     started = time.monotonic()
     prepare_streams()
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv), started)
+        return _run(list(sys.argv[1:] if argv is None else argv), started, failed or (lambda _: None))
     except KeyboardInterrupt:  # before a command began
         return INTERRUPTED
     except BrokenPipeError:
@@ -58,15 +67,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         abandon_broken_streams()
 
 
-def _run(argv: list[str], started: float) -> int:
+def _run(argv: list[str], started: float, failed: Callable[[str], None]) -> int:
     try:
         args = build_parser().parse_args(argv)
     except ParseError as error:
         _report_parse_error(argv, error)
+        failed(str(error))
         return error.exit_code
     finally:
         flush_results()
     args.given, args.started = argv, started
+    if argv[0] == "batch":
+        from bigq.batch.settings import ARRAY_VARIABLES
+
+        args.array_variables = {name: os.environ[name] for name in ARRAY_VARIABLES if name in os.environ}
     args.display = display = _display(argv[0], args)
     with contextlib.ExitStack() as stack:
         try:
@@ -88,6 +102,7 @@ def _run(argv: list[str], started: float) -> int:
                 flush_results()
         except BigqError as error:
             display.error(error.exit_code, type(error).__name__, str(error))
+            failed(str(error))
             return error.exit_code
         except KeyboardInterrupt:
             display.error(INTERRUPTED, "Interrupted", "interrupted; run the same command again to resume")

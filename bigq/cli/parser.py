@@ -42,7 +42,25 @@ class Parser(argparse.ArgumentParser):
         return self
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        return super(Parser, self.filled()).parse_known_args(args, namespace)
+        parsed, extra = super(Parser, self.filled()).parse_known_args(args, namespace)
+        return parsed, self._placed(parsed, extra)
+
+    def _placed(self, parsed: argparse.Namespace, extra: list[str]) -> list[str]:
+        """Give arguments that are left over to positional ones that may be absent and are. Returns the others.
+
+        argparse takes such a one for absent as soon as it meets an option before it.
+        """
+        absent = [
+            each.dest for each in self._actions if not each.option_strings and each.nargs == "?" and getattr(parsed, each.dest) is None
+        ]
+        if not absent or not extra:
+            return extra
+        rest = list(extra)
+        if "--" in rest:
+            rest.remove("--")
+        for dest in absent[: len(rest)]:
+            setattr(parsed, dest, rest.pop(0))
+        return rest
 
     def format_help(self) -> str:
         return super(Parser, self.filled()).format_help()

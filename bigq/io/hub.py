@@ -90,6 +90,12 @@ def resolve_headers(model: str) -> Headers:
     return Headers(folder=folder, remote=remote, missing=missing, cache=folder.parents[2])
 
 
+def require_model(model: str) -> None:
+    """Raise as ``resolve_model`` if MODEL is not there, as far as a folder's name or the config of a hub repository shows. URLs pass."""
+    if not is_url(model) and _local_folder(model) is None:
+        _snapshot(model, ["config.json"])
+
+
 def resolve_streamed(model: str, headers: Headers) -> Path:
     """The local folder of a model whose shards stay on a server: all that a job needs besides them. headers: of the same model.
 

@@ -19,7 +19,7 @@ def flags(config: JobConfig) -> list[str]:
     """
     kept = [each for name, each in table(JobConfig).items() if name in FROZEN_FIELDS and name not in ("scheme", "rules")]
     found = list(_differing(config.scheme, _with_effect(config, table(QuantScheme).values())))
-    found += [word for rule in config.given_rules for word in _rule(rule)]
+    found += [word for rule in config.given_rules for word in rule_text(rule)]
     found += _differing(config, _with_effect(config, kept))
     return found
 
@@ -45,11 +45,12 @@ def kept_options(message: str) -> list[str]:
 
 def rule_option(rule: Rule) -> str:
     """A rule as an option, for messages."""
-    option, value = _rule(rule)
+    option, value = rule_text(rule)
     return f"{option} '{value}'"
 
 
-def _rule(rule: Rule) -> tuple[str, str]:
+def rule_text(rule: Rule) -> tuple[str, str]:
+    """A rule as an option and its value."""
     if rule.overrides is None:
         return "--skip", rule.pattern
     return "--rule", f"{rule.pattern}:{','.join(f'{key}={str(value).lower()}' for key, value in rule.overrides.items())}"

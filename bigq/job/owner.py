@@ -282,6 +282,14 @@ class Owner:
         if self._new_owner is not None:
             raise BusyError(f"{self._state.parent}: was taken over by another job ({self._new_owner}); this one stops")
 
+    def leave(self, outcome: str, facts: Mapping[str, Any]) -> None:
+        """Record how the job ended while its lock is still held, for a process that exits at once."""
+        self._ended.set()
+        with contextlib.suppress(OSError, BigqError):
+            self._detect_takeover()
+            if self._new_owner is None:
+                self._write(outcome, facts)
+
     def release(self, outcome: str, facts: Mapping[str, Any] | None = None) -> None:
         """Record how the job ended and release the lock. Never raises."""
         self._ended.set()

@@ -20,10 +20,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bigq.errors import Stopped
+from bigq.errors import ResourceError, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED = 130
+#: The reason of a stop that a person asked for at the keyboard.
+BY_HAND = signal.SIGINT.name
+#: Seconds that ``last_words`` may take.
+LAST_WORDS = 2.0
 
 #: The handlers that ``listen`` replaced.
 _previous_handlers: dict[signal.Signals, Any] = {}
@@ -48,10 +52,15 @@ class Stop:
     """Whether the job was asked to stop, and its deadline. grace: seconds from the request to the deadline.
 
     notify: called from the signal thread with a message, and with the exit code where the process is about to exit.
+    exit_code: of a job that stops.
     """
 
-    def __init__(self, grace: float = 60.0, notify: Callable[[str, int | None], None] | None = None) -> None:
-        self.grace = grace
+    def __init__(
+        self, grace: float = 60.0, notify: Callable[[str, int | None], None] | None = None, exit_code: int = Stopped.exit_code
+    ) -> None:
+        self.grace, self.exit_code = grace, exit_code
+        #: Asked when the grace period is over: an error that ends the job instead, or None. It may take ``LAST_WORDS`` seconds.
+        self.last_words: Callable[[], str | None] | None = None
         self._notify = notify or _notify
         self._reason: str | None = None
         self._deadline = float("inf")
@@ -59,6 +68,11 @@ class Stop:
     @property
     def requested(self) -> bool:
         return self._reason is not None
+
+    @property
+    def asked_by(self) -> str | None:
+        """The reason of the request, such as "SIGTERM"; None before one."""
+        return self._reason
 
     @property
     def seconds_left(self) -> float:
@@ -78,7 +92,7 @@ class Stop:
 
     def error(self, where: str) -> Stopped:
         """The error that ends the job. where: the place it stopped at, such as "at block 3 of 80"."""
-        return Stopped(f"{self._reason}: stopped {where}; run the same command again to resume")
+        return Stopped(f"{self._reason}: stopped {where}; run the same command again to resume", self.exit_code)
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
@@ -112,7 +126,10 @@ class Stop:
             wait = None if self._deadline == float("inf") else max(0.0, self.seconds_left)
             ready, _, _ = select.select([pipe], [], [], wait)
             if not ready:
-                self._exit(Stopped.exit_code, f"stopped {self.grace:g} s after {self._reason}; only the current step is lost")
+                problem = self._said_at_last()
+                if problem is not None:
+                    self._leave(ResourceError.exit_code, problem)
+                self._exit(self.exit_code, f"stopped {self.grace:g} s after {self._reason}; only the current step is lost")
                 return
             numbers = os.read(pipe, 64)
             if not numbers:
@@ -125,8 +142,26 @@ class Stop:
                     message = f"{self._reason}: stopping after this step, within {self.grace:g} s; press Ctrl-C to stop at once"
                     self._notify(message, None)
 
+    def _said_at_last(self) -> str | None:
+        """What ``last_words`` returns in time. A disk that hangs must not keep the process."""
+        if self.last_words is None:
+            return None
+        ask, said = self.last_words, list[str | None]()
+
+        def answer() -> None:
+            with contextlib.suppress(Exception):  # whatever fails here, the process exits as it would without
+                said.append(ask())
+
+        thread = threading.Thread(target=answer, name="last words", daemon=True)
+        thread.start()
+        thread.join(LAST_WORDS)
+        return said[0] if said else None
+
     def _exit(self, code: int, text: str) -> None:
-        self._notify(f"{text}; run the same command again to resume", code)
+        self._leave(code, f"{text}; run the same command again to resume")
+
+    def _leave(self, code: int, text: str) -> None:
+        self._notify(text, code)
         os._exit(code)
 
 

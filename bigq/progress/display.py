@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from bigq.errors import ResourceError
 from bigq.progress.sizes import show_duration, show_size
 from bigq.progress.terminal import one_line, printable, tell
 
@@ -179,7 +180,8 @@ class Events(Display):
     def signalled(self, message: str, exit_code: int | None) -> None:
         """A signal arrived; with an exit code, the process ends now. Does not wait for other threads that may be writing."""
         if exit_code is not None:
-            line = self._line("error", {"exit_code": exit_code, "kind": "Stopped", "message": message})
+            kind = "ResourceError" if exit_code == ResourceError.exit_code else "Stopped"
+            line = self._line("error", {"exit_code": exit_code, "kind": kind, "message": message})
         elif self._quiet:
             return
         else:

@@ -50,6 +50,11 @@ def render(history: History, pictures: Pictures) -> str:
     if history.damaged:
         parts.append(_section("Damaged records", element("ul", *(element("li", each) for each in history.damaged))))
     footer = element("footer", f"Written by bigq {__version__} from the records in {history.out}/.bigq.")
+    return document(f"{history.name}: bigq report", element("main", *parts, footer))
+
+
+def document(title: str, body: Markup) -> str:
+    """A page with the style sheet of reports, which can load nothing and run nothing."""
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     head = join(
         (
@@ -57,12 +62,11 @@ def render(history: History, pictures: Pictures) -> str:
             Markup(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
             Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
             Markup('<meta name="color-scheme" content="light dark">'),
-            element("title", f"{history.name}: bigq report"),
+            element("title", title),
             element("style", Markup(STYLE)),
         ),
         "\n",
     )
-    body = element("main", *parts, footer)
     return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
 
 

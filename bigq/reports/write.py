@@ -35,21 +35,21 @@ def write_report(out: Path, file: Path | None = None) -> Path:
             "move the model to another folder"
         )
     file = folder.with_name(f"{folder.name}-report.html") if file is None else file
-    _require_file(file, folder)
+    require_file(file, folder)
     write_bytes(file, render(history, pictures_of(history)).encode("utf-8", "replace"))
     return file
 
 
-def _require_file(file: Path, folder: Path) -> None:
-    """Raise UsageError where the report of ``folder`` cannot be written to ``file``."""
+def require_file(file: Path, folder: Path, option: str = "--out") -> None:
+    """Raise UsageError, naming the option, where a report on ``folder`` cannot be written to ``file``."""
     if os.path.isdir(file):
-        raise UsageError(f"--out {file}: is a folder; name a file, such as {file / 'report.html'}")
+        raise UsageError(f"{option} {file}: is a folder; name a file, such as {file / 'report.html'}")
     if os.path.lexists(file) and not os.path.isfile(file):
-        raise UsageError(f"--out {file}: is not a regular file; name another")
+        raise UsageError(f"{option} {file}: is not a regular file; name another")
     if not os.path.isdir(file.parent):
-        raise UsageError(f"--out {file}: its folder does not exist; make it first, or name a file elsewhere")
+        raise UsageError(f"{option} {file}: its folder does not exist; make it first, or name a file elsewhere")
     if folder in Path(os.path.realpath(file)).parents:
-        raise UsageError(f"--out {file}: lies in OUT, where bigq verify would reject it; name a file elsewhere")
+        raise UsageError(f"{option} {file}: lies in OUT, where bigq verify would reject it; name a file elsewhere")
 
 
 def pictures_of(history: History) -> Pictures:

@@ -13,25 +13,31 @@ from bigq.io.folders import STATE_FOLDER
 from bigq.job.journal import Commit, FollowedJournal, Journal
 from bigq.job.owner import Owner, ownership
 from bigq.job.request import compare
+from bigq.job.stop import Stop
 from bigq.progress.clock import Clock
 from bigq.progress.progress import Progress
 from bigq.progress.trace import Trace
 from bigq.sched.plan.planner import Plan
 from bigq.sched.resolve import Job
 from bigq.sched.rows.checkpoint import Checkpoints
-from bigq.sched.run_record import RunMeter, record_run, run_entry
+from bigq.sched.run_record import RunMeter, RunRecorder, run_entry
+from bigq.sched.short_runs import Patience, UnitTimes, reached, recorded_runs
 from bigq.sched.together import rank_folder
 from bigq.sched.units.base import Unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A folder that this process owns, or one of the ranks that share a job; then the first of them is the owner."""
+    """A folder that this process owns, or one of the ranks that share a job; then the first of them is the owner.
+
+    times: of the run's units.
+    """
 
     owner: Owner | None
     journal: Journal
     checkpoints: Checkpoints
     clock: Clock
+    times: UnitTimes
 
 
 @contextlib.contextmanager
@@ -41,6 +47,7 @@ def claimed(
     request: Mapping[str, Any],
     plan: Plan,
     progress: Progress,
+    stop: Stop,
     *,
     started: float,
     command: Sequence[str],
@@ -58,16 +65,19 @@ def claimed(
     with ownership(out / STATE_FOLDER, progress, steal=config.steal_lock) as owner:
         away = None if job.target.push is None else job.target.push.away
         journal = Journal(out, request, names, compare, away)
-        notes = [*owner.notes, *journal.notes, *plan.warnings]
-        for note in notes:
-            progress.say(f"warning: {note}")
         trace = Trace(keep=config.trace is not None)
         clock = Clock(job.target.device, trace)
-        run = run_entry(job.pager, request, plan, journal, notes, model=job.target.model, command=command)
-        with record_run(journal, owner, run, RunMeter(started, clock, job.target.device), progress.say):
-            job.ranks.everyone(([commit.to_line() for commit in journal.commits], journal.halvings))
-            with _traced(config.trace, clock, trace):
-                yield Claim(owner=owner, journal=journal, checkpoints=_checkpoints(job, plan, progress), clock=clock)
+        checkpoints = _checkpoints(job, plan, progress)
+        earlier, begun, times = recorded_runs(out), reached(journal, checkpoints), UnitTimes(started)
+        patience = Patience(journal=journal, checkpoints=checkpoints, stop=stop, times=times, begun=begun, earlier=earlier)
+        notes = [*owner.notes, *journal.notes, *plan.warnings, *patience.notes()]
+        for note in notes:
+            progress.say(f"warning: {note}")
+        run = run_entry(job.pager, request, plan, journal, notes, model=job.target.model, command=command) | {"reached": begun}
+        recorder = RunRecorder(journal=journal, owner=owner, meter=RunMeter(started, clock, job.target.device), patience=patience)
+        job.ranks.everyone(([commit.to_line() for commit in journal.commits], journal.halvings))
+        with recorder.recording(run, progress.say), patience.judging(recorder.leave), _traced(config.trace, clock, trace):
+            yield Claim(owner=owner, journal=journal, checkpoints=checkpoints, clock=clock, times=times)
 
 
 def _followed(job: Job, names: list[str], plan: Plan, progress: Progress) -> Claim:
@@ -76,7 +86,7 @@ def _followed(job: Job, names: list[str], plan: Plan, progress: Progress) -> Cla
     commits = [commit for line in first[0] if (commit := Commit.from_line(line)) is not None]
     journal = FollowedJournal(job.target.out, names, commits, first[1])
     clock = Clock(job.target.device, Trace(keep=False))
-    return Claim(owner=None, journal=journal, checkpoints=_checkpoints(job, plan, progress), clock=clock)
+    return Claim(owner=None, journal=journal, checkpoints=_checkpoints(job, plan, progress), clock=clock, times=UnitTimes())
 
 
 def _checkpoints(job: Job, plan: Plan, progress: Progress) -> Checkpoints:

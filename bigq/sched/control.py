@@ -8,31 +8,36 @@ from bigq.job.stop import GraceEstimate, Stop
 from bigq.machine.ranks import OneProcess, Ranks
 from bigq.progress.clock import Clock
 from bigq.progress.progress import Progress
+from bigq.sched.short_runs import UnitTimes
 
 
 @dataclass(slots=True, kw_only=True)
 class Control:
     """Every step of a job checks this for stop requests and reports to it.
 
-    place: the place in the job as text, for the message of a job that stops. ranks: they stop at the same step.
+    place: the place in the job as text, for the message of a job that stops. times: of the units, for the record of the run.
+    ranks: they stop at the same step.
     """
 
     stop: Stop
     progress: Progress
     clock: Clock
     place: str = "before the first block"
+    times: UnitTimes = field(default_factory=UnitTimes)
     ranks: Ranks = field(default_factory=OneProcess)
     _grace_estimate: GraceEstimate = field(default_factory=GraceEstimate)
 
     def begin(self, kind: str, place: str) -> None:
         """A unit begins. kind: units of one kind take about the same time, from which its remaining time is estimated."""
         self._grace_estimate.begin(kind)
+        self.times.begin(kind, place)
         self.place = place
         self.pause()
 
     def end(self) -> None:
         """The unit is done: its time counts for the next one of its kind."""
         self._grace_estimate.end()
+        self.times.end()
 
     def pause(self) -> None:
         """Between steps: raise Stopped if the job was asked to stop, unless the unit can be finished within the grace period.

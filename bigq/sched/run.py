@@ -96,8 +96,8 @@ def quantize(
         stages.ended("planning")
         with Progress(len(job.pager.blocks), target.device, job.config.quiet, display=display) as progress:
             _announce(plan, target.out, progress, stop)
-            with claimed(job, units, request, plan, progress, started=started, command=command) as claim:
-                control = Control(stop=stop, progress=progress, clock=claim.clock, ranks=ranks)
+            with claimed(job, units, request, plan, progress, stop, started=started, command=command) as claim:
+                control = Control(stop=stop, progress=progress, clock=claim.clock, times=claim.times, ranks=ranks)
                 if lacks_bits(job.config):
                     job, plan = _with_bits(job, units, plan, claim, control)
                     units = units_of(job)

@@ -14,13 +14,14 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from bigq.errors import BigqError, Stopped
+from bigq.errors import BigqError, RankLostError, Stopped
 from bigq.job.journal import Journal
 from bigq.job.owner import Owner
 from bigq.model.blocks import block_linears
@@ -29,6 +30,7 @@ from bigq.model.skeleton import linear_weight
 from bigq.progress.clock import Clock
 from bigq.progress.records import device_memory_peak, host_memory_peak
 from bigq.sched.plan.planner import Plan
+from bigq.sched.short_runs import Patience, reached
 
 
 def run_entry(
@@ -114,31 +116,59 @@ class RunMeter:
         }
 
 
-@contextlib.contextmanager
-def record_run(journal: Journal, owner: Owner, run: Mapping[str, Any], meter: RunMeter, say: Callable[[str], None]) -> Iterator[None]:
-    """Record a run at its start and at its end. Raises ResourceError where the start cannot be recorded.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecorder:
+    """Writes the record of a run into the journal of the folder that ``owner`` owns."""
 
-    If the end cannot be recorded, a finished job gets a warning. A failed job already has an error to report.
-    """
-    journal.record_run(run)
-    outcome, message = "failed", None
-    try:
-        yield
-        outcome = "finished"
-    except (Stopped, KeyboardInterrupt) as stopped:
-        outcome, message = "stopped", str(stopped)
-        raise
-    except BigqError as error:
-        message = str(error)
-        raise
-    finally:
+    journal: Journal
+    owner: Owner
+    meter: RunMeter
+    patience: Patience
+
+    @contextlib.contextmanager
+    def recording(self, run: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[None]:
+        """Record a run at its start and at its end. Raises ResourceError where the start cannot be recorded.
+
+        If the end cannot be recorded, a finished job gets a warning. A failed job already has an error to report.
+        """
+        self.journal.record_run(run)
+        outcome, message = "failed", None
         try:
-            owner.check()
-            journal.record_end({"at": _now(), "outcome": outcome, "said": message, "committed": len(journal.commits), **meter.read()})
-        except (BigqError, RuntimeError) as error:
-            # A failed job has reported why; a folder that was taken over belongs to another job.
-            if outcome == "finished":
-                say(f"warning: {error}; the end of this run is not recorded, but the output is complete")
+            yield
+            outcome = "finished"
+        except (Stopped, RankLostError, KeyboardInterrupt) as stopped:
+            outcome, message = "stopped", str(stopped)
+            raise
+        except BigqError as error:
+            message = str(error)
+            raise
+        finally:
+            try:
+                self.owner.check()
+                self.journal.record_end({**self._ended(outcome, message), **self.meter.read()})
+            except (BigqError, RuntimeError) as error:
+                # A failed job has reported why; a folder that was taken over belongs to another job.
+                if outcome == "finished":
+                    say(f"warning: {error}; the end of this run is not recorded, but the output is complete")
+
+    def leave(self, message: str) -> None:
+        """Record that the job failed, from the thread that ends the process. Nothing that may wait for the device is read."""
+        with contextlib.suppress(BigqError):
+            self.owner.check()
+            self.journal.record_end(self._ended("failed", message))
+            self.owner.leave("failed", {"said": message})
+
+    def _ended(self, outcome: str, message: str | None) -> dict[str, Any]:
+        """asked_by: the signal that stopped the run, or None. reached: see ``short_runs``."""
+        return {
+            "at": _now(),
+            "outcome": outcome,
+            "said": message,
+            "committed": len(self.journal.commits),
+            "asked_by": self.patience.stop.asked_by,
+            "reached": reached(self.journal, self.patience.checkpoints),
+            "units": self.patience.times.to_json(),
+        }
 
 
 def _bytes_moved() -> tuple[int, int] | None:

@@ -153,6 +153,8 @@ NOT_FOLLOWED: tuple[Left, ...] = (
             "quantize a model, or resume a job that was stopped",
             "check a job's output folder against its records",
             "write a job's report as one HTML file, or as a model card",
+            "quantize the models of a file of jobs one after another, or resume them",
+            "YAML file with options by name, model and out; options of the command line take their place",
             "quantize the tiny model that ships with bigq and compare the results",
             "write OUT/README.md, a model card for the hub, in place of the source's README; no HTML unless --out is given too",
             "leave Linears whose name matches unquantized; may be repeated",
@@ -174,6 +176,8 @@ NOT_FOLLOWED: tuple[Left, ...] = (
             "inspect/test_status.py::test_a_job_from_its_beginning_over_its_death_to_its_end",
             "inspect/test_status.py::test_a_job_that_was_asked_to_stop_says_so",
             "inspect/test_status.py::test_a_job_that_failed_says_why",
+            "batch/test_run.py::test_asked_to_stop_before_the_first_job",
+            "sched/test_short_runs.py::test_the_third_run_in_a_row_that_finishes_nothing_ends_with_an_error",
         ),
         (
             "interrupted; run the same command again to resume",
@@ -183,6 +187,8 @@ NOT_FOLLOWED: tuple[Left, ...] = (
             "it was asked to stop; run the same command again to resume it",
             "it ended with an error; fix that and run the same command again to resume it",
             "its process was killed; run the same command again to resume it",
+            "{}: stopped before the first job; run the same command again",
+            "{}: the last {} runs ended before they finished a unit; the job needs {}: run the same command in a longer slot",
         ),
     ),
     Left(

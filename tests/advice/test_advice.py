@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from advice_cases import OPTION_CASES
+from batch_cases import BATCH_CASES
 from checkpoint_cases import CHECKPOINT_CASES
 from folder_cases import FOLDER_CASES
 from follow import followed, line
@@ -27,7 +28,7 @@ from bigq.errors import BigqError
 from bigq.machine.ceilings import Ceilings
 from bigq.sched.plan import inputs
 
-CASES = (*OPTION_CASES, *CHECKPOINT_CASES, *TEXT_CASES, *FOLDER_CASES)
+CASES = (*OPTION_CASES, *CHECKPOINT_CASES, *TEXT_CASES, *FOLDER_CASES, *BATCH_CASES)
 #: Llamas of one block: a plain one, one whose head is the embedding, and one with sizes that are no multiples of 32.
 SPECIAL: Mapping[str, dict[str, Any]] = {
     "small": {},

@@ -18,7 +18,7 @@ from bigq.io.folders import STATE_FOLDER
 from bigq.job.owner import Owner
 from bigq.scheme import QuantScheme
 
-USAGE, DATA, ENVIRONMENT = 2, 3, 4
+USAGE, DATA, ENVIRONMENT, BUSY = 2, 3, 4, 5
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_a_folder_in_use(line: str, job: Path, exit_code: Callable[[str], tuple[
         found, message = exit_code(line)
     finally:
         owner.release("finished", {})
-    assert found == ENVIRONMENT and "another bigq job is writing to this folder" in message, message
+    assert found == BUSY and "another bigq job is writing to this folder" in message, message
 
 
 def test_a_plan_that_does_not_fit(exit_code: Callable[[str], tuple[int, str]], capsys: pytest.CaptureFixture[str], model: Path) -> None:
@@ -141,7 +141,7 @@ def test_the_table_of_codes_is_that_of_the_classes() -> None:
     text = errors.__doc__ or ""
     listed = {int(code) for code in re.findall(r"^    (\d+) ", text.partition("Exit codes")[2], re.MULTILINE)}
     classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.BigqError)]
-    assert {kind.exit_code for kind in classes} - {1} <= listed == {0, 2, 3, 4, 75, 130, 141}
+    assert {kind.exit_code for kind in classes} - {1} <= listed == {0, 2, 3, 4, 5, 75, 130, 141}
     for kind in classes:
         assert kind.__name__ in text
         shown = re.search(rf"{kind.__name__} +(\d+) ", text)

@@ -191,7 +191,7 @@ def test_a_second_process_is_refused_and_told_by_whom(state: Path, process: Call
     with pytest.raises(BusyError, match=f"process {first.pid} on"):
         refuse_if_held(state)
     second = process()
-    assert second.said.startswith("4 ") and f"process {first.pid} on" in second.said
+    assert second.said.startswith("5 ") and f"process {first.pid} on" in second.said
     assert known(state)["pid"] == first.pid, "who was refused leaves nothing"
     first.finish()
     refuse_if_held(state)
@@ -212,16 +212,16 @@ def test_of_many_that_start_at_once_one_owns_the_folder(state: Path, process: Ca
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(line[:4] for line in said) == ["4 /t"] * 5 + ["own"] or sorted(line[0] for line in said) == ["4"] * 5 + ["o"]
+    assert sorted(line[:4] for line in said) == ["5 /t"] * 5 + ["own"] or sorted(line[0] for line in said) == ["5"] * 5 + ["o"]
 
 
-def test_the_command_exits_with_4(state: Path, child: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+def test_the_command_exits_with_5(state: Path, child: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     with owning(state) as owner:
         model = tmp_path / "model"
         model.mkdir()
         done = child("-m", "bigq", "quantize", model, state.parent, "--device", "cpu")
         owner.check()
-    assert done.returncode == 4, done.stderr
+    assert done.returncode == 5, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"bigq: error: {state.parent}: another bigq job is writing to this folder (process {os.getpid()} on ")
 
@@ -375,7 +375,7 @@ def test_one_here_that_lives_cannot_be_stolen_from(state: Path, process: Callabl
     with pytest.raises(BusyError) as caught:
         take(state, steal=True)
     assert f"process {first.pid} on" in str(caught.value) and "--steal-lock" not in str(caught.value)
-    assert known(state)["pid"] == first.pid and process().said.startswith("4 ")
+    assert known(state)["pid"] == first.pid and process().said.startswith("5 ")
 
 
 @contextlib.contextmanager

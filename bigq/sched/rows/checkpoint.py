@@ -117,6 +117,11 @@ class Checkpoints:
         """Whether replaying the blocks finished since the last checkpoint would take ``every`` seconds or more."""
         return self._every is not None and self._replay >= max(self._every, 1e-9)
 
+    @property
+    def newest(self) -> int:
+        """The last block whose inputs are saved; -1 if there is none."""
+        return max((saved.block for saved in self._kept), default=-1)
+
     def keeps(self, block: int) -> bool:
         """Whether the inputs of a block are saved."""
         return any(saved.block == block for saved in self._kept)
