@@ -16,6 +16,7 @@ from bigq.job.adapt import Adapted, adapted
 from bigq.job.command import rule_option
 from bigq.job.fit import Candidate, misfits, require_distinct, require_fit
 from bigq.job.rules import require_sound_rules
+from bigq.io.formats import STATIC
 from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS
 from bigq.methods import method_of
 from bigq.mixed.groups import require_budget
@@ -28,7 +29,7 @@ from bigq.model.skeleton import linear_weight
 from bigq.model.structure import MIN_FEATURES
 from bigq.options import table
 from bigq.scheme import QuantScheme, scheme_for
-from bigq.vocabulary import FormatName
+from bigq.vocabulary import DATA_FREE_METHODS, FormatName
 
 
 def require_format(config: JobConfig) -> None:
@@ -36,6 +37,8 @@ def require_format(config: JobConfig) -> None:
     formats = method_of(config).formats
     if config.format is not None and config.format not in formats:
         raise UsageError(f"--format {config.format}: {config.method} writes {', '.join(formats)}; use --format {formats[0]}")
+    if config.input_scales == "static" and config.method in DATA_FREE_METHODS:
+        raise UsageError(f"--input-scales static: needs calibration, which {config.method} has not; use --method gptq, or leave it out")
 
 
 def _settled_format(model: ModelDescription, config: JobConfig) -> FormatName:
@@ -89,6 +92,8 @@ def _require_possible(model: ModelDescription, config: JobConfig) -> None:
         rule = next((rule for rule in config.rules if (rule.overrides or {}).get(option.rule_key or "", only) != only), None)
         if rule is not None:
             raise UsageError(f"{rule_option(rule)}: {named} holds only {' '.join(option.words(only))}; leave this out of the rule")
+    if config.input_scales == "static" and not made.input_suffix:
+        raise UsageError(f"--input-scales static: {named} stores no scales of inputs; use --format {' or '.join(STATIC)}, or leave it out")
     if made.scale_form != "fp16" and config.scheme.scale_bits:
         raise UsageError(f"--scale-bits {config.scheme.scale_bits}: {named} stores scales in a form of its own; leave it out")
     if made.points != "int" and config.tune_steps:
@@ -152,7 +157,11 @@ def check_shapes(model: ModelDescription, config: JobConfig) -> Adapted:
     names = [*linears, *experts]
     require_sound_rules(names, _linear_head(model), config)
     for path, bank in model.expert_linears.items():
-        bank_scheme(path, bank, config)
+        if bank_scheme(path, bank, config) is not None and config.made.input_suffix:
+            raise UsageError(
+                f"--input-scales static: no reader takes such scales of experts ({path}); leave it out, or leave experts unquantized with "
+                "--skip '.*\\.experts'"
+            )
     head = head_scheme(model, config)
     if head is not None:
         linears[model.head_name] = model.head

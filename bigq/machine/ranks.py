@@ -20,6 +20,9 @@ class Ranks(Protocol):
     def number(self, share: int) -> int:
         """The sum over all ranks."""
 
+    def largest_(self, share: Tensor) -> None:
+        """Replace each element of this rank's share by the largest over all ranks, in place."""
+
     def rows(self, count: int) -> range:
         """This rank's share of the calibration rows: a range of row numbers."""
 
@@ -35,6 +38,9 @@ class OneProcess:
 
     def number(self, share: int) -> int:
         return share
+
+    def largest_(self, share: Tensor) -> None:
+        """The share is the largest."""
 
     def rows(self, count: int) -> range:
         return range(count)

@@ -29,19 +29,19 @@ from bigq.io.sources.plain import PlainSource
 from bigq.model import skeleton
 from bigq.model.architecture import is_composite
 from bigq.model.description import ModelDescription, OnUse
-from bigq.model.experts.pages import StoredBank, stored_banks
+from bigq.model.experts.pages import StoredBank, require_dynamic, stored_banks
 from bigq.model.experts.source import ExpertSource, expert_sources, joined
 from bigq.model.experts.stored import Part, joined_parameters, merged_beside, merged_parts, require_unmerged
 from bigq.model.extras import Extras, find_extras
 from bigq.model.folding.around import model_folds
-from bigq.model.forward.quantized_inputs import quantize_inputs
+from bigq.model.forward.quantized_inputs import QuantizedInputs, quantize_inputs
 from bigq.model.lookup import rows_held, rows_read, token_tables
 from bigq.model.names import require_parameters
 from bigq.model.packed import packed_sources
 from bigq.model.plain import PlainModules, plain_modules
 from bigq.model.quantization import coded_warnings, open_source, packed_schemes, refuse_quantized_tensors
 from bigq.model.rotation.checkpoint import described_rotation, untie
-from bigq.model.tied import tie_warnings
+from bigq.model.tied import tie_warnings, with_ties
 from bigq.progress.trace import Trace
 
 #: The maximum number of parameters per tensor of the checkpoint. With more, some tensors must be missing.
@@ -90,7 +90,9 @@ class Pager(ModelDescription):
         self._weights = self._find_sources()
         if self.schemes is not None and (kind := self.schemes.format.quantized_inputs):
             self._forced |= dict.fromkeys(self.packed, torch.float32)
-            quantize_inputs(folder, (self._owner(name)[0] for name in self.packed), kind)
+            stored = bool(self.schemes.format.input_suffix)
+            require_dynamic(folder, self.banks.values(), stored=stored)
+            quantize_inputs(folder, (self._owner(name)[0] for name in self.packed), kind, stored=stored)
         self._ahead: Prefetch | None = None
         self._budget = 0
         skeleton.move_buffers(self.model, device)
@@ -134,21 +136,13 @@ class Pager(ModelDescription):
         """The modules that a quantization config must not count as packed. dropped: tensors that the output does not hold."""
         return plain_modules(self.model, self.blocks_path, self.checkpoint.tensors, dropped, self._expert_parts)
 
-    def _find_plain(self) -> dict[str, TensorInfo]:
-        """The stored tensor of each parameter and buffer that has one; tied parameters share it."""
-        found = {target: self.checkpoint[name] for name, target in self._placed.items()}
-        by_object = {id(param): found[name] for name, param in self._meta.items() if name in found}
-        for name, param in self._meta.items():
-            if name not in found and id(param) in by_object:
-                found[name] = by_object[id(param)]
-        return found
-
     def _find_sources(self) -> dict[str, Source]:
         """How each parameter is stored. Raises CheckpointError where one is missing or has another shape, UnsupportedModelError."""
         packed = packed_sources(self.folder, self.model, self.checkpoint, self.schemes)
         parts = {info.name for source in packed.values() for info in source.tensors}
+        placed = {target: self.checkpoint[name] for name, target in self._placed.items()}
         # bitsandbytes and w8a8-int8 store codes under the name of the weight.
-        self.sources = {name: info for name, info in self._find_plain().items() if info.name not in parts}
+        self.sources = {name: info for name, info in with_ties(placed, self._meta).items() if info.name not in parts}
         experts = self._find_experts(packed)
         merged = {info.name for sources in experts.values() for source in sources for info in source.tensors}
         used = {*self._placed, *parts, *merged, *self._beside}
@@ -385,6 +379,13 @@ class Pager(ModelDescription):
                 module._buffers[leaf] = self._read(self.sources[name]).to(self.device)
             return
         module._parameters[leaf] = nn.Parameter(self.value_of(name), requires_grad=False)
+        self.load_input_number(name)
+
+    def load_input_number(self, name: str) -> None:
+        """Load what a packed Linear's format stores for inputs, if anything, once its weight ``name`` is loaded."""
+        module = self._owner(name)[0]
+        if isinstance(module, QuantizedInputs) and (number := self.packed_source(name).input_number(self._read)) is not None:
+            module.input_number = number.to(self.device)
 
     def _read(self, info: TensorInfo) -> Tensor:
         if self._ahead is None:

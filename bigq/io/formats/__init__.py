@@ -15,8 +15,9 @@ from bigq.io.formats.fp4 import MxFp4, NvFp4
 from bigq.io.formats.gptq import Gptq, GptqV2
 from bigq.io.formats.gptq_config import GptqSchemes
 from bigq.io.formats.numbers import Numbers, NumbersSchemes
-from bigq.io.formats.w8a8 import Fp8, W8A8Int8
+from bigq.io.formats.w8a8 import Fp8, StaticFp8, StaticW8A8Int8, W8A8Int8
 from bigq.io.json_file import show_name, show_value
+from bigq.vocabulary import InputScalesName
 
 __all__ = [
     "FORMATS",
@@ -25,6 +26,7 @@ __all__ = [
     "PackedSchemes",
     "PackedWeight",
     "Quantization",
+    "format_of",
     "numbers_format",
     "quantization_method",
     "read_schemes",
@@ -34,6 +36,9 @@ __all__ = [
 _NUMBERS: tuple[Numbers, ...] = (W8A8Int8(), Fp8(), NvFp4(), MxFp4())
 FORMATS: Mapping[str, Format] = {made.name: made for made in (Gptq(), GptqV2(), CompressedTensors(), *_NUMBERS, Awq(), Nf4(), BnbFp4())}
 
+
+#: Formats whose readers round inputs, with static scales of these, by the format's name.
+STATIC: Mapping[str, Numbers] = {made.name: made for made in (StaticW8A8Int8(), StaticFp8())}
 
 #: Entries that name a method in place of ``quant_method``.
 _METHOD_KEYS = ("quant_type", "quant_algo", "quantization_method", "method", "format", "fmt")
@@ -51,9 +56,14 @@ _TELLING_KEYS: Mapping[str, str] = {
 }
 
 
+def format_of(name: str, input_scales: InputScalesName) -> Format:
+    """The format called ``name``, with such scales of inputs if it can have them."""
+    return STATIC.get(name, FORMATS[name]) if input_scales == "static" else FORMATS[name]
+
+
 def numbers_format(config: Mapping[str, Any]) -> Numbers | None:
     """The variant of compressed-tensors that a ``quantization_config`` describes, if it is one that stores numbers and that bigq writes."""
-    return next((made for made in _NUMBERS if made.describes(config)), None)
+    return next((made for made in (*_NUMBERS, *STATIC.values()) if made.describes(config)), None)
 
 
 def read_schemes(path: Path, config: Mapping[str, Any]) -> PackedSchemes:

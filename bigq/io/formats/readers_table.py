@@ -9,6 +9,7 @@ Act-order changes nothing for readers: groups stay in natural order ("static gro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -65,6 +66,7 @@ class Row:
     experts: whether it loads packed experts of these kinds; "alike": only if all experts of the model are packed, with one scheme.
     experts_fail: what it does with them if not.
     whole: whether it loads packed experts where the source holds one tensor for all of them.
+    static: whether scales of inputs must be static, or must not be; None for formats without such scales.
     """
 
     reader: str
@@ -80,6 +82,7 @@ class Row:
     experts: bool | Literal["alike"] = True
     experts_fail: str = "it leaves them random"
     whole: bool = True
+    static: bool | None = None
     needs: str = ""
     kernel: str = ""
 
@@ -120,10 +123,11 @@ ROWS: tuple[Row, ...] = (
             group_sizes=(-1,),
             experts="alike",
             whole=False,
-            not_families=("opt",),
+            static=static,
+            not_families=() if static else ("opt",),
             needs="compressed-tensors",
         )
-        for formats in (_W8A8, _FP8)
+        for formats, static in itertools.product((_W8A8, _FP8), (False, True))
     ),
     Row(
         reader="transformers",
@@ -249,6 +253,7 @@ def markdown_table() -> str:
     for row in ROWS:
         zeros = "both" if len(row.symmetric) > 1 else "symmetric" if row.symmetric[0] else "asymmetric"
         limits = [f"needs {row.needs}"] * bool(row.needs) + [f"CUDA kernel: {row.kernel}"] * bool(row.kernel)
+        limits = ([] if row.static is None else [f"{'static' if row.static else 'dynamic'} scales of inputs"]) + limits
         limits += ["one bit width and group size for all"] * (not row.mixed) + ["no packed output head"] * (not row.head)
         limits += ["no packed experts"] * (row.experts is False)
         limits += (

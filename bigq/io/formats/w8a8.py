@@ -5,11 +5,15 @@ For a Linear X with K inputs and N outputs, in whole rows:
     X.weight         int8 or fp8 (E4M3) [N, K]
     X.weight_scale   [N, 1]                      dtype of the original weight
 
-Readers quantize the inputs as well: for each token to the same type, with a scale that they find (``input_activations``, dynamic).
+Readers quantize the inputs as well, to the same type: for each token with a scale that they find (``input_activations``, dynamic), or
+with one for all tokens (static):
+
+    X.input_scale    fp32 [1]                    the largest magnitude of a calibration input over the largest number of the type
 """
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -34,13 +38,14 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class EightBits(Numbers):
-    """dtype: of the numbers. zero: the zero point of all rows."""
+    """dtype: of the numbers. zero: the zero point of all rows. largest: the largest number of an input."""
 
     bits = (BITS,)
     group_sizes = (-1,)
     fixed: ClassVar[Mapping[str, int | bool]] = {"bits": BITS, "group_size": -1, "symmetric": True}
     dtype: ClassVar[torch.dtype]
     zero: ClassVar[int]
+    largest: ClassVar[float]
 
     @abstractmethod
     def numbers(self, codes: Tensor) -> Tensor:
@@ -51,7 +56,12 @@ class EightBits(Numbers):
         """The codes, uint8, of stored numbers."""
 
     def suffixes(self, symmetric: bool) -> tuple[str, ...]:
-        return ("weight_scale", "weight")
+        return ("weight_scale", "weight", *([self.input_suffix] if self.input_suffix else []))
+
+    def input_number(self, largest: float) -> Tensor:
+        # Inputs that were all 0 say nothing of a scale, by which readers divide.
+        scale = torch.tensor([largest or self.largest]) / self.largest
+        return scale.clamp(min=torch.finfo(torch.float32).tiny)
 
     def multiples(self, bits: int) -> tuple[int, int]:
         # Of kernels on CUDA.
@@ -72,20 +82,21 @@ class EightBits(Numbers):
     def layout(
         self, prefix: str, linear: PackedLinear, symmetric: bool, dtype: torch.dtype
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        return {
-            f"{prefix}.weight_scale": (dtype, (linear.outputs, 1)),
-            f"{prefix}.weight": (self.dtype, (linear.outputs, linear.inputs)),
-        }
+        kinds = (dtype, (linear.outputs, 1)), (self.dtype, (linear.outputs, linear.inputs)), (torch.float32, (1,))
+        return {f"{prefix}.{suffix}": kind for suffix, kind in zip(self.suffixes(True), kinds, strict=False)}
 
     def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> PackedWeight:
-        scales, numbers = (get(f"{prefix}.{name}") for name in self.suffixes(True))
+        scales, numbers = (get(f"{prefix}.{name}") for name in ("weight_scale", "weight"))
         if numbers.ndim != 2 or scales.shape != (len(numbers), 1) or numbers.shape[1] % 4:
             raise CheckpointError(f"{prefix}: the shapes of weight and weight_scale do not match")
         codes = self.codes(numbers).T.contiguous()
         return PackedWeight(pack(codes, BITS), scales, torch.full_like(scales, self.zero, dtype=torch.uint8))
 
     def geometry(self, prefix: str, tensors: Mapping[str, TensorInfo]) -> PackedLinear:
-        scales, weight = (require_tensor(tensors, f"{prefix}.{suffix}") for suffix in self.suffixes(True))
+        scales, weight, *of_inputs = (require_tensor(tensors, f"{prefix}.{suffix}") for suffix in self.suffixes(True))
+        for scale in of_inputs:
+            if math.prod(scale.shape) != 1 or scale.dtype not in _FLOATS:
+                raise CheckpointError(f"tensor {scale.name}: is not one floating number")
         fits = len(weight.shape) == 2 and min(weight.shape) > 0 and not weight.shape[1] % 4 and scales.shape == (weight.shape[0], 1)
         if not fits or weight.dtype != self.dtype or scales.dtype not in _FLOATS:
             raise CheckpointError(f"tensor {weight.name}: its shape or dtype does not match that of its weight_scale")
@@ -95,6 +106,8 @@ class EightBits(Numbers):
         return 1
 
     def check_values(self, suffix: str, linear: PackedLinear, piece: Tensor, start: int) -> tuple[str | None, tuple[int, int] | None]:
+        if suffix == self.input_suffix:
+            return None if bool((torch.isfinite(piece) & (piece > 0)).all()) else "is not a positive number", None
         return check_scales(piece) if suffix == "weight_scale" else self.check_numbers(piece), None
 
     def check_numbers(self, piece: Tensor) -> str | None:
@@ -112,6 +125,7 @@ class W8A8Int8(EightBits):
     quantized_inputs = "int8"
     dtype = torch.int8
     zero = INT8_ZERO
+    largest = 127.0
 
     def numbers(self, codes: Tensor) -> Tensor:
         return (codes.to(torch.int16) - INT8_ZERO).to(torch.int8)
@@ -130,6 +144,7 @@ class Fp8(EightBits):
     quantized_inputs = points = "e4m3"
     dtype = torch.float8_e4m3fn
     zero = 0  # a codebook has no zero points
+    largest = 448.0
 
     def numbers(self, codes: Tensor) -> Tensor:
         signed = codes.to(torch.int16) - E4M3_ZERO
@@ -142,3 +157,17 @@ class Fp8(EightBits):
 
     def check_numbers(self, piece: Tensor) -> str | None:
         return "holds NaN" if bool(((piece.view(torch.uint8) & 0x7F) == E4M3_NAN).any()) else None
+
+
+class StaticW8A8Int8(W8A8Int8):
+    """With one scale for the inputs of all tokens."""
+
+    inputs: ClassVar[Mapping[str, Any]] = {**W8A8Int8.inputs, "strategy": "tensor", "dynamic": False}
+    input_suffix = "input_scale"
+
+
+class StaticFp8(Fp8):
+    """With one scale for the inputs of all tokens."""
+
+    inputs: ClassVar[Mapping[str, Any]] = {**Fp8.inputs, "strategy": "tensor", "dynamic": False}
+    input_suffix = "input_scale"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from bigq.errors import UnsupportedModelError
 from bigq.io.index import TensorInfo
 from bigq.io.sources.packed import PackedSource
 from bigq.model.experts.bank import bank_modules
@@ -132,6 +134,15 @@ def stored_banks(model: nn.Module, sources: Mapping[str, tuple[ExpertSource, ...
         shapes = {key: _shape(naming, key, tuple(module.get_parameter(key).shape), parts[0]) for key, parts in own.items()}
         found[path] = StoredBank(path, own, shapes, naming)
     return found
+
+
+def require_dynamic(folder: Path, banks: Iterable[StoredBank], *, stored: bool) -> None:
+    """Raise UnsupportedModelError for packed experts if the format stores something for inputs, which no reader known takes of experts.
+
+    folder: of the checkpoint. stored: whether the format does.
+    """
+    if stored and any(any(bank.packed()) for bank in banks):
+        raise UnsupportedModelError(f"{folder}: has static scales for the inputs of experts, which bigq cannot read; give the original model")
 
 
 def _shape(naming: Naming, key: str, shape: tuple[int, ...], source: ExpertSource) -> ExpertLinear:

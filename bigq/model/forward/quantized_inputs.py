@@ -16,43 +16,46 @@ INT8_MOST, E4M3_MOST = 127, 448.0
 E4M3_SMALLEST = 1 / (E4M3_MOST * 512)
 
 
-def rounded_to_int8(x: Tensor) -> Tensor:
-    """Inputs [..., n] as fp32 numbers that int8 times a scale for each token can represent.
+def rounded_to_int8(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Inputs [..., n] as fp32 numbers that int8 times a scale can represent. scale: one for all tokens, fp32 [1]; else each has its own.
 
-    The scale is the largest magnitude over 127. It is multiplied by as its inverse, and ties go to even numbers, as in vLLM's kernels:
-    on a CPU the numbers are bit for bit theirs.
+    Its own is the largest magnitude over 127. A scale is multiplied by as its inverse, and ties go to even numbers, as in vLLM's kernels:
+    on a CPU the numbers are bit for bit theirs. What is beyond the largest number becomes that.
     """
     wide = x.float()
-    scale = wide.abs().amax(-1, keepdim=True) / INT8_MOST
+    scale = wide.abs().amax(-1, keepdim=True) / INT8_MOST if scale is None else scale
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
     return torch.clamp(torch.round(wide * inverse), -INT8_MOST - 1, INT8_MOST) * scale
 
 
-def rounded_to_e4m3(x: Tensor) -> Tensor:
+def rounded_to_e4m3(x: Tensor, scale: Tensor | None = None) -> Tensor:
     """The same with E4M3, whose largest number is 448."""
     wide = x.float()
-    scale = (wide.abs().amax(-1, keepdim=True) / E4M3_MOST).clamp(min=E4M3_SMALLEST)
+    scale = (wide.abs().amax(-1, keepdim=True) / E4M3_MOST).clamp(min=E4M3_SMALLEST) if scale is None else scale
     return torch.clamp(wide * scale.reciprocal(), -E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn).float() * scale
 
 
-#: How inputs are rounded to a type, as fp32 numbers.
-ROUNDINGS: Mapping[InputType, Callable[[Tensor], Tensor]] = {"int8": rounded_to_int8, "e4m3": rounded_to_e4m3}
+#: How inputs are rounded to a type, as fp32 numbers; with the number for all tokens that a format stores for them, or without.
+ROUNDINGS: Mapping[InputType, Callable[[Tensor, Tensor | None], Tensor]] = {"int8": rounded_to_int8, "e4m3": rounded_to_e4m3}
 
 
 class QuantizedInputs(nn.Linear):
     """A Linear that first quantizes its inputs, to ``input_type``. The weight is in fp32, and so is the product, in which 8-bit numbers are
-    nearly exact."""
+    nearly exact. input_number: what its format stores for inputs, fp32 [1]; None if a scale is found for each token."""
 
     input_type: InputType
+    input_number: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
+        number = None if self.input_number is None else self.input_number.to(input.device)
         bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(ROUNDINGS[self.input_type](input), self.weight.float(), bias).to(input.dtype)
+        return nn.functional.linear(ROUNDINGS[self.input_type](input, number), self.weight.float(), bias).to(input.dtype)
 
 
-def quantize_inputs(folder: Path, modules: Iterable[nn.Module], kind: InputType) -> None:
+def quantize_inputs(folder: Path, modules: Iterable[nn.Module], kind: InputType, *, stored: bool = False) -> None:
     """Let Linears quantize their inputs to a type from now on. folder: of the checkpoint, for messages.
 
+    stored: whether each has an ``input_number``, which is set when its weight is loaded.
     Raises UnsupportedModelError for what is no Linear.
     """
     for module in modules:
@@ -62,3 +65,5 @@ def quantize_inputs(folder: Path, modules: Iterable[nn.Module], kind: InputType)
         module.__class__ = QuantizedInputs
         assert isinstance(module, QuantizedInputs)
         module.input_type = kind
+        if not stored:
+            module.input_number = None

@@ -81,6 +81,7 @@ class BlockUnit(StreamedUnit):
             clock=control.clock,
             on_nonfinite=bench.config.on_nonfinite,
             banks=banks,
+            largest_inputs=bool(bench.config.made.input_suffix),
         )
         records: list[LinearRecord] = []
         with solving.block(job) as visit:
@@ -143,7 +144,8 @@ class BlockUnit(StreamedUnit):
                 continue
             source = bench.pager.source_of(f"{solved.name}.weight")
             with control.clock.phase("pack"):
-                packed[source.name] = bench.config.made.pack(source.name.removesuffix(".weight"), solved.weight, source.dtype)
+                prefix = source.name.removesuffix(".weight")
+                packed[source.name] = bench.config.made.pack(prefix, solved.weight, source.dtype, solved.largest_input)
             records.append(solved.record())
             control.progress.solved(len(records), len(job.schemes), _share(job, records))
             faults.point("linear.solved")

@@ -58,6 +58,7 @@ class HeadUnit(StreamedUnit):
             pager=bench.pager,
             clock=control.clock,
             finite_only=config.on_nonfinite == "skip",
+            largest_inputs=bool(config.made.input_suffix),
         )
         records: list[LinearRecord] = []
         skipped: dict[str, str] = {}
@@ -71,7 +72,8 @@ class HeadUnit(StreamedUnit):
             tensors = [bench.writer.stored(head.source.name)]
         else:
             with control.clock.phase("pack"):
-                packed = config.made.pack(head.source.name.removesuffix(".weight"), solved.weight, head.source.dtype)
+                prefix = head.source.name.removesuffix(".weight")
+                packed = config.made.pack(prefix, solved.weight, head.source.dtype, solved.largest_input)
             records.append(solved.record())
             if (warning := dead_inputs_warning(records)) is not None:
                 control.progress.warn_once("dead inputs", warning)
