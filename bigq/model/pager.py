@@ -34,7 +34,7 @@ from bigq.model.experts.source import ExpertSource, expert_sources, joined
 from bigq.model.experts.stored import Part, joined_parameters, merged_beside, merged_parts, require_unmerged
 from bigq.model.extras import Extras, find_extras
 from bigq.model.folding.around import model_folds
-from bigq.model.forward.quantized_inputs import QuantizedInputs, quantize_inputs
+from bigq.model.forward.quantized_inputs import quantize_inputs, set_input_number
 from bigq.model.lookup import rows_held, rows_read, token_tables
 from bigq.model.names import require_parameters
 from bigq.model.packed import packed_sources
@@ -382,10 +382,9 @@ class Pager(ModelDescription):
         self.load_input_number(name)
 
     def load_input_number(self, name: str) -> None:
-        """Load what a packed Linear's format stores for inputs, if anything, once its weight ``name`` is loaded."""
-        module = self._owner(name)[0]
-        if isinstance(module, QuantizedInputs) and (number := self.packed_source(name).input_number(self._read)) is not None:
-            module.input_number = number.to(self.device)
+        """Load what the format stores for the inputs of a packed Linear, if ``name`` is its weight, which is loaded just before."""
+        if name in self.packed and (number := self.packed_source(name).input_number(self._read)) is not None:
+            set_input_number(self._owner(name)[0], number.to(self.device))
 
     def _read(self, info: TensorInfo) -> Tensor:
         if self._ahead is None:

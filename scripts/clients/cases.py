@@ -33,7 +33,17 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from composite_families import COMPOSITE, make_composite, reference_composite
-from models import linear_module, logits_of, make_checkpoint, matrix, random_ids, reference_model, save_ids, word_tokenizer
+from models import (
+    linear_module,
+    logits_of,
+    make_checkpoint,
+    matrix,
+    random_ids,
+    reference_model,
+    save_ids,
+    stored_tensors,
+    word_tokenizer,
+)
 from moe_families import MOE_FAMILIES, moe_model
 
 from bigq.cli.main import main as bigq
@@ -196,7 +206,8 @@ def write_expected(folder: Path, largest: float = 127) -> list[str]:
         require_near(name, weight, places[name], schemes.scheme(name))
         places[name].copy_(weight if variant in INPUTS else weight.to(torch.float16))
     packed = [places[name] for name in weights]
-    with RoundedInputs(INPUTS[variant], largest, packed) if variant in INPUTS else contextlib.nullcontext():
+    static = input_scales(folder / "out", list(weights))
+    with RoundedInputs(INPUTS[variant], largest, packed, static) if variant in INPUTS else contextlib.nullcontext():
         logits = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
     tensors = {"ids": ids, "logits": logits, "original": original} | {
         f"weight.{name}": weight.contiguous() for name, weight in weights.items()
@@ -205,33 +216,42 @@ def write_expected(folder: Path, largest: float = 127) -> list[str]:
     return sorted(weights)
 
 
-def in_int8(x: Tensor, largest: float) -> Tensor:
-    """Inputs [..., K] as int8 numbers times a scale for each token."""
-    scale = x.abs().amax(-1, keepdim=True) / largest
+def input_scales(out: Path, names: list[str]) -> list[Tensor | None]:
+    """The static scale of the inputs of each packed Linear; None if readers find one for each token."""
+    stored = stored_tensors(out)
+    return [stored.get(f"{name}.input_scale") for name in names]
+
+
+def in_int8(x: Tensor, largest: float, scale: Tensor | None = None) -> Tensor:
+    """Inputs [..., K] as int8 numbers times a scale: the given one for all tokens, else one for each."""
+    scale = x.abs().amax(-1, keepdim=True) / largest if scale is None else scale
     return torch.clamp(torch.round(x / scale), -128, 127) * scale
 
 
-def in_fp8(x: Tensor, largest: float) -> Tensor:
+def in_fp8(x: Tensor, largest: float, scale: Tensor | None = None) -> Tensor:
     """The same with numbers of E4M3, which has a largest one of its own."""
-    scale = x.abs().amax(-1, keepdim=True) / 448
+    scale = x.abs().amax(-1, keepdim=True) / 448 if scale is None else scale
     return torch.clamp(x / scale, -448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
 #: Variants of compressed-tensors whose readers round the inputs of Linears, and how.
-INPUTS: Mapping[str, Callable[[Tensor, float], Tensor]] = {"int-quantized": in_int8, "float-quantized": in_fp8}
+INPUTS: Mapping[str, Callable[[Tensor, float, Tensor | None], Tensor]] = {"int-quantized": in_int8, "float-quantized": in_fp8}
 
 
 class RoundedInputs(TorchFunctionMode):
-    """Rounds what some weights are multiplied with: of Linears, and of experts, whose weights are parts of one parameter."""
+    """Rounds what some weights are multiplied with: of Linears, and of experts, whose weights are parts of one parameter. scales: static
+    ones, in the order of the weights."""
 
-    def __init__(self, rounded: Callable[[Tensor, float], Tensor], largest: float, weights: list[Tensor]) -> None:
+    def __init__(
+        self, rounded: Callable[[Tensor, float, Tensor | None], Tensor], largest: float, weights: list[Tensor], scales: list[Tensor | None]
+    ) -> None:
         super().__init__()
         self._rounded, self._largest = rounded, largest
-        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        self._scales = {weight.untyped_storage().data_ptr(): scale for weight, scale in zip(weights, scales, strict=True)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear and args[1].untyped_storage().data_ptr() in self._weights:
-            args = (self._rounded(args[0], self._largest), *args[1:])
+        if func is torch.nn.functional.linear and (place := args[1].untyped_storage().data_ptr()) in self._scales:
+            args = (self._rounded(args[0], self._largest, self._scales[place]), *args[1:])
         return func(*args, **(kwargs or {}))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from cases import Case
 from client_compressed_tensors import fails as fails_in_compressed_tensors
-from client_vllm_w8a8 import SKIP
+from client_vllm_w8a8 import SKIP, STATIC
 from client_w8a8 import CLIENT as W8A8
 from client_w8a8 import LIMITS, NOT_ROUNDED
 
@@ -22,6 +22,8 @@ def make_cases() -> tuple[Case, ...]:
         *(_case("llama", format, "-rtn", "--method", "rtn") for format in FORMATS),
         *(_case("llama", format, "-skip", *SKIP) for format in FORMATS),
         *(_case("llama", format, "-head", "--lm-head") for format in FORMATS),
+        *(_case(family, "fp8", *STATIC) for family in ("llama", "qwen2", "opt", "bloom")),
+        _case("llama", "fp8", "-head-skip" + STATIC[0], "--lm-head", *SKIP, *STATIC[1:]),
         *(_case(family, format) for family in ("qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3") for format in FORMATS),
     )
 

@@ -7,7 +7,7 @@ import dataclasses
 from cases import Case
 from client_vllm_engine import HEADS
 from client_vllm_w8a8 import CLIENT as W8A8
-from client_vllm_w8a8 import SKIP, make_engine_case
+from client_vllm_w8a8 import SKIP, STATIC, make_engine_case
 
 
 def make_cases() -> tuple[Case, ...]:
@@ -17,6 +17,8 @@ def make_cases() -> tuple[Case, ...]:
         make_engine_case("llama", "fp8", "-gptaq", "--method", "gptaq"),
         make_engine_case("llama", "fp8", "-skip", *SKIP),
         make_engine_case("llama", "fp8", "-head", "--lm-head"),
+        *(make_engine_case(family, "fp8", *STATIC) for family in HEADS),
+        make_engine_case("llama", "fp8", "-head-skip" + STATIC[0], "--lm-head", *SKIP, *STATIC[1:]),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cases import Case, Client
 from client_compressed_tensors import fails as fails_in_compressed_tensors
-from client_vllm_w8a8 import SKIP
+from client_vllm_w8a8 import SKIP, STATIC
 
 
 def make_cases() -> tuple[Case, ...]:
@@ -13,6 +13,8 @@ def make_cases() -> tuple[Case, ...]:
         _case("llama-rtn", "llama", "--method", "rtn"),
         _case("llama-skip", "llama", *SKIP),
         _case("llama-head", "llama", "--lm-head"),
+        *(_case(family + STATIC[0], family, *STATIC[1:]) for family in ("llama", "qwen2", "opt", "bloom")),
+        _case("llama-head-skip" + STATIC[0], "llama", "--lm-head", *SKIP, *STATIC[1:]),
     )
 
 

@@ -67,3 +67,9 @@ def quantize_inputs(folder: Path, modules: Iterable[nn.Module], kind: InputType,
         module.input_type = kind
         if not stored:
             module.input_number = None
+
+
+def set_input_number(module: nn.Module, number: Tensor) -> None:
+    """Set what the format of a Linear stores for its inputs, fp32 [1]."""
+    assert isinstance(module, QuantizedInputs), f"a {type(module).__name__} rounds no inputs"
+    module.input_number = number
