@@ -17,9 +17,15 @@ def make_cases() -> tuple[Case, ...]:
         make_engine_case("llama", "fp8", "-gptaq", "--method", "gptaq"),
         make_engine_case("llama", "fp8", "-skip", *SKIP),
         make_engine_case("llama", "fp8", "-head", "--lm-head"),
-        *(make_engine_case(family, "fp8", *STATIC) for family in HEADS),
-        make_engine_case("llama", "fp8", "-head-skip" + STATIC[0], "--lm-head", *SKIP, *STATIC[1:]),
+        *(_static(make_engine_case(family, "fp8", *STATIC)) for family in HEADS),
+        _static(make_engine_case("llama", "fp8", "-head-skip" + STATIC[0], "--lm-head", *SKIP, *STATIC[1:])),
     )
 
 
-CLIENT = dataclasses.replace(W8A8, name="vllm-fp8", cases=make_cases())
+def _static(case: Case) -> Case:
+    return dataclasses.replace(case, reader={**case.reader, "routes": ["engine", "repeated"]})
+
+
+LIMITS = {"engine/.*-static$": "vLLM's kernel for fp8 on CPUs takes a scale for each token, and fails with one for all"}
+
+CLIENT = dataclasses.replace(W8A8, name="vllm-fp8", cases=make_cases(), limits=LIMITS)
