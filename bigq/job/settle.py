@@ -93,7 +93,8 @@ def _require_possible(model: ModelDescription, config: JobConfig) -> None:
         if rule is not None:
             raise UsageError(f"{rule_option(rule)}: {named} holds only {' '.join(option.words(only))}; leave this out of the rule")
     if config.input_scales == "static" and not made.input_suffix:
-        raise UsageError(f"--input-scales static: {named} stores no scales of inputs; use --format {' or '.join(STATIC)}, or leave it out")
+        formats = " or ".join(f"--format {name}" for name in STATIC)
+        raise UsageError(f"--input-scales static: {named} stores no scales of inputs; use {formats}, or leave it out")
     if made.scale_form != "fp16" and config.scheme.scale_bits:
         raise UsageError(f"--scale-bits {config.scheme.scale_bits}: {named} stores scales in a form of its own; leave it out")
     if made.points != "int" and config.tune_steps:

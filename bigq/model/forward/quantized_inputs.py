@@ -55,7 +55,7 @@ class QuantizedInputs(nn.Linear):
 def quantize_inputs(folder: Path, modules: Iterable[nn.Module], kind: InputType, *, stored: bool = False) -> None:
     """Let Linears quantize their inputs to a type from now on. folder: of the checkpoint, for messages.
 
-    stored: whether each has an ``input_number``, which is set when its weight is loaded.
+    stored: whether each has an ``input_number``, which ``set_input_number`` sets when its weight is loaded.
     Raises UnsupportedModelError for what is no Linear.
     """
     for module in modules:
@@ -65,8 +65,8 @@ def quantize_inputs(folder: Path, modules: Iterable[nn.Module], kind: InputType,
         module.__class__ = QuantizedInputs
         assert isinstance(module, QuantizedInputs)
         module.input_type = kind
-        if not stored:
-            module.input_number = None
+        # On meta as the weight is, so that a forward on meta passes, and one without the number fails.
+        module.input_number = torch.empty(1, device="meta") if stored else None
 
 
 def set_input_number(module: nn.Module, number: Tensor) -> None:
