@@ -12,11 +12,11 @@ from torch import nn
 from bigq.common_options import DEFAULT_SEQLEN
 from bigq.config import DEFAULT_FORMAT, FORMAT_WITH_EXPERTS, JobConfig
 from bigq.errors import UsageError
+from bigq.io.formats import STATIC
 from bigq.job.adapt import Adapted, adapted
 from bigq.job.command import rule_option
 from bigq.job.fit import Candidate, misfits, require_distinct, require_fit
 from bigq.job.rules import require_sound_rules
-from bigq.io.formats import STATIC
 from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS
 from bigq.methods import method_of
 from bigq.mixed.groups import require_budget

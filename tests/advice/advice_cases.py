@@ -80,7 +80,10 @@ OPTIONS = (
     Case("--tune-steps {}: {} stores no integers; leave it out", BNB + " --method gptaq --tune-steps 4"),
     Case("--bits-per-weight {}: {} holds {} bits only; leave it out", BNB + " --bits-per-weight 4.5"),
     Case("--lm-head: {} holds Linears inside blocks only; leave out --lm-head", BNB + " --lm-head"),
-    Case("--input-scales static: needs calibration, which {} has not; use --method gptq", WHOLE_ROWS + " --method rtn --input-scales static"),
+    Case(
+        "--input-scales static: needs calibration, which {} has not; use --method gptq",
+        WHOLE_ROWS + " --method rtn --input-scales static",
+    ),
     Case(
         "--input-scales static: {} stores no scales of inputs; use {}, or leave it out",
         PLAN.replace(" --group-size 32", " --format nvfp4") + " --input-scales static",

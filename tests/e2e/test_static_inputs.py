@@ -185,15 +185,17 @@ def test_tokens_that_are_not_finite_have_no_part(model: Path, ids: Path, tmp_pat
 
 def test_it_may_be_quantized_again(done: dict[str, Path], ids: Path, tmp_path: Path) -> None:
     """Its weights are decoded; nothing of inputs is left."""
-    bigq.quantize(str(done["fp8"]), tmp_path / "out", job(ids, "compressed-tensors", input_scales="dynamic", scheme=QuantScheme(group_size=32)))
+    bigq.quantize(
+        str(done["fp8"]), tmp_path / "out", job(ids, "compressed-tensors", input_scales="dynamic", scheme=QuantScheme(group_size=32))
+    )
     assert verify(tmp_path / "out") == [] and not any("input_scale" in name for name in stored_tensors(tmp_path / "out"))
 
 
 def test_damaged_scales_are_found(done: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "model.layers.0.mlp.up_proj.input_scale"
-    for number, (value, said) in enumerate(
-        ((torch.zeros(1), "is not a positive number"), (torch.tensor([float("nan")]), "is not a pos"), (torch.ones(2), "one floating"))
-    ):
+    wrong = "is not a positive number"
+    cases = ((torch.zeros(1), wrong), (torch.tensor([float("nan")]), wrong), (torch.ones(2), "is not one floating number"))
+    for number, (value, said) in enumerate(cases):
         copy = Path(shutil.copytree(done["fp8"], tmp_path / str(number)))
         rewrite(copy, name, value)
         assert any(f"tensor {name}" in problem and said in problem for problem in verify(copy)), value
@@ -206,10 +208,11 @@ def test_what_cannot_have_them_is_refused(model: Path, ids: Path, done: dict[str
     with pytest.raises(UsageError, match=f"^--input-scales static: needs calibration, which rtn has not; {advice}"):
         bigq.quantize(str(model), tmp_path / "out", job(ids, "fp8", method="rtn"))
     for form in (None, "compressed-tensors", "nvfp4", "gguf"):
-        said = f"^--input-scales static: --format {form or 'gptq'} stores no scales of inputs; use --format w8a8-int8 or --format fp8, or leave it out$"
+        advice = "use --format w8a8-int8 or --format fp8, or leave it out$"
+        said = f"^--input-scales static: --format {form or 'gptq'} stores no scales of inputs; {advice}"
         with pytest.raises(UsageError, match=said):
             bigq.plan(str(model), config=job(ids, form))
-    with pytest.raises(UsageError, match="^--input-scales dynamic: the job in .* was begun with --input-scales static"):
+    with pytest.raises(UsageError, match=r"^--input-scales dynamic: the job in .* was begun with --input-scales static"):
         bigq.quantize(str(model), done["fp8"], job(ids, "fp8", input_scales="dynamic"))
     refused(done["fp8"], tmp_path / "new", "fp8", "is in the fp8 format already")
     refused(done["fp8"], tmp_path / "new", "gptq", "quantize the inputs of Linears too, so another format is another model")
@@ -250,5 +253,8 @@ def test_the_plan_says_so(model: Path, ids: Path, capsys: pytest.CaptureFixture[
 
 def test_readers_of_static_scales_have_rows() -> None:
     assert {(row.formats, row.static) for row in ROWS if row.reader == "transformers" and row.static is not None} == {
-        (("w8a8-int8",), False), (("w8a8-int8",), True), (("fp8",), False), (("fp8",), True)
+        (("w8a8-int8",), False),
+        (("w8a8-int8",), True),
+        (("fp8",), False),
+        (("fp8",), True),
     }

@@ -202,19 +202,21 @@ class Format(ABC):
     def layout(
         self, prefix: str, linear: PackedLinear, symmetric: bool, dtype: torch.dtype
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtypes and shapes of the tensors that ``pack`` returns for such a Linear, in the same order."""
+        """Dtypes and shapes of the tensors that ``store`` and ``pack_inputs`` return for such a Linear, in the same order."""
 
-    def pack(self, prefix: str, weight: QuantizedWeight, dtype: torch.dtype, largest_input: float | None = None) -> dict[str, Tensor]:
-        """``store`` for a weight from the solver, and the tensor for its inputs if the format has one.
+    def pack(self, prefix: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+        """``store`` for a weight from the solver."""
+        return self.store(prefix, PackedWeight.of(weight), weight.scheme, dtype)
 
-        largest_input: the largest magnitude of an input in calibration; known where the format needs it.
+    def pack_inputs(self, prefix: str, largest: float | None) -> dict[str, Tensor]:
+        """The tensor for the inputs of a Linear, by name, which comes after those of its weight; none if the format has none.
+
+        largest: the largest magnitude of an input in calibration; known where the format needs it.
         """
-        tensors = self.store(prefix, PackedWeight.of(weight), weight.scheme, dtype)
         if not self.input_suffix:
-            return tensors
-        if largest_input is None:
-            raise ValueError(f"{prefix}: {self.name} stores {self.input_suffix}, for which calibration is needed")
-        return {**tensors, self.tensor(prefix, self.input_suffix): self.input_number(largest_input)}
+            return {}
+        assert largest is not None, f"{prefix}: {self.name} stores {self.input_suffix}, for which calibration is needed"
+        return {self.tensor(prefix, self.input_suffix): self.input_number(largest)}
 
     def input_number(self, largest: float) -> Tensor:
         """fp32 [1]: what the tensor for inputs holds, from their largest magnitude in calibration."""

@@ -142,7 +142,9 @@ def require_dynamic(folder: Path, banks: Iterable[StoredBank], *, stored: bool) 
     folder: of the checkpoint. stored: whether the format does.
     """
     if stored and any(any(bank.packed()) for bank in banks):
-        raise UnsupportedModelError(f"{folder}: has static scales for the inputs of experts, which bigq cannot read; give the original model")
+        raise UnsupportedModelError(
+            f"{folder}: has static scales for the inputs of experts, which bigq cannot read; give the original model"
+        )
 
 
 def _shape(naming: Naming, key: str, shape: tuple[int, ...], source: ExpertSource) -> ExpertLinear:

@@ -143,9 +143,9 @@ class BlockUnit(StreamedUnit):
                 control.pause()
                 continue
             source = bench.pager.source_of(f"{solved.name}.weight")
+            made, prefix = bench.config.made, source.name.removesuffix(".weight")
             with control.clock.phase("pack"):
-                prefix = source.name.removesuffix(".weight")
-                packed[source.name] = bench.config.made.pack(prefix, solved.weight, source.dtype, solved.largest_input)
+                packed[source.name] = made.pack(prefix, solved.weight, source.dtype) | made.pack_inputs(prefix, solved.largest_input)
             records.append(solved.record())
             control.progress.solved(len(records), len(job.schemes), _share(job, records))
             faults.point("linear.solved")

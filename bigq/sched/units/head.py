@@ -71,9 +71,9 @@ class HeadUnit(StreamedUnit):
             control.progress.say(f"{head.name} stays unquantized: {skipped[head.name]}")
             tensors = [bench.writer.stored(head.source.name)]
         else:
+            made, prefix = config.made, head.source.name.removesuffix(".weight")
             with control.clock.phase("pack"):
-                prefix = head.source.name.removesuffix(".weight")
-                packed = config.made.pack(prefix, solved.weight, head.source.dtype, solved.largest_input)
+                packed = made.pack(prefix, solved.weight, head.source.dtype) | made.pack_inputs(prefix, solved.largest_input)
             records.append(solved.record())
             if (warning := dead_inputs_warning(records)) is not None:
                 control.progress.warn_once("dead inputs", warning)
