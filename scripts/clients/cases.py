@@ -198,7 +198,10 @@ def write_expected(folder: Path, largest: float = 127) -> list[str]:
             model.set_experts_implementation("eager")
     ids = random_ids(EVALUATED_ROWS, seed=1)
     original = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
-    variant = json.loads((folder / "out/config.json").read_text())["quantization_config"].get("format")
+    said = json.loads((folder / "out/config.json").read_text())["quantization_config"]
+    groups = said.get("config_groups", {})
+    rounded = any(group["input_activations"] is not None and group["weights"]["num_bits"] == 4 for group in groups.values())
+    variant = "nvfp4-w4a4" if rounded else said.get("format")
     schemes = packed_schemes(folder / "out")
     assert schemes is not None, "nothing is packed"
     places = weights_in(model, folder / "model")
@@ -217,9 +220,9 @@ def write_expected(folder: Path, largest: float = 127) -> list[str]:
 
 
 def input_scales(out: Path, names: list[str]) -> list[Tensor | None]:
-    """The static scale of the inputs of each packed Linear; None if readers find one for each token."""
+    """The static scale, or global scale, of the inputs of each packed Linear; None if readers find one for each token."""
     stored = stored_tensors(out)
-    return [stored.get(f"{name}.input_scale") for name in names]
+    return [stored.get(f"{name}.input_scale", stored.get(f"{name}.input_global_scale")) for name in names]
 
 
 def in_int8(x: Tensor, largest: float, scale: Tensor | None = None) -> Tensor:
@@ -234,8 +237,24 @@ def in_fp8(x: Tensor, largest: float, scale: Tensor | None = None) -> Tensor:
     return torch.clamp(x / scale, -448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
+def in_fp4(x: Tensor, largest: float, scale: Tensor | None = None) -> Tensor:
+    """Numbers of E2M1 in groups of 16 inputs, whose scales are numbers of E4M3 divided by the given one."""
+    assert scale is not None
+    grouped = x.unflatten(-1, (-1, 16))
+    factor = (scale * grouped.abs().amax(-1, keepdim=True) / 6).clamp(max=448).to(torch.float8_e4m3fn).float() / scale
+    points = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    middles = (points[1:] + points[:-1]) / 2
+    middles[1::2] = torch.nextafter(middles[1::2], torch.zeros(3))  # ties go to numbers with an even fraction
+    places = torch.bucketize((grouped / factor).nan_to_num(0).abs(), middles)
+    return (points[places] * grouped.sign() * factor).flatten(-2)
+
+
 #: Variants of compressed-tensors whose readers round the inputs of Linears, and how.
-INPUTS: Mapping[str, Callable[[Tensor, float, Tensor | None], Tensor]] = {"int-quantized": in_int8, "float-quantized": in_fp8}
+INPUTS: Mapping[str, Callable[[Tensor, float, Tensor | None], Tensor]] = {
+    "int-quantized": in_int8,
+    "float-quantized": in_fp8,
+    "nvfp4-w4a4": in_fp4,
+}
 
 
 class RoundedInputs(TorchFunctionMode):

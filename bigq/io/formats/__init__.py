@@ -11,7 +11,7 @@ from bigq.io.formats.awq import Awq, AwqSchemes
 from bigq.io.formats.base import Format, PackedLinear, PackedSchemes, PackedWeight, Quantization
 from bigq.io.formats.bitsandbytes import BitsAndBytesSchemes, BnbFp4, Nf4
 from bigq.io.formats.compressed_tensors import CompressedTensors, CompressedTensorsSchemes
-from bigq.io.formats.fp4 import MxFp4, NvFp4
+from bigq.io.formats.fp4 import MxFp4, NvFp4, NvFp4W4A4
 from bigq.io.formats.gptq import Gptq, GptqV2
 from bigq.io.formats.gptq_config import GptqSchemes
 from bigq.io.formats.numbers import Numbers, NumbersSchemes
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 #: Variants of compressed-tensors that store numbers instead of packed codes.
-_NUMBERS: tuple[Numbers, ...] = (W8A8Int8(), Fp8(), NvFp4(), MxFp4())
+_NUMBERS: tuple[Numbers, ...] = (W8A8Int8(), Fp8(), NvFp4(), NvFp4W4A4(), MxFp4())
 FORMATS: Mapping[str, Format] = {made.name: made for made in (Gptq(), GptqV2(), CompressedTensors(), *_NUMBERS, Awq(), Nf4(), BnbFp4())}
 
 

@@ -30,7 +30,7 @@ REASONS = 3
 
 
 #: Types to which readers quantize the inputs of Linears; empty if they do not.
-InputType = Literal["", "int8", "e4m3"]
+InputType = Literal["", "int8", "e4m3", "e2m1"]
 
 #: The name of a matrix of one expert; readers take all experts of a bank, the first group, as one module.
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.\w+")

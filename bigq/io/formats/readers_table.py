@@ -20,7 +20,7 @@ from bigq.scheme import QuantScheme
 BY_FUSED_NAME: Mapping[str, bool] = {
     "gptq": True,
     "gptq_v2": True,
-    **dict.fromkeys(("compressed-tensors", "w8a8-int8", "fp8", "nvfp4", "mxfp4", "awq"), False),
+    **dict.fromkeys(("compressed-tensors", "w8a8-int8", "fp8", "nvfp4", "nvfp4-w4a4", "mxfp4", "awq"), False),
 }
 
 ALL_BITS = (2, 3, 4, 8)
@@ -98,7 +98,7 @@ _CT = ("compressed-tensors",)
 _GPTQ = ("gptq", "gptq_v2")
 _AWQ = ("awq",)
 _W8A8 = ("w8a8-int8",)
-_NVFP4, _MXFP4, _FP8 = ("nvfp4",), ("mxfp4",), ("fp8",)
+_NVFP4, _W4A4, _MXFP4, _FP8 = ("nvfp4",), ("nvfp4-w4a4",), ("mxfp4",), ("fp8",)
 _BNB, _BNB_NEEDS = ("bnb-nf4", "bnb-fp4"), "accelerate, bitsandbytes"
 ROWS: tuple[Row, ...] = (
     Row(reader="transformers", formats=_GPTQ, mixed=False, head=False, experts=False, needs="optimum, gptqmodel"),
@@ -137,6 +137,15 @@ ROWS: tuple[Row, ...] = (
         group_sizes=(16,),
         experts=False,
         experts_fail="it takes no notice of their global scale",
+        needs="compressed-tensors",
+    ),
+    Row(
+        reader="transformers",
+        formats=_W4A4,
+        bits=(4,),
+        symmetric=(True,),
+        group_sizes=(16,),
+        experts=False,
         needs="compressed-tensors",
     ),
     Row(
@@ -229,6 +238,7 @@ ROWS: tuple[Row, ...] = (
             (_W8A8, 8, -1, "Cutlass"),
             (_FP8, 8, -1, "Cutlass or Marlin"),
             (_NVFP4, 4, 16, "Marlin"),
+            (_W4A4, 4, 16, "FlashInfer or Cutlass, else Marlin"),
             (_MXFP4, 4, 32, "Marlin"),
         )
     ),

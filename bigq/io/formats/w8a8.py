@@ -13,7 +13,6 @@ with one for all tokens (static):
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -24,7 +23,7 @@ from torch import Tensor
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.formats.base import PackedLinear, PackedWeight, require_tensor
 from bigq.io.formats.gptq import check_scales
-from bigq.io.formats.numbers import Numbers
+from bigq.io.formats.numbers import FLOATS, Numbers, wrong_input_number
 from bigq.io.index import TensorInfo
 from bigq.kernels.pack import pack, unpack
 from bigq.scheme import QuantScheme
@@ -34,13 +33,13 @@ BITS = 8
 INT8_ZERO, E4M3_ZERO = 128, 126
 #: The exponent and fraction of E4M3 that are NaN.
 E4M3_NAN = 0x7F
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class EightBits(Numbers):
     """dtype: of the numbers. zero: the zero point of all rows. largest: the largest number of an input."""
 
     bits = (BITS,)
+    weight_suffixes = ("weight_scale", "weight")
     group_sizes = (-1,)
     fixed: ClassVar[Mapping[str, int | bool]] = {"bits": BITS, "group_size": -1, "symmetric": True}
     dtype: ClassVar[torch.dtype]
@@ -54,9 +53,6 @@ class EightBits(Numbers):
     @abstractmethod
     def codes(self, numbers: Tensor) -> Tensor:
         """The codes, uint8, of stored numbers."""
-
-    def suffixes(self, symmetric: bool) -> tuple[str, ...]:
-        return ("weight_scale", "weight", *([self.input_suffix] if self.input_suffix else []))
 
     def input_number(self, largest: float) -> Tensor:
         # Inputs that were all 0 say nothing of a scale, by which readers divide.
@@ -86,19 +82,17 @@ class EightBits(Numbers):
         return {f"{prefix}.{suffix}": kind for suffix, kind in zip(self.suffixes(True), kinds, strict=False)}
 
     def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> PackedWeight:
-        scales, numbers = (get(f"{prefix}.{name}") for name in ("weight_scale", "weight"))
+        scales, numbers = (get(f"{prefix}.{name}") for name in self.weight_suffixes)
         if numbers.ndim != 2 or scales.shape != (len(numbers), 1) or numbers.shape[1] % 4:
             raise CheckpointError(f"{prefix}: the shapes of weight and weight_scale do not match")
         codes = self.codes(numbers).T.contiguous()
         return PackedWeight(pack(codes, BITS), scales, torch.full_like(scales, self.zero, dtype=torch.uint8))
 
     def geometry(self, prefix: str, tensors: Mapping[str, TensorInfo]) -> PackedLinear:
-        scales, weight, *of_inputs = (require_tensor(tensors, f"{prefix}.{suffix}") for suffix in self.suffixes(True))
-        for scale in of_inputs:
-            if math.prod(scale.shape) != 1 or scale.dtype not in _FLOATS:
-                raise CheckpointError(f"tensor {scale.name}: is not one floating number")
+        scales, weight = (require_tensor(tensors, f"{prefix}.{suffix}") for suffix in self.weight_suffixes)
+        self.require_input_number(prefix, tensors)
         fits = len(weight.shape) == 2 and min(weight.shape) > 0 and not weight.shape[1] % 4 and scales.shape == (weight.shape[0], 1)
-        if not fits or weight.dtype != self.dtype or scales.dtype not in _FLOATS:
+        if not fits or weight.dtype != self.dtype or scales.dtype not in FLOATS:
             raise CheckpointError(f"tensor {weight.name}: its shape or dtype does not match that of its weight_scale")
         return PackedLinear(bits=BITS, outputs=weight.shape[0], inputs=weight.shape[1], groups=1)
 
@@ -107,7 +101,7 @@ class EightBits(Numbers):
 
     def check_values(self, suffix: str, linear: PackedLinear, piece: Tensor, start: int) -> tuple[str | None, tuple[int, int] | None]:
         if suffix == self.input_suffix:
-            return None if bool((torch.isfinite(piece) & (piece > 0)).all()) else "is not a positive number", None
+            return wrong_input_number(piece), None
         return check_scales(piece) if suffix == "weight_scale" else self.check_numbers(piece), None
 
     def check_numbers(self, piece: Tensor) -> str | None:

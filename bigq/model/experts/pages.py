@@ -143,7 +143,7 @@ def require_dynamic(folder: Path, banks: Iterable[StoredBank], *, stored: bool) 
     """
     if stored and any(any(bank.packed()) for bank in banks):
         raise UnsupportedModelError(
-            f"{folder}: has static scales for the inputs of experts, which bigq cannot read; give the original model"
+            f"{folder}: has numbers for the inputs of experts (static scales), which bigq cannot read; give the original model"
         )
 
 

@@ -14,6 +14,8 @@ from bigq.io.formats.base import InputType
 #: The largest number of an input in int8 and in E4M3, and the smallest scale there, as in vLLM.
 INT8_MOST, E4M3_MOST = 127, 448.0
 E4M3_SMALLEST = 1 / (E4M3_MOST * 512)
+#: The largest number of E2M1, and inputs that share a scale with it.
+E2M1_MOST, E2M1_GROUP = 6.0, 16
 
 
 def rounded_to_int8(x: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -35,8 +37,28 @@ def rounded_to_e4m3(x: Tensor, scale: Tensor | None = None) -> Tensor:
     return torch.clamp(wide * scale.reciprocal(), -E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn).float() * scale
 
 
+def rounded_to_e2m1(x: Tensor, number: Tensor | None = None) -> Tensor:
+    """Inputs [..., n] as fp32 numbers that E2M1 times a scale for 16 of them can represent. number: by which scales are divided, fp32 [1].
+
+    A scale is the largest magnitude over 6, times the number, rounded to E4M3. All of it is computed as by vLLM's emulation in fp32: with
+    inverses, one of 0 taken for 0, and ties go to even numbers.
+    """
+    assert number is not None, "scales of 4-bit inputs are divided by a stored number"
+    wide = x.float().unflatten(-1, (-1, E2M1_GROUP))
+    scale = number * (wide.abs().amax(-1, keepdim=True) * (1 / E2M1_MOST))
+    scale = scale.clamp(max=E4M3_MOST).to(torch.float8_e4m3fn).float() * number.reciprocal()
+    scaled = torch.clamp(wide * torch.where(scale > 0, 1 / scale, torch.zeros_like(scale)), -E2M1_MOST, E2M1_MOST)
+    size = scaled.abs()
+    spacing = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return (torch.round(scaled / spacing) * spacing * scale).flatten(-2)
+
+
 #: How inputs are rounded to a type, as fp32 numbers; with the number for all tokens that a format stores for them, or without.
-ROUNDINGS: Mapping[InputType, Callable[[Tensor, Tensor | None], Tensor]] = {"int8": rounded_to_int8, "e4m3": rounded_to_e4m3}
+ROUNDINGS: Mapping[InputType, Callable[[Tensor, Tensor | None], Tensor]] = {
+    "int8": rounded_to_int8,
+    "e4m3": rounded_to_e4m3,
+    "e2m1": rounded_to_e2m1,
+}
 
 
 class QuantizedInputs(nn.Linear):
