@@ -17,7 +17,9 @@ AttentionName = Literal["model", "fused"]
 #: Presets of options.
 QualityName = Literal["fast", "balanced", "best"]
 #: Output formats. "gguf": shards in gptq_v2, from which a stopped job resumes, and one GGUF file made from them.
-FormatName = Literal["gptq", "gptq_v2", "compressed-tensors", "w8a8-int8", "fp8", "nvfp4", "nvfp4-w4a4", "mxfp4", "awq", "bnb-nf4", "bnb-fp4", "gguf"]
+FormatName = Literal[
+    "gptq", "gptq_v2", "compressed-tensors", "w8a8-int8", "fp8", "nvfp4", "nvfp4-w4a4", "mxfp4", "awq", "bnb-nf4", "bnb-fp4", "gguf"
+]
 #: Scales of the inputs of Linears, where readers round these: a reader finds one for each token, or calibration one for each Linear.
 InputScalesName = Literal["dynamic", "static"]
 #: Where the calibration rows' hidden states are kept between blocks.

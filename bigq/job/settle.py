@@ -31,7 +31,6 @@ from bigq.options import table
 from bigq.scheme import QuantScheme, scheme_for
 from bigq.vocabulary import DATA_FREE_METHODS, FormatName
 
-
 #: The format to use instead of one that stores numbers for inputs.
 FORMAT_WITHOUT_INPUTS: FormatName = "nvfp4"
 

@@ -99,6 +99,12 @@ def _sizes_differ(history: History) -> bool:
 
 def _said_of_inputs(made: Format) -> str:
     kind = made.quantized_inputs
+    if kind == "e2m1":
+        return (
+            "Inputs of Linears are rounded to 4-bit floats (E2M1) while the model runs, in groups of 16, with one number for each Linear "
+            "that calibration found. transformers does so unless it is asked to unpack the weights at once (`dequantize=True`), and vLLM "
+            "where it has a kernel for it; elsewhere vLLM leaves inputs in 16 bits.\n"
+        )
     if made.input_suffix:
         number = "fp8 (E4M3)" if kind == "e4m3" else "8 bits"
         return f"Inputs of Linears are rounded to {number} while the model runs, by a scale for each Linear that calibration found.\n"

@@ -211,7 +211,9 @@ def _settings(history: History, config: JobConfig) -> Iterator[tuple[str, str]]:
         yield "zero points", "symmetric" if scheme.symmetric else "asymmetric"
     else:
         yield "numbers", POINTS[config.made.points]
-    if config.made.input_suffix:
+    if config.made.quantized_inputs == "e2m1":
+        yield "scales of inputs", "one for 16 inputs of a token, with one number for each Linear from its largest calibration input"
+    elif config.made.input_suffix:
         yield "scales of inputs", "static: one for each Linear, from its largest calibration input"
     elif config.made.quantized_inputs:
         yield "scales of inputs", "dynamic: one for each token"

@@ -6,7 +6,8 @@ The folder of a case holds
     out/                    bigq's output, quantized on 16 × 40 random tokens, with experts on 64 × 40
     expected.safetensors    ids int64 [N, T]; logits fp32 [N, T, V] of the dense model with bigq's dequantized weights, rounded to
                             fp16 as readers store them, computed in fp32 (in w8a8-int8 and fp8: not rounded, but inputs are, to int8
-                            with the largest number that the client module names, 127 if it names none, or to E4M3);
+                            with the largest number that the client module names, 127 if it names none, or to E4M3; in nvfp4-w4a4
+                            to E2M1, by inverses if the client module says so);
                             original: the logits of the source; weight.NAME fp32 [outputs, inputs] of every packed Linear, not rounded
     case.json               names of the packed Linears, and the settings that the client module has for its reader
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import shutil
@@ -148,7 +150,7 @@ def prepare(case: Case, work: Path) -> Path:
     rows = ROWS_WITH_EXPERTS if case.family in MOE_FAMILIES else ROWS
     save_ids(folder / "calibration.safetensors", random_ids(rows))
     quantize(folder, ("--samples", str(rows), *case.flags))
-    packed = write_expected(folder, case.reader.get("largest", 127))
+    packed = write_expected(folder, case.reader.get("largest", 127), inverses=case.reader.get("inverses", False))
     described.write_text(json.dumps({"settings": settings, "packed": packed, **case.reader}, indent=2) + "\n")
     return folder
 
@@ -188,8 +190,8 @@ def weights_in(model: torch.nn.Module, source: Path) -> dict[str, Tensor]:
     return found
 
 
-def write_expected(folder: Path, largest: float = 127) -> list[str]:
-    """Write expected.safetensors; returns the names of the packed Linears. largest: number of a rounded input."""
+def write_expected(folder: Path, largest: float = 127, *, inverses: bool = False) -> list[str]:
+    """Write expected.safetensors; returns the names of the packed Linears. largest: number of a rounded input. inverses: see ``in_fp4``."""
     weights = dict(dequantized(folder / "out"))
     with silent():
         kind = json.loads((folder / "model/config.json").read_text())["model_type"]
@@ -201,7 +203,7 @@ def write_expected(folder: Path, largest: float = 127) -> list[str]:
     said = json.loads((folder / "out/config.json").read_text())["quantization_config"]
     groups = said.get("config_groups", {})
     rounded = any(group["input_activations"] is not None and group["weights"]["num_bits"] == 4 for group in groups.values())
-    variant = "nvfp4-w4a4" if rounded else said.get("format")
+    variant = f"nvfp4-w4a4{' by inverses' * inverses}" if rounded else said.get("format")
     schemes = packed_schemes(folder / "out")
     assert schemes is not None, "nothing is packed"
     places = weights_in(model, folder / "model")
@@ -237,15 +239,22 @@ def in_fp8(x: Tensor, largest: float, scale: Tensor | None = None) -> Tensor:
     return torch.clamp(x / scale, -448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
-def in_fp4(x: Tensor, largest: float, scale: Tensor | None = None) -> Tensor:
-    """Numbers of E2M1 in groups of 16 inputs, whose scales are numbers of E4M3 divided by the given one."""
+def in_fp4(x: Tensor, largest: float, scale: Tensor | None = None, *, inverses: bool = False) -> Tensor:
+    """Numbers of E2M1 in groups of 16 inputs, whose scales are numbers of E4M3 divided by the given one.
+
+    inverses: whether these are multiplied by as their inverses, as in vLLM. An input may become another number then.
+    """
     assert scale is not None
     grouped = x.unflatten(-1, (-1, 16))
-    factor = (scale * grouped.abs().amax(-1, keepdim=True) / 6).clamp(max=448).to(torch.float8_e4m3fn).float() / scale
+    of_group = grouped.abs().amax(-1, keepdim=True)
+    exact = scale * (of_group * (1 / 6) if inverses else of_group / 6)
+    wide = exact.clamp(max=448).to(torch.float8_e4m3fn).float()
+    factor = wide * (1 / scale) if inverses else wide / scale
+    scaled = grouped * (1 / factor) if inverses else grouped / factor
     points = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     middles = (points[1:] + points[:-1]) / 2
     middles[1::2] = torch.nextafter(middles[1::2], torch.zeros(3))  # ties go to numbers with an even fraction
-    places = torch.bucketize((grouped / factor).nan_to_num(0).abs(), middles)
+    places = torch.bucketize(scaled.nan_to_num(0).abs(), middles)
     return (points[places] * grouped.sign() * factor).flatten(-2)
 
 
@@ -254,6 +263,7 @@ INPUTS: Mapping[str, Callable[[Tensor, float, Tensor | None], Tensor]] = {
     "int-quantized": in_int8,
     "float-quantized": in_fp8,
     "nvfp4-w4a4": in_fp4,
+    "nvfp4-w4a4 by inverses": functools.partial(in_fp4, inverses=True),
 }
 
 

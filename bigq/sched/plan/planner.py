@@ -287,7 +287,7 @@ def _solving(config: JobConfig, method: Method) -> tuple[str, ...]:
     quality = quality_of(config.method, scheme)
     columns = [f"{scheme.order} order"] * method.calibrated
     sweeps = [f"{scheme.sweeps} sweep{'s' * (scheme.sweeps > 1)}"] * (method.calibrated and scheme.sweeps > 0)
-    inputs = ["static scales of inputs"] * bool(config.made.input_suffix)
+    inputs = ["static scales of inputs"] * (config.input_scales == "static")
     return (method.title, *columns, scales, *sweeps, *inputs, *([f"--quality {quality}"] * (quality is not None)))
 
 
