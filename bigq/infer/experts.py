@@ -57,7 +57,7 @@ class BankRunner:
         pager, rounding = self.pager, None
         if pager.schemes is not None and any(pager.banks[path].packed()):
             rounding = ROUNDINGS.get(pager.schemes.format.quantized_inputs)
-        # No format stores a number for the inputs of experts (``require_dynamic``).
+        # No format stores a number for the inputs of experts (``stores_inputs``).
         rounded = None if rounding is None else lambda x: rounding(x, None)
 
         def load(e: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from bigq.io.sources.plain import PlainSource
 from bigq.model import skeleton
 from bigq.model.architecture import is_composite
 from bigq.model.description import ModelDescription, OnUse
-from bigq.model.experts.pages import StoredBank, require_dynamic, stored_banks
+from bigq.model.experts.pages import StoredBank, stored_banks, stores_inputs
 from bigq.model.experts.source import ExpertSource, expert_sources, joined
 from bigq.model.experts.stored import Part, joined_parameters, merged_beside, merged_parts, require_unmerged
 from bigq.model.extras import Extras, find_extras
@@ -90,8 +90,7 @@ class Pager(ModelDescription):
         self._weights = self._find_sources()
         if self.schemes is not None and (kind := self.schemes.format.quantized_inputs):
             self._forced |= dict.fromkeys(self.packed, torch.float32)
-            stored = bool(self.schemes.format.input_suffix)
-            require_dynamic(folder, self.banks.values(), stored=stored)
+            stored = stores_inputs(folder, self.schemes.format, self.banks.values())
             quantize_inputs(folder, (self._owner(name)[0] for name in self.packed), kind, stored=stored)
         self._ahead: Prefetch | None = None
         self._budget = 0
@@ -136,13 +135,15 @@ class Pager(ModelDescription):
         """The modules that a quantization config must not count as packed. dropped: tensors that the output does not hold."""
         return plain_modules(self.model, self.blocks_path, self.checkpoint.tensors, dropped, self._expert_parts)
 
+    def _find_plain(self) -> dict[str, TensorInfo]:
+        return with_ties({target: self.checkpoint[name] for name, target in self._placed.items()}, self._meta)
+
     def _find_sources(self) -> dict[str, Source]:
         """How each parameter is stored. Raises CheckpointError where one is missing or has another shape, UnsupportedModelError."""
         packed = packed_sources(self.folder, self.model, self.checkpoint, self.schemes)
         parts = {info.name for source in packed.values() for info in source.tensors}
-        placed = {target: self.checkpoint[name] for name, target in self._placed.items()}
         # bitsandbytes and w8a8-int8 store codes under the name of the weight.
-        self.sources = {name: info for name, info in with_ties(placed, self._meta).items() if info.name not in parts}
+        self.sources = {name: info for name, info in self._find_plain().items() if info.name not in parts}
         experts = self._find_experts(packed)
         merged = {info.name for sources in experts.values() for source in sources for info in source.tensors}
         used = {*self._placed, *parts, *merged, *self._beside}

@@ -268,9 +268,7 @@ def test_experts(ids: Path, tmp_path: Path) -> None:
         save_file(tensors | scales, shard)
         index["weight_map"] |= dict.fromkeys(scales, shard.name)
     (tmp_path / "packed/model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        UnsupportedModelError, match=r"packed: has numbers for the inputs of experts .*, which bigq cannot read"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"packed: has numbers for the inputs of experts .*, which bigq cannot read"):
         Pager(tmp_path / "packed", device=torch.device("cpu"))
 
 

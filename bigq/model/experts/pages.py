@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bigq.errors import UnsupportedModelError
+from bigq.io.formats import Format
 from bigq.io.index import TensorInfo
 from bigq.io.sources.packed import PackedSource
 from bigq.model.experts.bank import bank_modules
@@ -136,15 +137,16 @@ def stored_banks(model: nn.Module, sources: Mapping[str, tuple[ExpertSource, ...
     return found
 
 
-def require_dynamic(folder: Path, banks: Iterable[StoredBank], *, stored: bool) -> None:
-    """Raise UnsupportedModelError for packed experts if the format stores something for inputs, which no reader known takes of experts.
+def stores_inputs(folder: Path, format: Format, banks: Iterable[StoredBank]) -> bool:
+    """Whether a format stores a number for the inputs of each Linear. folder: of the checkpoint.
 
-    folder: of the checkpoint. stored: whether the format does.
+    Raises UnsupportedModelError if it does and experts are packed, for whose inputs bigq knows none.
     """
-    if stored and any(any(bank.packed()) for bank in banks):
+    if format.input_suffix and any(any(bank.packed()) for bank in banks):
         raise UnsupportedModelError(
             f"{folder}: has numbers for the inputs of experts (static scales), which bigq cannot read; give the original model"
         )
+    return bool(format.input_suffix)
 
 
 def _shape(naming: Naming, key: str, shape: tuple[int, ...], source: ExpertSource) -> ExpertLinear:

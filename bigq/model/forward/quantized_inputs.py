@@ -50,7 +50,8 @@ def rounded_to_e2m1(x: Tensor, number: Tensor | None = None) -> Tensor:
     scaled = torch.clamp(wide * torch.where(scale > 0, 1 / scale, torch.zeros_like(scale)), -E2M1_MOST, E2M1_MOST)
     size = scaled.abs()
     spacing = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    return (torch.round(scaled / spacing) * spacing * scale).flatten(-2)
+    rounded: Tensor = torch.round(scaled / spacing) * spacing * scale
+    return rounded.flatten(-2)
 
 
 #: How inputs are rounded to a type, as fp32 numbers; with the number for all tokens that a format stores for them, or without.
