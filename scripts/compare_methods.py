@@ -57,6 +57,7 @@ ROWS: Mapping[str, str] = {
     "NF4": "--format bnb-nf4",
     "nvfp4, nearest": f"--format nvfp4 {NEAREST}",
     "nvfp4": "--format nvfp4",
+    "nvfp4-w4a4": "--format nvfp4-w4a4",
     "mxfp4, nearest": f"--format mxfp4 {NEAREST}",
     "mxfp4": "--format mxfp4",
     "3 bits, balanced": "--bits 3 --group-size 64 --asym --format gptq_v2",
