@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from bigq.errors import UsageError
 from bigq.options import Range, at_least, option
 
 #: The greatest seed that torch takes.
 MAX_SEED = 2**64 - 1
 DEFAULT_SEQLEN = 2048
+NEVER = "never"
 
 CALIBRATION, BUDGETS, RUN, OUTPUT = "calibration", "memory and disk", "how it runs", "output"
 
@@ -41,6 +43,11 @@ def fold_option(**more: Any) -> Any:
     return option(None, help=help, unset="awq with --method awq, else none", **more)
 
 
+def input_scales_option(**more: Any) -> Any:
+    help = "of formats whose readers round inputs: dynamic, a scale for each token, or static, one for each Linear from its largest "
+    return option("dynamic", help=help + "calibration input", **more)
+
+
 def device_option(**more: Any) -> Any:
     return option("auto", help="auto, cpu or cuda:N; auto is the first GPU, or the CPU without one", group=RUN, **more)
 
@@ -55,6 +62,16 @@ def trust_option(**more: Any) -> Any:
 
 def quiet_option() -> Any:
     return option(False, help="print no progress and no summary, only errors", group=OUTPUT, opposite=None)
+
+
+def seconds_or_never(given: Any, label: str) -> Any:
+    """The ``convert`` of a number of seconds; None for "never". Raises UsageError."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return None if given == NEVER else float(given)
+    except ValueError:
+        raise UsageError(f"{label}: must be a number of seconds, such as 60, or never") from None
 
 
 def default_batch(device_type: str, seqlen: int) -> int:

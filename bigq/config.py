@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 from bigq.common_options import (
     BUDGETS,
     CALIBRATION,
+    NEVER,
     OUTPUT,
     RUN,
     batch_option,
     device_option,
     dtype_option,
     fold_option,
+    input_scales_option,
     quiet_option,
+    seconds_or_never,
     seed_option,
     seqlen_option,
     text_field_option,
@@ -36,7 +39,18 @@ from bigq.options import Converted, Effect, Range, Resume, at_least, checked, op
 from bigq.presets import PRESETS
 from bigq.scheme import CALIBRATED, WEIGHTS, QuantScheme, Rule, frozen_rules, scheme_fields
 from bigq.size_options import budget_option, size_given
-from bigq.vocabulary import AttentionName, DtypeName, FetchChoice, FoldName, FormatName, MethodName, OnNonfinite, QualityName, TierChoice
+from bigq.vocabulary import (
+    AttentionName,
+    DtypeName,
+    FetchChoice,
+    FoldName,
+    FormatName,
+    InputScalesName,
+    MethodName,
+    OnNonfinite,
+    QualityName,
+    TierChoice,
+)
 
 if TYPE_CHECKING:
     from bigq.io.formats import Format
@@ -44,7 +58,6 @@ if TYPE_CHECKING:
 #: The formats of jobs that are given none. Of models with experts, transformers and vLLM both read this one.
 DEFAULT_FORMAT: FormatName = "gptq"
 FORMAT_WITH_EXPERTS: FormatName = "compressed-tensors"
-NEVER = "never"
 
 CORRECTED = Effect(unless="without --method gptaq", holds=lambda job, _: job.method == "gptaq", refused=True)
 NEEDS_ROWS = dataclasses.replace(CALIBRATED, refused=True)
@@ -53,15 +66,6 @@ STREAMED = Effect(unless="with --fetch download", holds=lambda job, _: job.fetch
 ON_GPU = Effect(unless="on a CPU", holds=lambda _, device: device != "cpu")
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-
-
-def _seconds_or_never(given: Any, label: str) -> Any:
-    if not isinstance(given, str):
-        return given
-    try:
-        return None if given == NEVER else float(given)
-    except ValueError:
-        raise UsageError(f"{label}: must be a number of seconds, such as 60, or never") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +147,7 @@ class JobConfig:
         unset=f"{DEFAULT_FORMAT}; {FORMAT_WITH_EXPERTS} for models with experts, images or audio",
         resume=Resume.REFUSED,
     )
+    input_scales: InputScalesName = input_scales_option(group=WEIGHTS, resume=Resume.REFUSED, added=True)
     lm_head: bool = option(
         False,
         help="quantize the output head too",
@@ -295,7 +300,7 @@ class JobConfig:
             must="be 0 or more seconds, or never",
             holds=lambda every: math.isfinite(every) and every >= 0,
         ),
-        convert=_seconds_or_never,
+        convert=seconds_or_never,
         effects=(CALIBRATED,),
     )
     grace: float = option(
@@ -359,9 +364,9 @@ class JobConfig:
     @property
     def made(self) -> Format:
         """The format of the shards."""
-        from bigq.io.formats import FORMATS  # here: it needs torch
+        from bigq.io.formats import format_of  # here: it needs torch
 
-        return FORMATS["gptq_v2" if self.format == "gguf" else self.output_format]
+        return format_of("gptq_v2" if self.format == "gguf" else self.output_format, self.input_scales)
 
     def frozen(self) -> dict[str, Any]:
         """The fields that are kept with a job, as plain JSON values."""

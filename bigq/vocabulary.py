@@ -18,8 +18,22 @@ AttentionName = Literal["model", "fused"]
 QualityName = Literal["fast", "balanced", "best"]
 #: Output formats. "gguf": shards in gptq_v2, from which a stopped job resumes, and one GGUF file made from them.
 FormatName = Literal[
-    "gptq", "gptq_v2", "compressed-tensors", "w8a8-int8", "fp8", "fp8-block", "nvfp4", "mxfp4", "awq", "bnb-nf4", "bnb-fp4", "gguf"
+    "gptq",
+    "gptq_v2",
+    "compressed-tensors",
+    "w8a8-int8",
+    "fp8",
+    "fp8-block",
+    "nvfp4",
+    "nvfp4-w4a4",
+    "mxfp4",
+    "awq",
+    "bnb-nf4",
+    "bnb-fp4",
+    "gguf",
 ]
+#: Scales of the inputs of Linears, where readers round these: a reader finds one for each token, or calibration one for each Linear.
+InputScalesName = Literal["dynamic", "static"]
 #: Where the calibration rows' hidden states are kept between blocks.
 Tier = Literal["gpu", "host", "disk"]
 #: The same, as asked for: "auto" is the first tier that has room.
@@ -36,6 +50,7 @@ FOLDS: tuple[FoldName, ...] = get_args(FoldName)
 ORDERS: tuple[OrderName, ...] = get_args(OrderName)
 ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
 FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
+INPUT_SCALES: tuple[InputScalesName, ...] = get_args(InputScalesName)
 TIERS: tuple[Tier, ...] = get_args(Tier)
 TIER_CHOICES: tuple[TierChoice, ...] = get_args(TierChoice)
 FETCH_CHOICES: tuple[FetchChoice, ...] = get_args(FetchChoice)

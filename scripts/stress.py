@@ -70,6 +70,10 @@ JOBS: dict[str, tuple[str, str]] = {
     "qwen3_moe, method awq scales": ("qwen3_moe", "--fold awq --format compressed-tensors --checkpoint-every 0"),
     "bloom, method smoothquant, int8": ("bloom", "--fold smoothquant --format w8a8-int8 --group-size -1 --bits 8 --checkpoint-every 0"),
     "llama, method fp8": ("llama", "--format fp8 --group-size -1 --read-ahead 1 --checkpoint-every 0"),
+    "llama, method int8, static inputs": (
+        "llama",
+        "--format w8a8-int8 --group-size -1 --bits 8 --input-scales static --lm-head --activations disk --checkpoint-every 0",
+    ),
     "qwen3_moe, method nvfp4": ("qwen3_moe", "--format nvfp4 --group-size 16 --checkpoint-every 0"),
     "llama, method mxfp4, nearest": ("llama", "--format mxfp4 --group-size 32 --method rtn"),
     "llama, method nf4": ("llama", "--format bnb-nf4 --group-size 64 --checkpoint-every 0"),

@@ -23,6 +23,7 @@ OTHER: dict[str, Any] = {
     "method": "rtn",
     "alpha": 0.25,
     "format": "gptq_v2",
+    "input_scales": "static",
     "lm_head": True,
     "rotate": True,
     "allow_partial": True,

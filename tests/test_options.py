@@ -20,7 +20,7 @@ from bigq.infer.options import EvalConfig, GenerateConfig
 from bigq.job import command, request
 from bigq.options import Converted, Effect, Range, Resume, option, settle, table, without_effect
 from bigq.scheme import OVERRIDES, QuantScheme, Rule
-from bigq.vocabulary import ATTENTIONS, DTYPES, FETCH_CHOICES, FOLDS, FORMAT_NAMES, METHODS, ON_NONFINITE, TIER_CHOICES
+from bigq.vocabulary import ATTENTIONS, DTYPES, FETCH_CHOICES, FOLDS, FORMAT_NAMES, INPUT_SCALES, METHODS, ON_NONFINITE, TIER_CHOICES
 
 CLASSES = (JobConfig, QuantScheme, EvalConfig, GenerateConfig)
 
@@ -59,6 +59,7 @@ def test_options_with_a_fixed_set_of_values() -> None:
         "method": METHODS,
         "fold": FOLDS,
         "format": FORMAT_NAMES,
+        "input_scales": INPUT_SCALES,
         "attention": ATTENTIONS,
         "activations": TIER_CHOICES,
         "fetch": FETCH_CHOICES,

@@ -54,9 +54,11 @@ class BankRunner:
             yield cache
 
     def _job(self, path: str, module: nn.Module, bank: Bank) -> BankJob:
-        pager, rounded = self.pager, None
+        pager, rounding = self.pager, None
         if pager.schemes is not None and any(pager.banks[path].packed()):
-            rounded = ROUNDINGS.get(pager.schemes.format.quantized_inputs)
+            rounding = ROUNDINGS.get(pager.schemes.format.quantized_inputs)
+        # No format stores a number for the inputs of experts (``stores_inputs``).
+        rounded = None if rounding is None else lambda x: rounding(x, None)
 
         def load(e: int) -> dict[str, Any]:
             pager.announce_experts(path, range(e, min(e + 2, bank.experts)))

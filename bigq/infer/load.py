@@ -128,6 +128,7 @@ def _fill(pager: Pager) -> None:
         module, leaf = _owner(model, name)
         if id(param) not in made:
             made[id(param)] = nn.Parameter(pager.value_of(name), requires_grad=False)
+            pager.load_input_number(name)
         module._parameters[leaf] = made[id(param)]
     for name, _ in list(model.named_buffers()):
         if name in pager.sources:

@@ -12,6 +12,7 @@ from torch import nn
 from bigq.common_options import DEFAULT_SEQLEN
 from bigq.config import DEFAULT_FORMAT, FORMAT_WITH_EXPERTS, JobConfig
 from bigq.errors import UsageError
+from bigq.io.formats import STATIC
 from bigq.job.adapt import Adapted, adapted
 from bigq.job.command import rule_option
 from bigq.job.fit import Candidate, misfits, require_distinct, require_fit
@@ -28,7 +29,10 @@ from bigq.model.skeleton import linear_weight
 from bigq.model.structure import MIN_FEATURES
 from bigq.options import table
 from bigq.scheme import QuantScheme, scheme_for
-from bigq.vocabulary import FormatName
+from bigq.vocabulary import DATA_FREE_METHODS, FormatName
+
+#: The format to use instead of one that stores numbers for inputs.
+FORMAT_WITHOUT_INPUTS: FormatName = "nvfp4"
 
 
 def require_format(config: JobConfig) -> None:
@@ -36,6 +40,16 @@ def require_format(config: JobConfig) -> None:
     formats = method_of(config).formats
     if config.format is not None and config.format not in formats:
         raise UsageError(f"--format {config.format}: {config.method} writes {', '.join(formats)}; use --format {formats[0]}")
+    if config.made.input_suffix and config.method in DATA_FREE_METHODS:
+        what, instead = _of_inputs(config)
+        raise UsageError(f"{what}: needs calibration, which {config.method} has not; use --method gptq, or {instead}")
+
+
+def _of_inputs(config: JobConfig) -> tuple[str, str]:
+    """The option that asks for numbers for inputs, and what to do to go without."""
+    if config.input_scales == "static":
+        return "--input-scales static", "leave it out"
+    return f"--format {config.format}", f"use --format {FORMAT_WITHOUT_INPUTS}"
 
 
 def _settled_format(model: ModelDescription, config: JobConfig) -> FormatName:
@@ -89,6 +103,9 @@ def _require_possible(model: ModelDescription, config: JobConfig) -> None:
         rule = next((rule for rule in config.rules if (rule.overrides or {}).get(option.rule_key or "", only) != only), None)
         if rule is not None:
             raise UsageError(f"{rule_option(rule)}: {named} holds only {' '.join(option.words(only))}; leave this out of the rule")
+    if config.input_scales == "static" and config.format not in STATIC:
+        formats = " or ".join(f"--format {name}" for name in STATIC)
+        raise UsageError(f"--input-scales static: {named} has no static scales of inputs; use {formats}, or leave it out")
     if made.scale_form != "fp16" and config.scheme.scale_bits:
         raise UsageError(f"--scale-bits {config.scheme.scale_bits}: {named} stores scales in a form of its own; leave it out")
     if made.points != "int" and config.tune_steps:
@@ -152,7 +169,12 @@ def check_shapes(model: ModelDescription, config: JobConfig) -> Adapted:
     names = [*linears, *experts]
     require_sound_rules(names, _linear_head(model), config)
     for path, bank in model.expert_linears.items():
-        bank_scheme(path, bank, config)
+        if bank_scheme(path, bank, config) is not None and config.made.input_suffix:
+            what, instead = _of_inputs(config)
+            raise UsageError(
+                f"{what}: stores numbers for inputs, of which experts ({path}) get none; {instead}, or leave experts unquantized with "
+                "--skip '.*\\.experts'"
+            )
     head = head_scheme(model, config)
     if head is not None:
         linears[model.head_name] = model.head

@@ -75,6 +75,11 @@ class ProcessGroup:
     def number(self, share: int) -> int:
         return sum(number for number in self.everyone(share) if isinstance(number, int))
 
+    def largest_(self, share: Tensor) -> None:
+        parts = [torch.empty_like(share) for _ in range(self.count)]
+        self._together(lambda: dist.all_gather(parts, share.contiguous()))
+        share.copy_(torch.stack(parts).amax(0))
+
     def everyone(self, value: object) -> list[object]:
         found: list[object] = [None] * self.count
         self._together(lambda: dist.all_gather_object(found, value))

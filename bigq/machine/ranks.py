@@ -116,6 +116,9 @@ class Ranks(Protocol):
     def joined(self, part: Tensor, count: int) -> Tensor:
         """[count, ...] from each rank's part, which has the rows of ``share(count, index, ranks)``."""
 
+    def largest_(self, share: Tensor) -> None:
+        """Replace each element of this rank's share by the largest over all ranks, in place."""
+
     def rows(self, count: int) -> range:
         """This rank's share of the calibration rows: a range of row numbers."""
 
@@ -139,6 +142,9 @@ class OneProcess:
 
     def joined(self, part: Tensor, count: int) -> Tensor:
         return part
+
+    def largest_(self, share: Tensor) -> None:
+        """The share is the largest."""
 
     def rows(self, count: int) -> range:
         return range(count)

@@ -29,19 +29,19 @@ from bigq.io.sources.plain import PlainSource
 from bigq.model import skeleton
 from bigq.model.architecture import is_composite
 from bigq.model.description import ModelDescription, OnUse
-from bigq.model.experts.pages import StoredBank, stored_banks
+from bigq.model.experts.pages import StoredBank, stored_banks, stores_inputs
 from bigq.model.experts.source import ExpertSource, expert_sources, joined
 from bigq.model.experts.stored import Part, joined_parameters, merged_beside, merged_parts, require_unmerged
 from bigq.model.extras import Extras, find_extras
 from bigq.model.folding.around import model_folds
-from bigq.model.forward.quantized_inputs import quantize_inputs
+from bigq.model.forward.quantized_inputs import quantize_inputs, set_input_number
 from bigq.model.lookup import rows_held, rows_read, token_tables
 from bigq.model.names import require_parameters
 from bigq.model.packed import packed_sources
 from bigq.model.plain import PlainModules, plain_modules
 from bigq.model.quantization import coded_warnings, open_source, packed_schemes, refuse_quantized_tensors
 from bigq.model.rotation.checkpoint import described_rotation, untie
-from bigq.model.tied import tie_warnings
+from bigq.model.tied import tie_warnings, with_ties
 from bigq.progress.trace import Trace
 
 #: The maximum number of parameters per tensor of the checkpoint. With more, some tensors must be missing.
@@ -90,7 +90,8 @@ class Pager(ModelDescription):
         self._weights = self._find_sources()
         if self.schemes is not None and (kind := self.schemes.format.quantized_inputs):
             self._forced |= dict.fromkeys(self.packed, torch.float32)
-            quantize_inputs(folder, (self._owner(name)[0] for name in self.packed), kind)
+            stored = stores_inputs(folder, self.schemes.format, self.banks.values())
+            quantize_inputs(folder, (self._owner(name)[0] for name in self.packed), kind, stored=stored)
         self._ahead: Prefetch | None = None
         self._budget = 0
         skeleton.move_buffers(self.model, device)
@@ -135,13 +136,7 @@ class Pager(ModelDescription):
         return plain_modules(self.model, self.blocks_path, self.checkpoint.tensors, dropped, self._expert_parts)
 
     def _find_plain(self) -> dict[str, TensorInfo]:
-        """The stored tensor of each parameter and buffer that has one; tied parameters share it."""
-        found = {target: self.checkpoint[name] for name, target in self._placed.items()}
-        by_object = {id(param): found[name] for name, param in self._meta.items() if name in found}
-        for name, param in self._meta.items():
-            if name not in found and id(param) in by_object:
-                found[name] = by_object[id(param)]
-        return found
+        return with_ties({target: self.checkpoint[name] for name, target in self._placed.items()}, self._meta)
 
     def _find_sources(self) -> dict[str, Source]:
         """How each parameter is stored. Raises CheckpointError where one is missing or has another shape, UnsupportedModelError."""
@@ -385,6 +380,12 @@ class Pager(ModelDescription):
                 module._buffers[leaf] = self._read(self.sources[name]).to(self.device)
             return
         module._parameters[leaf] = nn.Parameter(self.value_of(name), requires_grad=False)
+        self.load_input_number(name)
+
+    def load_input_number(self, name: str) -> None:
+        """Load what the format stores for the inputs of a packed Linear, if ``name`` is its weight, which is loaded just before."""
+        if name in self.packed and (number := self.packed_source(name).input_number(self._read)) is not None:
+            set_input_number(self._owner(name)[0], number.to(self.device))
 
     def _read(self, info: TensorInfo) -> Tensor:
         if self._ahead is None:

@@ -39,6 +39,13 @@ def has_own_head(model: nn.Module, sources: Mapping[str, TensorInfo], *, sampled
     return any(bytes(one) != bytes(other) for one, other in zip(iter_chunks(a), iter_chunks(b), strict=True))
 
 
+def with_ties(found: Mapping[str, TensorInfo], parameters: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    """Stored tensors by parameter or buffer; of parameters that are one object, all get that of the one that has it."""
+    by_object = {id(param): found[name] for name, param in parameters.items() if name in found}
+    tied = {name: by_object[id(param)] for name, param in parameters.items() if id(param) in by_object}
+    return {**tied, **found}
+
+
 def tie_warnings(model: nn.Module, sources: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     """At most one sentence."""
     if not has_own_head(model, sources, sampled=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bigq.config import JobConfig
 from bigq.inspect.history import History
-from bigq.io.formats.base import InputType, bank_of
+from bigq.io.formats.base import Format, bank_of
 from bigq.io.formats.fused import fused_linears
 from bigq.io.formats.gptq import Gptq
 from bigq.io.formats.readers import Written, readers_of, verdicts
@@ -61,7 +61,7 @@ def loading(history: History) -> Iterator[str]:
     elif config.made.quantized_inputs:
         yield "With transformers (`pip install transformers compressed-tensors`):\n"
         yield _transformers(history, config.trust_remote_code)
-        yield _said_of_inputs(config.made.quantized_inputs)
+        yield _said_of_inputs(config.made)
     elif "transformers" in readers:
         needs = next(row.needs for row in ROWS if row.reader == "transformers" and config.made.name in row.formats).replace(",", "")
         yield f"With transformers (`pip install transformers {needs}`):\n"
@@ -97,7 +97,17 @@ def _sizes_differ(history: History) -> bool:
     return len({(each.bits, each.group_size) for each in history.linears}) > 1
 
 
-def _said_of_inputs(kind: InputType) -> str:
+def _said_of_inputs(made: Format) -> str:
+    kind = made.quantized_inputs
+    if kind == "e2m1":
+        return (
+            "Inputs of Linears are rounded to 4-bit floats (E2M1) while the model runs, in groups of 16, with one number for each Linear "
+            "that calibration found. transformers does so unless it is asked to unpack the weights at once (`dequantize=True`), and vLLM "
+            "where it has a kernel for it; elsewhere vLLM leaves inputs in 16 bits.\n"
+        )
+    if made.input_suffix:
+        number = "fp8 (E4M3)" if kind == "e4m3" else "8 bits"
+        return f"Inputs of Linears are rounded to {number} while the model runs, by a scale for each Linear that calibration found.\n"
     if kind == "e4m3":
         return "Inputs of Linears are rounded to fp8 (E4M3) for each token while the model runs.\n"
     if kind == "e4m3-groups":
@@ -219,6 +229,7 @@ def _written(history: History, config: JobConfig) -> Written:
         base=Kind.of(config.scheme),
         kinds=frozenset(kinds.values()),
         head=history.head is not None,
+        static=bool(config.made.input_suffix),
         experts=frozenset(kind for name, kind in kinds.items() if bank_of(f"model.{name}") is not None),
         split=any(len({kinds.get(part) for part in fused.parts}) > 1 for fused in fused_linears([*names, *left_out])),
     )

@@ -211,6 +211,12 @@ def _settings(history: History, config: JobConfig) -> Iterator[tuple[str, str]]:
         yield "zero points", "symmetric" if scheme.symmetric else "asymmetric"
     else:
         yield "numbers", POINTS[config.made.points]
+    if config.made.quantized_inputs == "e2m1":
+        yield "scales of inputs", "one for 16 inputs of a token, with one number for each Linear from its largest calibration input"
+    elif config.made.input_suffix:
+        yield "scales of inputs", "static: one for each Linear, from its largest calibration input"
+    elif config.made.quantized_inputs:
+        yield "scales of inputs", "dynamic: one for each token"
     if scheme.scale_bits is not None:
         yield "significant bits of scales", str(scheme.scale_bits)
     yield "scales", SCALES[scheme.scales]

@@ -46,6 +46,9 @@ class Reduction(Protocol):
     def number(self, share: int) -> int:
         """The sum over all processes."""
 
+    def largest_(self, share: Tensor) -> None:
+        """Replace each element of this process's share by the largest over all processes, in place."""
+
 
 @dataclass(frozen=True, slots=True)
 class Order:

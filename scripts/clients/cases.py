@@ -6,7 +6,8 @@ The folder of a case holds
     out/                    bigq's output, quantized on 16 × 40 random tokens, with experts on 64 × 40
     expected.safetensors    ids int64 [N, T]; logits fp32 [N, T, V] of the dense model with bigq's dequantized weights, rounded to
                             fp16 as readers store them, computed in fp32 (in w8a8-int8 and fp8: not rounded, but inputs are, to int8
-                            with the largest number that the client module names, 127 if it names none, or to E4M3);
+                            with the largest number that the client module names, 127 if it names none, or to E4M3; in nvfp4-w4a4
+                            to E2M1, by inverses if the client module says so);
                             original: the logits of the source; weight.NAME fp32 [outputs, inputs] of every packed Linear, not rounded
     case.json               names of the packed Linears, and the settings that the client module has for its reader
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import shutil
@@ -33,7 +35,17 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from composite_families import COMPOSITE, make_composite, reference_composite
-from models import linear_module, logits_of, make_checkpoint, matrix, random_ids, reference_model, save_ids, word_tokenizer
+from models import (
+    linear_module,
+    logits_of,
+    make_checkpoint,
+    matrix,
+    random_ids,
+    reference_model,
+    save_ids,
+    stored_tensors,
+    word_tokenizer,
+)
 from moe_families import MOE_FAMILIES, moe_model
 
 from bigq.cli.main import main as bigq
@@ -149,7 +161,7 @@ def prepare(case: Case, work: Path) -> Path:
     rows = ROWS_WITH_EXPERTS if case.family in MOE_FAMILIES else ROWS
     save_ids(folder / "calibration.safetensors", random_ids(rows))
     quantize(folder, ("--samples", str(rows), *case.flags))
-    packed = write_expected(folder, case.reader.get("largest", 127))
+    packed = write_expected(folder, case.reader.get("largest", 127), inverses=case.reader.get("inverses", False))
     described.write_text(json.dumps({"settings": settings, "packed": packed, **case.reader}, indent=2) + "\n")
     return folder
 
@@ -189,8 +201,8 @@ def weights_in(model: torch.nn.Module, source: Path) -> dict[str, Tensor]:
     return found
 
 
-def write_expected(folder: Path, largest: float = 127) -> list[str]:
-    """Write expected.safetensors; returns the names of the packed Linears. largest: number of a rounded input."""
+def write_expected(folder: Path, largest: float = 127, *, inverses: bool = False) -> list[str]:
+    """Write expected.safetensors; returns the names of the packed Linears. largest: number of a rounded input. inverses: see ``in_fp4``."""
     weights = dict(dequantized(folder / "out"))
     with silent():
         kind = json.loads((folder / "model/config.json").read_text())["model_type"]
@@ -199,8 +211,13 @@ def write_expected(folder: Path, largest: float = 127) -> list[str]:
             model.set_experts_implementation("eager")
     ids = random_ids(EVALUATED_ROWS, seed=1)
     original = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
-    said = (folder / "out/config.json").read_text()
-    variant = "fp8-block" if '"block_structure"' in said else json.loads(said)["quantization_config"].get("format")
+    said = json.loads((folder / "out/config.json").read_text())["quantization_config"]
+    groups = said.get("config_groups", {})
+    rounded = any(group["input_activations"] is not None and group["weights"]["num_bits"] == 4 for group in groups.values())
+    blocks = any("block_structure" in group["weights"] for group in groups.values())
+    variant = "fp8-block" if blocks else said.get("format")
+    if rounded:
+        variant = f"nvfp4-w4a4{' by inverses' * inverses}"
     schemes = packed_schemes(folder / "out")
     assert schemes is not None, "nothing is packed"
     places = weights_in(model, folder / "model")
@@ -208,7 +225,8 @@ def write_expected(folder: Path, largest: float = 127) -> list[str]:
         require_near(name, weight, places[name], schemes.scheme(name))
         places[name].copy_(weight if variant in INPUTS else weight.to(torch.float16))
     packed = [places[name] for name in weights]
-    with RoundedInputs(INPUTS[variant], largest, packed) if variant in INPUTS else contextlib.nullcontext():
+    static = input_scales(folder / "out", list(weights))
+    with RoundedInputs(INPUTS[variant], largest, packed, static) if variant in INPUTS else contextlib.nullcontext():
         logits = logits_of(model, ids, EVALUATED_ROWS).float().contiguous()
     tensors = {"ids": ids, "logits": logits, "original": original} | {
         f"weight.{name}": weight.contiguous() for name, weight in weights.items()
@@ -217,42 +235,73 @@ def write_expected(folder: Path, largest: float = 127) -> list[str]:
     return sorted(weights)
 
 
-def in_int8(x: Tensor, largest: float) -> Tensor:
-    """Inputs [..., K] as int8 numbers times a scale for each token."""
-    scale = x.abs().amax(-1, keepdim=True) / largest
+def input_scales(out: Path, names: list[str]) -> list[Tensor | None]:
+    """The static scale, or global scale, of the inputs of each packed Linear; None if readers find one for each token."""
+    stored = stored_tensors(out)
+    return [stored.get(f"{name}.input_scale", stored.get(f"{name}.input_global_scale")) for name in names]
+
+
+def in_int8(x: Tensor, largest: float, scale: Tensor | None = None) -> Tensor:
+    """Inputs [..., K] as int8 numbers times a scale: the given one for all tokens, else one for each."""
+    scale = x.abs().amax(-1, keepdim=True) / largest if scale is None else scale
     return torch.clamp(torch.round(x / scale), -128, 127) * scale
 
 
-def in_fp8(x: Tensor, largest: float) -> Tensor:
+def in_fp8(x: Tensor, largest: float, scale: Tensor | None = None) -> Tensor:
     """The same with numbers of E4M3, which has a largest one of its own."""
-    scale = x.abs().amax(-1, keepdim=True) / 448
+    scale = x.abs().amax(-1, keepdim=True) / 448 if scale is None else scale
     return torch.clamp(x / scale, -448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
-def in_groups_of_fp8(x: Tensor, largest: float) -> Tensor:
+def in_groups_of_fp8(x: Tensor, largest: float, scale: Tensor | None = None) -> Tensor:
     """The same with a scale for each 128 inputs too."""
+    assert scale is None
     return in_fp8(x.unflatten(-1, (-1, 128)), largest).flatten(-2)
 
 
+def in_fp4(x: Tensor, largest: float, scale: Tensor | None = None, *, inverses: bool = False) -> Tensor:
+    """Numbers of E2M1 in groups of 16 inputs, whose scales are numbers of E4M3 divided by the given one.
+
+    inverses: whether these are multiplied by as their inverses, as in vLLM. An input may become another number then.
+    """
+    assert scale is not None
+    grouped = x.unflatten(-1, (-1, 16))
+    of_group = grouped.abs().amax(-1, keepdim=True)
+    exact = scale * (of_group * (1 / 6) if inverses else of_group / 6)
+    wide = exact.clamp(max=448).to(torch.float8_e4m3fn).float()
+    factor = wide * (1 / scale) if inverses else wide / scale
+    scaled = grouped * (1 / factor) if inverses else grouped / factor
+    points = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    middles = (points[1:] + points[:-1]) / 2
+    middles[1::2] = torch.nextafter(middles[1::2], torch.zeros(3))  # ties go to numbers with an even fraction
+    places = torch.bucketize(scaled.nan_to_num(0).abs(), middles)
+    return (points[places] * grouped.sign() * factor).flatten(-2)
+
+
 #: Variants of compressed-tensors whose readers round the inputs of Linears, and how.
-INPUTS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
+INPUTS: Mapping[str, Callable[[Tensor, float, Tensor | None], Tensor]] = {
     "int-quantized": in_int8,
     "float-quantized": in_fp8,
     "fp8-block": in_groups_of_fp8,
+    "nvfp4-w4a4": in_fp4,
+    "nvfp4-w4a4 by inverses": functools.partial(in_fp4, inverses=True),
 }
 
 
 class RoundedInputs(TorchFunctionMode):
-    """Rounds what some weights are multiplied with: of Linears, and of experts, whose weights are parts of one parameter."""
+    """Rounds what some weights are multiplied with: of Linears, and of experts, whose weights are parts of one parameter. scales: static
+    ones, in the order of the weights."""
 
-    def __init__(self, rounded: Callable[[Tensor, float], Tensor], largest: float, weights: list[Tensor]) -> None:
+    def __init__(
+        self, rounded: Callable[[Tensor, float, Tensor | None], Tensor], largest: float, weights: list[Tensor], scales: list[Tensor | None]
+    ) -> None:
         super().__init__()
         self._rounded, self._largest = rounded, largest
-        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        self._scales = {weight.untyped_storage().data_ptr(): scale for weight, scale in zip(weights, scales, strict=True)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear and args[1].untyped_storage().data_ptr() in self._weights:
-            args = (self._rounded(args[0], self._largest), *args[1:])
+        if func is torch.nn.functional.linear and (place := args[1].untyped_storage().data_ptr()) in self._scales:
+            args = (self._rounded(args[0], self._largest, self._scales[place]), *args[1:])
         return func(*args, **(kwargs or {}))
 
 

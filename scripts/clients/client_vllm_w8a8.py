@@ -12,6 +12,7 @@ from client_vllm_engine import HEADS
 
 #: An input near the middle of two integers may become the other one, which then differs by a 127th of the largest.
 LOGPROB_TOLERANCE = 0.003
+STATIC = ("-static", "--input-scales", "static")
 SKIP = ("--skip", r".*layers\.1\.(self_attn|mlp\.(gate|up)_proj)")
 
 
@@ -28,6 +29,8 @@ def make_cases() -> tuple[Case, ...]:
         make_engine_case("llama", "w8a8-int8", "-gptaq", "--method", "gptaq"),
         make_engine_case("llama", "w8a8-int8", "-skip", *SKIP),
         make_engine_case("llama", "w8a8-int8", "-head", "--lm-head"),
+        *(make_engine_case(family, "w8a8-int8", *STATIC) for family in HEADS),
+        make_engine_case("llama", "w8a8-int8", "-head-skip" + STATIC[0], "--lm-head", *SKIP, *STATIC[1:]),
     )
 
 

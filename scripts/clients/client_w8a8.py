@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cases import Case, Client
 from client_compressed_tensors import fails as fails_in_compressed_tensors
-from client_vllm_w8a8 import SKIP
+from client_vllm_w8a8 import SKIP, STATIC
 
 
 def make_cases() -> tuple[Case, ...]:
@@ -13,6 +13,8 @@ def make_cases() -> tuple[Case, ...]:
         _case("llama-rtn", "llama", "--method", "rtn"),
         _case("llama-skip", "llama", *SKIP),
         _case("llama-head", "llama", "--lm-head"),
+        *(_case(f"{family}{STATIC[0]}", family, *STATIC[1:]) for family in ("llama", "qwen2", "opt", "bloom")),
+        _case("llama-head-skip" + STATIC[0], "llama", "--lm-head", *SKIP, *STATIC[1:]),
     )
 
 
@@ -23,7 +25,7 @@ def _case(name: str, family: str, *more: str) -> Case:
 
 NOT_ROUNDED = "transformers does not round the inputs of experts; their weights are right"
 LIMITS = {
-    "/opt-(w8a8|fp8)": "compressed-tensors takes all tokens for one where inputs have two dimensions, as those of OPT's fc1 and fc2",
+    "/opt-(w8a8-int8|fp8)$": "compressed-tensors takes all tokens for one where inputs have two dimensions, as those of OPT's fc1 and fc2",
     "/(qwen3_moe|mixtral)-w8a8": NOT_ROUNDED,
 }
 

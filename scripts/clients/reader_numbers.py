@@ -1,16 +1,19 @@
 #!/usr/bin/env python3
-"""Read bigq's output in w8a8-int8, fp8, fp8-block, nvfp4 or mxfp4 with transformers and compressed-tensors, in the client's virtual
-environment without bigq.
+"""Read bigq's output in w8a8-int8, fp8, fp8-block, nvfp4, nvfp4-w4a4 or mxfp4 with transformers and compressed-tensors, in the client's
+virtual environment without bigq.
 
     reader_numbers.py RESULTS FOLDER…
 
 route "transformers": ``AutoModelForCausalLM.from_pretrained``. It unpacks the weights, and rounds the inputs of Linears itself if the
     format says so. In fp32; 4-bit weights become bf16 whatever dtype is asked for, so models with such are loaded in bf16.
+route "unpacked": the same in fp32 for 4-bit weights. The first forward unpacks them to bf16, in which they are exact, and fails since the
+    rest of the model is in fp32; then they are made fp32 too.
 route "dequantize": the same with its option for unpacking weights at once, in fp32.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import re
@@ -46,6 +49,12 @@ def experts_equal(model: nn.Module, expected: dict[str, Tensor]) -> int:
     return equal
 
 
+def unpack(model: nn.Module, ids: Tensor) -> None:
+    with contextlib.suppress(RuntimeError), torch.no_grad():
+        model.eval()(input_ids=ids, use_cache=False)
+    nn.Module.float(model)  # transformers' own float() refuses quantized models
+
+
 def read(folder: Path, route: str, dtype: torch.dtype) -> dict[str, Any]:
     began = time.monotonic()
     row: dict[str, Any] = {"case": folder.name, "route": route}
@@ -55,6 +64,8 @@ def read(folder: Path, route: str, dtype: torch.dtype) -> dict[str, Any]:
     more = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if route == "dequantize" else {}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=dtype, output_loading_info=True, **more)
+        if route == "unpacked":
+            unpack(model, tensors["ids"])
         with torch.no_grad():
             got = model.eval()(input_ids=tensors["ids"], use_cache=False).logits.float()
         modules = dict(model.named_modules())

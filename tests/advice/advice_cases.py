@@ -80,6 +80,24 @@ OPTIONS = (
     Case("--tune-steps {}: {} stores no integers; leave it out", BNB + " --method gptaq --tune-steps 4"),
     Case("--bits-per-weight {}: {} holds {} bits only; leave it out", BNB + " --bits-per-weight 4.5"),
     Case("--lm-head: {} holds Linears inside blocks only; leave out --lm-head", BNB + " --lm-head"),
+    Case(
+        "{}: needs calibration, which {} has not; use --method gptq, or {}",
+        WHOLE_ROWS + " --method rtn --input-scales static",
+    ),
+    Case(
+        "{}: needs calibration, which {} has not; use --method gptq, or {}",
+        PLAN.replace(" --group-size 32", " --format nvfp4-w4a4 --method rtn"),
+    ),
+    Case(
+        "--input-scales static: {} has no static scales of inputs; use {}, or leave it out",
+        PLAN.replace(" --group-size 32", " --format nvfp4") + " --input-scales static",
+    ),
+    Case(
+        "{}: stores numbers for inputs, of which experts ({}) get none; {}, or leave experts unquantized with",
+        WHOLE_ROWS.replace("w8a8-int8", "fp8") + " --input-scales static",
+        family="mixtral",
+        then="allow-partial",
+    ),
     Case("{}: its readers take no experts, which {} has; use --format {}", BNB, family="mixtral"),
     Case("leave it out", BNB + " --bits 3"),
     Case("leave it out", BNB + " --asym"),

@@ -47,6 +47,7 @@ SETTINGS = {
     "method": "gptq",
     "alpha": 0.5,
     "format": "gptq",
+    "input_scales": "dynamic",
     "lm_head": False,
     "attention": "model",
     "rotate": False,
@@ -102,6 +103,7 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("settings.rules", [{"pattern": "c", "overrides": {"damping": 0.5}}], ["--rule 'c:damping=0.5': ", "with --skip 'a.*' --rule "]),
     ("settings.method", "rtn", ["--method rtn: ", "with --method gptq;"]),
     ("settings.lm_head", True, ["--lm-head: ", "with --no-lm-head;"]),
+    ("settings.input_scales", "static", ["--input-scales static: ", "with --input-scales dynamic;"]),
     ("settings.rotate", True, ["--rotate: ", "with --no-rotate;"]),
     ("settings.attention", "fused", ["--attention fused: ", "with --attention model;"]),
     ("settings.fold", "awq", ["--fold awq: ", "with no --fold;"]),
@@ -253,6 +255,7 @@ def test_to_a_gpu_and_back() -> None:
 ADDED = (
     "settings.text_field",
     "settings.attention",
+    "settings.input_scales",
     "settings.rotate",
     "settings.tune_steps",
     "settings.fold",

@@ -11,13 +11,14 @@ from bigq.io.formats.awq import Awq, AwqSchemes
 from bigq.io.formats.base import Format, PackedLinear, PackedSchemes, PackedWeight, Quantization
 from bigq.io.formats.bitsandbytes import BitsAndBytesSchemes, BnbFp4, Nf4
 from bigq.io.formats.compressed_tensors import CompressedTensors, CompressedTensorsSchemes
-from bigq.io.formats.fp4 import MxFp4, NvFp4
+from bigq.io.formats.fp4 import MxFp4, NvFp4, NvFp4W4A4
 from bigq.io.formats.fp8_block import Fp8Block
 from bigq.io.formats.gptq import Gptq, GptqV2
 from bigq.io.formats.gptq_config import GptqSchemes
 from bigq.io.formats.numbers import Numbers, NumbersSchemes
-from bigq.io.formats.w8a8 import Fp8, W8A8Int8
+from bigq.io.formats.w8a8 import Fp8, StaticFp8, StaticW8A8Int8, W8A8Int8
 from bigq.io.json_file import show_name, show_value
+from bigq.vocabulary import InputScalesName
 
 __all__ = [
     "FORMATS",
@@ -26,15 +27,19 @@ __all__ = [
     "PackedSchemes",
     "PackedWeight",
     "Quantization",
+    "format_of",
     "numbers_format",
     "quantization_method",
     "read_schemes",
 ]
 
 #: Variants of compressed-tensors that store numbers instead of packed codes.
-_NUMBERS: tuple[Numbers, ...] = (W8A8Int8(), Fp8(), Fp8Block(), NvFp4(), MxFp4())
+_NUMBERS: tuple[Numbers, ...] = (W8A8Int8(), Fp8(), Fp8Block(), NvFp4(), NvFp4W4A4(), MxFp4())
 FORMATS: Mapping[str, Format] = {made.name: made for made in (Gptq(), GptqV2(), CompressedTensors(), *_NUMBERS, Awq(), Nf4(), BnbFp4())}
 
+
+#: Formats whose readers round inputs, with static scales of these, by the format's name.
+STATIC: Mapping[str, Numbers] = {made.name: made for made in (StaticW8A8Int8(), StaticFp8())}
 
 #: Entries that name a method in place of ``quant_method``.
 _METHOD_KEYS = ("quant_type", "quant_algo", "quantization_method", "method", "format", "fmt")
@@ -52,9 +57,14 @@ _TELLING_KEYS: Mapping[str, str] = {
 }
 
 
+def format_of(name: str, input_scales: InputScalesName) -> Format:
+    """The format called ``name``, with such scales of inputs if it can have them."""
+    return STATIC.get(name, FORMATS[name]) if input_scales == "static" else FORMATS[name]
+
+
 def numbers_format(config: Mapping[str, Any]) -> Numbers | None:
     """The variant of compressed-tensors that a ``quantization_config`` describes, if it is one that stores numbers and that bigq writes."""
-    return next((made for made in _NUMBERS if made.describes(config)), None)
+    return next((made for made in (*_NUMBERS, *STATIC.values()) if made.describes(config)), None)
 
 
 def read_schemes(path: Path, config: Mapping[str, Any]) -> PackedSchemes:

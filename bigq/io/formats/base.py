@@ -30,7 +30,7 @@ REASONS = 3
 
 
 #: Types to which readers quantize the inputs of Linears; empty if they do not. "e4m3-groups": for each group of 128 inputs by itself.
-InputType = Literal["", "int8", "e4m3", "e4m3-groups"]
+InputType = Literal["", "int8", "e4m3", "e4m3-groups", "e2m1"]
 
 #: The name of a matrix of one expert; readers take all experts of a bank, the first group, as one module.
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.\w+")
@@ -138,7 +138,9 @@ class Format(ABC):
     scales_as_weights: whether scales have the dtype of the original weights, instead of fp16.
     bits, group_sizes: those that it holds; None for any group size. one_size: whether its config has one group size for all Linears.
     quantized_inputs: the type to which its readers quantize the inputs of Linears too,
-        with a scale for each token, so that the same weights in another format are another model; empty if they do not.
+        so that the same weights in another format are another model; empty if they do not.
+    input_suffix: suffix of the tensor that holds a number for the inputs of each Linear, which calibration finds; empty if there is none,
+        because readers do not quantize inputs or find their scales for each token.
     tag: the hub's name of the format.
     points, scale_form: what codes stand for, and how scales are stored.
     fixed: fields of the scheme that have only one value in the format.
@@ -161,6 +163,7 @@ class Format(ABC):
     group_sizes: ClassVar[tuple[int, ...] | None] = None
     one_size: ClassVar[bool] = False
     quantized_inputs: ClassVar[InputType] = ""
+    input_suffix: ClassVar[str] = ""
     points: ClassVar[PointsName] = "int"
     scale_form: ClassVar[ScaleForm] = "fp16"
     fixed: ClassVar[Mapping[str, int | bool]] = {}
@@ -201,11 +204,25 @@ class Format(ABC):
     def layout(
         self, prefix: str, linear: PackedLinear, symmetric: bool, dtype: torch.dtype
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtypes and shapes of the tensors that ``store`` returns for such a Linear, in the same order."""
+        """Dtypes and shapes of the tensors that ``store`` and ``pack_inputs`` return for such a Linear, in the same order."""
 
     def pack(self, prefix: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         """``store`` for a weight from the solver."""
         return self.store(prefix, PackedWeight.of(weight), weight.scheme, dtype)
+
+    def pack_inputs(self, prefix: str, largest: float | None) -> dict[str, Tensor]:
+        """The tensor for the inputs of a Linear, by name, which comes after those of its weight; none if the format has none.
+
+        largest: the largest magnitude of an input in calibration; known where the format needs it.
+        """
+        if not self.input_suffix:
+            return {}
+        assert largest is not None, f"{prefix}: {self.name} stores {self.input_suffix}, for which calibration is needed"
+        return {self.tensor(prefix, self.input_suffix): self.input_number(largest)}
+
+    def input_number(self, largest: float) -> Tensor:
+        """fp32 [1]: what the tensor for inputs holds, from their largest magnitude in calibration."""
+        raise NotImplementedError(f"{self.name} stores nothing for inputs")
 
     @abstractmethod
     def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> PackedWeight:

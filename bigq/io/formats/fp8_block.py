@@ -19,7 +19,8 @@ from torch import Tensor
 
 from bigq.errors import CheckpointError
 from bigq.io.formats.base import InputType, PackedLinear, PackedWeight, require_tensor
-from bigq.io.formats.w8a8 import BITS, FLOATS, Fp8
+from bigq.io.formats.numbers import FLOATS
+from bigq.io.formats.w8a8 import BITS, Fp8
 from bigq.io.index import TensorInfo
 from bigq.kernels.grid_spec import BLOCK_ROWS
 from bigq.kernels.pack import pack, unpack

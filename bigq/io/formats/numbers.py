@@ -6,18 +6,27 @@ the inputs of Linears as well (``input_activations``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bigq.io.formats.base import Format, Quantization
+import torch
+from torch import Tensor
+
+from bigq.errors import CheckpointError
+from bigq.io.formats.base import Format, Quantization, require_tensor
 from bigq.io.formats.compressed_tensors import CompressedTensors
+from bigq.io.index import TensorInfo
 from bigq.scheme import QuantScheme
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Numbers(CompressedTensors):
-    """variant: its name in configs. weights, inputs: what a config's group says of them; inputs that stay as they are have None."""
+    """variant: its name in configs. weights, inputs: what a config's group says of them; inputs that stay as they are have None.
+    weight_suffixes: of the tensors of a weight; that for inputs comes after them."""
 
     tag = "compressed-tensors"
     mark = "weight_scale"
@@ -27,6 +36,10 @@ class Numbers(CompressedTensors):
     variant: ClassVar[str]
     weights: ClassVar[Mapping[str, Any]]
     inputs: ClassVar[Mapping[str, Any] | None] = None
+    weight_suffixes: ClassVar[tuple[str, ...]]
+
+    def suffixes(self, symmetric: bool) -> tuple[str, ...]:
+        return (*self.weight_suffixes, *([self.input_suffix] if self.input_suffix else []))
 
     def tensor(self, prefix: str, suffix: str) -> str:
         return f"{prefix}.{suffix}"
@@ -47,6 +60,13 @@ class Numbers(CompressedTensors):
             group["format"] = self.variant
         return {**found, "quant_method": "compressed-tensors", "format": self.variant}
 
+    def require_input_number(self, prefix: str, tensors: Mapping[str, TensorInfo]) -> None:
+        """Raise CheckpointError if the tensor for inputs is missing or no number."""
+        if self.input_suffix:
+            number = require_tensor(tensors, f"{prefix}.{self.input_suffix}")
+            if math.prod(number.shape) != 1 or number.dtype not in FLOATS:
+                raise CheckpointError(f"tensor {number.name}: is not one floating number")
+
     def describes(self, config: Mapping[str, Any]) -> bool:
         """Whether a ``quantization_config`` is of this variant, with weights and inputs as it has them."""
         groups = config.get("config_groups")
@@ -64,6 +84,11 @@ class Numbers(CompressedTensors):
 def _says(group: Mapping[str, Any], part: str, values: Mapping[str, Any]) -> bool:
     said = group.get(part)
     return bool(values) and isinstance(said, dict) and all(said.get(key) == value for key, value in values.items())
+
+
+def wrong_input_number(piece: Tensor) -> str | None:
+    """What is wrong with the number for inputs, by which readers divide; None if nothing."""
+    return None if bool((torch.isfinite(piece) & (piece > 0)).all()) else "is not a positive number"
 
 
 @dataclass(frozen=True, slots=True)

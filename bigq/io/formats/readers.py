@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bigq.io.formats.readers_table import ROWS, RUN_FAMILIES, Kind, Row
@@ -18,7 +18,7 @@ class Written:
     None where it is not known. head: whether the output head is packed. transposed: whether Linears are stored transposed (GPT-2), which
     compressed-tensors cannot hold. split: whether parts of a fused Linear differ.
     experts: the kinds of experts' matrices among them, None for banks of experts that stay unquantized; empty for models without experts.
-    whole: whether the source holds one tensor for all experts of a packed bank.
+    whole: whether the source holds one tensor for all experts of a packed bank. static: whether scales of inputs are static.
     """
 
     format: str
@@ -30,6 +30,7 @@ class Written:
     split: bool = False
     experts: frozenset[Kind | None] = frozenset()
     whole: bool = False
+    static: bool = False
 
 
 #: The format of the safetensors shards that a job of format gguf writes beside its GGUF file.
@@ -85,10 +86,11 @@ def not_run_with(found: Iterable[Verdict], family: str | None) -> str | None:
 
 
 def _verdicts(written: Written, format: str) -> Iterator[Verdict]:
-    for reader in dict.fromkeys(row.reader for row in ROWS if format in row.formats):
-        rows = [row for row in ROWS if row.reader == reader and format in row.formats]
+    those = [row for row in ROWS if format in row.formats and row.static in (None, written.static)]
+    for reader in dict.fromkeys(row.reader for row in those):
+        rows = [row for row in those if row.reader == reader]
         used = {kind: next((row for row in rows if row.has(kind)), None) for kind in written.kinds or {written.base}}
-        reason = _refusal(written, format, rows[0], used)
+        reason = _refusal(written, format, rows, used)
         if reason is not None:
             yield Verdict(reader=reader, loads=False, note=f"{reader} does not load {reason}")
             continue
@@ -101,11 +103,12 @@ def _verdicts(written: Written, format: str) -> Iterator[Verdict]:
         yield Verdict(reader=reader, loads=True, note="; ".join(notes))
 
 
-def _refusal(written: Written, format: str, row: Row, used: Mapping[Kind, Row | None]) -> str | None:
-    """What a reader cannot load, and what to do about it; None if it loads the output. row: the reader's first row."""
+def _refusal(written: Written, format: str, rows: Sequence[Row], used: Mapping[Kind, Row | None]) -> str | None:
+    """What a reader cannot load, and what to do about it; None if it loads the output. rows: the reader's for the format."""
+    row = rows[0]
     shards = " shards" if written.format == "gguf" else ""
     here = f"{format}{shards}"
-    if (reason := _refused_family(written, format, here, row, used)) is not None:
+    if (reason := _refused_family(written, here, rows, used)) is not None:
         return reason
     if written.split and row.fuses:
         return f"{here} whose fused Linears have parts that differ"
@@ -120,7 +123,6 @@ def _refusal(written: Written, format: str, row: Row, used: Mapping[Kind, Row | 
     if not row.head and written.head:
         return f"{here} with a packed output head{other}"
     for kind in sorted((kind for kind, found in used.items() if found is None), key=lambda k: (k.bits, k.group_size, k.symmetric)):
-        rows = [each for each in ROWS if each.reader == row.reader and format in each.formats]
         if not any(kind.symmetric in each.symmetric for each in rows):
             return f"{'symmetric' if kind.symmetric else 'asymmetric'} {here}{other if format in _GPTQ else ''}"
         if not any(kind.bits in each.bits for each in rows):
@@ -133,11 +135,11 @@ def _refusal(written: Written, format: str, row: Row, used: Mapping[Kind, Row | 
     return None
 
 
-def _refused_family(written: Written, format: str, here: str, row: Row, used: Mapping[Kind, Row | None]) -> str | None:
-    """What is said of models of a type that a reader does not load in the format, or not asymmetric. row: the reader's first row."""
-    rows = [each for each in ROWS if each.reader == row.reader]
-    if all(written.family in each.not_families for each in rows if format in each.formats):
-        elsewhere = any(written.family not in each.not_families and _CT in each.formats for each in rows)
+def _refused_family(written: Written, here: str, rows: Sequence[Row], used: Mapping[Kind, Row | None]) -> str | None:
+    """What is said of models of a type that a reader does not load in the format, or not asymmetric. rows: the reader's for the format."""
+    if all(written.family in each.not_families for each in rows):
+        others = (each for each in ROWS if each.reader == rows[0].reader and _CT in each.formats)
+        elsewhere = any(written.family not in each.not_families for each in others)
         return f"{here} of {written.family} models{_advice(written, _CT) if elsewhere else ''}"
     if any(found is not None and written.family in found.not_families for found in used.values()):
         return f"asymmetric {here} of {written.family} models; use --sym"

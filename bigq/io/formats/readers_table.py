@@ -19,7 +19,7 @@ from bigq.scheme import QuantScheme
 BY_FUSED_NAME: Mapping[str, bool] = {
     "gptq": True,
     "gptq_v2": True,
-    **dict.fromkeys(("compressed-tensors", "w8a8-int8", "fp8", "fp8-block", "nvfp4", "mxfp4", "awq"), False),
+    **dict.fromkeys(("compressed-tensors", "w8a8-int8", "fp8", "fp8-block", "nvfp4", "nvfp4-w4a4", "mxfp4", "awq"), False),
 }
 
 ALL_BITS = (2, 3, 4, 8)
@@ -65,6 +65,7 @@ class Row:
     experts: whether it loads packed experts of these kinds; "alike": only if all experts of the model are packed, with one scheme.
     experts_fail: what it does with them if not.
     whole: whether it loads packed experts where the source holds one tensor for all of them.
+    static: whether scales of inputs must be static, or must not be; None for formats without such scales.
     """
 
     reader: str
@@ -80,6 +81,7 @@ class Row:
     experts: bool | Literal["alike"] = True
     experts_fail: str = "it leaves them random"
     whole: bool = True
+    static: bool | None = None
     needs: str = ""
     kernel: str = ""
 
@@ -95,7 +97,7 @@ _CT = ("compressed-tensors",)
 _GPTQ = ("gptq", "gptq_v2")
 _AWQ = ("awq",)
 _W8A8 = ("w8a8-int8",)
-_NVFP4, _MXFP4, _FP8, _FP8_BLOCK = ("nvfp4",), ("mxfp4",), ("fp8",), ("fp8-block",)
+_NVFP4, _W4A4, _MXFP4, _FP8, _FP8_BLOCK = ("nvfp4",), ("nvfp4-w4a4",), ("mxfp4",), ("fp8",), ("fp8-block",)
 _BNB, _BNB_NEEDS = ("bnb-nf4", "bnb-fp4"), "accelerate, bitsandbytes"
 ROWS: tuple[Row, ...] = (
     Row(reader="transformers", formats=_GPTQ, mixed=False, head=False, experts=False, needs="optimum, gptqmodel"),
@@ -120,10 +122,17 @@ ROWS: tuple[Row, ...] = (
             group_sizes=(size,),
             experts="alike",
             whole=False,
+            static=static,
             not_families=families,
             needs="compressed-tensors",
         )
-        for formats, size, families in ((_W8A8, -1, ("opt",)), (_FP8, -1, ("opt",)), (_FP8_BLOCK, 128, ()))
+        for formats, size, static, families in (
+            (_W8A8, -1, False, ("opt",)),
+            (_W8A8, -1, True, ()),
+            (_FP8, -1, False, ("opt",)),
+            (_FP8, -1, True, ()),
+            (_FP8_BLOCK, 128, False, ()),
+        )
     ),
     Row(
         reader="transformers",
@@ -133,6 +142,15 @@ ROWS: tuple[Row, ...] = (
         group_sizes=(16,),
         experts=False,
         experts_fail="it takes no notice of their global scale",
+        needs="compressed-tensors",
+    ),
+    Row(
+        reader="transformers",
+        formats=_W4A4,
+        bits=(4,),
+        symmetric=(True,),
+        group_sizes=(16,),
+        experts=False,
         needs="compressed-tensors",
     ),
     Row(
@@ -227,6 +245,7 @@ ROWS: tuple[Row, ...] = (
             (_FP8, 8, -1, "Cutlass or Marlin"),
             (_FP8_BLOCK, 8, 128, "DeepGEMM, Cutlass, Marlin or Triton"),
             (_NVFP4, 4, 16, "Marlin"),
+            (_W4A4, 4, 16, "FlashInfer or Cutlass, else Marlin"),
             (_MXFP4, 4, 32, "Marlin"),
         )
     ),
@@ -251,6 +270,7 @@ def markdown_table() -> str:
     for row in ROWS:
         zeros = "both" if len(row.symmetric) > 1 else "symmetric" if row.symmetric[0] else "asymmetric"
         limits = [f"needs {row.needs}"] * bool(row.needs) + [f"CUDA kernel: {row.kernel}"] * bool(row.kernel)
+        limits = ([] if row.static is None else [f"{'static' if row.static else 'dynamic'} scales of inputs"]) + limits
         limits += ["one bit width and group size for all"] * (not row.mixed) + ["no packed output head"] * (not row.head)
         limits += ["no packed experts"] * (row.experts is False)
         limits += (

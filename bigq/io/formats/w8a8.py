@@ -5,7 +5,10 @@ For a Linear X with K inputs and N outputs, in whole rows:
     X.weight         int8 or fp8 (E4M3) [N, K]
     X.weight_scale   [N, 1]                      dtype of the original weight
 
-Readers quantize the inputs as well: for each token to the same type, with a scale that they find (``input_activations``, dynamic).
+Readers quantize the inputs as well, to the same type: for each token with a scale that they find (``input_activations``, dynamic), or
+with one for all tokens (static):
+
+    X.input_scale    fp32 [1]                    the largest magnitude of a calibration input over the largest number of the type
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor
 from bigq.errors import CheckpointError, UsageError
 from bigq.io.formats.base import InputType, PackedLinear, PackedWeight, require_tensor
 from bigq.io.formats.gptq import check_scales
-from bigq.io.formats.numbers import Numbers
+from bigq.io.formats.numbers import FLOATS, Numbers, wrong_input_number
 from bigq.io.index import TensorInfo
 from bigq.kernels.pack import pack, unpack
 from bigq.scheme import QuantScheme
@@ -30,17 +33,18 @@ BITS = 8
 INT8_ZERO, E4M3_ZERO = 128, 126
 #: The exponent and fraction of E4M3 that are NaN.
 E4M3_NAN = 0x7F
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class EightBits(Numbers):
-    """dtype: of the numbers. zero: the zero point of all rows."""
+    """dtype: of the numbers. zero: the zero point of all rows. largest: the largest number of an input."""
 
     bits = (BITS,)
+    weight_suffixes = ("weight_scale", "weight")
     group_sizes = (-1,)
     fixed: ClassVar[Mapping[str, int | bool]] = {"bits": BITS, "group_size": -1, "symmetric": True}
     dtype: ClassVar[torch.dtype]
     zero: ClassVar[int]
+    largest: ClassVar[float]
 
     @abstractmethod
     def numbers(self, codes: Tensor) -> Tensor:
@@ -50,8 +54,10 @@ class EightBits(Numbers):
     def codes(self, numbers: Tensor) -> Tensor:
         """The codes, uint8, of stored numbers."""
 
-    def suffixes(self, symmetric: bool) -> tuple[str, ...]:
-        return ("weight_scale", "weight")
+    def input_number(self, largest: float) -> Tensor:
+        # Inputs that were all 0 say nothing of a scale, by which readers divide.
+        scale = torch.tensor([largest or self.largest]) / self.largest
+        return scale.clamp(min=torch.finfo(torch.float32).tiny)
 
     def multiples(self, bits: int) -> tuple[int, int]:
         # Of kernels on CUDA.
@@ -72,20 +78,19 @@ class EightBits(Numbers):
     def layout(
         self, prefix: str, linear: PackedLinear, symmetric: bool, dtype: torch.dtype
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        return {
-            f"{prefix}.weight_scale": (dtype, (linear.outputs, 1)),
-            f"{prefix}.weight": (self.dtype, (linear.outputs, linear.inputs)),
-        }
+        kinds = (dtype, (linear.outputs, 1)), (self.dtype, (linear.outputs, linear.inputs)), (torch.float32, (1,))
+        return {f"{prefix}.{suffix}": kind for suffix, kind in zip(self.suffixes(True), kinds, strict=False)}
 
     def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> PackedWeight:
-        scales, numbers = (get(f"{prefix}.{name}") for name in self.suffixes(True))
+        scales, numbers = (get(f"{prefix}.{name}") for name in self.weight_suffixes)
         if numbers.ndim != 2 or scales.shape != (len(numbers), 1) or numbers.shape[1] % 4:
             raise CheckpointError(f"{prefix}: the shapes of weight and weight_scale do not match")
         codes = self.codes(numbers).T.contiguous()
         return PackedWeight(pack(codes, BITS), scales, torch.full_like(scales, self.zero, dtype=torch.uint8))
 
     def geometry(self, prefix: str, tensors: Mapping[str, TensorInfo]) -> PackedLinear:
-        scales, weight = (require_tensor(tensors, f"{prefix}.{suffix}") for suffix in self.suffixes(True))
+        scales, weight = (require_tensor(tensors, f"{prefix}.{suffix}") for suffix in self.weight_suffixes)
+        self.require_input_number(prefix, tensors)
         fits = len(weight.shape) == 2 and min(weight.shape) > 0 and not weight.shape[1] % 4 and scales.shape == (weight.shape[0], 1)
         if not fits or weight.dtype != self.dtype or scales.dtype not in FLOATS:
             raise CheckpointError(f"tensor {weight.name}: its shape or dtype does not match that of its weight_scale")
@@ -95,6 +100,8 @@ class EightBits(Numbers):
         return 1
 
     def check_values(self, suffix: str, linear: PackedLinear, piece: Tensor, start: int) -> tuple[str | None, tuple[int, int] | None]:
+        if suffix == self.input_suffix:
+            return wrong_input_number(piece), None
         return check_scales(piece) if suffix == "weight_scale" else self.check_numbers(piece), None
 
     def check_numbers(self, piece: Tensor) -> str | None:
@@ -112,6 +119,7 @@ class W8A8Int8(EightBits):
     quantized_inputs = "int8"
     dtype = torch.int8
     zero = INT8_ZERO
+    largest = 127.0
 
     def numbers(self, codes: Tensor) -> Tensor:
         return (codes.to(torch.int16) - INT8_ZERO).to(torch.int8)
@@ -131,6 +139,7 @@ class Fp8(EightBits):
     points = "e4m3"
     dtype = torch.float8_e4m3fn
     zero = 0  # a codebook has no zero points
+    largest = 448.0
 
     def numbers(self, codes: Tensor) -> Tensor:
         signed = codes.to(torch.int16) - E4M3_ZERO
@@ -143,3 +152,17 @@ class Fp8(EightBits):
 
     def check_numbers(self, piece: Tensor) -> str | None:
         return "holds NaN" if bool(((piece.view(torch.uint8) & 0x7F) == E4M3_NAN).any()) else None
+
+
+class StaticW8A8Int8(W8A8Int8):
+    """With one scale for the inputs of all tokens."""
+
+    inputs: ClassVar[Mapping[str, Any]] = {**W8A8Int8.inputs, "strategy": "tensor", "dynamic": False}
+    input_suffix = "input_scale"
+
+
+class StaticFp8(Fp8):
+    """With one scale for the inputs of all tokens."""
+
+    inputs: ClassVar[Mapping[str, Any]] = {**Fp8.inputs, "strategy": "tensor", "dynamic": False}
+    input_suffix = "input_scale"

@@ -66,6 +66,11 @@ class PackedSource:
         words, scales, zeros = (t.to(device) for t in self.stored(read))
         return dequantize_packed(words, scales, zeros, self.scheme.bits, dtype, self.scheme.points)
 
+    def input_number(self, read: Read) -> Tensor | None:
+        """What the format stores for the inputs, fp32 [1]; None if nothing."""
+        suffix = self.format.input_suffix
+        return read(self.checkpoint[self.format.tensor(self.prefix, suffix)]).float().reshape(1) if suffix else None
+
     def stored(self, read: Read) -> PackedWeight:
         """The packed tensors, in host memory."""
         return self.format.read(self.prefix, lambda name: read(self.checkpoint[name]), self.scheme)

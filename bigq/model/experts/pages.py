@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from bigq.errors import UnsupportedModelError
+from bigq.io.formats import Format
 from bigq.io.index import TensorInfo
 from bigq.io.sources.packed import PackedSource
 from bigq.model.experts.bank import bank_modules
@@ -132,6 +135,18 @@ def stored_banks(model: nn.Module, sources: Mapping[str, tuple[ExpertSource, ...
         shapes = {key: _shape(naming, key, tuple(module.get_parameter(key).shape), parts[0]) for key, parts in own.items()}
         found[path] = StoredBank(path, own, shapes, naming)
     return found
+
+
+def stores_inputs(folder: Path, format: Format, banks: Iterable[StoredBank]) -> bool:
+    """Whether a format stores a number for the inputs of each Linear. folder: of the checkpoint.
+
+    Raises UnsupportedModelError if it does and experts are packed, for whose inputs bigq knows none.
+    """
+    if format.input_suffix and any(any(bank.packed()) for bank in banks):
+        raise UnsupportedModelError(
+            f"{folder}: has numbers for the inputs of experts (static scales), which bigq cannot read; give the original model"
+        )
+    return bool(format.input_suffix)
 
 
 def _shape(naming: Naming, key: str, shape: tuple[int, ...], source: ExpertSource) -> ExpertLinear:

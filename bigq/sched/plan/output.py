@@ -35,6 +35,7 @@ def output_of(shape: ModelShape, work: Work, config: JobConfig) -> Output:
             base=Kind.of(config.scheme),
             kinds=frozenset(Kind.of(scheme) for scheme in schemes if scheme is not None),
             family=shape.family,
+            static=bool(config.made.input_suffix),
             head=any(work.scheme(name) is not None for name in head),
             transposed=shape.transposed,
             experts=frozenset(None if scheme is None else Kind.of(scheme) for scheme in of_experts),

@@ -287,7 +287,8 @@ def _solving(config: JobConfig, method: Method) -> tuple[str, ...]:
     quality = quality_of(config.method, scheme)
     columns = [f"{scheme.order} order"] * method.calibrated
     sweeps = [f"{scheme.sweeps} sweep{'s' * (scheme.sweeps > 1)}"] * (method.calibrated and scheme.sweeps > 0)
-    return (method.title, *columns, scales, *sweeps, *([f"--quality {quality}"] * (quality is not None)))
+    inputs = ["static scales of inputs"] * (config.input_scales == "static")
+    return (method.title, *columns, scales, *sweeps, *inputs, *([f"--quality {quality}"] * (quality is not None)))
 
 
 def phase_seconds(phase: Phase, ceilings: Ceilings) -> float:

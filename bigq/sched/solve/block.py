@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bigq.errors import NumericsError
 from bigq.machine.memory import return_freed_memory
 from bigq.machine.ranks import OneProcess, Ranks
-from bigq.methods.base import CalibratedMethod, Collector, DataFreeMethod
+from bigq.methods.base import CalibratedMethod, DataFreeMethod
 from bigq.model.blocks import block_linears
 from bigq.model.forward.block_call import BlockCall
 from bigq.model.forward.capture import StopForward, replace_forwards
@@ -33,6 +33,7 @@ from bigq.sched.rows.routed import RoutedRows, record_routed
 from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.solve.bank import BankJob, SolvedExpert, round_bank, run_bank_rows, solve_bank
+from bigq.sched.solve.collected import Collected
 from bigq.sched.solve.fold import FOLD_STEP
 from bigq.sched.solve.results import Skipped, Solved
 from bigq.sched.solve.shared import solve_shared
@@ -46,7 +47,7 @@ class BlockJob:
 
     index: of the block. prefix: its module path. schemes: by the Linear's name in the block; Linears without a scheme stay unquantized.
     on_nonfinite: if a value is not finite or a factorization fails, "stop" with an error, or "skip" the tokens and Linears concerned.
-    banks: the banks of experts by their name in the block.
+    banks: the banks of experts by their name in the block. largest_inputs: whether the largest input of each Linear is needed.
     """
 
     index: int
@@ -58,6 +59,7 @@ class BlockJob:
     clock: Clock
     on_nonfinite: OnNonfinite = "stop"
     banks: Mapping[str, BankJob] = field(default_factory=dict)
+    largest_inputs: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,13 +199,13 @@ def _collect(
     linears: Mapping[str, nn.Module],
     groups: list[Group],
     keep: list[Shortcut],
-) -> dict[tuple[str, ...], Collector]:
+) -> dict[tuple[str, ...], Collected]:
     """Replay the calibration rows up to the inputs of all Linears in the groups. Returns one collector per group, by the group's names."""
     store, reference = rows.store, rows.reference
 
-    def collector(group: Group) -> Collector:
+    def collector(group: Group) -> Collected:
         n = linear_weight(linears[group.names[0]]).shape[1]
-        return method.collector(n, job.device, finite_only=job.on_nonfinite == "skip")
+        return Collected(method, n, job.device, finite_only=job.on_nonfinite == "skip", largest=job.largest_inputs)
 
     collectors = {group.names: collector(group) for group in groups}
     leader = {group.names[0]: collectors[group.names] for group in groups}
@@ -276,7 +278,7 @@ def _run_up_to(
 
 
 def _solve_group(
-    job: BlockJob, rows: BlockRows, linears: Mapping[str, nn.Module], group: Group, collector: Collector, ranks: Ranks
+    job: BlockJob, rows: BlockRows, linears: Mapping[str, nn.Module], group: Group, collector: Collected, ranks: Ranks
 ) -> Iterator[Solved | Skipped]:
     """Solve a group's Linears; those with equal schemes are solved together.
 
@@ -314,7 +316,7 @@ def _solve_group(
                 if rows.reference is not None:
                     rows.reference.keep_weight(name, linears[name])
                 set_linear_weight(linears[name], result.dequantize(linear_weight(linears[name]).dtype))
-                yield Solved(f"{job.prefix}.{name}", result, seconds, collector.left_out)
+                yield Solved(f"{job.prefix}.{name}", result, seconds, collector.left_out, collector.largest_input)
 
 
 @contextlib.contextmanager

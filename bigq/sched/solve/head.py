@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bigq.machine.ranks import Ranks
-from bigq.methods.base import CalibratedMethod, Collector, DataFreeMethod
+from bigq.methods.base import CalibratedMethod, DataFreeMethod
 from bigq.model import skeleton
 from bigq.model.forward.capture import StopForward, replace_forwards
 from bigq.model.pager import Pager
@@ -23,13 +23,15 @@ from bigq.progress.clock import Clock, Lap
 from bigq.quantized_weight import QuantizedWeight
 from bigq.sched.plan.costs.head import HEAD_CHUNK
 from bigq.sched.rows.calibration import CalibrationRows
+from bigq.sched.solve.collected import Collected
 from bigq.sched.solve.results import Solved
 from bigq.scheme import QuantScheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadJob:
-    """The output head and how it is quantized. name, module: its Linear, weight [V, d]. finite_only: leave out tokens with NaN or Inf."""
+    """The output head and how it is quantized. name, module: its Linear, weight [V, d]. finite_only: leave out tokens with NaN or Inf.
+    largest_inputs: whether its largest input is needed."""
 
     name: str
     module: nn.Linear
@@ -37,6 +39,7 @@ class HeadJob:
     pager: Pager
     clock: Clock
     finite_only: bool = False
+    largest_inputs: bool = False
 
 
 def quantize_head(job: HeadJob, method: DataFreeMethod) -> Solved:
@@ -56,16 +59,16 @@ def solve_head(job: HeadJob, rows: CalibrationRows, method: CalibratedMethod, ra
         factor = solver.factor(job.scheme, job.name, last=True)
     with job.pager.head_loaded(), job.clock.phase("solve") as seconds["solve"]:
         weight = _by_rows(job, lambda part: factor.solve([part], job.scheme, job.name)[0])
-    return Solved(job.name, weight, seconds, collector.left_out)
+    return Solved(job.name, weight, seconds, collector.left_out, collector.largest_input)
 
 
-def _collect(job: HeadJob, rows: CalibrationRows, method: CalibratedMethod) -> Collector:
+def _collect(job: HeadJob, rows: CalibrationRows, method: CalibratedMethod) -> Collected:
     """Collect the head's inputs with the model's own forward after its blocks. The head itself is not loaded and does not compute."""
     inputs = skeleton.linear_weight(job.module).shape[1]
     pager, store = job.pager, rows.quantized
 
-    def run() -> Collector:
-        collector = method.collector(inputs, pager.device, finite_only=job.finite_only)
+    def run() -> Collected:
+        collector = Collected(method, inputs, pager.device, finite_only=job.finite_only, largest=job.largest_inputs)
 
         def see(x: Tensor) -> Tensor:
             with job.clock.phase("hessian"):

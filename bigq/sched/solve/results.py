@@ -14,13 +14,15 @@ from bigq.quantized_weight import QuantizedWeight
 class Solved:
     """One quantized Linear: its full module name, its weight, and the seconds of its factor and solve (laps of the clock).
 
-    left_out: calibration tokens that were left out of its Hessian because they are not finite.
+    left_out: calibration tokens that were left out of its Hessian because they are not finite. largest_input: the largest magnitude of
+    its inputs in calibration, where it was gathered.
     """
 
     name: str
     weight: QuantizedWeight
     seconds: Mapping[str, Lap]
     left_out: int = 0
+    largest_input: float | None = None
 
     def record(self) -> LinearRecord:
         """The record for the journal and the report."""

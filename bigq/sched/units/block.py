@@ -81,6 +81,7 @@ class BlockUnit(StreamedUnit):
             clock=control.clock,
             on_nonfinite=bench.config.on_nonfinite,
             banks=banks,
+            largest_inputs=bool(bench.config.made.input_suffix),
         )
         records: list[LinearRecord] = []
         with solving.block(job) as visit:
@@ -143,9 +144,10 @@ class BlockUnit(StreamedUnit):
                 control.pause()
                 continue
             source = bench.pager.source_of(f"{solved.name}.weight")
+            made, prefix = bench.config.made, source.name.removesuffix(".weight")
             with control.clock.phase("pack"):
                 if writes:
-                    packed[source.name] = bench.config.made.pack(source.name.removesuffix(".weight"), solved.weight, source.dtype)
+                    packed[source.name] = made.pack(prefix, solved.weight, source.dtype) | made.pack_inputs(prefix, solved.largest_input)
             records.append(solved.record())
             control.progress.solved(len(records), len(job.schemes), _share(job, records))
             faults.point("linear.solved")

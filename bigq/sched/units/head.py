@@ -58,6 +58,7 @@ class HeadUnit(StreamedUnit):
             pager=bench.pager,
             clock=control.clock,
             finite_only=config.on_nonfinite == "skip",
+            largest_inputs=bool(config.made.input_suffix),
         )
         records: list[LinearRecord] = []
         skipped: dict[str, str] = {}
@@ -70,8 +71,9 @@ class HeadUnit(StreamedUnit):
             control.progress.say(f"{head.name} stays unquantized: {skipped[head.name]}")
             tensors = [bench.writer.stored(head.source.name)]
         else:
+            made, prefix = config.made, head.source.name.removesuffix(".weight")
             with control.clock.phase("pack"):
-                packed = config.made.pack(head.source.name.removesuffix(".weight"), solved.weight, head.source.dtype)
+                packed = made.pack(prefix, solved.weight, head.source.dtype) | made.pack_inputs(prefix, solved.largest_input)
             records.append(solved.record())
             if (warning := dead_inputs_warning(records)) is not None:
                 control.progress.warn_once("dead inputs", warning)
