@@ -133,6 +133,8 @@ def whole_model(table: str, folder: Path) -> nn.Module:
     model: Any = getattr(transformers, TABLES[table][1]).from_pretrained(folder, dtype=torch.float32)
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
+    for param in model.parameters():
+        param.data = param.data.clone()  # mapped shards are not aligned, and the bits of a product depend on that on some processors
     loaded: nn.Module = model.eval()
     return loaded
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import randomize
+from models import aligned, randomize
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM
 
@@ -130,4 +130,4 @@ def reference_composite(folder: Path, dtype: torch.dtype = torch.float32) -> nn.
     model: nn.Module = AutoModelForMultimodalLM.from_pretrained(folder, dtype=dtype)
     if model._can_set_experts_implementation():  # type: ignore[operator]
         model.set_experts_implementation("eager")  # type: ignore[operator]
-    return model.eval().requires_grad_(False)
+    return aligned(model).eval().requires_grad_(False)

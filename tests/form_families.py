@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCABULARY, randomize
+from models import VOCABULARY, aligned, randomize
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -97,4 +97,4 @@ def whole_form(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     if model._can_set_experts_implementation():  # type: ignore[operator]
         model.set_experts_implementation("eager")  # type: ignore[operator]
-    return model.eval().requires_grad_(False)
+    return aligned(model).eval().requires_grad_(False)

@@ -204,7 +204,17 @@ def save_ids(path: Path, ids: Tensor) -> Path:
 def reference_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The whole model as transformers loads it."""
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.eval().requires_grad_(False)
+    return aligned(model).eval().requires_grad_(False)
+
+
+def aligned(model: nn.Module) -> nn.Module:
+    """The model with its weights in memory of their own.
+
+    transformers maps shards, where a weight begins at any multiple of 8 bytes; the bits of a product depend on that on some processors.
+    """
+    for param in model.parameters():
+        param.data = param.data.clone()
+    return model
 
 
 def logits_of(model: nn.Module, ids: Tensor, batch: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import aligned
 from moe_families import MOE_FAMILIES, families_and_dtypes, moe_model, random_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ def test_streamed_logits_are_those_of_the_whole_model(family: str, dtype: torch.
     """Bit for bit, with one expert after the other ("eager"); not with another expert."""
     model = saved(family, tmp_path, dtype)
     ids = random_tokens(8, 16)
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, experts_implementation="eager").eval()
+    reference = aligned(AutoModelForCausalLM.from_pretrained(model, dtype=dtype, experts_implementation="eager")).eval()
     expected = whole(reference, ids)
     assert torch.equal(streamed(model, ids), expected)
     next(p for name, p in reference.named_parameters() if "experts" in name and p.ndim == 3)[:2] *= 1.05
@@ -147,7 +148,7 @@ def test_codes_are_those_of_gptq_in_memory(family: str, names: tuple[str, str, s
     """A plain loop over the model's own modules: attention's Linears as bigq solved them, then every expert's by hand."""
     model, out = saved(family, tmp_path, num_hidden_layers=1), tmp_path / "out"
     bigq.quantize(str(model), out, job(tmp_path))
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, experts_implementation="eager").eval()
+    reference = aligned(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, experts_implementation="eager")).eval()
     block = reference.model.layers[0]
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         getattr(block.self_attn, name).weight.copy_(dequantized(out, f"model.layers.0.self_attn.{name}"))

@@ -280,6 +280,7 @@ def test_the_plan_says_so(model: Path, ids: Path, capsys: pytest.CaptureFixture[
 
 def test_readers_of_static_scales_have_rows() -> None:
     assert {(row.formats, row.static) for row in ROWS if row.reader == "transformers" and row.static is not None} == {
+        (("fp8-block",), False),
         (("w8a8-int8",), False),
         (("w8a8-int8",), True),
         (("fp8",), False),

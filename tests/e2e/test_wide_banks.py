@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import aligned
 from moe_families import MOE_FAMILIES, families_and_dtypes, moe_model, random_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -130,7 +131,7 @@ def test_codes_are_those_of_gptq_in_memory(family: str, dtype: torch.dtype, tmp_
     one_block = {"num_hidden_layers": 1} | ({"no_rope_layers": [1]} if family == "llama4_text" else {})
     model, out = saved(family, tmp_path, dtype, **one_block), tmp_path / "out"
     bigq.quantize(str(model), out, job(tmp_path))
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, experts_implementation="eager").eval()
+    reference = aligned(AutoModelForCausalLM.from_pretrained(model, dtype=dtype, experts_implementation="eager")).eval()
     block = reference.model.layers[0]
     for name in ATTENTION:
         block.get_parameter(f"{name}.weight").copy_(dequantized(out, f"model.layers.0.{name}", dtype))
