@@ -172,6 +172,10 @@ class Cluster:
         """What ``scontrol show job`` says, by field."""
         return dict(word.split("=", 1) for word in _run("scontrol", "show", "job", "-o", number).split() if "=" in word)
 
+    def node(self, name: str) -> str:
+        """The state of a node."""
+        return _run("sinfo", "-h", "-N", "-n", name, "-p", "main", "-o", "%T").upper()
+
     def pids(self, node: str, word: str) -> list[int]:
         """Processes on a node that have a word among their arguments."""
         return [process.pid for process in psutil.process_iter() if _node_of(process) == node and word in process.cmdline()]

@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
@@ -40,8 +42,10 @@ TABLE = (("llama", ("--bits", "4")), ("llama", ("--bits", "3", "--skip", r".*\.o
 BLOCKS = 4
 #: Committed blocks when a job is disturbed: it sleeps in the next one.
 DISTURBED_AFTER = 2
+#: bigq's --grace, above the time of a step here.
+GRACE = 80
 #: Seconds within which any job here begins, goes on and ends.
-PATIENCE = 240.0
+PATIENCE = 300.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
 
@@ -58,8 +62,7 @@ class Check:
 
     def submit(self, file: str, *arguments: object, sleep: float = 0.0, more: tuple[str, ...] = ()) -> str:
         """One of the shipped files, as it is. more: options of sbatch."""
-        fault = {"BIGQ_FAULT": f"block.solved:{DISTURBED_AFTER + 1}:sleep={sleep:g}"} if sleep else {}
-        environment = {"BIGQ": str(self.work / "bigq"), "INTERFACE": "lo", "HF_HUB_OFFLINE": "1", **fault}
+        environment = {"BIGQ": str(self.work / "bigq"), "INTERFACE": "lo", "GRACE": str(GRACE), **({"BIGQ_FAULT": fault(sleep)} if sleep else {})}
         log = self.work / "logs" / f"{file}-%j.log"
         options = ["--cpus-per-task=1", f"--output={log}", *more]
         return self.cluster.submit(*options, FILES / f"{file}.sbatch", *arguments, environment=environment)
@@ -109,6 +112,11 @@ class Check:
     def log(self) -> str:
         """The ends of all logs, for errors."""
         return "".join(f"\n== {path.name}\n{path.read_text()[-2000:]}" for path in sorted((self.work / "logs").glob("*.log")))
+
+
+def fault(sleep: float) -> str:
+    """BIGQ_FAULT of a job that sleeps where it is to be disturbed. When it goes on, it has fewer blocks left."""
+    return f"block.solved:{DISTURBED_AFTER + 1}:sleep={sleep:g}"
 
 
 def lines(path: Path) -> list[str]:
@@ -215,11 +223,14 @@ def one_cancelled(check: Check) -> dict[str, Any]:
     return {"requeued": int(found["Restarts"]), "as_expected": found["JobState"] == "CANCELLED"}
 
 
-def node_lost(node: str) -> Callable[[Check], dict[str, Any]]:
+def node_lost(node: str, *, soon_back: bool = False) -> Callable[[Check], dict[str, Any]]:
+    """soon_back: Slurm does not miss the node, only what ran there is gone."""
+
     def lost(check: Check) -> dict[str, Any]:
         def kill(_: str) -> None:
             check.cluster.kill_node(node)
-            time.sleep(emulated_slurm.NODE_TIMEOUT + 10)
+            if not soon_back:
+                until(lambda: "DOWN" in check.cluster.node(node), PATIENCE, f"{node} counts as lost")
             check.cluster.start_node(node)
 
         return disturbed(check, True, kill, 60)
@@ -250,13 +261,42 @@ def two_one_killed(check: Check) -> dict[str, Any]:
     return {**disturbed(check, True, kill, 60), "exit_code": codes[0], "as_expected": codes == ["137:0"]}
 
 
+def torchrun_asked(check: Check) -> dict[str, Any]:
+    """torchrun, two processes, without Slurm: SIGTERM to one of them ends both with code 75, which torchrun turns into 1; the same again"""
+    out = check.work / "torchrun"
+    launcher = "torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=2 --no-python".split()
+    job = [str(check.work / "bigq"), "quantize", str(check.work / "llama"), str(out), *check.options()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with open(check.work / "logs/torchrun.log", "ab") as log:
+
+        def start(**more: str) -> subprocess.Popen[bytes]:
+            return subprocess.Popen([sys.executable, "-m", *launcher, *job], env={**environment, **more}, stdout=log, stderr=log)
+
+        first = start(BIGQ_FAULT=fault(12))
+        check.in_the_middle(out)
+        workers = [each for each in psutil.Process(first.pid).children() if "quantize" in each.cmdline()]
+        workers[-1].terminate()
+        code = first.wait(PATIENCE)
+        began = time.monotonic()
+        second = start()
+        check.goes_on(out)
+        seconds = round(time.monotonic() - began, 1)
+        codes = [code, second.wait(PATIENCE)]
+    found = outcome(check, {"Restarts": "0"}, out, check.whole_of_two(), seconds)
+    return {**found, "exit_codes": codes, "as_expected": codes == [1, 0] and len(workers) == 2}
+
+
 SCENARIOS: dict[str, tuple[str, Callable[[Check], dict[str, Any]]]] = {
     **{
         each.__name__: (" ".join((each.__doc__ or "").split()), each)
         for each in (array_preempted, one_requeued, one_asked, one_out_of_time, one_wrong, one_cancelled, two_asked, two_requeued)
     },
-    "two_one_killed": (two_one_killed.__doc__ or "", two_one_killed),
+    **{each.__name__: (each.__doc__ or "", each) for each in (two_one_killed, torchrun_asked)},
     "two_node_lost": ("multinode.sbatch, two nodes: kill -9 of all processes of the second node, its slurmd too", node_lost("n2")),
+    "two_node_soon_back": (
+        "multinode.sbatch, two nodes: the same, but a new slurmd is there before Slurm misses the old one",
+        node_lost("n2", soon_back=True),
+    ),
     "two_first_node_lost": ("multinode.sbatch, two nodes: the same for the first node, where the script itself runs", node_lost("n1")),
 }
 
