@@ -115,7 +115,13 @@ class Cluster:
         key = base / "munge/key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        files = {"key-file": "munge/key", "socket": "munge.sock", "pid-file": "munge/pid", "log-file": "munge/log", "seed-file": "munge/seed"}
+        files = {
+            "key-file": "munge/key",
+            "socket": "munge.sock",
+            "pid-file": "munge/pid",
+            "log-file": "munge/log",
+            "seed-file": "munge/seed",
+        }
         _run("munged", "--force", "--num-threads=2", *(f"--{name}={base / file}" for name, file in files.items()))
         self.conf = base / "slurm.conf"
         self._write_conf()

@@ -36,7 +36,8 @@ from facts import host, revision, said, versions
 
 FILES = ROOT / "scripts/slurm"
 #: What a job is asked to do besides MODEL and OUT.
-OPTIONS = "--samples 8 --seqlen 24 --batch 3 --group-size 32 --device cpu --quiet --checkpoint-every 0".split()
+SIZES = ["--samples", "8", "--seqlen", "24", "--batch", "3", "--group-size", "32"]
+OPTIONS = [*SIZES, "--device", "cpu", "--quiet", "--checkpoint-every", "0"]
 #: The lines of the array's table: model and options.
 TABLE = (("llama", ("--bits", "4")), ("llama", ("--bits", "3", "--skip", r".*\.o_proj")), ("bloom", ("--bits", "4")))
 BLOCKS = 4
@@ -62,7 +63,12 @@ class Check:
 
     def submit(self, file: str, *arguments: object, sleep: float = 0.0, more: tuple[str, ...] = ()) -> str:
         """One of the shipped files, as it is. more: options of sbatch."""
-        environment = {"BIGQ": str(self.work / "bigq"), "INTERFACE": "lo", "GRACE": str(GRACE), **({"BIGQ_FAULT": fault(sleep)} if sleep else {})}
+        environment = {
+            "BIGQ": str(self.work / "bigq"),
+            "INTERFACE": "lo",
+            "GRACE": str(GRACE),
+            **({"BIGQ_FAULT": fault(sleep)} if sleep else {}),
+        }
         log = self.work / "logs" / f"{file}-%j.log"
         options = ["--cpus-per-task=1", f"--output={log}", *more]
         return self.cluster.submit(*options, FILES / f"{file}.sbatch", *arguments, environment=environment)
@@ -264,7 +270,7 @@ def two_one_killed(check: Check) -> dict[str, Any]:
 def torchrun_asked(check: Check) -> dict[str, Any]:
     """torchrun, two processes, without Slurm: SIGTERM to one of them ends both with code 75, which torchrun turns into 1; the same again"""
     out = check.work / "torchrun"
-    launcher = "torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=2 --no-python".split()
+    launcher = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "--no-python"]
     job = [str(check.work / "bigq"), "quantize", str(check.work / "llama"), str(out), *check.options()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with open(check.work / "logs/torchrun.log", "ab") as log:

@@ -170,7 +170,7 @@ def test_pods_and_managed_jobs_continue_after_the_same_codes() -> None:
     assert {"type": "DisruptionTarget", "status": "True"} in [each for rule in rules for each in rule.get("onPodConditions", [])]
     task = yaml.safe_load((ROOT / "scripts/sky.yaml").read_text())
     assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [75], "max_restarts_on_errors": 0}
-    assert '--grace 100 $OPTIONS' in task["run"]
+    assert "--grace 100 $OPTIONS" in task["run"]
 
 
 def test_the_committed_result_holds_every_scenario_and_all_outputs_are_equal() -> None:
