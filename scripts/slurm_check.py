@@ -155,8 +155,9 @@ def array_preempted(check: Check) -> dict[str, Any]:
     quoted = [" ".join(f"'{word}'" if "\\" in word else word for word in options) for _, options in TABLE]
     rows = [f"{check.work / model} {out} {words}" for (model, _), out, words in zip(TABLE, outs, quoted, strict=True)]
     table.write_text("# MODEL OUT OPTIONS\n\n" + "\n".join(rows) + "\n")
-    first = check.submit("array", table, *check.options(), sleep=15, more=(f"--array=1-{len(TABLE)}",))
-    check.in_the_middle(outs[1])
+    first = check.submit("array", table, *check.options(), sleep=25, more=(f"--array=1-{len(TABLE)}",))
+    for out in outs:
+        check.in_the_middle(out)
     began = time.monotonic()
     urgent = check.cluster.submit("-p", "urgent", "-N2", "--exclusive", f"--output={os.devnull}", "--wrap", "sleep 2")
     check.ended(urgent)
