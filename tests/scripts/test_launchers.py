@@ -173,10 +173,20 @@ def test_pods_and_managed_jobs_continue_after_the_same_codes() -> None:
     assert "--grace 100 $OPTIONS" in task["run"]
 
 
+RESULT = json.loads((ROOT / "docs/results/slurm.json").read_text(encoding="utf-8"))
+
+
 def test_the_committed_result_holds_every_scenario_and_all_outputs_are_equal() -> None:
-    result = json.loads((ROOT / "docs/results/slurm.json").read_text())
-    found = result["scenarios"]
-    assert len(found) == 13
+    found = RESULT["scenarios"]
+    assert len(found) == 13 and "local changes" not in RESULT["revision"]
     assert all(each.get("equal", True) and each.get("as_expected", True) for each in found.values())
+    assert sum(each.get("equal", False) for each in found.values()) == 11
     assert {name for name, each in found.items() if each["requeued"] == 0} == {"one_wrong", "one_cancelled", "torchrun_asked"}
-    assert set(result["schemas"]) == {"scripts/k8s/job.yaml", "scripts/sky.yaml"}
+    assert set(RESULT["schemas"]) == {"scripts/k8s/job.yaml", "scripts/sky.yaml"}
+
+
+def test_the_page_about_clusters_shows_the_committed_result() -> None:
+    page = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    for each in RESULT["scenarios"].values():
+        seconds = f"{each['seconds_until_it_went_on']:.0f}" if "equal" in each else "–"
+        assert f"| {each['what']} | {each['requeued']} | {seconds} | {'yes' if 'equal' in each else '–'} |\n" in page
