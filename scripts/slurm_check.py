@@ -345,7 +345,7 @@ def main() -> int:
     work = args.work.resolve()
     (work / "slurm").mkdir(parents=True)
     began = time.monotonic()
-    result: dict[str, Any] = {"revision": revision(), "versions": {**versions(), "slurm": said("sinfo", "--version")}, "host": host()}
+    result: dict[str, Any] = {"revision": revision(), "versions": {**versions(), "slurm": said("slurmctld", "-V")}, "host": host()}
     if args.schemas:
         result["schemas"] = schemas(args.schemas)
     make_inputs(work)
