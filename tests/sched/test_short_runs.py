@@ -22,7 +22,7 @@ from tinyjob import TinyJob, at_points, committed, hashes, make_job
 from bigq.errors import ResourceError, Stopped
 from bigq.inspect.status import status
 from bigq.job.journal import Journal
-from bigq.job.stop import Stop
+from bigq.job.stop import GraceEstimate, Stop
 from bigq.sched.run import quantize
 from bigq.sched.short_runs import short_runs
 
@@ -35,7 +35,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
 def run(job: TinyJob, out: Path, at: tuple[str, int] | None = ("block.loaded", 1), reason: str = "SIGTERM") -> str:
     """A run that is asked to stop at a fault point: how it ended."""
     stop = Stop(60.0)
-    with at_points({} if at is None else {at: lambda: stop.request(reason)}):
+    with at_points({} if at is None else {at: lambda: stop.request(reason)}), pytest.MonkeyPatch.context() as patch:
+        # These units take a fraction of the grace period, so most would be finished.
+        patch.setattr(GraceEstimate, "SAFETY", float("-inf"))
         try:
             quantize(str(job.source), out, job.config(quiet=True, activations="host", checkpoint_every=None), stop)
         except (Stopped, ResourceError) as error:

@@ -98,6 +98,7 @@ def terms(tokens: int) -> bank_cost.BankTerms:
         at_once=1,
         on_gpu=True,
         hessians=True,
+        collected=lambda n: float(n) * n,
         sums=lambda group: 4 * group.n * group.n,
         factor=lambda *_: 0,
         solve=lambda *_: 0,
