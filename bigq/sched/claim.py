@@ -10,6 +10,7 @@ from typing import Any
 
 from bigq.io.atomic import write_bytes
 from bigq.io.folders import STATE_FOLDER
+from bigq.job.away import Away
 from bigq.job.journal import Commit, FollowedJournal, Journal
 from bigq.job.owner import Owner, ownership
 from bigq.job.request import compare
@@ -20,7 +21,7 @@ from bigq.sched.plan.planner import Plan
 from bigq.sched.resolve import Job
 from bigq.sched.rows.checkpoint import Checkpoints
 from bigq.sched.run_record import RunMeter, record_run, run_entry
-from bigq.sched.together import rank_folder
+from bigq.sched.together import make_rank_folder, remove_other_counts
 from bigq.sched.units.base import Unit
 
 
@@ -56,8 +57,7 @@ def claimed(
         return
     out, config = job.target.out, job.config
     with ownership(out / STATE_FOLDER, progress, steal=config.steal_lock) as owner:
-        away = None if job.target.push is None else job.target.push.away
-        journal = Journal(out, request, names, compare, away)
+        journal = Journal(out, request, names, compare, _away(job))
         notes = [*owner.notes, *journal.notes, *plan.warnings]
         for note in notes:
             progress.say(f"warning: {note}")
@@ -65,6 +65,7 @@ def claimed(
         clock = Clock(job.target.device, trace)
         run = run_entry(job.pager, request, plan, journal, notes, model=job.target.model, command=command)
         with record_run(journal, owner, run, RunMeter(started, clock, job.target.device), progress.say):
+            remove_other_counts(out, job.ranks)
             job.ranks.everyone(([commit.to_line() for commit in journal.commits], journal.halvings))
             with _traced(config.trace, clock, trace):
                 yield Claim(owner=owner, journal=journal, checkpoints=_checkpoints(job, plan, progress), clock=clock)
@@ -74,14 +75,17 @@ def _followed(job: Job, names: list[str], plan: Plan, progress: Progress) -> Cla
     """The claim of another rank than the first: it begins with what the first one has found in the folder."""
     first: Any = job.ranks.everyone(None)[0]
     commits = [commit for line in first[0] if (commit := Commit.from_line(line)) is not None]
-    journal = FollowedJournal(job.target.out, names, commits, first[1])
+    journal = FollowedJournal(job.target.out, names, commits, first[1], _away(job))
     clock = Clock(job.target.device, Trace(keep=False))
     return Claim(owner=None, journal=journal, checkpoints=_checkpoints(job, plan, progress), clock=clock)
 
 
+def _away(job: Job) -> Away | None:
+    return None if job.target.push is None else job.target.push.away
+
+
 def _checkpoints(job: Job, plan: Plan, progress: Progress) -> Checkpoints:
-    folder = rank_folder(job.target.out, job.ranks)
-    folder.mkdir(exist_ok=True)
+    folder = make_rank_folder(job.target.out, job.ranks)
     return Checkpoints(folder, job.config.checkpoint_every if plan.choice.checkpoints else None, progress.say)
 
 

@@ -70,8 +70,10 @@ class HeadUnit(StreamedUnit):
             control.progress.say(f"{head.name} stays unquantized: {skipped[head.name]}")
             tensors = [bench.writer.stored(head.source.name)]
         else:
+            packed = {}
             with control.clock.phase("pack"):
-                packed = config.made.pack(head.source.name.removesuffix(".weight"), solved.weight, head.source.dtype)
+                if bench.writer.ranks.writes(self.shard.number):
+                    packed = config.made.pack(head.source.name.removesuffix(".weight"), solved.weight, head.source.dtype)
             records.append(solved.record())
             if (warning := dead_inputs_warning(records)) is not None:
                 control.progress.warn_once("dead inputs", warning)
