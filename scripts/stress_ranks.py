@@ -160,7 +160,8 @@ class Run:
         return [process.exitcode for process in self.processes]
 
     def texts(self) -> str:
-        return " | ".join((self.logs / f"{rank}.txt").read_text()[-300:].strip() for rank in range(len(self.processes)))
+        files = [self.logs / f"{rank}.txt" for rank in range(len(self.processes))]
+        return " | ".join(file.read_text()[-300:].strip() if file.exists() else "" for file in files)
 
 
 class Stress:

@@ -1,0 +1,63 @@
+"""What ranks agree on before a job begins, and the folders of their hidden states."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from models import random_ids
+from rank_threads import ThreadRanks, together
+
+from bigq.config import JobConfig
+from bigq.errors import ResourceError, UsageError
+from bigq.job.request import make_request
+from bigq.machine.ranks import OneProcess
+from bigq.sched.plan.work import Choice
+from bigq.sched.together import agreed_plan, make_rank_folder, remove_other_counts, remove_rank_folder, require_same_request
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def request_of(**changes: Any) -> dict[str, Any]:
+    model = ROOT / "bigq/assets/tiny-llama"
+    return make_request(JobConfig(seqlen=64, batch=2, **changes), model, "0" * 64, random_ids(), torch.device("cpu"))
+
+
+def test_ranks_with_other_options_are_refused_by_all() -> None:
+    same = [request_of()] * 3
+    assert together(3, lambda ranks: require_same_request(same[ranks.index], ranks)) == [None] * 3
+    other = [*same[:2], {**request_of(method="gptaq"), "machine": {}, "calibration_tokens": "1"}]
+    errors = together(3, lambda ranks: require_same_request(other[ranks.index], ranks))
+    assert {type(error) for error in errors} == {UsageError} and len(set(map(str, errors))) == 1
+    assert "rank 2 of 3: its calibration_tokens and settings.method differ from those of rank 0" in str(errors[0])
+
+
+def test_the_smallest_batch_counts_and_what_is_short_anywhere(monkeypatch: Any) -> None:
+    from bigq.sched.plan import planner
+
+    def plan_of(ranks: ThreadRanks) -> Any:
+        blank = {name: None for name in planner.Plan.__dataclass_fields__}
+        choice = Choice(**{name: None for name in Choice.__dataclass_fields__} | {"batch": 4 - ranks.index})  # type: ignore[arg-type]
+        short = ("rank 1 is short of memory",) if ranks.index == 1 else ()
+        return agreed_plan(planner.Plan(**blank | {"choice": choice, "shortages": short}), ranks)  # type: ignore[arg-type]
+
+    for plan in together(2, plan_of):
+        assert isinstance(plan, planner.Plan)
+        assert plan.choice.batch == 3 and plan.shortages == ("rank 1 is short of memory",)
+
+
+def test_folders_of_hidden_states(tmp_path: Path) -> None:
+    two = SimpleNamespace(index=1, count=2)
+    missing = together(1, lambda ranks: make_rank_folder(tmp_path, two))[0]  # type: ignore[arg-type]
+    assert isinstance(missing, ResourceError) and "OUT must be on a file system that all hosts share" in str(missing)
+    (tmp_path / ".bigq").mkdir()
+    folder = make_rank_folder(tmp_path, two)  # type: ignore[arg-type]
+    (folder / "activations-00001.safetensors").touch()
+    remove_rank_folder(tmp_path, two)  # type: ignore[arg-type]
+    assert folder.is_dir(), "only an empty one"
+    remove_other_counts(tmp_path, two)  # type: ignore[arg-type]
+    assert folder.is_dir()
+    remove_other_counts(tmp_path, OneProcess())
+    assert not folder.exists()
