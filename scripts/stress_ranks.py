@@ -51,13 +51,14 @@ COUNTS = (2, 3)
 BLOCKS = 3
 #: Steps that every rank passes, and those that only the first one does.
 ALL = (
-    "rows.embedded block.loaded batch.begun linear.solved block.solved block.replayed checkpoint.begun checkpoint.written "
-    "checkpoint.recorded file.opened file.written file.synced file.renamed"
-).split()
+    *("rows.embedded", "block.loaded", "batch.begun", "linear.solved", "block.solved", "block.replayed"),
+    *("checkpoint.begun", "checkpoint.written", "checkpoint.recorded", "file.opened", "file.written", "file.synced", "file.renamed"),
+)
 FIRST = (
-    "lock.taken owner.written job.written run.recorded shard.piece journal.opened journal.half journal.written journal.synced "
-    "finish.begun finish.side finish.index finish.manifest finish.config"
-).split()
+    *("lock.taken", "owner.written", "job.written", "run.recorded", "shard.piece"),
+    *("journal.opened", "journal.half", "journal.written", "journal.synced"),
+    *("finish.begun", "finish.side", "finish.index", "finish.manifest", "finish.config"),
+)
 #: Disturbances of one job; after that it runs to its end.
 MOST = 4
 #: The probability that a resumed job is disturbed again.
@@ -283,6 +284,8 @@ class Stress:
             return said
         took = time.monotonic() - at
         if way == "SIGSTOP":
+            if not run.met(victim):  # it would wait for the others, as they have for it
+                run.signal(victim, signal.SIGTERM)
             run.signal(victim, signal.SIGCONT)
         if not run.wait([victim], time.monotonic() + LIMIT):
             self._hung(run, f"{said}, which continued", tally)
@@ -301,7 +304,7 @@ class Stress:
         # A signal that comes before the program handles it ends it.
         own = allowed | {"point": {-signal.SIGKILL}, "instant": {-signal.SIGKILL}, "SIGSTOP": set(), "SIGTERM": {-signal.SIGTERM}}[way]
         early = {-signal.SIGTERM} if "before it met" in said else set()
-        bad = [rank for rank, code in enumerate(codes) if code not in (own if rank == victim else allowed | early)]
+        bad = [rank for rank, code in enumerate(codes) if code not in (own if rank == victim else allowed) | early]
         if bad:
             tally.wrong.append(f"{said}: exit codes {codes}: {run.texts()}")
         if complete and hashes(out) != self.whole[kind]:

@@ -110,7 +110,7 @@ def remove_rank_folder(out: Path, ranks: Ranks) -> None:
 
 
 def remove_other_counts(out: Path, ranks: Ranks) -> None:
-    """Remove hidden states of an earlier run with another number of ranks, of which this one cannot make use. For the owner of the folder."""
+    """Remove hidden states of an earlier run with another number of ranks, which this one cannot use. For the owner of the folder."""
     for folder in (out / STATE_FOLDER).glob("rank-*-of-*"):
         if ranks.count == 1 or not folder.name.endswith(f"-of-{ranks.count}"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -38,8 +38,8 @@ def test_the_smallest_batch_counts_and_what_is_short_anywhere(monkeypatch: Any) 
     from bigq.sched.plan import planner
 
     def plan_of(ranks: ThreadRanks) -> Any:
-        blank = {name: None for name in planner.Plan.__dataclass_fields__}
-        choice = Choice(**{name: None for name in Choice.__dataclass_fields__} | {"batch": 4 - ranks.index})  # type: ignore[arg-type]
+        blank = dict.fromkeys(planner.Plan.__dataclass_fields__)
+        choice = Choice(**dict.fromkeys(Choice.__dataclass_fields__) | {"batch": 4 - ranks.index})  # type: ignore[arg-type]
         short = ("rank 1 is short of memory",) if ranks.index == 1 else ()
         return agreed_plan(planner.Plan(**blank | {"choice": choice, "shortages": short}), ranks)  # type: ignore[arg-type]
 
