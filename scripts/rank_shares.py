@@ -74,7 +74,7 @@ def run_job(count: int, options: Sequence[str], work: Path) -> list[dict[str, An
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="how many processes share the job (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=64, help="calibration rows (default: %(default)s)")
+    parser.add_argument("--samples", type=int, nargs="+", default=[64, 1024], help="calibration rows of each job (default: 64 1024)")
     parser.add_argument("--seqlen", type=int, default=256, help="their tokens (default: %(default)s)")
     parser.add_argument("--method", default="gptq", help="(default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=3, help="jobs of each number of processes (default: %(default)s)")
@@ -82,34 +82,42 @@ def main() -> int:
     args = parser.parse_args()
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    rows = f"--calibration builtin --samples {args.samples} --seqlen {args.seqlen}"
-    options = f"{rows} --method {args.method} --device cpu --quiet".split()
-    best: dict[int, list[dict[str, Any]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for attempt in range(args.repeat):
-            for count in (1, args.ranks):
-                found = run_job(count, options, Path(folder) / f"{count}-{attempt}")
-                if count not in best or _most(found) < _most(best[count]):
-                    best[count] = found
-    alone = _most(best[1])
+    jobs = []
+    for samples in args.samples:
+        options = f"--calibration builtin --samples {samples} --seqlen {args.seqlen} --method {args.method} --device cpu --quiet"
+        jobs.append({"options": options, **measured_job(args.ranks, options.split(), args.repeat)})
     result = {
         "command": " ".join(["python", "scripts/rank_shares.py", *sys.argv[1:]]),
         "revision": revision(),
         "versions": versions(),
         "model": MODEL.name,
-        "options": " ".join(options),
-        "one_process": best[1][0],
-        "shared": [{**rank, "of_one_process": round(rank["cpu_seconds"] / alone, 3)} for rank in best[args.ranks]],
+        "jobs": jobs,
     }
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n")
-    for name, figures in [("one process", best[1][0]), *((f"rank {i} of {args.ranks}", each) for i, each in enumerate(best[args.ranks]))]:
-        print(f"{name:14} {figures['cpu_seconds']:>7.2f} s {figures['cpu_seconds'] / alone:>5.0%}  {figures['by_phase']}")
     return 0
 
 
+def measured_job(ranks: int, options: Sequence[str], repeat: int) -> dict[str, Any]:
+    """The figures of one process, and of each of several."""
+    best: dict[int, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for attempt in range(repeat):
+            for count in (1, ranks):
+                found = run_job(count, options, Path(folder) / f"{count}-{attempt}")
+                if count not in best or _most(found) < _most(best[count]):
+                    best[count] = found
+    alone = _most(best[1])
+    shared = [{**rank, "of_one_process": round(rank["cpu_seconds"] / alone, 3)} for rank in best[ranks]]
+    print(" ".join(options))
+    for name, figures in [("one process", best[1][0]), *((f"rank {i} of {ranks}", each) for i, each in enumerate(shared))]:
+        print(f"{name:14} {figures['cpu_seconds']:>7.2f} s {figures['cpu_seconds'] / alone:>5.0%}  {figures['by_phase']}")
+    return {"one_process": best[1][0], "shared": shared}
+
+
 def _most(found: Sequence[Mapping[str, Any]]) -> float:
+    """CPU seconds of the process that takes most."""
     return max(float(rank["cpu_seconds"]) for rank in found)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import pickle
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ MEETING = datetime.timedelta(minutes=10)
 COMPUTING = datetime.timedelta(days=30)
 #: Elements that are summed at a time: the buffers of a sum take three times as much.
 PIECE = 2**24
+#: Bytes of a pickled value, with its size, that ranks exchange in one operation.
+SMALL, _SIZE = 1024, 8
 
 T = TypeVar("T")
 
@@ -77,9 +80,20 @@ class ProcessGroup:
         return sum(number for number in self.everyone(share) if isinstance(number, int))
 
     def everyone(self, value: object) -> list[object]:
-        found: list[object] = [None] * self.count
-        self._together(lambda: dist.all_gather_object(found, value))
-        return found
+        """In one operation if all values are small, which takes a fifth of the time of torch's two for objects."""
+        data = pickle.dumps(value)
+        sizes_and_values = self._gathered(len(data).to_bytes(_SIZE, "big") + data[: SMALL - _SIZE], SMALL)
+        sizes = [int.from_bytes(part[:_SIZE], "big") for part in sizes_and_values]
+        if max(sizes) <= SMALL - _SIZE:
+            return [pickle.loads(part[_SIZE : _SIZE + size]) for part, size in zip(sizes_and_values, sizes, strict=True)]
+        return [pickle.loads(part[:size]) for part, size in zip(self._gathered(data, max(sizes)), sizes, strict=True)]
+
+    def _gathered(self, data: bytes, width: int) -> list[bytes]:
+        """The bytes of each rank, filled up with zeros to ``width``."""
+        mine = torch.frombuffer(bytearray(data.ljust(width, b"\0")), dtype=torch.uint8)
+        parts = list(torch.empty(self.count, width, dtype=torch.uint8))
+        self._together(lambda: dist.all_gather(parts, mine))
+        return [part.numpy().tobytes() for part in parts]
 
     def joined(self, part: Tensor, count: int) -> Tensor:
         width = -(-count // self.count)
