@@ -18,14 +18,27 @@ PRELOADED = ["bigq.cli.main", "bigq.cli.job", "bigq.sched.run", "bigq.machine.pr
 LIMIT = 90.0
 
 
-def run_rank(environment: Mapping[str, str], arguments: Sequence[str], told: str) -> None:
-    """The main function of a process. told: the file that stderr and stdout go to."""
+def run_rank(environment: Mapping[str, str], arguments: Sequence[str], told: str, met: str | None = None) -> None:
+    """The main function of a process. told: the file that stderr and stdout go to. met: a file that is made once it has met the others."""
     os.environ.update(environment)
+    if met is not None:
+        _note_meeting(Path(met))
     with open(told, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     main = importlib.import_module("bigq.cli.main").main
     os._exit(main(arguments))
+
+
+def _note_meeting(file: Path) -> None:
+    distributed = importlib.import_module("torch.distributed")
+    meet = distributed.init_process_group
+
+    def noted(*args: object, **named: object) -> None:
+        meet(*args, **named)
+        file.touch()
+
+    distributed.init_process_group = noted  # type: ignore[attr-defined]
 
 
 def free_port() -> int:

@@ -291,8 +291,10 @@ class FollowedJournal(Journal):
     It writes nothing.
     """
 
-    def __init__(self, out: Path, units: list[str], commits: Iterable[Commit], halvings: Sequence[Halving]) -> None:
-        self.out, self.units, self.away = out, units, None
+    def __init__(
+        self, out: Path, units: list[str], commits: Iterable[Commit], halvings: Sequence[Halving], away: Away | None = None
+    ) -> None:
+        self.out, self.units, self.away = out, units, away
         self._state = out / STATE_FOLDER
         self._path = self._state / JOURNAL_NAME
         self.notes = []

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import pickle
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -27,6 +29,8 @@ MEETING = datetime.timedelta(minutes=10)
 COMPUTING = datetime.timedelta(days=30)
 #: Elements that are summed at a time: the buffers of a sum take three times as much.
 PIECE = 2**24
+#: Bytes of a pickled value, with its size, that ranks exchange in one operation.
+SMALL, _SIZE = 1024, 8
 
 T = TypeVar("T")
 
@@ -81,9 +85,20 @@ class ProcessGroup:
         share.copy_(torch.stack(parts).amax(0))
 
     def everyone(self, value: object) -> list[object]:
-        found: list[object] = [None] * self.count
-        self._together(lambda: dist.all_gather_object(found, value))
-        return found
+        """In one operation if all values are small, which takes a fifth of the time of torch's two for objects."""
+        data = pickle.dumps(value)
+        sizes_and_values = self._gathered(len(data).to_bytes(_SIZE, "big") + data[: SMALL - _SIZE], SMALL)
+        sizes = [int.from_bytes(part[:_SIZE], "big") for part in sizes_and_values]
+        if max(sizes) <= SMALL - _SIZE:
+            return [pickle.loads(part[_SIZE : _SIZE + size]) for part, size in zip(sizes_and_values, sizes, strict=True)]
+        return [pickle.loads(part[:size]) for part, size in zip(self._gathered(data, max(sizes)), sizes, strict=True)]
+
+    def _gathered(self, data: bytes, width: int) -> list[bytes]:
+        """The bytes of each rank, filled up with zeros to ``width``."""
+        mine = torch.frombuffer(bytearray(data.ljust(width, b"\0")), dtype=torch.uint8)
+        parts = list(torch.empty(self.count, width, dtype=torch.uint8))
+        self._together(lambda: dist.all_gather(parts, mine))
+        return [part.numpy().tobytes() for part in parts]
 
     def joined(self, part: Tensor, count: int) -> Tensor:
         width = -(-count // self.count)
@@ -107,33 +122,60 @@ class ProcessGroup:
 
 
 @contextlib.contextmanager
-def joined_group(place: Place, say: Callable[[str], None]) -> Iterator[ProcessGroup]:
+def joined_group(place: Place, say: Callable[[str], None], check: Callable[[], None]) -> Iterator[ProcessGroup]:
     """Meet the other ranks, and be one of them while the context is open. If it ends with an error, the other ranks end too.
 
-    say: receives the line that says why this process ends, if its main thread cannot say it. Raises ResourceError if they cannot be found.
+    say: receives the line that says why this process ends, if its main thread cannot say it. check: called while this process waits for
+    the others to come; may raise. Raises ResourceError if they cannot be found, RankLostError if one is gone.
     """
-    where = f"{place.address}:{place.port}"
+    until = time.monotonic() + MEETING.total_seconds()
     try:
         listens = place.index == 0 and not place.agent
+        if not listens:
+            _await_listener(place, check, until)
         store = TCPStore(place.address, place.port, place.count, listens, timeout=MEETING, wait_for_workers=False)
         # One connection for each thread: a request that waits holds up the others of its connection.
         beside = TCPStore(place.address, place.port, place.count, is_master=False, timeout=MEETING, wait_for_workers=False)
         prefix = f"bigq-{place.attempt}"
         watch = RankWatch(PrefixStore(prefix, beside), place.index, place.count, socket.gethostname(), say)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _not_met(place, error) from error
+    with watch.watching():
+        try:
+            watch.meet(check, until)
+        except TimeoutError as error:
+            raise _not_met(place, error) from error
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         group: Any = PrefixStore(f"{prefix}/group", store)
-        dist.init_process_group(backend, store=group, rank=place.index, world_size=place.count, timeout=MEETING)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ResourceError(
-            f"rank {place.index} of {place.count}: cannot meet the other ranks at {where}: {_first_line(error)}; see that all of them were "
-            "started, and that the address and the port can be reached"
-        ) from error
-    dist.distributed_c10d._set_pg_timeout(COMPUTING, dist.group.WORLD)
-    with watch.watching():
+        try:
+            dist.init_process_group(backend, store=group, rank=place.index, world_size=place.count, timeout=MEETING)
+        except RuntimeError as error:
+            raise watch.lost(str(error)) from error
+        dist.distributed_c10d._set_pg_timeout(COMPUTING, dist.group.WORLD)
         yield ProcessGroup(place, watch)
         watch.leaving()
     watch.left()
     dist.destroy_process_group()
+
+
+def _await_listener(place: Place, check: Callable[[], None], until: float) -> None:
+    """Wait until the first rank, or the launcher, listens. Raises OSError."""
+    while True:
+        check()
+        try:
+            socket.create_connection((place.address, place.port), timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.1)
+
+
+def _not_met(place: Place, error: Exception) -> ResourceError:
+    return ResourceError(
+        f"rank {place.index} of {place.count}: cannot meet the other ranks at {place.address}:{place.port}: {_first_line(error)}; see that "
+        "all of them were started, and that the address and the port can be reached"
+    )
 
 
 def _first_line(error: Exception) -> str:

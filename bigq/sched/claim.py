@@ -10,6 +10,7 @@ from typing import Any
 
 from bigq.io.atomic import write_bytes
 from bigq.io.folders import STATE_FOLDER
+from bigq.job.away import Away
 from bigq.job.journal import Commit, FollowedJournal, Journal
 from bigq.job.owner import Owner, ownership
 from bigq.job.request import compare
@@ -22,7 +23,7 @@ from bigq.sched.resolve import Job
 from bigq.sched.rows.checkpoint import Checkpoints
 from bigq.sched.run_record import RunMeter, RunRecorder, run_entry
 from bigq.sched.short_runs import Patience, UnitTimes, reached, recorded_runs
-from bigq.sched.together import rank_folder
+from bigq.sched.together import make_rank_folder, remove_other_counts
 from bigq.sched.units.base import Unit
 
 
@@ -63,8 +64,7 @@ def claimed(
         return
     out, config = job.target.out, job.config
     with ownership(out / STATE_FOLDER, progress, steal=config.steal_lock) as owner:
-        away = None if job.target.push is None else job.target.push.away
-        journal = Journal(out, request, names, compare, away)
+        journal = Journal(out, request, names, compare, _away(job))
         trace = Trace(keep=config.trace is not None)
         clock = Clock(job.target.device, trace)
         checkpoints = _checkpoints(job, plan, progress)
@@ -75,8 +75,9 @@ def claimed(
             progress.say(f"warning: {note}")
         run = run_entry(job.pager, request, plan, journal, notes, model=job.target.model, command=command) | {"reached": begun}
         recorder = RunRecorder(journal=journal, owner=owner, meter=RunMeter(started, clock, job.target.device), patience=patience)
-        job.ranks.everyone(([commit.to_line() for commit in journal.commits], journal.halvings))
         with recorder.recording(run, progress.say), patience.judging(recorder.leave), _traced(config.trace, clock, trace):
+            remove_other_counts(out, job.ranks)
+            job.ranks.everyone(([commit.to_line() for commit in journal.commits], journal.halvings))
             yield Claim(owner=owner, journal=journal, checkpoints=checkpoints, clock=clock, times=times)
 
 
@@ -84,14 +85,17 @@ def _followed(job: Job, names: list[str], plan: Plan, progress: Progress) -> Cla
     """The claim of another rank than the first: it begins with what the first one has found in the folder."""
     first: Any = job.ranks.everyone(None)[0]
     commits = [commit for line in first[0] if (commit := Commit.from_line(line)) is not None]
-    journal = FollowedJournal(job.target.out, names, commits, first[1])
+    journal = FollowedJournal(job.target.out, names, commits, first[1], _away(job))
     clock = Clock(job.target.device, Trace(keep=False))
     return Claim(owner=None, journal=journal, checkpoints=_checkpoints(job, plan, progress), clock=clock, times=UnitTimes())
 
 
+def _away(job: Job) -> Away | None:
+    return None if job.target.push is None else job.target.push.away
+
+
 def _checkpoints(job: Job, plan: Plan, progress: Progress) -> Checkpoints:
-    folder = rank_folder(job.target.out, job.ranks)
-    folder.mkdir(exist_ok=True)
+    folder = make_rank_folder(job.target.out, job.ranks)
     return Checkpoints(folder, job.config.checkpoint_every if plan.choice.checkpoints else None, progress.say)
 
 

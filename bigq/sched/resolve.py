@@ -182,7 +182,7 @@ def resolve_job(target: Target, stop: Stop, stages: Stages, ranks: Ranks) -> Job
         ranks=ranks,
     )
     if ranks.count > 1:
-        require_shareable(job)
+        require_shareable(config, method, pager, 0 if rows is None else len(rows), ranks)
     return job
 
 

@@ -51,7 +51,7 @@ from bigq.sched.rows.shortcut_cache import LastInputs
 from bigq.sched.rows.tiers import Tier
 from bigq.sched.shards import ShardWriter
 from bigq.sched.solving import Solving, WithRows, solving_of
-from bigq.sched.together import agreed_choice, rank_folder, refuse_halving
+from bigq.sched.together import agreed_plan, rank_folder, refuse_halving, remove_rank_folder, require_same_request
 from bigq.sched.units.base import Bench, Unit
 from bigq.sched.write_behind import WriteBehind
 
@@ -80,7 +80,8 @@ def quantize(
     stages = Stages(started)
     ranks = ranks or OneProcess()
     target = resolve_target(model, out, config, ranks)
-    if (commits := finished_commits(target)) is not None:
+    commits = finished_commits(target)
+    if all(ranks.everyone(commits is not None)) and commits is not None:
         return _finished_report(target, commits, display, started)
     stop = stop or Stop(target.config.grace)
     hold_heap()
@@ -89,9 +90,10 @@ def quantize(
             skeleton.silence_transformers()
             job = resolve_job(target, stop, stages, ranks)
             plan = plan_job(job.pager, job.own_rows, job.adapted, target.out, job.made, ranks.local_count)
-        plan = dataclasses.replace(plan, choice=agreed_choice(plan.choice, ranks))
+        plan = agreed_plan(plan, ranks)
         job = job.with_choice(plan.choice)
         units, request = units_of(job), request_of(job)
+        require_same_request(request, ranks)
         return_freed_memory()
         stages.ended("planning")
         with Progress(len(job.pager.blocks), target.device, job.config.quiet, display=display) as progress:
@@ -288,6 +290,7 @@ def _finish(job: Job, claim: Claim, control: Control, pusher: Pusher | None) -> 
     """
     job.ranks.everyone(None)
     claim.checkpoints.discard()
+    remove_rank_folder(job.target.out, job.ranks)
     if claim.owner is None:
         return
     if pusher is not None:

@@ -154,6 +154,8 @@ class WithRows:
             self.wait()
             if self.control.agreed(self.rows.expected_saving_seconds() < self.control.stop.seconds_left / 2):
                 self._save()
+                # The first rank to end ends the others soon after.
+                self.ranks.everyone(None)
             raise
 
     @contextlib.contextmanager
@@ -257,7 +259,9 @@ class _VisitWithRows:
             replay_unquantized_banks(job, reference, self.solving.method, true_sequential=self.solving.true_sequential)
         with self.solving.control.clock.phase("replay"), reference.unquantized_weights(job.block):
             place = (job.index, REFERENCE_STEP)
-            lost = propagate(job.index, job.block, reference.store, job.prefix, reference.cache, job.on_nonfinite, place)
+            lost = propagate(
+                job.index, job.block, reference.store, job.prefix, reference.cache, job.on_nonfinite, place, ranks=self.solving.ranks
+            )
         if self.solving.tune_steps:
             reference.cache.close()
             reference.kept.clear()
@@ -275,7 +279,8 @@ class _VisitWithRows:
             restore()
             replay_banks(self.job, self.at, self.solving.method, true_sequential=self.solving.true_sequential)
         with control.clock.phase("replay"):
-            lost = propagate(job.index, job.block, self.at.store, job.prefix, self.at.cache, job.on_nonfinite) or lost
+            ranks = self.solving.ranks
+            lost = propagate(job.index, job.block, self.at.store, job.prefix, self.at.cache, job.on_nonfinite, ranks=ranks) or lost
         rows.at = job.index + 1
         if lost:
             control.progress.say(

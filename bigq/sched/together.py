@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from bigq.config import JobConfig
 from bigq.errors import ResourceError, UsageError
 from bigq.io.folders import STATE_FOLDER
 from bigq.job.batches import Halving
 from bigq.machine.ranks import Ranks
-from bigq.methods.base import CalibratedMethod
-from bigq.sched.plan.work import Choice
-
-if TYPE_CHECKING:
-    from bigq.sched.resolve import Job
+from bigq.methods.base import CalibratedMethod, Method
+from bigq.model.pager import Pager
+from bigq.sched.plan.planner import Plan
 
 
-def require_shareable(job: Job) -> None:
-    """Raise UsageError if the job has a part that several processes do not share."""
-    config = job.config
+def require_shareable(config: JobConfig, method: Method, pager: Pager, rows: int, ranks: Ranks) -> None:
+    """Raise UsageError if the job has a part that several processes do not share. rows: of calibration."""
     alone = {
-        f"--method {config.method}": not isinstance(job.method, CalibratedMethod) or not job.method.hessians,
-        f"--fold {config.fold}": job.method.scaling is not None,
+        f"--method {config.method}": not isinstance(method, CalibratedMethod) or not method.hessians,
+        f"--fold {config.fold}": method.scaling is not None,
         "--tune-steps": bool(config.tune_steps),
         "--bits-per-weight": config.bits_per_weight is not None,
-        "a model with experts": bool(job.pager.banks),
-        "a model that stays on a server": job.pager.remote is not None,
+        "a model with experts": bool(pager.banks),
+        "a model that stays on a server": pager.remote is not None,
     }
     for what, there in alone.items():
         if there:
-            raise UsageError(f"{what}: {job.ranks.count} processes cannot share such a job; start it in one process")
-    assert job.rows is not None
-    if len(job.rows) < job.ranks.count:
+            raise UsageError(f"{what}: {ranks.count} processes cannot share such a job; start it in one process")
+    if rows < ranks.count:
         raise UsageError(
-            f"--samples {len(job.rows)}: {job.ranks.count} processes share the calibration rows, and each needs at least one; "
-            f"give at least {job.ranks.count}, or start fewer processes"
+            f"--samples {rows}: {ranks.count} processes share the calibration rows, and each needs at least one; "
+            f"give at least {ranks.count}, or start fewer processes"
         )
 
 
@@ -51,10 +50,26 @@ def require_same_count(out: Path, begun: Mapping[str, Any] | None, ranks: Ranks,
         )
 
 
-def agreed_choice(choice: Choice, ranks: Ranks) -> Choice:
-    """The choice of this rank's plan, with the smallest batch of all: bytes depend on it."""
-    batches = [batch for batch in ranks.everyone(choice.batch) if isinstance(batch, int)]
-    return dataclasses.replace(choice, batch=min(batches))
+def agreed_plan(plan: Plan, ranks: Ranks) -> Plan:
+    """This rank's plan with the smallest batch of all, since bytes depend on it, and with what is short on any of them."""
+    of_all: Any = ranks.everyone((plan.choice.batch, plan.shortages))
+    batch = min(batch for batch, _ in of_all)
+    shortages = tuple(dict.fromkeys(text for _, texts in of_all for text in texts))
+    return dataclasses.replace(plan, choice=dataclasses.replace(plan.choice, batch=batch), shortages=shortages)
+
+
+def require_same_request(request: Mapping[str, Any], ranks: Ranks) -> None:
+    """Raise UsageError if ranks were started with different options, inputs or versions: each decides by its own what comes next."""
+    parts = {name: value for name, value in request.items() if name not in ("settings", "machine")}
+    parts |= {f"settings.{name}": value for name, value in request["settings"].items() if name != "calibration"}  # tokens are compared
+    of_all: Any = ranks.everyone(parts)
+    for rank, other in enumerate(of_all):
+        names = [name for name, value in of_all[0].items() if other.get(name) != value]
+        if names:
+            raise UsageError(
+                f"rank {rank} of {ranks.count}: its {' and '.join(names)} differ from those of rank 0; start all processes with the same "
+                "command, and with the same model, text and versions on each host"
+            )
 
 
 def refuse_halving(before: int, halving: Halving, rank: int) -> NoReturn:
@@ -69,6 +84,33 @@ def rank_folder(out: Path, ranks: Ranks) -> Path:
     """Where a rank keeps hidden states: the state folder of the job, or one of its own in there."""
     state = out / STATE_FOLDER
     return state if ranks.count == 1 else state / f"rank-{ranks.index}-of-{ranks.count}"
+
+
+def make_rank_folder(out: Path, ranks: Ranks) -> Path:
+    """The same folder, which is made. The state folder is there: the first rank owns it. Raises ResourceError."""
+    folder = rank_folder(out, ranks)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ResourceError(
+            f"rank {ranks.index}: {folder}: cannot be made: {error.strerror}; OUT must be on a file system that all hosts share, at the "
+            "same path, and every process must be allowed to write there"
+        ) from error
+    return folder
+
+
+def remove_rank_folder(out: Path, ranks: Ranks) -> None:
+    """Remove the empty folder of one of several ranks, when the job is done."""
+    if ranks.count > 1:
+        with contextlib.suppress(OSError):
+            rank_folder(out, ranks).rmdir()
+
+
+def remove_other_counts(out: Path, ranks: Ranks) -> None:
+    """Remove hidden states of an earlier run with another number of ranks, which this one cannot use. For the owner of the folder."""
+    for folder in (out / STATE_FOLDER).glob("rank-*-of-*"):
+        if ranks.count == 1 or not folder.name.endswith(f"-of-{ranks.count}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _are(count: int) -> str:

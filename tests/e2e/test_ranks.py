@@ -100,6 +100,59 @@ def test_a_killed_process_ends_the_others_and_the_job_goes_on(killed: int, point
     assert hashes(out) == hashes(case.whole(2))
 
 
+def test_the_first_process_is_killed_while_it_finishes_the_folder(case: Case, tmp_path: Path) -> None:
+    """The others have nothing left to do, but wait for it."""
+    out = tmp_path / "out"
+    made = start(2, case.words(out), tmp_path / "logs", {0: "finish.index"})
+    assert made.ended(MOST) == [-signal.SIGKILL, 75], made.texts
+    assert "rank 0 of 2 cannot be reached any more" in made.texts[1] and not (out / "config.json").exists()
+    done = start(2, case.words(out), tmp_path / "again")
+    assert done.ended() == [0, 0], done.texts
+    assert hashes(out) == hashes(case.whole(2))
+
+
+def test_an_error_of_the_first_process_is_that_of_all(case: Case, tmp_path: Path) -> None:
+    """It is where the others read of it."""
+    made = start(2, case.words(tmp_path / "out"), tmp_path / "logs", {0: "journal.half:2:ENOSPC"})
+    assert made.ended(MOST) == [4, 4], made.texts
+    assert "No space left" in made.texts[0] and "rank 0 of 2 on " in made.texts[1] and "has ended" in made.texts[1]
+
+
+@pytest.mark.long
+def test_a_suspended_process_ends_the_others(case: Case, tmp_path: Path) -> None:
+    """The first one holds the store: it does not answer any more."""
+    made = start(2, case.words(tmp_path / "out"), tmp_path / "logs", {0: "linear.solved:9:sleep=3"})
+    until = time.monotonic() + LIMIT
+    while "block-0" not in [line["unit"] for line in journal(tmp_path / "out")]:
+        assert time.monotonic() < until, made.texts
+        time.sleep(0.02)
+    pid = made.processes[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    made.processes[1].join(MOST)
+    os.kill(pid, signal.SIGKILL)
+    assert made.ended(MOST) == [-signal.SIGKILL, 75]
+    assert "rank 0 of 2 cannot be reached any more" in made.texts[1]
+
+
+@pytest.mark.long
+def test_who_has_saved_first_waits_for_the_others(case: Case, tmp_path: Path) -> None:
+    """A rank that ends ends the others within some seconds, and a checkpoint is of use only if all ranks have it."""
+    out = tmp_path / "out"
+    made = start(
+        2, case.words(out, "--checkpoint-every", "1000"), tmp_path / "logs", {1: "linear.solved:10:sleep=3,checkpoint.begun:1:sleep=13"}
+    )
+    until = time.monotonic() + LIMIT
+    while "block-0" not in [line["unit"] for line in journal(out)]:
+        assert time.monotonic() < until, made.texts
+        time.sleep(0.02)
+    for process in made.processes:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGTERM)
+    assert made.ended(MOST) == [75, 75], made.texts
+    assert all([*(out / f".bigq/rank-{rank}-of-2").glob("activations-*")] for rank in range(2))
+
+
 def test_all_stop_where_one_is_asked_to(case: Case, tmp_path: Path) -> None:
     out = tmp_path / "out"
     made = start(2, case.words(out), tmp_path / "logs", {1: "linear.solved:10:sleep=3"})
@@ -116,7 +169,7 @@ def test_all_stop_where_one_is_asked_to(case: Case, tmp_path: Path) -> None:
     done = start(2, case.words(out), tmp_path / "again")
     assert done.ended() == [0, 0], done.texts
     assert hashes(out) == hashes(case.whole(2))
-    assert not [*out.rglob("activations-*")]
+    assert not [*out.rglob("activations-*")] and not [*out.rglob("rank-*")]
 
 
 def test_another_number_of_processes_is_refused_unless_allowed(case: Case, tmp_path: Path) -> None:

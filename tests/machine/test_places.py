@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from bigq.errors import RankLostError, UsageError
+from bigq.errors import RankLostError, Stopped, UsageError
 from bigq.machine import rank_watch
 from bigq.machine.rank_watch import RankWatch
 from bigq.machine.ranks import OneProcess, Place, place_of, share
@@ -81,14 +81,17 @@ def test_shares_are_all_of_it_and_alike(count: int, ranks: int) -> None:
 
 
 class Table:
-    """A store that threads share."""
+    """A store that threads share. answers: cleared while it leaves requests without an answer."""
 
     def __init__(self) -> None:
         self.values: dict[str, str] = {}
         self.reachable = True
+        self.answers = threading.Event()
+        self.answers.set()
         self._lock = threading.Lock()
 
     def _open(self) -> dict[str, str]:
+        self.answers.wait()
         if not self.reachable:
             raise RuntimeError("Connection reset by peer")
         return self.values
@@ -166,3 +169,75 @@ def test_ranks_leave_together(ended: list[int]) -> None:
         assert not first.is_alive()
         time.sleep(0.5)
     assert not ended, "who is done need not give a sign of life"
+
+
+def test_a_store_that_does_not_answer_ends_the_process(ended: list[int]) -> None:
+    """Its process is stopped, or cut off: requests wait for ever."""
+    table, said = Table(), list[str]()
+    watch = RankWatch(table, 1, 2, "host1", said.append)
+    with watch.watching():
+        until(lambda: "beat/1" in table.values)
+        table.answers.clear()
+        until(lambda: ended)
+        table.answers.set()
+    assert ended == [75] and "rank 0 of 2 cannot be reached any more" in said[0]
+
+
+def test_time_in_which_this_process_was_suspended_is_not_silence(ended: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a job may be suspended together, for a night."""
+    away = 0.0
+    monkeypatch.setattr(rank_watch.time, "monotonic", lambda real=time.monotonic: real() + away)
+    table = Table()
+    watches = [RankWatch(table, rank, 2, "host", lambda text: None) for rank in range(2)]
+    with watches[0].watching():
+        table.set("beat/1", "1")
+        until(lambda: int(table.values.get("beat/0", "0")) >= 2)
+        away = 3600.0
+        beats = int(table.values["beat/0"])
+        until(lambda: int(table.values["beat/0"]) >= beats + 3)
+        assert not ended and "failed" not in table.values
+        until(lambda: ended)
+
+
+def test_the_first_rank_waits_until_the_others_know_why(ended: list[int]) -> None:
+    """The store ends with it."""
+    table = Table()
+    watches = [RankWatch(table, rank, 2, f"host{rank}", lambda text: None) for rank in range(2)]
+    with watches[1].watching():
+        with contextlib.suppress(UsageError), watches[0].watching():
+            until(lambda: "beat/1" in table.values)
+            raise UsageError("no")
+        table.reachable = False
+        lost = watches[1].lost("Connection closed by peer")
+    assert lost.exit_code == 2 and "rank 0 of 2 on host0 has ended" in str(lost)
+
+
+def test_the_end_of_the_first_rank_in_its_last_step_is_a_loss(ended: list[int]) -> None:
+    """It finishes the folder while the others wait."""
+    table = Table()
+    watch, _ = (RankWatch(table, rank, 2, "host", lambda text: None) for rank in (1, 0))
+    timer = threading.Timer(0.1, lambda: setattr(table, "reachable", False))
+    timer.start()
+    with pytest.raises(RankLostError, match="rank 0 of 2 cannot be reached"), watch.watching():
+        watch.leaving()
+
+
+def test_ranks_wait_for_each_other_until_they_are_asked_to_stop(ended: list[int]) -> None:
+    table = Table()
+    first = RankWatch(table, 0, 2, "host0", lambda text: None)
+    with pytest.raises(TimeoutError, match="rank 1 did not come"):
+        first.meet(lambda: None, time.monotonic() + 0.1)
+    calls: list[None] = []
+
+    def check() -> None:
+        calls.append(None)
+        if len(calls) == 3:
+            raise Stopped("SIGTERM")
+
+    with first.watching():
+        time.sleep(0.5)  # who has not come yet is not silent
+        with pytest.raises(Stopped):
+            first.meet(check, time.monotonic() + 10)
+        RankWatch(table, 1, 2, "host1", lambda text: None)
+        first.meet(check, time.monotonic() + 10)
+    assert not ended

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bigq.errors import NumericsError
 from bigq.job.batches import Batches
 from bigq.kernels.syrk import CHUNK_TOKENS
+from bigq.machine.ranks import OneProcess
 from bigq.methods import gptq as gptq_module
 from bigq.methods.gptq import Gptq
 from bigq.methods.rtn import Rtn
@@ -437,6 +438,22 @@ def test_without_a_finite_token_the_job_stops(bench: Callable[..., Bench]) -> No
     for row in range(ROWS - 1):
         one.poison(row, 0)
     assert 0 < one.propagate() < ROWS * SEQLEN
+
+
+def test_finite_tokens_of_another_rank_are_enough(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    b.block.mlp.act_fn = Spoilt()  # type: ignore[union-attr]
+
+    class Second(OneProcess):
+        """Of the first rank's tokens, 5 of 20 are lost."""
+
+        def __init__(self) -> None:
+            self.of_first = iter((5, 20))
+
+        def number(self, share: int) -> int:
+            return share + next(self.of_first)
+
+    assert propagate(0, b.block, b.store, "model.layers.0", None, "skip", ranks=Second()) == ROWS * SEQLEN + 5
 
 
 # The plan.

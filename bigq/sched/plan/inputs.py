@@ -251,7 +251,7 @@ def _budgets(config: JobConfig, device: torch.device, out: Path, ceilings: Ceili
     vram = gpu_budget(device) if device.type == "cuda" else max(0, (0 if ceilings is None else ceilings.memory) - GPU_RESERVE)
     written = 0
     if (out / STATE_FOLDER).is_dir():
-        written = sum(path.stat().st_size for pattern in ("model-*", f"{STATE_FOLDER}/activations-*") for path in out.glob(pattern))
+        written = sum(path.stat().st_size for pattern in ("model-*", f"{STATE_FOLDER}/**/activations-*") for path in out.glob(pattern))
     return Budgets(
         device=config.vram if config.vram is not None else vram,
         host=config.ram if config.ram is not None else host_budget(host_memory()),

@@ -36,7 +36,7 @@ from bigq.sched.solve.bank import BankJob, SolvedExpert, round_bank, run_bank_ro
 from bigq.sched.solve.collected import Collected
 from bigq.sched.solve.fold import FOLD_STEP
 from bigq.sched.solve.results import Skipped, Solved
-from bigq.sched.solve.shared import solve_shared
+from bigq.sched.solve.shared import failing_together, solve_shared
 from bigq.scheme import QuantScheme
 from bigq.vocabulary import OnNonfinite
 
@@ -285,7 +285,7 @@ def _solve_group(
     Linears that fail together are skipped together: readers that fuse Linears (q/k/v, gate/up) need all of them quantized or none.
     """
     label = ", ".join(f"{job.prefix}.{n}" for n in group.names)
-    with _skipping(job, group.names, label) as skipped, job.clock.phase("hessian"):
+    with _skipping(job, group.names, label) as skipped, failing_together(ranks), job.clock.phase("hessian"):
         solver = collector.finish(label)
     if skipped:
         yield from skipped
@@ -298,7 +298,7 @@ def _solve_group(
     for kind in ordered:
         alike = kinds[kind]
         names = [name for same in alike.values() for name in same]
-        with _skipping(job, names, label) as skipped, job.clock.phase("factor") as factor_time:
+        with _skipping(job, names, label) as skipped, failing_together(ranks), job.clock.phase("factor") as factor_time:
             factor = solver.factor(next(iter(alike)), label, last=kind == ordered[-1])
             return_freed_memory()
         if skipped:

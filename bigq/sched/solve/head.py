@@ -25,6 +25,7 @@ from bigq.sched.plan.costs.head import HEAD_CHUNK
 from bigq.sched.rows.calibration import CalibrationRows
 from bigq.sched.solve.collected import Collected
 from bigq.sched.solve.results import Solved
+from bigq.sched.solve.shared import failing_together, solve_shared
 from bigq.scheme import QuantScheme
 
 
@@ -52,13 +53,13 @@ def solve_head(job: HeadJob, rows: CalibrationRows, method: CalibratedMethod, ra
     """Quantize the head on the hidden states after the last block. The weight is loaded for this only. Raises NumericsError."""
     collector = _collect(job, rows, method)
     collector.reduce(ranks)
-    with job.clock.phase("hessian"):
+    with failing_together(ranks), job.clock.phase("hessian"):
         solver = collector.finish(job.name)
     seconds: dict[str, Lap] = {}
-    with job.clock.phase("factor") as seconds["factor"]:
+    with failing_together(ranks), job.clock.phase("factor") as seconds["factor"]:
         factor = solver.factor(job.scheme, job.name, last=True)
     with job.pager.head_loaded(), job.clock.phase("solve") as seconds["solve"]:
-        weight = _by_rows(job, lambda part: factor.solve([part], job.scheme, job.name)[0])
+        weight = _by_rows(job, lambda part: solve_shared(factor, [part], job.scheme, job.name, ranks)[0])
     return Solved(job.name, weight, seconds, collector.left_out, collector.largest_input)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bigq.errors import NumericsError, UnsupportedModelError
 from bigq.kernels.finiteness import is_finite
+from bigq.machine.ranks import Ranks
 from bigq.model.experts.bank import bank_modules
 from bigq.model.forward.block_call import BlockCall
 from bigq.sched.rows.shortcut_cache import ShortcutCache
@@ -23,11 +24,13 @@ def propagate(
     cache: ShortcutCache | None = None,
     on_nonfinite: OnNonfinite = "stop",
     place: tuple[int, int] | None = None,
+    ranks: Ranks | None = None,
 ) -> int:
     """Replay the whole block; its outputs overwrite its inputs. Returns how many tokens have outputs that are not finite.
 
     on_nonfinite: "stop" raises for the first such token. "skip" keeps them: the attention of later blocks spreads them to other tokens of
     the same row, never to other rows. place: block and step of this pass (see ``Halving``); by default step 0 of the next block.
+    ranks: those that share the rows; the numbers of tokens are of all of them.
     Raises NumericsError, which names the first module with such values; with "skip" only if no token has finite outputs.
     """
     lost = tokens = 0
@@ -59,6 +62,8 @@ def propagate(
             raise UnsupportedModelError(f"{name}: hands on {error} besides hidden states; this architecture is not supported") from error
 
     store.update_pass(*(place or (index + 1, 0)), run)
+    if ranks is not None:
+        lost, tokens = ranks.number(lost), ranks.number(tokens)
     if lost == tokens:
         raise NumericsError(f"{name}: its outputs contain NaN or Inf for every calibration token; {OTHER_DTYPE}")
     return lost

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,6 +16,23 @@ from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
 
 
+@contextlib.contextmanager
+def failing_together(ranks: Ranks) -> Iterator[None]:
+    """If what is done here fails in one rank, all raise the NumericsError of the first that has one: they go on, or not, in the same way.
+
+    Factors of the same Hessian may differ between processors.
+    """
+    failure = None
+    try:
+        yield
+    except NumericsError as error:
+        if ranks.count == 1:
+            raise
+        failure = str(error)
+    if (first := next(filter(None, ranks.everyone(failure)), None)) is not None:
+        raise NumericsError(str(first))
+
+
 def solve_shared(factor: Factor, weights: list[Tensor], scheme: QuantScheme, label: str, ranks: Ranks) -> list[QuantizedWeight]:
     """``factor.solve`` by all ranks, each of which gets the whole result. They all raise the NumericsError of the first that has one.
 
@@ -21,15 +40,11 @@ def solve_shared(factor: Factor, weights: list[Tensor], scheme: QuantScheme, lab
     factors and inputs are the same.
     """
     if ranks.count == 1 or scheme.grid.settles or any(len(weight) < ranks.count for weight in weights):
-        return factor.solve(weights, scheme, label)
+        with failing_together(ranks):
+            return factor.solve(weights, scheme, label)
     spans = [share(len(weight), ranks.index, ranks.count) for weight in weights]
-    parts, failure = list[QuantizedWeight](), None
-    try:
+    with failing_together(ranks):
         parts = factor.solve([weight[span.start : span.stop] for weight, span in zip(weights, spans, strict=True)], scheme, label)
-    except NumericsError as error:
-        failure = str(error)
-    if (first := next(filter(None, ranks.everyone(failure)), None)) is not None:
-        raise NumericsError(str(first))
     numbers = ranks.everyone([(part.loss, part.energy) for part in parts])
     found = []
     for i, (weight, part) in enumerate(zip(weights, parts, strict=True)):

@@ -71,9 +71,10 @@ class HeadUnit(StreamedUnit):
             control.progress.say(f"{head.name} stays unquantized: {skipped[head.name]}")
             tensors = [bench.writer.stored(head.source.name)]
         else:
-            made, prefix = config.made, head.source.name.removesuffix(".weight")
+            made, prefix, packed = config.made, head.source.name.removesuffix(".weight"), {}
             with control.clock.phase("pack"):
-                packed = made.pack(prefix, solved.weight, head.source.dtype) | made.pack_inputs(prefix, solved.largest_input)
+                if bench.writer.ranks.writes(self.shard.number):
+                    packed = made.pack(prefix, solved.weight, head.source.dtype) | made.pack_inputs(prefix, solved.largest_input)
             records.append(solved.record())
             if (warning := dead_inputs_warning(records)) is not None:
                 control.progress.warn_once("dead inputs", warning)
