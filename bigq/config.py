@@ -216,7 +216,7 @@ class JobConfig:
         help="experts of a layer that are solved side by side",
         group=RUN,
         unit="experts",
-        unset="up to 8 on a GPU, fewer if memory is short; 1 on a CPU",
+        unset="up to 8 on a GPU, fewer if memory is short; on a CPU 1 for each process",
         resume=Resume.WARNED,
         added=True,
         range=at_least(1),

@@ -91,6 +91,9 @@ class Collectors(Protocol):
     @property
     def each(self) -> Sequence[Collector]: ...
 
+    def only(self, span: range) -> Collectors:
+        """Those of a span of the groups, at least one. The others are not used any more."""
+
     def factor(self, scheme: QuantScheme, labels: Sequence[str]) -> Factors:
         """End the accumulation. A group that fails does not change the others."""
 
@@ -172,6 +175,9 @@ class OneByOne:
     """``Collectors`` of groups that are factored and solved one after the other."""
 
     each: Sequence[Collector]
+
+    def only(self, span: range) -> OneByOne:
+        return OneByOne(self.each[span.start : span.stop])
 
     def factor(self, scheme: QuantScheme, labels: Sequence[str]) -> FactorsOneByOne:
         def factor(collector: Collector, label: str) -> Factor:

@@ -35,7 +35,7 @@ class Gptq(CalibratedMethod):
     def collectors(self, count: int, n: int, device: torch.device, *, finite_only: bool) -> Collectors:
         if count < 2:
             return OneByOne([self.collector(n, device, finite_only=finite_only) for _ in range(count)])
-        return HessianCollectors(HessianSums(count, n, device, finite_only=finite_only))
+        return HessianCollectors(HessianSums.zeros(count, n, device, finite_only=finite_only))
 
 
 class HessianCollector:
@@ -91,6 +91,9 @@ class HessianCollectors:
     def __init__(self, hessians: HessianSums) -> None:
         self._hessians = hessians
         self.each = [HessianCollector(hessian) for hessian in hessians.each]
+
+    def only(self, span: range) -> HessianCollectors:
+        return HessianCollectors(self._hessians.only(span))
 
     def factor(self, scheme: QuantScheme, labels: Sequence[str]) -> HessianFactors:
         return HessianFactors(*self._hessians.factorize(order=column_order(scheme, self._hessians.n), damping=scheme.damping, names=labels))

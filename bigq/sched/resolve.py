@@ -158,6 +158,8 @@ def resolve_job(target: Target, stop: Stop, stages: Stages, ranks: Ranks) -> Job
     adapted = check_shapes(pager, without_chosen(config))
     if config.bits_per_weight is not None and (chosen := read_bits(target.out)) is not None:
         adapted = dataclasses.replace(adapted, config=with_chosen(adapted.config, chosen.rules))
+    if ranks.count > 1 and target.device.type == "cpu" and adapted.config.experts_at_once is None:
+        adapted = dataclasses.replace(adapted, config=dataclasses.replace(adapted.config, experts_at_once=ranks.count))
     config = adapted.config
     head = head_to_quantize(pager, config)
     if config.format == "gguf":

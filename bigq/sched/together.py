@@ -26,7 +26,6 @@ def require_shareable(config: JobConfig, method: Method, pager: Pager, rows: int
         f"--fold {config.fold}": method.scaling is not None,
         "--tune-steps": bool(config.tune_steps),
         "--bits-per-weight": config.bits_per_weight is not None,
-        "a model with experts": bool(pager.banks),
         "a model that stays on a server": pager.remote is not None,
     }
     for what, there in alone.items():

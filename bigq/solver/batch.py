@@ -28,12 +28,21 @@ class Factors:
 
 
 class HessianSums:
-    """Accumulators for ``count`` inputs of n features, in one buffer [count, n, n]. finite_only: see ``HessianSum``."""
+    """Accumulators for inputs of n features, in one buffer. sums: [count, n, n]. each: those of single inputs, whose sums these are."""
 
-    def __init__(self, count: int, n: int, device: torch.device, *, finite_only: bool = False) -> None:
-        self.n = n
-        self._sums = torch.zeros(count, n, n, dtype=torch.float32, device=device)
-        self.each = [HessianSum(n, device, finite_only=finite_only, into=self._sums[i]) for i in range(count)]
+    def __init__(self, sums: Tensor, each: list[HessianSum]) -> None:
+        self.n = sums.shape[1]
+        self._sums, self.each = sums, each
+
+    @classmethod
+    def zeros(cls, count: int, n: int, device: torch.device, *, finite_only: bool = False) -> HessianSums:
+        """Accumulators for ``count`` inputs. finite_only: see ``HessianSum``."""
+        sums = torch.zeros(count, n, n, dtype=torch.float32, device=device)
+        return cls(sums, [HessianSum(n, device, finite_only=finite_only, into=one) for one in sums])
+
+    def only(self, span: range) -> HessianSums:
+        """Those of a span of the inputs, in the same buffer."""
+        return HessianSums(self._sums[span.start : span.stop], self.each[span.start : span.stop])
 
     def factorize(self, *, order: Order, damping: float, names: Sequence[str]) -> tuple[Factors | None, list[NumericsError | None]]:
         """End the accumulation and factor the Hessians in their own storage, see ``hessian.factorize``. This object is used up.

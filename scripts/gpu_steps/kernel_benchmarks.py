@@ -252,7 +252,7 @@ def batches(bench: Bench) -> dict[str, Any]:
         for count in AT_ONCE[:2] if bench.smoke else AT_ONCE:
             times = []
             for _ in range(1 if bench.smoke else 3):  # the first one compiles the kernels
-                sums = HessianSums(count, n, bench.device)
+                sums = HessianSums.zeros(count, n, bench.device)
                 for one in sums.each:
                     one.add(x)
                 times.append(_factor_and_solve(bench, sums, [[weight]] * count))

@@ -311,7 +311,7 @@ class Cases:
         weights = [[0.02 * self.randn(m, n)] for _ in range(count)]
         runs = []
         for _ in range(2):
-            sums = HessianSums(count, n, self.device)
+            sums = HessianSums.zeros(count, n, self.device)
             for one, x in zip(sums.each, xs, strict=True):
                 one.add(x)
             factors, failures = sums.factorize(order=column_order(scheme, n), damping=0.01, names=names)

@@ -24,9 +24,9 @@ MOST = 60.0
 class Case:
     """A small model and its rows, and what undisturbed jobs make of them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, family: str = "llama") -> None:
         self.folder = folder
-        self.model = make_checkpoint(folder / "m", "llama", num_hidden_layers=BLOCKS)
+        self.model = make_checkpoint(folder / "m", family, num_hidden_layers=BLOCKS)
         self.ids = save_ids(folder / "ids.safetensors", random_ids())
 
     def words(self, out: Path, *more: str) -> list[object]:
@@ -45,6 +45,11 @@ class Case:
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("experts"), "mixtral")
 
 
 def hashes(out: Path) -> dict[str, str]:
@@ -71,6 +76,24 @@ def test_the_bytes_depend_on_the_number_of_processes_alone(count: int, method: s
     how = EvalConfig(data=str(case.ids), seqlen=24, samples=8, dtype="float32", device="cpu", quiet=True)
     kl = [evaluate(str(folder), how, baseline=str(case.model)).kl for folder in (alone, out)]
     assert kl[1] == pytest.approx(kl[0], rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["gptq", pytest.param("gptaq", marks=pytest.mark.long)])
+def test_experts_are_dealt_out(method: str, experts: Case, tmp_path: Path) -> None:
+    """Three at once of four, so one of two processes has nothing to do in every second batch. One of them is killed among them."""
+    more = ["--method", method, "--order", "natural", "--scales", "minmax", "--sweeps", "0", "--experts-at-once", "3"]
+    out, whole = tmp_path / "out", experts.whole(2, *more)
+    made = start(2, experts.words(out, *more), tmp_path / "logs", {1: "expert.solved:5"})
+    assert sorted(made.ended(MOST)) == [-signal.SIGKILL, 75], made.texts
+    done = start(2, experts.words(out, *more), tmp_path / "again")
+    assert done.ended() == [0, 0], done.texts
+    assert hashes(out) == hashes(whole)
+    alone, shared = ([one for line in journal(folder) for one in line["linears"]] for folder in (experts.whole(1, *more), whole))  # type: ignore[attr-defined]
+    assert [(one["name"], one.get("tokens")) for one in alone] == [(one["name"], one.get("tokens")) for one in shared]
+    of_first = [(a["loss"], b["loss"]) for a, b in zip(alone, shared, strict=True) if "layers.0.block_sparse_moe.experts" in a["name"]]
+    assert len(of_first) == 12
+    for a, b in of_first:
+        assert b == pytest.approx(a, rel=1e-4)
 
 
 def test_sums_over_processes_are_those_of_one(case: Case) -> None:

@@ -75,10 +75,10 @@ def test_folders_of_hidden_states(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
-def require(banks: object = (), remote: object = None, rows: int = 8, **config: Any) -> None:
-    """banks: of experts; remote: the server that the model stays on."""
+def require(remote: object = None, rows: int = 8, **config: Any) -> None:
+    """remote: the server that the model stays on."""
     made = JobConfig(**config)
-    pager: Any = SimpleNamespace(banks=banks, remote=remote)
+    pager: Any = SimpleNamespace(remote=remote)
     two: Any = SimpleNamespace(count=2)
     require_shareable(made, method_of(made), pager, rows, two)
 
@@ -97,7 +97,6 @@ def test_gptq_and_gptaq_are_shared() -> None:
         ("--fold smoothquant", {"fold": "smoothquant"}),
         ("--tune-steps", {"tune_steps": 4}),
         ("--bits-per-weight", {"bits_per_weight": 4.5}),
-        ("a model with experts", {"banks": ("bank",)}),
         ("a model that stays on a server", {"remote": object()}),
     ],
 )

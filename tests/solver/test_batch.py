@@ -44,7 +44,7 @@ def alone(x: Tensor, scheme: QuantScheme, name: str = "alone") -> Factor:
 
 
 def together(xs: list[Tensor], scheme: QuantScheme) -> tuple[Factors | None, list[NumericsError | None]]:
-    sums = HessianSums(len(xs), xs[0].shape[1], CPU)
+    sums = HessianSums.zeros(len(xs), xs[0].shape[1], CPU)
     for one, x in zip(sums.each, xs, strict=True):
         if len(x):
             one.add(x)
@@ -160,7 +160,7 @@ def test_more_damping_for_one_is_for_that_one(fails: str, order: OrderName, monk
     """A Hessian that is not positive definite is tried again alone, with the result of a single one."""
     scheme = QuantScheme(group_size=40, order=order, damping=1e-9)
     xs = [inputs(200, seed) for seed in range(3)]
-    sums = HessianSums(3, 200, CPU)
+    sums = HessianSums.zeros(3, 200, CPU)
     for one, x in zip(sums.each, xs, strict=True):
         one.add(x)
     # Two inputs that are correlated more than fully: the damping that helps is between 0.1 and 1, or above 1.
@@ -220,7 +220,7 @@ def test_sums_are_those_of_single_ones() -> None:
     """Tokens that are not finite are left out of the sum that gets them."""
     xs = [inputs(64, seed, 70) for seed in range(2)]
     xs[1][5, 3] = float("inf")
-    sums = HessianSums(2, 64, CPU, finite_only=True)
+    sums = HessianSums.zeros(2, 64, CPU, finite_only=True)
     for one, x in zip(sums.each, xs, strict=True):
         single = HessianSum(64, CPU, finite_only=True)
         for part in x.split(30):

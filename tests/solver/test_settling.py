@@ -130,7 +130,7 @@ def test_linears_solved_together_equal_those_solved_apart(order: str) -> None:
 
 
 def test_a_batch_has_the_bits_of_each() -> None:
-    sums = HessianSums(2, 256, torch.device("cpu"))
+    sums = HessianSums.zeros(2, 256, torch.device("cpu"))
     for i, one in enumerate(sums.each):
         one.add(randn(600, 256, seed=i))
     factors, failures = sums.factorize(order=column_order(SCHEME, 256), damping=0.01, names=["a", "b"])

@@ -14,17 +14,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bigq.errors import NumericsError
+from bigq.machine.ranks import OneProcess, Ranks
 from bigq.methods.base import CalibratedMethod, Collector, DataFreeMethod
 from bigq.model.experts.bank import Bank, Expert, Product, Rounding
 from bigq.progress.clock import Clock
 from bigq.progress.records import LinearRecord
 from bigq.quantized_weight import QuantizedWeight
 from bigq.sched.rows.routed import RoutedRows
+from bigq.sched.solve.shared import dealt, gathered
 from bigq.scheme import QuantScheme
 from bigq.solver.rtn import round_to_nearest
 
@@ -44,7 +47,7 @@ class BankJob:
     others. finished: whether ``load`` returns final ones, because an earlier run committed the expert; then it only runs. finite_only:
     leave tokens that are not finite out of Hessians. at_once: experts that are solved side by side. ends: whether an expert is the last of
     its shard; no batch of experts goes beyond it, so that a job that goes on has the same batches. rounded: see ``Expert``; of
-    ``run_bank_rows``.
+    ``run_bank_rows``. ranks: the processes that share the calibration rows.
     """
 
     prefix: str
@@ -60,6 +63,7 @@ class BankJob:
     at_once: int = 1
     ends: Callable[[int], bool] = lambda e: False
     rounded: Rounding | None = None
+    ranks: Ranks = field(default_factory=OneProcess)
 
     @property
     def load_original(self) -> Callable[[int], Mapping[str, Tensor]]:
@@ -114,13 +118,15 @@ def solve_bank(job: BankJob, method: CalibratedMethod, rows: RoutedRows, referen
     """
     for batch, unsolved in _batches(job, rows, reference):
         members = [_member(job, rows, reference, visitors, unsolved) for visitors in batch]
+        if unsolved:
+            _count_everywhere(job.ranks, members)
         for product in job.bank.products if unsolved else ():
             _solve(job, method, members, product)
         while members:
             member = members.pop(0)
             _run(job, rows, member.now, member.slots)
             if member.solved:
-                yield SolvedExpert(job.prefix, member.number, len(member.now.tokens), tuple(member.solved), member.left_out)
+                yield SolvedExpert(job.prefix, member.number, member.tokens, tuple(member.solved), member.left_out)
             del member  # its weights go before the next ones come
 
 
@@ -166,12 +172,13 @@ class _Visited:
 @dataclass(slots=True)
 class _Member:
     """An expert, and what is solved of it. now: in the quantized model; slots: the positions of its tokens. before: the same tokens in the
-    unquantized model."""
+    unquantized model. tokens: how many of all ranks are routed to it, once it is known."""
 
     number: int
     now: _Visited
     slots: Tensor
     before: _Visited | None = None
+    tokens: int = 0
     solved: list[SolvedMatrix] = field(default_factory=list)
     left_out: int = 0
 
@@ -208,6 +215,13 @@ def _member(job: BankJob, rows: RoutedRows, reference: RoutedRows | None, visito
         _run(job, reference, _Visited(reference, expert, tokens), slots)
         member.before = _Visited(reference, expert, visitors.tokens) if unsolved else None
     return member
+
+
+def _count_everywhere(ranks: Ranks, members: Sequence[_Member]) -> None:
+    counts = [len(member.now.tokens) for member in members]
+    of_all: list[Any] = ranks.everyone(counts)
+    for member, *numbers in zip(members, *of_all, strict=True):
+        member.tokens = sum(numbers)
 
 
 def run_bank_rows(job: BankJob, rows: RoutedRows, batch: int | None = None) -> None:
@@ -313,23 +327,27 @@ def _filled(x: Tensor) -> Tensor:
 def _solve(job: BankJob, method: CalibratedMethod, members: Sequence[_Member], product: Product) -> None:
     """Solve one product of experts, set what their weights have become, and add their stored matrices to what is solved.
 
-    One that cannot be solved is rounded to nearest, without an effect on the others.
+    One that cannot be solved is rounded to nearest, without an effect on the others. Each of several ranks solves some of the experts.
     """
     scheme = job.schemes[product.parameter]
     names = {member.number: job.names(product.parameter, member.number) for member in members}
     weights = {member.number: list(member.now.expert.weight(product).chunk(len(names[member.number]))) for member in members}
     no_tokens = NumericsError("no calibration token is routed to it")
     results: dict[int, list[QuantizedWeight] | NumericsError] = dict.fromkeys(weights, no_tokens)
-    if seen := [member for member in members if len(member.now.tokens)]:
+    if seen := [member for member in members if member.tokens]:
         labels = [f"{job.prefix}.{member.number}.{product.parameter}" for member in seen]
         weight = seen[0].now.expert.weight(product)
         collectors = method.collectors(len(seen), weight.shape[1], weight.device, finite_only=job.finite_only)
         for member, collector in zip(seen, collectors.each, strict=True):
             _collect(job, member, product, collector)
-        with job.clock.phase("factor"):
-            factors = collectors.factor(scheme, labels)
+        mine, solved = dealt(len(seen), scheme, job.ranks), list[list[QuantizedWeight] | NumericsError]()
+        if mine:
+            with job.clock.phase("factor"):
+                factors = collectors.only(mine).factor(scheme, labels[mine.start : mine.stop])
+            with job.clock.phase("solve"):
+                solved = factors.solve([weights[seen[i].number] for i in mine], scheme, [labels[i] for i in mine])
         with job.clock.phase("solve"):
-            solved = factors.solve([weights[member.number] for member in seen], scheme, labels)
+            solved = gathered(solved, len(seen), scheme, weight.device, job.ranks)
         for member, label, result in zip(seen, labels, solved, strict=True):
             if isinstance(result, NumericsError):
                 result = NumericsError(str(result).removeprefix(f"{label}: ").partition(";")[0])
@@ -353,4 +371,6 @@ def _collect(job: BankJob, member: _Member, product: Product, collector: Collect
             x = member.now.input_of(product, part)
         with job.clock.phase("hessian"):
             collector.add(x, before)
+    with job.clock.phase("hessian"):
+        collector.reduce(job.ranks)
     member.left_out = max(member.left_out, collector.left_out)

@@ -1,10 +1,15 @@
-"""Solving Linears together with other ranks: each quantizes some rows of every weight. Given the factor, they are independent."""
+"""Solving Linears together with other ranks.
+
+Of a Linear, each rank quantizes some rows of the weight: given the factor, they are independent. Of experts, whose matrices are small,
+each rank factors and solves some.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +44,7 @@ def solve_shared(factor: Factor, weights: list[Tensor], scheme: QuantScheme, lab
     Where scales of different rows are rounded together, or a weight has fewer rows than there are ranks, each rank solves all rows: their
     factors and inputs are the same.
     """
-    if ranks.count == 1 or scheme.grid.settles or any(len(weight) < ranks.count for weight in weights):
+    if _by_all(scheme, ranks) or any(len(weight) < ranks.count for weight in weights):
         with failing_together(ranks):
             return factor.solve(weights, scheme, label)
     spans = [share(len(weight), ranks.index, ranks.count) for weight in weights]
@@ -51,4 +56,55 @@ def solve_shared(factor: Factor, weights: list[Tensor], scheme: QuantScheme, lab
         loss, energy = torch.tensor([each[i] for each in numbers], dtype=torch.float64).sum(0).tolist()  # type: ignore[index]
         codes, scales, zeros = (ranks.joined(tensor, len(weight)) for tensor in (part.codes, part.scales, part.zeros))
         found.append(dataclasses.replace(part, codes=codes, scales=scales, zeros=zeros, loss=loss, energy=energy))
+    return found
+
+
+def dealt(count: int, scheme: QuantScheme, ranks: Ranks) -> range:
+    """Which of so many experts this rank solves, perhaps none."""
+    return range(count) if _by_all(scheme, ranks) else share(count, ranks.index, ranks.count)
+
+
+def _by_all(scheme: QuantScheme, ranks: Ranks) -> bool:
+    """Whether each rank solves everything: where a weight is more than its codes, scales and zero points."""
+    return ranks.count == 1 or scheme.grid.settles
+
+
+def gathered(
+    mine: list[list[QuantizedWeight] | NumericsError], count: int, scheme: QuantScheme, device: torch.device, ranks: Ranks
+) -> list[list[QuantizedWeight] | NumericsError]:
+    """The results of all ``count`` experts, whose weights have equal shapes, from those that each rank was dealt and has solved."""
+    if _by_all(scheme, ranks):
+        return mine
+    said: Any = ranks.everyone([str(each) if isinstance(each, NumericsError) else _outline(each) for each in mine])
+    outlines = [each for of_rank in said for each in of_rank]
+    pattern = next((each for each in outlines if not isinstance(each, str)), None)
+    results: list[list[QuantizedWeight]] = [[] for _ in outlines]
+    for i, one in enumerate(pattern or ()):
+        tensors: dict[str, Tensor] = {}
+        for name, (shape, dtype) in one.tensors.items():
+            stack = torch.zeros(len(mine), *shape, dtype=dtype, device=device)
+            for to, each in zip(stack, mine, strict=True):
+                if not isinstance(each, NumericsError):
+                    to.copy_(getattr(each[i], name))
+            tensors[name] = ranks.joined(stack, count)
+        for e, (outline, found) in enumerate(zip(outlines, results, strict=True)):
+            if not isinstance(outline, str):
+                parts: dict[str, Any] = {name: of_all[e] for name, of_all in tensors.items()}
+                found.append(QuantizedWeight(**parts, **outline[i].numbers))
+    return [NumericsError(said) if isinstance(said, str) else found for said, found in zip(outlines, results, strict=True)]
+
+
+class _Outline(NamedTuple):
+    """A quantized weight without its tensors, of which there are shapes and dtypes."""
+
+    tensors: dict[str, tuple[torch.Size, torch.dtype]]
+    numbers: dict[str, Any]
+
+
+def _outline(weights: list[QuantizedWeight]) -> list[_Outline]:
+    found = []
+    for weight in weights:
+        fields = {each.name: getattr(weight, each.name) for each in dataclasses.fields(weight)}
+        tensors = {name: (value.shape, value.dtype) for name, value in fields.items() if isinstance(value, Tensor)}
+        found.append(_Outline(tensors, {name: value for name, value in fields.items() if name not in tensors}))
     return found

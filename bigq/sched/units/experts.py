@@ -105,6 +105,7 @@ class BankWork:
                 finite_only=bench.config.on_nonfinite == "skip",
                 at_once=bench.choice.experts_at_once or 1,
                 ends=functools.partial(self._ends_group, stored.path),
+                ranks=bench.writer.ranks,
             )
         return made
 
@@ -136,12 +137,12 @@ class BankWork:
         return held if factors is None else _scaled(self._banks[bank.path], held, factors)
 
     def take(self, solved: SolvedExpert) -> list[LinearRecord]:
-        """Pack an expert, and hand over its group if it is the last one of it. Returns its records."""
+        """Pack an expert, and hand over its group if it is the last one of it. Returns its records. Only who writes the group packs it."""
         bench, group = self.bench, self._group(solved.bank, solved.number)
         records = [matrix.record(solved.tokens) for matrix in solved.matrices]
         bank = group.bank
         dtypes = {name: bank.dtype(key) for key in bank.sources for name in bank.matrices(key, solved.number)}
-        for matrix in solved.matrices:
+        for matrix in solved.matrices if bench.writer.ranks.writes(group.shard.number) else ():
             with bench.control.clock.phase("pack"):
                 self._packed[matrix.name] = bench.config.made.pack(bank.prefix(matrix.name), matrix.weight, dtypes[matrix.name])
         self._records += records
@@ -156,16 +157,18 @@ class BankWork:
                 self._hand_over(group)
 
     def _hand_over(self, group: ExpertGroup) -> None:
-        writer, bank, experts = self.bench.writer, group.bank, range(group.first, group.stop)
-        tensors: list[OutputTensor] = []
-        if self._packed:
-            for name in (name for e in experts for key in bank.sources for name in bank.matrices(key, e)):
-                tensors += writer.packed(self._packed[name])
-        else:
-            tensors += [writer.stored(name) for name in bank.stored(experts)]
+        writer = self.bench.writer
+        tensors = self._tensors(group) if writer.ranks.writes(group.shard.number) else []
         product = Product(tensors=tensors, records=self._records, batch=self.batch)
         self._packed, self._records = {}, []
         writer.hand_over(group.shard, product, self.index)
+
+    def _tensors(self, group: ExpertGroup) -> list[OutputTensor]:
+        writer, bank, experts = self.bench.writer, group.bank, range(group.first, group.stop)
+        if not self._packed:
+            return [writer.stored(name) for name in bank.stored(experts)]
+        names = [name for e in experts for key in bank.sources for name in bank.matrices(key, e)]
+        return [tensor for name in names for tensor in writer.packed(self._packed[name])]
 
 
 def _scaled(bank: Bank, held: Mapping[str, Tensor], factors: Tensor) -> Mapping[str, Tensor]:

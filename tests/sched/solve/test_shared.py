@@ -11,7 +11,7 @@ from bigq.errors import NumericsError
 from bigq.machine.ranks import OneProcess
 from bigq.methods.gptq import Gptq
 from bigq.quantized_weight import QuantizedWeight
-from bigq.sched.solve.shared import failing_together, solve_shared
+from bigq.sched.solve.shared import dealt, failing_together, gathered, solve_shared
 from bigq.scheme import QuantScheme
 
 SCHEMES = {
@@ -40,6 +40,50 @@ def test_rows_that_ranks_share_have_the_codes_of_all_rows(scheme: QuantScheme) -
             assert torch.equal(one.codes, whole.codes) and torch.equal(one.scales, whole.scales) and torch.equal(one.zeros, whole.zeros)
             assert one.loss == pytest.approx(whole.loss, rel=1e-5)
             assert one.dequantize().shape == whole.dequantize().shape
+
+
+# Experts are not stored with nested scales.
+WITH_BLOCKS = QuantScheme(bits=8, group_size=128, points="e4m3", scale_form="block", order="natural", sweeps=0)
+
+
+@pytest.mark.parametrize("scheme", [*list(SCHEMES.values())[:3], WITH_BLOCKS], ids=[*list(SCHEMES)[:3], "scales of blocks"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_experts_that_ranks_are_dealt(count: int, scheme: QuantScheme) -> None:
+    """The same results in each rank as alone. The inputs of one are not finite: it fails everywhere, the others do not."""
+    torch.manual_seed(0)
+    weights, xs = torch.randn(count, 2, 24, 128), torch.randn(count, 256, 128)
+    if count == 5:
+        xs[3] = torch.nan
+
+    def solve(ranks: ThreadRanks | OneProcess) -> list[list[QuantizedWeight] | NumericsError]:
+        collectors, labels = Gptq().collectors(count, 128, torch.device("cpu"), finite_only=False), [f"expert {i}" for i in range(count)]
+        for i, collector in enumerate(collectors.each):
+            # Each rank sees some of the tokens.
+            for token in ranks.rows(len(xs[i])):
+                collector.add(xs[i][token])
+            collector.reduce(ranks)
+        mine = dealt(count, scheme, ranks)
+        found: list[list[QuantizedWeight] | NumericsError] = []
+        if mine:
+            factors = collectors.only(mine).factor(scheme, [labels[i] for i in mine])
+            found = factors.solve([list(weights[i].clone()) for i in mine], scheme, [labels[i] for i in mine])
+        return gathered(found, count, scheme, torch.device("cpu"), ranks)
+
+    alone = solve(OneProcess())
+    assert len(alone) == count
+    first: list[list[QuantizedWeight] | NumericsError] | None = None
+    for found in together(3, solve):
+        assert not isinstance(found, Exception), found
+        first = first or found
+        for e, (one, same, whole) in enumerate(zip(found, first, alone, strict=True)):
+            if isinstance(whole, NumericsError):
+                assert e == 3 and isinstance(one, NumericsError) and str(one) == str(whole)
+                continue
+            assert e != 3 and not isinstance(one, NumericsError) and not isinstance(same, NumericsError)
+            for a, b, c in zip(one, same, whole, strict=True):
+                assert torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales) and torch.equal(a.zeros, b.zeros)
+                assert (a.codes == c.codes).float().mean() > 0.98 and a.loss == pytest.approx(c.loss, rel=0.02)
+                assert a.scheme == c.scheme and a.damping == c.damping and a.dead_inputs == c.dead_inputs
 
 
 def test_what_fails_in_one_rank_fails_in_all() -> None:
