@@ -277,13 +277,11 @@ class Stress:
             run.signal(victim, {"instant": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP, "SIGTERM": signal.SIGTERM}[way])
         at = time.monotonic()
         said = f"{point if way == 'point' else way} of rank {victim}"
-        if way == "SIGTERM":
-            others = everyone
-        elif not run.met(victim):
+        if not run.met(victim):
             said += " before it met the others"
             for rank in others:
                 run.signal(rank, signal.SIGTERM)
-        if not run.wait(others, at + LIMIT):
+        if not run.wait(everyone if way == "SIGTERM" else others, at + LIMIT):
             self._hung(run, said, tally)
             return said
         took = time.monotonic() - at

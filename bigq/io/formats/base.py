@@ -218,11 +218,13 @@ class Format(ABC):
         if not self.input_suffix:
             return {}
         assert largest is not None, f"{prefix}: {self.name} stores {self.input_suffix}, for which calibration is needed"
-        return {self.tensor(prefix, self.input_suffix): self.input_number(largest)}
+        number = self.input_number(largest)
+        assert number is not None, f"{self.name} has a tensor for inputs"
+        return {self.tensor(prefix, self.input_suffix): number}
 
-    def input_number(self, largest: float) -> Tensor:
-        """fp32 [1]: what the tensor for inputs holds, from their largest magnitude in calibration."""
-        raise NotImplementedError(f"{self.name} stores nothing for inputs")
+    def input_number(self, largest: float) -> Tensor | None:
+        """fp32 [1]: what the tensor for inputs holds, from their largest magnitude in calibration. None if it has none."""
+        return None
 
     @abstractmethod
     def read(self, prefix: str, get: Callable[[str], Tensor], scheme: QuantScheme) -> PackedWeight:
