@@ -55,6 +55,7 @@ FLOORS: Sequence[tuple[str, ...]] = (
     ("bigq.infer",),
     ("bigq.reports",),
     ("bigq.batch",),
+    ("bigq.live",),
     ("bigq.api",),
     ("bigq.__init__",),
     ("bigq.cli",),

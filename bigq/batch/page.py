@@ -11,7 +11,7 @@ from bigq.errors import UsageError
 from bigq.io.atomic import write_bytes
 from bigq.progress.sizes import show_duration, show_size
 from bigq.progress.terminal import one_line
-from bigq.reports.html import document
+from bigq.reports.document import document
 from bigq.reports.markup import Markup, element, join, table
 from bigq.reports.write import require_file
 from bigq.version import __version__

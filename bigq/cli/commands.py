@@ -113,6 +113,12 @@ def _status(p: Parser) -> None:
     add_status(p)
 
 
+def _serve(p: Parser) -> None:
+    from bigq.cli.live import add_serve
+
+    add_serve(p)
+
+
 def _report(p: Parser) -> None:
     from bigq.cli.folder import add_report
 
@@ -135,6 +141,7 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
     "convert": ("re-pack a quantized model in another format, without loss", "MODEL OUT --to FORMAT", _convert),
     "verify": ("check a job's output folder against its records", "OUT", _verify),
     "status": ("show the progress of a job, or of all jobs of a file", "OUT", _status),
+    "serve": ("show jobs that run as a page in the browser, and as metrics", "OUT ...", _serve),
     "report": ("write a job's report as one HTML file, or as a model card", "OUT", _report),
     "demo": ("quantize the tiny model that ships with bigq and compare the results", "", _demo),
 }

@@ -13,6 +13,9 @@ from bigq.errors import CheckpointError, UsageError
 from bigq.progress.terminal import keep_quiet, one_line, print_result, tell
 from bigq.vocabulary import FORMAT_NAMES
 
+#: How often ``bigq status --watch`` looks.
+WATCH_SECONDS = 2
+
 if TYPE_CHECKING:
     from bigq.batch.overview import Overview
     from bigq.inspect.status import Status
@@ -38,6 +41,9 @@ def add_status(p: Parser) -> None:
     p.add_argument("out", metavar="OUT|FILE", help="output folder of a job, running or not; or a YAML file of jobs")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("--html", metavar="PAGE", help="also write the state of a file's jobs as one HTML page")
+    p.add_argument(
+        "--watch", action="store_true", help=f"show it anew every {WATCH_SECONDS} seconds until no job runs; with --json a line each"
+    )
     p.set_defaults(command=_run_status)
 
 
@@ -90,12 +96,24 @@ def _run_convert(args: argparse.Namespace) -> int:
 
 
 def _run_status(args: argparse.Namespace) -> int:
+    if args.watch:
+        from bigq.cli.live import again_and_again
+
+        again_and_again(lambda: not _show_status(args), WATCH_SECONDS)
+    else:
+        _show_status(args)
+    return 0
+
+
+def _show_status(args: argparse.Namespace) -> bool:
+    """Whether a job runs, or may run."""
     out = Path(os.path.expanduser(args.out))
     found: Status | Overview
     if out.is_file():
         from bigq.batch.overview import overview
 
         found = overview(out)
+        states = found.counts
         if args.html is not None:
             from bigq.batch.page import write_page
 
@@ -106,8 +124,9 @@ def _run_status(args: argparse.Namespace) -> int:
         from bigq.inspect.status import status
 
         found = status(out)
+        states = {found.state: 1}
     print_result(json.dumps(found.to_json()) if args.json else found.text())
-    return 0
+    return any(state in states for state in ("running", "starting", "unknown"))
 
 
 def _run_report(args: argparse.Namespace) -> int:

@@ -16,12 +16,12 @@ from bigq.inspect.history import History
 from bigq.job.command import flags
 from bigq.progress.sizes import show_size
 from bigq.reports import html_quality, html_resources
+from bigq.reports.document import document
 from bigq.reports.figures import count_of, duration, perplexity, place, when
 from bigq.reports.html_quality import Pictures
 from bigq.reports.html_resources import UNKNOWN
 from bigq.reports.markup import Markup, element, facts, join
 from bigq.reports.method import method_text
-from bigq.reports.style import STYLE
 from bigq.version import __version__
 
 STATES = {
@@ -51,23 +51,6 @@ def render(history: History, pictures: Pictures) -> str:
         parts.append(_section("Damaged records", element("ul", *(element("li", each) for each in history.damaged))))
     footer = element("footer", f"Written by bigq {__version__} from the records in {history.out}/.bigq.")
     return document(f"{history.name}: bigq report", element("main", *parts, footer))
-
-
-def document(title: str, body: Markup) -> str:
-    """A page with the style sheet of reports, which can load nothing and run nothing."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    head = join(
-        (
-            Markup('<meta charset="utf-8">'),
-            Markup(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
-            Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-            Markup('<meta name="color-scheme" content="light dark">'),
-            element("title", title),
-            element("style", Markup(STYLE)),
-        ),
-        "\n",
-    )
-    return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
 
 
 def _section(title: str, *inner: object) -> Markup:
