@@ -74,7 +74,7 @@ def run_job(count: int, options: Sequence[str], work: Path) -> list[dict[str, An
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="how many processes share the job (default: %(default)s)")
-    parser.add_argument("--samples", type=int, nargs="+", default=[64, 1024], help="calibration rows of each job (default: 64 1024)")
+    parser.add_argument("--samples", type=int, nargs="+", default=[64, 512], help="calibration rows of each job (default: 64 512)")
     parser.add_argument("--seqlen", type=int, default=256, help="their tokens (default: %(default)s)")
     parser.add_argument("--method", default="gptq", help="(default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=3, help="jobs of each number of processes (default: %(default)s)")

@@ -99,21 +99,26 @@ def _run_status(args: argparse.Namespace) -> int:
     if args.watch:
         from bigq.cli.live import again_and_again
 
-        again_and_again(lambda: not _show_status(args), WATCH_SECONDS)
+        again_and_again(lambda: not _may_run(_show_status(args)), WATCH_SECONDS)
     else:
         _show_status(args)
     return 0
 
 
-def _show_status(args: argparse.Namespace) -> bool:
-    """Whether a job runs, or may run."""
+def _may_run(found: Status | Overview) -> bool:
+    """Whether a job runs, as far as is known."""
+    states = (found.state,) if hasattr(found, "state") else tuple(found.counts)
+    return any(state in states for state in ("running", "starting", "unknown"))
+
+
+def _show_status(args: argparse.Namespace) -> Status | Overview:
+    """Print a state, and return it."""
     out = Path(os.path.expanduser(args.out))
     found: Status | Overview
     if out.is_file():
         from bigq.batch.overview import overview
 
         found = overview(out)
-        states = found.counts
         if args.html is not None:
             from bigq.batch.page import write_page
 
@@ -124,9 +129,8 @@ def _show_status(args: argparse.Namespace) -> bool:
         from bigq.inspect.status import status
 
         found = status(out)
-        states = {found.state: 1}
     print_result(json.dumps(found.to_json()) if args.json else found.text())
-    return any(state in states for state in ("running", "starting", "unknown"))
+    return found
 
 
 def _run_report(args: argparse.Namespace) -> int:

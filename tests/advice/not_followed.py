@@ -23,6 +23,8 @@ NOT_FOLLOWED: tuple[Left, ...] = (
             "e2e/test_ranks.py::test_another_number_of_processes_is_refused_unless_allowed",
             "e2e/test_ranks.py::test_jobs_that_processes_do_not_share_are_refused",
             "machine/test_places.py::test_a_place_that_makes_no_sense_is_refused",
+            "sched/test_together.py::test_ranks_with_other_options_are_refused_by_all",
+            "sched/test_together.py::test_folders_of_hidden_states",
         ),
         (
             "rank {} of {}{} {}; run the same command again to resume",
@@ -37,6 +39,10 @@ NOT_FOLLOWED: tuple[Left, ...] = (
             "the job in {} was begun with {} process{}, now there {}: what is quantized from here on would have other bytes; start it "
             "with {}, or add --allow-ranks",
             "{}: {} processes cannot share such a job; start it in one process",
+            "rank {} of {}: its {} differ from those of rank 0; start all processes with the same command, and with the same model, text "
+            "and versions on each host",
+            "rank {}: {}: cannot be made: {}; OUT must be on a file system that all hosts share, at the same path, and every process must "
+            "be allowed to write there",
         ),
     ),
     Left(
@@ -195,6 +201,11 @@ NOT_FOLLOWED: tuple[Left, ...] = (
             "{}: stopped before the first job; run the same command again",
             "{}: the last {} runs ended before they finished a unit; the job needs {}: run the same command in a longer slot",
         ),
+    ),
+    Left(
+        "a server runs until it is stopped",
+        ("live/test_live.py::test_a_port_in_use",),
+        ("--port {}: cannot be listened on ({}); name another port, or 0 for any that is free",),
     ),
     Left(
         "another process or machine holds the folder",

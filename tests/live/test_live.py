@@ -187,6 +187,8 @@ def test_a_port_in_use(served: Server, done: Path, capsys: pytest.CaptureFixture
     port = served.server_address[1]
     with pytest.raises(ResourceError, match=rf"--port {port}: cannot be listened on \(address already in use\); name another port"):
         Server([done], port, 5)
+    with Server([done], 0, 5) as other:
+        assert other.server_address[1] not in (0, port), "the advice works"
     assert main(["serve", str(done), "--port", str(port)]) == 4
     assert main(["serve", str(done), "--port", "70000"]) == 2
     assert main(["serve", str(done), "--refresh", "0"]) == 2
