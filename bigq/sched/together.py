@@ -50,11 +50,15 @@ def require_same_count(out: Path, begun: Mapping[str, Any] | None, ranks: Ranks,
 
 
 def agreed_plan(plan: Plan, ranks: Ranks) -> Plan:
-    """This rank's plan with the smallest batch of all, since bytes depend on it, and with what is short on any of them."""
-    of_all: Any = ranks.everyone((plan.choice.batch, plan.shortages))
-    batch = min(batch for batch, _ in of_all)
-    shortages = tuple(dict.fromkeys(text for _, texts in of_all for text in texts))
-    return dataclasses.replace(plan, choice=dataclasses.replace(plan.choice, batch=batch), shortages=shortages)
+    """This rank's plan with the smallest batch of all, the fewest experts at once, and what is short on any of them.
+
+    Bytes depend on the first two, and ranks solve the experts of one batch together.
+    """
+    of_all: Any = ranks.everyone((plan.choice.batch, plan.choice.experts_at_once, plan.shortages))
+    batches, experts, texts = zip(*of_all, strict=True)
+    fewest = min((number for number in experts if number is not None), default=None)
+    choice = dataclasses.replace(plan.choice, batch=min(batches), experts_at_once=fewest)
+    return dataclasses.replace(plan, choice=choice, shortages=tuple(dict.fromkeys(text for each in texts for text in each)))
 
 
 def require_same_request(request: Mapping[str, Any], ranks: Ranks) -> None:

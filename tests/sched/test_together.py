@@ -51,13 +51,13 @@ def test_the_smallest_batch_counts_and_what_is_short_anywhere(monkeypatch: Any) 
 
     def plan_of(ranks: ThreadRanks) -> Any:
         blank = dict.fromkeys(planner.Plan.__dataclass_fields__)
-        choice = Choice(**dict.fromkeys(Choice.__dataclass_fields__) | {"batch": 4 - ranks.index})  # type: ignore[arg-type]
+        choice = Choice(**dict.fromkeys(Choice.__dataclass_fields__) | {"batch": 4 - ranks.index, "experts_at_once": 2 + ranks.index})  # type: ignore[arg-type]
         short = ("rank 1 is short of memory",) if ranks.index == 1 else ()
         return agreed_plan(planner.Plan(**blank | {"choice": choice, "shortages": short}), ranks)  # type: ignore[arg-type]
 
     for plan in together(2, plan_of):
         assert isinstance(plan, planner.Plan)
-        assert plan.choice.batch == 3 and plan.shortages == ("rank 1 is short of memory",)
+        assert plan.choice.batch == 3 and plan.choice.experts_at_once == 2 and plan.shortages == ("rank 1 is short of memory",)
 
 
 def test_folders_of_hidden_states(tmp_path: Path) -> None:
