@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ def page(results: Path) -> str:
         *presets(dense),
         *against(dense, "default", "Against other programs at their defaults"),
         *against(dense, "best", "Against other programs at their best known settings"),
+        *against(dense, "awq", "AWQ in each program", halves=(JUDGING, CHOOSING)),
         *measured(dense),
         *everything(dense),
         *moe_section.section(experts),
@@ -80,8 +81,8 @@ def cost(row: Row) -> str:
     return f"{row['perplexity']:.3f} | {top} | {row['cpu_s']:.0f} s | {row['peak_bytes'] / 2**20:.0f} MiB"
 
 
-def against(made: Mapping[str, Any], kind: str, title: str) -> list[str]:
-    """bigq's default, or its best, beside others', for subjects that judge."""
+def against(made: Mapping[str, Any], kind: str, title: str, halves: Sequence[str] = (JUDGING,)) -> list[str]:
+    """bigq's contestant of a kind beside others', for subjects of these halves."""
     there = contestants_of(made, CONTESTANTS)
     candidates = [c for c in there if c.tool == "bigq" and (c.kind == kind or c.name == f"bigq {kind}")]
     ours = next((c for c in candidates if c.kind == "preset"), candidates[0] if candidates else None)
@@ -90,15 +91,23 @@ def against(made: Mapping[str, Any], kind: str, title: str) -> list[str]:
         return []
     lines = [f"## {title}", ""]
     said = "the difference of the draws that both have, bold beyond twice its standard error"
-    lines += [*wrapped(f"A cell is the KL, and how much it differs from {ours.name}'s: {said}."), ""]
+    chosen = f" {ours.name} was chosen with {' and '.join(_chosen_with(made, kind))}." if CHOOSING in halves else ""
+    lines += [*wrapped(f"A cell is the KL, and how much it differs from {ours.name}'s: {said}.{chosen}"), ""]
     lines += [f"| | {ours.name} | " + " | ".join(c.name for c in peers) + " |", "|---" * (len(peers) + 2) + "|"]
-    for subject in (s for s in SUBJECTS if s.half == JUDGING):
+    for subject in (s for s in SUBJECTS if s.half in halves):
         for setting in made["subjects"].get(subject.name, {}).get("settings", ()):
             rows = found(made, subject.name, setting)
             if ours.name in rows and any(c.name in rows for c in peers):
                 cells = [kl(rows[ours.name]), *(versus(made, subject, setting, ours, c) for c in peers)]
                 lines.append(f"| {subject.name}, {setting} | {' | '.join(cells)} |")
     return [*lines, "", *costs(made, [ours, *peers]), ""]
+
+
+def _chosen_with(made: Mapping[str, Any], kind: str) -> list[str]:
+    """The subjects of the choosing half on which contestants of a kind were run."""
+    names = {c.name for c in CONTESTANTS if c.kind == kind}
+    there = {run["subject"] for run in made["runs"] if run["contestant"] in names}
+    return [s.name for s in SUBJECTS if s.half == CHOOSING and s.name in there]
 
 
 def versus(made: Mapping[str, Any], subject: Subject, setting: str, ours: Contestant, peer: Contestant) -> str:

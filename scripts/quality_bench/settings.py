@@ -67,7 +67,8 @@ def settings_of(subject: Subject) -> list[Setting]:
 class Contestant:
     """A program with its settings. Of bigq: ``flags`` of ``bigq quantize``. Of others: ``told``, fields beside bits, groups and symmetry.
 
-    kind: "default" (as the program is without options), "best" (the best known settings of it), "preset" (bigq's), or "" for any other.
+    kind: "default" (as the program is without options), "best" (the best known settings of it), "preset" (bigq's), "awq" (AWQ in each
+    program), or "" for any other.
     """
 
     name: str
@@ -95,7 +96,7 @@ CONTESTANTS: tuple[Contestant, ...] = (
     Contestant(name="bigq, groups of 192", flags="--group-size 192"),
     Contestant(name="bigq, folded", flags="--fold awq"),
     Contestant(name="bigq best, folded", flags="--quality best --fold awq"),
-    Contestant(name="bigq awq", flags="--method awq"),
+    Contestant(name="bigq awq", flags="--method awq", kind="awq"),
     Contestant(name="bigq rtn", flags="--method rtn"),
     Contestant(name="GPTQModel", tool="gptqmodel", kind="default"),
     Contestant(name="GPTQModel, mse", tool="gptqmodel", told={"mse": 2.4}),
@@ -104,8 +105,8 @@ CONTESTANTS: tuple[Contestant, ...] = (
     Contestant(name="llm-compressor", tool="llmc", kind="default"),
     Contestant(name="llm-compressor, mse", tool="llmc", told={"weights": {"observer": "memoryless_mse"}}),
     Contestant(name="llm-compressor, imatrix", tool="llmc", told={"weights": {"observer": "imatrix_mse"}}, kind="best"),
-    Contestant(name="llm-compressor, awq", tool="llmc", told={"awq": {}}),
-    Contestant(name="AutoAWQ", tool="autoawq", kind="default"),
+    Contestant(name="llm-compressor, awq", tool="llmc", told={"awq": {}}, kind="awq"),
+    Contestant(name="AutoAWQ", tool="autoawq", kind="awq"),
     Contestant(name="auto-round", tool="auto_round", kind="default"),
     Contestant(name="auto-round, 1000 steps", tool="auto_round", told={"iters": 1000}, kind="best"),
 )
