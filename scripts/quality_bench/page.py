@@ -100,7 +100,8 @@ def against(made: Mapping[str, Any], kind: str, title: str, halves: Sequence[str
             if ours.name in rows and any(c.name in rows for c in peers):
                 cells = [kl(rows[ours.name]), *(versus(made, subject, setting, ours, c) for c in peers)]
                 lines.append(f"| {subject.name}, {setting} | {' | '.join(cells)} |")
-    return [*lines, "", *costs(made, [ours, *peers]), ""]
+    spent = costs(made, [ours, *peers])
+    return [*lines, "", *([*spent, ""] if spent else [])]
 
 
 def _chosen_with(made: Mapping[str, Any], kind: str) -> list[str]:

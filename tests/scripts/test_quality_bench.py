@@ -106,7 +106,8 @@ def test_all_programs_are_told_the_same_setting() -> None:
     arguments = runs.bigq_arguments(run_of("bigq, ranges"), Path("ids"))
     assert arguments[:5] == ["--bits", "3", "--group-size", "64", "--asym"] and arguments[-2:] == ["--scales", "minmax"]
     defaults = [c for c in CONTESTANTS if c.kind == "default"]
-    assert {c.tool for c in defaults} == {"bigq", *settings.PEERS} and not any(c.flags or c.told for c in defaults)
+    assert {c.tool for c in defaults} == {"bigq", *settings.PEERS} - {"autoawq"} and not any(c.flags or c.told for c in defaults)
+    assert {c.tool for c in CONTESTANTS if c.kind == "awq"} == {"bigq", "llmc", "autoawq"}
 
 
 # The judge.
