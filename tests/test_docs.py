@@ -97,6 +97,16 @@ def test_each_line_names_tests_that_exist(row: list[str]) -> None:
         assert function in defined(ROOT / "tests" / file), f"{file}::{function}"
 
 
+def test_statements_about_clusters_name_tests_that_exist() -> None:
+    rows = [row for row in table_rows(text_of(ROOT / "docs/cluster.md").partition("## What shows it")[2]) if row[0] != "statement"]
+    assert len(rows) > 20
+    for what, by in rows:
+        named = TEST.findall(by)
+        assert named or "Slurm" in by or "read" in by or by == "not run", what
+        for file, function in named:
+            assert function in defined(ROOT / "tests" / file), f"{file}::{function}"
+
+
 def test_the_page_has_lines_and_is_linked() -> None:
     assert len(RESUME_ROWS) > 30
     assert "docs/resume.md" in text_of(ROOT / "README.md")
