@@ -164,7 +164,7 @@ def _run_quantize(args: argparse.Namespace) -> int:
 
             # The first rank shows the progress of all.
             args.display = args.display if place.index == 0 else Display()
-            with joined_group(place, lambda text: tell(f"bigq: {text}"), stop.check) as ranks:
+            with joined_group(place, lambda text: tell(f"bigq: {text}"), stop.check, stop.exit_code) as ranks:
                 report = quantize(args.model, args.out, config, stop, args.display, **how, ranks=ranks)
             if place.index > 0:
                 return 0

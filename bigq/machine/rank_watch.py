@@ -19,7 +19,7 @@ from typing import Protocol
 
 from bigq.errors import BigqError, RankLostError
 
-#: The exit code if a rank is gone: the job can be resumed.
+#: The exit code if a rank is gone, unless another is asked for: the job can be resumed.
 GONE = 75
 #: Seconds between two beats.
 BEAT = 1.0
@@ -27,8 +27,6 @@ BEAT = 1.0
 SILENCE = 20.0
 #: Seconds in which a process may end by itself, once another has: it may have met the same error.
 PATIENCE = 10.0
-#: The store is where the first rank is, or the launcher.
-_FIRST_GONE: dict[str, object] = {"rank": 0, "host": "", "what": "cannot be reached any more", "code": GONE}
 
 
 class Store(Protocol):
@@ -44,10 +42,15 @@ class Store(Protocol):
 
 
 class RankWatch:
-    """The watch of one rank. host: this machine's name. say: receives the line that says why this process ends."""
+    """The watch of one rank. host: this machine's name. say: receives the line that says why this process ends.
 
-    def __init__(self, store: Store, index: int, count: int, host: str, say: Callable[[str], None]) -> None:
-        self._store, self._index, self._count, self._say = store, index, count, say
+    code: with which it ends if another one is gone.
+    """
+
+    def __init__(self, store: Store, index: int, count: int, host: str, say: Callable[[str], None], code: int = GONE) -> None:
+        self._store, self._index, self._count, self._say, self._code = store, index, count, say, code
+        #: The store is where the first rank is, or the launcher.
+        self._first_gone: dict[str, object] = {"rank": 0, "host": "", "what": "cannot be reached any more", "code": code}
         self._ended = threading.Event()
         self._found: dict[str, object] | None = None
         self._answers = 0
@@ -104,7 +107,9 @@ class RankWatch:
         deadline = time.monotonic() + SILENCE + PATIENCE
         while self._found is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        return RankLostError(f"the ranks have lost each other: {why.splitlines()[0]}") if self._found is None else self._error()
+        if self._found is None:
+            return RankLostError(f"the ranks have lost each other: {why.splitlines()[0]}", self._code)
+        return self._error()
 
     def _asked(self, keys: list[str]) -> bool:
         """Whether the store has these keys. Raises RankLostError if a rank is lost."""
@@ -131,14 +136,14 @@ class RankWatch:
                 now = self._store.get(f"beat/{other}") if self._store.check([f"beat/{other}"]) else b""
                 there = other != self._index and self._store.check([f"host/{other}"])
                 if silence.lasts(heard=now != seen or not there) > SILENCE:
-                    self._declare(other, f"has given no sign of life for {SILENCE:g} s", GONE)
+                    self._declare(other, f"has given no sign of life for {SILENCE:g} s", self._code)
                 seen = now
                 if self._store.check(["failed"]):
                     self._found = json.loads(self._store.get("failed"))
                     self._store.set(f"told/{self._index}", "")
                 self._answers += 1
             except RuntimeError:
-                self._found = self._found or _FIRST_GONE
+                self._found = self._found or self._first_gone
             if self._found is not None:
                 self._end()
                 return
@@ -148,7 +153,7 @@ class RankWatch:
         answers, silence = 0, _Silence()
         while self._found is None and not self._ended.wait(BEAT):
             if silence.lasts(heard=self._answers != answers) > SILENCE:
-                self._found = self._found or _FIRST_GONE
+                self._found = self._found or self._first_gone
                 self._end()
                 return
             answers = self._answers

@@ -530,9 +530,9 @@ def test_saved_activations_spare_the_replay(
     replayed: list[int] = []
     propagate = solving.propagate
 
-    def counting(index: int, *args: Any) -> None:
+    def counting(index: int, *args: Any, **named: Any) -> None:
         replayed.append(index)
-        propagate(index, *args)
+        propagate(index, *args, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(solving, "propagate", counting)

@@ -127,12 +127,14 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def test_a_silent_rank_ends_the_others_and_one_line_names_it(ended: list[int]) -> None:
+@pytest.mark.parametrize("code", [75, 99])
+def test_a_silent_rank_ends_the_others_and_one_line_names_it(code: int, ended: list[int]) -> None:
+    """With the code that the scheduler expects (``--exit-code-on-stop``)."""
     table, said = Table(), list[str]()
-    watches = [RankWatch(table, rank, 3, f"host{rank}", said.append) for rank in range(3)]
+    watches = [RankWatch(table, rank, 3, f"host{rank}", said.append, code) for rank in range(3)]
     with watches[0].watching(), watches[1].watching():  # rank 2 never beats
         until(lambda: len(ended) == 2)
-    assert ended == [75, 75]
+    assert ended == [code, code]
     assert said == ["rank 2 of 3 on host2 has given no sign of life for 0.3 s; run the same command again to resume"]
 
 
