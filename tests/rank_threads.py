@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -41,9 +42,12 @@ class ThreadRanks:
         return self.count
 
     def everyone(self, value: object) -> list[object]:
+        return [json.loads(each) for each in self.exchanged(json.dumps(value))]
+
+    def exchanged(self, value: T) -> list[T]:
         self.meeting.given[self.index] = value
         self.meeting.barrier.wait()
-        found = list(self.meeting.given)
+        found: list[T] = list(self.meeting.given)  # type: ignore[arg-type]
         self.meeting.barrier.wait()
         return found
 
@@ -51,12 +55,12 @@ class ThreadRanks:
         return sum(number for number in self.everyone(share) if isinstance(number, int))
 
     def tensor_(self, share: Tensor) -> None:
-        parts = [part.clone() for part in self.everyone(share) if isinstance(part, Tensor)]
+        parts = [part.clone() for part in self.exchanged(share)]
         self.meeting.barrier.wait()
         share.copy_(torch.stack(parts).sum(0))
 
     def joined(self, part: Tensor, count: int) -> Tensor:
-        return torch.cat([part for part in self.everyone(part) if isinstance(part, Tensor)])
+        return torch.cat(self.exchanged(part))
 
     def rows(self, count: int) -> range:
         return share(count, self.index, self.count)

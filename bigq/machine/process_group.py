@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import pickle
+import json
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -86,12 +86,12 @@ class ProcessGroup:
 
     def everyone(self, value: object) -> list[object]:
         """In one operation if all values are small, which takes a fifth of the time of torch's two for objects."""
-        data = pickle.dumps(value)
+        data = json.dumps(value).encode()
         sizes_and_values = self._gathered(len(data).to_bytes(_SIZE, "big") + data[: SMALL - _SIZE], SMALL)
         sizes = [int.from_bytes(part[:_SIZE], "big") for part in sizes_and_values]
         if max(sizes) <= SMALL - _SIZE:
-            return [pickle.loads(part[_SIZE : _SIZE + size]) for part, size in zip(sizes_and_values, sizes, strict=True)]
-        return [pickle.loads(part[:size]) for part, size in zip(self._gathered(data, max(sizes)), sizes, strict=True)]
+            return [json.loads(part[_SIZE : _SIZE + size]) for part, size in zip(sizes_and_values, sizes, strict=True)]
+        return [json.loads(part[:size]) for part, size in zip(self._gathered(data, max(sizes)), sizes, strict=True)]
 
     def _gathered(self, data: bytes, width: int) -> list[bytes]:
         """The bytes of each rank, filled up with zeros to ``width``."""

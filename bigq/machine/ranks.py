@@ -111,7 +111,7 @@ class Ranks(Protocol):
         """The sum over all ranks."""
 
     def everyone(self, value: object) -> list[object]:
-        """What each rank has given, in the order of ranks. Small values that can be pickled."""
+        """What each rank has given, in the order of ranks. Small values that JSON can hold; tuples become lists."""
 
     def joined(self, part: Tensor, count: int) -> Tensor:
         """[count, ...] from each rank's part, which has the rows of ``share(count, index, ranks)``."""

@@ -11,6 +11,7 @@ from typing import Any
 from bigq.io.atomic import write_bytes
 from bigq.io.folders import STATE_FOLDER
 from bigq.job.away import Away
+from bigq.job.batches import Halving
 from bigq.job.journal import Commit, FollowedJournal, Journal
 from bigq.job.owner import Owner, ownership
 from bigq.job.request import compare
@@ -77,15 +78,15 @@ def claimed(
         recorder = RunRecorder(journal=journal, owner=owner, meter=RunMeter(started, clock, job.target.device), patience=patience)
         with recorder.recording(run, progress.say), patience.judging(recorder.leave), _traced(config.trace, clock, trace):
             remove_other_counts(out, job.ranks)
-            job.ranks.everyone(([commit.to_line() for commit in journal.commits], journal.halvings))
+            job.ranks.everyone(([commit.to_line().decode() for commit in journal.commits], [each.to_json() for each in journal.halvings]))
             yield Claim(owner=owner, journal=journal, checkpoints=checkpoints, clock=clock, times=times)
 
 
 def _followed(job: Job, names: list[str], plan: Plan, progress: Progress) -> Claim:
     """The claim of another rank than the first: it begins with what the first one has found in the folder."""
     first: Any = job.ranks.everyone(None)[0]
-    commits = [commit for line in first[0] if (commit := Commit.from_line(line)) is not None]
-    journal = FollowedJournal(job.target.out, names, commits, first[1], _away(job))
+    commits = [commit for line in first[0] if (commit := Commit.from_line(line.encode())) is not None]
+    journal = FollowedJournal(job.target.out, names, commits, [Halving(*each) for each in first[1]], _away(job))
     clock = Clock(job.target.device, Trace(keep=False))
     return Claim(owner=None, journal=journal, checkpoints=_checkpoints(job, plan, progress), clock=clock, times=UnitTimes())
 

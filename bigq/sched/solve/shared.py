@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from bigq.machine.ranks import Ranks, share
 from bigq.methods.base import Factor
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
+
+#: Dtypes of the tensors of a quantized weight, by name.
+_DTYPES = {str(dtype): dtype for dtype in (torch.uint8, torch.float16, torch.float32)}
 
 
 @contextlib.contextmanager
@@ -75,14 +78,14 @@ def gathered(
     """The results of all ``count`` experts, whose weights have equal shapes, from those that each rank was dealt and has solved."""
     if _by_all(scheme, ranks):
         return mine
-    said: Any = ranks.everyone([str(each) if isinstance(each, NumericsError) else _outline(each) for each in mine])
+    said: Any = ranks.everyone([str(each) if isinstance(each, NumericsError) else [_outline(part) for part in each] for each in mine])
     outlines = [each for of_rank in said for each in of_rank]
     pattern = next((each for each in outlines if not isinstance(each, str)), None)
     results: list[list[QuantizedWeight]] = [[] for _ in outlines]
     for i, one in enumerate(pattern or ()):
         tensors: dict[str, Tensor] = {}
-        for name, (shape, dtype) in one.tensors.items():
-            stack = torch.zeros(len(mine), *shape, dtype=dtype, device=device)
+        for name, (shape, dtype) in one["tensors"].items():
+            stack = torch.zeros(len(mine), *shape, dtype=_DTYPES[dtype], device=device)
             for to, each in zip(stack, mine, strict=True):
                 if not isinstance(each, NumericsError):
                     to.copy_(getattr(each[i], name))
@@ -90,21 +93,15 @@ def gathered(
         for e, (outline, found) in enumerate(zip(outlines, results, strict=True)):
             if not isinstance(outline, str):
                 parts: dict[str, Any] = {name: of_all[e] for name, of_all in tensors.items()}
-                found.append(QuantizedWeight(**parts, **outline[i].numbers))
+                found.append(QuantizedWeight(**parts, scheme=scheme, **outline[i]["numbers"]))
     return [NumericsError(said) if isinstance(said, str) else found for said, found in zip(outlines, results, strict=True)]
 
 
-class _Outline(NamedTuple):
-    """A quantized weight without its tensors, of which there are shapes and dtypes."""
-
-    tensors: dict[str, tuple[torch.Size, torch.dtype]]
-    numbers: dict[str, Any]
-
-
-def _outline(weights: list[QuantizedWeight]) -> list[_Outline]:
-    found = []
-    for weight in weights:
-        fields = {each.name: getattr(weight, each.name) for each in dataclasses.fields(weight)}
-        tensors = {name: (value.shape, value.dtype) for name, value in fields.items() if isinstance(value, Tensor)}
-        found.append(_Outline(tensors, {name: value for name, value in fields.items() if name not in tensors}))
-    return found
+def _outline(weight: QuantizedWeight) -> dict[str, Any]:
+    """A quantized weight without its scheme and tensors, of which there are shapes and dtypes."""
+    assert weight.nested is None, "such weights are solved by all ranks"
+    tensors = {"codes": weight.codes, "scales": weight.scales, "zeros": weight.zeros}
+    return {
+        "tensors": {name: (list(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()},
+        "numbers": {"loss": weight.loss, "energy": weight.energy, "damping": weight.damping, "dead_inputs": weight.dead_inputs},
+    }
