@@ -214,7 +214,12 @@ def test_a_job_that_ends_without_uploading(job: TinyJob, hub: Hub, tmp_path: Pat
 
 def image(out: Path, to: Path) -> Path:
     """The folder as a kill at this instant leaves it."""
-    shutil.copytree(out, to, copy_function=shutil.copy2)
+    while True:
+        try:
+            shutil.copytree(out, to, copy_function=shutil.copy2)
+            break
+        except shutil.Error:  # another thread has renamed a file since the folder was listed
+            shutil.rmtree(to)
     for name in ("lock", "owner.json"):
         (to / STATE_FOLDER / name).unlink(missing_ok=True)
     return to
