@@ -91,6 +91,11 @@ class Overview:
         return {state: counted[state] for state in STATES if counted[state]}
 
     @property
+    def may_run(self) -> bool:
+        """Whether a process runs one of them, as far as is known."""
+        return any(each.state in ("running", "starting", "unknown") for each in self.jobs)
+
+    @property
     def counts_text(self) -> str:
         return ", ".join(f"{count} {state}" for state, count in self.counts.items())
 

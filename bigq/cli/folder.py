@@ -99,16 +99,10 @@ def _run_status(args: argparse.Namespace) -> int:
     if args.watch:
         from bigq.cli.live import again_and_again
 
-        again_and_again(lambda: not _may_run(_show_status(args)), WATCH_SECONDS)
+        again_and_again(lambda: not _show_status(args).may_run, WATCH_SECONDS)
     else:
         _show_status(args)
     return 0
-
-
-def _may_run(found: Status | Overview) -> bool:
-    """Whether a job runs, as far as is known."""
-    states = (found.state,) if hasattr(found, "state") else tuple(found.counts)
-    return any(state in states for state in ("running", "starting", "unknown"))
 
 
 def _show_status(args: argparse.Namespace) -> Status | Overview:

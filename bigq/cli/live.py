@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,5 +54,6 @@ def _run_serve(args: argparse.Namespace) -> int:
     with Server(places, args.port, args.refresh) as server:
         print_result(server.url)
         sys.stdout.flush()
-        server.serve_forever()
+        with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+            server.serve_forever()
     return 0

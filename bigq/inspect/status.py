@@ -87,6 +87,11 @@ class Status:
     pushed: int | None = None
     repository: str | None = None
 
+    @property
+    def may_run(self) -> bool:
+        """Whether a process runs it, as far as is known."""
+        return self.state in ("running", "unknown")
+
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return dataclasses.asdict(self)

@@ -82,6 +82,7 @@ def test_the_bytes_depend_on_the_number_of_processes_alone(count: int, method: s
 def test_experts_are_dealt_out(method: str, experts: Case, tmp_path: Path) -> None:
     """Three at once of four, so one of two processes has nothing to do in every second batch. One of them is killed among them."""
     more = ["--method", method, "--order", "natural", "--scales", "minmax", "--sweeps", "0", "--experts-at-once", "3"]
+    more += ["--skip", ".*self_attn"]  # else a code that a last bit decides moves the inputs of experts
     out, whole = tmp_path / "out", experts.whole(2, *more)
     made = start(2, experts.words(out, *more), tmp_path / "logs", {1: "expert.solved:5"})
     assert sorted(made.ended(MOST)) == [-signal.SIGKILL, 75], made.texts
@@ -93,8 +94,9 @@ def test_experts_are_dealt_out(method: str, experts: Case, tmp_path: Path) -> No
     of_first = [pair for pair in zip(alone, shared, strict=True) if "layers.0.block_sparse_moe.experts" in pair[0]["name"]]
     assert len(of_first) == 12
     for a, b in of_first:
-        # A code of attention that a last bit decides moves both; equal sums give equal codes (tests/sched/solve/test_shared.py).
-        assert abs(a["tokens"] - b["tokens"]) <= 2 and b["loss"] == pytest.approx(a["loss"], rel=0.05)
+        assert a["tokens"] == b["tokens"]
+        if not a["name"].endswith("w2"):  # whose inputs depend on the codes of the others
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
 
 
 def test_sums_over_processes_are_those_of_one(case: Case) -> None:

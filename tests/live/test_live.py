@@ -6,6 +6,9 @@ import html.parser
 import http.client
 import json
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Child
+from conftest import ROOT, Child
 from models import make_checkpoint, random_ids, save_ids
 
 from bigq.cli.main import main
@@ -210,6 +213,16 @@ def test_records_are_read_once_for_many_who_look(served: Server, monkeypatch: py
     for _ in range(5):
         ask(served, "/metrics")
     assert len(calls) <= 1 + (calls[-1] - calls[0] > 1.0)
+
+
+def test_it_ends_quietly_with_ctrl_c(done: Path) -> None:
+    command = [sys.executable, "-m", "bigq", "serve", str(done), "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None and server.stdout.readline().startswith("http://127.0.0.1:")
+        time.sleep(0.5)
+        server.send_signal(signal.SIGINT)
+        _, said = server.communicate(timeout=20)
+    assert (server.returncode, said) == (0, "")
 
 
 def test_it_begins_without_torch(done: Path, child: Child) -> None:
