@@ -21,14 +21,12 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distribute
 
 from bigq.errors import ResourceError
 from bigq.machine.rank_watch import RankWatch
-from bigq.machine.ranks import Place, share
+from bigq.machine.ranks import PIECE, Place, share
 
 #: Processes that a scheduler starts may be minutes apart.
 MEETING = datetime.timedelta(minutes=10)
 #: A collective operation lasts as long as the slowest rank computes. That a rank is gone is noticed without it.
 COMPUTING = datetime.timedelta(days=30)
-#: Elements that are summed at a time: the buffers of a sum take three times as much.
-PIECE = 2**24
 #: Bytes of a pickled value, with its size, that ranks exchange in one operation.
 SMALL, _SIZE = 1024, 8
 

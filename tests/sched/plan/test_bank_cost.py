@@ -12,6 +12,7 @@ from bigq.sched.plan.cost import BlockCost, Cost, job_cost
 from bigq.sched.plan.costs import bank as bank_cost
 from bigq.sched.plan.costs.bank import proof_bytes
 from bigq.sched.plan.shape import BankShape, LinearShape, ModelShape
+from bigq.sched.plan.sharing import ALONE
 from bigq.sched.plan.work import Choice
 from bigq.sched.solve import bank as solve_bank
 from bigq.sched.units import experts as units
@@ -88,7 +89,7 @@ def test_compiled_products_on_a_cpu() -> None:
 
 def terms(tokens: int) -> bank_cost.BankTerms:
     return bank_cost.BankTerms(
-        schemes=(),
+        schemes={},
         tokens=tokens,
         streams=1,
         itemsize=2,
@@ -100,6 +101,8 @@ def terms(tokens: int) -> bank_cost.BankTerms:
         hessians=True,
         collected=lambda n: float(n) * n,
         sums=lambda group: 4 * group.n * group.n,
+        summing=lambda _: 0,
+        sharing=ALONE,
         factor=lambda *_: 0,
         solve=lambda *_: 0,
         pack=lambda *_: 0,
