@@ -20,7 +20,7 @@ from bigq.machine.ranks import Place
 from bigq.options import Option, table, without_effect
 from bigq.progress.display import DONE_FIELDS, Display, Events, to_json
 from bigq.progress.terminal import print_result, tell
-from bigq.sched.plan.assumed import Assumed
+from bigq.sched.plan.sharing import Assumed
 from bigq.scheme import WEIGHTS, QuantScheme, Rule
 
 #: Options of a job that a plan does not need.

@@ -26,7 +26,7 @@ from bigq.job.journal import read_job, require_job_folder
 from bigq.job.owner import refuse_if_held
 from bigq.job.pushed import refuse_source
 from bigq.job.request import compare, make_request, require_same_code
-from bigq.job.settle import check_shapes, require_format, row_length, settled
+from bigq.job.settle import check_shapes, for_ranks, require_format, require_shareable, row_length, settled
 from bigq.job.stop import Stop
 from bigq.machine.device import choose_device
 from bigq.machine.ranks import Ranks
@@ -39,7 +39,6 @@ from bigq.model.pager import Pager
 from bigq.progress.records import Stages
 from bigq.sched.plan.budgets import Streamed
 from bigq.sched.plan.inputs import plan_before_fetch
-from bigq.sched.plan.sharing import for_ranks, require_shareable
 from bigq.sched.plan.work import Choice
 from bigq.sched.push import Push, open_push
 from bigq.sched.together import require_same_count

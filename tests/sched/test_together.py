@@ -17,9 +17,9 @@ from rank_threads import ThreadRanks, together
 from bigq.config import JobConfig
 from bigq.errors import ResourceError, UsageError
 from bigq.job.request import make_request
+from bigq.job.settle import require_shareable
 from bigq.machine.ranks import OneProcess
 from bigq.methods import method_of
-from bigq.sched.plan.sharing import require_shareable
 from bigq.sched.plan.work import Choice
 from bigq.sched.together import (
     agreed_plan,

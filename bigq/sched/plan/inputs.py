@@ -24,7 +24,7 @@ from bigq.io.sources.plain import PlainSource
 from bigq.job.adapt import Adapted
 from bigq.job.journal import read_commits, read_job
 from bigq.job.request import require_same_code
-from bigq.job.settle import check_shapes, head_scheme, require_format, row_length, settled
+from bigq.job.settle import check_shapes, for_ranks, head_scheme, require_format, require_shareable, row_length, settled
 from bigq.kernels.pick import compiled_bytes, load_compiled
 from bigq.machine.budget import GPU_RESERVE, disk_budget, gpu_budget, host_budget
 from bigq.machine.ceilings import DISK_RATE, KNOWN, Ceilings, measure
@@ -49,14 +49,13 @@ from bigq.model.quantization import coded_warnings, decoded_source, refuse_quant
 from bigq.model.rotation.checkpoint import described_rotation, untie
 from bigq.model.tied import tie_warnings
 from bigq.progress.records import host_memory
-from bigq.sched.plan.assumed import Assumed
 from bigq.sched.plan.budgets import NETWORK_RATE, Budgets, Download, Fetch, Streamed, usual_cache
 from bigq.sched.plan.costs.survey import quantized_groups
 from bigq.sched.plan.planner import Machine, Plan, make_plan
 from bigq.sched.plan.several import with_scaling
 from bigq.sched.plan.shape import ModelShape
 from bigq.sched.plan.share import require_share
-from bigq.sched.plan.sharing import Sharing, for_ranks, require_shareable
+from bigq.sched.plan.sharing import Assumed, Sharing
 from bigq.sched.plan.survey import Outline, survey
 from bigq.sched.plan.work import Work
 from bigq.scheme import QuantScheme, scheme_for

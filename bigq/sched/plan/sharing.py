@@ -1,16 +1,45 @@
-"""How several processes share a job, as a plan sees it, and which jobs they cannot share."""
+"""How several processes share a job, as a plan sees it, and what is assumed of them. Imports no torch."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from bigq.config import JobConfig
+from bigq.common_options import BUDGETS, RUN
 from bigq.errors import UsageError
-from bigq.machine.ceilings import Links
 from bigq.machine.ranks import Ranks
-from bigq.methods.base import CalibratedMethod, Method
+from bigq.options import Converted, at_least, option, settle
+from bigq.size_options import size_given
+
+if TYPE_CHECKING:
+    from bigq.machine.ceilings import Links
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assumed:
+    """What ``bigq plan`` assumes besides the job and this machine, as options. They are no settings of a job: a launcher says how many
+    processes there are, and a job takes as long as its disk does.
+
+    Raises UsageError if hosts would have different numbers of processes.
+    """
+
+    ranks: int = option(1, help="plan for one of so many processes that share the job", group=RUN, placeholder="N", range=at_least(1))
+    hosts: int = option(1, help="machines that they run on, as many on each", group=RUN, placeholder="N", range=at_least(1))
+    disk_rate: Converted[int | None, int | str | None] = option(
+        None,
+        help="what a machine reads and writes per second, for the plan's time, such as 40GB",
+        group=BUDGETS,
+        placeholder="SIZE",
+        unset="3 GB",
+        convert=size_given,
+        range=at_least(1),
+    )
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if self.ranks % self.hosts:
+            raise UsageError(f"--hosts {self.hosts}: must divide --ranks {self.ranks}, since each has the same number of processes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,32 +106,3 @@ def joined(rows: int, row_bytes: int, tensors: int, sharing: Sharing) -> Traffic
 def factored(n: int, panel: int, sharing: Sharing) -> Traffic:
     """Of a factorization whose panels are shared: one triangle in fp32, of which each process has its part."""
     return Traffic(n * n // 2 * 4 * (sharing.ranks - 1) // sharing.ranks, math.ceil(n / panel))
-
-
-def for_ranks(config: JobConfig, ranks: int, device_type: str) -> JobConfig:
-    """A job's settings with what depends on the number of processes: on a CPU one expert for each is solved side by side."""
-    if ranks == 1 or device_type != "cpu" or config.experts_at_once is not None:
-        return config
-    return dataclasses.replace(config, experts_at_once=ranks)
-
-
-def require_shareable(config: JobConfig, method: Method, *, remote: bool, rows: int, ranks: int) -> None:
-    """Raise UsageError if the job has a part that several processes do not share. remote: whether the model stays on a server.
-
-    rows: of calibration.
-    """
-    alone = {
-        f"--method {config.method}": not isinstance(method, CalibratedMethod) or not method.hessians,
-        f"--fold {config.fold}": method.scaling is not None,
-        "--tune-steps": bool(config.tune_steps),
-        "--bits-per-weight": config.bits_per_weight is not None,
-        "a model that stays on a server": remote,
-    }
-    for what, there in alone.items():
-        if there:
-            raise UsageError(f"{what}: {ranks} processes cannot share such a job; start it in one process")
-    if rows < ranks:
-        raise UsageError(
-            f"--samples {rows}: {ranks} processes share the calibration rows, and each needs at least one; "
-            f"give at least {ranks}, or start fewer processes"
-        )

@@ -115,7 +115,7 @@ def terms(tokens: int) -> bank_cost.BankTerms:
 
 def test_the_unquantized_model_takes_rows_experts_and_sums_once_more() -> None:
     """Of a bank whose inputs are on the device: the inputs twice, the experts that are solved twice, two buffers for a Hessian's."""
-    one, schemes = bank(4), {linear.name for linear in bank(4).linears}
+    one, schemes = bank(4), {linear.name: SCHEME for linear in bank(4).linears}
     expert, n = 3 * INNER * WIDTH, one.products[0][0].n
 
     def phases(streams: int) -> dict[str, int]:

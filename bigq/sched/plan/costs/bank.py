@@ -37,13 +37,13 @@ BankPhase = tuple[str, int, dict[str, float], float]
 class BankTerms:
     """What the phases of a bank depend on besides its shape.
 
-    schemes: of the Linears that are quantized, by name. tokens: of all calibration rows. streams: models that they pass through. itemsize: bytes
-    of an activation. inputs: bytes of a bank's inputs in these models on the computing device, if they are there; the sums of its outputs
-    take as many. reach: bytes of a forward up to the bank. beside: whether groups are written in the background. at_once: experts that are
-    solved side by side. sharing, hessians, collected: see ``Work``. sums: bytes of what is collected of an input; summing: while it is
-    added up over processes. factor, solve, pack: bytes in
-    addition to it, of Linears that share an input, solve for so many experts; packed: of one packed Linear; moved: read and written to
-    solve it. swept, searched: operations of sweeps, and of the search for grids.
+    schemes: of the Linears that are quantized, by name. tokens: of all calibration rows. streams: models that they pass through.
+    itemsize: bytes of an activation. inputs: bytes of a bank's inputs in these models on the computing device, if they are there; the sums
+    of its outputs take as many. reach: bytes of a forward up to the bank. beside: whether groups are written in the background. at_once:
+    experts that are solved side by side. sharing, hessians, collected: see ``Work``. sums: bytes of what is collected of an input;
+    summing: while it is added up over processes. factor, solve, pack: bytes in addition to it, of Linears that share an input, solve for
+    so many experts; packed: of one packed Linear; moved: read and written to solve it. swept, searched: operations of sweeps, and of the
+    search for grids.
     """
 
     schemes: Mapping[str, QuantScheme]
