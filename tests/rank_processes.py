@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -77,8 +77,10 @@ class Together:
         return [path.read_text() if path.exists() else "" for path in self.told]
 
 
-def start(count: int, arguments: Sequence[object], logs: Path, faults: Mapping[int, str] | None = None) -> Together:
-    """Start ``bigq ARGUMENTS`` in so many processes. faults: BIGQ_FAULT by rank."""
+def start(
+    count: int, arguments: Sequence[object], logs: Path, faults: Mapping[int, str] | None = None, target: Callable[..., None] = run_rank
+) -> Together:
+    """Start ``bigq ARGUMENTS`` in so many processes. faults: BIGQ_FAULT by rank. target: their main function."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line does, before torch is imported in the server
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -88,7 +90,7 @@ def start(count: int, arguments: Sequence[object], logs: Path, faults: Mapping[i
     for rank, place in enumerate(places(count) if count > 1 else [{}]):
         fault = (faults or {}).get(rank)
         environment = {**place, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **({"BIGQ_FAULT": fault} if fault else {})}
-        process = context.Process(target=run_rank, args=(environment, [str(word) for word in arguments], str(told[rank])))
+        process = context.Process(target=target, args=(environment, [str(word) for word in arguments], str(told[rank])))
         process.start()
         processes.append(process)
     return Together(processes, told)

@@ -61,9 +61,7 @@ from bigq.sched.plan.work import Work
 from bigq.scheme import QuantScheme, scheme_for
 
 
-def plan(
-    model: str, out: str | Path = ".", config: JobConfig | None = None, on: str = "this", assumed: Assumed | None = None
-) -> Plan:
+def plan(model: str, out: str | Path = ".", config: JobConfig | None = None, on: str = "this", assumed: Assumed | None = None) -> Plan:
     """Predict the memory, disk space and time of quantizing a model folder or hub id. No weights are read.
 
     out: where the output would go. on: "this" machine, or the GPU to plan for, one of ``ceilings.KNOWN``. A folder needs only a

@@ -83,7 +83,8 @@ class Scaling:
             "received_bytes": self.total.received,
             "operations": self.total.operations,
             "traffic": {
-                name: {"received_bytes": each.received, "operations": each.operations} for name, each in sorted(self.traffic.items())
+                name: {"received_bytes": each.received, "operations": each.operations, "seconds": self._seconds(each)}
+                for name, each in sorted(self.traffic.items())
             },
             "links": None if self.links is None else dataclasses.asdict(self.links),
             "reads": self.reads,
@@ -93,6 +94,9 @@ class Scaling:
             "bound_by": None if bound is None else bound[0],
             "excess_seconds": None if bound is None else bound[1],
         }
+
+    def _seconds(self, traffic: Traffic) -> float | None:
+        return None if self.links is None else traffic.seconds(self.sharing, self.links)
 
     def brief(self) -> list[str]:
         """How many there are, in lines of at most 60 columns."""

@@ -57,7 +57,6 @@ class Sharing:
         """The largest share that one of them has of ``count`` things."""
         return -(-count // self.ranks)
 
-
     @classmethod
     def of(cls, ranks: Ranks) -> Sharing:
         """Of a job that runs."""

@@ -82,7 +82,7 @@ def _add_bank(total: dict[str, Traffic], bank: BankShape, schemes: Schemes, work
 
 def _of_head(head: LinearShape, scheme: QuantScheme, work: Work, choice: Choice) -> dict[str, Traffic]:
     """The output head is solved in chunks of rows. Methods of two models solve it with the Hessian alone."""
-    parts = {"hessian": summed(head.n * head.n, work.sharing, PIECE), "factor": Traffic(), "solve": Traffic()}
+    parts: dict[str, Traffic] = defaultdict(Traffic, hessian=summed(head.n * head.n, work.sharing, PIECE))
     if is_shared(head.n, work.sharing):
         parts["factor"] = factored(head.n, panel_width(on_gpu=choice.on_gpu), work.sharing)
     for rows, count in chunks(head):
