@@ -9,6 +9,7 @@ import pytest
 from test_bank_cost import EXPERTS, bank
 from test_planner import BEST, BLOCKS, INNER, PLENTY, ROWS, SCHEME, SHAPE, WIDTH, WORK, advised, block, linear, machine, phase
 
+import bigq
 from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import UsageError
@@ -198,3 +199,11 @@ def test_what_processes_do_not_share_the_plan_refuses(checkpoint: Any, capsys: p
     assert "--method rtn: 2 processes cannot share such a job; start it in one process" in capsys.readouterr().err
     assert main([*command, "--samples", "1"]) == 2
     assert "--samples 1: 2 processes share the calibration rows" in capsys.readouterr().err
+
+
+def test_python_plans_several_processes_too(checkpoint: Any) -> None:
+    config = JobConfig(scheme=dataclasses.replace(SCHEME, group_size=32), samples=4, seqlen=32, device="cpu", calibration="builtin")
+    found = bigq.plan(checkpoint("llama"), config=config, ranks=4, hosts=2, disk_rate="2GB")
+    assert found.scaling is not None and found.scaling.sharing == Sharing(ranks=4, local=2) and found.disk_rate == 2 * 10**9
+    with pytest.raises(UsageError, match="--hosts 3"):
+        bigq.plan(checkpoint("llama"), config=config, ranks=4, hosts=3)
