@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from bigq.config import JobConfig
     from bigq.conversion.convert import Conversion
-    from bigq.infer.evaluate import Evaluation
+    from bigq.infer.results import Evaluation
     from bigq.infer.generate import Generation
     from bigq.infer.options import EvalConfig, GenerateConfig
     from bigq.inspect.status import Status
