@@ -28,7 +28,6 @@ Every message names the file, tensor or option concerned and says what to do abo
 
 from __future__ import annotations
 
-
 #: What to do after a job was stopped, and after a command that cannot be resumed.
 RESUME, REPEAT = "run the same command again to resume", "run the same command again"
 

@@ -77,8 +77,18 @@ class Together:
         return [path.read_text() if path.exists() else "" for path in self.told]
 
 
-def start(count: int, arguments: Sequence[object], logs: Path, faults: Mapping[int, str] | None = None) -> Together:
-    """Start ``bigq ARGUMENTS`` in so many processes. faults: BIGQ_FAULT by rank."""
+def start(
+    count: int,
+    arguments: Sequence[object],
+    logs: Path,
+    faults: Mapping[int, str] | None = None,
+    *,
+    own: Mapping[int, Sequence[object]] | None = None,
+) -> Together:
+    """Start ``bigq ARGUMENTS`` in so many processes. faults: BIGQ_FAULT by rank. own: more arguments by rank.
+
+    A process that has met the others makes the file ``logs / RANK.met``.
+    """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line does, before torch is imported in the server
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -88,7 +98,9 @@ def start(count: int, arguments: Sequence[object], logs: Path, faults: Mapping[i
     for rank, place in enumerate(places(count) if count > 1 else [{}]):
         fault = (faults or {}).get(rank)
         environment = {**place, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **({"BIGQ_FAULT": fault} if fault else {})}
-        process = context.Process(target=run_rank, args=(environment, [str(word) for word in arguments], str(told[rank])))
+        words = [str(word) for word in (*arguments, *(own or {}).get(rank, ()))]
+        met = str(logs / f"{rank}.met") if count > 1 else None
+        process = context.Process(target=run_rank, args=(environment, words, str(told[rank]), met))
         process.start()
         processes.append(process)
     return Together(processes, told)

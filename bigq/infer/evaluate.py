@@ -90,6 +90,7 @@ def evaluate(
     result = figures(sums, compared=baseline is not None)
     if ranks.index == 0:
         facts = _facts(model, config, baseline, rows, device) | {"seconds": round(time.monotonic() - started, 3)}
+        facts |= {"processes": ranks.count} if ranks.count > 1 else {}
         _record(model, facts | dataclasses.asdict(result), Progress(0, device, config.quiet, display=display))
     return result
 
