@@ -18,9 +18,14 @@ PRELOADED = ["bigq.cli.main", "bigq.cli.job", "bigq.sched.run", "bigq.machine.pr
 LIMIT = 90.0
 
 
-def run_rank(environment: Mapping[str, str], arguments: Sequence[str], told: str, met: str | None = None) -> None:
-    """The main function of a process. told: the file that stderr and stdout go to. met: a file that is made once it has met the others."""
+def run_rank(environment: Mapping[str, str], arguments: Sequence[str], told: str, met: str | None = None, *, small: bool = False) -> None:
+    """The main function of a process. told: the file that stderr and stdout go to. met: a file that is made once it has met the others.
+
+    small: processes share the factorization of small matrices too, as they do of large ones.
+    """
     os.environ.update(environment)
+    if small:
+        importlib.import_module("bigq.solver.hessian").SHARED_FROM = 1  # type: ignore[attr-defined]
     if met is not None:
         _note_meeting(Path(met))
     with open(told, "ab", buffering=0) as file:
@@ -88,7 +93,8 @@ def start(count: int, arguments: Sequence[object], logs: Path, faults: Mapping[i
     for rank, place in enumerate(places(count) if count > 1 else [{}]):
         fault = (faults or {}).get(rank)
         environment = {**place, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **({"BIGQ_FAULT": fault} if fault else {})}
-        process = context.Process(target=run_rank, args=(environment, [str(word) for word in arguments], str(told[rank])))
+        args = (environment, [str(word) for word in arguments], str(told[rank]))
+        process = context.Process(target=run_rank, args=args, kwargs={"small": True})
         process.start()
         processes.append(process)
     return Together(processes, told)
