@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from bigq.cli.commands import build_parser
 from bigq.cli.parser import ParseError
-from bigq.errors import BigqError, UsageError
+from bigq.errors import REPEAT, RESUME, BigqError, UsageError
 from bigq.progress.terminal import abandon_broken_streams, flush_results, one_line, prepare_streams, tell
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ INTERRUPTED = 130
 
 #: Commands that several processes would do several times, or in each other's way.
 ALONE = ("generate", "convert", "demo")
+#: Commands that go on where they were stopped.
+RESUMING = ("quantize", "batch")
 #: Commands whose --json writes events to stderr.
 WITH_EVENTS = ("quantize", "plan")
 
@@ -110,7 +112,7 @@ def _run(argv: list[str], started: float, failed: Callable[[str], None]) -> int:
             failed(str(error))
             return error.exit_code
         except KeyboardInterrupt:
-            display.error(INTERRUPTED, "Interrupted", "interrupted; run the same command again to resume")
+            display.error(INTERRUPTED, "Interrupted", f"interrupted; {RESUME if argv[0] in RESUMING else REPEAT}")
             return INTERRUPTED
         return status
 

@@ -197,7 +197,6 @@ NOT_FOLLOWED: tuple[Left, ...] = (
             "sched/test_short_runs.py::test_the_third_run_in_a_row_that_finishes_nothing_ends_with_an_error",
         ),
         (
-            "interrupted; run the same command again to resume",
             "run the same command again to resume",
             "{}: stopping after this step, within {} s; press Ctrl-C to stop at once",
             "it was asked to stop; run the same command again to resume it",

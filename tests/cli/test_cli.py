@@ -540,6 +540,25 @@ def test_the_exit_code_is_the_error_s_own(monkeypatch: pytest.MonkeyPatch, capsy
     assert capsys.readouterr().err == "bigq: error: stopped by SIGTERM; run the same command again\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantize", "model", "out"], "interrupted; run the same command again to resume"),
+        (["eval", "model", "--data", "builtin"], "interrupted; run the same command again"),
+    ],
+)
+def test_an_interrupt_says_whether_it_can_be_resumed(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bigq.sched.run.quantize", interrupted)
+    monkeypatch.setattr("bigq.infer.evaluate.evaluate", interrupted)
+    assert main(arguments) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"bigq: {said}"
+
+
 def test_faults_are_armed_where_the_environment_asks_for_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     armed: list[str] = []
 
