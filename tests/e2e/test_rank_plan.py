@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, Child
 from models import make_checkpoint, random_ids, save_ids
-from rank_processes import LIMIT, places, run_rank, start
+from rank_processes import LIMIT, places, start
 from test_memory import random_llama
 
 from bigq.cli.main import main
@@ -22,46 +23,55 @@ from bigq.cli.main import main
 pytestmark = pytest.mark.usefixtures("plans_of_their_own")
 
 COUNT = 2
-#: Collective operations by the method of ``Ranks`` that uses them, as the phases of a plan.
-PHASES = {"tensor_": "hessian", "joined": "solve"}
+#: What uses collective operations, and the phase that a plan counts them in; none for JSON.
+PHASES = {
+    ("bigq.machine.process_group", "ProcessGroup.tensor_"): "hessian",
+    ("bigq.machine.process_group", "ProcessGroup.joined"): "solve",
+    ("bigq.machine.process_group", "ProcessGroup._gathered"): "",
+    ("bigq.solver.hessian", "upper_cholesky_shared_"): "factor",
+}
+#: Inputs from which on factors are shared in ``rank_processes.start``.
+SMALL = 1
 
 
-def counted_rank(environment: Mapping[str, str], arguments: Sequence[str], told: str, met: str | None = None) -> None:
-    """The main function of a process that writes down what it receives from others, as torch.distributed sees it."""
+def count_exchanges(folder: Path) -> None:
+    """Write down what this process receives from others, as torch.distributed sees it. Called before its command line runs."""
+    importlib.import_module("bigq.sched.plan.costs.ranks").SHARED_FROM = SMALL  # type: ignore[attr-defined]
     distributed: Any = importlib.import_module("torch.distributed")
-    group: Any = importlib.import_module("bigq.machine.process_group").ProcessGroup
-    phase: list[str] = []
-    counted = {name: {"received_bytes": 0, "operations": 0} for name in PHASES.values()}
+    phases: list[str] = []
+    counted: dict[str, dict[str, int | None]] = {}
 
-    def marking(method: str) -> None:
-        real = getattr(group, method)
+    def mark(module: str, name: str, phase: str) -> None:
+        *path, last = name.split(".")
+        owner: Any = functools.reduce(getattr, path, importlib.import_module(module))
+        real = getattr(owner, last)
 
-        def marked(self: object, *given: object) -> object:
-            phase.append(PHASES[method])
+        def marked(*given: object) -> object:
+            phases.append(phase)
             try:
-                return real(self, *given)
+                return real(*given)
             finally:
-                phase.pop()
+                phases.pop()
 
-        setattr(group, method, marked)
+        setattr(owner, last, marked)
 
-    def counting(name: str, received: Callable[[Any, Any], int]) -> None:
+    def count(name: str, received: Callable[[Any, Any], int]) -> None:
         real = getattr(distributed, name)
 
-        def counting_one(output: Any, mine: Any) -> object:
-            if phase:
-                counted[phase[-1]]["received_bytes"] += received(output, mine)
-                counted[phase[-1]]["operations"] += 1
-                Path(f"{told}.json").write_text(json.dumps(counted))
+        def counting(output: Any, mine: Any) -> object:
+            if phases[-1]:
+                of_phase: Any = counted.setdefault(phases[0], {"received_bytes": 0, "operations": 0, "seconds": None})
+                of_phase["received_bytes"] += received(output, mine)
+                of_phase["operations"] += 1
+                (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(counted))
             return real(output, mine)
 
-        setattr(distributed, name, counting_one)
+        setattr(distributed, name, counting)
 
-    for method in PHASES:
-        marking(method)
-    counting("all_to_all_single", lambda output, mine: output.nbytes * (COUNT - 1) // COUNT)
-    counting("all_gather", lambda parts, mine: sum(part.nbytes for part in parts) - mine.nbytes)
-    run_rank(environment, arguments, told, met)
+    for place, phase in PHASES.items():
+        mark(*place, phase)
+    count("all_to_all_single", lambda output, mine: output.nbytes * (COUNT - 1) // COUNT)
+    count("all_gather", lambda parts, mine: sum(part.nbytes for part in parts) - mine.nbytes)
 
 
 def words(model: Path, ids: Path, *more: str) -> list[str]:
@@ -73,7 +83,9 @@ def run_both(folder: Path, model: Path, ids: Path, capsys: pytest.CaptureFixture
     assert main(["plan", *words(model, ids, *more), "--ranks", str(COUNT), "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     source, *options = words(model, ids, *more)
-    job = start(COUNT, ["quantize", source, folder / "out", *options, "--json"], folder / "logs", target=counted_rank)
+    job = start(
+        COUNT, ["quantize", source, folder / "out", *options, "--json"], folder / "logs", prepare=functools.partial(count_exchanges, folder)
+    )
     assert job.ended() == [0] * COUNT, job.texts
     return planned, plan_in(job.texts[0].splitlines())
 
@@ -97,15 +109,17 @@ LONG = ("an odd number of rows", "all solve all")
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.long) if case in LONG else case for case in CASES])
-def test_the_bytes_and_operations_of_a_plan_are_those_of_its_job(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bytes_and_operations_of_a_plan_are_those_of_its_job(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Exactly, for each of both processes; and all that the two plans choose is the same."""
+    monkeypatch.setattr("bigq.sched.plan.costs.ranks.SHARED_FROM", SMALL)
     family, options = CASES[case]
     model = ROOT / "bigq/assets/tiny-llama" if family is None else make_checkpoint(tmp_path / "m", family, num_hidden_layers=2)
     ids = save_ids(tmp_path / "ids.safetensors", random_ids(8, 64))
     planned, own = run_both(tmp_path, model, ids, capsys, *options)
     for rank in range(COUNT):
-        counted = json.loads((tmp_path / f"logs/{rank}.txt.json").read_text())
-        assert {name: each | {"seconds": None} for name, each in counted.items() if each["operations"]} == planned["ranks"]["traffic"]
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == planned["ranks"]["traffic"]
     for name in ("count", "hosts", "rows", "traffic", "received_bytes", "operations", "reads", "links"):
         assert own["ranks"][name] == planned["ranks"][name]
     for name in ("rows", "batch", "experts_at_once", "activations", "memo", "kept_rows", "written_bytes", "disk_bytes"):

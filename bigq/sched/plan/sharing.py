@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -103,5 +102,8 @@ def joined(rows: int, row_bytes: int, tensors: int, sharing: Sharing) -> Traffic
 
 
 def factored(n: int, panel: int, sharing: Sharing) -> Traffic:
-    """Of a factorization whose panels are shared: one triangle in fp32, of which each process has its part."""
-    return Traffic(n * n // 2 * 4 * (sharing.ranks - 1) // sharing.ranks, math.ceil(n / panel))
+    """Of a factorization whose panels are shared: of each, the fp32 rows above its corner are joined."""
+    total = Traffic()
+    for hi in range(n, panel, -panel):
+        total += joined(hi - panel, panel * 4, 1, sharing)
+    return total

@@ -14,19 +14,19 @@ from bigq.cli.main import main
 from bigq.config import JobConfig
 from bigq.errors import UsageError
 from bigq.job.settle import for_ranks
-from bigq.kernels.cholesky import GPU_PANEL
+from bigq.kernels.cholesky import GPU_PANEL, SHARED_FROM
 from bigq.machine.ceilings import KNOWN, Links
 from bigq.machine.ranks import PIECE, share
 from bigq.sched.plan.budgets import Budgets
 from bigq.sched.plan.cost import job_cost
 from bigq.sched.plan.costs.bank import group_of
-from bigq.sched.plan.costs.ranks import SHARED_FROM, batches, dealt, own_rows, summing_bytes
+from bigq.sched.plan.costs.ranks import batches, dealt, own_rows, summing_bytes
 from bigq.sched.plan.costs.traffic import job_traffic
 from bigq.sched.plan.planner import Plan, make_plan
 from bigq.sched.plan.scaling import BUS, DISK, Times
 from bigq.sched.plan.several import with_scaling
 from bigq.sched.plan.shape import ModelShape
-from bigq.sched.plan.sharing import Assumed, Sharing, Traffic, joined, summed
+from bigq.sched.plan.sharing import Assumed, Sharing, Traffic, factored, joined, summed
 from bigq.sched.plan.work import Work
 
 EIGHT, TWO_HOSTS = Sharing(ranks=8, local=8), Sharing(ranks=8, local=4)
@@ -62,6 +62,14 @@ def test_factors_are_shared_from_a_size_on_but_for_their_corners() -> None:
     small = dataclasses.replace(SHAPE, blocks=(dataclasses.replace(block(), groups=(narrow(SHARED_FROM - SCHEME.group_size),), memos=()),))
     alone, shared = (phase(job_cost(small, work, BEST, 0), "factor").flops["single"] for work in (WORK, work_of(EIGHT)))
     assert shared == alone and "factor" not in job_traffic(small, work_of(EIGHT), BEST)
+
+
+def test_panels_of_a_factor_are_joined_above_their_corners() -> None:
+    three = Sharing(ranks=3, local=3)
+    assert factored(10, 4, three) == joined(6, 16, 1, three) + joined(2, 16, 1, three) == Traffic(2 * (2 + 1) * 16, 2)
+    assert factored(4, 4, three) == Traffic()
+    half = 4 * INNER**2 / 2 * 7 / 8
+    assert factored(INNER, GPU_PANEL, EIGHT).received == pytest.approx(half * (1 - GPU_PANEL / INNER))
 
 
 def narrow(n: int) -> Any:

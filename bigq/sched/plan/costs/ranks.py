@@ -9,14 +9,11 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
-from bigq.kernels.cholesky import panel_width
+from bigq.kernels.cholesky import SHARED_FROM, panel_width
 from bigq.machine.ranks import PIECE
 from bigq.sched.plan.shape import LinearShape
 from bigq.sched.plan.sharing import Sharing
 from bigq.scheme import QuantScheme
-
-#: Inputs of a Linear from which on processes share the factorization of its Hessian.
-SHARED_FROM = 4096
 
 #: Bytes of a scale and of a zero point.
 SCALE, ZERO = 2, 1

@@ -44,7 +44,7 @@ def job_traffic(shape: ModelShape, work: Work, choice: Choice) -> dict[str, Traf
     if shape.head is not None and scheme is not None:
         for phase, traffic in _of_head(shape.head, scheme, work, choice).items():
             total[phase] += traffic
-    return dict(total)
+    return {phase: traffic for phase, traffic in total.items() if traffic.operations}
 
 
 def _of_block(block: BlockShape, schemes: Schemes, work: Work, choice: Choice) -> dict[str, Traffic]:
