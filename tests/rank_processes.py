@@ -29,11 +29,13 @@ def run_rank(
 ) -> None:
     """The main function of a process. told: the file that stderr and stdout go to. met: a file that is made once it has met the others.
 
-    small: processes share the factorization of small matrices too, as they do of large ones. prepare: called before the command line runs.
+    small: processes share the factorization of small matrices too, and add them up in bands, as they do with large ones.
+    prepare: called before the command line runs.
     """
     os.environ.update(environment)
     if small:
         importlib.import_module("bigq.solver.hessian").SHARED_FROM = 1  # type: ignore[attr-defined]
+        importlib.import_module("bigq.machine.ranks").BAND_ROWS = 24  # type: ignore[attr-defined]
     if met is not None:
         _note_meeting(Path(met))
     with open(told, "ab", buffering=0) as file:

@@ -59,6 +59,9 @@ class ThreadRanks:
         self.meeting.barrier.wait()
         share.copy_(torch.stack(parts).sum(0))
 
+    def triangle_(self, share: Tensor) -> None:
+        self.tensor_(share)
+
     def joined(self, part: Tensor, count: int) -> Tensor:
         return torch.cat(self.exchanged(part))
 

@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distribute
 
 from bigq.errors import RESUME, ResourceError
 from bigq.machine.rank_watch import RankWatch
-from bigq.machine.ranks import PIECE, Place, share
+from bigq.machine.ranks import PIECE, Place, bands, share
 
 #: Processes that a scheduler starts may be minutes apart.
 MEETING = datetime.timedelta(minutes=10)
@@ -60,19 +60,23 @@ class ProcessGroup:
         for piece in flat.split(PIECE):
             self._sum_(piece)
 
+    def triangle_(self, share: Tensor) -> None:
+        for lo, hi in bands(len(share)):
+            self._sum_(share[lo:hi, lo:])
+
     def _sum_(self, piece: Tensor) -> None:
         """Every rank receives one part from all, adds them in the order of ranks, and sends the sum to all."""
         count = self.count
         width = -(-piece.numel() // count)
         padded = piece.new_zeros(count * width)
-        padded[: piece.numel()] = piece
+        padded[: piece.numel()].view(piece.shape).copy_(piece)
         parts = torch.empty_like(padded)
         self._together(lambda: dist.all_to_all_single(parts, padded))
         total = parts[:width].clone()
         for other in parts.split(width)[1:]:
             total += other
         self._together(lambda: dist.all_gather(list(padded.split(width)), total))
-        piece.copy_(padded[: piece.numel()])
+        piece.copy_(padded[: piece.numel()].view(piece.shape))
 
     def number(self, share: int) -> int:
         return sum(number for number in self.everyone(share) if isinstance(number, int))

@@ -7,7 +7,7 @@ quantized weights. The first rank owns the folder, and writes and commits all sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -34,8 +34,11 @@ class Place:
     attempt: int = 0
 
 
-#: Elements that ``Ranks.tensor_`` adds up at a time: its buffers take three times as much.
+#: Elements that are added up at a time: buffers take three times as much.
 PIECE = 2**24
+#: Rows of a triangle that are added up at a time: at least so many, and at least this fraction of all. Of the square, narrower bands leave
+#: out more below the diagonal, but need more exchanges.
+BAND_ROWS, BANDS = 512, 8
 
 #: By what names launchers tell a process its place: torchrun, and srun with MASTER_ADDR and MASTER_PORT.
 _NAMES = (
@@ -88,6 +91,15 @@ def share(count: int, index: int, ranks: int) -> range:
     return range(count * index // ranks, count * (index + 1) // ranks)
 
 
+def bands(n: int) -> Iterator[tuple[int, int]]:
+    """Bands of rows [lo, hi) of a matrix [n, n] whose upper triangle is added up: of each, the columns from lo on, little more than half."""
+    lo = 0
+    while lo < n:
+        hi = min(n, lo + max(1, min(max(BAND_ROWS, n // BANDS), PIECE // (n - lo))))
+        yield lo, hi
+        lo = hi
+
+
 class Ranks(Protocol):
     """The processes of a job. It is a ``bigq.solver.hessian.Reduction`` too.
 
@@ -109,6 +121,9 @@ class Ranks(Protocol):
 
     def tensor_(self, share: Tensor) -> None:
         """Replace this rank's share by the sum over all ranks, in place, added in the order of ranks."""
+
+    def triangle_(self, share: Tensor) -> None:
+        """``tensor_`` of the upper triangle of a matrix [n, n]. Some or all of what is below the diagonal is added up too."""
 
     def number(self, share: int) -> int:
         """The sum over all ranks."""
@@ -135,6 +150,9 @@ class OneProcess:
     index, count, local, local_count = 0, 1, 0, 1
 
     def tensor_(self, share: Tensor) -> None:
+        """The share is the sum."""
+
+    def triangle_(self, share: Tensor) -> None:
         """The share is the sum."""
 
     def number(self, share: int) -> int:

@@ -44,6 +44,9 @@ class Reduction(Protocol):
     def tensor_(self, share: Tensor) -> None:
         """Replace this process's share by the sum over all processes, in place."""
 
+    def triangle_(self, share: Tensor) -> None:
+        """The same for the upper triangle of a matrix [n, n]; the rest is not used."""
+
     def number(self, share: int) -> int:
         """The sum over all processes."""
 
@@ -111,7 +114,7 @@ class HessianSum:
 
     def reduce(self, reduction: Reduction) -> None:
         """Add up the shares of all processes: sums and numbers of tokens."""
-        reduction.tensor_(self._sum)
+        reduction.triangle_(self._sum)
         self.tokens, self.left_out = reduction.number(self.tokens), reduction.number(self.left_out)
 
     def finish(self, name: str = "the Linear") -> Tensor:

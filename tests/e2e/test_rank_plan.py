@@ -26,6 +26,7 @@ COUNT = 2
 #: What uses collective operations, and the phase that a plan counts them in; none for JSON.
 PHASES = {
     ("bigq.machine.process_group", "ProcessGroup.tensor_"): "hessian",
+    ("bigq.machine.process_group", "ProcessGroup.triangle_"): "hessian",
     ("bigq.machine.process_group", "ProcessGroup.joined"): "solve",
     ("bigq.machine.process_group", "ProcessGroup._gathered"): "",
     ("bigq.solver.hessian", "upper_cholesky_shared_"): "factor",
@@ -114,6 +115,7 @@ def test_the_bytes_and_operations_of_a_plan_are_those_of_its_job(
 ) -> None:
     """Exactly, for each of both processes; and all that the two plans choose is the same."""
     monkeypatch.setattr("bigq.sched.plan.costs.ranks.SHARED_FROM", SMALL)
+    monkeypatch.setattr("bigq.machine.ranks.BAND_ROWS", 24)
     family, options = CASES[case]
     model = ROOT / "bigq/assets/tiny-llama" if family is None else make_checkpoint(tmp_path / "m", family, num_hidden_layers=2)
     ids = save_ids(tmp_path / "ids.safetensors", random_ids(8, 64))

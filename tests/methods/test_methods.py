@@ -102,6 +102,8 @@ class Shares(Reduction):
     def tensor_(self, share: Tensor) -> None:
         share += self._other.pop(0)
 
+    triangle_ = tensor_
+
     def number(self, share: int) -> int:
         return share + self._numbers.pop(0)
 
@@ -115,6 +117,8 @@ class Recorder(Reduction):
 
     def tensor_(self, share: Tensor) -> None:
         self.tensors.append(share.clone())
+
+    triangle_ = tensor_
 
     def number(self, share: int) -> int:
         self.numbers.append(share)

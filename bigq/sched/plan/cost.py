@@ -342,7 +342,7 @@ class BlockCost:
 
     def _summing(self, group: GroupShape) -> int:
         """Bytes while what is collected of an input is added up over processes."""
-        return summing_bytes(group.n * group.n, self._work.sharing)
+        return summing_bytes(group.n, self._work.sharing, square=self._paired)
 
     def _factor(self, group: GroupShape, linears: list[LinearShape]) -> int:
         """In addition to the Hessian: the buffer of a permutation, or the panels; and a copy if schemes need separate factors."""

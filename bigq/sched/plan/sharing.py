@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from bigq.common_options import BUDGETS, RUN
 from bigq.errors import UsageError
-from bigq.machine.ranks import Ranks
+from bigq.machine.ranks import PIECE, Ranks, bands
 from bigq.options import Converted, at_least, option, settle
 from bigq.size_options import size_given
 
@@ -86,7 +86,7 @@ class Traffic:
         return max(inside, outside) + self.operations * (links.hosts_wait if sharing.hosts > 1 else links.peers_wait)
 
 
-def summed(elements: int, sharing: Sharing, piece: int) -> Traffic:
+def summed(elements: int, sharing: Sharing, piece: int = PIECE) -> Traffic:
     """Of adding up fp32 numbers (``Ranks.tensor_``), ``piece`` at a time: each process receives its part from all, then all sums."""
     whole, rest = divmod(elements, piece)
 
@@ -94,6 +94,11 @@ def summed(elements: int, sharing: Sharing, piece: int) -> Traffic:
         return Traffic(2 * (sharing.ranks - 1) * sharing.part(count) * 4, 2)
 
     return of(piece).times(whole) + (of(rest) if rest else Traffic())
+
+
+def summed_triangle(n: int, sharing: Sharing) -> Traffic:
+    """Of adding up the upper triangle of a matrix [n, n] (``Ranks.triangle_``), band by band."""
+    return sum((summed((hi - lo) * (n - lo), sharing) for lo, hi in bands(n)), Traffic())
 
 
 def joined(rows: int, row_bytes: int, tensors: int, sharing: Sharing) -> Traffic:

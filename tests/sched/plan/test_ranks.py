@@ -16,7 +16,7 @@ from bigq.errors import UsageError
 from bigq.job.settle import for_ranks
 from bigq.kernels.cholesky import GPU_PANEL, SHARED_FROM
 from bigq.machine.ceilings import KNOWN, Links
-from bigq.machine.ranks import PIECE, share
+from bigq.machine.ranks import PIECE, bands, share
 from bigq.sched.plan.budgets import Budgets
 from bigq.sched.plan.cost import job_cost
 from bigq.sched.plan.costs.bank import group_of
@@ -26,7 +26,7 @@ from bigq.sched.plan.planner import Plan, make_plan
 from bigq.sched.plan.scaling import BUS, DISK, Times
 from bigq.sched.plan.several import with_scaling
 from bigq.sched.plan.shape import ModelShape
-from bigq.sched.plan.sharing import Assumed, Sharing, Traffic, factored, joined, summed
+from bigq.sched.plan.sharing import Assumed, Sharing, Traffic, factored, joined, summed, summed_triangle
 from bigq.sched.plan.work import Work
 
 EIGHT, TWO_HOSTS = Sharing(ranks=8, local=8), Sharing(ranks=8, local=4)
@@ -99,9 +99,22 @@ def test_hessians_are_added_up_in_pieces() -> None:
     assert summed(10, three, 100) == Traffic(2 * 2 * 4 * 4, 2)
     assert summed(25, three, 10) == Traffic(2 * 2 * 4 * (4 + 4 + 2), 6)
     found = job_traffic(SHAPE, work_of(EIGHT), BEST)["hessian"]
-    assert found == (summed(WIDTH**2, EIGHT, PIECE).times(3) + summed(INNER**2, EIGHT, PIECE)).times(BLOCKS)
-    assert found.received == pytest.approx(BLOCKS * 4 * 2 * 7 / 8 * (3 * WIDTH**2 + INNER**2))
-    assert summing_bytes(INNER**2, EIGHT) == 4 * PIECE // 8 * 25 and summing_bytes(INNER**2, Sharing()) == 0
+    assert found == (summed_triangle(WIDTH, EIGHT).times(3) + summed_triangle(INNER, EIGHT)).times(BLOCKS)
+    whole = BLOCKS * 4 * 2 * 7 / 8 * (3 * WIDTH**2 + INNER**2)
+    assert whole / 2 < found.received < 0.57 * whole
+    widest = max((hi - lo) * (INNER - lo) for lo, hi in bands(INNER))
+    assert 0.9 * PIECE < widest <= PIECE
+    assert summing_bytes(INNER, EIGHT) == 4 * EIGHT.part(widest) * 25 and summing_bytes(INNER, Sharing()) == 0
+    assert summing_bytes(INNER, EIGHT, square=True) == 4 * PIECE // 8 * 25
+
+
+@pytest.mark.parametrize("n", [1, 100, 511, 513, 4100, 8192, 57344])
+def test_bands_hold_each_row_once_and_little_below_the_diagonal(n: int) -> None:
+    found = list(bands(n))
+    assert [row for lo, hi in found for row in range(lo, hi)] == list(range(n))
+    assert all((hi - lo) * (n - lo) <= PIECE for lo, hi in found)
+    assert n < 4096 or sum((hi - lo) * (n - lo) for lo, hi in found) < 0.57 * n * n
+    assert next(bands(2**25)) == (0, 1), "a row that is longer than a piece is a band"
 
 
 def test_joined_rows_are_padded_to_the_largest_share() -> None:

@@ -38,7 +38,7 @@ def head_phases(
     capture = tokens * head.n * (4 * shape.itemsize + FP32) + shape.rest_loaded
     permuted = min(piece(on_gpu=choice.on_gpu), square // FP32) if scheme.order != "natural" else 0
     factor = FP32 * max(permuted, 2 * panel_width(on_gpu=choice.on_gpu) * head.n) + panel_bytes(head.n, sharing, on_gpu=choice.on_gpu)
-    factor = max(factor, summing_bytes(head.n * head.n, sharing))
+    factor = max(factor, summing_bytes(head.n, sharing))
     joining = joining_bytes([dataclasses.replace(head, m=chunk)], schemes, sharing)
     return [
         ("replay", square + capture, {"hessian": float(work.rows * shape.seqlen) * head.n * head.n}),

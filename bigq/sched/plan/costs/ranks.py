@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from bigq.kernels.cholesky import SHARED_FROM, panel_width
-from bigq.machine.ranks import PIECE
+from bigq.machine.ranks import PIECE, bands
 from bigq.sched.plan.shape import LinearShape
 from bigq.sched.plan.sharing import Sharing
 from bigq.scheme import QuantScheme
@@ -20,11 +20,13 @@ SCALE, ZERO = 2, 1
 FP32 = 4
 
 
-def summing_bytes(elements: int, sharing: Sharing) -> int:
-    """Bytes while so many fp32 numbers are added up over processes: what is sent, what is received, and the library's copy of it."""
+def summing_bytes(n: int, sharing: Sharing, *, square: bool = False) -> int:
+    """Bytes while the triangle of a matrix [n, n] of fp32 numbers, or the whole square, is added up over processes: what is sent, what is
+    received, and the library's copy of it."""
     if sharing.ranks == 1:
         return 0
-    return FP32 * sharing.part(min(elements, PIECE)) * (3 * sharing.ranks + 1)
+    elements = min(n * n, PIECE) if square else max((hi - lo) * (n - lo) for lo, hi in bands(n))
+    return FP32 * sharing.part(elements) * (3 * sharing.ranks + 1)
 
 
 def is_shared(n: int, sharing: Sharing) -> bool:

@@ -10,12 +10,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from bigq.kernels.cholesky import panel_width
-from bigq.machine.ranks import PIECE
 from bigq.sched.plan.costs.bank import group_of
 from bigq.sched.plan.costs.head import chunks
 from bigq.sched.plan.costs.ranks import batches, by_rows, is_shared, result_bytes, solved_together
 from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape, ModelShape
-from bigq.sched.plan.sharing import Traffic, factored, joined, summed
+from bigq.sched.plan.sharing import Traffic, factored, joined, summed, summed_triangle
 from bigq.sched.plan.work import Choice, Work
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import column_order
@@ -82,7 +81,7 @@ def _add_bank(total: dict[str, Traffic], bank: BankShape, schemes: Schemes, work
 
 def _of_head(head: LinearShape, scheme: QuantScheme, work: Work, choice: Choice) -> dict[str, Traffic]:
     """The output head is solved in chunks of rows. Methods of two models solve it with the Hessian alone."""
-    parts: dict[str, Traffic] = defaultdict(Traffic, hessian=summed(head.n * head.n, work.sharing, PIECE))
+    parts: dict[str, Traffic] = defaultdict(Traffic, hessian=summed_triangle(head.n, work.sharing))
     if is_shared(head.n, work.sharing):
         parts["factor"] = factored(head.n, panel_width(on_gpu=choice.on_gpu), work.sharing)
     for rows, count in chunks(head):
@@ -93,4 +92,4 @@ def _of_head(head: LinearShape, scheme: QuantScheme, work: Work, choice: Choice)
 
 def _sums(group: GroupShape, work: Work) -> Traffic:
     """Of the Hessian of an input, and of the cross matrix where there are two models."""
-    return summed(group.n * group.n, work.sharing, PIECE).times(work.streams)
+    return summed_triangle(group.n, work.sharing) + summed(group.n * group.n, work.sharing).times(work.streams - 1)
