@@ -92,7 +92,7 @@ def share(count: int, index: int, ranks: int) -> range:
 
 
 def bands(n: int) -> Iterator[tuple[int, int]]:
-    """Bands of rows [lo, hi) of a matrix [n, n] whose upper triangle is added up: of each, the columns from lo on, little more than half."""
+    """Bands of rows [lo, hi) of a matrix [n, n] whose upper triangle is added up: of each, the columns from lo on, about half."""
     lo = 0
     while lo < n:
         hi = min(n, lo + max(1, min(max(BAND_ROWS, n // BANDS), PIECE // (n - lo))))
