@@ -339,7 +339,7 @@ def _choices(shape: ModelShape, work: Work, config: JobConfig, on_gpu: bool) -> 
     # Only true-sequential jobs replay anything after a solved Linear.
     cached = any(not memo.last for block in shape.blocks for memo in block.memos)
     memos = (True, False) if work.true_sequential and cached else (False,)
-    together = numbers_at_once(shape if work.streams else None, config.experts_at_once, on_gpu=on_gpu)
+    together = numbers_at_once(shape if work.streams else None, config.experts_at_once, work.sharing.ranks, on_gpu=on_gpu)
     for tier, ahead, memo, batch, experts in itertools.product(tiers, aheads, memos, batches, together):
         yield Choice(
             on_gpu=on_gpu,

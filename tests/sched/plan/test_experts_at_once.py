@@ -79,6 +79,7 @@ def test_a_gpu_takes_as_many_as_fill_it() -> None:
 def test_no_more_than_there_are_or_than_the_largest_of_them_allow() -> None:
     """Mixtral-8x22B: Hessians of 16384 inputs take a GiB each."""
     assert numbers_at_once(model(bank(experts=3)), None, on_gpu=True) == [3, 1]
+    assert numbers_at_once(model(bank(experts=40)), None, 4, on_gpu=True) == [32, 16, 8, 4, 2, 1], "eight for each process"
     wide = bank(width=6144, inner=16384, experts=8)
     most = numbers_at_once(model(bank(), wide), None, on_gpu=True)[0]
     assert most == 1 and AT_ONCE_BYTES > 2 * 4 * 16384**2

@@ -22,7 +22,7 @@ PROVEN_SLOTS, PROVEN_MORE = 4, 2
 FP32 = 4
 #: Bytes of a token's choice of an expert: two numbers of 8 bytes at most, and one that sorts the tokens by expert.
 CHOICE = 24
-#: Experts that a GPU solves side by side, and bytes that they may take. More would gain little: eight of DeepSeek-V3's fill a GPU.
+#: Experts that a process solves side by side on a GPU, and bytes that they may take. More would gain little: eight of DeepSeek-V3's fill a GPU.
 AT_ONCE, AT_ONCE_BYTES = 8, 4 * 2**30
 
 #: Steps in which the tokens of an expert are counted (``solve.bank``), and bytes that oneDNN keeps of a bf16 product for each number of
@@ -69,8 +69,9 @@ class BankTerms:
     searched: Callable[[Sequence[LinearShape]], float]
 
 
-def numbers_at_once(shape: ModelShape | None, given: int | None, *, on_gpu: bool) -> list[int | None]:
+def numbers_at_once(shape: ModelShape | None, given: int | None, ranks: int = 1, *, on_gpu: bool) -> list[int | None]:
     """Numbers of experts that may be solved side by side, the largest first. given: by the user. shape: None for jobs that solve nothing.
+    ranks: processes that share them.
 
     On a CPU several take as long as one after the other.
     """
@@ -79,7 +80,9 @@ def numbers_at_once(shape: ModelShape | None, given: int | None, *, on_gpu: bool
         return [None]
     if given is not None or not on_gpu:
         return [given]
-    most = max(1, min(AT_ONCE, *(min(bank.experts, AT_ONCE_BYTES // _bytes_at_once(bank, shape.itemsize)) for bank in banks)))
+    most = max(
+        1, min(ranks * AT_ONCE, *(min(bank.experts, ranks * AT_ONCE_BYTES // _bytes_at_once(bank, shape.itemsize)) for bank in banks))
+    )
     return [most >> i for i in range(most.bit_length())]
 
 
