@@ -32,7 +32,7 @@ def bank_roles(bare: Bare, name: str, norm: str, call: BankCall) -> dict[str, Ba
         raise UnsupportedModelError(f"--rotate: {path} is called with the tokens of all experts; {ADVICE}")
 
     def load(e: int) -> dict[str, Tensor]:
-        return _few_units(module, bare.width, f"{path}.{e}")
+        return few_units(module, bare.width, f"{path}.{e}")
 
     bank = prove_bank(path, module, call, load)
     parameters = load(0)
@@ -56,7 +56,7 @@ def bank_roles(bare: Bare, name: str, norm: str, call: BankCall) -> dict[str, Ba
     return {f"{name}.{key}": role for key, role in roles.items()}
 
 
-def _few_units(module: nn.Module, width: int, name: str) -> dict[str, Tensor]:
+def few_units(module: nn.Module, width: int, name: str) -> dict[str, Tensor]:
     """Random parameters of an expert, with few units in place of all: sizes that are not the stream's keep their ratios.
 
     Where gate and up together have as many outputs as the stream is wide, all units stay.
