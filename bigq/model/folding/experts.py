@@ -96,6 +96,16 @@ def is_proven(
     return True
 
 
+def require_expert_fold(
+    name: str, module: nn.Module, bank: Bank, call: BankCall, fold: ExpertFold, parameters: Mapping[str, Tensor]
+) -> None:
+    """Raise UnsupportedModelError unless a fold leaves a real expert's bits as they are. call: of a probe. parameters: of the expert."""
+    if not is_proven(module, bank, call, parameters, fold):
+        raise UnsupportedModelError(
+            f"{name}: an expert does not compute the same once scales are folded into it, although one of few units does; use --fold none"
+        )
+
+
 def _expert(module: nn.Module, bank: Bank, call: BankCall, parameters: Mapping[str, Tensor]) -> Expert:
     """An expert whose parameters may be changed."""
     return Expert(module, bank, call, {key: value.clone() for key, value in parameters.items()})

@@ -205,9 +205,9 @@ class BlockCost:
             return result
         packed = originals = 0
         always = self._block.weights + self._block.calls.at(self._batch)
-        if self._work.method.scaling is not None:
+        if (scaling := self._work.method.scaling) is not None:
             terms = RowTerms(rows=self._work.rows, seqlen=self._shape.seqlen, batch=self._batch, on_gpu=self._choice.on_gpu)
-            result += fold_phases(self._block, self._schemes, terms, always)
+            result += fold_phases(self._block, self._schemes, scaling, terms, always)
         for number, level in enumerate(self._levels()):
             wanted = [(g, self._wanted(g.linears)) for g in level]
             wanted = [(g, linears) for g, linears in wanted if linears]
@@ -287,8 +287,14 @@ class BlockCost:
             swept=self._solving.swept,
             searched=self._solving.searched,
             packed=lambda linear: packed_bytes(linear, self._schemes[linear.name]),
+            scaled=self._is_scaled(bank),
         )
         return bank_phases(bank, held, terms)
+
+    def _is_scaled(self, bank: BankShape) -> bool:
+        """Whether scales are folded inside its experts."""
+        scaling = self._work.method.scaling
+        return scaling is not None and scaling.takes("expert") and any(fold.bank == bank.name for fold in self._block.folds)
 
     def _inputs_kept(self, linears: set[str]) -> int:
         """Bytes on a GPU for inputs that are kept of these Linears.

@@ -106,6 +106,7 @@ class BankWork:
                 at_once=bench.choice.experts_at_once or 1,
                 ends=functools.partial(self._ends_group, stored.path),
                 ranks=bench.writer.ranks,
+                fold=bench.expert_fold(self.index, name),
             )
         return made
 

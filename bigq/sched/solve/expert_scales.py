@@ -1,0 +1,54 @@
+"""Scales of the inputs of each expert's last matrix, chosen as its turn comes and folded into its other matrices before it is solved.
+
+An expert is in memory once: what its last matrix receives is computed from its unquantized weights, for the tokens that are routed to it,
+and then its matrices are solved. All of it is within the expert, so an expert that is committed needs nothing of it, and one that is made
+again gets the same scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bigq.methods.base import Scaling
+from bigq.model.experts.bank import Expert
+from bigq.model.folding.apply import fold_expert_
+from bigq.model.folding.fold import ExpertFold
+from bigq.progress.clock import Clock
+from bigq.scheme import QuantScheme
+from bigq.solver.scaling import LEAST_TOKENS, InputStatistics, Reader
+
+
+def is_scaled(fold: ExpertFold | None, scaling: Scaling | None, tokens: int) -> bool:
+    """Whether an expert with so many tokens is scaled. With few of them, scales would follow these and not the text."""
+    return fold is not None and scaling is not None and scaling.takes("expert") and tokens >= LEAST_TOKENS
+
+
+def scale_inside(
+    fold: ExpertFold,
+    scaling: Scaling,
+    scheme: QuantScheme,
+    experts: Sequence[Expert],
+    parts: Sequence[Tensor],
+    inputs: Callable[[Tensor], Tensor],
+    clock: Clock,
+) -> None:
+    """Choose the scales of an expert and fold them into it.
+
+    scheme: of the last matrix. experts: the expert with its unquantized weights, and its copy in the unquantized model if there is one.
+    parts: the numbers of its tokens, as many at a time as it takes; inputs: what the last matrix receives for some of them.
+    """
+    weight = experts[0].weight(fold.reader)
+    statistics = InputStatistics(weight.shape[1], weight.device, sum(map(len, parts)))
+    for part in parts:
+        with clock.phase("replay"):
+            statistics.add(inputs(part))
+    with clock.phase("scale"):
+        if statistics.tokens < LEAST_TOKENS:  # others are not finite
+            return
+        every = torch.arange(len(fold.rows), device=weight.device)
+        scales = scaling.choose(statistics, [Reader(weight, scheme)], every)
+        for expert in experts:
+            fold_expert_(expert, fold, scales)
