@@ -19,7 +19,7 @@ from bigq.model.experts.proof import prove_bank
 from bigq.model.folding.apply import fold_expert_
 from bigq.model.folding.find import candidate_rows
 from bigq.model.folding.fold import ExpertFold
-from bigq.model.rotation.banks import few_units
+from bigq.model.rotation.banks import few_units, units_of
 from bigq.model.rotation.standins import Bare, generator_of
 
 #: Factors of the outputs that are divided, with which a fold must hold: clamps of published models are at 7 and 10.
@@ -37,11 +37,15 @@ def bank_fold(bare: Bare, name: str) -> ExpertFold | str | None:
         return None
     if call is None:
         return last
-    try:
-        bank = prove_bank(path, module, call, lambda e: few_units(module, bare.width, f"{path}.{e}"))
-    except UnsupportedModelError:
+    for small in (module, _of_few_units(module, bare.width)):
+        try:
+            bank = prove_bank(path, small, call, lambda e: few_units(module, bare.width, f"{path}.{e}"))
+            break
+        except UnsupportedModelError:
+            continue
+    else:
         return last
-    found = find_expert_fold(module, bank, call, few_units(module, bare.width, f"{path}.0"))
+    found = find_expert_fold(small, bank, call, few_units(module, bare.width, f"{path}.0"))
     if found is None:
         return bank.products[-1].parameter
     producer, reader, number = found
@@ -104,6 +108,15 @@ def require_expert_fold(
         raise UnsupportedModelError(
             f"{name}: an expert does not compute the same once scales are folded into it, although one of few units does; use --fold none"
         )
+
+
+def _of_few_units(module: nn.Module, width: int) -> nn.Module:
+    """A bank whose attributes say that its experts have few units."""
+    inner, units = units_of(module, width)
+    made: nn.Module = object.__new__(type(module))
+    numbers = {key: units for key, value in vars(module).items() if type(value) is int and value == inner}
+    made.__dict__.update({**module.__dict__, **numbers})
+    return made
 
 
 def _expert(module: nn.Module, bank: Bank, call: BankCall, parameters: Mapping[str, Tensor]) -> Expert:

@@ -56,15 +56,21 @@ def bank_roles(bare: Bare, name: str, norm: str, call: BankCall) -> dict[str, Ba
     return {f"{name}.{key}": role for key, role in roles.items()}
 
 
+def units_of(module: nn.Module, width: int) -> tuple[int, int]:
+    """The units of an expert, and how many there are in the proof."""
+    shapes = [tuple(param.shape[1:]) for param in module.parameters(recurse=False)]
+    inner = math.gcd(*(size for shape in shapes for size in shape if size != width))
+    clear = inner and all(sum(size == width for size in shape) == 1 for shape in shapes if len(shape) == 2)
+    return inner, min(inner, UNITS) if clear else inner
+
+
 def few_units(module: nn.Module, width: int, name: str) -> dict[str, Tensor]:
     """Random parameters of an expert, with few units in place of all: sizes that are not the stream's keep their ratios.
 
     Where gate and up together have as many outputs as the stream is wide, all units stay.
     """
     shapes = {key: tuple(param.shape[1:]) for key, param in module.named_parameters(recurse=False)}
-    inner = math.gcd(*(size for shape in shapes.values() for size in shape if size != width))
-    clear = inner and all(sum(size == width for size in shape) == 1 for shape in shapes.values() if len(shape) == 2)
-    units = min(inner, UNITS) if clear else inner
+    inner, units = units_of(module, width)
 
     def few(size: int) -> int:
         return size if size == width else size // inner * units
