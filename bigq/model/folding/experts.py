@@ -7,6 +7,7 @@ tried with large outputs too.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -45,28 +46,24 @@ def bank_fold(bare: Bare, name: str) -> ExpertFold | str | None:
             continue
     else:
         return last
-    found = find_expert_fold(small, bank, call, few_units(module, bare.width, f"{path}.0"))
+    parameters = few_units(module, bare.width, f"{path}.0")
+    found = find_expert_fold(small, bank, call, parameters)
     if found is None:
         return bank.products[-1].parameter
-    producer, reader, number = found
-    m, n = _outputs(module, producer), _inputs(module, reader)
-    rows = list(_candidates(m, n))
-    return ExpertFold(bank=name, producer=producer, reader=reader, rows=rows[number]) if number < len(rows) else reader.parameter
+    rows = _of_all_units(module, found, parameters)
+    return found.reader.parameter if rows is None else dataclasses.replace(found, bank=name, rows=rows)
 
 
-def find_expert_fold(module: nn.Module, bank: Bank, call: BankCall, parameters: Mapping[str, Tensor]) -> tuple[Product, Product, int] | None:
-    """The matrix that divides, the one that is multiplied, and the number of the rows among those that are tried; None without a fold.
-
-    parameters: of one expert, fp32.
-    """
+def find_expert_fold(module: nn.Module, bank: Bank, call: BankCall, parameters: Mapping[str, Tensor]) -> ExpertFold | None:
+    """The fold inside an expert with these parameters, fp32; None without one."""
     reader = bank.products[-1]
     tokens = _tokens(bank, call, parameters)
     for producer in reading_products(bank):
         m, n = _matrix(parameters, producer).shape[0], _matrix(parameters, reader).shape[1]
-        for number, rows in enumerate(_candidates(m, n)):
+        for rows in _candidates(m, n):
             fold = ExpertFold(bank=bank.name, producer=producer, reader=reader, rows=rows)
             if all(_holds(module, bank, call, _enlarged(parameters, fold, size), fold, tokens) for size in SIZES):
-                return producer, reader, number
+                return fold
     return None
 
 
@@ -147,15 +144,14 @@ def _matrix(parameters: Mapping[str, Tensor], product: Product) -> Tensor:
     return value.T if product.transposed else value
 
 
+def _of_all_units(module: nn.Module, fold: ExpertFold, parameters: Mapping[str, Tensor]) -> Tensor | None:
+    """The rows of a fold where an expert has all its units. fold: of one with these parameters."""
+    few = _candidates(_matrix(parameters, fold.producer).shape[0], len(fold.rows))
+    every = _candidates(_sides(module, fold.producer)[0], _sides(module, fold.reader)[1])
+    return next((rows for alike, rows in zip(few, every, strict=False) if torch.equal(alike, fold.rows)), None)
+
+
 def _sides(module: nn.Module, product: Product) -> Sequence[int]:
     """Outputs and inputs of a product."""
     shape = module.get_parameter(product.parameter).shape[1:]
     return shape[::-1] if product.transposed else shape
-
-
-def _outputs(module: nn.Module, product: Product) -> int:
-    return _sides(module, product)[0]
-
-
-def _inputs(module: nn.Module, product: Product) -> int:
-    return _sides(module, product)[1]
