@@ -6,8 +6,8 @@
 
 All compute in fp32, on rows of the shipped calibration text, two draws; KL is measured on the shipped held-out text. Without scales inside,
 those in norms and behind values stay. Then scales are chosen on a few tokens of each expert of the unquantized model, and the error of its
-last matrix is measured on other tokens of it, relative to no scales: the geometric mean over experts. A result that is in the file is not
-measured again.
+last matrix is measured on other tokens of it, relative to no scales: the geometric mean over experts. AWQ is judged at 4 bits in groups of
+32, SmoothQuant with weights and inputs of 8 bits. A result that is in the file is not measured again.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch
 from facts import revision, versions
+from safetensors.torch import save_file
 from torch import Tensor
 
 import bigq
@@ -38,7 +39,7 @@ from bigq.calibration import calibration_rows
 from bigq.infer.evaluate import EvalConfig, evaluate
 from bigq.methods.scaling import SCALINGS
 from bigq.sched.solve import bank
-from bigq.solver.scaling import InputStatistics, Reader, rounded
+from bigq.solver.scaling import LEAST_TOKENS, InputStatistics, Reader, rounded
 
 SAMPLES, SEQLEN, WINDOWS, DRAWS = 16, 256, 64, (0, 1)
 #: Way → the job's settings, and its scheme.
@@ -48,8 +49,13 @@ WAYS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gptq, --fold awq, 3 bits": ({"method": "gptq", "fold": "awq", "format": "compressed-tensors"}, {"bits": 3, "group_size": 32}),
     "gptq, --fold smoothquant, w8a8-int8": ({"fold": "smoothquant", "format": "w8a8-int8"}, {}),
 }
-#: Tokens that scales are chosen on, and the scheme of the error.
-FEW, HELD, SCHEME = (1, 2, 4, 8, 16, 32, 64, 128, 256), 256, bigq.QuantScheme(bits=4, group_size=32)
+#: Tokens that scales are chosen on, and how many others the error is measured on.
+FEW, HELD = (1, 2, 4, 8, 16, 32, 64, 128, 256), 256
+#: Rule → the scheme of the weights in the error.
+SCHEMES: Mapping[str, bigq.QuantScheme] = {
+    "awq": bigq.QuantScheme(bits=4, group_size=32),
+    "smoothquant": bigq.QuantScheme(bits=8, group_size=-1),
+}
 
 
 @contextlib.contextmanager
@@ -64,8 +70,6 @@ def judged(model: Path, way: str, scaled: bool, draw: int) -> dict[str, Any]:
     rows = calibration_rows("builtin", model, samples=SAMPLES, seqlen=SEQLEN, seed=draw)
     with tempfile.TemporaryDirectory() as folder, inside(scaled):
         ids, out = Path(folder) / "ids.safetensors", Path(folder) / "out"
-        from safetensors.torch import save_file
-
         save_file({"input_ids": rows}, ids)
         given = {"samples": SAMPLES, "seqlen": SEQLEN, "device": "cpu", "dtype": "float32", "quiet": True, **settings}
         made = {"scheme": bigq.QuantScheme(**scheme)} if scheme else {}
@@ -78,7 +82,7 @@ def judged(model: Path, way: str, scaled: bool, draw: int) -> dict[str, Any]:
         "kl_stderr": result.kl_stderr,
         "perplexity": result.perplexity,
         "mean_error_of_down_proj": statistics.fmean(record["relative_error"] for record in downs),
-        "experts_below_the_least_tokens": sum(record["tokens"] < bank.is_scaled.__globals__["LEAST_TOKENS"] for record in downs),
+        "experts_below_the_least_tokens": sum(record["tokens"] < LEAST_TOKENS for record in downs),
         "experts": len(downs),
     }
 
@@ -107,6 +111,15 @@ def inputs_of_experts(model: Path) -> Iterator[tuple[Tensor, Tensor]]:
             yield experts.down_proj[e], torch.cat(parts)
 
 
+def error(rule: str, weight: Tensor, x: Tensor, scales: Tensor) -> float:
+    """The squared error of an expert's outputs. weight: [m, n]. x: its inputs [t, n]. scales: [n]."""
+    given = x / scales
+    if rule == "smoothquant":
+        step = given.abs().amax(-1, keepdim=True) / 127
+        given = (given / step).round() * step
+    return float((given @ rounded(weight * scales, SCHEMES[rule]).T - x @ weight.T).square().sum())
+
+
 def errors_by_tokens(model: Path) -> list[dict[str, Any]]:
     """For each rule and number of tokens, the error on other tokens over that without scales."""
     ratios: dict[tuple[str, int], list[float]] = {}
@@ -115,16 +128,11 @@ def errors_by_tokens(model: Path) -> list[dict[str, Any]]:
             continue
         x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
         held, n = x[-HELD:], weight.shape[1]
-
-        def error(scales: Tensor, weight: Tensor = weight, held: Tensor = held) -> float:
-            return float(((rounded(weight * scales, SCHEME) / scales - weight) @ held.T).square().sum())
-
-        for (name, scaling), t in itertools.product(SCALINGS.items(), FEW):
-            if scaling is not None:
-                statistics_of = InputStatistics(n, x.device, t)
-                statistics_of.add(x[:t])
-                scales = scaling.choose(statistics_of, [Reader(weight, SCHEME)], torch.arange(n))
-                ratios.setdefault((name, t), []).append(error(scales) / error(torch.ones(n)))
+        for (rule, scheme), t in itertools.product(SCHEMES.items(), FEW):
+            seen = InputStatistics(n, x.device, t)
+            seen.add(x[:t])
+            scales = SCALINGS[rule].choose(seen, [Reader(weight, scheme)], torch.arange(n))
+            ratios.setdefault((rule, t), []).append(error(rule, weight, held, scales) / error(rule, weight, held, torch.ones(n)))
     return [
         {
             "rule": name,
