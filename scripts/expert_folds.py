@@ -4,7 +4,7 @@
     python scripts/train_moe.py --out MODEL                        # once: 10 to 15 minutes
     python scripts/expert_folds.py --model MODEL --json docs/results/expert_folds.json
 
-All compute in fp32, on rows of the shipped calibration text, two draws; KL is measured on the shipped held-out text. Without scales inside,
+All compute in fp32, on rows of the shipped calibration text, four draws; KL is measured on the shipped held-out text. Without scales inside,
 those in norms and behind values stay. Then scales are chosen on a few tokens of each expert of the unquantized model, and the error of its
 last matrix is measured on other tokens of it, relative to no scales: the geometric mean over experts. AWQ is judged at 4 bits in groups of
 32, SmoothQuant with weights and inputs of 8 bits. A result that is in the file is not measured again.
@@ -41,7 +41,7 @@ from bigq.methods.scaling import SCALINGS
 from bigq.sched.solve import bank
 from bigq.solver.scaling import LEAST_TOKENS, InputStatistics, Reader, rounded
 
-SAMPLES, SEQLEN, WINDOWS, DRAWS = 16, 256, 64, (0, 1)
+SAMPLES, SEQLEN, WINDOWS, DRAWS = 16, 256, 64, (0, 1, 2, 3)
 #: Way → the job's settings, and its scheme.
 WAYS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "awq, 4 bits": ({"method": "awq", "format": "compressed-tensors"}, {"bits": 4, "group_size": 32}),
@@ -61,7 +61,7 @@ SCHEMES: Mapping[str, bigq.QuantScheme] = {
 @contextlib.contextmanager
 def inside(scaled: bool) -> Iterator[None]:
     """Whether experts are scaled inside."""
-    with contextlib.nullcontext() if scaled else mock.patch.object(bank, "is_scaled", lambda fold, scaling, tokens: False):
+    with contextlib.nullcontext() if scaled else mock.patch.object(bank, "is_scaled", return_value=False):
         yield
 
 

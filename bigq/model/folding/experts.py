@@ -67,9 +67,7 @@ def find_expert_fold(module: nn.Module, bank: Bank, call: BankCall, parameters: 
     return None
 
 
-def _holds(
-    module: nn.Module, bank: Bank, call: BankCall, parameters: Mapping[str, Tensor], fold: ExpertFold, tokens: Tensor
-) -> bool:
+def _holds(module: nn.Module, bank: Bank, call: BankCall, parameters: Mapping[str, Tensor], fold: ExpertFold, tokens: Tensor) -> bool:
     """Whether twice the outputs are twice the inputs of the reader, all of which are there for some token, and the fold is proven."""
     x = _expert(module, bank, call, parameters).input_of(fold.reader, tokens)
     twice = _expert(module, bank, call, _enlarged(parameters, fold, 2.0)).input_of(fold.reader, tokens)

@@ -7,6 +7,7 @@ from typing import Any
 
 from bigq.methods.base import Scaling
 from bigq.sched.plan.shape import BlockShape, FoldShape
+from bigq.solver.scaling import LEAST_TOKENS
 
 
 def fold_text(blocks: Sequence[BlockShape], scaling: Scaling) -> str:
@@ -16,7 +17,7 @@ def fold_text(blocks: Sequence[BlockShape], scaling: Scaling) -> str:
     inside = dict.fromkeys(fold.producer for fold in used if fold.divider == "expert")
     without = dict.fromkeys(name for block in blocks for name in _unfolded(block, scaling))
     text = f"into {', '.join(producers)}" if producers else "nowhere"
-    text += f"; inside each expert into {', '.join(inside)}" if inside else ""
+    text += f"; inside each expert of {LEAST_TOKENS} tokens or more into {', '.join(inside)}" if inside else ""
     return text + (f"; no module divides the inputs of {', '.join(without)}" if without else "")
 
 

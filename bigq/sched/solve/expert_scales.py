@@ -23,7 +23,25 @@ from bigq.solver.scaling import LEAST_TOKENS, InputStatistics, Reader
 
 def is_scaled(fold: ExpertFold | None, scaling: Scaling | None, tokens: int) -> bool:
     """Whether an expert with so many tokens is scaled. With few of them, scales would follow these and not the text."""
-    return fold is not None and scaling is not None and scaling.takes("expert") and tokens >= LEAST_TOKENS
+    return _may_be_scaled(fold, scaling) and tokens >= LEAST_TOKENS
+
+
+def has_too_few(fold: ExpertFold | None, scaling: Scaling | None, tokens: int | None) -> bool:
+    """Whether only its few tokens keep an expert from being scaled."""
+    return _may_be_scaled(fold, scaling) and tokens is not None and tokens < LEAST_TOKENS
+
+
+def few_tokens_warning(experts: int) -> str:
+    """experts: that had too few tokens."""
+    one = experts == 1
+    return (
+        f"{experts} expert{'' if one else 's'} of a layer {'has' if one else 'have'} fewer than {LEAST_TOKENS} calibration tokens: the "
+        f"inputs of {'its last matrix' if one else 'their last matrices'} are not scaled, since scales from so few make errors larger"
+    )
+
+
+def _may_be_scaled(fold: ExpertFold | None, scaling: Scaling | None) -> bool:
+    return fold is not None and scaling is not None and scaling.takes("expert")
 
 
 def scale_inside(

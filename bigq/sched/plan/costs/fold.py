@@ -48,9 +48,7 @@ def fold_phases(
     ]
 
 
-def inside_phase(
-    experts: int, product: Sequence[LinearShape], held: int, *, on_gpu: bool
-) -> tuple[str, int, dict[str, float], float]:
+def inside_phase(experts: int, product: Sequence[LinearShape], held: int, *, on_gpu: bool) -> tuple[str, int, dict[str, float], float]:
     """The choice of the scales inside each of so many experts. product: the last one of an expert. held: bytes that are there besides."""
     n, weights = product[0].n, sum(linear.m * linear.n for linear in product)
     statistics = FP32 * (2 + 2 * SAMPLED_TOKENS) * n
