@@ -4,10 +4,10 @@
     python scripts/train_moe.py --out MODEL                        # once: 10 to 15 minutes
     python scripts/expert_folds.py --model MODEL --json docs/results/expert_folds.json
 
-All compute in fp32, on rows of the shipped calibration text, four draws; KL is measured on the shipped held-out text. Without scales inside,
-those in norms and behind values stay. Then scales are chosen on a few tokens of each expert of the unquantized model, and the error of its
-last matrix is measured on other tokens of it, relative to no scales: the geometric mean over experts. AWQ is judged at 4 bits in groups of
-32, SmoothQuant with weights and inputs of 8 bits. A result that is in the file is not measured again.
+All compute in fp32, on rows of the shipped calibration text, four draws; KL is measured on the shipped held-out text. Without scales
+inside, those in norms and behind values stay. Then scales are chosen on a few tokens of each expert of the unquantized model, and the error
+of its last matrix is measured on other tokens of it, relative to no scales: the geometric mean over experts. AWQ is judged at 4 bits in
+groups of 32, SmoothQuant with weights and inputs of 8 bits. A result that is in the file is not measured again.
 """
 
 from __future__ import annotations

@@ -20,6 +20,9 @@ from bigq.progress.clock import Clock
 from bigq.scheme import QuantScheme
 from bigq.solver.scaling import LEAST_TOKENS, InputStatistics, Reader
 
+#: Tokens that are added to the statistics at a time: copies of them are made.
+COUNTED_TOKENS = 1024
+
 
 def is_scaled(fold: ExpertFold | None, scaling: Scaling | None, tokens: int) -> bool:
     """Whether an expert with so many tokens is scaled. With few of them, scales would follow these and not the text."""
@@ -62,7 +65,8 @@ def scale_inside(
     statistics = InputStatistics(weight.shape[1], weight.device, sum(map(len, parts)))
     for part in parts:
         with clock.phase("replay"):
-            statistics.add(inputs(part))
+            for some in inputs(part).split(COUNTED_TOKENS):
+                statistics.add(some)
     with clock.phase("scale"):
         if statistics.tokens < LEAST_TOKENS:  # others are not finite
             return
