@@ -19,6 +19,7 @@ from bigq.model.experts.bank import Bank, bank_modules, find_bank
 from bigq.model.experts.call import BankCall
 from bigq.model.experts.flat import gather_banks
 from bigq.model.experts.proof import prove_bank
+from bigq.model.folding import experts
 from bigq.model.folding.around import model_folds
 from bigq.model.folding.experts import find_expert_fold, is_proven, require_expert_fold
 from bigq.model.folding.fold import BlockFolds, ExpertFold
@@ -85,6 +86,19 @@ def test_banks_with_a_module_within_are_folded(tmp_path: Path) -> None:
     gather_banks(model)
     fold_all(model.transformer.blocks[1].ffn.experts, fold)
     assert 0 < float((model(ids).logits - expected).norm() / expected.norm()) < SAME
+
+
+def test_banks_with_spare_experts_are_folded(tmp_path: Path) -> None:
+    form_model("longcat_flash").save_pretrained(tmp_path)  # type: ignore[operator]
+    assert [len(fold.rows) for block in folds_of(tmp_path) for fold in block.experts] == [32, 32]
+
+
+def test_experts_too_large_for_an_experiment_have_no_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of mixtral with units as many as the hidden states are wide, where shapes do not tell which is which, all units run."""
+    moe_model("mixtral", intermediate_size=64).save_pretrained(tmp_path)  # type: ignore[operator]
+    assert all(len(block.experts) == 1 for block in folds_of(tmp_path))
+    monkeypatch.setattr(experts, "MOST_WEIGHTS", 3 * 64 * 64 - 1)
+    assert all(not block.experts and "mlp.experts.down_proj" in block.without for block in folds_of(tmp_path))
 
 
 def test_sorted_banks_have_one_matrix_and_no_fold(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ tried with large outputs too.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -17,16 +18,20 @@ from bigq.errors import UnsupportedModelError
 from bigq.model.experts.bank import Bank, Expert, Product, reading_products
 from bigq.model.experts.call import BankCall
 from bigq.model.experts.proof import prove_bank
+from bigq.model.experts.spare import spare_experts
 from bigq.model.folding.apply import fold_expert_
 from bigq.model.folding.find import candidate_rows
 from bigq.model.folding.fold import ExpertFold
-from bigq.model.rotation.banks import few_units, units_of
+from bigq.model.rotation.banks import few_sizes, few_units, units_of
 from bigq.model.rotation.standins import Bare, generator_of
 
 #: Factors of the outputs that are divided, with which a fold must hold: clamps of published models are at 7 and 10.
 SIZES = (1.0, 2.0**12)
 #: Random tokens that an expert runs on.
 TOKENS = 64
+#: Weights of an expert in an experiment, at most: six of them are in memory. Only where its shape does not tell units from the width of the
+#: hidden states does it have so many.
+MOST_WEIGHTS = 2**25
 
 
 def bank_fold(bare: Bare, name: str) -> ExpertFold | str | None:
@@ -36,8 +41,10 @@ def bank_fold(bare: Bare, name: str) -> ExpertFold | str | None:
     last = [key for key, param in module.named_parameters(recurse=False) if param.ndim == 3][-1]
     if len([param for param in module.parameters(recurse=False) if param.ndim == 3]) == 1:
         return None
-    if call is None:
+    if call is None or sum(map(math.prod, few_sizes(module, bare.width).values())) > MOST_WEIGHTS:
         return last
+    slots = min(call.slots(), 1 + (spare_experts(module) > 0))  # of a token: so that few experts do
+    call = call.chosen_anew(torch.zeros(call.count, slots, dtype=torch.long, device=call.tokens.device), 1)
     for small in (module, _of_few_units(module, bare.width)):
         try:
             bank = prove_bank(path, small, call, lambda e: few_units(module, bare.width, f"{path}.{e}"))

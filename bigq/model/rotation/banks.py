@@ -65,16 +65,20 @@ def units_of(module: nn.Module, width: int) -> tuple[int, int]:
 
 
 def few_units(module: nn.Module, width: int, name: str) -> dict[str, Tensor]:
-    """Random parameters of an expert, with few units in place of all: sizes that are not the stream's keep their ratios.
+    """Random parameters of an expert, of the sizes of ``few_sizes``."""
+    device = next((b.device for b in module.buffers()), torch.device("cpu"))
+    sizes = few_sizes(module, width)
+    return {key: 0.3 * torch.randn(size, generator=generator_of(f"{name}.{key}")).to(device) for key, size in sizes.items()}
+
+
+def few_sizes(module: nn.Module, width: int) -> dict[str, list[int]]:
+    """The sizes of an expert's parameters, with few units in place of all: those that are not the stream's keep their ratios.
 
     Where gate and up together have as many outputs as the stream is wide, all units stay.
     """
-    shapes = {key: tuple(param.shape[1:]) for key, param in module.named_parameters(recurse=False)}
     inner, units = units_of(module, width)
 
     def few(size: int) -> int:
         return size if size == width else size // inner * units
 
-    device = next((b.device for b in module.buffers()), torch.device("cpu"))
-    sizes = {key: [few(size) for size in shape] for key, shape in shapes.items()}
-    return {key: 0.3 * torch.randn(size, generator=generator_of(f"{name}.{key}")).to(device) for key, size in sizes.items()}
+    return {key: [few(size) for size in param.shape[1:]] for key, param in module.named_parameters(recurse=False)}
