@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from bigq.config import JobConfig as JobConfig
     from bigq.conversion.convert import Conversion as Conversion
     from bigq.errors import BigqError as BigqError
-    from bigq.infer.evaluate import Evaluation as Evaluation
     from bigq.infer.generate import Generation as Generation
     from bigq.infer.options import EvalConfig as EvalConfig
     from bigq.infer.options import GenerateConfig as GenerateConfig
+    from bigq.infer.results import Evaluation as Evaluation
     from bigq.inspect.status import Status as Status
     from bigq.progress.callback import ProgressEvent as ProgressEvent
     from bigq.progress.records import Report as Report
@@ -48,7 +48,7 @@ _HOMES = {
     "BigqError": "bigq.errors",
     "Conversion": "bigq.conversion.convert",
     "EvalConfig": "bigq.infer.options",
-    "Evaluation": "bigq.infer.evaluate",
+    "Evaluation": "bigq.infer.results",
     "GenerateConfig": "bigq.infer.options",
     "Generation": "bigq.infer.generate",
     "JobConfig": "bigq.config",

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from bigq.config import JobConfig
     from bigq.conversion.convert import Conversion
-    from bigq.infer.evaluate import Evaluation
     from bigq.infer.generate import Generation
     from bigq.infer.options import EvalConfig, GenerateConfig
+    from bigq.infer.results import Evaluation
     from bigq.inspect.status import Status
     from bigq.job.stop import Stop
     from bigq.progress.callback import ProgressEvent
@@ -34,12 +34,23 @@ StrPath = str | os.PathLike[str]
 Callback = Callable[["ProgressEvent"], object]
 
 
-def plan(model: StrPath, out: StrPath = ".", config: JobConfig | None = None, on: str = "this") -> Plan:
+def plan(
+    model: StrPath,
+    out: StrPath = ".",
+    config: JobConfig | None = None,
+    on: str = "this",
+    *,
+    ranks: int = 1,
+    hosts: int = 1,
+    disk_rate: int | str | None = None,
+) -> Plan:
     """Predict the memory, disk space and time of a job. No weights are read and nothing is written.
 
     model: a folder (its config.json is enough), or a hub id, of which only config and headers are downloaded.
     out: where the output would go, for the free disk space. config: defaults to ``JobConfig()``.
     on: "this" machine, or a GPU to plan for: "a100", "h100" or "h200".
+    ranks: processes that share the job, on ``hosts`` machines; the plan is of one of them.
+    disk_rate: bytes per second that a machine reads and writes, or a size such as "40GB"; by default 3 GB.
 
     Returns a ``Plan``: ``.cost.host`` and ``.cost.device`` (peak bytes), ``.disk`` (bytes), ``.shortages`` (one line each; empty if
     the job fits), ``.table()`` (text), ``.to_json()``.
@@ -50,10 +61,12 @@ def plan(model: StrPath, out: StrPath = ".", config: JobConfig | None = None, on
     """
     from bigq.config import JobConfig
     from bigq.sched.plan.inputs import plan as run
+    from bigq.sched.plan.sharing import Assumed
 
     _require_type("config", config, JobConfig)
     _require_text("on", on)
-    return run(_model("model", model), _path("out", out), config, on)
+    assumed = Assumed(ranks=ranks, hosts=hosts, disk_rate=disk_rate)
+    return run(_model("model", model), _path("out", out), config, on, assumed)
 
 
 def quantize(

@@ -28,6 +28,9 @@ Every message names the file, tensor or option concerned and says what to do abo
 
 from __future__ import annotations
 
+#: What to do after a job was stopped, and after a command that cannot be resumed.
+RESUME, REPEAT = "run the same command again to resume", "run the same command again"
+
 
 class BigqError(Exception):
     """Base class. exit_code: of the command line."""

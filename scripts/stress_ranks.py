@@ -140,7 +140,8 @@ class Run:
             if fault is not None and fault[0] == rank:
                 environment["BIGQ_FAULT"] = fault[1]
             told, met = str(logs / f"{rank}.txt"), str(logs / f"{rank}.met")
-            process = multiprocessing.get_context("forkserver").Process(target=run_rank, args=(environment, arguments, told, met))
+            args = (environment, arguments, told, met)
+            process = multiprocessing.get_context("forkserver").Process(target=run_rank, args=args, kwargs={"small": True})
             process.start()
             self.processes.append(process)
 

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -18,14 +18,29 @@ PRELOADED = ["bigq.cli.main", "bigq.cli.job", "bigq.sched.run", "bigq.machine.pr
 LIMIT = 90.0
 
 
-def run_rank(environment: Mapping[str, str], arguments: Sequence[str], told: str, met: str | None = None) -> None:
-    """The main function of a process. told: the file that stderr and stdout go to. met: a file that is made once it has met the others."""
+def run_rank(
+    environment: Mapping[str, str],
+    arguments: Sequence[str],
+    told: str,
+    met: str | None = None,
+    *,
+    small: bool = False,
+    prepare: Callable[[], None] | None = None,
+) -> None:
+    """The main function of a process. told: the file that stderr and stdout go to. met: a file that is made once it has met the others.
+
+    small: processes share the factorization of small matrices too, as they do of large ones. prepare: called before the command line runs.
+    """
     os.environ.update(environment)
+    if small:
+        importlib.import_module("bigq.solver.hessian").SHARED_FROM = 1  # type: ignore[attr-defined]
     if met is not None:
         _note_meeting(Path(met))
     with open(told, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if prepare is not None:
+        prepare()
     main = importlib.import_module("bigq.cli.main").main
     os._exit(main(arguments))
 
@@ -77,8 +92,18 @@ class Together:
         return [path.read_text() if path.exists() else "" for path in self.told]
 
 
-def start(count: int, arguments: Sequence[object], logs: Path, faults: Mapping[int, str] | None = None) -> Together:
-    """Start ``bigq ARGUMENTS`` in so many processes. faults: BIGQ_FAULT by rank."""
+def start(
+    count: int,
+    arguments: Sequence[object],
+    logs: Path,
+    faults: Mapping[int, str] | None = None,
+    prepare: Callable[[], None] | None = None,
+    own: Mapping[int, Sequence[object]] | None = None,
+) -> Together:
+    """Start ``bigq ARGUMENTS`` in so many processes. faults: BIGQ_FAULT by rank. prepare: called in each of them first.
+
+    own: more arguments by rank. A process that has met the others makes the file ``logs / RANK.met``.
+    """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line does, before torch is imported in the server
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -88,7 +113,9 @@ def start(count: int, arguments: Sequence[object], logs: Path, faults: Mapping[i
     for rank, place in enumerate(places(count) if count > 1 else [{}]):
         fault = (faults or {}).get(rank)
         environment = {**place, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **({"BIGQ_FAULT": fault} if fault else {})}
-        process = context.Process(target=run_rank, args=(environment, [str(word) for word in arguments], str(told[rank])))
+        words = [str(word) for word in (*arguments, *(own or {}).get(rank, ()))]
+        args = (environment, words, str(told[rank]), str(logs / f"{rank}.met") if count > 1 else None)
+        process = context.Process(target=run_rank, args=args, kwargs={"small": True, "prepare": prepare})
         process.start()
         processes.append(process)
     return Together(processes, told)

@@ -310,6 +310,20 @@ def test_the_table_of_readers_is_the_codes() -> None:
     assert markdown_table() in (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
 
 
+def test_the_table_of_processes_is_its_result_file() -> None:
+    from plan_scaling import PLACES, table
+
+    found = result("plan_scaling.json")
+    assert [[(plan["ranks"], plan["hosts"]) for plan in plans] for plans in found["models"].values()] == [list(PLACES)] * 3
+    page = " ".join(text_of(ROOT / "docs/cluster.md").split())
+    assert " ".join(table(found).split()) in page
+    eight = [next(plan for plan in plans if plan["ranks"] == 8) for plans in found["models"].values()]
+    now = [f"{100 * plan['scaling_computing']:.0f}" for plan in eight]
+    halved = [f"{100 * plan['scaling_if']['half the sums']:.0f}" for plan in eight]
+    assert f"With eight it reaches {now[0]}, {now[1]} and {now[2]} %" in page
+    assert f"it would be {halved[0]}, {halved[1]} and {halved[2]} %" in page
+
+
 def test_the_table_of_methods_is_that_of_its_results() -> None:
     sys.path.append(str(ROOT / "scripts"))
     from compare_methods import ROWS, table

@@ -13,8 +13,9 @@ from typing import Any
 from bigq.config import JobConfig
 from bigq.data.opening import ASSETS
 from bigq.errors import UsageError
-from bigq.infer.evaluate import Evaluation, evaluate
+from bigq.infer.evaluate import evaluate
 from bigq.infer.options import EvalConfig
+from bigq.infer.results import Evaluation
 from bigq.sched.run import quantize
 from bigq.scheme import QuantScheme
 from bigq.vocabulary import DtypeName, MethodName

@@ -5,13 +5,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from typing import TYPE_CHECKING
 
 from bigq.cli.flags import add_option, add_options, given, group_of
 from bigq.cli.parser import Parser
 from bigq.common_options import OUTPUT
+from bigq.errors import REPEAT
 from bigq.infer.options import TEXT, EvalConfig
+from bigq.machine.ranks import Place
 from bigq.options import table
-from bigq.progress.terminal import print_result
+from bigq.progress.display import Display
+from bigq.progress.terminal import print_result, tell
+
+if TYPE_CHECKING:
+    from bigq.infer.results import Evaluation
+
+#: Seconds in which a process that is asked to stop ends by itself. Nothing is saved, so there is nothing to wait for.
+GRACE = 10.0
 
 
 def add_eval(p: Parser) -> None:
@@ -29,10 +39,16 @@ def add_eval(p: Parser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     config = EvalConfig(**given(args, table(EvalConfig)))
-    args.display.reading(args.model)
-    from bigq.infer.evaluate import evaluate
+    place: Place | None = args.place
+    if place is None:
+        args.display.reading(args.model)
+        from bigq.infer.evaluate import evaluate
 
-    result = evaluate(args.model, config, baseline=args.baseline, display=args.display)
+        result = evaluate(args.model, config, baseline=args.baseline, display=args.display)
+    else:
+        result = _shared(args, config, place)
+        if place.index > 0:
+            return 0
     values = {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
     if args.json:
         print_result(json.dumps(values))
@@ -40,3 +56,23 @@ def _run(args: argparse.Namespace) -> int:
         for name, value in values.items():
             print_result(f"{name.replace('_', ' '):20} {value:.6g}" if isinstance(value, float) else f"{name.replace('_', ' '):20} {value}")
     return 0
+
+
+def _shared(args: argparse.Namespace, config: EvalConfig, place: Place) -> Evaluation:
+    """The evaluation by several processes. The first one shows the progress of all."""
+    from bigq.job.stop import Stop
+
+    display = args.display if place.index == 0 else Display()
+    stop = Stop(GRACE, advice=REPEAT)
+
+    def pause() -> None:
+        if stop.requested:
+            raise stop.error("before it was done")
+
+    with stop.listen():
+        display.reading(args.model)
+        from bigq.infer.evaluate import evaluate
+        from bigq.machine.process_group import joined_group
+
+        with joined_group(place, lambda text: tell(f"bigq: {text}"), pause, stop.exit_code, stop.advice) as ranks:
+            return evaluate(args.model, config, baseline=args.baseline, display=display, ranks=ranks, pause=pause)

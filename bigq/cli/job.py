@@ -20,6 +20,7 @@ from bigq.machine.ranks import Place
 from bigq.options import Option, table, without_effect
 from bigq.progress.display import DONE_FIELDS, Display, Events, to_json
 from bigq.progress.terminal import print_result, tell
+from bigq.sched.plan.sharing import Assumed
 from bigq.scheme import WEIGHTS, QuantScheme, Rule
 
 #: Options of a job that a plan does not need.
@@ -46,6 +47,7 @@ def add_plan(p: Parser) -> None:
     p.add_argument("model", metavar="MODEL", nargs="?", help=model)
     p.add_argument("out", metavar="OUT", nargs="?", help="where the output would go, for the free disk space (default: current folder)")
     _add_job(p, (each for each in job_options() if each.name not in ONLY_QUANTIZE))
+    add_options(p, table(Assumed).values())
     on = "plan for another machine's GPU: a100, h100 or h200 (default: this)"
     group_of(p, RUN).add_argument("--on", default="this", metavar="DEVICE", help=on)
     group_of(p, OUTPUT).add_argument("--json", action="store_true", help="print one JSON object, and events on stderr")
@@ -188,13 +190,14 @@ def _print_config(args: argparse.Namespace) -> None:
 
 def _run_plan(args: argparse.Namespace) -> int:
     with without_collection():
+        assumed = Assumed(**given(args, table(Assumed)))
         config = job_config(args, None if args.out is None else _settings_before(args.out))
         _begin(args, config)
         from bigq.job.settle import require_fixed
         from bigq.sched.plan.inputs import plan
 
         require_fixed(config, given(args, table(QuantScheme)))
-        result = plan(args.model, args.out or ".", config, args.on)
+        result = plan(args.model, args.out or ".", config, args.on, assumed)
     print_result(json.dumps(result.to_json()) if args.json else result.table())
     if result.shortages:
         raise ResourceError(f"{args.model}: the job does not fit: {'; '.join(result.shortages)}")

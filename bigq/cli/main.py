@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from bigq.cli.commands import build_parser
 from bigq.cli.parser import ParseError
-from bigq.errors import BigqError
+from bigq.errors import REPEAT, RESUME, BigqError, UsageError
 from bigq.progress.terminal import abandon_broken_streams, flush_results, one_line, prepare_streams, tell
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
+#: Commands that several processes would do several times, or in each other's way.
+ALONE = ("generate", "convert", "demo")
+#: Commands that go on where they were stopped.
+RESUMING = ("quantize", "batch")
 #: Commands whose --json writes events to stderr.
 WITH_EVENTS = ("quantize", "plan")
 
@@ -92,6 +96,8 @@ def _run(argv: list[str], started: float, failed: Callable[[str], None]) -> int:
 
                 args.place = place_of(os.environ)
                 if args.place is not None:
+                    if argv[0] in ALONE:
+                        raise UsageError(f"bigq {argv[0]}: {args.place.count} processes cannot share it; start it in one process")
                     # Ranks that lose each other say so in one line. torch's own warnings say it again, with the stacks of its threads.
                     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
                 if spec := os.environ.get("BIGQ_FAULT"):
@@ -106,7 +112,7 @@ def _run(argv: list[str], started: float, failed: Callable[[str], None]) -> int:
             failed(str(error))
             return error.exit_code
         except KeyboardInterrupt:
-            display.error(INTERRUPTED, "Interrupted", "interrupted; run the same command again to resume")
+            display.error(INTERRUPTED, "Interrupted", f"interrupted; {RESUME if argv[0] in RESUMING else REPEAT}")
             return INTERRUPTED
         return status
 

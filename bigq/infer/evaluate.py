@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,20 @@ import torch
 from torch import Tensor
 
 from bigq.calibration import evaluation_rows, require_vocabulary
-from bigq.common_options import DEFAULT_SEQLEN, default_batch
+from bigq.common_options import DEFAULT_SEQLEN
 from bigq.errors import BigqError, UsageError
 from bigq.infer.experts import BankRunner
 from bigq.infer.options import EvalConfig
+from bigq.infer.results import Evaluation, RowSums, figures
+from bigq.infer.together import all_rows, require_same_evaluation, share_of
 from bigq.inspect.evaluations import holds_output, record_evaluation
 from bigq.io.hub import resolve_model
 from bigq.io.prefetch.to_device import least_budget
-from bigq.job.batches import Batches, halving_message
+from bigq.job.batches import Batches, Halving, halving_message
 from bigq.machine.budget import host_budget
 from bigq.machine.device import choose_device, memory_errors
 from bigq.machine.memory import hold_heap, return_freed_memory
+from bigq.machine.ranks import OneProcess, Ranks
 from bigq.model import skeleton
 from bigq.model.architecture import max_positions
 from bigq.model.forward.block_call import OutputForm
@@ -45,63 +48,70 @@ from bigq.sched.rows.probe import activations_for, probe_model
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import choose_tier
 from bigq.sched.solve.propagate import propagate
+from bigq.sched.together import refuse_halving
 
 #: Positions whose distributions over the vocabulary are compared at once, in fp32.
 POSITIONS = 128
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """The result of an evaluation.
-
-    tokens: predicted tokens, all but the first of each row. kl: mean KL(baseline ‖ model) per token, in nats. kl_stderr: its standard
-    error by row: tokens of one row are not independent, so an error by token is too small. None with a single row, which does not tell.
-
-    The last four are None without a baseline.
-    """
-
-    perplexity: float
-    tokens: int
-    baseline_perplexity: float | None = None
-    kl: float | None = None
-    kl_stderr: float | None = None
-    top1_agreement: float | None = None
-
-
-def evaluate(model: str, config: EvalConfig | None = None, *, baseline: str | None = None, display: Display | None = None) -> Evaluation:
+def evaluate(
+    model: str,
+    config: EvalConfig | None = None,
+    *,
+    baseline: str | None = None,
+    display: Display | None = None,
+    ranks: Ranks | None = None,
+    pause: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """Evaluate a model, original or quantized, on a text. display: as for ``quantize``. Raises the errors of ``bigq.errors``.
 
     If ``quantize`` or ``convert`` wrote ``model``, the result is added to its records; if that fails, there is a warning.
+    ranks: the processes that share the rows; by default there is one. Each gets the figures of all, and the first records them.
+    pause: called between batches of rows; may raise.
     """
     started = time.monotonic()
     config = config or EvalConfig()
-    device = choose_device(config.device)
+    ranks = ranks or OneProcess()
+    device = choose_device(config.device, ranks.local)
     hold_heap()
     skeleton.silence_transformers()
-    with torch.no_grad(), memory_errors(device), contextlib.ExitStack() as stack:
+    with torch.no_grad(), memory_errors(device):
         pagers = [
             Pager(resolve_model(str(m)), device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
             for m in (model, baseline)
             if m is not None
         ]
         rows = _rows(pagers, config)
-        streams = []
+        share = share_of(config, device.type, rows.shape, ranks)
+        if ranks.count > 1:
+            require_same_evaluation(config, pagers, rows, share, ranks)
+        how = Streaming(causal=True, quiet=config.quiet, display=display, pause=pause, ranks=ranks)
+        sums = all_rows(_sums(pagers, rows[share.rows.start : share.rows.stop], share.batch, how), ranks)
+    result = figures(sums, compared=baseline is not None)
+    if ranks.index == 0:
+        facts = _facts(model, config, baseline, rows, device) | {"seconds": round(time.monotonic() - started, 3)}
+        facts |= {"processes": ranks.count} if ranks.count > 1 else {}
+        _record(model, facts | dataclasses.asdict(result), Progress(0, device, config.quiet, display=display))
+    return result
+
+
+def _sums(pagers: Sequence[Pager], rows: Tensor, batch: int, how: Streaming) -> list[RowSums]:
+    """The sums of each of the rows [N, T], by the model and by the baseline if there is one."""
+    streams: list[Stream] = []
+    sums: list[RowSums] = []
+    with contextlib.ExitStack() as stack:
         for pager in pagers:
-            batch = config.batch or default_batch(device.type, rows.shape[1])
-            streams.append(Stream(pager, rows, batch, causal=True, quiet=config.quiet, display=display))
+            streams.append(Stream(pager, rows, batch, how))
             stack.enter_context(streams[-1].tail_ready())
-        totals = _Totals()
         for lo in range(len(rows)):
-            ids = rows[lo : lo + 1].to(device)
+            how.pause()
+            ids = rows[lo : lo + 1].to(pagers[0].device)
             logits = [s.logits(lo, lo + 1)[0, :-1] for s in streams]
+            sums.append(RowSums())
             for start in range(0, rows.shape[1] - 1, POSITIONS):
                 stop = start + POSITIONS
-                totals.add(ids[0, 1:][start:stop], *(part[start:stop] for part in logits))
-            totals.end_row()
-    result = totals.result()
-    facts = _facts(model, config, baseline, rows, device) | {"seconds": round(time.monotonic() - started, 3)}
-    _record(model, facts | dataclasses.asdict(result), Progress(0, device, config.quiet, display=display))
-    return result
+                sums[-1].add(ids[0, 1:][start:stop], *(part[start:stop] for part in logits))
+    return sums
 
 
 def _facts(model: str, config: EvalConfig, baseline: str | None, rows: Tensor, device: torch.device) -> dict[str, Any]:
@@ -127,33 +137,47 @@ def _record(model: str, evaluation: dict[str, Any], progress: Progress) -> None:
         progress.say(f"warning: {error}; the result is not recorded")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streaming:
+    """How rows pass through a model's blocks. causal: whether to refuse a model that sees later tokens.
+
+    quiet, display: how progress is shown, as ``Progress`` takes them. pause: called before each batch; may raise. ranks: the processes
+    that do so at the same time, each with rows of its own.
+    """
+
+    causal: bool = False
+    quiet: bool = True
+    display: Display | None = None
+    pause: Callable[[], None] = lambda: None
+    ranks: Ranks = field(default_factory=OneProcess)
+
+
 class Stream:
     """The hidden states of rows [N, T] after a model's last block, and the logits from them."""
 
-    def __init__(
-        self, pager: Pager, rows: Tensor, batch: int, *, causal: bool = False, quiet: bool = True, display: Display | None = None
-    ) -> None:
-        """causal: whether to refuse a model that sees later tokens. Raises UnsupportedModelError."""
+    def __init__(self, pager: Pager, rows: Tensor, batch: int, how: Streaming | None = None) -> None:
+        """batch: rows that pass through a block at once. Raises UnsupportedModelError."""
+        how = how or Streaming()
         self._pager, self._rows = pager, rows
         probe = probe_model(pager)
         require_hidden_paths(pager.model, pager.blocks_path)
         self._form: OutputForm = probe.form
         needed = rows.numel() * math.prod(probe.hidden.shape[2:]) * probe.hidden.dtype.itemsize
-        tier = choose_tier(pager.device, needed, Path(tempfile.gettempdir()))
+        tier = choose_tier(pager.device, needed, Path(tempfile.gettempdir()), how.ranks.local_count)
         with (
-            Progress(len(pager.blocks), pager.device, quiet, display=display) as progress,
-            pager.prefetch(_read_ahead(pager), Trace(keep=False)),
+            Progress(len(pager.blocks), pager.device, how.quiet, display=how.display) as progress,
+            pager.prefetch(_read_ahead(pager, how.ranks.local_count), Trace(keep=False)),
         ):
-            batches = Batches(batch, on_halving=lambda before, halving: progress.say(halving_message(before, halving)))
+            batches = Batches(batch, on_halving=functools.partial(_halved, progress, how.ranks))
             self._store: ActivationStore = activations_for(pager, rows, batches, probe, tier)
-            self._store.on_progress = progress.step
+            self._store.before_batch, self._store.on_progress = how.pause, progress.step
             banks = BankRunner(pager, probe, Clock(pager.device, Trace(keep=False)))
             for i in range(len(pager.blocks)):
                 progress.phase(f"of {pager.folder.name}", i)
                 block = pager.load_block(i)
                 progress.read(sum(info.nbytes for info in pager.block_tensors(i)))
                 probe.check.run(i, block)
-                if causal:
+                if how.causal:
                     probe.check.require_causal(i, block)
                 with banks.outputs(i, block, self._store) as cache:
                     pager.announce_block(i + 1)
@@ -181,12 +205,22 @@ class Stream:
         return logits
 
 
-def _read_ahead(pager: Pager) -> int:
-    """Bytes of host memory for reading weights ahead. On a GPU: for a block, if host memory has room for two; on a CPU: none."""
+def _halved(progress: Progress, ranks: Ranks, before: int, halving: Halving) -> None:
+    """The device is out of memory. Raises ResourceError if there are several ranks: all would have to halve at the same place."""
+    if ranks.count > 1:
+        refuse_halving(before, halving, ranks.index)
+    progress.say(halving_message(before, halving))
+
+
+def _read_ahead(pager: Pager, processes: int) -> int:
+    """Bytes of host memory for reading weights ahead. On a GPU: for a block, if host memory has room for two; on a CPU: none.
+
+    processes: that share the host's memory.
+    """
     if pager.device.type != "cuda":
         return 0
     largest = max(sum(info.nbytes for info in pager.block_tensors(i)) for i in range(len(pager.blocks)))
-    return max(least_budget(), min(largest, host_budget(resident=0) // 2))
+    return max(least_budget(), min(largest, host_budget(resident=0) // processes // 2))
 
 
 def _rows(pagers: list[Pager], config: EvalConfig) -> Tensor:
@@ -206,49 +240,3 @@ def _rows(pagers: list[Pager], config: EvalConfig) -> Tensor:
     for pager in pagers:
         require_vocabulary(rows, pager.embedding.num_embeddings)
     return rows
-
-
-class _Totals:
-    """Running sums over tokens, in fp64. Rows have equal lengths."""
-
-    def __init__(self) -> None:
-        self._tokens = 0
-        self._compared = False
-        self._nll = self._baseline_nll = self._agreed = self._kl_of_row = 0.0
-        self._kl_of_rows: list[float] = []
-
-    def add(self, targets: Tensor, logits: Tensor, baseline: Tensor | None = None) -> None:
-        """Token ids [P] and the logits [P, V] that predict them."""
-        log_p = torch.log_softmax(logits.float(), -1)
-        self._tokens += len(targets)
-        self._nll -= float(log_p.gather(1, targets[:, None]).double().sum())
-        if baseline is None:
-            return
-        self._compared = True
-        log_q = torch.log_softmax(baseline.float(), -1)
-        self._baseline_nll -= float(log_q.gather(1, targets[:, None]).double().sum())
-        self._kl_of_row += float((log_q.exp() * (log_q - log_p)).double().sum())
-        self._agreed += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-
-    def end_row(self) -> None:
-        self._kl_of_rows.append(self._kl_of_row)
-        self._kl_of_row = 0.0
-
-    def result(self) -> Evaluation:
-        n = self._tokens
-        perplexity = _exp(self._nll / n)
-        if not self._compared:
-            return Evaluation(perplexity=perplexity, tokens=n)
-        rows = [total * len(self._kl_of_rows) / n for total in self._kl_of_rows]
-        return Evaluation(
-            perplexity=perplexity,
-            tokens=n,
-            baseline_perplexity=_exp(self._baseline_nll / n),
-            kl=math.fsum(self._kl_of_rows) / n,
-            kl_stderr=statistics.stdev(rows) / math.sqrt(len(rows)) if len(rows) > 1 else None,
-            top1_agreement=self._agreed / n,
-        )
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf

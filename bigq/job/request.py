@@ -225,16 +225,25 @@ def make_request(config: JobConfig, folder: Path, fingerprint: str, rows: Tensor
     settings["calibration"] = absolute(config.calibration)  # the job may be resumed in another working directory
     request = {
         "settings": settings,
-        "source": fingerprint,
-        "config": _sha256(folder / "config.json"),
+        **model_hashes(folder, fingerprint),
         "calibration_tokens": None if rows is None else hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
         "remote_code": config.trust_remote_code,
         "code": code_hashes(folder) if config.trust_remote_code else {},
-        "versions": {"bigq": __version__, "python": platform.python_version(), **{name: _installed(name) for name in PACKAGES}},
+        "versions": versions(),
         "machine": _machine(device),
     }
     plain: dict[str, Any] = json.loads(json.dumps(request))  # as it will be read back: tuples become lists
     return plain
+
+
+def model_hashes(folder: Path, fingerprint: str) -> dict[str, str]:
+    """Hashes of a model's folder, without its code. fingerprint: of its shards. Raises CheckpointError."""
+    return {"source": fingerprint, "config": _sha256(folder / "config.json")}
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of all that results may depend on; None for packages that are not there."""
+    return {"bigq": __version__, "python": platform.python_version(), **{name: _installed(name) for name in PACKAGES}}
 
 
 def code_hashes(folder: Path) -> dict[str, str]:

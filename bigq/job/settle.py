@@ -19,6 +19,7 @@ from bigq.job.fit import Candidate, misfits, require_distinct, require_fit
 from bigq.job.rules import require_sound_rules
 from bigq.kernels.grid_spec import FEWEST_SCALE_BITS, SCALE_BITS
 from bigq.methods import method_of
+from bigq.methods.base import CalibratedMethod, Method
 from bigq.mixed.groups import require_budget
 from bigq.mixed.settings import mixed_groups
 from bigq.model import skeleton
@@ -235,3 +236,32 @@ def _linear_head(model: ModelDescription) -> str | None:
     """The output head's name, if it is a Linear."""
     head = model.model.get_output_embeddings()  # type: ignore[operator]
     return model.head_name if isinstance(head, nn.Linear) else None
+
+
+def for_ranks(config: JobConfig, ranks: int, device_type: str) -> JobConfig:
+    """A job's settings with what depends on the number of processes: on a CPU one expert for each is solved side by side."""
+    if ranks == 1 or device_type != "cpu" or config.experts_at_once is not None:
+        return config
+    return dataclasses.replace(config, experts_at_once=ranks)
+
+
+def require_shareable(config: JobConfig, method: Method, *, remote: bool, rows: int, ranks: int) -> None:
+    """Raise UsageError if the job has a part that several processes do not share. remote: whether the model stays on a server.
+
+    rows: of calibration.
+    """
+    alone = {
+        f"--method {config.method}": not isinstance(method, CalibratedMethod) or not method.hessians,
+        f"--fold {config.fold}": method.scaling is not None,
+        "--tune-steps": bool(config.tune_steps),
+        "--bits-per-weight": config.bits_per_weight is not None,
+        "a model that stays on a server": remote,
+    }
+    for what, there in alone.items():
+        if there:
+            raise UsageError(f"{what}: {ranks} processes cannot share such a job; start it in one process")
+    if rows < ranks:
+        raise UsageError(
+            f"--samples {rows}: {ranks} processes share the calibration rows, and each needs at least one; "
+            f"give at least {ranks}, or start fewer processes"
+        )

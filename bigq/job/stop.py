@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bigq.errors import ResourceError, Stopped
+from bigq.errors import RESUME, ResourceError, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED = 130
@@ -52,13 +52,17 @@ class Stop:
     """Whether the job was asked to stop, and its deadline. grace: seconds from the request to the deadline.
 
     notify: called from the signal thread with a message, and with the exit code where the process is about to exit.
-    exit_code: of a job that stops.
+    exit_code: of a job that stops. advice: what to do then.
     """
 
     def __init__(
-        self, grace: float = 60.0, notify: Callable[[str, int | None], None] | None = None, exit_code: int = Stopped.exit_code
+        self,
+        grace: float = 60.0,
+        notify: Callable[[str, int | None], None] | None = None,
+        exit_code: int = Stopped.exit_code,
+        advice: str = RESUME,
     ) -> None:
-        self.grace, self.exit_code = grace, exit_code
+        self.grace, self.exit_code, self.advice = grace, exit_code, advice
         #: Asked when the grace period is over: an error that ends the job instead, or None. It may take ``LAST_WORDS`` seconds.
         self.last_words: Callable[[], str | None] | None = None
         self._notify = notify or _notify
@@ -92,7 +96,7 @@ class Stop:
 
     def error(self, where: str) -> Stopped:
         """The error that ends the job. where: the place it stopped at, such as "at block 3 of 80"."""
-        return Stopped(f"{self._reason}: stopped {where}; run the same command again to resume", self.exit_code)
+        return Stopped(f"{self._reason}: stopped {where}; {self.advice}", self.exit_code)
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
@@ -129,14 +133,14 @@ class Stop:
                 problem = self._said_at_last()
                 if problem is not None:
                     self._leave(ResourceError.exit_code, problem)
-                self._exit(self.exit_code, f"stopped {self.grace:g} s after {self._reason}; only the current step is lost")
+                self._exit(self.exit_code, f"stopped {self.grace:g} s after {self._reason}")
                 return
             numbers = os.read(pipe, 64)
             if not numbers:
                 return
             for number in numbers:
                 if number == signal.SIGINT and self.requested:
-                    self._exit(INTERRUPTED, "interrupted; only the current step is lost")
+                    self._exit(INTERRUPTED, "interrupted")
                 if number in SIGNALS and not self.requested:
                     self.request(signal.Signals(number).name)
                     message = f"{self._reason}: stopping after this step, within {self.grace:g} s; press Ctrl-C to stop at once"
@@ -158,7 +162,8 @@ class Stop:
         return said[0] if said else None
 
     def _exit(self, code: int, text: str) -> None:
-        self._leave(code, f"{text}; run the same command again to resume")
+        lost = "only the current step is lost; " if self.advice == RESUME else ""
+        self._leave(code, f"{text}; {lost}{self.advice}")
 
     def _leave(self, code: int, text: str) -> None:
         self._notify(text, code)

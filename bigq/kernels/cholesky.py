@@ -7,6 +7,7 @@ This is a Cholesky factorization that runs from the last column to the first. ``
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,23 @@ from bigq.kernels.rank_update import rank_update_
 #: Columns of a panel. LAPACK or cuSOLVER factors its diagonal block; the rest is matrix products. On a CPU a wider corner takes longer
 #: than it saves in the products: a matrix of 2816 columns takes 55 instead of 67 ms (two cores).
 GPU_PANEL, CPU_PANEL = 256, 96
+
+#: Matrices of at least so many columns are factored by all processes of a job together. Each panel costs one exchange, so smaller ones
+#: take as long together as alone.
+SHARED_FROM = 4096
+
+
+class Sharing(Protocol):
+    """Several processes that do the same at the same time (see ``bigq.machine.ranks``)."""
+
+    def rows(self, count: int) -> range:
+        """This process's share of ``count`` rows."""
+
+    def joined(self, part: Tensor, count: int) -> Tensor:
+        """[count, ...] from the part of each process, which has its share of the rows."""
+
+    def number(self, share: int) -> int:
+        """The sum over all processes."""
 
 
 def panel_width(*, on_gpu: bool) -> int:
@@ -60,15 +78,48 @@ def _upper_cholesky_(h: Tensor) -> Tensor:
         panel, corner = h[..., :hi, lo:hi], h[..., lo:hi, lo:hi]
         if hi < n:
             rank_update_(panel, h[..., :hi, hi:], h[..., lo:hi, hi:])
-        # Flipping both axes turns the problem into an ordinary lower Cholesky factorization.
-        lower, failed = torch.linalg.cholesky_ex(corner.flip(-2, -1))
+        r, failed = _factor_corner_(corner)
         failures.append(failed)
-        r = lower.flip(-2, -1)
-        corner.tril_(-1).add_(r)
         if lo:
             above = panel[..., :lo, :]
             above.copy_(above @ upper_inverse(r).mT)
     return torch.stack(failures).any(0)
+
+
+def upper_cholesky_shared_(h: Tensor, sharing: Sharing) -> bool:
+    """``upper_cholesky_`` of the same h [n, n] in several processes, all of which get the whole factor.
+
+    Of each panel, a process computes its share of the rows above the corner; then they exchange these. Each computes the corner, whose
+    arithmetic is little. Most of the arithmetic is divided by their number, and a process receives at most n² / 2 elements.
+    """
+    n = len(h)
+    width = panel_width(on_gpu=h.is_cuda)
+    failures = []
+    with fp32_products(h, tf32=False):
+        for hi in range(n, 0, -width):
+            lo = max(0, hi - width)
+            corner, right = h[lo:hi, lo:hi], h[lo:hi, hi:]
+            if hi < n:
+                rank_update_(corner, right, right)
+            r, failed = _factor_corner_(corner)
+            failures.append(failed)
+            if lo:
+                mine = sharing.rows(lo)
+                part = h[mine.start : mine.stop, lo:hi]
+                if hi < n and len(part):
+                    rank_update_(part, h[mine.start : mine.stop, hi:], right, triangle=False)
+                h[:lo, lo:hi] = sharing.joined(part @ upper_inverse(r).mT, lo)
+    # All of them repeat it, or none.
+    return not sharing.number(int(torch.stack(failures).any()))
+
+
+def _factor_corner_(corner: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrite the upper triangles of corners [..., k, k] with R, which is returned too, with whether it failed [...]."""
+    # Flipping both axes turns the problem into an ordinary lower Cholesky factorization.
+    lower, failed = torch.linalg.cholesky_ex(corner.flip(-2, -1))
+    r = lower.flip(-2, -1)
+    corner.tril_(-1).add_(r)
+    return r, failed
 
 
 def upper_inverse(r: Tensor) -> Tensor:

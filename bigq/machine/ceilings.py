@@ -20,6 +20,22 @@ SMALLEST = 64
 RUNS, LONGEST = 4, 0.3
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Links:
+    """How fast a device receives, and sends as fast at the same time: bytes per second.
+
+    bus: from host memory. peers: from devices of the same host. hosts: from those of others.
+    peers_wait, hosts_wait: seconds that a collective operation takes without its bytes, on one host and on several: **assumed**, not
+        from a data sheet.
+    """
+
+    bus: float
+    peers: float
+    hosts: float
+    peers_wait: float = 30e-6
+    hosts_wait: float = 50e-6
+
+
 @dataclass(frozen=True, slots=True)
 class Ceilings:
     """Peak rates of a device.
@@ -28,7 +44,7 @@ class Ceilings:
         fp32 on a CPU). single: in fp32. hessian: of sums ``XᵀX`` in fp32 from inputs in the compute dtype, one triangle counted.
     copy: bytes per second read and written by a copy within its memory.
     memory: bytes of device memory, 0 for a CPU.
-    source: where the figures are from.
+    source: where the figures are from. links: None where they are not known.
     """
 
     name: str
@@ -39,13 +55,18 @@ class Ceilings:
     copy: float
     memory: int
     source: str
+    links: Links | None = None
 
 
+#: Half of what data sheets state for both directions together: PCIe 4 with 64 and PCIe 5 with 128 GB/s, NVLink with 600 GB/s (A100) and
+#: 900 GB/s (H100 and H200 SXM). Between hosts, one InfiniBand adapter for each device, as in NVIDIA's DGX A100 (HDR, 200 Gb/s) and
+#: DGX H100 (NDR, 400 Gb/s).
+_PCIE_4, _PCIE_5 = Links(bus=32e9, peers=300e9, hosts=25e9), Links(bus=64e9, peers=450e9, hosts=50e9)
 #: Peaks from data sheets (SXM cards, dense): tensor cores in bf16 and TF32, fp32, memory bandwidth.
 KNOWN = {
-    "a100": Ceilings("A100 80 GB", 312e12, 156e12, 19.5e12, 312e12, 2.04e12, 80 * 10**9, "data sheet"),
-    "h100": Ceilings("H100 80 GB", 989e12, 494e12, 67e12, 989e12, 3.35e12, 80 * 10**9, "data sheet"),
-    "h200": Ceilings("H200 141 GB", 989e12, 494e12, 67e12, 989e12, 4.8e12, 141 * 10**9, "data sheet"),
+    "a100": Ceilings("A100 80 GB", 312e12, 156e12, 19.5e12, 312e12, 2.04e12, 80 * 10**9, "data sheet", _PCIE_4),
+    "h100": Ceilings("H100 80 GB", 989e12, 494e12, 67e12, 989e12, 3.35e12, 80 * 10**9, "data sheet", _PCIE_5),
+    "h200": Ceilings("H200 141 GB", 989e12, 494e12, 67e12, 989e12, 4.8e12, 141 * 10**9, "data sheet", _PCIE_5),
 }
 
 

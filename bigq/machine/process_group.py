@@ -19,16 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed does not name them for type checkers
 
-from bigq.errors import ResourceError
+from bigq.errors import RESUME, ResourceError
 from bigq.machine.rank_watch import RankWatch
-from bigq.machine.ranks import Place, share
+from bigq.machine.ranks import PIECE, Place, share
 
 #: Processes that a scheduler starts may be minutes apart.
 MEETING = datetime.timedelta(minutes=10)
 #: A collective operation lasts as long as the slowest rank computes. That a rank is gone is noticed without it.
 COMPUTING = datetime.timedelta(days=30)
-#: Elements that are summed at a time: the buffers of a sum take three times as much.
-PIECE = 2**24
 #: Bytes of a pickled value, with its size, that ranks exchange in one operation.
 SMALL, _SIZE = 1024, 8
 
@@ -122,11 +120,13 @@ class ProcessGroup:
 
 
 @contextlib.contextmanager
-def joined_group(place: Place, say: Callable[[str], None], check: Callable[[], None], code: int) -> Iterator[ProcessGroup]:
+def joined_group(
+    place: Place, say: Callable[[str], None], check: Callable[[], None], code: int, advice: str = RESUME
+) -> Iterator[ProcessGroup]:
     """Meet the other ranks, and be one of them while the context is open. If it ends with an error, the other ranks end too.
 
     say: receives the line that says why this process ends, if its main thread cannot say it. check: called while this process waits for
-    the others to come; may raise. code: with which this process ends if another one is gone.
+    the others to come; may raise. code, advice: with which this process ends if another one is gone.
     Raises ResourceError if they cannot be found, RankLostError if one is gone.
     """
     until = time.monotonic() + MEETING.total_seconds()
@@ -138,7 +138,7 @@ def joined_group(place: Place, say: Callable[[str], None], check: Callable[[], N
         # One connection for each thread: a request that waits holds up the others of its connection.
         beside = TCPStore(place.address, place.port, place.count, is_master=False, timeout=MEETING, wait_for_workers=False)
         prefix = f"bigq-{place.attempt}"
-        watch = RankWatch(PrefixStore(prefix, beside), place.index, place.count, socket.gethostname(), say, code)
+        watch = RankWatch(PrefixStore(prefix, beside), place.index, place.count, socket.gethostname(), say, code, advice)
     except (RuntimeError, ValueError, OSError) as error:
         raise _not_met(place, error) from error
     with watch.watching():

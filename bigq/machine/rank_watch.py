@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from bigq.errors import BigqError, RankLostError
+from bigq.errors import RESUME, BigqError, RankLostError
 
 #: The exit code if a rank is gone, unless another is asked for: the job can be resumed.
 GONE = 75
@@ -44,11 +44,14 @@ class Store(Protocol):
 class RankWatch:
     """The watch of one rank. host: this machine's name. say: receives the line that says why this process ends.
 
-    code: with which it ends if another one is gone.
+    code: with which it ends if another one is gone. advice: what to do then.
     """
 
-    def __init__(self, store: Store, index: int, count: int, host: str, say: Callable[[str], None], code: int = GONE) -> None:
+    def __init__(
+        self, store: Store, index: int, count: int, host: str, say: Callable[[str], None], code: int = GONE, advice: str = RESUME
+    ) -> None:
         self._store, self._index, self._count, self._say, self._code = store, index, count, say, code
+        self._advice = advice
         #: The store is where the first rank is, or the launcher.
         self._first_gone: dict[str, object] = {"rank": 0, "host": "", "what": "cannot be reached any more", "code": code}
         self._ended = threading.Event()
@@ -183,7 +186,7 @@ class RankWatch:
     def _text(self) -> str:
         assert self._found is not None
         host = f" on {self._found['host']}" if self._found["host"] else ""
-        return f"rank {self._found['rank']} of {self._count}{host} {self._found['what']}; run the same command again to resume"
+        return f"rank {self._found['rank']} of {self._count}{host} {self._found['what']}; {self._advice}"
 
     def _end(self) -> None:
         """End this process, unless it does so by itself soon."""

@@ -34,6 +34,9 @@ class Place:
     attempt: int = 0
 
 
+#: Elements that ``Ranks.tensor_`` adds up at a time: its buffers take three times as much.
+PIECE = 2**24
+
 #: By what names launchers tell a process its place: torchrun, and srun with MASTER_ADDR and MASTER_PORT.
 _NAMES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),

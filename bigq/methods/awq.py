@@ -10,6 +10,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from bigq.kernels.cholesky import Sharing
 from bigq.methods.base import CalibratedMethod, Scaling
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
@@ -66,7 +67,7 @@ class ProductsSolver:
     def kind(self, scheme: QuantScheme) -> Hashable:
         return 0
 
-    def factor(self, scheme: QuantScheme, label: str, *, last: bool) -> ProductsSolver:
+    def factor(self, scheme: QuantScheme, label: str, *, last: bool, sharing: Sharing | None = None) -> ProductsSolver:
         return self
 
     def solve(self, weights: list[Tensor], scheme: QuantScheme, label: str) -> list[QuantizedWeight]:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from bigq.errors import NumericsError
+from bigq.kernels.cholesky import Sharing
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
 from bigq.solver.hessian import Reduction
@@ -49,10 +50,11 @@ class Solver(Protocol):
     def kind(self, scheme: QuantScheme) -> Hashable:
         """The kind of a scheme. Schemes of one kind share a factor. Kinds of one solver can be sorted."""
 
-    def factor(self, scheme: QuantScheme, label: str, *, last: bool) -> Factor:
+    def factor(self, scheme: QuantScheme, label: str, *, last: bool, sharing: Sharing | None = None) -> Factor:
         """The factor for the scheme's kind. Raises NumericsError, which begins with ``label``.
 
-        last: no other factor will be asked for, so the accumulators' memory may be overwritten.
+        last: no other factor will be asked for, so the accumulators' memory may be overwritten. sharing: processes that have the same sums,
+        and ask for the same factor at the same time.
         """
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bigq.errors import NumericsError
+from bigq.kernels.cholesky import Sharing
 from bigq.methods.base import CalibratedMethod, Collectors, OneByOne, Scaling
 from bigq.quantized_weight import QuantizedWeight
 from bigq.scheme import QuantScheme
@@ -69,9 +70,10 @@ class HessianSolver:
         order = column_order(scheme, len(self._hessian))
         return order.name, order.width, scheme.damping
 
-    def factor(self, scheme: QuantScheme, label: str, *, last: bool) -> HessianFactor:
+    def factor(self, scheme: QuantScheme, label: str, *, last: bool, sharing: Sharing | None = None) -> HessianFactor:
         h = self._hessian if last else self._hessian.clone()
-        return HessianFactor(factorize(h, order=column_order(scheme, len(h)), damping=scheme.damping, name=label), self._correction)
+        order = column_order(scheme, len(h))
+        return HessianFactor(factorize(h, order=order, damping=scheme.damping, name=label, sharing=sharing), self._correction)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from bigq.job.journal import read_job, require_job_folder
 from bigq.job.owner import refuse_if_held
 from bigq.job.pushed import refuse_source
 from bigq.job.request import compare, make_request, require_same_code
-from bigq.job.settle import check_shapes, require_format, row_length, settled
+from bigq.job.settle import check_shapes, for_ranks, require_format, require_shareable, row_length, settled
 from bigq.job.stop import Stop
 from bigq.machine.device import choose_device
 from bigq.machine.ranks import Ranks
@@ -41,7 +41,7 @@ from bigq.sched.plan.budgets import Streamed
 from bigq.sched.plan.inputs import plan_before_fetch
 from bigq.sched.plan.work import Choice
 from bigq.sched.push import Push, open_push
-from bigq.sched.together import require_same_count, require_shareable
+from bigq.sched.together import require_same_count
 from bigq.sched.units.base import Unit
 from bigq.sched.units.block import BlockUnit
 from bigq.sched.units.copied import copied_units
@@ -122,7 +122,7 @@ def resolve_target(model: str, out: str | Path, config: JobConfig | None, ranks:
     refuse_if_held(out / STATE_FOLDER)
     if begun is None and method_of(config).calibrated:  # before anything is fetched
         require_texts(config.calibration)
-    headers, planned = plan_before_fetch(model, out, config)
+    headers, planned = plan_before_fetch(model, out, config, ranks)
     remote = headers.remote if planned is not None and isinstance(planned.fetch, Streamed) else None
     push = open_push(config, out)  # before anything is fetched or computed
     folder = resolve_model(model) if remote is None else resolve_streamed(model, headers)
@@ -158,8 +158,7 @@ def resolve_job(target: Target, stop: Stop, stages: Stages, ranks: Ranks) -> Job
     adapted = check_shapes(pager, without_chosen(config))
     if config.bits_per_weight is not None and (chosen := read_bits(target.out)) is not None:
         adapted = dataclasses.replace(adapted, config=with_chosen(adapted.config, chosen.rules))
-    if ranks.count > 1 and target.device.type == "cpu" and adapted.config.experts_at_once is None:
-        adapted = dataclasses.replace(adapted, config=dataclasses.replace(adapted.config, experts_at_once=ranks.count))
+    adapted = dataclasses.replace(adapted, config=for_ranks(adapted.config, ranks.count, target.device.type))
     config = adapted.config
     head = head_to_quantize(pager, config)
     if config.format == "gguf":
@@ -184,7 +183,8 @@ def resolve_job(target: Target, stop: Stop, stages: Stages, ranks: Ranks) -> Job
         ranks=ranks,
     )
     if ranks.count > 1:
-        require_shareable(config, method, pager, 0 if rows is None else len(rows), ranks)
+        count = 0 if rows is None else len(rows)
+        require_shareable(config, method, remote=pager.remote is not None, rows=count, ranks=ranks.count)
     return job
 
 

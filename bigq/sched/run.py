@@ -89,7 +89,7 @@ def quantize(
         with without_collection():
             skeleton.silence_transformers()
             job = resolve_job(target, stop, stages, ranks)
-            plan = plan_job(job.pager, job.own_rows, job.adapted, target.out, job.made, ranks.local_count)
+            plan = plan_job(job.pager, job.rows, job.adapted, target.out, job.made, ranks)
         plan = agreed_plan(plan, ranks)
         job = job.with_choice(plan.choice)
         units, request = units_of(job), request_of(job)

@@ -1,4 +1,4 @@
-"""What the ranks of a job have to agree on before it begins, and what several of them cannot do."""
+"""What the ranks of a job have to agree on before it begins."""
 
 from __future__ import annotations
 
@@ -9,33 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bigq.config import JobConfig
 from bigq.errors import ResourceError, UsageError
 from bigq.io.folders import STATE_FOLDER
 from bigq.job.batches import Halving
 from bigq.machine.ranks import Ranks
-from bigq.methods.base import CalibratedMethod, Method
-from bigq.model.pager import Pager
 from bigq.sched.plan.planner import Plan
-
-
-def require_shareable(config: JobConfig, method: Method, pager: Pager, rows: int, ranks: Ranks) -> None:
-    """Raise UsageError if the job has a part that several processes do not share. rows: of calibration."""
-    alone = {
-        f"--method {config.method}": not isinstance(method, CalibratedMethod) or not method.hessians,
-        f"--fold {config.fold}": method.scaling is not None,
-        "--tune-steps": bool(config.tune_steps),
-        "--bits-per-weight": config.bits_per_weight is not None,
-        "a model that stays on a server": pager.remote is not None,
-    }
-    for what, there in alone.items():
-        if there:
-            raise UsageError(f"{what}: {ranks.count} processes cannot share such a job; start it in one process")
-    if rows < ranks.count:
-        raise UsageError(
-            f"--samples {rows}: {ranks.count} processes share the calibration rows, and each needs at least one; "
-            f"give at least {ranks.count}, or start fewer processes"
-        )
 
 
 def require_same_count(out: Path, begun: Mapping[str, Any] | None, ranks: Ranks, *, allowed: bool) -> None:

@@ -6,6 +6,7 @@ factor is immutable, so a shared H is damped and permuted only once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bigq.errors import NumericsError
-from bigq.kernels.cholesky import upper_cholesky_
+from bigq.kernels.cholesky import SHARED_FROM, Sharing, upper_cholesky_, upper_cholesky_shared_
 from bigq.kernels.finiteness import is_finite
 from bigq.kernels.syrk import CHUNK_TOKENS, syrk_
 from bigq.kernels.triangles import mirror_, permute_, restore_upper_
@@ -148,7 +149,7 @@ class Factor:
     damping: float
 
 
-def factorize(h: Tensor, *, order: Order, damping: float, name: str = "the Linear") -> Factor:
+def factorize(h: Tensor, *, order: Order, damping: float, name: str = "the Linear", sharing: Sharing | None = None) -> Factor:
     """Factor a symmetric H [n, n] (fp32 or fp64) in its own storage; the caller must not use h afterwards.
 
     Damping is a fraction of the mean over live inputs. Dead ones have no part in it, so the factor of c·H is √c times that of H. In H'
@@ -156,10 +157,15 @@ def factorize(h: Tensor, *, order: Order, damping: float, name: str = "the Linea
     to nearest. An input that was nearly always 0 is treated in nearly the same way.
     If the factorization fails, damping is raised and it is repeated. Raises NumericsError, naming ``name``, if H is not finite or
     not positive definite even with the highest damping.
+    sharing: processes that have the same h. They factor it together if it is large.
     """
+
+    def cholesky_(h: Tensor) -> bool:
+        return upper_cholesky_(h) if sharing is None or len(h) < SHARED_FROM else upper_cholesky_shared_(h, sharing)
+
     undamped = Undamped.of(h, order=order, name=name)
     undamped.damp_(h, damping)
-    return undamped.factor(h, damping, name, done=upper_cholesky_(h))
+    return undamped.factor(h, damping, name, done=cholesky_(h), cholesky_=cholesky_)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,8 +201,9 @@ class Undamped:
         """Set the diagonal to the damped one."""
         h.diagonal().copy_(self.diagonal + damping * self.mean)
 
-    def factor(self, h: Tensor, damping: float, name: str, *, done: bool) -> Factor:
+    def factor(self, h: Tensor, damping: float, name: str, *, done: bool, cholesky_: Callable[[Tensor], bool] = upper_cholesky_) -> Factor:
         """The factor, with more damping where an attempt failed. damping: of the first attempt, which was made. done: whether it succeeded.
+        cholesky_: makes another attempt.
 
         Raises NumericsError if h is not positive definite even with the highest damping.
         """
@@ -209,5 +216,5 @@ class Undamped:
             damping = min(damping * LADDER_FACTOR, LADDER_TOP)
             restore_upper_(h, self.diagonal)
             self.damp_(h, damping)
-            done = upper_cholesky_(h)
+            done = cholesky_(h)
         return Factor(r=h, perm=self.perm, dead_inputs=len(h) - self.live, damping=damping)

@@ -22,12 +22,14 @@ NOT_FOLLOWED: tuple[Left, ...] = (
             "e2e/test_ranks.py::test_a_killed_process_ends_the_others_and_the_job_goes_on",
             "e2e/test_ranks.py::test_another_number_of_processes_is_refused_unless_allowed",
             "e2e/test_ranks.py::test_jobs_that_processes_do_not_share_are_refused",
+            "e2e/test_eval_ranks.py::test_batches_that_do_not_suffice_and_the_advice",
+            "cli/test_cli.py::test_commands_that_processes_do_not_share",
             "machine/test_places.py::test_a_place_that_makes_no_sense_is_refused",
             "sched/test_together.py::test_ranks_with_other_options_are_refused_by_all",
             "sched/test_together.py::test_folders_of_hidden_states",
         ),
         (
-            "rank {} of {}{} {}; run the same command again to resume",
+            "run the same command again",
             "{}={}, {}={}: there is no such process; start bigq by torchrun or srun",
             "MASTER_ADDR: is not set, so ranks cannot find each other; start bigq by torchrun, or with srun export the first node's name "
             "as MASTER_ADDR and a free port as MASTER_PORT",
@@ -39,6 +41,10 @@ NOT_FOLLOWED: tuple[Left, ...] = (
             "the job in {} was begun with {} process{}, now there {}: what is quantized from here on would have other bytes; start it "
             "with {}, or add --allow-ranks",
             "{}: {} processes cannot share such a job; start it in one process",
+            "bigq {}: {} processes cannot share it; start it in one process",
+            "--data {}: {} processes share its rows, and each needs at least one, but there {} of {} tokens; start at most {}, or give "
+            "more --samples or more text",
+            "--batch {}: {} processes share the batches, but {} rows are only {}; give --batch {} or less, or start fewer processes",
             "rank {} of {}: its {} differ from those of rank 0; start all processes with the same command, and with the same model, text "
             "and versions on each host",
             "rank {}: {}: cannot be made: {}; OUT must be on a file system that all hosts share, at the same path, and every process must "
@@ -196,9 +202,7 @@ NOT_FOLLOWED: tuple[Left, ...] = (
             "sched/test_short_runs.py::test_the_third_run_in_a_row_that_finishes_nothing_ends_with_an_error",
         ),
         (
-            "interrupted; run the same command again to resume",
-            "{}: stopped {}; run the same command again to resume",
-            "{}; run the same command again to resume",
+            "run the same command again to resume",
             "{}: stopping after this step, within {} s; press Ctrl-C to stop at once",
             "it was asked to stop; run the same command again to resume it",
             "it ended with an error; fix that and run the same command again to resume it",

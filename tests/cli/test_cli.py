@@ -540,6 +540,25 @@ def test_the_exit_code_is_the_error_s_own(monkeypatch: pytest.MonkeyPatch, capsy
     assert capsys.readouterr().err == "bigq: error: stopped by SIGTERM; run the same command again\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantize", "model", "out"], "interrupted; run the same command again to resume"),
+        (["eval", "model", "--data", "builtin"], "interrupted; run the same command again"),
+    ],
+)
+def test_an_interrupt_says_whether_it_can_be_resumed(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bigq.sched.run.quantize", interrupted)
+    monkeypatch.setattr("bigq.infer.evaluate.evaluate", interrupted)
+    assert main(arguments) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"bigq: {said}"
+
+
 def test_faults_are_armed_where_the_environment_asks_for_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     armed: list[str] = []
 
@@ -656,3 +675,18 @@ def test_whole_process_prints_results_only(checkpoint: Callable[[str], Path], qu
     assert set(json.loads(done.stdout)) == {"perplexity", "tokens", "baseline_perplexity", "kl", "kl_stderr", "top1_agreement"}
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["generate ./missing --prompt x", "convert ./missing OUT --to awq", "demo"])
+def test_commands_that_processes_do_not_share(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are refused before anything is read; in one process, as advised, the model is what is missed."""
+    places = {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {**places, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    words = command.split()
+    assert main(words) == UsageError.exit_code
+    assert capsys.readouterr().err == f"bigq: error: bigq {words[0]}: 2 processes cannot share it; start it in one process\n"
+    if "./missing" in words:
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        assert main(words) == CheckpointError.exit_code
+        assert "missing" in capsys.readouterr().err

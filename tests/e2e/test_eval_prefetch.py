@@ -27,17 +27,17 @@ def test_reading_ahead_changes_no_figure(checkpoint: Callable[[str], Path], ids_
         assert i >= len(self.blocks) or self._ahead is not None
 
     monkeypatch.setattr(Pager, "announce_block", seen)
-    monkeypatch.setattr(evaluate_module, "_read_ahead", lambda pager: 2**24)
+    monkeypatch.setattr(evaluate_module, "_read_ahead", lambda pager, processes: 2**24)
     assert bigq.evaluate(str(checkpoint("llama")), config) == expected
     assert announced == [1, 2, 3]
 
 
 def test_a_gpu_gets_a_ring_of_one_block_and_a_cpu_none(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     pager: Any = Pager(checkpoint("llama"), device=torch.device("cpu"))
-    assert evaluate_module._read_ahead(pager) == 0
+    assert evaluate_module._read_ahead(pager, 1) == 0
     pager.device = torch.device("cuda")
-    assert evaluate_module._read_ahead(pager) == least_budget()  # blocks of a tiny model are smaller
+    assert evaluate_module._read_ahead(pager, 1) == least_budget()  # blocks of a tiny model are smaller
     monkeypatch.setattr(evaluate_module, "least_budget", lambda: 1)
-    assert evaluate_module._read_ahead(pager) == sum(info.nbytes for info in pager.block_tensors(0))
+    assert evaluate_module._read_ahead(pager, 1) == sum(info.nbytes for info in pager.block_tensors(0))
     monkeypatch.setattr(evaluate_module, "host_budget", lambda resident: 100)
-    assert evaluate_module._read_ahead(pager) == 50
+    assert [evaluate_module._read_ahead(pager, processes) for processes in (1, 2)] == [50, 25]

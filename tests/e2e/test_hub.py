@@ -166,6 +166,41 @@ def test_a_job_is_planned_before_its_model_is_fetched(
     assert not (tmp_path / "out").exists()
 
 
+SHARED = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from bigq.config import JobConfig
+from bigq.errors import BigqError
+from bigq.scheme import QuantScheme
+from bigq.sched.plan.inputs import plan_before_fetch
+model, out, fetch, count = sys.argv[1:]
+config = JobConfig(scheme=QuantScheme(group_size=32), samples=4, seqlen=32, device="cpu", fetch=fetch)
+try:
+    _, found = plan_before_fetch(model, Path(out), config, SimpleNamespace(count=int(count), local_count=int(count)))
+    print(found.fetch.to_json()["way"], found.work.rows, found.scaling.to_json()["count"] if found.scaling else 1)
+except BigqError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.long
+def test_several_processes_download_their_model(
+    repository: Path, hub: Hub, environment: dict[str, str], child: Child, tmp_path: Path
+) -> None:
+    """What stays on a server they cannot share, and are told so before anything is fetched."""
+
+    def planned(fetch: str, count: int) -> str:
+        done = child("-c", SHARED, "owner/tiny", tmp_path / "out", fetch, str(count), env=environment)
+        assert done.returncode == 0, done.stderr
+        return str(done.stdout).strip()
+
+    assert planned("stream", 1) == "stream 4 1"
+    assert planned("stream", 2).startswith("UsageError a model that stays on a server: 2 processes cannot share such a job")
+    assert planned("auto", 2) == "download 2 2"
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+
+
 def test_a_repository_of_one_shard(
     checkpoint: Callable[[str], Path], hub: Hub, environment: dict[str, str], child: Child, tmp_path: Path
 ) -> None:

@@ -60,13 +60,15 @@ class Uploads:
     """repositories: "owner/name" → what was uploaded. faults: (step, kind) of the requests to come, each used once.
 
     A kind is a status ("429"), or "cut": the connection ends; "lost": the request is carried out, and answered with 500; "wrong": other
-    bytes than those sent are kept. asked: the steps, in their order. writers: owners that may be written to; None for all.
+    bytes than those sent are kept. asked: the steps, in their order. authorized: the Authorization headers that came. writers:
+    owners that may be written to; None for all.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     stored: dict[str, bytes] = field(default_factory=dict)
     faults: list[tuple[str, str]] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
+    authorized: set[str] = field(default_factory=set)
     puts: list[int] = field(default_factory=list)
     writers: tuple[str, ...] | None = None
     retry_after: str = "0"
@@ -117,6 +119,7 @@ class Uploads:
 
     def answer(self, handler: BaseHTTPRequestHandler, path: str, url: str) -> None:
         """Answer a POST or a PUT."""
+        self.authorized.add(handler.headers.get("Authorization", ""))
         step = self._step(path)
         length = int(handler.headers.get("Content-Length") or 0)
         fault = self._fault(step)

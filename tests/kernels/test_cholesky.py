@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 
 import pytest
 import torch
 from checks import FACTOR, same_bytes
+from rank_threads import ThreadRanks, together
 from torch import Tensor
 
 from bigq.kernels import cholesky
-from bigq.kernels.cholesky import diagonal_inverses, upper_cholesky_, upper_cholesky_many_
+from bigq.kernels.cholesky import diagonal_inverses, upper_cholesky_, upper_cholesky_many_, upper_cholesky_shared_
 
 pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
@@ -207,3 +209,58 @@ def test_diagonal_inverses_of_several() -> None:
     inverses = diagonal_inverses(r, blocks)
     assert inverses.shape == (2, 3, 128, 128)
     assert all(same_bytes(one, diagonal_inverses(single, blocks)) for one, single in zip(inverses, r, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [5, 97, 300, 700])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_processes_that_share_it_have_one_factor(count: int, n: int, dtype: torch.dtype) -> None:
+    """The same bits in each of them, as good as alone. Below the diagonal nothing changes."""
+    h = positive_definite(n, dtype)
+    factors = [h.clone() for _ in range(count)]
+    assert together(count, lambda ranks: upper_cholesky_shared_(factors[ranks.index], ranks)) == [True] * count
+    assert all(same_bytes(factor, factors[0]) for factor in factors)
+    assert torch.equal(factors[0].tril(-1), h.tril(-1))
+    alone = h.clone()
+    upper_cholesky_(alone)
+    residual, own = (float((r.triu().double() @ r.triu().double().T - h.double()).norm()) for r in (factors[0], alone))
+    assert residual <= 1.5 * own + torch.finfo(dtype).eps * float(h.norm()) / n**0.5
+
+
+def test_each_process_has_its_part_of_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiplications of the updates, counted."""
+    done = dict.fromkeys(range(3), 0)
+    update = cholesky.rank_update_
+
+    def counted(c: Tensor, a: Tensor, b: Tensor, *, triangle: bool = True) -> None:
+        done[here.index] += c.numel() * a.shape[1]
+        update(c, a, b, triangle=triangle)
+
+    here = threading.local()
+    monkeypatch.setattr(cholesky, "rank_update_", counted)
+
+    def run(ranks: ThreadRanks) -> bool:
+        here.index = ranks.index
+        return upper_cholesky_shared_(positive_definite(2000, torch.float32), ranks)
+
+    assert together(3, run) == [True] * 3
+    # The corners, which each computes, are 96 of 2000 columns.
+    assert max(done.values()) < 1.01 * min(done.values()) and sum(done.values()) < 1.3 * 2000**3 / 3
+
+
+def test_a_process_whose_corner_fails_fails_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on processors that round in different ways."""
+    factor = cholesky._factor_corner_
+
+    def failing(corner: Tensor) -> tuple[Tensor, Tensor]:
+        r, failed = factor(corner)
+        return r, failed + (here.index == 1)
+
+    here = threading.local()
+    monkeypatch.setattr(cholesky, "_factor_corner_", failing)
+
+    def run(ranks: ThreadRanks) -> bool:
+        here.index = ranks.index
+        return upper_cholesky_shared_(positive_definite(200, torch.float32), ranks)
+
+    assert together(3, run) == [False] * 3

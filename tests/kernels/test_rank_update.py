@@ -131,3 +131,14 @@ def test_panels_of_a_batch(version: str, device: torch.device) -> None:
     for one, single in zip(h, before, strict=True):
         kernel("rank_update_", version)(single[:170, 40:170], single[:170, 170:], single[40:170, 170:])
         assert same_bytes(one, single)
+
+
+@pytest.mark.parametrize("order", ["by rows", "within a larger one"])
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 40, 33), (1, 256, 70)], ids=str)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_without_a_triangle_all_is_updated(version: str, shape: tuple[int, int, int], order: str, device: torch.device) -> None:
+    before = matrices(*shape, torch.float32, device)
+    c, a, b = (stored(x, order) for x in before)
+    kernel("rank_update_", version)(c, a, b, triangle=False)
+    assert as_good(c, product(*before, torch.float32), product(*before, torch.float64))
+    assert order == "by rows" or all(untouched(x) for x in (c, a, b))

@@ -17,6 +17,7 @@ from rank_threads import ThreadRanks, together
 from bigq.config import JobConfig
 from bigq.errors import ResourceError, UsageError
 from bigq.job.request import make_request
+from bigq.job.settle import require_shareable
 from bigq.machine.ranks import OneProcess
 from bigq.methods import method_of
 from bigq.sched.plan.work import Choice
@@ -26,7 +27,6 @@ from bigq.sched.together import (
     remove_other_counts,
     remove_rank_folder,
     require_same_request,
-    require_shareable,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,9 +78,7 @@ def test_folders_of_hidden_states(tmp_path: Path) -> None:
 def require(remote: object = None, rows: int = 8, **config: Any) -> None:
     """remote: the server that the model stays on."""
     made = JobConfig(**config)
-    pager: Any = SimpleNamespace(remote=remote)
-    two: Any = SimpleNamespace(count=2)
-    require_shareable(made, method_of(made), pager, rows, two)
+    require_shareable(made, method_of(made), remote=remote is not None, rows=rows, ranks=2)
 
 
 def test_gptq_and_gptaq_are_shared() -> None:

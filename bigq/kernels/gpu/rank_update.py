@@ -17,28 +17,27 @@ from bigq.kernels.pick import input_precision
 TILE = (128, 128, 32)
 
 
-def rank_update_triton_(c: Tensor, a: Tensor, b: Tensor) -> None:
+def rank_update_triton_(c: Tensor, a: Tensor, b: Tensor, *, triangle: bool = True) -> None:
     """``rank_update_`` for fp32 matrices whose rows are contiguous."""
     if c.ndim == 2:
-        rank_update_triton_(c[None], a[None], b[None])
+        rank_update_triton_(c[None], a[None], b[None], triangle=triangle)
         return
     batch, m, n = c.shape
     assert c.stride(2) == a.stride(2) == b.stride(2) == 1
     bm, bn, bk = TILE
     _rank_update_kernel[(triton.cdiv(n, bn), triton.cdiv(m, bm), batch)](
-        c, a, b, m, n, a.shape[2], *c.stride()[:2], *a.stride()[:2], *b.stride()[:2], BM=bm, BN=bn, BK=bk,
+        c, a, b, m, n, a.shape[2], m - n if triangle else m, *c.stride()[:2], *a.stride()[:2], *b.stride()[:2], BM=bm, BN=bn, BK=bk,
         PRECISION=input_precision(), num_warps=8, num_stages=3,
     )  # fmt: skip
 
 
 @triton.jit
 def _rank_update_kernel(
-    c, a, b, m, n, k, batch_c, stride_c, batch_a, stride_a, batch_b, stride_b,
+    c, a, b, m, n, k, above, batch_c, stride_c, batch_a, stride_a, batch_b, stride_b,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(1) * BM
     j = tl.program_id(0) * BN
-    above = m - n
     if i >= above + j + BN:
         return
     batch = tl.program_id(2).to(tl.int64)

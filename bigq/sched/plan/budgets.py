@@ -123,8 +123,8 @@ def over(cost: Cost, budgets: Budgets) -> tuple[int, ...]:
     return tuple(max(0, need - has) for need, has in zip(needs, (budgets.device, budgets.host, budgets.disk), strict=True))
 
 
-def shortages(cost: Cost, budgets: Budgets, fetch: Fetch | None, config: JobConfig) -> Iterator[str]:
-    """One sentence per shortage. budgets: without what is fetched."""
+def shortages(cost: Cost, budgets: Budgets, fetch: Fetch | None, config: JobConfig, local: int = 1) -> Iterator[str]:
+    """One sentence per shortage. budgets: without what is fetched. local: processes on a host, of one of which the memory is."""
 
     def remedy(flag: str, given: int | None, need: int) -> str:
         free = "" if given is not None else "free as much, or "
@@ -137,8 +137,9 @@ def shortages(cost: Cost, budgets: Budgets, fetch: Fetch | None, config: JobConf
         yield f"device memory: {show_size(device)} more needed, for the phase '{worst.name}'; {advice}"
     if host:
         worst = max(cost.phases, key=lambda phase: phase.host)
-        advice = remedy("--ram", config.ram, cost.host)
-        yield f"host memory: {show_size(host)} more needed, for the phase '{worst.name}'; {advice}"
+        advice = remedy("--ram", config.ram, local * cost.host)
+        each = f" by each of {local} processes" if local > 1 else ""
+        yield f"host memory: {show_size(host)} more needed{each}, for the phase '{worst.name}'; {advice}"
     if disk:
         shared = 0 if fetch is None else fetch.on_disk
         fetched = ""

@@ -17,8 +17,9 @@ from bigq.kernels.gptq_block import SUB_BLOCK
 from bigq.kernels.pick import piece
 from bigq.kernels.syrk import CHUNK_TOKENS
 from bigq.sched.plan.costs.bank import BankPhase, BankTerms, bank_phases, proof_bytes
-from bigq.sched.plan.costs.fold import RowTerms, fold_phases
+from bigq.sched.plan.costs.fold import RowTerms, fold_phases, scales_inside
 from bigq.sched.plan.costs.head import head_phases
+from bigq.sched.plan.costs.ranks import factor_flops, joining_bytes, own_rows, panel_bytes, summing_bytes
 from bigq.sched.plan.costs.rotation import block_bytes, block_flops, outside_flops, piece_bytes
 from bigq.sched.plan.costs.row import row_bytes
 from bigq.sched.plan.costs.solving import SolvingTerms
@@ -64,6 +65,7 @@ class Phase:
 class Cost:
     """A job's phases; bytes on disk for output and for activations, and bytes read from the checkpoint.
 
+    Phases and bytes read are those of one process, the first if several share the job; bytes on disk are of all.
     kept: bytes of the output that are on the disk at a time; None for all.
     """
 
@@ -148,9 +150,10 @@ def job_cost(shape: ModelShape, work: Work, choice: Choice, base: int) -> Cost:
         output += packed_bytes(shape.head, scheme) - shape.head.stored
         again += gguf_bytes(shape.head, scheme) - shape.head.stored if work.gguf else 0
     saved = 2 * (hidden + work.streams * work.rows * shape.handed_on) if choice.checkpoints else 0
+    scratch = work.sharing.ranks * (activations.disk + saved)
     read = (shape.stored - shape.coded) * (1 + (work.survey > 0)) + embedding
     kept = kept_output(output, largest) if work.drop else output + again
-    return Cost(phases=tuple(phases.values()), output=output + again, scratch=activations.disk + saved, read=read, kept=kept)
+    return Cost(phases=tuple(phases.values()), output=output + again, scratch=scratch, read=read, kept=kept)
 
 
 def kept_output(output: int, largest: int) -> int:
@@ -221,14 +224,17 @@ class BlockCost:
             result.append(("replay", held + sums + self._capture(deepest, [g for g, _ in wanted]), self._replayed(deepest), 0))
             for group, linears in wanted:
                 square = float(group.n) * group.n * self._work.hessians
-                rows = sum(linear.m for linear in linears)
+                own = own_rows(linears, self._schemes, self._work.sharing)
+                solved_rows, rows = (sum(linear.m for linear in each) for each in (own, linears))
                 accumulated = {"hessian": self._tokens * self._work.collected(group.n) * (3 if self._paired else 1)}
-                result.append(("hessian", held + sums, accumulated, 0))
-                result.append(("factor", held + sums + self._factor(group, linears), {"single": group.n * square / 3}, 0))
-                solved = {"solve": (3 if self._paired else 1) * rows * square + self._solving.swept(linears)}
-                solved["single"] = (2 * rows * square if self._paired else 0.0) + self._solving.searched(linears)
-                moved = sum(self._solving.moved(linear) for linear in linears)
-                result.append(("solve", held + sums + self._solve(group, linears), solved, moved))
+                result.append(("hessian", held + sums + self._summing(group), accumulated, 0))
+                factoring = factor_flops(group.n, self._work.sharing, on_gpu=self._choice.on_gpu) * self._work.hessians
+                result.append(("factor", held + sums + self._factor(group, linears), {"single": factoring}, 0))
+                solved = {"solve": (3 if self._paired else 1) * solved_rows * square + self._solving.swept(own)}
+                solved["single"] = (2 * solved_rows * square if self._paired else 0.0) + self._solving.searched(own)
+                moved = sum(self._solving.moved(linear) for linear in own)
+                solving = max(self._solve(group, own), joining_bytes(linears, self._schemes, self._work.sharing))
+                result.append(("solve", held + sums + solving, solved, moved))
                 originals += self._paired * self._shape.itemsize * rows * group.n
                 held = always + behind + originals + packed
                 result.append(("pack", held + sums + self._pack(group, linears), {}, 6.0 * rows * group.n))
@@ -276,10 +282,12 @@ class BlockCost:
             reach=self._block.forward.at(self._batch),
             beside=self._choice.beside,
             at_once=self._choice.experts_at_once or 1,
+            sharing=self._work.sharing,
             on_gpu=self._choice.on_gpu,
             hessians=self._work.hessians,
             collected=self._work.collected,
             sums=self._sums,
+            summing=self._summing,
             factor=self._factor,
             solve=self._solve,
             pack=self._pack,
@@ -287,14 +295,9 @@ class BlockCost:
             swept=self._solving.swept,
             searched=self._solving.searched,
             packed=lambda linear: packed_bytes(linear, self._schemes[linear.name]),
-            scaled=self._is_scaled(bank),
+            scaled=scales_inside(self._block, bank, self._work.method.scaling),
         )
         return bank_phases(bank, held, terms)
-
-    def _is_scaled(self, bank: BankShape) -> bool:
-        """Whether scales are folded inside its experts."""
-        scaling = self._work.method.scaling
-        return scaling is not None and scaling.takes("expert") and any(fold.bank == bank.name for fold in self._block.folds)
 
     def _inputs_kept(self, linears: set[str]) -> int:
         """Bytes on a GPU for inputs that are kept of these Linears.
@@ -338,6 +341,10 @@ class BlockCost:
         """What is collected of a group's input. With two models, one buffer is for the cross matrix."""
         return FP32 * group.n * (self._work.streams * group.n if self._work.hessians else block_width(group.n))
 
+    def _summing(self, group: GroupShape) -> int:
+        """Bytes while what is collected of an input is added up over processes."""
+        return summing_bytes(group.n * group.n, self._work.sharing)
+
     def _factor(self, group: GroupShape, linears: list[LinearShape]) -> int:
         """In addition to the Hessian: the buffer of a permutation, or the panels; and a copy if schemes need separate factors."""
         if not self._work.hessians:
@@ -346,7 +353,8 @@ class BlockCost:
         square = group.n * group.n
         moved = min(piece(on_gpu=self._choice.on_gpu), square) if any(s.order != "natural" for s in schemes) else 0
         copied = square if len({(column_order(s, group.n), s.damping) for s in schemes}) > 1 else 0
-        return FP32 * (max(moved, 2 * panel_width(on_gpu=self._choice.on_gpu) * group.n) + copied)
+        panels = panel_bytes(group.n, self._work.sharing, on_gpu=self._choice.on_gpu)
+        return FP32 * (max(moved, 2 * panel_width(on_gpu=self._choice.on_gpu) * group.n) + copied) + panels
 
     def _solve(self, group: GroupShape, linears: list[LinearShape], at_once: int = 1) -> int:
         """In addition to the factor: see ``solver.gptq``. at_once: groups that are solved side by side; each is converted by itself."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,11 +24,12 @@ from bigq.io.sources.plain import PlainSource
 from bigq.job.adapt import Adapted
 from bigq.job.journal import read_commits, read_job
 from bigq.job.request import require_same_code
-from bigq.job.settle import check_shapes, head_scheme, require_format, row_length, settled
+from bigq.job.settle import check_shapes, for_ranks, head_scheme, require_format, require_shareable, row_length, settled
 from bigq.kernels.pick import compiled_bytes, load_compiled
 from bigq.machine.budget import GPU_RESERVE, disk_budget, gpu_budget, host_budget
-from bigq.machine.ceilings import KNOWN, Ceilings, measure
+from bigq.machine.ceilings import DISK_RATE, KNOWN, Ceilings, measure
 from bigq.machine.device import choose_device
+from bigq.machine.ranks import OneProcess, Ranks
 from bigq.methods import method_of
 from bigq.mixed.loss import streams_of
 from bigq.mixed.settings import with_chosen, without_chosen
@@ -50,26 +52,31 @@ from bigq.progress.records import host_memory
 from bigq.sched.plan.budgets import NETWORK_RATE, Budgets, Download, Fetch, Streamed, usual_cache
 from bigq.sched.plan.costs.survey import quantized_groups
 from bigq.sched.plan.planner import Machine, Plan, make_plan
+from bigq.sched.plan.several import with_scaling
 from bigq.sched.plan.shape import ModelShape
 from bigq.sched.plan.share import require_share
+from bigq.sched.plan.sharing import Assumed, Sharing
 from bigq.sched.plan.survey import Outline, survey
 from bigq.sched.plan.work import Work
 from bigq.scheme import QuantScheme, scheme_for
 
 
-def plan(model: str, out: str | Path = ".", config: JobConfig | None = None, on: str = "this") -> Plan:
+def plan(model: str, out: str | Path = ".", config: JobConfig | None = None, on: str = "this", assumed: Assumed | None = None) -> Plan:
     """Predict the memory, disk space and time of quantizing a model folder or hub id. No weights are read.
 
     out: where the output would go. on: "this" machine, or the GPU to plan for, one of ``ceilings.KNOWN``. A folder needs only a
     config.json. For a hub id, config and headers are downloaded, and the shards that the job would download count as disk space.
+    assumed: how many processes share the job, and the rate of the disk.
     Raises UsageError, DataError or ResourceError. A job that does not fit is not an error: see ``Plan.fits``.
     """
-    config = config or JobConfig()
+    config, assumed = config or JobConfig(), assumed or Assumed()
     if on != "this" and on not in KNOWN:
         raise UsageError(f"--on {on}: must be this, {', '.join(KNOWN)}")
     headers = resolve_headers(model)
     device = torch.device("cpu") if on in KNOWN else choose_device(config.device)
-    found = _plan(headers, Path(out), config, device, lambda dtype: KNOWN[on] if on in KNOWN else measure(device, dtype))
+    sharing = Sharing(ranks=assumed.ranks, local=assumed.ranks // assumed.hosts)
+    rates = _Rates(lambda dtype: KNOWN[on] if on in KNOWN else measure(device, dtype), assumed.disk_rate or DISK_RATE)
+    found = _plan(headers, Path(out), config, device, rates, sharing)
     if not found.work.method.calibrated:
         return found
     return dataclasses.replace(found, texts=_texts(config, headers.folder, found.shape.seqlen, found.shape.vocabulary))
@@ -89,10 +96,10 @@ def _texts(config: JobConfig, folder: Path, seqlen: int, vocabulary: int) -> tup
     )
 
 
-def plan_before_fetch(model: str, out: Path, config: JobConfig) -> tuple[Headers, Plan | None]:
+def plan_before_fetch(model: str, out: Path, config: JobConfig, ranks: Ranks | None = None) -> tuple[Headers, Plan | None]:
     """What is known of a model, and the plan of its job; no plan if all shards are here.
 
-    config: of the job, new or resumed. Only config, index, code and headers are downloaded.
+    config: of the job, new or resumed. ranks: the processes that share it. Only config, index, code and headers are downloaded.
     Raises ResourceError if the job or its download does not fit, and UsageError or DataError if ``quantize`` would refuse it.
     """
     headers = resolve_headers(model)
@@ -101,16 +108,22 @@ def plan_before_fetch(model: str, out: Path, config: JobConfig) -> tuple[Headers
     before = read_job(out)
     if before is not None and config.trust_remote_code:
         require_same_code(out, before, headers.folder)  # before any code of the model runs
-    found = _plan(headers, out, config, choose_device(config.device), lambda dtype: None)
+    found = _plan(headers, out, config, choose_device(config.device), _Rates(), Sharing.of(ranks or OneProcess()))
     if not found.fits:
         raise ResourceError(f"{model}: the job does not fit, so nothing is fetched: {'; '.join(found.shortages)}")
     return headers, found
 
 
-def _plan(
-    headers: Headers, out: Path, config: JobConfig, device: torch.device, ceilings_of: Callable[[torch.dtype], Ceilings | None]
-) -> Plan:
-    """The plan of a model whose config and headers are known. ceilings_of: rates for a dtype; None if times are not needed."""
+@dataclass(frozen=True, slots=True)
+class _Rates:
+    """device: for a dtype; None if times are not needed. disk: bytes per second."""
+
+    device: Callable[[torch.dtype], Ceilings | None] = lambda dtype: None
+    disk: float = DISK_RATE
+
+
+def _plan(headers: Headers, out: Path, config: JobConfig, device: torch.device, rates: _Rates, sharing: Sharing) -> Plan:
+    """The plan of a model whose config and headers are known."""
     require_format(config)
     skeleton.silence_transformers()
     with torch.no_grad():
@@ -119,19 +132,30 @@ def _plan(
         experts = outline.expert_linears()
         adapted = _checked(ModelDescription(headers.folder, model_config, outline.model, dict(outline.sources), experts), config)
         config = adapted.config
-        ceilings = ceilings_of(outline.dtype)
+        ceilings = rates.device(outline.dtype)
         on_gpu = device.type == "cuda" or (ceilings is not None and bool(ceilings.memory))
         shape = survey(dataclasses.replace(outline, fused=on_gpu), seqlen)
         samples = config.samples if method_of(config).calibrated else 0
-        work = _work(adapted, shape, samples, samples * seqlen)
+        if sharing.ranks > 1:
+            stays = headers.remote is not None and (headers.missing is None or config.fetch == "stream")
+            require_shareable(config, method_of(config), remote=stays, rows=samples, ranks=sharing.ranks)
+            config = for_ranks(config, sharing.ranks, "cuda" if on_gpu else "cpu")
+        own = sharing.part(samples)
+        work = _work(adapted, shape, own, own * seqlen, sharing)
         if not on_gpu and ceilings is not None:  # measuring has loaded some of the kernels
             load_compiled(device)
         base = host_memory() + (0 if on_gpu else compiled_bytes(device))
-        machine = Machine(on_gpu=on_gpu, base=base, budgets=_budgets(config, device, out, ceilings), ceilings=ceilings)
+        budgets = _budgets(config, device, out, ceilings)
+        budgets = dataclasses.replace(budgets, host=budgets.host // sharing.local)
+        machine = Machine(on_gpu=on_gpu, base=base, budgets=budgets, ceilings=ceilings, disk_rate=rates.disk)
         kept = require_share(shape, adapted)
         said = (*warnings, *adapted.said, *_fetch_warnings(config, headers.remote))
-        plans = [make_plan(shape, work, config, machine, fetch=way, warnings=said) for way in _ways(headers, out, shape, config)]
-        return dataclasses.replace(next((found for found in plans if found.fits), min(plans, key=lambda found: found.disk)), kept=kept)
+        ways = _ways(headers, out, shape, config)
+        if sharing.ranks > 1:
+            ways = [way for way in ways if not isinstance(way, Streamed)]
+        plans = [make_plan(shape, work, config, machine, fetch=way, warnings=said) for way in ways]
+        found = next((found for found in plans if found.fits), min(plans, key=lambda found: found.disk))
+        return dataclasses.replace(with_scaling(found, samples, config, machine), kept=kept)
 
 
 def _ways(headers: Headers, out: Path, shape: ModelShape, config: JobConfig) -> list[Fetch | None]:
@@ -186,10 +210,12 @@ def _checked(model: ModelDescription, config: JobConfig) -> Adapted:
     return found
 
 
-def plan_job(pager: Pager, rows: Tensor | None, adapted: Adapted, out: Path, texts: Sequence[Made] = (), beside: int = 1) -> Plan:
+def plan_job(
+    pager: Pager, rows: Tensor | None, adapted: Adapted, out: Path, texts: Sequence[Made] = (), ranks: Ranks | None = None
+) -> Plan:
     """The plan of a job that is about to begin or resume in ``out``. Its row length is settled. texts: what ``rows`` were made of.
 
-    beside: processes of the job that share this host's memory, this one included.
+    ranks: the processes that share it. The plan is that of the one with most rows, whichever asks, so that all choose alike.
 
     Raises UsageError if too much of the blocks would stay unquantized.
     """
@@ -208,21 +234,28 @@ def plan_job(pager: Pager, rows: Tensor | None, adapted: Adapted, out: Path, tex
     )
     shape = survey(outline, config.seqlen)
     kept = require_share(shape, adapted)
-    work = _work(adapted, shape, 0 if rows is None else len(rows), 0 if rows is None else len(rows.unique()))
+    ranks = ranks or OneProcess()
+    sharing, count, tokens = Sharing.of(ranks), 0, 0
+    if rows is not None:
+        span = ranks.rows(len(rows))
+        count, tokens = len(rows), len(rows[span.start : span.stop].unique())
+    work = _work(adapted, shape, sharing.part(count), tokens, sharing)
     ceilings = measure(pager.device, pager.dtype)
     load_compiled(pager.device)
     if pager.device.type == "cuda":
         torch.cuda.empty_cache()
     budgets = _budgets(config, pager.device, out, ceilings)
-    budgets = dataclasses.replace(budgets, host=budgets.host // beside)
+    # What is free is for all of this host's processes; what each holds now is in it once.
+    now = 0 if config.ram is not None else host_memory()
+    budgets = dataclasses.replace(budgets, host=now + (budgets.host - now) // sharing.local)
     machine = Machine(on_gpu=pager.device.type == "cuda", base=host_memory(), budgets=budgets, ceilings=ceilings)
     fetch = None if pager.remote is None else stream_of(pager.remote, shape, config)
     said = (*pager.warnings, *adapted.said, *_fetch_warnings(config, pager.remote))
     found = make_plan(shape, work, config, machine, fetch=fetch, warnings=said, texts=texts)
-    return dataclasses.replace(found, kept=kept)
+    return dataclasses.replace(with_scaling(found, count, config, machine), kept=kept)
 
 
-def _work(adapted: Adapted, shape: ModelShape, rows: int, tokens: int) -> Work:
+def _work(adapted: Adapted, shape: ModelShape, rows: int, tokens: int, sharing: Sharing) -> Work:
     config = adapted.config
     base = config.base_scheme
     surveyed = () if config.chosen_rules else quantized_groups(adapted.groups, shape)
@@ -243,6 +276,7 @@ def _work(adapted: Adapted, shape: ModelShape, rows: int, tokens: int) -> Work:
         drop=config.push_drop,
         rotate=config.rotate,
         survey=len(streams_of(surveyed, shape.path, len(shape.blocks))),
+        sharing=sharing,
     )
 
 

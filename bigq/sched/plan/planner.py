@@ -26,6 +26,7 @@ from bigq.sched.plan.costs.bank import numbers_at_once
 from bigq.sched.plan.costs.row import last_width
 from bigq.sched.plan.fold_text import fold_records, fold_text
 from bigq.sched.plan.output import output_of
+from bigq.sched.plan.scaling import Scaling, Times
 from bigq.sched.plan.shape import ModelShape
 from bigq.sched.plan.share import NOTHING_KEPT, Kept
 from bigq.sched.plan.work import Choice, Work
@@ -39,12 +40,16 @@ WARM_CPU, WARM_GPU = 20 * 2**20, 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What a job runs on. base: bytes that the process holds before the job. ceilings: None if times are not needed."""
+    """What a job runs on. base: bytes that the process holds before the job. ceilings: None if times are not needed.
+
+    budgets: of one process, but for the disk. disk_rate: bytes per second that a host reads and writes.
+    """
 
     on_gpu: bool
     base: int
     budgets: Budgets
     ceilings: Ceilings | None
+    disk_rate: float = DISK_RATE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +61,7 @@ class Plan:
     warnings: sentences about the model. fetch: how shards that are not here get here, or None.
     solving: how Linears are solved, and the quality that stands for it.
     texts: what was made of the calibration text, an entry per text. kept: weights in blocks that stay unquantized.
+    disk_rate: see ``Machine``. scaling: of a job that several processes share, whose first one the plan is of; else None.
     budget: ``bits_per_weight``. bits_chosen: whether the bits are among the rules already.
     """
 
@@ -75,6 +81,8 @@ class Plan:
     texts: tuple[Made, ...] = ()
     solving: tuple[str, ...] = ()
     kept: Kept = NOTHING_KEPT
+    disk_rate: float = DISK_RATE
+    scaling: Scaling | None = None
     budget: float | None = None
     bits_chosen: bool = False
 
@@ -94,12 +102,21 @@ class Plan:
         return self.cost.on_disk + (0 if self.fetch is None else self.fetch.on_disk)
 
     @property
+    def times(self) -> Times:
+        """Lower bounds. Reading and writing overlap with the computation if the plan says so."""
+        reads = 1 if self.scaling is None else self.scaling.reads
+        links = None if self.ceilings is None else self.ceilings.links
+        return Times(
+            phases=self.seconds,
+            disk=(reads * self.cost.read + self.cost.output) / self.disk_rate,
+            bus=self.cost.read / links.bus if links is not None else 0.0,
+            beside=self.choice.beside,
+        )
+
+    @property
     def total_seconds(self) -> float:
-        """A lower bound. Reading and writing overlap with the computation if the plan says so."""
-        moving = (self.cost.read + self.cost.output) / DISK_RATE
-        computing = sum(self.seconds.values())
-        fetching = 0.0 if self.fetch is None else self.fetch.seconds_beside
-        return max(fetching, max(moving, computing) if self.choice.beside else moving + computing)
+        """A lower bound."""
+        return max(0.0 if self.fetch is None else self.fetch.seconds_beside, self.times.total)
 
     def to_json(self) -> dict[str, Any]:
         phases = [
@@ -113,7 +130,8 @@ class Plan:
         ]
         return {
             "blocks": len(self.shape.blocks),
-            "rows": self.work.rows,
+            "rows": self.work.rows if self.scaling is None else self.scaling.rows,
+            "ranks": None if self.scaling is None else self.scaling.to_json(),
             "seqlen": self.shape.seqlen,
             "text": [made.to_json() for made in self.texts],
             "activations": self.choice.tier,
@@ -153,10 +171,13 @@ class Plan:
             )
             if what != "device" or self.choice.on_gpu
         ]
-        rows = f"{self.work.rows} × {self.shape.seqlen} tokens" if self.work.method.calibrated else "no calibration"
+        count = self.work.rows if self.scaling is None else self.scaling.rows
+        rows = f"{count} × {self.shape.seqlen} tokens" if self.work.method.calibrated else "no calibration"
         lines = [f"plan: {len(self.shape.blocks)} blocks, {rows}"]
         for made in self.texts:
             lines += entry("text" if made is self.texts[0] else "", made.text())
+        if self.scaling is not None:
+            lines += self.scaling.brief()
         lines += entry("solve", list(self.solving))
         if (scaling := self.work.method.scaling) is not None:
             lines += entry("scales", fold_text(self.shape.blocks, scaling))
@@ -194,9 +215,11 @@ class Plan:
         lines += entry("writes", show_size(self.cost.output) + scratch)
         if self.ceilings is not None:
             lines += entry(
-                "time", f"at least {show_seconds(self.total_seconds)} on {self.ceilings.name}, with a disk of {DISK_RATE / 1e9:g} GB/s"
+                "time", f"at least {show_seconds(self.total_seconds)} on {self.ceilings.name}, with a disk of {self.disk_rate / 1e9:g} GB/s"
             )
             lines += entry("rates", self.ceilings.source)
+        if self.scaling is not None:
+            lines += self.scaling.table()
         return "\n".join(lines)
 
     def _how(self) -> list[str]:
@@ -257,7 +280,7 @@ def make_plan(
             choice, cost = saving, with_them
     seconds = {} if ceilings is None else {phase.name: phase_seconds(phase, ceilings) for phase in cost.phases}
     output = output_of(shape, work, config)
-    short = tuple(shortages(cost, left, fetch, config))
+    short = tuple(shortages(cost, left, fetch, config, work.sharing.local))
     if wanted is not None:
         fetch = wanted.within(machine.budgets.disk - cost.on_disk)
     return Plan(
@@ -268,6 +291,7 @@ def make_plan(
         budgets=machine.budgets,
         ceilings=ceilings,
         seconds=seconds,
+        disk_rate=machine.disk_rate,
         shortages=short,
         rules=output.rules,
         readers=output.readers,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bigq.methods.base import CalibratedMethod, Method
+from bigq.sched.plan.sharing import ALONE, Sharing
 from bigq.scheme import QuantScheme
 from bigq.solver.input_products import block_width
 from bigq.vocabulary import OnNonfinite
@@ -20,6 +21,7 @@ class Work:
     gguf: whether a GGUF file is made from the shards.
     drop: whether shards are removed once a hub repository has them. rotate: whether weights are rotated as they are read.
     survey: streams of the survey that chooses bits first; 0 without one.
+    sharing: the processes that share the job; rows and tokens are then those of one of them.
     """
 
     rows: int
@@ -34,6 +36,7 @@ class Work:
     drop: bool = False
     rotate: bool = False
     survey: int = 0
+    sharing: Sharing = ALONE
 
     @property
     def hessians(self) -> bool:

@@ -84,9 +84,9 @@ class Tier:
         return buffer if self.clock is None else _TimedBuffer(buffer, self.clock)
 
 
-def choose_tier(device: torch.device, needed: int, scratch: Path) -> Tier:
-    """The fastest tier for ``needed`` bytes, see ``fastest_tier``; for commands without a plan."""
-    return Tier(fastest_tier(needed, gpu_budget(device), host_budget(resident=0)), device, scratch)
+def choose_tier(device: torch.device, needed: int, scratch: Path, processes: int = 1) -> Tier:
+    """The fastest tier for ``needed`` bytes, see ``fastest_tier``; for commands without a plan. processes: that share the host's memory."""
+    return Tier(fastest_tier(needed, gpu_budget(device), host_budget(resident=0) // processes), device, scratch)
 
 
 def fastest_tier(needed: int, device_free: int, host_free: int) -> str:

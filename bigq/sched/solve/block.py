@@ -36,7 +36,7 @@ from bigq.sched.solve.bank import BankJob, SolvedExpert, round_bank, run_bank_ro
 from bigq.sched.solve.collected import Collected
 from bigq.sched.solve.fold import FOLD_STEP
 from bigq.sched.solve.results import Skipped, Solved
-from bigq.sched.solve.shared import failing_together, solve_shared
+from bigq.sched.solve.shared import failing_together, sharing_of, solve_shared
 from bigq.scheme import QuantScheme
 from bigq.vocabulary import OnNonfinite
 
@@ -299,7 +299,7 @@ def _solve_group(
         alike = kinds[kind]
         names = [name for same in alike.values() for name in same]
         with _skipping(job, names, label) as skipped, failing_together(ranks), job.clock.phase("factor") as factor_time:
-            factor = solver.factor(next(iter(alike)), label, last=kind == ordered[-1])
+            factor = solver.factor(next(iter(alike)), label, last=kind == ordered[-1], sharing=sharing_of(ranks))
             return_freed_memory()
         if skipped:
             yield from skipped

@@ -25,7 +25,7 @@ from bigq.sched.plan.costs.head import HEAD_CHUNK
 from bigq.sched.rows.calibration import CalibrationRows
 from bigq.sched.solve.collected import Collected
 from bigq.sched.solve.results import Solved
-from bigq.sched.solve.shared import failing_together, solve_shared
+from bigq.sched.solve.shared import failing_together, sharing_of, solve_shared
 from bigq.scheme import QuantScheme
 
 
@@ -57,7 +57,7 @@ def solve_head(job: HeadJob, rows: CalibrationRows, method: CalibratedMethod, ra
         solver = collector.finish(job.name)
     seconds: dict[str, Lap] = {}
     with failing_together(ranks), job.clock.phase("factor") as seconds["factor"]:
-        factor = solver.factor(job.scheme, job.name, last=True)
+        factor = solver.factor(job.scheme, job.name, last=True, sharing=sharing_of(ranks))
     with job.pager.head_loaded(), job.clock.phase("solve") as seconds["solve"]:
         weight = _by_rows(job, lambda part: solve_shared(factor, [part], job.scheme, job.name, ranks)[0])
     return Solved(job.name, weight, seconds, collector.left_out, collector.largest_input)

@@ -1,6 +1,7 @@
 """Solving Linears together with other ranks.
 
-Of a Linear, each rank quantizes some rows of the weight: given the factor, they are independent. Of experts, whose matrices are small,
+A large Hessian is factored by all together. Of a Linear, each rank quantizes some rows of the weight: given the factor, they are
+independent. Of experts, whose matrices are small,
 each rank factors and solves some.
 """
 
@@ -39,6 +40,11 @@ def failing_together(ranks: Ranks) -> Iterator[None]:
         failure = str(error)
     if (first := next(filter(None, ranks.everyone(failure)), None)) is not None:
         raise NumericsError(str(first))
+
+
+def sharing_of(ranks: Ranks) -> Ranks | None:
+    """With whom a factor is shared."""
+    return ranks if ranks.count > 1 else None
 
 
 def solve_shared(factor: Factor, weights: list[Tensor], scheme: QuantScheme, label: str, ranks: Ranks) -> list[QuantizedWeight]:

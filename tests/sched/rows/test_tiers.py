@@ -116,6 +116,7 @@ def test_auto_takes_the_first_tier_with_room(needed: int, device_free: int, host
 def test_without_a_plan_memory_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers, "host_budget", lambda resident: 20)
     assert [choose_tier(CPU, needed, tmp_path).kind for needed in (10, 11)] == ["host", "disk"]
+    assert [choose_tier(CPU, needed, tmp_path, 2).kind for needed in (5, 6)] == ["host", "disk"]
 
 
 def test_an_unknown_tier() -> None:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from bigq.errors import NumericsError
 from bigq.machine.ranks import OneProcess
-from bigq.methods.gptq import Gptq
+from bigq.methods.gptq import Gptq, HessianFactor
 from bigq.quantized_weight import QuantizedWeight
-from bigq.sched.solve.shared import dealt, failing_together, gathered, solve_shared
+from bigq.sched.solve.shared import dealt, failing_together, gathered, sharing_of, solve_shared
 from bigq.scheme import QuantScheme
+from bigq.vocabulary import OrderName
 
 SCHEMES = {
     "sweeps and a search": QuantScheme(bits=4, group_size=32, scales="search"),
@@ -84,6 +85,34 @@ def test_experts_that_ranks_are_dealt(count: int, scheme: QuantScheme) -> None:
                 assert torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales) and torch.equal(a.zeros, b.zeros)
                 assert (a.codes == c.codes).float().mean() > 0.98 and a.loss == pytest.approx(c.loss, rel=0.02)
                 assert a.scheme == c.scheme and a.damping == c.damping and a.dead_inputs == c.dead_inputs
+
+
+@pytest.mark.parametrize("tokens", [400, 150])
+@pytest.mark.parametrize("order", ["activation", "group"])
+def test_a_factor_that_ranks_share(monkeypatch: pytest.MonkeyPatch, order: OrderName, tokens: int) -> None:
+    """All have the same bits, and solve with them what one process does. With few tokens the damping is too small, and all raise it."""
+    monkeypatch.setattr("bigq.solver.hessian.SHARED_FROM", 200)
+    torch.manual_seed(0)
+    x, weight = torch.randn(tokens, 200), torch.randn(40, 200)
+    scheme = QuantScheme(bits=4, group_size=40, order=order, damping=1e-9)
+
+    def solve(ranks: ThreadRanks | OneProcess) -> tuple[HessianFactor, QuantizedWeight]:
+        collector = Gptq().collector(200, torch.device("cpu"), finite_only=False)
+        for row in ranks.rows(len(x)):
+            collector.add(x[row])
+        collector.reduce(ranks)
+        factor = collector.finish("the Linear").factor(scheme, "the Linear", last=True, sharing=sharing_of(ranks))
+        return factor, solve_shared(factor, [weight.clone()], scheme, "the Linear", ranks)[0]
+
+    of_one, alone = solve(OneProcess())
+    assert (of_one.factor.damping > scheme.damping) == (tokens < 200)
+    results = [found for found in together(3, solve) if not isinstance(found, Exception)]
+    assert len(results) == 3
+    for factor, found in results:
+        assert torch.equal(factor.factor.r, results[0][0].factor.r) and torch.equal(found.codes, results[0][1].codes)
+        assert factor.factor.damping == of_one.factor.damping
+        if tokens > 200:  # else rounding decides how errors are spread over directions that have no input
+            assert (found.codes == alone.codes).float().mean() > 0.98 and found.loss == pytest.approx(alone.loss, rel=0.02)
 
 
 def test_what_fails_in_one_rank_fails_in_all() -> None:

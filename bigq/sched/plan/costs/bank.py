@@ -5,12 +5,15 @@ The terms follow ``solve.bank`` and ``units.experts``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bigq.kernels.syrk import CHUNK_TOKENS
 from bigq.sched.plan.costs.fold import inside_phase
+from bigq.sched.plan.costs.ranks import batches, dealt, gathering_bytes
 from bigq.sched.plan.shape import BankShape, GroupShape, LinearShape, ModelShape
+from bigq.sched.plan.sharing import Sharing
+from bigq.scheme import QuantScheme
 
 #: Tokens of an expert that are computed at a time (``solve.bank``), and weights in a group of packed experts (``units.experts``).
 EXPERT_TOKENS, GROUP_WEIGHTS = 8192, 2 * 10**9
@@ -35,15 +38,16 @@ BankPhase = tuple[str, int, dict[str, float], float]
 class BankTerms:
     """What the phases of a bank depend on besides its shape.
 
-    schemes: names of Linears that are quantized. tokens: of all calibration rows. streams: models that they pass through. itemsize: bytes
-    of an activation. inputs: bytes of a bank's inputs in these models on the computing device, if they are there; the sums of its outputs
-    take as many. reach: bytes of a forward up to the bank. beside: whether groups are written in the background. at_once: experts that are
-    solved side by side. hessians, collected: see ``Work``. sums: bytes of what is collected of an input. factor, solve, pack: bytes in
-    addition to it, of Linears that share an input, solve for so many experts; packed: of one packed Linear; moved: read and written to
-    solve it. swept, searched: operations of sweeps, and of the search for grids. scaled: whether scales are folded inside experts.
+    schemes: of the Linears that are quantized, by name. tokens: of all calibration rows. streams: models that they pass through.
+    itemsize: bytes of an activation. inputs: bytes of a bank's inputs in these models on the computing device, if they are there; the sums
+    of its outputs take as many. reach: bytes of a forward up to the bank. beside: whether groups are written in the background. at_once:
+    experts that are solved side by side. sharing, hessians, collected: see ``Work``. sums: bytes of what is collected of an input;
+    summing: while it is added up over processes. factor, solve, pack: bytes in addition to it, of Linears that share an input, solve for
+    so many experts; packed: of one packed Linear; moved: read and written to solve it. swept, searched: operations of sweeps, and of the
+    search for grids. scaled: whether scales are folded inside experts.
     """
 
-    schemes: Container[str]
+    schemes: Mapping[str, QuantScheme]
     tokens: int
     streams: int
     itemsize: int
@@ -51,10 +55,12 @@ class BankTerms:
     reach: int
     beside: bool
     at_once: int
+    sharing: Sharing
     on_gpu: bool
     hessians: bool
     collected: Callable[[int], float]
     sums: Callable[[GroupShape], int]
+    summing: Callable[[GroupShape], int]
     factor: Callable[[GroupShape, list[LinearShape]], int]
     solve: Callable[[GroupShape, list[LinearShape], int], int]
     pack: Callable[[GroupShape, list[LinearShape]], int]
@@ -113,7 +119,9 @@ def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]
     moved = float(bank.experts * weights * terms.itemsize)
     if not solved:
         return [("load", held + before, {}, moved), ("replay", max(reached, held + running), replayed, 0)]
-    of_group = min(bank.experts, max(1, GROUP_WEIGHTS // weights))
+    of_group = group_of(bank)
+    of_bank = [terms.schemes[linear.name] for linear in bank.linears]
+    own, solving_here = dealt(at_once, terms.sharing, of_bank), own_experts(bank, at_once, terms.sharing, of_bank)
     held += of_group * sum(terms.packed(linear) for linear in bank.linears) * (1 + terms.beside)
     result: list[BankPhase] = [("load", held + before, {}, moved), ("replay", max(reached, held + running), replayed, 0)]
     # The last tokens whose inputs were computed stay, and so does what the products before returned.
@@ -127,18 +135,29 @@ def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]
         waiting = held + at_once * (sums + kept)
         # One expert runs; what the others of its batch have computed stays, and in the other model its own.
         others = (at_once - 1 + (terms.streams - 1) / terms.streams) * kept
-        solving = {"solve": bank.experts * ((3 if paired else 1) * rows * square + terms.swept(linears))}
-        solving["single"] = bank.experts * ((2.0 * rows * square if paired else 0.0) + terms.searched(linears))
+        solving = {"solve": solving_here * ((3 if paired else 1) * rows * square + terms.swept(linears))}
+        solving["single"] = solving_here * ((2.0 * rows * square if paired else 0.0) + terms.searched(linears))
+        gathering = gathering_bytes(linears, terms.schemes, at_once, own, terms.sharing)
         accumulated = {"hessian": routed * terms.collected(group.n) * (3 if paired else 1)}
         result += [
-            ("hessian", held + at_once * sums + running + int(others), accumulated, 0),
-            ("factor", waiting + at_once * terms.factor(group, linears), {"single": bank.experts * group.n * square / 3}, 0),
-            ("solve", waiting + terms.solve(group, linears, at_once), solving, bank.experts * sum(map(terms.moved, linears))),
+            ("hessian", held + at_once * sums + max(running, terms.summing(group)) + int(others), accumulated, 0),
+            ("factor", waiting + own * terms.factor(group, linears), {"single": solving_here * group.n * square / 3}, 0),
+            ("solve", waiting + max(terms.solve(group, linears, own), gathering), solving, solving_here * sum(map(terms.moved, linears))),
             ("pack", held + terms.pack(group, linears), {}, 6.0 * bank.experts * rows * group.n),
         ]
         held += at_once * rows * group.n  # its codes
         kept += _at_a_time(terms) * rows * terms.itemsize * terms.streams
     return result
+
+
+def group_of(bank: BankShape) -> int:
+    """How many experts a shard holds."""
+    return min(bank.experts, max(1, GROUP_WEIGHTS // _weights(bank)))
+
+
+def own_experts(bank: BankShape, at_once: int, sharing: Sharing, schemes: Sequence[QuantScheme]) -> int:
+    """How many of a bank's experts the process solves that has most to do: of each batch, its share."""
+    return sum(dealt(count, sharing, schemes) for count in batches(bank.experts, group_of(bank), at_once))
 
 
 def proof_bytes(bank: BankShape, itemsize: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bigq.kernels.pick import piece
 from bigq.methods.base import Scaling
-from bigq.sched.plan.shape import BlockShape, FoldShape, LinearShape
+from bigq.sched.plan.shape import BankShape, BlockShape, FoldShape, LinearShape
 from bigq.scheme import QuantScheme
 from bigq.solver.scaling import SAMPLED_EXPERTS, SAMPLED_TOKENS, TRIALS
 
@@ -46,6 +46,11 @@ def fold_phases(
         ("replay", held + block.forward.at(rows.batch), {"products": products + rows.rows * block.attention}, 0.0),
         ("scale", held + _choice_bytes(block, folds, schemes, rows), chosen, TRIALS * MOVED_BY_TRIAL * weights),
     ]
+
+
+def scales_inside(block: BlockShape, bank: BankShape, scaling: Scaling | None) -> bool:
+    """Whether scales are folded inside the experts of a bank."""
+    return scaling is not None and scaling.takes("expert") and any(fold.bank == bank.name for fold in block.folds)
 
 
 def inside_phase(experts: int, product: Sequence[LinearShape], held: int, *, on_gpu: bool) -> tuple[str, int, dict[str, float], float]:
