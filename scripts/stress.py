@@ -68,6 +68,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "llama, method awq, disk": ("llama", "--method awq --asym --format awq --activations disk --checkpoint-every 0"),
     "llama, method awq scales before gptaq": ("llama", "--method gptaq --fold awq --checkpoint-every 0"),
     "qwen3_moe, method awq scales": ("qwen3_moe", "--fold awq --format compressed-tensors --checkpoint-every 0"),
+    "mixtral, method awq inside experts": ("mixtral", "--method awq --format compressed-tensors --experts-at-once 2 --checkpoint-every 0"),
     "bloom, method smoothquant, int8": ("bloom", "--fold smoothquant --format w8a8-int8 --group-size -1 --bits 8 --checkpoint-every 0"),
     "llama, method fp8": ("llama", "--format fp8 --group-size -1 --read-ahead 1 --checkpoint-every 0"),
     "llama, method int8, static inputs": (

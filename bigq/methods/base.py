@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -100,11 +100,15 @@ class Collectors(Protocol):
         """End the accumulation. A group that fails does not change the others."""
 
 
+#: What divides: a norm, a Linear, or a matrix of an expert, for this expert's last one.
+Divider = Literal["norm", "linear", "expert"]
+
+
 class Scaling(Protocol):
     """How the scales of inputs are chosen that the module before divides by (``bigq.model.folding``)."""
 
-    def takes(self, *, norm: bool) -> bool:
-        """Whether a norm, or a Linear, may be what divides."""
+    def takes(self, divider: Divider) -> bool:
+        """Whether something of this kind may be what divides."""
 
     def choose(self, inputs: InputStatistics, readers: Sequence[Reader], channels: Tensor) -> Tensor:
         """The scales [count] of one input. readers: the Linears that read it. channels: int64 [n], which scale each feature takes."""

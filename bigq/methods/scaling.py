@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from bigq.methods.base import Scaling
+from bigq.methods.base import Divider, Scaling
 from bigq.solver.scaling import InputStatistics, Reader, awq_scales, smoothquant_scales
 from bigq.vocabulary import FoldName
 
@@ -14,7 +14,7 @@ from bigq.vocabulary import FoldName
 class AwqScaling:
     """By the least error of the readers' outputs (AWQ)."""
 
-    def takes(self, *, norm: bool) -> bool:
+    def takes(self, divider: Divider) -> bool:
         return True
 
     def choose(self, inputs: InputStatistics, readers: Sequence[Reader], channels: Tensor) -> Tensor:
@@ -24,8 +24,8 @@ class AwqScaling:
 class SmoothQuantScaling:
     """By the largest inputs and weights (SmoothQuant). Only norms divide, as in the paper."""
 
-    def takes(self, *, norm: bool) -> bool:
-        return norm
+    def takes(self, divider: Divider) -> bool:
+        return divider != "linear"
 
     def choose(self, inputs: InputStatistics, readers: Sequence[Reader], channels: Tensor) -> Tensor:
         return smoothquant_scales(inputs, readers, channels)

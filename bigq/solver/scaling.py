@@ -26,6 +26,8 @@ from bigq.solver.settling import of_blocks
 SAMPLED_TOKENS = 256
 #: Experts of a bank whose weights decide the scales of its input, evenly spaced.
 SAMPLED_EXPERTS = 8
+#: An expert with fewer tokens keeps the inputs of its last matrix as they are: on other tokens scales from fewer make larger errors.
+LEAST_TOKENS = 32
 #: Exponents that are tried: 0, 1/5, … 1, then half and a quarter of a step on either side of the best one.
 STEPS = 5
 #: So many trials at most.

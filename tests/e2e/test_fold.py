@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,15 @@ from transformers import AutoModelForCausalLM
 
 import bigq
 from bigq.config import JobConfig
-from bigq.errors import Stopped, UsageError
+from bigq.errors import Stopped, UnsupportedModelError, UsageError
 from bigq.job.stop import Stop
+from bigq.model.folding import around
+from bigq.progress.progress import Progress
+from bigq.sched.solve import bank
 from bigq.sched.solve import fold as folding
+from bigq.sched.units import experts as units
 from bigq.scheme import QuantScheme, Rule
+from bigq.solver.scaling import LEAST_TOKENS
 
 SCHEME = QuantScheme(group_size=16)
 #: 8 bits change so little that what is left of an error shows a wrong fold.
@@ -184,6 +190,74 @@ def test_the_plan_names_what_is_folded(made: Callable[..., Path]) -> None:
     assert first["without"] == ["mlp.dense_4h_to_h"]
     assert {"scale", "replay"} <= {phase.name for phase in plan.cost.phases}
     assert bigq.plan(str(model), model.parent / "out", job(model.parent, fold="none")).to_json()["folds"] is None
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptaq"])
+def test_scales_inside_experts_are_the_same_wherever_a_job_stops(
+    method: str, made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped behind an expert whose group is committed, and in the middle of a group. The experts' shards are not those of a job that
+    scales norms only; one of too few tokens is solved as there, which a warning says."""
+    model = made("qwen3_moe")
+    settings: dict[str, Any] = {"method": method, "fold": "awq", "samples": 5}
+    small_groups(monkeypatch, model, experts=2)
+    once, said = model.parent / "once", list[str]()
+    monkeypatch.setattr(Progress, "warn_once", lambda self, about, line: said.append(line))
+    report = bigq.quantize(str(model), once, of("qwen3_moe", model.parent, **settings))
+    expected = hashes(once)
+    few = [each for each in report.linears if each.get("tokens") is not None and each["tokens"] < LEAST_TOKENS]
+    assert few and any(f"fewer than {LEAST_TOKENS} calibration tokens" in line for line in said)
+    take = units.BankWork.take
+    for number in (2, 5, 13):
+        out, stop, taken = model.parent / f"out-{number}", Stop(grace=1e-3), list[int]()
+
+        def stopping(self: Any, solved: Any, number: int = number, stop: Stop = stop, taken: list[int] = taken) -> Any:
+            taken.append(solved.number)
+            if len(taken) == number:
+                stop.request("test")
+            return take(self, solved)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(units.BankWork, "take", stopping)
+            with pytest.raises(Stopped):
+                bigq.quantize(str(model), out, of("qwen3_moe", model.parent, **settings), stop=stop)
+        bigq.quantize(str(model), out, of("qwen3_moe", model.parent, **settings))
+        assert hashes(out) == expected, number
+    monkeypatch.setattr(bank, "is_scaled", lambda fold, scaling, tokens: False)
+    bigq.quantize(str(model), model.parent / "norms", of("qwen3_moe", model.parent, **settings))
+    scaled, norms = (stored_tensors(folder) for folder in (once, model.parent / "norms"))
+    changed = {name.removesuffix(".weight_packed") for name in scaled if not torch.equal(scaled[name], norms[name])}
+    first = {name for name in changed if ".layers.0." in name}
+    assert first and all(".experts." in name for name in first)
+    assert not {each["name"] for each in few if ".layers.0." in each["name"]} & first
+
+
+def test_a_wrong_fold_inside_experts_is_refused(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate's rows in place of those that it multiplies. A real expert shows it, before a block is written."""
+    model, find = made("mixtral"), around.bank_fold
+
+    def planted(*given: Any) -> Any:
+        fold = find(*given)
+        return dataclasses.replace(fold, rows=fold.rows - len(fold.rows))
+
+    monkeypatch.setattr(around, "bank_fold", planted)
+    with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.0\.mlp\.experts: an expert does not compute .*; use --fold none$"):
+        bigq.quantize(str(model), model.parent / "out", of("mixtral", model.parent))
+    assert '"block-0"' not in (model.parent / "out/.bigq/journal.jsonl").read_text().partition("\n")[2]
+    bigq.quantize(str(model), model.parent / "none", of("mixtral", model.parent, fold="none"))
+
+
+def test_the_plan_says_what_is_scaled_inside_experts(made: Callable[..., Path]) -> None:
+    model = made("mixtral")
+    plan = bigq.plan(str(model), model.parent / "out", of("mixtral", model.parent))
+    inside = f"; inside each expert of {LEAST_TOKENS} tokens or more into mlp.experts.gate_up_proj"
+    assert inside in " ".join(plan.brief().split())
+    (first, *_) = plan.to_json()["folds"]
+    assert {"producer": "mlp.experts.gate_up_proj", "readers": ["mlp.experts.down_proj"]} in first["folds"] and not first["without"]
+    smooth = bigq.plan(str(model), model.parent / "out", of("mixtral", model.parent, fold="smoothquant"))
+    text = " ".join(smooth.brief().split())
+    assert inside in text and "self_attn.v_proj" not in text.partition("scales:")[2].partition(";")[0]
+    assert smooth.to_json()["folds"][0]["without"] == ["self_attn.o_proj"]
 
 
 def test_rounding_to_nearest_folds_nothing(made: Callable[..., Path]) -> None:

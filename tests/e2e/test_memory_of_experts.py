@@ -19,6 +19,9 @@ HIDDEN, INNER = 512, 256
 #: Gate, up and down of one expert, in bf16.
 EXPERT_BYTES = 3 * HIDDEN * INNER * 2
 
+#: Experts of which each takes more than 8192 of 64 · 256 tokens.
+MANY_TOKENS = {"num_experts": 4, "hidden_size": 512, "moe_intermediate_size": 1408}
+
 PROGRAM = """
 import json, re, sys
 import bigq
@@ -90,13 +93,22 @@ def test_peak_does_not_follow_the_number_of_experts(child: Child, tmp_path: Path
     ("rows", "seqlen", "sizes"),
     [
         (8, 256, {"num_experts": 16, "hidden_size": 2048, "moe_intermediate_size": 2816}),
-        (64, 256, {"num_experts": 4, "hidden_size": 512, "moe_intermediate_size": 1408}),
+        (64, 256, MANY_TOKENS),
     ],
     ids=["large experts", "more tokens than an expert takes at a time"],
 )
 def test_the_peak_with_experts_is_within_a_tenth_of_the_plan(
     rows: int, seqlen: int, sizes: dict[str, int], method: str, child: Child, tmp_path: Path
 ) -> None:
+    require_the_peak_of_the_plan(rows, seqlen, sizes, method, child, tmp_path)
+
+
+@pytest.mark.long
+def test_the_peak_with_scales_inside_experts_is_within_a_tenth_of_the_plan(child: Child, tmp_path: Path) -> None:
+    require_the_peak_of_the_plan(64, 256, MANY_TOKENS, "awq", child, tmp_path)
+
+
+def require_the_peak_of_the_plan(rows: int, seqlen: int, sizes: dict[str, int], method: str, child: Child, tmp_path: Path) -> None:
     attention = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 512}
     model = moe_model("qwen3_moe", torch.bfloat16, **attention, num_experts_per_tok=4, num_hidden_layers=1, **sizes)
     model.save_pretrained(tmp_path / "model")  # type: ignore[operator]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bigq.kernels.pick import piece
-from bigq.model.folding.fold import Fold
+from bigq.model.experts.bank import Expert
+from bigq.model.folding.fold import ExpertFold, Fold
 from bigq.model.skeleton import is_linear, linear_weight
 
 
@@ -33,6 +34,15 @@ def fold_(block: nn.Module, fold: Fold, scales: Tensor) -> Tensor:
         for part in weight.split(max(1, piece(on_gpu=weight.is_cuda) // weight.shape[1])):
             part.copy_(part.float() * factors)
     return factors
+
+
+def fold_expert_(expert: Expert, fold: ExpertFold, scales: Tensor) -> None:
+    """Divide outputs of one of an expert's matrices by ``scales`` [n], and multiply the inputs of the last one."""
+    producer, reader = expert.weight(fold.producer), expert.weight(fold.reader)
+    rows, scales = fold.rows.to(producer.device), scales.float()
+    producer[rows] = (producer[rows].float() / scales[:, None]).to(producer.dtype)
+    for part in reader.split(max(1, piece(on_gpu=reader.is_cuda) // reader.shape[1])):
+        part.copy_(part.float() * scales)
 
 
 def matrices(block: nn.Module, fold: Fold) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import nn
 
 from bigq.errors import UnsupportedModelError
 from bigq.model.description import ModelDescription
+from bigq.model.folding.experts import bank_fold
 from bigq.model.folding.find import BlockExperiments
-from bigq.model.folding.fold import BlockFolds
+from bigq.model.folding.fold import BlockFolds, ExpertFold
 from bigq.model.forward.block_call import BlockCall
 from bigq.model.forward.capture import forward_errors
 from bigq.model.rotation.around import head_sizes
@@ -44,9 +46,13 @@ def _block_folds(whole: StandInModel, i: int, block: nn.Module, call: BlockCall)
     hidden, _ = whole.entering(whole.rows)
     try:
         with forward_errors():
-            return BlockExperiments(bare, lambda x: call.run(block, x.clone()), hidden, head_sizes(whole.described.config)).find()
+            found = BlockExperiments(bare, lambda x: call.run(block, x.clone()), hidden, head_sizes(whole.described.config)).find()
     except UnsupportedModelError:
         return none
+    inside = {name: bank_fold(bare, name) for name in bare.banks}
+    last = [f"{name}.{fold}" for name, fold in inside.items() if isinstance(fold, str)]
+    experts = tuple(fold for fold in inside.values() if isinstance(fold, ExpertFold))
+    return dataclasses.replace(found, without=(*found.without, *last), experts=experts)
 
 
 def _kinds(call: BlockCall) -> tuple[Any, ...]:

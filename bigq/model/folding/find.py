@@ -165,7 +165,7 @@ class BlockExperiments:
         m = linear_weight(self._bare.linears[producer]).shape[0]
         if torch.equal(self._input(readers, producer, torch.full((m,), 2.0, device=x.device)), x):
             return
-        for rows in _rows(m, x.shape[-1], self._sizes):
+        for rows in candidate_rows(m, x.shape[-1], self._sizes):
             factor = torch.ones(m, device=x.device)
             rows = rows.to(x.device)
             factor[rows] = 2.0
@@ -205,7 +205,7 @@ class BlockExperiments:
         return found
 
 
-def _rows(m: int, n: int, sizes: Sequence[int]) -> Iterator[Tensor]:
+def candidate_rows(m: int, n: int, sizes: Sequence[int]) -> Iterator[Tensor]:
     """Which outputs of a Linear of m outputs may be the ones that an input of n features belongs to.
 
     All; or of each period the last or the first ones: the values behind queries and keys, head by head or of all heads, and the half of

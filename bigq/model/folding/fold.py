@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from bigq.model.experts.bank import Product
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Fold:
@@ -34,9 +36,28 @@ class Fold:
         return f"{self.producer} → {', '.join(self.readers)}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExpertFold:
+    """Dividing some outputs of one matrix of an expert by scales, and multiplying the inputs of its last matrix by them, changes nothing in
+    what the expert computes.
+
+    bank: the module's name in the block. producer, reader: the two matrices. rows: int64 [n], the producer's outputs that are divided, in
+    the order of the reader's inputs.
+    """
+
+    bank: str
+    producer: Product
+    reader: Product
+    rows: Tensor
+
+    def __str__(self) -> str:
+        return f"{self.bank}.{self.producer.parameter} → {self.bank}.{self.reader.parameter}"
+
+
 @dataclass(frozen=True, slots=True)
 class BlockFolds:
-    """The folds of a block, and the Linears and banks whose inputs no module before them can divide."""
+    """The folds of a block, and what has inputs that nothing before it can divide: Linears, banks, and the last matrices of experts."""
 
     folds: tuple[Fold, ...] = ()
     without: tuple[str, ...] = ()
+    experts: tuple[ExpertFold, ...] = ()

@@ -32,7 +32,7 @@ def bank_roles(bare: Bare, name: str, norm: str, call: BankCall) -> dict[str, Ba
         raise UnsupportedModelError(f"--rotate: {path} is called with the tokens of all experts; {ADVICE}")
 
     def load(e: int) -> dict[str, Tensor]:
-        return _few_units(module, bare.width, f"{path}.{e}")
+        return few_units(module, bare.width, f"{path}.{e}")
 
     bank = prove_bank(path, module, call, load)
     parameters = load(0)
@@ -56,19 +56,29 @@ def bank_roles(bare: Bare, name: str, norm: str, call: BankCall) -> dict[str, Ba
     return {f"{name}.{key}": role for key, role in roles.items()}
 
 
-def _few_units(module: nn.Module, width: int, name: str) -> dict[str, Tensor]:
-    """Random parameters of an expert, with few units in place of all: sizes that are not the stream's keep their ratios.
+def units_of(module: nn.Module, width: int) -> tuple[int, int]:
+    """The units of an expert, and how many there are in the proof."""
+    shapes = [tuple(param.shape[1:]) for param in module.parameters(recurse=False)]
+    inner = math.gcd(*(size for shape in shapes for size in shape if size != width))
+    clear = inner and all(sum(size == width for size in shape) == 1 for shape in shapes if len(shape) == 2)
+    return inner, min(inner, UNITS) if clear else inner
+
+
+def few_units(module: nn.Module, width: int, name: str) -> dict[str, Tensor]:
+    """Random parameters of an expert, of the sizes of ``few_sizes``."""
+    device = next((b.device for b in module.buffers()), torch.device("cpu"))
+    sizes = few_sizes(module, width)
+    return {key: 0.3 * torch.randn(size, generator=generator_of(f"{name}.{key}")).to(device) for key, size in sizes.items()}
+
+
+def few_sizes(module: nn.Module, width: int) -> dict[str, list[int]]:
+    """The sizes of an expert's parameters, with few units in place of all: those that are not the stream's keep their ratios.
 
     Where gate and up together have as many outputs as the stream is wide, all units stay.
     """
-    shapes = {key: tuple(param.shape[1:]) for key, param in module.named_parameters(recurse=False)}
-    inner = math.gcd(*(size for shape in shapes.values() for size in shape if size != width))
-    clear = inner and all(sum(size == width for size in shape) == 1 for shape in shapes.values() if len(shape) == 2)
-    units = min(inner, UNITS) if clear else inner
+    inner, units = units_of(module, width)
 
     def few(size: int) -> int:
         return size if size == width else size // inner * units
 
-    device = next((b.device for b in module.buffers()), torch.device("cpu"))
-    sizes = {key: [few(size) for size in shape] for key, shape in shapes.items()}
-    return {key: 0.3 * torch.randn(size, generator=generator_of(f"{name}.{key}")).to(device) for key, size in sizes.items()}
+    return {key: [few(size) for size in param.shape[1:]] for key, param in module.named_parameters(recurse=False)}

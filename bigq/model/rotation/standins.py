@@ -80,7 +80,6 @@ class Bare:
             path: LinearStandIn(path, *linear_weight(m).shape, bias=getattr(m, "bias", None) is not None)
             for path, m in self.linears.items()
         }
-        self._standins |= {path: LinearStandIn(path, width, width, bias=False) for path in self.banks}
         own = {f"{path}.{leaf}" for path, m in {**self.linears, **self.banks}.items() for leaf, _ in m.named_parameters(recurse=False)}
         self.parameters: dict[str, Tensor] = {}
         self.norms: dict[str, str] = {}
@@ -134,6 +133,8 @@ class Bare:
 
         def bank(name: str, call: BankCall) -> Tensor:
             self.calls[name] = call
+            if name not in self._standins:  # how wide it is depends on how it is called
+                self._standins[name] = LinearStandIn(name, call.returned, call.tokens.shape[-1], bias=False)
             y = self._standins[name](call.tokens, turns.get(name), scale(name))
             if after is not None:
                 y = after(name, call.tokens, y)

@@ -17,7 +17,7 @@ from bigq.kernels.gptq_block import SUB_BLOCK
 from bigq.kernels.pick import piece
 from bigq.kernels.syrk import CHUNK_TOKENS
 from bigq.sched.plan.costs.bank import BankPhase, BankTerms, bank_phases, proof_bytes
-from bigq.sched.plan.costs.fold import RowTerms, fold_phases
+from bigq.sched.plan.costs.fold import RowTerms, fold_phases, scales_inside
 from bigq.sched.plan.costs.head import head_phases
 from bigq.sched.plan.costs.ranks import factor_flops, joining_bytes, own_rows, panel_bytes, summing_bytes
 from bigq.sched.plan.costs.rotation import block_bytes, block_flops, outside_flops, piece_bytes
@@ -208,9 +208,9 @@ class BlockCost:
             return result
         packed = originals = 0
         always = self._block.weights + self._block.calls.at(self._batch)
-        if self._work.method.scaling is not None:
+        if (scaling := self._work.method.scaling) is not None:
             terms = RowTerms(rows=self._work.rows, seqlen=self._shape.seqlen, batch=self._batch, on_gpu=self._choice.on_gpu)
-            result += fold_phases(self._block, self._schemes, terms, always)
+            result += fold_phases(self._block, self._schemes, scaling, terms, always)
         for number, level in enumerate(self._levels()):
             wanted = [(g, self._wanted(g.linears)) for g in level]
             wanted = [(g, linears) for g, linears in wanted if linears]
@@ -295,6 +295,7 @@ class BlockCost:
             swept=self._solving.swept,
             searched=self._solving.searched,
             packed=lambda linear: packed_bytes(linear, self._schemes[linear.name]),
+            scaled=scales_inside(self._block, bank, self._work.method.scaling),
         )
         return bank_phases(bank, held, terms)
 

@@ -151,7 +151,7 @@ class Plan:
             "device": None if self.ceilings is None else self.ceilings.name,
             "seconds_at_least": self.total_seconds if self.ceilings is not None else None,
             "phases": phases,
-            "folds": fold_records(self.shape.blocks) if self.work.method.scaling is not None else None,
+            "folds": fold_records(self.shape.blocks, scaling) if (scaling := self.work.method.scaling) is not None else None,
             "bits_per_weight": self.budget,
             "rules": rules,
             "kept": self.kept.to_json(),
@@ -179,8 +179,8 @@ class Plan:
         if self.scaling is not None:
             lines += self.scaling.brief()
         lines += entry("solve", list(self.solving))
-        if self.work.method.scaling is not None:
-            lines += entry("scales", fold_text(self.shape.blocks))
+        if (scaling := self.work.method.scaling) is not None:
+            lines += entry("scales", fold_text(self.shape.blocks, scaling))
         if self.work.streams:
             lines += entry("run", self._how())
         lines += entry("needs", needs)

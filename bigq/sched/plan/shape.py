@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bigq.methods.base import Divider
 from bigq.scheme import QuantScheme
 
 
@@ -61,11 +62,16 @@ class MemoShape:
 
 @dataclass(frozen=True, slots=True)
 class FoldShape:
-    """Modules of a block, by their names in it, that read an input of n features which ``producer`` can divide (``model.folding``)."""
+    """Modules of a block, by their names in it, that read an input of n features which ``producer`` can divide (``model.folding``).
+
+    divider: what the producer is. Inside experts of ``bank``, producer and readers are its parameters.
+    """
 
     producer: str
     readers: tuple[str, ...]
     n: int
+    divider: Divider = "linear"
+    bank: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from bigq.model.experts.bank import bank_modules
 from bigq.model.experts.cut import chosen_experts, without_banks
 from bigq.model.experts.naming import ExpertLinear, Naming, experts_of
 from bigq.model.experts.pages import StoredBank, nominal_linears
-from bigq.model.folding.fold import BlockFolds, Fold
+from bigq.model.folding.fold import BlockFolds
 from bigq.model.forward.block_call import OutputForm
 from bigq.model.forward.capture import first_input, forward_errors, on_its_input, replace_forwards
 from bigq.model.forward.checks import check_hidden_paths
@@ -87,7 +87,7 @@ def survey(outline: Outline, seqlen: int) -> ModelShape:
             key = (_signature(block), id(folds), tuple(run.call_signature(i) for run in runs), *_stored(outline, block, i))
             if key not in kinds:
                 found = _block_shape(outline, block, i, runs, short)
-                kinds[key] = dataclasses.replace(found, folds=tuple(map(_fold, folds.folds)), unfolded=folds.without)
+                kinds[key] = dataclasses.replace(found, folds=tuple(_folds(folds)), unfolded=folds.without)
             shapes.append(kinds[key])
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     stored = outline.stored if outline.stored is not None else sum(_bytes(outline, name) for name, _ in outline.model.named_parameters())
@@ -219,8 +219,12 @@ def _block_shape(outline: Outline, block: nn.Module, i: int, runs: list[MetaRun]
     )
 
 
-def _fold(fold: Fold) -> FoldShape:
-    return FoldShape(fold.producer, fold.readers, len(fold.channels))
+def _folds(folds: BlockFolds) -> Iterator[FoldShape]:
+    for fold in folds.folds:
+        yield FoldShape(fold.producer, fold.readers, len(fold.channels), "norm" if fold.rows is None else "linear")
+    for inside in folds.experts:
+        producer, reader = (f"{inside.bank}.{product.parameter}" for product in (inside.producer, inside.reader))
+        yield FoldShape(producer, (reader,), len(inside.rows), "expert", inside.bank)
 
 
 def _left(block: nn.Module, plan: BlockPlan) -> Iterator[LeftShape]:

@@ -11,6 +11,7 @@ these for the inputs of its matrices, and on those that the unquantized model ro
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +24,12 @@ from bigq.errors import NumericsError
 from bigq.machine.ranks import OneProcess, Ranks
 from bigq.methods.base import CalibratedMethod, Collector, DataFreeMethod
 from bigq.model.experts.bank import Bank, Expert, Product, Rounding
+from bigq.model.folding.fold import ExpertFold
 from bigq.progress.clock import Clock
 from bigq.progress.records import LinearRecord
 from bigq.quantized_weight import QuantizedWeight
 from bigq.sched.rows.routed import RoutedRows
+from bigq.sched.solve.expert_scales import is_scaled, scale_inside
 from bigq.sched.solve.shared import dealt, gathered
 from bigq.scheme import QuantScheme
 from bigq.solver.rtn import round_to_nearest
@@ -47,7 +50,7 @@ class BankJob:
     others. finished: whether ``load`` returns final ones, because an earlier run committed the expert; then it only runs. finite_only:
     leave tokens that are not finite out of Hessians. at_once: experts that are solved side by side. ends: whether an expert is the last of
     its shard; no batch of experts goes beyond it, so that a job that goes on has the same batches. rounded: see ``Expert``; of
-    ``run_bank_rows``. ranks: the processes that share the calibration rows.
+    ``run_bank_rows``. ranks: the processes that share the calibration rows. fold: inside each expert, if methods may scale there.
     """
 
     prefix: str
@@ -64,6 +67,7 @@ class BankJob:
     ends: Callable[[int], bool] = lambda e: False
     rounded: Rounding | None = None
     ranks: Ranks = field(default_factory=OneProcess)
+    fold: ExpertFold | None = None
 
     @property
     def load_original(self) -> Callable[[int], Mapping[str, Tensor]]:
@@ -120,6 +124,8 @@ def solve_bank(job: BankJob, method: CalibratedMethod, rows: RoutedRows, referen
         members = [_member(job, rows, reference, visitors, unsolved) for visitors in batch]
         if unsolved:
             _count_everywhere(job.ranks, members)
+            for member in members:
+                _scale(job, method, member)
         for product in job.bank.products if unsolved else ():
             _solve(job, method, members, product)
         while members:
@@ -215,6 +221,16 @@ def _member(job: BankJob, rows: RoutedRows, reference: RoutedRows | None, visito
         _run(job, reference, _Visited(reference, expert, tokens), slots)
         member.before = _Visited(reference, expert, visitors.tokens) if unsolved else None
     return member
+
+
+def _scale(job: BankJob, method: CalibratedMethod, member: _Member) -> None:
+    """Scale the inputs of an expert's last matrix, if the method does so. In the unquantized model it has run already."""
+    fold, scaling, tokens = job.fold, method.scaling, member.now.tokens
+    if fold is None or scaling is None or not is_scaled(fold, scaling, len(tokens)):
+        return
+    experts = [member.now.expert, *([] if member.before is None else [member.before.expert])]
+    inputs = functools.partial(member.now.input_of, fold.reader)
+    scale_inside(fold, scaling, job.schemes[fold.reader.parameter], experts, tokens.split(CHUNK_TOKENS), inputs, job.clock)
 
 
 def _count_everywhere(ranks: Ranks, members: Sequence[_Member]) -> None:

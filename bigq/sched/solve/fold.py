@@ -56,7 +56,7 @@ class FoldWork:
             if not banks.union(self.schemes).isdisjoint(fold.readers)
             and (fold.rows is None or not any(name in self.banks for name in fold.readers))
             and all(name not in self.banks or name in banks for name in fold.readers)
-            and self.scaling.takes(norm=fold.rows is None)
+            and self.scaling.takes("norm" if fold.rows is None else "linear")
         ]
 
     def kept(self, packed: Collection[str]) -> list[str]:

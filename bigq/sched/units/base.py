@@ -24,6 +24,8 @@ from bigq.model.blocks import block_linears
 from bigq.model.experts.bank import Bank, bank_modules
 from bigq.model.experts.cut import called_banks
 from bigq.model.experts.proof import prove_bank, require_layout
+from bigq.model.folding.experts import require_expert_fold
+from bigq.model.folding.fold import ExpertFold
 from bigq.model.pager import Pager
 from bigq.model.skeleton import linear_weight
 from bigq.model.structure import BlockPlan, plan_block
@@ -76,15 +78,22 @@ class Bench:
                 path = f"{prefix}.{place.name}"
                 stored = self.pager.banks[path]
                 named = stored.is_whole and bool(bank_schemes(stored, self.config))
-                key = (type(module), place.name, named, tuple(p.shape for p in module.parameters(recurse=False)))
+                fold = self.expert_fold(index, place.name)
+                key = (type(module), place.name, named, str(fold), tuple(p.shape for p in module.parameters(recurse=False)))
                 if key not in self.proven:
                     load = functools.partial(self.pager.load_expert, path)
                     bank = prove_bank(path, module, calls[place.name], load)
                     if named:
                         require_layout(path, module, bank, calls[place.name], load(0))
+                    if fold is not None:
+                        require_expert_fold(path, module, bank, calls[place.name], fold, load(0))
                     self.proven[key] = bank
                 found[place.name] = dataclasses.replace(self.proven[key], name=place.name)
         return found
+
+    def expert_fold(self, index: int, name: str) -> ExpertFold | None:
+        """Where scales may be folded inside each expert of a bank of block ``index``."""
+        return next((fold for fold in self.pager.folds[index].experts if fold.bank == name), None) if self.pager.folds else None
 
 
 class Unit(ABC):

@@ -24,6 +24,7 @@ from bigq.progress.records import LinearRecord, dead_inputs_warning
 from bigq.sched.shards import Product, Shard
 from bigq.sched.solve.bank import BankJob, SolvedExpert
 from bigq.sched.solve.block import BlockJob
+from bigq.sched.solve.expert_scales import few_tokens_warning
 from bigq.sched.solve.fold import FoldWork
 from bigq.sched.solve.results import Skipped
 from bigq.sched.solving import BlockVisit, Solving
@@ -64,7 +65,7 @@ class BlockUnit(StreamedUnit):
         if not last and not self.groups:
             pager.announce_block(self.index + 1)
         plan = bench.structure(block, self.index)
-        experts = BankWork(bench, self.index, self.groups, solving.batch)
+        experts = BankWork(bench, self.index, self.groups, solving.batch, method_of(bench.config).scaling)
         schemes = self._schemes(bench.config, plan)
         restored = {} if commit is None else self._unless_left_out(schemes, commit)
         banks = experts.jobs(self.prefix, block, bench.banks(block, self.index, plan))
@@ -156,6 +157,8 @@ class BlockUnit(StreamedUnit):
             control.progress.say(f"block {self.index + 1}: up to {lost} calibration tokens are not finite and were left out of a Hessian")
         if (warning := dead_inputs_warning(records)) is not None:
             control.progress.warn_once("dead inputs", warning)
+        if experts.unscaled:
+            control.progress.warn_once("few tokens", few_tokens_warning(experts.unscaled))
         tensors = self._tensors(bench, packed, changed) if writes else []
         left_out = [f"{self.prefix}.{name}" for name in job.plan.left_out] + list(skipped)
         return Product(tensors=tensors, records=records, left_out=left_out, skipped=skipped, batch=solving.batch)

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from bigq.config import JobConfig
 from bigq.io.writer import OutputTensor
 from bigq.job.finish import FinishedBlock
+from bigq.methods.base import Scaling
 from bigq.model.experts.bank import Bank, reading_products
 from bigq.model.experts.pages import StoredBank
 from bigq.model.pager import Pager
 from bigq.progress.records import LinearRecord
 from bigq.sched.shards import Product, Shard
 from bigq.sched.solve.bank import BankJob, SolvedExpert
+from bigq.sched.solve.expert_scales import has_too_few
 from bigq.sched.units.base import Bench
 from bigq.sched.units.schemes import bank_schemes
 from bigq.scheme import QuantScheme
@@ -63,13 +65,18 @@ def expert_groups(pager: Pager, index: int, number: int, config: JobConfig) -> l
 
 @dataclass(slots=True)
 class BankWork:
-    """The work on one block's groups of experts: what is committed already, and what waits for the rest of its group."""
+    """The work on one block's groups of experts: what is committed already, and what waits for the rest of its group.
+
+    factors: of what banks receive, by their names in the block. unscaled: experts that had too few tokens for scales inside.
+    """
 
     bench: Bench
     index: int
     groups: Sequence[ExpertGroup]
     batch: int | None
+    scaling: Scaling | None = None
     factors: Mapping[str, Tensor] = field(default_factory=dict)
+    unscaled: int = 0
     _banks: dict[str, Bank] = field(default_factory=dict)
     _packed: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
     _records: list[LinearRecord] = field(default_factory=list)
@@ -106,6 +113,7 @@ class BankWork:
                 at_once=bench.choice.experts_at_once or 1,
                 ends=functools.partial(self._ends_group, stored.path),
                 ranks=bench.writer.ranks,
+                fold=bench.expert_fold(self.index, name),
             )
         return made
 
@@ -140,6 +148,7 @@ class BankWork:
         """Pack an expert, and hand over its group if it is the last one of it. Returns its records. Only who writes the group packs it."""
         bench, group = self.bench, self._group(solved.bank, solved.number)
         records = [matrix.record(solved.tokens) for matrix in solved.matrices]
+        self.unscaled += has_too_few(bench.expert_fold(self.index, self._banks[solved.bank].name), self.scaling, solved.tokens)
         bank = group.bank
         dtypes = {name: bank.dtype(key) for key in bank.sources for name in bank.matrices(key, solved.number)}
         for matrix in solved.matrices if bench.writer.ranks.writes(group.shard.number) else ():

@@ -7,16 +7,20 @@ import dataclasses
 import pytest
 from test_planner import BEST, GIB, ROWS, SCHEME, SEQLEN, SHAPE, WIDTH, WORK, block, phase
 
+from bigq.methods.base import Scaling
+from bigq.methods.gptq import Gptq
+from bigq.methods.scaling import AwqScaling
 from bigq.model.experts import proof
 from bigq.sched.plan.cost import BlockCost, Cost, job_cost
 from bigq.sched.plan.costs import bank as bank_cost
-from bigq.sched.plan.costs.bank import proof_bytes
-from bigq.sched.plan.shape import BankShape, LinearShape, ModelShape
+from bigq.sched.plan.costs.bank import BankPhase, proof_bytes
+from bigq.sched.plan.shape import BankShape, BlockShape, FoldShape, LinearShape, ModelShape
 from bigq.sched.plan.sharing import ALONE
 from bigq.sched.plan.work import Choice
 from bigq.sched.solve import bank as solve_bank
 from bigq.sched.units import experts as units
 from bigq.scheme import QuantScheme
+from bigq.solver.scaling import SAMPLED_TOKENS, TRIALS
 
 EXPERTS, CHOSEN, INNER = 256, 8, 1024
 #: Bytes of the inputs of a bank, and of the sums of its outputs.
@@ -129,6 +133,30 @@ def test_the_unquantized_model_takes_rows_experts_and_sums_once_more() -> None:
     alone, both = phases(1), phases(2)
     assert both["load"] - alone["load"] == 2 * 10**6 + bank_cost.CHOICE * SEQLEN * one.chosen + 2 * expert
     assert both["factor"] - alone["factor"] == both["load"] - alone["load"] + 4 * n * n + SEQLEN * n * 2
+
+
+def test_scales_inside_experts_take_a_pass_and_a_choice() -> None:
+    """Each expert runs up to its last matrix once more; the choice holds a piece of that matrix and sampled inputs, for one expert."""
+    one = bank(4)
+    fold = FoldShape("experts.gate_up", ("experts.down",), INNER, "expert", one.name)
+    made = dataclasses.replace(block(), banks=(one,), folds=(fold,))
+    names = [linear.name for linear in (*made.linears, *one.linears)]
+
+    def phases(scaling: Scaling | None, shape: BlockShape) -> dict[str, list[BankPhase]]:
+        found: dict[str, list[BankPhase]] = {}
+        work = dataclasses.replace(WORK, method=Gptq(scaling))
+        for each in BlockCost(SHAPE, work, BEST, shape, dict.fromkeys(names, SCHEME)).phases():
+            found.setdefault(each[0], []).append(each)
+        return found
+
+    plain, scaled = phases(None, made), phases(AwqScaling(), made)
+    assert "scale" not in plain and "scale" not in phases(AwqScaling(), dataclasses.replace(made, folds=()))
+    (choice,) = scaled["scale"]
+    weights, routed = INNER * WIDTH, ROWS * SEQLEN * CHOSEN
+    assert choice[2] == {"single": EXPERTS * TRIALS * 2 * SAMPLED_TOKENS * weights}
+    more = [b[2]["products"] - a[2]["products"] for a, b in zip(plain["replay"], scaled["replay"], strict=True)]
+    assert sorted(more)[-1] == 2.0 * routed * 2 * weights and sum(x > 0 for x in more) == 1
+    assert choice[1] == phases(AwqScaling(), dataclasses.replace(made, banks=(dataclasses.replace(one, experts=4096),)))["scale"][0][1]
 
 
 def test_packed_groups_grow_with_the_bits() -> None:

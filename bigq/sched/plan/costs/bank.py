@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bigq.kernels.syrk import CHUNK_TOKENS
+from bigq.sched.plan.costs.fold import inside_phase
 from bigq.sched.plan.costs.ranks import batches, dealt, gathering_bytes
 from bigq.sched.plan.shape import BankShape, GroupShape, LinearShape, ModelShape
 from bigq.sched.plan.sharing import Sharing
@@ -43,7 +44,7 @@ class BankTerms:
     experts that are solved side by side. sharing, hessians, collected: see ``Work``. sums: bytes of what is collected of an input;
     summing: while it is added up over processes. factor, solve, pack: bytes in addition to it, of Linears that share an input, solve for
     so many experts; packed: of one packed Linear; moved: read and written to solve it. swept, searched: operations of sweeps, and of the
-    search for grids.
+    search for grids. scaled: whether scales are folded inside experts.
     """
 
     schemes: Mapping[str, QuantScheme]
@@ -67,6 +68,7 @@ class BankTerms:
     moved: Callable[[LinearShape], float]
     swept: Callable[[Sequence[LinearShape]], float]
     searched: Callable[[Sequence[LinearShape]], float]
+    scaled: bool = False
 
 
 def numbers_at_once(shape: ModelShape | None, given: int | None, ranks: int = 1, *, on_gpu: bool) -> list[int | None]:
@@ -112,7 +114,9 @@ def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]
     repeated = inside if solved and routed / bank.experts > EXPERT_TOKENS else 0
     # In the unquantized model an expert runs on its tokens there, and on those of the quantized model up to the last product.
     again = weights + solved * inside if paired else 0
-    replayed = {"products": 2.0 * routed * (weights + repeated + again)}
+    # So that its last inputs are known before anything is solved.
+    scaled = inside if solved and terms.scaled else 0
+    replayed = {"products": 2.0 * routed * (weights + repeated + again + scaled)}
     # The codes of the expert before stay until the next one is complete. Matrices are read one by one, then joined.
     before = solved * weights + max(sum(linear.stored for linear in product) for product in bank.products)
     moved = float(bank.experts * weights * terms.itemsize)
@@ -125,6 +129,8 @@ def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]
     result: list[BankPhase] = [("load", held + before, {}, moved), ("replay", max(reached, held + running), replayed, 0)]
     # The last tokens whose inputs were computed stay, and so does what the products before returned.
     kept = _at_a_time(terms) * bank.products[0][0].n * terms.itemsize * terms.streams
+    if scaled:
+        result.append(inside_phase(bank.experts, bank.products[-1], held + running + at_once * kept, on_gpu=terms.on_gpu))
     for product in bank.products:
         group, linears = GroupShape(product, bank.level), list(product)
         rows, square = sum(linear.m for linear in product), float(group.n) * group.n * terms.hessians

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from bigq.kernels.pick import piece
-from bigq.sched.plan.shape import BlockShape, FoldShape, LinearShape
+from bigq.methods.base import Scaling
+from bigq.sched.plan.shape import BankShape, BlockShape, FoldShape, LinearShape
 from bigq.scheme import QuantScheme
 from bigq.solver.scaling import SAMPLED_EXPERTS, SAMPLED_TOKENS, TRIALS
 
@@ -28,10 +29,13 @@ class RowTerms:
 
 
 def fold_phases(
-    block: BlockShape, schemes: Mapping[str, QuantScheme], rows: RowTerms, held: int
+    block: BlockShape, schemes: Mapping[str, QuantScheme], scaling: Scaling, rows: RowTerms, held: int
 ) -> list[tuple[str, int, dict[str, float], float]]:
-    """The phases of folding, as those of ``BlockCost``: a pass over the rows without experts, and the choice. held: bytes of the block."""
-    folds = _used(block, schemes)
+    """The phases of folding, as those of ``BlockCost``: a pass over the rows without experts, and the choice. held: bytes of the block.
+
+    Inside experts, see ``inside_phase``.
+    """
+    folds = [fold for fold in _used(block, schemes) if fold.divider != "expert" and scaling.takes(fold.divider)]
     if not folds:
         return []
     held += _statistics_bytes(folds)
@@ -42,6 +46,20 @@ def fold_phases(
         ("replay", held + block.forward.at(rows.batch), {"products": products + rows.rows * block.attention}, 0.0),
         ("scale", held + _choice_bytes(block, folds, schemes, rows), chosen, TRIALS * MOVED_BY_TRIAL * weights),
     ]
+
+
+def scales_inside(block: BlockShape, bank: BankShape, scaling: Scaling | None) -> bool:
+    """Whether scales are folded inside the experts of a bank."""
+    return scaling is not None and scaling.takes("expert") and any(fold.bank == bank.name for fold in block.folds)
+
+
+def inside_phase(experts: int, product: Sequence[LinearShape], held: int, *, on_gpu: bool) -> tuple[str, int, dict[str, float], float]:
+    """The choice of the scales inside each of so many experts. product: the last one of an expert. held: bytes that are there besides."""
+    n, weights = product[0].n, sum(linear.m * linear.n for linear in product)
+    statistics = FP32 * (2 + 2 * SAMPLED_TOKENS) * n
+    choice = BUFFERS * FP32 * min(piece(on_gpu=on_gpu), weights)
+    flops = {"single": float(experts) * TRIALS * 2 * SAMPLED_TOKENS * weights}
+    return "scale", held + statistics + choice, flops, float(experts) * TRIALS * MOVED_BY_TRIAL * weights
 
 
 def _used(block: BlockShape, schemes: Collection[str]) -> list[FoldShape]:
