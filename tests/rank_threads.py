@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -61,6 +61,16 @@ class ThreadRanks:
 
     def triangle_(self, share: Tensor) -> None:
         self.tensor_(share)
+
+    def dealt_triangles_(self, share: Tensor) -> None:
+        self.tensor_(share)
+        mine = self.rows(len(share))
+        for i in range(len(share)):
+            if i not in mine:
+                share[i] = torch.nan  # is not to be used
+
+    def numbers(self, shares: Sequence[int]) -> list[int]:
+        return [self.number(each) for each in shares]
 
     def joined(self, part: Tensor, count: int) -> Tensor:
         return torch.cat(self.exchanged(part))

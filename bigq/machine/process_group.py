@@ -11,7 +11,7 @@ import datetime
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -64,6 +64,24 @@ class ProcessGroup:
         for lo, hi in bands(len(share)):
             self._sum_(share[lo:hi, lo:])
 
+    def dealt_triangles_(self, share: Tensor) -> None:
+        for lo, hi in bands(share.shape[1], len(share)):
+            self._deal_(share[:, lo:hi, lo:])
+
+    def _deal_(self, piece: Tensor) -> None:
+        """Every rank receives its share of [k, …] from all, and adds it in the order of ranks."""
+        mine, width = self.rows(len(piece)), piece[0].numel()
+        sizes = [width * len(share(len(piece), i, self.count)) for i in range(self.count)]
+        own = sizes[self.index]
+        received = piece.new_empty(self.count * own)
+        self._together(lambda: dist.all_to_all_single(received, piece.reshape(-1), [own] * self.count, sizes))
+        parts = received.view(self.count, own)
+        total = parts[0].clone()
+        for other in parts[1:]:
+            total += other
+        to = piece[mine.start : mine.stop]
+        to.copy_(total.view(to.shape))
+
     def _sum_(self, piece: Tensor) -> None:
         """Every rank receives one part from all, adds them in the order of ranks, and sends the sum to all."""
         count = self.count
@@ -80,6 +98,10 @@ class ProcessGroup:
 
     def number(self, share: int) -> int:
         return sum(number for number in self.everyone(share) if isinstance(number, int))
+
+    def numbers(self, shares: Sequence[int]) -> list[int]:
+        of_all: Any = self.everyone(list(shares))
+        return [sum(each) for each in zip(*of_all, strict=True)]
 
     def largest_(self, share: Tensor) -> None:
         parts = [torch.empty_like(share) for _ in range(self.count)]

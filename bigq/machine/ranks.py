@@ -7,7 +7,7 @@ quantized weights. The first rank owns the folder, and writes and commits all sh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -91,11 +91,11 @@ def share(count: int, index: int, ranks: int) -> range:
     return range(count * index // ranks, count * (index + 1) // ranks)
 
 
-def bands(n: int) -> Iterator[tuple[int, int]]:
-    """Bands of rows [lo, hi) of a matrix [n, n] whose upper triangle is added up: of each, the columns from lo on, about half."""
+def bands(n: int, count: int = 1) -> Iterator[tuple[int, int]]:
+    """Bands of rows [lo, hi) of so many matrices [n, n] whose upper triangles are added up: of each, the columns from lo on, about half."""
     lo = 0
     while lo < n:
-        hi = min(n, lo + max(1, min(max(BAND_ROWS, n // BANDS), PIECE // (n - lo))))
+        hi = min(n, lo + max(1, min(max(BAND_ROWS, n // BANDS), PIECE // (count * (n - lo)))))
         yield lo, hi
         lo = hi
 
@@ -125,8 +125,14 @@ class Ranks(Protocol):
     def triangle_(self, share: Tensor) -> None:
         """``tensor_`` of the upper triangle of a matrix [n, n]. Some or all of what is below the diagonal is added up too."""
 
+    def dealt_triangles_(self, share: Tensor) -> None:
+        """Of matrices [k, n, n], ``triangle_`` of those that are this rank's by ``rows(k)``. The others are not used any more."""
+
     def number(self, share: int) -> int:
         """The sum over all ranks."""
+
+    def numbers(self, shares: Sequence[int]) -> list[int]:
+        """The sums over all ranks of several numbers."""
 
     def everyone(self, value: object) -> list[object]:
         """What each rank has given, in the order of ranks. Small values that JSON can hold; tuples become lists."""
@@ -155,8 +161,14 @@ class OneProcess:
     def triangle_(self, share: Tensor) -> None:
         """The share is the sum."""
 
+    def dealt_triangles_(self, share: Tensor) -> None:
+        """The shares are the sums."""
+
     def number(self, share: int) -> int:
         return share
+
+    def numbers(self, shares: Sequence[int]) -> list[int]:
+        return list(shares)
 
     def everyone(self, value: object) -> list[object]:
         return [value]

@@ -93,6 +93,10 @@ class Collectors(Protocol):
     @property
     def each(self) -> Sequence[Collector]: ...
 
+    def reduce(self, reduction: Reduction, *, dealt: bool) -> None:
+        """Add up the shares of several processes. dealt: each process goes on with those of the groups that are its own alone, so it needs
+        no other sums."""
+
     def only(self, span: range) -> Collectors:
         """Those of a span of the groups, at least one. The others are not used any more."""
 
@@ -181,6 +185,10 @@ class OneByOne:
     """``Collectors`` of groups that are factored and solved one after the other."""
 
     each: Sequence[Collector]
+
+    def reduce(self, reduction: Reduction, *, dealt: bool) -> None:
+        for each in self.each:
+            each.reduce(reduction)
 
     def only(self, span: range) -> OneByOne:
         return OneByOne(self.each[span.start : span.stop])

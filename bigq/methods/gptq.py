@@ -94,6 +94,13 @@ class HessianCollectors:
         self._hessians = hessians
         self.each = [HessianCollector(hessian) for hessian in hessians.each]
 
+    def reduce(self, reduction: Reduction, *, dealt: bool) -> None:
+        if dealt:
+            self._hessians.deal(reduction)
+        else:
+            for each in self.each:
+                each.reduce(reduction)
+
     def only(self, span: range) -> HessianCollectors:
         return HessianCollectors(self._hessians.only(span))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from bigq.errors import NumericsError
 from bigq.kernels.cholesky import upper_cholesky_many_
 from bigq.kernels.triangles import mirror_
-from bigq.solver.hessian import Factor, HessianSum, Order, Undamped
+from bigq.solver.hessian import Factor, HessianSum, Order, Reduction, Undamped
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,14 @@ class HessianSums:
         """Accumulators for ``count`` inputs. finite_only: see ``HessianSum``."""
         sums = torch.zeros(count, n, n, dtype=torch.float32, device=device)
         return cls(sums, [HessianSum(n, device, finite_only=finite_only, into=one) for one in sums])
+
+    def deal(self, reduction: Reduction) -> None:
+        """Add up the shares of all processes: of the Hessians, each process gets some."""
+        reduction.dealt_triangles_(self._sums)
+        tokens = reduction.numbers([each.tokens for each in self.each])
+        left_out = reduction.numbers([each.left_out for each in self.each])
+        for each, *numbers in zip(self.each, tokens, left_out, strict=True):
+            each.tokens, each.left_out = numbers
 
     def only(self, span: range) -> HessianSums:
         """Those of a span of the inputs, in the same buffer."""

@@ -6,7 +6,7 @@ factor is immutable, so a shared H is damped and permuted only once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,8 +47,14 @@ class Reduction(Protocol):
     def triangle_(self, share: Tensor) -> None:
         """The same for the upper triangle of a matrix [n, n]; the rest is not used."""
 
+    def dealt_triangles_(self, share: Tensor) -> None:
+        """Of matrices [k, n, n], each process gets the sums of some. The others are not used any more."""
+
     def number(self, share: int) -> int:
         """The sum over all processes."""
+
+    def numbers(self, shares: Sequence[int]) -> list[int]:
+        """The sums over all processes of several numbers."""
 
     def largest_(self, share: Tensor) -> None:
         """Replace each element of this process's share by the largest over all processes, in place."""

@@ -27,6 +27,7 @@ COUNT = 2
 PHASES = {
     ("bigq.machine.process_group", "ProcessGroup.tensor_"): "hessian",
     ("bigq.machine.process_group", "ProcessGroup.triangle_"): "hessian",
+    ("bigq.machine.process_group", "ProcessGroup.dealt_triangles_"): "hessian",
     ("bigq.machine.process_group", "ProcessGroup.joined"): "solve",
     ("bigq.machine.process_group", "ProcessGroup._gathered"): "",
     ("bigq.solver.hessian", "upper_cholesky_shared_"): "factor",
@@ -59,19 +60,19 @@ def count_exchanges(folder: Path) -> None:
     def count(name: str, received: Callable[[Any, Any], int]) -> None:
         real = getattr(distributed, name)
 
-        def counting(output: Any, mine: Any) -> object:
+        def counting(output: Any, mine: Any, *sizes: Any) -> object:
             if phases[-1]:
                 of_phase: Any = counted.setdefault(phases[0], {"received_bytes": 0, "operations": 0, "seconds": None})
                 of_phase["received_bytes"] += received(output, mine)
                 of_phase["operations"] += 1
                 (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(counted))
-            return real(output, mine)
+            return real(output, mine, *sizes)
 
         setattr(distributed, name, counting)
 
     for place, phase in PHASES.items():
         mark(*place, phase)
-    count("all_to_all_single", lambda output, mine: output.nbytes * (COUNT - 1) // COUNT)
+    count("all_to_all_single", lambda output, mine: output.nbytes * (COUNT - 1) // COUNT)  # as much from each of them
     count("all_gather", lambda parts, mine: sum(part.nbytes for part in parts) - mine.nbytes)
 
 
@@ -113,15 +114,16 @@ LONG = ("an odd number of rows", "all solve all")
 def test_the_bytes_and_operations_of_a_plan_are_those_of_its_job(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exactly, for each of both processes; and all that the two plans choose is the same."""
+    """Exactly, for the process that receives most; and all that the two plans choose is the same."""
     monkeypatch.setattr("bigq.sched.plan.costs.ranks.SHARED_FROM", SMALL)
     monkeypatch.setattr("bigq.machine.ranks.BAND_ROWS", 24)
     family, options = CASES[case]
     model = ROOT / "bigq/assets/tiny-llama" if family is None else make_checkpoint(tmp_path / "m", family, num_hidden_layers=2)
     ids = save_ids(tmp_path / "ids.safetensors", random_ids(8, 64))
     planned, own = run_both(tmp_path, model, ids, capsys, *options)
-    for rank in range(COUNT):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == planned["ranks"]["traffic"]
+    counted = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(COUNT)]
+    assert max(counted, key=lambda one: one["hessian"]["received_bytes"]) == planned["ranks"]["traffic"]
+    assert family == "mixtral" or counted[0] == counted[1], "uneven shares of experts are not padded"
     for name in ("count", "hosts", "rows", "traffic", "received_bytes", "operations", "reads", "links"):
         assert own["ranks"][name] == planned["ranks"][name]
     for name in ("rows", "batch", "experts_at_once", "activations", "memo", "kept_rows", "written_bytes", "disk_bytes"):

@@ -101,6 +101,12 @@ def summed_triangle(n: int, sharing: Sharing) -> Traffic:
     return sum((summed((hi - lo) * (n - lo), sharing) for lo, hi in bands(n)), Traffic())
 
 
+def dealt_triangles(count: int, n: int, sharing: Sharing) -> Traffic:
+    """Of adding up so many matrices [n, n], each for the process that goes on with it (``Ranks.dealt_triangles_``)."""
+    found = list(bands(n, count))
+    return Traffic((sharing.ranks - 1) * sharing.part(count) * 4 * sum((hi - lo) * (n - lo) for lo, hi in found), len(found))
+
+
 def joined(rows: int, row_bytes: int, tensors: int, sharing: Sharing) -> Traffic:
     """Of joining rows of so many tensors (``Ranks.joined``). row_bytes: of one row of all these tensors."""
     return Traffic((sharing.ranks - 1) * sharing.part(rows) * row_bytes, tensors)

@@ -30,7 +30,7 @@ from bigq.progress.records import LinearRecord
 from bigq.quantized_weight import QuantizedWeight
 from bigq.sched.rows.routed import RoutedRows
 from bigq.sched.solve.expert_scales import is_scaled, scale_inside
-from bigq.sched.solve.shared import dealt, gathered
+from bigq.sched.solve.shared import are_dealt, dealt, gathered
 from bigq.scheme import QuantScheme
 from bigq.solver.rtn import round_to_nearest
 
@@ -357,6 +357,10 @@ def _solve(job: BankJob, method: CalibratedMethod, members: Sequence[_Member], p
         for member, collector in zip(seen, collectors.each, strict=True):
             _collect(job, member, product, collector)
         mine, solved = dealt(len(seen), scheme, job.ranks), list[list[QuantizedWeight] | NumericsError]()
+        with job.clock.phase("hessian"):
+            collectors.reduce(job.ranks, dealt=are_dealt(scheme, job.ranks))
+        for member, collector in zip(seen, collectors.each, strict=True):
+            member.left_out = max(member.left_out, collector.left_out)
         if mine:
             with job.clock.phase("factor"):
                 factors = collectors.only(mine).factor(scheme, labels[mine.start : mine.stop])
@@ -387,6 +391,3 @@ def _collect(job: BankJob, member: _Member, product: Product, collector: Collect
             x = member.now.input_of(product, part)
         with job.clock.phase("hessian"):
             collector.add(x, before)
-    with job.clock.phase("hessian"):
-        collector.reduce(job.ranks)
-    member.left_out = max(member.left_out, collector.left_out)

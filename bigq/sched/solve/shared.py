@@ -70,7 +70,12 @@ def solve_shared(factor: Factor, weights: list[Tensor], scheme: QuantScheme, lab
 
 def dealt(count: int, scheme: QuantScheme, ranks: Ranks) -> range:
     """Which of so many experts this rank solves, perhaps none."""
-    return range(count) if _by_all(scheme, ranks) else share(count, ranks.index, ranks.count)
+    return range(count) if not are_dealt(scheme, ranks) else share(count, ranks.index, ranks.count)
+
+
+def are_dealt(scheme: QuantScheme, ranks: Ranks) -> bool:
+    """Whether ranks solve different experts."""
+    return not _by_all(scheme, ranks)
 
 
 def _by_all(scheme: QuantScheme, ranks: Ranks) -> bool:

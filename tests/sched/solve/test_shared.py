@@ -11,7 +11,7 @@ from bigq.errors import NumericsError
 from bigq.machine.ranks import OneProcess
 from bigq.methods.gptq import Gptq, HessianFactor
 from bigq.quantized_weight import QuantizedWeight
-from bigq.sched.solve.shared import dealt, failing_together, gathered, sharing_of, solve_shared
+from bigq.sched.solve.shared import are_dealt, dealt, failing_together, gathered, sharing_of, solve_shared
 from bigq.scheme import QuantScheme
 from bigq.vocabulary import OrderName
 
@@ -62,8 +62,8 @@ def test_experts_that_ranks_are_dealt(count: int, scheme: QuantScheme) -> None:
             # Each rank sees some of the tokens.
             for token in ranks.rows(len(xs[i])):
                 collector.add(xs[i][token])
-            collector.reduce(ranks)
         mine = dealt(count, scheme, ranks)
+        collectors.reduce(ranks, dealt=are_dealt(scheme, ranks))
         found: list[list[QuantizedWeight] | NumericsError] = []
         if mine:
             factors = collectors.only(mine).factor(scheme, [labels[i] for i in mine])

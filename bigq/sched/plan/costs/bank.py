@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bigq.kernels.syrk import CHUNK_TOKENS
 from bigq.sched.plan.costs.fold import inside_phase
-from bigq.sched.plan.costs.ranks import batches, dealt, gathering_bytes
+from bigq.sched.plan.costs.ranks import batches, dealing_bytes, dealt, gathering_bytes
 from bigq.sched.plan.shape import BankShape, GroupShape, LinearShape, ModelShape
 from bigq.sched.plan.sharing import Sharing
 from bigq.scheme import QuantScheme
@@ -23,7 +23,8 @@ PROVEN_SLOTS, PROVEN_MORE = 4, 2
 FP32 = 4
 #: Bytes of a token's choice of an expert: two numbers of 8 bytes at most, and one that sorts the tokens by expert.
 CHOICE = 24
-#: Experts that a process solves side by side on a GPU, and bytes that they may take. More would gain little: eight of DeepSeek-V3's fill a GPU.
+#: Experts that a process solves side by side on a GPU, and bytes that they may take. More would gain little: eight of DeepSeek-V3's fill
+#: one.
 AT_ONCE, AT_ONCE_BYTES = 8, 4 * 2**30
 
 #: Steps in which the tokens of an expert are counted (``solve.bank``), and bytes that oneDNN keeps of a bf16 product for each number of
@@ -140,10 +141,16 @@ def bank_phases(bank: BankShape, held: int, terms: BankTerms) -> list[BankPhase]
         others = (at_once - 1 + (terms.streams - 1) / terms.streams) * kept
         solving = {"solve": solving_here * ((3 if paired else 1) * rows * square + terms.swept(linears))}
         solving["single"] = solving_here * ((2.0 * rows * square if paired else 0.0) + terms.searched(linears))
+        summing = max(terms.summing(group), dealing_bytes(at_once, group.n, terms.sharing))
         gathering = gathering_bytes(linears, terms.schemes, at_once, own, terms.sharing)
         accumulated = {"hessian": routed * terms.collected(group.n) * (3 if paired else 1)}
         result += [
-            ("hessian", held + at_once * sums + max(running, terms.summing(group)) + int(others), accumulated, 0),
+            (
+                "hessian",
+                held + at_once * sums + max(running, summing) + int(others),
+                accumulated,
+                0,
+            ),
             ("factor", waiting + own * terms.factor(group, linears), {"single": solving_here * group.n * square / 3}, 0),
             ("solve", waiting + max(terms.solve(group, linears, own), gathering), solving, solving_here * sum(map(terms.moved, linears))),
             ("pack", held + terms.pack(group, linears), {}, 6.0 * bank.experts * rows * group.n),

@@ -29,6 +29,14 @@ def summing_bytes(n: int, sharing: Sharing, *, square: bool = False) -> int:
     return FP32 * sharing.part(elements) * (3 * sharing.ranks + 1)
 
 
+def dealing_bytes(count: int, n: int, sharing: Sharing) -> int:
+    """Bytes while the triangles of so many matrices [n, n] are added up, each for the process that goes on with it."""
+    if sharing.ranks == 1:
+        return 0
+    elements = max((hi - lo) * (n - lo) for lo, hi in bands(n, count))
+    return FP32 * elements * (count + sharing.part(count) * (2 * sharing.ranks + 1))
+
+
 def is_shared(n: int, sharing: Sharing) -> bool:
     """Whether processes share the factorization of a Hessian [n, n]."""
     return sharing.ranks > 1 and n >= SHARED_FROM

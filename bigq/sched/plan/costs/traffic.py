@@ -14,7 +14,7 @@ from bigq.sched.plan.costs.bank import group_of
 from bigq.sched.plan.costs.head import chunks
 from bigq.sched.plan.costs.ranks import batches, by_rows, is_shared, result_bytes, solved_together
 from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape, ModelShape
-from bigq.sched.plan.sharing import Traffic, factored, joined, summed, summed_triangle
+from bigq.sched.plan.sharing import Traffic, dealt_triangles, factored, joined, summed, summed_triangle
 from bigq.sched.plan.work import Choice, Work
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import column_order
@@ -70,11 +70,13 @@ def _add_bank(total: dict[str, Traffic], bank: BankShape, schemes: Schemes, work
     """As if tokens were routed to each expert."""
     sizes = batches(bank.experts, group_of(bank), min(choice.experts_at_once or 1, bank.experts))
     for product in bank.products:
-        total["hessian"] += _sums(GroupShape(product, bank.level), work).times(bank.experts)
-        scheme = schemes[product[0].name]
+        group, scheme = GroupShape(product, bank.level), schemes[product[0].name]
         if scheme.grid.settles:
+            total["hessian"] += _sums(group, work).times(bank.experts)
             continue
         for size in sizes:
+            alone = work.streams > 1 or size == 1  # solved one by one, and so added up
+            total["hessian"] += _sums(group, work).times(size) if alone else dealt_triangles(size, group.n, work.sharing)
             for linear in product:
                 total["solve"] += joined(size, linear.m * result_bytes(linear, scheme), TENSORS, work.sharing)
 
