@@ -319,9 +319,9 @@ def test_the_table_of_processes_is_its_result_file() -> None:
     assert " ".join(table(found).split()) in page
     eight = [next(plan for plan in plans if plan["ranks"] == 8) for plans in found["models"].values()]
     now = [f"{100 * plan['scaling_computing']:.0f}" for plan in eight]
-    halved = [f"{100 * plan['scaling_if']['half the sums']:.0f}" for plan in eight]
+    hidden = [f"{100 * plan['scaling_if_hidden']:.0f}" for plan in eight]
     assert f"With eight it reaches {now[0]}, {now[1]} and {now[2]} %" in page
-    assert f"it would be {halved[0]}, {halved[1]} and {halved[2]} %" in page
+    assert f"it would be {hidden[0]}, {hidden[1]} and {hidden[2]} %" in page
 
 
 def test_the_table_of_methods_is_that_of_its_results() -> None:
