@@ -90,66 +90,6 @@ def hidden(shared: Mapping[str, Any], computing: float) -> float:
     return float(shared["scaling_computing"] * computing / (computing - sum(each["seconds"] for each in shared["traffic"].values())))
 
 
-def folders() -> Iterator[tuple[str, Path]]:
-    """The models, as folders that a plan can read."""
-    for name in (*DENSE, *EXPERTS):
-        with tempfile.TemporaryDirectory() as folder:
-            if name in SHAPES:
-                write_config(SHAPES[name], Path(folder))
-            else:
-                write_headers(MOE_SHAPES[name].config, Path(folder))
-            yield name, Path(folder)
-
-
-def scaled(folder: Path, on: str) -> list[dict[str, Any]]:
-    """A model's plans, with what differs between numbers of processes."""
-    found = []
-    for ranks, hosts in PLACES:
-        plans = {disk: planned(folder, on, (*ROOM, "--ranks", str(ranks), "--hosts", str(hosts), "--disk-rate", disk)) for disk in DISKS}
-        plan = plans[DISKS[0]]
-        shared = plan["ranks"]
-        computing = sum(phase["seconds"] for phase in plan["phases"])
-        found.append(
-            {
-                "ranks": ranks,
-                "hosts": hosts,
-                "device_bytes": plan["device_bytes"],
-                "host_bytes": plan["host_bytes"],
-                "batch": plan["batch"],
-                "experts_at_once": plan["experts_at_once"],
-                "computing_seconds": computing,
-                "scaling_computing": None if shared is None else shared["scaling_computing"],
-                "phases": {phase["phase"]: phase["seconds"] for phase in plan["phases"] if phase["seconds"]},
-                "traffic": None if shared is None else shared["traffic"],
-                "scaling_if_hidden": None if shared is None else hidden(shared, computing),
-                "moved_bytes": plan["read_bytes"] + plan["written_bytes"],
-                "disks": {
-                    disk: {
-                        "seconds_at_least": each["seconds_at_least"],
-                        "scaling": None if shared is None else each["ranks"]["scaling"],
-                        "bound_by": None if shared is None else each["ranks"]["bound_by"],
-                        "excess_seconds": None if shared is None else each["ranks"]["excess_seconds"],
-                    }
-                    for disk, each in plans.items()
-                },
-            }
-        )
-    return found
-
-
-def mended(shared: Mapping[str, Any], computing: float) -> dict[str, float]:
-    """What computing alone would reach if more were done about the traffic; bytes and operations are as planned otherwise.
-
-    half the sums: only one triangle of each Hessian is sent. hidden: all of it happens while something else is computed.
-    """
-    traffic = shared["traffic"]
-    waits = shared["links"]["peers_wait" if shared["hosts"] == 1 else "hosts_wait"]
-    sums = traffic["hessian"]["seconds"] - waits * traffic["hessian"]["operations"]
-    whole = sum(each["seconds"] for each in traffic.values())
-    reached = shared["scaling_computing"] * computing
-    return {"half the sums": reached / (computing - sums / 2), "hidden": reached / (computing - whole)}
-
-
 def table(result: Mapping[str, Any]) -> str:
     """The table of a result, as Markdown."""
     lines = []
