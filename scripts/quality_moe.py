@@ -46,9 +46,12 @@ from torch import Tensor
 import bigq
 from bigq.calibration import calibration_rows, evaluation_rows
 from bigq.infer.evaluate import Stream
+from bigq.methods.base import CalibratedMethod, Collector
+from bigq.model.experts.bank import Product
 from bigq.model.pager import Pager
 from bigq.sched.rows.routed import RoutedRows
 from bigq.sched.solve import bank
+from bigq.sched.solve.bank import BankJob
 
 BITS, GROUP, SEEDS = (4, 3), 32, (0, 1, 2)
 SAMPLES, SEQLEN, WINDOWS = 16, 256, 128
@@ -61,19 +64,41 @@ COMMAND = "python scripts/quality_moe.py --work DIR --gptqmodel VENV --llmcompre
 
 #: The tokens of an expert's Hessian, from its rows, the tokens that are routed to it, and the inputs of the matrix.
 Choice = Callable[[RoutedRows, Tensor, int], Tensor]
+#: Solves a product of an expert. From bigq's own way, given a job; the job; the expert, a member of a batch; and the product's inputs.
+Rule = Callable[[Callable[[BankJob], None], BankJob, Any, int], None]
+
+
+def solving(rule: Rule) -> AbstractContextManager[Any]:
+    """Let a rule solve every product of every expert, one expert after the other."""
+    own = bank._solve
+
+    def one_by_one(job: BankJob, method: CalibratedMethod, members: Sequence[Any], product: Product) -> None:
+        for member in members:
+            assert member.before is None and job.ranks.count == 1, "rules know the quantized model alone, in one process"
+            rule(partial(own, method=method, members=[member], product=product), job, member, member.now.expert.weight(product).shape[1])
+
+    return mock.patch.object(bank, "_solve", one_by_one)
 
 
 @contextlib.contextmanager
-def hessian_tokens(choose: Choice) -> Iterator[None]:
-    """Let Hessians of experts have other tokens. No tokens: the matrix is rounded to nearest. What experts return stays as it is."""
-    solve = bank._solve
-
-    def chosen(job: Any, method: Any, rows: Any, expert: Any, number: int, product: Any, tokens: Tensor) -> Any:
-        inputs = expert.weight(product).shape[1]
-        return solve(job, method, rows, expert, number, product, choose(rows, tokens, inputs))
-
-    with mock.patch.object(bank, "_solve", chosen):
+def given(member: Any, tokens: Tensor) -> Iterator[None]:
+    """Let an expert's Hessian have these tokens. How many are routed to it, and what it returns for them, stays as it is."""
+    now, count = member.now, member.tokens
+    member.now, member.tokens = dataclasses.replace(now, tokens=tokens, inputs=None), len(tokens)
+    try:
         yield
+    finally:
+        member.now, member.tokens = now, count
+
+
+def hessian_tokens(choose: Choice) -> AbstractContextManager[Any]:
+    """Let Hessians of experts have other tokens. No tokens: the matrix is rounded to nearest. What experts return stays as it is."""
+
+    def chosen(solve: Callable[[BankJob], None], job: BankJob, member: Any, inputs: int) -> None:
+        with given(member, choose(member.now.rows, member.now.tokens, inputs)):
+            solve(job)
+
+    return solving(chosen)
 
 
 def everyone(rows: RoutedRows, tokens: Tensor, inputs: int) -> Tensor:
@@ -109,58 +134,58 @@ def without(tokens: Tensor, count: int) -> Tensor:
 
 
 class Scaled:
-    """A method whose Hessian weighs each token. scale: of a token's inputs [T]."""
+    """A collector that multiplies the inputs of each token. scale: of every token [T], in the order in which they are added."""
 
-    def __init__(self, method: Any, scale: Tensor) -> None:
-        self._method, self._scale = method, scale
+    def __init__(self, collector: Collector, scale: Tensor) -> None:
+        self._collector, self._parts = collector, iter(scale.split(bank.CHUNK_TOKENS))
 
-    def collector(self, n: int, device: torch.device, *, finite_only: bool) -> Any:
-        collector = self._method.collector(n, device, finite_only=finite_only)
-        add, parts = collector.add, iter(self._scale.split(bank.CHUNK_TOKENS))
-        collector.add = lambda x: add(x * next(parts)[:, None])
-        return collector
+    def add(self, x: Tensor, reference: None = None) -> None:
+        self._collector.add(x * next(self._parts)[:, None])
 
 
-@contextlib.contextmanager
-def weighted() -> Iterator[None]:
+def scaling(scale: Tensor) -> AbstractContextManager[Any]:
+    """Multiply the inputs of each token of one expert's Hessian. scale: see ``Scaled``."""
+    collect = bank._collect
+
+    def scaled(job: BankJob, member: Any, product: Product, collector: Collector) -> None:
+        collect(job, member, product, Scaled(collector, scale))  # type: ignore[arg-type]
+
+    return mock.patch.object(bank, "_collect", scaled)
+
+
+def weighted() -> AbstractContextManager[Any]:
     """Weigh each token of an expert's Hessian by the square of the router's weight."""
-    solve = bank._solve
 
-    def scaled(job: Any, method: Any, rows: Any, expert: Any, number: int, product: Any, tokens: Tensor) -> Any:
-        weights = (rows.weights[tokens] * (rows.experts[tokens] == number)).sum(-1).float()
-        return solve(job, Scaled(method, weights), rows, expert, number, product, tokens)
+    def by_router(solve: Callable[[BankJob], None], job: BankJob, member: Any, inputs: int) -> None:
+        with scaling(member.now.rows.weights[member.now.tokens, member.slots].float()):
+            solve(job)
 
-    with mock.patch.object(bank, "_solve", scaled):
-        yield
+    return solving(by_router)
 
 
-@contextlib.contextmanager
-def shrunk(share: float) -> Iterator[None]:
+def shrunk(share: float) -> AbstractContextManager[Any]:
     """Add the mean over all other tokens to an expert's Hessian, as if it were that of so many tokens: a share of the inputs."""
-    solve = bank._solve
 
-    def mixed(job: Any, method: Any, rows: Any, expert: Any, number: int, product: Any, tokens: Tensor) -> Any:
-        others = without(tokens, len(rows.experts))
-        weight = share * expert.weight(product).shape[1] / max(len(others), 1)
+    def mixed(solve: Callable[[BankJob], None], job: BankJob, member: Any, inputs: int) -> None:
+        tokens = member.now.tokens
+        others = without(tokens, len(member.now.rows.experts))
+        weight = share * inputs / max(len(others), 1)
         scale = torch.cat([torch.ones(len(tokens)), torch.full((len(others),), math.sqrt(weight))])
-        return solve(job, Scaled(method, scale), rows, expert, number, product, torch.cat([tokens, others]))
+        with given(member, torch.cat([tokens, others])), scaling(scale):
+            solve(job)
 
-    with mock.patch.object(bank, "_solve", mixed):
-        yield
+    return solving(mixed)
 
 
-@contextlib.contextmanager
-def damped(factor: float) -> Iterator[None]:
+def damped(factor: float) -> AbstractContextManager[Any]:
     """Let the damping of an expert's matrix be at least factor · inputs / tokens, and at most 0.9."""
-    solve = bank._solve
 
-    def more(job: Any, method: Any, rows: Any, expert: Any, number: int, product: Any, tokens: Tensor) -> Any:
-        least = min(0.9, factor * expert.weight(product).shape[1] / max(len(tokens), 1))
+    def more(solve: Callable[[BankJob], None], job: BankJob, member: Any, inputs: int) -> None:
+        least = min(0.9, factor * inputs / max(member.tokens, 1))
         schemes = {name: dataclasses.replace(s, damping=max(s.damping, least)) for name, s in job.schemes.items()}
-        return solve(dataclasses.replace(job, schemes=schemes), method, rows, expert, number, product, tokens)
+        solve(dataclasses.replace(job, schemes=schemes))
 
-    with mock.patch.object(bank, "_solve", more):
-        yield
+    return solving(more)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The comparison on a model with experts: its differences, its verdicts, the rules it puts in bigq's place, and its page."""
+"""The comparison on a model with experts: its differences, its verdicts, the tokens that its rules choose, and its page."""
 
 from __future__ import annotations
 
@@ -18,10 +18,6 @@ import moe_section
 import quality_moe
 import train_moe
 from quality_moe import BITS, WAYS, Run
-
-from bigq.sched.solve import bank
-from bigq.sched.solve.bank import BankJob
-from bigq.scheme import QuantScheme
 
 RESULT = ROOT / "docs/results/quality_moe.json"
 
@@ -108,78 +104,6 @@ def test_rules_choose_tokens() -> None:
     assert quality_moe.none_below(0.26, rows_of(8), few, 4).tolist() == []
     assert quality_moe.none_below_inputs(rows_of(8), few, 2).tolist() == [3, 5]
     assert quality_moe.none_below_inputs(rows_of(8), few, 3).tolist() == []
-
-
-def test_a_rule_replaces_the_tokens_of_hessians_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[int]] = []
-
-    def solve(job: Any, method: Any, rows: Any, expert: Any, number: int, product: Any, tokens: torch.Tensor) -> None:
-        seen.append(tokens.tolist())
-
-    monkeypatch.setattr(bank, "_solve", solve)
-    expert = SimpleNamespace(weight=lambda product: torch.zeros(2, 3))
-    with quality_moe.hessian_tokens(lambda rows, tokens, inputs: tokens[: inputs - 1]):
-        bank._solve(None, None, rows_of(8), expert, 0, None, torch.arange(6))  # type: ignore[arg-type]
-    bank._solve(None, None, rows_of(8), expert, 0, None, torch.arange(6))  # type: ignore[arg-type]
-    assert seen == [[0, 1], [0, 1, 2, 3, 4, 5]]
-
-
-def test_weights_of_the_router_scale_the_inputs_of_hessians(monkeypatch: pytest.MonkeyPatch) -> None:
-    added: list[torch.Tensor] = []
-    method = SimpleNamespace(collector=lambda n, device, finite_only: SimpleNamespace(add=added.append))
-
-    def solve(job: Any, method: Any, rows: Any, expert: Any, number: int, product: Any, tokens: torch.Tensor) -> None:
-        collector = method.collector(1, torch.device("cpu"), finite_only=False)
-        for part in tokens.split(2):
-            collector.add(torch.ones(len(part), 3))
-
-    monkeypatch.setattr(bank, "_solve", solve)
-    monkeypatch.setattr(bank, "CHUNK_TOKENS", 2)
-    experts = torch.tensor([[0, 7], [7, 0], [1, 2], [7, 3]])
-    weights = torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.9, 0.1], [1.0, 0.0]])
-    rows = SimpleNamespace(experts=experts, weights=weights)
-    with quality_moe.weighted():
-        bank._solve(None, method, rows, None, 7, None, torch.tensor([0, 1, 3]))  # type: ignore[arg-type]
-    assert torch.cat(added).tolist() == [[0.75] * 3, [0.5] * 3, [1.0] * 3]
-
-
-def test_damping_grows_as_tokens_get_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[float] = []
-
-    def solve(job: Any, method: Any, rows: Any, expert: Any, number: int, product: Any, tokens: torch.Tensor) -> None:
-        found.append(job.schemes["up"].damping)
-
-    monkeypatch.setattr(bank, "_solve", solve)
-    job = BankJob(
-        prefix="x",
-        module=torch.nn.Module(),
-        bank=None,  # type: ignore[arg-type]
-        schemes={"up": QuantScheme(damping=0.01)},
-        names=lambda parameter, e: (),
-        load=lambda e: {},
-        clock=None,  # type: ignore[arg-type]
-    )
-    expert = SimpleNamespace(weight=lambda product: torch.zeros(2, 100))
-    with quality_moe.damped(0.05):
-        for tokens in (1000, 50, 1, 0):
-            bank._solve(job, None, None, expert, 0, None, torch.arange(tokens))  # type: ignore[arg-type]
-    assert found == [0.01, 0.1, 0.9, 0.9]
-
-
-def test_a_mixed_hessian_is_that_of_its_tokens_and_a_share_of_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-    found: list[torch.Tensor] = []
-    method = SimpleNamespace(collector=lambda n, device, finite_only: SimpleNamespace(add=lambda part: found.append(part.T @ part)))
-
-    def solve(job: Any, method: Any, rows: Any, expert: Any, number: int, product: Any, tokens: torch.Tensor) -> None:
-        method.collector(4, torch.device("cpu"), finite_only=False).add(x[tokens])
-
-    monkeypatch.setattr(bank, "_solve", solve)
-    expert = SimpleNamespace(weight=lambda product: torch.zeros(2, 4))
-    own, others = torch.tensor([1, 6]), torch.tensor([0, 2, 3, 4, 5, 7])
-    with quality_moe.shrunk(0.25):
-        bank._solve(None, method, rows_of(8), expert, 0, None, own)  # type: ignore[arg-type]
-    torch.testing.assert_close(found[0], x[own].T @ x[own] + 0.25 * 4 * x[others].T @ x[others] / 6)
 
 
 def test_the_trained_model_starts_alike_and_counts_what_its_router_chooses() -> None:
