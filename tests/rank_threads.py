@@ -72,6 +72,14 @@ class ThreadRanks:
     def numbers(self, shares: Sequence[int]) -> list[int]:
         return [self.number(each) for each in shares]
 
+    def gathered(self, rows: Tensor) -> Tensor:
+        return torch.cat(self.exchanged(rows))
+
+    def largest_(self, share: Tensor) -> None:
+        parts = [part.clone() for part in self.exchanged(share)]
+        self.meeting.barrier.wait()
+        share.copy_(torch.stack(parts).amax(0))
+
     def joined(self, part: Tensor, count: int) -> Tensor:
         return torch.cat(self.exchanged(part))
 

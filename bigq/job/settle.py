@@ -251,8 +251,7 @@ def require_shareable(config: JobConfig, method: Method, *, remote: bool, rows: 
     rows: of calibration.
     """
     alone = {
-        f"--method {config.method}": not isinstance(method, CalibratedMethod) or not method.hessians,
-        f"--fold {config.fold}": method.scaling is not None,
+        f"--method {config.method}": not isinstance(method, CalibratedMethod),
         "--tune-steps": bool(config.tune_steps),
         "--bits-per-weight": config.bits_per_weight is not None,
         "a model that stays on a server": remote,

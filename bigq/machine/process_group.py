@@ -132,6 +132,16 @@ class ProcessGroup:
         self._together(lambda: dist.all_gather(parts, padded))
         return torch.cat([parts[i][: len(share(count, i, self.count))] for i in range(self.count)])
 
+    def gathered(self, rows: Tensor) -> Tensor:
+        of_all: Any = self.everyone(len(rows))
+        padded = rows.new_zeros(max(of_all), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = list(rows.new_empty(self.count * max(of_all), *rows.shape[1:]).split(max(of_all))) if max(of_all) else []
+        if not parts:
+            return rows
+        self._together(lambda: dist.all_gather(parts, padded))
+        return torch.cat([part[:length] for part, length in zip(parts, of_all, strict=True)])
+
     def rows(self, count: int) -> range:
         return share(count, self.index, self.count)
 

@@ -140,6 +140,9 @@ class Ranks(Protocol):
     def joined(self, part: Tensor, count: int) -> Tensor:
         """[count, ...] from each rank's part, which has the rows of ``share(count, index, ranks)``."""
 
+    def gathered(self, rows: Tensor) -> Tensor:
+        """The rows [k, …] of all ranks, in the order of ranks, each of which may have any number of them."""
+
     def largest_(self, share: Tensor) -> None:
         """Replace each element of this rank's share by the largest over all ranks, in place."""
 
@@ -175,6 +178,9 @@ class OneProcess:
 
     def joined(self, part: Tensor, count: int) -> Tensor:
         return part
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        return rows
 
     def largest_(self, share: Tensor) -> None:
         """The share is the largest."""

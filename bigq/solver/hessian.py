@@ -56,6 +56,9 @@ class Reduction(Protocol):
     def numbers(self, shares: Sequence[int]) -> list[int]:
         """The sums over all processes of several numbers."""
 
+    def gathered(self, rows: Tensor) -> Tensor:
+        """The rows [k, …] of all processes, in their order."""
+
     def largest_(self, share: Tensor) -> None:
         """Replace each element of this process's share by the largest over all processes, in place."""
 

@@ -20,6 +20,7 @@ from bigq.kernels.grid import grid_for_range, nearest
 from bigq.kernels.grid_spec import BLOCK_ROWS
 from bigq.kernels.pick import piece
 from bigq.scheme import QuantScheme
+from bigq.solver.hessian import Reduction
 from bigq.solver.settling import of_blocks
 
 #: Tokens that the error of outputs is measured on.
@@ -39,7 +40,7 @@ LEAST = 1e-4
 class InputStatistics:
     """What is collected of an input [..., n]: Σ|x|, max |x|, and evenly spaced tokens.
 
-    expected: tokens that will be added, all together. Tokens that are not finite are left out.
+    expected: tokens that will be added, all together, by all processes that share them. Tokens that are not finite are left out.
     """
 
     def __init__(self, n: int, device: torch.device, expected: int) -> None:
@@ -65,6 +66,13 @@ class InputStatistics:
         self._sampled.append(picked)
         self.tokens += len(x)
 
+    def reduce(self, reduction: Reduction) -> None:
+        """Put together what all processes have collected."""
+        reduction.tensor_(self._sum)
+        reduction.largest_(self.largest)
+        self._sampled = [reduction.gathered(self.sample)]
+        self.tokens = reduction.number(self.tokens)
+
     @property
     def mean(self) -> Tensor:
         """The mean of |x|, [n]."""
@@ -73,7 +81,7 @@ class InputStatistics:
     @property
     def sample(self) -> Tensor:
         """Some of the tokens, fp32 [t, n]."""
-        return torch.cat(self._sampled)
+        return torch.cat([self._sum.new_empty(0, len(self._sum)), *self._sampled])
 
 
 @dataclass(frozen=True, slots=True)

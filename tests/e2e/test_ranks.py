@@ -212,7 +212,31 @@ def test_another_number_of_processes_is_refused_unless_allowed(case: Case, tmp_p
 
 
 @pytest.mark.parametrize(
-    "more", [["--method", "rtn"], ["--fold", "awq"], ["--method", "gptaq", "--tune-steps", "4"], ["--bits-per-weight", "4"]], ids=" ".join
+    ("family", "more"),
+    [
+        ("llama", ["--method", "awq"]),
+        pytest.param("llama", ["--method", "gptaq", "--fold", "awq"], marks=pytest.mark.long),
+        ("mixtral", ["--method", "awq", "--experts-at-once", "3"]),
+        pytest.param("mixtral", ["--fold", "smoothquant"], marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_scaled_inputs(family: str, more: list[str], case: Case, experts: Case, tmp_path: Path) -> None:
+    """Scales come from the tokens of all. One process is killed, and the job goes on to the bytes of an undisturbed one."""
+    made, out = case if family == "llama" else experts, tmp_path / "out"
+    whole = made.whole(2, *more)
+    killed = start(2, made.words(out, *more), tmp_path / "logs", {1: "block.loaded:2"})
+    assert sorted(killed.ended(MOST)) == [-signal.SIGKILL, 75], killed.texts
+    done = start(2, made.words(out, *more), tmp_path / "again")
+    assert done.ended() == [0, 0], done.texts
+    assert hashes(out) == hashes(whole)
+    how = EvalConfig(data=str(made.ids), seqlen=24, samples=8, dtype="float32", device="cpu", quiet=True)
+    kl = [evaluate(str(folder), how, baseline=str(made.model)).kl for folder in (made.whole(1, *more), whole)]
+    assert kl[1] == pytest.approx(kl[0], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "more", [["--method", "rtn"], ["--method", "gptaq", "--tune-steps", "4"], ["--bits-per-weight", "4"]], ids=" ".join
 )
 def test_jobs_that_processes_do_not_share_are_refused(more: list[str], case: Case, tmp_path: Path) -> None:
     made = start(2, case.words(tmp_path / "out", *more), tmp_path / "logs")

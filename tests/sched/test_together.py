@@ -81,18 +81,17 @@ def require(remote: object = None, rows: int = 8, **config: Any) -> None:
     require_shareable(made, method_of(made), remote=remote is not None, rows=rows, ranks=2)
 
 
-def test_gptq_and_gptaq_are_shared() -> None:
-    for method in ("gptq", "gptaq"):
+def test_calibrated_methods_and_folds_are_shared() -> None:
+    for method in ("gptq", "gptaq", "awq"):
         require(method=method)
+    for fold in ("awq", "smoothquant"):
+        require(fold=fold)
 
 
 @pytest.mark.parametrize(
     ("what", "parts"),
     [
         ("--method rtn", {"method": "rtn"}),
-        ("--method awq", {"method": "awq"}),
-        ("--fold awq", {"fold": "awq"}),
-        ("--fold smoothquant", {"fold": "smoothquant"}),
         ("--tune-steps", {"tune_steps": 4}),
         ("--bits-per-weight", {"bits_per_weight": 4.5}),
         ("a model that stays on a server", {"remote": object()}),

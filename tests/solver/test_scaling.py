@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from rank_threads import ThreadRanks, together
 from torch import Tensor
 
 from bigq.errors import NumericsError
@@ -54,6 +55,25 @@ def test_batches_do_not_change_the_sample(batches: int) -> None:
     one, many = collected(x), collected(x, batches)
     assert torch.equal(one.sample, many.sample) and torch.equal(one.largest, many.largest)
     assert torch.allclose(one.mean, many.mean, rtol=1e-6)
+
+
+def test_processes_put_together_what_they_have_seen() -> None:
+    """The largest input, the mean and the number of tokens are those of all; one process has no token, and none sees most of them."""
+    _, x = problem()
+    parts = [x[:500], x[:0], x[500:]]
+
+    def run(ranks: ThreadRanks) -> InputStatistics:
+        found = InputStatistics(N, CPU, len(x))
+        found.add(parts[ranks.index])
+        found.reduce(ranks)
+        return found
+
+    whole, step = collected(x), -(-TOKENS // scaling.SAMPLED_TOKENS)
+    for found in together(3, run):
+        assert not isinstance(found, Exception), found
+        assert torch.allclose(found.mean, whole.mean, rtol=1e-6)
+        assert torch.equal(found.largest, whole.largest) and found.tokens == TOKENS
+        assert torch.equal(found.sample, torch.cat([part[::step] for part in parts]))
 
 
 def test_tokens_that_are_not_finite_are_left_out() -> None:

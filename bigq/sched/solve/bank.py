@@ -29,7 +29,7 @@ from bigq.progress.clock import Clock
 from bigq.progress.records import LinearRecord
 from bigq.quantized_weight import QuantizedWeight
 from bigq.sched.rows.routed import RoutedRows
-from bigq.sched.solve.expert_scales import is_scaled, scale_inside
+from bigq.sched.solve.expert_scales import GivenTokens, is_scaled, scale_inside
 from bigq.sched.solve.shared import are_dealt, dealt, gathered
 from bigq.scheme import QuantScheme
 from bigq.solver.rtn import round_to_nearest
@@ -225,12 +225,13 @@ def _member(job: BankJob, rows: RoutedRows, reference: RoutedRows | None, visito
 
 def _scale(job: BankJob, method: CalibratedMethod, member: _Member) -> None:
     """Scale the inputs of an expert's last matrix, if the method does so. In the unquantized model it has run already."""
-    fold, scaling, tokens = job.fold, method.scaling, member.now.tokens
-    if fold is None or scaling is None or not is_scaled(fold, scaling, len(tokens)):
+    fold, scaling = job.fold, method.scaling
+    if fold is None or scaling is None or not is_scaled(fold, scaling, member.tokens):
         return
     experts = [member.now.expert, *([] if member.before is None else [member.before.expert])]
     inputs = functools.partial(member.now.input_of, fold.reader)
-    scale_inside(fold, scaling, job.schemes[fold.reader.parameter], experts, tokens.split(CHUNK_TOKENS), inputs, job.clock)
+    given = GivenTokens(count=member.tokens, parts=member.now.tokens.split(CHUNK_TOKENS), inputs=inputs)
+    scale_inside(fold, scaling, job.schemes[fold.reader.parameter], experts, given, job.clock, job.ranks)
 
 
 def _count_everywhere(ranks: Ranks, members: Sequence[_Member]) -> None:

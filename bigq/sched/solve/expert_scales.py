@@ -8,20 +8,33 @@ again gets the same scales.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bigq.machine.ranks import Ranks
 from bigq.methods.base import Scaling
 from bigq.model.experts.bank import Expert
 from bigq.model.folding.apply import fold_expert_
 from bigq.model.folding.fold import ExpertFold
 from bigq.progress.clock import Clock
+from bigq.sched.solve.shared import agreed
 from bigq.scheme import QuantScheme
 from bigq.solver.scaling import LEAST_TOKENS, InputStatistics, Reader
 
 #: Tokens that are added to the statistics at a time: copies of them are made.
 COUNTED_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenTokens:
+    """The tokens that are routed to an expert. count: by all ranks. parts: the numbers of this rank's, as many at a time as the expert
+    takes. inputs: what the last matrix receives for some of them."""
+
+    count: int
+    parts: Sequence[Tensor]
+    inputs: Callable[[Tensor], Tensor]
 
 
 def is_scaled(fold: ExpertFold | None, scaling: Scaling | None, tokens: int) -> bool:
@@ -52,25 +65,25 @@ def scale_inside(
     scaling: Scaling,
     scheme: QuantScheme,
     experts: Sequence[Expert],
-    parts: Sequence[Tensor],
-    inputs: Callable[[Tensor], Tensor],
+    given: GivenTokens,
     clock: Clock,
+    ranks: Ranks,
 ) -> None:
     """Choose the scales of an expert and fold them into it.
 
     scheme: of the last matrix. experts: the expert with its unquantized weights, and its copy in the unquantized model if there is one.
-    parts: the numbers of its tokens, as many at a time as it takes; inputs: what the last matrix receives for some of them.
     """
     weight = experts[0].weight(fold.reader)
-    statistics = InputStatistics(weight.shape[1], weight.device, sum(map(len, parts)))
-    for part in parts:
+    statistics = InputStatistics(weight.shape[1], weight.device, given.count)
+    for part in given.parts:
         with clock.phase("replay"):
-            for some in inputs(part).split(COUNTED_TOKENS):
+            for some in given.inputs(part).split(COUNTED_TOKENS):
                 statistics.add(some)
+    statistics.reduce(ranks)
     with clock.phase("scale"):
         if statistics.tokens < LEAST_TOKENS:  # others are not finite
             return
         every = torch.arange(len(fold.rows), device=weight.device)
-        scales = scaling.choose(statistics, [Reader(weight, scheme)], every)
+        scales = agreed(scaling.choose(statistics, [Reader(weight, scheme)], every), ranks)
         for expert in experts:
             fold_expert_(expert, fold, scales)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bigq.machine.memory import return_freed_memory
+from bigq.machine.ranks import OneProcess, Ranks
 from bigq.methods.base import Scaling
 from bigq.model.blocks import block_linears
 from bigq.model.experts.bank import reading_products
@@ -21,6 +22,7 @@ from bigq.model.skeleton import linear_weight
 from bigq.progress.clock import Clock
 from bigq.sched.rows.store import ActivationStore
 from bigq.sched.solve.bank import BankJob
+from bigq.sched.solve.shared import agreed
 from bigq.scheme import QuantScheme
 from bigq.solver.scaling import SAMPLED_EXPERTS, InputStatistics, Reader, powers_of_two
 
@@ -32,7 +34,7 @@ FOLD_STEP = 1
 class FoldWork:
     """The folds of one loaded block, and what becomes of them.
 
-    schemes: of the Linears that are quantized, by name in the block. banks: by name in the block.
+    schemes: of the Linears that are quantized, by name in the block. banks: by name in the block. ranks: the processes that share the rows.
     changed: names of the parameters in the block that are no longer the checkpoint's. factors: of the inputs of banks, by bank.
     """
 
@@ -43,6 +45,7 @@ class FoldWork:
     schemes: Mapping[str, QuantScheme]
     banks: Mapping[str, BankJob]
     clock: Clock
+    ranks: Ranks = field(default_factory=OneProcess)
     changed: set[str] = field(default_factory=set)
     factors: dict[str, Tensor] = field(default_factory=dict)
 
@@ -82,7 +85,10 @@ class FoldWork:
         if not used:
             return
         with self.clock.phase("replay"):
-            statistics = store.read_pass(self.index, FOLD_STEP, lambda: _collect(used, self.block, self.index, store))
+            tokens = self.ranks.number(store.shape[0] * store.shape[1])
+            statistics = store.read_pass(self.index, FOLD_STEP, lambda: _collect(used, self.block, self.index, store, tokens))
+            for fold in used:
+                statistics[fold.producer].reduce(self.ranks)
         return_freed_memory()
         linears = block_linears(self.block)
         with self.clock.phase("scale"):
@@ -91,7 +97,7 @@ class FoldWork:
                 banks = [name for name in fold.readers if name in self.banks]
                 for bank in (self.banks[name] for name in banks):
                     readers += _bank_readers(bank)
-                scales = self.scaling.choose(statistics.pop(fold.producer), readers, fold.channels)
+                scales = agreed(self.scaling.choose(statistics.pop(fold.producer), readers, fold.channels), self.ranks)
                 if self._has_exact_part(fold):
                     scales = powers_of_two(scales)
                 self.factors.update(dict.fromkeys(banks, fold_(self.block, fold, scales)))
@@ -116,9 +122,8 @@ def _bank_readers(bank: BankJob) -> list[Reader]:
     return found
 
 
-def _collect(folds: Sequence[Fold], block: nn.Module, index: int, store: ActivationStore) -> dict[str, InputStatistics]:
-    """The statistics of the input of each fold, by its producer."""
-    tokens = store.shape[0] * store.shape[1]
+def _collect(folds: Sequence[Fold], block: nn.Module, index: int, store: ActivationStore, tokens: int) -> dict[str, InputStatistics]:
+    """The statistics of the input of each fold, by its producer. tokens: of all ranks."""
     found = {fold.producer: InputStatistics(len(fold.channels), store.device, tokens) for fold in folds}
     for hidden, call in store.batches(index):
         with _watched(folds, block, found):

@@ -47,6 +47,14 @@ def sharing_of(ranks: Ranks) -> Ranks | None:
     return ranks if ranks.count > 1 else None
 
 
+def agreed(scales: Tensor, ranks: Ranks) -> Tensor:
+    """The scales that the first rank has chosen: on another processor the same statistics may lead to others."""
+    if ranks.count > 1:
+        scales = scales.clone() if ranks.index == 0 else torch.zeros_like(scales)
+        ranks.tensor_(scales)
+    return scales
+
+
 def solve_shared(factor: Factor, weights: list[Tensor], scheme: QuantScheme, label: str, ranks: Ranks) -> list[QuantizedWeight]:
     """``factor.solve`` by all ranks, each of which gets the whole result. They all raise the NumericsError of the first that has one.
 

@@ -192,6 +192,7 @@ class BlockUnit(StreamedUnit):
         if scaling is None:
             return None
         return FoldWork(
+            ranks=bench.writer.ranks,
             folds=bench.pager.folds[self.index].folds,
             scaling=scaling,
             index=self.index,

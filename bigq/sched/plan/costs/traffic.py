@@ -1,7 +1,7 @@
 """What the processes of a job exchange, by phase. Pure functions.
 
 The terms follow ``solve.shared`` and ``machine.process_group``. What fits into one message of JSON is not counted: numbers of tokens,
-losses, whether to stop.
+losses, whether to stop. Nor are statistics of inputs that are scaled (``solve.fold``): 256 rows for each.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from bigq.sched.plan.sharing import Traffic, dealt_triangles, factored, joined, 
 from bigq.sched.plan.work import Choice, Work
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import column_order
+from bigq.solver.input_products import block_width
 
 #: Codes, scales and zero points.
 TENSORS = 3
@@ -53,7 +54,7 @@ def _of_block(block: BlockShape, schemes: Schemes, work: Work, choice: Choice) -
         if not linears:
             continue
         total["hessian"] += _sums(group, work)
-        if is_shared(group.n, work.sharing):
+        if work.hessians and is_shared(group.n, work.sharing):
             factors = len({(column_order(schemes[linear.name], group.n), schemes[linear.name].damping) for linear in linears})
             total["factor"] += factored(group.n, panel_width(on_gpu=choice.on_gpu), work.sharing).times(factors)
         for scheme, alike in solved_together(linears, schemes):
@@ -75,7 +76,7 @@ def _add_bank(total: dict[str, Traffic], bank: BankShape, schemes: Schemes, work
             total["hessian"] += _sums(group, work).times(bank.experts)
             continue
         for size in sizes:
-            alone = work.streams > 1 or size == 1  # solved one by one, and so added up
+            alone = work.streams > 1 or size == 1 or not work.hessians  # solved one by one, and so added up
             total["hessian"] += _sums(group, work).times(size) if alone else dealt_triangles(size, group.n, work.sharing)
             for linear in product:
                 total["solve"] += joined(size, linear.m * result_bytes(linear, scheme), TENSORS, work.sharing)
@@ -93,5 +94,7 @@ def _of_head(head: LinearShape, scheme: QuantScheme, work: Work, choice: Choice)
 
 
 def _sums(group: GroupShape, work: Work) -> Traffic:
-    """Of the Hessian of an input, and of the cross matrix where there are two models."""
+    """Of the Hessian of an input, and of the cross matrix where there are two models; or of products of neighbouring inputs."""
+    if not work.hessians:
+        return summed(group.n * block_width(group.n), work.sharing)
     return summed_triangle(group.n, work.sharing) + summed(group.n * group.n, work.sharing).times(work.streams - 1)
