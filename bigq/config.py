@@ -216,7 +216,7 @@ class JobConfig:
         help="experts of a layer that are solved side by side",
         group=RUN,
         unit="experts",
-        unset="up to 8 on a GPU, fewer if memory is short; on a CPU 1 for each process",
+        unset="up to 8 for each process on a GPU, fewer if memory is short; on a CPU 1",
         resume=Resume.WARNED,
         added=True,
         range=at_least(1),
