@@ -100,15 +100,23 @@ def table(result: Mapping[str, Any]) -> str:
     """The table of docs/methods.md."""
     names = list(result["models"])
     found = {name: result["models"][name]["rows"] for name in names}
-    head = ["", "options", "bits per weight", *(f"KL, {name}" for name in names), f"CPU s, {names[-1]}"]
+    named = f", {names[-1]}" if len(names) > 1 else ""
+    head = ["", "options", "bits per weight", *(f"KL, {name}" if len(names) > 1 else "KL" for name in names)]
+    head += [f"{what}{named}" for what in ("perplexity", "CPU s", "MiB")] + ["read by"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row, flags in ROWS.items():
         last = found[names[-1]].get(row)
         if last is None:
             continue
-        figures = [f"{found[name][row]['kl']:.5f}" if row in found[name] else "–" for name in names]
-        bits, seconds = f"{last['bits_per_weight']:.2f}", f"{last['cpu_seconds']:.0f}"
-        lines.append(f"| {' | '.join([row, f'`{flags}`', bits, *figures, seconds])} |")
+        kl = [f"{found[name][row]['kl']:.5f}" if row in found[name] else "–" for name in names]
+        rest = [
+            f"{last['perplexity']:.3f}",
+            f"{last['cpu_seconds']:.0f}",
+            f"{last['host_peak_bytes'] / 2**20:.0f}",
+            ", ".join([*last["readers"], *(["llama.cpp"] if "--format gguf" in flags else [])]),
+        ]
+        bits = f"{last['bits_per_weight']:.2f}"
+        lines.append(f"| {' | '.join([row, f'`{flags}`', bits, *kl, *rest])} |")
     return "\n".join(lines)
 
 
