@@ -86,7 +86,7 @@ def test_each_call_uses_its_version(
     monkeypatch = request.getfixturevalue("monkeypatch")
     reached = []
     for name in FUNCTIONS[kernel]:
-        monkeypatch.setattr(module, name, lambda *args, name=name: reached.append(name))
+        monkeypatch.setattr(module, name, lambda *args, name=name, **named: reached.append(name))
     if kernel == "dequantize":
         monkeypatch.setattr(sys.modules["bigq.kernels.dequantize"], "unpack", lambda words, bits: ones(32, 4, dtype=torch.uint8))
     call()
