@@ -48,6 +48,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "gemma2, act-order": ("gemma2", "--order activation"),
     "mixtral": ("mixtral", "--activations disk"),
     "mixtral, gptaq": ("mixtral", "--method gptaq --experts-at-once 3"),
+    "mixtral, awq": ("mixtral", "--method awq"),
 }
 COUNTS = (2, 3)
 BLOCKS = 3
