@@ -27,7 +27,7 @@ from bigq.machine.ranks import PIECE, Place, bands, share
 MEETING = datetime.timedelta(minutes=10)
 #: A collective operation lasts as long as the slowest rank computes. That a rank is gone is noticed without it.
 COMPUTING = datetime.timedelta(days=30)
-#: Bytes of a pickled value, with its size, that ranks exchange in one operation.
+#: Bytes of a small value as JSON, with its size, that ranks exchange in one operation.
 SMALL, _SIZE = 1024, 8
 
 T = TypeVar("T")

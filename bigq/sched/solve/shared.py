@@ -1,8 +1,7 @@
 """Solving Linears together with other ranks.
 
 A large Hessian is factored by all together. Of a Linear, each rank quantizes some rows of the weight: given the factor, they are
-independent. Of experts, whose matrices are small,
-each rank factors and solves some.
+independent. Of experts, whose matrices are small, each rank factors and solves some.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def solve_shared(factor: Factor, weights: list[Tensor], scheme: QuantScheme, lab
     Where scales of different rows are rounded together, or a weight has fewer rows than there are ranks, each rank solves all rows: their
     factors and inputs are the same.
     """
-    if _by_all(scheme, ranks) or any(len(weight) < ranks.count for weight in weights):
+    if not are_dealt(scheme, ranks) or any(len(weight) < ranks.count for weight in weights):
         with failing_together(ranks):
             return factor.solve(weights, scheme, label)
     spans = [share(len(weight), ranks.index, ranks.count) for weight in weights]
@@ -78,24 +77,19 @@ def solve_shared(factor: Factor, weights: list[Tensor], scheme: QuantScheme, lab
 
 def dealt(count: int, scheme: QuantScheme, ranks: Ranks) -> range:
     """Which of so many experts this rank solves, perhaps none."""
-    return range(count) if not are_dealt(scheme, ranks) else share(count, ranks.index, ranks.count)
+    return share(count, ranks.index, ranks.count) if are_dealt(scheme, ranks) else range(count)
 
 
 def are_dealt(scheme: QuantScheme, ranks: Ranks) -> bool:
-    """Whether ranks solve different experts."""
-    return not _by_all(scheme, ranks)
-
-
-def _by_all(scheme: QuantScheme, ranks: Ranks) -> bool:
-    """Whether each rank solves everything: where a weight is more than its codes, scales and zero points."""
-    return ranks.count == 1 or scheme.grid.settles
+    """Whether ranks solve different rows or experts. Where a weight is more than its codes, scales and zero points, each solves all."""
+    return ranks.count > 1 and not scheme.grid.settles
 
 
 def gathered(
     mine: list[list[QuantizedWeight] | NumericsError], count: int, scheme: QuantScheme, device: torch.device, ranks: Ranks
 ) -> list[list[QuantizedWeight] | NumericsError]:
     """The results of all ``count`` experts, whose weights have equal shapes, from those that each rank was dealt and has solved."""
-    if _by_all(scheme, ranks):
+    if not are_dealt(scheme, ranks):
         return mine
     said: Any = ranks.everyone([str(each) if isinstance(each, NumericsError) else [_outline(part) for part in each] for each in mine])
     outlines = [each for of_rank in said for each in of_rank]

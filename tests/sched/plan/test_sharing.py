@@ -17,6 +17,7 @@ from bigq.job.settle import for_ranks
 from bigq.kernels.cholesky import GPU_PANEL, SHARED_FROM
 from bigq.machine.ceilings import KNOWN, Links
 from bigq.machine.ranks import PIECE, bands, share
+from bigq.methods.awq import Awq
 from bigq.sched.plan.budgets import Budgets
 from bigq.sched.plan.cost import job_cost
 from bigq.sched.plan.costs.bank import group_of
@@ -115,6 +116,15 @@ def test_bands_hold_each_row_once_and_little_below_the_diagonal(n: int) -> None:
     assert all((hi - lo) * (n - lo) <= PIECE for lo, hi in found)
     assert n < 4096 or sum((hi - lo) * (n - lo) for lo, hi in found) < 0.57 * n * n
     assert next(bands(2**25)) == (0, 1), "a row that is longer than a piece is a band"
+
+
+def test_without_hessians_products_of_neighbours_are_added_up() -> None:
+    """And nothing is factored."""
+    work = work_of(EIGHT, method=Awq(None))
+    traffic = job_traffic(SHAPE, work, BEST)
+    assert traffic["hessian"] == (summed(WIDTH * 128, EIGHT).times(3) + summed(INNER * 128, EIGHT)).times(BLOCKS)
+    assert "factor" not in traffic and traffic["solve"].received
+    assert sum(phase(job_cost(SHAPE, work, BEST, 0), "factor").flops.values()) == 0
 
 
 def test_joined_rows_are_padded_to_the_largest_share() -> None:

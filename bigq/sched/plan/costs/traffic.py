@@ -84,8 +84,8 @@ def _add_bank(total: dict[str, Traffic], bank: BankShape, schemes: Schemes, work
 
 def _of_head(head: LinearShape, scheme: QuantScheme, work: Work, choice: Choice) -> dict[str, Traffic]:
     """The output head is solved in chunks of rows. Methods of two models solve it with the Hessian alone."""
-    parts: dict[str, Traffic] = defaultdict(Traffic, hessian=summed_triangle(head.n, work.sharing))
-    if is_shared(head.n, work.sharing):
+    parts: dict[str, Traffic] = defaultdict(Traffic, hessian=_sum(head.n, work))
+    if work.hessians and is_shared(head.n, work.sharing):
         parts["factor"] = factored(head.n, panel_width(on_gpu=choice.on_gpu), work.sharing)
     for rows, count in chunks(head):
         if rows >= work.sharing.ranks and not scheme.grid.settles:
@@ -94,7 +94,10 @@ def _of_head(head: LinearShape, scheme: QuantScheme, work: Work, choice: Choice)
 
 
 def _sums(group: GroupShape, work: Work) -> Traffic:
-    """Of the Hessian of an input, and of the cross matrix where there are two models; or of products of neighbouring inputs."""
-    if not work.hessians:
-        return summed(group.n * block_width(group.n), work.sharing)
-    return summed_triangle(group.n, work.sharing) + summed(group.n * group.n, work.sharing).times(work.streams - 1)
+    """Of the Hessian of an input, and of the cross matrix where there are two models."""
+    return _sum(group.n, work) + summed(group.n * group.n, work.sharing).times(work.streams - 1)
+
+
+def _sum(n: int, work: Work) -> Traffic:
+    """Of a Hessian, or of products of neighbouring inputs."""
+    return summed_triangle(n, work.sharing) if work.hessians else summed(n * block_width(n), work.sharing)
