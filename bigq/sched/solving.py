@@ -21,12 +21,11 @@ from bigq.sched.control import Control
 from bigq.sched.rows.calibration import CalibrationRows
 from bigq.sched.rows.reference import REFERENCE_STEP, ReferenceBlock
 from bigq.sched.rows.shortcut_cache import LastInputs, ShortcutCache
-from bigq.sched.solve.bank import SolvedExpert
 from bigq.sched.solve.block import BlockJob, BlockRows, quantize_weights, replay_banks, replay_unquantized_banks, solve_block
 from bigq.sched.solve.fold import FoldWork
 from bigq.sched.solve.head import HeadJob, quantize_head, solve_head
 from bigq.sched.solve.propagate import propagate
-from bigq.sched.solve.results import Skipped, Solved
+from bigq.sched.solve.results import Skipped, Solved, SolvedExpert
 from bigq.sched.solve.tune import tune_block
 
 U = TypeVar("U")

@@ -47,15 +47,16 @@ class InputStatistics:
         self._sum = torch.zeros(n, device=device)
         self.largest = torch.zeros(n, device=device)
         self._step = max(1, -(-expected // SAMPLED_TOKENS))
-        self._sampled: list[Tensor] = []
-        self.tokens = self._seen = 0
+        # One buffer: small ones, made between large ones, would leave holes in the heap.
+        self._sampled = torch.empty(min(expected, SAMPLED_TOKENS), n, device=device)
+        self.tokens = self._seen = self._filled = 0
 
     def add(self, x: Tensor) -> None:
         """Add the inputs of a batch."""
         x = x.detach().reshape(-1, x.shape[-1])
         first = -self._seen % self._step
         self._seen += len(x)
-        picked = x[first :: self._step].float()
+        picked = x[first :: self._step]
         finite = torch.isfinite(x).all(-1)
         if not bool(finite.all()):
             x, picked = x[finite], picked[torch.isfinite(picked).all(-1)]
@@ -63,14 +64,16 @@ class InputStatistics:
         self._sum += size.sum(0, dtype=torch.float32)
         if len(size):
             torch.maximum(self.largest, size.amax(0).float(), out=self.largest)
-        self._sampled.append(picked)
+        self._sampled[self._filled : self._filled + len(picked)] = picked
+        self._filled += len(picked)
         self.tokens += len(x)
 
     def reduce(self, reduction: Reduction) -> None:
         """Put together what all processes have collected."""
         reduction.tensor_(self._sum)
         reduction.largest_(self.largest)
-        self._sampled = [reduction.gathered(self.sample)]
+        self._sampled = reduction.gathered(self.sample)
+        self._filled = len(self._sampled)
         self.tokens = reduction.number(self.tokens)
 
     @property
@@ -81,7 +84,7 @@ class InputStatistics:
     @property
     def sample(self) -> Tensor:
         """Some of the tokens, fp32 [t, n]."""
-        return torch.cat([self._sum.new_empty(0, len(self._sum)), *self._sampled])
+        return self._sampled[: self._filled]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,15 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from bigq.errors import NumericsError
+from bigq.machine.memory import return_freed_memory
 from bigq.machine.ranks import OneProcess, Ranks
 from bigq.methods.base import CalibratedMethod, Collector, DataFreeMethod
 from bigq.model.experts.bank import Bank, Expert, Product, Rounding
 from bigq.model.folding.fold import ExpertFold
 from bigq.progress.clock import Clock
-from bigq.progress.records import LinearRecord
 from bigq.quantized_weight import QuantizedWeight
 from bigq.sched.rows.routed import RoutedRows
 from bigq.sched.solve.expert_scales import GivenTokens, is_scaled, scale_inside
+from bigq.sched.solve.results import SolvedExpert, SolvedMatrix
 from bigq.sched.solve.shared import are_dealt, dealt, gathered
 from bigq.scheme import QuantScheme
 from bigq.solver.rtn import round_to_nearest
@@ -75,44 +76,6 @@ class BankJob:
         return self.load if self.original is None else self.original
 
 
-@dataclass(frozen=True, slots=True)
-class SolvedMatrix:
-    """One of an expert's matrices. rounded: why it was rounded to nearest instead of solved; None if it was solved."""
-
-    name: str
-    weight: QuantizedWeight
-    rounded: str | None = None
-
-    def record(self, tokens: int | None) -> LinearRecord:
-        """The record for the journal and the report. tokens: see ``SolvedExpert``."""
-        m, n = self.weight.codes.shape
-        return LinearRecord(
-            name=self.name,
-            bits=self.weight.scheme.bits,
-            group_size=self.weight.scheme.group_size,
-            shape=(m, n),
-            loss=self.weight.loss,
-            relative_error=self.weight.relative_error,
-            damping=self.weight.damping,
-            dead_inputs=self.weight.dead_inputs,
-            seconds={},
-            tokens=tokens,
-            rounded=self.rounded,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class SolvedExpert:
-    """One expert of the bank ``bank``. tokens: how many calibration tokens were routed to it; None without calibration. left_out: the most
-    of them that a Hessian left out because they are not finite."""
-
-    bank: str
-    number: int
-    tokens: int | None
-    matrices: tuple[SolvedMatrix, ...]
-    left_out: int = 0
-
-
 def solve_bank(job: BankJob, method: CalibratedMethod, rows: RoutedRows, reference: RoutedRows | None = None) -> Iterator[SolvedExpert]:
     """Quantize every expert that is not finished, and add the outputs of all to ``rows.total``.
 
@@ -126,8 +89,10 @@ def solve_bank(job: BankJob, method: CalibratedMethod, rows: RoutedRows, referen
             _count_everywhere(job.ranks, members)
             for member in members:
                 _scale(job, method, member)
+            _close_holes(members)
         for product in job.bank.products if unsolved else ():
             _solve(job, method, members, product)
+            _close_holes(members)
         while members:
             member = members.pop(0)
             _run(job, rows, member.now, member.slots)
@@ -228,10 +193,16 @@ def _scale(job: BankJob, method: CalibratedMethod, member: _Member) -> None:
     fold, scaling = job.fold, method.scaling
     if fold is None or scaling is None or not is_scaled(fold, scaling, member.tokens):
         return
-    experts = [member.now.expert, *([] if member.before is None else [member.before.expert])]
-    inputs = functools.partial(member.now.input_of, fold.reader)
-    given = GivenTokens(count=member.tokens, parts=member.now.tokens.split(CHUNK_TOKENS), inputs=inputs)
+    experts = [visited.expert for visited in (member.now, member.before) if visited is not None]
+    parts, inputs = member.now.tokens.split(CHUNK_TOKENS), functools.partial(member.now.input_of, fold.reader)
+    given = GivenTokens(count=member.tokens, parts=parts, inputs=inputs)
     scale_inside(fold, scaling, job.schemes[fold.reader.parameter], experts, given, job.clock, job.ranks)
+
+
+def _close_holes(members: Sequence[_Member]) -> None:
+    """Return what is free between buffers in the heap, which would add up over experts. With few tokens it is not worth its time."""
+    if any(len(member.now.tokens) > CHUNK_TOKENS for member in members):
+        return_freed_memory()
 
 
 def _count_everywhere(ranks: Ranks, members: Sequence[_Member]) -> None:

@@ -32,10 +32,10 @@ from bigq.sched.rows.reference import ReferenceBlock
 from bigq.sched.rows.routed import RoutedRows, record_routed
 from bigq.sched.rows.shortcut_cache import ShortcutCache
 from bigq.sched.rows.store import ActivationStore
-from bigq.sched.solve.bank import BankJob, SolvedExpert, round_bank, run_bank_rows, solve_bank
+from bigq.sched.solve.bank import BankJob, round_bank, run_bank_rows, solve_bank
 from bigq.sched.solve.collected import Collected
 from bigq.sched.solve.fold import FOLD_STEP
-from bigq.sched.solve.results import Skipped, Solved
+from bigq.sched.solve.results import Skipped, Solved, SolvedExpert
 from bigq.sched.solve.shared import failing_together, sharing_of, solve_shared
 from bigq.scheme import QuantScheme
 from bigq.vocabulary import OnNonfinite

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bigq.machine.memory import return_freed_memory
 from bigq.machine.ranks import Ranks
 from bigq.methods.base import Scaling
 from bigq.model.experts.bank import Expert
@@ -80,6 +81,8 @@ def scale_inside(
             for some in given.inputs(part).split(COUNTED_TOKENS):
                 statistics.add(some)
     statistics.reduce(ranks)
+    if len(given.parts) > 1:  # what it ran on was large
+        return_freed_memory()
     with clock.phase("scale"):
         if statistics.tokens < LEAST_TOKENS:  # others are not finite
             return

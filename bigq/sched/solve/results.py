@@ -1,4 +1,4 @@
-"""The result for one Linear: solved, or skipped with a reason."""
+"""The result for one Linear: solved, or skipped with a reason; and for one expert."""
 
 from __future__ import annotations
 
@@ -47,3 +47,41 @@ class Skipped:
 
     name: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SolvedMatrix:
+    """One of an expert's matrices. rounded: why it was rounded to nearest instead of solved; None if it was solved."""
+
+    name: str
+    weight: QuantizedWeight
+    rounded: str | None = None
+
+    def record(self, tokens: int | None) -> LinearRecord:
+        """The record for the journal and the report. tokens: see ``SolvedExpert``."""
+        m, n = self.weight.codes.shape
+        return LinearRecord(
+            name=self.name,
+            bits=self.weight.scheme.bits,
+            group_size=self.weight.scheme.group_size,
+            shape=(m, n),
+            loss=self.weight.loss,
+            relative_error=self.weight.relative_error,
+            damping=self.weight.damping,
+            dead_inputs=self.weight.dead_inputs,
+            seconds={},
+            tokens=tokens,
+            rounded=self.rounded,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SolvedExpert:
+    """One expert of the bank ``bank``. tokens: how many calibration tokens were routed to it; None without calibration. left_out: the most
+    of them that a Hessian left out because they are not finite."""
+
+    bank: str
+    number: int
+    tokens: int | None
+    matrices: tuple[SolvedMatrix, ...]
+    left_out: int = 0

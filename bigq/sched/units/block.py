@@ -22,11 +22,11 @@ from bigq.model.skeleton import linear_weight
 from bigq.model.structure import BlockPlan
 from bigq.progress.records import LinearRecord, dead_inputs_warning
 from bigq.sched.shards import Product, Shard
-from bigq.sched.solve.bank import BankJob, SolvedExpert
+from bigq.sched.solve.bank import BankJob
 from bigq.sched.solve.block import BlockJob
 from bigq.sched.solve.expert_scales import few_tokens_warning
 from bigq.sched.solve.fold import FoldWork
-from bigq.sched.solve.results import Skipped
+from bigq.sched.solve.results import Skipped, SolvedExpert
 from bigq.sched.solving import BlockVisit, Solving
 from bigq.sched.units.base import Bench, StreamedUnit
 from bigq.sched.units.experts import BankWork, expert_groups, uncommitted

@@ -21,8 +21,9 @@ from bigq.model.experts.pages import StoredBank
 from bigq.model.pager import Pager
 from bigq.progress.records import LinearRecord
 from bigq.sched.shards import Product, Shard
-from bigq.sched.solve.bank import BankJob, SolvedExpert
+from bigq.sched.solve.bank import BankJob
 from bigq.sched.solve.expert_scales import has_too_few
+from bigq.sched.solve.results import SolvedExpert
 from bigq.sched.units.base import Bench
 from bigq.sched.units.schemes import bank_schemes
 from bigq.scheme import QuantScheme

@@ -20,7 +20,8 @@ from bigq.model.experts.call import RoutedCall
 from bigq.model.folding.fold import ExpertFold
 from bigq.progress.clock import Clock
 from bigq.sched.solve import expert_scales
-from bigq.sched.solve.bank import BankJob, SolvedExpert, solve_bank
+from bigq.sched.solve.bank import BankJob, solve_bank
+from bigq.sched.solve.results import SolvedExpert
 from bigq.solver.input_products import InputProducts
 from bigq.solver.rtn import round_to_nearest
 from bigq.solver.scaling import InputStatistics, Reader, awq_scales, smoothquant_scales

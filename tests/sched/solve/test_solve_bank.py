@@ -19,7 +19,8 @@ from bigq.progress.clock import Clock
 from bigq.sched.rows.routed import RoutedRows
 from bigq.sched.rows.tiers import Tier
 from bigq.sched.solve import bank as solve
-from bigq.sched.solve.bank import BankJob, SolvedExpert, solve_bank
+from bigq.sched.solve.bank import BankJob, solve_bank
+from bigq.sched.solve.results import SolvedExpert
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import quantize_linear
 from bigq.solver.hessian import HessianSum
