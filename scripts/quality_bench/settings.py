@@ -94,6 +94,12 @@ CONTESTANTS: tuple[Contestant, ...] = (
     # Less than 3 bits in groups of 64 take in gptq_v2, which is 3.297.
     Contestant(name="bigq, 3.25 bits per weight, groups of 192", flags="--bits-per-weight 3.25 --group-size 192"),
     Contestant(name="bigq, groups of 192", flags="--group-size 192"),
+    # Rotation is compared where groups are large: 576 inputs of SmolLM2 make three groups of 192, and none of 128.
+    *(
+        Contestant(name=f"bigq best{more}, {shape}", flags=f"--quality best{flag} --group-size {size}")
+        for shape, size in (("by row", -1), ("groups of 192", 192), ("groups of 128", 128))
+        for more, flag in (("", ""), (", rotated", " --rotate"))
+    ),
     Contestant(name="bigq, folded", flags="--fold awq"),
     Contestant(name="bigq best, folded", flags="--quality best --fold awq"),
     Contestant(name="bigq awq", flags="--method awq", kind="awq"),
