@@ -16,6 +16,18 @@ from quality_bench.settings import CHOOSING, CONTESTANTS, JUDGING, SUBJECTS, Con
 
 #: The subject and setting of the first table; the KL of another setting is beside it.
 SHOWN, BESIDE = ("smollm2-prose", "4g64-sym"), "4g64-asym"
+#: What else can be asked for: an option, and pairs of contestants, without and with it.
+BEYOND: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    (
+        "--rotate",
+        (
+            ("bigq best", "bigq best, rotated"),
+            *((f"bigq best, {shape}", f"bigq best, rotated, {shape}") for shape in ("by row", "groups of 192", "groups of 128")),
+        ),
+    ),
+    ("--tune-steps 64", (("bigq best", "bigq best, tuned"),)),
+    ("--bits-per-weight 3.25", (("bigq, groups of 192", "bigq, 3.25 bits per weight, groups of 192"),)),
+)
 
 Row = Mapping[str, Any]
 
@@ -31,6 +43,7 @@ def page(results: Path) -> str:
         *against(dense, "default", "Against other programs at their defaults"),
         *against(dense, "best", "Against other programs at their best known settings"),
         *against(dense, "awq", "AWQ in each program", halves=(JUDGING, CHOOSING)),
+        *beyond(dense),
         *measured(dense),
         *everything(dense),
         *moe_section.section(experts),
@@ -125,6 +138,26 @@ def versus(made: Mapping[str, Any], subject: Subject, setting: str, ours: Contes
     text = f"{number(change.mean, theirs.mean, '+')} ± {number(change.stderr, theirs.mean)}"
     bold = f"**{text}**" if abs(change.mean) > 2 * change.stderr else text
     return f"{number(theirs.mean)}, {bold}" + ("" if draws > 1 else " (one draw)")
+
+
+def beyond(made: Mapping[str, Any]) -> list[str]:
+    """Options that no preset has, each beside the same job without it."""
+    known = {contestant.name: contestant for contestant in CONTESTANTS}
+    rows = []
+    for option, pairs in BEYOND:
+        for without, given in pairs:
+            for subject, setting in ((s, name) for s in SUBJECTS for name in made["subjects"].get(s.name, {}).get("settings", ())):
+                there = found(made, subject.name, setting)
+                if without in there and given in there:
+                    compared = versus(made, subject, setting, known[without], known[given])
+                    spent = f"{there[without]['cpu_s']:.0f} s, {there[given]['cpu_s']:.0f} s"
+                    rows.append(f"| `{option}` | {subject.name}, {setting} | {without} | {kl(there[without])} | {compared} | {spent} |")
+    said = (
+        "Options that no preset has, each beside the same job without it: its KL, and how much that differs on the draws that both have, "
+        "bold beyond twice its standard error. Where a name says by row or groups of another size, it is that instead of the setting's."
+    )
+    head = ["| option | | without | KL | with | CPU time |", "|---" * 6 + "|"]
+    return ["## Options beyond the presets", "", *wrapped(said), "", *head, *rows, ""] if rows else []
 
 
 def costs(made: Mapping[str, Any], contestants: Iterable[Contestant]) -> list[str]:
