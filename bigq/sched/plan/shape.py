@@ -64,12 +64,14 @@ class MemoShape:
 class FoldShape:
     """Modules of a block, by their names in it, that read an input of n features which ``producer`` can divide (``model.folding``).
 
-    divider: what the producer is. Inside experts of ``bank``, producer and readers are its parameters.
+    scales: how many there are; heads that share their values share scales. divider: what the producer is. Inside experts of ``bank``,
+    producer and readers are its parameters.
     """
 
     producer: str
     readers: tuple[str, ...]
     n: int
+    scales: int
     divider: Divider = "linear"
     bank: str | None = None
 

@@ -221,10 +221,10 @@ def _block_shape(outline: Outline, block: nn.Module, i: int, runs: list[MetaRun]
 
 def _folds(folds: BlockFolds) -> Iterator[FoldShape]:
     for fold in folds.folds:
-        yield FoldShape(fold.producer, fold.readers, len(fold.channels), "norm" if fold.rows is None else "linear")
+        yield FoldShape(fold.producer, fold.readers, len(fold.channels), fold.count, "norm" if fold.rows is None else "linear")
     for inside in folds.experts:
         producer, reader = (f"{inside.bank}.{product.parameter}" for product in (inside.producer, inside.reader))
-        yield FoldShape(producer, (reader,), len(inside.rows), "expert", inside.bank)
+        yield FoldShape(producer, (reader,), len(inside.rows), len(inside.rows), "expert", inside.bank)
 
 
 def _left(block: nn.Module, plan: BlockPlan) -> Iterator[LeftShape]:

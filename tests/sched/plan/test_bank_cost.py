@@ -138,7 +138,7 @@ def test_the_unquantized_model_takes_rows_experts_and_sums_once_more() -> None:
 def test_scales_inside_experts_take_a_pass_and_a_choice() -> None:
     """Each expert runs up to its last matrix once more; the choice holds a piece of that matrix and sampled inputs, for one expert."""
     one = bank(4)
-    fold = FoldShape("experts.gate_up", ("experts.down",), INNER, "expert", one.name)
+    fold = FoldShape("experts.gate_up", ("experts.down",), INNER, INNER, "expert", one.name)
     made = dataclasses.replace(block(), banks=(one,), folds=(fold,))
     names = [linear.name for linear in (*made.linears, *one.linears)]
 

@@ -35,7 +35,7 @@ def fold_phases(
 
     Inside experts, see ``inside_phase``.
     """
-    folds = [fold for fold in _used(block, schemes) if fold.divider != "expert" and scaling.takes(fold.divider)]
+    folds = used_folds(block, schemes, scaling)
     if not folds:
         return []
     held += _statistics_bytes(folds)
@@ -62,11 +62,15 @@ def inside_phase(experts: int, product: Sequence[LinearShape], held: int, *, on_
     return "scale", held + statistics + choice, flops, float(experts) * TRIALS * MOVED_BY_TRIAL * weights
 
 
-def _used(block: BlockShape, schemes: Collection[str]) -> list[FoldShape]:
-    """The folds with a reader that is quantized. schemes: names of such Linears, those of experts included."""
+def used_folds(block: BlockShape, schemes: Collection[str], scaling: Scaling) -> list[FoldShape]:
+    """The folds around Linears with a reader that is quantized. schemes: names of such Linears, those of experts included."""
     banks = {bank.name: [linear.name for linear in bank.linears] for bank in block.banks}
     return [
-        fold for fold in block.folds if any(name in schemes or not set(banks.get(name, ())).isdisjoint(schemes) for name in fold.readers)
+        fold
+        for fold in block.folds
+        if fold.divider != "expert"
+        and scaling.takes(fold.divider)
+        and any(name in schemes or not set(banks.get(name, ())).isdisjoint(schemes) for name in fold.readers)
     ]
 
 

@@ -1,7 +1,7 @@
 """What the processes of a job exchange, by phase. Pure functions.
 
 The terms follow ``solve.shared`` and ``machine.process_group``. What fits into one message of JSON is not counted: numbers of tokens,
-losses, whether to stop. Nor are statistics of inputs that are scaled (``solve.fold``): 256 rows for each.
+losses, whether to stop.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from collections.abc import Mapping
 
 from bigq.kernels.cholesky import panel_width
 from bigq.sched.plan.costs.bank import group_of
+from bigq.sched.plan.costs.fold import scales_inside, used_folds
 from bigq.sched.plan.costs.head import chunks
 from bigq.sched.plan.costs.ranks import batches, by_rows, is_shared, result_bytes, solved_together
 from bigq.sched.plan.shape import BankShape, BlockShape, GroupShape, LinearShape, ModelShape
-from bigq.sched.plan.sharing import Traffic, dealt_triangles, factored, joined, summed, summed_triangle
+from bigq.sched.plan.sharing import Sharing, Traffic, dealt_triangles, factored, joined, summed, summed_triangle
 from bigq.sched.plan.work import Choice, Work
 from bigq.scheme import QuantScheme
 from bigq.solver.gptq import column_order
 from bigq.solver.input_products import block_width
+from bigq.solver.scaling import SAMPLED_TOKENS
 
 #: Codes, scales and zero points.
 TENSORS = 3
@@ -37,7 +39,8 @@ def job_traffic(shape: ModelShape, work: Work, choice: Choice) -> dict[str, Traf
         found = {name: work.scheme(f"{shape.path}.{i}.{name}") for name in names}
         key = id(block), tuple(found.values())
         if key not in known:
-            known[key] = _of_block(block, {name: scheme for name, scheme in found.items() if scheme is not None}, work, choice)
+            schemes = {name: scheme for name, scheme in found.items() if scheme is not None}
+            known[key] = _of_block(block, schemes, work, choice, work.rows * shape.seqlen)
         for phase, traffic in known[key].items():
             total[phase] += traffic
     scheme = work.scheme(shape.head.name) if work.lm_head and shape.head is not None else None
@@ -47,8 +50,14 @@ def job_traffic(shape: ModelShape, work: Work, choice: Choice) -> dict[str, Traf
     return {phase: traffic for phase, traffic in total.items() if traffic.operations}
 
 
-def _of_block(block: BlockShape, schemes: Schemes, work: Work, choice: Choice) -> dict[str, Traffic]:
+def _of_block(block: BlockShape, schemes: Schemes, work: Work, choice: Choice, tokens: int) -> dict[str, Traffic]:
+    """tokens: of one process."""
     total: dict[str, Traffic] = defaultdict(Traffic)
+    scaling = work.method.scaling
+    if scaling is not None:
+        total["scale"] = sum(
+            (_scaled(fold.n, fold.scales, tokens, work.sharing) for fold in used_folds(block, schemes, scaling)), Traffic()
+        )
     for group in block.groups:
         linears = [linear for linear in group.linears if linear.name in schemes]
         if not linears:
@@ -64,6 +73,9 @@ def _of_block(block: BlockShape, schemes: Schemes, work: Work, choice: Choice) -
     for bank in block.banks:
         if all(linear.name in schemes for linear in bank.linears):
             _add_bank(total, bank, schemes, work, choice)
+            if scales_inside(block, bank, scaling):
+                n, routed = bank.products[-1][0].n, tokens * bank.chosen // bank.experts
+                total["scale"] += _scaled(n, n, routed, work.sharing).times(bank.experts)
     return total
 
 
@@ -91,6 +103,13 @@ def _of_head(head: LinearShape, scheme: QuantScheme, work: Work, choice: Choice)
         if rows >= work.sharing.ranks and not scheme.grid.settles:
             parts["solve"] += joined(rows, result_bytes(head, scheme), TENSORS, work.sharing).times(count)
     return parts
+
+
+def _scaled(n: int, scales: int, tokens: int, sharing: Sharing) -> Traffic:
+    """Of sums, largest values and sampled tokens of an input that is scaled, and of its scales. tokens: of one process."""
+    step = max(1, -(-tokens * sharing.ranks // SAMPLED_TOKENS))
+    sampled = Traffic((sharing.ranks - 1) * -(-tokens // step) * 4 * n, 1)
+    return summed(n, sharing) + joined(sharing.ranks, 4 * n, 1, sharing) + sampled + summed(scales, sharing)
 
 
 def _sums(group: GroupShape, work: Work) -> Traffic:
