@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bigq.calibration import evaluation_rows, require_vocabulary
 from bigq.common_options import DEFAULT_SEQLEN
-from bigq.errors import BigqError, UsageError
+from bigq.errors import BigqError, NumericsError, UsageError
 from bigq.infer.experts import BankRunner
 from bigq.infer.options import EvalConfig
 from bigq.infer.results import Evaluation, RowSums, figures
@@ -49,6 +49,7 @@ from bigq.sched.rows.store import ActivationStore
 from bigq.sched.rows.tiers import choose_tier
 from bigq.sched.solve.propagate import propagate
 from bigq.sched.together import refuse_halving
+from bigq.solver.hessian import OTHER_DTYPE
 
 #: Positions whose distributions over the vocabulary are compared at once, in fp32.
 POSITIONS = 128
@@ -87,6 +88,7 @@ def evaluate(
             require_same_evaluation(config, pagers, rows, share, ranks)
         how = Streaming(causal=True, quiet=config.quiet, display=display, pause=pause, ranks=ranks)
         sums = all_rows(_sums(pagers, rows[share.rows.start : share.rows.stop], share.batch, how), ranks)
+    _require_numbers(sums, model, baseline)
     result = figures(sums, compared=baseline is not None)
     if ranks.index == 0:
         facts = _facts(model, config, baseline, rows, device) | {"seconds": round(time.monotonic() - started, 3)}
@@ -112,6 +114,15 @@ def _sums(pagers: Sequence[Pager], rows: Tensor, batch: int, how: Streaming) -> 
                 stop = start + POSITIONS
                 sums[-1].add(ids[0, 1:][start:stop], *(part[start:stop] for part in logits))
     return sums
+
+
+def _require_numbers(sums: Sequence[RowSums], model: str, baseline: str | None) -> None:
+    """Raise NumericsError, naming the model or the baseline, if figures would be NaN: blocks are checked, the head's outputs are not."""
+    wrong = [str(model)] * any(math.isnan(row.nll) for row in sums) + [str(baseline)] * any(math.isnan(row.baseline_nll) for row in sums)
+    if not wrong and not all(math.isfinite(row.kl) for row in sums):
+        wrong = [str(model), str(baseline)]
+    if wrong:
+        raise NumericsError(f"{' or '.join(wrong)}: logits contain NaN or Inf; {OTHER_DTYPE}")
 
 
 def _facts(model: str, config: EvalConfig, baseline: str | None, rows: Tensor, device: torch.device) -> dict[str, Any]:

@@ -58,13 +58,13 @@ def place_of(environment: Mapping[str, str]) -> Place | None:
 
     def number(name: str) -> int:
         text = environment.get(name, "")
-        # Slurm writes "2(x3),1": tasks of each node. More than fits is refused when memory is planned.
-        digits = text.partition("(")[0].partition(",")[0] if name == "SLURM_STEP_TASKS_PER_NODE" else text
-        if not digits.isdigit():
+        # Slurm writes "1,2(x3)": tasks of each node. All plan as on the node with most.
+        parts = [part.partition("(")[0] for part in text.split(",")] if name == "SLURM_STEP_TASKS_PER_NODE" else [text]
+        if not all(map(str.isdigit, parts)):
             raise UsageError(
                 f"{name}={text!r}: not a number, though {names[1]} is set; start bigq by torchrun or srun, or unset {names[1]}"
             )
-        return int(digits)
+        return max(map(int, parts))
 
     index, count, local, local_count = map(number, names)
     if not 0 <= index < count or not 0 <= local < local_count:

@@ -44,8 +44,9 @@ def require_same_request(request: Mapping[str, Any], ranks: Ranks) -> None:
     parts = {name: value for name, value in request.items() if name not in ("settings", "machine")}
     parts |= {f"settings.{name}": value for name, value in request["settings"].items() if name != "calibration"}  # tokens are compared
     of_all: Any = ranks.everyone(parts)
+    first, absent = of_all[0], object()
     for rank, other in enumerate(of_all):
-        names = [name for name, value in of_all[0].items() if other.get(name) != value]
+        names = [name for name in {**first, **other} if first.get(name, absent) != other.get(name, absent)]
         if names:
             raise UsageError(
                 f"rank {rank} of {ranks.count}: its {' and '.join(names)} differ from those of rank 0; start all processes with the same "

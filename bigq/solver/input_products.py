@@ -42,7 +42,7 @@ class InputProducts:
                 self.left_out += len(part) - int(keep.sum())
                 part = part[keep]
             self.tokens += len(part)
-            blocks = part.float().view(len(part), -1, self._width).transpose(0, 1)
+            blocks = part.float().view(len(part), len(self._sum), self._width).transpose(0, 1)
             self._sum.baddbmm_(blocks.transpose(1, 2), blocks)
 
     def reduce(self, reduction: Reduction) -> None:

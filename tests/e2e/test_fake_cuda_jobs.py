@@ -44,6 +44,8 @@ JOBS: dict[str, tuple[str, str, list[str]]] = {
     "experts gptq": ("deepseek_v3", "gptq", ["--format", "compressed-tensors", "--scales", "minmax"]),
     "fp8 experts gptq": ("deepseek_v3_fp8", "gptq", ["--format", "compressed-tensors", "--quality", "fast"]),
     "nvfp4 gptq": ("llama_nvfp4", "gptq", ["--quality", "fast"]),
+    "small folded": ("small", "gptq", ["--quality", "fast", "--fold", "awq"]),
+    "experts folded": ("deepseek_v3", "gptq", ["--format", "compressed-tensors", "--quality", "fast", "--fold", "awq"]),
 }
 #: Simulated run → the job, the tier and the fault.
 RUNS: dict[str, tuple[str, str, str]] = {
@@ -55,6 +57,7 @@ RUNS: dict[str, tuple[str, str, str]] = {
     "fp8 experts gptq, gpu": ("fp8 experts gptq", "gpu", ""),
     "nvfp4 gptq, host": ("nvfp4 gptq", "host", ""),
     "qwen2 gptq, disk": ("qwen2 gptq", "disk", ""),
+    "experts folded, gpu": ("experts folded", "gpu", ""),
     "llama gptq, host, out of memory": ("llama gptq", "host", "batch.begun:9:OOM"),
     "llama gptaq, disk, out of memory": ("llama gptaq", "disk", "batch.begun:30:OOM"),
 }
@@ -216,11 +219,13 @@ def fault_jobs(place: Path, folder: Path, names: Sequence[str]) -> list[dict[str
 
 
 def test_a_job_and_a_fault(place: Path, child: Child, on_cpu: Callable[..., Path]) -> None:
-    """The shortest form of all the tests below."""
+    """The shortest form of all the tests below, and a job with folds."""
     folder, fault = place / "few", next(iter(FAULTS))
-    results = on_device(child, folder, fault_jobs(place, folder, ["", fault]))
-    require_sound(results["none"])
-    assert hashes(folder / "none") == hashes(on_cpu("small gptq"))
+    folded = {"name": "folded", "argv": arguments(place, "small folded", folder / "folded", "cuda:0")}
+    results = on_device(child, folder, [*fault_jobs(place, folder, ["", fault]), folded])
+    for name, job in (("none", "small gptq"), ("folded", "small folded")):
+        require_sound(results[name])
+        assert hashes(folder / name) == hashes(on_cpu(job))
     assert any(FAULTS[fault].found in kind for _, kind, _ in results[fault]["problems"])
 
 

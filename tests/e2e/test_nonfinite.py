@@ -34,6 +34,7 @@ from torch import Tensor
 import bigq
 from bigq.config import JobConfig
 from bigq.errors import NumericsError
+from bigq.infer.evaluate import EvalConfig, evaluate
 from bigq.inspect.verify import verify
 from bigq.job.journal import Commit, Journal
 from bigq.machine.ceilings import Ceilings, measure
@@ -290,3 +291,17 @@ def test_a_job_with_nothing_finite_left_stops(ids: Path, tmp_path: Path) -> None
     with pytest.raises(NumericsError, match=r"^model\.layers\.0: its outputs contain NaN or Inf for every calibration token") as caught:
         bigq.quantize(str(source), out, job(ids, quiet=True))
     assert caught.value.exit_code == 3 and not (out / "config.json").exists()
+
+
+def test_an_evaluation_whose_head_overflows_says_so(ids: Path, tmp_path: Path) -> None:
+    """Of the model or of the baseline. In another dtype there are figures."""
+    plain, source = (make_checkpoint(tmp_path / name, "llama", num_hidden_layers=1) for name in ("plain", "model"))
+    rewrite(source, "lm_head.weight", stored_tensors(source)["lm_head.weight"] * 1e5)
+    how: dict[str, Any] = {"data": str(ids), "samples": 2, "seqlen": SEQLEN, "device": "cpu", "quiet": True}
+    said = "logits contain NaN or Inf; use another --dtype (bfloat16 has more range than float16)"
+    for model, baseline in ((source, None), (source, plain), (plain, source)):
+        with pytest.raises(NumericsError) as caught:
+            evaluate(str(model), EvalConfig(dtype="float16", **how), baseline=None if baseline is None else str(baseline))
+        assert str(caught.value) == f"{source}: {said}"
+    found = evaluate(str(source), EvalConfig(dtype="bfloat16", **how), baseline=str(plain))
+    assert found.kl is not None and found.kl_stderr is not None and found.kl > 0 and found.kl_stderr > 0

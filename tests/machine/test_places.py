@@ -39,6 +39,8 @@ def test_places_of_launchers() -> None:
     assert place_of(SRUN) == place
     assert place_of(TORCHRUN) == Place(index=3, count=4, local=1, local_count=2, address="n1", port=29500, agent=True, attempt=2)
     assert place_of(TORCHRUN | SRUN) == place_of(TORCHRUN), "torchrun under srun"
+    for tasks in ("2,1", "1(x2),2", "1,2,1"):  # where Slurm gives a node as many as it has room for
+        assert place_of(SRUN | {"SLURM_STEP_TASKS_PER_NODE": tasks}) == place
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,13 @@ def test_ranks_with_other_options_are_refused_by_all() -> None:
     assert "rank 2 of 3: its calibration_tokens and settings.method differ from those of rank 0" in str(errors[0])
 
 
+def test_ranks_with_something_that_the_first_has_not_are_refused() -> None:
+    """As an evaluation with --baseline is, beside one without."""
+    errors = together(2, lambda ranks: require_same_request({"settings": {}, **({"--baseline": 1} if ranks.index else {})}, ranks))
+    assert [type(error) for error in errors] == [UsageError] * 2
+    assert "rank 1 of 2: its --baseline differ from those of rank 0" in str(errors[0])
+
+
 def test_the_smallest_batch_counts_and_what_is_short_anywhere(monkeypatch: Any) -> None:
     from bigq.sched.plan import planner
 

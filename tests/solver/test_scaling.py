@@ -176,6 +176,19 @@ def test_products_of_neighbouring_inputs() -> None:
         broken.finish("a Linear")
 
 
+def test_a_batch_of_which_no_token_is_finite_is_left_out() -> None:
+    _, x = problem()
+    with_it, without = (InputProducts(N, CPU, finite_only=True) for _ in range(2))
+    with_it.add(torch.full((5, N), torch.nan))
+    for products in (with_it, without):
+        products.add(x)
+    assert (with_it.left_out, with_it.tokens) == (5, len(x)) and torch.equal(with_it.finish(), without.finish())
+    nothing = InputProducts(N, CPU, finite_only=True)
+    nothing.add(torch.full((5, N), torch.nan))
+    with pytest.raises(NumericsError, match="the calibration inputs of all tokens contain NaN or Inf"):
+        nothing.finish("a Linear")
+
+
 @pytest.mark.parametrize(("n", "width"), [(4096, 128), (576, 64), (1000, 8), (96, 32), (7, 1)])
 def test_widths_of_blocks_divide(n: int, width: int) -> None:
     assert block_width(n) == width

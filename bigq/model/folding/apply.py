@@ -67,11 +67,11 @@ def touched(block: nn.Module, fold: Fold) -> list[str]:
     return [*own, *(name for name, _ in matrices(block, fold))]
 
 
-def factors_of(before: Tensor, after: Tensor, offset: float, scales: Tensor | None = None) -> Tensor:
-    """What a norm's weight was divided by, fp32 [n]. scales: those asked for, which hold where the weight is 0."""
+def factors_of(before: Tensor, after: Tensor, offset: float) -> Tensor:
+    """What a norm's weight was divided by, fp32 [n]. Where it is 0 it does not tell, so that what it belongs to keeps its scale."""
     old, new = before.float() + offset, after.float() + offset
     found = old / new
-    return torch.where((old != 0) & (new != 0), found, torch.ones_like(found) if scales is None else scales)
+    return torch.where((old != 0) & (new != 0), found, torch.ones_like(found))
 
 
 def norm_weight(norm: nn.Module) -> str:
@@ -85,7 +85,7 @@ def _divide_norm(norm: nn.Module, scales: Tensor, offset: float) -> Tensor:
     weight = parameters.pop(norm_weight(norm))
     before = weight.clone()
     weight.copy_((weight.float() + offset) / scales - offset)
-    factors = factors_of(before, weight, offset, scales)
+    factors = factors_of(before, weight, offset)
     for bias in parameters.values():
         bias.copy_(bias.float() / factors)
     return factors

@@ -194,9 +194,13 @@ def _scale(job: BankJob, method: CalibratedMethod, member: _Member) -> None:
     if fold is None or scaling is None or not is_scaled(fold, scaling, member.tokens):
         return
     experts = [visited.expert for visited in (member.now, member.before) if visited is not None]
-    parts, inputs = member.now.tokens.split(CHUNK_TOKENS), functools.partial(member.now.input_of, fold.reader)
-    given = GivenTokens(count=member.tokens, parts=parts, inputs=inputs)
+    given = GivenTokens(count=member.tokens, parts=_parts(member), inputs=functools.partial(member.now.input_of, fold.reader))
     scale_inside(fold, scaling, job.schemes[fold.reader.parameter], experts, given, job.clock, job.ranks)
+
+
+def _parts(member: _Member) -> Sequence[Tensor]:
+    """An expert's tokens, as many as are computed at a time. None where all of them are at other ranks: no expert runs on no token."""
+    return member.now.tokens.split(CHUNK_TOKENS) if len(member.now.tokens) else ()
 
 
 def _close_holes(members: Sequence[_Member]) -> None:
@@ -357,7 +361,7 @@ def _solve(job: BankJob, method: CalibratedMethod, members: Sequence[_Member], p
 
 def _collect(job: BankJob, member: _Member, product: Product, collector: Collector) -> None:
     """Add an expert's inputs of a product to its collector."""
-    for part in member.now.tokens.split(CHUNK_TOKENS):
+    for part in _parts(member):
         with job.clock.phase("replay"):
             before = None if member.before is None else member.before.input_of(product, part)
             x = member.now.input_of(product, part)

@@ -97,7 +97,8 @@ class FoldWork:
                 banks = [name for name in fold.readers if name in self.banks]
                 for bank in (self.banks[name] for name in banks):
                     readers += _bank_readers(bank)
-                scales = agreed(self.scaling.choose(statistics.pop(fold.producer), readers, fold.channels), self.ranks)
+                channels = fold.channels.to(store.device)  # folds are found on the host
+                scales = agreed(self.scaling.choose(statistics.pop(fold.producer), readers, channels), self.ranks)
                 if self._has_exact_part(fold):
                     scales = powers_of_two(scales)
                 self.factors.update(dict.fromkeys(banks, fold_(self.block, fold, scales)))

@@ -21,7 +21,7 @@ from bigq.methods.awq import Awq
 from bigq.sched.plan.budgets import Budgets
 from bigq.sched.plan.cost import job_cost
 from bigq.sched.plan.costs.bank import group_of
-from bigq.sched.plan.costs.ranks import batches, dealt, own_rows, summing_bytes
+from bigq.sched.plan.costs.ranks import batches, dealt, gathering_bytes, own_rows, result_bytes, summing_bytes
 from bigq.sched.plan.costs.traffic import job_traffic
 from bigq.sched.plan.planner import Plan, make_plan
 from bigq.sched.plan.scaling import BUS, DISK, Times
@@ -148,6 +148,16 @@ def test_experts_are_dealt_out_batch_by_batch() -> None:
         assert few[name].received > 1.9 * all_busy[name].received
     one = summed_triangle(WIDTH, EIGHT).received
     assert dealt_triangles(8, WIDTH, EIGHT).received == pytest.approx(8 * one / 2, rel=0.01), "nobody needs the sums of the others"
+
+
+def test_results_of_experts_that_are_solved_one_by_one_are_gathered_too() -> None:
+    """From all processes, though one has solved as many as there are at once."""
+    one, settling = linear("down", WIDTH, INNER), dataclasses.replace(SCHEME, scale_form="block", group_size=128)
+    result = WIDTH * result_bytes(one, SCHEME)
+    assert gathering_bytes([one], {"down": SCHEME}, 1, 1, EIGHT) > 8 * result
+    assert gathering_bytes([one], {"down": SCHEME}, 8, 1, EIGHT) == gathering_bytes([one], {"down": SCHEME}, 1, 1, EIGHT) + 7 * result
+    for sharing, scheme in ((Sharing(), SCHEME), (EIGHT, settling)):
+        assert gathering_bytes([one], {"down": scheme}, 8, 8, sharing) == 0
 
 
 def test_seconds_of_traffic_are_those_of_the_slowest_link() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from rank_threads import ThreadRanks, together
 from test_solve_bank import SCHEME, called, rows_of
 from torch import Tensor, nn
 
@@ -138,3 +140,27 @@ def test_scales_are_chosen_on_all_tokens_of_an_expert(chunk: int, monkeypatch: p
     experts, _, _ = solved(module, bank, call, Gptq(Counting()))
     assert [tokens for tokens, _ in seen] == [each.tokens for each in experts if (each.tokens or 0) >= expert_scales.LEAST_TOKENS]
     assert all(sampled <= 256 for _, sampled in seen) and len(seen) > 4
+
+
+@pytest.mark.parametrize("method", [Gptq(AwqScaling()), Gptaq(0.25, AwqScaling())], ids=["gptq", "gptaq"])
+def test_ranks_that_have_no_token_of_an_expert(method: CalibratedMethod) -> None:
+    """Experts 3 and 4, which ranks solve side by side with others, have their tokens at one rank each; they are solved like the others."""
+    module, bank, call = called("qwen3_moe")
+    half = len(call.experts) // 2
+    call.experts[:half][call.experts[:half] == 3] = 1
+    call.experts[half:][call.experts[half:] == 4] = 6
+
+    def run(ranks: ThreadRanks) -> list[SolvedExpert]:
+        mine = slice(half * ranks.index, half * (ranks.index + 1))
+        part = dataclasses.replace(call, tokens=call.tokens[mine], experts=call.experts[mine], weights=call.weights[mine])
+        with torch.no_grad():
+            return solved(module, bank, part, method, reference=method.passes > 1, ranks=ranks, at_once=3)[0]
+
+    alone, _, _ = solved(module, bank, call, method, reference=method.passes > 1)
+    for found in together(2, run):
+        assert not isinstance(found, Exception), found
+        for one, whole in zip(found, alone, strict=True):
+            assert one.tokens == whole.tokens
+            for a, b in zip(one.matrices, whole.matrices, strict=True):
+                assert a.rounded is b.rounded is None
+                assert (a.weight.codes == b.weight.codes).float().mean() > 0.9

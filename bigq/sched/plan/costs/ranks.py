@@ -88,9 +88,14 @@ def joining_bytes(linears: Sequence[LinearShape], schemes: Mapping[str, QuantSch
     return most
 
 
+def are_dealt(schemes: Sequence[QuantScheme], sharing: Sharing) -> bool:
+    """Whether each process solves some of a bank's experts only."""
+    return sharing.ranks > 1 and not any(scheme.grid.settles for scheme in schemes)
+
+
 def dealt(at_once: int, sharing: Sharing, schemes: Sequence[QuantScheme]) -> int:
     """The most of so many experts that one process solves."""
-    return at_once if sharing.ranks == 1 or any(scheme.grid.settles for scheme in schemes) else sharing.part(at_once)
+    return sharing.part(at_once) if are_dealt(schemes, sharing) else at_once
 
 
 def batches(experts: int, group: int, at_once: int) -> list[int]:
@@ -101,7 +106,7 @@ def batches(experts: int, group: int, at_once: int) -> list[int]:
 
 def gathering_bytes(linears: Sequence[LinearShape], schemes: Mapping[str, QuantScheme], at_once: int, own: int, sharing: Sharing) -> int:
     """Bytes while the results of experts are joined, ``own`` of ``at_once`` of which this process has solved."""
-    if own == at_once:
+    if not are_dealt([schemes[linear.name] for linear in linears], sharing):
         return 0
     sizes = [linear.m * result_bytes(linear, schemes[linear.name]) for linear in linears]
     return (own + at_once) * sum(sizes) + 2 * (own + own * sharing.ranks) * max(sizes)
