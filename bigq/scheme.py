@@ -67,7 +67,7 @@ class QuantScheme:
     )
     damping: float = _weights(
         0.01,
-        help="fraction of the Hessian's mean diagonal, over inputs that are not always 0, that is added to its diagonal",
+        help="what is added to the Hessian's diagonal, as a fraction of its mean without dead inputs and the largest twentieth",
         placeholder="X",
         rule_key="damping",
         range=Range(must="lie between 0 and 1", holds=lambda damping: 0 < damping < 1),

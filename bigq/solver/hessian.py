@@ -6,6 +6,7 @@ factor is immutable, so a shared H is damped and permuted only once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,9 +21,12 @@ from bigq.kernels.syrk import CHUNK_TOKENS, syrk_
 from bigq.kernels.triangles import mirror_, permute_, restore_upper_
 from bigq.vocabulary import OrderName
 
-#: If the factorization fails, damping is multiplied by 10, up to 1 (the mean of the live diagonal).
+#: If the factorization fails, damping is multiplied by 10, up to 1; up to 10, 100, … if the mean square of all inputs is that much larger
+#: than the usual one.
 LADDER_FACTOR = 10.0
 LADDER_TOP = 1.0
+#: One input in so many may be an outlier, whose square is no measure for the others.
+OUTLIERS = 20
 
 #: Advice in messages: about values that overflow, and about a Linear that cannot be solved.
 OTHER_DTYPE = "use another --dtype (bfloat16 has more range than float16)"
@@ -36,6 +40,16 @@ def finite_tokens(x: Tensor) -> Tensor:
     this takes 0.5 ms (fp32) to 2.4 ms (bf16), ``isfinite(x).all(-1)`` takes 14 ms.
     """
     return torch.isfinite(x.amin(-1)) & torch.isfinite(x.amax(-1))
+
+
+def usual_square(squares: Tensor) -> float:
+    """The mean of those that are not 0, without the largest twentieth; 1 if all are 0. Damping is a fraction of it.
+
+    A few inputs of large models are 30 times larger than the others and more. With the mean of all squares, they would have damped the
+    others by a third of their own square where 0.01 was asked for.
+    """
+    live = squares[squares != 0].double().sort().values  # in fp64: a sum of large fp32 numbers may overflow
+    return float(live[: len(live) - len(live) // OUTLIERS].mean()) if len(live) else 1.0
 
 
 class Reduction(Protocol):
@@ -152,7 +166,7 @@ class Factor:
     r: [n, n], R in the upper triangle. Below it is H', which the factorization does not overwrite.
     perm: the order in which columns are quantized, int64 [n], or None for the natural order.
     dead_inputs: inputs that were 0 in every token, so that their row of H is 0.
-    damping: the fraction of the mean diagonal of the other inputs that was added to the diagonal.
+    damping: the fraction of the usual square of the other inputs (``usual_square``) that was added to the diagonal.
     """
 
     r: Tensor
@@ -164,9 +178,9 @@ class Factor:
 def factorize(h: Tensor, *, order: Order, damping: float, name: str = "the Linear", sharing: Sharing | None = None) -> Factor:
     """Factor a symmetric H [n, n] (fp32 or fp64) in its own storage; the caller must not use h afterwards.
 
-    Damping is a fraction of the mean over live inputs. Dead ones have no part in it, so the factor of c·H is √c times that of H. In H'
-    a dead input has only the damping on its diagonal: it is corrected for no other input and corrects none, so its weights are rounded
-    to nearest. An input that was nearly always 0 is treated in nearly the same way.
+    Damping is a fraction of a live input's usual square (``usual_square``), so the factor of c·H is √c times that of H. In H' a dead input
+    has only the damping on its diagonal: it is corrected for no other input and corrects none, so its weights are rounded to nearest. An
+    input that was nearly always 0 is treated in nearly the same way.
     If the factorization fails, damping is raised and it is repeated. Raises NumericsError, naming ``name``, if H is not finite or
     not positive definite even with the highest damping.
     sharing: processes that have the same h. They factor it together if it is large.
@@ -184,13 +198,14 @@ def factorize(h: Tensor, *, order: Order, damping: float, name: str = "the Linea
 class Undamped:
     """What is kept of a Hessian while it is damped and factored in its own storage.
 
-    diagonal: [n], permuted. perm: as in ``Factor``. live: inputs that are not dead. mean: of the diagonal of those.
+    diagonal: [n], permuted. perm: as in ``Factor``. live: inputs that are not dead. usual: what damping is a fraction of. top: the highest.
     """
 
     diagonal: Tensor
     perm: Tensor | None
     live: int
-    mean: float
+    usual: float
+    top: float
 
     @classmethod
     def of(cls, h: Tensor, *, order: Order, name: str) -> Undamped:
@@ -202,16 +217,17 @@ class Undamped:
                 f"{OTHER_DTYPE}, or leave out such tokens with --on-nonfinite skip"
             )
         live = int((diagonal != 0).sum())
-        # In fp64: a sum of large fp32 numbers may overflow.
-        mean = float(diagonal.double().sum()) / live if live else 1.0
+        usual = usual_square(diagonal)
+        above = float(diagonal.double().sum()) / max(1, live) / usual
+        top = LADDER_TOP * LADDER_FACTOR ** max(0, math.floor(math.log(above, LADDER_FACTOR))) if above > 1 else LADDER_TOP
         perm = order.permutation(diagonal)
         if perm is not None:
             permute_(h, perm)
-        return cls(diagonal=h.diagonal().clone(), perm=perm, live=live, mean=mean)
+        return cls(diagonal=h.diagonal().clone(), perm=perm, live=live, usual=usual, top=top)
 
     def damp_(self, h: Tensor, damping: float) -> None:
         """Set the diagonal to the damped one."""
-        h.diagonal().copy_(self.diagonal + damping * self.mean)
+        h.diagonal().copy_(self.diagonal + damping * self.usual)
 
     def factor(self, h: Tensor, damping: float, name: str, *, done: bool, cholesky_: Callable[[Tensor], bool] = upper_cholesky_) -> Factor:
         """The factor, with more damping where an attempt failed. damping: of the first attempt, which was made. done: whether it succeeded.
@@ -220,12 +236,12 @@ class Undamped:
         Raises NumericsError if h is not positive definite even with the highest damping.
         """
         while not done:
-            if damping >= LADDER_TOP:
+            if damping >= self.top:
                 raise NumericsError(
                     f"{name}: its Hessian is not positive definite even with damping {damping:g}; "
                     f"use more calibration samples, or {LEAVE_OUT}"
                 )
-            damping = min(damping * LADDER_FACTOR, LADDER_TOP)
+            damping = min(damping * LADDER_FACTOR, self.top)
             restore_upper_(h, self.diagonal)
             self.damp_(h, damping)
             done = cholesky_(h)

@@ -10,7 +10,7 @@ from torch import Tensor
 from bigq.errors import NumericsError
 from bigq.kernels.finiteness import is_finite
 from bigq.kernels.syrk import CHUNK_TOKENS
-from bigq.solver.hessian import LEAVE_OUT, OTHER_DTYPE, Reduction, finite_tokens
+from bigq.solver.hessian import LEAVE_OUT, OTHER_DTYPE, Reduction, finite_tokens, usual_square
 
 #: The widest block.
 WIDEST = 128
@@ -65,15 +65,14 @@ class InputProducts:
 def of_groups(products: Tensor, width: int, damping: float) -> Tensor:
     """The products in each group of ``width`` inputs, [groups, k, c, c]: of k parts of c inputs each. Others count as 0.
 
-    products: [n / b, b, b]. c is the largest width that divides both b and the group's. damping: how much of the mean square of all inputs
-    is added to each square, so that few tokens do not decide alone. If all inputs were 0, all count alike.
+    products: [n / b, b, b]. c is the largest width that divides both b and the group's. damping: how much of the usual square of an
+    input is added to each, so that few tokens do not decide alone. If all inputs were 0, all count alike.
     """
     count, b, _ = products.shape
     c = math.gcd(b, width)
     squares = products.diagonal(dim1=1, dim2=2)
-    mean = float(squares.mean(dtype=torch.float64))
     products = products.clone()
-    products.diagonal(dim1=1, dim2=2).add_(damping * mean if mean else 1.0)
+    products.diagonal(dim1=1, dim2=2).add_(damping * usual_square(squares))
     parts = products.view(count, b // c, c, b // c, c).diagonal(dim1=1, dim2=3)
     return parts.permute(0, 3, 1, 2).reshape(count * b // width, -1, c, c)
 

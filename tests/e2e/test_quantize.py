@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from damping_by_hand import usual_by_hand
 from models import (
     FAMILIES,
     LEVELS,
@@ -315,9 +316,9 @@ def test_true_sequential_gives_other_codes(family_run: Callable[[str], Run], ids
 
 
 def damped(h: Tensor, weight: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """What GPTQ makes of a Hessian and a weight before it begins: damped by the mean of the live diagonal (fp64)."""
+    """What GPTQ makes of a Hessian and a weight before it begins: damped by a usual element of the diagonal (fp64)."""
     h, weight = h.double().clone(), weight.double().clone()
-    h.diagonal().add_(damping * h.diagonal()[h.diagonal() != 0].mean())
+    h.diagonal().add_(damping * usual_by_hand(h.diagonal()))
     return h, weight
 
 

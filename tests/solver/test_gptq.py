@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from damping_by_hand import usual_by_hand
 from torch import Tensor
 
 from bigq.errors import NumericsError, UsageError
@@ -142,7 +143,7 @@ def textbook_gptq(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> tuple
     search = scheme.scales == "search"
     perm = textbook_order(h.diag(), width, scheme.order)
     h = h[perm][:, perm]
-    h += scheme.damping * h.diag()[h.diag() != 0].mean() * torch.eye(n, dtype=torch.float64)
+    h += scheme.damping * usual_by_hand(h.diag()) * torch.eye(n, dtype=torch.float64)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     u = torch.linalg.cholesky(inverse, upper=True)
     static = scheme.order == "activation" or width == n or (width > 128 if search else scheme.bits == 2)
@@ -379,7 +380,7 @@ def test_loss_and_energy_are_the_quadratic_forms_of_the_result(symmetric: bool, 
     weight, hessian = problem(16, 192, seed=4)
     result = quantize_linear(weight, hessian, QuantScheme(bits=3, group_size=64, symmetric=symmetric, order=order, damping=0.02, sweeps=0))
     damped = hessian.clone()
-    damped += 0.02 * damped.trace() / (192 - len(DEAD)) * torch.eye(192, dtype=torch.float64)
+    damped += 0.02 * usual_by_hand(hessian.diag()) * torch.eye(192, dtype=torch.float64)
     scales, zeros = (t.double().repeat_interleave(64, 1) for t in (result.scales, result.zeros))
     error = weight - scales * (result.codes.double() - zeros)
     loss, energy = (float(torch.trace(e @ damped @ e.T)) for e in (error, weight))
@@ -390,7 +391,7 @@ def test_loss_and_energy_are_the_quadratic_forms_of_the_result(symmetric: bool, 
 
 def energy_by_hand(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> float:
     n = len(hessian)
-    damped = hessian + scheme.damping * hessian.trace() / n * torch.eye(n, dtype=torch.float64)
+    damped = hessian + scheme.damping * usual_by_hand(hessian.diag()) * torch.eye(n, dtype=torch.float64)
     return float(((weight @ damped) * weight).sum())
 
 

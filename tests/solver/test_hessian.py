@@ -7,12 +7,13 @@ import functools
 import pytest
 import torch
 from conftest import Largest
+from damping_by_hand import usual_by_hand
 from torch import Tensor
 
 from bigq.errors import NumericsError
 from bigq.kernels import cholesky, syrk, triangles
 from bigq.solver import hessian
-from bigq.solver.hessian import ACTIVATION, NATURAL, HessianSum, Order, factorize, finite_tokens
+from bigq.solver.hessian import ACTIVATION, NATURAL, HessianSum, Order, factorize, finite_tokens, usual_square
 from bigq.vocabulary import ORDERS, OrderName
 
 
@@ -32,10 +33,10 @@ def with_eigenvalues(n: int, lowest: float, dtype: torch.dtype = torch.float64) 
 
 
 def damped(h: Tensor, perm: Tensor | None, damping: float) -> Tensor:
-    """The matrix that should be factored: damping · mean of the live inputs added, in the order of perm; fp64."""
+    """The matrix that should be factored: damping · a usual live input added, in the order of perm; fp64."""
     h = h.double().clone()
     diagonal = h.diagonal()
-    diagonal += damping * float(diagonal[diagonal != 0].mean())
+    diagonal += damping * usual_by_hand(diagonal)
     return h if perm is None else h[perm][:, perm]
 
 
@@ -304,3 +305,35 @@ def test_leaving_tokens_out_takes_one_chunk_of_memory(dtype: torch.dtype) -> Non
         total.add(x)
     assert total.left_out == 8
     assert 0 < largest.elements <= chunk * n
+
+
+@pytest.mark.parametrize("n", [1, 19, 20, 64, 301])
+@pytest.mark.parametrize("dead", [0, 1])
+def test_the_usual_square_leaves_out_outliers_and_dead_inputs(n: int, dead: int) -> None:
+    squares = torch.rand(n, generator=torch.Generator().manual_seed(n)) + 0.5
+    squares[: n // 25] *= 4096  # fewer than a twentieth
+    squares = torch.cat([squares, torch.zeros(dead)])
+    assert usual_square(squares) == pytest.approx(usual_by_hand(squares), rel=1e-12)
+    assert 0.5 < usual_square(squares) < 1.5
+    assert usual_square(torch.zeros(3)) == 1.0
+
+
+def test_outliers_do_not_damp_the_other_inputs() -> None:
+    """64 times larger inputs beside them, and others are damped as without these."""
+    x = torch.randn(512, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    large = x.clone()
+    large[:, :3] *= 64
+    before, after = (factorize(2 / len(part) * part.T @ part, order=NATURAL, damping=0.01) for part in (x, large))
+    others = [((f.r.triu() @ f.r.triu().T) - 2 / len(x) * part.T @ part).diagonal()[3:] for f, part in ((before, x), (after, large))]
+    assert torch.allclose(others[0], others[1], rtol=0.1)
+    assert float(others[1].mean()) < 0.011 * float((2 / len(x) * x.T @ x).diagonal().mean())
+
+
+def test_outliers_raise_how_far_damping_may_go() -> None:
+    """Rounding errors in them may be larger than the others."""
+    h = with_eigenvalues(60, -0.5)
+    h[0] *= 200
+    h[:, 0] *= 200
+    h[1, 1] = -20.0
+    factor = factorize(h.clone(), order=NATURAL, damping=0.01)
+    assert factor.damping > 20

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from damping_by_hand import usual_by_hand
 from rank_threads import ThreadRanks, together
 from torch import Tensor
 
@@ -207,7 +208,7 @@ def test_rounding_by_products_finds_the_least_error_of_outputs(symmetric: bool, 
     scheme = QuantScheme(bits=3, group_size=width, symmetric=symmetric)
     found = round_to_nearest(weight, scheme, products=products.finish())
     h = x.double().T @ x.double() / len(x)
-    h = blocks_of(h + scheme.damping * h.diagonal().mean() * torch.eye(n, dtype=h.dtype), shared)
+    h = blocks_of(h + scheme.damping * usual_by_hand(h.diagonal()) * torch.eye(n, dtype=h.dtype), shared)
 
     def errors(q: Tensor) -> Tensor:
         e = (weight - q).double()

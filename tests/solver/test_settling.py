@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from damping_by_hand import usual_by_hand
 from torch import Tensor
 
 from bigq.kernels.grid_spec import BOOKS
@@ -91,7 +92,7 @@ def problem(m: int, n: int) -> tuple[Tensor, Tensor]:
 def gptq_by_hand(w: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """(weights, their scales) of the algorithm as it is published, column by column with the inverse Hessian."""
     m, n = w.shape
-    damped = h + 0.01 * h.diagonal().mean() * torch.eye(n, dtype=torch.float64)
+    damped = h + 0.01 * usual_by_hand(h.diagonal()) * torch.eye(n, dtype=torch.float64)
     u = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     scale = scales_by_hand(w).repeat_interleave(128, 0)[:m]
     left, q = w.clone(), torch.empty_like(w)
@@ -110,7 +111,7 @@ def test_gptq_equals_the_published_algorithm(m: int) -> None:
     assert torch.equal(found.scales.double(), scale)
     assert float((found.dequantize().double() - expected).abs().max()) == 0
     error = w - expected
-    loss = float((error @ (h + 0.01 * h.diagonal().mean() * torch.eye(256, dtype=torch.float64)) * error).sum())
+    loss = float((error @ (h + 0.01 * usual_by_hand(h.diagonal()) * torch.eye(256, dtype=torch.float64)) * error).sum())
     assert found.loss == pytest.approx(loss, rel=1e-9)
     nearest = round_to_nearest(w.float(), SCHEME).dequantize().double() - w
     assert loss < 0.8 * float((nearest @ h * nearest).sum())

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from damping_by_hand import usual_by_hand
 from torch import Tensor
 
 from bigq.kernels.grid import round_scale
@@ -37,7 +38,7 @@ def problem(m: int = 12, n: int = 192) -> tuple[Tensor, Tensor]:
 
 
 def damped(hessian: Tensor, scheme: QuantScheme) -> Tensor:
-    return hessian + scheme.damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
+    return hessian + scheme.damping * usual_by_hand(hessian.diagonal()) * torch.eye(len(hessian), dtype=hessian.dtype)
 
 
 def loss(weight: Tensor, result: QuantizedWeight, hessian: Tensor) -> float:
