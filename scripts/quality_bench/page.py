@@ -187,8 +187,13 @@ def measured(made: Mapping[str, Any]) -> list[str]:
             f"({JUDGING})."
         ),
         "",
-        "| subject | half | model | text | calibration | held out | perplexity |",
-        "|---|---|---|---|---|---|---|",
+        *wrapped(
+            "A later revision of bigq than those that are named for a subject may give other figures. Since 1ee1e5f damping leaves out the "
+            "largest twentieth of a Linear's inputs; before, all inputs counted."
+        ),
+        "",
+        "| subject | half | model | text | calibration | held out | perplexity | revisions of bigq |",
+        "|---" * 8 + "|",
     ]
     perplexity = {run["subject"]: run["original_perplexity"] for run in made["runs"]}
     for name, subject in made["subjects"].items():
@@ -196,8 +201,16 @@ def measured(made: Mapping[str, Any]) -> list[str]:
         held = " × ".join(map(str, subject["windows"]))
         model = subject["model"].get("from") or f"`{subject['model'].get('command', 'scripts/train_moe.py')}`"
         cells = [subject["half"], model, subject["corpus"], f"{rows['rows']} × {rows['tokens_per_row']}", held, f"{perplexity[name]:.3f}"]
+        cells.append(", ".join(revisions(made, name)))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, "", *([f"{made['runs_missing']} runs of the whole table were not made."] if made["runs_missing"] else []), ""]
+
+
+def revisions(made: Mapping[str, Any], subject: str) -> list[str]:
+    """Those of bigq's runs with a subject, in the order of its runs."""
+    return list(
+        dict.fromkeys(run["revision"][:7] for run in made["runs"] if run["subject"] == subject and run["contestant"].startswith("bigq"))
+    )
 
 
 def everything(made: Mapping[str, Any]) -> list[str]:
