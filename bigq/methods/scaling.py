@@ -22,7 +22,7 @@ class AwqScaling:
 
 
 class SmoothQuantScaling:
-    """By the largest inputs and weights (SmoothQuant). Only norms divide, as in the paper."""
+    """By the largest inputs and weights (SmoothQuant). Norms divide, as in the paper, and what is inside experts; other Linears do not."""
 
     def takes(self, divider: Divider) -> bool:
         return divider != "linear"
