@@ -45,8 +45,8 @@ def finite_tokens(x: Tensor) -> Tensor:
 def usual_square(squares: Tensor) -> float:
     """The mean of those that are not 0, without the largest twentieth; 1 if all are 0. Damping is a fraction of it.
 
-    A few inputs of large models are 30 times larger than the others and more. With the mean of all squares, they would have damped the
-    others by a third of their own square where 0.01 was asked for.
+    With the mean of all, 4 of 256 inputs that are 32 to 64 times larger than the others would damp these by 0.2 to 0.6 of their own square
+    where 0.01 was asked for.
     """
     live = squares[squares != 0].double().sort().values  # in fp64: a sum of large fp32 numbers may overflow
     return float(live[: len(live) - len(live) // OUTLIERS].mean()) if len(live) else 1.0
