@@ -217,11 +217,19 @@ def test_records_are_read_once_for_many_who_look(served: Server, monkeypatch: py
 
 def test_it_ends_quietly_with_ctrl_c(done: Path) -> None:
     command = [sys.executable, "-m", "bigq", "serve", str(done), "--port", "0"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    listened = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and passes that on
+    try:
+        server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, listened)
+    with server:
         assert server.stdout is not None and server.stdout.readline().startswith("http://127.0.0.1:")
         time.sleep(0.5)
         server.send_signal(signal.SIGINT)
-        _, said = server.communicate(timeout=20)
+        try:
+            _, said = server.communicate(timeout=20)
+        finally:
+            server.kill()
     assert (server.returncode, said) == (0, "")
 
 
